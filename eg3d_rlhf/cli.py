@@ -1,0 +1,88 @@
+"""What every command of the project shares: options in titled groups, one-line errors with exit code 2, start-up checks."""
+
+import contextlib
+import hashlib
+import platform
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+class GroupedOption(click.Option):
+    """An option that remembers under which title `--help` lists it."""
+
+    def __init__(self, *args, group: str = "General", **kwargs):
+        self.group = group
+        super().__init__(*args, **kwargs)
+
+
+class GroupedCommand(click.Command):
+    """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit code 2."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One section per group, in order of first appearance."""
+        groups: dict[str, list] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "General"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def invoke(self, ctx: click.Context):
+        """Run the command; see the class."""
+        with user_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Translate ValueError and OSError into one line on stderr and exit code 2; assertions and bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        click.echo(f"Error: {str(error).strip()}", err=True)
+        sys.exit(2)
+
+
+def option(*names: str, group: str = "General", **kwargs):
+    """`click.option` in a group, with the default shown."""
+    kwargs.setdefault("show_default", True)
+    return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto', 'cpu' or 'cuda' to a device.
+
+    Raises: ValueError where CUDA is asked for and missing.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a CUDA device, got a machine without one. Use --device=cpu or --device=auto.")
+    return torch.device(name)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a record of a run needs."""
+    import numpy
+    import scipy
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
+        "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+    }
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Independent measurements of generators: image distance, geometry, and the statistics that qualify them."""

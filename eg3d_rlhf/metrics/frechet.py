@@ -1,0 +1,143 @@
+"""Distances between two sets of image features: Fréchet (FID's formula) and the unbiased kernel distance (KID's).
+
+The formulas know nothing of the network behind the features; see features.py for those.
+Shape letters: N, M = samples, F = feature dimensions. All arithmetic is float64 numpy.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PSD_TOLERANCE = 1e-6  # relative to the largest eigenvalue; anything more negative is no covariance
+
+
+class FeatureNetwork(Protocol):
+    """Anything that turns images into features."""
+
+    name: str  # identifies the network in records; figures under different names never compare
+    dim: int  # F
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 [N, F] of images float [N, 3, H, W] in [-1, 1]; no gradient."""
+
+
+def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
+        raise ValueError(f"frechet_distance: expected mean [F] and covariance [F, F], got {mean.shape} and {cov.shape}.")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError("frechet_distance: expected finite moments, got NaN or infinity. Look for NaN images.")
+    return mean, (cov + cov.T) / 2
+
+
+def _psd_sqrt(cov: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semi-definite matrix; eigenvalues below zero by rounding count as zero."""
+    values, vectors = np.linalg.eigh(cov)
+    if values[0] < -_PSD_TOLERANCE * max(values[-1], 0.0) - 1e-12:
+        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got {values[0]:.3g}. Check the moments.")
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
+
+    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1^1/2 C_2 C_1^1/2)^1/2). The last root is a sum of square roots of eigenvalues of a
+    symmetric matrix, so rank-deficient covariances (fewer samples than features) need no ridge and give no complex part.
+
+    Args: means [F], covariances [F, F]. Returns d >= 0 in squared feature units.
+    Raises ValueError on shapes that disagree, non-finite values, or a matrix that is no covariance.
+    Deviates from the common recipe, which takes sqrtm of the unsymmetric product C_1 C_2: equal in theory, stabler in floating point.
+    """
+    mean_1, cov_1 = _check_moments(mean_1, cov_1)
+    mean_2, cov_2 = _check_moments(mean_2, cov_2)
+    if mean_1.shape != mean_2.shape:
+        raise ValueError(f"frechet_distance: expected features of one size, got {mean_1.size} and {mean_2.size}. Use one network for both.")
+    root = _psd_sqrt(cov_1)
+    product = root @ cov_2 @ root
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2), 0.0)).sum()
+    return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross))
+
+
+class FeatureStatistics:
+    """Running mean and covariance of features, one batch at a time (Chan, Golub and LeVeque 1983: merge of partial sums)."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.count = 0
+        self._mean = np.zeros(dim)  # [F]
+        self._scatter = np.zeros((dim, dim))  # [F, F] sum of (x - mean)(x - mean)^T
+
+    def update(self, features: Tensor | np.ndarray) -> "FeatureStatistics":
+        """Add a batch [N, F]; an empty batch changes nothing. Returns self."""
+        batch = np.asarray(features.detach().cpu() if isinstance(features, Tensor) else features, dtype=np.float64)
+        if batch.ndim != 2 or batch.shape[1] != self.dim:
+            raise ValueError(f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use one network throughout.")
+        if len(batch):
+            mean = batch.mean(axis=0)
+            self._merge(len(batch), mean, (batch - mean).T @ (batch - mean))
+        return self
+
+    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """Add what another process collected. Returns self."""
+        if other.dim != self.dim:
+            raise ValueError(f"FeatureStatistics: expected {self.dim} features, got {other.dim}. Use one network throughout.")
+        if other.count:
+            self._merge(other.count, other._mean, other._scatter)
+        return self
+
+    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total, delta = self.count + count, mean - self._mean
+        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self.count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self.count = total
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [F] and unbiased covariance [F, F]. Raises ValueError with fewer than two samples."""
+        if self.count < 2:
+            raise ValueError(f"FeatureStatistics: expected at least 2 samples, got {self.count}. Add images first.")
+        return self._mean.copy(), self._scatter / (self.count - 1)
+
+    def distance(self, other: "FeatureStatistics") -> float:
+        """Fréchet distance to another set."""
+        return frechet_distance(*self.moments(), *other.moments())
+
+
+def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy under k(x, y) = (x.y / F + 1)^3 (Bińkowski et al. 2018), on whole sets.
+
+    Args: [N, F] and [M, F] with N, M >= 2. Returns a value that averages to 0 for equal distributions, and so may be negative.
+    """
+    first, second = np.asarray(features_1, dtype=np.float64), np.asarray(features_2, dtype=np.float64)
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
+        raise ValueError(f"kernel_distance: expected [N, F] and [M, F] with N, M >= 2, got {first.shape} and {second.shape}.")
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1.0) ** 3
+
+    def within(a: np.ndarray) -> float:
+        gram = kernel(a, a)
+        return (gram.sum() - np.trace(gram)) / (len(a) * (len(a) - 1))
+
+    return float(within(first) + within(second) - 2.0 * kernel(first, second).mean())
+
+
+@torch.no_grad()
+def collect(
+    network: FeatureNetwork, batches: Iterable[Tensor], on_batch: Callable[[int], None] | None = None
+) -> tuple[FeatureStatistics, np.ndarray]:
+    """Run a network over batches of images [N, 3, H, W] in [-1, 1].
+
+    Args: `on_batch` is told the number of images after each batch, for a progress bar.
+    Returns the statistics and all features, float32 [total, F].
+    """
+    statistics, kept = FeatureStatistics(network.dim), []
+    for images in batches:
+        features = network(images)
+        statistics.update(features)
+        kept.append(features.cpu().numpy())
+        if on_batch is not None:
+            on_batch(len(images))
+    return statistics, np.concatenate(kept) if kept else np.zeros((0, network.dim), dtype=np.float32)

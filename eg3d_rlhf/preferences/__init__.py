@@ -1,0 +1,1 @@
+"""Preference labels: formats, splits, losses, and the annotators that give them."""

@@ -1,0 +1,135 @@
+"""From labels to training, validation and test pairs that share no seed; anchors; latents.
+
+Shape letters: N samples.
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.preferences.labels import Preference
+
+ANCHOR_START = 100_000  # first seed of the high-quality anchors x_HQ of arXiv 2606.27305
+ANCHOR_PSI = 0.25  # their truncation: close to the mean shape
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Labels per split, no seed in two of them, and what could not be used."""
+
+    train: tuple[Preference, ...]
+    val: tuple[Preference, ...]
+    test: tuple[Preference, ...]
+    dropped: int  # labels whose seeds fell into different splits
+    ties: int  # labels without a preference, which accuracy cannot count
+
+    def counts(self) -> dict[str, int]:
+        """Labels per split and the left-out ones, for logs."""
+        return {**{name: len(getattr(self, name)) for name in SPLITS}, "dropped": self.dropped, "ties": self.ties}
+
+
+def latents(seeds: Iterable[int], z_dim: int) -> torch.Tensor:
+    """Latent codes of seeds, z = RandomState(seed).randn(z_dim) -> float32 [N, z_dim]."""
+    rows = [np.random.RandomState(seed).randn(z_dim) for seed in seeds]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def split_by_seed(labels: Sequence[Preference], fractions: Sequence[float] = (0.70, 0.15, 0.15), seed: int = 0) -> Splits:
+    """Divide labels into train, val and test so that no seed is in two splits.
+
+    Seeds that a label connects stay together: connected components of the seed graph are dealt out, large ones first, each to the
+    split furthest below its share of labels. A component with more labels than the training share is cut: its seeds, in
+    breadth-first order from a drawn one, are dealt in runs of the shares' sizes, and labels across a cut are dropped and counted.
+
+    Args: `fractions` three shares that sum to 1; `seed` decides every draw, so equal arguments give equal splits.
+    Raises: ValueError on shares that do not sum to 1, and when a split with a share above 0 stays empty.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"split_by_seed(fractions): expected three shares that sum to 1, got {tuple(fractions)}. Use 0.7 0.15 0.15.")
+    rng = np.random.default_rng(seed)
+    usable = [label for label in labels if not label.tie]
+    home = _assign(usable, fractions, rng)
+    found: dict[int, list[Preference]] = {0: [], 1: [], 2: []}
+    for label in usable:
+        if home[label.winner] == home[label.loser]:
+            found[home[label.winner]].append(label)
+    empty = [name for name, part, share in zip(SPLITS, found.values(), fractions, strict=True) if share > 0 and not part]
+    if empty:
+        raise ValueError(
+            f"split_by_seed: expected labels in every split, got none in {', '.join(empty)} from {len(usable)} usable labels. "
+            "Label more pairs with new seeds."
+        )
+    train, val, test = (tuple(part) for part in found.values())
+    kept = len(train) + len(val) + len(test)
+    return Splits(train=train, val=val, test=test, dropped=len(usable) - kept, ties=len(labels) - len(usable))
+
+
+def _assign(labels: Sequence[Preference], fractions: Sequence[float], rng: np.random.Generator) -> dict[int, int]:
+    """Split index 0..2 per seed."""
+    neighbours: dict[int, list[int]] = defaultdict(list)
+    for label in labels:
+        neighbours[label.winner].append(label.loser)
+        neighbours[label.loser].append(label.winner)
+    components = _components(neighbours, rng)
+    weights = [sum(len(neighbours[s]) for s in seeds) / 2 for seeds in components]  # labels inside each
+    room = [share * len(labels) for share in fractions]
+    home: dict[int, int] = {}
+    for k in sorted(range(len(components)), key=lambda k: -weights[k]):  # stable: equal ones keep their drawn order
+        if weights[k] > max(fractions) * len(labels) and len(components[k]) > 2:
+            edges = np.floor(np.cumsum(fractions) * len(components[k]) + 0.5)
+            for position, seed in enumerate(components[k]):
+                home[seed] = int(np.searchsorted(edges, position, side="right"))
+            continue
+        target = max(range(3), key=lambda s: room[s])
+        room[target] -= weights[k]
+        home.update(dict.fromkeys(components[k], target))
+    return home
+
+
+def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> list[list[int]]:
+    """Connected components in drawn order, each breadth first from its first drawn seed."""
+    order = sorted(neighbours)
+    seen: set[int] = set()
+    components = []
+    for k in rng.permutation(len(order)):
+        if order[k] in seen:
+            continue
+        queue, component = deque([order[k]]), []
+        seen.add(order[k])
+        while queue:
+            component.append(queue.popleft())
+            for other in neighbours[component[-1]]:
+                if other not in seen:
+                    seen.add(other)
+                    queue.append(other)
+        components.append(component)
+    return components
+
+
+def anchor_seeds(
+    count: int = 1000, fractions: Sequence[float] = (0.70, 0.15, 0.15), start: int = ANCHOR_START, exclude: Iterable[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Seeds of the anchors per split, `count` consecutive ones from `start` on; seeds in `exclude` (labelled ones) are skipped."""
+    taken, seeds, candidate = set(exclude), [], start
+    while len(seeds) < count:
+        if candidate not in taken:
+            seeds.append(candidate)
+        candidate += 1
+    edges = [0, *(int(round(edge * count)) for edge in np.cumsum(fractions))]
+    return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
+
+
+def common_value(labels: Iterable[Preference], name: str):
+    """The one value of field `name` ('generator' or 'psi') over all labels that state it, or None.
+
+    Raises: ValueError when labels disagree: they were drawn under different conditions.
+    """
+    counts = Counter(value for label in labels if (value := getattr(label, name)) is not None)
+    if len(counts) > 1:
+        listed = ", ".join(f"{value} ({n} labels)" for value, n in counts.most_common(4))
+        raise ValueError(f"labels: expected one {name} throughout, got {listed}. Keep labels of one {name} in a file.")
+    return next(iter(counts), None)

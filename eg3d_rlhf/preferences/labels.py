@@ -1,0 +1,224 @@
+"""The open label format: which of two latent seeds has the better geometry, one record per line, as JSON lines or as CSV with a header.
+
+| field     | meaning                                                                                   |
+| --------- | ----------------------------------------------------------------------------------------- |
+| winner    | seed of the preferred shape, z = RandomState(seed).randn(z_dim); required                 |
+| loser     | seed of the other shape; required                                                         |
+| generator | sha256 hex of the generator's weights that drew the shapes                                |
+| psi       | truncation the shapes were drawn at                                                       |
+| annotator | who or what judged                                                                        |
+| time      | when: ISO 8601 text, or seconds since 1970                                                |
+| tie       | true: no preference; winner and loser are then merely the two seeds                       |
+| clean     | seed that a noise-free annotator prefers, where it is known (true / false: winner / loser) |
+
+Other fields are kept in `extra` and written back. Readers stream; writers replace a file at once or not at all.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+FIELDS = ("winner", "loser", "generator", "psi", "annotator", "time", "tie", "clean")
+MAX_SEED = 2**32 - 1  # what numpy's RandomState takes
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """One judgement of one pair. Fields as in the table above."""
+
+    winner: int
+    loser: int
+    generator: str | None = None
+    psi: float | None = None
+    annotator: str | None = None
+    time: str | float | None = None
+    tie: bool = False
+    clean: int | None = None
+    extra: Mapping = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        for name in ("winner", "loser"):
+            seed = getattr(self, name)
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"expected {name} to be a seed from 0 to {MAX_SEED}, got {seed!r}. Write the latent's integer seed.")
+        if self.winner == self.loser:
+            raise ValueError(f"expected two different seeds, got {self.winner} twice. Remove the line.")
+        if self.clean is not None and self.clean not in (self.winner, self.loser):
+            raise ValueError(f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the seed that is really better.")
+        if self.psi is not None and not (math.isfinite(self.psi) and 0 <= self.psi <= 2):
+            raise ValueError(f"expected psi from 0 to 2, got {self.psi}. Write the truncation the shapes were drawn at.")
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; fields that say nothing are left out."""
+        known = {name: getattr(self, name) for name in FIELDS}
+        return {**{k: v for k, v in known.items() if v is not None and not (k == "tie" and not v)}, **self.extra}
+
+
+def read_labels(path: str | Path) -> Iterator[Preference]:
+    """Stream the labels of a .jsonl or .csv file; two-column ranked-seeds tables (index, rank1, rank2) are recognised by their header.
+
+    Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl_records, ".ndjson": _jsonl_records, ".csv": _csv_records}
+    if path.suffix not in readers:
+        raise ValueError(f"read_labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
+    if not path.is_file():
+        raise FileNotFoundError(f"read_labels: expected a label file, got none at {path}. Check the path, or label some pairs first.")
+    for line, record in readers[path.suffix](path):
+        try:
+            yield _parse(record)
+        except ValueError as error:
+            raise ValueError(f"{path.name}, line {line}: {error}") from error
+
+
+def load_labels(path: str | Path) -> list[Preference]:
+    """All labels of a file. Raises as `read_labels`, and ValueError when there are none."""
+    labels = list(read_labels(path))
+    if not labels:
+        raise ValueError(f"{Path(path).name}, line 1: expected at least one label, got an empty file. Label some pairs first.")
+    return labels
+
+
+def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
+    """Write .jsonl or .csv by the name's ending; the file appears whole or not at all. Returns the path."""
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Rename it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            records = (label.to_dict() for label in labels)
+            if path.suffix == ".jsonl":
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            else:
+                _write_csv(file, list(records))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def labels_hash(labels: Iterable[Preference]) -> str:
+    """sha256 hex over the labels' canonical JSON lines, in order; the same for the .jsonl and the .csv of one list of known fields."""
+    digest = hashlib.sha256()
+    for label in labels:
+        digest.update((json.dumps(label.to_dict(), sort_keys=True) + "\n").encode())
+    return digest.hexdigest()
+
+
+def _write_csv(file, records: list[dict]) -> None:
+    extra = sorted({key for record in records for key in record} - set(FIELDS))
+    writer = csv.DictWriter(file, [*FIELDS, *extra], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct or remove the line.") from error
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{path.name}, line {number}: expected one JSON object, got {type(record).__name__}. Write {{'winner': ..., 'loser': ...}}."
+                )
+            yield number, record
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = csv.reader(file)
+        header = [name.strip() for name in next(rows, [])]
+        ranked = header[1:] == ["rank1", "rank2"]
+        names = ["index", "winner", "loser"] if ranked else header
+        if not {"winner", "loser"} <= set(names):
+            raise ValueError(
+                f"{path.name}, line 1: expected a header with winner and loser (or: index, rank1, rank2), got {header}. Add the header line."
+            )
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) != len(names):
+                raise ValueError(f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct or remove the line.")
+            record = dict(zip(names, (cell.strip() for cell in row), strict=True))
+            if ranked:
+                record.pop("index")
+            yield rows.line_num, {k: v for k, v in record.items() if v != ""}
+
+
+def _parse(record: Mapping) -> Preference:
+    """A record of JSON or of text cells -> Preference. Raises ValueError without file and line."""
+    missing = [name for name in ("winner", "loser") if record.get(name) is None]
+    if missing:
+        raise ValueError(f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.")
+    winner, loser = _seed(record["winner"], "winner"), _seed(record["loser"], "loser")
+    psi = record.get("psi")
+    if psi is not None:
+        psi = _number(psi, "psi")
+    return Preference(
+        winner=winner, loser=loser, psi=psi, time=_time(record.get("time")), tie=_truth(record.get("tie", False), "tie"),
+        generator=_text(record.get("generator")), annotator=_text(record.get("annotator")),
+        clean=_clean(record.get("clean"), winner, loser), extra={k: v for k, v in record.items() if k not in FIELDS},
+    )  # fmt: skip
+
+
+def _seed(value, name: str) -> int:
+    try:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {name} to be an integer seed, got {value!r}. Write the latent's integer seed.") from None
+
+
+def _number(value, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {name} to be a number, got {value!r}. Correct it or leave it out.") from None
+
+
+def _truth(value, name: str) -> bool:
+    found = value if isinstance(value, bool) else _TRUTH.get(str(value).lower())
+    if found is None:
+        raise ValueError(f"expected {name} to be true or false, got {value!r}. Correct it or leave it out.")
+    return found
+
+
+def _clean(value, winner: int, loser: int) -> int | None:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if isinstance(value, bool):
+        return winner if value else loser
+    return None if value is None else _seed(value, "clean")
+
+
+def _text(value) -> str | None:
+    return None if value is None else str(value)
+
+
+def _time(value) -> str | float | None:
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        pass
+    try:
+        datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"expected time in ISO 8601 or seconds since 1970, got {value!r}. Correct it or leave it out.") from None
+    return str(value)

@@ -1,0 +1,119 @@
+"""Preference losses of the reward network: pure terms, one value per pair or sample, and the weighted sum of the paper.
+
+Source: arXiv 2606.27305 (2026), reward training; Bradley and Terry (1952) for the strengths.
+Shape letters: N samples, P pairs given as (better, worse), D, H, W = z, y, x.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the pair head over both presentation orders, [P].
+
+    Args: logits [P, 2] of (better, worse), target 0, and of (worse, better), target 1; index 0 says "the first is better".
+    """
+    return 0.5 * (_cross_entropy(better_first, 0) + _cross_entropy(worse_first, 1))
+
+
+def pair_loss_drawn_order(better_first: torch.Tensor, worse_first: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Cross-entropy of one presentation order per pair, drawn with probability one half each, [P]. Arguments as above."""
+    both = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)  # [P, 2]
+    drawn = torch.multinomial(torch.full((both.shape[0], 2), 0.5), 1, generator=generator)  # [P, 1] on the CPU, whatever the device
+    return both.gather(1, drawn.to(both.device)).squeeze(1)
+
+
+def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
+    return -F.log_softmax(logits, dim=1)[:, target]  # [P]
+
+
+def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(r_better - r_worse) on rewards [P] -> [P]."""
+    return F.softplus(worse - better)
+
+
+def bradley_terry_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
+    """-log(l_better / (l_better + l_worse)) from *log* strengths [P] -> [P].
+
+    Deviates: computed as -log sigmoid of the logarithms' difference, the same value without overflow of exp.
+    """
+    return F.softplus(worse - better)
+
+
+def strength_norm(log_strength: torch.Tensor) -> torch.Tensor:
+    """L2 norm of all strengths of a batch, log strengths [N] -> []. Detached as in the paper's code: a figure to log, no gradient."""
+    return log_strength.detach().exp().norm()
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
+    """L1 between a slab and its reconstruction rescaled to the slab's own range, [N, 1, D, H, W] twice -> [N].
+
+    r' = (r - min r) / (max r - min r) * (max o - min o) + min o per sample, then mean |r' - o| over its voxels.
+    Differentiable in: both. Minimum and maximum are in the graph, so an affine map of r gets no gradient.
+    Deviates: a constant reconstruction gives r' = min o, where the formula has 0/0.
+    """
+    r, o = reconstruction.flatten(1), slab.flatten(1)  # [N, D*H*W]
+    r_low, o_low = r.amin(1, keepdim=True), o.amin(1, keepdim=True)
+    span = (r.amax(1, keepdim=True) - r_low).clamp_min(torch.finfo(r.dtype).tiny)
+    return ((r - r_low) / span * (o.amax(1, keepdim=True) - o_low) + o_low - o).abs().mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the terms, defaults the paper's; 0 leaves the term out."""
+
+    pairs: float = 1.0  # cross-entropy of the pair head
+    scalar: float = 1e-3  # margin loss of the reward itself
+    bradley_terry: float = 1e-3
+    strength: float = 1e-8  # norm of the strengths, without gradient
+    reconstruction: float = 1e-2
+    drawn_from_epoch: int = 3  # from this epoch on (0-based) one presentation order is drawn per pair
+
+    def __post_init__(self):
+        for name in ("pairs", "scalar", "bradley_terry", "strength", "reconstruction", "drawn_from_epoch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"LossWeights.{name} must be >= 0, got {getattr(self, name)}")
+
+
+class PreferenceLoss:
+    """The paper's weighted sum, from a reward network's output and index pairs.
+
+    Call: (output, better [P], worse [P], pair_logits, slab, epoch, generator) -> dict of weighted scalar terms that the loop sums.
+    Pairs are averaged over the batch, samples likewise; a term of weight 0 is neither computed nor returned.
+    """
+
+    def __init__(self, weights: LossWeights):
+        self.weights = weights
+
+    def __call__(
+        self,
+        output,
+        better: torch.Tensor,
+        worse: torch.Tensor,
+        *,
+        pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        slab: torch.Tensor,
+        epoch: int,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Args: `output` a RewardOutput over N samples; `better`, `worse` int64 indices into them; `pair_logits` the model's pair head."""
+        w = self.weights
+        terms: dict[str, torch.Tensor] = {}
+        if w.pairs:
+            first, second = output.embedding[better], output.embedding[worse]
+            logits = pair_logits(first, second), pair_logits(second, first)
+            drawn = epoch >= w.drawn_from_epoch
+            per_pair = pair_loss_drawn_order(*logits, generator) if drawn else pair_loss_both_orders(*logits)
+            terms["pairs"] = w.pairs * per_pair.mean()
+        if w.scalar:
+            terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
+        if w.bradley_terry:
+            terms["bradley_terry"] = w.bradley_terry * bradley_terry_loss(output.log_strength[better], output.log_strength[worse]).mean()
+        if w.strength:
+            terms["strength"] = w.strength * strength_norm(output.log_strength)
+        if w.reconstruction and output.reconstruction is not None:
+            terms["reconstruction"] = w.reconstruction * reconstruction_loss(output.reconstruction, slab).mean()
+        return terms

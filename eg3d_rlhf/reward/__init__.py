@@ -1,0 +1,1 @@
+"""The reward network on density slabs: architecture, files, training."""

@@ -1,0 +1,38 @@
+"""Letter legend for every tensor of this package, and the one check made at its public edges.
+
+Letters used in shape comments and in `check_shape` patterns:
+
+    N  samples in a batch          P  pairs of samples (winner first)    C  channels
+    D  depth slices, z axis (+z towards the camera)                      H  rows, y axis (+y up)
+    W  columns, x axis (+x right)  M  entries of a feature vector        L  layers of the style vector
+    F  views per sample            R  rays                               S  samples along a ray
+
+Volumes are [N, C, D, H, W] = [N, C, z, y, x] everywhere inside the package; flips live in file readers and writers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], what_to_do: str) -> None:
+    """Raise ValueError unless `tensor` has the shape `pattern`; ints must match, letters are free but consistent.
+
+    Args:
+        who: name of the caller and argument, e.g. "RewardModel.score(slab)".
+        pattern: one entry per axis, an int (exact size) or a letter of the legend (any size >= 1, equal wherever it recurs).
+        what_to_do: the remedy, one sentence.
+
+    Raises:
+        ValueError: not a tensor, another number of axes, or another size.
+    """
+    expected = "[" + ", ".join(str(p) for p in pattern) + "]"
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{who}: expected a tensor {expected}, got {type(tensor).__name__}. {what_to_do}")
+    got = list(tensor.shape)
+    seen: dict[str, int] = {}
+    fits = len(got) == len(pattern)
+    for size, want in zip(got, pattern, strict=False):
+        fits = fits and size >= 1 and size == (want if isinstance(want, int) else seen.setdefault(want, size))
+    if not fits:
+        raise ValueError(f"{who}: expected {expected}, got {got}. {what_to_do}")

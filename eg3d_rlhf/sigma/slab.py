@@ -1,0 +1,177 @@
+"""Raw density of a generator on a grid of world points, and the self-normalised slab that a reward reads.
+
+Two implementations of one function: `separable` (2-D maps, see separable.py) and `pointwise` (every point on its own: the oracle, and the
+only way for planes that are not axis-aligned).
+
+Letters: N batch, L layers of ws, K planes, C channels, J hidden units, D, H, W = grid points along z, y, x, P = points.
+"""
+
+import warnings
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from eg3d_rlhf.shapes import check_shape
+from eg3d_rlhf.sigma.separable import pair_maps, projection_axes, sigma_from_maps
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+_IMPLS = ("auto", "separable", "pointwise")
+_POINT_CHUNK = 1 << 17  # points decoded at once where no gradient is asked for
+
+
+class DecoderWeights(NamedTuple):
+    """Effective weights of the density row of the decoder: w_sigma @ softplus(w0 @ features + b0) + b_sigma."""
+
+    w0: torch.Tensor  # [J, C]
+    b0: torch.Tensor  # [J]
+    w_sigma: torch.Tensor  # [J]
+    b_sigma: torch.Tensor  # []
+
+
+class SigmaGenerator(Protocol):
+    """What is read of a tri-plane generator; `training.triplane.TriPlaneGenerator` fits."""
+
+    rendering_kwargs: dict[str, Any]  # 'box_warp': side of the cube that the planes span, world units
+    renderer: Any  # .plane_axes [K, 3, 3]
+    decoder: Any  # .sigma_weights() -> DecoderWeights
+
+    def planes(self, ws: torch.Tensor, noise_mode: str) -> torch.Tensor: ...
+
+
+def sigma_grid(
+    G: SigmaGenerator, ws: torch.Tensor, spec: SlabSpec, impl: str = "auto", noise_mode: str = "const"
+) -> torch.Tensor:
+    """Raw density of each sample at the points of `spec`, with one synthesis pass per call.
+
+    Args:
+        G: the generator; its own box_warp scales the plane coordinates, spec.box_warp places the grid.
+        ws: [N, L, w_dim].
+        impl: 'separable', 'pointwise', or 'auto' (separable where the planes are axis-aligned).
+        noise_mode: of the synthesis, 'const', 'random' or 'none'.
+
+    Returns: sigma_raw [N, D, H, W], the decoder output before the ray marcher's softplus(. - 1); increasing z, y, x with the index.
+    Differentiable in ws and all weights of G (once; the backward of the separable path has no backward of its own).
+    Raises: ValueError for an unknown impl, or 'separable' with planes that are not axis-aligned.
+    """
+    check_shape("sigma_grid(ws)", ws, ("N", "L", "C"), "Pass the output of G.mapping.")
+    planes = G.planes(ws, noise_mode=noise_mode)
+    weights = DecoderWeights(*G.decoder.sigma_weights())
+    return sigma_from_planes(planes, G.renderer.plane_axes, weights, spec, float(G.rendering_kwargs["box_warp"]), impl)
+
+
+def sigma_from_planes(
+    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, spec: SlabSpec, box_warp: float = 1.0, impl: str = "auto"
+) -> torch.Tensor:
+    """Raw density at the points of `spec` from planes that are already there.
+
+    Features are bilinear samples (zeros outside, align_corners=False) of the K planes at world * 2/box_warp, averaged over the planes
+    (eg3d.md, section 4).
+
+    Args: planes [N, K, C, rows, columns]; plane_axes [K, 3, 3]; box_warp: side of the cube that the planes span, world units.
+    Returns: sigma_raw [N, D, H, W].
+    Differentiable in planes and weights.
+    Raises: ValueError, see `sigma_grid`.
+    """
+    if impl not in _IMPLS:
+        raise ValueError(f"sigma_grid: expected impl in {_IMPLS}, got {impl!r}. Use 'auto'.")
+    check_shape("sigma_from_planes(plane_axes)", plane_axes, ("K", 3, 3), "Pass G.renderer.plane_axes.")
+    check_shape("sigma_from_planes(planes)", planes, ("N", plane_axes.shape[0], "C", "H", "W"), "Pass the output of G.planes.")
+    if planes.dtype not in (torch.float32, torch.float64):
+        planes = planes.float()
+    weights = DecoderWeights(*(weight.to(planes.dtype) for weight in weights))
+    pairs = None if impl == "pointwise" else projection_axes(plane_axes)
+    if pairs is not None:
+        return _separable(planes, pairs, weights, spec, box_warp)
+    if impl == "separable":
+        raise ValueError(
+            f"sigma_grid: expected axis-aligned planes for impl='separable', got plane_axes {plane_axes.tolist()}. Use impl='auto'."
+        )
+    if impl == "auto":
+        _warn_not_separable()
+    x, y, z = (axis.to(planes) for axis in spec.axes())
+    grid = torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)  # [D, H, W, 3], components x, y, z
+    return sigma_at(planes, plane_axes, weights, grid.reshape(-1, 3), box_warp).unflatten(1, spec.shape)
+
+
+@cache
+def _warn_not_separable() -> None:
+    """Once per process."""
+    warnings.warn("sigma_grid: the planes are not axis-aligned, so every point is decoded on its own (slower).", stacklevel=4)
+
+
+def _separable(
+    planes: torch.Tensor, pairs: tuple[tuple[int, int], ...], weights: DecoderWeights, spec: SlabSpec, box_warp: float
+) -> torch.Tensor:
+    """[N, D, H, W] through the pair maps, one sample after the other."""
+    axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
+    depth, height, width = spec.shape
+    volumes = []
+    for sample in planes:
+        maps = pair_maps(sample, pairs, axes, weights.w0, weights.b0)
+        sigma = sigma_from_maps(maps, weights.w_sigma, weights.b_sigma, (width, height, depth))  # [W, H, D]
+        volumes.append(sigma.permute(2, 1, 0))
+    return torch.stack(volumes)  # [N, D, H, W], contiguous
+
+
+def sigma_at(
+    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float = 1.0
+) -> torch.Tensor:
+    """Raw density at arbitrary points: the slow, obvious form of everything in this file.
+
+    Without gradients the points go through in chunks; with gradients all at once, under plain autograd.
+
+    Args: planes [N, K, C, rows, columns]; plane_axes [K, 3, 3]; points [P, 3] world coordinates.
+    Returns: sigma_raw [N, P].
+    Differentiable in planes, weights and points.
+    """
+    inputs = (planes, points, *weights)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _decode_points(planes, plane_axes, weights, points, box_warp)
+    parts = [_decode_points(planes, plane_axes, weights, part, box_warp) for part in points.split(_POINT_CHUNK)]
+    return torch.cat(parts, dim=1)
+
+
+def plane_features(planes: torch.Tensor, plane_axes: torch.Tensor, points: torch.Tensor, box_warp: float) -> torch.Tensor:
+    """Features [N, C, P] at points [P, 3]: bilinear samples of every plane, averaged over the planes."""
+    inverse = torch.linalg.inv(plane_axes).to(points)
+    grid = (points * (2 / box_warp) @ inverse)[..., :2]  # [K, P, 2], (width, height)
+    grid = grid[None, :, None].expand(planes.shape[0], -1, -1, -1, -1)  # [N, K, 1, P, 2]
+    sampled = F.grid_sample(planes.flatten(0, 1), grid.flatten(0, 1), mode="bilinear", padding_mode="zeros", align_corners=False)
+    return sampled.squeeze(2).unflatten(0, planes.shape[:2]).mean(dim=1)  # [N, C, P]
+
+
+def _decode_points(
+    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float
+) -> torch.Tensor:
+    """[N, P] of `sigma_at`, all points at once."""
+    features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
+    return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
+
+
+def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tensor:
+    """Each sample on its own scale: (sigma - min) / (max - min) * value_max, so that it spans [0, value_max].
+
+    Args: sigma [N, ...] with at least one further axis; value_max > 0.
+    Returns: the same shape. A constant sample gives zeros with zero gradient.
+    Differentiable in sigma, the minimum and maximum included; tied extremes share the gradient evenly.
+    Raises: ValueError for a tensor without a batch axis, or an empty sample.
+    Deviates: the authors' division is unguarded and gives NaN for a constant slab.
+    """
+    if sigma.ndim < 2 or sigma[:1].numel() == 0:
+        raise ValueError(f"normalise_slab: expected non-empty samples [N, D, H, W], got {list(sigma.shape)}. Add the batch axis.")
+    dims = tuple(range(1, sigma.ndim))
+    low, high = sigma.amin(dim=dims, keepdim=True), sigma.amax(dim=dims, keepdim=True)
+    span = high - low
+    constant = span == 0
+    scaled = (sigma - low) / torch.where(constant, torch.ones_like(span), span) * value_max
+    return torch.where(constant, torch.zeros_like(scaled), scaled)
+
+
+def sample_slab(G: SigmaGenerator, ws: torch.Tensor, spec: SlabSpec, noise_mode: str = "const") -> torch.Tensor:
+    """What the reward network reads: [N, 1, D, H, W], self-normalised to [0, spec.value_max].
+
+    Args: ws [N, L, w_dim]. Differentiable in ws and the weights of G.
+    """
+    return normalise_slab(sigma_grid(G, ws, spec, noise_mode=noise_mode), spec.value_max).unsqueeze(1)

@@ -1,0 +1,109 @@
+"""Which points of the scene cube a reward reads: resolution, crop and value range, stored in the reward checkpoint and nowhere else.
+
+Letters: D, H, W = grid points along z, y, x. World axes: x right, +y up (forehead), +z towards the camera (front of the face).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+_AXES = ("x", "y", "z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlabSpec:
+    """A box of grid points inside the scene cube.
+
+    The cube has side `box_warp`, is centred at the origin, and carries `resolution` corner-aligned points per axis, point i at
+    (i/(resolution - 1) - 1/2) * box_warp. From each face `int(fraction * resolution)` points are trimmed. The default is the slab of
+    arXiv 2606.27305: x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) = (129, 141, 128).
+
+    Raises: ValueError for a value outside its range, or a crop that leaves fewer than 2 points on an axis.
+    Deviates: the grid is straight. The authors' helper divides indices without rounding down, so its y drifts by z/resolution and its x by
+    y/resolution of a voxel; the difference stays under one voxel everywhere.
+    """
+
+    resolution: int = 256  # grid points per axis of the whole cube, >= 2
+    crop: tuple[float, float, float, float, float, float] = (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)  # x_lo, x_hi, y_lo, ..., z_hi in [0, 1)
+    box_warp: float = 1.0  # side of the scene cube, world units, > 0
+    value_max: float = 100.0  # upper end of the self-normalised range, > 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 2:
+            raise ValueError(f"SlabSpec: expected an integer resolution >= 2, got {self.resolution!r}. Use 256 for the published slab.")
+        try:
+            crop = tuple(float(fraction) for fraction in self.crop)
+        except (TypeError, ValueError):
+            crop = ()
+        if len(crop) != 6 or not all(0.0 <= fraction < 1.0 for fraction in crop):
+            raise ValueError(
+                f"SlabSpec: expected crop = (x_lo, x_hi, y_lo, y_hi, z_lo, z_hi), six fractions in [0, 1), got {self.crop!r}. "
+                "Give the fraction to trim from each face."
+            )
+        object.__setattr__(self, "crop", crop)  # a list from JSON becomes hashable
+        for name in ("box_warp", "value_max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"SlabSpec: expected {name} > 0, got {value!r}. Give a positive finite number.")
+            object.__setattr__(self, name, float(value))
+        for axis, (start, stop) in zip(_AXES, self.index_ranges, strict=True):
+            if stop - start < 2:
+                raise ValueError(f"SlabSpec: expected at least 2 points on {axis}, got indices {start}:{stop}. Trim less of {axis}.")
+
+    @classmethod
+    def cube(cls, resolution: int, box_warp: float = 1.0) -> "SlabSpec":
+        """The whole scene cube without a crop, as meshes and the density-consistency term read it."""
+        return cls(resolution=resolution, crop=(0.0,) * 6, box_warp=box_warp)
+
+    @property
+    def index_ranges(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(start, stop) indices into the whole cube for x, y and z; stop is exclusive."""
+        trimmed = [int(fraction * self.resolution) for fraction in self.crop]
+        x, y, z = ((low, self.resolution - high) for low, high in zip(trimmed[::2], trimmed[1::2], strict=True))
+        return x, y, z
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(D, H, W): points along z, y, x."""
+        x, y, z = (stop - start for start, stop in self.index_ranges)
+        return z, y, x
+
+    @property
+    def voxel(self) -> float:
+        """Distance between neighbouring grid points, world units."""
+        return self.box_warp / (self.resolution - 1)
+
+    def axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """World coordinates of the grid points: x [W], y [H], z [D], float32, increasing."""
+        last = self.resolution - 1
+        x, y, z = (
+            ((torch.arange(start, stop, dtype=torch.float64) / last - 0.5) * self.box_warp).float() for start, stop in self.index_ranges
+        )
+        return x, y, z
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, one per field."""
+        return {**asdict(self), "crop": list(self.crop)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SlabSpec":
+        """The spec that `to_dict` wrote.
+
+        Raises: ValueError when a field is missing, unknown or out of range: a slab that only nearly is the one that the reward was trained
+        on would be scored without complaint.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"SlabSpec.from_dict: expected the fields {sorted(names)}, got {got}. Pass what SlabSpec.to_dict() gave.")
+        return cls(**values)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON: equal across processes and machines for equal specs."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

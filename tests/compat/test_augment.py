@@ -1,0 +1,84 @@
+"""AugmentPipe against the reference values: draw k is replaced by RandomState(50000 + k) numbers of the listed kind and shape."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from training.augment import AugmentPipe
+
+RELATIVE_ERROR = 1e-4
+CASES = ["aug/0", "aug/1", "aug/2"]
+
+
+@pytest.fixture(scope="module")
+def attributes(fixtures_dir):
+    return json.loads((fixtures_dir / "eg3d" / "misc.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def values(fixtures_dir):
+    with np.load(fixtures_dir / "eg3d" / "misc.npz") as archive:
+        return {name: archive[name] for name in archive.files if name.startswith("aug/")}
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Replace torch.rand and torch.randn by listed draws; returns the list of calls made."""
+
+    def start(base: int) -> list:
+        calls = []
+
+        def draw(kind):
+            def call(shape, **_):
+                state = np.random.RandomState(base + len(calls))
+                calls.append([kind, list(shape)])
+                numbers = state.random_sample(shape) if kind == "rand" else state.standard_normal(shape)
+                return torch.from_numpy(numbers.astype(np.float32))
+
+            return call
+
+        monkeypatch.setattr(torch, "rand", draw("rand"))
+        monkeypatch.setattr(torch, "randn", draw("randn"))
+        return calls
+
+    return start
+
+
+def build(case: dict) -> tuple[AugmentPipe, torch.Tensor]:
+    seed, shape = re.fullmatch(r"RandomState\((\d+)\)\.random_sample\(\((.*)\)\)\*2-1", case["input"]).groups()
+    images = np.random.RandomState(int(seed)).random_sample([int(s) for s in shape.split(",")]) * 2 - 1
+    pipe = AugmentPipe(**case["kwargs"])
+    pipe.p.fill_(case["p"])
+    return pipe, torch.from_numpy(images.astype(np.float32))
+
+
+def assert_close(actual: torch.Tensor, expected: np.ndarray):
+    assert tuple(actual.shape) == expected.shape
+    assert np.abs(actual.numpy() - expected).max() <= RELATIVE_ERROR * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_draws_give_the_same_images(name, attributes, values, inject):
+    case = attributes[name]
+    pipe, images = build(case)
+    calls = inject(case["draw_base"])
+    out = pipe(images)
+    assert calls == [draw[:2] for draw in case["draws"]]
+    assert_close(out, values[f"{name}/out"])
+
+
+@pytest.mark.parametrize("name", CASES[:2])
+@pytest.mark.parametrize("percentile", [0.3, 0.8])
+def test_debug_percentile(name, percentile, attributes, values, inject):
+    case = attributes[name]
+    pipe, images = build(case)
+    inject(case["draw_base"])
+    assert_close(pipe(images, debug_percentile=percentile), values[f"{name}/debug_percentile_{percentile}"])
+
+
+@pytest.mark.parametrize("buffer", ["Hz_geom", "Hz_fbank"])
+def test_filters(buffer, values):
+    assert_close(AugmentPipe().get_buffer(buffer), values[f"aug/{buffer}"])

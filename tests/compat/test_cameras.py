@@ -1,0 +1,89 @@
+"""Camera samplers against EG3D's values (misc.npz), and the geometry they must obey."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training.rendering import cameras
+
+DRAW_BASE = 500  # the recorded draws of the stochastic cases: draw k is RandomState(500 + k)
+
+
+@pytest.fixture(scope="module")
+def misc(fixtures_dir):
+    with np.load(fixtures_dir / "eg3d" / "misc.npz") as data:
+        return {name: data[name] for name in data.files if name.startswith(("lookat", "gauss", "uniform", "fov"))}
+
+
+def _inject(monkeypatch, name, method):
+    draws = iter(range(DRAW_BASE, DRAW_BASE + 100))
+
+    def draw(*shape, device=None):
+        values = getattr(np.random.RandomState(next(draws)), method)(shape[0] if isinstance(shape[0], tuple) else shape)
+        return torch.from_numpy(values.astype(np.float32))
+
+    monkeypatch.setattr(torch, name, draw)
+
+
+def test_look_at_poses_match_reference(misc):
+    for i in range(12):
+        h, v, r = misc[f"lookat/{i}/hvr"]
+        got = cameras.LookAtPoseSampler.sample(h, v, torch.from_numpy(misc[f"lookat/{i}/pivot"]), radius=r)[0]
+        np.testing.assert_allclose(got.numpy(), misc[f"lookat/{i}/c2w"], atol=1e-6)
+
+
+def test_gaussian_without_deviation(misc):
+    got = cameras.GaussianCameraPoseSampler.sample(1.2, 1.7, radius=2)
+    np.testing.assert_allclose(got.numpy(), misc["gauss_nostd/c2w"], atol=1e-6)
+
+
+def test_gaussian_draws_yaw_then_pitch(misc, monkeypatch):
+    _inject(monkeypatch, "randn", "standard_normal")
+    got = cameras.GaussianCameraPoseSampler.sample(math.pi / 2, math.pi / 2, 0.3, 0.15, radius=2.7, batch_size=5)
+    np.testing.assert_allclose(got.numpy(), misc["gauss_std/c2w"], atol=1e-6)
+
+
+def test_uniform_draws_yaw_then_pitch(misc, monkeypatch):
+    _inject(monkeypatch, "rand", "random_sample")
+    got = cameras.UniformCameraPoseSampler.sample(math.pi / 2, math.pi / 2, 0.3, 0.15, radius=2.7, batch_size=5)
+    np.testing.assert_allclose(got.numpy(), misc["uniform_std/c2w"], atol=1e-6)
+
+
+def test_fov_to_focal(misc):
+    for fov, focal in misc["fov"]:
+        k = cameras.FOV_to_intrinsics(fov)
+        assert k.shape == (3, 3) and k[0, 2] == k[1, 2] == 0.5
+        np.testing.assert_allclose([k[0, 0], k[1, 1]], focal, rtol=1e-6)
+
+
+def test_poses_are_rotations_and_look_at_the_pivot():
+    pivot = torch.tensor([0.1, -0.05, 0.2])
+    poses = cameras.LookAtPoseSampler.sample(1.3, 1.8, pivot, 0.5, 0.3, radius=2.7, batch_size=7)
+    r = poses[:, :3, :3]
+    torch.testing.assert_close(r.mT @ r, torch.eye(3).expand(7, 3, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(r), torch.ones(7))
+    seen = torch.einsum("nij,nj->ni", r.mT, pivot - poses[:, :3, 3])
+    torch.testing.assert_close(seen[:, :2], torch.zeros(7, 2), atol=1e-6, rtol=0)
+    assert (seen[:, 2] > 0).all()
+
+
+def test_label_round_trip_and_mirror():
+    poses = cameras.GaussianCameraPoseSampler.sample(math.pi / 2, math.pi / 2, 0.5, 0.2, radius=2.7, batch_size=4)
+    c = cameras.pack_label(poses, cameras.intrinsics_matrix(cameras.FFHQ_FOCAL))
+    assert c.shape == (4, 25)
+    back, k = cameras.unpack_label(c)
+    assert torch.equal(back, poses) and torch.equal(k[0], cameras.intrinsics_matrix(cameras.FFHQ_FOCAL))
+    mirrored = cameras.mirror_label(c)
+    assert torch.equal(cameras.mirror_label(mirrored), c)
+    left = cameras.LookAtPoseSampler.sample(math.pi / 2 - 0.4, 1.5, torch.zeros(3), radius=2.7)
+    right = cameras.LookAtPoseSampler.sample(math.pi / 2 + 0.4, 1.5, torch.zeros(3), radius=2.7)
+    torch.testing.assert_close(cameras.mirror_pose(left), right, atol=1e-6, rtol=0)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"pack_label: expected cam2world \[N, 4, 4\]"):
+        cameras.pack_label(torch.eye(4), torch.eye(3))
+    with pytest.raises(ValueError, match=r"unpack_label: expected c \[N, 25\], got \[2, 24\]"):
+        cameras.unpack_label(torch.zeros(2, 24))

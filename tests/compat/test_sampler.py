@@ -1,0 +1,45 @@
+"""The sampler's order against EG3D's (misc.npz), and its exact continuation."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from training.sampler import InfiniteSampler
+
+
+def _first(count, n=17, **options):
+    return list(itertools.islice(InfiniteSampler(range(n), **options), count))
+
+
+@pytest.mark.parametrize("key, options", [("replicas1_rank0", {}), ("replicas2_rank1", {"num_replicas": 2, "rank": 1})])
+def test_order_matches_reference(fixtures_dir, key, options):
+    with np.load(fixtures_dir / "eg3d" / "misc.npz") as data:
+        expected = data[f"sampler/{key}"]
+    assert _first(len(expected), seed=5, **options) == expected.tolist()
+
+
+@pytest.mark.parametrize("start", [0, 1, 16, 17, 90, 70_000])
+def test_start_index_continues_exactly(start):
+    straight = _first(start + 40, seed=3)
+    assert _first(40, seed=3, start_index=start) == straight[start:]
+
+
+def test_ranks_interleave_to_the_single_rank_order():
+    whole = _first(60, seed=1)
+    parts = [_first(30, seed=1, num_replicas=2, rank=rank, start_index=0) for rank in (0, 1)]
+    assert [value for pair in zip(*parts, strict=True) for value in pair] == whole
+    resumed = [_first(10, seed=1, num_replicas=2, rank=rank, start_index=40) for rank in (0, 1)]
+    assert [value for pair in zip(*resumed, strict=True) for value in pair] == whole[40:]
+
+
+def test_unshuffled_and_single_image():
+    assert _first(7, n=3, shuffle=False) == [0, 1, 2, 0, 1, 2, 0]
+    assert _first(3, n=1) == [0, 0, 0]
+
+
+def test_errors_name_the_values():
+    with pytest.raises(ValueError, match="got an empty dataset"):
+        InfiniteSampler([])
+    with pytest.raises(ValueError, match="rank=2, num_replicas=2"):
+        InfiniteSampler([1], rank=2, num_replicas=2)

@@ -1,0 +1,94 @@
+"""Labels from a stand-in generator of known heads: repeatable, disjoint, and mostly in favour of the smoother head."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.preferences.annotator import ANNOTATOR
+from eg3d_rlhf.preferences.labels import load_labels, write_labels
+from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate, frontal_label, seed_ws
+
+
+class _Field:
+    """Stands in for a decoder and its planes: a ball with waves whose amplitude is the latent's first number."""
+
+    def __init__(self):
+        self.z_dim, self.c_dim, self.rendering_kwargs = 4, 25, {"box_warp": 1.0}
+
+    def mapping(self, z, c, truncation_psi, truncation_cutoff):
+        assert c.shape == (len(z), 25) and truncation_cutoff == 14
+        return (truncation_psi * z)[:, None]
+
+
+def _grid(G, ws, spec):
+    x, y, z = spec.axes()
+    z, y, x = torch.meshgrid(z, y, x, indexing="ij")
+    waves = torch.sin(80 * x) * torch.sin(75 * y + 1) * torch.sin(70 * z)
+    amplitude = ws[:, 0, 0].abs()[:, None, None, None]
+    distance = (x * x + y * y + z * z).sqrt() - 0.3
+    return 10 - 600 * (distance + 0.006 * amplitude * waves)
+
+
+@pytest.fixture
+def generator(monkeypatch):
+    monkeypatch.setattr("eg3d_rlhf.preferences.synthetic.sigma_grid", _grid)
+    return _Field()
+
+
+OPTIONS = AnnotationOptions(pairs=20, resolution=32, batch=7, flip_rate=0.1)
+
+
+def test_annotation_repeats_whatever_the_batch(generator):
+    first, second = annotate(generator, OPTIONS), annotate(generator, AnnotationOptions(pairs=20, resolution=32, batch=40, flip_rate=0.1))
+    assert first.labels == second.labels and first.temperature == second.temperature
+    np.testing.assert_array_equal(first.utilities, second.utilities)
+
+
+def test_every_seed_is_used_once_and_clean_means_the_better_one_won(generator):
+    annotation = annotate(generator, AnnotationOptions(pairs=20, first_seed=100, resolution=32))
+    assert sorted(seed for label in annotation.labels for seed in (label.winner, label.loser)) == list(range(100, 140))
+    for label in annotation.labels:
+        better = annotation.utilities[label.winner - 100] >= annotation.utilities[label.loser - 100]
+        assert label.clean == better
+
+
+def test_smoother_heads_win(generator):
+    annotation = annotate(generator, AnnotationOptions(pairs=20, resolution=32, flip_rate=0.0))
+    amplitude = [abs(np.random.RandomState(seed).randn(4)[0]) for seed in range(40)]
+    assert np.mean([amplitude[label.winner] < amplitude[label.loser] for label in annotation.labels]) > 0.8
+
+
+def test_labels_survive_the_open_format(generator, tmp_path):
+    annotation = annotate(generator, OPTIONS)
+    labels = load_labels(write_labels(tmp_path / "labels.jsonl", annotation.preferences("abc")))
+    assert labels == annotation.preferences("abc") and len(labels) == 20
+    assert set(labels[0].to_dict()) == {"winner", "loser", "generator", "psi", "annotator", "clean"}
+    assert labels[0].generator == "abc" and labels[0].annotator == ANNOTATOR
+    summary = json.loads(json.dumps(annotation.summary()))
+    assert summary["flipped"] == sum(label.clean == label.loser for label in labels)
+
+
+def test_calibration_is_recorded_and_progress_reported(generator):
+    seen = []
+    annotation = annotate(generator, AnnotationOptions(pairs=6, resolution=32, calibrate=8), on_seed=seen.append)
+    assert len(seen) == 12 and annotation.calibration.samples == 8
+
+
+def test_latents_follow_the_seed_and_truncation(generator):
+    ws = seed_ws(generator, [3, 9], psi=0.5, cutoff=14)
+    np.testing.assert_allclose(ws[1, 0].numpy(), 0.5 * np.random.RandomState(9).randn(4), rtol=1e-6)
+
+
+def test_frontal_camera_looks_down_the_z_axis():
+    label = frontal_label({"avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2]})
+    cam2world = label[0, :16].reshape(4, 4)
+    torch.testing.assert_close(cam2world[:3, 3], torch.tensor([0.0, 0.0, 2.7]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(cam2world[:3, 2], torch.tensor([0.0, 0.0, -1.0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"pairs": 0}, {"flip_rate": 0.5}, {"calibrate": 2}, {"pairs": 3, "calibrate": 7}])
+def test_mistakes_are_named(settings):
+    with pytest.raises(ValueError, match="AnnotationOptions: expected"):
+        AnnotationOptions(**settings)

@@ -1,0 +1,104 @@
+"""2-D convolution with optional up- or downsampling around it.
+
+Shapes: N batch, I input and O output channels, G groups, H x W pixels, K kernel size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops.upfirdn2d import Scale, _parse_padding, filter_size, upfirdn2d
+
+
+def conv2d_resample(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    f: torch.Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: Scale = 0,
+    groups: int = 1,
+    flip_weight: bool = True,
+    flip_filter: bool = False,
+) -> torch.Tensor:
+    """Upsample by `up`, convolve, downsample by `down`, with all padding applied once, before anything else.
+
+    The three steps are linear and commute, so each case runs in its cheapest order: 1x1 kernels convolve on the smaller
+    image, KxK kernels use a strided convolution (down) or a strided transposed one (up) with the low-pass next to it.
+
+    Args:
+        x: [N, I, H, W].
+        w: [O, I/G, K, K].
+        f: low-pass from `upfirdn2d.setup_filter`, used where up > 1 or down > 1; None is the identity.
+        up, down: whole factors >= 1.
+        padding: as in `upfirdn2d`, with respect to the upsampled image; what the low-pass needs is added.
+        groups: G; splits I and O.
+        flip_weight: True correlates (what torch calls convolution), False convolves.
+        flip_filter: as in `upfirdn2d`.
+    Returns: [N, O, H', W'], H' = H*up/down for "same" padding (K//2).
+    Differentiable in x and w, to any order.
+    Raises: ValueError for wrong shapes or factors.
+    """
+    if x.ndim != 4 or w.ndim != 4 or x.shape[1] != w.shape[1] * groups:
+        raise ValueError(
+            f"conv2d_resample: expected x [N, I, H, W] and w [O, I/groups, K, K], got {list(x.shape)}, {list(w.shape)}, groups={groups}. "
+            "Make the channel counts agree."
+        )
+    if not (isinstance(up, int) and isinstance(down, int) and up >= 1 and down >= 1):
+        raise ValueError(f"conv2d_resample: expected up and down to be whole numbers >= 1, got {up} and {down}. Use e.g. 2.")
+    kh, kw = w.shape[2:]
+    fw, fh = filter_size(f)
+    x0, x1, y0, y1 = _parse_padding(padding)
+    if up > 1:
+        x0, x1, y0, y1 = x0 + (fw + up - 1) // 2, x1 + (fw - up) // 2, y0 + (fh + up - 1) // 2, y1 + (fh - up) // 2
+    if down > 1:
+        x0, x1, y0, y1 = x0 + (fw - down + 1) // 2, x1 + (fw - down) // 2, y0 + (fh - down + 1) // 2, y1 + (fh - down) // 2
+    pads = (x0, x1, y0, y1)
+
+    if up == 1 and down == 1:
+        return _convolve(x, w, pads, 1, groups, flip_weight)
+    if up == 1 and (kh, kw) == (1, 1):
+        x = upfirdn2d(x, f, down=down, padding=pads, flip_filter=flip_filter)
+        return _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight)
+    if up == 1:
+        x = upfirdn2d(x, f, padding=pads, flip_filter=flip_filter)
+        return _convolve(x, w, (0, 0, 0, 0), down, groups, flip_weight)
+    if (kh, kw) == (1, 1):
+        x = _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight)
+        x = upfirdn2d(x, f, up=up, padding=pads, gain=up**2, flip_filter=flip_filter)
+    else:
+        x = _transposed_then_filter(x, w, f, up, pads, groups, flip_weight, flip_filter)
+    return upfirdn2d(x, f, down=down, flip_filter=flip_filter) if down > 1 else x
+
+
+def _convolve(
+    x: torch.Tensor, w: torch.Tensor, pads: tuple[int, int, int, int], stride: int, groups: int, flip_weight: bool
+) -> torch.Tensor:
+    """Strided convolution with any padding: x [N, I, H, W], w [O, I/G, K, K] -> [N, O, H', W']."""
+    if not flip_weight and w.shape[2:] != (1, 1):
+        w = w.flip([2, 3])
+    x0, x1, y0, y1 = pads
+    if x0 == x1 and y0 == y1 and x0 >= 0 and y0 >= 0:
+        return F.conv2d(x, w, stride=stride, padding=(y0, x0), groups=groups)
+    return F.conv2d(F.pad(x, pads), w, stride=stride, groups=groups)
+
+
+def _transposed_then_filter(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    f: torch.Tensor | None,
+    up: int,
+    pads: tuple[int, int, int, int],
+    groups: int,
+    flip_weight: bool,
+    flip_filter: bool,
+) -> torch.Tensor:
+    """Zero-insert, KxK convolution and low-pass: the first two are one transposed convolution, whose borders replace padding."""
+    kh, kw = w.shape[2:]
+    w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [I, O/G, K, K], as conv_transpose2d wants it
+    if flip_weight:
+        w = w.flip([2, 3])
+    x0, x1, y0, y1 = pads[0] - (kw - 1), pads[1] - (kw - up), pads[2] - (kh - 1), pads[3] - (kh - up)
+    inside = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)  # what conv_transpose2d can crop by itself
+    x = F.conv_transpose2d(x, w, stride=up, padding=(inside[1], inside[0]), groups=groups)
+    rest = (x0 + inside[0], x1 + inside[0], y0 + inside[1], y1 + inside[1])
+    return upfirdn2d(x, f, padding=rest, gain=up**2, flip_filter=flip_filter)

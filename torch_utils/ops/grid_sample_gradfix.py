@@ -1,0 +1,65 @@
+"""Bilinear image sampling that can be differentiated twice in the image.
+
+torch's own grid_sample has no second derivative; R1 regularisation through augmentation needs the one in the image.
+
+Shapes: N batch, C channels, H x W input pixels, h x w output pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+
+_BILINEAR, _ZEROS = 0, 0  # aten's codes for the interpolation and padding modes
+
+
+def grid_sample(input: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Sample an image at given points: bilinear, zeros outside, corners not aligned (-1 and 1 are the image's borders).
+
+    Args:
+        input: [N, C, H, W].
+        grid: [N, h, w, 2], (x, y) in [-1, 1] inside the image.
+    Returns: [N, C, h, w].
+    Differentiable in `input` to any order (the operation is linear in it); in `grid` once, and not in combination.
+    Raises: ValueError for wrong shapes.
+    """
+    if input.ndim != 4 or grid.ndim != 4 or grid.shape[0] != input.shape[0] or grid.shape[3] != 2:
+        raise ValueError(
+            f"grid_sample: expected input [N, C, H, W] and grid [N, h, w, 2], got {list(input.shape)} and {list(grid.shape)}. "
+            "Make the batch sizes and axes agree."
+        )
+    return _Sample.apply(input, grid)
+
+
+class _Sample(torch.autograd.Function):
+    """y = S(grid) x."""
+
+    @staticmethod
+    def forward(ctx, x, grid):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), grid)
+        ctx.shape = x.shape
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, grid = ctx.saved_tensors
+        dx = _Scatter.apply(dy, grid, ctx.shape) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        mask = [False, True]
+        _, dgrid = torch.ops.aten.grid_sampler_2d_backward(dy.detach(), x.detach(), grid.detach(), _BILINEAR, _ZEROS, False, mask)
+        return dx, dgrid
+
+
+class _Scatter(torch.autograd.Function):
+    """dx = S(grid)^T dy: the adjoint of _Sample in the image, whose own adjoint is _Sample."""
+
+    @staticmethod
+    def forward(ctx, dy, grid, shape):
+        ctx.save_for_backward(grid)
+        x = dy.new_empty(1).expand(shape)  # only its shape matters here
+        dx, _ = torch.ops.aten.grid_sampler_2d_backward(dy, x, grid, _BILINEAR, _ZEROS, False, [True, False])
+        return dx
+
+    @staticmethod
+    def backward(ctx, ddx):
+        (grid,) = ctx.saved_tensors
+        return (_Sample.apply(ddx, grid.detach()) if ctx.needs_input_grad[0] else None), None, None

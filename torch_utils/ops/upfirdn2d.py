@@ -1,0 +1,214 @@
+"""Zero-insertion, padding, FIR filtering and decimation of images: the resampling kernel of StyleGAN-family networks.
+
+Shapes: N batch, C channels, H x W pixels, K taps. Paddings are in pixels of the zero-inserted image; negative ones crop.
+Everything here is linear in x, so it is differentiable in x to any order; the filter is a constant.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops.implementations import check_impl
+
+Scale = int | Sequence[int]
+SEPARABLE_FROM = 8  # shorter 1-D filters become their outer product: one small 2-D pass is cheaper than two
+
+
+def setup_filter(
+    f: torch.Tensor | np.ndarray | Sequence | float | None,
+    device: torch.device | str = "cpu",
+    normalize: bool = True,
+    flip_filter: bool = False,
+    gain: float = 1,
+    separable: bool | None = None,
+) -> torch.Tensor:
+    """Prepare a FIR filter for the functions below.
+
+    Args:
+        f: scalar, [K] taps or [KH, KW] taps; None is the identity.
+        device: where the result lives.
+        normalize: scale the taps to sum 1.
+        flip_filter: reverse the taps.
+        gain: overall factor of the two-dimensional filter.
+        separable: keep 1-D taps as such; None does so from 8 taps on.
+    Returns: float32 [K] (applied along both axes) or [KH, KW].
+    Raises: ValueError for an empty filter, more than two axes, or separable=True with 2-D taps.
+    """
+    taps = torch.as_tensor(np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f), dtype=torch.float32)
+    if taps.ndim > 2 or taps.numel() == 0:
+        raise ValueError(f"setup_filter: expected a scalar, [K] or [KH, KW] taps, got shape {list(taps.shape)}. Pass e.g. [1, 3, 3, 1].")
+    taps = taps.reshape(1) if taps.ndim == 0 else taps
+    if separable is None:
+        separable = taps.ndim == 1 and taps.numel() >= SEPARABLE_FROM
+    if separable and taps.ndim == 2:
+        raise ValueError("setup_filter: expected 1-D taps with separable=True, got 2-D ones. Leave separable unset.")
+    if taps.ndim == 1 and not separable:
+        taps = torch.outer(taps, taps)
+    if normalize:
+        taps = taps / taps.sum()
+    if flip_filter:
+        taps = taps.flip(list(range(taps.ndim)))
+    return (taps * gain ** (taps.ndim / 2)).to(device)
+
+
+def upfirdn2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: Scale = 1,
+    down: Scale = 1,
+    padding: Scale = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Resample with a FIR filter: insert zeros, pad, filter, keep every down-th pixel.
+
+    Along each axis y[n] = sum_m f[K-1-m] u[n*down + m - pad0], where u[i*up] = x[i] and 0 elsewhere (trailing zeros included).
+
+    Args:
+        x: [N, C, H, W].
+        f: [K] (both axes) or [KH, KW] from `setup_filter`; None is the identity.
+        up, down: factor, or (x, y) factors, >= 1.
+        padding: one number, (x, y), or (x_before, x_after, y_before, y_after); negative crops.
+        flip_filter: False convolves, True correlates.
+        gain: factor on the result (gain**(1/2) per axis for 1-D taps).
+        impl: "auto" or "ref".
+    Returns: [N, C, H', W'] with H' = (H*up + pads - K) // down + 1.
+    Differentiable in x, to any order; not in f.
+    Raises: ValueError for wrong shapes, factors below 1, an empty result or an unknown `impl`.
+    """
+    check_impl("upfirdn2d", impl)
+    if x.ndim != 4:
+        raise ValueError(f"upfirdn2d: expected x [N, C, H, W], got {list(x.shape)}. Add the missing axes.")
+    if f is not None and f.ndim not in (1, 2):
+        raise ValueError(f"upfirdn2d: expected f [K] or [KH, KW], got {list(f.shape)}. Prepare it with setup_filter.")
+    return _upfirdn2d_ref(x, f, _parse_scaling(up), _parse_scaling(down), _parse_padding(padding), flip_filter, gain)
+
+
+def _upfirdn2d_ref(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> torch.Tensor:
+    """upfirdn2d in plain torch: one depthwise convolution, or two for 1-D taps."""
+    if f is None:
+        f = torch.ones([1, 1], device=x.device)
+    f = (f.detach() * gain ** (f.ndim / 2)).to(x.dtype)
+    if f.ndim == 2:
+        return _filter_pass(x, f, up, down, padding, flip_filter)
+    x = _filter_pass(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)  # along W
+    return _filter_pass(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)  # along H
+
+
+def _filter_pass(
+    x: torch.Tensor, f: torch.Tensor, up: tuple[int, int], down: tuple[int, int], padding: tuple[int, int, int, int], flip_filter: bool
+) -> torch.Tensor:
+    """upfirdn2d for taps [KH, KW] of x's dtype.
+
+    Without zero-insertion it is a strided depthwise correlation. With it, a depthwise transposed convolution: its full
+    output z[j] = sum_i x[i] f[j - i*up] holds y[n] = z[n + K-1 - pad0], so padding turns into cropping and no zeros are multiplied.
+    """
+    channels = x.shape[1]
+    kh, kw = f.shape
+    x0, x1, y0, y1 = padding
+    for size, factor, k, before, after in ((x.shape[3], up[0], kw, x0, x1), (x.shape[2], up[1], kh, y0, y1)):
+        if size * factor + before + after < k:
+            raise ValueError(
+                f"upfirdn2d: expected at least {k} pixels after padding, got {size * factor + before + after}. "
+                f"Pad more, or use a larger image (x is {list(x.shape)})."
+            )
+    if up == (1, 1):
+        kernel = (f if flip_filter else f.flip([0, 1])).expand(channels, 1, kh, kw)
+        inside = max(min(x0, x1), 0), max(min(y0, y1), 0)  # what conv2d can pad by itself, on both sides alike
+        rest = (x0 - inside[0], x1 - inside[0], y0 - inside[1], y1 - inside[1])
+        x = F.pad(x, rest) if any(rest) else x
+        return F.conv2d(x, kernel, stride=(down[1], down[0]), padding=(inside[1], inside[0]), groups=channels)
+    kernel = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, kh, kw)
+    crop = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
+    inside = max(min(crop[:2]), 0), max(min(crop[2:]), 0)
+    x = F.conv_transpose2d(x, kernel, stride=(up[1], up[0]), padding=(inside[1], inside[0]), groups=channels)
+    rest = (inside[0] - crop[0], inside[0] - crop[1], inside[1] - crop[2], inside[1] - crop[3])
+    x = F.pad(x, rest) if any(rest) else x
+    return x if down == (1, 1) else x[:, :, :: down[1], :: down[0]]
+
+
+def filter2d(
+    x: torch.Tensor, f: torch.Tensor | None, padding: Scale = 0, flip_filter: bool = False, gain: float = 1, impl: str = "auto"
+) -> torch.Tensor:
+    """Filter an image and keep its size; `padding` adds to the pads that do so.
+
+    Args and errors as `upfirdn2d`. Returns [N, C, H, W] (plus the extra padding).
+    """
+    kw, kh = filter_size(f)
+    p = _parse_padding(padding)
+    p = (p[0] + kw // 2, p[1] + (kw - 1) // 2, p[2] + kh // 2, p[3] + (kh - 1) // 2)
+    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def upsample2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: Scale = 2,
+    padding: Scale = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Enlarge an image by whole factors, keeping its mean; `padding` adds to the pads that give exactly up*H x up*W.
+
+    Args and errors as `upfirdn2d`. Returns [N, C, up*H, up*W] (plus the extra padding).
+    """
+    ux, uy = _parse_scaling(up)
+    kw, kh = filter_size(f)
+    p = _parse_padding(padding)
+    p = (p[0] + (kw + ux - 1) // 2, p[1] + (kw - ux) // 2, p[2] + (kh + uy - 1) // 2, p[3] + (kh - uy) // 2)
+    return upfirdn2d(x, f, up=(ux, uy), padding=p, flip_filter=flip_filter, gain=gain * ux * uy, impl=impl)
+
+
+def downsample2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    down: Scale = 2,
+    padding: Scale = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Shrink an image by whole factors; `padding` adds to the pads that give exactly H/down x W/down.
+
+    Args and errors as `upfirdn2d`. Returns [N, C, H/down, W/down] (plus the extra padding).
+    """
+    dx, dy = _parse_scaling(down)
+    kw, kh = filter_size(f)
+    p = _parse_padding(padding)
+    p = (p[0] + (kw - dx + 1) // 2, p[1] + (kw - dx) // 2, p[2] + (kh - dy + 1) // 2, p[3] + (kh - dy) // 2)
+    return upfirdn2d(x, f, down=(dx, dy), padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
+    """(width, height) in taps of a prepared filter; (1, 1) for None."""
+    return (1, 1) if f is None else (f.shape[-1], f.shape[0])
+
+
+def _parse_scaling(scaling: Scale) -> tuple[int, int]:
+    """One factor or (x, y) -> (x, y)."""
+    sx, sy = (scaling, scaling) if isinstance(scaling, int) else scaling
+    if not (isinstance(sx, int) and isinstance(sy, int) and sx >= 1 and sy >= 1):
+        raise ValueError(f"upfirdn2d: expected up and down to be whole numbers >= 1, got {scaling}. Use e.g. 2 or (2, 1).")
+    return sx, sy
+
+
+def _parse_padding(padding: Scale) -> tuple[int, int, int, int]:
+    """One pad, (x, y) or all four -> (x_before, x_after, y_before, y_after)."""
+    pads = [padding] * 2 if isinstance(padding, int) else list(padding)
+    if len(pads) == 2:
+        pads = [pads[0], pads[0], pads[1], pads[1]]
+    if len(pads) != 4 or not all(isinstance(p, int) for p in pads):
+        raise ValueError(f"upfirdn2d: expected padding as one, two or four whole numbers, got {padding}. Use e.g. (2, 1, 2, 1).")
+    return tuple(pads)

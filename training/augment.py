@@ -1,0 +1,276 @@
+"""Adaptive discriminator augmentation (ADA).
+
+Source: Karras et al. 2020, "Training generative adversarial networks with limited data", section 3 and appendix B.
+Shapes: N batch, C channels, H x W pixels. Pixel positions are relative to the image centre, x right, y down.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops import grid_sample_gradfix, upfirdn2d
+from training.augment_matrices import (
+    SYM6,
+    grey_projector,
+    octave_filter_bank,
+    rotate2d,
+    rotate_about_grey,
+    scale2d,
+    scale3d,
+    translate2d,
+    translate3d,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentOptions:
+    """What `AugmentPipe` does. The first group of each block multiplies the overall probability p; 0 = the transform is off."""
+
+    # Pixel blitting
+    xflip: float = 0  # mirror left to right
+    rotate90: float = 0  # multiples of 90 degrees
+    xint: float = 0  # whole-pixel shift
+    xint_max: float = 0.125  # largest shift, fraction of the image size
+    # General geometry
+    scale: float = 0  # isotropic scaling
+    rotate: float = 0  # any angle, half of it before and half after the anisotropic scaling
+    aniso: float = 0  # x by s, y by 1/s
+    xfrac: float = 0  # sub-pixel shift
+    scale_std: float = 0.2  # octaves
+    rotate_max: float = 1  # fraction of a half turn
+    aniso_std: float = 0.2  # octaves
+    xfrac_std: float = 0.125  # fraction of the image size
+    # Colour
+    brightness: float = 0  # added to all channels
+    contrast: float = 0  # factor on all channels
+    lumaflip: float = 0  # mirror the grey axis
+    hue: float = 0  # rotation about the grey axis; RGB only
+    saturation: float = 0  # factor on the distance from the grey axis; RGB only
+    brightness_std: float = 0.2  # of the value range [-1, 1]
+    contrast_std: float = 0.5  # octaves
+    hue_max: float = 1  # fraction of a half turn
+    saturation_std: float = 1  # octaves
+    # Filtering in four frequency bands
+    imgfilter: float = 0
+    imgfilter_bands: tuple[float, ...] = (1, 1, 1, 1)  # factor on p per band, lowest first
+    imgfilter_std: float = 1  # octaves
+    # Corruption
+    noise: float = 0  # additive Gaussian noise
+    cutout: float = 0  # a grey square
+    noise_std: float = 0.1
+    cutout_size: float = 0.5  # side, fraction of the image size
+
+    def __post_init__(self):
+        negative = [f.name for f in dataclasses.fields(self) if f.name != "imgfilter_bands" and getattr(self, f.name) < 0]
+        if negative:
+            raise ValueError(f"AugmentPipe: expected {negative[0]} >= 0, got {getattr(self, negative[0])}. Use 0 to switch it off.")
+        if len(self.imgfilter_bands) != 4:
+            raise ValueError(f"AugmentPipe: expected 4 imgfilter_bands, got {len(self.imgfilter_bands)}. Give one factor per band.")
+
+
+class _Draws:
+    """Random numbers for one batch, from torch's global generator in EG3D's order: a value, then the gate that admits it.
+
+    With `percentile` the numbers are drawn and discarded, every gate is open and every value is that percentile.
+    """
+
+    def __init__(self, images: torch.Tensor, percentile: float | None):
+        self.n, self.device = images.shape[0], images.device
+        self.percentile = None if percentile is None else torch.as_tensor(float(percentile), device=self.device)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """U[0, 1), shape [N, *shape]."""
+        value = torch.rand([self.n, *shape], device=self.device)
+        return value if self.percentile is None else torch.full_like(value, float(self.percentile))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """N(0, 1), shape [N, *shape]."""
+        value = torch.randn([self.n, *shape], device=self.device)
+        return value if self.percentile is None else torch.full_like(value, float(torch.erfinv(self.percentile * 2 - 1)))
+
+    def half_normal(self, *shape: int) -> torch.Tensor:
+        """|N(0, 1)|, shape [N, *shape]."""
+        value = torch.randn([self.n, *shape], device=self.device).abs()
+        return value if self.percentile is None else torch.full_like(value, float(torch.erfinv(self.percentile)))
+
+    def gated(self, value: torch.Tensor, probability: torch.Tensor, neutral: float) -> torch.Tensor:
+        """`value` [N, ...] for the samples whose gate opens, `neutral` for the others."""
+        gate = torch.rand([self.n] + [1] * (value.ndim - 1), device=self.device) < probability
+        return torch.where(gate, value, torch.full_like(value, neutral)) if self.percentile is None else value
+
+
+class AugmentPipe(torch.nn.Module):
+    """Random differentiable transforms of what the discriminator sees; each is applied with probability p times its option.
+
+    Constructor: the fields of `AugmentOptions` as keywords. Buffers: `p` (overall probability, set by the training loop),
+    `Hz_geom` [12] (low-pass for geometry), `Hz_fbank` [4, 43] (frequency bands).
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = AugmentOptions(**options)
+        self.register_buffer("p", torch.ones([]))
+        self.register_buffer("Hz_geom", upfirdn2d.setup_filter(SYM6))
+        self.register_buffer("Hz_fbank", torch.as_tensor(octave_filter_bank(), dtype=torch.float32))
+
+    def forward(self, images: torch.Tensor, debug_percentile: float | None = None) -> torch.Tensor:
+        """Augment a batch, each sample in its own way.
+
+        Args:
+            images: [N, C, H, W], nominally in [-1, 1]; C is 1 (grey), 3 (RGB) or 6 (two RGB images that get the same transform).
+            debug_percentile: 0..1 replaces all random values (except the noise field) and opens all gates.
+        Returns: [N, C, H, W].
+        Differentiable in images, twice and more.
+        Raises: ValueError for another rank or channel count.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3, 6):
+            raise ValueError(f"AugmentPipe: expected images [N, 1|3|6, H, W], got {list(images.shape)}. Pass grey, RGB or two stacked RGB.")
+        o, draws = self.options, _Draws(images, debug_percentile)
+        if o.xflip > 0 or o.rotate90 > 0 or o.xint > 0 or o.scale > 0 or o.rotate > 0 or o.aniso > 0 or o.xfrac > 0:
+            images = self._warp(images, self._draw_geometry(images, draws))
+        if o.brightness > 0 or o.contrast > 0 or o.lumaflip > 0 or o.hue > 0 or o.saturation > 0:
+            images = _recolour(images, self._draw_colour(images, draws))
+        if o.imgfilter > 0:
+            images = self._filter_bands(images, self._draw_band_gains(draws))
+        if o.noise > 0:
+            sigma = draws.gated(draws.half_normal(1, 1, 1) * o.noise_std, o.noise * self.p, 0)
+            images = images + torch.randn(images.shape, device=images.device) * sigma
+        if o.cutout > 0:
+            images = images * self._draw_cutout_mask(images, draws)
+        return images
+
+    def _draw_geometry(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
+        """Matrices that take output positions to input positions. Returns [N, 3, 3], pixels about the centre."""
+        o, p = self.options, self.p
+        height, width = images.shape[2:]
+        like = images.new_empty([images.shape[0]], dtype=torch.float32)
+        g = scale2d(1, 1, like)
+        if o.xflip > 0:
+            g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), o.xflip * p, 0), 1, like)
+        if o.rotate90 > 0:
+            g = g @ rotate2d(math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), o.rotate90 * p, 0), like)
+        if o.xint > 0:
+            t = draws.gated((draws.uniform(2) * 2 - 1) * o.xint_max, o.xint * p, 0)
+            g = g @ translate2d(-(t[:, 0] * width).round(), -(t[:, 1] * height).round(), like)
+        if o.scale > 0:
+            s = draws.gated((draws.normal() * o.scale_std).exp2(), o.scale * p, 1)
+            g = g @ scale2d(1 / s, 1 / s, like)
+        p_rotate = 1 - (1 - o.rotate * p).clamp(0, 1).sqrt()  # two chances make the probability rotate * p
+        if o.rotate > 0:
+            g = g @ rotate2d(draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0), like)
+        if o.aniso > 0:
+            s = draws.gated((draws.normal() * o.aniso_std).exp2(), o.aniso * p, 1)
+            g = g @ scale2d(1 / s, s, like)
+        if o.rotate > 0:
+            theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0)
+            g = g @ rotate2d(theta if draws.percentile is None else torch.zeros_like(theta), like)
+        if o.xfrac > 0:
+            t = draws.gated(draws.normal(2) * o.xfrac_std, o.xfrac * p, 0)
+            g = g @ translate2d(-t[:, 0] * width, -t[:, 1] * height, like)
+        return g
+
+    def _warp(self, images: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """Resample: mirror the borders, upsample twice with `Hz_geom`, sample bilinearly, downsample with its time reverse.
+
+        The wavelet is orthogonal, so up and down alone give the input back. Sample i of the input lies at 2i of the fine grid,
+        half a fine pixel before the centre of its pair; the maps between the grids carry that half.
+
+        Args: g as from `_draw_geometry`. Returns [N, C, H, W].
+        """
+        n, channels, height, width = images.shape
+        if bool((g == torch.eye(3, device=g.device)).all()):
+            return images
+        reach = self.Hz_geom.shape[0] // 4  # pixels that the filter reads beyond an image
+        left, right, top, bottom = _margins(g, height, width, reach)
+        images = F.pad(images, (left, right, top, bottom), mode="reflect")
+        images = upfirdn2d.upsample2d(images, self.Hz_geom, up=2)
+        out_h, out_w = 2 * (height + 2 * reach), 2 * (width + 2 * reach)
+        to_coarse = scale2d(0.5, 0.5, g) @ translate2d(0.5, 0.5, g) @ scale2d(out_w / 2, out_h / 2, g)  # from [-1, 1]
+        recentre = translate2d((left - right) / 2, (top - bottom) / 2, g)
+        to_fine = scale2d(2 / images.shape[3], 2 / images.shape[2], g) @ translate2d(-0.5, -0.5, g) @ scale2d(2, 2, g)  # to [-1, 1]
+        theta = to_fine @ recentre @ g @ to_coarse
+        grid = F.affine_grid(theta[:, :2].to(images.dtype), [n, channels, out_h, out_w], align_corners=False)
+        images = grid_sample_gradfix.grid_sample(images, grid)
+        return upfirdn2d.downsample2d(images, self.Hz_geom, down=2, padding=-2 * reach, flip_filter=True)
+
+    def _draw_colour(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
+        """Affine maps of RGB. Returns [N, 4, 4]."""
+        o, p = self.options, self.p
+        like = images.new_empty([images.shape[0]], dtype=torch.float32)
+        c = scale3d(1, 1, 1, like)
+        grey, eye = grey_projector(like), torch.eye(4, device=like.device)
+        if o.brightness > 0:
+            b = draws.gated(draws.normal() * o.brightness_std, o.brightness * p, 0)
+            c = translate3d(b, b, b, like) @ c
+        if o.contrast > 0:
+            s = draws.gated((draws.normal() * o.contrast_std).exp2(), o.contrast * p, 1)
+            c = scale3d(s, s, s, like) @ c
+        if o.lumaflip > 0:
+            c = (eye - 2 * grey * draws.gated((draws.uniform(1, 1) * 2).floor(), o.lumaflip * p, 0)) @ c
+        if o.hue > 0 and images.shape[1] > 1:
+            c = rotate_about_grey(draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.hue_max), o.hue * p, 0), like) @ c
+        if o.saturation > 0 and images.shape[1] > 1:
+            s = draws.gated((draws.normal(1, 1) * o.saturation_std).exp2(), o.saturation * p, 1)
+            c = (grey + (eye - grey) * s) @ c
+        return c
+
+    def _draw_band_gains(self, draws: _Draws) -> torch.Tensor:
+        """Amplitude of each band, scaled so that an image with a natural (1/f) spectrum keeps its power. Returns [N, 4]."""
+        o = self.options
+        power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13  # share of each octave; the lowest holds the mean
+        gains = torch.ones([draws.n, 4], device=draws.device)
+        for band, strength in enumerate(o.imgfilter_bands):
+            t = torch.ones_like(gains)
+            drawn = draws.gated((draws.normal() * o.imgfilter_std).exp2(), o.imgfilter * self.p * strength, 1)
+            t[:, band] = drawn if strength > 0 else 1
+            gains = gains * t / (power * t.square()).sum(dim=1, keepdim=True).sqrt()
+        return gains
+
+    def _filter_bands(self, images: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+        """Amplify bands: a separable FIR filter of its own for each sample, borders mirrored. gains [N, 4] -> [N, C, H, W]."""
+        n, channels, height, width = images.shape
+        kernel = (gains @ self.Hz_fbank).repeat_interleave(channels, dim=0).to(images.dtype)  # [N*C, 43], one per plane
+        reach = self.Hz_fbank.shape[1] // 2
+        if min(height, width) <= reach:
+            raise ValueError(f"AugmentPipe: expected images above {reach} pixels for imgfilter, got {height} x {width}. Set imgfilter=0.")
+        planes = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, N*C, H+42, W+42]
+        planes = F.conv2d(planes, kernel[:, None, None, :], groups=n * channels)
+        planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
+        return planes.reshape(n, channels, height, width)
+
+    def _draw_cutout_mask(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
+        """0 inside a square of side cutout_size at a uniform centre, 1 outside. Returns [N, 1, H, W]."""
+        o = self.options
+        height, width = images.shape[2:]
+        size = torch.full([draws.n, 2, 1, 1, 1], float(o.cutout_size), device=draws.device)
+        size = draws.gated(size, o.cutout * self.p, 0)
+        centre = draws.uniform(2, 1, 1, 1)
+        x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
+        y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
+        outside_x = (x - centre[:, 0]).abs() >= size[:, 0] / 2
+        outside_y = (y - centre[:, 1]).abs() >= size[:, 1] / 2
+        return (outside_x | outside_y).to(images.dtype)
+
+
+def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
+    """Pixels (left, right, top, bottom) that the batch reads outside the image, at most the size less one (what can be mirrored)."""
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    corners = g.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
+    xy = (g @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)  # [2, N*4]
+    far = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
+    far = far + 2 * reach - g.new_tensor([cx, cx, cy, cy])
+    limit = g.new_tensor([width - 1, width - 1, height - 1, height - 1])
+    return tuple(int(m) for m in far.clamp(min=0).minimum(limit).ceil().tolist())
+
+
+def _recolour(images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Apply colour maps c [N, 4, 4] to each RGB triple, or their mean row to a grey image. Returns [N, C, H, W]."""
+    n, channels, height, width = images.shape
+    c = c.to(images.dtype)
+    if channels == 1:
+        row = c[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
+        return images * row[:, :, :3].sum(dim=2)[:, :, None, None] + row[:, :, 3:, None]
+    rgb = images.reshape(n, channels // 3, 3, height * width)
+    return (c[:, None, :3, :3] @ rgb + c[:, None, :3, 3:]).reshape(n, channels, height, width)

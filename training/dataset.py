@@ -1,0 +1,170 @@
+"""Training images with camera labels, in EG3D's dataset format.
+
+Shape letters: n images before mirroring, C channels, R resolution, L numbers per label.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.dataset_files import LABELS_FILE, ImageFiles
+from training.dataset_labels import label_array
+from training.rendering.cameras import LABEL_NUMBERS, mirror_label
+
+CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory
+
+
+class ImageFolderDataset(torch.utils.data.Dataset):
+    """Images and labels of a folder or zip: `dataset[i]` -> (uint8 [C, R, R], float32 [L]).
+
+    Images are ordered by entry name. Labels come from dataset.json, {"labels": [[entry name, label], ...]}: lists of numbers become
+    float32 rows, ints become one-hot rows, "labels": null means none. Labels are checked at construction, images when first read. Sets of
+    less than 512 MB (decoded) are kept in memory once decoded.
+
+    Deviates: with xflip, 25-number camera labels of the mirrored half are mirrored as well (EG3D leaves them, so that its --mirror trains
+    on wrong poses); labels are required and checked unless use_labels is False.
+
+    Args:
+        path: folder or .zip.
+        resolution: required image size in pixels; None takes the first image's.
+        use_labels: False gives labels of length 0.
+        max_size: at most this many images, a random subset in file order; None for all.
+        xflip: append a horizontally mirrored copy of every image.
+        random_seed: of the subset.
+        c_dim: required label length L, e.g. 25 for cameras; None accepts any.
+
+    Raises:
+        ValueError: naming file, entry and remedy for anything that is missing, damaged or inconsistent.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int | None = None,
+        use_labels: bool = True,
+        max_size: int | None = None,
+        xflip: bool = False,
+        random_seed: int = 0,
+        c_dim: int | None = None,
+    ):
+        if max_size is not None and max_size < 1:
+            raise ValueError(f"ImageFolderDataset: max_size must be >= 1 or None, got {max_size}.")
+        self._files = ImageFiles(Path(path))
+        self._labels = self._read_labels(c_dim) if use_labels else None
+        n = len(self._files.images)
+        self._shape = self._files.read_image(self._files.images[0]).shape
+        if resolution is not None and resolution != self._shape[1]:
+            raise ValueError(
+                f"dataset {path}: expected images of {resolution}x{resolution}, got {self._shape[1]}x{self._shape[2]} in entry "
+                f"{self._files.images[0]!r}. Resize the set, or ask for resolution {self._shape[1]}."
+            )
+        keep = np.arange(n, dtype=np.int64)
+        if max_size is not None and max_size < n:
+            np.random.RandomState(random_seed).shuffle(keep)
+            keep = np.sort(keep[:max_size])
+        self._raw_index = np.tile(keep, 2) if xflip else keep
+        self._flipped = np.arange(len(self._raw_index)) >= len(keep)
+        self._cache = self._known = None
+
+    def _read_labels(self, c_dim: int | None) -> np.ndarray | None:
+        """float32 [n, L], or None when the set says that it has no labels."""
+        where = f"dataset {self._files.path}: {LABELS_FILE}"
+        stored = self._files.read_labels()
+        if stored is None:
+            if c_dim:
+                raise ValueError(f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add them, or train without labels.')
+            return None
+        labels = label_array(stored, self._files.images, where, c_dim)
+        return np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cache": None, "_known": None}
+
+    def __len__(self) -> int:
+        return len(self._raw_index)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image = self._raw_image(int(self._raw_index[index]))
+        return (image[:, :, ::-1] if self._flipped[index] else image).copy(), self.get_label(index)
+
+    def _raw_image(self, raw: int) -> np.ndarray:
+        """Image [C, R, R] of a raw index, from memory if it has been decoded before."""
+        if self._cache is None and len(self._files.images) * int(np.prod(self._shape)) < CACHE_LIMIT:
+            self._cache = np.empty((len(self._files.images), *self._shape), np.uint8)  # pages are claimed as they are filled
+            self._known = np.zeros(len(self._cache), bool)
+        if self._cache is not None and self._known[raw]:
+            return self._cache[raw]
+        entry = self._files.images[raw]
+        image = self._files.read_image(entry)
+        if image.shape != self._shape:
+            raise ValueError(
+                f"dataset {self._files.path}: entry {entry!r}: expected {list(self._shape)} (channels, height, width) as in "
+                f"{self._files.images[0]!r}, got {list(image.shape)}. All images must have one size and kind."
+            )
+        if self._cache is not None:
+            self._cache[raw] = image
+            self._known[raw] = True
+        return image
+
+    def get_label(self, index: int) -> np.ndarray:
+        """A copy of the label [L] of image `index`, mirrored where the image is."""
+        if self._labels is None:
+            return np.zeros(0, np.float32)
+        label = self._labels[self._raw_index[index]].copy()
+        if self._flipped[index] and len(label) == LABEL_NUMBERS:
+            return mirror_label(torch.from_numpy(label[None]))[0].numpy()
+        return label
+
+    def get_labels(self) -> np.ndarray:
+        """Labels of all images [len, L], as `get_label` gives them."""
+        if self._labels is None:
+            return np.zeros((len(self), 0), np.float32)
+        labels = self._labels[self._raw_index]
+        if self.label_dim == LABEL_NUMBERS and self._flipped.any():
+            labels[self._flipped] = mirror_label(torch.from_numpy(labels[self._flipped])).numpy()
+        return labels
+
+    def close(self) -> None:
+        """Close the zip, if one is open; reading opens it again."""
+        self._files.close()
+
+    @property
+    def name(self) -> str:
+        """Name of the folder or file without extension."""
+        return self._files.path.stem
+
+    @property
+    def image_shape(self) -> list[int]:
+        """[C, R, R]."""
+        return list(self._shape)
+
+    @property
+    def num_channels(self) -> int:
+        """C: 1 or 3."""
+        return self._shape[0]
+
+    @property
+    def resolution(self) -> int:
+        """R, pixels."""
+        return self._shape[1]
+
+    @property
+    def label_shape(self) -> list[int]:
+        """[L]."""
+        return [self.label_dim]
+
+    @property
+    def label_dim(self) -> int:
+        """L; 0 without labels."""
+        return 0 if self._labels is None else self._labels.shape[1]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labels have any numbers."""
+        return self.label_dim > 0
+
+    @property
+    def label_std(self) -> np.ndarray:
+        """Standard deviation [L] of each number over the stored labels of the whole set (before subset and mirroring)."""
+        return np.zeros(0, np.float32) if self._labels is None else self._labels.std(axis=0)

@@ -1,0 +1,223 @@
+"""StyleGAN2 residual discriminator and EG3D's dual discrimination of the final and the raw image.
+
+Shapes: N batch, C channels, R resolution, K c_dim, G minibatch-std group.
+"""
+
+import math
+
+import torch
+
+from torch_utils.ops import upfirdn2d
+from training.layers import Conv2dLayer, FullyConnectedLayer, block_resolutions, channels_at
+from training.mapping import MappingNetwork
+
+
+def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:
+    """Bilinear resize with antialiasing, as EG3D feeds raw images to the discriminator.
+
+    Args:
+        image: [N, C, R, R]; size: output edge in pixels; filter_mode: 'antialiased' or 'none'.
+    Returns: [N, C, size, size]. Differentiable in image.
+    """
+    if filter_mode not in ("antialiased", "none"):
+        raise ValueError(f"filter_mode: expected 'antialiased' or 'none', got {filter_mode!r}.")
+    antialias = filter_mode == "antialiased"
+    return torch.nn.functional.interpolate(image, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
+
+
+class MinibatchStdLayer(torch.nn.Module):
+    """Append the standard deviation over groups of samples as feature maps; groups are strided (i, i + N/G, ...)."""
+
+    def __init__(self, group_size: int | None, num_channels: int = 1):
+        super().__init__()
+        self.group_size, self.num_channels = group_size, num_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, C + num_channels, H, W]."""
+        n, c, h, w = x.shape
+        group = n if self.group_size is None else min(self.group_size, n)
+        y = x.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
+        y = (y - y.mean(dim=0)).square().mean(dim=0)
+        y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
+        y = y.reshape(-1, self.num_channels, 1, 1).repeat(group, 1, h, w)
+        return torch.cat([x, y], dim=1)
+
+
+class DiscriminatorBlock(torch.nn.Module):
+    """Residual block that halves the resolution; the first one starts with `fromrgb`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        tmp_channels: int,
+        out_channels: int,
+        resolution: int,
+        img_channels: int,
+        first_layer_idx: int,
+        conv_clamp: float | None = None,
+        use_fp16: bool = False,
+        fp16_channels_last: bool = False,
+        freeze_layers: int = 0,
+    ):
+        super().__init__()
+        self.in_channels, self.resolution, self.img_channels = in_channels, resolution, img_channels
+        self.use_fp16, self.channels_last = use_fp16, use_fp16 and fp16_channels_last
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
+        self.num_layers = 0
+
+        def layer(*args, **kwargs) -> Conv2dLayer:
+            trainable = first_layer_idx + self.num_layers >= freeze_layers
+            self.num_layers += 1
+            return Conv2dLayer(*args, trainable=trainable, conv_clamp=kwargs.pop("clamp", conv_clamp), **kwargs)
+
+        if in_channels == 0:
+            self.fromrgb = layer(img_channels, tmp_channels, 1, activation="lrelu")
+        self.conv0 = layer(tmp_channels, tmp_channels, 3, activation="lrelu")
+        self.conv1 = layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
+        self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, clamp=None)
+
+    def forward(self, x: torch.Tensor | None, img: torch.Tensor | None, force_fp32: bool = False) -> torch.Tensor:
+        """x [N, C, R, R] (None in the first block), img [N, I, R, R] (first block only) -> [N, O, R/2, R/2]."""
+        source = x if x is not None else img
+        half = self.use_fp16 and not force_fp32 and source.device.type == "cuda"
+        dtype = torch.float16 if half else torch.float32
+        memory_format = torch.channels_last if self.channels_last and half else torch.contiguous_format
+        source = source.to(dtype=dtype, memory_format=memory_format)
+        x = self.fromrgb(source) if self.in_channels == 0 else source
+        y = self.skip(x, gain=math.sqrt(0.5))
+        return y + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
+
+
+class DiscriminatorEpilogue(torch.nn.Module):
+    """Minibatch standard deviation, one convolution, two linear layers, and the projection on the embedded label."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        cmap_dim: int,
+        resolution: int,
+        mbstd_group_size: int | None = 4,
+        mbstd_num_channels: int = 1,
+        conv_clamp: float | None = None,
+    ):
+        super().__init__()
+        self.cmap_dim = cmap_dim
+        self.mbstd = MinibatchStdLayer(mbstd_group_size, mbstd_num_channels) if mbstd_num_channels > 0 else None
+        self.conv = Conv2dLayer(in_channels + mbstd_num_channels, in_channels, 3, activation="lrelu", conv_clamp=conv_clamp)
+        self.fc = FullyConnectedLayer(in_channels * resolution**2, in_channels, activation="lrelu")
+        self.out = FullyConnectedLayer(in_channels, cmap_dim if cmap_dim > 0 else 1)
+
+    def forward(self, x: torch.Tensor, cmap: torch.Tensor | None) -> torch.Tensor:
+        """x [N, C, 4, 4], cmap [N, cmap_dim] -> logits [N, 1]."""
+        x = x.to(dtype=torch.float32, memory_format=torch.contiguous_format)
+        if self.mbstd is not None:
+            x = self.mbstd(x)
+        x = self.out(self.fc(self.conv(x).flatten(1)))
+        if self.cmap_dim > 0:
+            x = (x * cmap).sum(dim=1, keepdim=True) * (1 / math.sqrt(self.cmap_dim))
+        return x
+
+
+class _Discriminator(torch.nn.Module):
+    """Trunk shared by the dual and the single discriminator."""
+
+    input_images = 2  # how many images are concatenated along the channel axis
+
+    def __init__(
+        self,
+        c_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 4,
+        conv_clamp: float | None = 256,
+        cmap_dim: int | None = None,
+        disc_c_noise: float = 0.0,
+        block_kwargs: dict | None = None,
+        mapping_kwargs: dict | None = None,
+        epilogue_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        self.c_dim, self.img_resolution = c_dim, img_resolution
+        self.img_channels = img_channels * self.input_images
+        self.disc_c_noise = disc_c_noise
+        self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
+        fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
+        width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
+        if cmap_dim is None:
+            cmap_dim = width[4]
+        if c_dim == 0:
+            cmap_dim = 0
+        layer_idx = 0
+        for res in self.block_resolutions:
+            block = DiscriminatorBlock(
+                width[res] if res < img_resolution else 0, width[res], width[res // 2], resolution=res, img_channels=self.img_channels,
+                first_layer_idx=layer_idx, conv_clamp=conv_clamp, use_fp16=(num_fp16_res > 0 and res >= fp16_from), **(block_kwargs or {}),
+            )
+            setattr(self, f"b{res}", block)
+            layer_idx += block.num_layers
+        if c_dim > 0:
+            self.mapping = MappingNetwork(
+                z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {})
+            )
+        self.b4 = DiscriminatorEpilogue(width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {}))
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
+
+    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the first block sees, from {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]}."""
+        raise NotImplementedError  # abstract
+
+    def forward(self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs) -> torch.Tensor:
+        """Realness logits.
+
+        Args:
+            img: {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} in [-1, 1]; c: [N, K] camera labels.
+        Returns: [N, 1]. Differentiable in both images, twice.
+        Deviates: with disc_c_noise > 0 the noise is added to a copy of c; EG3D adds it in place, so that it accumulates over phases.
+        """
+        del update_emas
+        x, source = None, self.images(img)
+        for res in self.block_resolutions:
+            x = getattr(self, f"b{res}")(x, source if x is None else None, **block_kwargs)
+        cmap = None
+        if self.c_dim > 0:
+            if self.disc_c_noise > 0:
+                c = c + torch.randn_like(c) * c.std(dim=0) * self.disc_c_noise
+            cmap = self.mapping(None, c)
+        return self.b4(x, cmap)
+
+
+class DualDiscriminator(_Discriminator):
+    """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022, section 4.3)."""
+
+    input_images = 2
+
+    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[N, 6, R, R]."""
+        return torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)
+
+
+class SingleDiscriminator(_Discriminator):
+    """Sees the final image only (ablation)."""
+
+    input_images = 1
+
+    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[N, 3, R, R]."""
+        return img["image"]
+
+
+class DummyDualDiscriminator(_Discriminator):
+    """Dual discriminator whose raw image fades out over 500 thousand images at batch 32 (ablation)."""
+
+    input_images = 2
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.raw_fade = 1.0
+
+    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[N, 6, R, R]."""
+        self.raw_fade = max(0.0, self.raw_fade - 32 / 500_000)
+        return torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1]) * self.raw_fade], dim=1)

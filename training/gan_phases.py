@@ -1,0 +1,195 @@
+"""The four phases of EG3D's GAN game as generators of named, unreduced losses.
+
+Shapes: N batch, Z z_dim, K c_dim, R final and r raw resolution.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from training import gan_loss
+from training.discriminator import filtered_resizing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GanConfig:
+    """Settings of the GAN losses; names as EG3D's `loss_kwargs`."""
+
+    r1_gamma: float = 10.0  # R1 weight, >= 0
+    style_mixing_prob: float = 0.0  # 0..1
+    blur_init_sigma: float = 10.0  # pixels
+    blur_fade_kimg: float = 200.0  # thousands of images
+    gpc_reg_prob: float | None = 0.5  # probability of a swapped conditioning camera; None conditions on zeros
+    gpc_reg_fade_kimg: float = 1000.0
+    dual_discrimination: bool = True
+    filter_mode: str = "antialiased"
+    neural_rendering_resolution_initial: int = 64  # pixels
+    neural_rendering_resolution_final: int | None = None
+    neural_rendering_resolution_fade_kimg: float = 1000.0
+    density_reg: float = 0.25  # weight; 0 switches Greg off
+    density_reg_p_dist: float = 0.004  # world units
+    reg_type: str = "l1"
+
+    def __post_init__(self):
+        if self.r1_gamma < 0:
+            raise ValueError(f"r1_gamma must be >= 0, got {self.r1_gamma}")
+        if not 0 <= self.style_mixing_prob <= 1:
+            raise ValueError(f"style_mixing_prob must be in 0..1, got {self.style_mixing_prob}")
+        if self.reg_type not in gan_loss.REG_TYPES:
+            raise ValueError(f"reg_type: expected one of {', '.join(gan_loss.REG_TYPES)}, got {self.reg_type!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What fades with the number of images seen."""
+
+    blur_sigma: float
+    swapping_prob: float | None
+    neural_rendering_resolution: int
+
+
+def schedule(config: GanConfig, cur_nimg: int) -> Schedule:
+    """Blur, camera swapping and rendering resolution after `cur_nimg` images."""
+
+    def progress(kimg: float) -> float:
+        return min(cur_nimg / (kimg * 1e3), 1.0) if kimg > 0 else 1.0
+
+    sigma = max(1 - progress(config.blur_fade_kimg), 0.0) * config.blur_init_sigma if config.blur_fade_kimg > 0 else 0.0
+    swap = None
+    if config.gpc_reg_prob is not None:
+        alpha = progress(config.gpc_reg_fade_kimg)
+        swap = (1 - alpha) + alpha * config.gpc_reg_prob
+    resolution = config.neural_rendering_resolution_initial
+    if config.neural_rendering_resolution_final is not None:
+        alpha = progress(config.neural_rendering_resolution_fade_kimg)
+        resolution = round(resolution * (1 - alpha) + config.neural_rendering_resolution_final * alpha)
+    return Schedule(sigma, swap, resolution)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Inputs of one phase."""
+
+    real_img: torch.Tensor  # [N, 3, R, R] in [-1, 1]
+    real_c: torch.Tensor  # [N, K]
+    gen_z: torch.Tensor  # [N, Z]
+    gen_c: torch.Tensor  # [N, K]
+    cur_nimg: int
+
+    def split(self, size: int) -> list["Batch"]:
+        """Pieces of at most `size` samples."""
+        parts = zip(*(t.split(size) for t in (self.real_img, self.real_c, self.gen_z, self.gen_c)), strict=True)
+        return [Batch(*tensors, self.cur_nimg) for tensors in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """One term of a phase: the loop takes its mean, scales by the phase's gain and runs backward before asking for the next."""
+
+    value: torch.Tensor  # [N]
+    stats: dict[str, torch.Tensor]  # name -> values to average
+
+
+class GanPhases:
+    """Loss terms of Gmain, Greg, Dmain and Dreg for one generator, discriminator and augmentation.
+
+    Deviates from EG3D: style mixing works in every phase (EG3D's density phase refers to names that do not exist); real images and labels are
+    never modified in place; `reg_type` values that EG3D accepts without effect are errors.
+    """
+
+    def __init__(self, G: torch.nn.Module, D: torch.nn.Module, config: GanConfig, augment_pipe: torch.nn.Module | None = None):
+        self.G, self.D, self.config, self.augment_pipe = G, D, config, augment_pipe
+
+    def ws(self, z: torch.Tensor, c: torch.Tensor, swap: torch.Tensor | None, update_emas: bool = False) -> torch.Tensor:
+        """ws [N, L, W] of latents z [N, Z] under cameras c [N, K], the conditioning camera swapped where `swap` ([N, 1] or []) is true."""
+        cond = torch.zeros_like(c) if swap is None else torch.where(swap, torch.roll(c, 1, 0), c)
+        ws = self.G.mapping(z, cond, update_emas=update_emas)
+        if self.config.style_mixing_prob > 0:
+            length = ws.shape[1]
+            cutoff = torch.randint(1, length, [], device=ws.device)
+            cutoff = torch.where(torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, length)
+            other = self.G.mapping(torch.randn_like(z), cond, update_emas=False)
+            keep = torch.arange(length, device=ws.device)[None, :, None] < cutoff
+            ws = torch.where(keep, ws, other)
+        return ws
+
+    def run_G(self, z, c, sched: Schedule, update_emas: bool = False) -> dict[str, torch.Tensor]:
+        """Fake images from z [N, Z] seen from c [N, K]."""
+        swap = None
+        if sched.swapping_prob is not None:
+            swap = torch.rand([c.shape[0], 1], device=c.device) < sched.swapping_prob
+        ws = self.ws(z, c, swap, update_emas)
+        return self.G.synthesis(ws, c, neural_rendering_resolution=sched.neural_rendering_resolution)
+
+    def run_D(self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [N, 1] and the tensors that were fed to D (blurred, augmented), for R1."""
+        image, raw = gan_loss.blur(img["image"], blur_sigma), img["image_raw"]
+        if self.augment_pipe is not None:
+            size = image.shape[-1]
+            both = self.augment_pipe(torch.cat([image, filtered_resizing(raw, size)], dim=1))
+            image, raw = both[:, :3], filtered_resizing(both[:, 3:], raw.shape[-1])
+        logits = self.D({"image": image, "image_raw": raw}, c)
+        return logits, ([image, raw] if self.config.dual_discrimination else [image])
+
+    def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
+        raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode)
+        raw = gan_loss.blur(raw, sched.blur_sigma)  # the fake raw image is not blurred: EG3D's behaviour, kept
+        return {
+            "image": batch.real_img.detach().requires_grad_(requires_grad),
+            "image_raw": raw.detach().requires_grad_(requires_grad),
+        }
+
+    def g_main(self, batch: Batch) -> Iterator[Loss]:
+        """Non-saturating generator loss."""
+        sched = schedule(self.config, batch.cur_nimg)
+        logits, _ = self.run_D(self.run_G(batch.gen_z, batch.gen_c, sched), batch.gen_c, sched.blur_sigma)
+        loss = gan_loss.generator_loss(logits)
+        yield Loss(loss, {"Loss/scores/fake": logits, "Loss/signs/fake": logits.sign(), "Loss/G/loss": loss})
+
+    def g_reg(self, batch: Batch) -> Iterator[Loss]:
+        """Density regularisation at random points of [-1, 1]^3 (not scaled by box_warp: EG3D's behaviour, kept)."""
+        config, box_warp = self.config, self.G.rendering_kwargs["box_warp"]
+        sched = schedule(config, batch.cur_nimg)
+        swap = None
+        if sched.swapping_prob is not None:  # one draw for the whole batch, unlike the main phases
+            swap = torch.rand([], device=batch.gen_c.device) < sched.swapping_prob
+        ws = self.ws(batch.gen_z, batch.gen_c, swap)
+        l1_distance = config.density_reg_p_dist
+        if config.reg_type.startswith("monotonic"):
+            l1_distance = box_warp / 256
+            front = torch.rand([ws.shape[0], 2000, 3], device=ws.device) * 2 - 1
+            behind = front + torch.tensor([0.0, 0.0, -box_warp / 256], device=ws.device)
+            loss = gan_loss.density_monotonic(self._sigma_raw(ws, front, behind), detach_front=config.reg_type == "monotonic-detach")
+            yield Loss(loss * 10, {"density_reg_monotonic_unscaled": loss})
+        points = torch.rand([ws.shape[0], 1000, 3], device=ws.device) * 2 - 1
+        perturbed = points + torch.randn_like(points) * l1_distance
+        loss = gan_loss.density_l1(self._sigma_raw(ws, points, perturbed))
+        yield Loss(loss * config.density_reg, {"density_reg_l1_unscaled": loss})
+
+    def _sigma_raw(self, ws: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        points = torch.cat([first, second], dim=1)
+        directions = torch.randn_like(points)  # unused by the decoder; drawn so that the random sequence is EG3D's
+        return self.G.sample_mixed(points, directions, ws, update_emas=False)["sigma"]
+
+    def d_main(self, batch: Batch) -> Iterator[Loss]:
+        """Logistic discriminator loss, fakes first; each half runs backward on its own."""
+        sched = schedule(self.config, batch.cur_nimg)
+        with torch.no_grad():
+            fake = self.run_G(batch.gen_z, batch.gen_c, sched, update_emas=True)
+        logits, _ = self.run_D(fake, batch.gen_c, sched.blur_sigma)
+        fake_loss = gan_loss.discriminator_fake_loss(logits)
+        yield Loss(fake_loss, {"Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()})
+        logits, _ = self.run_D(self._real(batch, sched, requires_grad=False), batch.real_c, sched.blur_sigma)
+        loss = gan_loss.discriminator_real_loss(logits)
+        stats = {"Loss/scores/real": logits, "Loss/signs/real": logits.sign(), "Loss/D/loss": fake_loss.detach() + loss}
+        yield Loss(loss, stats)
+
+    def d_reg(self, batch: Batch) -> Iterator[Loss]:
+        """R1, taken at the tensors that D is fed."""
+        sched = schedule(self.config, batch.cur_nimg)
+        logits, fed = self.run_D(self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma)
+        penalty = gan_loss.r1_penalty(logits, *fed)
+        loss = penalty * (self.config.r1_gamma / 2)
+        stats = {"Loss/scores/real": logits, "Loss/signs/real": logits.sign(), "Loss/r1_penalty": penalty, "Loss/D/reg": loss}
+        yield Loss(loss, stats)

@@ -1,0 +1,131 @@
+"""The two elementary layers of StyleGAN2-family networks: equalised-rate linear and convolution.
+
+Shapes: N batch, I input features, O output features, C channels, H x W pixels, k kernel size.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
+
+
+def normalize_2nd_moment(x: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> torch.Tensor:
+    """Scale to unit second moment: x / sqrt(mean(x^2) + eps) along `dim`.
+
+    Args:
+        x: any shape.
+    Returns: as `x`. Differentiable in x.
+    """
+    return x * (x.square().mean(dim=dim, keepdim=True) + eps).rsqrt()
+
+
+class FullyConnectedLayer(torch.nn.Module):
+    """Linear layer with equalised learning rate (Karras et al. 2018, section 4.1).
+
+    y = act(x (W lr/sqrt(I))^T + b lr). W is drawn from N(0, 1/lr^2); b starts at `bias_init`, which is *not* divided by lr.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) / lr_multiplier)
+        self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def effective_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Weight as it multiplies the input. Returns [O, I]."""
+        return self.weight.to(dtype or self.weight.dtype) * self.weight_gain
+
+    def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """Bias as it is added. Returns [O], or None."""
+        if self.bias is None:
+            return None
+        bias = self.bias.to(dtype or self.bias.dtype)
+        return bias if self.bias_gain == 1 else bias * self.bias_gain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, I] -> [N, O]."""
+        weight, bias = self.effective_weight(x.dtype), self.effective_bias(x.dtype)
+        if self.activation == "linear":
+            return torch.nn.functional.linear(x, weight, bias)
+        return bias_act.bias_act(x.matmul(weight.t()), bias, act=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+
+
+class Conv2dLayer(torch.nn.Module):
+    """Convolution with equalised learning rate, FIR resampling, bias and activation.
+
+    Order: convolution (with up- or downsampling by the [1,3,3,1] filter), bias, activation, gain, clamp.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        activation: str = "linear",
+        up: int = 1,
+        down: int = 1,
+        conv_clamp: float | None = None,
+        trainable: bool = True,
+    ):
+        super().__init__()
+        self.activation, self.up, self.down, self.conv_clamp = activation, up, down, conv_clamp
+        self.padding = kernel_size // 2
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.act_gain = bias_act.activation_funcs[activation].def_gain
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
+        weight = torch.randn([out_channels, in_channels, kernel_size, kernel_size])
+        offset = torch.zeros([out_channels]) if bias else None
+        if trainable:
+            self.weight = torch.nn.Parameter(weight)
+            self.bias = torch.nn.Parameter(offset) if bias else None
+        else:  # freeze-D: the same names as buffers, so that the state dict does not change
+            self.register_buffer("weight", weight)
+            if bias:
+                self.register_buffer("bias", offset)
+            else:
+                self.bias = None
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        """x [N, C, H, W] -> [N, O, H*up/down, W*up/down]."""
+        weight = (self.weight * self.weight_gain).to(x.dtype)
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        flip = self.up == 1  # up-layers run a true convolution, the others a correlation
+        x = conv2d_resample.conv2d_resample(
+            x=x, w=weight, f=self.resample_filter, up=self.up, down=self.down, padding=self.padding, flip_weight=flip
+        )
+        clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
+        return bias_act.bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+
+
+def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
+    """Feature maps at a resolution: min(channel_base // resolution, channel_max)."""
+    return min(channel_base // resolution, channel_max)
+
+
+def block_resolutions(resolution: int) -> list[int]:
+    """4, 8, ..., resolution.
+
+    Raises: ValueError unless `resolution` is a power of two of at least 4.
+    """
+    log2 = int(np.log2(resolution)) if resolution >= 4 else 0
+    if log2 < 2 or 2**log2 != resolution:
+        raise ValueError(f"network resolution: expected a power of two >= 4, got {resolution}. Resize the data or change the preset.")
+    return [2**i for i in range(2, log2 + 1)]

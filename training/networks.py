@@ -1,0 +1,89 @@
+"""Networks together with the arguments that made them: built, saved and loaded as one file."""
+
+import copy
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+
+from training import storage
+from training.discriminator import DualDiscriminator
+from training.triplane import TriPlaneGenerator
+
+
+@dataclasses.dataclass
+class Networks:
+    """A generator, its moving average and its discriminator, with their constructor arguments."""
+
+    G: TriPlaneGenerator | None
+    D: DualDiscriminator | None
+    G_ema: TriPlaneGenerator
+    G_kwargs: dict
+    D_kwargs: dict | None
+    training_set: dict  # what the networks were trained on: name, resolution
+    cur_nimg: int = 0
+
+    def to(self, device) -> "Networks":
+        """Move all modules."""
+        for module in (self.G, self.D, self.G_ema):
+            if module is not None:
+                module.to(device)
+        return self
+
+
+def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
+    """Fresh networks; the moving average starts as a copy of G."""
+    G = TriPlaneGenerator(**G_kwargs)
+    D = DualDiscriminator(**D_kwargs)
+    G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    return Networks(G.train().requires_grad_(False), D.train().requires_grad_(False), G_ema, G_kwargs, D_kwargs, training_set)
+
+
+def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
+    """Write a network file (safetensors + JSON header)."""
+    modules = {"G_ema": networks.G_ema} if only_ema else {"G": networks.G, "D": networks.D, "G_ema": networks.G_ema}
+    tensors = {f"{name}.{k}": v for name, module in modules.items() if module is not None for k, v in module.state_dict().items()}
+    meta = {
+        "G_kwargs": networks.G_kwargs, "D_kwargs": networks.D_kwargs, "training_set": networks.training_set,
+        "cur_nimg": networks.cur_nimg, "neural_rendering_resolution": networks.G_ema.neural_rendering_resolution,
+    }
+    storage.write_tensors(path, "network", tensors, meta)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Networks:
+    """Read a network file.
+
+    Raises: FileNotFoundError, ValueError (truncated, foreign, other architecture).
+    """
+    tensors, meta = storage.read_tensors(path, "network")
+    G_ema = TriPlaneGenerator(**meta["G_kwargs"])
+    storage.load_strict(G_ema, _part(tensors, "G_ema."), f"{path} (G_ema)")
+    G = D = None
+    if any(k.startswith("G.") for k in tensors):
+        G = TriPlaneGenerator(**meta["G_kwargs"])
+        storage.load_strict(G, _part(tensors, "G."), f"{path} (G)")
+        G.train().requires_grad_(False)
+    if any(k.startswith("D.") for k in tensors):
+        D = DualDiscriminator(**meta["D_kwargs"])
+        storage.load_strict(D, _part(tensors, "D."), f"{path} (D)")
+        D.train().requires_grad_(False)
+    for module in (G, G_ema):
+        if module is not None:
+            module.neural_rendering_resolution = meta["neural_rendering_resolution"]
+    G_ema.eval().requires_grad_(False)
+    networks = Networks(G, D, G_ema, meta["G_kwargs"], meta["D_kwargs"], meta["training_set"], meta["cur_nimg"])
+    return networks.to(device)
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def state_hash(module: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a module's state: the identity under which labels refer to a generator."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""Cameras: look-at pose samplers, intrinsics from a field of view, label packing and pose mirroring.
+
+World axes: x right, +y up, +z towards the camera of a frontal portrait. Camera axes are OpenCV's: x right, y down, z forward.
+
+Shape letters: N cameras.
+"""
+
+import math
+
+import torch
+
+POSE_NUMBERS = 16  # row-major cam2world
+INTRINSICS_NUMBERS = 9  # row-major 3x3, normalised by the image size
+LABEL_NUMBERS = POSE_NUMBERS + INTRINSICS_NUMBERS
+FFHQ_FOCAL = 2985.29 / 700  # 4.2647, focal length over image size of the FFHQ labels; 18.83 degrees by FOV_to_intrinsics' rule
+FFHQ_RADIUS = 2.7  # camera distance from its pivot, world units
+
+_PITCH_MARGIN = 1e-5  # keeps the camera off the poles, where "up" is undefined
+
+
+def camera_position(horizontal: torch.Tensor, vertical: torch.Tensor, radius: float) -> torch.Tensor:
+    """Points on the camera sphere about the world's origin.
+
+    phi = arccos(1 - 2 v / pi);  position = r (sin phi cos(pi - h), cos phi, sin phi sin(pi - h)).
+
+    Args:
+        horizontal: [N, 1] yaw h in radians; pi/2 is frontal, smaller values move the camera towards -x.
+        vertical: [N, 1] pitch parameter v in (0, pi); pi/2 is level, smaller looks from above. It is uniform in height, hence the polar
+            angle phi equals v only at pi/2, where d phi / d v = 2/pi.
+        radius: distance from the origin, world units.
+
+    Returns:
+        [N, 3] positions. Differentiable in horizontal and vertical inside the clamp [1e-5, pi - 1e-5].
+    """
+    v = vertical.clamp(_PITCH_MARGIN, math.pi - _PITCH_MARGIN)
+    phi = torch.arccos(1 - 2 * (v / math.pi))
+    theta = math.pi - horizontal
+    return radius * torch.cat([phi.sin() * theta.cos(), phi.cos(), phi.sin() * theta.sin()], dim=1)
+
+
+def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """cam2world matrices of cameras at `position` [N, 3] that look at `target` [3] or [N, 3], with world y up.
+
+    Columns: right = -normalise(up x forward), down = forward x right, forward; then the position. The first two signs make the matrix
+    OpenCV's (y down) while the world keeps y up.
+
+    Returns:
+        [N, 4, 4]. Differentiable in both arguments; singular when the view direction is vertical.
+    """
+    forward = torch.nn.functional.normalize(target - position, dim=-1)  # [N, 3]
+    world_up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device).expand_as(forward)
+    right = -torch.nn.functional.normalize(torch.linalg.cross(world_up, forward), dim=-1)
+    down = torch.nn.functional.normalize(torch.linalg.cross(forward, right), dim=-1)
+    top = torch.stack([right, down, forward, position], dim=-1)  # [N, 3, 4]
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand(len(position), 1, 4)
+    return torch.cat([top, bottom], dim=1)
+
+
+def _gaussian(mean: float, stddev: float, batch_size: int, device) -> torch.Tensor:
+    return torch.randn((batch_size, 1), device=device) * stddev + mean
+
+
+def _uniform(mean: float, stddev: float, batch_size: int, device) -> torch.Tensor:
+    return (torch.rand((batch_size, 1), device=device) * 2 - 1) * stddev + mean
+
+
+class LookAtPoseSampler:
+    """Normally distributed poses on a sphere about the origin, looking at any point.
+
+    EG3D's name and argument order. Draws from torch's global generator, the yaw noise [N, 1] before the pitch noise [N, 1], even when
+    both deviations are 0 (the draw order is part of the interface).
+    """
+
+    @staticmethod
+    def sample(
+        horizontal_mean, vertical_mean, lookat_position, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
+    ) -> torch.Tensor:
+        """cam2world [N, 4, 4]; angles and deviations in radians (see `camera_position`), lookat_position [3] in world units."""
+        h = _gaussian(horizontal_mean, horizontal_stddev, batch_size, device)
+        v = _gaussian(vertical_mean, vertical_stddev, batch_size, device)
+        target = torch.as_tensor(lookat_position, dtype=torch.float32, device=device)
+        return look_at(camera_position(h, v, radius), target)
+
+
+class GaussianCameraPoseSampler:
+    """Normally distributed poses on a sphere, looking at the origin. EG3D's name and argument order; draws as LookAtPoseSampler."""
+
+    @staticmethod
+    def sample(
+        horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
+    ) -> torch.Tensor:
+        """cam2world [N, 4, 4]; angles and deviations in radians."""
+        h = _gaussian(horizontal_mean, horizontal_stddev, batch_size, device)
+        v = _gaussian(vertical_mean, vertical_stddev, batch_size, device)
+        return look_at(camera_position(h, v, radius), torch.zeros(3, device=device))
+
+
+class UniformCameraPoseSampler:
+    """Poses uniform in [mean - stddev, mean + stddev] on a sphere, looking at the origin. The yaw is drawn before the pitch."""
+
+    @staticmethod
+    def sample(
+        horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
+    ) -> torch.Tensor:
+        """cam2world [N, 4, 4]; angles in radians, the "stddev" arguments are half-widths (EG3D's naming)."""
+        h = _uniform(horizontal_mean, horizontal_stddev, batch_size, device)
+        v = _uniform(vertical_mean, vertical_stddev, batch_size, device)
+        return look_at(camera_position(h, v, radius), torch.zeros(3, device=device))
+
+
+def intrinsics_matrix(focal: float, device="cpu") -> torch.Tensor:
+    """[3, 3] intrinsics with both focal lengths `focal` (in image sizes) and the principal point at the image's centre (.5, .5)."""
+    return torch.tensor([[focal, 0.0, 0.5], [0.0, focal, 0.5], [0.0, 0.0, 1.0]], device=device)
+
+
+def FOV_to_intrinsics(fov_degrees: float, device="cpu") -> torch.Tensor:  # noqa: N802 (EG3D's public name)
+    """[3, 3] intrinsics, normalised by the image size, of a square image whose DIAGONAL spans `fov_degrees`.
+
+    f = 1 / (1.414 tan(fov * 3.14159 / 360)), with the reference's rounded constants: 18.837 degrees give 4.2634, where the FFHQ labels
+    themselves hold 4.2647 (`FFHQ_FOCAL`).
+    """
+    return intrinsics_matrix(1 / (math.tan(fov_degrees * 3.14159 / 360) * 1.414), device)
+
+
+def pack_label(cam2world: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
+    """Camera label c [N, 25] from cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]: both row-major, pose first.
+
+    Raises:
+        ValueError: when the trailing dimensions are not 4x4 and 3x3.
+    """
+    if cam2world.ndim != 3 or cam2world.shape[1:] != (4, 4) or intrinsics.shape[-2:] != (3, 3):
+        raise ValueError(
+            f"pack_label: expected cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3], got {list(cam2world.shape)} and "
+            f"{list(intrinsics.shape)}. Add the batch dimension, or swap the arguments."
+        )
+    k = intrinsics.expand(len(cam2world), 3, 3)
+    return torch.cat([cam2world.reshape(-1, POSE_NUMBERS), k.reshape(-1, INTRINSICS_NUMBERS)], dim=1)
+
+
+def unpack_label(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cam2world [N, 4, 4] and intrinsics [N, 3, 3] of labels c [N, 25].
+
+    Raises:
+        ValueError: when c does not have 25 columns.
+    """
+    if c.ndim != 2 or c.shape[1] != LABEL_NUMBERS:
+        raise ValueError(
+            f"unpack_label: expected c [N, {LABEL_NUMBERS}], got {list(c.shape)}. Pass 16 pose and 9 intrinsics numbers per row."
+        )
+    return c[:, :POSE_NUMBERS].reshape(-1, 4, 4), c[:, POSE_NUMBERS:].reshape(-1, 3, 3)
+
+
+def mirror_pose(cam2world: torch.Tensor) -> torch.Tensor:
+    """Pose [..., 4, 4] that shows the x-mirrored world as the mirrored image: F P F with F = diag(-1, 1, 1, 1).
+
+    Negates the entries (0,1), (0,2), (1,0), (2,0) and (0,3). An involution. Differentiable in its argument.
+    """
+    signs = torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=cam2world.dtype, device=cam2world.device)
+    return cam2world * signs[:, None] * signs
+
+
+def mirror_label(c: torch.Tensor) -> torch.Tensor:
+    """Camera labels [N, 25] of the horizontally mirrored images: the pose mirrored, skew negated, cx -> 1 - cx."""
+    cam2world, intrinsics = unpack_label(c)
+    k = intrinsics.clone()
+    k[:, 0, 1] = -k[:, 0, 1]
+    k[:, 0, 2] = 1 - k[:, 0, 2]
+    return pack_label(mirror_pose(cam2world), k)

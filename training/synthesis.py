@@ -1,0 +1,263 @@
+"""StyleGAN2 synthesis network ("skip" architecture), the backbone that writes the tri-planes.
+
+Shapes: N batch, L num_ws, W w_dim, C/O in/out channels, R resolution, k kernel size.
+"""
+
+import math
+
+import torch
+
+from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
+from training.layers import FullyConnectedLayer, block_resolutions, channels_at
+from training.mapping import MappingNetwork
+
+
+def modulated_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    styles: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: int = 0,
+    resample_filter: torch.Tensor | None = None,
+    demodulate: bool = True,
+    flip_weight: bool = True,
+    fused_modconv: bool = True,
+) -> torch.Tensor:
+    """Convolution whose input channels are scaled per sample (Karras et al. 2020, section 2.2).
+
+    w'[n,o,c] = w[o,c] s[n,c]; demodulated by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8); noise is added after demodulation.
+
+    Args:
+        x: [N, C, H, W]; weight: [O, C, k, k]; styles: [N, C].
+        noise: broadcast to the output, or None.
+        fused_modconv: one grouped convolution with w'd; otherwise scale x, convolve once for the batch, scale the result.
+    Returns: [N, O, H*up/down, W*up/down]. Differentiable in x, weight, styles, noise.
+    """
+    n = x.shape[0]
+    out_channels, in_channels, kh, kw = weight.shape
+    if x.dtype == torch.float16 and demodulate:  # keep the sum of squares inside half's range; demodulation cancels both factors
+        largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
+        weight = weight * (1 / math.sqrt(in_channels * kh * kw) / largest)
+        styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
+    coefficients = None
+    if demodulate:  # sum over k first: sum_c s^2 sum_k w^2 is the same number without the [N, O, C, k, k] product
+        energy = weight.square().sum(dim=[2, 3])  # [O, C]
+        coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()  # [N, O]
+    resample = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight}
+    if not fused_modconv:
+        x = x * styles.to(x.dtype)[:, :, None, None]
+        x = conv2d_resample.conv2d_resample(x=x, w=weight.to(x.dtype), **resample)
+        if coefficients is not None:
+            x = x * coefficients.to(x.dtype)[:, :, None, None]
+    else:
+        w = weight[None] * styles[:, None, :, None, None]  # [N, O, C, k, k]
+        if coefficients is not None:
+            w = w * coefficients[:, :, None, None, None]
+        x = x.reshape(1, -1, *x.shape[2:])  # [1, N*C, H, W]
+        x = conv2d_resample.conv2d_resample(x=x, w=w.flatten(0, 1).to(x.dtype), groups=n, **resample)
+        x = x.reshape(n, out_channels, *x.shape[2:])
+    return x if noise is None else x + noise.to(x.dtype)
+
+
+class SynthesisLayer(torch.nn.Module):
+    """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        up: int = 1,
+        use_noise: bool = True,
+        conv_clamp: float | None = None,
+        channels_last: bool = False,
+    ):
+        super().__init__()
+        self.resolution, self.up, self.use_noise, self.conv_clamp = resolution, up, use_noise, conv_clamp
+        self.act_gain = bias_act.activation_funcs["lrelu"].def_gain
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, 3, 3]).to(memory_format=memory_format))
+        if use_noise:
+            self.register_buffer("noise_const", torch.randn([resolution, resolution]))
+            self.noise_strength = torch.nn.Parameter(torch.zeros([]))
+        self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
+
+    def forward(
+        self, x: torch.Tensor, w: torch.Tensor, noise_mode: str = "random", fused_modconv: bool = True, gain: float = 1.0
+    ) -> torch.Tensor:
+        """x [N, C, R/up, R/up], w [N, W] -> [N, O, R, R]."""
+        if noise_mode not in ("random", "const", "none"):
+            raise ValueError(f"noise_mode: expected 'random', 'const' or 'none', got {noise_mode!r}.")
+        noise = None
+        if self.use_noise and noise_mode == "random":
+            noise = torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device) * self.noise_strength
+        elif self.use_noise and noise_mode == "const":
+            noise = self.noise_const * self.noise_strength
+        x = modulated_conv2d(
+            x, self.weight, self.affine(w), noise=noise, up=self.up, padding=1, resample_filter=self.resample_filter,
+            flip_weight=(self.up == 1), fused_modconv=fused_modconv,
+        )
+        clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
+        return bias_act.bias_act(x, self.bias.to(x.dtype), act="lrelu", gain=self.act_gain * gain, clamp=clamp)
+
+
+class ToRGBLayer(torch.nn.Module):
+    """Modulated 1x1 convolution to image (or plane) channels; no demodulation, linear."""
+
+    def __init__(self, in_channels: int, out_channels: int, w_dim: int, conv_clamp: float | None = None, channels_last: bool = False):
+        super().__init__()
+        self.conv_clamp = conv_clamp
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, 1, 1]).to(memory_format=memory_format))
+        self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
+        self.weight_gain = 1 / math.sqrt(in_channels)
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, fused_modconv: bool = True) -> torch.Tensor:
+        """x [N, C, R, R], w [N, W] -> [N, O, R, R]."""
+        styles = self.affine(w) * self.weight_gain
+        x = modulated_conv2d(x, self.weight, styles, demodulate=False, fused_modconv=fused_modconv)
+        return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+
+
+class SynthesisBlock(torch.nn.Module):
+    """One resolution of the skip generator: [conv0 up,] conv1, and ToRGB added to the upsampled image so far.
+
+    `upsample=False` gives the variant of the super-resolution modules that keeps the resolution (Deviates: the image is not modified in
+    place, so a caller's tensor survives; the values are the same).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        img_channels: int,
+        is_last: bool = False,
+        upsample: bool = True,
+        conv_clamp: float | None = 256,
+        use_fp16: bool = False,
+        fp16_channels_last: bool = False,
+        fused_modconv_default: bool | str = True,
+        use_noise: bool = True,
+    ):
+        super().__init__()
+        self.in_channels, self.w_dim, self.resolution, self.img_channels = in_channels, w_dim, resolution, img_channels
+        self.is_last, self.upsample, self.use_fp16 = is_last, upsample, use_fp16
+        self.channels_last = use_fp16 and fp16_channels_last
+        self.fused_modconv_default = fused_modconv_default
+        self.num_conv, self.num_torgb = (1 if in_channels == 0 else 2), 1
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
+        layer = {"w_dim": w_dim, "conv_clamp": conv_clamp, "channels_last": self.channels_last}
+        if in_channels == 0:
+            self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
+        else:
+            up = 2 if upsample else 1
+            self.conv0 = SynthesisLayer(in_channels, out_channels, resolution=resolution, up=up, use_noise=use_noise, **layer)
+        self.conv1 = SynthesisLayer(out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer)
+        self.torgb = ToRGBLayer(out_channels, img_channels, **layer)
+
+    def forward(
+        self,
+        x: torch.Tensor | None,
+        img: torch.Tensor | None,
+        ws: torch.Tensor,
+        force_fp32: bool = False,
+        fused_modconv: bool | None = None,
+        noise_mode: str = "random",
+        **_unused,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, C, R/2, R/2] or None, img [N, I, R/2, R/2] or None, ws [N, num_conv + num_torgb, W] -> (x, img) at R."""
+        w_iter = iter(ws.unbind(dim=1))
+        half = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
+        dtype = torch.float16 if half else torch.float32
+        memory_format = torch.channels_last if self.channels_last and half else torch.contiguous_format
+        if fused_modconv is None:
+            fused_modconv = self.fused_modconv_default
+        if fused_modconv == "inference_only":
+            fused_modconv = not self.training
+        kwargs = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
+        if self.in_channels == 0:
+            x = self.const.to(dtype=dtype, memory_format=memory_format).unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
+        else:
+            x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
+        x = self.conv1(x, next(w_iter), **kwargs)
+        if img is not None and self.upsample:
+            img = upfirdn2d.upsample2d(img, self.resample_filter)
+        y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32, memory_format=torch.contiguous_format)
+        return x, (y if img is None else img + y)
+
+
+class SynthesisNetwork(torch.nn.Module):
+    """Blocks b4 ... b{img_resolution}; block r reads its ws at an offset that advances by the number of its convolutions."""
+
+    def __init__(
+        self,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        num_fp16_res: int = 4,
+        **block_kwargs,
+    ):
+        super().__init__()
+        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        self.block_resolutions = block_resolutions(img_resolution)
+        fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
+        self.num_ws, previous = 0, 0
+        for res in self.block_resolutions:
+            channels = channels_at(res, channel_base, channel_max)
+            block = SynthesisBlock(
+                previous, channels, w_dim=w_dim, resolution=res, img_channels=img_channels, is_last=(res == img_resolution),
+                use_fp16=(num_fp16_res > 0 and res >= fp16_from), **block_kwargs,
+            )
+            self.num_ws += block.num_conv
+            setattr(self, f"b{res}", block)
+            previous = channels
+        self.num_ws += 1  # the last block's ToRGB
+
+    def forward(self, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
+        """ws [N, num_ws, W] -> image or planes [N, img_channels, R, R]."""
+        expected = [self.num_ws, self.w_dim]
+        if list(ws.shape[1:]) != expected:
+            raise ValueError(f"SynthesisNetwork: expected ws of shape [N, {self.num_ws}, {self.w_dim}], got {list(ws.shape)}.")
+        ws = ws.to(torch.float32)
+        x = img = None
+        start = 0
+        for res in self.block_resolutions:
+            block = getattr(self, f"b{res}")
+            x, img = block(x, img, ws.narrow(1, start, block.num_conv + block.num_torgb), **block_kwargs)
+            start += block.num_conv
+        return img
+
+
+class Generator(torch.nn.Module):
+    """Backbone: mapping and synthesis under the names that checkpoints use."""
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        mapping_kwargs: dict | None = None,
+        **synthesis_kwargs,
+    ):
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, c_dim, w_dim, img_resolution, img_channels
+        self.synthesis = SynthesisNetwork(w_dim=w_dim, img_resolution=img_resolution, img_channels=img_channels, **synthesis_kwargs)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=self.num_ws, **(mapping_kwargs or {}))
+
+    def forward(self, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs) -> torch.Tensor:
+        """z [N, Z], c [N, K] -> [N, img_channels, R, R]."""
+        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        return self.synthesis(ws, **synthesis_kwargs)

@@ -1,0 +1,221 @@
+"""The procedural dataset of heads: `synthetic:heads64` and its relatives, rendered once into a zip in EG3D's dataset format.
+
+    synthetic:heads<R>[@key=value[,key=value ...]]      keys: n, seed, background (white|flat), yaw, pitch
+
+Image i of seed s depends on (s, i) and the options alone, not on n, on the number of processes or on the machine's load. Cameras follow
+FFHQ: radius 2.7, focal length 4.2647 image sizes (18.83 degrees along the diagonal), pivot at the origin, yaw and pitch normal about
+frontal.
+
+Shape letters: n images, R resolution, S shape and A appearance parameters.
+"""
+
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+from training.heads import BACKGROUNDS, draw_parameters, render_heads
+from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
+
+PREFIX = "synthetic:"
+FORMAT_VERSION = 1  # raise it whenever the same options would give other files
+
+_GROUP = 32  # images rendered together; groups are fixed so that results do not depend on scheduling
+_MAX_PROCESSES = 16
+_ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsOptions:
+    """What identifies a synthetic set; part of its file name."""
+
+    resolution: int = 64  # pixels, multiple of 8, 8 .. 1024
+    n: int = 4000  # images
+    seed: int = 0  # >= 0
+    background: str = "white"  # white | flat
+    yaw: float = 0.5  # standard deviation about frontal, radians
+    pitch: float = 0.22  # standard deviation about level, radians of the sampler's pitch parameter
+
+    def __post_init__(self):
+        if self.resolution % 8 or not 8 <= self.resolution <= 1024:
+            raise ValueError(f"synthetic heads: resolution must be a multiple of 8 from 8 to 1024, got {self.resolution}.")
+        if self.n < 1 or self.seed < 0:
+            raise ValueError(f"synthetic heads: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}.")
+        if self.background not in BACKGROUNDS:
+            raise ValueError(f"synthetic heads: background must be one of {', '.join(BACKGROUNDS)}, got {self.background!r}.")
+        if not (0 <= self.yaw <= math.pi and 0 <= self.pitch <= math.pi / 2):
+            raise ValueError(f"synthetic heads: yaw must lie in [0, 3.14] and pitch in [0, 1.57] radians, got {self.yaw} and {self.pitch}.")
+
+    def stem(self) -> str:
+        """File name without its extension; the hash covers every option and the format's version."""
+        identity = json.dumps([FORMAT_VERSION, asdict(self)], sort_keys=True)
+        return f"heads{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsTruth:
+    """What the renderer knew about each image of a set."""
+
+    shape: np.ndarray  # [n, S] float32, `heads.SHAPE_NAMES`
+    appearance: np.ndarray  # [n, A] float32, `heads.APPEARANCE_NAMES`
+    labels: np.ndarray  # [n, 25] float32 camera labels
+    depth: np.ndarray  # [n, R, R] float32 distance along the unit ray through the pixel's centre, inf on the background
+
+
+def parse_name(name: str) -> HeadsOptions:
+    """Options of a dataset name such as `synthetic:heads64@n=500,seed=3`.
+
+    Raises:
+        ValueError: when the name does not follow the grammar or a value is out of range.
+    """
+    match = re.fullmatch(r"synthetic:heads(\d+)(?:@(.+))?", name)
+    if match is None:
+        raise ValueError(
+            f"parse_name: expected 'synthetic:heads<R>[@key=value,...]', got {name!r}. For example synthetic:heads64@n=500,seed=3."
+        )
+    kinds = {"n": int, "seed": int, "background": str, "yaw": float, "pitch": float}
+    values = {}
+    for item in re.split("[,@]", match[2]) if match[2] else []:
+        key, _, text = item.partition("=")
+        if key not in kinds:
+            raise ValueError(f"parse_name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write key=value.")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError as error:
+            raise ValueError(f"parse_name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}.") from error
+    return HeadsOptions(resolution=int(match[1]), **values)
+
+
+def head_parameters(options: HeadsOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without rendering them."""
+    shapes, appearances, angles = [], [], []
+    for i in indices:
+        rng = np.random.default_rng([options.seed, i])
+        shape, appearance = draw_parameters(rng)
+        shapes.append(shape)
+        appearances.append(appearance)
+        angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
+    angles = torch.from_numpy(np.array(angles))  # [n, 2] float64
+    poses = look_at(camera_position(angles[:, :1], angles[:, 1:], FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
+    return np.stack(shapes), np.stack(appearances), pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, format="png", compress_level=0)
+    return buffer.getvalue()
+
+
+def _render_group(options: HeadsOptions, group: int) -> tuple[list[bytes], np.ndarray]:
+    """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one full group."""
+    shape, appearance, labels = map(torch.from_numpy, head_parameters(options, range(group * _GROUP, (group + 1) * _GROUP)))
+    poses, intrinsics = labels[:, :16].reshape(-1, 4, 4), labels[:, 16:].reshape(-1, 3, 3)
+    image, depth = render_heads(shape, appearance, poses, intrinsics, options.resolution, background=options.background)
+    pixels = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()  # [n, R, R, 3]
+    return [_png(p) for p in pixels], (depth - FFHQ_RADIUS).numpy().astype(np.float16)
+
+
+def _single_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _rendered_groups(options: HeadsOptions, count: int, processes: int):
+    """The groups in order, computed here or in worker processes."""
+    if processes <= 1:
+        yield from (_render_group(options, group) for group in range(count))
+        return
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_single_thread) as pool:
+        yield from pool.map(_render_group, [options] * count, range(count))
+
+
+def write_heads(options: HeadsOptions, path: Path, processes: int | None = None, progress: bool = True) -> None:
+    """Render a set into `path` (zip, EG3D's format) and `path` with suffix .npz (the truth behind it).
+
+    Both are written under temporary names and renamed when complete, the zip last: a zip that exists is whole.
+
+    Args:
+        options: the set.
+        path: target, ends in .zip.
+        processes: workers; None uses the available cores. The bytes do not depend on it.
+        progress: show a progress bar with the remaining time.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = math.ceil(options.n / _GROUP)
+    processes = min(processes or available, _MAX_PROCESSES, count)
+    shape, appearance, labels = head_parameters(options, range(options.n))
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
+    depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {suffix: path.with_name(f".{path.stem}.{os.getpid()}{suffix}") for suffix in (".zip", ".npz")}
+    try:
+        with (
+            zipfile.ZipFile(parts[".zip"], "w", zipfile.ZIP_STORED) as archive,
+            tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
+        ):
+            for group, (images, offsets) in enumerate(_rendered_groups(options, count, processes)):
+                first = group * _GROUP
+                used = min(_GROUP, options.n - first)
+                depth[first : first + used] = offsets[:used]
+                for name, image in zip(names[first : first + used], images[:used], strict=True):
+                    archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), image)
+                bar.update(used)
+            rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
+            archive.writestr(zipfile.ZipInfo("dataset.json", _ZIP_DATE), json.dumps({"labels": rows}))
+        np.savez(parts[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth)
+        os.replace(parts[".npz"], path.with_suffix(".npz"))
+        os.replace(parts[".zip"], path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def default_cache() -> Path:
+    """$EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf."""
+    return Path(os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
+
+
+def resolve_dataset(name: str | Path, cache_dir: Path | None = None, processes: int | None = None, progress: bool = True) -> Path:
+    """Path of a dataset: itself for a folder or zip; for a `synthetic:` name the cached zip, rendered first if it is not there.
+
+    Args:
+        name: path or dataset name. cache_dir: default `default_cache()`. processes, progress: as in `write_heads`.
+
+    Raises:
+        ValueError: when a synthetic name does not follow the grammar.
+    """
+    if not str(name).startswith(PREFIX):
+        return Path(name)
+    options = parse_name(str(name))
+    path = Path(cache_dir or default_cache()) / f"{options.stem()}.zip"
+    if not (path.exists() and path.with_suffix(".npz").exists()):
+        write_heads(options, path, processes, progress)
+    return path
+
+
+def load_truth(path: Path) -> HeadsTruth:
+    """Parameters, labels and depth of a set by the path that `resolve_dataset` returned.
+
+    Raises:
+        ValueError: when the .npz beside the zip is missing.
+    """
+    source = Path(path).with_suffix(".npz")
+    if not source.exists():
+        raise ValueError(
+            f"load_truth: expected {source} beside the dataset, got none. Only synthetic sets have it; delete the zip to render anew."
+        )
+    with np.load(source) as data:
+        depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS
+        return HeadsTruth(shape=data["shape"], appearance=data["appearance"], labels=data["labels"], depth=depth)

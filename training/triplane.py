@@ -1,0 +1,199 @@
+"""The tri-plane generator of EG3D (Chan et al. 2022): backbone, renderer, decoder and super-resolution.
+
+Shapes: N batch, Z z_dim, K c_dim (25), W w_dim, L num_ws, C plane channels, P points, r rendered and R final resolution.
+"""
+
+import torch
+
+from training.layers import FullyConnectedLayer
+from training.rendering.rays import RaySampler
+from training.rendering.renderer import ImportanceRenderer
+from training.superresolution import module_by_name
+from training.synthesis import Generator
+
+
+class OSGDecoder(torch.nn.Module):
+    """Two-layer perceptron from averaged plane features to raw density and colour features."""
+
+    def __init__(self, n_features: int, options: dict):
+        super().__init__()
+        lr_mul = options["decoder_lr_mul"]
+        self.hidden_dim = options.get("decoder_hidden_dim", 64)
+        self.net = torch.nn.Sequential(
+            FullyConnectedLayer(n_features, self.hidden_dim, lr_multiplier=lr_mul),
+            torch.nn.Softplus(),
+            FullyConnectedLayer(self.hidden_dim, 1 + options["decoder_output_dim"], lr_multiplier=lr_mul),
+        )
+
+    def forward(self, sampled_features: torch.Tensor, ray_directions: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """sampled_features [N, 3, P, C] -> {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}."""
+        del ray_directions
+        return self.decode(sampled_features.mean(dim=1))
+
+    def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """features [N, P, C], already averaged over planes -> as `forward`."""
+        x = self.net(features)
+        return {"rgb": torch.sigmoid(x[..., 1:]) * (1 + 2 * 0.001) - 0.001, "sigma": x[..., :1]}
+
+    def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma []; gradients flow to the parameters."""
+        first, last = self.net[0], self.net[2]
+        return first.effective_weight(), first.effective_bias(), last.effective_weight()[0], last.effective_bias()[0]
+
+
+class TriPlaneGenerator(torch.nn.Module):
+    """EG3D's generator.
+
+    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32), decoder_output_dim (32, or plane_channels
+    for smaller planes) and plane_layout ('eg3d' for released checkpoints, 'fixed' for three different planes).
+    """
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        sr_num_fp16_res: int = 0,
+        mapping_kwargs: dict | None = None,
+        rendering_kwargs: dict | None = None,
+        sr_kwargs: dict | None = None,
+        plane_resolution: int = 256,
+        plane_channels: int = 32,
+        plane_layout: str = "eg3d",
+        decoder_hidden_dim: int = 64,
+        neural_rendering_resolution: int = 64,
+        **synthesis_kwargs,
+    ):
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.plane_resolution, self.plane_channels, self.plane_layout = plane_resolution, plane_channels, plane_layout
+        self.rendering_kwargs = dict(rendering_kwargs or {})
+        self.neural_rendering_resolution = neural_rendering_resolution
+        self.renderer = ImportanceRenderer(plane_layout)
+        self.ray_sampler = RaySampler()
+        self.backbone = Generator(
+            z_dim, c_dim, w_dim, img_resolution=plane_resolution, img_channels=3 * plane_channels, mapping_kwargs=mapping_kwargs,
+            **synthesis_kwargs,
+        )
+        sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
+        self.superresolution = sr_class(
+            channels=plane_channels, img_resolution=img_resolution, sr_num_fp16_res=sr_num_fp16_res,
+            sr_antialias=self.rendering_kwargs["sr_antialias"], w_dim=w_dim, **(sr_kwargs or {}),
+        )
+        self.decoder = OSGDecoder(
+            plane_channels,
+            {
+                "decoder_lr_mul": self.rendering_kwargs.get("decoder_lr_mul", 1),
+                "decoder_output_dim": plane_channels,
+                "decoder_hidden_dim": decoder_hidden_dim,
+            },
+        )
+        self._last_planes: torch.Tensor | None = None
+
+    @property
+    def num_ws(self) -> int:
+        """Number of ws of the backbone (14 at plane resolution 256)."""
+        return self.backbone.num_ws
+
+    def mapping(
+        self,
+        z: torch.Tensor,
+        c: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        update_emas: bool = False,
+    ) -> torch.Tensor:
+        """z [N, Z], conditioning camera c [N, K] -> ws [N, L, W].
+
+        c is zeroed where the generator is not pose-conditioned, and scaled by rendering_kwargs['c_scale'] (a missing key means 0, as in EG3D).
+        """
+        if self.rendering_kwargs["c_gen_conditioning_zero"]:
+            c = torch.zeros_like(c)
+        c = c * self.rendering_kwargs.get("c_scale", 0)
+        return self.backbone.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+
+    def planes(self, ws: torch.Tensor, noise_mode: str = "random", **synthesis_kwargs) -> torch.Tensor:
+        """ws [N, L, W] -> planes [N, 3, C, H, W]."""
+        planes = self.backbone.synthesis(ws, noise_mode=noise_mode, **synthesis_kwargs)
+        return planes.unflatten(1, (3, self.plane_channels))
+
+    def synthesis(
+        self,
+        ws: torch.Tensor,
+        c: torch.Tensor,
+        neural_rendering_resolution: int | None = None,
+        update_emas: bool = False,
+        cache_backbone: bool = False,
+        use_cached_backbone: bool = False,
+        **synthesis_kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Render from a camera.
+
+        Args:
+            ws: [N, L, W]; c: [N, 25] camera (16 cam2world, 9 intrinsics).
+            neural_rendering_resolution: rendered pixels per edge; None keeps the last value, any other is remembered.
+            cache_backbone, use_cached_backbone: keep, or reuse, the planes of the last call.
+        Returns: 'image' [N, 3, R, R], 'image_raw' [N, 3, r, r] in (-1, 1), 'image_depth' [N, 1, r, r] (distance along the unit ray) and
+            'image_opacity' [N, 1, r, r] (sum of the weights; not in EG3D).
+        """
+        del update_emas
+        cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3)
+        if neural_rendering_resolution is None:
+            neural_rendering_resolution = self.neural_rendering_resolution
+        else:
+            self.neural_rendering_resolution = neural_rendering_resolution
+        res = neural_rendering_resolution
+        origins, directions = self.ray_sampler(cam2world, intrinsics, res)
+        if use_cached_backbone and self._last_planes is not None:
+            planes = self._last_planes
+        else:
+            planes = self.planes(ws, **synthesis_kwargs)
+        if cache_backbone:
+            self._last_planes = planes
+        features, depth, opacity = self.renderer(planes, self.decoder, origins, directions, self.rendering_kwargs)
+
+        def as_image(x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(1, 2).reshape(ws.shape[0], -1, res, res).contiguous()
+
+        feature_image, depth_image = as_image(features), as_image(depth)
+        rgb = feature_image[:, :3]
+        sr_kwargs = {k: v for k, v in synthesis_kwargs.items() if k != "noise_mode"}
+        noise_mode = self.rendering_kwargs["superresolution_noise_mode"]
+        image = self.superresolution(rgb, feature_image, ws, noise_mode=noise_mode, **sr_kwargs)
+        return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": as_image(opacity)}
+
+    def sample(
+        self, coordinates, directions, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs
+    ) -> dict[str, torch.Tensor]:
+        """Colour and raw density at points [N, P, 3] for latents z [N, Z] and conditioning c [N, K]."""
+        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        return self.sample_mixed(coordinates, directions, ws, **synthesis_kwargs)
+
+    def sample_mixed(
+        self,
+        coordinates: torch.Tensor,
+        directions: torch.Tensor | None,
+        ws: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        update_emas: bool = False,
+        **synthesis_kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}; truncation arguments have no effect, as in EG3D."""
+        del truncation_psi, truncation_cutoff, update_emas
+        planes = self.planes(ws, **synthesis_kwargs)
+        return self.renderer.run_model(planes, self.decoder, coordinates, directions, self.rendering_kwargs)
+
+    def forward(
+        self, z, c, truncation_psi=1.0, truncation_cutoff=None, neural_rendering_resolution=None, update_emas=False, cache_backbone=False,
+        use_cached_backbone=False, **synthesis_kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Map z [N, Z] conditioned on camera c [N, 25] and render from the same camera; see `synthesis`."""
+        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas)
+        return self.synthesis(
+            ws, c, neural_rendering_resolution=neural_rendering_resolution, update_emas=update_emas, cache_backbone=cache_backbone,
+            use_cached_backbone=use_cached_backbone, **synthesis_kwargs,
+        )
