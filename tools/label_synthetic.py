@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
 from eg3d_rlhf.preferences.annotator import UtilityResult  # noqa: E402
 from eg3d_rlhf.preferences.labels import write_labels  # noqa: E402
@@ -21,7 +23,7 @@ from eg3d_rlhf.preferences.synthetic import Annotation, AnnotationOptions, annot
 DEFAULTS = AnnotationOptions()
 
 
-def _annotate(network: Path | None, options: AnnotationOptions, device: str) -> tuple[Annotation, str]:
+def _annotate(network: Path | None, options: AnnotationOptions, device: torch.device) -> tuple[Annotation, str]:
     """Load the generator and judge it under a progress bar; also returns the generator's hash."""
     generator = load_generator(network, device)
     with tqdm(total=2 * options.pairs, unit="seed", desc="judging") as bar:
@@ -30,7 +32,7 @@ def _annotate(network: Path | None, options: AnnotationOptions, device: str) -> 
             bar.update()
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
-        return annotate(generator.G, options, device, on_seed), generator.hash
+        return annotate(generator.G, options, on_seed), generator.hash
 
 
 def _write(out: Path, annotation: Annotation, generator_hash: str) -> None:
@@ -39,34 +41,32 @@ def _write(out: Path, annotation: Annotation, generator_hash: str) -> None:
     out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-@click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True,
-              help="Labels to write (.jsonl or .csv).")
-@click.option("--network", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None,
-              show_default="the bundled generator", help="Generator to sample.")
-@click.option("--pairs", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.pairs, help="Pairs; every seed is used once.")
-@click.option("--first-seed", metavar="INT", type=click.IntRange(min=0), default=DEFAULTS.first_seed, help="First of the 2 * pairs seeds.")
-@click.option("--psi", metavar="FLOAT", type=click.FloatRange(min=0), default=DEFAULTS.psi, help="Truncation.")
-@click.option("--cutoff", metavar="INT", type=click.IntRange(min=0), default=DEFAULTS.cutoff, help="ws that truncation reaches.")
-@click.option("--resolution", metavar="VOXELS", type=click.IntRange(16, 256), default=DEFAULTS.resolution, help="Edge of the judged cube.")
-@click.option("--flip-rate", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=DEFAULTS.flip_rate,
-              help="Expected share of labels against the noise-free order.")
-@click.option("--calibrate", metavar="CUBES", type=click.IntRange(min=0), default=DEFAULTS.calibrate,
-              help="Calibrate the annotator on so many of the seeds; 0 keeps its fixed calibration.")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=DEFAULTS.seed, help="Seed of pairing and noise.")
-@click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Latents synthesised at once.")
-@click.option("--device", metavar="NAME", default="cpu", help="torch device.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Labels to write (.jsonl or .csv).")
+@option("--network", metavar="PATH", type=click.Path(path_type=Path, exists=True), default=None, show_default="the bundled generator",
+        help="Generator file or run folder to sample.", group="Samples")
+@option("--pairs", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.pairs, help="Pairs; a seed is used once.", group="Samples")
+@option("--first-seed", metavar="INT", type=click.IntRange(min=0), default=DEFAULTS.first_seed, group="Samples",
+        help="First of the 2 * pairs seeds.")
+@option("--psi", metavar="FLOAT", type=click.FloatRange(min=0), default=DEFAULTS.psi, help="Truncation.", group="Samples")
+@option("--cutoff", metavar="INT", type=click.IntRange(min=0), default=DEFAULTS.cutoff, help="ws that truncation reaches.", group="Samples")
+@option("--resolution", metavar="VOXELS", type=click.IntRange(16, 256), default=DEFAULTS.resolution, group="Judgement",
+        help="Edge of the judged cube.")
+@option("--flip-rate", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=DEFAULTS.flip_rate, group="Judgement",
+        help="Expected share of labels against the noise-free order.")
+@option("--calibrate", metavar="CUBES", type=click.IntRange(min=0), default=DEFAULTS.calibrate, group="Judgement",
+        help="Calibrate the annotator on so many of the seeds; 0 keeps its fixed calibration.")
+@option("--seed", metavar="INT", type=click.IntRange(min=0), default=DEFAULTS.seed, help="Seed of pairing and noise.", group="Judgement")
+@option("--batch", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Latents synthesised at once.")
+@option("--device", metavar="NAME", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the generator runs.")
+@option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 def main(out: Path, network: Path | None, device: str, dry_run: bool, **settings) -> None:
-    try:
-        options = AnnotationOptions(**settings)
-        if dry_run:
-            click.echo(json.dumps({"out": str(out), "network": str(network or "bundled"), "device": device, **asdict(options)}, indent=1))
-            return
-        annotation, generator_hash = _annotate(network, options, device)
-        _write(out, annotation, generator_hash)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    options = AnnotationOptions(**settings)
+    if dry_run:
+        click.echo(json.dumps({"out": str(out), "network": str(network or "bundled"), "device": device, **asdict(options)}, indent=1))
+        return
+    annotation, generator_hash = _annotate(network, options, choose_device(device))
+    _write(out, annotation, generator_hash)
     flipped = annotation.summary()["flipped"]
     click.echo(f"{out}: {options.pairs} labels, {flipped} against the noise-free order, temperature {annotation.temperature:.4g}")
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
 from eg3d_rlhf.metrics.feature_training import AdequacyRow, FeatureTraining, adequacy, factors, read_images, train_features  # noqa: E402
 from eg3d_rlhf.metrics.features import DEFAULT_ASSET, HeadFactorFeatures, load_features  # noqa: E402
 from training.synthetic_heads import load_truth, resolve_dataset  # noqa: E402
@@ -37,32 +38,30 @@ def _train(data: str, options: FeatureTraining) -> HeadFactorFeatures:
     return network
 
 
-@click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_ASSET,
-              show_default="the bundled asset", help="Where to save the network (.safetensors; a .json record is written beside it).")
-@click.option("--data", metavar="NAME", default="synthetic:heads64@n=6000,seed=71", help="Synthetic heads to train on.")
-@click.option("--check-data", metavar="NAME", default="synthetic:heads64", help="Reals of the damage table; halves are compared.")
-@click.option("--epochs", metavar="INT", type=click.IntRange(min=1), default=FeatureTraining.epochs, help="Passes over the images.")
-@click.option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation, order and damage.")
-@click.option("--check-only", is_flag=True, help="Print the table for the network at --out (or a TorchScript Inception) without training.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_ASSET, show_default="the bundled asset",
+        help="Where to save the network (.safetensors; a .json record is written beside it).")
+@option("--data", metavar="NAME", default="synthetic:heads64@n=6000,seed=71", help="Synthetic heads to train on.", group="Training")
+@option("--epochs", metavar="INT", type=click.IntRange(min=1), default=FeatureTraining.epochs, help="Passes over them.", group="Training")
+@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation, order and damage.", group="Training")
+@option("--check-data", metavar="NAME", default="synthetic:heads64", help="Reals of the damage table; halves are compared.", group="Check")
+@option("--check-only", is_flag=True, group="Check",
+        help="Print the table for the network at --out (also a TorchScript Inception) without training.")
+@option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 def main(out: Path, data: str, check_data: str, epochs: int, seed: int, check_only: bool, dry_run: bool) -> None:
-    try:
-        options = FeatureTraining(epochs=epochs, seed=seed)
-        if dry_run:
-            click.echo(json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1))
-            return
-        if check_only:
-            network = load_features(out)
-        else:
-            network = _train(data, options)
-            network.save(out)
-            variance = network.record["explained_variance"]
-            click.echo(f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to {out}")
-        click.echo(f"Fréchet distance to the other half of {check_data}, by damage:")
-        print_table(adequacy(network, read_images(resolve_dataset(check_data))))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    options = FeatureTraining(epochs=epochs, seed=seed)
+    if dry_run:
+        click.echo(json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1))
+        return
+    if check_only:
+        network = load_features(out)
+    else:
+        network = _train(data, options)
+        network.save(out)
+        variance = network.record["explained_variance"]
+        click.echo(f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to {out}")
+    click.echo(f"Fréchet distance to the other half of {check_data}, by damage:")
+    print_table(adequacy(network, read_images(resolve_dataset(check_data))))
 
 
 if __name__ == "__main__":

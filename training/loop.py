@@ -23,9 +23,10 @@ import torch
 from torch_utils.training_stats import Collector
 from training import checkpoint, networks
 from training.config import LoopConfig, OptimizerConfig
-from training.dataset import ImageFolderDataset, InfiniteSampler
+from training.dataset import ImageFolderDataset
 from training.gan_phases import Batch, GanPhases, Loss
 from training.image_grid import save_fakes, save_grid
+from training.sampler import InfiniteSampler
 
 
 @dataclasses.dataclass(kw_only=True)

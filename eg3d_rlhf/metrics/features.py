@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eg3d_rlhf.cli import ASSETS
 from training.heads.family import APPEARANCE_NAMES, SHAPE_NAMES
 
 RESOLUTION = 64  # pixels per edge that the network reads
@@ -22,7 +23,7 @@ FORMAT = "eg3d-rlhf head-factor features 1"
 FACTOR_NAMES = (*SHAPE_NAMES, *(n for n in APPEARANCE_NAMES if not n.startswith("background")), "yaw", "pitch")
 DAMAGE_NAMES = ("blur", "noise", "colour", "shift", "squeeze", "ghost")
 TARGET_NAMES = (*FACTOR_NAMES, *DAMAGE_NAMES)
-DEFAULT_ASSET = Path(__file__).resolve().parents[2] / "assets" / "features.safetensors"
+DEFAULT_ASSET = ASSETS / "features.safetensors"
 
 
 class HeadFactorNet(nn.Module):
@@ -78,6 +79,7 @@ class HeadFactorFeatures:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.net.state_dict().items()}
         save_file(state, path, metadata={"format": FORMAT, "record": json.dumps(self.record, sort_keys=True)})
+        path.chmod(0o644)  # the library creates private files
         path.with_suffix(".json").write_text(json.dumps(self.record, indent=1, sort_keys=True) + "\n")
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eg3d_rlhf.metrics.views import Match, Renders, Views, ViewSpec, inner_foreground, match_views, render_views, sample_map
+from eg3d_rlhf.metrics.views import Match, Renders, Views, ViewSpec, inner_foreground, match_views, render_views, sample_map, spec_for
 
 HIDDEN_MARGIN = 0.10  # world units; a point further than this behind the other view's surface is taken to be hidden there
 MIN_PIXELS = 16  # co-visible pixels over all pairs below which a latent gets the worst value of a measure
@@ -110,7 +110,7 @@ def multi_view_measures(
     Args: `batch` latents are rendered at once; `on_batch` is told how many after each, for a progress bar.
     Returns one value per latent and measure. Deterministic: constant noise, fixed ray jitter.
     """
-    spec = spec or ViewSpec()
+    spec = spec or spec_for(G)
     if len(ws) == 0:
         raise ValueError("multi_view_measures: expected at least one latent, got none. Pass ws [N, L, W].")
     parts = []

@@ -6,7 +6,7 @@ World: x right, y up, z to the camera; cameras are OpenCV's (x right, y down, z 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ _BEHIND = 1e-3  # world units; a point nearer to the camera plane than this has 
 
 class Renders(Protocol):
     """The part of a generator that the multi-view measures use."""
+
+    rendering_kwargs: dict[str, Any]  # 'avg_camera_radius' and 'avg_camera_pivot', where the generator knows them
+    neural_rendering_resolution: int  # this and the former are put back after rendering
 
     def synthesis(self, ws: Tensor, c: Tensor, **options) -> dict[str, Tensor]:
         """image_raw [N, 3, R, R] in [-1, 1], image_depth and image_opacity [N, 1, R, R] for cameras c [N, 25]."""
@@ -35,11 +38,14 @@ class ViewSpec:
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point looked at, world units
     focal: float = FFHQ_FOCAL  # focal length over image size
     resolution: int = 64  # pixels per edge of the raw rendering
+    samples: int | None = 48  # samples per ray in each of the two passes; None keeps the generator's own, which may be too few to measure
     opacity: float = 0.5  # accumulated opacity from which a pixel is foreground, 0..1
 
     def __post_init__(self) -> None:
         if len(self.yaws) < 2 or list(self.yaws) != sorted(set(self.yaws)):
             raise ValueError(f"ViewSpec: expected at least two increasing yaws, got {self.yaws}. Neighbouring views are compared.")
+        if self.samples is not None and self.samples < 4:
+            raise ValueError(f"ViewSpec: expected samples >= 4 or None, got {self.samples}.")
         if self.resolution < 8 or not 0 < self.opacity < 1 or self.radius <= 0 or self.focal <= 0:
             raise ValueError("ViewSpec: expected resolution >= 8, opacity in (0, 1), positive radius and focal.")
 
@@ -58,6 +64,13 @@ class ViewSpec:
     def intrinsics(self, device: torch.device | str = "cpu") -> Tensor:
         """[3, 3], normalised by the image size."""
         return intrinsics_matrix(self.focal, device)
+
+
+def spec_for(G: Renders, **settings) -> ViewSpec:
+    """Cameras at the generator's own average radius, looking at its own pivot; `settings` override fields of ViewSpec."""
+    radius = G.rendering_kwargs.get("avg_camera_radius", FFHQ_RADIUS)
+    pivot = tuple(float(value) for value in G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
+    return ViewSpec(**{"radius": radius, "pivot": pivot, **settings})
 
 
 class Views(NamedTuple):
@@ -118,19 +131,22 @@ def render_views(G: Renders, ws: Tensor, spec: ViewSpec | None = None, seed: int
     The ray sampler draws from torch's global generator; it is seeded here and its state put back afterwards, so that two generators
     are compared under equal jitter and nothing outside changes.
     """
-    spec = spec or ViewSpec()
+    spec = spec or spec_for(G)
     labels = pack_label(spec.cam2world(ws.device), spec.intrinsics(ws.device))  # [F, 25]
-    kept_resolution = getattr(G, "neural_rendering_resolution", None)
+    kept_resolution, kept_options = G.neural_rendering_resolution, G.rendering_kwargs
     outputs = []
     devices = [ws.device] if ws.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        for label in labels:
-            torch.manual_seed(seed)
-            c = label.expand(len(ws), -1)
-            out = G.synthesis(ws, c, neural_rendering_resolution=spec.resolution, noise_mode="const")
-            outputs.append((out["image_raw"], out["image_depth"][:, 0], out["image_opacity"][:, 0]))
-    if kept_resolution is not None:
-        G.neural_rendering_resolution = kept_resolution  # synthesis remembers the last one it was given
+    if spec.samples is not None:
+        G.rendering_kwargs = {**kept_options, "depth_resolution": spec.samples, "depth_resolution_importance": spec.samples}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for label in labels:
+                torch.manual_seed(seed)
+                c = label.expand(len(ws), -1)
+                out = G.synthesis(ws, c, neural_rendering_resolution=spec.resolution, noise_mode="const")
+                outputs.append((out["image_raw"], out["image_depth"][:, 0], out["image_opacity"][:, 0]))
+    finally:
+        G.neural_rendering_resolution, G.rendering_kwargs = kept_resolution, kept_options
     image, depth, opacity = (torch.stack(maps, dim=1).float() for maps in zip(*outputs, strict=True))
     return views_from_maps(image, depth, opacity, spec)
 

@@ -1,14 +1,10 @@
-"""From labels to training, validation and test pairs that share no seed; anchors; latents.
-
-Shape letters: N samples.
-"""
+"""From labels to training, validation and test pairs that share no seed; anchor seeds. Latents of seeds: eg3d_rlhf.generators.latents."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from eg3d_rlhf.preferences.labels import Preference
 
@@ -30,12 +26,6 @@ class Splits:
     def counts(self) -> dict[str, int]:
         """Labels per split and the left-out ones, for logs."""
         return {**{name: len(getattr(self, name)) for name in SPLITS}, "dropped": self.dropped, "ties": self.ties}
-
-
-def latents(seeds: Iterable[int], z_dim: int) -> torch.Tensor:
-    """Latent codes of seeds, z = RandomState(seed).randn(z_dim) -> float32 [N, z_dim]."""
-    rows = [np.random.RandomState(seed).randn(z_dim) for seed in seeds]
-    return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
 def split_by_seed(labels: Sequence[Preference], fractions: Sequence[float] = (0.70, 0.15, 0.15), seed: int = 0) -> Splits:

@@ -16,13 +16,15 @@ Other fields are kept in `extra` and written back. Readers stream; writers repla
 
 import csv
 import hashlib
+import io
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+
+from training.storage import write_atomic
 
 FIELDS = ("winner", "loser", "generator", "psi", "annotator", "time", "tie", "clean")
 MAX_SEED = 2**32 - 1  # what numpy's RandomState takes
@@ -51,7 +53,7 @@ class Preference:
         if self.winner == self.loser:
             raise ValueError(f"expected two different seeds, got {self.winner} twice. Remove the line.")
         if self.clean is not None and self.clean not in (self.winner, self.loser):
-            raise ValueError(f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the seed that is really better.")
+            raise ValueError(f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the better seed.")
         if self.psi is not None and not (math.isfinite(self.psi) and 0 <= self.psi <= 2):
             raise ValueError(f"expected psi from 0 to 2, got {self.psi}. Write the truncation the shapes were drawn at.")
 
@@ -92,18 +94,12 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Rename it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            records = (label.to_dict() for label in labels)
-            if path.suffix == ".jsonl":
-                file.writelines(json.dumps(record) + "\n" for record in records)
-            else:
-                _write_csv(file, list(records))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    records = [label.to_dict() for label in labels]
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(record) + "\n" for record in records)
+    else:
+        text = _csv_text(records)
+    write_atomic(path, text.encode())
     return path
 
 
@@ -115,11 +111,13 @@ def labels_hash(labels: Iterable[Preference]) -> str:
     return digest.hexdigest()
 
 
-def _write_csv(file, records: list[dict]) -> None:
+def _csv_text(records: list[dict]) -> str:
     extra = sorted({key for record in records for key in record} - set(FIELDS))
-    writer = csv.DictWriter(file, [*FIELDS, *extra], lineterminator="\n")
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [*FIELDS, *extra], lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
+    return buffer.getvalue()
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -130,11 +128,10 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct or remove the line.") from error
+                raise ValueError(f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct the line.") from error
             if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path.name}, line {number}: expected one JSON object, got {type(record).__name__}. Write {{'winner': ..., 'loser': ...}}."
-                )
+                kind = type(record).__name__
+                raise ValueError(f"{path.name}, line {number}: expected a JSON object, got {kind}. Write {{'winner': ..., 'loser': ...}}.")
             yield number, record
 
 
@@ -146,13 +143,13 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
         names = ["index", "winner", "loser"] if ranked else header
         if not {"winner", "loser"} <= set(names):
             raise ValueError(
-                f"{path.name}, line 1: expected a header with winner and loser (or: index, rank1, rank2), got {header}. Add the header line."
+                f"{path.name}, line 1: expected a header with winner and loser (or: index, rank1, rank2), got {header}. Add it."
             )
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(names):
-                raise ValueError(f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct or remove the line.")
+                raise ValueError(f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct the line.")
             record = dict(zip(names, (cell.strip() for cell in row), strict=True))
             if ranked:
                 record.pop("index")

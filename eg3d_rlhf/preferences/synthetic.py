@@ -3,14 +3,13 @@
 Shape letters: S = seeds, P = pairs, N = samples in a batch; a cube is [D=z, H=y, W=x].
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from eg3d_rlhf.generators import ws_of_seeds
 from eg3d_rlhf.preferences.annotator import (
     ANNOTATOR,
     DEFAULT_CALIBRATION,
@@ -27,9 +26,7 @@ from eg3d_rlhf.preferences.annotator import (
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
-from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
-
-Device = torch.device | str
+from training.triplane import TriPlaneGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,34 +83,18 @@ class Annotation:
         }
 
 
-def frontal_label(rendering_kwargs: dict) -> Tensor:
-    """Conditioning camera [1, 25]: frontal, at the generator's average radius, looking at its pivot, with FFHQ's focal length."""
-    angle = torch.full((1, 1), math.pi / 2)
-    position = camera_position(angle, angle, rendering_kwargs.get("avg_camera_radius", FFHQ_RADIUS))
-    pivot = torch.tensor(rendering_kwargs.get("avg_camera_pivot", [0.0, 0.0, 0.0]), dtype=torch.float32)
-    return pack_label(look_at(position, pivot), intrinsics_matrix(FFHQ_FOCAL))
-
-
-@torch.no_grad()
-def seed_ws(G: torch.nn.Module, seeds: Sequence[int], psi: float, cutoff: int, device: Device = "cpu") -> Tensor:
-    """ws [N, L, W] of seeds: z = numpy RandomState(seed).randn(z_dim), conditioned on the frontal camera."""
-    z = np.stack([np.random.RandomState(seed).randn(G.z_dim) for seed in seeds])
-    c = frontal_label(G.rendering_kwargs)[:, : G.c_dim].expand(len(seeds), -1).to(device)
-    return G.mapping(torch.from_numpy(z).float().to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
-
-
-def seed_cubes(G: torch.nn.Module, seeds: Sequence[int], options: AnnotationOptions, device: Device = "cpu") -> Iterator[np.ndarray]:
+def seed_cubes(G: TriPlaneGenerator, seeds: Sequence[int], options: AnnotationOptions) -> Iterator[np.ndarray]:
     """Raw density cubes [D, H, W] of seeds over the whole scene, one after the other."""
     spec = SlabSpec.cube(options.resolution, float(G.rendering_kwargs["box_warp"]))
     for start in range(0, len(seeds), options.batch):
-        ws = seed_ws(G, seeds[start : start + options.batch], options.psi, options.cutoff, device)
+        ws = ws_of_seeds(G, seeds[start : start + options.batch], options.psi, options.cutoff)
         with torch.no_grad():
             sigma = sigma_grid(G, ws, spec)
         yield from sigma.cpu().numpy()
 
 
 def annotate(
-    G: torch.nn.Module, options: AnnotationOptions, device: Device = "cpu", on_seed: Callable[[UtilityResult], None] | None = None
+    G: TriPlaneGenerator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None
 ) -> Annotation:
     """Judge 2 P seeds, pair them at random, and draw one noisy label per pair.
 
@@ -125,9 +106,9 @@ def annotate(
     box_warp = float(G.rendering_kwargs["box_warp"])
     calibration = DEFAULT_CALIBRATION
     if options.calibrate:
-        calibration = calibrate(seed_cubes(G, seeds[: options.calibrate], options, device), box_warp)
+        calibration = calibrate(seed_cubes(G, seeds[: options.calibrate], options), box_warp)
     utilities = np.empty(len(seeds))
-    for i, cube in enumerate(seed_cubes(G, seeds, options, device)):
+    for i, cube in enumerate(seed_cubes(G, seeds, options)):
         result = utility(cube, calibration=calibration, box_warp=box_warp)
         utilities[i] = result.total
         if on_seed is not None:

@@ -57,7 +57,7 @@ class RewardArch:
         unknown = sorted(set(values) - names)
         if unknown or "feature_maps" not in values:
             found = f"unknown fields {unknown}" if unknown else "no feature_maps"
-            raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {found}. Was the file written by a later version?")
+            raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {found}. Is the file from a later version?")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

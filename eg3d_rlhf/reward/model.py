@@ -7,7 +7,6 @@ Shape letters: N samples, P pairs, M entries of a vector, D, H, W = z, y, x (see
 """
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from eg3d_rlhf.reward.pooling import grid_feature, slice_max_feature
 from eg3d_rlhf.reward.unet3d import UNet3d
 from eg3d_rlhf.shapes import check_shape
 from eg3d_rlhf.sigma.spec import SlabSpec
+from training.storage import write_atomic
 
 FORMAT = "eg3d-rlhf reward 1"
 _OLD_UPSAMPLING = "upsampling.upsample.weight"
@@ -133,8 +133,9 @@ def check_state(who: str, model: nn.Module, state: Mapping[str, torch.Tensor]) -
     old = [name for name in state if name.endswith(_OLD_UPSAMPLING)]
     if old:
         raise ValueError(
-            f"{who}: expected '...upsample.conv_transposed.weight', got '{old[0]}'. These weights were trained with pytorch-3dunet 1.8.1 or "
-            "older, whose upsampling computes other numbers; renaming the key would change the scores. Use weights trained with 1.8.2 or later."
+            f"{who}: expected '...upsample.conv_transposed.weight', got '{old[0]}'. These weights were trained with pytorch-3dunet 1.8.1 "
+            "or older, whose upsampling computes other numbers; renaming the key would change the scores. Use weights trained with 1.8.2 "
+            "or later."
         )
     own = model.state_dict()
     shapes = [(k, list(own[k].shape), list(state[k].shape)) for k in own if k in state and own[k].shape != state[k].shape]
@@ -145,18 +146,8 @@ def check_state(who: str, model: nn.Module, state: Mapping[str, torch.Tensor]) -
     }
     found = [f"{len(v)} {k}: {', '.join(v[:8])}{', ...' if len(v) > 8 else ''}" for k, v in wrong.items() if v]
     if found:
-        raise ValueError(f"{who}: expected the {len(own)} entries of this architecture, got {'; '.join(found)}. Is it another network's file?")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, then move it into place: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        listed = "; ".join(found)
+        raise ValueError(f"{who}: expected the {len(own)} entries of this architecture, got {listed}. Is it another network's file?")
 
 
 def save_reward(path: str | Path, model: RewardModel, spec: SlabSpec, meta: Mapping) -> Path:
@@ -174,8 +165,8 @@ def save_reward(path: str | Path, model: RewardModel, spec: SlabSpec, meta: Mapp
     except TypeError as error:
         raise ValueError(f"save_reward(meta): expected plain JSON values, got: {error}. Convert tensors and paths first.") from error
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(state, metadata={"format": FORMAT}))
-    write_atomically(path.with_suffix(".json"), (text + "\n").encode())
+    write_atomic(path, safetensors.torch.save(state, metadata={"format": FORMAT}))
+    write_atomic(path.with_suffix(".json"), (text + "\n").encode())
     return path
 
 
@@ -207,7 +198,7 @@ def _read_sidecar(path: Path) -> tuple[RewardArch, SlabSpec, dict]:
     except ValueError as error:
         raise ValueError(f"load_reward({path.name}): expected JSON, got: {error}. Was the file cut short? Copy it again.") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"load_reward({path.name}): expected format '{FORMAT}', got another file. Point at a reward saved by this package.")
+        raise ValueError(f"load_reward({path.name}): expected format '{FORMAT}', got another file. Use a reward of this package.")
     return RewardArch.from_dict(values["arch"]), SlabSpec.from_dict(values["spec"]), dict(values.get("meta", {}))
 
 
@@ -227,8 +218,8 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"load_reward({path.name}): expected a torch state dict, got: {reason}. Truncated or foreign? Copy it again.") from error
+        raise ValueError(f"load_reward({path.name}): expected a state dict, got: {reason}. Truncated or foreign? Copy it again.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"load_reward({path.name}): expected a state dict of tensors, got {type(state).__name__}. Export the weights alone.")
+        raise ValueError(f"load_reward({path.name}): expected a dict of tensors, got {type(state).__name__}. Export the weights alone.")
     return dict(state)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.metrics.geometry import WORST_COLOUR, compare_views, multi_view_measures, normals_from_points
-from eg3d_rlhf.metrics.views import ViewSpec, lift, project, render_views, views_from_maps
+from eg3d_rlhf.metrics.views import ViewSpec, lift, project, render_views, spec_for, views_from_maps
 from training.rendering.rays import RaySampler
 
 SPEC = ViewSpec(resolution=64)
@@ -17,6 +17,7 @@ class AnalyticSphere:
     def __init__(self, damage=None, texture=True):
         self.damage, self.texture = damage, texture
         self.neural_rendering_resolution = 17
+        self.rendering_kwargs = {"avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2]}
 
     def synthesis(self, ws, c, neural_rendering_resolution, noise_mode):
         assert noise_mode == "const"
@@ -124,8 +125,14 @@ def test_rendering_leaves_no_trace_and_repeats():
     state = torch.get_rng_state()
     first, second = multi_view_measures(G, WS, SPEC), multi_view_measures(G, WS, SPEC, batch=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert G.neural_rendering_resolution == 17
+    assert G.neural_rendering_resolution == 17 and "depth_resolution" not in G.rendering_kwargs
     np.testing.assert_allclose(first.photometric, second.photometric)
+
+
+def test_cameras_follow_the_generator():
+    spec = spec_for(AnalyticSphere(), resolution=32)
+    assert (spec.radius, spec.pivot, spec.resolution) == (2.7, (0.0, 0.0, 0.2), 32)
+    assert multi_view_measures(AnalyticSphere(), WS[:1]).depth.max() < 1e-4
 
 
 def test_mistakes_are_named():

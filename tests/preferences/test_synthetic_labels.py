@@ -8,13 +8,15 @@ import torch
 
 from eg3d_rlhf.preferences.annotator import ANNOTATOR
 from eg3d_rlhf.preferences.labels import load_labels, write_labels
-from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate, frontal_label, seed_ws
+from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 
 
-class _Field:
+class _Field(torch.nn.Module):
     """Stands in for a decoder and its planes: a ball with waves whose amplitude is the latent's first number."""
 
     def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
         self.z_dim, self.c_dim, self.rendering_kwargs = 4, 25, {"box_warp": 1.0}
 
     def mapping(self, z, c, truncation_psi, truncation_cutoff):
@@ -74,18 +76,6 @@ def test_calibration_is_recorded_and_progress_reported(generator):
     seen = []
     annotation = annotate(generator, AnnotationOptions(pairs=6, resolution=32, calibrate=8), on_seed=seen.append)
     assert len(seen) == 12 and annotation.calibration.samples == 8
-
-
-def test_latents_follow_the_seed_and_truncation(generator):
-    ws = seed_ws(generator, [3, 9], psi=0.5, cutoff=14)
-    np.testing.assert_allclose(ws[1, 0].numpy(), 0.5 * np.random.RandomState(9).randn(4), rtol=1e-6)
-
-
-def test_frontal_camera_looks_down_the_z_axis():
-    label = frontal_label({"avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2]})
-    cam2world = label[0, :16].reshape(4, 4)
-    torch.testing.assert_close(cam2world[:3, 3], torch.tensor([0.0, 0.0, 2.7]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(cam2world[:3, 2], torch.tensor([0.0, 0.0, -1.0]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{"pairs": 0}, {"flip_rate": 0.5}, {"calibrate": 2}, {"pairs": 3, "calibrate": 7}])

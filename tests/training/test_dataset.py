@@ -120,7 +120,7 @@ def _scaled():
 
 LABEL_ERRORS = {
     "missing file": (None, r"expected dataset.json with the camera labels, got none. Add it at the top .*use_labels=False"),
-    "missing image": ([[n, _label(0)] for n in NAMES[:-2]], r"the 6 images, got none for 2 of them, the first being '00000/img00000004.png'"),
+    "missing image": ([[n, _label(0)] for n in NAMES[:-2]], r"6 images, got none for 2 of them, the first being '00000/img00000004.png'"),
     "length": (_changed(3, [1.0] * 24), r"'00000/img00000003.png': expected a label of 25 numbers, got 24. A camera label is 16"),
     "not a list": (_changed(3, "x"), r"'00000/img00000003.png': expected a list of numbers like its neighbours, got 'x'"),
     "not numbers": (_changed(3, ["x"] * 25), r"dataset.json: expected labels to hold numbers only"),

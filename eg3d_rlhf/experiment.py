@@ -1,0 +1,222 @@
+"""From the flags of train.py to a finished run: settings, objects, loop, summary."""
+
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.cli import ASSETS, choose_device, file_hash, versions
+from eg3d_rlhf.generators import BUNDLED, find_network
+from eg3d_rlhf.reward.model import load_reward
+from eg3d_rlhf.rlhf.evaluate import Evaluation, finish
+from eg3d_rlhf.rlhf.measures import make_watch
+from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms, reward_phase
+from training import checkpoint, networks, storage
+from training.augment import AugmentPipe
+from training.config import LoopConfig, OptimizerConfig, networks_for
+from training.dataset import ImageFolderDataset
+from training.gan_phases import GanConfig, GanPhases
+from training.loop import TrainingLoop, derive_seed, gan_phases, lazy_adam
+from training.synthetic_heads import resolve_dataset
+
+BUNDLED_REWARD = ASSETS / "reward.safetensors"
+BUNDLED_WATCH = ASSETS / "reward-watch.safetensors"
+BUNDLED_CONTROL = ASSETS / "control-summary.json"
+
+# What flags left at None become: (published presets, heads64 from scratch, heads64 from existing networks).
+DEFAULTS = {
+    "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 1.0, 1.0),
+    "gen_pose_cond": (False, True, True), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 40, 40),
+    "kimg": (25000, 20, 1.2), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 2e-4), "dlr": (0.002, 0.002, 2e-4),
+    "tick": (4, 0.5, 0.12), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
+    "anchor_resolution": (64, 32, 32),
+}
+ADA_AUGMENT = dict.fromkeys(
+    ("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1
+)
+
+
+def resolve(flags: dict) -> dict:
+    """Fill in defaults and check: the JSON-able settings from which everything is built.
+
+    Raises: ValueError, one line per mistake, naming the flag.
+    """
+    s = {k: (str(v) if isinstance(v, Path) else v) for k, v in flags.items()}
+    for name in ("resume", "resume_previous", "dry_run", "outdir"):
+        s.pop(name, None)
+    small = s["cfg"] == "heads64"
+    if s["data"] is None:
+        if not small:
+            raise ValueError(f"--data: expected a dataset for --cfg={s['cfg']}, got nothing. Name a zip or folder in EG3D's format.")
+        s["data"] = "synthetic:heads64"
+    s["init"] = s["init"] or ("bundled" if small else "scratch")
+    column = 0 if not small else (1 if s["init"] == "scratch" else 2)
+    s["anchor_resolution"] = None
+    for name, row in DEFAULTS.items():
+        if s.get(name) is None:
+            s[name] = row[column]
+    for name in ("gamma", "batch"):
+        if s[name] is None:
+            raise ValueError(f"--{name}: expected a value for --cfg={s['cfg']}, got nothing. Published runs used --gamma=1 --batch=32.")
+    if s["ema_kimg"] is None:
+        s["ema_kimg"] = s["batch"] * 10 / 32
+    if not small:
+        s["blur_fade_kimg"] *= s["batch"] / 32  # as EG3D scales its flag
+    if not s["cond"]:
+        raise ValueError("--cond: expected True, got False. Cameras come from the labels; a run without them is not possible.")
+    if s["reward"] == "sigma":
+        s["reward_ckpt"] = s["reward_ckpt"] or str(BUNDLED_REWARD)
+        if s["reward_watch"] is None and s["reward_ckpt"] == str(BUNDLED_REWARD):
+            s["reward_watch"] = str(BUNDLED_WATCH)
+        if s["init"] == "scratch":
+            raise ValueError("--reward=sigma: expected pretrained networks, got --init=scratch. Name a network file or use --init=bundled.")
+    s["rlr"] = s["rlr"] or s["glr"]
+    gan_config(s), loop_config(s), reward_config(s)  # validate
+    return s
+
+
+def gan_config(s: dict) -> GanConfig:
+    """GAN loss settings."""
+    return GanConfig(
+        r1_gamma=s["gamma"], style_mixing_prob=s["style_mixing_prob"], blur_fade_kimg=s["blur_fade_kimg"],
+        gpc_reg_prob=s["gpc_reg_prob"] if s["gen_pose_cond"] else None, gpc_reg_fade_kimg=s["gpc_reg_fade_kimg"],
+        neural_rendering_resolution_initial=s["nrr_initial"], neural_rendering_resolution_final=s["nrr_final"],
+        neural_rendering_resolution_fade_kimg=s["nrr_fade_kimg"], density_reg=s["density_reg"],
+        density_reg_p_dist=s["density_reg_p_dist"], reg_type=s["reg_type"],
+    )
+
+
+def loop_config(s: dict) -> LoopConfig:
+    """Loop settings."""
+    return LoopConfig(
+        batch=s["batch"], batch_gpu=s["batch_gpu"], total_kimg=s["kimg"], kimg_per_tick=s["tick"], snapshot_ticks=s["snap"],
+        checkpoint_ticks=s["checkpoint_ticks"], ema_kimg=s["ema_kimg"], ema_rampup=0.05 if s["init"] == "scratch" else None,
+        g_reg_interval=s["density_reg_every"], ada_target=s["target"] if s["aug"] == "ada" else None,
+        ada_kimg=500 if s["init"] == "scratch" else 100, augment_p=s["p"] if s["aug"] == "fixed" else 0.0, seed=s["seed"],
+    )
+
+
+def reward_config(s: dict) -> RewardConfig:
+    """Reward phase settings."""
+    return RewardConfig(
+        lambda_r=s["lambda_r"], lambda_sigma=s["lambda_sigma"], lambda_front=s["lambda_front"], clip=s["reward_clip"],
+        shaping=s["reward_shaping"], anchor_resolution=s["anchor_resolution"],
+    )
+
+
+def run_name(s: dict) -> str:
+    """EG3D's naming: cfg-dataset-batchB-gammaX, with the reward's weight and --desc."""
+    dataset = Path(s["data"].replace(":", "-").split("@")[0]).stem
+    name = f"{s['cfg']}-{dataset}-batch{s['batch']}-gamma{s['gamma']:g}"
+    if s["reward"] == "sigma":
+        name += f"-sigma-lambda{s['lambda_r']:g}"
+    return name + (f"-{s['desc']}" if s["desc"] else "")
+
+
+def open_dataset(s: dict) -> ImageFolderDataset:
+    """The training images; a synthetic set is rendered first."""
+    path = resolve_dataset(s["data"])
+    return ImageFolderDataset(path, use_labels=True, xflip=s["mirror"], random_seed=s["seed"], c_dim=25)
+
+
+def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
+    """Fresh networks, or those that --init names."""
+    if s["init"] != "scratch":
+        path = BUNDLED if s["init"] == "bundled" else find_network(s["init"])
+        nets = networks.load(find_network(None) if s["init"] == "bundled" else path)
+        if nets.G is None or nets.D is None:
+            raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
+        if nets.G.img_resolution != dataset.resolution:
+            raise ValueError(
+                f"--data: expected images of {nets.G.img_resolution} pixels for --init={s['init']}, got {dataset.resolution}. Resize the data."
+            )
+        return nets
+    keys = (
+        "cbase", "cmax", "map_depth", "mbstd_group", "freezed", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
+        "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "plane_layout",
+    )
+    G_kwargs, D_kwargs = networks_for(s["cfg"], dataset.resolution, gan_config(s), **{k: s[k] for k in keys})
+    torch.manual_seed(derive_seed(s["seed"], "init"))
+    nets = networks.build(G_kwargs, D_kwargs, {"name": s["data"], "resolution": dataset.resolution})
+    nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = s["nrr_initial"]
+    return nets
+
+
+@dataclasses.dataclass
+class Objects:
+    """Everything that a run consists of."""
+
+    loop: TrainingLoop
+    evaluation: Evaluation | None  # before/after comparison of a reward run
+
+
+def build(s: dict, run_dir: Path) -> Objects:
+    """Data, networks, phases, reward and loop of the settings."""
+    device = choose_device(s["device"])
+    dataset = open_dataset(s)
+    nets = open_networks(s, dataset).to(device)
+    augment = None
+    if s["aug"] != "noaug":
+        augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
+        augment.p.copy_(torch.as_tensor(loop_config(s).augment_p))
+    config = loop_config(s)
+    terms = GanPhases(nets.G, nets.D, gan_config(s), augment)
+    phases = gan_phases(terms, OptimizerConfig(lr=s["glr"]), OptimizerConfig(lr=s["dlr"]), config)
+    watch = evaluation = None
+    if s["reward"] == "sigma":
+        reward, spec, _ = load_reward(s["reward_ckpt"], device)
+        evaluation = Evaluation(settings=s, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
+        watch = make_watch(s, reward, spec, evaluation.before, device)
+        evaluation.watch = watch
+        if s["lambda_r"] > 0:
+            reward_terms = RewardTerms(nets.G, nets.G_ema, reward, spec, reward_config(s))
+            adam = lazy_adam(nets.G, OptimizerConfig(lr=s["rlr"]), None)
+            phases.append(reward_phase(reward_terms, adam))
+    loop = TrainingLoop(nets, dataset, phases, config, run_dir, options=s, augment_pipe=augment, on_tick=watch)
+    return Objects(loop, evaluation)
+
+
+def copy_of(nets: networks.Networks):
+    """A frozen copy of the moving average before tuning."""
+    return copy.deepcopy(nets.G_ema).eval().requires_grad_(False)
+
+
+def run(s: dict, run_dir: Path) -> Path:
+    """Train with the settings in `run_dir`, then summarise a reward run. Returns run_dir."""
+    started = time.time()
+    objects = build(s, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record = {**s, "versions": versions(), "hashes": input_hashes(s)}
+    storage.write_atomic(run_dir / "training_options.json", json.dumps(record, indent=2, sort_keys=True).encode())
+    print(f"Run folder {run_dir}. Training for {s['kimg']:g} thousand images on {objects.loop.device}.", flush=True)
+    _finish(objects, s, started)
+    return run_dir
+
+
+def resume(source: Path, previous: bool) -> Path:
+    """Continue a run from its checkpoint with its own settings. Returns the run folder."""
+    started = time.time()
+    run_dir = source if source.is_dir() else source.parent
+    _, meta, _ = checkpoint.read(source, previous)
+    objects = build(meta["options"], run_dir)
+    objects.loop.resume(source, previous)
+    _finish(objects, meta["options"], started)
+    return run_dir
+
+
+def _finish(objects: Objects, s: dict, started: float) -> None:
+    objects.loop.run()
+    if objects.evaluation is not None and not s["no_summary"]:
+        finish(objects.evaluation, objects.loop, started)
+
+
+def input_hashes(s: dict) -> dict[str, str]:
+    """SHA-256 of the files that a run starts from."""
+    files = {"init": BUNDLED if s["init"] == "bundled" else None, "reward": s["reward_ckpt"], "watch": s["reward_watch"]}
+    if s["init"] not in ("bundled", "scratch"):
+        files["init"] = find_network(s["init"])
+    return {k: file_hash(v) for k, v in files.items() if v is not None}
+

@@ -1,0 +1,165 @@
+"""A whole reward training: labels and a generator in; a stored reward, its test figures and its learning curves out."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.cli import ASSETS, versions
+from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
+from eg3d_rlhf.preferences.labels import Preference, labels_hash, load_labels
+from eg3d_rlhf.reward.curves import collect_curves, plot_curves, write_curves
+from eg3d_rlhf.reward.evaluation import evaluate, fit_temperature, margins, score_seeds
+from eg3d_rlhf.reward.model import save_reward
+from eg3d_rlhf.reward.slabs import SlabStore, cache_name, generator_slabs
+from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
+from eg3d_rlhf.sigma.spec import SlabSpec
+from training.storage import write_atomic
+
+BUNDLED_LABELS = ASSETS / "labels.jsonl"
+DEFAULT_RESOLUTION = 64  # grid points per axis of the cube; the paper's crop then leaves a slab of 33 x 36 x 32
+PAPER_RESOLUTION = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRun:
+    """What a run reads and where it writes; `train` decides the rest."""
+
+    out: Path  # folder for everything written
+    network: Path | None = None  # generator; None = the bundled one
+    labels: Path = BUNDLED_LABELS
+    resolution: int = DEFAULT_RESOLUTION  # grid points per axis of the whole cube, before the crop
+    psi: float | None = None  # truncation of the labelled slabs; None = what the labels state, else 1
+    cutoff: int = 14  # layers that truncation reaches
+    any_generator: bool = False  # accept labels made with another generator
+    fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
+    split_seed: int = 0  # which labels are held out; apart from train.seed so that runs with several seeds share a test split
+    cache: Path | None = None  # folder that keeps slabs between runs; None keeps them in RAM
+    slab_batch: int = 16  # slabs drawn at once
+    resume: bool = False  # continue the state in `out`
+    device: str = "cpu"
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return {**values, "network": values["network"] or "bundled"}
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Hooks for progress: a bar over an iterable's length, a line per epoch."""
+
+    bar: Callable[[int, str], Callable[[int], None]] = lambda total, what: lambda done: None  # (total, what) -> advance(by)
+    epoch: Callable[[dict], None] = lambda record: None
+
+
+def run_reward_training(run: RewardRun, listen: Listener | None = None) -> dict:
+    """Train, choose the epoch on validation pairs, score the test pairs once, write everything; returns the report.
+
+    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json, state.pt.
+    Raises: ValueError or FileNotFoundError for labels, networks and folders that do not fit.
+    """
+    listen = listen or Listener()
+    state_file = run.out / "state.pt"
+    if state_file.exists() and not run.resume:
+        raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
+    labels = load_labels(run.labels)
+    splits = split_by_seed(labels, run.fractions, run.split_seed)
+    generator = load_generator(run.network, run.device)
+    psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
+    spec = SlabSpec(resolution=run.resolution, box_warp=float(generator.G.rendering_kwargs["box_warp"]))
+    data = collect_slabs(run, splits, generator, spec, psi, listen)
+    write_atomic(run.out / "training_options.json", (json.dumps({**run.to_dict(), "versions": versions()}, indent=1) + "\n").encode())
+    state = _train(run, data, state_file, listen)
+    report = assess(run, state, data, splits)
+    report |= {"labels_file": run.labels.name, "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
+    meta = {
+        "generator": generator.hash, "psi": psi, "truncation_cutoff": run.cutoff, "labels": report["labels_sha256"],
+        "preset": run.train.preset, "seed": run.train.seed, "temperature": report["temperature"],
+        "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
+        "score_mean": report["score_mean"], "score_std": report["score_std"],
+    }  # fmt: skip
+    save_reward(run.out / "reward.safetensors", state.model, spec, meta)
+    write_atomic(run.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    context = {"pairs": len(splits.train), "validation": len(splits.val), "seed": run.train.seed, "preset": run.train.preset}
+    curves = collect_curves(state.history, state.best_epoch, {**context, "generator": generator.hash[:8]})
+    plot_curves(write_curves(run.out / "curves.json", curves), run.out / "curves.png")
+    return report
+
+
+def check_origin(labels: Sequence[Preference], generator_hash: str, psi: float | None, any_generator: bool) -> float:
+    """Truncation to draw the slabs at, after checking that labels and generator belong together.
+
+    Raises: ValueError when labels name another generator, disagree among themselves, or state another psi than the one asked for.
+    """
+    named = None if any_generator else common_value(labels, "generator")
+    if named is not None and named != generator_hash:
+        raise ValueError(
+            f"labels: expected judgements of generator {generator_hash[:12]}..., got labels of {named[:12]}.... "
+            "Pass the labels' --network, or --any-generator if the seeds mean the same shapes."
+        )
+    stated = common_value(labels, "psi")
+    if psi is not None and stated is not None and abs(psi - stated) > 1e-6:
+        raise ValueError(f"--psi: expected the labels' own {stated}, got {psi}. Leave it out.")
+    return next((value for value in (psi, stated) if value is not None), 1.0)
+
+
+def collect_slabs(run: RewardRun, splits: Splits, generator: LoadedGenerator, spec: SlabSpec, psi: float, listen: Listener) -> TrainData:
+    """Slabs of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache."""
+    seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
+    anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=seeds)["train"] if run.train.anchors else ()
+    store = _filled(run, generator, spec, psi, seeds, "slabs", listen)
+    anchor_store = _filled(run, generator, spec, ANCHOR_PSI, anchors, "anchors", listen) if anchors else None
+    return TrainData(train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store)
+
+
+def _filled(
+    run: RewardRun, generator: LoadedGenerator, spec: SlabSpec, psi: float, seeds: Iterable[int], what: str, listen: Listener
+) -> SlabStore:
+    unique = list(dict.fromkeys(seeds))
+    cache = None if run.cache is None else run.cache / cache_name(generator.hash, spec, psi, run.cutoff)
+    store = SlabStore(generator_slabs(generator.G, spec, psi=psi, cutoff=run.cutoff), cache)
+    if store.fill(unique, run.slab_batch, listen.bar(len(unique), what)):
+        store.save()
+    return store
+
+
+def _train(run: RewardRun, data: TrainData, state_file: Path, listen: Listener) -> TrainState:
+    stats = run.out / "stats.jsonl"
+    if not run.resume:
+        stats.unlink(missing_ok=True)
+    steps = -(-len(data.train) // run.train.batch) * run.train.epochs
+    advance = listen.bar(steps, "training")
+
+    def on_epoch(record: dict) -> None:
+        with stats.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        listen.epoch(record)
+
+    return train_reward(data, run.train, device=run.device, state_file=state_file, on_step=lambda: advance(1), on_epoch=on_epoch)
+
+
+def assess(run: RewardRun, state: TrainState, data: TrainData, splits: Splits) -> dict:
+    """Figures of validation and test pairs, the test pairs for the first and only time; temperature and score scale from elsewhere."""
+    train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
+    scores = torch.tensor(list(score_seeds(state.model, data.store, train_seeds).values()), dtype=torch.float64)
+    val_scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
+    temperature = fit_temperature(margins(val_scores, data.val))
+    return {
+        "test": evaluate(state.model, data.store, splits.test, temperature),
+        "val": evaluate(state.model, data.store, splits.val, temperature),
+        "temperature": temperature,
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std()),
+        "splits": splits.counts(),
+        "best_epoch": state.best_epoch + 1,
+        "epochs": state.epoch,
+        "seconds_training": sum(record["seconds"] for record in state.history),
+        "preset": run.train.preset,
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "seed": run.train.seed,
+    }

@@ -1,0 +1,1 @@
+"""Reward fine-tuning: one more phase of the training loop."""

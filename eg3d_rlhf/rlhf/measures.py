@@ -1,0 +1,54 @@
+"""What the watch and the judge measure on a generator: rewards, and the annotator's noise-free utility.
+
+Letters: N latents, L num_ws, W w_dim.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.cli import ASSETS
+from eg3d_rlhf.preferences.annotator import DEFAULT_CALIBRATION, Calibration, utility
+from eg3d_rlhf.reward.model import RewardModel, load_reward
+from eg3d_rlhf.rlhf.watch import Measure, Watch
+from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+BUNDLED_ANNOTATION = ASSETS / "labels.meta.json"
+JUDGE_RESOLUTION = 64  # grid points per edge of the cubes that the annotator judges
+
+
+def annotator_calibration(path: Path = BUNDLED_ANNOTATION) -> Calibration:
+    """The calibration under which the bundled labels were made; the default one where that record is missing."""
+    if not path.exists():
+        return DEFAULT_CALIBRATION
+    return Calibration.from_dict(json.loads(path.read_text())["calibration"])
+
+
+@torch.no_grad()
+def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: RewardModel, spec: SlabSpec, batch: int = 16) -> np.ndarray:
+    """Scores [N] of latents ws [N, L, W]."""
+    return torch.cat([reward.score(sample_slab(G, part, spec)) for part in ws.split(batch)]).cpu().numpy()
+
+
+@torch.no_grad()
+def utilities(G: torch.nn.Module, ws: torch.Tensor, calibration: Calibration, batch: int = 8) -> np.ndarray:
+    """The annotator's noise-free utility [N] of latents ws [N, L, W], from geometry alone."""
+    box_warp = float(G.rendering_kwargs["box_warp"])
+    spec = SlabSpec.cube(JUDGE_RESOLUTION, box_warp)
+    cubes = (cube for part in ws.split(batch) for cube in sigma_grid(G, part, spec).cpu().numpy())
+    return np.array([utility(cube, calibration=calibration, box_warp=box_warp).total for cube in cubes])
+
+
+def make_watch(settings: dict, reward: RewardModel, spec: SlabSpec, G_ref: torch.nn.Module, device) -> Watch:
+    """Watch of a run: the reward itself, the second reward where one is named, and the annotator's utility for synthetic heads."""
+    measures: dict[str, Measure] = {"reward": lambda G, ws: rewards(G, ws, reward, spec)}
+    if settings["reward_watch"] is not None:
+        second, second_spec, _ = load_reward(settings["reward_watch"], device)
+        measures["second"] = lambda G, ws: rewards(G, ws, second.eval(), second_spec)
+    if settings["data"].startswith("synthetic:"):
+        calibration = annotator_calibration()
+        measures["utility"] = lambda G, ws: utilities(G, ws, calibration)
+    return Watch(measures, G_ref)
