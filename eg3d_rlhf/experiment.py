@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.cli import ASSETS, choose_device, file_hash, versions
-from eg3d_rlhf.generators import BUNDLED, find_network
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import choose_device, file_hash, versions
+from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.reward.model import load_reward
 from eg3d_rlhf.rlhf.evaluate import Evaluation, finish
 from eg3d_rlhf.rlhf.measures import make_watch
@@ -21,10 +22,6 @@ from training.dataset import ImageFolderDataset
 from training.gan_phases import GanConfig, GanPhases
 from training.loop import TrainingLoop, derive_seed, gan_phases, lazy_adam
 from training.synthetic_heads import resolve_dataset
-
-BUNDLED_REWARD = ASSETS / "reward.safetensors"
-BUNDLED_WATCH = ASSETS / "reward-watch.safetensors"
-BUNDLED_CONTROL = ASSETS / "control-summary.json"
 
 # What flags left at None become: (published presets, heads64 from scratch, heads64 from existing networks).
 DEFAULTS = {
@@ -68,9 +65,9 @@ def resolve(flags: dict) -> dict:
     if not s["cond"]:
         raise ValueError("--cond: expected True, got False. Cameras come from the labels; a run without them is not possible.")
     if s["reward"] == "sigma":
-        s["reward_ckpt"] = s["reward_ckpt"] or str(BUNDLED_REWARD)
-        if s["reward_watch"] is None and s["reward_ckpt"] == str(BUNDLED_REWARD):
-            s["reward_watch"] = str(BUNDLED_WATCH)
+        s["reward_ckpt"] = s["reward_ckpt"] or str(bundled.REWARD)
+        if s["reward_watch"] is None and s["reward_ckpt"] == str(bundled.REWARD):
+            s["reward_watch"] = str(bundled.WATCH)
         if s["init"] == "scratch":
             raise ValueError("--reward=sigma: expected pretrained networks, got --init=scratch. Name a network file or use --init=bundled.")
     s["rlr"] = s["rlr"] or s["glr"]
@@ -125,18 +122,19 @@ def open_dataset(s: dict) -> ImageFolderDataset:
 def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
     """Fresh networks, or those that --init names."""
     if s["init"] != "scratch":
-        path = BUNDLED if s["init"] == "bundled" else find_network(s["init"])
-        nets = networks.load(find_network(None) if s["init"] == "bundled" else path)
+        path = find_network(None if s["init"] == "bundled" else s["init"])
+        nets = networks.load(path)
         if nets.G is None or nets.D is None:
             raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
         if nets.G.img_resolution != dataset.resolution:
             raise ValueError(
-                f"--data: expected images of {nets.G.img_resolution} pixels for --init={s['init']}, got {dataset.resolution}. Resize the data."
+                f"--data: expected images of {nets.G.img_resolution} pixels for --init={s['init']}, got {dataset.resolution}. "
+                "Resize the data."
             )
         return nets
     keys = (
-        "cbase", "cmax", "map_depth", "mbstd_group", "freezed", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
-        "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "plane_layout",
+        "cbase", "cmax", "map_depth", "mbstd_group", "freezed", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res",
+        "c_scale", "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "plane_layout",
     )
     G_kwargs, D_kwargs = networks_for(s["cfg"], dataset.resolution, gan_config(s), **{k: s[k] for k in keys})
     torch.manual_seed(derive_seed(s["seed"], "init"))
@@ -168,6 +166,7 @@ def build(s: dict, run_dir: Path) -> Objects:
     watch = evaluation = None
     if s["reward"] == "sigma":
         reward, spec, _ = load_reward(s["reward_ckpt"], device)
+        print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
         evaluation = Evaluation(settings=s, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
         watch = make_watch(s, reward, spec, evaluation.before, device)
         evaluation.watch = watch
@@ -215,7 +214,7 @@ def _finish(objects: Objects, s: dict, started: float) -> None:
 
 def input_hashes(s: dict) -> dict[str, str]:
     """SHA-256 of the files that a run starts from."""
-    files = {"init": BUNDLED if s["init"] == "bundled" else None, "reward": s["reward_ckpt"], "watch": s["reward_watch"]}
+    files = {"init": bundled.GENERATOR if s["init"] == "bundled" else None, "reward": s["reward_ckpt"], "watch": s["reward_watch"]}
     if s["init"] not in ("bundled", "scratch"):
         files["init"] = find_network(s["init"])
     return {k: file_hash(v) for k, v in files.items() if v is not None}

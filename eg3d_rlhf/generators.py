@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.cli import ASSETS
+from eg3d_rlhf import bundled
 from training import networks
 from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, pack_label
 from training.triplane import TriPlaneGenerator
 
-BUNDLED = ASSETS / "generator.safetensors"
 FFHQ_FOCAL = 4.2647
 
 
@@ -49,9 +48,9 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
 def find_network(source: str | Path | None) -> Path:
     """The network file that `source` names; see `load_generator`."""
     if source is None:
-        if not BUNDLED.exists():
-            raise FileNotFoundError(f"bundled generator: expected {BUNDLED}, got nothing there. Restore assets/ from the repository.")
-        return BUNDLED
+        if not bundled.GENERATOR.exists():
+            raise FileNotFoundError(f"bundled generator: expected {bundled.GENERATOR}, got nothing. Restore assets/ from the repository.")
+        return bundled.GENERATOR
     path = Path(source)
     if path.is_dir():
         snapshots = sorted(path.glob("network-snapshot-*.safetensors"))

@@ -27,7 +27,7 @@ def restore_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: di
     full = optimizer.state_dict()
     count = sum(len(group["params"]) for group in full["param_groups"])
     if any(i >= count for i in state):
-        raise ValueError(f"checkpoint: expected moments for {count} parameters of {prefix}, got index {max(state)}. Resume with the same flags.")
+        raise ValueError(f"checkpoint: expected moments of {count} parameters ({prefix}), got {max(state)}. Resume with the run's flags.")
     optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
 
 

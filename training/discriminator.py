@@ -3,6 +3,7 @@
 Shapes: N batch, C channels, R resolution, K c_dim, G minibatch-std group.
 """
 
+import abc
 import math
 
 import torch
@@ -118,7 +119,7 @@ class DiscriminatorEpilogue(torch.nn.Module):
         return x
 
 
-class _Discriminator(torch.nn.Module):
+class _Discriminator(torch.nn.Module, abc.ABC):
     """Trunk shared by the dual and the single discriminator."""
 
     input_images = 2  # how many images are concatenated along the channel axis
@@ -164,9 +165,9 @@ class _Discriminator(torch.nn.Module):
         self.b4 = DiscriminatorEpilogue(width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {}))
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 
+    @abc.abstractmethod
     def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the first block sees, from {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]}."""
-        raise NotImplementedError  # abstract
 
     def forward(self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs) -> torch.Tensor:
         """Realness logits.

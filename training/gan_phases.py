@@ -94,8 +94,8 @@ class Loss:
 class GanPhases:
     """Loss terms of Gmain, Greg, Dmain and Dreg for one generator, discriminator and augmentation.
 
-    Deviates from EG3D: style mixing works in every phase (EG3D's density phase refers to names that do not exist); real images and labels are
-    never modified in place; `reg_type` values that EG3D accepts without effect are errors.
+    Deviates from EG3D: style mixing works in every phase (EG3D's density phase refers to names that do not exist); real images and labels
+    are never modified in place; `reg_type` values that EG3D accepts without effect are errors.
     """
 
     def __init__(self, G: torch.nn.Module, D: torch.nn.Module, config: GanConfig, augment_pipe: torch.nn.Module | None = None):

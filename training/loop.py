@@ -1,7 +1,7 @@
 """The training loop: phases in order, moving average, ticks, snapshots, checkpoints. Knows nothing of rewards.
 
-Random numbers derive from (seed, images seen, phase name) alone, so that a resumed run matches an uninterrupted one and a further phase changes
-no draw of the others.
+Random numbers derive from (seed, images seen, phase name) alone, so that a resumed run matches an uninterrupted one and a further phase
+changes no draw of the others.
 
 Shapes: N batch, Z z_dim, K c_dim.
 """

@@ -46,7 +46,8 @@ class SuperresolutionHybrid(torch.nn.Module):
         if img_resolution != self.input_resolution * self.factor_of_input():
             expected = self.input_resolution * self.factor_of_input()
             raise ValueError(
-                f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. Use data of {expected} pixels or --sr-module."
+                f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. "
+                f"Use data of {expected} pixels, or name another module with --sr-module."
             )
         self.sr_antialias = sr_antialias and self.antialias_allowed
         wide, narrow = block_channels or self.default_block_channels

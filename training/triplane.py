@@ -36,7 +36,7 @@ class OSGDecoder(torch.nn.Module):
         return {"rgb": torch.sigmoid(x[..., 1:]) * (1 + 2 * 0.001) - 0.001, "sigma": x[..., :1]}
 
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma []; gradients flow to the parameters."""
+        """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma []; differentiable."""
         first, last = self.net[0], self.net[2]
         return first.effective_weight(), first.effective_bias(), last.effective_weight()[0], last.effective_bias()[0]
 
@@ -44,8 +44,8 @@ class OSGDecoder(torch.nn.Module):
 class TriPlaneGenerator(torch.nn.Module):
     """EG3D's generator.
 
-    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32), decoder_output_dim (32, or plane_channels
-    for smaller planes) and plane_layout ('eg3d' for released checkpoints, 'fixed' for three different planes).
+    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32, also the number of decoded features),
+    decoder_hidden_dim (64), and plane_layout ('eg3d' for released checkpoints, 'fixed' for three different planes).
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TriPlaneGenerator(torch.nn.Module):
     ) -> torch.Tensor:
         """z [N, Z], conditioning camera c [N, K] -> ws [N, L, W].
 
-        c is zeroed where the generator is not pose-conditioned, and scaled by rendering_kwargs['c_scale'] (a missing key means 0, as in EG3D).
+        c is zeroed where the generator is not pose-conditioned, and scaled by rendering_kwargs['c_scale'] (missing means 0, as in EG3D).
         """
         if self.rendering_kwargs["c_gen_conditioning_zero"]:
             c = torch.zeros_like(c)
@@ -182,7 +182,10 @@ class TriPlaneGenerator(torch.nn.Module):
         update_emas: bool = False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}; truncation arguments have no effect, as in EG3D."""
+        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}.
+
+        The truncation arguments have no effect, as in EG3D.
+        """
         del truncation_psi, truncation_cutoff, update_emas
         planes = self.planes(ws, **synthesis_kwargs)
         return self.renderer.run_model(planes, self.decoder, coordinates, directions, self.rendering_kwargs)

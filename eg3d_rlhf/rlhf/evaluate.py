@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.generators import latents, ws_of_seeds
 from eg3d_rlhf.metrics.features import load_features
@@ -22,7 +23,7 @@ from eg3d_rlhf.metrics.geometry import multi_view_measures
 from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.metrics.views import spec_for
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.model import RewardModel, load_reward
 from eg3d_rlhf.rlhf.measures import annotator_calibration, rewards, utilities
 from eg3d_rlhf.rlhf.watch import Watch
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -31,10 +32,10 @@ from training.dataset import ImageFolderDataset
 
 REWARD_SEEDS = range(200_000, 200_100)
 JUDGE_SEEDS = range(210_000, 210_200)
-GEOMETRY_SEEDS = range(220_000, 220_048)
+GEOMETRY_SEEDS = range(220_000, 220_040)
 IMAGE_SEED = 230_000
 PSI = 0.7
-IMAGES = 2000  # fakes per Fréchet distance
+IMAGES = 1600  # fakes per Fréchet distance
 GEOMETRY_VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}
 
 
@@ -126,7 +127,8 @@ def geometry(e: Evaluation, after: torch.nn.Module) -> dict:
             ws = ws_for(G, GEOMETRY_SEEDS)
             found = multi_view_measures(G, ws, spec_for(G, **GEOMETRY_VIEWS), on_batch=bar.update)
             measures = {
-                "photometric reprojection error": found.photometric, "depth disagreement": found.depth, "normal disagreement (degrees)": found.normal,
+                "photometric reprojection error": found.photometric, "depth disagreement": found.depth,
+                "normal disagreement (degrees)": found.normal,
             }
             if e.synthetic:
                 measures["distance to the nearest head"] = nearest_head_measures(G, ws, on_batch=bar.update).distance
@@ -144,17 +146,28 @@ def geometry(e: Evaluation, after: torch.nn.Module) -> dict:
 
 def control_figures(settings: dict, delta: float) -> dict:
     """Mean reward delta of the lambda_r = 0 run: this run's own where it is the control, else the recorded one."""
-    from eg3d_rlhf.experiment import BUNDLED_CONTROL, BUNDLED_REWARD
-
     if settings["lambda_r"] == 0:
         return {"control_delta_mean": delta, "control_source": "this run"}
     source = settings["control"]
-    if source is None and settings["reward_ckpt"] == str(BUNDLED_REWARD) and BUNDLED_CONTROL.exists():
-        source = BUNDLED_CONTROL
+    if source is None and settings["reward_ckpt"] == str(bundled.REWARD) and bundled.CONTROL.exists():
+        source = bundled.CONTROL
     if source is None:
         return {"control_delta_mean": None, "control_source": "none named; run with --lambda-r=0 and pass --control"}
     path = Path(source) / "summary.json" if Path(source).is_dir() else Path(source)
     return {"control_delta_mean": json.loads(path.read_text())["tuned_delta_mean"], "control_source": path.name}
+
+
+def reward_accuracy(reward_ckpt: str) -> dict:
+    """The reward's own record of its held-out accuracy, against the noise-free order where the labels held one."""
+    _, _, meta = load_reward(reward_ckpt)
+    against = "noise-free order" if meta.get("test_accuracy_clean") else "labels"
+    found = meta.get("test_accuracy_clean") or meta.get("test_accuracy")
+    if found is None:
+        return {"reward_test_accuracy": None}
+    return {
+        "reward_test_accuracy": found["accuracy"], "reward_test_accuracy_ci95": found["interval_95"], "reward_test_n": found["n"],
+        "reward_test_against": against,
+    }
 
 
 def summarise(e: Evaluation, after: torch.nn.Module, cur_nimg: int) -> dict:
@@ -166,9 +179,9 @@ def summarise(e: Evaluation, after: torch.nn.Module, cur_nimg: int) -> dict:
         record.update(blind_pairs(e, after))
         record.update(frechet(e, after))
     record.update(geometry(e, after))
-    accuracy = json.loads(Path(s["reward_ckpt"]).with_suffix(".json").read_text())["meta"].get("test_accuracy")
+    record.update(reward_accuracy(s["reward_ckpt"]))
     record.update({
-        "reward_test_accuracy": accuracy, "over_optimisation": e.watch.alarms if e.watch is not None else [], "seed": s["seed"],
+        "over_optimisation": e.watch.alarms if e.watch is not None else [], "seed": s["seed"],
         "device": str(e.device), "versions": versions(), "lambda_r": s["lambda_r"], "lambda_sigma": s["lambda_sigma"], "images": cur_nimg,
         "seeds": {"reward": [REWARD_SEEDS[0], REWARD_SEEDS[-1]], "judge": [JUDGE_SEEDS[0], JUDGE_SEEDS[-1]], "psi": PSI},
     })

@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.cli import ASSETS
+from eg3d_rlhf import bundled
 from eg3d_rlhf.preferences.annotator import DEFAULT_CALIBRATION, Calibration, utility
 from eg3d_rlhf.reward.model import RewardModel, load_reward
 from eg3d_rlhf.rlhf.watch import Measure, Watch
 from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
-BUNDLED_ANNOTATION = ASSETS / "labels.meta.json"
 JUDGE_RESOLUTION = 64  # grid points per edge of the cubes that the annotator judges
 
 
-def annotator_calibration(path: Path = BUNDLED_ANNOTATION) -> Calibration:
+def annotator_calibration(path: Path = bundled.ANNOTATION) -> Calibration:
     """The calibration under which the bundled labels were made; the default one where that record is missing."""
     if not path.exists():
         return DEFAULT_CALIBRATION

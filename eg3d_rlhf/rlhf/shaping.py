@@ -122,5 +122,5 @@ def parse_clip(spec: str) -> tuple[float, float]:
     except ValueError:
         low, high = 0.0, 0.0
     if not low < high:
-        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write for example --reward-clip=-10,10.")
+        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
     return low, high

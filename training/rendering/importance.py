@@ -33,8 +33,8 @@ def sample_stratified(
 def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int) -> torch.Tensor:
     """Depths drawn in proportion to the coarse pass's smoothed weights.
 
-    The weights are widened (max-pool 2, then average-pool 2) and lifted by 0.01. The histogram covers weights[1:-1] while its edges start at
-    the first mid depth, which shifts samples half a bin towards the camera: EG3D's behaviour, kept.
+    The weights are widened (max-pool 2, then average-pool 2) and lifted by 0.01. The histogram covers weights[1:-1] while its edges start
+    at the first mid depth, which shifts samples half a bin towards the camera: EG3D's behaviour, kept.
 
     Args:
         depths: [N, M, S, 1]; weights: [N, M, S-1, 1]; count: F.

@@ -1,0 +1,84 @@
+"""Regenerate the files of assets/, one part at a time: generator, labels, rewards, control.
+
+Every part is a run of another command of this project with fixed settings; this tool names them and copies the results into place.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.cli import ASSETS, GroupedCommand, option  # noqa: E402
+from training.storage import write_atomic  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATOR_KIMG = 16.128  # stopped early on purpose: the faces stand, the shapes still have honest defects
+RUNS = ROOT / "runs" / "assets"
+
+
+def call(*command: str) -> None:
+    """Run a command of the project and print it first.
+
+    Raises: ValueError where it fails.
+    """
+    print("$ python " + " ".join(command), flush=True)
+    code = subprocess.call([sys.executable, *command], cwd=ROOT)
+    if code:
+        raise ValueError(f"build_assets: expected `python {command[0]}` to succeed, got exit code {code}. Its message stands above.")
+
+
+def newest(pattern: str) -> Path:
+    """The newest folder under runs/assets that matches."""
+    return sorted(RUNS.glob(pattern))[-1]
+
+
+def generator() -> None:
+    """Train the GAN from scratch on synthetic heads and keep its last snapshot."""
+    call("train.py", "--init=scratch", f"--kimg={GENERATOR_KIMG}", f"--outdir={RUNS}", "--desc=generator")
+    snapshot = sorted(newest("*-generator").glob("network-snapshot-*.safetensors"))[-1]
+    shutil.copyfile(snapshot, ASSETS / "generator.safetensors")
+
+
+def labels() -> None:
+    """Label 2,000 pairs of the bundled generator's seeds; the annotator is calibrated on the first 512."""
+    call("tools/label_synthetic.py", f"--out={ASSETS / 'labels.jsonl'}", "--pairs=2000", "--calibrate=512")
+
+
+def rewards() -> None:
+    """Train the reward, and a second one from another initialisation and split that only watches."""
+    for name, seed in (("reward", 0), ("reward-watch", 1)):
+        out = RUNS / name
+        shutil.rmtree(out, ignore_errors=True)
+        call("tools/train_reward.py", f"--seed={seed}", f"--split-seed={seed}", f"--out={out}", f"--cache={RUNS / 'slabs'}")
+        for suffix in (".safetensors", ".json"):
+            shutil.copyfile(out / f"reward{suffix}", ASSETS / f"{name}{suffix}")
+
+
+def control() -> None:
+    """Run the demo with lambda_r = 0 and keep its summary."""
+    call("train.py", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control")
+    record = json.loads((newest("*-control") / "summary.json").read_text())
+    write_atomic(ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+PARTS = {"generator": generator, "labels": labels, "rewards": rewards, "control": control}
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@click.argument("part", type=click.Choice(list(PARTS)))
+@option("--dry-run", is_flag=True, help="Say what would be done and stop.")
+def main(part: str, dry_run: bool) -> None:
+    if dry_run:
+        click.echo(PARTS[part].__doc__)
+        return
+    RUNS.mkdir(parents=True, exist_ok=True)
+    PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()
