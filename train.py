@@ -38,6 +38,8 @@ REWARD = "Reward fine-tuning"
 @option("--mirror", group=DATA, type=bool, default=False, help="Add mirrored images, with mirrored poses.")
 @option("--cfg", group=NET, type=click.Choice(["ffhq", "afhq", "shapenet", "heads64"]), default="heads64", help="Preset.")
 @option("--init", group=NET, metavar="bundled|scratch|FILE|RUN", help="Initial networks.  [default: bundled for heads64, else scratch]")
+@option("--sphere-init", group=NET, metavar="RADIUS", type=click.FloatRange(min=0),
+        help="From scratch, start from a solid sphere.  [default: 0 = off; heads64: 0.25]")
 @option("--cbase", group=NET, type=click.IntRange(min=1), help="Channel multiplier.  [default: 32768; heads64: 2048]")
 @option("--cmax", group=NET, type=click.IntRange(min=1), help="Largest number of feature maps.  [default: 512; heads64: 64]")
 @option("--map-depth", group=NET, type=click.IntRange(min=1), default=2, help="Layers of G's mapping network.")
@@ -52,17 +54,17 @@ REWARD = "Reward fine-tuning"
 @option("--c-scale", group=NET, type=float, default=1.0, help="Scale of the conditioning label.")
 @option("--disc-c-noise", group=NET, type=click.FloatRange(min=0), default=0.0, help="Label noise for D, in label standard deviations.")
 @option("--decoder-lr-mul", group=NET, type=click.FloatRange(min=0, min_open=True), default=1.0, help="Learning-rate multiplier.")
-@option("--gamma", group=GAN, type=click.FloatRange(min=0), help="R1 weight.  [default: required; heads64: 1]")
+@option("--gamma", group=GAN, type=click.FloatRange(min=0), help="R1 weight.  [default: required; heads64: 0.3]")
 @option("--aug", group=GAN, type=click.Choice(["noaug", "ada", "fixed"]), default="noaug", help="Augmentation of D's inputs.")
 @option("--p", group=GAN, type=click.FloatRange(0, 1), default=0.2, help="Probability for --aug=fixed.")
 @option("--target", group=GAN, type=click.FloatRange(0, 1), default=0.6, help="Target of sign(D(real)) for --aug=ada.")
 @option("--style-mixing-prob", group=GAN, type=click.FloatRange(0, 1), default=0.0, help="Probability of style mixing.")
-@option("--gen-pose-cond", group=GAN, type=bool, help="Condition G on the camera.  [default: False; heads64: True]")
+@option("--gen-pose-cond", group=GAN, type=bool, help="Condition G on the camera.  [default: False]")
 @option("--gpc-reg-prob", group=GAN, type=click.FloatRange(0, 1), default=0.5, help="Probability of swapping the conditioning camera.")
 @option("--gpc-reg-fade-kimg", group=GAN, metavar="KIMG", type=click.FloatRange(min=0), help="Fade from 1.  [default: 1000; heads64: 5]")
 @option("--blur-fade-kimg", group=GAN, metavar="KIMG", type=click.FloatRange(min=0), help="Blur fade.  [default: 200; heads64: 1]")
 @option("--nrr-initial", "--neural-rendering-resolution-initial", "nrr_initial", group=GAN, metavar="PIXELS", type=click.IntRange(min=4),
-        help="Rendered resolution.  [default: 64; heads64: 40]")
+        help="Rendered resolution.  [default: 64; heads64: 32]")
 @option("--nrr-final", "--neural-rendering-resolution-final", "nrr_final", group=GAN, metavar="PIXELS", type=click.IntRange(min=4),
         help="Rendered resolution after the fade.")
 @option("--nrr-fade-kimg", "--neural-rendering-resolution-fade-kimg", "nrr_fade_kimg", group=GAN, metavar="KIMG",

@@ -1,0 +1,1 @@
+"""The preference half: rewards on the density field, and fine-tuning with them."""

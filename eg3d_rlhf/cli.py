@@ -50,6 +50,15 @@ def user_errors():
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def naming(flag: str):
+    """Put the flag that is at fault in front of a user's error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {str(error).strip()}") from error
+
+
 def option(*names: str, group: str = "General", **kwargs):
     """`click.option` in a group, with the default shown."""
     kwargs.setdefault("show_default", True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import choose_device, file_hash, versions
+from eg3d_rlhf.cli import choose_device, file_hash, naming, versions
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.reward.model import load_reward
 from eg3d_rlhf.rlhf.evaluate import Evaluation, finish
@@ -22,14 +22,15 @@ from training.dataset import ImageFolderDataset
 from training.gan_phases import GanConfig, GanPhases
 from training.loop import TrainingLoop, derive_seed, gan_phases, lazy_adam
 from training.synthetic_heads import resolve_dataset
+from training.warm_start import fit_sphere
 
 # What flags left at None become: (published presets, heads64 from scratch, heads64 from existing networks).
 DEFAULTS = {
-    "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 1.0, 1.0),
-    "gen_pose_cond": (False, True, True), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 40, 40),
+    "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 0.3, 0.3),
+    "gen_pose_cond": (False, False, False), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 32, 32),
     "kimg": (25000, 20, 1.2), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 2e-4), "dlr": (0.002, 0.002, 2e-4),
     "tick": (4, 0.5, 0.12), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
-    "anchor_resolution": (64, 32, 32),
+    "anchor_resolution": (64, 32, 32), "sphere_init": (0.0, 0.25, 0.0),
 }
 ADA_AUGMENT = dict.fromkeys(
     ("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1
@@ -71,6 +72,10 @@ def resolve(flags: dict) -> dict:
         if s["init"] == "scratch":
             raise ValueError("--reward=sigma: expected pretrained networks, got --init=scratch. Name a network file or use --init=bundled.")
     s["rlr"] = s["rlr"] or s["glr"]
+    if s["batch_gpu"] is not None and s["batch"] % s["batch_gpu"]:
+        raise ValueError(f"--batch-gpu: expected a divisor of --batch={s['batch']}, got {s['batch_gpu']}. Choose one that divides it.")
+    if s["control"] is not None and not Path(s["control"]).exists():
+        raise ValueError(f"--control: expected a run folder or its summary.json, got nothing at {s['control']}. Check the path.")
     gan_config(s), loop_config(s), reward_config(s)  # validate
     return s
 
@@ -115,15 +120,20 @@ def run_name(s: dict) -> str:
 
 def open_dataset(s: dict) -> ImageFolderDataset:
     """The training images; a synthetic set is rendered first."""
-    path = resolve_dataset(s["data"])
-    return ImageFolderDataset(path, use_labels=True, xflip=s["mirror"], random_seed=s["seed"], c_dim=25)
+    with naming("--data"):
+        path = resolve_dataset(s["data"])
+        dataset = ImageFolderDataset(path, use_labels=True, xflip=s["mirror"], random_seed=s["seed"], c_dim=25)
+        if dataset.num_channels != 3:
+            raise ValueError(f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them.")
+    return dataset
 
 
 def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
     """Fresh networks, or those that --init names."""
     if s["init"] != "scratch":
-        path = find_network(None if s["init"] == "bundled" else s["init"])
-        nets = networks.load(path)
+        with naming("--init"):
+            path = find_network(None if s["init"] == "bundled" else s["init"])
+            nets = networks.load(path, freeze_layers=s["freezed"])
         if nets.G is None or nets.D is None:
             raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
         if nets.G.img_resolution != dataset.resolution:
@@ -139,8 +149,29 @@ def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
     G_kwargs, D_kwargs = networks_for(s["cfg"], dataset.resolution, gan_config(s), **{k: s[k] for k in keys})
     torch.manual_seed(derive_seed(s["seed"], "init"))
     nets = networks.build(G_kwargs, D_kwargs, {"name": s["data"], "resolution": dataset.resolution})
+    if s["sphere_init"] > 0:
+        fit_sphere(nets.G, s["sphere_init"], seed=derive_seed(s["seed"], "sphere"))
+        nets.G_ema.load_state_dict(nets.G.state_dict())
     nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = s["nrr_initial"]
     return nets
+
+
+def check_fit(s: dict, nets: networks.Networks) -> None:
+    """Settings that only the networks can judge.
+
+    Raises: ValueError naming the flag.
+    """
+    size, std = s["batch_gpu"] or s["batch"], nets.D.b4.mbstd
+    group = min(std.group_size or size, size) if std is not None else 1
+    if size % group:
+        flag = "--batch-gpu" if s["batch_gpu"] else "--batch"
+        raise ValueError(f"{flag}: expected a multiple of D's minibatch-std group of {group}, got {size}. Change it or --mbstd-group.")
+    rendered, module = max(s["nrr_initial"], s["nrr_final"] or 0), nets.G.superresolution
+    if module.only_enlarges and rendered > module.input_resolution:
+        raise ValueError(
+            f"--nrr-initial, --nrr-final: expected at most {module.input_resolution} pixels for {type(module).__name__}, got {rendered}. "
+            "Lower them."
+        )
 
 
 @dataclasses.dataclass
@@ -156,6 +187,7 @@ def build(s: dict, run_dir: Path) -> Objects:
     device = choose_device(s["device"])
     dataset = open_dataset(s)
     nets = open_networks(s, dataset).to(device)
+    check_fit(s, nets)
     augment = None
     if s["aug"] != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
@@ -165,10 +197,13 @@ def build(s: dict, run_dir: Path) -> Objects:
     phases = gan_phases(terms, OptimizerConfig(lr=s["glr"]), OptimizerConfig(lr=s["dlr"]), config)
     watch = evaluation = None
     if s["reward"] == "sigma":
-        reward, spec, _ = load_reward(s["reward_ckpt"], device)
+        with naming("--reward-ckpt"):
+            reward, spec, _ = load_reward(s["reward_ckpt"], device)
+        with naming("--reward-watch"):
+            second = None if s["reward_watch"] is None else load_reward(s["reward_watch"], device)
         print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
         evaluation = Evaluation(settings=s, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
-        watch = make_watch(s, reward, spec, evaluation.before, device)
+        watch = make_watch(s, reward, spec, evaluation.before, second)
         evaluation.watch = watch
         if s["lambda_r"] > 0:
             reward_terms = RewardTerms(nets.G, nets.G_ema, reward, spec, reward_config(s))
@@ -187,8 +222,8 @@ def run(s: dict, run_dir: Path) -> Path:
     """Train with the settings in `run_dir`, then summarise a reward run. Returns run_dir."""
     started = time.time()
     objects = build(s, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     record = {**s, "versions": versions(), "hashes": input_hashes(s)}
+    run_dir.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(run_dir / "training_options.json", json.dumps(record, indent=2, sort_keys=True).encode())
     print(f"Run folder {run_dir}. Training for {s['kimg']:g} thousand images on {objects.loop.device}.", flush=True)
     _finish(objects, s, started)
@@ -202,6 +237,8 @@ def resume(source: Path, previous: bool) -> Path:
     _, meta, _ = checkpoint.read(source, previous)
     objects = build(meta["options"], run_dir)
     objects.loop.resume(source, previous)
+    if objects.evaluation is not None:
+        objects.evaluation.watch.restore(run_dir / "stats.jsonl")
     _finish(objects, meta["options"], started)
     return run_dir
 
@@ -214,7 +251,9 @@ def _finish(objects: Objects, s: dict, started: float) -> None:
 
 def input_hashes(s: dict) -> dict[str, str]:
     """SHA-256 of the files that a run starts from."""
-    files = {"init": bundled.GENERATOR if s["init"] == "bundled" else None, "reward": s["reward_ckpt"], "watch": s["reward_watch"]}
+    files = {"init": bundled.GENERATOR if s["init"] == "bundled" else None}
+    if s["reward"] == "sigma":
+        files.update({"reward": s["reward_ckpt"], "watch": s["reward_watch"]})
     if s["init"] not in ("bundled", "scratch"):
         files["init"] = find_network(s["init"])
     return {k: file_hash(v) for k, v in files.items() if v is not None}

@@ -1,0 +1,1 @@
+"""Operations and statistics on tensors that are not specific to this project."""

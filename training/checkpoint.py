@@ -58,6 +58,8 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
         if not candidates:
             raise FileNotFoundError(f"--resume: expected a run folder with checkpoint-*.safetensors, got {source}. Check the path.")
     else:
+        if not source.exists():
+            raise FileNotFoundError(f"--resume: expected a run folder or checkpoint file, got nothing at {source}. Check the path.")
         candidates = [source, *[p for p in available(source.parent)[::-1] if p.name < source.name]]
     for i, path in enumerate(candidates):
         try:
@@ -67,5 +69,5 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
             if not fall_back or i + 1 == len(candidates):
                 older = candidates[i + 1].name if i + 1 < len(candidates) else None
                 hint = f" Add --resume-previous to continue from {older}." if older and not fall_back else ""
-                raise ValueError(f"{error}{hint}") from None
+                raise ValueError(f"--resume: {error}{hint}") from None
     raise AssertionError("unreachable")

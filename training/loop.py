@@ -283,6 +283,7 @@ class TrainingLoop:
         for G in (self.nets.G, self.nets.G_ema):
             G.neural_rendering_resolution = meta["neural_rendering_resolution"]
         self.stats_lines, self.last_checkpoint = meta["stats_lines"], path
+        networks.storage.remove_temporaries(self.run_dir)
         stats_file = self.run_dir / "stats.jsonl"
         if stats_file.exists():
             lines = stats_file.read_text().splitlines(keepends=True)[: self.stats_lines]

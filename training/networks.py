@@ -51,8 +51,12 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
     storage.write_tensors(path, "network", tensors, meta)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Networks:
+def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> Networks:
     """Read a network file.
+
+    Args:
+        freeze_layers: the first so many layers of D become buffers, under their own names (Freeze-D, Mo et al. 2020); None leaves D as it
+            was when it was saved.
 
     Raises: FileNotFoundError, ValueError (truncated, foreign, other architecture).
     """
@@ -65,6 +69,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Networks:
         storage.load_strict(G, _part(tensors, "G."), f"{path} (G)")
         G.train().requires_grad_(False)
     if any(k.startswith("D.") for k in tensors):
+        if freeze_layers is not None:
+            meta["D_kwargs"]["block_kwargs"] = {**meta["D_kwargs"].get("block_kwargs", {}), "freeze_layers": freeze_layers}
         D = DualDiscriminator(**meta["D_kwargs"])
         storage.load_strict(D, _part(tensors, "D."), f"{path} (D)")
         D.train().requires_grad_(False)

@@ -31,6 +31,12 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         os.close(folder)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a process that was killed inside `write_atomic` left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Save tensors and a JSON-able description as one file of the given kind ('network', 'checkpoint', 'reward', ...)."""
     described = json.dumps({"kind": kind, "meta": meta}, sort_keys=True)

@@ -11,7 +11,7 @@ import torch
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.preferences.annotator import DEFAULT_CALIBRATION, Calibration, utility
-from eg3d_rlhf.reward.model import RewardModel, load_reward
+from eg3d_rlhf.reward.model import RewardModel
 from eg3d_rlhf.rlhf.watch import Measure, Watch
 from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -41,12 +41,14 @@ def utilities(G: torch.nn.Module, ws: torch.Tensor, calibration: Calibration, ba
     return np.array([utility(cube, calibration=calibration, box_warp=box_warp).total for cube in cubes])
 
 
-def make_watch(settings: dict, reward: RewardModel, spec: SlabSpec, G_ref: torch.nn.Module, device) -> Watch:
-    """Watch of a run: the reward itself, the second reward where one is named, and the annotator's utility for synthetic heads."""
+def make_watch(
+    settings: dict, reward: RewardModel, spec: SlabSpec, G_ref: torch.nn.Module, second: tuple[RewardModel, SlabSpec, dict] | None
+) -> Watch:
+    """Watch of a run: the reward itself, the second reward (as `load_reward` gives it) if any, and the utility for synthetic heads."""
     measures: dict[str, Measure] = {"reward": lambda G, ws: rewards(G, ws, reward, spec)}
-    if settings["reward_watch"] is not None:
-        second, second_spec, _ = load_reward(settings["reward_watch"], device)
-        measures["second"] = lambda G, ws: rewards(G, ws, second.eval(), second_spec)
+    if second is not None:
+        model, second_spec, _ = second
+        measures["second"] = lambda G, ws: rewards(G, ws, model, second_spec)
     if settings["data"].startswith("synthetic:"):
         calibration = annotator_calibration()
         measures["utility"] = lambda G, ws: utilities(G, ws, calibration)

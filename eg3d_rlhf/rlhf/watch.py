@@ -3,7 +3,9 @@
 Letters: N watched latents.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,18 +37,30 @@ class Watch:
 
     def __call__(self, loop, stats: dict) -> dict[str, str]:
         """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the status line."""
-        fields, deltas = {}, {}
+        fields = {}
         for name, values in self._values(loop.nets.G_ema).items():
             delta = values - self.initial[name]
-            mean, error = float(delta.mean()), float(delta.std(ddof=1) / np.sqrt(len(delta)))
-            deltas[name] = (mean, error)
-            stats[f"Watch/{name}"] = {"num": len(delta), "mean": mean, "std": float(delta.std())}
-            fields[name] = f"{mean:+.3f}"
-        fallen = over_optimised(deltas)
+            stats[f"Watch/{name}"] = {"num": len(delta), "mean": float(delta.mean()), "std": float(delta.std())}
+            fields[name] = f"{delta.mean():+.3f}"
+        fallen = self._alarm(loop.cur_nimg, stats)
         if fallen:
-            self.alarms.append({"nimg": loop.cur_nimg, "fallen": fallen})
             fields["WARNING"] = f"over-optimised({','.join(fallen)})"
         return fields
+
+    def _alarm(self, nimg: int, stats: dict) -> list[str]:
+        """Note an alarm where the statistics call for one; returns what has fallen."""
+        moments = {name: stats[f"Watch/{name}"] for name in self.measures}
+        fallen = over_optimised({name: (m["mean"], m["std"] / np.sqrt(max(m["num"] - 1, 1))) for name, m in moments.items()})
+        if fallen:
+            self.alarms.append({"nimg": nimg, "fallen": fallen})
+        return fallen
+
+    def restore(self, stats_file: Path) -> None:
+        """The alarms of a resumed run, from its stats.jsonl."""
+        self.alarms = []
+        for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
+            stats = json.loads(line)
+            self._alarm(stats["nimg"], stats)
 
 
 def over_optimised(deltas: dict[str, tuple[float, float]]) -> list[str]:

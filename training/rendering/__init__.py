@@ -1,0 +1,1 @@
+"""Volume rendering of tri-planes: cameras, rays, sampling and the ray marcher."""

@@ -1,0 +1,51 @@
+"""The table that ends a reward run, and the geometry-only pictures."""
+
+import torch
+
+from eg3d_rlhf.reports.shape_view import shade
+from eg3d_rlhf.reports.summary import rows
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+RECORD = {
+    "reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 2.0, "std": 1.0}, "reward_delta_positive": 97, "reward_delta_n": 100,
+    "tuned_delta_mean": 2.0, "control_delta_mean": -0.1, "control_source": "control.json", "win_rate": 0.9, "win_rate_ci95": [0.85, 0.94],
+    "win_rate_n": 200, "frechet_before": 4.0, "frechet_after": 4.4, "reward_test_accuracy": 0.9, "reward_test_accuracy_ci95": [0.85, 0.93],
+    "reward_test_n": 300, "reward_test_against": "noise-free order", "over_optimisation": [], "seconds": 300.0, "device": "cpu",
+    "geometry": [{"name": "depth", "before": 1.0, "after": 2.0, "better": False}],
+}
+
+
+def test_rows_state_figures_and_failures():
+    table = {what: figure for what, figure, _ in rows(RECORD)}
+    assert table["positive reward deltas"] == "97/100, mean +2.000"
+    assert "5.0% of the tuned shift" in table["mean delta of the lambda_r = 0 control"]
+    assert table["depth"].endswith("(WORSE)")
+    assert "x1.100" in table["Fréchet distance before -> after"]
+    assert table["over-optimisation watch"] == "quiet"
+
+
+def test_rows_report_over_optimisation():
+    table = {what: figure for what, figure, _ in rows({**RECORD, "over_optimisation": [{"nimg": 8, "fallen": ["utility"]}]})}
+    assert table["over-optimisation watch"] == "ALARM: utility fell while the reward rose"
+
+
+def test_rows_of_a_run_without_judge_or_control():
+    record = {k: v for k, v in RECORD.items() if not k.startswith(("win_rate", "frechet"))}
+    what = [line[0] for line in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})]
+    assert not any("judge" in w or "control" in w or "test accuracy" in w for w in what)
+
+
+def test_shading_shows_a_sphere_of_the_right_size():
+    x, y, z = SlabSpec.cube(48).axes()
+    radius = 0.3
+    distance = (z[:, None, None] ** 2 + y[None, :, None] ** 2 + x[None, None, :] ** 2).sqrt()
+    picture = shade((10 + (radius - distance) * 100)[None], resolution=96)[0, 0]
+    covered = (picture < 1).float().mean().item()
+    angle = torch.asin(torch.tensor(radius / 2.7))
+    expected = torch.pi * (torch.tan(angle) * 4.2647) ** 2  # of the unit image
+    assert abs(covered - expected.item()) < 0.02
+    assert picture[48, 48] > picture[70, 48]  # lit from above and in front
+
+
+def test_shading_of_an_empty_cube_is_white():
+    assert shade(torch.full((1, 16, 16, 16), -5.0), resolution=16).eq(1).all()

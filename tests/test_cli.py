@@ -1,0 +1,174 @@
+"""train.py from the outside: its flags, its dry run, and one line with exit code 2 for every mistake a user can make."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from tests import tiny_runs
+
+FLAGS = """
+--aug --batch --batch-gpu --blur-fade-kimg --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control --d-num-fp16-res --data
+--decoder-lr-mul --density-reg --density-reg-every --density-reg-p-dist --desc --device --disc-c-noise --dlr --dry-run --ema-kimg --freezed
+--g-num-fp16-res --gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --init --kimg --lambda-front --lambda-r --lambda-sigma
+--map-depth --mbstd-group --mirror --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
+--neural-rendering-resolution-initial --no-summary --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p --plane-layout --reg-type --resume
+--resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sr-module --sr-noise-mode
+--sr-num-fp16-res --style-mixing-prob --target --tick -n
+""".split()
+
+
+def run(*flags: str):
+    return CliRunner().invoke(train.main, [str(f) for f in flags])
+
+
+def test_the_flags_are_frozen():
+    assert sorted(name for p in train.main.params for name in p.opts + p.secondary_opts) == FLAGS
+
+
+def test_help_lists_every_flag_in_its_group():
+    text = run("--help").stdout
+    assert [flag for flag in FLAGS if flag not in text] == []
+    for title in (train.RUN, train.DATA, train.NET, train.GAN, train.OPT, train.REWARD):
+        assert f"{title}:\n" in text
+
+
+def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
+    result = run("-n", "--reward=sigma", "--lambda-r=3", f"--outdir={tmp_path / 'runs'}", "--desc=x")
+    assert result.exit_code == 0, result.stderr
+    settings = json.loads(result.stdout)
+    assert list(settings) == sorted(settings)
+    expected = {"reward": "sigma", "lambda_r": 3.0, "init": "bundled", "data": "synthetic:heads64", "batch": 8, "reward_clip": "-10,10"}
+    assert {k: settings[k] for k in expected} == expected
+    assert None not in [settings[k] for k in ("kimg", "glr", "dlr", "rlr", "gamma", "tick", "snap", "ema_kimg", "nrr_initial", "reward_ckpt")]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_published_presets_keep_eg3ds_defaults():
+    flags = ("-n", "--cfg=ffhq", "--data=x.zip", "--gamma=1", "--batch=16")
+    settings = json.loads(run(*flags).stdout)
+    expected = {
+        "init": "scratch", "glr": 0.0025, "dlr": 0.002, "kimg": 25000, "cbase": 32768, "cmax": 512, "ema_kimg": 5.0, "blur_fade_kimg": 100.0,
+        "nrr_initial": 64, "plane_layout": "eg3d", "gen_pose_cond": False, "tick": 4, "snap": 50,
+    }
+    assert {k: settings[k] for k in expected} == expected
+
+
+MISTAKES = {  # flags -> what the line must say
+    "clip": (["--reward=sigma", "--reward-clip=5,1"], "--reward-clip: expected LOW,HIGH"),
+    "clip words": (["--reward=sigma", "--reward-clip=wide"], "--reward-clip: expected LOW,HIGH"),
+    "batch split": (["--batch=8", "--batch-gpu=3"], "--batch-gpu: expected a divisor of --batch=8, got 3"),
+    "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], "--data: expected a dataset for --cfg=ffhq"),
+    "no gamma": (["--cfg=ffhq", "--data=x.zip", "--batch=8"], "--gamma: expected a value"),
+    "no batch": (["--cfg=ffhq", "--data=x.zip", "--gamma=1"], "--batch: expected a value"),
+    "reward from scratch": (["--reward=sigma", "--init=scratch"], "--reward=sigma: expected pretrained networks, got --init=scratch"),
+    "unconditional": (["--cond=False"], "--cond: expected True"),
+    "missing data": (["--data={tmp}/missing.zip"], "--data: dataset {tmp}/missing.zip: expected a folder or a .zip file"),
+    "bad synthetic name": (["--data=synthetic:cats"], "--data: parse_name: expected 'synthetic:heads<R>"),
+    "missing control": (["--reward=sigma", "--control={tmp}/none"], "--control: expected a run folder or its summary.json"),
+    "missing resume": (["--resume={tmp}/none"], "--resume: expected a run folder or checkpoint file, got nothing at {tmp}/none"),
+    "empty resume": (["--resume={tmp}"], "--resume: expected a run folder with checkpoint-*.safetensors, got {tmp}"),
+}
+
+
+def assert_one_line(result, *texts: str) -> None:
+    """Exit code 2, nothing but one line on standard error, and the texts in it."""
+    assert result.exit_code == 2, (result.exit_code, result.exception)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+    for text in texts:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_flags(case, tmp_path):
+    flags, text = MISTAKES[case]
+    result = run(*(f.format(tmp=tmp_path) for f in flags), f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, text.format(tmp=tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def attempt(tiny_data, tiny_networks, tmp_path):
+    """Run the tiny set-up with flags that must fail; nothing may be left behind."""
+
+    def go(*flags: str, **paths):
+        result = run(*tiny_runs.train_flags(paths.get("data", tiny_data), paths.get("init", tiny_networks), tmp_path / "runs", *flags))
+        assert not (tmp_path / "runs").exists()
+        return result
+
+    return go
+
+
+def test_missing_network(attempt, tmp_path):
+    assert_one_line(attempt(init=tmp_path / "missing"), f"--init: {tmp_path / 'missing'}: expected a network file, got nothing there")
+
+
+def test_folder_without_networks(attempt, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert_one_line(attempt(init=tmp_path / "run"), "--init: network: expected a network-snapshot-*.safetensors")
+
+
+def test_truncated_network(attempt, tiny_networks, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(tiny_networks.read_bytes()[:-1000])
+    assert_one_line(attempt(init=path), f"--init: {path}: expected a network file, got a truncated or foreign one")
+
+
+def test_a_reward_is_no_network(attempt, tiny_reward):
+    assert_one_line(attempt(init=tiny_reward), "--init: ", "Name a file that train.py or a tool wrote")
+
+
+def test_networks_without_a_discriminator(attempt, tmp_path):
+    tiny_runs.networks.save(tmp_path / "ema.safetensors", tiny_runs.build_networks(), only_ema=True)
+    assert_one_line(attempt(init=tmp_path / "ema.safetensors"), "--init: expected a network file with G, D and G_ema")
+
+
+def test_data_of_another_resolution(attempt, tmp_path):
+    other = tiny_runs.write_dataset(tmp_path / "large.zip", resolution=64)
+    assert_one_line(attempt(data=other), "--data: expected images of 32 pixels", "got 64")
+
+
+def test_grey_data(attempt, tmp_path):
+    grey = tiny_runs.write_dataset(tmp_path / "grey.zip", mode="L")
+    assert_one_line(attempt(data=grey), "--data: ", "expected RGB images, got 1 channel")
+
+
+def test_data_of_a_size_that_no_network_has(tmp_path):
+    odd = tiny_runs.write_dataset(tmp_path / "odd.zip", resolution=40)
+    result = run("--init=scratch", f"--data={odd}", f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, "expected a power of two >= 4, got 40")
+    result = run("--cfg=ffhq", "--gamma=1", "--batch=4", f"--data={odd}", f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, "--data: expected images of 512, 256, 128 pixels for --cfg=ffhq, got 40")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_batch_that_does_not_fit_the_minibatch_std_groups(attempt):
+    assert_one_line(attempt("--batch=6"), "--batch: expected a multiple of D's minibatch-std group of 4, got 6")
+    assert_one_line(attempt("--batch=12", "--batch-gpu=6"), "--batch-gpu: expected a multiple of D's minibatch-std group of 4, got 6")
+
+
+def test_missing_or_damaged_rewards(attempt, tiny_reward, tmp_path):
+    missing = tmp_path / "none.safetensors"
+    assert_one_line(attempt("--reward=sigma", f"--reward-ckpt={missing}"), "--reward-ckpt: load_reward: expected the description")
+    result = attempt("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={missing}")
+    assert_one_line(result, "--reward-watch: load_reward: expected the description")
+
+
+def test_cuda_where_there_is_none(attempt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_one_line(attempt("--device=cuda"), "--device: expected a CUDA device, got a machine without one")
+
+
+def test_clicks_own_errors_exit_with_2():
+    for flags in (["--lambda-r=-1"], ["--batch=0"], ["--cfg=cats"], ["--aug=some"], ["--nonsense"]):
+        result = run(*flags)
+        assert result.exit_code == 2 and flags[0].split("=")[0] in result.stderr
+
+
+def test_runs_are_numbered(tmp_path):
+    for name in ("00000-a", "00007-b", "notes", "123-c"):
+        (tmp_path / name).mkdir()
+    assert train.next_run_dir(tmp_path, "x").name == "00008-x"
+    assert train.next_run_dir(tmp_path / "new", "x").name == "00000-x"

@@ -1,0 +1,144 @@
+"""What the source tree promises: who imports whom, what is never loaded, how long a file may be."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf")
+RANK = {**{name: i for i, name in enumerate(PACKAGES)}, "train": 4, "tools": 4, "benchmarks": 4, "tests": 5}
+LAZY = {"matplotlib", "mcubes", "trimesh", "skimage", "captum", "umap"}
+LOADERS_THAT_RUN_CODE = {"dill", "cloudpickle", "joblib", "marshal", "shelve"}
+MACHINE_PATH = re.compile(r"(?<![\w.~:/])/(?:home|Users|root|work|mnt|scratch)/\w")
+
+
+def sources(*tops: str) -> list[Path]:
+    """Python files of packages, folders or top-level modules that exist."""
+    found = []
+    for top in tops or RANK:
+        found += sorted((REPO / top).rglob("*.py")) if (REPO / top).is_dir() else [p for p in [REPO / f"{top}.py"] if p.exists()]
+    return found
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+def top_of(path: Path) -> str:
+    return path.relative_to(REPO).parts[0].removesuffix(".py")
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module] if node.level == 0 else []
+    return []
+
+
+def module_level(node: ast.AST):
+    """Statements that run on import: everything outside functions, and outside `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from module_level(child)
+
+
+def test_the_tree_is_found():
+    assert len(sources(*PACKAGES)) > 50 and len(sources("train")) == 1
+
+
+def test_nobody_imports_upwards():
+    wrong = [
+        f"{name_of(path)}:{node.lineno} imports {module}"
+        for path in sources() for node in ast.walk(tree(path)) for module in imported(node)
+        if RANK.get(module.split(".")[0], -1) > RANK[top_of(path)]
+    ]
+    assert wrong == []
+
+
+def test_imports_are_absolute():
+    assert [name_of(p) for p in sources() for n in ast.walk(tree(p)) if isinstance(n, ast.ImportFrom) and n.level] == []
+
+
+def test_heavy_packages_are_imported_inside_functions():
+    wrong = [
+        f"{name_of(path)}:{node.lineno} imports {module}"
+        for path in sources(*PACKAGES, "train", "tools") for node in module_level(tree(path)) for module in imported(node)
+        if module.split(".")[0] in LAZY
+    ]
+    assert wrong == []
+
+
+def test_marching_cubes_belongs_to_the_mesh_exporter():
+    users = {name_of(p) for p in sources(*PACKAGES, "train", "tools") for n in ast.walk(tree(p)) if "mcubes" in imported(n)}
+    assert users == {"eg3d_rlhf/sigma/mesh.py"}
+
+
+def runs_code(node: ast.AST) -> bool:
+    """Whether a node unpickles, or loads or evaluates something that may run code."""
+    if set(imported(node)) & LOADERS_THAT_RUN_CODE:
+        return True
+    if isinstance(node, ast.ImportFrom) and node.module == "pickle":
+        return {alias.name for alias in node.names} != {"UnpicklingError"}
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
+        return node.attr != "UnpicklingError"  # torch.load(weights_only=True) raises it
+    if not isinstance(node, ast.Call):
+        return False
+    call, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+    if call == "torch.load":
+        return keywords.get("weights_only") != "True"
+    return call in ("eval", "exec") or keywords.get("allow_pickle", "False") != "False"
+
+
+def test_nothing_that_is_loaded_can_run_code():
+    files = sources(*PACKAGES, "train", "tools", "benchmarks")
+    assert [f"{name_of(p)}:{n.lineno}" for p in files for n in ast.walk(tree(p)) if runs_code(n)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import torch\ntorch.load(p)", True), ("torch.load(p, weights_only=True)", False), ("torch.load(p, weights_only=flag)", True),
+        ("pickle.load(f)", True), ("from pickle import loads", True), ("pickle.UnpicklingError", False),
+        ("np.load(p, allow_pickle=True)", True), ("np.load(p)", False), ("exec(s)", True), ("import joblib", True),
+    ],
+)
+def test_the_check_itself(code, expected):
+    assert any(runs_code(n) for n in ast.walk(ast.parse(code))) is expected
+
+
+def test_no_file_is_over_400_lines():
+    long = {name_of(p): n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
+    assert long == {}
+
+
+def test_every_module_has_a_docstring():
+    assert [name_of(p) for p in sources(*PACKAGES, "train", "tools", "benchmarks") if ast.get_docstring(tree(p)) is None] == []
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    missing = []
+    for path in sources(*PACKAGES, "tools"):
+        for node in tree(path).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and ast.get_docstring(node) is None:
+                missing.append(f"{name_of(path)}:{node.lineno} {node.name}")
+    assert missing == []
+
+
+def test_no_path_of_a_machine():
+    kept = sources() + [p for pattern in ("*.md", "*.toml", "*.txt", "*.yml", "docs/**/*.md", "assets/*.json*", "Makefile") for p in REPO.glob(pattern)]
+    found = [f"{name_of(p)}:{i}" for p in kept for i, line in enumerate(p.read_text().splitlines(), 1) if MACHINE_PATH.search(line)]
+    assert found == []

@@ -1,0 +1,99 @@
+"""A training run small enough for a test: 24 noise images of 32 pixels, planes of 16 pixels with 8 channels, 8 rendered pixels."""
+
+import copy
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from training import networks
+from training.config import LoopConfig, OptimizerConfig, networks_for
+from training.dataset import ImageFolderDataset
+from training.gan_phases import Batch, GanConfig, GanPhases
+from training.loop import TrainingLoop, gan_phases
+from training.rendering.cameras import FFHQ_FOCAL, LookAtPoseSampler, intrinsics_matrix, pack_label
+
+RESOLUTION, COUNT, RENDERED = 32, 24, 8
+OVERRIDE = {
+    "cbase": 256, "cmax": 8, "map_depth": 2, "mbstd_group": 4, "freezed": 0, "sr_module": None, "sr_num_fp16_res": 0, "g_num_fp16_res": 0,
+    "d_num_fp16_res": 0, "c_scale": 1.0, "disc_c_noise": 0.0, "sr_noise_mode": "none", "decoder_lr_mul": 1.0, "plane_layout": "fixed",
+}
+GAN = {
+    "r1_gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05, "neural_rendering_resolution_initial": RENDERED
+}
+LOOP = {"batch": 4, "total_kimg": 0.032, "kimg_per_tick": 0.016, "ema_kimg": 0.02, "d_reg_interval": 2, "g_reg_interval": 2, "grid": (2, 1)}
+
+
+def write_dataset(path: Path, resolution: int = RESOLUTION, mode: str = "RGB") -> Path:
+    """A zip in EG3D's format: smooth noise with cameras about frontal."""
+    random = np.random.RandomState(7)
+    rows = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(COUNT):
+            coarse = random.randint(0, 256, (4, 4, 3), dtype=np.uint8)
+            image = PIL.Image.fromarray(coarse).resize((resolution, resolution), PIL.Image.Resampling.BICUBIC).convert(mode)
+            buffer = io.BytesIO()
+            image.save(buffer, format="png")
+            name = f"00000/img{i:08d}.png"
+            archive.writestr(name, buffer.getvalue())
+            yaw, pitch = random.randn(2) * 0.2 + math.pi / 2
+            pose = LookAtPoseSampler.sample(yaw, pitch, torch.zeros(3), radius=2.7)
+            rows.append([name, pack_label(pose, intrinsics_matrix(FFHQ_FOCAL))[0].tolist()])
+        archive.writestr("dataset.json", json.dumps({"labels": rows}))
+    return path
+
+
+def build_networks(gan: GanConfig | None = None, seed: int = 0, **override) -> networks.Networks:
+    """Fresh tiny networks."""
+    G, D = networks_for("heads64", RESOLUTION, gan or GanConfig(**GAN), **{**OVERRIDE, **override})
+    G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
+    G["sr_kwargs"]["block_channels"] = [8, 8]
+    G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=RENDERED)
+    torch.manual_seed(seed)
+    return networks.build(G, D, {"name": "tiny", "resolution": RESOLUTION})
+
+
+def build_loop(
+    data: Path, run_dir: Path, *, gan: dict | None = None, loop: dict | None = None, phases=(), augment_pipe=None, nets=None
+) -> TrainingLoop:
+    """A loop over the four GAN phases and `phases` (a function of the networks that returns more of them)."""
+    gan_config, config = GanConfig(**{**GAN, **(gan or {})}), LoopConfig(**{**LOOP, **(loop or {})})
+    nets = nets or build_networks(gan_config)
+    terms = GanPhases(nets.G, nets.D, gan_config, augment_pipe)
+    all_phases = gan_phases(terms, OptimizerConfig(lr=0.002), OptimizerConfig(lr=0.002), config)
+    all_phases += phases(nets) if callable(phases) else list(phases)
+    dataset = ImageFolderDataset(data, c_dim=25)
+    return TrainingLoop(nets, dataset, all_phases, config, run_dir, augment_pipe=augment_pipe)
+
+
+def batch(data: Path, n: int = 4, cur_nimg: int = 0, seed: int = 0) -> Batch:
+    """Real images and labels, latents and cameras for one phase."""
+    dataset = ImageFolderDataset(data, c_dim=25)
+    images = torch.from_numpy(np.stack([dataset[i][0] for i in range(n)])).float() / 127.5 - 1
+    labels = torch.from_numpy(np.stack([dataset.get_label(i) for i in range(n)]))
+    z = torch.randn([n, 8], generator=torch.Generator().manual_seed(seed))
+    return Batch(images, labels, z, labels.flip(0), cur_nimg)
+
+
+def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a module's state."""
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Equal names and bit-equal values."""
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
+    """Flags of train.py for the tiny networks saved at `init`."""
+    return [
+        f"--data={data}", f"--init={init}", f"--outdir={outdir}", "--batch=4", f"--nrr-initial={RENDERED}", "--device=cpu", "--glr=0.002",
+        "--dlr=0.002", "--ema-kimg=0.02", "--density-reg-every=2", *more,
+    ]
