@@ -28,7 +28,7 @@ from training.warm_start import fit_sphere
 DEFAULTS = {
     "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 0.3, 0.3),
     "gen_pose_cond": (False, False, False), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 32, 32),
-    "kimg": (25000, 20, 1.2), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 2e-4), "dlr": (0.002, 0.002, 2e-4),
+    "kimg": (25000, 8.064, 1.2), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 2e-4), "dlr": (0.002, 0.002, 2e-4),
     "tick": (4, 0.5, 0.12), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
     "anchor_resolution": (64, 32, 32), "sphere_init": (0.0, 0.25, 0.0),
 }
@@ -166,6 +166,10 @@ def check_fit(s: dict, nets: networks.Networks) -> None:
     if size % group:
         flag = "--batch-gpu" if s["batch_gpu"] else "--batch"
         raise ValueError(f"{flag}: expected a multiple of D's minibatch-std group of {group}, got {size}. Change it or --mbstd-group.")
+    conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
+    if conditioned != s["gen_pose_cond"]:
+        kind = "conditioned on the camera" if conditioned else "that ignores the camera"
+        raise ValueError(f"--gen-pose-cond: expected {conditioned} for a generator {kind}, got {s['gen_pose_cond']}. Change the flag.")
     rendered, module = max(s["nrr_initial"], s["nrr_final"] or 0), nets.G.superresolution
     if module.only_enlarges and rendered > module.input_resolution:
         raise ValueError(

@@ -15,8 +15,8 @@ FLAGS = """
 --g-num-fp16-res --gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --init --kimg --lambda-front --lambda-r --lambda-sigma
 --map-depth --mbstd-group --mirror --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
 --neural-rendering-resolution-initial --no-summary --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p --plane-layout --reg-type --resume
---resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sr-module --sr-noise-mode
---sr-num-fp16-res --style-mixing-prob --target --tick -n
+--resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sphere-init --sr-module
+--sr-noise-mode --sr-num-fp16-res --style-mixing-prob --target --tick -n
 """.split()
 
 
@@ -42,7 +42,8 @@ def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
     assert list(settings) == sorted(settings)
     expected = {"reward": "sigma", "lambda_r": 3.0, "init": "bundled", "data": "synthetic:heads64", "batch": 8, "reward_clip": "-10,10"}
     assert {k: settings[k] for k in expected} == expected
-    assert None not in [settings[k] for k in ("kimg", "glr", "dlr", "rlr", "gamma", "tick", "snap", "ema_kimg", "nrr_initial", "reward_ckpt")]
+    filled = ("kimg", "glr", "dlr", "rlr", "gamma", "tick", "snap", "ema_kimg", "nrr_initial", "reward_ckpt")
+    assert None not in [settings[k] for k in filled]
     assert not (tmp_path / "runs").exists()
 
 
@@ -50,8 +51,8 @@ def test_published_presets_keep_eg3ds_defaults():
     flags = ("-n", "--cfg=ffhq", "--data=x.zip", "--gamma=1", "--batch=16")
     settings = json.loads(run(*flags).stdout)
     expected = {
-        "init": "scratch", "glr": 0.0025, "dlr": 0.002, "kimg": 25000, "cbase": 32768, "cmax": 512, "ema_kimg": 5.0, "blur_fade_kimg": 100.0,
-        "nrr_initial": 64, "plane_layout": "eg3d", "gen_pose_cond": False, "tick": 4, "snap": 50,
+        "init": "scratch", "glr": 0.0025, "dlr": 0.002, "kimg": 25000, "cbase": 32768, "cmax": 512, "ema_kimg": 5.0,
+        "blur_fade_kimg": 100.0, "nrr_initial": 64, "plane_layout": "eg3d", "gen_pose_cond": False, "tick": 4, "snap": 50,
     }
     assert {k: settings[k] for k in expected} == expected
 

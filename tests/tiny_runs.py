@@ -24,7 +24,8 @@ OVERRIDE = {
     "d_num_fp16_res": 0, "c_scale": 1.0, "disc_c_noise": 0.0, "sr_noise_mode": "none", "decoder_lr_mul": 1.0, "plane_layout": "fixed",
 }
 GAN = {
-    "r1_gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05, "neural_rendering_resolution_initial": RENDERED
+    "r1_gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05,
+    "neural_rendering_resolution_initial": RENDERED,
 }
 LOOP = {"batch": 4, "total_kimg": 0.032, "kimg_per_tick": 0.016, "ema_kimg": 0.02, "d_reg_interval": 2, "g_reg_interval": 2, "grid": (2, 1)}
 
@@ -95,5 +96,5 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
     """Flags of train.py for the tiny networks saved at `init`."""
     return [
         f"--data={data}", f"--init={init}", f"--outdir={outdir}", "--batch=4", f"--nrr-initial={RENDERED}", "--device=cpu", "--glr=0.002",
-        "--dlr=0.002", "--ema-kimg=0.02", "--density-reg-every=2", *more,
+        "--dlr=0.002", "--ema-kimg=0.02", "--density-reg-every=2", "--gen-pose-cond=True", *more,
     ]

@@ -150,11 +150,7 @@ class GanPhases:
     def g_reg(self, batch: Batch) -> Iterator[Loss]:
         """Density regularisation at random points of [-1, 1]^3 (not scaled by box_warp: EG3D's behaviour, kept)."""
         config, box_warp = self.config, self.G.rendering_kwargs["box_warp"]
-        sched = schedule(config, batch.cur_nimg)
-        swap = None
-        if sched.swapping_prob is not None:  # one draw for the whole batch, unlike the main phases
-            swap = torch.rand([], device=batch.gen_c.device) < sched.swapping_prob
-        ws = self.ws(batch.gen_z, batch.gen_c, swap)
+        ws = self._density_ws(batch)
         l1_distance = config.density_reg_p_dist
         if config.reg_type.startswith("monotonic"):
             l1_distance = box_warp / 256
@@ -162,10 +158,18 @@ class GanPhases:
             behind = front + torch.tensor([0.0, 0.0, -box_warp / 256], device=ws.device)
             loss = gan_loss.density_monotonic(self._sigma_raw(ws, front, behind), detach_front=config.reg_type == "monotonic-detach")
             yield Loss(loss * 10, {"density_reg_monotonic_unscaled": loss})
+            ws = self._density_ws(batch)  # the graph of the first is gone once its loss has run backward
         points = torch.rand([ws.shape[0], 1000, 3], device=ws.device) * 2 - 1
         perturbed = points + torch.randn_like(points) * l1_distance
         loss = gan_loss.density_l1(self._sigma_raw(ws, points, perturbed))
         yield Loss(loss * config.density_reg, {"density_reg_l1_unscaled": loss})
+
+    def _density_ws(self, batch: Batch) -> torch.Tensor:
+        sched = schedule(self.config, batch.cur_nimg)
+        swap = None
+        if sched.swapping_prob is not None:  # one draw for the whole batch, unlike the main phases
+            swap = torch.rand([], device=batch.gen_c.device) < sched.swapping_prob
+        return self.ws(batch.gen_z, batch.gen_c, swap)
 
     def _sigma_raw(self, ws: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         points = torch.cat([first, second], dim=1)

@@ -149,7 +149,7 @@ class TrainingLoop:
         if not torch.isfinite(value):
             good = self.last_checkpoint or "none was written yet"
             raise LossNotFiniteError(
-                f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images): expected a finite loss, got {float(value)}. "
+                f"phase {phase.name}, iteration {self.batch_idx} ({self.cur_nimg} images): expected a finite loss, got {value.item()}. "
                 f"Last good checkpoint: {good}. Resume from it with a lower learning rate."
             )
 

@@ -1,0 +1,276 @@
+"""The training loop on tiny networks: optimisers, moving average, ADA, errors, and what may not depend on what."""
+
+
+import pytest
+import torch
+
+from tests import tiny_runs
+from tests.tiny_runs import assert_same, build_loop, build_networks, state
+from training.augment import AugmentPipe
+from training.config import LoopConfig, OptimizerConfig
+from training.gan_phases import Loss
+from training.loop import LossNotFiniteError, Phase, derive_seed, format_time, lazy_adam
+from training.sampler import InfiniteSampler
+
+
+def begin(loop):
+    """Give a loop its stream of images, as `run` does, so that `step` can be called."""
+    loop._sampler = iter(InfiniteSampler(loop.dataset, seed=0))
+    return loop
+
+
+class Square(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize(("interval", "share"), [(4, 4 / 5), (16, 16 / 17), (None, 1.0)])
+def test_lazy_adam_scales_learning_rate_and_betas(interval, share):
+    group = lazy_adam(Square(), OptimizerConfig(lr=0.002, beta1=0.5, beta2=0.99), interval).param_groups[0]
+    assert group["lr"] == pytest.approx(0.002 * share, rel=1e-12)
+    assert group["betas"] == pytest.approx((0.5**share, 0.99**share), rel=1e-12)
+
+
+def test_phases_share_optimisers_and_scale_the_lazy_ones(tiny_data, tmp_path):
+    phases = {p.name: p for p in build_loop(tiny_data, tmp_path, loop={"g_reg_interval": 4, "d_reg_interval": 16}).phases}
+    assert list(phases) == ["Gmain", "Greg", "Dmain", "Dreg"]
+    assert {n: (p.interval, p.gain) for n, p in phases.items()} == {"Gmain": (1, 1), "Greg": (4, 4), "Dmain": (1, 1), "Dreg": (16, 16)}
+    assert phases["Gmain"].optimizer is phases["Greg"].optimizer and phases["Dmain"].optimizer is phases["Dreg"].optimizer
+    assert phases["Gmain"].optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * 4 / 5)
+    assert phases["Dmain"].optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * 16 / 17)
+
+
+def test_without_density_regularisation_g_has_one_uncorrected_phase(tiny_data, tmp_path):
+    loop = build_loop(tiny_data, tmp_path, gan={"density_reg": 0})
+    assert [p.name for p in loop.phases] == ["Gboth", "Dmain", "Dreg"]
+    assert loop.phases[0].optimizer.param_groups[0]["lr"] == 0.002
+    begin(loop).step()
+
+
+def test_lazy_phases_run_every_interval_iterations(tiny_data, tmp_path):
+    loop = begin(build_loop(tiny_data, tmp_path, loop={"g_reg_interval": 2, "d_reg_interval": 3}))
+    loop._run_phase = lambda phase, *_: ran.append((loop.batch_idx, phase.name))
+    ran = []
+    for _ in range(4):
+        loop.step()
+    assert [i for i, name in ran if name == "Gmain"] == [0, 1, 2, 3]
+    assert [i for i, name in ran if name == "Greg"] == [0, 2]
+    assert [i for i, name in ran if name == "Dreg"] == [0, 3]
+
+
+def test_a_phase_optimises_its_own_network_alone(tiny_data, tmp_path):
+    loop = begin(build_loop(tiny_data, tmp_path))
+    real = loop._fetch_real()
+    for phase in loop.phases:
+        before_G, before_D = state(loop.nets.G), state(loop.nets.D)
+        loop._run_phase(phase, *real)
+        other, before = (loop.nets.D, before_D) if phase.name[0] == "G" else (loop.nets.G, before_G)
+        buffers = dict(other.named_buffers())  # w_avg moves in the discriminator's pass
+        now = state(other)
+        assert_same({k: v for k, v in before.items() if k not in buffers}, {k: v for k, v in now.items() if k not in buffers})
+        assert not any(p.requires_grad for net in (loop.nets.G, loop.nets.D) for p in net.parameters())
+
+
+@pytest.mark.parametrize(("cur_nimg", "rampup"), [(0, 0.05), (100, 0.05), (10_000, 0.05), (100, None)])
+def test_moving_average(tiny_data, tmp_path, cur_nimg, rampup):
+    loop = build_loop(tiny_data, tmp_path, loop={"ema_kimg": 0.02, "ema_rampup": rampup})
+    G, G_ema = loop.nets.G, loop.nets.G_ema
+    generator = torch.Generator().manual_seed(1)
+    for tensor in G.state_dict().values():
+        tensor += torch.randn(tensor.shape, generator=generator)
+    G.neural_rendering_resolution, loop.cur_nimg = 12, cur_nimg
+    before, target = state(G_ema), state(G)
+    loop._update_ema()
+    half_life = 20.0 if rampup is None else min(20.0, cur_nimg * rampup)
+    beta = 0.5 ** (4 / half_life) if half_life > 0 else 0.0
+    parameters = dict(G.named_parameters())
+    assert set(state(G_ema)) - set(parameters)
+    for name, value in state(G_ema).items():
+        if name in parameters:
+            expected = beta * before[name].double() + (1 - beta) * target[name].double()
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(value, target[name]), f"{name}: buffers are copied"
+    assert_same(target, state(G))
+    assert G_ema.neural_rendering_resolution == 12 and G_ema.rendering_kwargs == G.rendering_kwargs
+
+
+def ada_loop(data, folder, p):
+    pipe = AugmentPipe(xflip=1).requires_grad_(False)
+    pipe.p.fill_(p)
+    return build_loop(data, folder, augment_pipe=pipe, loop={"ada_target": 0.6, "ada_interval": 2, "ada_kimg": 0.1}), pipe
+
+
+@pytest.mark.parametrize(("sign", "p", "expected"), [(0.9, 0.2, 0.28), (0.1, 0.2, 0.12), (0.6, 0.2, 0.2), (-1.0, 0.05, 0.0)])
+def test_ada_moves_towards_its_target_and_stops_at_zero(tiny_data, tmp_path, sign, p, expected):
+    loop, pipe = ada_loop(tiny_data, tmp_path, p)  # a step is 4 images * 2 iterations / 100 images = 0.08
+    loop.ada_stats.report("Loss/signs/real", torch.tensor(sign, dtype=torch.float64))
+    loop.batch_idx = 1
+    loop._update_ada()
+    assert float(pipe.p) == pytest.approx(p), "between the intervals nothing moves"
+    loop.batch_idx = 2
+    loop._update_ada()
+    assert float(pipe.p) == pytest.approx(expected, abs=1e-6)
+    assert loop.ada_stats.mean("Loss/signs/real") is None
+    loop._update_ada()
+    assert float(pipe.p) == pytest.approx(expected, abs=1e-6), "no evidence, no step"
+
+
+def test_fixed_augmentation_does_not_move(tiny_data, tmp_path):
+    pipe = AugmentPipe(xflip=1, scale=1).requires_grad_(False)
+    pipe.p.fill_(0.5)
+    loop = begin(build_loop(tiny_data, tmp_path, augment_pipe=pipe))
+    loop.step()
+    assert float(pipe.p) == 0.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, value):
+    def phases(nets):
+        def losses(batch):
+            bad = value if batch.cur_nimg >= 20 else 0.0
+            yield Loss(next(nets.G.parameters()).sum().expand(4) * 0 + bad, {})
+
+        optimizer = lazy_adam(nets.G, OptimizerConfig(lr=1e-3), None)
+        return [Phase(name="Gextra", module=nets.G, optimizer=optimizer, losses=losses, own_optimizer=True)]
+
+    loop = build_loop(tiny_data, tmp_path, phases=phases)
+    with pytest.raises(LossNotFiniteError) as caught:
+        loop.run()
+    text = str(caught.value)
+    assert "phase Gextra, iteration 5 (20 images): expected a finite loss, got " in text and "\n" not in text
+    assert f"Last good checkpoint: {tmp_path / 'checkpoint-000000016.safetensors'}" in text
+    assert isinstance(caught.value, ValueError), "the command line turns it into one line"
+
+
+def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
+    def idle(nets):
+        optimizer = lazy_adam(nets.G, OptimizerConfig(lr=0.1), None)
+
+        def losses(batch):
+            drawn = torch.randn([batch.gen_z.shape[0]]).abs()  # its own draws, whatever their number
+            ws = nets.G.mapping(batch.gen_z, batch.gen_c)
+            yield Loss(ws.mean(dim=[1, 2]) * 0 + drawn, {"Idle/drawn": drawn})
+            yield Loss(sum(p.sum() for p in nets.G.parameters()).expand(len(drawn)) * 0, {})
+
+        return [Phase(name="Gidle", module=nets.G, optimizer=optimizer, losses=losses, own_optimizer=True)]
+
+    loops = [build_loop(tiny_data, tmp_path / str(i), phases=p) for i, p in enumerate([(), idle])]
+    for loop in loops:
+        loop.run()
+    for name in ("G", "D", "G_ema"):
+        assert_same(*(state(getattr(loop.nets, name)) for loop in loops))
+    plain, extra = ((tmp_path / str(i) / "stats.jsonl").read_text() for i in (0, 1))
+    assert "Idle/drawn" in extra and "Idle/drawn" not in plain
+
+
+def gradients(data, folder, batch_gpu, name, monkeypatch):
+    """Gradients of one phase with every draw that depends on the batch's size held constant."""
+    gan = {"gpc_reg_prob": None, "blur_fade_kimg": 0}
+    nets = build_networks(mbstd_group=1)
+    loop = begin(build_loop(data, folder, gan=gan, loop={"batch_gpu": batch_gpu}, nets=nets))
+    loop.cur_nimg = 40
+    phase = next(p for p in loop.phases if p.name == name)
+    taken = {}
+    monkeypatch.setattr(phase.optimizer, "step", lambda: taken.update({k: p.grad for k, p in phase.module.named_parameters()}))
+    real = loop._fetch_real()
+    fixed = torch.rand([3], generator=torch.Generator().manual_seed(2))
+
+    def points(*size, **_):
+        size = size[0] if isinstance(size[0], list) else list(size)
+        return fixed.expand(size) if size[-1:] == [3] else torch.full(size, 0.5)
+
+    normal = torch.randn
+    monkeypatch.setattr(torch, "rand", points)
+    monkeypatch.setattr(torch, "randn", lambda size, **k: torch.ones(size) if len(size) == 4 else normal(size, **k))
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    loop._run_phase(phase, *real)
+    monkeypatch.undo()
+    return {k: g.double() for k, g in taken.items() if g is not None}, loop.stats.flush()
+
+
+@pytest.mark.parametrize("name", ["Gmain", "Greg", "Dmain", "Dreg"])
+def test_splitting_a_batch_keeps_gradients_and_statistics(tiny_data, tmp_path, monkeypatch, name):
+    whole, whole_stats = gradients(tiny_data, tmp_path, None, name, monkeypatch)
+    split, split_stats = gradients(tiny_data, tmp_path, 2, name, monkeypatch)
+    assert whole.keys() == split.keys() and sum(float(g.abs().sum()) for g in whole.values()) > 0
+    largest = max(g.norm() for g in whole.values())
+    for key in whole:
+        assert (whole[key] - split[key]).norm() <= 1e-4 * whole[key].norm() + 1e-6 * largest, key
+    for key, value in whole_stats.items():
+        assert split_stats[key]["num"] == value["num"]
+        assert split_stats[key]["mean"] == pytest.approx(value["mean"], rel=1e-4, abs=1e-6)
+
+
+def test_frozen_layers_of_d_take_no_gradient_and_keep_their_names(tiny_data, tmp_path):
+    free = build_networks()
+    loop = begin(build_loop(tiny_data, tmp_path, nets=build_networks(freezed=3)))
+    D, before = loop.nets.D, state(loop.nets.D)
+    assert set(before) == set(free.D.state_dict())
+    frozen = set(dict(D.named_buffers())) & {k for k, _ in free.D.named_parameters()}
+    # The first block has fromrgb, conv0, conv1 and skip: layers 0 to 3.
+    assert frozen == {f"b32.{layer}.{kind}" for layer in ("fromrgb", "conv0", "conv1") for kind in ("weight", "bias")}
+    loop.step()
+    now = state(D)
+    assert all(torch.equal(now[k], before[k]) and not D.get_buffer(k).requires_grad for k in frozen)
+    assert not torch.equal(now["b32.skip.weight"], before["b32.skip.weight"])
+
+
+def test_networks_are_frozen_on_loading_and_thawed_again(tmp_path):
+    nets = build_networks()
+    tiny_runs.networks.save(tmp_path / "a.safetensors", nets)
+    frozen = tiny_runs.networks.load(tmp_path / "a.safetensors", freeze_layers=2)
+    assert "b32.conv0.weight" in dict(frozen.D.named_buffers())
+    assert_same(state(nets.D), state(frozen.D))
+    tiny_runs.networks.save(tmp_path / "b.safetensors", frozen)
+    thawed = tiny_runs.networks.load(tmp_path / "b.safetensors", freeze_layers=0)
+    assert "b32.conv0.weight" in dict(thawed.D.named_parameters())
+    assert_same(state(nets.D), state(thawed.D))
+
+
+def test_two_runs_from_one_seed_are_alike_and_another_seed_is_not(tiny_data, tmp_path):
+    states = []
+    for i, seed in enumerate((0, 0, 1)):
+        loop = build_loop(tiny_data, tmp_path / str(i), loop={"seed": seed, "total_kimg": 0.008})
+        loop.run()
+        states.append(state(loop.nets.G))
+    assert_same(states[0], states[1])
+    assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
+    loop = build_loop(tiny_data, tmp_path / "run")
+    loop.run()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint-000000016.safetensors", "checkpoint-000000032.safetensors", "fakes000000.png", "fakes000000_depth.png",
+        "fakes000000_raw.png", "fakes_init.png", "fakes_init_depth.png", "fakes_init_raw.png", "network-snapshot-000000.safetensors",
+        "reals.png", "stats.jsonl", "timing.jsonl",
+    ]
+    saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000.safetensors")
+    assert_same(state(saved.G_ema), state(loop.nets.G_ema))
+    assert saved.cur_nimg == 32
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {derive_seed(*parts) for parts in [(0, 0, "Gmain"), (1, 0, "Gmain"), (0, 4, "Gmain"), (0, 0, "Dmain"), (0, 0)]}
+    assert len(seeds) == 5 and all(0 <= s < 2**63 for s in seeds)
+    assert derive_seed(0, 4, "Greg") == derive_seed(0, 4, "Greg")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"batch": 0}, "batch must be >= 1, got 0"), ({"batch": 8, "batch_gpu": 3}, "batch_gpu must divide batch = 8, got 3"),
+        ({"total_kimg": 0}, "total_kimg must be > 0, got 0"), ({"kimg_per_tick": -1}, "kimg_per_tick must be > 0, got -1"),
+        ({"g_reg_interval": 0}, "intervals must be >= 1"),
+    ],
+)
+def test_loop_settings_are_checked(values, text):
+    with pytest.raises(ValueError, match=text):
+        LoopConfig(**values)
+
+
+def test_format_time():
+    assert [format_time(s) for s in (0, 59.9, 61, 3725)] == ["0s", "59s", "1m 01s", "1h 02m 05s"]

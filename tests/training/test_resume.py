@@ -1,0 +1,170 @@
+"""A run that was killed and resumed equals the straight run, bit for bit; damaged and foreign checkpoints are refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from tests.tiny_runs import assert_same, build_loop, state, train_flags
+from training import checkpoint, storage
+from training.augment import AugmentPipe
+
+KILL_AT = 6  # iterations: half a tick after the first checkpoint
+KILLED_RUN = f"""
+import os, signal, sys
+import train
+from training.loop import TrainingLoop
+step = TrainingLoop.step
+def mortal_step(self):
+    step(self)
+    if self.batch_idx == {KILL_AT}:
+        os.kill(os.getpid(), signal.SIGKILL)
+TrainingLoop.step = mortal_step
+train.main(sys.argv[1:])
+"""
+FLAGS = ("--kimg=0.064", "--tick=0.016", "--snap=2", "--aug=ada", "--style-mixing-prob=0.5", "--mirror=True", "--blur-fade-kimg=0.04")
+
+
+def run(*flags: str):
+    return CliRunner().invoke(train.main, list(flags))
+
+
+def only_run(outdir: Path) -> Path:
+    (folder,) = outdir.iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
+    """Folder of a whole run of 16 iterations with a tick and a checkpoint every 4."""
+    outdir = tmp_path_factory.mktemp("straight")
+    result = run(*train_flags(tiny_data, tiny_networks, outdir, *FLAGS))
+    assert result.exit_code == 0, result.output
+    return only_run(outdir)
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Equal statistics, final checkpoint (weights, moments, counters) and final networks."""
+    assert (first / "stats.jsonl").read_text() == (second / "stats.jsonl").read_text()
+    for name, kind in (("checkpoint-000000064.safetensors", "checkpoint"), ("network-snapshot-000000.safetensors", "network")):
+        (a, meta_a), (b, meta_b) = (storage.read_tensors(folder / name, kind) for folder in (first, second))
+        assert_same(a, b)
+        assert meta_a == meta_b
+
+
+def test_killed_and_resumed_equals_straight(straight, tiny_data, tiny_networks, tmp_path, repo):
+    command = [sys.executable, "-c", KILLED_RUN, *train_flags(tiny_data, tiny_networks, tmp_path, *FLAGS)]
+    env = {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads()), "PATH": ""}
+    killed = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = only_run(tmp_path)
+    assert [p.name for p in checkpoint.available(folder)] == ["checkpoint-000000016.safetensors"]
+    (folder / ".checkpoint-000000032.safetensors.1.tmp").write_bytes(b"half")  # a write that the signal cut short
+    with open(folder / "stats.jsonl", "a") as file:  # and a line that came after the checkpoint
+        file.write('{"tick": 2, "nimg')
+    result = run(f"--resume={folder}")
+    assert result.exit_code == 0, result.output
+    assert_equal_runs(straight, folder)
+    assert not list(folder.glob(".*"))
+
+
+def test_two_checkpoints_are_kept_and_nothing_temporary(straight):
+    assert [p.name for p in checkpoint.available(straight)] == ["checkpoint-000000048.safetensors", "checkpoint-000000064.safetensors"]
+    assert not list(straight.glob("*tmp*")) and not list(straight.glob(".*"))
+    lines = [json.loads(line) for line in (straight / "stats.jsonl").read_text().splitlines()]
+    assert [(line["tick"], line["nimg"]) for line in lines] == [(1, 16), (2, 32), (3, 48), (4, 64)]
+    options = json.loads((straight / "training_options.json").read_text())
+    assert options["aug"] == "ada" and set(options["hashes"]) == {"init"} and "torch" in options["versions"]
+
+
+@pytest.fixture
+def damaged(straight, tmp_path) -> Path:
+    """A copy of the run whose newest checkpoint is cut short."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(straight, folder)
+    newest = checkpoint.available(folder)[-1]
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    return folder
+
+
+def assert_one_line(result, *texts: str) -> None:
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
+    for text in texts:
+        assert text in result.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_by_default(damaged):
+    before = (damaged / "stats.jsonl").read_text()
+    result = run(f"--resume={damaged}")
+    assert_one_line(
+        result, "--resume: ", "checkpoint-000000064.safetensors: expected a checkpoint file, got a truncated or foreign one",
+        "Add --resume-previous to continue from checkpoint-000000048.safetensors.",
+    )
+    assert (damaged / "stats.jsonl").read_text() == before
+
+
+def test_the_previous_checkpoint_gives_the_same_run(straight, damaged):
+    result = run(f"--resume={damaged}", "--resume-previous")
+    assert result.exit_code == 0, result.output
+    assert_equal_runs(straight, damaged)
+
+
+def test_two_damaged_checkpoints_are_an_error_even_then(damaged):
+    older = checkpoint.available(damaged)[0]
+    older.write_bytes(b"")
+    assert_one_line(run(f"--resume={damaged}", "--resume-previous"), "checkpoint-000000048.safetensors: expected a checkpoint file")
+
+
+def test_a_named_checkpoint_is_used(straight, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    result = run(f"--resume={folder / 'checkpoint-000000048.safetensors'}")
+    assert result.exit_code == 0, result.output
+    assert_equal_runs(straight, folder)
+
+
+def test_foreign_files_are_refused(straight, tiny_networks, tmp_path):
+    assert_one_line(run(f"--resume={tiny_networks}"), "--resume: ", "expected a checkpoint file, got one of kind 'network'")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert_one_line(run(f"--resume={tmp_path / 'notes.txt'}"), "--resume: ", "got a truncated or foreign one")
+
+
+def test_a_checkpoint_of_other_networks_is_refused(straight, tiny_data, tmp_path):
+    loop = build_loop(tiny_data, tmp_path, nets=None, augment_pipe=AugmentPipe().requires_grad_(False))
+    loop.nets.D = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"\(D\): expected the network's own tensors, got missing: bias, weight; unexpected: b16"):
+        loop.resume(straight)
+
+
+def test_a_checkpoint_holds_everything_that_changes(tiny_data, tmp_path):
+    first = build_loop(tiny_data, tmp_path)
+    first.run()
+    second = build_loop(tiny_data, tmp_path)
+    second.resume(tmp_path)
+    for name in ("G", "D", "G_ema"):
+        assert_same(state(getattr(first.nets, name)), state(getattr(second.nets, name)))
+    for a, b in zip(first.phases, second.phases, strict=True):
+        assert_same(checkpoint.optimizer_tensors("x", a.optimizer), checkpoint.optimizer_tensors("x", b.optimizer))
+        assert a.optimizer.state_dict()["param_groups"] == b.optimizer.state_dict()["param_groups"]
+    for field in ("cur_nimg", "batch_idx", "cur_tick", "stats_lines", "last_checkpoint"):
+        assert getattr(first, field) == getattr(second, field)
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    storage.write_atomic(path, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(storage.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        storage.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
