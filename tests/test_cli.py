@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import train
+from eg3d_rlhf import experiment
 from tests import tiny_runs
 
 FLAGS = """
@@ -148,6 +149,25 @@ def test_data_of_a_size_that_no_network_has(tmp_path):
 def test_batch_that_does_not_fit_the_minibatch_std_groups(attempt):
     assert_one_line(attempt("--batch=6"), "--batch: expected a multiple of D's minibatch-std group of 4, got 6")
     assert_one_line(attempt("--batch=12", "--batch-gpu=6"), "--batch-gpu: expected a multiple of D's minibatch-std group of 4, got 6")
+
+
+def test_camera_conditioning_must_match_the_networks(attempt):
+    assert_one_line(attempt("--gen-pose-cond=False"), "--gen-pose-cond: expected True for a generator conditioned on the camera, got False")
+
+
+def test_rendering_above_what_the_super_resolution_takes(tmp_path):
+    data = tiny_runs.write_dataset(tmp_path / "large.zip", resolution=256)
+    flags = ("--cfg=ffhq", f"--data={data}", "--gamma=1", "--batch=4", "--cbase=512", "--cmax=8", "--nrr-final=160")
+    result = run(*flags, f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, "--nrr-initial, --nrr-final: expected at most 128 pixels for SuperresolutionHybrid4X, got 160")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_freezing_applies_to_loaded_networks(tiny_data, tiny_networks, tmp_path):
+    flags = tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, "--freezed=2")
+    settings = experiment.resolve(train.main.make_context("train", flags).params)
+    D = experiment.open_networks(settings, experiment.open_dataset(settings)).D
+    assert "b32.conv0.weight" in dict(D.named_buffers()) and "b32.conv1.weight" in dict(D.named_parameters())
 
 
 def test_missing_or_damaged_rewards(attempt, tiny_reward, tmp_path):

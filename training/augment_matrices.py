@@ -88,4 +88,4 @@ def octave_filter_bank(bands: int = 4) -> np.ndarray:
         bank = np.stack([np.convolve(row, low2) for row in stretched])
         start = (bank.shape[1] - len(high2)) // 2
         bank[top, start : start + len(high2)] += high2
-    return bank
+    return np.where(np.abs(bank) < 1e-12, 0.0, bank)  # taps that cancel are 0 in whatever order numpy sums them

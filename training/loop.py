@@ -255,7 +255,11 @@ class TrainingLoop:
         return modules
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {(f"optim_{p.name}" if p.own_optimizer else f"optim_{p.name[0]}"): p.optimizer for p in self.phases}
+        found: dict[str, torch.optim.Optimizer] = {}
+        for phase in self.phases:
+            name = f"optim_{phase.name}" if phase.own_optimizer else f"optim_{phase.name[0]}"
+            assert found.setdefault(name, phase.optimizer) is phase.optimizer, f"{phase.name}: another {name}; set own_optimizer"
+        return found
 
     def save_checkpoint(self) -> Path:
         """Write the resumable state of this moment."""

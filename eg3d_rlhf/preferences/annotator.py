@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from eg3d_rlhf.preferences.sigma_features import FEATURES, sigma_features
 
-ANNOTATOR = "sigma-geometry-1"  # name written into labels; changes whenever features, weights or calibration do
+ANNOTATOR = "sigma-geometry-2"  # name written into labels; changes whenever features, weights or calibration do
 MIN_SCALE = {  # smallest spread of a feature; keeps a feature that is constant over the calibration set from becoming a step function
     "floater_volume": 0.005, "floater_count": 1.0, "roughness_front": 0.2, "roughness_side": 0.2, "holes": 0.005, "dents": 5e-5,
     "asymmetry_depth": 5e-4, "asymmetry_occupancy": 0.005, "depth_order": 0.02, "hollowness": 0.02,
@@ -29,16 +29,16 @@ MIN_SCALE = {  # smallest spread of a feature; keeps a feature that is constant 
 class Weights:
     """What matters to this annotator; the weights sum to 1, so the utility lies in [0, 1)."""
 
-    floater_volume: float = 0.12  # detached material
-    floater_count: float = 0.05
-    roughness_front: float = 0.24  # skin should be smooth; the commonest defect of tri-plane heads
-    roughness_side: float = 0.10
-    holes: float = 0.10
-    dents: float = 0.10
-    asymmetry_depth: float = 0.09
-    asymmetry_occupancy: float = 0.05
-    depth_order: float = 0.10  # nose ahead of cheeks ahead of eye sockets
-    hollowness: float = 0.05
+    floater_volume: float = 0.20  # detached material
+    floater_count: float = 0.02
+    roughness_front: float = 0.05  # skin should be smooth
+    roughness_side: float = 0.03
+    holes: float = 0.05
+    dents: float = 0.25  # the defect that a person sees first on an early generator
+    asymmetry_depth: float = 0.20
+    asymmetry_occupancy: float = 0.10
+    depth_order: float = 0.06  # nose ahead of cheeks ahead of eye sockets
+    hollowness: float = 0.04
 
     def __post_init__(self) -> None:
         values = [getattr(self, item.name) for item in fields(self)]

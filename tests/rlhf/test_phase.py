@@ -140,7 +140,7 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
     nets, _, _, batch = parts
     terms = terms_of(parts, lambda_sigma=0.5, lambda_front=2.0)
     at_start = list(terms.losses(batch))[1]
-    assert at_start.value.tolist() == [0.0] * 4, "G starts as its own moving average"
+    assert at_start.value.max() <= 1e-6, "G starts as its own moving average; in training it only rounds differently"
     bias = nets.G.decoder.net[2].bias
     with torch.no_grad():
         bias[0] += 3.0
