@@ -18,6 +18,8 @@ from eg3d_rlhf.reward.config import PRESETS  # noqa: E402
 from eg3d_rlhf.reward.run import (  # noqa: E402
     BUNDLED_LABELS,
     DEFAULT_RESOLUTION,
+    HEADS_CROP,
+    HEADS_RESOLUTION,
     PAPER_RESOLUTION,
     Listener,
     RewardRun,
@@ -58,7 +60,9 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
     names = set(RewardRun.__dataclass_fields__)
     reading = {k: v for k, v in options.items() if k in names}
     train = with_changes(default_options(preset), seed=seed, **{k: v for k, v in options.items() if k not in names})
-    resolution = resolution or (PAPER_RESOLUTION if preset == "paper" else DEFAULT_RESOLUTION)
+    resolution = resolution or {"paper": PAPER_RESOLUTION, "heads": HEADS_RESOLUTION}.get(preset, DEFAULT_RESOLUTION)
+    if reading["crop"] is None and preset == "heads":
+        reading["crop"] = HEADS_CROP
     out = out or Path("runs") / f"reward-{Path(reading['labels']).stem}-{preset}-s{seed}"
     return RewardRun(out=out, resolution=resolution, device=str(choose_device(device)), train=train, **reading)
 
@@ -69,7 +73,10 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--labels", group="Data", metavar="FILE", type=click.Path(path_type=Path), default=BUNDLED_LABELS,
         show_default="the bundled labels", help="Labels, .jsonl or .csv.")
 @option("--resolution", group="Data", metavar="POINTS", type=click.IntRange(16, 512), default=None,
-        show_default=f"{DEFAULT_RESOLUTION}; {PAPER_RESOLUTION} for preset paper", help="Grid points per axis, before the crop.")
+        show_default=f"{HEADS_RESOLUTION} for heads, {PAPER_RESOLUTION} for paper, else {DEFAULT_RESOLUTION}",
+        help="Grid points per axis, before the crop.")
+@option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
+        show_default=f"{HEADS_CROP} for heads, else the paper's", help="Shares trimmed from each face of the cube.")
 @option("--psi", group="Data", metavar="FLOAT", type=click.FloatRange(0, 2), default=None, show_default="the labels', else 1",
         help="Truncation of the labelled shapes.")
 @option("--cutoff", group="Data", metavar="LAYERS", type=click.IntRange(min=0), default=14, help="Layers that truncation reaches.")
@@ -77,7 +84,7 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
         help="Shares of the labels per split.")
 @option("--split-seed", group="Data", metavar="INT", type=click.IntRange(min=0), default=0, help="Which labels are held out.")
-@option("--preset", group="Network", type=click.Choice(list(PRESETS)), default="small", help="Architecture, with training defaults.")
+@option("--preset", group="Network", type=click.Choice(list(PRESETS)), default="heads", help="Architecture, with training defaults.")
 @option("--epochs", group="Training", metavar="INT", type=POSITIVE, default=None, show_default=BY_PRESET, help="Passes, at most.")
 @option("--patience", group="Training", metavar="EPOCHS", type=POSITIVE, default=None, show_default=BY_PRESET,
         help="Stop after so many epochs without a better validation accuracy.")

@@ -1,7 +1,7 @@
 """Geometric initialisation: a generator from scratch starts as a solid sphere (as StyleSDF does, Or-El et al. 2022, section 3.1).
 
-Without it a small generator may settle on the hollow-face illusion: the face painted on the inner side of the back of the head, which explains
-the images from nearby cameras just as well.
+Without it a small generator may settle on the hollow-face illusion: the face painted on the inner side of the back of the head, which
+explains the images from nearby cameras just as well.
 
 Letters: N batch, P points.
 """
@@ -20,7 +20,8 @@ def sphere_target(points: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 def fit_sphere(
-    G: torch.nn.Module, radius: float, seed: int, steps: int = 300, batch: int = 4, points: int = 2048, lr: float = 2e-3, progress: bool = True
+    G: torch.nn.Module, radius: float, seed: int, steps: int = 300, batch: int = 4, points: int = 2048, lr: float = 2e-3,
+    progress: bool = True,
 ) -> float:
     """Fit the density of random latents to one sphere, by Adam on all of G's parameters.
 

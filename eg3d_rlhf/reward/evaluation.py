@@ -18,7 +18,7 @@ from eg3d_rlhf.reward.slabs import SlabStore
 
 
 def score_seeds(model: RewardModel, store: SlabStore, seeds: Sequence[int], batch: int = 32) -> dict[int, float]:
-    """Reward of every seed. The model's training mode does not matter: it has neither dropout nor batch statistics."""
+    """Reward of every seed. Pass a model in eval mode where it has dropout."""
     device = next(model.parameters()).device
     unique = list(dict.fromkeys(seeds))
     scores: dict[int, float] = {}

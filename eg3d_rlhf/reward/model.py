@@ -21,6 +21,7 @@ from torch import nn
 from eg3d_rlhf.reward.config import PAPER, RewardArch
 from eg3d_rlhf.reward.heads import MLP
 from eg3d_rlhf.reward.pooling import grid_feature, slice_max_feature
+from eg3d_rlhf.reward.strided import StridedConv3d
 from eg3d_rlhf.reward.unet3d import UNet3d
 from eg3d_rlhf.shapes import check_shape
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -56,6 +57,9 @@ class RewardModel(nn.Module):
         self.scalar_rwd_head_BT = MLP(arch.embedding, arch.heads, 1)
         self.scalar_rwd_head = MLP(arch.embedding, arch.heads, 1)
         self.scalar_rwd_head_pairs = MLP(2 * arch.embedding, arch.heads, 2)
+        if arch.extractor == "strided":
+            self.extractor = StridedConv3d(arch.feature_maps[0], arch.slab_shape, arch.dropout)
+            return
         out_channels = arch.recon_channels + arch.feature_channels
         self.Conv3DModule = UNet3d(arch.patch**3, arch.feature_maps, out_channels, arch.groups)
 
@@ -85,6 +89,9 @@ class RewardModel(nn.Module):
 
     def features(self, slab: torch.Tensor) -> torch.Tensor:
         """Global feature vector before the trunk: slab [N, 1, D, H, W] in [0, 100] -> [N, arch.feature_size]."""
+        if self.arch.extractor == "strided":
+            check_shape("RewardModel(slab)", slab, ("N", 1, "D", "H", "W"), "Pass normalised slabs from sample_slab.")
+            return self.extractor(slab)
         return self._pool(self._maps(slab))
 
     def embed(self, slab: torch.Tensor) -> torch.Tensor:
@@ -106,8 +113,13 @@ class RewardModel(nn.Module):
 
     def forward(self, slab: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
         """Everything the training losses read: slab [N, 1, D, H, W] in [0, 100] -> RewardOutput."""
-        maps = self._maps(slab)
-        embedding = self.MLP(self._pool(maps))
+        if self.arch.extractor == "strided":
+            if reconstruct:
+                raise ValueError("RewardModel: expected a U-Net to reconstruct, got the strided extractor. Use --reconstruction=0.")
+            maps, embedding = None, self.embed(slab)
+        else:
+            maps = self._maps(slab)
+            embedding = self.MLP(self._pool(maps))
         return RewardOutput(
             embedding=embedding,
             scalar=self.scalar_rwd_head(embedding).squeeze(1),

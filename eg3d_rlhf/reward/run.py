@@ -20,6 +20,8 @@ from eg3d_rlhf.sigma.spec import SlabSpec
 from training.storage import write_atomic
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
+HEADS_RESOLUTION = 48
+HEADS_CROP = (0.12, 0.12, 0.05, 0.20, 0.20, 0.25)  # the whole bundled head, with room in front of it: slab 27 x 37 x 38
 DEFAULT_RESOLUTION = 64  # grid points per axis of the cube; the paper's crop then leaves a slab of 33 x 36 x 32
 PAPER_RESOLUTION = 256
 
@@ -32,6 +34,7 @@ class RewardRun:
     network: Path | None = None  # generator; None = the bundled one
     labels: Path = BUNDLED_LABELS
     resolution: int = DEFAULT_RESOLUTION  # grid points per axis of the whole cube, before the crop
+    crop: tuple[float, float, float, float, float, float] | None = None  # trimmed shares (x, x, y, y, z, z); None = the paper's
     psi: float | None = None  # truncation of the labelled slabs; None = what the labels state, else 1
     cutoff: int = 14  # layers that truncation reaches
     any_generator: bool = False  # accept labels made with another generator
@@ -71,7 +74,8 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None) -> dict:
     splits = split_by_seed(labels, run.fractions, run.split_seed)
     generator = load_generator(run.network, run.device)
     psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
-    spec = SlabSpec(resolution=run.resolution, box_warp=float(generator.G.rendering_kwargs["box_warp"]))
+    place = {"crop": tuple(run.crop)} if run.crop is not None else {}
+    spec = SlabSpec(resolution=run.resolution, box_warp=float(generator.G.rendering_kwargs["box_warp"]), **place)
     data = collect_slabs(run, splits, generator, spec, psi, listen)
     write_atomic(run.out / "training_options.json", (json.dumps({**run.to_dict(), "versions": versions()}, indent=1) + "\n").encode())
     state = _train(run, data, state_file, listen)

@@ -36,6 +36,7 @@ class TrainOptions:
     lr: float = 2e-3  # Adam's learning rate at the start
     cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
     weight_decay: float = 1e-4  # L2, inside Adam
+    decoupled: bool = False  # AdamW: decay apart from the gradient
     anchors: int = 0  # x_HQ seeds at psi 0.25, one per item; 0 trains on the labelled pairs alone
     mirror: bool = True  # flip a training slab along x with probability one half
     seed: int = 0  # initialisation, order, anchors, flips
@@ -55,8 +56,13 @@ PAPER_OPTIONS = TrainOptions(
 )
 
 
+HEADS_OPTIONS = TrainOptions(preset="heads", epochs=12, patience=12, batch=8, lr=1e-3, weight_decay=0.1, decoupled=True)
+
+
 def default_options(preset_name: str) -> TrainOptions:
     """The paper's settings for 'paper', quick ones for the small presets."""
+    if preset_name == "heads":
+        return HEADS_OPTIONS
     return PAPER_OPTIONS if preset_name == "paper" else TrainOptions(preset=preset_name)
 
 
@@ -94,7 +100,8 @@ def new_state(options: TrainOptions, device: str | torch.device = "cpu") -> Trai
         torch.manual_seed(options.seed)
         model = RewardModel(preset(options.preset))
     model.to(device)
-    return TrainState(model, torch.optim.Adam(model.parameters(), lr=options.lr, weight_decay=options.weight_decay))
+    family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
+    return TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay))
 
 
 def train_reward(
@@ -118,6 +125,9 @@ def train_reward(
     if not data.train or not data.val:
         raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
     state = new_state(options, device)
+    if state.model.arch.extractor == "strided":
+        seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
+        state.model.extractor.calibrate(data.store.take(seeds, device))
     if state_file is not None and state_file.is_file():
         _load_state(state_file, state, options)
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
@@ -146,6 +156,8 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
     began = time.monotonic()
     rng = np.random.default_rng([options.seed, state.epoch])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    torch.manual_seed(int(rng.integers(2**62)))  # dropout draws from the global generator
+    state.model.train()
     order = rng.permutation(len(data.train))
     steps = math.ceil(len(order) / options.batch)
     sums: dict[str, float] = {}
@@ -159,6 +171,7 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
         if on_step:
             on_step()
     correct = sums.pop("correct")
+    state.model.eval()
     scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
     margin = margins(scores, data.val)
     return {

@@ -65,7 +65,9 @@ def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
     """L2 norm, a random projection and the peak of every parameter's gradient, relative to the norm (and 1e-6 of the largest norm).
 
     A noise strength is one number whose gradient sums a whole feature map times random noise; most of the sum cancels, in the float32
-    reference as here. Its error is therefore taken relative to the gradient of the same layer's weight.
+    reference as here. Its error is therefore taken relative to the gradient of the same layer's weight, its projection also to the factor.
+    R1 is a second-order gradient; of its biases one (b16.conv0.bias, small_a) differs by 1.2e-3 in projection. Our float32 lies 2e-4 from
+    our float64 there, the float32 reference 1.4e-3: biases of Dreg get 2e-3 in projection, norms keep 1e-3.
     """
     compared = 0
     parameters = dict(module.named_parameters())
@@ -80,7 +82,10 @@ def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
         if name.endswith("noise_strength"):
             scale += ref[key.replace("noise_strength", "weight")][0]
         assert abs(np.linalg.norm(gradient) - norm) <= 1e-3 * scale, f"{name}: norm"
-        assert abs((gradient * direction).sum() - projection) <= 1e-3 * scale, f"{name}: projection"
+        limit = 2e-3 if prefix.endswith("Dreg") and name.endswith(".bias") else 1e-3  # see the docstring
+        if gradient.ndim == 0:
+            limit *= max(1.0, abs(float(direction)))
+        assert abs((gradient * direction).sum() - projection) <= limit * scale, f"{name}: projection"
         assert abs(np.abs(gradient).max() - peak) <= 1e-3 * scale, f"{name}: peak"
         compared += 1
     for key in (k for k in ref if k.startswith(f"{prefix}/grad/none/")):

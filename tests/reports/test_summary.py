@@ -7,7 +7,8 @@ from eg3d_rlhf.reports.summary import rows
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 RECORD = {
-    "reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 2.0, "std": 1.0}, "reward_delta_positive": 97, "reward_delta_n": 100,
+    "reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 2.0, "std": 1.0}, "reward_delta_positive": 97,
+    "reward_delta_n": 100,
     "tuned_delta_mean": 2.0, "control_delta_mean": -0.1, "control_source": "control.json", "win_rate": 0.9, "win_rate_ci95": [0.85, 0.94],
     "win_rate_n": 200, "frechet_before": 4.0, "frechet_after": 4.4, "reward_test_accuracy": 0.9, "reward_test_accuracy_ci95": [0.85, 0.93],
     "reward_test_n": 300, "reward_test_against": "noise-free order", "over_optimisation": [], "seconds": 300.0, "device": "cpu",
