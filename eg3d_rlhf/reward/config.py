@@ -80,7 +80,7 @@ SMALL = RewardArch(
     feature_maps=(8, 16, 32), patch=2, input_scale=0.02, pooling="grid", feature_channels=8, trunk=(64, 64), embedding=64, heads=(32, 16)
 )
 HEADS = RewardArch(
-    feature_maps=(8,), extractor="strided", slab_shape=(27, 37, 38), dropout=0.5, trunk=(64, 64), embedding=64, heads=(32, 16)
+    feature_maps=(8,), extractor="strided", slab_shape=(27, 37, 38), dropout=0.7, trunk=(64, 64), embedding=64, heads=(32, 16)
 )
 PRESETS: dict[str, RewardArch] = {
     "heads": HEADS,  # about 0.1 M parameters, slabs 27 x 37 x 38 of the bundled heads

@@ -56,7 +56,7 @@ PAPER_OPTIONS = TrainOptions(
 )
 
 
-HEADS_OPTIONS = TrainOptions(preset="heads", epochs=12, patience=12, batch=8, lr=1e-3, weight_decay=0.1, decoupled=True)
+HEADS_OPTIONS = TrainOptions(preset="heads", epochs=12, patience=12, batch=8, lr=1e-3, weight_decay=0.3, decoupled=True)
 
 
 def default_options(preset_name: str) -> TrainOptions:
