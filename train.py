@@ -38,6 +38,8 @@ REWARD = "Reward fine-tuning"
 @option("--mirror", group=DATA, type=bool, default=False, help="Add mirrored images, with mirrored poses.")
 @option("--cfg", group=NET, type=click.Choice(["ffhq", "afhq", "shapenet", "heads64"]), default="heads64", help="Preset.")
 @option("--init", group=NET, metavar="bundled|scratch|FILE|RUN", help="Initial networks.  [default: bundled for heads64, else scratch]")
+@option("--start", group=NET, type=click.Choice(["G", "G_ema"]),
+        help="With --init: weights that G starts from.  [default: G; heads64: G_ema]")
 @option("--sphere-init", group=NET, metavar="RADIUS", type=click.FloatRange(min=0),
         help="From scratch, start from a solid sphere.  [default: 0 = off; heads64: 0.25]")
 @option("--cbase", group=NET, type=click.IntRange(min=1), help="Channel multiplier.  [default: 32768; heads64: 2048]")
@@ -92,7 +94,8 @@ REWARD = "Reward fine-tuning"
 @option("--reward-clip", group=REWARD, metavar="LOW,HIGH|iqr|none", default="-10,10", help="Trust region of the shaped reward.")
 @option("--reward-shaping", group=REWARD, type=click.Choice(["none", "standardised", "softplus", "reference"]), default="none",
         help="How the score enters the loss.")
-@option("--rlr", group=REWARD, type=click.FloatRange(min=0, min_open=True), help="Reward optimiser's learning rate.  [default: glr]")
+@option("--rlr", group=REWARD, type=click.FloatRange(min=0, min_open=True),
+        help="Reward optimiser's learning rate.  [default: glr; heads64: 0.0002]")
 @option("--control", group=REWARD, metavar="RUN|FILE", type=click.Path(path_type=Path),
         help="Summary of the lambda_r = 0 run to quote.  [default: recorded in assets]")
 def main(**flags) -> None:

@@ -28,7 +28,8 @@ from training.warm_start import fit_sphere
 DEFAULTS = {
     "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 0.3, 0.3),
     "gen_pose_cond": (False, False, False), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 32, 32),
-    "kimg": (25000, 8.064, 0.72), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 2e-4), "dlr": (0.002, 0.002, 2e-4),
+    "kimg": (25000, 8.064, 0.72), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 5e-5), "dlr": (0.002, 0.002, 1e-4),
+    "rlr": (None, None, 2e-4), "start": ("G", "G", "G_ema"),
     "tick": (4, 0.5, 0.12), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
     "anchor_resolution": (64, 32, 32), "sphere_init": (0.0, 0.25, 0.0),
 }
@@ -141,6 +142,8 @@ def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
                 f"--data: expected images of {nets.G.img_resolution} pixels for --init={s['init']}, got {dataset.resolution}. "
                 "Resize the data."
             )
+        if s["start"] == "G_ema":  # with a short moving average the raw G would soon replace the pretrained average
+            nets.G.load_state_dict(nets.G_ema.state_dict())
         return nets
     keys = (
         "cbase", "cmax", "map_depth", "mbstd_group", "freezed", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res",

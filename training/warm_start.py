@@ -43,7 +43,7 @@ def fit_sphere(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        error = float((sigma - sphere_target(x, radius)).abs().mean())
+        error = float((sigma.detach() - sphere_target(x, radius)).abs().mean())
     optimizer.zero_grad(set_to_none=True)
     G.requires_grad_(False)
     return error

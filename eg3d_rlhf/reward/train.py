@@ -156,10 +156,24 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
     began = time.monotonic()
     rng = np.random.default_rng([options.seed, state.epoch])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    torch.manual_seed(int(rng.integers(2**62)))  # dropout draws from the global generator
+    steps = math.ceil(len(data.train) / options.batch)
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+        torch.manual_seed(int(rng.integers(2**62)))
+        sums = _train_steps(state, data, options, steps, rng, generator, on_step)
+    correct = sums.pop("correct")
+    state.model.eval()
+    scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
+    margin = margins(scores, data.val)
+    return {
+        "epoch": state.epoch, "seconds": time.monotonic() - began, "lr": state.optimizer.param_groups[0]["lr"], "loss": sums,
+        "train_accuracy": correct, "val_accuracy": float((margin > 0).mean()), "val_log_loss": log_loss(margin),
+    }  # fmt: skip
+
+
+def _train_steps(state: TrainState, data: TrainData, options: TrainOptions, steps: int, rng, generator, on_step) -> dict[str, float]:
+    """One pass of updates; returns mean loss terms and, as `correct`, the share ordered as labelled."""
     state.model.train()
     order = rng.permutation(len(data.train))
-    steps = math.ceil(len(order) / options.batch)
     sums: dict[str, float] = {}
     for step in range(steps):
         if options.cosine:
@@ -170,14 +184,7 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
             sums[name] = sums.get(name, 0.0) + value * len(items) / len(order)
         if on_step:
             on_step()
-    correct = sums.pop("correct")
-    state.model.eval()
-    scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
-    margin = margins(scores, data.val)
-    return {
-        "epoch": state.epoch, "seconds": time.monotonic() - began, "lr": state.optimizer.param_groups[0]["lr"], "loss": sums,
-        "train_accuracy": correct, "val_accuracy": float((margin > 0).mean()), "val_log_loss": log_loss(margin),
-    }  # fmt: skip
+    return sums
 
 
 def _step(

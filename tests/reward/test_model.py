@@ -1,6 +1,7 @@
 """Properties of the reward network and its file format."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -19,7 +20,8 @@ SHAPE = (13, 18, 16)  # odd and even sides
 @pytest.fixture(params=SMALL_PRESETS)
 def model(request):
     torch.manual_seed(0)
-    return RewardModel(PRESETS[request.param])
+    arch = PRESETS[request.param]
+    return RewardModel(replace(arch, slab_shape=SHAPE) if arch.extractor == "strided" else arch).eval()
 
 
 def slabs(n, seed=0):
@@ -39,9 +41,46 @@ def test_swapping_a_pair_negates_the_margin(model):
 
 def test_forward_agrees_with_score_and_reconstructs_at_the_slabs_size(model):
     x = slabs(2)
+    if model.arch.extractor == "strided":
+        with pytest.raises(ValueError, match="expected a U-Net to reconstruct"):
+            model(x, reconstruct=True)
+        torch.testing.assert_close(model(x).scalar, model.score(x))
+        return
     out = model(x, reconstruct=True)
     torch.testing.assert_close(out.scalar, model.score(x))
     assert out.reconstruction.shape == x.shape and out.log_strength.shape == (2,) and model(x).reconstruction is None
+
+
+def strided():
+    torch.manual_seed(0)
+    return RewardModel(replace(PRESETS["heads"], slab_shape=SHAPE)).eval()
+
+
+def test_strided_score_ignores_handedness_and_positions_matter():
+    model, x = strided(), slabs(3)
+    torch.testing.assert_close(model.score(x), model.score(x.flip(-1)))
+    assert not torch.allclose(model.score(x), model.score(x.flip(-2)))
+
+
+def test_strided_extractor_standardises_by_training_slabs():
+    model, x = strided(), slabs(8)
+    model.extractor.calibrate(x)
+    both = torch.cat([x, x.flip(-1)])[:, 0]
+    torch.testing.assert_close(model.extractor.slab_mean, both.mean(dim=0))
+    torch.testing.assert_close(model.extractor.slab_mean, model.extractor.slab_mean.flip(-1))
+    assert model.extractor.slab_scale.min() > 0
+
+
+def test_strided_extractor_refuses_other_slabs():
+    with pytest.raises(ValueError, match="Use the reward's own SlabSpec"):
+        strided().score(torch.zeros(1, 1, 14, 18, 16))
+
+
+def test_dropout_acts_in_training_only():
+    model, x = strided(), slabs(2)
+    assert torch.equal(model.score(x), model.score(x))
+    model.train()
+    assert not torch.equal(model.score(x), model.score(x))
 
 
 def test_score_gradient_reaches_the_slab(model):

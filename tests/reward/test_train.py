@@ -116,7 +116,7 @@ def test_paper_preset_has_the_papers_settings():
     assert (o.lr, o.weight_decay, o.batch, o.epochs, o.anchors, o.mirror) == (1e-5, 1e-4, 1, 10, 1000, False)
     w = o.weights
     assert (w.pairs, w.scalar, w.bradley_terry, w.strength, w.reconstruction, w.drawn_from_epoch) == (1, 1e-3, 1e-3, 1e-8, 1e-2, 3)
-    with pytest.raises(ValueError, match="expected one of paper, small"):
+    with pytest.raises(ValueError, match="expected one of heads, paper, small"):
         TrainOptions(preset="huge")
 
 
@@ -226,7 +226,8 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
 
 def test_flags_of_the_command_are_frozen():
     assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
-        "--network --labels --resolution --psi --cutoff --any-generator --fractions --split-seed --preset --epochs --patience --batch --lr "
+        "--network --labels --resolution --crop --psi --cutoff "
+        "--any-generator --fractions --split-seed --preset --epochs --patience --batch --lr "
         "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction --out "
         "--cache --slab-batch --resume --device --seed --dry-run".split()
     )
