@@ -16,8 +16,8 @@ FLAGS = """
 --g-num-fp16-res --gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --init --kimg --lambda-front --lambda-r --lambda-sigma
 --map-depth --mbstd-group --mirror --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
 --neural-rendering-resolution-initial --no-summary --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p --plane-layout --reg-type --resume
---resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sphere-init --start --sr-module
---sr-noise-mode --sr-num-fp16-res --style-mixing-prob --target --tick -n
+--resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sphere-init --sr-module
+--sr-noise-mode --sr-num-fp16-res --start --style-mixing-prob --target --tick -n
 """.split()
 
 

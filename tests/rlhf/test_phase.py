@@ -88,7 +88,7 @@ def test_the_reward_phase_moves_g_alone(settings, tmp_path):
     moved = {k for k, v in state(nets.G).items() if not torch.equal(v, before_G[k])}
     assert {"decoder.net.0.weight", "backbone.mapping.fc0.weight", "backbone.synthesis.b16.conv1.weight"} <= moved
     assert not any(k.startswith("superresolution") or k.endswith("w_avg") for k in moved)
-    assert phase.optimizer is not loop.phases[0].optimizer and phase.optimizer.param_groups[0]["lr"] == 0.002
+    assert phase.optimizer is not loop.phases[0].optimizer and phase.optimizer.param_groups[0]["lr"] == loop.options["rlr"]
 
 
 @pytest.fixture(scope="module")
