@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def open_dataset(s: dict) -> ImageFolderDataset:
 
 def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
     """Fresh networks, or those that --init names."""
+    warn_ignored(s)
     if s["init"] != "scratch":
         with naming("--init"):
             path = find_network(None if s["init"] == "bundled" else s["init"])
@@ -157,6 +159,21 @@ def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
         nets.G_ema.load_state_dict(nets.G.state_dict())
     nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = s["nrr_initial"]
     return nets
+
+
+ARCHITECTURE = {  # flags that only fresh networks can follow, with their defaults
+    "map_depth": 2, "mbstd_group": 4, "sr_module": None, "sr_num_fp16_res": 4, "g_num_fp16_res": 0, "d_num_fp16_res": 4, "c_scale": 1.0,
+    "disc_c_noise": 0.0, "sr_noise_mode": "none", "decoder_lr_mul": 1.0,
+}
+
+
+def warn_ignored(s: dict) -> None:
+    """Say on stderr which flags existing networks do not follow."""
+    given = [name for name, default in ARCHITECTURE.items() if s[name] != default]
+    given += [name for name in ("cbase", "cmax", "plane_layout") if s[name] != DEFAULTS[name][0 if s["cfg"] != "heads64" else 2]]
+    if given and s["init"] != "scratch":
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        print(f"Warning: {flags} ignored: the networks of --init={s['init']} keep their own architecture.", file=sys.stderr)
 
 
 def check_fit(s: dict, nets: networks.Networks) -> None:

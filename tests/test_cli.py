@@ -193,3 +193,11 @@ def test_runs_are_numbered(tmp_path):
         (tmp_path / name).mkdir()
     assert train.next_run_dir(tmp_path, "x").name == "00008-x"
     assert train.next_run_dir(tmp_path / "new", "x").name == "00000-x"
+
+
+def test_flags_that_existing_networks_cannot_follow_are_named(capsys):
+    settings = {**experiment.ARCHITECTURE, "cbase": 2048, "cmax": 64, "plane_layout": "fixed", "cfg": "heads64", "init": "bundled"}
+    experiment.warn_ignored(settings)
+    assert capsys.readouterr().err == ""
+    experiment.warn_ignored({**settings, "map_depth": 8, "cmax": 32})
+    assert "--map-depth, --cmax ignored" in capsys.readouterr().err
