@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.reward.config import RewardArch
-from eg3d_rlhf.reward.model import RewardModel, save_reward
+from eg3d_rlhf.reward.files import save_reward
+from eg3d_rlhf.reward.model import RewardModel
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests import tiny_runs
 from training import networks

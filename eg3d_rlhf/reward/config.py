@@ -26,6 +26,7 @@ class RewardArch:
     extractor: str = "unet3d"  # 'unet3d' = the paper's; 'strided' = see strided.py, feature_maps[0] channels, pooling unused
     slab_shape: tuple[int, ...] = ()  # 'strided': the one slab shape (D, H, W) it reads
     dropout: float = 0.0  # 'strided': share of features dropped in training, [0, 1)
+    members: int = 1  # networks trained apart whose scores are averaged, see ensemble.py
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
     embedding: int = 512  # length of the trunk's output, which all heads read
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
@@ -41,7 +42,7 @@ class RewardArch:
             raise ValueError(f"RewardArch.dropout: expected a share in [0, 1), got {self.dropout}. Lower it.")
         if self.extractor == "unet3d" and len(self.feature_maps) < 2:
             raise ValueError(f"RewardArch.feature_maps: expected two or more levels, got {self.feature_maps}. Add a level.")
-        for name in ("groups", "recon_channels", "feature_channels", "patch", "pool_size", "embedding"):
+        for name in ("groups", "recon_channels", "feature_channels", "patch", "pool_size", "members", "embedding"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RewardArch.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
 

@@ -13,11 +13,11 @@ from scipy.special import expit
 
 from eg3d_rlhf.metrics.statistics import wilson_interval
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.files import Reward
 from eg3d_rlhf.reward.slabs import SlabStore
 
 
-def score_seeds(model: RewardModel, store: SlabStore, seeds: Sequence[int], batch: int = 32) -> dict[int, float]:
+def score_seeds(model: Reward, store: SlabStore, seeds: Sequence[int], batch: int = 32) -> dict[int, float]:
     """Reward of every seed. Pass a model in eval mode where it has dropout."""
     device = next(model.parameters()).device
     unique = list(dict.fromkeys(seeds))
@@ -66,7 +66,7 @@ def rate(correct: int, n: int) -> dict:
     return {"correct": correct, "n": n, "accuracy": correct / n if n else None, "interval_95": [float(low), float(high)]}
 
 
-def evaluate(model: RewardModel, store: SlabStore, labels: Sequence[Preference], temperature: float = 1.0) -> dict:
+def evaluate(model: Reward, store: SlabStore, labels: Sequence[Preference], temperature: float = 1.0) -> dict:
     """Figures of one split.
 
     A margin of exactly 0 counts as wrong. `clean` is present when labels say which seed is better without noise; it counts those alone.

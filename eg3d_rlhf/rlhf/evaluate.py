@@ -23,7 +23,7 @@ from eg3d_rlhf.metrics.geometry import multi_view_measures
 from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.metrics.views import spec_for
-from eg3d_rlhf.reward.model import RewardModel, load_reward
+from eg3d_rlhf.reward.files import Reward, load_reward
 from eg3d_rlhf.rlhf.measures import annotator_calibration, rewards, utilities
 from eg3d_rlhf.rlhf.watch import Watch
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -46,7 +46,7 @@ class Evaluation:
     settings: dict
     before: torch.nn.Module  # frozen G_ema before tuning
     dataset: ImageFolderDataset
-    reward: RewardModel
+    reward: Reward
     spec: SlabSpec
     device: torch.device
     watch: Watch | None = None

@@ -11,7 +11,7 @@ import torch
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.preferences.annotator import DEFAULT_CALIBRATION, Calibration, utility
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.files import Reward
 from eg3d_rlhf.rlhf.watch import Measure, Watch
 from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -27,7 +27,7 @@ def annotator_calibration(path: Path = bundled.ANNOTATION) -> Calibration:
 
 
 @torch.no_grad()
-def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: RewardModel, spec: SlabSpec, batch: int = 16) -> np.ndarray:
+def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: Reward, spec: SlabSpec, batch: int = 16) -> np.ndarray:
     """Scores [N] of latents ws [N, L, W]."""
     return torch.cat([reward.score(sample_slab(G, part, spec)) for part in ws.split(batch)]).cpu().numpy()
 
@@ -42,7 +42,7 @@ def utilities(G: torch.nn.Module, ws: torch.Tensor, calibration: Calibration, ba
 
 
 def make_watch(
-    settings: dict, reward: RewardModel, spec: SlabSpec, G_ref: torch.nn.Module, second: tuple[RewardModel, SlabSpec, dict] | None
+    settings: dict, reward: Reward, spec: SlabSpec, G_ref: torch.nn.Module, second: tuple[Reward, SlabSpec, dict] | None
 ) -> Watch:
     """Watch of a run: the reward itself, the second reward (as `load_reward` gives it) if any, and the utility for synthetic heads."""
     measures: dict[str, Measure] = {"reward": lambda G, ws: rewards(G, ws, reward, spec)}

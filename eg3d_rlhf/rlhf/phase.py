@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from eg3d_rlhf.generators import camera, latents
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.files import Reward
 from eg3d_rlhf.rlhf import consistency
 from eg3d_rlhf.rlhf.shaping import SHAPINGS, clip_bounds, make_shaping, parse_clip
 from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
@@ -64,7 +64,7 @@ class RewardTerms:
     """
 
     def __init__(
-        self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: RewardModel, spec: SlabSpec, config: RewardConfig
+        self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, spec: SlabSpec, config: RewardConfig
     ):
         self.G, self.reward, self.spec, self.config = G, reward.eval().requires_grad_(False), spec, config
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.files import Reward
 
 SHAPINGS = ("none", "standardised", "softplus", "reference")
 
@@ -15,7 +15,7 @@ SHAPINGS = ("none", "standardised", "softplus", "reference")
 class Shaping(Protocol):
     """Turns slabs into the quantity that the reward phase maximises."""
 
-    def __call__(self, reward: RewardModel, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """slab [N, 1, D, H, W] -> shaped [N], raw score [N]. Differentiable in slab."""
         ...
 
@@ -23,7 +23,7 @@ class Shaping(Protocol):
 class Identity(torch.nn.Module):
     """The score itself."""
 
-    def forward(self, reward: RewardModel, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Shaping`."""
         score = reward.score(slab)
         return score, score
@@ -39,7 +39,7 @@ class Standardised(torch.nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
 
-    def forward(self, reward: RewardModel, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Shaping`."""
         score = reward.score(slab)
         return (score - self.mean) * self.scale, score
@@ -48,7 +48,7 @@ class Standardised(torch.nn.Module):
 class NegativeSoftplus(torch.nn.Module):
     """-softplus(-2 r): saturates for good samples, linear for bad ones."""
 
-    def forward(self, reward: RewardModel, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Shaping`."""
         score = reward.score(slab)
         return -torch.nn.functional.softplus(-2 * score), score
@@ -68,10 +68,10 @@ class ReferenceWins(torch.nn.Module):
         self.register_buffer("references", references)
         self.register_buffer("offset", torch.zeros([], dtype=torch.int64))
 
-    def forward(self, reward: RewardModel, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Shaping`."""
         embedding = reward.embed(slab)  # [N, E]
-        score = reward.scalar_rwd_head(embedding).squeeze(1)
+        score = reward.score_embedding(embedding)
         n, count = len(embedding), self.comparisons
         index = (self.offset + torch.arange(n * count, device=slab.device)) % len(self.references)
         self.offset.copy_((self.offset + n * count) % len(self.references))

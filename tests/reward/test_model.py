@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.reward.config import PRESETS, RewardArch
-from eg3d_rlhf.reward.model import RewardModel, check_state, load_reward, save_reward
+from eg3d_rlhf.reward.files import check_state, load_reward, save_reward
+from eg3d_rlhf.reward.model import RewardModel
 from eg3d_rlhf.reward.pooling import slice_max_feature, slice_windows
 from eg3d_rlhf.sigma.spec import SlabSpec
 

@@ -9,7 +9,7 @@ import torch
 import train
 from eg3d_rlhf import experiment
 from eg3d_rlhf.generators import latents
-from eg3d_rlhf.reward.model import load_reward
+from eg3d_rlhf.reward.files import load_reward
 from eg3d_rlhf.rlhf.phase import CALIBRATION_SEEDS, RewardConfig, RewardTerms
 from eg3d_rlhf.sigma.slab import sample_slab
 from tests import tiny_runs

@@ -17,11 +17,11 @@ class LinearReward:
         mean = slab.flatten(1).mean(dim=1, keepdim=True)
         return torch.cat([mean, torch.ones_like(mean)], dim=1)
 
-    def scalar_rwd_head(self, embedding):
-        return embedding[:, :1]
+    def score_embedding(self, embedding):
+        return embedding[:, 0]
 
     def score(self, slab):
-        return self.scalar_rwd_head(self.embed(slab)).squeeze(1)
+        return self.score_embedding(self.embed(slab))
 
     def pair_margin(self, first, second):
         return first[:, 0] - second[:, 0]
