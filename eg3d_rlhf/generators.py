@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf import bundled, pickles
 from training import networks
 from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, pack_label
 from training.triplane import TriPlaneGenerator
@@ -37,12 +37,19 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     """Load a network.
 
     Args:
-        source: a network file, a run folder (its newest network-snapshot-*.safetensors), or None for the bundled generator.
+        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder (its newest network snapshot),
+            or None for the bundled generator.
     Raises: FileNotFoundError, ValueError.
     """
     path = find_network(source)
-    nets = networks.load(path, device)
+    nets = load_networks(path, device)
     return LoadedGenerator(nets.G_ema, networks.state_hash(nets.G_ema), path, nets)
+
+
+def load_networks(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> networks.Networks:
+    """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
+    load = pickles.load if Path(path).suffix.lower() == ".pkl" else networks.load
+    return load(path, device, freeze_layers)
 
 
 def find_network(source: str | Path | None) -> Path:
@@ -53,9 +60,11 @@ def find_network(source: str | Path | None) -> Path:
         return bundled.GENERATOR
     path = Path(source)
     if path.is_dir():
-        snapshots = sorted(path.glob("network-snapshot-*.safetensors"))
+        snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(path.glob("network-snapshot-*.pkl"))
         if not snapshots:
-            raise FileNotFoundError(f"network: expected a network-snapshot-*.safetensors in {path}, got none. Name a file or another run.")
+            raise FileNotFoundError(
+                f"network: expected a network-snapshot-*.safetensors or .pkl in {path}, got none. Name a file or another run."
+            )
         return snapshots[-1]
     return path
 

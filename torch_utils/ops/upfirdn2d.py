@@ -36,7 +36,8 @@ def setup_filter(
     Returns: float32 [K] (applied along both axes) or [KH, KW].
     Raises: ValueError for an empty filter, more than two axes, or separable=True with 2-D taps.
     """
-    taps = torch.as_tensor(np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f), dtype=torch.float32)
+    taps = np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f)
+    taps = torch.as_tensor(taps, dtype=torch.float32, device="cpu")
     if taps.ndim > 2 or taps.numel() == 0:
         raise ValueError(f"setup_filter: expected a scalar, [K] or [KH, KW] taps, got shape {list(taps.shape)}. Pass e.g. [1, 3, 3, 1].")
     taps = taps.reshape(1) if taps.ndim == 0 else taps

@@ -1,0 +1,280 @@
+"""The pickle machine: opcodes of protocols 2 to 5 to plain data and inert records. It imports nothing and calls nothing that a file names.
+
+What a name, a call or a state means is up to the `Rules`; whatever they do not admit ends the reading. Work is bounded by a `Budget`
+that the stream and the tensor streams inside it share: opcodes, and bytes that are decoded.
+"""
+
+import struct
+from collections import Counter
+from typing import Any, Protocol
+
+from eg3d_rlhf.pickles.values import (
+    LONG_TEXT,
+    MAX_INTEGER_BYTES,
+    MAX_NAME,
+    MAX_TEXT,
+    Budget,
+    Global,
+    LongText,
+    Refusal,
+    brief,
+    decode,
+    is_key,
+    members,
+)
+
+
+class Rules(Protocol):
+    """What the records of a stream mean. Every method raises Refusal for what it does not admit."""
+
+    def find(self, name: Global) -> Global:
+        """A name, if admitted."""
+
+    def reduce(self, function: Any, args: tuple, budget: Budget) -> Any:
+        """The record of a call."""
+
+    def new(self, cls: Any, args: tuple) -> Any:
+        """The record of an object without state."""
+
+    def build(self, record: Any, state: Any, budget: Budget) -> None:
+        """Give a record its state."""
+
+    def persistent(self, pid: Any) -> Any:
+        """The record of an object that is stored elsewhere."""
+
+
+class Machine:
+    """One run over one stream.
+
+    Args:
+        data: the stream; start: its first byte; rules: see `Rules`; budget: shared with other runs; asked: counts the names asked for.
+    """
+
+    def __init__(self, data: memoryview, start: int, rules: Rules, budget: Budget, asked: Counter):
+        self.data, self.position, self.rules, self.budget, self.asked = data, start, rules, budget, asked
+        self.stack: list = []
+        self.below: list[list] = []  # stacks under the open marks
+        self.memo: dict[int, Any] = {}
+        self.protocol = 0
+
+    def run(self) -> Any:
+        """The value of the stream; `position` is then the byte after it. Raises: Refusal."""
+        if self.u1() != 0x80:
+            raise Refusal("a stream that does not begin like a pickle of protocol 2 or later")
+        self.protocol = self.u1()
+        if not 2 <= self.protocol <= 5:
+            raise Refusal(f"pickle protocol {self.protocol}")
+        while True:
+            self.budget.work()
+            code = self.u1()
+            if code == 0x2E:  # STOP
+                if len(self.stack) != 1 or self.below:
+                    raise Refusal("a stream that ends with values to spare")
+                return self.pop()
+            operation = OPERATIONS.get(code)
+            if operation is None:
+                raise Refusal(f"opcode 0x{code:02x}, which network pickles do not use")
+            operation(self)
+
+    # Reading.
+
+    def take(self, size: int) -> memoryview:
+        """The next bytes, uncopied. Raises: Refusal where the file is shorter than claimed."""
+        left = len(self.data) - self.position
+        if size > left:
+            raise Refusal("the end of the file" if size <= 8 else f"a claim of {size} bytes where {left} are left")
+        start = self.position
+        self.position += size
+        return self.data[start : self.position]
+
+    def u1(self) -> int:
+        """One byte."""
+        if self.position >= len(self.data):
+            raise Refusal("the end of the file")
+        self.position += 1
+        return self.data[self.position - 1]
+
+    def number(self, form: str) -> Any:
+        """One number of struct's format."""
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def line(self) -> str:
+        """Text up to a newline, at most MAX_NAME characters."""
+        window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
+        length = window.find(b"\n")
+        if length < 0:
+            raise Refusal(f"a name of more than {MAX_NAME} characters or the end of the file")
+        self.position += length + 1
+        return decode(window[:length])
+
+    def text(self, size: int) -> "str | LongText":
+        """A text of so many bytes."""
+        if size > MAX_TEXT:
+            raise Refusal(f"a text of {size} bytes")
+        view = self.take(size)
+        if size > LONG_TEXT:
+            return LongText(view)
+        self.budget.read_text(size)
+        return decode(bytes(view))
+
+    def integer(self, size: int) -> int:
+        """Little-endian two's complement."""
+        if not 0 <= size <= MAX_INTEGER_BYTES:
+            raise Refusal(f"an integer of {size} bytes")
+        return int.from_bytes(self.take(size), "little", signed=True)
+
+    # Stack.
+
+    def push(self, value: Any) -> None:
+        """Onto the stack."""
+        self.stack.append(value)
+
+    def top(self, kind: type | tuple = object) -> Any:
+        """The topmost value, which must be of a kind."""
+        if not self.stack:
+            raise Refusal("an opcode without its operands")
+        if not isinstance(self.stack[-1], kind):
+            raise Refusal(f"an opcode for another operand than {brief(self.stack[-1])}")
+        return self.stack[-1]
+
+    def pop(self, kind: type | tuple = object) -> Any:
+        """Off the stack."""
+        value = self.top(kind)
+        del self.stack[-1]
+        return value
+
+    def pop_to_mark(self) -> list:
+        """Everything above the last mark."""
+        if not self.below:
+            raise Refusal("an opcode without its mark")
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def mark(self) -> None:
+        """Open a mark."""
+        self.below.append(self.stack)
+        self.stack = []
+
+    def discard(self) -> None:
+        """POP, which also closes an empty mark."""
+        if self.stack:
+            del self.stack[-1]
+        else:
+            self.pop_to_mark()
+
+    # Containers.
+
+    def tuple_of(self, count: int) -> None:
+        """The topmost values as a tuple."""
+        if len(self.stack) < count:
+            raise Refusal("an opcode without its operands")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+    def set_items(self, items: list) -> None:
+        """Pairs into the dictionary on top."""
+        target = self.top(dict)
+        if len(items) % 2:
+            raise Refusal("a key without its value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not is_key(key):
+                raise Refusal(f"a dictionary key that is {brief(key)}")
+            target[key] = value
+
+    def set_item(self) -> None:
+        """SETITEM."""
+        value, key = self.pop(), self.pop()
+        self.set_items([key, value])
+
+    def make_dict(self) -> None:
+        """DICT."""
+        items = self.pop_to_mark()
+        self.push({})
+        self.set_items(items)
+
+    def append(self) -> None:
+        """APPEND."""
+        value = self.pop()
+        self.top(list).append(value)
+
+    def extend(self) -> None:
+        """APPENDS."""
+        items = self.pop_to_mark()
+        self.top(list).extend(items)
+
+    def add_items(self) -> None:
+        """ADDITEMS."""
+        items = self.pop_to_mark()
+        self.top(set).update(members(items))
+
+    # Memo.
+
+    def put(self, index: int) -> None:
+        """Remember the topmost value."""
+        self.memo[index] = self.top()
+
+    def get(self, index: int) -> None:
+        """A remembered value."""
+        if index not in self.memo:
+            raise Refusal(f"memo entry {index} before it is stored")
+        self.push(self.memo[index])
+
+    # Names, calls, states: the rules decide.
+
+    def find(self, module: str, name: str) -> None:
+        """A name, if the rules admit it."""
+        if max(len(module), len(name)) > MAX_NAME:
+            raise Refusal(f"a name of more than {MAX_NAME} characters")
+        wanted = Global(module, name)
+        self.asked[wanted.path] += 1
+        self.push(self.rules.find(wanted))
+
+    def global_line(self) -> None:
+        """GLOBAL."""
+        module = self.line()
+        self.find(module, self.line())
+
+    def global_stack(self) -> None:
+        """STACK_GLOBAL."""
+        name, module = self.pop(str), self.pop(str)
+        self.find(module, name)
+
+    def reduce(self) -> None:
+        """REDUCE."""
+        args, function = self.pop(tuple), self.pop()
+        self.push(self.rules.reduce(function, args, self.budget))
+
+    def new(self) -> None:
+        """NEWOBJ."""
+        args, cls = self.pop(tuple), self.pop()
+        self.push(self.rules.new(cls, args))
+
+    def build(self) -> None:
+        """BUILD."""
+        state = self.pop()
+        self.rules.build(self.top(), state, self.budget)
+
+    def frame(self) -> None:
+        """FRAME: the stream is in memory already; only its claim is checked."""
+        size, left = self.number("<Q"), len(self.data) - self.position
+        if size > left:
+            raise Refusal(f"a frame of {size} bytes where {left} are left")
+
+
+OPERATIONS = {
+    0x95: Machine.frame, 0x28: Machine.mark, 0x30: Machine.discard, 0x31: lambda m: m.pop_to_mark(), 0x32: lambda m: m.push(m.top()),
+    0x4E: lambda m: m.push(None), 0x88: lambda m: m.push(True), 0x89: lambda m: m.push(False),
+    0x4A: lambda m: m.push(m.number("<i")), 0x4B: lambda m: m.push(m.u1()), 0x4D: lambda m: m.push(m.number("<H")),
+    0x8A: lambda m: m.push(m.integer(m.u1())), 0x8B: lambda m: m.push(m.integer(m.number("<i"))), 0x47: lambda m: m.push(m.number(">d")),
+    0x58: lambda m: m.push(m.text(m.number("<I"))), 0x8C: lambda m: m.push(m.text(m.u1())), 0x8D: lambda m: m.push(m.text(m.number("<Q"))),
+    0x42: lambda m: m.push(m.take(m.number("<I"))), 0x43: lambda m: m.push(m.take(m.u1())), 0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+    0x96: lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
+    0x29: lambda m: m.push(()), 0x74: lambda m: m.push(tuple(m.pop_to_mark())), 0x85: lambda m: m.tuple_of(1),
+    0x86: lambda m: m.tuple_of(2), 0x87: lambda m: m.tuple_of(3),
+    0x5D: lambda m: m.push([]), 0x6C: lambda m: m.push(m.pop_to_mark()), 0x61: Machine.append, 0x65: Machine.extend,
+    0x7D: lambda m: m.push({}), 0x64: Machine.make_dict, 0x73: Machine.set_item, 0x75: lambda m: m.set_items(m.pop_to_mark()),
+    0x8F: lambda m: m.push(set()), 0x90: Machine.add_items, 0x91: lambda m: m.push(frozenset(members(m.pop_to_mark()))),
+    0x71: lambda m: m.put(m.u1()), 0x72: lambda m: m.put(m.number("<I")), 0x94: lambda m: m.put(len(m.memo)),
+    0x68: lambda m: m.get(m.u1()), 0x6A: lambda m: m.get(m.number("<I")),
+    0x63: Machine.global_line, 0x93: Machine.global_stack, 0x52: Machine.reduce, 0x81: Machine.new, 0x62: Machine.build,
+    0x51: lambda m: m.push(m.rules.persistent(m.pop())),  # BINPERSID
+}

@@ -1,0 +1,210 @@
+"""The names that EG3D's snapshots use, and the inert record that each one stands for (eg3d.md, section 9).
+
+A snapshot embeds the source of its modules and asks to run it. Here the call becomes a `ModuleRecord`, the source stays text.
+"""
+
+import dataclasses
+import struct
+from collections import Counter
+from typing import Any
+
+from eg3d_rlhf.pickles.tensors import DTYPES, TensorRecord, read_storage, view_storage
+from eg3d_rlhf.pickles.values import Budget, Global, LongText, Refusal, brief, decode, members
+
+PLAIN_MODULES = {
+    "training.triplane.OSGDecoder", "training.volumetric_rendering.renderer.ImportanceRenderer",
+    "training.volumetric_rendering.ray_sampler.RaySampler", "training.volumetric_rendering.ray_marcher.MipRayMarcher2",
+    "torch.nn.modules.activation.Softplus", "torch.nn.modules.container.Sequential",
+}
+DICTIONARIES = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
+SCALARS = {  # NumPy's code -> struct's
+    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
+}
+
+
+@dataclasses.dataclass(eq=False)
+class ModuleRecord:
+    """A module: the name of its class and its attributes, uninterpreted."""
+
+    class_name: str
+    state: dict | None  # None until the stream gives it
+
+
+@dataclasses.dataclass(eq=False)
+class DtypeRecord:
+    """A NumPy scalar type."""
+
+    code: str  # as in SCALARS
+    order: str = "<"
+
+
+class SnapshotRules:
+    """Rules of a snapshot's outer stream. `asked` also counts the names of the tensor streams."""
+
+    def __init__(self, asked: Counter):
+        self.asked = asked
+        self.calls = {
+            "torch_utils.persistence._reconstruct_persistent_obj": self._module,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": self._parameter,
+            "torch.storage._load_from_bytes": self._storage,
+            "numpy.dtype": self._dtype,
+            "numpy.core.multiarray.scalar": self._scalar,
+            "numpy._core.multiarray.scalar": self._scalar,
+            # protocol 2 writes bytes and sets as calls
+            "_codecs.encode": self._bytes, "__builtin__.bytes": self._empty_bytes, "__builtin__.set": self._set,
+            "builtins.set": self._set,
+        }
+
+    def find(self, name: Global) -> Global:
+        """A name of the list above."""
+        if name.path not in self.calls and name.path not in PLAIN_MODULES and name.path not in DICTIONARIES:
+            raise Refusal(f"the global {brief(name)}, which no network needs")
+        return name
+
+    def reduce(self, function: Any, args: tuple, budget: Budget) -> Any:
+        """What the call stands for."""
+        path = function.path if isinstance(function, Global) else ""
+        if path in DICTIONARIES:
+            return self.new(function, args)
+        if path not in self.calls:
+            raise Refusal(f"a call of {brief(function)}")
+        return self.calls[path](args, budget)
+
+    def new(self, cls: Any, args: tuple) -> Any:
+        """A module without state, or a dictionary."""
+        path = cls.path if isinstance(cls, Global) else ""
+        if args != ():
+            raise Refusal(f"arguments for a new {brief(cls)}")
+        if path in DICTIONARIES:
+            return {}
+        if path not in PLAIN_MODULES:
+            raise Refusal(f"a new object of {brief(cls)}")
+        return ModuleRecord(cls.name, None)
+
+    def build(self, record: Any, state: Any, budget: Budget) -> None:
+        """The state of a module (once), or of a scalar type."""
+        if isinstance(record, ModuleRecord) and record.state is None and _is_state(state, budget):
+            record.state = state
+        elif isinstance(record, DtypeRecord) and isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", "|", ">"):
+            record.order = ">" if state[1] == ">" else "<"
+        else:
+            raise Refusal(f"a state of {brief(state)} for {brief(record)}")
+
+    def persistent(self, pid: Any) -> Any:
+        """Snapshots hold everything themselves."""
+        raise Refusal(f"a persistent id ({brief(pid)})")
+
+    # Calls: arguments, budget -> record.
+
+    def _module(self, args: tuple, budget: Budget) -> ModuleRecord:
+        meta = _only(args, dict, "module")
+        if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str) or not _is_state(meta.get("state"), budget):
+            raise Refusal("a module description without type, class_name or state")
+        return ModuleRecord(meta["class_name"], meta["state"])
+
+    def _tensor(self, args: tuple, budget: Budget) -> TensorRecord:
+        del budget
+        if not 6 <= len(args) <= 7:
+            raise Refusal(f"a tensor of {len(args)} arguments")
+        return view_storage(*args[:4])
+
+    def _parameter(self, args: tuple, budget: Budget) -> TensorRecord:
+        del budget
+        if len(args) != 3 or not isinstance(args[0], TensorRecord):
+            raise Refusal("a parameter without its tensor")
+        return args[0]
+
+    def _storage(self, args: tuple, budget: Budget) -> Any:
+        return read_storage(_only(args, memoryview, "storage"), budget, self.asked)
+
+    def _dtype(self, args: tuple, budget: Budget) -> DtypeRecord:
+        del budget
+        if not args or not isinstance(args[0], str) or args[0] not in SCALARS:
+            raise Refusal(f"a scalar type that is {brief(args[0] if args else None)}")
+        return DtypeRecord(args[0])
+
+    def _scalar(self, args: tuple, budget: Budget) -> float | int | bool:
+        del budget
+        if len(args) != 2 or not isinstance(args[0], DtypeRecord) or not isinstance(args[1], memoryview):
+            raise Refusal("a scalar without its type and bytes")
+        form = args[0].order + SCALARS[args[0].code]
+        if len(args[1]) != struct.calcsize(form):
+            raise Refusal(f"a scalar of {len(args[1])} bytes")
+        return struct.unpack(form, args[1])[0]
+
+    def _bytes(self, args: tuple, budget: Budget) -> memoryview:
+        if len(args) != 2 or not isinstance(args[0], (str, LongText)) or args[1] not in ("latin1", "latin-1"):
+            raise Refusal("bytes in another encoding than latin1")
+        size = len(args[0].utf8) if isinstance(args[0], LongText) else len(args[0])
+        budget.decode(size)
+        text = decode(bytes(args[0].utf8)) if isinstance(args[0], LongText) else args[0]
+        try:
+            return memoryview(text.encode("latin-1"))
+        except UnicodeEncodeError:
+            raise Refusal("bytes with values above 255") from None
+
+    def _empty_bytes(self, args: tuple, budget: Budget) -> memoryview:
+        del budget
+        if args != ():
+            raise Refusal("arguments for empty bytes")
+        return memoryview(b"")
+
+    def _set(self, args: tuple, budget: Budget) -> set:
+        items = _only(args, list, "set")
+        budget.work(len(items))
+        return set(members(items))
+
+
+class SurveyRules(SnapshotRules):
+    """Admits every name, call and state as an opaque record: to list what a file asks for, not to read it."""
+
+    def find(self, name: Global) -> Global:
+        """Any name."""
+        return name
+
+    def reduce(self, function: Any, args: tuple, budget: Budget) -> Any:
+        """As a snapshot's where that is possible."""
+        try:
+            return super().reduce(function, args, budget)
+        except Refusal:
+            return ModuleRecord("?", None)
+
+    def new(self, cls: Any, args: tuple) -> Any:
+        """As a snapshot's where that is possible."""
+        try:
+            return super().new(cls, args)
+        except Refusal:
+            return ModuleRecord("?", None)
+
+    def build(self, record: Any, state: Any, budget: Budget) -> None:
+        """Ignored."""
+
+    def persistent(self, pid: Any) -> Any:
+        """Opaque."""
+        return ModuleRecord("?", None)
+
+
+def admitted(path: str) -> bool:
+    """Whether a global is one that snapshots, or the tensor streams in them, may use."""
+    module, _, name = path.rpartition(".")
+    if module in ("torch", "torch.cuda"):
+        return name in DTYPES
+    try:
+        SnapshotRules(Counter()).find(Global(module, name))
+    except Refusal:
+        return False
+    return True
+
+
+def _is_state(value: Any, budget: Budget) -> bool:
+    if not isinstance(value, dict):
+        return False
+    budget.work(len(value))
+    return all(isinstance(k, str) for k in value)
+
+
+def _only(args: tuple, kind: type, what: str) -> Any:
+    if len(args) != 1 or not isinstance(args[0], kind):
+        raise Refusal(f"a {what} of {brief(args[0]) if len(args) == 1 else f'{len(args)} arguments'}")
+    return args[0]
