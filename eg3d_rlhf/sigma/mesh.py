@@ -1,28 +1,28 @@
-"""Isosurface of a density volume as a closed triangle mesh in world coordinates, and its files.
+"""Isosurface of a density volume as a closed triangle mesh in world coordinates.
 
 Letters: D, H, W = grid points along z, y, x; V vertices; F faces.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from eg3d_rlhf.sigma.spec import SlabSpec
 
-MESH_SUFFIXES = (".ply", ".obj", ".glb")
-_LEVEL = 10.0  # raw density of the surface (arXiv 2606.27305; EG3D's shape extraction)
-_PAD_SLOPE = 100.0  # how far below the level the padding lies, in units of the largest rise above it
+LEVEL = 10.0  # raw density of the surface (arXiv 2606.27305; EG3D's shape extraction)
+_REACH = 2.0**17  # values further from the level are clipped, in units of max(|level|, 1); the padding outside the volume lies there
+_NUDGE = 2.0**-22  # values nearer to the level count as just below it: no vertex falls onto a grid point, where its edge would be unknown
+_MARGIN = 2e-4  # vertices keep this distance from the ends of their grid edge, in grid steps: distinct ones stay distinct in float32
 
 
 def extract_mesh(
-    sigma: torch.Tensor | np.ndarray, axes: SlabSpec | Sequence[torch.Tensor | np.ndarray], level: float = _LEVEL
+    sigma: torch.Tensor | np.ndarray, axes: SlabSpec | Sequence[torch.Tensor | np.ndarray], level: float = LEVEL
 ) -> tuple[np.ndarray, np.ndarray]:
     """The surface sigma = level by marching cubes.
 
-    A body that runs into the border of the volume is closed there: the volume is padded with values far below the level, so the cap lies
-    within 1/100 of a voxel of the border.
+    A body that runs into the border of the volume is closed there: outside the volume the density counts as far below the level, so the cap
+    lies within 1/100 of a grid step of the border for densities up to 1000 times the level (10,000 at level 10).
 
     Args:
         sigma: raw density [D, H, W]; inside is where it exceeds the level.
@@ -33,44 +33,58 @@ def extract_mesh(
     Not differentiable.
     Raises: ValueError when the shapes disagree, sigma is not finite, or the level is not crossed.
     """
-    import mcubes  # only here: the rest of the package works without it
-
     volume = sigma.detach().cpu().numpy() if isinstance(sigma, torch.Tensor) else np.asarray(sigma)
     if volume.ndim != 3 or min(volume.shape) < 2:
         raise ValueError(
             f"extract_mesh: expected sigma [D, H, W] with sides >= 2, got {list(volume.shape)}. Pass one sample, without a batch axis."
         )
-    volume = volume.astype(np.float32)  # PyMCubes raises on half and returns an empty mesh for integers
     coordinates = _coordinates(axes, volume.shape)
-    low, high = float(volume.min()), float(volume.max())
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise ValueError("extract_mesh: expected finite sigma, got NaN or infinity. Check the generator's weights.")
+    block = prepare_density(volume.transpose(2, 1, 0), level)  # [W, H, D], so vertices come as (x, y, z)
+    check_crossed(float(volume.min()), float(volume.max()), level)
+    vertices, faces = marching_cubes(np.pad(block, 1, constant_values=outside_value(level)), level)
+    return to_world(vertices - 1, coordinates), faces
+
+
+def check_crossed(low: float, high: float, level: float) -> None:
+    """Raise ValueError unless the densities from `low` to `high` lie on both sides of the level."""
     if not low < level < high:
         raise ValueError(
             f"extract_mesh: expected sigma on both sides of level {level:g}, got [{low:g}, {high:g}]. Choose a level in between."
         )
-    padding = level - _PAD_SLOPE * max(high - level, 1e-3 * abs(level), 1e-6)
-    padded = np.pad(volume.transpose(2, 1, 0), 1, constant_values=padding)  # [W + 2, H + 2, D + 2], so vertices come as (x, y, z)
-    vertices, faces = mcubes.marching_cubes(np.ascontiguousarray(padded), float(level))
-    world = np.stack([_to_world(vertices[:, i] - 1, coordinates[i]) for i in range(3)], axis=1)
-    return world.astype(np.float32), faces.astype(np.int64)
 
 
-def save_mesh(path: str | Path, vertices: np.ndarray, faces: np.ndarray) -> Path:
-    """Write the mesh as .ply (binary), .obj or .glb, by the suffix; folders are made as needed.
+def outside_value(level: float) -> float:
+    """Density that stands for everything outside the volume: the lowest that `prepare_density` leaves."""
+    return level - _REACH * max(abs(level), 1.0)
 
-    Args: vertices [V, 3] world coordinates; faces [F, 3].
-    Returns: the path written.
-    Raises: ValueError for another suffix.
+
+def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
+    """A float32 copy of raw densities, clipped about the level and moved off it, as `marching_cubes` takes it.
+
+    Raises: ValueError for NaN or infinity.
     """
-    import trimesh
+    volume = np.array(volume, dtype=np.float32)  # PyMCubes raises on half and returns an empty mesh for integers
+    if not (np.isfinite(volume.min()) and np.isfinite(volume.max())):
+        raise ValueError("extract_mesh: expected finite sigma, got NaN or infinity. Check the generator's weights.")
+    unit = max(abs(level), 1.0)
+    np.clip(volume, level - _REACH * unit, level + _REACH * unit, out=volume)
+    volume[np.abs(volume - level) < _NUDGE * unit] = level - _NUDGE * unit
+    return volume
 
-    path = Path(path)
-    if path.suffix.lower() not in MESH_SUFFIXES:
-        raise ValueError(f"save_mesh: expected a file ending in {', '.join(MESH_SUFFIXES)}, got {path.name!r}. Change the suffix.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trimesh.Trimesh(vertices=vertices, faces=faces, process=False).export(path)
-    return path
+
+def marching_cubes(block: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Surface of a prepared block [X, Y, Z].
+
+    Returns: vertices [V, 3] float64 in grid steps, each strictly inside one grid edge, and faces [F, 3] int64.
+    """
+    import mcubes  # only here: the rest of the package works without it
+
+    vertices, faces = mcubes.marching_cubes(np.ascontiguousarray(block), float(level))
+    vertices = vertices.reshape(-1, 3)
+    start = np.floor(vertices)
+    along = vertices - start
+    np.clip(along, _MARGIN, 1 - _MARGIN, out=along, where=along > 0)
+    return start + along, faces.reshape(-1, 3).astype(np.int64)
 
 
 def _coordinates(axes: SlabSpec | Sequence[torch.Tensor | np.ndarray], shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -88,7 +102,10 @@ def _coordinates(axes: SlabSpec | Sequence[torch.Tensor | np.ndarray], shape: tu
     return coordinates
 
 
-def _to_world(index: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """Coordinates at fractional indices, linear between grid points and carried on with the outermost step beyond them."""
-    start = np.clip(np.floor(index).astype(np.int64), 0, len(axis) - 2)
-    return axis[start] + (index - start) * (axis[start + 1] - axis[start])
+def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndarray:
+    """Fractional indices [V, 3] to world coordinates [V, 3] float32, linear between grid points and carried on with the outermost step."""
+    world = np.empty(vertices.shape, dtype=np.float32)
+    for i, axis in enumerate(coordinates):
+        start = np.clip(np.floor(vertices[:, i]).astype(np.int64), 0, len(axis) - 2)
+        world[:, i] = axis[start] + (vertices[:, i] - start) * (axis[start + 1] - axis[start])
+    return world

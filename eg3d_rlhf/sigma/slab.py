@@ -1,7 +1,7 @@
 """Raw density of a generator on a grid of world points, and the self-normalised slab that a reward reads.
 
 Two implementations of one function: `separable` (2-D maps, see separable.py) and `pointwise` (every point on its own: the oracle, and the
-only way for planes that are not axis-aligned).
+only way for planes that are not axis-aligned and for a skewed lattice).
 
 Letters: N batch, L layers of ws, K planes, C channels, J hidden units, D, H, W = grid points along z, y, x, P = points.
 """
@@ -48,12 +48,12 @@ def sigma_grid(
     Args:
         G: the generator; its own box_warp scales the plane coordinates, spec.box_warp places the grid.
         ws: [N, L, w_dim].
-        impl: 'separable', 'pointwise', or 'auto' (separable where the planes are axis-aligned).
+        impl: 'separable', 'pointwise', or 'auto' (separable where the planes are axis-aligned and the lattice is straight).
         noise_mode: of the synthesis, 'const', 'random' or 'none'.
 
     Returns: sigma_raw [N, D, H, W], the decoder output before the ray marcher's softplus(. - 1); increasing z, y, x with the index.
     Differentiable in ws and all weights of G (once; the backward of the separable path has no backward of its own).
-    Raises: ValueError for an unknown impl, or 'separable' with planes that are not axis-aligned.
+    Raises: ValueError for an unknown impl, or 'separable' with planes that are not axis-aligned or a skewed lattice.
     """
     check_shape("sigma_grid(ws)", ws, ("N", "L", "C"), "Pass the output of G.mapping.")
     planes = G.planes(ws, noise_mode=noise_mode)
@@ -81,18 +81,20 @@ def sigma_from_planes(
     if planes.dtype not in (torch.float32, torch.float64):
         planes = planes.float()
     weights = DecoderWeights(*(weight.to(planes.dtype) for weight in weights))
-    pairs = None if impl == "pointwise" else projection_axes(plane_axes)
+    straight = spec.lattice == "straight"
+    if impl == "separable" and not straight:
+        raise ValueError(f"sigma_grid: expected a straight lattice for impl='separable', got {spec.lattice!r}. Use impl='auto'.")
+    pairs = projection_axes(plane_axes) if straight and impl != "pointwise" else None
     if pairs is not None:
         return _separable(planes, pairs, weights, spec, box_warp)
     if impl == "separable":
         raise ValueError(
             f"sigma_grid: expected axis-aligned planes for impl='separable', got plane_axes {plane_axes.tolist()}. Use impl='auto'."
         )
-    if impl == "auto":
+    if impl == "auto" and straight:
         _warn_not_separable()
-    x, y, z = (axis.to(planes) for axis in spec.axes())
-    grid = torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)  # [D, H, W, 3], components x, y, z
-    return sigma_at(planes, plane_axes, weights, grid.reshape(-1, 3), box_warp).unflatten(1, spec.shape)
+    points = spec.points().to(planes)  # [D, H, W, 3], components x, y, z
+    return sigma_at(planes, plane_axes, weights, points.reshape(-1, 3), box_warp).unflatten(1, spec.shape)
 
 
 @cache

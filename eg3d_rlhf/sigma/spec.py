@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _AXES = ("x", "y", "z")
+LATTICES = ("straight", "skewed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +24,19 @@ class SlabSpec:
     (i/(resolution - 1) - 1/2) * box_warp. From each face `int(fraction * resolution)` points are trimmed. The default is the slab of
     arXiv 2606.27305: x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) = (129, 141, 128).
 
+    `lattice="skewed"` gives the points that the published reward was trained on. The authors' helper divides indices without rounding
+    down, so index (i, j, k) lies at (i + j/N + k/N^2, j + k/N, k), N = resolution; the drift stays under one voxel everywhere, under 0.9
+    in the published slab. Such a lattice is not a product of axes: it is decoded point by point.
+
     Raises: ValueError for a value outside its range, or a crop that leaves fewer than 2 points on an axis.
-    Deviates: the grid is straight. The authors' helper divides indices without rounding down, so its y drifts by z/resolution and its x by
-    y/resolution of a voxel; the difference stays under one voxel everywhere.
+    Deviates: the default lattice is straight, the authors' is skewed.
     """
 
     resolution: int = 256  # grid points per axis of the whole cube, >= 2
     crop: tuple[float, float, float, float, float, float] = (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)  # x_lo, x_hi, y_lo, ..., z_hi in [0, 1)
     box_warp: float = 1.0  # side of the scene cube, world units, > 0
     value_max: float = 100.0  # upper end of the self-normalised range, > 0
+    lattice: str = "straight"  # 'straight', or 'skewed' as the published reward's training data
 
     def __post_init__(self) -> None:
         if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 2:
@@ -51,6 +56,8 @@ class SlabSpec:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"SlabSpec: expected {name} > 0, got {value!r}. Give a positive finite number.")
             object.__setattr__(self, name, float(value))
+        if self.lattice not in LATTICES:
+            raise ValueError(f"SlabSpec: expected a lattice of {', '.join(LATTICES)}, got {self.lattice!r}. Use 'straight'.")
         for axis, (start, stop) in zip(_AXES, self.index_ranges, strict=True):
             if stop - start < 2:
                 raise ValueError(f"SlabSpec: expected at least 2 points on {axis}, got indices {start}:{stop}. Trim less of {axis}.")
@@ -79,16 +86,38 @@ class SlabSpec:
         return self.box_warp / (self.resolution - 1)
 
     def axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """World coordinates of the grid points: x [W], y [H], z [D], float32, increasing."""
+        """World coordinates of a straight lattice's points: x [W], y [H], z [D], float32, increasing.
+
+        Raises: ValueError for a skewed lattice, whose coordinates do not depend on one index each.
+        """
+        if self.lattice != "straight":
+            raise ValueError(f"SlabSpec.axes: expected a straight lattice, got {self.lattice!r}. Use points(), or lattice='straight'.")
         last = self.resolution - 1
         x, y, z = (
             ((torch.arange(start, stop, dtype=torch.float64) / last - 0.5) * self.box_warp).float() for start, stop in self.index_ranges
         )
         return x, y, z
 
+    def points(self) -> torch.Tensor:
+        """World coordinates [D, H, W, 3] float32, components x, y, z, of every point of either lattice.
+
+        The skewed ones are rounded as the authors' helper rounds them: index * voxel - box_warp/2 in float32.
+        """
+        if self.lattice == "straight":
+            x, y, z = self.axes()
+            return torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)
+        n = self.resolution
+        i, j, k = (torch.arange(start, stop, dtype=torch.float64) for start, stop in self.index_ranges)
+        k, j, i = torch.meshgrid(k, j, i, indexing="ij")  # [D, H, W] each
+        index = torch.stack([i + j / n + k / n**2, j + k / n, k], dim=-1).float()
+        return index * self.voxel - self.box_warp / 2
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, one per field."""
-        return {**asdict(self), "crop": list(self.crop)}
+        """Plain JSON values, one per field; the lattice is named where it is not the straight one."""
+        values = {**asdict(self), "crop": list(self.crop)}
+        if self.lattice == "straight":
+            del values["lattice"]  # descriptions and digests stay as they were before there was a choice
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SlabSpec":
@@ -98,7 +127,7 @@ class SlabSpec:
         on would be scored without complaint.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
+        if not isinstance(values, Mapping) or set(values) | {"lattice"} != names:
             got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"SlabSpec.from_dict: expected the fields {sorted(names)}, got {got}. Pass what SlabSpec.to_dict() gave.")
         return cls(**values)

@@ -1,0 +1,151 @@
+"""What can go wrong with a triangle mesh, measured and repaired: open edges, loose parts, flipped faces, too many faces.
+
+Letters: V vertices, F faces, P parts (connected by shared vertices).
+"""
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHUNK = 1 << 20  # faces whose volumes are taken at once
+_ATTEMPTS, _MORE = 6, 1.25  # decimations tried of a part, each with so many times the faces of the one before, until one is closed
+_LEAST = 16  # faces that every part keeps
+
+
+@dataclass(frozen=True)
+class EdgeCounts:
+    """Half-edges (every face has three) that have no single partner running the other way."""
+
+    open: int  # without a partner: a hole's rim, or a neighbour that is wound the other way
+    shared: int  # running the same way in several faces: sheets that touch along an edge
+
+    @property
+    def watertight(self) -> bool:
+        """Every edge belongs to exactly two faces, which run through it in opposite directions."""
+        return self.open == 0 and self.shared == 0
+
+
+def count_edges(faces: np.ndarray) -> EdgeCounts:
+    """Count the half-edges of faces [F, 3] that keep the mesh from being closed and consistently oriented."""
+    start, end = (faces[:, columns].astype(np.uint64).reshape(-1) for columns in ([0, 1, 2], [1, 2, 0]))
+    forward = np.sort((start << np.uint64(32)) | end)
+    backward = np.sort((end << np.uint64(32)) | start)
+    del start, end
+    shared = int((forward[1:] == forward[:-1]).sum())
+    if shared == 0 and np.array_equal(forward, backward):
+        return EdgeCounts(0, 0)
+    partner = np.searchsorted(backward, forward).clip(max=max(len(backward) - 1, 0))
+    return EdgeCounts(int((backward[partner] != forward).sum()), shared)
+
+
+def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
+    """The number of parts P that faces fall into, and the part [F] of each face, 0..P-1."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = faces[:, :2].reshape(-1), faces[:, 1:].reshape(-1)  # two edges connect a face's three corners
+    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(vertices, vertices))
+    _, label = connected_components(graph, directed=False)
+    used, part = np.unique(label[faces[:, 0]], return_inverse=True)  # vertices that no face uses are no part
+    return len(used), part.astype(np.int32)
+
+
+def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Signed volumes [F] of the tetrahedra between each face and the origin; their sum is the volume that a closed mesh encloses.
+
+    It is positive where the faces are wound counter-clockwise seen from outside.
+    """
+    volumes = np.empty(len(faces))
+    for start in range(0, len(faces), _CHUNK):
+        a, b, c = vertices[faces[start : start + _CHUNK]].astype(np.float64).transpose(1, 0, 2)
+        volumes[start : start + _CHUNK] = np.einsum("fi,fi->f", a, np.cross(b, c)) / 6
+    return volumes
+
+
+def largest_part(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The part that encloses the largest volume, and how many parts there were.
+
+    Hollows inside a body are parts of their own, of negative volume, so they are never chosen.
+
+    Returns: vertices [V', 3], faces [F', 3], P.
+    """
+    count, part = parts(faces, len(vertices))
+    if count > 1:
+        volume = np.bincount(part, weights=face_volumes(vertices, faces), minlength=count)
+        vertices, faces = compact(vertices, faces[part == volume.argmax()])
+    return vertices, faces, count
+
+
+def compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mesh without the vertices that no face uses."""
+    used = np.zeros(len(vertices), dtype=bool)
+    used[faces] = True
+    number = np.cumsum(used, dtype=np.int64) - 1
+    return vertices[used], number[faces].astype(faces.dtype)
+
+
+def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """About `target` faces that keep the shape, by quadric edge collapse (Garland and Heckbert 1997; fast-simplification).
+
+    Every part is decimated by itself, in proportion to its faces and to 16 at least. A closed part stays closed: where sheets would touch
+    after the collapse it keeps more faces, with a warning. A mesh of no more than `target` faces is returned as it is.
+
+    Raises: ValueError for target < 4, or where fast-simplification is missing.
+    """
+    if target < 4:
+        raise ValueError(f"decimate: expected at least 4 faces, got {target}. A tetrahedron is the smallest closed mesh.")
+    if len(faces) <= target:
+        return vertices, faces
+    if importlib.util.find_spec("fast_simplification") is None:
+        raise ValueError("decimate: expected the package fast-simplification, got none. Install it with pip.")
+    count, part = parts(faces, len(vertices))
+    ends = np.cumsum(np.bincount(part, minlength=count))
+    order, done, offset, extra = np.argsort(part, kind="stable"), [], 0, 0
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        used, corners = np.unique(faces[order[start:end]], return_inverse=True)
+        wanted = max(round(target * (end - start) / len(faces)), _LEAST if count > 1 else target)
+        piece = _decimate_part(vertices[used].astype(np.float32), corners.reshape(-1, 3).astype(np.int32), wanted)
+        extra += max(0, len(piece[1]) - wanted)
+        done.append((piece[0], piece[1] + np.int32(offset)))
+        offset += len(piece[0])
+    kept = sum(len(piece_faces) for _, piece_faces in done)
+    if extra > 0.05 * target:
+        warnings.warn(f"decimate: the mesh would not stay closed with {target} faces; kept {kept}.", stacklevel=2)
+    return np.concatenate([v for v, _ in done]), np.concatenate([f for _, f in done])
+
+
+def _decimate_part(vertices: np.ndarray, faces: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """One part with about `wanted` faces, or with more where that would open it."""
+    import fast_simplification
+
+    closed = count_edges(faces).watertight
+    for _ in range(_ATTEMPTS):
+        if wanted >= len(faces):
+            break
+        new_vertices, new_faces = fast_simplification.simplify(vertices, faces, target_count=int(wanted))
+        new_vertices, new_faces = compact(new_vertices.astype(np.float32), new_faces.astype(np.int32))
+        if len(new_faces) and (not closed or _survives_a_file(new_vertices, new_faces)):
+            return new_vertices, new_faces
+        wanted *= _MORE
+    return vertices, faces
+
+
+def _survives_a_file(vertices: np.ndarray, faces: np.ndarray) -> bool:
+    """Whether the mesh is closed, also for a reader that merges vertices at one place."""
+    return count_edges(faces).watertight and len(np.unique(vertices, axis=0)) == len(vertices)
+
+
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals [V, 3] float32: the faces' normals at each vertex, weighted by area; outwards where the winding is."""
+    normals = np.zeros((len(vertices), 3))
+    for start in range(0, len(faces), _CHUNK):
+        part = faces[start : start + _CHUNK]
+        a, b, c = vertices[part].astype(np.float64).transpose(1, 0, 2)
+        normal = np.cross(b - a, c - a)  # [f, 3], length = twice the area
+        for corner in range(3):
+            for axis in range(3):
+                normals[:, axis] += np.bincount(part[:, corner], weights=normal[:, axis], minlength=len(vertices))
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)

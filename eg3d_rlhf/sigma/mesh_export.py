@@ -1,0 +1,155 @@
+"""From a latent to a mesh file: isosurface, largest part, decimation, checks, colours.
+
+Letters: V vertices, F faces.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.sigma.chunked_mesh import Progress, extract_mesh_blockwise
+from eg3d_rlhf.sigma.field import Field, FieldGrid
+from eg3d_rlhf.sigma.mesh import LEVEL
+from eg3d_rlhf.sigma.mesh_checks import count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
+from eg3d_rlhf.sigma.mesh_files import check_mesh_suffix, save_mesh
+from training.storage import write_atomic
+
+_PROBES = 20000  # vertices at which the normals are held against the density
+_PROBE_STEP = 0.25  # distance of the two probes from the surface, in grid steps
+_COLOR_CHUNK = 1 << 18  # vertices coloured between two calls of the progress function
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """How a field becomes a mesh."""
+
+    resolution: int = 256  # grid points per axis, 16..1024
+    level: float = LEVEL  # raw density of the surface
+    border: float = 0.0  # share of the cube's edge trimmed from each face, 0 <= border < 0.5
+    component: str = "largest"  # 'largest' by enclosed volume, or 'all'
+    faces: int | None = None  # decimate to about so many faces, >= 4; None keeps all
+    colors: bool = True  # vertex colours from the radiance field
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.resolution <= 1024:
+            raise ValueError(f"MeshOptions: expected a resolution of 16 to 1024, got {self.resolution}. Use 256.")
+        if not np.isfinite(self.level):
+            raise ValueError(f"MeshOptions: expected a finite level, got {self.level}. Use {LEVEL:g}.")
+        if self.component not in ("largest", "all"):
+            raise ValueError(f"MeshOptions: expected a component of 'largest' or 'all', got {self.component!r}.")
+        if self.faces is not None and self.faces < 4:
+            raise ValueError(f"MeshOptions: expected at least 4 faces, got {self.faces}. Leave it out to keep all.")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A triangle mesh in world coordinates."""
+
+    vertices: np.ndarray  # [V, 3] float32
+    faces: np.ndarray  # [F, 3] int, counter-clockwise seen from outside
+    normals: np.ndarray  # [V, 3] float32, unit, outwards
+    colors: np.ndarray | None = None  # [V, 3] uint8
+
+    def save(self, path: str | Path) -> Path:
+        """Write as .ply, .obj or .glb; see `save_mesh`."""
+        return save_mesh(path, self.vertices, self.faces, self.colors, self.normals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshReport:
+    """What the checks found on the mesh as it is written."""
+
+    vertices: int
+    faces: int
+    faces_extracted: int  # before the choice of a part and decimation
+    components_extracted: int
+    components: int
+    open_edges: int
+    shared_edges: int
+    watertight: bool  # every edge in exactly two faces, run through in opposite directions
+    volume: float  # enclosed, world units cubed
+    outward: bool  # watertight with positive volume: the normals look outwards
+    normals_down_density: float  # share of probed vertices along whose normal the density falls, 0..1
+    bounds: list[list[float]]  # lowest and highest x, y, z, world units
+
+    def write(self, path: str | Path, **more) -> Path:
+        """Write as JSON, with further entries."""
+        write_atomic(path, (json.dumps({**asdict(self), **more}, indent=1) + "\n").encode())
+        return Path(path)
+
+
+def export_mesh(field: Field, options: MeshOptions, progress: Progress | None = None) -> tuple[Mesh, MeshReport]:
+    """Mesh of one field, and its checks.
+
+    Memory: a block of the grid, and about 250 bytes per extracted face; the grid is never held as a whole.
+
+    Args: progress: called with (stage, units done, units in all).
+    Raises: ValueError when the level is not crossed, or for a border that leaves nothing.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    grid = FieldGrid(field, options.resolution, options.border)
+    vertices, faces = extract_mesh_blockwise(grid, grid.axes, options.level, progress=progress)
+    found = len(faces)
+    tell("parts", 0, 1)
+    if options.component == "largest":
+        vertices, faces, components = largest_part(vertices, faces)
+    else:
+        components, _ = parts(faces, len(vertices))
+    tell("parts", 1, 1)
+    if options.faces is not None:
+        tell("decimation", 0, 1)
+        vertices, faces = decimate(vertices, faces, options.faces)
+        tell("decimation", 1, 1)
+    colors = vertex_colors(field, vertices, progress) if options.colors else None
+    tell("checks", 0, 1)
+    mesh = Mesh(vertices, faces, vertex_normals(vertices, faces), colors)
+    report = check_mesh(mesh, field, options, found, components)
+    tell("checks", 1, 1)
+    return mesh, report
+
+
+def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, found: int, components: int) -> MeshReport:
+    """Measure a mesh; `found` faces in `components` parts were extracted."""
+    edges = count_edges(mesh.faces)
+    volume = float(face_volumes(mesh.vertices, mesh.faces).sum())
+    return MeshReport(
+        vertices=len(mesh.vertices), faces=len(mesh.faces), faces_extracted=found, components_extracted=components,
+        components=parts(mesh.faces, len(mesh.vertices))[0], open_edges=edges.open, shared_edges=edges.shared,
+        watertight=edges.watertight, volume=volume, outward=edges.watertight and volume > 0,
+        normals_down_density=normals_down_density(mesh, field, options),
+        bounds=[mesh.vertices.min(axis=0).tolist(), mesh.vertices.max(axis=0).tolist()],
+    )
+
+
+def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> float:
+    """Share of (at most 20,000, evenly chosen) vertices at which the density outside, along the normal, is below the density inside.
+
+    Vertices on the caps that close the surface at the border of the cube are left out: there the field does not end.
+    """
+    step = field.box_warp / (options.resolution - 1)
+    inside = np.abs(mesh.vertices).max(axis=1) < field.box_warp * (0.5 - options.border) - 2 * step
+    chosen = np.flatnonzero(inside)
+    chosen = chosen[:: max(1, len(chosen) // _PROBES)]
+    if len(chosen) == 0:
+        return 1.0
+    points, offset = torch.from_numpy(mesh.vertices[chosen]), torch.from_numpy(mesh.normals[chosen]) * (_PROBE_STEP * step)
+    return float((field.sigma_at(points + offset) < field.sigma_at(points - offset)).double().mean())
+
+
+def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+    """Colours [V, 3] uint8 of the radiance field at vertices [V, 3]."""
+    colors = np.empty((len(vertices), 3), dtype=np.uint8)
+    for start in range(0, len(vertices), _COLOR_CHUNK):
+        part = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
+        colors[start : start + len(part)] = (field.rgb_at(part) * 255).round().to(torch.uint8).numpy()
+        if progress is not None:
+            progress("colours", start + len(part), len(vertices))
+    return colors
+
+
+def check_out(path: str | Path) -> Path:
+    """The path of a mesh to write; ValueError for a suffix that names no mesh format."""
+    return check_mesh_suffix(path, "export_mesh")

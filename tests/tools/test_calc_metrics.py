@@ -1,0 +1,174 @@
+"""calc_metrics: FID and KID under a TorchScript detector, offline distances named as such, records, and mistakes."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.metrics.evaluation import MetricOptions, fake_batches
+from tests.tools.examples import example_of, own_cache
+from tools import calc_metrics
+from training.dataset import ImageFolderDataset
+
+
+class Inception(nn.Module):
+    """Has the interface of an Inception file for FID: uint8 images and return_features."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(10, 48, generator=generator) / 7)
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        pixels = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+        features = torch.tanh(pixels @ self.weight.T)
+        return features if return_features else features.softmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception.pt"
+    with torch.jit.optimized_execution(False):
+        torch.jit.script(Inception()).save(str(path))
+    return path
+
+
+def run(*flags):
+    return CliRunner().invoke(calc_metrics.main, ["--verbose=False", *(str(f) for f in flags)])
+
+
+def records(result):
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+class Features(nn.Module):
+    """The same detector as torchmetrics calls it."""
+
+    num_features = 10
+
+    def __init__(self):
+        super().__init__()
+        self.net = Inception()
+
+    def forward(self, images):
+        return self.net(images, return_features=True)
+
+
+def as_bytes(images):
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_fid_and_kid_equal_torchmetrics_with_the_same_detector(tiny_networks, tiny_data, inception):
+    fid_module, kid_module = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.kid")
+    flags = (f"--network={tiny_networks}", f"--data={tiny_data}", f"--inception={inception}", "--n=48", "--batch=8", "--seed=2")
+    found = {record["metric"]: record for record in records(run(*flags, "--metrics=fid,kid", "--mirror=True"))}
+    data = ImageFolderDataset(tiny_data, c_dim=25, xflip=True)
+    real = torch.from_numpy(np.stack([data[i][0] for i in range(len(data))]))
+    options = MetricOptions(n=48, batch=8, seed=2)
+    fake = torch.cat([as_bytes(images) for images in fake_batches(load_generator(tiny_networks).G, data.get_labels(), options)])
+    assert fake.shape == (48, 3, 32, 32) and found["fid"]["reals"] == 48
+    fid = fid_module.FrechetInceptionDistance(feature=Features(), normalize=False)
+    kid = kid_module.KernelInceptionDistance(feature=Features(), subsets=1, subset_size=48, normalize=False)
+    for metric in (fid, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    assert found["fid"]["results"]["fid"] == pytest.approx(float(fid.compute()), rel=1e-4)
+    assert set(found["kid"]["results"]) == {"kid", "kid_std"}
+    assert found["kid"]["results"]["kid"] == pytest.approx(float(kid.compute()[0]), rel=1e-4)  # subsets of all 48
+
+
+def test_without_inception_the_names_say_so(tiny_networks, tiny_data):
+    result = run(f"--network={tiny_networks}", f"--data={tiny_data}", "--n=6", "--metrics=fid,kid")
+    names = {"frechet_offline", "kernel_offline"}
+    assert {record["metric"] for record in records(result)} == names and '"fid' not in result.stdout and '"kid' not in result.stdout
+    for record in records(result):
+        assert record["features"].startswith("head-factors-") and np.isfinite(record["results"][record["metric"]])
+    assert calc_metrics.MetricOptions(metrics=("fid50k_full",)).images == 50_000
+
+
+def test_runs_repeat_and_seeds_differ(tiny_networks, tiny_data):
+    flags = (f"--network={tiny_networks}", f"--data={tiny_data}", "--n=6", "--metrics=fid")
+    first, again, other = (records(run(*flags, f"--seed={seed}"))[0]["results"] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_run_folder_names_data_and_gets_the_records(tiny_networks, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "network-snapshot-000001.safetensors").write_bytes(tiny_networks.read_bytes())
+    (folder / "training_options.json").write_text(json.dumps({"data": str(tiny_data), "mirror": True}))
+    for _ in range(2):
+        (record,) = records(run(f"--network={folder}", "--n=4", "--metrics=fid"))
+    assert record["reals"] == 48 and record["snapshot"] == "network-snapshot-000001.safetensors"
+    lines = (folder / "metric-frechet_offline.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["results"] == record["results"]
+    (record,) = records(run(f"--network={folder}", "--n=4", "--metrics=fid", "--mirror=False", f"--outdir={tmp_path / 'other'}"))
+    assert record["reals"] == 24 and (tmp_path / "other" / "metric-frechet_offline.jsonl").is_file()
+
+
+def test_a_run_of_eg3ds_names_its_data(tiny_networks, tiny_data, tmp_path):
+    (tmp_path / "network-snapshot-000001.safetensors").write_bytes(tiny_networks.read_bytes())
+    theirs = {"training_set_kwargs": {"path": str(tiny_data), "xflip": True}}
+    (tmp_path / "training_options.json").write_text(json.dumps(theirs))
+    (settings,) = records(run(f"--network={tmp_path}", "--dry-run"))
+    assert settings["data"] == str(tiny_data) and settings["mirror"] is True
+
+
+def test_dry_run_resolves_the_settings(tmp_path):
+    (settings,) = records(run("--dry-run", "--metrics=kid50k_full"))
+    assert settings["data"] == "synthetic:heads64" and settings["n"] == 50_000 and settings["mirror"] is False
+
+
+def script(path):
+    """A TorchScript file of another interface."""
+
+    class Other(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+    torch.jit.script(Other()).save(str(path))
+    return path
+
+
+MISTAKES = {
+    "metrics": (["--metrics=fid,ppl"], "--metrics: expected some of fid, kid, fid50k_full, kid50k_full, each once, got fid, ppl"),
+    "n": (["--metrics=fid50k_full", "--n=10"], "--n: expected none with fid50k_full"),
+    "network": (["--network={tmp}/none"], "--network: "),
+    "data": (["--data={tmp}/none", "--n=4"], "--data: dataset {tmp}/none: expected a folder or a .zip file"),
+    "no data": (["--network={networks}"], "--data: expected a dataset, got none, and"),
+    "resolution": (["--data={data}", "--n=4"], "--data: expected images of 64x64 as the generator's, got 32x32"),
+    "inception": (["--inception={tmp}/none.pt", "--data={data}"], "--inception: InceptionFeatures: expected a TorchScript file"),
+    "foreign": (["--inception={data}", "--data={data}"], "--inception: InceptionFeatures: expected TorchScript, got"),
+    "other net": (["--inception={other}", "--data={data}"], "--inception: InceptionFeatures: expected a net(uint8 images"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_end_in_one_line(case, tiny_networks, tiny_data, tmp_path):
+    flags, text = MISTAKES[case]
+    paths = {"tmp": tmp_path, "networks": tiny_networks, "data": tiny_data}
+    if case == "other net":
+        paths["other"] = script(tmp_path / "other.pt")
+    result = run(*(flag.format(**paths) for flag in flags))
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith(f"Error: {text.format(**paths)}") and not any(line.startswith("Traceback") for line in lines), lines
+
+
+def test_example_of_the_help_runs(repo, tmp_path):
+    command = shlex.split(example_of(calc_metrics.main))
+    command[1] = str(repo / command[1])
+    line = [sys.executable, *command[1:], "--verbose=False"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=own_cache(tmp_path))
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert first["metric"] == "frechet_offline" and second["metric"] == "kernel_offline" and first["images"] == 64
+    assert 0 < first["results"]["frechet_offline"] < 1000

@@ -1,0 +1,253 @@
+"""Dataset conversion: pixels, names, labels, mirrored and cropped cameras, archives, and the text of every error."""
+
+import io
+import json
+import math
+import shlex
+import stat
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.tools.examples import example_of, own_cache
+from tools import dataset_tool
+from training.dataset import ImageFolderDataset
+from training.dataset_convert import ConvertOptions, transform_camera, transform_image
+from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, mirror_label, pack_label
+
+COUNT = 11
+
+
+def camera(i: int) -> list[float]:
+    pose = LookAtPoseSampler.sample(math.pi / 2 + 0.1 * i, math.pi / 2 - 0.05 * i, torch.zeros(3), radius=2.7)
+    return pack_label(pose, intrinsics_matrix(4.2647))[0].tolist()
+
+
+def pixels(i: int, width: int = 16, height: int = 16) -> np.ndarray:
+    return np.random.RandomState(i).randint(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(array).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def write_zip(path, entries, labels="none"):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+        if labels != "none":
+            archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+def source(tmp_path, width=16, height=16, labels=camera, name="source.zip"):
+    entries = {f"b/{i:02d}.png": png(pixels(i, width, height)) for i in range(COUNT)}
+    rows = "none" if labels is None else [[entry, labels(i)] for i, entry in enumerate(entries)]
+    return write_zip(tmp_path / name, entries, rows)
+
+
+def run(src, dest, *flags):
+    return CliRunner().invoke(dataset_tool.main, [f"--source={src}", f"--dest={dest}", "--workers=1", *flags])
+
+
+def converted(src, dest, *flags):
+    result = run(src, dest, *flags)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_pixels_names_and_labels_are_kept(tmp_path):
+    src, dest = source(tmp_path), tmp_path / "out.zip"
+    result = converted(src, dest)
+    assert "11 images of 16x16, RGB, with labels of 25 numbers" in result.stdout
+    with zipfile.ZipFile(dest) as archive:
+        infos = archive.infolist()
+        assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
+        assert [info.filename for info in infos] == [*(f"00000/img{i:08d}.png" for i in range(COUNT)), "dataset.json"]
+        rows = json.loads(archive.read("dataset.json"))["labels"]
+    assert rows == [[f"00000/img{i:08d}.png", camera(i)] for i in range(COUNT)]  # numbers as stored, to the last bit
+    data = ImageFolderDataset(dest, c_dim=25)
+    for i in range(COUNT):
+        np.testing.assert_array_equal(data[i][0], pixels(i).transpose(2, 0, 1))
+
+
+def test_folders_in_and_out_agree_with_zips(tmp_path):
+    src = source(tmp_path)
+    with zipfile.ZipFile(src) as archive:
+        archive.extractall(tmp_path / "folder")
+    (tmp_path / "out").mkdir()  # an empty folder may be there
+    converted(tmp_path / "folder", tmp_path / "out", "--max-images=5", "--resolution=8x8")
+    converted(src, tmp_path / "out.zip", "--max-images=5", "--resolution=8x8")
+    first, second = ImageFolderDataset(tmp_path / "out", c_dim=25), ImageFolderDataset(tmp_path / "out.zip", c_dim=25)
+    assert len(first) == len(second) == 5 and first.resolution == 8
+    for i in range(5):
+        np.testing.assert_array_equal(first[i][0], second[i][0])
+        np.testing.assert_array_equal(first[i][1], second[i][1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out", "out.zip", "source.zip"]
+    assert stat.S_IMODE((tmp_path / "out.zip").stat().st_mode) == stat.S_IMODE(src.stat().st_mode)
+
+
+def test_workers_do_not_change_a_byte(tmp_path):
+    src = source(tmp_path)
+    converted(src, tmp_path / "a.zip", "--mirror", "--resolution=8x8")
+    converted(src, tmp_path / "b.zip", "--mirror", "--resolution=8x8", "--workers=2")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_mirroring_mirrors_pixels_and_poses(tmp_path):
+    converted(source(tmp_path), tmp_path / "out.zip", "--mirror")
+    data, reference = ImageFolderDataset(tmp_path / "out.zip", c_dim=25), ImageFolderDataset(source(tmp_path), c_dim=25, xflip=True)
+    assert len(data) == 2 * COUNT
+    for i in range(COUNT):
+        for ours, theirs in ((2 * i, i), (2 * i + 1, COUNT + i)):
+            np.testing.assert_array_equal(data[ours][0], reference[theirs][0])
+            np.testing.assert_allclose(data[ours][1], reference[theirs][1], atol=1e-7)
+
+
+def test_class_labels_and_sets_without_labels(tmp_path):
+    converted(source(tmp_path, labels=lambda i: i % 3, name="classes.zip"), tmp_path / "a.zip", "--mirror")
+    assert ImageFolderDataset(tmp_path / "a.zip").get_labels().argmax(axis=1).tolist() == [i // 2 % 3 for i in range(2 * COUNT)]
+    for name, src, flags in (("b", source(tmp_path, labels=None, name="bare.zip"), ()), ("c", source(tmp_path), ("--labels=drop",))):
+        result = converted(src, tmp_path / f"{name}.zip", *flags)
+        assert "without labels" in result.stdout
+        with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
+            assert json.loads(archive.read("dataset.json")) == {"labels": None}
+
+
+def test_center_crop_takes_the_middle_square(tmp_path):
+    src = source(tmp_path, width=24, height=16, labels=None)
+    converted(src, tmp_path / "out.zip", "--transform=center-crop", "--resolution=16x16")
+    data = ImageFolderDataset(tmp_path / "out.zip", use_labels=False)
+    np.testing.assert_array_equal(data[3][0], pixels(3, 24, 16)[:, 4:20].transpose(2, 0, 1))
+
+
+def test_center_crop_wide_sets_the_picture_on_black():
+    options = ConvertOptions(transform="center-crop-wide", resolution=(16, 8))
+    image = np.asarray(transform_image(PIL.Image.fromarray(pixels(0, 16, 12) | 1), options))
+    assert image.shape == (16, 16, 3)
+    assert not image[:4].any() and not image[12:].any()
+    np.testing.assert_array_equal(image[4:12], (pixels(0, 16, 12) | 1)[2:10])
+
+
+@pytest.mark.parametrize("transform", ["center-crop", "center-crop-wide"])
+@pytest.mark.parametrize("size", [(40, 32), (30, 50), (64, 32)])
+def test_cameras_follow_the_crop(transform, size):
+    """A marked pixel of the source and its ray's direction end at the same place of the result."""
+    width, height = size
+    options = ConvertOptions(transform=transform, resolution=(32, 16) if transform.endswith("wide") else (32, 32))
+    label = np.array(camera(1))
+    label[[18, 21]] = 0.45, 0.55  # off the centre
+    image = np.zeros((height, width), np.uint8)
+    x, y = width // 2 + 3, height // 2 - 2
+    image[y - 1 : y + 2, x - 1 : x + 2] = 255
+    ray = [((x + 0.5) / width - label[18]) / label[16], ((y + 0.5) / height - label[21]) / label[20]]  # K^-1 of the pixel's centre
+    result = np.asarray(transform_image(PIL.Image.fromarray(image), options), np.float64)
+    rows, columns = np.indices(result.shape)
+    seen = [((columns + 0.5) * result).sum() / result.sum() / result.shape[1], ((rows + 0.5) * result).sum() / result.sum() / len(result)]
+    after = transform_camera(label, options, width, height)
+    np.testing.assert_array_equal(after[:16], label[:16])
+    expected = [after[16] * ray[0] + after[18], after[20] * ray[1] + after[21]]
+    np.testing.assert_allclose(seen, expected, atol=0.3 / 32)
+
+
+def test_cropped_set_says_so_and_mirrors_after_the_crop(tmp_path):
+    src = source(tmp_path, width=24, height=16)
+    result = converted(src, tmp_path / "out.zip", "--transform=center-crop", "--resolution=32x32", "--mirror")
+    assert "Intrinsics of 11 camera labels follow the crop." in result.stdout
+    assert "11 images were smaller than 32x32 and have been enlarged." in result.stdout
+    labels = ImageFolderDataset(tmp_path / "out.zip", c_dim=25).get_labels()
+    assert labels[0, 16] == pytest.approx(4.2647 * 1.5, rel=1e-5) and labels[0, 20] == pytest.approx(4.2647, rel=1e-5)
+    np.testing.assert_allclose(labels[1::2], mirror_label(torch.from_numpy(labels[::2])).numpy(), atol=1e-6)
+
+
+def entries_with(name, data):
+    return {**{f"{i}.png": png(pixels(i)) for i in range(3)}, name: data}
+
+
+def rows_with(index, value):
+    rows = [[f"{i}.png", camera(i)] for i in range(3)]
+    rows[index][1] = value
+    return rows
+
+
+ROWS = rows_with(0, camera(0))
+MISTAKES = {  # entries, labels, flags, message
+    "resolution": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=64"], "--resolution: expected WxH such as .* got '64'"),
+    "no size": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop"], "expected --resolution=WxH with it"),
+    "tall": (entries_with("1.png", png(pixels(1))), ROWS, ["--transform=center-crop-wide", "--resolution=8x16"], "expected W >= H"),
+    "not square": (entries_with("0.png", png(pixels(0, 16, 8))), ROWS, [], "'0.png': expected a square image .* got 16x8"),
+    "no power": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=12x12"], "a power of two, got 12x12"),
+    "sizes": (entries_with("2.png", png(pixels(2, 32, 32))), ROWS, [], r"'2.png': expected \[3, 16, 16\] .* as the first image, got"),
+    "kinds": (entries_with("2.png", png(pixels(2)[..., 0])), ROWS, [], r"'2.png': expected \[3, 16, 16\] .* got \[1, 16, 16\]"),
+    "mode": (entries_with("1.png", png(np.zeros((16, 16, 4), np.uint8))), ROWS, [], "'1.png': expected an 8-bit RGB .* got mode RGBA"),
+    "cut": (entries_with("1.png", png(pixels(1))[:80]), ROWS, [], "'1.png': expected a whole image, got 80 bytes"),
+    "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png': expected a whole image"),
+    "one label missing": (entries_with("1.png", png(pixels(1))), ROWS[:2], [], "got none for 1 of them, the first being '2.png'"),
+    "rotation": (entries_with("1.png", png(pixels(1))), rows_with(1, [2 * v for v in camera(1)]), [], "'1.png': expected a rotation"),
+    "other labels": (entries_with("1.png", png(pixels(1))), [[f"{i}.png", [1.0]] for i in range(3)], ["--mirror"], "25 numbers to mirror"),
+    "no images": ({"a.txt": b""}, ROWS, [], "--source: dataset .* expected images"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_end_in_one_line_and_leave_nothing(case, tmp_path):
+    entries, labels, flags, message = MISTAKES[case]
+    src = write_zip(tmp_path / "source.zip", entries, labels)
+    result = run(src, tmp_path / "out.zip", *flags)
+    assert result.exit_code == 2, result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(last)
+    assert [p.name for p in tmp_path.iterdir()] == ["source.zip"]
+
+
+def test_targets_that_exist_are_safe(tmp_path):
+    src, dest, full = source(tmp_path), tmp_path / "out.zip", tmp_path / "full"
+    dest.write_bytes(b"old")
+    full.mkdir()
+    (full / "a").write_bytes(b"")
+    for target, message in (
+        (dest, "--dest: expected a new zip (or --overwrite), got the file"), (full, "expected an empty folder, got a folder at"),
+        (src, "expected another place than --source"), (tmp_path / "x.tar", "expected a .zip or a folder"), (tmp_path, "another place"),
+    ):
+        result = run(src, target)
+        assert result.exit_code == 2 and message in result.stderr, result.stderr
+    assert dest.read_bytes() == b"old" and [p.name for p in full.iterdir()] == ["a"]
+    (tmp_path / "bad.zip").write_bytes(src.read_bytes()[:-200])
+    assert run(tmp_path / "bad.zip", dest, "--overwrite").exit_code == 2 and dest.read_bytes() == b"old"
+    converted(src, dest, "--overwrite")
+    assert len(ImageFolderDataset(dest, c_dim=25)) == COUNT
+
+
+def test_a_disk_that_refuses_ends_in_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    src = source(tmp_path)
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", refuse)
+    result = run(src, tmp_path / "out.zip")
+    assert result.exit_code == 2 and "--dest: cannot write" in result.stderr and "No space left" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["source.zip"]
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    result = converted(source(tmp_path), tmp_path / "out.zip", "--dry-run", "--max-images=4")
+    assert json.loads(result.stdout)["images"] == 4 and not (tmp_path / "out.zip").exists()
+
+
+def test_example_of_the_help_runs(repo, tmp_path):
+    command = shlex.split(example_of(dataset_tool.main))
+    command[1] = str(repo / command[1])
+    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, env=own_cache(tmp_path))
+    assert done.returncode == 0, done.stderr
+    data = ImageFolderDataset(tmp_path / "runs/example/heads32.zip", resolution=32, c_dim=25)
+    assert len(data) == 128

@@ -1,0 +1,100 @@
+"""Render samples of a generator: three views per seed side by side, and their shapes on request.
+
+Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds seedXXXX.ply (.obj, .glb, .mrc).
+
+\b
+Example:
+    python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
+from eg3d_rlhf.generators import load_generator  # noqa: E402
+from eg3d_rlhf.media.progress import StageBar  # noqa: E402
+from eg3d_rlhf.media.rendering import FFHQ_FOV, Orbit, conditioned_ws, render, tile  # noqa: E402
+from eg3d_rlhf.media.seeds import parse_seeds  # noqa: E402
+from eg3d_rlhf.media.shape_files import BORDER, save_shape, shape_suffix  # noqa: E402
+from eg3d_rlhf.sigma.mesh_export import MeshOptions  # noqa: E402
+from training.storage import write_atomic  # noqa: E402
+
+YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture, uint8 [H, W, 3], atomically."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, format="png")
+    write_atomic(path, buffer.getvalue())
+
+
+def warn_without_effect(**given) -> None:
+    """Name EG3D's options that were given and change nothing here."""
+    for flag, value in given.items():
+        if value is not None:
+            click.echo(f"Warning: --{flag} has no effect here, as in EG3D for these networks.", err=True)
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write into.")
+@option("--network", metavar="PATH", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
+        help="Generator file or run folder to sample.", group="Samples")
+@option("--seeds", metavar="LIST", required=True, help="Seeds and ranges, such as 0,2-5.", group="Samples")
+@option("--trunc", "--psi", "psi", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Truncation psi.", group="Samples")
+@option("--trunc-cutoff", "--cutoff", "cutoff", metavar="INT", type=click.IntRange(min=0), default=14, group="Samples",
+        help="ws that truncation reaches.")
+@option("--noise-mode", metavar="NAME", type=click.Choice(["const", "random", "none"]), default="const", group="Samples",
+        help="Noise of the synthesis; random is drawn from the seed.")
+@option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=FFHQ_FOV, group="Samples",
+        help="Field of view over the image's diagonal.")
+@option("--shapes", metavar="BOOL", type=bool, default=False, help="Write shapes too.", group="Shapes")
+@option("--shape-res", metavar="POINTS", type=click.IntRange(16, 1024), default=512, help="Grid points per axis.", group="Shapes")
+@option("--shape-format", metavar="NAME", default=".mrc", help=".mrc (density), .ply, .obj or .glb (surface).", group="Shapes")
+@option("--shape-level", metavar="FLOAT", type=float, default=10.0, help="Raw density of the surface.", group="Shapes")
+@option("--shape-border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=BORDER, group="Shapes",
+        help="Share of the cube to clear along each face.")
+@option("--class", "class_idx", metavar="INT", type=int, default=None, show_default=False, help="Accepted, without effect.")
+@option("--reload_modules", "reload_modules", metavar="BOOL", type=bool, default=None, show_default=False, help="Accepted, without effect.")
+@option("--device", metavar="NAME", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the generator runs.")
+@option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+def main(outdir, network, seeds, psi, cutoff, noise_mode, fov_deg, shapes, shape_res, shape_format, shape_level, shape_border, class_idx,
+         reload_modules, device, dry_run):
+    with naming("--seeds"):
+        numbers = parse_seeds(seeds)
+    with naming("--shape-format"):
+        suffix = shape_suffix(shape_format)
+    warn_without_effect(**{"class": class_idx, "reload_modules": reload_modules})
+    surface = MeshOptions(resolution=shape_res, level=shape_level, border=shape_border, component="all")
+    if dry_run:
+        settings = {
+            "outdir": str(outdir), "network": str(network or "bundled"), "seeds": numbers, "trunc": psi, "trunc_cutoff": cutoff,
+            "noise_mode": noise_mode, "fov_deg": fov_deg, "shapes": shapes, "shape_res": shape_res, "shape_format": suffix,
+            "shape_level": shape_level, "shape_border": shape_border, "device": device,
+        }
+        click.echo(json.dumps(settings, indent=1))
+        return
+    with naming("--network"):
+        G = load_generator(network, choose_device(device)).G
+    orbit = Orbit.of(G, fov=fov_deg)
+    labels = [orbit.label(yaw, PITCH) for yaw in YAWS]
+    for seed in tqdm(numbers, unit="seed", desc="samples"):
+        ws = conditioned_ws(G, [seed], orbit, psi, cutoff)
+        write_png(outdir / f"seed{seed:04d}.png", tile(render(G, ws, labels, seed, noise_mode), len(labels)))
+        if shapes:
+            with StageBar(f"seed {seed} ") as bar:
+                save_shape(outdir / f"seed{seed:04d}{suffix}", G, ws, surface, noise_mode, bar)
+    click.echo(f"{outdir}: {len(numbers)} images{f' and {suffix} shapes' if shapes else ''}")
+
+
+if __name__ == "__main__":
+    main()
