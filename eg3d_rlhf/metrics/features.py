@@ -121,7 +121,16 @@ class InceptionFeatures:
             raise ValueError(f"InceptionFeatures: expected TorchScript, got {path} ({str(error).splitlines()[0]}). Name a .pt.") from error
         self.device = torch.device(device)
         self.name = f"torchscript-{path.stem}"
-        self.dim = int(self(torch.zeros(1, 3, 64, 64)).shape[1])
+        try:
+            shape = list(self(torch.zeros(2, 3, 64, 64)).shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"InceptionFeatures: expected a net(uint8 images, return_features=True), got {path} ({str(error).splitlines()[0]}). Name "
+                "an Inception that FID pipelines use."
+            ) from error
+        if len(shape) != 2 or shape[0] != 2:
+            raise ValueError(f"InceptionFeatures: expected features [2, F] for 2 images, got {shape} from {path}. Name another detector.")
+        self.dim = shape[1]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

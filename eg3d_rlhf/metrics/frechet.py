@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
-_PSD_TOLERANCE = 1e-6  # relative to the largest eigenvalue; anything more negative is no covariance
+_PSD_TOLERANCE = 1e-6  # relative to the largest variance or eigenvalue; anything more negative is no covariance
 
 
 class FeatureNetwork(Protocol):
@@ -33,31 +34,39 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
     return mean, (cov + cov.T) / 2
 
 
-def _psd_sqrt(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semi-definite matrix; eigenvalues below zero by rounding count as zero."""
-    values, vectors = np.linalg.eigh(cov)
-    if values[0] < -_PSD_TOLERANCE * max(values[-1], 0.0) - 1e-12:
-        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got {values[0]:.3g}. Check the moments.")
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+def _factor(cov: np.ndarray) -> np.ndarray:
+    """L [F, r] with L L^T = cov [F, F] of rank r: Cholesky with pivots (LAPACK pstrf), which needs no full rank."""
+    packed, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
+    factor = np.empty((len(cov), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    scale = np.abs(np.diagonal(cov)).max(initial=0.0)
+    rest = np.abs(cov - factor @ factor.T).max(initial=0.0)  # what the factor leaves of an indefinite matrix
+    if rest > _PSD_TOLERANCE * scale + 1e-12:
+        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got one by {rest:.3g}. Check the moments.")
+    return factor
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
 
-    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1^1/2 C_2 C_1^1/2)^1/2). The last root is a sum of square roots of eigenvalues of a
-    symmetric matrix, so rank-deficient covariances (fewer samples than features) need no ridge and give no complex part.
+    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2). With C_1 = L L^T the last trace is the sum of square roots of the
+    eigenvalues of the symmetric L^T C_2 L, so covariances without full rank (fewer samples than features) need no ridge and give no
+    complex part, and 2048 features take seconds.
 
     Args: means [F], covariances [F, F]. Returns d >= 0 in squared feature units.
     Raises ValueError on shapes that disagree, non-finite values, or a matrix that is no covariance.
-    Deviates from the common recipe, which takes sqrtm of the unsymmetric product C_1 C_2: equal in theory, stabler in floating point.
+    Deviates from the common recipe, which takes sqrtm of the unsymmetric product C_1 C_2: equal in theory, stabler and faster.
     """
     mean_1, cov_1 = _check_moments(mean_1, cov_1)
     mean_2, cov_2 = _check_moments(mean_2, cov_2)
     if mean_1.shape != mean_2.shape:
         raise ValueError(f"frechet_distance: expected features of one size, got {mean_1.size} and {mean_2.size}. Use one network for both.")
-    root = _psd_sqrt(cov_1)
-    product = root @ cov_2 @ root
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2), 0.0)).sum()
+    factor = _factor(cov_1)
+    product = factor.T @ cov_2 @ factor  # [r, r]
+    values = np.linalg.eigvalsh((product + product.T) / 2)
+    if values.size and values[0] < -_PSD_TOLERANCE * np.abs(values).max() - 1e-12:
+        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got {values[0]:.3g}. Check the second set.")
+    cross = np.sqrt(np.maximum(values, 0.0)).sum()
     return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross))
 
 

@@ -1,0 +1,108 @@
+"""Convert the paper's released reward to this project's format, once, and show what its skewed training lattice makes of it.
+
+SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the weights file itself, or the word
+synthetic:reward for a small untrained one in the same layout. Nothing in the files is executed. The reward is then scored on samples of a
+generator, on the straight grid and on the lattice of its training data.
+
+\b
+Example:
+    python tools/import_reward.py synthetic:reward --out=runs/example/imported.safetensors --seeds=0-1
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
+from eg3d_rlhf.generators import load_generator  # noqa: E402
+from eg3d_rlhf.media.seeds import parse_seeds  # noqa: E402
+from eg3d_rlhf.reward.files import save_reward  # noqa: E402
+from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, ReleasedReward, compare_lattices, import_release, write_example  # noqa: E402
+from eg3d_rlhf.sigma.spec import LATTICES  # noqa: E402
+
+EXAMPLE = "synthetic:reward"
+
+
+def seeds_of(text: str) -> list[int]:
+    """'0,2-5' -> [0, 2, 3, 4, 5]; 'none' -> [].
+
+    Raises: ValueError for anything else.
+    """
+    with naming("--seeds"):
+        return [] if text == "none" else parse_seeds(text)
+
+
+def read(source: str, config: Path | None, weights: str, transform: str) -> ReleasedReward:
+    """The released reward that SOURCE names."""
+    with naming("SOURCE"):
+        if source != EXAMPLE:
+            return import_release(source, config, weights, transform)
+        with tempfile.TemporaryDirectory() as folder:
+            return import_release(write_example(folder), config, weights, transform)
+
+
+def score(released: ReleasedReward, network: Path | None, seeds: list[int], psi: float, cutoff: int, device: str) -> list[LatticeScores]:
+    """Both scores of every seed, under a progress bar."""
+    target = choose_device(device)
+    with naming("--network"):
+        generator = load_generator(network, target)
+    with tqdm(total=len(seeds), desc="scoring on both lattices", unit="seed") as bar:
+        return compare_lattices(
+            released.model.to(target), released.spec, generator.G, seeds, psi, cutoff, on_seed=lambda scores: bar.update()
+        )
+
+
+def print_scores(results: list[LatticeScores]) -> None:
+    """One line per seed, and the mean."""
+    click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
+    for r in results:
+        click.echo(f"{r.seed:8d}  {r.straight:12.6f}  {r.skewed:12.6f}  {r.difference:+12.6f}")
+    straight, skewed = (sum(getattr(r, name) for r in results) / len(results) for name in LATTICES)
+    click.echo(f"{'mean':>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@click.argument("source", metavar="SOURCE")
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True,
+        help="Reward to write (.safetensors; its description is written beside it as .json).")
+@option("--config", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the one beside the weights",
+        help="Configuration of the release (YAML).", group="Release")
+@option("--weights", metavar="NAME", default=WEIGHTS, help="Weights file inside a folder.", group="Release")
+@option("--transform", type=click.Choice(["config", "published"]), default="config", group="Release",
+        help="Grid and value range from the configuration, or the published 256 points and [0, 100].")
+@option("--lattice", type=click.Choice(LATTICES), default="straight", group="Release",
+        help="Lattice that the written reward reads; skewed is the one it was trained on, and several times slower.")
+@option("--network", metavar="PATH", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
+        help="Generator file or run folder to score.", group="Scores")
+@option("--seeds", metavar="LIST", default="0-3", help="Seeds to score, such as 0,2-5, or none.", group="Scores")
+@option("--psi", metavar="FLOAT", type=click.FloatRange(0, 2), default=1.0, help="Truncation.", group="Scores")
+@option("--cutoff", metavar="INT", type=click.IntRange(min=0), default=14, help="ws that truncation reaches.", group="Scores")
+@option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where generator and reward run.", group="Scores")
+@option("--dry-run", is_flag=True, help="Read and check everything, print what was found as JSON, write and score nothing.")
+def main(
+    source: str, out: Path, config: Path | None, weights: str, transform: str, lattice: str, network: Path | None, seeds: str, psi: float,
+    cutoff: int, device: str, dry_run: bool,
+) -> None:
+    chosen = seeds_of(seeds)
+    released = read(source, config, weights, transform)
+    spec = {**released.spec.to_dict(), "lattice": lattice}
+    described = {"arch": released.model.arch.to_dict(), "spec": spec, "meta": released.meta}
+    if dry_run:
+        click.echo(json.dumps(described, indent=1))
+        return
+    with naming("--out"):
+        path = save_reward(out, released.model, type(released.spec).from_dict(spec), released.meta)
+    parameters = sum(p.numel() for p in released.model.parameters())
+    click.echo(f"{path}: {parameters:,} parameters, slab {list(released.spec.shape)} (z, y, x), {lattice} lattice")
+    if chosen:
+        print_scores(score(released, network, chosen, psi, cutoff, device))
+
+
+if __name__ == "__main__":
+    main()

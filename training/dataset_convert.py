@@ -1,0 +1,332 @@
+"""Conversion of an image set to the form that training reads: square PNGs under running names, checked camera labels, one folder or zip.
+
+Images are decoded, cropped, resized and encoded by worker processes; the parent writes them in order, so that the result does not depend on
+the number of workers. The target appears under its own name only when it is whole.
+
+Shape letters: H, W = rows and columns of an image, C channels.
+"""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from training.dataset_files import LABELS_FILE, ImageFiles
+from training.dataset_labels import label_array
+from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
+
+TRANSFORMS = ("center-crop", "center-crop-wide")
+_ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
+_CHUNK = 8  # images per task of a worker
+_PIXEL_LIMIT = 1 << 28  # of one image; a larger header is refused before it is decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What happens to every image and label."""
+
+    transform: str | None = None  # None: the whole image; else one of TRANSFORMS
+    resolution: tuple[int, int] | None = None  # (width, height) in pixels; None keeps the size
+    max_images: int | None = None  # the first so many in the order of names
+    mirror: bool = False  # write every image mirrored as well, right after itself, with its pose mirrored
+    labels: str = "check"  # 'check': all images or none have a label; 'drop': write none
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and self.transform not in TRANSFORMS:
+            raise ValueError(f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of them.")
+        if self.labels not in ("check", "drop"):
+            raise ValueError(f"--labels: expected check or drop, got {self.labels!r}. Choose one of them.")
+        if self.resolution is not None and min(self.resolution) < 1 or self.max_images is not None and self.max_images < 1:
+            raise ValueError(f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}. Raise it.")
+        if self.transform is not None and self.resolution is None:
+            raise ValueError(f"--transform={self.transform}: expected --resolution=WxH with it, got none. Add it.")
+        if self.transform == "center-crop-wide" and self.resolution[0] < self.resolution[1]:
+            got = "x".join(map(str, self.resolution))
+            raise ValueError(f"--resolution: expected W >= H for center-crop-wide, got {got}. Swap them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written."""
+
+    images: int  # mirrored copies included
+    shape: tuple[int, int, int]  # (C, R, R)
+    labels: int  # numbers per label, 0 for none (1 for class indices)
+    enlarged: int  # source images smaller than the target
+    cropped_labels: int  # camera labels whose intrinsics follow a crop
+
+
+def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels of the part that is kept: the largest centred one of the wanted aspect ratio."""
+    if options.transform is None:
+        return 0, 0, width, height
+    w, h = (1, 1) if options.transform == "center-crop" else options.resolution
+    scale = min(width / w, height / h)
+    kept_w, kept_h = max(1, round(w * scale)), max(1, round(h * scale))
+    left, top = (width - kept_w) // 2, (height - kept_h) // 2
+    return left, top, left + kept_w, top + kept_h
+
+
+def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Image.Image:
+    """Crop, resize (Lanczos), and for center-crop-wide set the picture on a black square of its width."""
+    box = crop_box(options, *image.size)
+    image = image.crop(box)
+    if options.resolution is not None and image.size != options.resolution:
+        image = image.resize(options.resolution, PIL.Image.Resampling.LANCZOS)
+    if options.transform != "center-crop-wide":
+        return image
+    canvas = PIL.Image.new(image.mode, (image.width, image.width))
+    canvas.paste(image, (0, (image.width - image.height) // 2))
+    return canvas
+
+
+def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, height: int) -> np.ndarray:
+    """A 25-number camera label after the image's crop and padding; resizing changes nothing.
+
+    Intrinsics are in units of the image, x of its width and y of its height (EG3D's convention on square images), so a crop to a part
+    rescales them: f_x' = f_x W/w, c_x' = (c_x W - left)/w, and in y alike; the black bars of center-crop-wide do so in y once more.
+    """
+    left, top, right, bottom = crop_box(options, width, height)
+    k = label[POSE_NUMBERS:].reshape(3, 3).copy()
+    k[0] *= width / (right - left)
+    k[1] *= height / (bottom - top)
+    k[0, 2] -= left / (right - left)
+    k[1, 2] -= top / (bottom - top)
+    if options.transform == "center-crop-wide":
+        w, h = options.resolution
+        k[1] *= h / w
+        k[1, 2] += ((w - h) // 2) / w
+    return np.concatenate([label[:POSE_NUMBERS], k.reshape(-1)])
+
+
+def _decode(files: ImageFiles, entry: str) -> PIL.Image.Image:
+    """A whole RGB or greyscale image. Raises ValueError naming the entry."""
+    where, data = f"dataset {files.path}: entry {entry!r}", files.read(entry)
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > _PIXEL_LIMIT:
+                raise ValueError(f"{image.width}x{image.height} is too large")
+            image.load()
+            image = image.copy()
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace or remove the file."
+        ) from error
+    if image.mode not in ("L", "RGB"):
+        raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {image.mode}. Convert it to RGB.")
+    return image
+
+
+def _png(image: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", compress_level=0, optimize=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """One image as a worker returns it."""
+
+    png: tuple[bytes, ...]  # the image, and its mirror where asked for
+    source: tuple[int, int]  # (W, H) before
+    shape: tuple[int, int, int]  # (C, H, W) after
+
+
+_worker: tuple[ImageFiles, ConvertOptions] | None = None  # in a worker process: handed over once, not with every task
+
+
+def _start_worker(files: ImageFiles, options: ConvertOptions) -> None:
+    global _worker
+    _worker = files, options
+
+
+def _convert_in_worker(entries: list[str]) -> list[_Ready]:
+    assert _worker is not None
+    files, options = _worker
+    return _convert(files, entries, options)
+
+
+def _convert(files: ImageFiles, entries: list[str], options: ConvertOptions) -> list[_Ready]:
+    """The work of one task."""
+    ready = []
+    for entry in entries:
+        source = _decode(files, entry)
+        image = transform_image(source, options)
+        png = [_png(image)]
+        if options.mirror:
+            png.append(_png(image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)))
+        ready.append(_Ready(tuple(png), source.size, (len(image.getbands()), image.height, image.width)))
+    return ready
+
+
+def _converted(files: ImageFiles, entries: list[str], options: ConvertOptions, workers: int) -> Iterator[_Ready]:
+    """All images in order; workers run at most a few tasks ahead of what is taken."""
+    chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
+    workers = min(workers, len(chunks))
+    if workers <= 1:
+        for chunk in chunks:
+            yield from _convert(files, chunk, options)
+        return
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (files, options)) as pool:
+        pending: deque[concurrent.futures.Future] = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_convert_in_worker, chunk))
+                if len(pending) > 2 * workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ValueError("dataset_tool: expected the workers to live, got one killed. Free memory or use --workers=1.") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
+    """One checked label per image that is kept, as stored; None for a set without labels.
+
+    Raises: ValueError when only some images have one, or any is malformed; see `label_array`.
+    """
+    if options.labels == "drop" or LABELS_FILE not in files.entries:
+        return None
+    stored = files.read_labels()
+    if stored is None:
+        return None
+    names = files.images[: options.max_images]
+    stored = stored[: len(names)]
+    where = f"dataset {files.path}: {LABELS_FILE}"
+    values = label_array(stored, names, where, None)
+    if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
+        raise ValueError(
+            f"{where}: expected camera labels of {LABEL_NUMBERS} numbers to mirror, got {values.shape[1]}. Leave out --mirror, or use "
+            "--labels=drop."
+        )
+    return stored
+
+
+def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
+    """Labels of one source image's outputs; untouched numbers stay as stored."""
+    padded = options.transform == "center-crop-wide" and options.resolution[0] != options.resolution[1]
+    if isinstance(label, list) and len(label) == LABEL_NUMBERS and (padded or crop_box(options, *size) != (0, 0, *size)):
+        label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
+    if not options.mirror:
+        return [label]
+    if not isinstance(label, list):
+        return [label, label]
+    return [label, mirror_label(torch.tensor([label], dtype=torch.float64))[0].tolist()]
+
+
+def _enlarged(options: ConvertOptions, width: int, height: int) -> bool:
+    """Whether resizing has to invent pixels."""
+    if options.resolution is None:
+        return False
+    left, top, right, bottom = crop_box(options, width, height)
+    return right - left < options.resolution[0] or bottom - top < options.resolution[1]
+
+
+def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry: str, where: str) -> None:
+    _, height, width = shape
+    if height != width or width & (width - 1):
+        raise ValueError(
+            f"{where}: entry {entry!r}: expected a square image whose side is a power of two, got {width}x{height}. "
+            "Add --transform=center-crop --resolution=WxH."
+        )
+    if shape != first:
+        raise ValueError(
+            f"{where}: entry {entry!r}: expected {list(first)} (channels, height, width) as the first image, got {list(shape)}. "
+            "All images must have one size and kind: add --resolution, or convert them to RGB."
+        )
+
+
+def convert_dataset(
+    source: str | Path, dest: str | Path, options: ConvertOptions, workers: int = 1, on_image: Callable[[int], object] = lambda count: None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write `source` (folder or zip) as `dest` (a .zip, stored without compression, or a folder) with dataset.json.
+
+    Args: `on_image` is told 1 for every source image written. overwrite: replace a zip that exists (a folder never is).
+    Raises: ValueError naming file, entry and remedy for anything missing, damaged or inconsistent; OSError for a full disk. In both cases
+    `dest` is left as it was.
+    """
+    files, dest = ImageFiles(Path(source)), Path(dest)
+    where = f"dataset {files.path}"
+    labels = read_labels(files, options)
+    entries = files.images[: options.max_images]
+    rows, count, enlarged, cropped, first = [], 0, 0, 0, None
+    files.close()
+    with (
+        writer(dest, Path(source), overwrite) as write,
+        contextlib.closing(_converted(files, entries, options, workers)) as converted,
+    ):
+        for i, image in enumerate(converted):
+            first = first or image.shape
+            _check_shape(image.shape, first, entries[i], where)
+            outputs = [None] * len(image.png) if labels is None else _output_labels(labels[i], options, image.source)
+            for png, label in zip(image.png, outputs, strict=True):
+                name = f"{count // 1000:05d}/img{count:08d}.png"
+                write(name, png)
+                rows.append([name, label])
+                count += 1
+            enlarged += _enlarged(options, *image.source)
+            cropped += labels is not None and outputs[0] is not labels[i]
+            on_image(1)
+        write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
+    length = 0 if labels is None else len(labels[0]) if isinstance(labels[0], list) else 1
+    return Converted(images=count, shape=first, labels=length, enlarged=enlarged, cropped_labels=cropped)
+
+
+@contextlib.contextmanager
+def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
+    """A function write(name, bytes) into a temporary folder or zip beside `dest`, which takes its place when the block ends well.
+
+    Raises: ValueError when dest is the source, exists, or has another suffix.
+    """
+    to_zip = dest.suffix.lower() == ".zip"
+    if dest.resolve() == source.resolve() or (not to_zip and source.resolve().is_relative_to(dest.resolve())):
+        raise ValueError(f"--dest: expected another place than --source, got {dest}. Name a new one.")
+    if not to_zip and dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar"):
+        raise ValueError(f"--dest: expected a .zip or a folder, got {dest.name}. Change the name.")
+    if dest.is_dir() and (to_zip or any(dest.iterdir())):
+        wanted = "a zip file" if to_zip else "an empty folder"
+        raise ValueError(f"--dest: expected {wanted}, got a folder at {dest}{'' if to_zip else ' with content'}. Name another.")
+    if dest.is_file() and not (to_zip and overwrite):
+        raise ValueError(f"--dest: expected a new {'zip (or --overwrite)' if to_zip else 'folder'}, got the file {dest}. Name another.")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    part = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    try:
+        if to_zip:
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+                yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), data)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, dest)
+            return
+        part.mkdir()
+
+        def write(name: str, data: bytes) -> None:
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_bytes(data)
+
+        yield write
+        if dest.is_dir():
+            dest.rmdir()
+        os.replace(part, dest)
+    except OSError as error:
+        raise OSError(f"--dest: cannot write {dest} ({error}). Check the free space and the rights there.") from error
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
