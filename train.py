@@ -8,13 +8,14 @@ Composition root: flags -> settings -> objects -> loop. No mathematics here.
 """
 
 import json
-import re
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf import experiment
-from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.run_folder import next_free as next_run_dir  # noqa: F401 (also found here)
+from training.distributed import process_group
 
 RUN = "Run"
 DATA = "Data"
@@ -29,10 +30,13 @@ REWARD = "Reward fine-tuning"
 @option("--desc", group=RUN, metavar="TEXT", help="Added to the run folder's name.")
 @option("--seed", group=RUN, type=click.IntRange(min=0), default=0, help="Of everything random.")
 @option("--device", group=RUN, type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.")
-@option("--resume", group=RUN, metavar="RUN|FILE", type=click.Path(path_type=Path), help="Continue a run exactly, with its own flags.")
+@option("--resume", group=RUN, metavar="RUN|FILE", type=click.Path(path_type=Path),
+        help="Continue a run exactly, with its own flags; --kimg changes its length.")
 @option("--resume-previous", group=RUN, is_flag=True, help="With --resume: use the previous checkpoint where the newest is damaged.")
 @option("-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop.")
 @option("--no-summary", group=RUN, is_flag=True, help="Skip the before/after evaluation that ends a reward run.")
+@option("--timeout", group=RUN, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
+        help="With torchrun: how long processes wait for each other before the run ends with an error.")
 @option("--data", group=DATA, metavar="ZIP|DIR|synthetic:heads64", help="Images in EG3D's format.  [default: synthetic:heads64]")
 @option("--cond", group=DATA, type=bool, default=True, help="Use the camera labels (required by this generator).")
 @option("--mirror", group=DATA, type=bool, default=False, help="Add mirrored images, with mirrored poses.")
@@ -81,6 +85,8 @@ REWARD = "Reward fine-tuning"
 @option("--glr", group=OPT, type=click.FloatRange(min=0, min_open=True), help="G learning rate.  [default: 0.0025; by preset]")
 @option("--dlr", group=OPT, type=click.FloatRange(min=0, min_open=True), help="D learning rate.  [default: 0.002; by preset]")
 @option("--ema-kimg", group=OPT, metavar="KIMG", type=click.FloatRange(min=0), help="Half-life of G_ema.  [default: batch*10/32]")
+@option("--amp", group=OPT, type=click.Choice(["off", "bf16"]), default="off",
+        help="Main phases in bfloat16 (autocast); weights, losses, R1 and rendering stay in float32.")
 @option("--tick", group=OPT, metavar="KIMG", type=click.FloatRange(min=0, min_open=True), help="Status interval.  [default: 4; by preset]")
 @option("--snap", group=OPT, metavar="TICKS", type=click.IntRange(min=0), help="Snapshot interval.  [default: 50; by preset]")
 @option("--checkpoint-ticks", group=OPT, metavar="TICKS", type=click.IntRange(min=1), default=1, help="Resumable state interval.")
@@ -100,20 +106,15 @@ REWARD = "Reward fine-tuning"
         help="Summary of the lambda_r = 0 run to quote.  [default: recorded in assets]")
 def main(**flags) -> None:
     """Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma)."""
-    if flags["resume"] is not None:
-        experiment.resume(flags["resume"], flags["resume_previous"])
-        return
-    settings = experiment.resolve(flags)
-    if flags["dry_run"]:
+    settings = experiment.resolve(flags) if flags["resume"] is None else None
+    if flags["dry_run"] and settings is not None:
         click.echo(json.dumps(settings, indent=2, sort_keys=True))
         return
-    experiment.run(settings, next_run_dir(flags["outdir"], experiment.run_name(settings)))
-
-
-def next_run_dir(outdir: Path, name: str) -> Path:
-    """outdir/NNNNN-name with the next free number."""
-    taken = [int(m.group(1)) for p in outdir.glob("*") if (m := re.match(r"(\d{5})-", p.name))]
-    return outdir / f"{max(taken, default=-1) + 1:05d}-{name}"
+    with process_group(choose_device(flags["device"]), flags["timeout"]) as ranks:
+        if settings is None:
+            experiment.resume(flags["resume"], flags["resume_previous"], flags["kimg"], ranks)
+        else:
+            experiment.start_or_continue(settings, flags["outdir"], ranks)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf import bundled, run_folder
 from eg3d_rlhf.cli import choose_device, file_hash, naming, versions
-from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.reward.model import load_reward
+from eg3d_rlhf.generators import find_network, load_networks
+from eg3d_rlhf.reward.files import load_reward
 from eg3d_rlhf.rlhf.evaluate import Evaluation, finish
 from eg3d_rlhf.rlhf.measures import make_watch
 from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms, reward_phase
@@ -20,16 +20,18 @@ from training import checkpoint, networks, storage
 from training.augment import AugmentPipe
 from training.config import LoopConfig, OptimizerConfig, networks_for
 from training.dataset import ImageFolderDataset
+from training.distributed import SINGLE, Ranks, launch_identity, leave
 from training.gan_phases import GanConfig, GanPhases
 from training.loop import TrainingLoop, derive_seed, gan_phases, lazy_adam
+from training.run_lock import RunLock
 from training.synthetic_heads import resolve_dataset
 from training.warm_start import fit_sphere
 
 # What flags left at None become: (published presets, heads64 from scratch, heads64 from existing networks).
 DEFAULTS = {
-    "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 0.3, 0.3),
+    "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 0.2, 0.3),
     "gen_pose_cond": (False, False, False), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 32, 32),
-    "kimg": (25000, 8.064, 0.72), "batch": (None, 8, 8), "glr": (0.0025, 0.0025, 5e-5), "dlr": (0.002, 0.002, 1e-4),
+    "kimg": (25000, 18.0, 0.48), "batch": (None, 4, 8), "glr": (0.0025, 0.0025, 2e-5), "dlr": (0.002, 0.002, 1e-4),
     "rlr": (None, None, 2e-4), "start": ("G", "G", "G_ema"),
     "tick": (4, 0.5, 0.12), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
     "anchor_resolution": (64, 32, 32), "sphere_init": (0.0, 0.25, 0.0),
@@ -45,7 +47,7 @@ def resolve(flags: dict) -> dict:
     Raises: ValueError, one line per mistake, naming the flag.
     """
     s = {k: (str(v) if isinstance(v, Path) else v) for k, v in flags.items()}
-    for name in ("resume", "resume_previous", "dry_run", "outdir"):
+    for name in ("resume", "resume_previous", "dry_run", "outdir", "timeout"):
         s.pop(name, None)
     small = s["cfg"] == "heads64"
     if s["data"] is None:
@@ -89,7 +91,7 @@ def gan_config(s: dict) -> GanConfig:
         gpc_reg_prob=s["gpc_reg_prob"] if s["gen_pose_cond"] else None, gpc_reg_fade_kimg=s["gpc_reg_fade_kimg"],
         neural_rendering_resolution_initial=s["nrr_initial"], neural_rendering_resolution_final=s["nrr_final"],
         neural_rendering_resolution_fade_kimg=s["nrr_fade_kimg"], density_reg=s["density_reg"],
-        density_reg_p_dist=s["density_reg_p_dist"], reg_type=s["reg_type"],
+        density_reg_p_dist=s["density_reg_p_dist"], reg_type=s["reg_type"], amp=s["amp"] == "bf16",
     )
 
 
@@ -120,23 +122,25 @@ def run_name(s: dict) -> str:
     return name + (f"-{s['desc']}" if s["desc"] else "")
 
 
-def open_dataset(s: dict) -> ImageFolderDataset:
+def open_dataset(s: dict, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     """The training images; a synthetic set is rendered first."""
-    with naming("--data"):
+    with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s["data"])
+    with naming("--data"):
         dataset = ImageFolderDataset(path, use_labels=True, xflip=s["mirror"], random_seed=s["seed"], c_dim=25)
         if dataset.num_channels != 3:
             raise ValueError(f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them.")
     return dataset
 
 
-def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
-    """Fresh networks, or those that --init names."""
-    warn_ignored(s)
+def open_networks(s: dict, dataset: ImageFolderDataset, warm_start: bool = True) -> networks.Networks:
+    """Fresh networks, or those that --init names; `warm_start` fits fresh ones to the sphere where the settings say so."""
+    if warm_start:
+        warn_ignored(s)
     if s["init"] != "scratch":
         with naming("--init"):
             path = find_network(None if s["init"] == "bundled" else s["init"])
-            nets = networks.load(path, freeze_layers=s["freezed"])
+            nets = load_networks(path, freeze_layers=s["freezed"])
         if nets.G is None or nets.D is None:
             raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
         if nets.G.img_resolution != dataset.resolution:
@@ -154,7 +158,7 @@ def open_networks(s: dict, dataset: ImageFolderDataset) -> networks.Networks:
     G_kwargs, D_kwargs = networks_for(s["cfg"], dataset.resolution, gan_config(s), **{k: s[k] for k in keys})
     torch.manual_seed(derive_seed(s["seed"], "init"))
     nets = networks.build(G_kwargs, D_kwargs, {"name": s["data"], "resolution": dataset.resolution})
-    if s["sphere_init"] > 0:
+    if s["sphere_init"] > 0 and warm_start:
         fit_sphere(nets.G, s["sphere_init"], seed=derive_seed(s["seed"], "sphere"))
         nets.G_ema.load_state_dict(nets.G.state_dict())
     nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = s["nrr_initial"]
@@ -176,12 +180,16 @@ def warn_ignored(s: dict) -> None:
         print(f"Warning: {flags} ignored: the networks of --init={s['init']} keep their own architecture.", file=sys.stderr)
 
 
-def check_fit(s: dict, nets: networks.Networks) -> None:
-    """Settings that only the networks can judge.
+def check_fit(s: dict, nets: networks.Networks, world: int = 1) -> None:
+    """Settings that only the networks and the number of processes can judge.
 
     Raises: ValueError naming the flag.
     """
-    size, std = s["batch_gpu"] or s["batch"], nets.D.b4.mbstd
+    if s["batch"] % (world * (s["batch_gpu"] or 1)):
+        raise ValueError(
+            f"--batch: expected a multiple of {world} processes x --batch-gpu={s['batch_gpu'] or 1}, got {s['batch']}. Change one of them."
+        )
+    size, std = s["batch_gpu"] or s["batch"] // world, nets.D.b4.mbstd
     group = min(std.group_size or size, size) if std is not None else 1
     if size % group:
         flag = "--batch-gpu" if s["batch_gpu"] else "--batch"
@@ -206,12 +214,12 @@ class Objects:
     evaluation: Evaluation | None  # before/after comparison of a reward run
 
 
-def build(s: dict, run_dir: Path) -> Objects:
-    """Data, networks, phases, reward and loop of the settings."""
-    device = choose_device(s["device"])
-    dataset = open_dataset(s)
-    nets = open_networks(s, dataset).to(device)
-    check_fit(s, nets)
+def build(s: dict, run_dir: Path, ranks: Ranks = SINGLE, warm_start: bool = True) -> Objects:
+    """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
+    device = ranks.device if ranks.world > 1 else choose_device(s["device"])
+    dataset = open_dataset(s, ranks)
+    nets = open_networks(s, dataset, warm_start and ranks.main).to(device)
+    check_fit(s, nets, ranks.world)
     augment = None
     if s["aug"] != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
@@ -225,15 +233,15 @@ def build(s: dict, run_dir: Path) -> Objects:
             reward, spec, _ = load_reward(s["reward_ckpt"], device)
         with naming("--reward-watch"):
             second = None if s["reward_watch"] is None else load_reward(s["reward_watch"], device)
-        print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
-        evaluation = Evaluation(settings=s, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
-        watch = make_watch(s, reward, spec, evaluation.before, second)
-        evaluation.watch = watch
+        if ranks.main:
+            print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
+            evaluation = Evaluation(settings=s, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
+            watch = evaluation.watch = make_watch(s, reward, spec, evaluation.before, second)
         if s["lambda_r"] > 0:
             reward_terms = RewardTerms(nets.G, nets.G_ema, reward, spec, reward_config(s))
             adam = lazy_adam(nets.G, OptimizerConfig(lr=s["rlr"]), None)
             phases.append(reward_phase(reward_terms, adam))
-    loop = TrainingLoop(nets, dataset, phases, config, run_dir, options=s, augment_pipe=augment, on_tick=watch)
+    loop = TrainingLoop(nets, dataset, phases, config, run_dir, options=s, augment_pipe=augment, on_tick=watch, ranks=ranks)
     return Objects(loop, evaluation)
 
 
@@ -242,33 +250,58 @@ def copy_of(nets: networks.Networks):
     return copy.deepcopy(nets.G_ema).eval().requires_grad_(False)
 
 
-def run(s: dict, run_dir: Path) -> Path:
-    """Train with the settings in `run_dir`, then summarise a reward run. Returns run_dir."""
+def run(s: dict, run_dir: Path, ranks: Ranks = SINGLE) -> Path:
+    """Train with the settings in `run_dir`, then summarise a reward run. Returns run_dir, or the next free one where it was taken."""
     started = time.time()
-    objects = build(s, run_dir)
-    record = {**s, "versions": versions(), "hashes": input_hashes(s)}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    storage.write_atomic(run_dir / "training_options.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    print(f"Run folder {run_dir}. Training for {s['kimg']:g} thousand images on {objects.loop.device}.", flush=True)
-    _finish(objects, s, started)
+    objects = build(s, run_dir, ranks)
+    run_dir = Path(ranks.broadcast(str(run_folder.claim(run_dir, launch_identity())) if ranks.main else None))
+    objects.loop.run_dir = objects.loop.records.run_dir = run_dir
+    with RunLock(run_dir, enabled=ranks.main):
+        if ranks.main:
+            record = {**s, "versions": versions(), "hashes": input_hashes(s), "processes": ranks.world, "launch": launch_identity()}
+            run_folder.clear(run_dir)
+            storage.write_atomic(run_dir / run_folder.OPTIONS, json.dumps(record, indent=2, sort_keys=True).encode())
+            where = f"{objects.loop.device}" + (f", {ranks.world} processes" if ranks.world > 1 else "")
+            print(f"Run folder {run_dir}. Training for {s['kimg']:g} thousand images on {where}.", flush=True)
+        _finish(objects, s, started)
     return run_dir
 
 
-def resume(source: Path, previous: bool) -> Path:
-    """Continue a run from its checkpoint with its own settings. Returns the run folder."""
+def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks = SINGLE) -> Path:
+    """Continue a run from its checkpoint with its own settings, to another length if `kimg` is given. Returns the run folder."""
     started = time.time()
     run_dir = source if source.is_dir() else source.parent
-    _, meta, _ = checkpoint.read(source, previous)
-    objects = build(meta["options"], run_dir)
-    objects.loop.resume(source, previous)
-    if objects.evaluation is not None:
-        objects.evaluation.watch.restore(run_dir / "stats.jsonl")
-    _finish(objects, meta["options"], started)
+    if ranks.restarts and checkpoint.available(run_dir):
+        source = run_dir  # this very launch has come further than the checkpoint that it was given
+    with RunLock(run_dir, enabled=ranks.main and run_dir.is_dir()):
+        s = ranks.broadcast(checkpoint.read(source, previous)[1]["options"] if ranks.main else None)
+        s = {"amp": "off", **s}  # runs of earlier versions
+        if kimg is not None:
+            s["kimg"] = kimg
+        objects = build(s, run_dir, ranks, warm_start=False)  # the weights come from the checkpoint
+        objects.loop.resume(source, previous)
+        if objects.evaluation is not None:
+            objects.evaluation.watch.restore(run_dir / "stats.jsonl")
+        _finish(objects, s, started)
     return run_dir
+
+
+def start_or_continue(s: dict, outdir: Path, ranks: Ranks = SINGLE) -> Path:
+    """A new run in `outdir`; after a restart by torchrun, the run that this launch had begun. Returns the run folder."""
+    begun = None
+    if ranks.restarts:
+        begun = ranks.broadcast(str(run_folder.of_launch(outdir, launch_identity()) or "") if ranks.main else None)
+    if begun and ranks.broadcast(bool(checkpoint.available(Path(begun))) if ranks.main else None):
+        return resume(Path(begun), previous=True, ranks=ranks)
+    return run(s, Path(begun) if begun else run_folder.next_free(outdir, run_name(s)), ranks)
 
 
 def _finish(objects: Objects, s: dict, started: float) -> None:
     objects.loop.run()
+    if objects.loop.stopped is not None:
+        return
+    objects.loop.ranks.barrier()
+    leave()  # the others need not wait for the evaluation
     if objects.evaluation is not None and not s["no_summary"]:
         finish(objects.evaluation, objects.loop, started)
 

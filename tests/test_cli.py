@@ -11,13 +11,13 @@ from eg3d_rlhf import experiment
 from tests import tiny_runs
 
 FLAGS = """
---aug --batch --batch-gpu --blur-fade-kimg --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control --d-num-fp16-res --data
+--amp --aug --batch --batch-gpu --blur-fade-kimg --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control --d-num-fp16-res --data
 --decoder-lr-mul --density-reg --density-reg-every --density-reg-p-dist --desc --device --disc-c-noise --dlr --dry-run --ema-kimg --freezed
 --g-num-fp16-res --gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --init --kimg --lambda-front --lambda-r --lambda-sigma
 --map-depth --mbstd-group --mirror --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
 --neural-rendering-resolution-initial --no-summary --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p --plane-layout --reg-type --resume
 --resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sphere-init --sr-module
---sr-noise-mode --sr-num-fp16-res --start --style-mixing-prob --target --tick -n
+--sr-noise-mode --sr-num-fp16-res --start --style-mixing-prob --target --tick --timeout -n
 """.split()
 
 

@@ -14,6 +14,7 @@ import torch
 from training import networks
 from training.config import LoopConfig, OptimizerConfig, networks_for
 from training.dataset import ImageFolderDataset
+from training.distributed import SINGLE
 from training.gan_phases import Batch, GanConfig, GanPhases
 from training.loop import TrainingLoop, gan_phases
 from training.rendering.cameras import FFHQ_FOCAL, LookAtPoseSampler, intrinsics_matrix, pack_label
@@ -60,7 +61,7 @@ def build_networks(gan: GanConfig | None = None, seed: int = 0, **override) -> n
 
 
 def build_loop(
-    data: Path, run_dir: Path, *, gan: dict | None = None, loop: dict | None = None, phases=(), augment_pipe=None, nets=None
+    data: Path, run_dir: Path, *, gan: dict | None = None, loop: dict | None = None, phases=(), augment_pipe=None, nets=None, ranks=SINGLE
 ) -> TrainingLoop:
     """A loop over the four GAN phases and `phases` (a function of the networks that returns more of them)."""
     gan_config, config = GanConfig(**{**GAN, **(gan or {})}), LoopConfig(**{**LOOP, **(loop or {})})
@@ -69,7 +70,7 @@ def build_loop(
     all_phases = gan_phases(terms, OptimizerConfig(lr=0.002), OptimizerConfig(lr=0.002), config)
     all_phases += phases(nets) if callable(phases) else list(phases)
     dataset = ImageFolderDataset(data, c_dim=25)
-    return TrainingLoop(nets, dataset, all_phases, config, run_dir, augment_pipe=augment_pipe)
+    return TrainingLoop(nets, dataset, all_phases, config, run_dir, augment_pipe=augment_pipe, ranks=ranks)
 
 
 def batch(data: Path, n: int = 4, cur_nimg: int = 0, seed: int = 0) -> Batch:

@@ -6,6 +6,7 @@ pairs with a 95 % interval, and its learning curves into a run folder.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -25,7 +26,9 @@ from eg3d_rlhf.reward.run import (  # noqa: E402
     RewardRun,
     run_reward_training,
 )  # fmt: skip
+from eg3d_rlhf.reward.shared import StoppedError  # noqa: E402
 from eg3d_rlhf.reward.train import default_options, with_changes  # noqa: E402
+from training.distributed import process_group  # noqa: E402
 
 POSITIVE = click.IntRange(min=1)
 WEIGHT = click.FloatRange(min=0)
@@ -35,8 +38,8 @@ BY_PRESET = "by preset"
 def print_epoch(record: dict) -> None:
     """One fixed-width status line."""
     tqdm.write(
-        f"epoch {record['epoch'] + 1:3d}  train {record['train_accuracy']:6.3f}  val {record['val_accuracy']:6.3f}  "
-        f"val log loss {record['val_log_loss']:7.4f}  lr {record['lr']:.2e}  {record['seconds']:6.1f} s"
+        f"member {record['member']}  epoch {record['epoch'] + 1:3d}  train {record['train_accuracy']:6.3f}  "
+        f"val {record['val_accuracy']:6.3f}  val log loss {record['val_log_loss']:7.4f}  lr {record['lr']:.2e}  {record['seconds']:6.1f} s"
     )
 
 
@@ -85,6 +88,8 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
         help="Shares of the labels per split.")
 @option("--split-seed", group="Data", metavar="INT", type=click.IntRange(min=0), default=0, help="Which labels are held out.")
 @option("--preset", group="Network", type=click.Choice(list(PRESETS)), default="heads", help="Architecture, with training defaults.")
+@option("--members", group="Network", metavar="INT", type=POSITIVE, default=1,
+        help="Train so many networks from different seeds and average their scores.")
 @option("--epochs", group="Training", metavar="INT", type=POSITIVE, default=None, show_default=BY_PRESET, help="Passes, at most.")
 @option("--patience", group="Training", metavar="EPOCHS", type=POSITIVE, default=None, show_default=BY_PRESET,
         help="Stop after so many epochs without a better validation accuracy.")
@@ -108,15 +113,27 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--slab-batch", group="Run", metavar="INT", type=POSITIVE, default=16, help="Slabs drawn at once.")
 @option("--resume", group="Run", is_flag=True, help="Continue the run in --out.")
 @option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
+@option("--timeout", group="Run", metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
+        help="With torchrun: how long processes wait for each other before the run ends with an error.")
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Initialisation, order, anchors, flips.")
 @option("--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def main(out, preset, resolution, device, seed, dry_run, **options) -> None:
+def main(out, preset, resolution, device, timeout, seed, dry_run, **options) -> None:
     run = resolve(out, preset, resolution, device, seed, options)
     if dry_run:
         click.echo(json.dumps(run.to_dict(), indent=1))
         return
-    click.echo(f"training reward '{preset}' on {run.labels.name} into {run.out}", err=True)
-    print_report(run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch)), run.out)
+    with process_group(choose_device(device), timeout) as ranks:
+        run = replace(run, device=str(ranks.device)) if ranks.world > 1 else run
+        if ranks.main:
+            click.echo(f"training reward '{preset}' on {run.labels.name} into {run.out}", err=True)
+        try:
+            report = run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch) if ranks.main else None, ranks)
+        except StoppedError as stopped:
+            if ranks.main:
+                click.echo(f"{str(stopped).capitalize()}; whole epochs are kept. Continue with --resume --out={run.out}")
+            return
+        if report is not None:
+            print_report(report, run.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Running moments of named training statistics."""
 
 import math
+from collections.abc import Callable
 
 import torch
+
+Total = Callable[[torch.Tensor], torch.Tensor]  # sum of a tensor over processes, which all hold the same names
 
 
 class Collector:
@@ -23,18 +26,21 @@ class Collector:
         moments = torch.stack([torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()])
         self._moments[name] = self._moments.get(name, torch.zeros(3, dtype=torch.float64)) + moments
 
-    def mean(self, name: str) -> float | None:
-        """Mean so far, or None where nothing was reported."""
+    def mean(self, name: str, over: Total | None = None) -> float | None:
+        """Mean so far, over all processes where `over` sums, or None where nothing was reported."""
         if name not in self._moments:
             return None
-        count, total, _ = self._moments[name].tolist()
+        moments = self._moments[name].clone()
+        count, total, _ = (moments if over is None else over(moments)).tolist()
         return total / count
 
-    def flush(self) -> dict[str, dict[str, float]]:
-        """Statistics by name, in alphabetical order; the collector is empty afterwards."""
-        out = {}
-        for name in sorted(self._moments):
-            count, total, squares = self._moments[name].tolist()
+    def flush(self, over: Total | None = None) -> dict[str, dict[str, float]]:
+        """Statistics by name, in alphabetical order, over all processes where `over` sums; the collector is empty afterwards."""
+        out, names = {}, sorted(self._moments)
+        moments = torch.stack([self._moments[name] for name in names]) if names else torch.zeros(0, 3, dtype=torch.float64)
+        if over is not None and names:
+            moments = over(moments)
+        for name, (count, total, squares) in zip(names, moments.tolist(), strict=True):
             mean = total / max(count, 1)
             out[name] = {"num": int(count), "mean": mean, "std": math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))}
         self._moments.clear()

@@ -33,11 +33,16 @@ def restore_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: di
 
 def write(folder: Path, cur_nimg: int, tensors: dict[str, torch.Tensor], meta: dict) -> Path:
     """Write checkpoint-<nimg>.safetensors and delete all but the newest two."""
-    path = folder / f"checkpoint-{cur_nimg:09d}.safetensors"
+    path = path_of(folder, cur_nimg)
     storage.write_tensors(path, "checkpoint", tensors, meta)
     for old in available(folder)[:-KEEP]:
         old.unlink()
     return path
+
+
+def path_of(folder: Path, cur_nimg: int) -> Path:
+    """Name of the checkpoint after `cur_nimg` images."""
+    return folder / f"checkpoint-{cur_nimg:09d}.safetensors"
 
 
 def available(folder: Path) -> list[Path]:

@@ -110,9 +110,10 @@ def networks_for(cfg: str, resolution: int, gan: GanConfig, **override) -> tuple
     }
     if small:
         G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32)
-    D = {
+    D = {  # a short run leaves no time for a camera embedding that learns at a hundredth of the rate: D would not see poses, G stay flat
         "c_dim": 25, "img_resolution": resolution, "img_channels": 3, "block_kwargs": {"freeze_layers": override["freezed"]},
-        "mapping_kwargs": {"num_layers": 2} if small else {}, "epilogue_kwargs": {"mbstd_group_size": override["mbstd_group"]},
+        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if small else {},
+        "epilogue_kwargs": {"mbstd_group_size": override["mbstd_group"]},
         "disc_c_noise": override["disc_c_noise"], "num_fp16_res": override["d_num_fp16_res"], "conv_clamp": 256, **channels,
     }
     return G, D

@@ -3,6 +3,7 @@
 Shapes: N batch, Z z_dim, K c_dim, R final and r raw resolution.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -30,6 +31,7 @@ class GanConfig:
     density_reg: float = 0.25  # weight; 0 switches Greg off
     density_reg_p_dist: float = 0.004  # world units
     reg_type: str = "l1"
+    amp: bool = False  # networks of the main phases in bfloat16 where autocast says so; losses, R1, density and rendering stay in float32
 
     def __post_init__(self):
         if self.r1_gamma < 0:
@@ -76,11 +78,12 @@ class Batch:
     gen_z: torch.Tensor  # [N, Z]
     gen_c: torch.Tensor  # [N, K]
     cur_nimg: int
+    swap_c: torch.Tensor | None = None  # [N, K] camera of the sample before, for swapping; None = of the neighbour in this batch
 
-    def split(self, size: int) -> list["Batch"]:
-        """Pieces of at most `size` samples."""
-        parts = zip(*(t.split(size) for t in (self.real_img, self.real_c, self.gen_z, self.gen_c)), strict=True)
-        return [Batch(*tensors, self.cur_nimg) for tensors in parts]
+    @property
+    def neighbour_c(self) -> torch.Tensor:
+        """The camera [N, K] that each sample's generator is conditioned on where cameras are swapped."""
+        return torch.roll(self.gen_c, 1, 0) if self.swap_c is None else self.swap_c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +104,15 @@ class GanPhases:
     def __init__(self, G: torch.nn.Module, D: torch.nn.Module, config: GanConfig, augment_pipe: torch.nn.Module | None = None):
         self.G, self.D, self.config, self.augment_pipe = G, D, config, augment_pipe
 
-    def ws(self, z: torch.Tensor, c: torch.Tensor, swap: torch.Tensor | None, update_emas: bool = False) -> torch.Tensor:
-        """ws [N, L, W] of latents z [N, Z] under cameras c [N, K], the conditioning camera swapped where `swap` ([N, 1] or []) is true."""
-        cond = torch.zeros_like(c) if swap is None else torch.where(swap, torch.roll(c, 1, 0), c)
+    def ws(
+        self, z: torch.Tensor, c: torch.Tensor, swap: torch.Tensor | None, update_emas: bool = False, other_c: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ws [N, L, W] of latents z [N, Z] under cameras c [N, K], the conditioning camera swapped where `swap` ([N, 1] or []) is true.
+
+        The swapped camera is `other_c` [N, K], by default the neighbour's.
+        """
+        other_c = torch.roll(c, 1, 0) if other_c is None else other_c
+        cond = torch.zeros_like(c) if swap is None else torch.where(swap, other_c, c)
         ws = self.G.mapping(z, cond, update_emas=update_emas)
         if self.config.style_mixing_prob > 0:
             length = ws.shape[1]
@@ -114,23 +123,32 @@ class GanPhases:
             ws = torch.where(keep, ws, other)
         return ws
 
-    def run_G(self, z, c, sched: Schedule, update_emas: bool = False) -> dict[str, torch.Tensor]:
-        """Fake images from z [N, Z] seen from c [N, K]."""
-        swap = None
+    def run_G(self, batch: Batch, sched: Schedule, update_emas: bool = False) -> dict[str, torch.Tensor]:
+        """Fake images from the batch's latents, seen from its cameras."""
+        swap, c = None, batch.gen_c
         if sched.swapping_prob is not None:
             swap = torch.rand([c.shape[0], 1], device=c.device) < sched.swapping_prob
-        ws = self.ws(z, c, swap, update_emas)
-        return self.G.synthesis(ws, c, neural_rendering_resolution=sched.neural_rendering_resolution)
+        ws = self.ws(batch.gen_z, c, swap, update_emas, batch.neighbour_c)
+        with self._mixed(c.device):
+            img = self.G.synthesis(ws, c, neural_rendering_resolution=sched.neural_rendering_resolution)
+        return {name: x.float() for name, x in img.items()}
 
-    def run_D(self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [N, 1] and the tensors that were fed to D (blurred, augmented), for R1."""
+    def _mixed(self, device: torch.device, on: bool = True):
+        """Autocast to bfloat16 where the settings ask for it."""
+        return torch.autocast(device.type, torch.bfloat16) if self.config.amp and on else contextlib.nullcontext()
+
+    def run_D(
+        self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float, mixed: bool = True
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [N, 1] and the tensors that were fed to D (blurred, augmented), for R1; `mixed` allows reduced precision."""
         image, raw = gan_loss.blur(img["image"], blur_sigma), img["image_raw"]
         if self.augment_pipe is not None:
             size = image.shape[-1]
             both = self.augment_pipe(torch.cat([image, filtered_resizing(raw, size)], dim=1))
             image, raw = both[:, :3], filtered_resizing(both[:, 3:], raw.shape[-1])
-        logits = self.D({"image": image, "image_raw": raw}, c)
-        return logits, ([image, raw] if self.config.dual_discrimination else [image])
+        with self._mixed(c.device, mixed):
+            logits = self.D({"image": image, "image_raw": raw}, c)
+        return logits.float(), ([image, raw] if self.config.dual_discrimination else [image])
 
     def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
         raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode)
@@ -143,7 +161,7 @@ class GanPhases:
     def g_main(self, batch: Batch) -> Iterator[Loss]:
         """Non-saturating generator loss."""
         sched = schedule(self.config, batch.cur_nimg)
-        logits, _ = self.run_D(self.run_G(batch.gen_z, batch.gen_c, sched), batch.gen_c, sched.blur_sigma)
+        logits, _ = self.run_D(self.run_G(batch, sched), batch.gen_c, sched.blur_sigma)
         loss = gan_loss.generator_loss(logits)
         yield Loss(loss, {"Loss/scores/fake": logits, "Loss/signs/fake": logits.sign(), "Loss/G/loss": loss})
 
@@ -169,7 +187,7 @@ class GanPhases:
         swap = None
         if sched.swapping_prob is not None:  # one draw for the whole batch, unlike the main phases
             swap = torch.rand([], device=batch.gen_c.device) < sched.swapping_prob
-        return self.ws(batch.gen_z, batch.gen_c, swap)
+        return self.ws(batch.gen_z, batch.gen_c, swap, other_c=batch.neighbour_c)
 
     def _sigma_raw(self, ws: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         points = torch.cat([first, second], dim=1)
@@ -180,7 +198,7 @@ class GanPhases:
         """Logistic discriminator loss, fakes first; each half runs backward on its own."""
         sched = schedule(self.config, batch.cur_nimg)
         with torch.no_grad():
-            fake = self.run_G(batch.gen_z, batch.gen_c, sched, update_emas=True)
+            fake = self.run_G(batch, sched, update_emas=True)
         logits, _ = self.run_D(fake, batch.gen_c, sched.blur_sigma)
         fake_loss = gan_loss.discriminator_fake_loss(logits)
         yield Loss(fake_loss, {"Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()})
@@ -192,7 +210,7 @@ class GanPhases:
     def d_reg(self, batch: Batch) -> Iterator[Loss]:
         """R1, taken at the tensors that D is fed."""
         sched = schedule(self.config, batch.cur_nimg)
-        logits, fed = self.run_D(self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma)
+        logits, fed = self.run_D(self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma, mixed=False)
         penalty = gan_loss.r1_penalty(logits, *fed)
         loss = penalty * (self.config.r1_gamma / 2)
         stats = {"Loss/scores/real": logits, "Loss/signs/real": logits.sign(), "Loss/r1_penalty": penalty, "Loss/D/reg": loss}

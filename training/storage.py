@@ -1,5 +1,6 @@
 """One file for tensors and their description: safetensors with JSON in its header, written atomically, read without running anything."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,26 +10,39 @@ import torch
 from safetensors.torch import save
 
 FORMAT_KEY = "eg3d_rlhf"
+CHECKSUM_KEY = "sha256"
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, and rename: readers see the old file or the new one, never half."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"{path}: expected to write {len(data)} bytes, got: {reason}. What was there is whole. Make room or choose another folder."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _discard(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # nothing more can be done in a folder that is gone or read-only
+        pass
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -39,51 +53,80 @@ def remove_temporaries(folder: Path) -> None:
 
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Save tensors and a JSON-able description as one file of the given kind ('network', 'checkpoint', 'reward', ...)."""
-    described = json.dumps({"kind": kind, "meta": meta}, sort_keys=True)
     plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared storage
+    content = {"kind": kind, "meta": meta}
+    described = json.dumps({**content, CHECKSUM_KEY: checksum(plain, content)}, sort_keys=True)
     write_atomic(path, save(plain, metadata={FORMAT_KEY: described}))
+
+
+def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
+    """SHA-256 over a JSON-able description and the names, shapes, types and bytes of tensors."""
+    as_read = json.loads(json.dumps(content))  # keys become text
+    digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{list(plain.shape)}{plain.dtype}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_meta(path: str | Path, kind: str | None = None) -> dict:
     """The description of a file written by `write_tensors`, without reading its tensors."""
-    with _opened(path, kind) as (_, meta):
-        return meta
+    with _opened(path, kind) as (_, content):
+        return content["meta"]
 
 
 def read_tensors(path: str | Path, kind: str | None = None, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and description.
+    """Tensors and description; files of earlier versions have no checksum to compare with.
 
-    Raises: FileNotFoundError; ValueError for a truncated file, a foreign file, or one of another kind.
+    Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, a foreign file, or one of another kind.
     """
-    with _opened(path, kind, str(device)) as (file, meta):
-        return {name: file.get_tensor(name) for name in file.keys()}, meta
+    with _opened(path, kind) as (file, content):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    expected = content.pop(CHECKSUM_KEY, None)
+    if expected is not None and checksum(tensors, content) != expected:
+        raise ValueError(
+            f"{path}: expected a {kind or 'tensor'} file with its checksum, got other bytes than were written. It is damaged: restore it "
+            "or name another file."
+        )
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
 
 
 class _opened:  # noqa: N801 (used as a with-statement's function)
     """Open, check the kind, and translate safetensors' errors."""
 
-    def __init__(self, path: str | Path, kind: str | None, device: str = "cpu"):
-        self.path, self.kind, self.device = Path(path), kind, device
+    def __init__(self, path: str | Path, kind: str | None):
+        self.path, self.kind = Path(path), kind
 
     def __enter__(self):
         what = f"{self.path}: expected a {self.kind or 'tensor'} file"
         if not self.path.is_file():
             raise FileNotFoundError(f"{what}, got nothing there. Check the path.")
         try:
-            self.file = safetensors.safe_open(str(self.path), framework="pt", device=self.device).__enter__()
+            self.file = safetensors.safe_open(str(self.path), framework="pt", device="cpu").__enter__()
         except safetensors.SafetensorError as error:
             raise ValueError(f"{what}, got a truncated or foreign one ({error}). Restore it or name another file.") from None
         described = (self.file.metadata() or {}).get(FORMAT_KEY)
         if described is None:
             raise ValueError(f"{what}, got safetensors without this project's header. Name a file that train.py or a tool wrote.")
-        content = json.loads(described)
+        content = _description(described)
+        if content is None:
+            raise ValueError(f"{what}, got one whose header is damaged. Restore it or name another file.")
         if self.kind is not None and content["kind"] != self.kind:
             raise ValueError(f"{what}, got one of kind {content['kind']!r}. Name a {self.kind} file.")
-        return self.file, content["meta"]
+        return self.file, content
 
     def __exit__(self, *exc):
         self.file.__exit__(*exc)
         return False
+
+
+def _description(text: str) -> dict | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and {"kind", "meta"} <= content.keys() else None
 
 
 def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: str) -> None:

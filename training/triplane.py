@@ -153,7 +153,8 @@ class TriPlaneGenerator(torch.nn.Module):
             planes = self.planes(ws, **synthesis_kwargs)
         if cache_backbone:
             self._last_planes = planes
-        features, depth, opacity = self.renderer(planes, self.decoder, origins, directions, self.rendering_kwargs)
+        with torch.autocast(planes.device.type, enabled=False):  # densities reach 50 and more: too coarse in bfloat16
+            features, depth, opacity = self.renderer(planes.float(), self.decoder, origins, directions, self.rendering_kwargs)
 
         def as_image(x: torch.Tensor) -> torch.Tensor:
             return x.transpose(1, 2).reshape(ws.shape[0], -1, res, res).contiguous()

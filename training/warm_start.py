@@ -9,7 +9,7 @@ Letters: N batch, P points.
 import torch
 from tqdm import tqdm
 
-INSIDE, OUTSIDE = 20.0, -10.0  # raw density; the isosurface level 10 lies between
+INSIDE, OUTSIDE = 50.0, -10.0  # raw density; the isosurface level 10 lies between; 50 is opaque within two samples of a short ray
 EDGE = 0.05  # half the width of the transition, world units
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,14 @@ from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
 from eg3d_rlhf.preferences.labels import Preference, labels_hash, load_labels
 from eg3d_rlhf.reward.curves import collect_curves, plot_curves, write_curves
+from eg3d_rlhf.reward.ensemble import RewardEnsemble
 from eg3d_rlhf.reward.evaluation import evaluate, fit_temperature, margins, score_seeds
-from eg3d_rlhf.reward.model import save_reward
+from eg3d_rlhf.reward.files import Reward, save_reward
 from eg3d_rlhf.reward.slabs import SlabStore, cache_name, generator_slabs
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
+from training.distributed import SINGLE, Ranks, launch_identity, leave
+from training.run_lock import RunLock
 from training.storage import write_atomic
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
@@ -24,6 +27,7 @@ HEADS_RESOLUTION = 48
 HEADS_CROP = (0.12, 0.12, 0.05, 0.20, 0.20, 0.25)  # the whole bundled head, with room in front of it: slab 27 x 37 x 38
 DEFAULT_RESOLUTION = 64  # grid points per axis of the cube; the paper's crop then leaves a slab of 33 x 36 x 32
 PAPER_RESOLUTION = 256
+MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class RewardRun:
     split_seed: int = 0  # which labels are held out; apart from train.seed so that runs with several seeds share a test split
     cache: Path | None = None  # folder that keeps slabs between runs; None keeps them in RAM
     slab_batch: int = 16  # slabs drawn at once
+    members: int = 1  # networks trained apart, from seeds MEMBER_STRIDE apart, whose scores are averaged (ensemble.py)
     resume: bool = False  # continue the state in `out`
     device: str = "cpu"
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -60,26 +65,51 @@ class Listener:
     epoch: Callable[[dict], None] = lambda record: None
 
 
-def run_reward_training(run: RewardRun, listen: Listener | None = None) -> dict:
-    """Train, choose the epoch on validation pairs, score the test pairs once, write everything; returns the report.
+def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: Ranks = SINGLE) -> dict | None:
+    """Train, choose the epoch on validation pairs, score the test pairs once, write everything; returns the report, on rank 0.
 
+    Ranks draw slabs, train and score validation pairs together; rank 0 alone tests and writes.
     Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json, state.pt.
-    Raises: ValueError or FileNotFoundError for labels, networks and folders that do not fit.
+    Raises: ValueError or FileNotFoundError for labels, networks and folders that do not fit; StoppedError after SIGTERM or SIGINT.
     """
     listen = listen or Listener()
-    state_file = run.out / "state.pt"
-    if state_file.exists() and not run.resume:
+    if ranks.restarts and ranks.broadcast(_launch_of(run.out) == launch_identity()):
+        run = replace(run, resume=True)
+    if ranks.broadcast((run.out / "state.pt").exists()) and not run.resume:
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
     labels = load_labels(run.labels)
-    splits = split_by_seed(labels, run.fractions, run.split_seed)
     generator = load_generator(run.network, run.device)
     psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
+    if ranks.main:
+        run.out.mkdir(parents=True, exist_ok=True)
+    with RunLock(run.out, enabled=ranks.main):
+        return _run_locked(run, labels, generator, psi, listen, ranks)
+
+
+def _launch_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "training_options.json").read_text())["launch"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _run_locked(
+    run: RewardRun, labels: list[Preference], generator: LoadedGenerator, psi: float, listen: Listener, ranks: Ranks
+) -> dict | None:
+    splits = split_by_seed(labels, run.fractions, run.split_seed)
     place = {"crop": tuple(run.crop)} if run.crop is not None else {}
     spec = SlabSpec(resolution=run.resolution, box_warp=float(generator.G.rendering_kwargs["box_warp"]), **place)
-    data = collect_slabs(run, splits, generator, spec, psi, listen)
-    write_atomic(run.out / "training_options.json", (json.dumps({**run.to_dict(), "versions": versions()}, indent=1) + "\n").encode())
-    state = _train(run, data, state_file, listen)
-    report = assess(run, state, data, splits)
+    data = collect_slabs(run, splits, generator, spec, psi, listen, ranks)
+    if ranks.main:
+        options = {**run.to_dict(), "versions": versions(), "processes": ranks.world, "launch": launch_identity()}
+        write_atomic(run.out / "training_options.json", (json.dumps(options, indent=1) + "\n").encode())
+    states = _train(run, data, listen, ranks)
+    ranks.barrier()
+    leave()  # the others need not wait for the figures
+    if not ranks.main:
+        return None
+    model = states[0].model if len(states) == 1 else RewardEnsemble.of([state.model for state in states])
+    report = assess(run, model, states, data, splits)
     report |= {"labels_file": run.labels.name, "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
     meta = {
         "generator": generator.hash, "psi": psi, "truncation_cutoff": run.cutoff, "labels": report["labels_sha256"],
@@ -87,10 +117,11 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None) -> dict:
         "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
         "score_mean": report["score_mean"], "score_std": report["score_std"],
     }  # fmt: skip
-    save_reward(run.out / "reward.safetensors", state.model, spec, meta)
+    save_reward(run.out / "reward.safetensors", model, spec, meta)
     write_atomic(run.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     context = {"pairs": len(splits.train), "validation": len(splits.val), "seed": run.train.seed, "preset": run.train.preset}
-    curves = collect_curves(state.history, state.best_epoch, {**context, "generator": generator.hash[:8]})
+    context["member"] = f"1 of {len(states)}"
+    curves = collect_curves(states[0].history, states[0].best_epoch, {**context, "generator": generator.hash[:8]})
     plot_curves(write_curves(run.out / "curves.json", curves), run.out / "curves.png")
     return report
 
@@ -112,58 +143,72 @@ def check_origin(labels: Sequence[Preference], generator_hash: str, psi: float |
     return next((value for value in (psi, stated) if value is not None), 1.0)
 
 
-def collect_slabs(run: RewardRun, splits: Splits, generator: LoadedGenerator, spec: SlabSpec, psi: float, listen: Listener) -> TrainData:
+def collect_slabs(
+    run: RewardRun, splits: Splits, generator: LoadedGenerator, spec: SlabSpec, psi: float, listen: Listener, ranks: Ranks = SINGLE
+) -> TrainData:
     """Slabs of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache."""
     seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
     anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=seeds)["train"] if run.train.anchors else ()
-    store = _filled(run, generator, spec, psi, seeds, "slabs", listen)
-    anchor_store = _filled(run, generator, spec, ANCHOR_PSI, anchors, "anchors", listen) if anchors else None
+    store = _filled(run, generator, spec, psi, seeds, "slabs", listen, ranks)
+    anchor_store = _filled(run, generator, spec, ANCHOR_PSI, anchors, "anchors", listen, ranks) if anchors else None
     return TrainData(train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store)
 
 
 def _filled(
-    run: RewardRun, generator: LoadedGenerator, spec: SlabSpec, psi: float, seeds: Iterable[int], what: str, listen: Listener
+    run: RewardRun, generator: LoadedGenerator, spec: SlabSpec, psi: float, seeds: Iterable[int], what: str, listen: Listener, ranks: Ranks
 ) -> SlabStore:
     unique = list(dict.fromkeys(seeds))
     cache = None if run.cache is None else run.cache / cache_name(generator.hash, spec, psi, run.cutoff)
     store = SlabStore(generator_slabs(generator.G, spec, psi=psi, cutoff=run.cutoff), cache)
-    if store.fill(unique, run.slab_batch, listen.bar(len(unique), what)):
+    if store.fill(unique, run.slab_batch, listen.bar(-(-len(unique) // ranks.world), what), ranks) and ranks.main:
         store.save()
     return store
 
 
-def _train(run: RewardRun, data: TrainData, state_file: Path, listen: Listener) -> TrainState:
-    stats = run.out / "stats.jsonl"
-    if not run.resume:
+def _train(run: RewardRun, data: TrainData, listen: Listener, ranks: Ranks) -> list[TrainState]:
+    """Train every member of the ensemble, each from its own seed; the first member's is the run's."""
+    stats, members = run.out / "stats.jsonl", run.members
+    if not run.resume and ranks.main:
         stats.unlink(missing_ok=True)
-    steps = -(-len(data.train) // run.train.batch) * run.train.epochs
+    steps = -(-len(data.train) // run.train.batch) * run.train.epochs * members
     advance = listen.bar(steps, "training")
+    states = []
+    for member in range(members):
 
-    def on_epoch(record: dict) -> None:
-        with stats.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        listen.epoch(record)
+        def on_epoch(record: dict, member: int = member) -> None:
+            record = {"member": member + 1, **record}
+            if not ranks.main:
+                return
+            with stats.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            listen.epoch(record)
 
-    return train_reward(data, run.train, device=run.device, state_file=state_file, on_step=lambda: advance(1), on_epoch=on_epoch)
+        options = replace(run.train, seed=run.train.seed + MEMBER_STRIDE * member)
+        state_file = run.out / (f"state-{member + 1}.pt" if member else "state.pt")
+        hooks = {"on_step": lambda: advance(1), "on_epoch": on_epoch}
+        state = train_reward(data, options, device=run.device, state_file=state_file, ranks=ranks, **hooks)
+        states.append(state)
+    return states
 
 
-def assess(run: RewardRun, state: TrainState, data: TrainData, splits: Splits) -> dict:
+def assess(run: RewardRun, model: Reward, states: list[TrainState], data: TrainData, splits: Splits) -> dict:
     """Figures of validation and test pairs, the test pairs for the first and only time; temperature and score scale from elsewhere."""
     train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
-    scores = torch.tensor(list(score_seeds(state.model, data.store, train_seeds).values()), dtype=torch.float64)
-    val_scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
+    scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)
+    val_scores = score_seeds(model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
     temperature = fit_temperature(margins(val_scores, data.val))
     return {
-        "test": evaluate(state.model, data.store, splits.test, temperature),
-        "val": evaluate(state.model, data.store, splits.val, temperature),
+        "test": evaluate(model, data.store, splits.test, temperature),
+        "val": evaluate(model, data.store, splits.val, temperature),
         "temperature": temperature,
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "splits": splits.counts(),
-        "best_epoch": state.best_epoch + 1,
-        "epochs": state.epoch,
-        "seconds_training": sum(record["seconds"] for record in state.history),
+        "best_epoch": states[0].best_epoch + 1,
+        "epochs": states[0].epoch,
+        "members": [evaluate(state.model, data.store, splits.val, temperature) for state in states] if len(states) > 1 else [],
+        "seconds_training": sum(record["seconds"] for state in states for record in state.history),
         "preset": run.train.preset,
-        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "seed": run.train.seed,
     }

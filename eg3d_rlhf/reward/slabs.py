@@ -15,6 +15,7 @@ import torch
 from eg3d_rlhf.generators import ws_of_seeds
 from eg3d_rlhf.sigma.slab import sample_slab
 from eg3d_rlhf.sigma.spec import SlabSpec
+from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
 SlabSource = Callable[[Sequence[int]], torch.Tensor]  # seeds -> [N, 1, D, H, W] in [0, 100]
@@ -62,21 +63,38 @@ class SlabStore:
     def __len__(self) -> int:
         return len(self._row)
 
-    def fill(self, seeds: Iterable[int], batch: int = 16, on_slabs: Callable[[int], None] | None = None) -> int:
-        """Draw the seeds that are missing, `batch` at a time; `on_slabs` hears how many were added. Returns the number drawn."""
+    def fill(
+        self, seeds: Iterable[int], batch: int = 16, on_slabs: Callable[[int], None] | None = None, ranks: Ranks = SINGLE
+    ) -> int:
+        """Draw the seeds that are missing, `batch` at a time, in turn over the ranks; every rank gets all.
+
+        `on_slabs` hears how many were added here. Returns the number drawn.
+        """
+        if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._row))}) > 1:
+            self._row, self._slabs = {}, None  # the machines' caches differ
         missing = [seed for seed in dict.fromkeys(seeds) if seed not in self._row]
         old = len(self)
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            slabs = self._source(part).to("cpu", torch.float16)
-            if self._slabs is None or len(self._slabs) < old + len(missing):
-                self._grow(old + len(missing), slabs.shape[1:])
-            rows = slice(old + start, old + start + len(part))
-            self._slabs[rows] = slabs
-            self._row.update(zip(part, range(rows.start, rows.stop), strict=True))
+        parts = [(start, missing[start : start + batch]) for start in range(0, len(missing), batch)]
+        for start, part in parts[ranks.rank :: ranks.world]:
+            self._put(old + start, self._source(part), old + len(missing))
             if on_slabs:
                 on_slabs(len(part))
+        if ranks.world > 1 and missing:
+            self._exchange(old, missing, ranks)
+        self._row.update(zip(missing, range(old, old + len(missing)), strict=True))
         return len(missing)
+
+    def _put(self, row: int, slabs: torch.Tensor, rows: int) -> None:
+        if self._slabs is None or len(self._slabs) < rows:
+            self._grow(rows, slabs.shape[1:])
+        self._slabs[row : row + len(slabs)] = slabs.to("cpu", torch.float16)
+
+    def _exchange(self, old: int, missing: Sequence[int], ranks: Ranks) -> None:
+        """Add up the rows from `old` on, each of which one rank has drawn."""
+        if self._slabs is None or len(self._slabs) < old + len(missing):  # nothing to draw here: one slab, for its shape
+            self._grow(old + len(missing), self._source(missing[:1]).shape[1:])
+        for rows in self._slabs[old : old + len(missing)].split(64):
+            ranks.sum_(rows, "exchange slabs")
 
     def _grow(self, rows: int, shape: torch.Size) -> None:
         grown = torch.zeros(rows, *shape, dtype=torch.float16)

@@ -19,10 +19,13 @@ import torch
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss
 from eg3d_rlhf.reward.config import preset
-from eg3d_rlhf.reward.evaluation import log_loss, margins, score_seeds
+from eg3d_rlhf.reward.evaluation import log_loss, margins
 from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.shared import Share, StoppedError, shared_scores
 from eg3d_rlhf.reward.slabs import SlabStore
-from training.storage import write_atomic
+from training.distributed import SINGLE, Ranks
+from training.signals import StopRequest
+from training.storage import checksum, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class TrainState:
     history: list[dict] = field(default_factory=list)  # one record per epoch
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # state dict of the best epoch so far
     best_epoch: int = -1
+    ranks: Ranks = SINGLE  # this process among those of the run
+    request: StopRequest = field(default_factory=StopRequest)
 
     @property
     def best_record(self) -> dict:
@@ -112,6 +117,7 @@ def train_reward(
     state_file: Path | None = None,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[dict], None] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> TrainState:
     """Train until `epochs` or `patience` run out; returns the state with the best epoch's weights in the model.
 
@@ -120,24 +126,28 @@ def train_reward(
     Args:
         state_file: written after each epoch; a matching one that exists is continued.
         on_step, on_epoch: for progress bars and logs; on_epoch gets the epoch's record.
-    Raises: ValueError when the pairs are missing, or when `state_file` belongs to other options.
+        ranks: this process among those that train together; each step's pairs are divided among them.
+    Raises: ValueError when the pairs are missing, or when `state_file` belongs to other options; StoppedError after SIGTERM or SIGINT.
     """
     if not data.train or not data.val:
         raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
     state = new_state(options, device)
+    state.ranks = ranks
     if state.model.arch.extractor == "strided":
         seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
         state.model.extractor.calibrate(data.store.take(seeds, device))
-    if state_file is not None and state_file.is_file():
+    if state_file is not None and ranks.broadcast(state_file.is_file()):
         _load_state(state_file, state, options)
+    ranks.broadcast_((*state.model.parameters(), *state.model.buffers()))
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
-        record = _epoch(state, data, options, on_step)
+        with state.request:
+            record = _epoch(state, data, options, on_step)
         state.history.append(record)
         state.epoch += 1
         if state.best_epoch < 0 or _rank(record) > _rank(state.best_record):
             state.best_epoch = record["epoch"]
             state.best = {k: v.detach().clone() for k, v in state.model.state_dict().items()}
-        if state_file is not None:
+        if state_file is not None and ranks.main:
             _save_state(state_file, state, options)
         if on_epoch:
             on_epoch(record)
@@ -162,7 +172,7 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
         sums = _train_steps(state, data, options, steps, rng, generator, on_step)
     correct = sums.pop("correct")
     state.model.eval()
-    scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)])
+    scores = shared_scores(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)], state.ranks)
     margin = margins(scores, data.val)
     return {
         "epoch": state.epoch, "seconds": time.monotonic() - began, "lr": state.optimizer.param_groups[0]["lr"], "loss": sums,
@@ -196,34 +206,41 @@ def _step(
     generator: torch.Generator,
 ) -> dict[str, float]:
     """One update on a batch of pairs; returns its weighted loss terms and, as `correct`, the share ordered as labelled."""
-    slab, better, worse = _batch(items, data, options, rng, next(state.model.parameters()).device)
-    out = state.model(slab, reconstruct=options.weights.reconstruction > 0)
+    share = Share(len(items), state.ranks)
+    slab, better, worse = _batch(items, share, data, options, rng, next(state.model.parameters()).device)
     loss = PreferenceLoss(options.weights)
-    terms = loss(out, better, worse, pair_logits=state.model.pair_logits, slab=slab, epoch=state.epoch, generator=generator)
+    with share.draws():
+        out = state.model(slab, reconstruct=options.weights.reconstruction > 0)
+        terms = loss(out, better, worse, pair_logits=state.model.pair_logits, slab=slab, epoch=state.epoch, generator=generator)
     state.optimizer.zero_grad(set_to_none=True)
-    sum(terms.values()).backward()
-    state.optimizer.step()
-    count = len(items)
+    (sum(terms.values()) * share.weight).backward()
+    count = len(share.rows)
     correct = (out.scalar[:count] > out.scalar[count : 2 * count]).float().mean()
-    return {**{name: float(value.detach()) for name, value in terms.items()}, "correct": float(correct)}
+    figures = {**{name: float(value.detach()) for name, value in terms.items()}, "correct": float(correct)}
+    figures, stop = share.update(state.model, figures, state.request.received is not None)
+    if stop:
+        raise StoppedError(f"stopped in epoch {state.epoch + 1}")
+    state.optimizer.step()
+    return figures
 
 
-def _batch(items: Sequence[Preference], data: TrainData, options: TrainOptions, rng: np.random.Generator, device):
-    """Slabs [N, 1, D, H, W] in the order winners, losers, anchors, and index pairs (better, worse), int64 [P] each.
+def _batch(items: Sequence[Preference], share: Share, data: TrainData, options: TrainOptions, rng: np.random.Generator, device):
+    """Slabs [N, 1, D, H, W] in the order winners, losers, anchors, and index pairs (better, worse), int64 [P] each, of this rank's items.
 
     With anchors an item is the triple (anchor, winner, loser) and every ordered pair inside it is a comparison, anchor first.
     """
+    items, total = [items[i] for i in share.rows], len(items)
     count = len(items)
     slab = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
     row = torch.arange(count)
     better, worse = [row], [row + count]
     if data.anchors:
-        drawn = [data.anchors[i] for i in rng.integers(len(data.anchors), size=count)]
+        drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
         slab = torch.cat([slab, data.anchor_store.take(drawn, device)])
         better += [row + 2 * count, row + 2 * count]
         worse += [row, row + count]
     if options.mirror:
-        flip = torch.from_numpy(rng.random(len(slab)) < 0.5).to(device)
+        flip = torch.from_numpy(share.of_blocks(rng.random(len(slab) // count * total)) < 0.5).to(device)
         slab = torch.where(flip[:, None, None, None, None], slab.flip(-1), slab)
     return slab, torch.cat(better).to(device), torch.cat(worse).to(device)
 
@@ -232,14 +249,29 @@ def _save_state(path: Path, state: TrainState, options: TrainOptions) -> None:
     plain = {"epoch": state.epoch, "history": state.history, "best_epoch": state.best_epoch, "options": asdict(options)}
     tensors = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "best": state.best}
     buffer = io.BytesIO()
-    torch.save({**tensors, "plain": json.dumps(plain)}, buffer)
+    torch.save({**tensors, "plain": json.dumps(plain), "sha256": checksum(_flat(tensors), plain)}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
+def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of nested dictionaries and lists, by path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    found = {name: value} if isinstance(value, torch.Tensor) else {}
+    for key, part in items:
+        found.update(_flat(part, f"{name}/{key}"))
+    return found
+
+
 def _load_state(path: Path, state: TrainState, options: TrainOptions) -> None:
+    """Read on rank 0; every rank continues from the same bytes."""
+    data = torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy()) if state.ranks.main else None
+    data = state.ranks.broadcast_named({"file": data})["file"]
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
         plain = json.loads(stored["plain"])
+        written = stored.pop("sha256", None)  # files of earlier versions have none
+        if written is not None and written != checksum(_flat(stored), plain):
+            raise ValueError("other bytes than were written")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         what = type(error).__name__
         raise ValueError(f"train_reward({path.name}): expected a training state, got {what}. Delete it to start over.") from error

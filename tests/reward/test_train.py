@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.reward.evaluation import calibration_error, evaluate, fit_temperature, log_loss, margins
-from eg3d_rlhf.reward.model import load_reward
+from eg3d_rlhf.reward.files import load_reward
 from eg3d_rlhf.reward.slabs import SlabStore
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, default_options, train_reward, with_changes
 from tools.train_reward import main
@@ -227,7 +227,7 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
 def test_flags_of_the_command_are_frozen():
     assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
         "--network --labels --resolution --crop --psi --cutoff "
-        "--any-generator --fractions --split-seed --preset --epochs --patience --batch --lr "
+        "--any-generator --fractions --split-seed --preset --members --epochs --patience --batch --lr "
         "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction --out "
-        "--cache --slab-batch --resume --device --seed --dry-run".split()
+        "--cache --slab-batch --resume --device --timeout --seed --dry-run".split()
     )

@@ -1,0 +1,332 @@
+"""Several processes give what one gives, and end together: equality, signals, a dead rank, a restart by torchrun."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from tests import tiny_runs
+from tests.tiny_runs import build_loop, build_networks, state, train_flags
+from training import checkpoint, storage
+from training.augment import AugmentPipe
+from training.distributed import SINGLE, Ranks
+from training.draws import RowDraws
+from training.rounds import GradientSum, Layout
+
+RUN = "import sys, train; train.main(sys.argv[1:])"
+TEN = ("--kimg=0.04", "--tick=0.02", "--snap=0", "--no-summary")  # 10 iterations of 4 images, two checkpoints
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(code: str, *flags: str, world: int = 2, repo: Path = Path(train.__file__).parent) -> list[subprocess.Popen]:
+    """The processes that torchrun would start, without its own."""
+    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(world)} for i in range(world)]
+    return [subprocess.Popen([sys.executable, "-c", code, *flags], env={**env, **rank}, **pipes) for rank in ranks]
+
+
+def finish(processes: list[subprocess.Popen], codes: tuple[int, ...] = (0, 0)) -> list[tuple[str, str]]:
+    try:
+        output = [p.communicate(timeout=300) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert tuple(p.returncode for p in processes) == codes, output
+    return output
+
+
+def one_process(*flags: str) -> None:
+    result = CliRunner().invoke(train.main, list(flags))
+    assert result.exit_code == 0, result.output
+
+
+def only_run(outdir: Path) -> Path:
+    (folder,) = outdir.iterdir()
+    return folder
+
+
+def last_state(outdir: Path) -> dict[str, torch.Tensor]:
+    return storage.read_tensors(checkpoint.available(only_run(outdir))[-1], "checkpoint")[0]
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative difference of a parameter or buffer, in the Euclidean norm."""
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).norm() / a[k].double().norm().clamp_min(1e-12)) for k in a)
+
+
+# What a part of a batch draws.
+
+
+@pytest.mark.parametrize("rows", [range(0, 6, 2), range(1, 6, 2), range(4, 5)])
+def test_random_rows_are_those_of_the_whole_batch(rows):
+    def draw(m):
+        torch.manual_seed(3)
+        x = torch.zeros([m, 2])
+        u = torch.rand(m * 5, 2).reshape(m, 5, 2)  # five values a sample, as rays have them
+        return [torch.randn([m, 3]), torch.rand([]).expand(m), torch.randn_like(x), torch.rand_like(x), u, torch.randn(size=[m, 1])]
+
+    whole = draw(6)
+    with RowDraws(rows, 6):
+        part = draw(len(rows))
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[list(rows)], b)
+
+
+def test_dropout_and_drawn_orders_come_in_blocks():
+    rows, x = [1, 3], torch.randn([8, 40])  # two blocks of four samples
+
+    def draw(x):
+        torch.manual_seed(0)
+        return torch.nn.functional.dropout(x, 0.7), torch.multinomial(torch.full((len(x), 2), 0.5), 1)
+
+    whole, blocks = draw(x), [1, 3, 5, 7]
+    with RowDraws(rows, 4, blocks=True):
+        part = draw(x[blocks])
+    assert all(torch.equal(a[blocks], b) for a, b in zip(whole, part, strict=True))
+    with RowDraws(rows, 4), pytest.raises(AssertionError, match="draw with rand or randn"):
+        torch.empty(2).normal_()
+
+
+def test_rounds_cover_the_batch_once_and_keep_minibatch_std_groups():
+    world = [Layout(24, Ranks(rank=r, world=3), 4) for r in range(3)]
+    assert {(one.here, one.total) for one in world} == {(2, 6)}
+    rows = [list(range(24))[one.rows(turn)] for one in world for turn in range(2)]
+    assert sorted(sum(rows, [])) == list(range(24)) and {len(r) for r in rows} == {4}
+    groups = {frozenset(range(i, 24, 6)) for i in range(6)}  # samples i, i + N/G, ... with G = 4
+    assert {frozenset(r) for r in rows} == groups
+    for r, one in enumerate(world):
+        mine = list(range(24))[r::3]
+        assert [mine[one.local_rows(turn)] for turn in range(2)] == rows[2 * r : 2 * r + 2]
+    for batch, ranks, size in ((6, Ranks(world=4), None), (8, Ranks(world=2), 3), (2, Ranks(world=3), None)):
+        with pytest.raises(ValueError, match="--batch: expected a multiple of"):
+            Layout(batch, ranks, size)
+
+
+def test_gradients_of_rounds_add_up():
+    weight = torch.nn.Parameter(torch.ones(2))
+    other = torch.nn.Parameter(torch.ones(2))
+    sums = GradientSum([weight, other], 2)
+    for factor in (2.0, 3.0):
+        (weight * factor).sum().backward()
+        sums.end_round()
+    sums.finish()
+    assert weight.grad.tolist() == [5.0, 5.0] and other.grad is None
+
+
+def accumulated(data, folder, batch_gpu, group):
+    pipe = AugmentPipe(xflip=1, scale=1, brightness=1).train().requires_grad_(False)
+    pipe.p.fill_(0.5)
+    nets = build_networks(mbstd_group=group)
+    settings = {"batch": 8, "batch_gpu": batch_gpu, "total_kimg": 0.08, "kimg_per_tick": 0.08}
+    loop = build_loop(data, folder, loop=settings, gan={"style_mixing_prob": 0.5}, nets=nets, augment_pipe=pipe)
+    loop.run()
+    return {f"{name}.{k}": v for name in ("G", "D", "G_ema") for k, v in state(getattr(loop.nets, name)).items()}
+
+
+def test_four_rounds_of_two_equal_one_of_eight(tiny_data, tmp_path):
+    whole, split = (accumulated(tiny_data, tmp_path / str(size), size, group=2) for size in (None, 2))
+    assert largest_difference(whole, split) <= 1e-5
+    assert any(not torch.equal(whole[k], split[k]) for k in whole), "rounding differs: the rounds did run apart"
+
+
+# Two ranks against one.
+
+
+@pytest.fixture(scope="module")
+def pairs_of_two(tmp_path_factory) -> Path:
+    """The tiny networks with minibatch-std groups of 2, which fit into half of a batch of 4; no parameter is still at its initial zero."""
+    nets, generator = build_networks(mbstd_group=2), torch.Generator().manual_seed(5)
+    for net in (nets.G, nets.D):
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    nets.G_ema.load_state_dict(nets.G.state_dict())
+    path = tmp_path_factory.mktemp("networks") / "tiny2.safetensors"
+    tiny_runs.networks.save(path, nets)
+    return path
+
+
+@pytest.fixture(scope="module", params=["GAN", "RLHF"])
+def two_ranks(request, tiny_data, pairs_of_two, tiny_reward, tmp_path_factory):
+    """Flags of a run of ten iterations, without its folder, and the folder in which two ranks ran it."""
+    reward = ["--reward=sigma", f"--reward-ckpt={tiny_reward}", "--lambda-r=1"]
+    reward = reward if request.param == "RLHF" else ["--reward=none"]
+    outdir = tmp_path_factory.mktemp(request.param)
+    more = ("--glr=0.0005", "--dlr=0.0005", "--style-mixing-prob=0.5", "--aug=ada", *reward)
+
+    def flags(folder: Path) -> list[str]:
+        return train_flags(tiny_data, pairs_of_two, folder, *TEN, *more)
+
+    output = finish(start(RUN, *flags(outdir)))
+    return flags, outdir, output
+
+
+def test_two_ranks_equal_two_rounds_of_one_rank_to_the_last_bit(two_ranks, tmp_path):
+    flags, outdir, _ = two_ranks
+    one_process(*flags(tmp_path), "--batch-gpu=2")
+    expected, got = last_state(tmp_path), last_state(outdir)
+    assert [k for k in expected if not torch.equal(expected[k], got[k])] == []
+
+
+def test_two_ranks_equal_one_rank_at_the_same_batch(two_ranks, tmp_path):
+    flags, outdir, _ = two_ranks
+    one_process(*flags(tmp_path))
+    parameters = [{k: v for k, v in last_state(d).items() if k.split(".")[0] in ("G", "D", "G_ema")} for d in (tmp_path, outdir)]
+    assert largest_difference(*parameters) <= 1e-5
+    texts = [(only_run(d) / "stats.jsonl").read_text() for d in (tmp_path, outdir)]
+    counts = [re.findall(r'"num": (\d+)', text) for text in texts]
+    assert counts[0] == counts[1], "statistics are over all ranks"
+
+
+def test_rank_zero_alone_prints(two_ranks):
+    _, outdir, ((first, _), (second, quiet)) = two_ranks
+    assert "2 processes" in first and "tick 2" in first
+    assert second == "" and "tick" not in quiet
+    assert not (only_run(outdir) / "run.lock").exists()
+
+
+REWARD = """
+import os, sys, torch
+from tests.training.test_distributed import reward_training
+from training.distributed import process_group
+torch.set_num_threads(1)
+with process_group(torch.device("cpu"), 2) as ranks:
+    found = reward_training(ranks)
+    if ranks.main:
+        torch.save(found, sys.argv[1])
+"""
+UNDECIDED = ("output_layer.bias", "conv3d_for_recon.bias")  # only differences of scores and affine-free slabs enter the losses
+
+
+def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Two epochs of five steps on toy slabs, the last step of an epoch with one pair; with anchors, dropped features and flips."""
+    from dataclasses import replace
+
+    from eg3d_rlhf.reward import config
+    from eg3d_rlhf.reward.train import TrainData, TrainOptions, train_reward, with_changes
+    from tests.reward.test_train import SHAPE, filled, toy_labels
+
+    pairs, val, anchors = toy_labels(17), toy_labels(6, 100), toy_labels(3, 500)
+    seeds = [s for p in anchors for s in (p.winner, p.loser)]
+    data = TrainData(train=pairs, val=val, store=filled(pairs, val), anchors=seeds, anchor_store=filled(anchors))
+    config.PRESETS["rank-test"] = replace(config.HEADS, slab_shape=SHAPE, members=1)
+    options = with_changes(TrainOptions(preset="rank-test"), epochs=2, patience=2, batch=4, anchors=6, drawn_from_epoch=1)
+    return train_reward(data, options, ranks=ranks).model.state_dict()
+
+
+def test_reward_training_on_two_ranks_equals_one(tmp_path):
+    finish(start(REWARD, str(tmp_path / "two.pt")))
+    two, one = torch.load(tmp_path / "two.pt", weights_only=True), reward_training(SINGLE)
+    decided = [{k: v for k, v in states.items() if not k.endswith(UNDECIDED)} for states in (one, two)]
+    assert largest_difference(*decided) <= 1e-5
+    for name in one.keys() - decided[0].keys():  # their gradient is zero but for rounding, which Adam enlarges to its step at most
+        assert float((one[name] - two[name]).abs().max()) < 1e-3
+
+
+# Ending together.
+
+PAUSING = """
+import os, signal, sys, time, train
+from training.loop import TrainingLoop
+step = TrainingLoop.step
+def signalled_step(self):
+    step(self)
+    if self.batch_idx == 7 and self.ranks.rank == {rank} and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.{signal})
+        time.sleep(0.2)
+TrainingLoop.step = signalled_step
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_straight_one(two_ranks, tmp_path):
+    flags, straight, _ = two_ranks
+    (said, _), _ = finish(start(PAUSING.format(rank=1, signal="SIGTERM"), *flags(tmp_path)))
+    folder = only_run(tmp_path)
+    assert f"SIGTERM: stopped at 28 images. Continue with --resume={folder}" in said
+    assert checkpoint.available(folder)[-1].name == "checkpoint-000000028.safetensors"
+    finish(start(RUN, f"--resume={folder}"))
+    assert_equal(straight, tmp_path)
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    """Final state and statistics, to the last bit."""
+    a, b = last_state(first), last_state(second)
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert (only_run(first) / "stats.jsonl").read_text() == (only_run(second) / "stats.jsonl").read_text()
+
+
+@pytest.mark.long
+def test_a_killed_rank_ends_the_others_with_one_line(two_ranks, tmp_path):
+    flags, straight, _ = two_ranks
+    output = finish(start(PAUSING.format(rank=1, signal="SIGKILL"), *flags(tmp_path), "--timeout=0.5"), (2, -signal.SIGKILL))
+    errors = [line for line in output[0][1].splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1 and "rank 0 of 2: expected every rank to" in errors[0] and "--resume" in errors[0]
+    finish(start(RUN, f"--resume={only_run(tmp_path)}"))
+    assert_equal(straight, tmp_path)
+
+
+@pytest.mark.long
+def test_an_error_of_one_rank_is_said_once(tiny_data, pairs_of_two, tmp_path):
+    flags = train_flags(tiny_data, pairs_of_two, tmp_path, *TEN)
+    output = finish(start(RUN, *flags, "--batch=5"), (2, 2))
+    lines = [line for _, err in output for line in err.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1 and "--batch: expected a multiple of 2 processes" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@contextlib.contextmanager
+def torchrun(*flags: str, code: str, folder: Path):
+    """torchrun with two processes; yields its process."""
+    script = folder / "script.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script)]
+    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_and_the_run_continues(two_ranks, tmp_path, rank):
+    flags, straight, _ = two_ranks
+    (tmp_path / "runs").mkdir()
+    code = PAUSING.format(rank=rank, signal="SIGKILL")
+    with torchrun(*flags(tmp_path / "runs"), code=code, folder=tmp_path) as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "Resumed from" in errors
+    assert_equal(straight, tmp_path / "runs")
+
+
+@pytest.mark.long
+def test_terminating_torchrun_leaves_a_checkpoint(two_ranks, tmp_path):
+    flags, straight, _ = two_ranks
+    (tmp_path / "runs").mkdir()
+    with torchrun(*flags(tmp_path / "runs"), code=RUN, folder=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("tick 1"):
+                process.terminate()
+                break
+        said, errors = process.communicate(timeout=300)
+    assert "SIGTERM: stopped at" in said, errors
+    finish(start(RUN, f"--resume={only_run(tmp_path / 'runs')}"))
+    assert_equal(straight, tmp_path / "runs")

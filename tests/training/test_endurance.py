@@ -1,0 +1,301 @@
+"""What may go wrong under a run: each ends with one clear line and exit code 2, or as asked, and nothing is lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from tests.tiny_runs import assert_same, batch, build_loop, build_networks, state, train_flags
+from training import checkpoint, storage
+from training.gan_phases import GanConfig, GanPhases
+from training.loop import TrainingLoop
+from training.run_lock import FILE, RunLock
+from training.signals import StopRequest
+
+RUN = ("--kimg=0.048", "--tick=0.016", "--snap=0")  # 12 iterations, three checkpoints
+
+
+def run(*flags: str):
+    return CliRunner().invoke(train.main, [str(f) for f in flags])
+
+
+def only_run(outdir: Path) -> Path:
+    (folder,) = outdir.iterdir()
+    return folder
+
+
+def assert_one_line(result, *texts: str) -> None:
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Resumed from")]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), lines
+    for text in texts:
+        assert text in lines[0]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
+    """Folder of a whole run."""
+    outdir = tmp_path_factory.mktemp("straight")
+    result = run(*train_flags(tiny_data, tiny_networks, outdir, *RUN))
+    assert result.exit_code == 0, result.output
+    return only_run(outdir)
+
+
+@pytest.fixture
+def copy(straight, tmp_path) -> Path:
+    """A copy of the run without its last checkpoint."""
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    checkpoint.available(folder)[-1].unlink()
+    return folder
+
+
+def assert_equal_end(first: Path, second: Path) -> None:
+    a, b = (storage.read_tensors(checkpoint.available(folder)[-1])[0] for folder in (first, second))
+    assert_same(a, b)
+    assert (first / "stats.jsonl").read_text() == (second / "stats.jsonl").read_text()
+
+
+# Signals.
+
+SIGNALLED = """
+import os, signal, sys, train
+from training.loop import TrainingLoop
+step = TrainingLoop.step
+def signalled_step(self):
+    step(self)
+    if self.batch_idx == 6:
+        os.kill(os.getpid(), signal.{0})
+        {1}
+TrainingLoop.step = signalled_step
+train.main(sys.argv[1:])
+"""
+
+
+def signalled(name: str, then: str, *flags: str) -> subprocess.CompletedProcess:
+    env = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""}
+    command = [sys.executable, "-c", SIGNALLED.format(name, then), *flags]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(name, straight, tiny_data, tiny_networks, tmp_path):
+    done = signalled(name, "pass", *train_flags(tiny_data, tiny_networks, tmp_path, *RUN))
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    assert f"{name}: stopped at 24 images. Continue with --resume={folder}" in done.stdout
+    assert checkpoint.available(folder)[-1].name == "checkpoint-000000024.safetensors" and not (folder / FILE).exists()
+    result = run(f"--resume={folder}")
+    assert result.exit_code == 0, result.output
+    assert_equal_end(straight, folder)
+
+
+def test_a_second_interrupt_ends_at_once(tiny_data, tiny_networks, tmp_path):
+    done = signalled("SIGINT", "os.kill(os.getpid(), signal.SIGINT)", *train_flags(tiny_data, tiny_networks, tmp_path, *RUN))
+    assert done.returncode == -signal.SIGINT
+    assert [p.name for p in checkpoint.available(only_run(tmp_path))] == ["checkpoint-000000016.safetensors"]
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.received == "SIGTERM"
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# Locks.
+
+
+def test_two_runs_on_one_folder(copy):
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    with RunLock(copy):
+        assert_one_line(run(f"--resume={copy}"), f"run folder {copy}: expected no other run in it, got process {os.getpid()} on ")
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+    assert run(f"--resume={copy}").exit_code == 0
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    code = f"import os, signal\nfrom training.run_lock import RunLock\nfrom pathlib import Path\nwith RunLock(Path({str(tmp_path)!r})):\n"
+    code += "    os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": ""})
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / FILE).exists()
+    with RunLock(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / FILE).read_text()
+    assert not (tmp_path / FILE).exists()
+
+
+def test_runs_that_start_together_take_different_folders(tmp_path):
+    from eg3d_rlhf.run_folder import claim, next_free
+
+    wanted = next_free(tmp_path, "a")
+    assert [claim(wanted, None).name for _ in range(3)] == ["00000-a", "00001-a", "00002-a"]
+
+
+# Disks.
+
+
+def test_a_full_disk_while_statistics_are_written(copy):
+    (copy / "timing.jsonl").unlink()
+    (copy / "timing.jsonl").symlink_to("/dev/full")  # every write fails as on a full disk
+    result = run(f"--resume={copy}")
+    assert_one_line(result, f"run folder {copy}: expected to write into it", "No space left on device", "Last good checkpoint: ")
+    assert "checkpoint-000000032.safetensors" in result.stderr
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(straight, copy, monkeypatch):
+    kept, fsync = checkpoint.available(copy)[-1].read_bytes(), os.fsync
+
+    def full(file):
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".tmp") and "checkpoint" in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    result = run(f"--resume={copy}")
+    assert_one_line(result, "checkpoint-000000048.safetensors: expected to write ", "No space left on device", "Last good checkpoint: ")
+    assert checkpoint.available(copy)[-1].read_bytes() == kept and not list(copy.glob(".*"))
+    monkeypatch.undo()
+    assert run(f"--resume={copy}").exit_code == 0
+    assert_equal_end(straight, copy)
+
+
+def test_a_folder_that_cannot_be_made(tiny_data, tiny_networks, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run(*train_flags(tiny_data, tiny_networks, tmp_path / "file" / "runs", *RUN))
+    assert_one_line(result, "--outdir: expected to make ", "Not a directory", "Choose a folder that can be written")
+
+
+def test_a_folder_that_becomes_read_only(copy, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(storage.os, "replace", refuse)
+    assert_one_line(run(f"--resume={copy}"), "Read-only file system")
+    assert [p.name for p in checkpoint.available(copy)][-1] == "checkpoint-000000032.safetensors"
+
+
+def test_data_that_vanish_in_mid_run(straight, tiny_data, tiny_networks, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    with zipfile.ZipFile(tiny_data) as archive:
+        archive.extractall(data)
+    step, fetch = TrainingLoop.step, TrainingLoop._fetch_real
+
+    def vanish(self):
+        step(self)
+        if self.batch_idx == 6:
+            (data / "00000").rename(tmp_path / "elsewhere")
+
+    def without_memory(self):
+        self.dataset._cache = None
+        return fetch(self)
+
+    monkeypatch.setattr(TrainingLoop, "step", vanish)
+    monkeypatch.setattr(TrainingLoop, "_fetch_real", without_memory)
+    result = run(*train_flags(data, tiny_networks, tmp_path / "runs", *RUN))
+    folder = only_run(tmp_path / "runs")
+    assert_one_line(result, f"dataset {data}: cannot read entry", f"Stopped at 24 images; continue with --resume={folder}")
+    monkeypatch.undo()
+    (tmp_path / "elsewhere").rename(data / "00000")
+    assert run(f"--resume={folder}").exit_code == 0
+    assert_equal_end(straight, folder)
+
+
+# Damage.
+
+
+@pytest.fixture
+def small_file(tmp_path) -> Path:
+    path = tmp_path / "small.safetensors"
+    tensors = {"a": torch.arange(40.0).reshape(5, 8), "b": torch.tensor([True, False]), "c": torch.tensor(3)}
+    storage.write_tensors(path, "checkpoint", tensors, {"step": 7, "name": "x", "weights": {1: 0.5}})
+    return path
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(small_file):
+    whole = small_file.read_bytes()
+    tensors, meta = storage.read_tensors(small_file, "checkpoint")
+    noticed = 0
+    for position in range(len(whole)):
+        for mask in (0x01, 0x20):
+            damaged = bytearray(whole)
+            damaged[position] ^= mask
+            small_file.write_bytes(damaged)
+            try:
+                found, described = storage.read_tensors(small_file, "checkpoint")
+            except ValueError as error:
+                noticed += 1
+                assert "\n" not in str(error) and "small.safetensors: expected a checkpoint file" in str(error)
+            else:
+                assert_same(tensors, found)
+                assert described == meta
+    assert noticed > 1.9 * len(whole)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(straight, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(straight, copy)
+    newest = checkpoint.available(copy)[-1]
+    data = bytearray(newest.read_bytes())
+    data[-1000] ^= 0x10
+    newest.write_bytes(data)
+    assert_one_line(
+        run(f"--resume={copy}"), "--resume: ", f"{newest.name}: expected a checkpoint file with its checksum, got other bytes",
+        "Add --resume-previous to continue from checkpoint-000000032.safetensors.",
+    )
+
+
+def test_files_without_a_checksum_are_still_read(tmp_path):
+    import json
+
+    from safetensors.torch import save
+
+    described = json.dumps({"kind": "checkpoint", "meta": {"x": 1}})
+    (tmp_path / "old.safetensors").write_bytes(save({"a": torch.ones(2)}, metadata={storage.FORMAT_KEY: described}))
+    tensors, meta = storage.read_tensors(tmp_path / "old.safetensors", "checkpoint")
+    assert tensors["a"].tolist() == [1, 1] and meta == {"x": 1}
+
+
+# Reduced precision.
+
+
+def test_bf16_trains_with_fp32_weights_and_stays_finite(tiny_data, tmp_path):
+    loops = [build_loop(tiny_data, tmp_path / str(amp), gan={"amp": amp}, nets=build_networks()) for amp in (False, True)]
+    for loop in loops:
+        loop.run()
+    full, reduced = (state(loop.nets.G) for loop in loops)
+    assert all(v.dtype == full[k].dtype and torch.isfinite(v).all() for k, v in reduced.items())
+    assert any(not torch.equal(full[k], reduced[k]) for k in full)
+
+
+def test_bf16_leaves_r1_and_density_in_fp32_and_all_losses(tiny_data):
+    found = []
+    for amp in (False, True):
+        nets = build_networks()
+        phases = GanPhases(nets.G, nets.D, GanConfig(r1_gamma=1.0, gpc_reg_prob=None, neural_rendering_resolution_initial=8, amp=amp))
+        values = {}
+        for name in ("g_main", "g_reg", "d_reg"):
+            nets.D.requires_grad_(name == "d_reg")
+            torch.manual_seed(0)
+            values[name] = next(iter(getattr(phases, name)(batch(tiny_data)))).value.detach()
+        found.append(values)
+    plain, mixed = found
+    assert all(v.dtype == torch.float32 for v in mixed.values())
+    assert torch.equal(plain["g_reg"], mixed["g_reg"]) and torch.equal(plain["d_reg"], mixed["d_reg"])
+    assert not torch.equal(plain["g_main"], mixed["g_main"])
+    torch.testing.assert_close(plain["g_main"], mixed["g_main"], rtol=0.05, atol=0.05)
+
+
+def test_bf16_is_a_flag(straight, tiny_data, tiny_networks, tmp_path):
+    result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--amp=bf16"))
+    assert result.exit_code == 0, result.output
+    a, b = (storage.read_tensors(checkpoint.available(folder)[-1])[0] for folder in (straight, only_run(tmp_path)))
+    assert any(not torch.equal(a[k], b[k]) for k in a if k.startswith("G."))

@@ -1,0 +1,213 @@
+"""The processes of one run, as torchrun starts them: what they sum, agree on and tell each other. One process needs no group.
+
+A run on W ranks does what one rank does with W rounds per batch (docs/distributed.md): rank r takes rows r, r + W, ... of every batch.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+
+
+class PeerLostError(ValueError):
+    """Another process of the run died, stopped or did not answer in time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among those of the run; the default is a run of one process, for which every method is trivial."""
+
+    rank: int = 0
+    world: int = 1  # number of processes
+    local_rank: int = 0  # among those of this machine
+    restarts: int = 0  # how often torchrun has restarted the workers
+    device: torch.device = torch.device("cpu")  # where the process computes, and the group exchanges tensors
+    minutes: float = 30.0  # how long an answer may take
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes, prints and evaluates."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def _exchange(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+            raise PeerLostError(
+                f"rank {self.rank} of {self.world}: expected every rank to {what} within {self.minutes:g} minutes, got: {reason}. "
+                "A process of the run died or hangs; nothing that was written is lost. Continue with --resume=RUN."
+            ) from error
+
+    def sum_(self, tensor: torch.Tensor, what: str = "exchange gradients") -> torch.Tensor:
+        """Replace a tensor by its sum over ranks, in place; returns it."""
+        if self.world > 1:
+            moved = tensor.to(self.device)
+            with self._exchange(what):
+                dist.all_reduce(moved)
+                if moved is not tensor:
+                    tensor.copy_(moved)
+        return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, true where it is true on any rank."""
+        counts = self.sum_(torch.tensor([float(f) for f in flags]), "agree to go on")
+        return [count > 0 for count in counts.tolist()]
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors by rank 0's, in place: one transfer per kind of number."""
+        if self.world == 1:
+            return
+        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault(tensor.dtype, []).append(tensor)
+        for group in kinds.values():
+            flat = torch.cat([t.detach().reshape(-1).to(self.device) for t in group])
+            with self._exchange("receive rank 0's state"):
+                dist.broadcast(flat, src=0)
+            with torch.no_grad():
+                for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                    tensor.copy_(part.reshape(tensor.shape))
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's JSON-able value, on every rank."""
+        return self.gather(value if self.main else None)[0]
+
+    def gather(self, value: object) -> list:
+        """Every rank's JSON-able value, in order of rank, on every rank."""
+        if self.world == 1:
+            return [value]
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        with self._exchange("exchange messages"):
+            sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+            dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
+            length = max(int(s) for s in sizes)
+            padded = torch.zeros(length, dtype=torch.uint8, device=self.device)
+            padded[: len(data)] = data
+            parts = [torch.zeros_like(padded) for _ in range(self.world)]
+            dist.all_gather(parts, padded)
+        return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def broadcast_named(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's tensors by name, on every rank; the others pass None. They come on the CPU."""
+        if self.world == 1:
+            return tensors
+        described = self.broadcast([[k, list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in (tensors or {}).items()])
+        if not self.main:
+            tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in described}
+        for name, _, _ in described:  # one by one: a checkpoint may fill the memory once, not twice
+            self.broadcast_([tensors[name]])
+        return tensors
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.any(False)
+
+    @contextlib.contextmanager
+    def first_per_machine(self) -> Iterator[None]:
+        """Let one process of each machine do something (fill a cache) before its neighbours find it done."""
+        if self.local_rank:
+            self.barrier()
+        yield
+        if not self.local_rank:
+            self.barrier()
+
+
+SINGLE = Ranks()
+
+
+def launched() -> bool:
+    """Whether torchrun (or another launcher that sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch_identity() -> str | None:
+    """What all attempts of one torchrun share: its --rdzv-id where one was given, else machine and process of the launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    named = os.environ["TORCHELASTIC_RUN_ID"]
+    return named if named != "none" else f"{socket.gethostname()}/{os.getppid()}"
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
+    """Join the other processes that torchrun started; alone, a run of one rank.
+
+    Backend: NCCL on CUDA, one GPU per process, else gloo. Leaves by a barrier. Where processes fail together, one of them says why and the
+    others exit with code 2 in silence.
+
+    Args:
+        device: 'cuda' or 'cpu'; minutes: how long one exchange may take before the run ends with an error.
+    Raises: ValueError for incomplete variables or too few GPUs; PeerLostError.
+    """
+    if not launched():
+        yield SINGLE
+        return
+    try:
+        rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"torchrun: expected RANK, WORLD_SIZE and LOCAL_RANK as integers, got {error}. Start with torchrun.") from None
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise ValueError(f"torchrun: expected a GPU per process, got {count} and process {local_rank}. Lower --nproc-per-node.")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    ranks = Ranks(rank=rank, world=world, local_rank=local_rank, restarts=restarts, device=device, minutes=minutes)
+    if world == 1:
+        yield ranks
+        return
+    limit = datetime.timedelta(minutes=minutes)
+    with ranks._exchange("start"):
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        group = dist.PrefixStore("eg3d_rlhf", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=group, rank=rank, world_size=world, timeout=limit)
+    with _one_report(store):
+        yield ranks
+        if dist.is_initialized():
+            ranks.barrier()
+            leave()
+
+
+def leave() -> None:
+    """End the group; each process goes on alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _one_report(store: dist.Store) -> Iterator[None]:
+    """Pass on the first process's error; end the others quietly."""
+    try:
+        yield
+    except Exception as error:
+        users = isinstance(error, (ValueError, OSError))
+        atexit.register(_end, 2 if users else 1)
+        try:
+            first = store.add("errors", 1) == 1
+        except RuntimeError:  # the store went down with its host
+            first = True
+        if first or not users:
+            raise
+        sys.exit(2)
+    except BaseException as error:
+        atexit.register(_end, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        raise
+    atexit.register(_end, 0)
+
+
+def _end(code: int) -> None:
+    """Leave without the interpreter's own shutdown: threads of gloo may abort there, after everything is done (about one run in five)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
