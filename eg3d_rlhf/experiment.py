@@ -31,9 +31,9 @@ from training.warm_start import fit_sphere
 DEFAULTS = {
     "cbase": (32768, 2048, 2048), "cmax": (512, 64, 64), "plane_layout": ("eg3d", "fixed", "fixed"), "gamma": (None, 0.2, 0.3),
     "gen_pose_cond": (False, False, False), "gpc_reg_fade_kimg": (1000, 5, 0), "blur_fade_kimg": (200, 1, 0), "nrr_initial": (64, 32, 32),
-    "kimg": (25000, 18.0, 0.48), "batch": (None, 4, 8), "glr": (0.0025, 0.0025, 2e-5), "dlr": (0.002, 0.002, 1e-4),
+    "kimg": (25000, 18.0, 0.24), "batch": (None, 4, 8), "glr": (0.0025, 0.0025, 2e-5), "dlr": (0.002, 0.002, 1e-4),
     "rlr": (None, None, 2e-4), "start": ("G", "G", "G_ema"),
-    "tick": (4, 0.5, 0.12), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
+    "tick": (4, 0.5, 0.06), "snap": (50, 4, 0), "ema_kimg": (None, 1.0, 0.1), "lambda_sigma": (0.01, 0.01, 0.01),
     "anchor_resolution": (64, 32, 32), "sphere_init": (0.0, 0.25, 0.0),
 }
 ADA_AUGMENT = dict.fromkeys(

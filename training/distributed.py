@@ -170,8 +170,8 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     limit = datetime.timedelta(minutes=minutes)
     with ranks._exchange("start"):
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        group = dist.PrefixStore("eg3d_rlhf", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=group, rank=rank, world_size=world, timeout=limit)
+        store = dist.PrefixStore(f"eg3d_rlhf/{restarts}", store)  # torchrun keeps its store over restarts, and the addresses in it
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     with _one_report(store):
         yield ranks
         if dist.is_initialized():
