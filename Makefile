@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about five minutes)"
+	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about four minutes)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make test          fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
 	@echo "make lint          ruff"
 	@echo "make bench         speed of the separable sigma slab against the point-wise path"
-	@echo "make assets        regenerate everything in assets/ (about half an hour on 2 cores)"
+	@echo "make assets        regenerate everything in assets/ (about an hour on 2 cores)"
 
 $(VENV): $(STAMP)
 

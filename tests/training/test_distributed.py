@@ -238,6 +238,44 @@ def test_reward_training_on_two_ranks_equals_one(tmp_path):
         assert float((one[name] - two[name]).abs().max()) < 1e-3
 
 
+REWARD_TOOL = "import sys; from tools.train_reward import main; main(sys.argv[1:])"
+REWARD_STOPPED = """
+import os, signal, sys
+from eg3d_rlhf.reward import train
+from tools.train_reward import main
+step, count = train._step, []
+def signalled_step(*args):
+    count.append(1)
+    if len(count) == 8 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+train._step = signalled_step
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.long
+def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tiny_networks, tmp_path):
+    from eg3d_rlhf.preferences.labels import Preference, write_labels
+    from tools.train_reward import main
+
+    labels = write_labels(tmp_path / "labels.jsonl", [Preference(winner=2 * i, loser=2 * i + 1) for i in range(24)])
+    flags = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--batch=4", "--resolution=32", "--slab-batch=5"]
+
+    def cached(folder: str) -> list[str]:
+        return [*flags, f"--out={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
+
+    assert CliRunner().invoke(main, cached("one")).exit_code == 0
+    (first, _), (second, quiet) = finish(start(REWARD_TOOL, *cached("two")))
+    assert "test pairs ordered as labelled" in first and second == "" and "epoch" not in quiet
+    slabs = [next((tmp_path / f"{name}-cache").iterdir()).read_bytes() for name in ("one", "two")]
+    assert slabs[0] == slabs[1]
+    (said, _), _ = finish(start(REWARD_STOPPED, *cached("stopped")))
+    assert "Stopped in epoch 2; whole epochs are kept" in said
+    finish(start(REWARD_TOOL, *cached("stopped"), "--resume"))
+    assert (tmp_path / "stopped" / "reward.safetensors").read_bytes() == (tmp_path / "two" / "reward.safetensors").read_bytes()
+
+
 # Ending together.
 
 PAUSING = """
