@@ -264,8 +264,8 @@ def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
 
 def _load_state(path: Path, state: TrainState, options: TrainOptions) -> None:
     """Read on rank 0; every rank continues from the same bytes."""
-    data = torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy()) if state.ranks.main else None
-    data = state.ranks.broadcast_named({"file": data})["file"]
+    held = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())} if state.ranks.main else None
+    data = state.ranks.broadcast_named(held)["file"]
     try:
         stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
         plain = json.loads(stored["plain"])

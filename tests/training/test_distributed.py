@@ -260,7 +260,8 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     from tools.train_reward import main
 
     labels = write_labels(tmp_path / "labels.jsonl", [Preference(winner=2 * i, loser=2 * i + 1) for i in range(24)])
-    flags = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--batch=4", "--resolution=32", "--slab-batch=5"]
+    flags = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--batch=4", "--resolution=32"]
+    flags.append("--slab-batch=5")
 
     def cached(folder: str) -> list[str]:
         return [*flags, f"--out={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
