@@ -105,7 +105,12 @@ REWARD = "Reward fine-tuning"
 @option("--control", group=REWARD, metavar="RUN|FILE", type=click.Path(path_type=Path),
         help="Summary of the lambda_r = 0 run to quote.  [default: recorded in assets]")
 def main(**flags) -> None:
-    """Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma)."""
+    """Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma).
+
+    \b
+    Example:
+        python train.py --reward=sigma --lambda-r=10 --kimg=0.016 --no-summary
+    """
     settings = experiment.resolve(flags) if flags["resume"] is None else None
     if flags["dry_run"] and settings is not None:
         click.echo(json.dumps(settings, indent=2, sort_keys=True))

@@ -1,6 +1,10 @@
 """Regenerate the files of assets/, one part at a time: generator, labels, rewards, control.
 
 Every part is a run of another command of this project with fixed settings; this tool names them and copies the results into place.
+
+\b
+Example:
+    python tools/build_assets.py labels --dry-run
 """
 
 import json

@@ -1,6 +1,10 @@
 """Label pairs of a generator's seeds with the programmatic annotator, which looks at geometry alone.
 
 Writes labels (JSON lines or CSV) and, beside them, a .meta.json with settings, calibration and temperature.
+
+\b
+Example:
+    python tools/label_synthetic.py --pairs=40 --resolution=32 --out=runs/example/labels.jsonl
 """
 
 import json

@@ -1,4 +1,9 @@
-"""Train the bundled feature network on synthetic heads and print how its distances respond to damage (a few minutes on two cores)."""
+"""Train the bundled feature network on synthetic heads and print how its distances respond to damage (a few minutes on two cores).
+
+\b
+Example:
+    python tools/train_features.py --check-only --check-data=synthetic:heads64@n=256
+"""
 
 import json
 import sys

@@ -2,6 +2,10 @@
 
 With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the reward, its accuracy on held-out
 pairs with a 95 % interval, and its learning curves into a run folder.
+
+\b
+Example:
+    python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/example/reward
 """
 
 import json

@@ -14,7 +14,7 @@ def example_of(command: click.Command) -> str:
     found = re.findall(r"Example:\n((?:[ ]+.*\S.*\n)+)", text)
     assert len(found) == 1, text
     lines = [line.strip() for line in found[0].splitlines()]
-    assert len(lines) == 1 and lines[0].startswith("python tools/"), lines
+    assert len(lines) == 1 and lines[0].startswith(("python tools/", "python train.py ")), lines
     return lines[0]
 
 
