@@ -8,6 +8,8 @@ Composition root: flags -> settings -> objects -> loop. No mathematics here.
 """
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -23,6 +25,7 @@ NET = "Networks"
 GAN = "GAN losses and schedule"
 OPT = "Optimisation"
 REWARD = "Reward fine-tuning"
+EG3D = "Accepted for EG3D's sake"
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
@@ -104,6 +107,14 @@ REWARD = "Reward fine-tuning"
         help="Reward optimiser's learning rate.  [default: glr; heads64: 0.0002]")
 @option("--control", group=REWARD, metavar="RUN|FILE", type=click.Path(path_type=Path),
         help="Summary of the lambda_r = 0 run to quote.  [default: recorded in assets]")
+@option("--gpus", group=EG3D, metavar="INT", type=click.IntRange(min=1), help="Must agree with torchrun --nproc-per-node.")
+@option("--metrics", group=EG3D, metavar="LIST", help="Not computed while training: see tools/calc_metrics.py.")
+@option("--workers", group=EG3D, type=click.IntRange(min=0), help="Ignored: images are read by the training process.")
+@option("--nobench", group=EG3D, type=bool, help="Ignored: convolution benchmarking is off.")
+@option("--c-noise", group=EG3D, type=float, help="Ignored, as in EG3D; see --disc-c-noise.")
+@option("--resume-blur", group=EG3D, type=bool, help="Ignored: --resume continues every fade, --init starts them anew.")
+@option("--sr-first-cutoff", group=EG3D, type=int, help="Ignored, as in EG3D.")
+@option("--sr-first-stopband", group=EG3D, type=float, help="Ignored, as in EG3D.")
 def main(**flags) -> None:
     """Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma).
 
@@ -111,6 +122,7 @@ def main(**flags) -> None:
     Example:
         python train.py --reward=sigma --lambda-r=10 --kimg=0.016 --no-summary
     """
+    flags = check_eg3d_flags(flags)
     settings = experiment.resolve(flags) if flags["resume"] is None else None
     if flags["dry_run"] and settings is not None:
         click.echo(json.dumps(settings, indent=2, sort_keys=True))
@@ -120,6 +132,29 @@ def main(**flags) -> None:
             experiment.resume(flags["resume"], flags["resume_previous"], flags["kimg"], ranks)
         else:
             experiment.start_or_continue(settings, flags["outdir"], ranks)
+
+
+def check_eg3d_flags(flags: dict) -> dict:
+    """Take out the flags that only EG3D's script gives a meaning; those without effect here are named on stderr.
+
+    Raises: ValueError where a flag means something else here.
+    """
+    names = ("gpus", "metrics", "workers", "nobench", "c_noise", "resume_blur", "sr_first_cutoff", "sr_first_stopband")
+    given = {name: flags[name] for name in names if flags[name] is not None}
+    gpus, world = given.pop("gpus", None), int(os.environ.get("WORLD_SIZE", "1"))
+    if gpus is not None and gpus != world:
+        remedy = f"Start with torchrun --nproc-per-node={gpus} train.py."
+        raise ValueError(f"--gpus: expected {world}, the number of processes, got {gpus}. {remedy}")
+    if given.get("metrics", "none") == "none":
+        given.pop("metrics", None)
+    if given:
+        flags_given = ", ".join("--" + name.replace("_", "-") for name in given)
+        print(f"Warning: {flags_given} ignored; see train.py --help.", file=sys.stderr)
+    source = flags["resume"]
+    if source is not None and (source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot")):
+        remedy = f"Use --init={source} to start from its weights."
+        raise ValueError(f"--resume: expected a run folder or checkpoint, got the network {source}. {remedy}")
+    return {name: value for name, value in flags.items() if name not in names}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,20 @@ class GroupedOption(click.Option):
         super().__init__(*args, **kwargs)
 
 
+def _with_dashes(name: str) -> str:
+    """'gen_pose_cond' -> 'gen-pose-cond': click compares names and choices after this."""
+    return name.replace("_", "-")
+
+
 class GroupedCommand(click.Command):
-    """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit code 2."""
+    """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit code 2.
+
+    Option names may be written with underscores, as EG3D's are.
+    """
+
+    def __init__(self, *args, **kwargs):
+        settings = {"token_normalize_func": _with_dashes, **(kwargs.pop("context_settings", None) or {})}
+        super().__init__(*args, context_settings=settings, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section per group, in order of first appearance."""

@@ -11,13 +11,14 @@ from eg3d_rlhf import experiment
 from tests import tiny_runs
 
 FLAGS = """
---amp --aug --batch --batch-gpu --blur-fade-kimg --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control --d-num-fp16-res --data
---decoder-lr-mul --density-reg --density-reg-every --density-reg-p-dist --desc --device --disc-c-noise --dlr --dry-run --ema-kimg --freezed
---g-num-fp16-res --gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --init --kimg --lambda-front --lambda-r --lambda-sigma
---map-depth --mbstd-group --mirror --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
---neural-rendering-resolution-initial --no-summary --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p --plane-layout --reg-type --resume
---resume-previous --reward --reward-ckpt --reward-clip --reward-shaping --reward-watch --rlr --seed --snap --sphere-init --sr-module
---sr-noise-mode --sr-num-fp16-res --start --style-mixing-prob --target --tick --timeout -n
+--amp --aug --batch --batch-gpu --blur-fade-kimg --c-noise --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control
+--d-num-fp16-res --data --decoder-lr-mul --density-reg --density-reg-every --density-reg-p-dist --desc --device --disc-c-noise --dlr
+--dry-run --ema-kimg --freezed --g-num-fp16-res --gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --gpus --init --kimg
+--lambda-front --lambda-r --lambda-sigma --map-depth --mbstd-group --metrics --mirror --neural-rendering-resolution-fade-kimg
+--neural-rendering-resolution-final --neural-rendering-resolution-initial --no-summary --nobench --nrr-fade-kimg --nrr-final
+--nrr-initial --outdir --p --plane-layout --reg-type --resume --resume-blur --resume-previous --reward --reward-ckpt --reward-clip
+--reward-shaping --reward-watch --rlr --seed --snap --sphere-init --sr-first-cutoff --sr-first-stopband --sr-module --sr-noise-mode
+--sr-num-fp16-res --start --style-mixing-prob --target --tick --timeout --workers -n
 """.split()
 
 
@@ -32,8 +33,27 @@ def test_the_flags_are_frozen():
 def test_help_lists_every_flag_in_its_group():
     text = run("--help").stdout
     assert [flag for flag in FLAGS if flag not in text] == []
-    for title in (train.RUN, train.DATA, train.NET, train.GAN, train.OPT, train.REWARD):
+    for title in (train.RUN, train.DATA, train.NET, train.GAN, train.OPT, train.REWARD, train.EG3D):
         assert f"{title}:\n" in text
+
+
+def test_eg3d_spellings_with_underscores_mean_the_same():
+    eg3d = (
+        "--gen_pose_cond=False --neural_rendering_resolution_initial=32 --density_reg=0.5 --blur_fade_kimg=3 --gpc_reg_prob=0.4 "
+        "--sr_noise_mode=none --reg_type=monotonic-detach --decoder_lr_mul=2 --disc_c_noise=0.1 --style_mixing_prob=0.1 --cbase=2048 "
+        "--map-depth=3 --gpus=1 --metrics=none"
+    ).split()
+    ours = [flag.replace("_", "-") for flag in eg3d]
+    first, second = run("-n", "--init=scratch", *eg3d), run("-n", "--init=scratch", *ours)
+    assert first.exit_code == 0 and first.stdout == second.stdout and first.stderr == ""
+    assert json.loads(first.stdout)["density_reg"] == 0.5
+
+
+def test_flags_without_effect_are_named_and_those_that_differ_refused(tmp_path):
+    result = run("-n", "--workers=3", "--metrics=fid50k_full", "--nobench=True")
+    assert result.exit_code == 0 and "--metrics, --workers, --nobench ignored" in result.stderr
+    assert_one_line(run("-n", "--gpus=8"), "--gpus: expected 1, the number of processes, got 8. Start with torchrun --nproc-per-node=8")
+    assert_one_line(run("--resume=ffhq.pkl"), "Use --init=ffhq.pkl to start from its weights.")
 
 
 def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):

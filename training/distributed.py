@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -172,7 +173,7 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         store = dist.PrefixStore(f"eg3d_rlhf/{restarts}", store)  # torchrun keeps its store over restarts, and the addresses in it
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
-    with _one_report(store):
+    with _one_report(store, ranks):
         yield ranks
         if dist.is_initialized():
             ranks.barrier()
@@ -186,8 +187,8 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def _one_report(store: dist.Store) -> Iterator[None]:
-    """Pass on the first process's error; end the others quietly."""
+def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
+    """Pass on the first process's error; end the others quietly. Rank 0, the store's host, gives the others two seconds to ask."""
     try:
         yield
     except Exception as error:
@@ -195,6 +196,9 @@ def _one_report(store: dist.Store) -> Iterator[None]:
         atexit.register(_end, 2 if users else 1)
         try:
             first = store.add("errors", 1) == 1
+            deadline = time.monotonic() + 2
+            while ranks.main and store.add("errors", 0) < ranks.world and time.monotonic() < deadline:
+                time.sleep(0.02)
         except RuntimeError:  # the store went down with its host
             first = True
         if first or not users:

@@ -129,6 +129,11 @@ def _description(text: str) -> dict | None:
     return content if isinstance(content, dict) and {"kind", "meta"} <= content.keys() else None
 
 
+def _printable(name: str) -> str:
+    """A name out of a file, fit for a terminal: control characters escaped, cut at 120 characters."""
+    return name[:120].encode("unicode_escape").decode("ascii")
+
+
 def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: str) -> None:
     """Copy tensors into a module, name by name.
 
@@ -142,7 +147,7 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: 
         for k in sorted(set(own) & set(tensors)) if own[k].shape != tensors[k].shape
     ]
     problems = [
-        f"{title}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+        f"{title}: {', '.join(_printable(n) for n in names[:8])}{' ...' if len(names) > 8 else ''}"
         for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if names
     ]
     if problems:
