@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from click.testing import CliRunner
 
+import train
 from training import networks
 from training.config import LoopConfig, OptimizerConfig, networks_for
 from training.dataset import ImageFolderDataset
@@ -99,3 +101,21 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
         f"--data={data}", f"--init={init}", f"--outdir={outdir}", "--batch=4", f"--nrr-initial={RENDERED}", "--device=cpu", "--glr=0.002",
         "--dlr=0.002", "--ema-kimg=0.02", "--density-reg-every=2", "--gen-pose-cond=True", *more,
     ]
+
+
+def run(*flags):
+    """train.py with these flags, in this process."""
+    return CliRunner().invoke(train.main, [str(f) for f in flags])
+
+
+def only_run(outdir: Path) -> Path:
+    """The one run folder in outdir."""
+    (folder,) = outdir.iterdir()
+    return folder
+
+
+def whole_run(data: Path, init: Path, outdir: Path, *more: str) -> Path:
+    """A run from start to end; returns its folder."""
+    result = run(*train_flags(data, init, outdir, *more))
+    assert result.exit_code == 0, result.output
+    return only_run(outdir)

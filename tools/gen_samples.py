@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
+from eg3d_rlhf.media.flags import sampling_flags  # noqa: E402
 from eg3d_rlhf.media.progress import StageBar  # noqa: E402
 from eg3d_rlhf.media.rendering import FFHQ_FOV, Orbit, conditioned_ws, render, tile  # noqa: E402
 from eg3d_rlhf.media.seeds import parse_seeds  # noqa: E402
@@ -46,15 +47,7 @@ def warn_without_effect(**given) -> None:
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write into.")
-@option("--network", metavar="PATH", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
-        help="Generator file or run folder to sample.", group="Samples")
-@option("--seeds", metavar="LIST", required=True, help="Seeds and ranges, such as 0,2-5.", group="Samples")
-@option("--trunc", "--psi", "psi", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Truncation psi.", group="Samples")
-@option("--trunc-cutoff", "--cutoff", "cutoff", metavar="INT", type=click.IntRange(min=0), default=14, group="Samples",
-        help="ws that truncation reaches.")
-@option("--noise-mode", metavar="NAME", type=click.Choice(["const", "random", "none"]), default="const", group="Samples",
-        help="Noise of the synthesis; random is drawn from the seed.")
+@sampling_flags
 @option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=FFHQ_FOV, group="Samples",
         help="Field of view over the image's diagonal.")
 @option("--shapes", metavar="BOOL", type=bool, default=False, help="Write shapes too.", group="Shapes")

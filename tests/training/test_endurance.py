@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import train
-from tests.tiny_runs import assert_same, batch, build_loop, build_networks, state, train_flags
+from tests.tiny_runs import assert_same, batch, build_loop, build_networks, only_run, run, state, train_flags, whole_run
 from training import checkpoint, storage
 from training.gan_phases import GanConfig, GanPhases
 from training.loop import TrainingLoop
@@ -21,15 +20,6 @@ from training.run_lock import FILE, RunLock
 from training.signals import StopRequest
 
 RUN = ("--kimg=0.048", "--tick=0.016", "--snap=0")  # 12 iterations, three checkpoints
-
-
-def run(*flags: str):
-    return CliRunner().invoke(train.main, [str(f) for f in flags])
-
-
-def only_run(outdir: Path) -> Path:
-    (folder,) = outdir.iterdir()
-    return folder
 
 
 def assert_one_line(result, *texts: str) -> None:
@@ -43,10 +33,7 @@ def assert_one_line(result, *texts: str) -> None:
 @pytest.fixture(scope="module")
 def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
     """Folder of a whole run."""
-    outdir = tmp_path_factory.mktemp("straight")
-    result = run(*train_flags(tiny_data, tiny_networks, outdir, *RUN))
-    assert result.exit_code == 0, result.output
-    return only_run(outdir)
+    return whole_run(tiny_data, tiny_networks, tmp_path_factory.mktemp("straight"), *RUN)
 
 
 @pytest.fixture

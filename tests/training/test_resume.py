@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-import train
-from tests.tiny_runs import assert_same, build_loop, state, train_flags
+from tests.tiny_runs import assert_same, build_loop, only_run, run, state, train_flags, whole_run
 from training import checkpoint, storage
 from training.augment import AugmentPipe
 
@@ -32,22 +30,10 @@ train.main(sys.argv[1:])
 FLAGS = ("--kimg=0.064", "--tick=0.016", "--snap=2", "--aug=ada", "--style-mixing-prob=0.5", "--mirror=True", "--blur-fade-kimg=0.04")
 
 
-def run(*flags: str):
-    return CliRunner().invoke(train.main, list(flags))
-
-
-def only_run(outdir: Path) -> Path:
-    (folder,) = outdir.iterdir()
-    return folder
-
-
 @pytest.fixture(scope="module")
 def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
     """Folder of a whole run of 16 iterations with a tick and a checkpoint every 4."""
-    outdir = tmp_path_factory.mktemp("straight")
-    result = run(*train_flags(tiny_data, tiny_networks, outdir, *FLAGS))
-    assert result.exit_code == 0, result.output
-    return only_run(outdir)
+    return whole_run(tiny_data, tiny_networks, tmp_path_factory.mktemp("straight"), *FLAGS)
 
 
 def assert_equal_runs(first: Path, second: Path) -> None:
@@ -168,3 +154,11 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         storage.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_run_made_longer_equals_the_longer_run(straight, tiny_data, tiny_networks, tmp_path):
+    folder = whole_run(tiny_data, tiny_networks, tmp_path, *FLAGS, "--kimg=0.032")
+    (folder / "network-snapshot-000000.safetensors").unlink()
+    result = run(f"--resume={folder}", "--kimg=0.064")
+    assert result.exit_code == 0, result.output
+    assert_equal_runs(straight, folder)
