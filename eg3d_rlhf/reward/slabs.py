@@ -15,6 +15,7 @@ import torch
 from eg3d_rlhf.generators import ws_of_seeds
 from eg3d_rlhf.sigma.slab import sample_slab
 from eg3d_rlhf.sigma.spec import SlabSpec
+from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
@@ -22,10 +23,13 @@ SlabSource = Callable[[Sequence[int]], torch.Tensor]  # seeds -> [N, 1, D, H, W]
 
 
 def generator_slabs(G, spec: SlabSpec, *, psi: float = 1.0, cutoff: int | None = 14) -> SlabSource:
-    """A source that draws each seed's slab from G: frontal conditioning, truncation `psi` up to layer `cutoff`, constant noise."""
+    """A source that draws each seed's slab from G: frontal conditioning, truncation `psi` up to layer `cutoff`, constant noise.
+
+    In plain torch: what a reward is trained on should not depend on the compiler of the machine.
+    """
 
     def draw(seeds: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), implementation("torch"):
             return sample_slab(G, ws_of_seeds(G, seeds, psi, cutoff), spec)
 
     return draw

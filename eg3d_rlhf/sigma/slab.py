@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from eg3d_rlhf.shapes import check_shape
-from eg3d_rlhf.sigma.separable import pair_maps, projection_axes, sigma_from_maps
+from eg3d_rlhf.sigma.separable import batched_pair_maps, projection_axes, sigma_from_maps
 from eg3d_rlhf.sigma.spec import SlabSpec
+from torch_utils.ops import implementations
 
 _IMPLS = ("auto", "separable", "pointwise")
 _POINT_CHUNK = 1 << 17  # points decoded at once where no gradient is asked for
@@ -56,9 +57,21 @@ def sigma_grid(
     Raises: ValueError for an unknown impl, or 'separable' with planes that are not axis-aligned or a skewed lattice.
     """
     check_shape("sigma_grid(ws)", ws, ("N", "L", "C"), "Pass the output of G.mapping.")
+    if impl == "auto" and implementations.current() == "ref":
+        return sigma_grid_ref(G, ws, spec, noise_mode)
     planes = G.planes(ws, noise_mode=noise_mode)
     weights = DecoderWeights(*G.decoder.sigma_weights())
     return sigma_from_planes(planes, G.renderer.plane_axes, weights, spec, float(G.rendering_kwargs["box_warp"]), impl)
+
+
+def sigma_grid_ref(G: Any, ws: torch.Tensor, spec: SlabSpec, noise_mode: str = "const", points_at_once: int = 10**6) -> torch.Tensor:
+    """`sigma_grid` as EG3D's shape extraction does it: every point through the whole decoder, one synthesis for each million of points.
+
+    The slow side of the benchmarks. G needs `sample_mixed` as in `training.triplane.TriPlaneGenerator`.
+    """
+    points = spec.points().to(ws).reshape(1, -1, 3).expand(len(ws), -1, -1)  # [N, P, 3]
+    parts = [G.sample_mixed(part, None, ws, noise_mode=noise_mode)["sigma"] for part in points.split(points_at_once, dim=1)]
+    return torch.cat(parts, dim=1).reshape(len(ws), *spec.shape)
 
 
 def sigma_from_planes(
@@ -106,14 +119,15 @@ def _warn_not_separable() -> None:
 def _separable(
     planes: torch.Tensor, pairs: tuple[tuple[int, int], ...], weights: DecoderWeights, spec: SlabSpec, box_warp: float
 ) -> torch.Tensor:
-    """[N, D, H, W] through the pair maps, one sample after the other."""
+    """[N, D, H, W] through the pair maps."""
     axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
     depth, height, width = spec.shape
-    volumes = []
-    for sample in planes:
-        maps = pair_maps(sample, pairs, axes, weights.w0, weights.b0)
-        sigma = sigma_from_maps(maps, weights.w_sigma, weights.b_sigma, (width, height, depth))  # [W, H, D]
-        volumes.append(sigma.permute(2, 1, 0))
+    maps = batched_pair_maps(planes, pairs, axes, weights.w0, weights.b0)
+    if all(m.shape[1] == width for m in maps):  # every map has an x axis: the samples lie one behind the other along x
+        sigma = sigma_from_maps([m.flatten(0, 1) for m in maps], weights.w_sigma, weights.b_sigma, (len(planes) * width, height, depth))
+        return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
+    shape = (width, height, depth)
+    volumes = [sigma_from_maps([m[n] for m in maps], weights.w_sigma, weights.b_sigma, shape).permute(2, 1, 0) for n in range(len(planes))]
     return torch.stack(volumes)  # [N, D, H, W], contiguous
 
 

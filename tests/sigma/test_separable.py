@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 from eg3d_rlhf.sigma import DecoderWeights, SlabSpec, sigma_from_planes
-from eg3d_rlhf.sigma import separable as module
 from eg3d_rlhf.sigma.separable import pair_maps, projection_axes, sigma_from_maps
 from tests.sigma.stand_in import random_planes, random_weights
 from training.rendering.renderer import generate_planes
@@ -169,19 +168,3 @@ def test_saved_for_backward_does_not_grow_with_the_volume_times_hidden(layout):
         assert sigma.shape == (1, resolution, resolution, resolution)
     assert sizes[32] < 4.5 * sizes[16]  # area, not volume (which would be 8)
     assert sizes[32] < 32**3 * 32 / 4
-
-
-def test_backward_buffers_have_the_size_of_a_chunk(monkeypatch):
-    sizes = []
-    original = module._Volume.blocks
-
-    def spy(self, over):
-        for x, y, block in original(self, over):
-            sizes.append(block.numel())
-            yield x, y, block
-
-    monkeypatch.setattr(module._Volume, "blocks", spy)
-    maps = random_maps((20, 8, 20, 20), ("xy", "xz"), torch.float32)
-    sigma_from_maps(maps, torch.ones(8), torch.zeros(()), (20, 20, 20), chunk=2000).sum().backward()
-    assert sum(sizes) == 2 * 20**3 * 8  # every element once forward and once backward
-    assert max(sizes) <= 2000

@@ -1,0 +1,138 @@
+"""Building and loading the compiled ops: what happens when it works, fails, or is asked for twice at once."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_utils import build
+from torch_utils.ops.implementations import choose, implementation
+
+ROOT = Path(__file__).parents[2]
+compiler = pytest.mark.skipif(not build.available("slab_density", "cpu"), reason="no C++ compiler on this machine")
+
+USE = """
+import warnings, torch
+from torch_utils import build
+from torch_utils.ops.slab_density import slab_density
+maps, w, b = [torch.ones(2, 3, 2, 1), torch.ones(2, 3, 1, 2)], torch.ones(3), torch.zeros(())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    values = [slab_density(maps, w, b, (2, 2, 2)) for _ in range(3)]
+warned = len([c for c in caught if "slab_density" in str(c.message)])
+print(warned, build.available("slab_density", "cpu"), round(float(values[0].sum()), 2))
+print("".join(str(c.message) for c in caught))
+"""
+
+
+def python(code: str, cache: Path, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "EG3D_RLHF_CACHE": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+@compiler
+def test_two_processes_build_one_library_once(tmp_path):
+    both = [python(USE, tmp_path) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert all(out.startswith("0 True 51.05") for out in outputs), outputs
+    (folder,) = (tmp_path / "ops").iterdir()
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith("slab") or p.name.startswith("build")) == [
+        "build.log", "build.ninja", "slab_density.so",
+    ]
+    library = folder / "slab_density.so"
+    before = library.stat().st_mtime_ns
+    assert python(USE, tmp_path).communicate()[0].startswith("0 True")
+    assert library.stat().st_mtime_ns == before  # found, not built
+
+
+def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(tmp_path):
+    wrong = tmp_path / "broken-compiler"
+    wrong.write_text("#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'it cannot be done' >&2; exit 1;; esac\n")
+    wrong.chmod(0o755)
+    out = python(USE, tmp_path / "a cache", CXX=str(wrong)).communicate()[0]
+    assert out.startswith("1 False 51.05"), out
+    (log,) = (tmp_path / "a cache" / "ops").glob("*/build.log")
+    assert str(log) in out and "it cannot be done" in log.read_text()
+    assert "plain torch is used" in out
+
+
+def test_a_missing_compiler_is_named_and_an_unwritable_cache_too(tmp_path):
+    out = python(USE, tmp_path, CXX="no-such-compiler").communicate()[0]
+    assert out.startswith("1 False 51.05") and "CXX=no-such-compiler was not found" in out
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    out = python(USE, blocked).communicate()[0]
+    assert out.startswith("1 False 51.05") and "Set EG3D_RLHF_CACHE" in out
+
+
+def test_switched_off_means_no_build_and_no_warning(tmp_path):
+    out = python(USE, tmp_path, EG3D_RLHF_OPS="off").communicate()[0]
+    assert out.startswith("0 False 51.05")
+    assert not (tmp_path / "ops").exists()
+
+
+def test_importing_compiles_nothing(tmp_path):
+    code = """
+import importlib, pkgutil
+for package in ("torch_utils", "training", "eg3d_rlhf"):
+    root = importlib.import_module(package)
+    for module in pkgutil.walk_packages(root.__path__, package + "."):
+        importlib.import_module(module.name)
+print("done")
+"""
+    out = python(code, tmp_path, CXX="/no/compiler", NVCC="/no/compiler").communicate()[0]
+    assert out.strip().endswith("done"), out
+    assert not (tmp_path / "ops").exists()
+
+
+@compiler
+def test_the_folder_changes_with_source_compiler_and_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    names = {build.recipe("slab_density", "cpu").folder().name}
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_compiler_version", lambda compiler: "another")
+        names.add(build.recipe("slab_density", "cpu").folder().name)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.99")
+        names.add(build.recipe("slab_density", "cpu").folder().name)
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
+    (tmp_path / "sources").mkdir()
+    for text in ("// one", "// two"):
+        (tmp_path / "sources" / "slab_density.cpp").write_text(text)
+        names.add(build.recipe("slab_density", "cpu").folder().name)
+    assert len(names) == 5
+
+
+def test_choose():
+    assert choose("f", "ref", "no_such_op", "cpu") == "ref"
+    assert choose("f", "auto", "no_such_op", "cpu") == "torch"
+    assert choose("f", "auto", "slab_density", "cpu", applies=False) == "torch"
+    assert choose("f", "auto", "slab_density", "cpu", dropped=True) == "torch"
+    with implementation("torch"):
+        assert choose("f", "auto", "slab_density", "cpu") == "torch"
+        with implementation("ref"):
+            assert choose("f", "auto", "slab_density", "cpu") == "ref"
+        assert choose("f", "auto", "slab_density", "cpu") == "torch"
+    with pytest.raises(ValueError, match="python -m torch_utils.build"):
+        choose("f", "compiled", "no_such_op", "cpu")
+    with pytest.raises(ValueError, match='Use impl="auto"'):
+        choose("f", "compiled", "slab_density", "cpu", applies=False)
+
+
+def test_a_block_is_left_when_it_raises():
+    with warnings.catch_warnings(), pytest.raises(RuntimeError):
+        with implementation("ref"):
+            raise RuntimeError
+    assert choose("f", "auto", "no_such_op", "cpu") == "torch"
+
+
+@compiler
+def test_ahead_of_time_build_lists_every_op(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "ops", lambda device_type: ["slab_density"] if device_type == "cpu" else [])
+    assert build.main() == 0
+    assert "slab_density" in capsys.readouterr().out
+    assert torch.ops.eg3d_rlhf.slab_density is not None

@@ -1,0 +1,239 @@
+"""Compile the C++ and CUDA halves of the ops, once, and load them.
+
+    python -m torch_utils.build          compile everything that this machine can compile, ahead of time
+
+Ops are compiled on first use into $EG3D_RLHF_CACHE/ops (default ~/.cache/eg3d-rlhf/ops), one library per op and device, in a folder whose
+name is a hash of the sources, the flags, the compiler, the processor and torch's version. A lock keeps two processes from building the same
+library at once. Where a build fails or is impossible, one warning names the log, and plain torch does the work.
+
+$EG3D_RLHF_OPS=off switches compiled ops off; $CXX and $NVCC name other compilers.
+
+Sources: torch_utils/ops/<op>.cpp and <op>.cu, against torch's stable ABI (torch/csrc/stable), so that neither the CUDA toolkit's libraries
+nor Python's headers are needed and a CUDA library can be built where there is no GPU.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "ops"
+SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
+STABLE_ABI = "0x020b000000000000"  # oldest torch that a library serves: 2.11
+CUDA_TARGETS = ("80", "90")  # Ampere and Hopper as machine code; newer ones take the PTX of the last
+_PROCESS_LOCK = threading.Lock()
+_loaded: dict[tuple[str, str], bool] = {}
+
+
+class BuildError(RuntimeError):
+    """An op could not be compiled; the message says why and where the log is."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one library is made."""
+
+    op: str
+    device_type: str  # "cpu" or "cuda"
+    commands: tuple[tuple[str, ...], ...]  # in order; {out} stands for the library, {obj} for an object file
+
+    @property
+    def source(self) -> Path:
+        """The file that is compiled."""
+        return SOURCES / (self.op + SUFFIX[self.device_type])
+
+    def folder(self) -> Path:
+        """Where library and log lie; its name changes with whatever the result depends on."""
+        digest = hashlib.sha256(repr((self.commands, torch.__version__, _compiler_version(self.commands[0][0]), _processor())).encode())
+        for path in [self.source, *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]:
+            digest.update(path.name.encode() + path.read_bytes())
+        return cache_dir() / f"{self.op}-{self.device_type}-{digest.hexdigest()[:16]}"
+
+
+def cache_dir() -> Path:
+    """$EG3D_RLHF_CACHE/ops, or ~/.cache/eg3d-rlhf/ops."""
+    return Path(os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf") / "ops"
+
+
+def ops(device_type: str) -> list[str]:
+    """Names of the ops that have a source for a device."""
+    return sorted(path.stem for path in SOURCES.glob("*" + SUFFIX[device_type]))
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing
+def available(op: str, device_type: str) -> bool:
+    """Whether the compiled op is loaded, after building it if need be. Asks at most once per process and never raises."""
+    found = _loaded.get((op, device_type))
+    return _load(op, device_type) if found is None else found
+
+
+def _load(op: str, device_type: str) -> bool:
+    with _PROCESS_LOCK:
+        key = (op, device_type)
+        if key in _loaded:
+            return _loaded[key]
+        _loaded[key] = False
+        wanted = os.environ.get("EG3D_RLHF_OPS", "auto").lower() not in ("off", "0", "torch", "ref")
+        if wanted and device_type in SUFFIX and op in ops(device_type):
+            try:
+                torch.ops.load_library(str(build(op, device_type)))
+                _loaded[key] = True
+            except (BuildError, OSError) as error:
+                reason = error if isinstance(error, BuildError) else error.__cause__ or error  # torch hides the loader's message
+                warnings.warn(f"op {op} ({device_type}): plain torch is used, which is slower. {reason}", stacklevel=4)
+        return _loaded[key]
+
+
+def recipe(op: str, device_type: str) -> Recipe:
+    """Commands for one library.
+
+    Raises: BuildError where this machine has no compiler for it.
+    """
+    include = Path(torch.__file__).parent / "include"
+    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
+    source = str(SOURCES / (op + SUFFIX[device_type]))
+    torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    cxx = _find("CXX", ("g++", "c++", "clang++"), "a C++ compiler (Debian: apt install g++)")
+    if device_type == "cpu":
+        flags = ["-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+        if platform.system() == "Darwin":
+            flags += ["-undefined", "dynamic_lookup"]
+        else:
+            flags += ["-march=native", "-fopenmp"]
+        return Recipe(op, device_type, ((cxx, *flags, *common, source, "-o", "{out}", *torch_libraries),))
+    nvcc = _find("NVCC", ("nvcc",), "nvcc (the CUDA toolkit)")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
+    targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+    flags = ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    compile_ = (nvcc, *flags, *targets, *common, "-c", source, "-o", "{obj}")
+    toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
+    libraries = [f"-L{folder}" for folder in _cuda_library_folders(toolkit)]
+    link = (cxx, "-shared", "{obj}", "-o", "{out}", *torch_libraries, *libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread")
+    return Recipe(op, device_type, (compile_, link))
+
+
+def build(op: str, device_type: str) -> Path:
+    """The op's library, compiled unless the cache has it.
+
+    Raises: BuildError with the path of the log.
+    """
+    todo = recipe(op, device_type)
+    folder = todo.folder()
+    library, log = folder / f"{op}.so", folder / "build.log"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _file_lock(folder / "lock"):
+            if not library.exists():  # another process may have been faster
+                _run_ninja(todo, folder, log)
+    except OSError as error:
+        raise BuildError(f"{folder}: {error.strerror or error}. Set EG3D_RLHF_CACHE to a folder that can be written.") from error
+    return library
+
+
+def _run_ninja(todo: Recipe, folder: Path, log: Path) -> None:
+    """Write build.ninja and run it; the library appears under its name only when it is whole."""
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    if ninja is None:
+        raise BuildError("ninja was not found. Run: python -m pip install ninja")
+    names = {"{out}": "building.so", "{obj}": "building.o"}
+    commands = [" ".join(_quote(names.get(word, word)) for word in command) for command in todo.commands]
+    script = f"rule make\n command = {' && '.join(commands)}\nbuild building.so: make {_escape(str(todo.source))}\n"
+    (folder / "build.ninja").write_text(script)
+    done = subprocess.run([ninja, "-v", "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log.write_text(done.stdout)
+    if done.returncode:
+        raise BuildError(f"The build failed; see {log}.")
+    os.replace(folder / "building.so", folder / f"{todo.op}.so")
+
+
+def _quote(word: str) -> str:
+    """A word of a shell command inside a ninja file."""
+    import shlex
+
+    return shlex.quote(word).replace("$", "$$")
+
+
+def _escape(path: str) -> str:
+    """A path inside a ninja build statement."""
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; released by the system when the process dies."""
+    with open(path, "w") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: no lock; the last of several builds wins, all are alike
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _find(variable: str, names: tuple[str, ...], what: str) -> str:
+    """The compiler that an environment variable names, or the first of `names` on the path."""
+    named = os.environ.get(variable)
+    for name in (named,) if named else names:
+        if shutil.which(name):
+            return name
+    wanted = f"{variable}={named}" if named else what
+    raise BuildError(f"{wanted} was not found; install it, or name one in ${variable}.")
+
+
+def _cuda_library_folders(toolkit: Path) -> list[Path]:
+    """Folders of the toolkit that may hold libcudart_static.a."""
+    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates += [toolkit, Path("/usr/local/cuda")]
+    return [folder / sub for folder in candidates for sub in ("lib64", "lib", "targets/x86_64-linux/lib") if (folder / sub).is_dir()]
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    """What the compiler says of itself."""
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler} --version: {error}") from error
+
+
+@functools.cache
+def _processor() -> str:
+    """The processor's name and features, on which code built for the native machine depends."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features")}))
+
+
+def main() -> int:
+    """Build all ops for this machine's compilers and say how it went; 1 where something that should build did not."""
+    failed = 0
+    for device_type in SUFFIX:
+        for op in ops(device_type):
+            try:
+                path = build(op, device_type)
+                print(f"{op:20s} {device_type:5s} {path}", flush=True)
+            except BuildError as error:
+                missing = "was not found" in str(error)
+                failed += not missing or device_type == "cpu"
+                print(f"{op:20s} {device_type:5s} {'not built' if missing else 'FAILED'}: {error}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+// Vector arithmetic for the CPU ops: fixed-width vectors that the compiler maps onto whatever registers there are, and the few
+// transcendental functions that the ops need. Accuracy is stated at each function; double uses libm.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace simd {
+
+inline constexpr int kWidth = 16;  // lanes of a float vector: one 512-bit register, two 256-bit ones, four 128-bit ones
+typedef float vfloat __attribute__((vector_size(kWidth * sizeof(float)), aligned(4)));
+typedef int32_t vint __attribute__((vector_size(kWidth * sizeof(int32_t)), aligned(4)));
+
+inline vfloat broadcast(float x) { return x - vfloat{}; }
+inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline vfloat load_first(const float* p, int n) { vfloat v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
+inline void store_first(float* p, vfloat v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
+inline vfloat max(vfloat a, vfloat b) { return a < b ? b : a; }  // a NaN in a stays
+inline vfloat min(vfloat a, vfloat b) { return b < a ? b : a; }
+inline float sum(vfloat v) {
+  float s = 0;
+  for (int i = 0; i < kWidth; ++i) s += v[i];
+  return s;
+}
+
+// exp(x), relative error below 3e-7 for -87 < x < 88; clamped outside.
+inline vfloat exp(vfloat x) {
+  x = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
+  const vfloat shifted = x * 1.44269504f + 12582912.0f;  // rounds x/ln2 to the nearest integer in the low mantissa bits
+  const vfloat n = shifted - 12582912.0f;
+  const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vint bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  vfloat scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+// log(u) for normal u > 0, absolute error below 1e-7 max(1, |log u|); NaN for NaN and infinity.
+inline vfloat log(vfloat u) {
+  vint bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  const vint exponent = (bits - 0x3F3504F3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  bits = bits - (exponent << 23);
+  vfloat m;
+  std::memcpy(&m, &bits, sizeof m);
+  const vfloat f = m - 1.0f;
+  vfloat p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vfloat square = f * f;
+  const vfloat e = __builtin_convertvector(exponent, vfloat);
+  return f + (square * (p * f - 0.5f) + e * 0.693147181f) + (u - u);
+}
+
+// softplus(h) = log(1 + exp(h)), absolute error below 2e-7 max(1, h).
+inline vfloat softplus(vfloat h) {
+  const vfloat t = exp(h > 0.0f ? -h : h);
+  return max(h, vfloat{}) + log(t + 1.0f);
+}
+
+// 1 / (1 + exp(-h)), absolute error below 2e-7.
+inline vfloat sigmoid(vfloat h) { return 1.0f / (1.0f + exp(-h)); }
+
+inline double softplus(double h) { return std::fmax(h, 0.0) + std::log1p(std::exp(-std::fabs(h))); }
+inline double sigmoid(double h) { return 1.0 / (1.0 + std::exp(-h)); }
+
+}  // namespace simd

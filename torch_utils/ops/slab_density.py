@@ -1,0 +1,257 @@
+"""sigma_raw on a straight grid from maps of two coordinates each: the part of the separable form that is counted in grid points.
+
+    sigma_raw[x, y, z] = sum_j w[j] softplus(A[x, j, y] + B[x, j, z] + C[j, y, z]) + b
+
+A map that a plane layout does not have is left out (released EG3D checkpoints have A and B). Nothing of size X*Y*Z*J is ever stored: the
+backward recomputes the pre-activations.
+
+Letters: J hidden units, X, Y, Z = grid points per axis.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from torch_utils.ops.implementations import choose
+
+_T = TypeVar("_T")
+
+_CPU_CHUNK = 1 << 17  # elements of one buffer, 512 KiB in float32: two of them stay in a core's second-level cache
+_CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to fill the device
+_EXP_RANGE = 85.0  # |h| bound under which exp(h) and all its partial products are normal float32 numbers
+
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
+_LIB.define("slab_density(Tensor? xy, Tensor? xz, Tensor? yz, Tensor w, Tensor b, int[] shape) -> Tensor")
+_LIB.define("slab_density_backward(Tensor grad, Tensor? xy, Tensor? xz, Tensor? yz, Tensor w) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def slab_density(
+    maps: Sequence[torch.Tensor],
+    w: torch.Tensor,
+    b: torch.Tensor,
+    shape: Sequence[int],
+    impl: str = "auto",
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Raw density on the whole grid.
+
+    Args:
+        maps: one to three of [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], in any order, no two alike.
+        w: [J]; b: []; shape: (X, Y, Z).
+        impl: see `torch_utils.ops.implementations`.
+        chunk: elements of the working buffer of the torch path; by device when None.
+    Returns: sigma_raw [X, Y, Z].
+    Differentiable in maps, w and b, once ("ref": to any order).
+    Raises: ValueError for maps that do not fit, or an unknown `impl`.
+    """
+    shape = tuple(int(n) for n in shape)
+    slots = _slots(maps, w, shape)
+    alike = all(m.dtype == w.dtype and m.device == w.device for m in (*maps, b))
+    applies = alike and w.dtype in (torch.float32, torch.float64) and min(shape) > 1  # at one point an axis, shapes do not tell maps apart
+    chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
+    if chosen == "ref":
+        return slab_density_ref(maps, w, b, shape)
+    if chosen == "torch":
+        return _SlabDensity.apply(shape, chunk, w, b, *maps)
+    x, y, z = shape
+    flat = {name: m.reshape(s).contiguous() for name, m, s in zip(slots, maps, (_flat_shape(n, w, x, y, z) for n in slots), strict=True)}
+    return torch.ops.eg3d_rlhf.slab_density(flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape))
+
+
+def slab_density_ref(maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The definition: every pre-activation at once, [X, J, Y, Z]."""
+    hidden = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
+    return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
+
+
+def _slots(maps: Sequence[torch.Tensor], w: torch.Tensor, shape: tuple[int, int, int]) -> list[str]:
+    """Which of "xy", "xz", "yz" each map is."""
+    x, y, z = shape
+    kinds = {(x, len(w), y, 1): "xy", (x, len(w), 1, z): "xz", (1, len(w), y, z): "yz"}
+    found = [kinds.get(tuple(m.shape)) for m in maps]
+    if not maps or None in found or (len(set(found)) != len(found) and min(shape) > 1):
+        raise ValueError(
+            f"slab_density: expected maps [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] for X, Y, Z = {list(shape)} and J = {len(w)}, "
+            f"each at most once, got {[list(m.shape) for m in maps]}. Build them with pair_maps."
+        )
+    return found
+
+
+def _flat_shape(slot: str, w: torch.Tensor, x: int, y: int, z: int) -> tuple[int, int, int]:
+    """A map's shape without its axis of length 1."""
+    return {"xy": (x, len(w), y), "xz": (x, len(w), z), "yz": (len(w), y, z)}[slot]
+
+
+@torch.library.register_fake("eg3d_rlhf::slab_density", lib=_LIB)
+def _(xy, xz, yz, w, b, shape):
+    return w.new_empty(shape)
+
+
+@torch.library.register_fake("eg3d_rlhf::slab_density_backward", lib=_LIB)
+def _(grad, xy, xz, yz, w):
+    return (torch.empty_like(w), *(w.new_empty(0) if m is None else torch.empty_like(m) for m in (xy, xz, yz)))
+
+
+def _save(ctx, inputs, output) -> None:
+    xy, xz, yz, w, _, _ = inputs
+    ctx.save_for_backward(w, *(m for m in (xy, xz, yz) if m is not None))
+    ctx.present = [m is not None for m in (xy, xz, yz)]
+
+
+def _gradients(ctx, grad):
+    w, *saved = ctx.saved_tensors
+    rest = iter(saved)
+    maps = [next(rest) if there else None for there in ctx.present]
+    grad_w, *grad_maps = torch.ops.eg3d_rlhf.slab_density_backward(grad.contiguous(), *maps, w)
+    return *(g if there else None for g, there in zip(grad_maps, ctx.present, strict=True)), grad_w, grad.sum(), None
+
+
+torch.library.register_autograd("eg3d_rlhf::slab_density", _gradients, setup_context=_save, lib=_LIB)
+
+
+def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
+    """The block's part of a map [X | 1, J, Y | 1, Z | 1]; an axis of length 1 is broadcast, not cut."""
+    return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
+
+
+class _Volume:
+    """Walks the volume block by block: fills one reused buffer with exp(h), or with h where the exponentials would leave float32.
+
+    exp(A + B + C) = exp(A) exp(B) exp(C), and the three factors are maps: with them no exponential is taken per point, and
+    softplus(h) = log1p(t), sigmoid(h) = t / (1 + t) for t = exp(h). float64 always takes the direct form.
+    """
+
+    def __init__(self, maps: Sequence[torch.Tensor], shape: tuple[int, int, int], chunk: int | None):
+        self.shape = shape
+        reach = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps).max()  # largest |h| that any point could have
+        self.product = maps[0].dtype == torch.float32 and bool(reach < _EXP_RANGE)
+        self.factors = [m.detach().exp() if self.product else m.detach() for m in maps]
+        self.on_cpu = maps[0].device.type == "cpu"
+        self.chunk = chunk or (_CPU_CHUNK if self.on_cpu else _CUDA_CHUNK)
+
+    def parts(self, work: Callable[[range], _T]) -> list[_T]:
+        """work(range of x) over the whole of X, on a CPU with one range for each of torch's threads.
+
+        Threads over ranges, each with serial operations, in place of threads inside every small operation: without a barrier per operation
+        a busy machine does not stall it. torch's thread count is restored on return.
+        """
+        count_x, before = self.shape[0], torch.get_num_threads()
+        threads = min(before, count_x) if self.on_cpu else 1
+        if threads == 1:
+            return [work(range(count_x))]
+        cuts = [count_x * i // threads for i in range(threads + 1)]
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return list(pool.map(torch.no_grad()(work), map(range, cuts[:-1], cuts[1:])))
+        finally:
+            torch.set_num_threads(before)
+
+    def blocks(self, over: range) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """(x, y, t or h [x, J, y, Z]) for every block of the x in `over`, about `chunk` elements each.
+
+        A block is whole x-slices together, or one x-slice's band of y. The tensor is overwritten by the next one.
+        """
+        _, count_y, count_z = self.shape
+        units = self.factors[0].shape[1]
+        step_x = max(1, self.chunk // (units * count_y * count_z))
+        bands = math.ceil(units * count_y * count_z / self.chunk) if step_x == 1 else 1
+        step_y = math.ceil(count_y / min(bands, count_y))
+        buffer = self.factors[0].new_empty(min(step_x, len(over)) * units * step_y * count_z)
+        for start_x in range(over.start, over.stop, step_x):
+            for start_y in range(0, count_y, step_y):
+                x, y = slice(start_x, min(start_x + step_x, over.stop)), slice(start_y, min(start_y + step_y, count_y))
+                shape = (x.stop - x.start, units, y.stop - y.start, count_z)
+                yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
+
+    def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
+        combine = torch.mul if self.product else torch.add
+        first, *rest = (_cut(factor, x, y) for factor in self.factors)
+        if not rest:
+            return block.copy_(first.expand(block.shape))
+        combine(first, rest[0], out=block)
+        for factor in rest[1:]:
+            combine(block, factor, out=block)
+        return block
+
+    def softplus(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """softplus(h) of a block; `out` may be the block itself."""
+        return torch.log1p(block, out=out) if self.product else F.softplus(block)
+
+    def sigmoid_(self, block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """sigmoid(h) in place of the block."""
+        return block.div_(torch.add(block, 1, out=scratch)) if self.product else block.sigmoid_()
+
+
+class _SlabDensity(torch.autograd.Function):
+    """sigma_raw [X, Y, Z] from the pair maps; the backward recomputes h block by block, so nothing of size X*Y*Z*J is ever stored."""
+
+    @staticmethod
+    def forward(ctx, shape, chunk, w, b, *maps):
+        ctx.save_for_backward(w, *maps)
+        ctx.shape, ctx.chunk = shape, chunk
+        volume = _Volume(maps, shape, chunk)
+        sigma, weight = w.new_empty(shape), w.detach()
+
+        def work(over: range) -> None:
+            for x, y, block in volume.blocks(over):
+                activation = volume.softplus(block, out=block)
+                sigma[x, y] = torch.matmul(weight, activation.flatten(2)).view(block.shape[0], block.shape[2], block.shape[3])
+
+        volume.parts(work)
+        return sigma.add_(b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        w, *maps = ctx.saved_tensors
+        _, _, need_w, need_b, *need_maps = ctx.needs_input_grad
+        grad_w, grad_maps = _volume_gradients(_Volume(maps, ctx.shape, ctx.chunk), grad, w.detach(), maps, need_w, need_maps)
+        return None, None, grad_w, grad.sum() if need_b else None, *grad_maps
+
+
+def _volume_gradients(
+    volume: _Volume, grad: torch.Tensor, w: torch.Tensor, maps: Sequence[torch.Tensor], need_w: bool, need_maps: Sequence[bool]
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients for w [J] and the maps from that of sigma [X, Y, Z], each None where it is not needed:
+
+    d/dw[j] = sum grad * softplus(h[j]),   d/dmap[j] = w[j] * sum grad * sigmoid(h[j]) over the axes that the map lacks.
+    """
+    shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
+
+    def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Maps with an x axis are written at disjoint places; the sums over x are kept per range and added up in order."""
+        own_w = torch.zeros_like(w)
+        own = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
+        scratch = w.new_empty(0)
+        for x, y, block in volume.blocks(over):
+            scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
+            spare = scratch[: block.numel()].view(block.shape)
+            part = grad[x, y].contiguous()  # [x, y, Z]
+            if need_w:
+                activation = volume.softplus(block, out=spare)
+                own_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
+            if any(need_maps):
+                slope = volume.sigmoid_(block, scratch=spare).mul_(part[:, None])  # [x, J, y, Z]
+                for target in (m for m in own if m is not None):
+                    _accumulate(_cut(target, x, y), slope)
+        return own_w, own
+
+    results = volume.parts(work)
+    for _, own in results:
+        for total, partial in zip(shared, own, strict=True):
+            if total is not None and partial is not total:
+                total += partial
+    grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
+    return sum(own_w for own_w, _ in results) if need_w else None, grad_maps
+
+
+def _accumulate(target: torch.Tensor, values: torch.Tensor) -> None:
+    """target += values, summed over the axes along which target was broadcast."""
+    summed = [axis for axis in range(values.ndim) if target.shape[axis] == 1 and values.shape[axis] > 1]
+    target += values.sum(dim=summed, keepdim=True) if summed else values
