@@ -12,8 +12,9 @@ help:
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make test          fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
+	@echo "make test-gpu      the CUDA ops on this machine's GPU (about two minutes; compiles them where nvcc is found)"
 	@echo "make lint          ruff"
-	@echo "make bench         speed of the separable sigma slab against the point-wise path"
+	@echo "make bench         speed of every fast path against plain EG3D (about half an hour; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (about an hour on 2 cores)"
 
 $(VENV): $(STAMP)
@@ -41,12 +42,16 @@ test-long: $(STAMP)
 	@echo "== Slow tests"
 	$(BIN)/python -m pytest -m "long" $(PYTEST_ARGS)
 
+test-gpu: $(STAMP)
+	@echo "== CUDA ops: emulated, compiled, and on the device"
+	$(BIN)/python -m pytest tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
 bench: $(STAMP)
-	@echo "== Separable sigma slab against the point-wise path"
-	$(BIN)/python benchmarks/slab.py
+	@echo "== Every fast path against the straightforward one, into benchmarks/results"
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
 	@echo "== 1/5 generator"

@@ -34,6 +34,7 @@ STABLE_ABI = "0x020b000000000000"  # oldest torch that a library serves: 2.11
 CUDA_TARGETS = ("80", "90")  # Ampere and Hopper as machine code; newer ones take the PTX of the last
 _PROCESS_LOCK = threading.Lock()
 _loaded: dict[tuple[str, str], bool] = {}
+_warned: set[str] = set()
 
 
 class BuildError(RuntimeError):
@@ -73,9 +74,17 @@ def ops(device_type: str) -> list[str]:
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing
 def available(op: str, device_type: str) -> bool:
-    """Whether the compiled op is loaded, after building it if need be. Asks at most once per process and never raises."""
+    """Whether the compiled op is loaded, after building it if need be, and on CUDA whether it passes its check on the current device.
+
+    Tries at most once per process and never raises.
+    """
     found = _loaded.get((op, device_type))
-    return _load(op, device_type) if found is None else found
+    found = _load(op, device_type) if found is None else found
+    if found and device_type == "cuda":
+        from torch_utils import cuda_check  # imports the ops, which import this
+
+        return cuda_check.passes(op, torch.device("cuda"))
+    return found
 
 
 def _load(op: str, device_type: str) -> bool:
@@ -90,8 +99,10 @@ def _load(op: str, device_type: str) -> bool:
                 torch.ops.load_library(str(build(op, device_type)))
                 _loaded[key] = True
             except (BuildError, OSError) as error:
-                reason = error if isinstance(error, BuildError) else error.__cause__ or error  # torch hides the loader's message
-                warnings.warn(f"op {op} ({device_type}): plain torch is used, which is slower. {reason}", stacklevel=4)
+                reason = str(error if isinstance(error, BuildError) else error.__cause__ or error)  # torch hides the loader's message
+                if reason not in _warned:  # a missing compiler is the same news for every op
+                    _warned.add(reason)
+                    warnings.warn(f"op {op} ({device_type}): plain torch is used, which is slower. {reason}", stacklevel=4)
         return _loaded[key]
 
 

@@ -192,7 +192,7 @@ class GanPhases:
     def _sigma_raw(self, ws: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         points = torch.cat([first, second], dim=1)
         directions = torch.randn_like(points)  # unused by the decoder; drawn so that the random sequence is EG3D's
-        return self.G.sample_mixed(points, directions, ws, update_emas=False)["sigma"]
+        return self.G.sample_mixed(points, directions, ws, update_emas=False, sigma_only=True)["sigma"]
 
     def d_main(self, batch: Batch) -> Iterator[Loss]:
         """Logistic discriminator loss, fakes first; each half runs backward on its own."""

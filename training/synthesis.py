@@ -7,58 +7,11 @@ import math
 
 import torch
 
-from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
+from torch_utils.ops import bias_act, upfirdn2d
+from torch_utils.ops.layouts import convolution_layout
+from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from training.layers import FullyConnectedLayer, block_resolutions, channels_at
 from training.mapping import MappingNetwork
-
-
-def modulated_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    styles: torch.Tensor,
-    noise: torch.Tensor | None = None,
-    up: int = 1,
-    down: int = 1,
-    padding: int = 0,
-    resample_filter: torch.Tensor | None = None,
-    demodulate: bool = True,
-    flip_weight: bool = True,
-    fused_modconv: bool = True,
-) -> torch.Tensor:
-    """Convolution whose input channels are scaled per sample (Karras et al. 2020, section 2.2).
-
-    w'[n,o,c] = w[o,c] s[n,c]; demodulated by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8); noise is added after demodulation.
-
-    Args:
-        x: [N, C, H, W]; weight: [O, C, k, k]; styles: [N, C].
-        noise: broadcast to the output, or None.
-        fused_modconv: one grouped convolution with w'd; otherwise scale x, convolve once for the batch, scale the result.
-    Returns: [N, O, H*up/down, W*up/down]. Differentiable in x, weight, styles, noise.
-    """
-    n = x.shape[0]
-    out_channels, in_channels, kh, kw = weight.shape
-    if x.dtype == torch.float16 and demodulate:  # keep the sum of squares inside half's range; demodulation cancels both factors
-        largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
-        weight = weight * (1 / math.sqrt(in_channels * kh * kw) / largest)
-        styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
-    coefficients = None
-    if demodulate:  # sum over k first: sum_c s^2 sum_k w^2 is the same number without the [N, O, C, k, k] product
-        energy = weight.square().sum(dim=[2, 3])  # [O, C]
-        coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()  # [N, O]
-    resample = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight}
-    if not fused_modconv:
-        x = x * styles.to(x.dtype)[:, :, None, None]
-        x = conv2d_resample.conv2d_resample(x=x, w=weight.to(x.dtype), **resample)
-        if coefficients is not None:
-            x = x * coefficients.to(x.dtype)[:, :, None, None]
-    else:
-        w = weight[None] * styles[:, None, :, None, None]  # [N, O, C, k, k]
-        if coefficients is not None:
-            w = w * coefficients[:, :, None, None, None]
-        x = x.reshape(1, -1, *x.shape[2:])  # [1, N*C, H, W]
-        x = conv2d_resample.conv2d_resample(x=x, w=w.flatten(0, 1).to(x.dtype), groups=n, **resample)
-        x = x.reshape(n, out_channels, *x.shape[2:])
-    return x if noise is None else x + noise.to(x.dtype)
 
 
 class SynthesisLayer(torch.nn.Module):
@@ -177,7 +130,7 @@ class SynthesisBlock(torch.nn.Module):
         w_iter = iter(ws.unbind(dim=1))
         half = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
-        memory_format = torch.channels_last if self.channels_last and half else torch.contiguous_format
+        memory_format = torch.channels_last if self.channels_last and half else convolution_layout(ws.device, self.resolution)
         if fused_modconv is None:
             fused_modconv = self.fused_modconv_default
         if fused_modconv == "inference_only":
@@ -190,7 +143,8 @@ class SynthesisBlock(torch.nn.Module):
         x = self.conv1(x, next(w_iter), **kwargs)
         if img is not None and self.upsample:
             img = upfirdn2d.upsample2d(img, self.resample_filter)
-        y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32, memory_format=torch.contiguous_format)
+        y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32)
+        y = y if ws.device.type == "cpu" else y.contiguous()
         return x, (y if img is None else img + y)
 
 

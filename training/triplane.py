@@ -5,6 +5,7 @@ Shapes: N batch, Z z_dim, K c_dim (25), W w_dim, L num_ws, C plane channels, P p
 
 import torch
 
+from torch_utils.ops.triplane_decode import DecoderWeights
 from training.layers import FullyConnectedLayer
 from training.rendering.rays import RaySampler
 from training.rendering.renderer import ImportanceRenderer
@@ -34,6 +35,13 @@ class OSGDecoder(torch.nn.Module):
         """features [N, P, C], already averaged over planes -> as `forward`."""
         x = self.net(features)
         return {"rgb": torch.sigmoid(x[..., 1:]) * (1 + 2 * 0.001) - 0.001, "sigma": x[..., :1]}
+
+    def weights(self, dtype: torch.dtype | None = None) -> DecoderWeights:
+        """Effective weights of both layers, w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D]; differentiable."""
+        first, last = self.net[0], self.net[2]
+        return DecoderWeights(
+            first.effective_weight(dtype), first.effective_bias(dtype), last.effective_weight(dtype), last.effective_bias(dtype)
+        )
 
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma []; differentiable."""
@@ -181,15 +189,17 @@ class TriPlaneGenerator(torch.nn.Module):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
+        sigma_only: bool = False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}.
+        """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}; without 'rgb' where sigma_only.
 
         The truncation arguments have no effect, as in EG3D.
         """
         del truncation_psi, truncation_cutoff, update_emas
         planes = self.planes(ws, **synthesis_kwargs)
-        return self.renderer.run_model(planes, self.decoder, coordinates, directions, self.rendering_kwargs)
+        options = self.rendering_kwargs
+        return self.renderer.run_model(planes, self.decoder, coordinates, directions, options, sigma_only=sigma_only)
 
     def forward(
         self, z, c, truncation_psi=1.0, truncation_cutoff=None, neural_rendering_resolution=None, update_emas=False, cache_backbone=False,

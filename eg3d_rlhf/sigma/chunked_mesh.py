@@ -6,24 +6,17 @@ Letters: X, Y, Z = grid points along x, y, z; V vertices; F faces.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from eg3d_rlhf.sigma.mesh import LEVEL, check_crossed, marching_cubes, outside_value, prepare_density, to_world
+from eg3d_rlhf.sigma.mesh import LEVEL, check_crossed, check_finite, outside_value
+from eg3d_rlhf.sigma.surface_blocks import BRICK, SurfaceBuilder, padded, touched_bricks
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 
 _BLOCK_POINTS = 1 << 23  # grid points of one block: 32 MiB in float32
 _LEAST_PLANES = 16  # per block, so that work done once per block stays small
-
-
-class _Border(NamedTuple):
-    """The surface's vertices in one grid plane: their sorted grid edges and their numbers in the whole mesh."""
-
-    keys: np.ndarray
-    numbers: np.ndarray
 
 
 def block_planes(points_per_plane: int) -> int:
@@ -40,8 +33,7 @@ def extract_mesh_blockwise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The surface sigma = level, the same as `extract_mesh` gives for the whole volume; closed at the volume's border.
 
-    Two neighbouring blocks share one grid plane. The vertices in it are the same in both, one per grid edge that the surface crosses, and
-    are kept once.
+    Marching cubes runs on the bricks of a block that hold values on both sides of the level (`surface_blocks`).
 
     Args:
         sample: raw density [x, Y, Z] of the grid points slice.start <= x index < slice.stop; called once per block, in order.
@@ -58,71 +50,45 @@ def extract_mesh_blockwise(
     if min(len(axis) for axis in coordinates) < 2:
         raise ValueError(f"extract_mesh: expected at least 2 points per axis, got {[len(axis) for axis in coordinates]}. Sample more.")
     step = planes or block_planes(len(coordinates[1]) * len(coordinates[2]))
-    builder = _Builder(coordinates, float(level))
+    mesher = _DenseMesher(coordinates, float(level))
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         values = sample(part)
-        builder.add(values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values), last=part.stop == count)
+        mesher.add(values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values), last=part.stop == count)
         if progress is not None:
             progress("density", part.stop, count)
-    check_crossed(builder.low, builder.high, level)
-    return builder.finish()
+    check_crossed(mesher.low, mesher.high, level)
+    return mesher.builder.finish()
 
 
-class _Builder:
-    """The mesh found so far, and the last plane of the block before."""
+class _DenseMesher:
+    """Hands blocks of grid planes to a `SurfaceBuilder` in layers, each with the last plane of the one before."""
 
     def __init__(self, coordinates: Sequence[np.ndarray], level: float):
-        self.coordinates, self.level = coordinates, level
-        self.low, self.high = np.inf, -np.inf
-        self._outside = outside_value(level)
-        rows, columns = (len(axis) + 2 for axis in coordinates[1:])
-        self._plane = np.full((1, rows, columns), self._outside, dtype=np.float32)  # padded, [1, Y + 2, Z + 2]
-        self._first = -1  # x index of that plane
-        self._border = _Border(np.empty(0, np.int64), np.empty(0, np.int64))
-        self._vertices: list[np.ndarray] = []
-        self._faces: list[np.ndarray] = []
-        self._count = 0
+        self.level, self.low, self.high = level, np.inf, -np.inf
+        self.builder = SurfaceBuilder(coordinates, level)
+        sides = [padded(len(axis)) for axis in coordinates[1:]]
+        self._layer = np.full((BRICK + 1, *sides), outside_value(level), dtype=np.float32)  # planes 0.._filled of the next layer
+        self._first, self._filled = 0, 0  # grid point along x of the layer's first plane, 0 = outside
 
     def add(self, values: np.ndarray, last: bool) -> None:
-        """Mesh the planes `values` [x, Y, Z] together with the one before them, and the outside behind the last."""
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        inner = np.pad(prepare_density(values, self.level), ((0, int(last)), (1, 1), (1, 1)), constant_values=self._outside)
-        block = np.concatenate([self._plane, inner])  # [x + 1 or x + 2, Y + 2, Z + 2]
-        self._plane = block[-1:].copy()
-        first, self._first = self._first, self._first + len(block) - 1
-        if block.min() > self.level or block.max() < self.level:
-            self._border = _Border(np.empty(0, np.int64), np.empty(0, np.int64))
-            return
-        vertices, faces = marching_cubes(block, self.level)
-        self._append(vertices, faces, first, len(block) - 1)
+        """Mesh as many of the planes `values` [x, Y, Z] as make whole layers; all, and the step to the outside, after the last."""
+        low, high = float(values.min()), float(values.max())
+        check_finite(low, high)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        _, rows, columns = values.shape
+        done = 0
+        while done < len(values):
+            take = min(BRICK - self._filled, len(values) - done)
+            planes = slice(self._filled + 1, self._filled + 1 + take)
+            self._layer[planes, 1 : rows + 1, 1 : columns + 1] = values[done : done + take]
+            self._filled, done = self._filled + take, done + take
+            if self._filled == BRICK:
+                self._mesh(self._layer)
+                self._layer[0], self._filled, self._first = self._layer[-1], 0, self._first + BRICK
+        if last:
+            self._layer[self._filled + 1] = outside_value(self.level)
+            self._mesh(self._layer[: self._filled + 2])
 
-    def _append(self, vertices: np.ndarray, faces: np.ndarray, first: int, end: int) -> None:
-        """Number the new vertices, those in the first plane as the block before did, and keep what lies in the last plane."""
-        numbers = np.empty(len(vertices), dtype=np.int64)
-        rows, keys = self._in_plane(vertices, 0)
-        order = np.argsort(keys)
-        assert np.array_equal(self._border.keys, keys[order]), "blocks disagree in their shared plane"
-        known = np.zeros(len(vertices), dtype=bool)
-        known[rows] = True
-        numbers[rows[order]] = self._border.numbers
-        fresh = np.flatnonzero(~known)
-        numbers[fresh] = self._count + np.arange(len(fresh))
-        self._count += len(fresh)
-        rows, keys = self._in_plane(vertices, end)
-        order = np.argsort(keys)
-        self._border = _Border(keys[order], numbers[rows[order]])
-        kept = vertices[fresh] + (first, -1, -1)
-        self._vertices.append(to_world(kept, self.coordinates))
-        self._faces.append(numbers[faces].astype(np.int32))
-
-    def _in_plane(self, vertices: np.ndarray, x: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the vertices in grid plane x, and the number of the grid edge that each lies on."""
-        rows = np.flatnonzero(vertices[:, 0] == x)  # a vertex on an edge along x lies strictly between two planes
-        start = np.floor(vertices[rows, 1:]).astype(np.int64)
-        along_z = vertices[rows, 2] > start[:, 1]
-        return rows, 2 * (start[:, 0] * self._plane.shape[2] + start[:, 1]) + along_z
-
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """vertices [V, 3] and faces [F, 3] of all blocks."""
-        return np.concatenate(self._vertices), np.concatenate(self._faces)
+    def _mesh(self, layer: np.ndarray) -> None:
+        self.builder.add(self._first, layer, touched_bricks(layer, self.level))

@@ -3,8 +3,10 @@
 Letters: X, Y, Z = grid points along x, y, z; P points; K planes; C channels; L, W = layers and width of ws.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +15,34 @@ from eg3d_rlhf.shapes import check_shape
 from eg3d_rlhf.sigma.separable import pair_maps, projection_axes, sigma_from_maps
 from eg3d_rlhf.sigma.slab import DecoderWeights, sigma_at
 from eg3d_rlhf.sigma.spec import SlabSpec
+from torch_utils.ops import implementations
+from torch_utils.ops.triplane_decode import MergedPlanes, merge_planes, triplane_decode
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as EG3D's shape extraction sets it
 _POINT_CHUNK = 1 << 16  # points coloured at once: 25 MB of plane features at 32 channels
+
+
+@dataclass(frozen=True)
+class SeparableDensity:
+    """Raw density on a grid as maps of two coordinates each; see `eg3d_rlhf.sigma.separable`."""
+
+    maps: list[torch.Tensor]  # [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], those that occur
+    w: torch.Tensor  # [J]
+    b: torch.Tensor  # []
+    shape: tuple[int, int, int]  # X, Y, Z
+
+    @torch.no_grad()
+    def part(self, x: slice, y: slice, z: Sequence[slice]) -> torch.Tensor:
+        """Raw density [x, y, all of z] at ranges of x and y indices and at one or more ranges of z indices; at least two points each."""
+        shape = (x.stop - x.start, y.stop - y.start, sum(run.stop - run.start for run in z))
+        maps = []
+        for m in self.maps:
+            m = m[x] if m.shape[0] > 1 else m
+            m = m[:, :, y] if m.shape[2] > 1 else m
+            if m.shape[3] > 1:  # slices: a list of indices would be gathered value by value
+                m = torch.cat([m[..., run] for run in z], dim=3) if len(z) > 1 else m[..., z[0]]
+            maps.append(m)
+        return sigma_from_maps(maps, self.w, self.b, shape)
 
 
 class Field:
@@ -43,29 +70,48 @@ class Field:
     @torch.no_grad()
     def sigma_block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Raw density [X, Y, Z] on the CPU at the product of world coordinates x [X], y [Y], z [Z]."""
-        shape = (len(x), len(y), len(z))
-        if self._pairs is None:
+        density = self.separable(x, y, z)
+        if density is None:
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1).reshape(-1, 3)
-            return self.sigma_at(points).reshape(shape)
+            return self.sigma_at(points).reshape(len(x), len(y), len(z))
+        return sigma_from_maps(density.maps, density.w, density.b, density.shape).cpu()
+
+    @torch.no_grad()
+    def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
+        """The raw density at the product of world coordinates x [X], y [Y], z [Z] as maps; None where the planes have no such form."""
+        if self._pairs is None:
+            return None
         axes = [axis.to(self.planes.dtype) * (2 / self.box_warp) for axis in (x, y, z)]
         maps = pair_maps(self.planes[0], self._pairs, axes, self._weights.w0, self._weights.b0)
-        return sigma_from_maps(maps, self._weights.w_sigma, self._weights.b_sigma, shape).cpu()
+        return SeparableDensity(maps, self._weights.w_sigma, self._weights.b_sigma, (len(x), len(y), len(z)))
 
     @torch.no_grad()
     def sigma_at(self, points: torch.Tensor) -> torch.Tensor:
         """Raw density [P] on the CPU at world points [P, 3]."""
         axes = self._G.renderer.plane_axes
-        return sigma_at(self.planes, axes, self._weights, points.to(self.planes), self.box_warp)[0].cpu()
+        merged = None if implementations.current() == "ref" else self._merged
+        return sigma_at(self.planes, axes, self._weights, points.to(self.planes), self.box_warp, merged=merged)[0].cpu()
 
     @torch.no_grad()
     def rgb_at(self, points: torch.Tensor) -> torch.Tensor:
         """Colour [P, 3] in 0..1 on the CPU at world points [P, 3]: the decoder's first three outputs, before super-resolution."""
-        options = {**self._G.rendering_kwargs, "density_noise": 0}
-        parts = []
-        for chunk in points.split(_POINT_CHUNK):
-            out = self._G.renderer.run_model(self.planes, self._G.decoder, chunk[None].to(self.planes), None, options)
-            parts.append(out["rgb"][0, :, :3].clamp(0, 1).cpu())
+        parts = [self._colours(chunk[None].to(self.planes))[0, :, :3].clamp(0, 1).cpu() for chunk in points.split(_POINT_CHUNK)]
         return torch.cat(parts) if parts else torch.zeros(0, 3)
+
+    def _colours(self, points: torch.Tensor) -> torch.Tensor:
+        """Colour features [1, P, 3 or more] at world points [1, P, 3]; only what becomes an image is decoded, where that can be had."""
+        G = self._G
+        if implementations.current() == "ref" or self._merged is None or not hasattr(G.decoder, "weights"):
+            options = {**G.rendering_kwargs, "density_noise": 0}
+            return G.renderer.run_model(self.planes, G.decoder, points, None, options)["rgb"]
+        weights = G.decoder.weights(self.planes.dtype)
+        rgb = weights._replace(w1=weights.w1[:4], b1=weights.b1[:4])
+        return triplane_decode(self.planes, G.renderer.plane_axes, points, self.box_warp, rgb, merged=self._merged)[0]
+
+    @functools.cached_property
+    def _merged(self) -> MergedPlanes | None:
+        """The planes as `triplane_decode` reads them; None where they are not axis-aligned."""
+        return None if self._pairs is None else merge_planes(self.planes, self._pairs)
 
 
 class FieldGrid:
@@ -84,8 +130,18 @@ class FieldGrid:
         self.field, self.resolution = field, resolution
         self.axes: Sequence[torch.Tensor] = SlabSpec.cube(resolution, field.box_warp).axes()
         self._trim = int(border * resolution)
+        self.inside = slice(self._trim, resolution - self._trim)  # grid points along each axis that are not trimmed
         if resolution - 2 * self._trim < 2:
             raise ValueError(f"FieldGrid: expected at least 2 points inside the border, got a border of {border:g} on {resolution} points.")
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether points at the border hold `OUTSIDE`."""
+        return self._trim > 0
+
+    def separable(self) -> SeparableDensity | None:
+        """The density of the points that are not trimmed, as maps; None where the planes have no such form."""
+        return self.field.separable(*(axis[self.inside] for axis in self.axes))
 
     def __call__(self, x: slice) -> torch.Tensor:
         """Raw density [x, Y, Z] of the grid points with these x indices."""

@@ -12,7 +12,7 @@ from eg3d_rlhf.sigma.spec import SlabSpec
 
 LEVEL = 10.0  # raw density of the surface (arXiv 2606.27305; EG3D's shape extraction)
 _REACH = 2.0**17  # values further from the level are clipped, in units of max(|level|, 1); the padding outside the volume lies there
-_NUDGE = 2.0**-22  # values nearer to the level count as just below it: no vertex falls onto a grid point, where its edge would be unknown
+LEVEL_BAND = 2.0**-22  # values so near to the level, in the same units, count as just below it: no vertex falls onto a grid point
 _MARGIN = 2e-4  # vertices keep this distance from the ends of their grid edge, in grid steps: distinct ones stay distinct in float32
 
 
@@ -41,7 +41,7 @@ def extract_mesh(
     coordinates = _coordinates(axes, volume.shape)
     block = prepare_density(volume.transpose(2, 1, 0), level)  # [W, H, D], so vertices come as (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
-    vertices, faces = marching_cubes(np.pad(block, 1, constant_values=outside_value(level)), level)
+    vertices, faces, _ = marching_cubes([np.pad(block, 1, constant_values=outside_value(level))], level)
     return to_world(vertices - 1, coordinates), faces
 
 
@@ -51,6 +51,12 @@ def check_crossed(low: float, high: float, level: float) -> None:
         raise ValueError(
             f"extract_mesh: expected sigma on both sides of level {level:g}, got [{low:g}, {high:g}]. Choose a level in between."
         )
+
+
+def check_finite(low: float, high: float) -> None:
+    """Raise ValueError unless the least and the greatest density are finite numbers."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("extract_mesh: expected finite sigma, got NaN or infinity. Check the generator's weights.")
 
 
 def outside_value(level: float) -> float:
@@ -64,27 +70,30 @@ def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
     Raises: ValueError for NaN or infinity.
     """
     volume = np.array(volume, dtype=np.float32)  # PyMCubes raises on half and returns an empty mesh for integers
-    if not (np.isfinite(volume.min()) and np.isfinite(volume.max())):
-        raise ValueError("extract_mesh: expected finite sigma, got NaN or infinity. Check the generator's weights.")
+    check_finite(volume.min(), volume.max())
     unit = max(abs(level), 1.0)
     np.clip(volume, level - _REACH * unit, level + _REACH * unit, out=volume)
-    volume[np.abs(volume - level) < _NUDGE * unit] = level - _NUDGE * unit
+    volume[np.abs(volume - level) < LEVEL_BAND * unit] = level - LEVEL_BAND * unit
     return volume
 
 
-def marching_cubes(block: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Surface of a prepared block [X, Y, Z].
+def marching_cubes(blocks: Sequence[np.ndarray], level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Surfaces of prepared blocks [X, Y, Z] float32, each by itself.
 
-    Returns: vertices [V, 3] float64 in grid steps, each strictly inside one grid edge, and faces [F, 3] int64.
+    Returns: vertices [V, 3] float64 of one block after the other, in grid steps from its own first point and each strictly inside one grid
+    edge; faces [F, 3] int64, numbers of vertices in all of them; how many of the vertices belong to each block [blocks].
     """
     import mcubes  # only here: the rest of the package works without it
 
-    vertices, faces = mcubes.marching_cubes(np.ascontiguousarray(block), float(level))
-    vertices = vertices.reshape(-1, 3)
+    pieces = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
+    counts = np.array([len(vertices) for vertices, _ in pieces], dtype=np.int64)
+    vertices = np.concatenate([vertices.reshape(-1, 3) for vertices, _ in pieces])
+    faces = np.concatenate([faces.reshape(-1, 3) for _, faces in pieces]).astype(np.int64)
+    faces += np.repeat(np.cumsum(counts) - counts, [len(faces) for _, faces in pieces])[:, None]
     start = np.floor(vertices)
-    along = vertices - start
+    along = np.subtract(vertices, start, out=vertices)
     np.clip(along, _MARGIN, 1 - _MARGIN, out=along, where=along > 0)
-    return start + along, faces.reshape(-1, 3).astype(np.int64)
+    return np.add(start, along, out=start), faces, counts
 
 
 def _coordinates(axes: SlabSpec | Sequence[torch.Tensor | np.ndarray], shape: tuple[int, ...]) -> list[np.ndarray]:

@@ -14,26 +14,9 @@ from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from torch_utils.ops.slab_density import slab_density
-
-
-def projection_axes(plane_axes: torch.Tensor) -> tuple[tuple[int, int], ...] | None:
-    """Which world axis each plane reads along its width and its height.
-
-    Args: plane_axes [K, 3, 3]; plane k reads the first two components of coords @ inverse(plane_axes[k]) as (width, height) (eg3d.md, 4).
-    Returns: per plane (width axis, height axis), 0 = x, 1 = y, 2 = z; None when a plane is not axis-aligned (there is no separable form).
-    """
-    pairs = []
-    for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
-        columns = matrix[:, :2]  # [3, 2]
-        axes = columns.argmax(dim=0)
-        unit = F.one_hot(axes, 3).T.to(columns)
-        if axes[0] == axes[1] or not torch.allclose(columns, unit, rtol=0, atol=1e-6):
-            return None
-        pairs.append((int(axes[0]), int(axes[1])))
-    return tuple(pairs)
+from torch_utils.ops.triplane_decode import projection_axes as projection_axes  # where callers of this module look for it
 
 
 def _interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:

@@ -17,6 +17,8 @@ from eg3d_rlhf.shapes import check_shape
 from eg3d_rlhf.sigma.separable import batched_pair_maps, projection_axes, sigma_from_maps
 from eg3d_rlhf.sigma.spec import SlabSpec
 from torch_utils.ops import implementations
+from torch_utils.ops.triplane_decode import DecoderWeights as BothLayers
+from torch_utils.ops.triplane_decode import MergedPlanes, triplane_decode
 
 _IMPLS = ("auto", "separable", "pointwise")
 _POINT_CHUNK = 1 << 17  # points decoded at once where no gradient is asked for
@@ -107,7 +109,8 @@ def sigma_from_planes(
     if impl == "auto" and straight:
         _warn_not_separable()
     points = spec.points().to(planes)  # [D, H, W, 3], components x, y, z
-    return sigma_at(planes, plane_axes, weights, points.reshape(-1, 3), box_warp).unflatten(1, spec.shape)
+    way = "ref" if impl == "pointwise" else "auto"
+    return sigma_at(planes, plane_axes, weights, points.reshape(-1, 3), box_warp, way).unflatten(1, spec.shape)
 
 
 @cache
@@ -132,16 +135,35 @@ def _separable(
 
 
 def sigma_at(
-    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float = 1.0
+    planes: torch.Tensor,
+    plane_axes: torch.Tensor,
+    weights: DecoderWeights,
+    points: torch.Tensor,
+    box_warp: float = 1.0,
+    impl: str = "auto",
+    merged: MergedPlanes | None = None,
 ) -> torch.Tensor:
-    """Raw density at arbitrary points: the slow, obvious form of everything in this file.
+    """Raw density at arbitrary points.
 
-    Without gradients the points go through in chunks; with gradients all at once, under plain autograd.
-
-    Args: planes [N, K, C, rows, columns]; plane_axes [K, 3, 3]; points [P, 3] world coordinates.
+    Args: planes [N, K, C, rows, columns]; plane_axes [K, 3, 3]; points [P, 3] world coordinates; impl and merged: see
+    `torch_utils.ops.triplane_decode`, which does the work where the planes are axis-aligned.
     Returns: sigma_raw [N, P].
     Differentiable in planes, weights and points.
     """
+    implementations.check_impl("sigma_at", impl)
+    ref = impl == "ref" or (impl == "auto" and implementations.current() == "ref")
+    pairs = None if ref else projection_axes(plane_axes) if merged is None else merged.pairs
+    if pairs is None:
+        return _sigma_at_ref(planes, plane_axes, weights, points, box_warp)
+    both = BothLayers(weights.w0, weights.b0, weights.w_sigma[None], weights.b_sigma[None])
+    points = points.expand(len(planes), -1, -1)
+    return triplane_decode(planes, pairs if merged is None else plane_axes, points, box_warp, both, impl, merged)[1].squeeze(2)
+
+
+def _sigma_at_ref(
+    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float
+) -> torch.Tensor:
+    """The slow, obvious form of everything in this file: without gradients in chunks, with gradients all at once."""
     inputs = (planes, points, *weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _decode_points(planes, plane_axes, weights, points, box_warp)
@@ -161,7 +183,7 @@ def plane_features(planes: torch.Tensor, plane_axes: torch.Tensor, points: torch
 def _decode_points(
     planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float
 ) -> torch.Tensor:
-    """[N, P] of `sigma_at`, all points at once."""
+    """[N, P] of `_sigma_at_ref`, all points at once."""
     features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
     return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
 

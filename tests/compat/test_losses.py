@@ -62,10 +62,11 @@ def test_phase(name, loss_case, phase):
 
 
 def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
-    """L2 norm, a random projection and the peak of every parameter's gradient, relative to the norm (and 1e-6 of the largest norm).
+    """L2 norm, a random projection and the peak of every parameter's gradient, relative to the norm (and 2e-6 of the largest norm).
 
     A noise strength is one number whose gradient sums a whole feature map times random noise; most of the sum cancels, in the float32
-    reference as here. Its error is therefore taken relative to the gradient of the same layer's weight, its projection also to the factor.
+    reference as here. Its error is therefore taken relative to the gradient of the same layer's weight, its projection also to the factor,
+    and 2e-3 of it is allowed: b32.conv0 of small_a, Greg, is 9.280e-3 in our float64, 4.4e-5 off in the reference, 6e-6 in our float32.
     R1 is a second-order gradient; of its biases one (b16.conv0.bias, small_a) differs by 1.2e-3 in projection. Our float32 lies 2e-4 from
     our float64 there, the float32 reference 1.4e-3: biases of Dreg get 2e-3 in projection, norms keep 1e-3.
     """
@@ -78,9 +79,9 @@ def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
         gradient = parameters[name].grad.double().numpy()
         norm, projection, peak = ref[key]
         direction = crc_random(f"proj:{name}", gradient.shape).astype(np.float32)
-        scale = norm + 1e-6 * largest
+        scale = norm + 2e-6 * largest  # the bias of a density, in a difference of densities, is rounding alone
         if name.endswith("noise_strength"):
-            scale += ref[key.replace("noise_strength", "weight")][0]
+            scale = 2 * (scale + ref[key.replace("noise_strength", "weight")][0])
         assert abs(np.linalg.norm(gradient) - norm) <= 1e-3 * scale, f"{name}: norm"
         limit = 2e-3 if prefix.endswith("Dreg") and name.endswith(".bias") else 1e-3  # see the docstring
         if gradient.ndim == 0:

@@ -68,7 +68,7 @@ train.main(sys.argv[1:])
 
 
 def signalled(name: str, then: str, *flags: str) -> subprocess.CompletedProcess:
-    env = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": ""}
+    env = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
     command = [sys.executable, "-c", SIGNALLED.format(name, then), *flags]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
@@ -113,7 +113,7 @@ def test_two_runs_on_one_folder(copy):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     code = f"import os, signal\nfrom training.run_lock import RunLock\nfrom pathlib import Path\nwith RunLock(Path({str(tmp_path)!r})):\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
-    killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": ""})
+    killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": os.environ["PATH"]})
     assert killed.returncode == -signal.SIGKILL and (tmp_path / FILE).exists()
     with RunLock(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / FILE).read_text()

@@ -6,6 +6,9 @@ Shapes: N batch, I input and O output channels, G groups, H x W pixels, K kernel
 import torch
 import torch.nn.functional as F
 
+from torch_utils.ops.conv3x3 import conv3x3
+from torch_utils.ops.implementations import check_impl, current
+from torch_utils.ops.layouts import is_channels_last
 from torch_utils.ops.upfirdn2d import Scale, _parse_padding, filter_size, upfirdn2d
 
 
@@ -19,6 +22,7 @@ def conv2d_resample(
     groups: int = 1,
     flip_weight: bool = True,
     flip_filter: bool = False,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """Upsample by `up`, convolve, downsample by `down`, with all padding applied once, before anything else.
 
@@ -34,9 +38,10 @@ def conv2d_resample(
         groups: G; splits I and O.
         flip_weight: True correlates (what torch calls convolution), False convolves.
         flip_filter: as in `upfirdn2d`.
+        impl: see `torch_utils.ops.implementations`; the same for the filter and for 3x3 convolutions inside.
     Returns: [N, O, H', W'], H' = H*up/down for "same" padding (K//2).
     Differentiable in x and w, to any order.
-    Raises: ValueError for wrong shapes or factors.
+    Raises: ValueError for wrong shapes or factors, or an unknown `impl`.
     """
     if x.ndim != 4 or w.ndim != 4 or x.shape[1] != w.shape[1] * groups:
         raise ValueError(
@@ -53,46 +58,60 @@ def conv2d_resample(
     if down > 1:
         x0, x1, y0, y1 = x0 + (fw - down + 1) // 2, x1 + (fw - down) // 2, y0 + (fh - down + 1) // 2, y1 + (fh - down) // 2
     pads = (x0, x1, y0, y1)
+    check_impl("conv2d_resample", impl)
+    impl = current() if impl == "auto" else impl
 
     if up == 1 and down == 1:
-        return _convolve(x, w, pads, 1, groups, flip_weight)
+        return _convolve(x, w, pads, 1, groups, flip_weight, impl)
     if up == 1 and (kh, kw) == (1, 1):
-        x = upfirdn2d(x, f, down=down, padding=pads, flip_filter=flip_filter)
-        return _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight)
+        x = upfirdn2d(x, f, down=down, padding=pads, flip_filter=flip_filter, impl=impl)
+        return _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
     if up == 1:
-        x = upfirdn2d(x, f, padding=pads, flip_filter=flip_filter)
-        return _convolve(x, w, (0, 0, 0, 0), down, groups, flip_weight)
+        x = upfirdn2d(x, f, padding=pads, flip_filter=flip_filter, impl=impl)
+        return _convolve(x, w, (0, 0, 0, 0), down, groups, flip_weight, impl)
     if (kh, kw) == (1, 1):
-        x = _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight)
-        x = upfirdn2d(x, f, up=up, padding=pads, gain=up**2, flip_filter=flip_filter)
+        x = _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
+        x = upfirdn2d(x, f, up=up, padding=pads, gain=up**2, flip_filter=flip_filter, impl=impl)
     else:
-        x = _transposed_then_filter(x, w, f, up, pads, groups, flip_weight, flip_filter)
-    return upfirdn2d(x, f, down=down, flip_filter=flip_filter) if down > 1 else x
+        x, rest = _transposed(x, w, up, pads, groups, flip_weight)
+        x = upfirdn2d(x, f, padding=rest, gain=up**2, flip_filter=flip_filter, impl=impl)
+    return upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl) if down > 1 else x
 
 
 def _convolve(
-    x: torch.Tensor, w: torch.Tensor, pads: tuple[int, int, int, int], stride: int, groups: int, flip_weight: bool
+    x: torch.Tensor, w: torch.Tensor, pads: tuple[int, int, int, int], stride: int, groups: int, flip_weight: bool, impl: str
 ) -> torch.Tensor:
     """Strided convolution with any padding: x [N, I, H, W], w [O, I/G, K, K] -> [N, O, H', W']."""
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
     x0, x1, y0, y1 = pads
+    if w.shape[2:] == (3, 3) and stride == groups == 1 and x0 == x1 == y0 == y1 and 0 <= x0 <= 2 and min(x.shape[2:]) + 2 * x0 >= 3:
+        return conv3x3(x, w, x0, impl=impl)
+    if w.shape[2:] == (1, 1) and stride == groups == 1 and pads == (0, 0, 0, 0) and impl != "ref" and x.device.type == "cpu":
+        return _pointwise(x, w)
     if x0 == x1 and y0 == y1 and x0 >= 0 and y0 >= 0:
         return F.conv2d(x, w, stride=stride, padding=(y0, x0), groups=groups)
     return F.conv2d(F.pad(x, pads), w, stride=stride, groups=groups)
 
 
-def _transposed_then_filter(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    f: torch.Tensor | None,
-    up: int,
-    pads: tuple[int, int, int, int],
-    groups: int,
-    flip_weight: bool,
-    flip_filter: bool,
-) -> torch.Tensor:
-    """Zero-insert, KxK convolution and low-pass: the first two are one transposed convolution, whose borders replace padding."""
+def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """1x1 convolution as a matrix product: torch takes a slow path for it on a CPU, above all backward. The layout stays."""
+    w = w[:, :, 0, 0]
+    if is_channels_last(x) and x.shape[1] < 16:  # image row by row: the kernel's gradient as one product over all pixels is slow
+        rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
+        return torch.bmm(rows, w.t().expand(len(rows), -1, -1)).unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
+    if is_channels_last(x):
+        return F.linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+    return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _transposed(
+    x: torch.Tensor, w: torch.Tensor, up: int, pads: tuple[int, int, int, int], groups: int, flip_weight: bool
+) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """Zero-insertion and KxK convolution as one transposed convolution, whose borders replace padding.
+
+    Returns: the image, and the padding (before, after along x, then y) that is left to the low-pass.
+    """
     kh, kw = w.shape[2:]
     w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # [I, O/G, K, K], as conv_transpose2d wants it
     if flip_weight:
@@ -100,5 +119,4 @@ def _transposed_then_filter(
     x0, x1, y0, y1 = pads[0] - (kw - 1), pads[1] - (kw - up), pads[2] - (kh - 1), pads[3] - (kh - up)
     inside = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)  # what conv_transpose2d can crop by itself
     x = F.conv_transpose2d(x, w, stride=up, padding=(inside[1], inside[0]), groups=groups)
-    rest = (x0 + inside[0], x1 + inside[0], y0 + inside[1], y1 + inside[1])
-    return upfirdn2d(x, f, padding=rest, gain=up**2, flip_filter=flip_filter)
+    return x, (x0 + inside[0], x1 + inside[0], y0 + inside[1], y1 + inside[1])

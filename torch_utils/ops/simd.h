@@ -19,9 +19,11 @@ inline void store_first(float* p, vfloat v, int n) { std::memcpy(p, &v, n * size
 inline vfloat max(vfloat a, vfloat b) { return a < b ? b : a; }  // a NaN in a stays
 inline vfloat min(vfloat a, vfloat b) { return b < a ? b : a; }
 inline float sum(vfloat v) {
-  float s = 0;
-  for (int i = 0; i < kWidth; ++i) s += v[i];
-  return s;
+  float parts[kWidth];
+  store(parts, v);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
 }
 
 // exp(x), relative error below 3e-7 for -87 < x < 88; clamped outside.
@@ -66,16 +68,54 @@ inline vfloat log(vfloat u) {
   return f + (square * (p * f - 0.5f) + e * 0.693147181f) + (u - u);
 }
 
-// softplus(h) = log(1 + exp(h)), absolute error below 2e-7 max(1, h).
-inline vfloat softplus(vfloat h) {
-  const vfloat t = exp(h > 0.0f ? -h : h);
-  return max(h, vfloat{}) + log(t + 1.0f);
+// log(1 + t) for 0 <= t <= 1, absolute error below 2e-7: a Chebyshev interpolant of log(1 + t) / t.
+inline vfloat log1p_unit(vfloat t) {
+  vfloat p = t * 0.0051261019f - 0.0290740654f;
+  p = p * t + 0.0775160864f;
+  p = p * t - 0.136022478f;
+  p = p * t + 0.190768808f;
+  p = p * t - 0.248353988f;
+  p = p * t + 0.333181202f;
+  p = p * t - 0.499994457f;
+  p = p * t + 0.99999994f;
+  return p * t;
 }
+
+// softplus(h) = log(1 + exp(h)), absolute error below 3e-7 max(1, h).
+inline vfloat softplus(vfloat h) { return max(h, vfloat{}) + log1p_unit(exp(h > 0.0f ? -h : h)); }
 
 // 1 / (1 + exp(-h)), absolute error below 2e-7.
 inline vfloat sigmoid(vfloat h) { return 1.0f / (1.0f + exp(-h)); }
 
+inline double log1p_unit(double t) { return std::log1p(t); }
 inline double softplus(double h) { return std::fmax(h, 0.0) + std::log1p(std::exp(-std::fabs(h))); }
 inline double sigmoid(double h) { return 1.0 / (1.0 + std::exp(-h)); }
+
+// What the ops are written in: a vector of floats, or one double.
+template <typename T> struct Pack;
+template <> struct Pack<float> {
+  static constexpr int width = kWidth;
+  using type = vfloat;
+  using index = vint;
+  static type load(const float* p) { return simd::load(p); }
+  static type load_first(const float* p, int n) { return simd::load_first(p, n); }
+  static void store(float* p, type v) { simd::store(p, v); }
+  static void store_first(float* p, type v, int n) { simd::store_first(p, v, n); }
+  static type exp(type x) { return simd::exp(x); }
+  static type log(type u) { return simd::log(u); }
+  static float sum(type v) { return simd::sum(v); }
+};
+template <> struct Pack<double> {
+  static constexpr int width = 1;
+  using type = double;
+  using index = int64_t;
+  static type load(const double* p) { return *p; }
+  static type load_first(const double* p, int) { return *p; }
+  static void store(double* p, type v) { *p = v; }
+  static void store_first(double* p, type v, int) { *p = v; }
+  static type exp(type x) { return std::exp(x); }
+  static type log(type u) { return std::log(u); }
+  static double sum(type v) { return v; }
+};
 
 }  // namespace simd

@@ -16,6 +16,7 @@
 
 namespace {
 
+using simd::Pack;
 using torch::stable::Tensor;
 using Map = std::optional<Tensor>;
 
@@ -23,25 +24,6 @@ constexpr double kExpRange = 85.0;  // bound of |h| under which exp(h) and all i
 constexpr int64_t kSerial = 1 << 16;  // softplus evaluations below which one thread is faster than several
 
 // What the kernels below are written in: a vector of floats, or one double.
-template <typename T> struct Pack;
-template <> struct Pack<float> {
-  static constexpr int width = simd::kWidth;
-  using type = simd::vfloat;
-  static type load(const float* p) { return simd::load(p); }
-  static void store(float* p, type v) { simd::store(p, v); }
-  static type log(type u) { return simd::log(u); }
-  static type exp(type h) { return simd::exp(h); }
-  static float sum(type v) { return simd::sum(v); }
-};
-template <> struct Pack<double> {
-  static constexpr int width = 1;
-  using type = double;
-  static type load(const double* p) { return *p; }
-  static void store(double* p, type v) { *p = v; }
-  static type log(type u) { return std::log(u); }
-  static type exp(type h) { return std::exp(h); }
-  static double sum(type v) { return v; }
-};
 
 struct Sizes {
   int64_t x, y, z, j;
@@ -222,8 +204,6 @@ void backward_row(const Rows<T>& rows, const T* grad, const Sizes& n, T* grad_xy
     grad_w[j] += Pack<T>::sum(weighted);
   }
 }
-
-
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Maps<T>& maps, const Tensor& grad, const Tensor& w) {

@@ -10,10 +10,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import check_impl
+from torch_utils.ops.implementations import choose
+from torch_utils.ops.layouts import COMPILED_DTYPES, dense, is_channels_last
 
 Scale = int | Sequence[int]
 SEPARABLE_FROM = 8  # shorter 1-D filters become their outer product: one small 2-D pass is cheaper than two
+
+# x is contiguous or channels-last and the result lies alike; f [K] or [KH, KW] of x's dtype and device, contiguous; up, down (x, y);
+# padding (x_before, x_after, y_before, y_after), any sign; the result is never empty.
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
+_LIB.define("upfirdn2d(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor")
 
 
 def setup_filter(
@@ -75,22 +81,64 @@ def upfirdn2d(
         padding: one number, (x, y), or (x_before, x_after, y_before, y_after); negative crops.
         flip_filter: False convolves, True correlates.
         gain: factor on the result (gain**(1/2) per axis for 1-D taps).
-        impl: "auto" or "ref".
+        impl: see `torch_utils.ops.implementations`; "compiled" needs float32 or float64.
     Returns: [N, C, H', W'] with H' = (H*up + pads - K) // down + 1.
     Differentiable in x, to any order; not in f.
     Raises: ValueError for wrong shapes, factors below 1, an empty result or an unknown `impl`.
     """
-    check_impl("upfirdn2d", impl)
     if x.ndim != 4:
         raise ValueError(f"upfirdn2d: expected x [N, C, H, W], got {list(x.shape)}. Add the missing axes.")
     if f is not None and f.ndim not in (1, 2):
         raise ValueError(f"upfirdn2d: expected f [K] or [KH, KW], got {list(f.shape)}. Prepare it with setup_filter.")
-    return _upfirdn2d_ref(x, f, _parse_scaling(up), _parse_scaling(down), _parse_padding(padding), flip_filter, gain)
+    up, down, padding = _parse_scaling(up), _parse_scaling(down), _parse_padding(padding)
+    f = torch.ones([1, 1], device=x.device) if f is None else f.detach()
+    for size, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
+        if size < k:
+            raise ValueError(
+                f"upfirdn2d: expected at least {k} pixels after padding, got {size}. "
+                f"Pad more, or use a larger image (x is {list(x.shape)})."
+            )
+    applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
+    chosen = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
+    if chosen == "ref":
+        return upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
+    if chosen == "torch":
+        return _upfirdn2d_torch(x, f, up, down, padding, flip_filter, gain)
+    return torch.ops.eg3d_rlhf.upfirdn2d(dense(x), f.to(x.dtype).contiguous(), up, down, padding, flip_filter, float(gain))
 
 
-def _upfirdn2d_ref(
+def _padded_size(x: torch.Tensor, up: tuple[int, int], padding: tuple[int, int, int, int]) -> tuple[int, int]:
+    """(width, height) in pixels after zero-insertion and padding."""
+    x0, x1, y0, y1 = padding
+    return x.shape[3] * up[0] + x0 + x1, x.shape[2] * up[1] + y0 + y1
+
+
+def upfirdn2d_ref(
     x: torch.Tensor,
-    f: torch.Tensor | None,
+    f: torch.Tensor,
+    up: tuple[int, int],
+    down: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    flip_filter: bool,
+    gain: float,
+) -> torch.Tensor:
+    """The definition, one step after the other: insert zeros, pad or crop, filter every channel, keep every down-th pixel."""
+    n, channels, height, width = x.shape
+    x0, x1, y0, y1 = padding
+    x = x.reshape(n, channels, height, 1, width, 1)
+    x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(n, channels, height * up[1], width * up[0])
+    x = F.pad(x, (max(x0, 0), max(x1, 0), max(y0, 0), max(y1, 0)))
+    x = x[:, :, max(-y0, 0) : x.shape[2] - max(-y1, 0), max(-x0, 0) : x.shape[3] - max(-x1, 0)]
+    f = (f * gain ** (f.ndim / 2)).to(x.dtype)
+    f = f if flip_filter else f.flip(list(range(f.ndim)))
+    for kernel in (f,) if f.ndim == 2 else (f[None, :], f[:, None]):
+        x = F.conv2d(x, kernel.expand(channels, 1, *kernel.shape), groups=channels)
+    return x[:, :, :: down[1], :: down[0]]
+
+
+def _upfirdn2d_torch(
+    x: torch.Tensor,
+    f: torch.Tensor,
     up: tuple[int, int],
     down: tuple[int, int],
     padding: tuple[int, int, int, int],
@@ -98,9 +146,7 @@ def _upfirdn2d_ref(
     gain: float,
 ) -> torch.Tensor:
     """upfirdn2d in plain torch: one depthwise convolution, or two for 1-D taps."""
-    if f is None:
-        f = torch.ones([1, 1], device=x.device)
-    f = (f.detach() * gain ** (f.ndim / 2)).to(x.dtype)
+    f = (f * gain ** (f.ndim / 2)).to(x.dtype)
     if f.ndim == 2:
         return _filter_pass(x, f, up, down, padding, flip_filter)
     x = _filter_pass(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)  # along W
@@ -118,12 +164,6 @@ def _filter_pass(
     channels = x.shape[1]
     kh, kw = f.shape
     x0, x1, y0, y1 = padding
-    for size, factor, k, before, after in ((x.shape[3], up[0], kw, x0, x1), (x.shape[2], up[1], kh, y0, y1)):
-        if size * factor + before + after < k:
-            raise ValueError(
-                f"upfirdn2d: expected at least {k} pixels after padding, got {size * factor + before + after}. "
-                f"Pad more, or use a larger image (x is {list(x.shape)})."
-            )
     if up == (1, 1):
         kernel = (f if flip_filter else f.flip([0, 1])).expand(channels, 1, kh, kw)
         inside = max(min(x0, x1), 0), max(min(y0, y1), 0)  # what conv2d can pad by itself, on both sides alike
@@ -137,6 +177,40 @@ def _filter_pass(
     rest = (inside[0] - crop[0], inside[0] - crop[1], inside[1] - crop[2], inside[1] - crop[3])
     x = F.pad(x, rest) if any(rest) else x
     return x if down == (1, 1) else x[:, :, :: down[1], :: down[0]]
+
+
+def _adjoint(
+    size: tuple[int, int], out: tuple[int, int], f: torch.Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int]
+) -> list[int]:
+    """Padding with which upfirdn2d, its factors swapped and its filter flipped, is the transpose: out (width, height) -> size."""
+    pads = []
+    for axis, k in enumerate(filter_size(f)):
+        before = padding[2 * axis]
+        pads += [k - 1 - before, (size[axis] - 1) * up[axis] - out[axis] * down[axis] + 1 + before]
+    return pads
+
+
+@torch.library.register_fake("eg3d_rlhf::upfirdn2d", lib=_LIB)
+def _(x, f, up, down, padding, flip_filter, gain):
+    kw, kh = filter_size(f)
+    width, height = _padded_size(x, up, padding)
+    shape = [x.shape[0], x.shape[1], (height - kh) // down[1] + 1, (width - kw) // down[0] + 1]
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, f, ctx.up, ctx.down, padding, ctx.flip_filter, ctx.gain = inputs
+    ctx.save_for_backward(f)
+    ctx.padding = _adjoint((x.shape[3], x.shape[2]), (output.shape[3], output.shape[2]), f, ctx.up, ctx.down, padding)
+
+
+def _gradients(ctx, grad):
+    (f,) = ctx.saved_tensors
+    grad = torch.ops.eg3d_rlhf.upfirdn2d(dense(grad), f, ctx.down, ctx.up, ctx.padding, not ctx.flip_filter, ctx.gain)
+    return grad, None, None, None, None, None, None
+
+
+torch.library.register_autograd("eg3d_rlhf::upfirdn2d", _gradients, setup_context=_save, lib=_LIB)
 
 
 def filter2d(

@@ -5,6 +5,8 @@ Shapes: N batch, M rays, S coarse samples, F fine samples, B = N*M.
 
 import torch
 
+from torch_utils.ops.ray_march import invert_density, smooth_weights
+
 
 def sample_stratified(
     origins: torch.Tensor, ray_start: float | torch.Tensor, ray_end: float | torch.Tensor, count: int, disparity: bool = False
@@ -43,11 +45,8 @@ def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int) -
     with torch.no_grad():
         n, m, s, _ = depths.shape
         z = depths.reshape(n * m, s)
-        w = weights.reshape(n * m, 1, s - 1)
-        w = torch.nn.functional.max_pool1d(w, 2, 1, padding=1)
-        w = torch.nn.functional.avg_pool1d(w, 2, 1).squeeze(1) + 0.01  # [B, S-1]
         mids = 0.5 * (z[:, :-1] + z[:, 1:])  # [B, S-1]
-        return sample_pdf(mids, w[:, 1:-1], count).reshape(n, m, count, 1)
+        return sample_pdf(mids, smooth_weights(weights.reshape(n * m, s - 1)), count).reshape(n, m, count, 1)
 
 
 def sample_pdf(bins: torch.Tensor, weights: torch.Tensor, count: int, eps: float = 1e-5) -> torch.Tensor:
@@ -55,17 +54,11 @@ def sample_pdf(bins: torch.Tensor, weights: torch.Tensor, count: int, eps: float
 
     Args:
         bins: [B, K+2] edges, of which the last is never reached; weights: [B, K]; count: F samples per row.
-    Returns: [B, F].
+    Returns: [B, F]. Draws once from torch's global generator.
     """
-    rows, k = weights.shape
-    weights = weights + eps
-    pdf = weights / weights.sum(dim=-1, keepdim=True)
-    cdf = torch.cat([torch.zeros_like(pdf[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
-    u = torch.rand(rows, count, device=bins.device).contiguous()
-    index = torch.searchsorted(cdf, u, right=True)
-    below, above = (index - 1).clamp_min(0), index.clamp_max(k)
-    cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
-    bin_below, bin_above = bins.gather(1, below), bins.gather(1, above)
-    width = cdf_above - cdf_below
-    width = torch.where(width < eps, torch.ones_like(width), width)
-    return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
+    return invert_density(bins, weights, uniform_draws(weights, count), eps)
+
+
+def uniform_draws(rays: torch.Tensor, count: int) -> torch.Tensor:
+    """The draws of the importance pass, [B, F] in [0, 1) for rays [B, ...], from torch's global generator."""
+    return torch.rand(len(rays), count, device=rays.device)

@@ -3,7 +3,11 @@
 Shapes: N batch, M rays, S samples along a ray, C colour channels.
 """
 
+from collections.abc import Sequence
+
 import torch
+
+from torch_utils.ops.ray_march import interval_weights, ray_march
 
 
 class MipRayMarcher2(torch.nn.Module):
@@ -25,18 +29,64 @@ class MipRayMarcher2(torch.nn.Module):
         Returns: colour sum(w c) * 2 - 1 [N, M, C]; depth sum(w d)/sum(w), clamped to the smallest and largest depth of the *whole batch*
             (so a rendering depends on its batch in empty pixels) [N, M, 1]; weights [N, M, S-1, 1].
         """
-        if rendering_options.get("clamp_mode", "softplus") != "softplus":
-            raise ValueError(f"rendering option clamp_mode: expected 'softplus', got {rendering_options['clamp_mode']!r}.")
         weights, depths_mid = march_weights(densities, depths)
         colors_mid = (colors[:, :, :-1] + colors[:, :, 1:]) / 2
         rgb = (weights * colors_mid).sum(dim=-2)
-        total = weights.sum(dim=2)
-        depth = (weights * depths_mid).sum(dim=-2) / total
-        depth = torch.nan_to_num(depth, float("inf"))
-        depth = torch.clamp(depth, depths.min(), depths.max())
+        depth_range = (depths.min(), depths.max())
+        rgb, depth = self.finish(rgb, (weights * depths_mid).sum(dim=-2), weights.sum(dim=2), depth_range, rendering_options)
+        return rgb, depth, weights
+
+    def accumulate(
+        self, passes: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """March the union of passes whose samples are in any order; colours are neither sorted nor put together.
+
+        Args:
+            passes: (colors [N, M, S, C], densities [N, M, S, 1] raw, depths [N, M, S, 1]) of each; S may differ.
+        Returns: sum(w c) [N, M, C], sum(w d) [N, M, 1], sum(w) [N, M, 1].
+        """
+        n, m = passes[0][0].shape[:2]
+        densities, depths = (torch.cat([part[i] for part in passes], dim=2).reshape(n * m, -1) for i in (1, 2))  # [N*M, S of all]
+        weights, depth_sum, total = ray_march(densities, depths)
+        rgb, start = 0, 0
+        for colors, _, _ in passes:
+            count = colors.shape[2]
+            rgb = rgb + _WeightedSum.apply(weights[:, start : start + count], colors.reshape(n * m, count, -1))  # [N*M, C]
+            start += count
+        return rgb.reshape(n, m, -1), depth_sum.reshape(n, m, 1), total.reshape(n, m, 1)
+
+    def finish(
+        self, rgb: torch.Tensor, depth_sum: torch.Tensor, total: torch.Tensor, depth_range: tuple[torch.Tensor, torch.Tensor],
+        rendering_options: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Colour [N, M, C] and depth [N, M, 1] as `forward` returns them, from what `accumulate` returns.
+
+        depth_range: smallest and largest depth [] of all samples of the batch.
+        """
+        if rendering_options.get("clamp_mode", "softplus") != "softplus":
+            raise ValueError(f"rendering option clamp_mode: expected 'softplus', got {rendering_options['clamp_mode']!r}.")
+        depth = torch.nan_to_num(depth_sum / total, float("inf"))
         if rendering_options.get("white_back", False):
             rgb = rgb + 1 - total
-        return rgb * 2 - 1, depth, weights
+        return rgb * 2 - 1, torch.clamp(depth, *depth_range)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_s v_s c_s of weights v [B, S] and colours c [B, S, C].
+
+    As torch's matrix product, but its gradient for c, a product with an inner size of 1, is a plain multiplication, which is faster.
+    """
+
+    @staticmethod
+    def forward(ctx, weights, colors):
+        ctx.save_for_backward(weights, colors)
+        return torch.bmm(weights.unsqueeze(1), colors).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, colors = ctx.saved_tensors
+        grad_weights = torch.bmm(grad.unsqueeze(1), colors.transpose(1, 2)).squeeze(1) if ctx.needs_input_grad[0] else None
+        return grad_weights, weights.unsqueeze(2) * grad.unsqueeze(1) if ctx.needs_input_grad[1] else None
 
 
 def march_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +96,5 @@ def march_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.
         densities: [N, M, S, 1] raw; depths: [N, M, S, 1] ascending.
     Returns: weights [N, M, S-1, 1], mid depths [N, M, S-1, 1]. Differentiable in both arguments.
     """
-    deltas = depths[:, :, 1:] - depths[:, :, :-1]
-    densities_mid = (densities[:, :, :-1] + densities[:, :, 1:]) / 2  # averaged before the softplus
-    depths_mid = (depths[:, :, :-1] + depths[:, :, 1:]) / 2
-    sigma = torch.nn.functional.softplus(densities_mid - 1)
-    alpha = 1 - torch.exp(-sigma * deltas)
-    shifted = torch.cat([torch.ones_like(alpha[:, :, :1]), 1 - alpha + 1e-10], dim=-2)
-    return alpha * torch.cumprod(shifted, dim=-2)[:, :, :-1], depths_mid
+    weights, depths_mid = interval_weights(densities.squeeze(-1), depths.squeeze(-1))
+    return weights.unsqueeze(-1), depths_mid.unsqueeze(-1)

@@ -5,9 +5,24 @@ Shapes: N batch, M rays, S samples, C plane channels, P points, H x W plane size
 
 import torch
 
-from training.rendering.importance import sample_importance, sample_stratified
+from torch_utils.ops import implementations
+from torch_utils.ops.ray_march import importance_depths
+from torch_utils.ops.triplane_decode import (
+    MergedPlanes,
+    Pairs,
+    merge_planes,
+    project_onto_planes,
+    projection_axes,
+    sample_planes_channels_first,
+    triplane_decode,
+)
+from training.rendering.importance import sample_importance, sample_stratified, uniform_draws
 from training.rendering.marcher import MipRayMarcher2, march_weights
 from training.rendering.rays import ray_limits_box
+
+__all__ = ["ImportanceRenderer", "generate_planes", "project_onto_planes", "sample_from_planes", "sample_planes_channels_first"]
+
+_CPU_SAMPLES = 1 << 16  # samples of one pass that are decoded at once on a CPU where no gradient is asked for: 8 MB of 32 colours
 
 _AXES = {
     # rows are the new basis: row 0 gives the plane's width coordinate, row 1 its height coordinate
@@ -30,41 +45,16 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
     return torch.stack([eye[["xyz".index(a) for a in axes]] for axes in _AXES[layout]])
 
 
-def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """(width, height) coordinates of points on every plane: the first two components of coordinates @ inverse(plane).
-
-    Args:
-        planes: [K, 3, 3]; coordinates: [N, P, 3].
-    Returns: [N*K, P, 2], plane index fastest.
-    """
-    n, p, _ = coordinates.shape
-    inverse = torch.linalg.inv(planes.to(coordinates))  # [K, 3, 3]
-    projected = coordinates.unsqueeze(1) @ inverse.unsqueeze(0)  # [N, K, P, 3]
-    return projected[..., :2].reshape(n * planes.shape[0], p, 2)
-
-
-def sample_planes_channels_first(
-    plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float
-) -> torch.Tensor:
-    """Bilinear plane features at points, zero outside the box.
-
-    Args:
-        plane_axes: [3, 3, 3]; plane_features: [N, 3, C, H, W]; coordinates: [N, P, 3] world units; box_warp: side of the box.
-    Returns: [N, 3, C, P]. Differentiable in plane_features and coordinates.
-    """
-    n, k, c, h, w = plane_features.shape
-    grid = project_onto_planes(plane_axes, (2 / box_warp) * coordinates).unsqueeze(1)  # [N*3, 1, P, 2]
-    features = torch.nn.functional.grid_sample(
-        plane_features.reshape(n * k, c, h, w), grid.to(plane_features), mode="bilinear", padding_mode="zeros", align_corners=False
-    )
-    return features.reshape(n, k, c, -1)
-
-
 def sample_from_planes(
     plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float = 1.0
 ) -> torch.Tensor:
     """As `sample_planes_channels_first`, in the order that decoders take: [N, 3, P, C]."""
     return sample_planes_channels_first(plane_axes, plane_features, coordinates, box_warp).transpose(2, 3)
+
+
+def needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether a result of these tensors would be recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class ImportanceRenderer(torch.nn.Module):
@@ -74,6 +64,7 @@ class ImportanceRenderer(torch.nn.Module):
         super().__init__()
         self.ray_marcher = MipRayMarcher2()
         self.plane_axes = generate_planes(plane_layout)  # a plain tensor: not in the state dict, as EG3D has it
+        self._known_axes: tuple[torch.Tensor | None, int, Pairs | None] = (None, 0, None)
 
     def forward(
         self,
@@ -94,19 +85,57 @@ class ImportanceRenderer(torch.nn.Module):
         start, end = self._ray_limits(ray_origins, ray_directions, options)
         disparity = options.get("disparity_space_sampling", False)
         depths = sample_stratified(ray_origins, start, end, options["depth_resolution"], disparity)  # [N, M, S, 1]
-        colors, densities = self._query(planes, decoder, ray_origins, ray_directions, depths, options)
+        plain = implementations.current() == "ref" or type(self.ray_marcher) is not MipRayMarcher2
+        render = self._render_sorted if plain else self._render_unsorted
+        return render(planes, decoder, ray_origins, ray_directions, depths, options)
+
+    def _render_sorted(self, planes, decoder, origins, directions, depths, options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sort colours and densities of both passes by depth, then march: the definition."""
+        colors, densities = self._query(planes, decoder, origins, directions, depths, options)
         fine_count = options.get("depth_resolution_importance", 0)
         if fine_count > 0:
             with torch.no_grad():
                 weights, _ = march_weights(densities, depths)
             fine = sample_importance(depths, weights, fine_count)
-            fine_colors, fine_densities = self._query(planes, decoder, ray_origins, ray_directions, fine, options)
+            fine_colors, fine_densities = self._query(planes, decoder, origins, directions, fine, options)
             depths, order = torch.cat([depths, fine], dim=-2).sort(dim=-2)
             colors = torch.cat([colors, fine_colors], dim=-2)
             colors = colors.gather(-2, order.expand(-1, -1, -1, colors.shape[-1]))
             densities = torch.cat([densities, fine_densities], dim=-2).gather(-2, order)
         rgb, depth, weights = self.ray_marcher(colors, densities, depths, options)
         return rgb, depth, weights.sum(dim=2)
+
+    def _render_unsorted(self, planes, decoder, origins, directions, depths, options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same from scalars: only densities and depths are sorted, and the weights go back to where the colours are."""
+        n, m, s, _ = depths.shape
+        merged = self.merge(planes)
+        fine_count = options.get("depth_resolution_importance", 0)
+        noisy = options.get("density_noise", 0) > 0
+        u = None if noisy or fine_count == 0 else uniform_draws(depths.flatten(0, 1), fine_count).reshape(n, m, fine_count)
+        count = m if noisy or needs_gradient(planes, origins, directions, *decoder.parameters()) else self._rays_at_once(depths, n)
+        sums, ranges = [], []
+        for start in range(0, m, count):
+            rays = slice(start, start + count)
+            where = (origins[:, rays], directions[:, rays])
+            coarse = depths[:, rays]
+            passes = [(*self._query(planes, decoder, *where, coarse, options, merged), coarse)]
+            if fine_count > 0:
+                flat, densities = coarse.flatten(0, 1).squeeze(2), passes[0][1].flatten(0, 1).squeeze(2)  # [N*rays, S]
+                draws = uniform_draws(flat, fine_count) if u is None else u[:, rays].flatten(0, 1)  # after the noise, if there is any
+                fine = importance_depths(densities, flat, draws).reshape(n, -1, fine_count, 1)
+                passes.append((*self._query(planes, decoder, *where, fine, options, merged), fine))
+            sums.append(self.ray_marcher.accumulate(passes))
+            ranges.append([(d.amin(), d.amax()) for _, _, d in passes])
+        low, high = (torch.stack([extremes[i] for part in ranges for extremes in part]) for i in (0, 1))
+        rgb, depth_sum, total = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
+        rgb, depth = self.ray_marcher.finish(rgb, depth_sum, total, (low.amin(), high.amax()), options)
+        return rgb, depth, total
+
+    @staticmethod
+    def _rays_at_once(depths: torch.Tensor, batch: int) -> int:
+        """Rays of each sample that are rendered together: on a CPU so few that their colours keep reusing the same memory."""
+        rays = depths.shape[1]
+        return rays if depths.device.type != "cpu" else max(1, min(rays, _CPU_SAMPLES // (batch * depths.shape[2])))
 
     @staticmethod
     def _ray_limits(origins: torch.Tensor, directions: torch.Tensor, options: dict) -> tuple:
@@ -118,17 +147,52 @@ class ImportanceRenderer(torch.nn.Module):
             near, far = torch.where(valid, near, near[valid].min()), torch.where(valid, far, near[valid].max())
         return near, far
 
-    def _query(self, planes, decoder, origins, directions, depths, options) -> tuple[torch.Tensor, torch.Tensor]:
+    def _query(self, planes, decoder, origins, directions, depths, options, merged=None) -> tuple[torch.Tensor, torch.Tensor]:
         n, m, s, _ = depths.shape
         coordinates = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2)).reshape(n, m * s, 3)
-        out = self.run_model(planes, decoder, coordinates, None, options)
+        out = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
         return out["rgb"].reshape(n, m, s, -1), out["sigma"].reshape(n, m, s, 1)
 
-    def run_model(self, planes, decoder, sample_coordinates, sample_directions, options) -> dict[str, torch.Tensor]:
-        """Decode points [N, P, 3] to {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}; directions are not used (no view dependence)."""
+    def run_model(
+        self, planes, decoder, sample_coordinates, sample_directions, options, *, sigma_only: bool = False,
+        merged: MergedPlanes | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Decode points.
+
+        Args:
+            planes: [N, 3, C, H, W]; sample_coordinates: [N, P, 3]; sample_directions: not used (no view dependence).
+            decoder: with `weights` as `training.triplane.OSGDecoder` has it, or any module with `decode`, which is slower.
+            options: 'box_warp', and 'density_noise', the deviation of normal noise that is added to the density.
+            sigma_only: leave the colours out.
+            merged: what `merge` makes of the planes, where several calls share it.
+        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}, or 'sigma' alone.
+        """
         del sample_directions
-        features = sample_planes_channels_first(self.plane_axes, planes, sample_coordinates, options["box_warp"])
-        out = decoder.decode(features.mean(dim=1).transpose(1, 2))
+        if implementations.current() == "ref" or not hasattr(decoder, "weights"):
+            features = sample_planes_channels_first(self.plane_axes, planes, sample_coordinates, options["box_warp"])
+            out = decoder.decode(features.mean(dim=1).transpose(1, 2))
+        else:
+            weights = decoder.weights(planes.dtype)
+            weights = weights.density_only() if sigma_only else weights
+            merged = self.merge(planes) if merged is None else merged
+            points = sample_coordinates.to(planes)
+            rgb, sigma = triplane_decode(planes, self.plane_axes, points, options["box_warp"], weights, merged=merged)
+            out = {"rgb": rgb, "sigma": sigma}
+        if sigma_only:
+            out = {"sigma": out["sigma"]}
         if options.get("density_noise", 0) > 0:
             out["sigma"] = out["sigma"] + torch.randn_like(out["sigma"]) * options["density_noise"]
         return out
+
+    def merge(self, planes: torch.Tensor) -> MergedPlanes | None:
+        """Planes [N, 3, C, H, W] as fast look-ups read them; None where they are not axis-aligned."""
+        pairs = self._projection()
+        return None if pairs is None else merge_planes(planes, pairs)
+
+    def _projection(self) -> Pairs | None:
+        """`projection_axes` of the plane axes, computed once for each tensor (on a GPU it waits for the device)."""
+        known, version, pairs = self._known_axes
+        if known is not self.plane_axes or version != self.plane_axes._version:
+            pairs = projection_axes(self.plane_axes)
+            self._known_axes = (self.plane_axes, self.plane_axes._version, pairs)
+        return pairs

@@ -1,0 +1,1 @@
+"""Speed of the project against straightforward EG3D, in one process: `python -m benchmarks --help`."""

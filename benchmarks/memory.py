@@ -1,0 +1,88 @@
+"""Peak memory that one path needs on top of its inputs, in a process of its own.
+
+    python -m benchmarks.memory NAME SIZE DEVICE PATH THREADS TINY          prints bytes
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.rows import Case, Row
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+class PeakMeter:
+    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU."""
+
+    def __init__(self, device: str):
+        self._device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        self._before = resident_bytes("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark at the present size
+        except OSError:
+            self._before = resident_bytes("VmHWM")  # not allowed here: count from the old mark, which the import and the inputs have set
+
+    def extra_bytes(self) -> int:
+        """Bytes at the peak beyond those at the beginning, >= 1."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+            return max(torch.cuda.max_memory_allocated() - self._before, 1)
+        return max(resident_bytes("VmHWM") - self._before, 1)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, from /proc (Linux), else the peak that getrusage knows."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def extra_bytes(case: Case, path: str, device: str) -> int:
+    """Peak while `case` runs one path once, in this process."""
+    case.prepare()
+    torch.manual_seed(0)
+    meter = PeakMeter(device)
+    case.call(path)
+    return meter.extra_bytes()
+
+
+def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> int:
+    """As above, in a fresh process that has warmed up on a tiny case.
+
+    Raises: RuntimeError with what the process wrote on stderr.
+    """
+    arguments = [row.name, row.size, device, path, str(torch.get_num_threads()), str(int(tiny))]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], cwd=REPO, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{row.name}: the memory measurement of the {path} path failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def main(name: str, size: str, device: str, path: str, threads: str, tiny: str) -> None:
+    """The process that measures."""
+    from benchmarks.rows import all_rows  # the module of that name, not this one run as __main__
+
+    torch.set_num_threads(int(threads))
+    (row,) = (row for row in all_rows() if (row.name, row.size) == (name, size))
+    warm = row.make(device, True)
+    warm.prepare()
+    warm.call(path)
+    print(extra_bytes(row.make(device, tiny == "1"), path, device))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,176 @@
+"""Results as JSON and Markdown, and their comparison with older ones. Nothing in them names a host or a path."""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy
+import torch
+
+from benchmarks.rows import FAST, REFERENCE, Agreement, Row
+from benchmarks.timing import ratio, ratio_interval, summary
+from training.storage import write_atomic
+
+WORSE = 0.9  # of the old ratio: below, a row has regressed
+_MB = 1e6
+LEGEND = (
+    "Seconds: median [least, most] of rounds in which both paths ran in turn. Interval of the ratio: 95 % bootstrap over rounds, or",
+    "(range) the extremes of the rounds' own ratios where there are few. Errors: largest absolute of the outputs; of gradients, relative",
+    "to the largest. Memory: peak beyond the inputs, each path in a process of its own (references of minutes in their first round).",
+)
+_KEYS = ("name", "size", "device")
+
+
+def machine(device: str) -> dict[str, str | int | float]:
+    """The machine in words."""
+    info: dict[str, str | int | float] = {
+        "system": platform.system(), "architecture": platform.machine(), "processor": _processor(), "cores": os.cpu_count() or 1,
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        info["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    if device == "cuda":
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def _processor() -> str:
+    """Its model, from the kernel where that says so."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def versions(device: str) -> dict[str, str]:
+    """Of what decides the speed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    if device == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def compiled_ops(device: str) -> dict[str, bool]:
+    """For every op that has a source for the device, whether its compiled form could be had: without it the fast path is plain torch."""
+    from torch_utils import build  # here: reading a report needs no compiler
+
+    return {op: build.available(op, device) for op in build.ops(device)}
+
+
+def header(device: str, quick: bool) -> dict:
+    """The record without its rows."""
+    head = {"machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device)}
+    return {**head, "compiled_ops": compiled_ops(device), "quick": quick, "rows": []}
+
+
+def row_record(
+    row: Row, device: str, times: dict[str, dict[str, list[float]]], agreement: Agreement, memory: dict[str, int], judged: bool
+) -> dict:
+    """One row.
+
+    Args:
+        times: path -> {"wall": seconds of each round, "processor": the same of all threads together}.
+        memory: path -> extra bytes; empty where not measured.
+        judged: whether the target applies (not for tiny inputs).
+    """
+    walls = {path: values["wall"] for path, values in times.items()}
+    low, high, kind = ratio_interval(walls[REFERENCE], walls[FAST])
+    record = {
+        "name": row.name, "size": row.size, "device": device, "repeats": len(walls[FAST]),
+        "ratio": ratio(walls[REFERENCE], walls[FAST]), "ratio_low": low, "ratio_high": high, "ratio_interval": kind,
+        "processor_ratio": ratio(times[REFERENCE]["processor"], times[FAST]["processor"]) if device == "cpu" else None,
+    }
+    for path in walls:
+        spread = summary(walls[path])
+        record |= {f"{path}_s": spread["median_s"], f"{path}_min_s": spread["min_s"], f"{path}_max_s": spread["max_s"]}
+        record[f"{path}_all_s"] = spread["all_s"]
+        record[f"{path}_processor_s"] = summary(times[path]["processor"])["median_s"]
+    record |= {"max_abs_error": agreement.max_abs_error, "relative_error": agreement.relative_error}
+    record["gradient_error"] = agreement.gradient_error
+    megabytes = {path: memory[path] / _MB if path in memory else None for path in (FAST, REFERENCE)}
+    record |= {"extra_memory_mb": megabytes[FAST], "reference_extra_memory_mb": megabytes[REFERENCE]}
+    target = row.target_on(device)
+    record["target"] = None if target is None else {"at_least": target.at_least, "aim": target.aim}
+    if target is not None and target.memory_mb_below is not None:
+        record["target"]["extra_memory_mb_below"] = target.memory_mb_below
+    record["met"] = target.met(record["ratio"], megabytes[FAST]) if target is not None and judged else None
+    return record
+
+
+def key(record: dict) -> tuple[str, str, str]:
+    """What identifies a row of a file."""
+    return tuple(record[name] for name in _KEYS)
+
+
+def read(path: Path) -> dict:
+    """A file of results.
+
+    Raises: ValueError for a file that is none.
+    """
+    try:
+        report = json.loads(Path(path).read_text())
+        for record in report["rows"]:
+            key(record), record["ratio"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected results of `python -m benchmarks`, got another file ({type(error).__name__}).") from error
+    return report
+
+
+def write(folder: Path, stem: str, report: dict) -> None:
+    """FOLDER/STEM.json and FOLDER/STEM.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / f"{stem}.json", (json.dumps(report, indent=1, allow_nan=False, default=str) + "\n").encode())
+    write_atomic(folder / f"{stem}.md", markdown(report).encode())
+
+
+def regressions(old: dict, new: dict) -> list[str]:
+    """One line for every row whose ratio is over 10 % below that of the old results."""
+    before = {key(record): record["ratio"] for record in old["rows"]}
+    return [
+        f"{record['name']} ({record['size']}, {record['device']}): {before[key(record)]:.2f}x before, {record['ratio']:.2f}x now"
+        for record in new["rows"] if key(record) in before and record["ratio"] < WORSE * before[key(record)]
+    ]
+
+
+def markdown(report: dict) -> str:
+    """The table, under a line on the machine."""
+    about, threads = report["machine"], report["threads"]
+    where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
+    lines = ["# Benchmark", "", f"{where}; {threads} threads; " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".", ""]
+    missing = [op for op, there in report["compiled_ops"].items() if not there]
+    if missing:
+        lines += [f"Not compiled here, so plain torch: {', '.join(missing)}.", ""]
+    if report["quick"]:
+        lines += ["Quick run on tiny inputs: it shows that everything works, not how fast it is.", ""]
+    titles = ["row", "size", "device", "reference s", "fast s", "ratio", "interval", "error", "gradient error", "extra MB (reference)"]
+    titles += ["at least / aim", "met"]
+    others = sorted({name for record in report["rows"] for name in record.get("others", {})})
+    titles += [f"{name} s" for name in others]
+    lines += ["| " + " | ".join(titles) + " |", "| " + " | ".join(["---"] * len(titles)) + " |"]
+    lines += ["| " + " | ".join([*_cells(record), *_other_cells(record, others)]) + " |" for record in report["rows"]]
+    return "\n".join([*lines, "", *LEGEND, ""])
+
+
+def _cells(record: dict) -> list[str]:
+    """A row's cells."""
+    def spread(path: str) -> str:
+        return f"{record[f'{path}_s']:.3g} [{record[f'{path}_min_s']:.3g}, {record[f'{path}_max_s']:.3g}]"
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    target = record["target"]
+    kind = " (range)" if record["ratio_interval"] == "range" else ""
+    memory = number(record["extra_memory_mb"], ".0f") + f" ({number(record['reference_extra_memory_mb'], '.0f')})"
+    return [
+        record["name"], record["size"], record["device"], spread(REFERENCE), spread(FAST), f"{record['ratio']:.2f}",
+        f"{record['ratio_low']:.2f} to {record['ratio_high']:.2f}{kind}", number(record["max_abs_error"], ".1e"),
+        number(record["gradient_error"], ".1e"), "" if record["extra_memory_mb"] is None else memory,
+        "" if target is None else f"{target['at_least']:g} / {target['aim']:g}", {True: "yes", False: "no", None: ""}[record["met"]],
+    ]
+
+
+def _other_cells(record: dict, names: list[str]) -> list[str]:
+    """Medians of the further columns; what went wrong where one could not run."""
+    others = record.get("others", {})
+    return ["" if name not in others else (f"{others[name]:.3g}" if isinstance(others[name], float) else "failed") for name in names]

@@ -1,0 +1,106 @@
+"""What a row of the benchmark is: a name, what it should show, and how its two paths are made.
+
+The reference is what a straightforward EG3D does: everything inside `implementation("ref")`, or a function of the row's own. The fast path
+is what the project's users get. Both start from the same tensors and the same seed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from torch_utils.ops.implementations import implementation
+
+REFERENCE, FAST = "reference", "fast"
+PATHS = (REFERENCE, FAST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one path computed, by name; gradients are compared relative to the largest of them all."""
+
+    outputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far two outcomes lie apart."""
+
+    max_abs_error: float  # over all outputs
+    relative_error: float  # the same, each output relative to its own largest value or 1
+    gradient_error: float | None = None  # relative to the largest gradient; None without gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """The two paths of a row, on inputs that are already there."""
+
+    fast: Callable[[], Outcome]
+    reference: Callable[[], Outcome] | None = None  # None: `fast` inside implementation("ref")
+    prepare: Callable[[], None] = lambda: None  # back to the starting state; before every call, outside the clock
+    compare: Callable[[Outcome, Outcome], Agreement] | None = None  # (fast, reference); None: tensor by tensor
+    others: dict[str, Callable[[], Outcome]] = dataclasses.field(default_factory=dict)  # further columns of --torch-compile
+
+    def call(self, path: str) -> Outcome:
+        """Run "reference", "fast" or one of `others`."""
+        if path == FAST:
+            return self.fast()
+        if path != REFERENCE:
+            return self.others[path]()
+        with implementation("ref"):
+            return self.fast() if self.reference is None else self.reference()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a row should show on a CPU with two threads."""
+
+    at_least: float  # ratio
+    aim: float
+    memory_mb_below: float | None = None  # extra memory of the fast path
+
+    def met(self, ratio: float, memory_mb: float | None) -> bool | None:
+        """Whether both limits hold; None where the memory has a limit and was not measured."""
+        if ratio < self.at_least:
+            return False
+        if self.memory_mb_below is None:
+            return True
+        return None if memory_mb is None else memory_mb < self.memory_mb_below
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    size: str  # "full" (ffhq512-128) or "bundled"
+    make: Callable[[str, bool], Case]  # (device, tiny): tiny inputs warm up libraries, and stand for the row in a quick run
+    seconds: float  # rough time of one reference pass on two threads; plans repeats and time left
+    meter_in_round: bool = False  # the reference is too long for a pass of its own: its memory is taken in its first timed round
+    target: Target | None = None
+    tolerance: float = 1e-5  # relative_error above which the paths disagree
+    gradient_tolerance: float = 1e-4
+    half_on_cuda: bool = False  # parts of the networks run in half precision on a GPU, whose rounding both paths show
+
+    def tolerances(self, device: str) -> tuple[float, float]:
+        """(of outputs, of gradients)."""
+        coarse = 5e-2 if self.half_on_cuda and device == "cuda" else 0.0
+        return max(self.tolerance, coarse), max(self.gradient_tolerance, coarse)
+
+    def seconds_on(self, device: str) -> float:
+        """`seconds`, and a guess of it on a GPU."""
+        return self.seconds / 50 if device == "cuda" else self.seconds
+
+    def target_on(self, device: str) -> Target | None:
+        """The target, where it was set for that kind of device."""
+        return self.target if device == "cpu" else None
+
+
+def all_rows() -> list[Row]:
+    """The table, in the order in which it runs."""
+    from benchmarks import rows_mesh, rows_ops, rows_phases, rows_render, rows_sigma  # here: they import this module
+
+    rows = [*rows_sigma.ROWS, *rows_mesh.ROWS, *rows_render.ROWS, *rows_phases.ROWS, *rows_ops.ROWS]
+    assert len({(row.name, row.size) for row in rows}) == len(rows), "two rows of one name and size"
+    return rows

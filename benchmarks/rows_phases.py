@@ -1,0 +1,94 @@
+"""Rows: phases of training, forward and backward, as the loop runs them; and one whole iteration of reward fine-tuning."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import configurations
+from benchmarks.rows import Case, Outcome, Row, Target
+from eg3d_rlhf import experiment
+from eg3d_rlhf.reward.files import load_reward
+from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
+from torch_utils.training_stats import Collector
+from training.config import OptimizerConfig
+from training.gan_phases import GanPhases
+from training.loop import TrainingLoop, gan_phases, lazy_adam
+
+DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:heads64@n=64", "--device=cpu")  # `make demo` on a smaller dataset
+_BOTH_PATHS_STEP = 1e-3  # Adam's first steps are signs of gradients: rounding turns some, and later phases of the iteration see that
+
+
+def phase(device: str, tiny: bool, name: str) -> Case:
+    """One phase of EG3D's game with batch 1: losses and gradients of all parameters of the network that it trains."""
+    nets, gan = configurations.build(tiny, device)
+    terms, batch = GanPhases(nets.G, nets.D, gan), configurations.batch(nets.G, device)
+    both = (nets.G, nets.D)
+    module, losses = (nets.G if name.startswith("g_") else nets.D), getattr(terms, name)
+    states = configurations.state_of(*both)
+
+    def run() -> Outcome:
+        outputs = {}
+        module.requires_grad_(True)
+        for i, loss in enumerate(losses(batch)):
+            loss.value.mean().backward()
+            outputs[f"loss {i}"] = loss.value.detach()
+        module.requires_grad_(False)
+        return Outcome(outputs, {n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+
+    return Case(fast=run, prepare=lambda: configurations.restore(both, states))
+
+
+def rlhf_iteration(device: str, tiny: bool) -> Case:
+    """`TrainingLoop.step` with Gmain, Greg, Dmain, Dreg and Grlhf all due: bundled networks and reward, the batch of `make demo`."""
+    s = configurations.settings(*DEMO, *(["--batch=4"] if tiny else []))
+    loop = _demo_loop(s, device)
+    modules = (loop.nets.G, loop.nets.D, loop.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
+    states = configurations.state_of(*modules)
+    images = torch.rand([s["batch"], 3, *loop.dataset.image_shape[1:]], generator=torch.Generator().manual_seed(1)) * 2 - 1
+    labels = torch.stack([torch.from_numpy(loop.dataset.get_label(i)) for i in range(s["batch"])])
+    real = (images.to(device), labels.to(device))
+
+    def prepare() -> None:
+        configurations.restore(modules, states)
+        for one in loop.phases:
+            one.optimizer.state.clear()
+        loop.cur_nimg, loop.batch_idx, loop.stats, loop.ada_stats = 0, 0, Collector(), Collector()
+        loop._fetched = real  # what the loop's data reader would have brought
+
+    def run() -> Outcome:
+        loop.step()
+        return Outcome({name: torch.tensor(values["mean"]) for name, values in loop.stats.flush().items() if "/signs/" not in name})
+
+    return Case(fast=run, prepare=prepare)
+
+
+def _demo_loop(s: dict, device: str) -> TrainingLoop:
+    """The loop as `experiment.build` makes it, without the watch and the evaluation around it."""
+    dataset = experiment.open_dataset(s)
+    nets = experiment.open_networks(s, dataset).to(device)
+    config = experiment.loop_config(s)
+    terms = GanPhases(nets.G, nets.D, experiment.gan_config(s))
+    phases = gan_phases(terms, OptimizerConfig(lr=s["glr"]), OptimizerConfig(lr=s["dlr"]), config)
+    reward, spec, _ = load_reward(s["reward_ckpt"], device)
+    reward_terms = RewardTerms(nets.G, nets.G_ema, reward, spec, experiment.reward_config(s))
+    phases.append(reward_phase(reward_terms, lazy_adam(nets.G, OptimizerConfig(lr=s["rlr"]), None)))
+    return TrainingLoop(nets, dataset, phases, config, Path(tempfile.gettempdir()), options=s)  # `step` writes nothing
+
+
+def _row(name: str, function: str, seconds: float, target: Target | None = None) -> Row:
+    make = functools.partial(phase, name=function)
+    return Row(name=name, size="full", make=make, seconds=seconds, target=target, tolerance=1e-4, half_on_cuda=True)
+
+
+ROWS = [
+    _row("Gmain forward + backward", "g_main", 15, Target(at_least=1.4, aim=2)),
+    _row("Greg forward + backward", "g_reg", 3),
+    _row("Dmain forward + backward", "d_main", 15),
+    _row("Dreg forward + backward", "d_reg", 33, Target(at_least=1.3, aim=2)),
+    Row(
+        name="one RLHF iteration, all phases", size="bundled", make=rlhf_iteration, seconds=12, target=Target(at_least=2, aim=3),
+        tolerance=_BOTH_PATHS_STEP,
+    ),
+]

@@ -1,0 +1,246 @@
+"""Runs rows one after the other: warm-up, rounds in turn, memory, agreement; keeps the results on disk after each."""
+
+import fnmatch
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import agreement, memory, report
+from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, Outcome, Row
+from benchmarks.timing import clock, rounds, summary
+
+LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
+MOST_ROUNDS = 11
+Meter = Callable[[Row, str, str, bool], int]  # (row, device, path, tiny) -> bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How rows are run."""
+
+    device: str = "cpu"
+    quick: bool = False  # tiny inputs, two rounds
+    repeats: int | None = None  # rounds of every row; None: as many as fit into `budget`, at least 2
+    budget: float = 15.0  # seconds of timed rounds per row
+    torch_compile: bool = False  # the further columns of the op rows
+    out: Path = Path("benchmarks/results")
+    resume: bool = False
+    meter: Meter | None = memory.extra_bytes_in_subprocess  # None: no memory
+
+    @property
+    def stem(self) -> str:
+        """Name of the files: a quick run does not replace the real figures."""
+        return "quick" if self.quick else "latest"
+
+
+@dataclass
+class Session:
+    """The rows of one run."""
+
+    rows: Sequence[Row]
+    options: Options
+    failures: list[str] = field(default_factory=list)  # one line per row whose paths disagree
+
+    def run(self) -> dict:
+        """All rows; returns the report, which is on disk as well.
+
+        Raises: ValueError where --resume meets results of another machine, thread count, version or mode.
+        """
+        options = self.options
+        results = self._begin()
+        done = {report.key(record) for record in results["rows"]}
+        todo = [row for row in self.rows if (row.name, row.size, options.device) not in done]
+        progress = _Progress([planned_seconds(row, options) for row in todo], skipped=len(self.rows) - len(todo))
+        for row in todo:
+            progress.begin(row, options.device)
+            try:
+                record = run_row(row, options)
+            except agreement.DisagreementError as error:
+                self.failures.append(f"{row.name} ({row.size}, {options.device}): the paths disagree: {error}")
+                progress.end("DISAGREES")
+                continue
+            results["rows"].append(record)
+            report.write(options.out, options.stem, results)
+            progress.end(f"{record['ratio']:.2f}x")
+        report.write(options.out, options.stem, results)
+        return results
+
+    def _begin(self) -> dict:
+        """An empty report, or the one on disk to go on with."""
+        options, head = self.options, report.header(self.options.device, self.options.quick)
+        path = options.out / f"{options.stem}.json"
+        if not (options.resume and path.exists()):
+            return head
+        old = report.read(path)
+        for name in ("machine", "threads", "versions", "compiled_ops"):
+            if old.get(name) != head[name]:
+                raise ValueError(
+                    f"--resume: expected {path} with {name} {head[name]}, got {old.get(name)}. Leave --resume out to start anew."
+                )
+        return old
+
+
+def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]:
+    """Rows of a size, or of "both", that one of `patterns` fits: a whole name, else part of names, else a shell pattern; all without any.
+
+    Raises: ValueError for a pattern that fits no row.
+    """
+    sized = [row for row in rows if size in ("both", row.size)]
+    names = {row.name.lower() for row in sized}
+
+    def fits(row: Row, pattern: str) -> bool:
+        name, pattern = row.name.lower(), pattern.lower()
+        return name == pattern if pattern in names else pattern in name or fnmatch.fnmatchcase(name, pattern)
+
+    for pattern in patterns:
+        if not any(fits(row, pattern) for row in sized):
+            raise ValueError(f"--rows: expected part of a row's name, got {pattern!r}, which fits none of size {size}. See --list.")
+    return [row for row in sized if not patterns or any(fits(row, pattern) for pattern in patterns)]
+
+
+def run_row(row: Row, options: Options) -> dict:
+    """Measure one row; returns its record.
+
+    Raises: DisagreementError where the paths do not compute the same.
+    """
+    device = options.device
+    if options.torch_compile:
+        torch.compiler.reset()  # rows share code objects, and torch gives up on one after eight compilations
+    case = _warm(row, options)
+    names = [*PATHS, *(case.others if options.torch_compile else ())]
+    times: dict[str, dict[str, list[float]]] = {}
+    memory_used: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    found, count, turn = None, options.repeats or 2, 0
+    while turn < count:
+        outcomes: dict[str, Outcome] = {}
+        for name in names:
+            if name in errors:
+                continue
+            meter = memory.PeakMeter(device) if turn == 0 and name == REFERENCE and _meters_first_round(row, options) else None
+            _timed(case, name, device, times, outcomes, errors)
+            if meter is not None:
+                memory_used[REFERENCE] = meter.extra_bytes()
+        found = _worse(found, _agree(row, case, outcomes, FAST, device))
+        _check_others(row, case, outcomes, device, errors)
+        turn += 1
+        if turn == 1 and options.repeats is None:
+            taken = sum(values["wall"][0] for values in times.values())
+            count = 2 if options.quick else rounds(taken, options.budget, MOST_ROUNDS)
+    del outcomes
+    if options.meter is not None:
+        for path in PATHS:
+            if path not in memory_used:
+                memory_used[path] = options.meter(row, device, path, options.quick)
+    measured = {name: times[name] for name in PATHS}
+    record = report.row_record(row, device, measured, found, memory_used, judged=not options.quick)
+    if options.torch_compile and len(names) > len(PATHS):
+        record["others"] = {n: errors[n] if n in errors else summary(times[n]["wall"])["median_s"] for n in case.others}
+        record["others_processor"] = {n: summary(times[n]["processor"])["median_s"] for n in case.others if n not in errors}
+    return record
+
+
+def _warm(row: Row, options: Options) -> Case:
+    """The case, after both paths ran on a tiny one (libraries, threads, compiled ops) and, where that is not long, at the real size."""
+    tiny = row.make(options.device, True)
+    for path in PATHS:
+        tiny.prepare()
+        tiny.call(path)
+    if options.quick:
+        return tiny
+    case = row.make(options.device, False)
+    for path in PATHS if row.seconds_on(options.device) < LONG else (FAST,):
+        case.prepare()
+        torch.manual_seed(0)
+        case.call(path)
+    return case
+
+
+def _timed(case: Case, name: str, device: str, times: dict, outcomes: dict[str, Outcome], errors: dict[str, str]) -> None:
+    """One call of one path, added to `times` and `outcomes`; a further column that cannot run is noted in `errors` instead."""
+    try:
+        if name not in PATHS and name not in times:
+            case.prepare()
+            case.call(name)  # compile outside the clock
+        case.prepare()
+        torch.manual_seed(0)
+        taken = clock(lambda: outcomes.update({name: case.call(name)}), device)
+    except Exception as error:  # noqa: BLE001 (whatever torch.compile raises; the two paths themselves must not fail)
+        if name in PATHS:
+            raise
+        errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        times.pop(name, None)
+        return
+    values = times.setdefault(name, {"wall": [], "processor": []})
+    values["wall"].append(taken.wall)
+    values["processor"].append(taken.processor)
+
+
+def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device: str) -> Agreement:
+    found = (case.compare or agreement.compare)(outcomes[name], outcomes[REFERENCE])
+    agreement.check(found, *row.tolerances(device))
+    return found
+
+
+def _check_others(row: Row, case: Case, outcomes: dict[str, Outcome], device: str, errors: dict[str, str]) -> None:
+    """Times of a further column that computes something else are not shown."""
+    for name in outcomes.keys() - set(PATHS):
+        try:
+            _agree(row, case, outcomes, name, device)
+        except agreement.DisagreementError as error:
+            errors[name] = f"disagrees: {error}"
+
+
+def _worse(first: Agreement | None, second: Agreement) -> Agreement:
+    """The larger deviation of two rounds, entry by entry."""
+    if first is None:
+        return second
+    gradient = None if second.gradient_error is None else max(first.gradient_error, second.gradient_error)
+    return Agreement(
+        max_abs_error=max(first.max_abs_error, second.max_abs_error), relative_error=max(first.relative_error, second.relative_error),
+        gradient_error=gradient,
+    )
+
+
+def _meters_first_round(row: Row, options: Options) -> bool:
+    return options.meter is not None and not options.quick and row.meter_in_round
+
+
+def planned_seconds(row: Row, options: Options) -> float:
+    """Roughly what a row takes: set-up, warm-up, rounds, memory; the fast path guessed from its target."""
+    if options.quick:
+        return 2.0
+    seconds = row.seconds_on(options.device)
+    pair = seconds * (1 + 1 / (row.target.at_least if row.target is not None else 2))
+    passes = options.repeats or rounds(pair, options.budget, MOST_ROUNDS)
+    passes += seconds < LONG
+    passes += options.meter is not None and not _meters_first_round(row, options)
+    return 10.0 + pair * passes
+
+
+class _Progress:
+    """Lines on stderr with the time left, corrected by how the plan fared so far."""
+
+    def __init__(self, planned: list[float], skipped: int):
+        self._planned, self._done, self._start = planned, 0, time.monotonic()
+        if skipped:
+            print(f"{skipped} rows are finished already.", file=sys.stderr)
+
+    def begin(self, row: Row, device: str) -> None:
+        spent = sum(self._planned[: self._done])
+        pace = (time.monotonic() - self._start) / spent if spent else 1.0
+        left = sum(self._planned[self._done :]) * pace
+        head = f"[{self._done + 1}/{len(self._planned)}, {_minutes(left)} left] {row.name} ({row.size}, {device}) ..."
+        print(head, end=" ", file=sys.stderr, flush=True)
+
+    def end(self, text: str) -> None:
+        self._done += 1
+        print(text, file=sys.stderr, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

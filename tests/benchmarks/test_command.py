@@ -1,0 +1,130 @@
+"""`python -m benchmarks`: the command line with fake rows, and real rows on tiny inputs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import memory, run
+from benchmarks.rows import all_rows
+from benchmarks.rows_mesh import mesh_case
+from tests.benchmarks import fake
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Run the command with these rows."""
+    threads = torch.get_num_threads()
+
+    def call(rows, *flags):
+        monkeypatch.setattr(run, "all_rows", lambda: rows)
+        return CliRunner().invoke(run.main, ["--threads=1", "--no-memory", "--repeats=2", f"--out={tmp_path / 'out'}", *map(str, flags)])
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_results_land_in_the_folder(bench, tmp_path):
+    result = bench([fake.row()])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["threads"] == 1
+    assert (tmp_path / "out" / "latest.md").read_text() in result.stdout
+    assert "[1/1," in result.stderr and "left] sleep (full, cpu)" in result.stderr
+
+
+def test_disagreement_gives_exit_code_1_and_says_where(bench):
+    result = bench([fake.row("wrong", error=0.1), fake.row("right")])
+    assert result.exit_code == 1
+    assert "Error: wrong (full, cpu): the paths disagree: expected outputs within 1e-05" in result.stderr
+
+
+@pytest.mark.parametrize(("slow", "code"), [(0.004, 1), (0.08, 0)])
+def test_compare_flags_a_regression_and_passes_an_improvement(bench, tmp_path, slow, code):
+    old = tmp_path / "old.json"
+    assert bench([fake.row(fast=0.01, slow=0.04)]).exit_code == 0
+    (tmp_path / "out" / "latest.json").rename(old)
+    result = bench([fake.row(fast=0.01, slow=slow)], f"--compare={old}")
+    assert result.exit_code == code, result.output
+    assert ("Regression: sleep (full, cpu)" in result.stderr) is bool(code)
+
+
+def test_the_finished_file_can_be_compared_without_running_again(bench, tmp_path):
+    calls = []
+    bench([fake.row(calls=calls)])
+    latest = tmp_path / "out" / "latest.json"
+    old = tmp_path / "old.json"
+    report = json.loads(latest.read_text())
+    report["rows"][0]["ratio"] *= 2
+    old.write_text(json.dumps(report))
+    assert bench([fake.row(calls=calls)], "--resume", f"--compare={old}").exit_code == 1
+    assert calls == ["sleep"]
+
+
+def test_list_runs_nothing(bench):
+    calls = []
+    result = bench([fake.row("first", calls=calls), fake.row("second", size="bundled", calls=calls)], "--list")
+    assert result.exit_code == 0 and calls == []
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        [size, name, "at", "least", "1.5x,", "aim", "3x"] for size, name in (("full", "first"), ("bundled", "second"))
+    ]
+
+
+def test_mistakes_are_one_line(bench, tmp_path):
+    result = bench([fake.row()], "--rows=nothing")
+    assert result.exit_code == 2 and result.stderr.startswith("Error: --rows: expected part of a row's name, got 'nothing'")
+    (tmp_path / "old.json").write_text("{}")
+    result = bench([fake.row()], f"--compare={tmp_path / 'old.json'}")
+    assert result.exit_code == 2 and "expected results of" in result.stderr
+    if not torch.cuda.is_available():
+        assert bench([fake.row()], "--device=cuda").exit_code == 2
+
+
+def test_a_quick_run_leaves_the_real_figures_alone(bench, tmp_path):
+    assert bench([fake.row()], "--quick").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["quick.json", "quick.md"]
+    assert json.loads((tmp_path / "out" / "quick.json").read_text())["rows"][0]["met"] is None
+
+
+def test_the_required_rows_are_there_with_their_targets():
+    targets = {(row.name, row.size): (row.target.at_least, row.target.aim) for row in all_rows() if row.target is not None}
+    assert targets == {
+        ("slab forward, from planes", "full"): (15, 25), ("slab forward + backward to planes and decoder", "full"): (12, 25),
+        ("cube 256^3, from planes", "full"): (20, 40), ("mesh 512^3, from a latent", "full"): (15, 40),
+        ("renderer forward", "full"): (2.5, 4), ("G forward", "full"): (1.4, 2), ("Gmain forward + backward", "full"): (1.4, 2),
+        ("Dreg forward + backward", "full"): (1.3, 2), ("one RLHF iteration, all phases", "bundled"): (2, 3),
+    }
+
+
+@pytest.mark.parametrize("row", [row for row in all_rows() if "RLHF" not in row.name], ids=lambda row: f"{row.name}, {row.size}")
+def test_both_paths_of_every_row_agree_on_tiny_inputs(row):
+    from benchmarks.session import Options, run_row
+
+    record = run_row(row, Options(quick=True, repeats=1, meter=None))
+    assert record["fast_s"] > 0 and record["reference_s"] > 0
+
+
+def test_the_mesh_row_at_another_resolution():
+    case = mesh_case("cpu", False, "bundled", 48)
+    fast, reference = case.call("fast"), case.call("reference")
+    assert case.compare(fast, reference).max_abs_error < 1e-4
+    assert fast.outputs["faces"] == reference.outputs["faces"] > 100
+
+
+def test_peak_memory_is_what_a_path_allocates():
+    meter = memory.PeakMeter("cpu")
+    block = torch.ones(30_000_000)  # 120 MB
+    del block
+    assert 100e6 < meter.extra_bytes() < 200e6
+
+
+def test_a_real_row_end_to_end_with_memory(repo, tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--rows=op bias_act, forward", "--quick", "--memory", "--threads=1", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["op bias_act, forward"]
+    assert rows[0]["extra_memory_mb"] > 0 and rows[0]["reference_extra_memory_mb"] > 0

@@ -1,0 +1,77 @@
+"""Ratios with their intervals, the comparison of outcomes, and of two files of results."""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks import agreement, report, timing
+from benchmarks.rows import Outcome
+
+
+def record(ratio: float, name: str = "slab", size: str = "full", device: str = "cpu") -> dict:
+    return {"name": name, "size": size, "device": device, "ratio": ratio}
+
+
+@pytest.mark.parametrize(("now", "flagged"), [(8.9, True), (9.1, False), (10, False), (25, False)])
+def test_a_ratio_over_ten_per_cent_worse_is_a_regression(now, flagged):
+    lines = report.regressions({"rows": [record(10)]}, {"rows": [record(now)]})
+    assert bool(lines) is flagged
+    if flagged:
+        assert lines == ["slab (full, cpu): 10.00x before, 8.90x now"]
+
+
+def test_only_rows_of_the_same_name_size_and_device_are_compared():
+    new = {"rows": [record(1, "cube"), record(1, size="bundled"), record(1, device="cuda")]}
+    assert report.regressions({"rows": [record(10)]}, new) == []
+
+
+def test_other_files_are_refused(tmp_path):
+    for text in ("[]", "{}", "no json", '{"rows": [{"name": 1}]}'):
+        path = tmp_path / "x.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match="expected results of"):
+            report.read(path)
+
+
+def test_ratio_is_that_of_the_medians():
+    assert timing.ratio([1.0, 2.0, 100.0], [0.5, 1.0, 0.1]) == 4.0
+
+
+def test_the_interval_covers_the_ratio_and_shrinks_with_the_noise():
+    rng = random.Random(1)
+    widths = []
+    for noise in (0.02, 0.3):
+        slow, fast = ([base * (1 + rng.uniform(-noise, noise)) for _ in range(15)] for base in (10.0, 2.0))
+        low, high, kind = timing.ratio_interval(slow, fast)
+        assert kind == "bootstrap95" and low <= timing.ratio(slow, fast) <= high and low < 5 < high * 1.1
+        widths.append(high - low)
+    assert widths[0] < widths[1]
+    assert timing.ratio_interval([4.0, 9.0], [2.0, 3.0]) == (2.0, 3.0, "range")
+
+
+def test_rounds_fit_the_budget():
+    assert [timing.rounds(s, budget=30, most=15) for s in (1e-9, 1, 10, 100)] == [15, 15, 3, 2]
+
+
+def test_deviations_are_relative_to_the_largest_value_and_gradient():
+    reference = Outcome({"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([0.1])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.01])})
+    fast = Outcome({"a": torch.tensor([100.0, 1.5]), "b": torch.tensor([0.2])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.05])})
+    found = agreement.compare(fast, reference)
+    assert found.max_abs_error == pytest.approx(0.5) and found.relative_error == pytest.approx(0.1)
+    assert found.gradient_error == pytest.approx(0.04 / 8)
+
+
+def test_equal_infinities_agree_and_a_lone_nan_does_not():
+    inf, nan = float("inf"), float("nan")
+    same = Outcome({"a": torch.tensor([inf, 1.0, nan])})
+    assert agreement.compare(same, same).max_abs_error == 0
+    for odd in ([nan, 1.0, nan], [inf, nan, nan], [-inf, 1.0, nan]):
+        assert agreement.compare(Outcome({"a": torch.tensor(odd)}), same).relative_error == inf
+
+
+def test_other_names_and_shapes_disagree():
+    one = Outcome({"a": torch.zeros(2)})
+    for other in (Outcome({"b": torch.zeros(2)}), Outcome({"a": torch.zeros(3)}), Outcome({"a": torch.zeros(2)}, {"w": torch.zeros(1)})):
+        with pytest.raises(agreement.DisagreementError):
+            agreement.compare(other, one)

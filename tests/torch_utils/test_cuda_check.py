@@ -1,0 +1,110 @@
+"""The self-check of CUDA ops, with made-up ops on the CPU: a right one stays on, a wrong or failing one is switched off once."""
+
+import warnings
+
+import pytest
+import torch
+
+from torch_utils import build, cuda_check
+from torch_utils.cuda_check import CHECKS, passes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Registers a check under a name, and forgets all answers before and after."""
+    monkeypatch.setattr(cuda_check, "_results", {})
+
+    def register(name, pairs):
+        calls = []
+
+        def check(device):
+            calls.append(device)
+            yield from pairs() if callable(pairs) else pairs
+
+        monkeypatch.setitem(CHECKS, name, check)
+        return calls
+
+    return register
+
+
+def test_an_op_that_agrees_is_used_and_asked_once(made_up):
+    calls = made_up("right", [(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0001]))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert passes("right", CPU) and passes("right", CPU)
+    assert calls == [CPU]
+
+
+@pytest.mark.parametrize(
+    "actual", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, float("nan")]), torch.tensor([1.0]), torch.tensor([[1.0, 2.0]])], ids=str
+)
+def test_an_op_that_disagrees_is_switched_off_with_one_warning(made_up, actual):
+    right = torch.tensor([1.0, 2.0])
+    calls = made_up("wrong", [(right, right), (actual, right)])
+    with pytest.warns(UserWarning, match="op wrong on cpu: switched off, plain torch is used, .* differ") as caught:
+        assert not passes("wrong", CPU)
+        assert not passes("wrong", CPU)
+    assert len(calls) == len(caught) == 1
+
+
+def test_an_op_that_fails_is_switched_off(made_up):
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    made_up("failing", fail)
+    with pytest.warns(UserWarning, match=r"RuntimeError: CUDA error: an illegal memory access was encountered\."):
+        assert not passes("failing", CPU)
+
+
+def test_a_mistake_in_a_check_is_not_taken_for_a_broken_op(made_up):
+    made_up("mistaken", lambda: [].append())
+    with pytest.raises(TypeError):
+        passes("mistaken", CPU)
+    with pytest.raises(KeyError):
+        passes("unknown", CPU)
+
+
+def test_autograd_and_the_generator_are_left_alone(made_up):
+    def pairs():
+        x = torch.ones(3, requires_grad=True)
+        yield torch.autograd.grad((x * x).sum(), x)[0], torch.full((3,), 2.0)
+
+    made_up("gradients", pairs)
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert passes("gradients", CPU)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_cuda_source_has_a_check():
+    assert set(build.ops("cuda")) <= set(CHECKS)
+
+
+@pytest.mark.parametrize("op", build.ops("cuda"))
+def test_the_checks_agree_with_the_ops_as_they_are_on_the_cpu(op, monkeypatch):
+    """The same schemas on the CPU: inputs and formulas of a check fit together."""
+    if not build.available(op, "cpu"):
+        pytest.skip("no C++ compiler on this machine")
+    monkeypatch.setattr(cuda_check, "_results", {})
+    assert passes(op, CPU)
+
+
+def test_a_check_notices_a_wrong_kernel(monkeypatch):
+    if not build.available("ray_march", "cpu"):
+        pytest.skip("no C++ compiler on this machine")
+    right = CHECKS["ray_march"]
+    for wrong in range(5):  # each of its results in turn
+        monkeypatch.setattr(cuda_check, "_results", {})
+
+        def spoiled(device, wrong=wrong):
+            for i, (actual, expected) in enumerate(right(device)):
+                actual = actual.clone()
+                actual.view(-1)[actual.numel() // 2] += 0.01 * expected.abs().max() if i == wrong else 0
+                yield actual, expected
+
+        monkeypatch.setitem(CHECKS, "ray_march", spoiled)
+        with pytest.warns(UserWarning, match="switched off"):
+            assert not passes("ray_march", CPU)

@@ -1,0 +1,170 @@
+"""The renderer from scalars against the renderer that sorts features: same images, gradients and random sequence."""
+
+import pytest
+import torch
+
+from tests import tiny_runs
+from torch_utils.ops import implementations
+from torch_utils.ops.implementations import implementation
+from training.rendering import renderer as renderer_module
+from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler
+from training.rendering.importance import sample_importance, sample_pdf
+from training.rendering.marcher import MipRayMarcher2, march_weights
+from training.rendering.rays import RaySampler
+from training.rendering.renderer import ImportanceRenderer, sample_from_planes
+from training.triplane import OSGDecoder
+
+FAST = ("auto", "torch")
+OPTIONS = {"ray_start": 2.25, "ray_end": 3.3, "box_warp": 1.0, "depth_resolution": 9, "depth_resolution_importance": 7}
+VARIANTS = [
+    {}, {"depth_resolution_importance": 0}, {"white_back": True}, {"density_noise": 0.5}, {"disparity_space_sampling": True},
+    {"ray_start": "auto", "ray_end": "auto"}, {"box_warp": 0.6}, {"depth_resolution": 2, "depth_resolution_importance": 1},
+]
+
+
+def scene(layout="eg3d", n=2, resolution=6, channels=5, options=None):
+    """renderer and the arguments of its forward."""
+    torch.manual_seed(3)
+    decoder = OSGDecoder(channels, {"decoder_lr_mul": 1, "decoder_hidden_dim": 11, "decoder_output_dim": 6})
+    with torch.no_grad():
+        decoder.net[2].weight[0] *= 30
+    planes = torch.randn(n, 3, channels, 12, 12).requires_grad_()
+    poses = LookAtPoseSampler.sample(1.5, 1.6, [0.0, 0.0, 0.0], 0.3, 0.2, radius=2.7, batch_size=n)
+    rays = RaySampler()(poses, FOV_to_intrinsics(18.8).expand(n, 3, 3), resolution)
+    return ImportanceRenderer(layout), (planes, decoder, *rays, {**OPTIONS, **(options or {})})
+
+
+def render(renderer, arguments, impl):
+    torch.manual_seed(11)
+    with implementation(impl):
+        out = renderer(*arguments)
+    return out, torch.rand(1)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("layout", ["eg3d", "fixed"])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_images_gradients_and_the_random_sequence_are_those_of_the_reference(impl, layout, options):
+    renderer, arguments = scene(layout, options=options)
+    (found, next_found), (expected, next_expected) = (render(renderer, arguments, which) for which in (impl, "ref"))
+    assert torch.equal(next_found, next_expected)
+    for value, reference in zip(found, expected, strict=True):
+        assert value.shape == reference.shape
+        torch.testing.assert_close(value, reference, atol=2e-5, rtol=0)
+    leaves = [arguments[0], *arguments[1].parameters()]
+    cotangents = [torch.randn(value.shape, generator=torch.Generator().manual_seed(4)) for value in expected]
+    pairs = zip(*(torch.autograd.grad(out, leaves, cotangents) for out in (found, expected)), strict=True)
+    for gradient, reference in pairs:
+        assert (gradient - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"density_noise": 0.5}])
+def test_without_gradients_rays_go_through_in_parts(monkeypatch, options):
+    renderer, arguments = scene(options=options)
+    (expected, after), _ = render(renderer, arguments, "auto"), None
+    monkeypatch.setattr(renderer_module, "_CPU_SAMPLES", 2 * 9 * 5)  # five of 36 rays at once
+    with torch.no_grad():
+        found, after_parts = render(renderer, arguments, "auto")
+    assert torch.equal(after, after_parts)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_a_reference_block_takes_the_straightforward_path(monkeypatch):
+    renderer, arguments = scene()
+
+    def refuse(*_, **__):
+        raise AssertionError("the fast path was taken")
+
+    monkeypatch.setattr(MipRayMarcher2, "accumulate", refuse)
+    monkeypatch.setattr(renderer_module, "triplane_decode", refuse)
+    render(renderer, arguments, "ref")
+    with pytest.raises(AssertionError, match="the fast path was taken"):
+        render(renderer, arguments, "auto")
+
+
+def test_a_marcher_of_ones_own_is_used():
+    class Red(MipRayMarcher2):
+        def forward(self, colors, densities, depths, rendering_options):
+            rgb, depth, weights = super().forward(colors, densities, depths, rendering_options)
+            return torch.ones_like(rgb), depth, weights
+
+    renderer, arguments = scene()
+    renderer.ray_marcher = Red()
+    assert (renderer(*arguments)[0] == 1).all()
+
+
+def test_a_decoder_without_weights_is_called():
+    class Fog(torch.nn.Module):
+        def decode(self, features):
+            return {"rgb": features.sigmoid(), "sigma": features[..., :1] + 2}
+
+    renderer, arguments = scene()
+    arguments = (arguments[0], Fog(), *arguments[2:])
+    (found, _), (expected, _) = (render(renderer, arguments, impl) for impl in ("auto", "ref"))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_clamp_mode_is_checked_on_both_paths():
+    renderer, arguments = scene(options={"clamp_mode": "relu"})
+    for impl in ("auto", "ref"):
+        with pytest.raises(ValueError, match="clamp_mode: expected 'softplus', got 'relu'"):
+            render(renderer, arguments, impl)
+
+
+@pytest.mark.parametrize("impl", ["ref", *FAST])
+def test_density_only_queries(impl):
+    renderer, (planes, decoder, *_, options) = scene()
+    points = torch.rand(2, 50, 3) - 0.5
+    with implementation(impl):
+        both = renderer.run_model(planes, decoder, points, None, options)
+        alone = renderer.run_model(planes, decoder, points, None, options, sigma_only=True)
+    assert set(both) == {"rgb", "sigma"} and set(alone) == {"sigma"}
+    torch.testing.assert_close(alone["sigma"], both["sigma"], atol=1e-5, rtol=1e-5)
+    features = sample_from_planes(renderer.plane_axes, planes, points, options["box_warp"])
+    expected = decoder(features)
+    torch.testing.assert_close(both["sigma"], expected["sigma"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both["rgb"], expected["rgb"], atol=1e-5, rtol=1e-5)
+
+
+def test_plane_axes_that_are_replaced_are_noticed():
+    renderer, (planes, decoder, *_, options) = scene("eg3d")
+    points = torch.rand(2, 50, 3) - 0.5
+    first = renderer.run_model(planes, decoder, points, None, options)["sigma"]
+    renderer.plane_axes = renderer_module.generate_planes("fixed")
+    second = renderer.run_model(planes, decoder, points, None, options)["sigma"]
+    renderer.plane_axes.copy_(renderer_module.generate_planes("eg3d"))  # in place
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(renderer.run_model(planes, decoder, points, None, options)["sigma"], first)
+
+
+def test_double_backward_through_a_rendering():
+    renderer, arguments = scene(resolution=3)
+    penalties = []
+    for impl in ("auto", "ref"):
+        (rgb, *_), _ = render(renderer, arguments, impl)
+        (grad,) = torch.autograd.grad(rgb.sum(), list(arguments[1].parameters())[:1], create_graph=True)
+        penalties.append(torch.autograd.grad(grad.square().sum(), arguments[1].net[2].weight)[0])
+    assert (penalties[0] - penalties[1]).abs().max() <= 1e-3 * penalties[1].abs().max()
+
+
+def test_the_parts_remain_callable():
+    torch.manual_seed(0)
+    depths, densities = torch.rand(2, 3, 8, 1).sort(dim=2)[0], torch.randn(2, 3, 8, 1)
+    weights, mids = march_weights(densities, depths)
+    assert weights.shape == mids.shape == (2, 3, 7, 1)
+    fine = sample_importance(depths, weights, 5)
+    assert fine.shape == (2, 3, 5, 1) and fine.min() >= depths.min() and fine.max() <= depths.max()
+    assert sample_pdf(torch.linspace(0, 1, 6).expand(4, 6), torch.rand(4, 4), 9).shape == (4, 9)
+    rgb, depth, w = MipRayMarcher2()(torch.rand(2, 3, 8, 4), densities, depths, {})
+    assert rgb.shape == (2, 3, 4) and depth.shape == (2, 3, 1) and torch.equal(w, weights)
+
+
+def test_a_generator_leaves_the_colours_out_on_request():
+    G = tiny_runs.build_networks().G
+    torch.manual_seed(0)
+    ws, points = G.mapping(torch.randn(2, G.z_dim), torch.randn(2, 25)), torch.rand(2, 30, 3) - 0.5
+    full = G.sample_mixed(points, None, ws, noise_mode="const")
+    assert implementations.current() == "auto"
+    alone = G.sample_mixed(points, None, ws, noise_mode="const", sigma_only=True)
+    assert set(alone) == {"sigma"}
+    torch.testing.assert_close(alone["sigma"], full["sigma"], atol=1e-6, rtol=1e-5)

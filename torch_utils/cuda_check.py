@@ -1,0 +1,187 @@
+"""Trust in the CUDA ops: before one is used on a device, it has to reproduce plain torch there on a small fixed input.
+
+The kernels are also run by emulation in the tests, but a driver, a device or a compiler can still be the first of its kind. An op that
+disagrees, or ends in a CUDA error, is switched off on that device with one warning, and plain torch does the work.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes  # torch.compile asks while it runs everything on fake tensors
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # what the op gives, what plain torch gives
+Check = Callable[[torch.device], Iterable[Pair]]
+
+TOLERANCE = 1e-3  # relative to the largest value: a hundred times the ops' rounding, far below what a wrong index does
+_results: dict[tuple[str, torch.device], bool] = {}
+_lock = threading.RLock()
+
+
+def passes(op: str, device: torch.device) -> bool:
+    """Whether a CUDA op may be used on a device; tried on the first question, remembered for the process.
+
+    Args: op: name of the library, a key of `CHECKS`; device: with or without an index. The library must be loaded.
+    Returns: False while torch.compile traces or a CUDA graph is captured, unless the op has been tried before. Never raises for an op that
+        fails. Leaves the random generators and the state of autograd alone.
+    Raises: KeyError for an op that has no check.
+    """
+    device = _with_index(torch.device(device))
+    found = _results.get((op, device))
+    if found is None and not torch.compiler.is_compiling() and not _capturing(device):
+        with _lock:
+            if (op, device) not in _results:
+                _results[op, device] = _try(op, CHECKS[op], device)
+            return _results[op, device]
+    return bool(found)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _try(op: str, check: Check, device: torch.device) -> bool:
+    """Run one check; False, with a warning, for a wrong result or an error."""
+    try:
+        with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            worst = max(_difference(actual, expected) for actual, expected in check(device))
+    except (RuntimeError, NotImplementedError) as error:  # NotImplementedError: no kernel is registered for the device
+        why = f"it ended with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    else:
+        if worst <= TOLERANCE:
+            return True
+        why = f"its results differ from plain torch by {worst:.2g} of the largest value"
+    warnings.warn(f"op {op} on {device}: switched off, plain torch is used, which is slower; {why}. Please report it.", stacklevel=4)
+    return False
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest expected value; infinite for another shape or for NaN."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    difference = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    return float(torch.nan_to_num(difference, nan=float("inf")))
+
+
+def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """Fixed float32 values between -scale and scale that look random, drawn from no generator."""
+    places = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    values = scale * torch.sin(places**1.5 * 12.9898 + 78.233 * (seed + 1))
+    return values.float().reshape(shape).to(device)
+
+
+def _with_gradients(
+    compiled: Callable, backward: Callable, plain: Callable, inputs: Sequence[torch.Tensor], learned: Sequence[int], device: torch.device
+) -> Iterator[Pair]:
+    """Outputs and gradients of an op against autograd through `plain` in float64.
+
+    Args: compiled(*inputs) -> outputs; backward(*cotangents, *inputs) -> gradients of inputs[i] for i in `learned`; plain: like `compiled`.
+    """
+    outputs = compiled(*inputs)
+    doubles = [t.double().requires_grad_(i in learned) for i, t in enumerate(inputs)]
+    expected = plain(*doubles)
+    cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(outputs)]
+    expected_grads = torch.autograd.grad(expected, [doubles[i] for i in learned], [c.double() for c in cotangents])
+    yield from zip(outputs, (t.detach() for t in expected), strict=True)
+    yield from zip(backward(*cotangents, *inputs), expected_grads, strict=True)
+
+
+def _slab_density(device: torch.device) -> Iterator[Pair]:
+    from torch_utils.ops.slab_density import slab_density_ref
+
+    shape, units = (9, 35, 34), 5
+    sizes = (shape[0], units, shape[1]), (shape[0], units, shape[2]), (units, shape[1], shape[2]), (units,), ()
+    inputs = [_numbers(device, *size, scale=3.0, seed=i) for i, size in enumerate(sizes)]
+    op = torch.ops.eg3d_rlhf
+
+    def backward(grad, xy, xz, yz, w, b):
+        grad_w, *maps = op.slab_density_backward(grad, xy, xz, yz, w)
+        return [*maps, grad_w]
+
+    def plain(xy, xz, yz, w, b):
+        return (slab_density_ref([xy[:, :, :, None], xz[:, :, None], yz[None]], w, b, shape),)
+
+    yield from _with_gradients(lambda *t: (op.slab_density(*t, list(shape)),), backward, plain, inputs, range(4), device)
+
+
+def _triplane_decode(device: torch.device) -> Iterator[Pair]:
+    from torch_utils.ops.triplane_decode import _decode_torch
+
+    pairs, units = ((0, 1), (0, 2), (2, 1)), 18
+    op = torch.ops.eg3d_rlhf
+    for channels, colours in ((32, 32), (16, 0)):
+        sizes = (2, 3, 7, 9, channels), (2, 150, 3), (units, channels), (units,), (1 + colours, units), (1 + colours,)
+        inputs = [_numbers(device, *size, scale=1.1, seed=i) for i, size in enumerate(sizes)]
+        axes = [axis for pair in pairs for axis in pair]
+
+        def compiled(planes, *rest):
+            return op.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
+
+        def backward(*tensors):
+            *cotangents, planes, points, w0, b0, w1, b1 = tensors
+            grad_features = cotangents[0] if colours else points.new_empty(2, 150, 0)  # noqa: B023
+            return op.triplane_decode_backward(grad_features, cotangents[-1], planes, axes, points, w0, b0, w1, b1)  # noqa: B023
+
+        def plain(planes, points, *weights):
+            return _decode_torch(planes, pairs, points, *weights)[0 if colours else 1 :]  # noqa: B023
+
+        yield from _with_gradients(compiled, backward, plain, inputs, (0, 2, 3, 4, 5), device)
+
+
+def _ray_march(device: torch.device) -> Iterator[Pair]:
+    from torch_utils.ops.ray_march import interval_weights, invert_density, ray_march_ref, smooth_weights
+
+    rays, samples, fine = 9, 45, 37
+    op = torch.ops.eg3d_rlhf
+    densities, depths = _numbers(device, rays, samples, scale=4.0), 2.5 + _numbers(device, rays, samples, scale=0.5, seed=1)
+    yield from _with_gradients(op.ray_march, lambda *t: (op.ray_march_backward(*t),), ray_march_ref, [densities, depths], (0,), device)
+    ascending, u = depths.sort(dim=1).values, 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
+    weights, mids = interval_weights(densities.double(), ascending.double())
+    yield op.importance_depths(densities, ascending, u), invert_density(mids, smooth_weights(weights), u.double())
+
+
+def _bias_act(device: torch.device) -> Iterator[Pair]:
+    from torch_utils.ops.bias_act import activation_funcs, bias_act_ref
+
+    op = torch.ops.eg3d_rlhf
+    x, v, b = _numbers(device, 3, 5, 7, 11, scale=3.0), _numbers(device, 3, 5, 7, 11, seed=1), _numbers(device, 5, seed=2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, v = x.contiguous(memory_format=layout), v.contiguous(memory_format=layout)
+        for act, name in enumerate(activation_funcs):
+            rest = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
+            out = op.bias_act(x, b, *rest)
+            yield out, bias_act_ref(x.double(), b.double(), 1, activation_funcs[name], *rest[2:])
+            if name in ("linear", "relu", "lrelu"):
+                below = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
+                slope = 1.5 * torch.where(out > 0, 1.0, below).double() * (out.abs() < 2.0)
+                yield from zip(op.bias_act_backward(v, out, *rest, True), (slope * v, (slope * v).sum((0, 2, 3))), strict=True)
+                yield op.bias_act_slope(v, b, out, *rest), slope * (v + b[:, None, None])
+
+
+def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
+    from torch_utils.ops.upfirdn2d import upfirdn2d_ref
+
+    x, square, line = _numbers(device, 2, 3, 37, 41), _numbers(device, 4, 3, seed=1), _numbers(device, 7, seed=2)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        for f in (square, line):
+            for up, down, pad in ((1, 1, (1, 2, 1, 2)), (2, 1, (2, 5, 2, 1)), (1, 2, (3, 1, 1, 1)), (3, 2, (4, -1, 0, 6))):
+                sizes = ((up, up), (down, down), pad)
+                actual = torch.ops.eg3d_rlhf.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)
+                yield actual, upfirdn2d_ref(image.double(), f.double(), *sizes, False, 1.5)
+
+
+CHECKS: dict[str, Check] = {
+    "bias_act": _bias_act,
+    "ray_march": _ray_march,
+    "slab_density": _slab_density,
+    "triplane_decode": _triplane_decode,
+    "upfirdn2d": _upfirdn2d,
+}

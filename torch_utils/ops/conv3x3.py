@@ -1,0 +1,100 @@
+"""3x3 convolution with stride 1 by minimal filtering: 16 products where the definition takes 36.
+
+Winograd's F(2x2, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.1): a tile of 2x2 results is
+Y = A^T [(G g G^T) * (B^T d B)] A of a 4x4 patch d and a kernel g, * elementwise and summed over the input channels, which makes 16 matrix
+products of it; the gradient of the kernel is G^T [sum over tiles (B^T d B) * (A dY A^T)] G. Rounding errors grow about twofold: 1e-6 of the
+largest result in float32.
+
+Shapes: N batch, I input and O output channels, H x W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops.implementations import choose
+
+_LANES = 16  # channels that the transformations take at a time
+_LEAST_CHANNELS = 32  # where the transformations, whose work is per channel, cost more than the saved products
+_LEAST_PIXELS = 32 * 32  # where transforming the kernel is no longer small beside the rest
+
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
+# x and the result channels-last, padding 0..2, w [O, I, 3, 3] contiguous; or, transposed, [I, O, 3, 3] and read back to front
+_LIB.define("conv3x3(Tensor x, Tensor w, int padding, bool transposed) -> Tensor")
+_LIB.define("conv3x3_weight(Tensor x, Tensor grad, int padding) -> Tensor")  # d<conv3x3(x, w, padding, False), grad>/dw
+
+
+def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "auto") -> torch.Tensor:
+    """Correlate an image with 3x3 kernels.
+
+    Args:
+        x: [N, I, H, W]; w: [O, I, 3, 3].
+        padding: pixels of zeros on every side, 0 to 2.
+        impl: see `torch_utils.ops.implementations`; "ref" and "torch" are torch's convolution, "compiled" (CPU, float32 or float64, I and O
+            multiples of 16) is Winograd's and returns channels-last.
+    Returns: [N, O, H + 2 padding - 2, W + 2 padding - 2].
+    Differentiable in x and w, to any order.
+    Raises: ValueError for shapes that do not fit or an unknown `impl`.
+    """
+    if x.ndim != 4 or w.ndim != 4 or w.shape[1:] != (x.shape[1], 3, 3) or padding not in (0, 1, 2) or min(x.shape[2:]) + 2 * padding < 3:
+        raise ValueError(
+            f"conv3x3: expected x [N, I, H, W], w [O, I, 3, 3] and padding 0 to 2, got {list(x.shape)}, {list(w.shape)} and {padding}. "
+            "Use conv2d_resample for other kernels."
+        )
+    lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
+    applies = lanes and x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    dropped = min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS or x.shape[2] * x.shape[3] < _LEAST_PIXELS or x.dtype == torch.float64
+    if choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", dropped) == "compiled":
+        return torch.ops.eg3d_rlhf.conv3x3(x.contiguous(memory_format=torch.channels_last), w.contiguous(), padding, False)
+    return F.conv2d(x, w, padding=padding)
+
+
+def _empty(n: int, c: int, h: int, w: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty([n, h, w, c], dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("eg3d_rlhf::conv3x3", lib=_LIB)
+def _(x, w, padding, transposed):
+    return _empty(x.shape[0], w.shape[1 if transposed else 0], x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2, x)
+
+
+@torch.library.register_fake("eg3d_rlhf::conv3x3_weight", lib=_LIB)
+def _(x, grad, padding):
+    return x.new_empty([grad.shape[1], x.shape[1], 3, 3])
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, w, ctx.padding, ctx.transposed = inputs
+    ctx.save_for_backward(x, w)
+
+
+def _gradients(ctx, grad):
+    x, w = ctx.saved_tensors
+    need_x, need_w = ctx.needs_input_grad[:2]
+    grad, p = _dense(grad), ctx.padding
+    grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, w, 2 - p, not ctx.transposed) if need_x else None
+    grad_w = None
+    if need_w:  # transposed, the kernel leads from grad to x
+        pair = (grad, x, 2 - p) if ctx.transposed else (x, grad, p)
+        grad_w = torch.ops.eg3d_rlhf.conv3x3_weight(*pair)
+    return grad_x, grad_w, None, None
+
+
+def _save_weight(ctx, inputs, output) -> None:
+    x, grad, ctx.padding = inputs
+    ctx.save_for_backward(x, grad)
+
+
+def _gradients_weight(ctx, grad_w):
+    x, grad = ctx.saved_tensors
+    need_x, need_grad = ctx.needs_input_grad[:2]
+    grad_w, p = grad_w.contiguous(), ctx.padding
+    grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, grad_w, 2 - p, True) if need_x else None
+    return grad_x, torch.ops.eg3d_rlhf.conv3x3(x, grad_w, p, False) if need_grad else None, None
+
+
+torch.library.register_autograd("eg3d_rlhf::conv3x3", _gradients, setup_context=_save, lib=_LIB)
+torch.library.register_autograd("eg3d_rlhf::conv3x3_weight", _gradients_weight, setup_context=_save_weight, lib=_LIB)

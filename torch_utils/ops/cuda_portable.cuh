@@ -1,0 +1,133 @@
+// What the kernels are written in. Under nvcc these are CUDA's own names; elsewhere tests/torch_utils/cuda/emulate/device.h supplies a
+// processor that runs the same bodies thread by thread on the CPU, so that indices, barriers and formulas are checked without a GPU.
+// Kernels and their launches (grid, block, shared memory) live in <op>.cuh, which knows nothing of torch; <op>.cu unpacks tensors.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdexcept>
+#include <string>
+
+#define EG3D_DEVICE __device__ __forceinline__
+#define EG3D_KERNEL static __global__
+#define EG3D_BOTH __host__ __device__ __forceinline__
+#define EG3D_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+#define EG3D_CONSTANT const __grid_constant__  // a parameter that is indexed where it lies
+#define EG3D_SHARED(T, name)                                       \
+  extern __shared__ __align__(16) unsigned char shared_bytes_[];   \
+  T* const name = reinterpret_cast<T*>(shared_bytes_)
+
+using Stream = cudaStream_t;
+
+namespace eg3d {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Raises: std::runtime_error where the launch is refused. A kernel may take up to what the device allows of shared memory.
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, A... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "shared memory of a kernel");
+  }
+  kernel<<<grid, block, shared, stream>>>(static_cast<P>(args)...);
+  check(cudaGetLastError(), "kernel launch");
+}
+
+// Blocks that the device can run at once if `per_processor` fit on each of its multiprocessors.
+inline int resident_blocks(int per_processor) {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  return count * per_processor;
+}
+
+}  // namespace eg3d
+
+#else
+#include "device.h"
+#endif
+
+namespace eg3d {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+EG3D_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <typename T> EG3D_BOTH T smaller(T a, T b) { return b < a ? b : a; }
+template <typename T> EG3D_BOTH T larger(T a, T b) { return a < b ? b : a; }
+
+// exp, log(1 + t) etc. in the argument's type. The float forms are CUDA's accurate ones (2 ulp); kernels that use faster ones say so.
+EG3D_DEVICE float exp_of(float x) { return expf(x); }
+EG3D_DEVICE double exp_of(double x) { return exp(x); }
+EG3D_DEVICE float log1p_of(float x) { return log1pf(x); }
+EG3D_DEVICE double log1p_of(double x) { return log1p(x); }
+EG3D_DEVICE float expm1_of(float x) { return expm1f(x); }
+EG3D_DEVICE double expm1_of(double x) { return expm1(x); }
+EG3D_DEVICE float floor_of(float x) { return floorf(x); }
+EG3D_DEVICE double floor_of(double x) { return floor(x); }
+EG3D_DEVICE float abs_of(float x) { return fabsf(x); }
+EG3D_DEVICE double abs_of(double x) { return fabs(x); }
+EG3D_DEVICE float tanh_of(float x) { return tanhf(x); }
+EG3D_DEVICE double tanh_of(double x) { return tanh(x); }
+
+// log(1 + exp(h)), right for every h.
+template <typename T> EG3D_DEVICE T softplus(T h) { return larger(h, T(0)) + log1p_of(exp_of(-abs_of(h))); }
+
+// 1 / (1 + exp(-h)), without overflow.
+template <typename T> EG3D_DEVICE T sigmoid(T h) {
+  const T e = exp_of(-abs_of(h));
+  return (h < T(0) ? e : T(1)) / (T(1) + e);
+}
+
+// The same from the special-function units: softplus to 3e-7 max(1, h), sigmoid to 3e-7. float64 keeps the exact forms.
+EG3D_DEVICE float quick_softplus(float h) { return larger(h, 0.0f) + 0.69314718056f * __log2f(1.0f + __expf(-fabsf(h))); }
+EG3D_DEVICE double quick_softplus(double h) { return softplus(h); }
+EG3D_DEVICE float quick_sigmoid(float h) {
+  const float e = __expf(-fabsf(h));
+  return __fdividef(h < 0.0f ? e : 1.0f, 1.0f + e);
+}
+EG3D_DEVICE double quick_sigmoid(double h) { return sigmoid(h); }
+
+// Images may be stored in 16 bits; arithmetic is in float32, or float64 for float64.
+template <typename S> struct ArithmeticOf { using Type = float; };
+template <> struct ArithmeticOf<double> { using Type = double; };
+template <typename S> using Arithmetic = typename ArithmeticOf<S>::Type;
+EG3D_DEVICE float widen(float v) { return v; }
+EG3D_DEVICE double widen(double v) { return v; }
+EG3D_DEVICE float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <typename S> EG3D_DEVICE S narrow(Arithmetic<S> v) { return S(v); }
+template <> EG3D_DEVICE __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16(v); }
+#ifdef __CUDACC__
+EG3D_DEVICE float widen(__half v) { return __half2float(v); }
+template <> EG3D_DEVICE __half narrow<__half>(float v) { return __float2half(v); }
+#endif
+
+// Sum over the 32 lanes of a warp, in every lane, always in the same order.
+template <typename T> EG3D_DEVICE T warp_sum(T value) {
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// out[i] = scale[i / inner % rows] * sum_t partial[t, i], t ascending: the second stage of a reduction that repeats bit for bit.
+template <typename T>
+EG3D_KERNEL void sum_partials(const T* partial, int64_t parts, int64_t count, const T* scale, int64_t inner, int64_t rows, T* out) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  T total = 0;
+  for (int64_t t = 0; t < parts; ++t) total += partial[t * count + i];
+  out[i] = scale == nullptr ? total : scale[i / inner % rows] * total;
+}
+
+template <typename T>
+void launch_sum_partials(
+    const T* partial, int64_t parts, int64_t count, const T* scale, int64_t inner, int64_t rows, T* out, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(count, 256)));
+  launch(sum_partials<T>, grid, dim3(256), 0, stream, partial, parts, count, scale, inner, rows, out);
+}
+
+}  // namespace eg3d

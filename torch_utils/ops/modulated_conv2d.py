@@ -1,0 +1,87 @@
+"""Convolution whose input channels are scaled per sample, the layer of StyleGAN2's synthesis network.
+
+Shapes: N batch, C input and O output channels, H x W pixels, k kernel size.
+"""
+
+import math
+
+import torch
+
+from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.implementations import check_impl, current
+
+
+def modulated_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    styles: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    padding: int = 0,
+    resample_filter: torch.Tensor | None = None,
+    demodulate: bool = True,
+    flip_weight: bool = True,
+    fused_modconv: bool = True,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Convolution whose input channels are scaled per sample (Karras et al. 2020, section 2.2).
+
+    w'[n,o,c] = w[o,c] s[n,c]; demodulated by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8); noise is added after demodulation.
+
+    Args:
+        x: [N, C, H, W]; weight: [O, C, k, k]; styles: [N, C].
+        noise: broadcast to the output, or None.
+        fused_modconv: one grouped convolution with w'd; otherwise scale x, convolve once for the batch, scale the result. "auto" and
+            "compiled" choose by themselves on a CPU: a single sample has its kernels scaled, which needs no groups, a batch never.
+        impl: see `torch_utils.ops.implementations`; the same for the convolution and the filter inside.
+    Returns: [N, O, H*up/down, W*up/down]. Differentiable in x, weight, styles, noise.
+    Raises: ValueError for an unknown `impl`.
+    """
+    check_impl("modulated_conv2d", impl)
+    impl = current() if impl == "auto" else impl
+    if x.dtype == torch.float16 and demodulate:  # keep the sum of squares inside half's range; demodulation cancels both factors
+        largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
+        weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
+        styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
+    resample = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight, "impl": impl}
+    if impl == "ref":
+        x = _convolve_ref(x, weight, styles, demodulate, fused_modconv, resample)
+    else:
+        fused = len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
+        x = _convolve(x, weight, styles, demodulate, fused, resample)
+    return x if noise is None else x + noise.to(x.dtype)
+
+
+def _convolve_ref(
+    x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, fused: bool, resample: dict
+) -> torch.Tensor:
+    """The definition: every sample's own kernels, and from these the demodulation."""
+    w = weight[None] * styles[:, None, :, None, None]  # [N, O, C, k, k]
+    coefficients = (w.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt() if demodulate else None  # [N, O]
+    if not fused:
+        x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
+        return x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
+    return _grouped(x, w if coefficients is None else w * coefficients[:, :, None, None, None], resample)
+
+
+def _grouped(x: torch.Tensor, w: torch.Tensor, resample: dict) -> torch.Tensor:
+    """Each sample with its own kernels w [N, O, C, k, k], as groups of one convolution."""
+    y = conv2d_resample(x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample)
+    return y.reshape(len(x), -1, *y.shape[2:])
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, fused: bool, resample: dict) -> torch.Tensor:
+    """The same, cheaper: sum_c s^2 sum_k w^2 is the energy without [N, O, C, k, k], and one sample's kernels take one product."""
+    coefficients = None
+    if demodulate:
+        energy = weight.square().sum(dim=[2, 3])  # [O, C]
+        coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()  # [N, O]
+    if not fused:
+        x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
+        return x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
+    if len(x) > 1:
+        w = weight[None] * styles[:, None, :, None, None]  # [N, O, C, k, k]
+        return _grouped(x, w if coefficients is None else w * coefficients[:, :, None, None, None], resample)
+    scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
+    return conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)

@@ -1,0 +1,232 @@
+// Ray marching from scalars on a GPU: sort by depth, interval weights, their use, the gradients; and importance sampling from them.
+// Formulas and schemas: ray_march.py. A warp owns a ray, lane i its samples i, i + 32, ...; S is at most kMaxSamples.
+// No atomics: results repeat bit for bit.
+#pragma once
+#include "cuda_portable.cuh"
+
+namespace eg3d {
+
+constexpr int kMaxSamples = 512;  // of a ray: four rays' worth of shared memory in float64 must fit
+constexpr int kRays = 4;          // warps of a block
+
+// Before: depths a, b of samples i, j. NaN comes last, equal depths keep their order, as in torch.sort(stable=True).
+template <typename T> EG3D_DEVICE bool comes_before(T a, int i, T b, int j) {
+  const bool a_nan = !(a == a), b_nan = !(b == b);
+  if (a_nan || b_nan) return a_nan == b_nan ? i < j : b_nan;
+  return a < b || (a == b && i < j);
+}
+
+// A ray's samples in order of depth, in shared memory. `place` may be null: then the samples are taken to be sorted.
+template <typename T>
+EG3D_DEVICE void load_sorted(const T* densities, const T* depths, int s, int lane, T* raw, T* density, T* depth, int* place) {
+  for (int i = lane; i < s; i += 32) (place == nullptr ? depth : raw)[i] = depths[i];
+  __syncwarp();
+  for (int i = lane; i < s; i += 32) {
+    int at = i;
+    if (place != nullptr) {
+      at = 0;
+      for (int k = 0; k < s; ++k) at += k != i && comes_before(raw[k], k, raw[i], i);
+      place[i] = at;
+      depth[at] = raw[i];
+    }
+    density[at] = densities[i];
+  }
+  __syncwarp();
+}
+
+template <typename T> struct Interval {
+  T alpha, kept;  // alpha, and 1 - alpha + 1e-10, by which it dims what lies behind
+};
+template <typename T> EG3D_DEVICE Interval<T> interval(const T* density, const T* depth, int k) {
+  const T optical = softplus((density[k] + density[k + 1]) / T(2) - T(1)) * (depth[k + 1] - depth[k]);
+  return {-expm1_of(-optical), exp_of(-optical) + T(1e-10)};
+}
+
+// Inclusive product over the warp's lanes up to this one.
+template <typename T> EG3D_DEVICE T scan_product(T value, int lane) {
+  for (int step = 1; step < 32; step *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value *= before;
+  }
+  return value;
+}
+template <typename T> EG3D_DEVICE T scan_sum(T value, int lane) {
+  for (int step = 1; step < 32; step *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value += before;
+  }
+  return value;
+}
+
+// weight[k] = alpha_k prod_{i<k} kept_i for the s - 1 intervals; through[k], where asked for, the product alone.
+template <typename T> EG3D_DEVICE void interval_weights(const T* density, const T* depth, int s, int lane, T* weight, T* through) {
+  T carry = 1;
+  for (int first = 0; first < s - 1; first += 32) {
+    const int k = first + lane;
+    const Interval<T> here = k < s - 1 ? interval(density, depth, k) : Interval<T>{T(0), T(1)};
+    const T product = scan_product(here.kept, lane);
+    const T before = __shfl_up_sync(kAllLanes, product, 1);
+    const T transmittance = carry * (lane == 0 ? T(1) : before);
+    if (k < s - 1) {
+      weight[k] = here.alpha * transmittance;
+      if (through != nullptr) through[k] = transmittance;
+    }
+    carry *= __shfl_sync(kAllLanes, product, 31);
+  }
+  __syncwarp();
+}
+
+template <typename T> constexpr size_t march_shared(int s, int arrays) { return size_t(kRays) * s * (arrays * sizeof(T) + sizeof(int)); }
+
+template <typename T> struct RayMemory {  // a warp's part of the block's shared memory: `arrays` lines of s values and one of places
+  T* values;
+  int* place;
+  EG3D_DEVICE RayMemory(T* shared, int warp, int s, int arrays)
+      : values(shared + size_t(warp) * arrays * s), place(reinterpret_cast<int*>(shared + size_t(kRays) * arrays * s) + warp * s) {}
+};
+
+template <typename T>
+EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
+    ray_march_kernel(const T* densities, const T* depths, int64_t rays, int s, T* sample_weights, T* depth_sum, T* total) {
+  EG3D_SHARED(T, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t ray = int64_t(blockIdx.x) * kRays + warp;
+  if (ray >= rays) return;  // whole warps; nothing below waits for the block
+  const RayMemory<T> memory(shared, warp, s, 4);
+  T *raw = memory.values, *density = raw + s, *depth = raw + 2 * s, *weight = raw + 3 * s;
+  load_sorted(densities + ray * s, depths + ray * s, s, lane, raw, density, depth, memory.place);
+  interval_weights(density, depth, s, lane, weight, static_cast<T*>(nullptr));
+  T sum = 0, sum_depth = 0;
+  for (int k = lane; k < s - 1; k += 32) {
+    sum += weight[k];
+    sum_depth += weight[k] * ((depth[k] + depth[k + 1]) / T(2));
+  }
+  sum = warp_sum(sum);
+  sum_depth = warp_sum(sum_depth);
+  for (int i = lane; i < s; i += 32) {
+    const int at = memory.place[i];
+    sample_weights[ray * s + i] = ((at > 0 ? weight[at - 1] : T(0)) + (at < s - 1 ? weight[at] : T(0))) / T(2);
+  }
+  if (lane == 0) {
+    depth_sum[ray] = sum_depth;
+    total[ray] = sum;
+  }
+}
+
+// With g_k = d loss / d w_k: d loss / d alpha_k = T_k (g_k - R_k), where R_k, what alpha_k takes from the intervals behind, follows from
+// R_k = g_{k+1} alpha_{k+1} + kept_{k+1} R_{k+1}: no division by a vanishing 1 - alpha. The recurrence is a scan over affine maps.
+template <typename T>
+EG3D_KERNEL void EG3D_BOUNDS(32 * kRays) ray_march_backward_kernel(
+    const T* grad_weights, const T* grad_depth, const T* grad_total, const T* densities, const T* depths, int64_t rays, int s,
+    T* grad_densities) {
+  EG3D_SHARED(T, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t ray = int64_t(blockIdx.x) * kRays + warp;
+  if (ray >= rays) return;
+  const RayMemory<T> memory(shared, warp, s, 5);
+  T *raw = memory.values, *density = raw + s, *depth = raw + 2 * s, *weight = raw + 3 * s, *through = raw + 4 * s;
+  load_sorted(densities + ray * s, depths + ray * s, s, lane, raw, density, depth, memory.place);
+  interval_weights(density, depth, s, lane, weight, through);
+  for (int i = lane; i < s; i += 32) raw[memory.place[i]] = grad_weights[ray * s + i];  // from here on in order of depth
+  __syncwarp();
+  const T of_depth = grad_depth[ray], of_total = grad_total[ray];
+  T carry = 0;  // R of the last interval of the stretch in hand
+  for (int first = (s - 2) / 32 * 32; first >= 0; first -= 32) {
+    const int k = first + lane;
+    const bool valid = k < s - 1;
+    T g = 0;
+    Interval<T> here{T(0), T(1)};
+    if (valid) {
+      g = (raw[k] + raw[k + 1]) / T(2) + of_depth * ((depth[k] + depth[k + 1]) / T(2)) + of_total;
+      here = interval(density, depth, k);
+    }
+    T offset = g * here.alpha, factor = here.kept;  // R_{k-1} = offset + factor R_k; scanned towards lower k
+    for (int step = 1; step < 32; step *= 2) {
+      const T behind = __shfl_down_sync(kAllLanes, offset, step), dimmed = __shfl_down_sync(kAllLanes, factor, step);
+      if (lane + step < 32) {
+        offset += factor * behind;
+        factor *= dimmed;
+      }
+    }
+    const T all = offset + factor * carry;  // R_{k-1}
+    const T following = __shfl_down_sync(kAllLanes, all, 1);
+    const T rest = lane == 31 ? carry : following;  // R_k
+    if (valid) {
+      const T delta = depth[k + 1] - depth[k];
+      const T middle = (density[k] + density[k + 1]) / T(2) - T(1);
+      const T unlit = exp_of(-softplus(middle) * delta);  // d alpha / d optical depth
+      weight[k] = through[k] * (g - rest) * unlit * delta * sigmoid(middle) / T(2);  // half to each of its samples
+    }
+    carry = __shfl_sync(kAllLanes, all, 0);
+  }
+  __syncwarp();
+  for (int i = lane; i < s; i += 32) {
+    const int at = memory.place[i];
+    grad_densities[ray * s + i] = (at > 0 ? weight[at - 1] : T(0)) + (at < s - 1 ? weight[at] : T(0));
+  }
+}
+
+// Coarse weights, widened (max-pool 2, average-pool 2) and lifted by 0.01; histogram over weights[1:-1] with edges at the mid depths.
+template <typename T>
+EG3D_KERNEL void EG3D_BOUNDS(32 * kRays)
+    importance_kernel(const T* densities, const T* depths, const T* u, int64_t rays, int s, int fine, T* out) {
+  EG3D_SHARED(T, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t ray = int64_t(blockIdx.x) * kRays + warp;
+  if (ray >= rays) return;
+  const RayMemory<T> memory(shared, warp, s, 4);
+  T *cdf = memory.values, *density = cdf + s, *depth = cdf + 2 * s, *weight = cdf + 3 * s;
+  load_sorted(densities + ray * s, depths + ray * s, s, lane, cdf, density, depth, static_cast<int*>(nullptr));
+  interval_weights(density, depth, s, lane, weight, static_cast<T*>(nullptr));
+  const int bins = larger(s - 3, 0);  // none: the first mid depth is all there is
+  T* const pdf = density;  // not needed any more
+  T sum = 0;
+  for (int k = lane; k < bins; k += 32) {  // bin k is weight k + 1, which has both neighbours
+    const T before = larger(weight[k], weight[k + 1]), after = larger(weight[k + 1], weight[k + 2]);
+    pdf[k] = (before + after) / T(2) + T(0.01) + T(1e-5);
+    sum += pdf[k];
+  }
+  sum = warp_sum(sum);
+  T carry = 0;
+  if (lane == 0) cdf[0] = 0;
+  for (int first = 0; first < bins; first += 32) {
+    const int k = first + lane;
+    const T part = scan_sum(k < bins ? pdf[k] / sum : T(0), lane);
+    if (k < bins) cdf[k + 1] = carry + part;
+    carry += __shfl_sync(kAllLanes, part, 31);
+  }
+  __syncwarp();
+  for (int f = lane; f < fine; f += 32) {
+    const T draw = u[ray * fine + f];
+    int low = 0, high = bins + 1;  // how many of cdf[0..bins] are <= draw
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (cdf[middle] <= draw) low = middle + 1; else high = middle;
+    }
+    const int below = larger(low - 1, 0), above = smaller(low, bins);
+    const T start = (depth[below] + depth[below + 1]) / T(2), end = (depth[above] + depth[above + 1]) / T(2);
+    const T width = cdf[above] - cdf[below];
+    out[ray * fine + f] = start + (draw - cdf[below]) / (width < T(1e-5) ? T(1) : width) * (end - start);
+  }
+}
+
+inline dim3 ray_blocks(int64_t rays) { return dim3(static_cast<unsigned>(ceil_div(rays, kRays))); }
+
+template <typename T>
+void ray_march(const T* densities, const T* depths, int64_t rays, int s, T* sample_weights, T* depth_sum, T* total, Stream stream) {
+  launch(ray_march_kernel<T>, ray_blocks(rays), dim3(32 * kRays), march_shared<T>(s, 4), stream, densities, depths, rays, s, sample_weights,
+         depth_sum, total);
+}
+template <typename T>
+void ray_march_backward(
+    const T* grad_weights, const T* grad_depth, const T* grad_total, const T* densities, const T* depths, int64_t rays, int s, T* grad,
+    Stream stream) {
+  launch(ray_march_backward_kernel<T>, ray_blocks(rays), dim3(32 * kRays), march_shared<T>(s, 5), stream, grad_weights, grad_depth,
+         grad_total, densities, depths, rays, s, grad);
+}
+template <typename T>
+void importance_depths(const T* densities, const T* depths, const T* u, int64_t rays, int s, int fine, T* out, Stream stream) {
+  launch(importance_kernel<T>, ray_blocks(rays), dim3(32 * kRays), march_shared<T>(s, 4), stream, densities, depths, u, rays, s, fine, out);
+}
+
+}  // namespace eg3d

@@ -1,0 +1,155 @@
+"""Ray marching on scalars: compositing weights of samples in any order, and the depths of the importance pass.
+
+With density s, depth d and the samples sorted by depth, neighbouring samples bound intervals:
+delta_k = d_{k+1} - d_k, sigma_k = softplus((s_k + s_{k+1})/2 - 1), alpha_k = 1 - exp(-sigma_k delta_k),
+w_k = alpha_k prod_{j<k} (1 - alpha_j + 1e-10)   (Max 1995, as EG3D uses it).
+Colours are composited as sum_k w_k (c_k + c_{k+1})/2 = sum_s v_s c_s with sample weights v_s = (w_{s-1} + w_s)/2, so that no colour is ever
+sorted.
+
+Shapes: B rays, S samples along a ray, F fine samples.
+"""
+
+import torch
+
+from torch_utils.ops.implementations import choose
+
+_FLOATS = (torch.float32, torch.float64)
+
+_CUDA_SAMPLES = 512  # samples along a ray that the CUDA kernels take
+
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
+_LIB.define("ray_march(Tensor densities, Tensor depths) -> (Tensor, Tensor, Tensor)")
+_LIB.define(
+    "ray_march_backward(Tensor grad_sample_weights, Tensor grad_depth_sum, Tensor grad_total, Tensor densities, Tensor depths) -> Tensor"
+)
+_LIB.define("importance_depths(Tensor densities, Tensor depths, Tensor u) -> Tensor")
+
+
+def ray_march(densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compositing weights of samples in any order.
+
+    Args: densities [B, S] raw; depths [B, S], world units, in any order (equal depths keep theirs); impl: see `implementations`.
+    Returns: sample weights v [B, S] in the order of the arguments, sum_k w_k (d_k + d_{k+1})/2 [B], sum_k w_k [B].
+    Differentiable in densities and depths, to any order (compiled: once in densities; everything else through plain torch).
+    Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.
+    """
+    _check("ray_march", densities, depths)
+    fixed = not (depths.requires_grad and torch.is_grad_enabled())
+    chosen = choose("ray_march", impl, "ray_march", densities.device.type, _alike(densities, depths) and fixed)
+    if chosen == "compiled":
+        return torch.ops.eg3d_rlhf.ray_march(densities.contiguous(), depths.contiguous())
+    return ray_march_ref(densities, depths)
+
+
+def ray_march_ref(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition, and the torch path: sort, march, scatter back."""
+    depths, order = depths.sort(dim=-1, stable=True)
+    weights, mids = interval_weights(densities.gather(-1, order), depths)
+    halves = weights / 2
+    at_sorted = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
+    return torch.zeros_like(at_sorted).scatter(-1, order, at_sorted), (weights * mids).sum(dim=-1), weights.sum(dim=-1)
+
+
+def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the intervals and their mid depths.
+
+    Args: densities [..., S] raw; depths [..., S] ascending.
+    Returns: w [..., S-1], mid depths [..., S-1]. Differentiable in both arguments.
+    """
+    deltas = depths[..., 1:] - depths[..., :-1]
+    densities_mid = (densities[..., :-1] + densities[..., 1:]) / 2  # averaged before the softplus
+    depths_mid = (depths[..., :-1] + depths[..., 1:]) / 2
+    sigma = torch.nn.functional.softplus(densities_mid - 1)
+    alpha = 1 - torch.exp(-sigma * deltas)
+    shifted = torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], dim=-1)
+    return alpha * torch.cumprod(shifted, dim=-1)[..., :-1], depths_mid
+
+
+def importance_depths(densities: torch.Tensor, depths: torch.Tensor, u: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+    """Depths of the fine samples from the coarse pass: its weights, their smoothing and inverse-transform sampling in one.
+
+    Args: densities [B, S] raw; depths [B, S] ascending; u [B, F] uniform draws in [0, 1); impl: see `implementations`.
+    Returns: [B, F] in the order of u, detached.
+    Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.
+    """
+    _check("importance_depths", densities, depths)
+    if u.ndim != 2 or len(u) != len(depths):
+        raise ValueError(f"importance_depths: expected u [{len(depths)}, F], got {list(u.shape)}. Draw one row for each ray.")
+    chosen = choose("importance_depths", impl, "ray_march", densities.device.type, _alike(densities, depths, u))
+    with torch.no_grad():
+        if chosen == "compiled":
+            return torch.ops.eg3d_rlhf.importance_depths(densities.detach().contiguous(), depths.detach().contiguous(), u.contiguous())
+        weights, mids = interval_weights(densities, depths)
+        return invert_density(mids, smooth_weights(weights), u)
+
+
+def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Interval weights [B, S-1], widened (max-pool 2, then average-pool 2), lifted by 0.01, without the first and the last: [B, S-3].
+
+    S = 2 gives none.
+    """
+    widened = torch.nn.functional.max_pool1d(weights.unsqueeze(1), 2, 1, padding=1)
+    return (torch.nn.functional.avg_pool1d(widened, 2, 1).squeeze(1) + 0.01)[:, 1:-1]
+
+
+def invert_density(bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """Inverse-transform sampling of a piecewise-constant density.
+
+    Args: bins [B, K+2] edges, of which the last is never reached; weights [B, K]; u [B, F] in [0, 1).
+    Returns: [B, F].
+    """
+    k = weights.shape[1]
+    weights = weights + eps
+    pdf = weights / weights.sum(dim=-1, keepdim=True)
+    cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
+    index = torch.searchsorted(cdf, u.contiguous(), right=True)
+    below, above = (index - 1).clamp_min(0), index.clamp_max(k)
+    cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
+    bin_below, bin_above = bins.gather(1, below), bins.gather(1, above)
+    width = cdf_above - cdf_below
+    width = torch.where(width < eps, torch.ones_like(width), width)
+    return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
+
+
+def _check(who: str, densities: torch.Tensor, depths: torch.Tensor) -> None:
+    if densities.ndim != 2 or densities.shape != depths.shape or densities.shape[1] < 2:
+        raise ValueError(
+            f"{who}: expected densities and depths [B, S] with S >= 2, got {list(densities.shape)} and {list(depths.shape)}. "
+            "Flatten the rays, and take two samples or more."
+        )
+
+
+def _alike(*tensors: torch.Tensor) -> bool:
+    first = tensors[0]
+    if first.device.type == "cuda" and first.shape[-1] > _CUDA_SAMPLES:
+        return False
+    return first.dtype in _FLOATS and first.numel() > 0 and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+
+
+@torch.library.register_fake("eg3d_rlhf::ray_march", lib=_LIB)
+def _(densities, depths):
+    return torch.empty_like(densities), densities.new_empty(len(densities)), densities.new_empty(len(densities))
+
+
+@torch.library.register_fake("eg3d_rlhf::ray_march_backward", lib=_LIB)
+def _(grad_sample_weights, grad_depth_sum, grad_total, densities, depths):
+    return torch.empty_like(densities)
+
+
+@torch.library.register_fake("eg3d_rlhf::importance_depths", lib=_LIB)
+def _(densities, depths, u):
+    return torch.empty_like(u)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, *grads):
+    densities, depths = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a gradient that is to be differentiated again
+        return torch.autograd.grad(ray_march_ref(densities, depths.detach()), densities, grads, create_graph=True)[0], None
+    return torch.ops.eg3d_rlhf.ray_march_backward(*(g.contiguous() for g in grads), densities, depths), None
+
+
+torch.library.register_autograd("eg3d_rlhf::ray_march", _gradients, setup_context=_save, lib=_LIB)

@@ -1,0 +1,113 @@
+// Small matrix products on tiles that lie in a core's nearest cache, their lanes along the columns of the result.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <utility>
+
+#include "simd.h"
+
+namespace tile {
+
+using simd::Pack;
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+template <typename T> inline void add(T* p, typename Pack<T>::type v) { Pack<T>::store(p, Pack<T>::load(p) + v); }
+
+// A zeroed array on whole cache lines.
+template <typename T> class Array {
+ public:
+  explicit Array(int64_t size = 0) : size_(size), data_(size ? static_cast<T*>(::operator new(size * sizeof(T), kAligned)) : nullptr) {
+    std::fill_n(data_, size, T(0));
+  }
+  Array(Array&& other) noexcept : size_(other.size_), data_(std::exchange(other.data_, nullptr)) {}
+  Array& operator=(Array&& other) noexcept {
+    std::swap(size_, other.size_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Array() { ::operator delete(data_, kAligned); }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr std::align_val_t kAligned{kLine};
+  int64_t size_;
+  T* data_;
+};
+
+// A copy [rows][padded] of a matrix given by strides; the padding is 0.
+template <typename T> Array<T> packed(const T* p, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, int64_t padded) {
+  Array<T> out(rows * padded);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; ++i) out[r * padded + i] = p[r * row_step + i * column_step];
+  return out;
+}
+
+// out[p][.] = finish(sum_k a[p][k] b[k][.], out[p][.]) for `rows` points and `vectors` vectors per row, in blocks that stay in registers.
+template <int rows, int vectors, typename T, typename Finish>
+inline void product_block(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo, Finish finish) {
+  using V = typename Pack<T>::type;
+  constexpr int width = Pack<T>::width;
+  V acc[rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[vectors];
+    for (int v = 0; v < vectors; ++v) right[v] = Pack<T>::load(b + k * ldb + v * width);
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vectors; ++v) acc[r][v] += a[r * lda + k] * right[v];
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) Pack<T>::store(out + r * ldo + v * width, finish(acc[r][v], r, v * width));
+}
+
+// The same for a whole tile: a [rows][depth], b [depth][columns], out [rows][columns], columns a multiple of the vector width.
+template <typename T, typename Finish>
+inline void product(const T* a, int64_t lda, const T* b, int64_t columns, int64_t depth, int rows, T* out, Finish finish) {
+  constexpr int width = Pack<T>::width;
+  int64_t from = 0;
+  auto strip = [&]<int vectors, int height>() {
+    int r = 0;
+    for (; r + height <= rows; r += height)
+      product_block<height, vectors>(a + r * lda, lda, b + from, columns, depth, out + r * columns + from, columns,
+                                     [&](auto sum, int at, int64_t i) { return finish(sum, r + at, from + i); });
+    for (; r < rows; ++r)
+      product_block<1, vectors>(a + r * lda, lda, b + from, columns, depth, out + r * columns + from, columns,
+                                [&](auto sum, int at, int64_t i) { return finish(sum, r + at, from + i); });
+    from += vectors * width;
+  };
+  while (columns - from >= 4 * width) strip.template operator()<4, 4>();
+  while (columns - from >= 2 * width) strip.template operator()<2, 8>();
+  while (columns - from >= width) strip.template operator()<1, 8>();
+}
+
+// out[k][.] += sum_p a[p][k] b[p][.]: the gradient of a layer's weights from a tile.
+template <typename T>
+inline void outer_product(const T* a, int64_t lda, int64_t count, const T* b, int64_t columns, int rows, T* out) {
+  using V = typename Pack<T>::type;
+  constexpr int width = Pack<T>::width;
+  auto block = [&]<int height, int vectors>(int64_t k, int64_t from) {
+    V acc[height][vectors] = {};  // a tile's own sum first: adding single points to a long sum would lose digits
+    for (int p = 0; p < rows; ++p) {
+      V right[vectors];
+      for (int v = 0; v < vectors; ++v) right[v] = Pack<T>::load(b + p * columns + from + v * width);
+      for (int i = 0; i < height; ++i)
+        for (int v = 0; v < vectors; ++v) acc[i][v] += a[p * lda + k + i] * right[v];
+    }
+    for (int i = 0; i < height; ++i)
+      for (int v = 0; v < vectors; ++v) add(out + (k + i) * columns + from + v * width, acc[i][v]);
+  };
+  auto strip = [&]<int vectors>(int64_t from) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) block.template operator()<4, vectors>(k, from);
+    for (; k < count; ++k) block.template operator()<1, vectors>(k, from);
+  };
+  int64_t from = 0;
+  for (; columns - from >= 4 * width; from += 4 * width) strip.template operator()<4>(from);
+  for (; columns - from >= width; from += width) strip.template operator()<1>(from);
+}
+
+}  // namespace tile

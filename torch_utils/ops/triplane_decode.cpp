@@ -1,0 +1,415 @@
+// Density and colour of scattered points from tri-planes, forward and backward, on a CPU. See triplane_decode.py for the formula.
+//
+// Points go through in tiles whose intermediates stay in the first-level cache: corner offsets and weights, features
+// [tile][C], hidden units [tile][J], outputs [tile][D]. Both layers are small matrix products whose lanes run over the outputs, so that texels are
+// read, and colours written, in the order in which they lie. The backward recomputes tile by tile and skips tiles without a gradient.
+//
+// Deterministic: points are cut into as many contiguous parts as there are threads. A part that begins inside a sample adds that sample's plane
+// gradient into a buffer of its own, everything else goes straight into the result; buffers are added in the order of the parts. Their number
+// is limited so that all of them together take at most kBufferBytes.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <new>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "simd.h"
+#include "tile_products.h"
+
+namespace {
+
+using simd::Pack;
+using tile::Array, tile::add, tile::outer_product, tile::packed, tile::product;
+using torch::stable::Tensor;
+
+constexpr int kTile = 64;                      // points
+constexpr int64_t kSerial = 1 << 11;           // points below which one thread is faster than several
+constexpr int64_t kBufferBytes = 128 << 20;    // of plane gradients of parts that begin inside a sample
+constexpr int kAhead = 6;                      // points between asking for texels and reading them
+constexpr int64_t kLine = 64;                  // bytes of a cache line
+constexpr double kScale = 1.002, kShift = 0.001;
+
+template <typename T> const T* values(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <typename T> T* writable(const Tensor& t) { return static_cast<T*>(const_cast<void*>(t.const_data_ptr())); }
+
+struct Sizes {
+  int64_t n, planes, height, width, c, points, j, d;  // samples, merged planes, texels, channels, points, hidden units, colours
+  int64_t cp, jp, dp;                                 // c, j and d rounded up to whole vectors
+  int64_t texels() const { return planes * height * width * c; }
+  int64_t tiles() const { return (points + kTile - 1) / kTile; }
+};
+
+template <typename T> Sizes sizes_of(const Tensor& planes, const Tensor& points, const Tensor& w0, const Tensor& w1) {
+  constexpr int64_t width = Pack<T>::width;
+  auto up = [](int64_t n) { return (n + width - 1) / width * width; };
+  const int64_t c = planes.size(4), j = w0.size(0), d = w1.size(0) - 1;
+  return {planes.size(0), planes.size(1), planes.size(2), planes.size(3), c, points.size(1), j, d, up(c), up(j), up(d)};
+}
+
+template <typename T> struct Weights {
+  Array<T> w0t, b0;          // [c][jp], [jp]
+  Array<T> w_sigma;          // [jp]
+  Array<T> w1t, b1;          // [j][dp], [dp]
+  Array<T> w0, w1;           // [j][cp], [d][jp], for the backward
+  T b_sigma;
+};
+
+template <typename T> Weights<T> pack_weights(const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1, const Sizes& n) {
+  const T *first = values<T>(w0), *last = values<T>(w1), *bias = values<T>(b1);
+  Weights<T> out;
+  out.w0t = packed(first, n.c, n.j, 1, n.c, n.jp);
+  out.b0 = packed(values<T>(b0), 1, n.j, 0, 1, n.jp);
+  out.w_sigma = packed(last, 1, n.j, 0, 1, n.jp);
+  out.w1t = packed(last + n.j, n.j, n.d, 1, n.j, n.dp);
+  out.b1 = packed(bias + 1, 1, n.d, 0, 1, n.dp);
+  out.w0 = packed(first, n.j, n.c, n.c, 1, n.cp);
+  out.w1 = packed(last + n.j, n.d, n.j, n.j, 1, n.jp);
+  out.b_sigma = bias[0];
+  return out;
+}
+
+// The four texels around every point of a tile on every plane: offsets into the planes and bilinear weights, 0 outside.
+template <typename T> struct Corners {
+  std::vector<int64_t> offset;   // [plane][point][4]
+  std::vector<T> weight;         // [plane][point][4]
+  std::vector<unsigned char> in; // [plane][point]: the point touches the plane
+  bool any = false;              // some point touches some plane
+
+  explicit Corners(const Sizes& n) : offset(n.planes * kTile * 4), weight(n.planes * kTile * 4), in(n.planes * kTile) {}
+
+  void prefetch(int p, const T* planes, const Sizes& n) const {
+    for (int64_t k = 0; k < n.planes; ++k)
+      if (in[k * kTile + p])
+        for (int q = 0; q < 4; ++q)
+          for (int64_t i = 0; i < n.c; i += kLine / sizeof(T)) __builtin_prefetch(planes + offset[4 * (k * kTile + p) + q] + i);
+  }
+
+  void find(const T* points, int count, const std::vector<int64_t>& axes, const Sizes& n) {
+    any = false;
+    const T last_x = static_cast<T>(n.width), last_y = static_cast<T>(n.height);
+    for (int64_t k = 0; k < n.planes; ++k) {
+      const int64_t across = axes[2 * k], along = axes[2 * k + 1], base = k * n.height * n.width;
+      for (int p = 0; p < count; ++p) {
+        const T x = ((points[3 * p + across] + 1) * last_x - 1) / 2, y = ((points[3 * p + along] + 1) * last_y - 1) / 2;
+        const int64_t at = k * kTile + p;
+        in[at] = x > -1 && x < last_x && y > -1 && y < last_y;  // false for NaN
+        if (!in[at]) continue;
+        any = true;
+        const int64_t x0 = static_cast<int64_t>(x + 1) - 1, y0 = static_cast<int64_t>(y + 1) - 1;  // floor, for x > -1
+        const T right = x - static_cast<T>(x0), down = y - static_cast<T>(y0);
+        const T wx[2] = {x0 >= 0 ? 1 - right : T(0), x0 + 1 < n.width ? right : T(0)};
+        const T wy[2] = {y0 >= 0 ? 1 - down : T(0), y0 + 1 < n.height ? down : T(0)};
+        const int64_t cx[2] = {std::max<int64_t>(x0, 0), std::min<int64_t>(x0 + 1, n.width - 1)};
+        const int64_t cy[2] = {std::max<int64_t>(y0, 0), std::min<int64_t>(y0 + 1, n.height - 1)};
+        for (int i = 0; i < 4; ++i) {
+          offset[4 * at + i] = (base + cy[i / 2] * n.width + cx[i % 2]) * n.c;
+          weight[4 * at + i] = wy[i / 2] * wx[i % 2];
+        }
+      }
+    }
+  }
+};
+
+// features [count][cp] of a tile. The texels are further away than the first-level cache: those of later points are asked for in time.
+template <typename T> void gather(const Corners<T>& corners, const T* planes, int count, const Sizes& n, T* features) {
+  using V = typename Pack<T>::type;
+  constexpr int width = Pack<T>::width;
+  for (int p = 0; p < count; ++p) {
+    T* row = features + p * n.cp;
+    if (p + kAhead < count) corners.prefetch(p + kAhead, planes, n);
+    int64_t i = 0;
+    for (; i + width <= n.c; i += width) {
+      V sum{};
+      for (int64_t k = 0; k < n.planes; ++k) {
+        const int64_t at = k * kTile + p;
+        if (!corners.in[at]) continue;
+        const int64_t* offset = &corners.offset[4 * at];
+        const T* weight = &corners.weight[4 * at];
+        for (int q = 0; q < 4; ++q) sum += weight[q] * Pack<T>::load(planes + offset[q] + i);
+      }
+      Pack<T>::store(row + i, sum);
+    }
+    for (; i < n.c; ++i) {
+      T sum = 0;
+      for (int64_t k = 0; k < n.planes; ++k) {
+        const int64_t at = k * kTile + p;
+        if (!corners.in[at]) continue;
+        for (int q = 0; q < 4; ++q) sum += corners.weight[4 * at + q] * planes[corners.offset[4 * at + q] + i];
+      }
+      row[i] = sum;
+    }
+  }
+}
+
+// Adds, to the texels of one cell, what the points [from, to) that lie in it send there.
+template <typename T>
+inline void scatter_cell(const Corners<T>& corners, int64_t at, int from, int to, const T* grad, const Sizes& n, T* grad_planes) {
+  using V = typename Pack<T>::type;
+  constexpr int width = Pack<T>::width;
+  T* texel[4];
+  for (int q = 0; q < 4; ++q) texel[q] = grad_planes + corners.offset[4 * (at + from) + q];
+  const bool apart = texel[0] != texel[1] && texel[0] != texel[2];  // at an edge two corners are one texel, one of them with weight 0
+  int64_t i = 0;
+  for (; i + width <= n.c; i += width) {
+    V sum[4] = {};
+    for (int p = from; p < to; ++p) {
+      const V g = Pack<T>::load(grad + p * n.cp + i);
+      for (int q = 0; q < 4; ++q) sum[q] += corners.weight[4 * (at + p) + q] * g;
+    }
+    if (apart) {  // rows are a power of two apart: a load behind a store to another row would wait for it
+      for (int q = 0; q < 4; ++q) sum[q] += Pack<T>::load(texel[q] + i);
+      for (int q = 0; q < 4; ++q) Pack<T>::store(texel[q] + i, sum[q]);
+    } else {
+      for (int q = 0; q < 4; ++q) add(texel[q] + i, sum[q]);
+    }
+  }
+  for (; i < n.c; ++i)
+    for (int p = from; p < to; ++p)
+      for (int q = 0; q < 4; ++q) texel[q][i] += corners.weight[4 * (at + p) + q] * grad[p * n.cp + i];
+}
+
+// The transpose: gradients of features [count][cp] added to those of the texels. Neighbouring points often lie in one cell.
+template <typename T> void scatter(const Corners<T>& corners, const T* grad, int count, const Sizes& n, T* grad_planes) {
+  for (int64_t k = 0; k < n.planes; ++k) {
+    const int64_t at = k * kTile;
+    for (int from = 0, to; from < count; from = to) {
+      to = from + 1;
+      if (!corners.in[at + from]) continue;
+      const int64_t* cell = &corners.offset[4 * (at + from)];
+      while (to < count && corners.in[at + to] && std::equal(cell, cell + 4, &corners.offset[4 * (at + to)])) ++to;
+      scatter_cell(corners, at, from, to, grad, n, grad_planes);
+    }
+  }
+}
+
+// Buffers of one thread for one tile, and the steps that fill them.
+template <typename T> struct Tile {
+  using V = typename Pack<T>::type;
+  const Sizes& n;
+  const Weights<T>& w;
+  Corners<T> corners;
+  Array<T> features, hidden, colours;  // [tile][cp], [tile][jp], [tile][dp]
+
+  Tile(const Sizes& sizes, const Weights<T>& weights)
+      : n(sizes), w(weights), corners(sizes), features(kTile * sizes.cp), hidden(kTile * sizes.jp), colours(kTile * sizes.dp) {}
+
+  void look_up(const T* points, int count, const T* planes, const std::vector<int64_t>& axes) {
+    corners.find(points, count, axes, n);
+    if (corners.any) gather(corners, planes, count, n, features.data());
+    else std::fill_n(features.data(), count * n.cp, T(0));
+  }
+
+  // hidden = activate(w0 features + b0)
+  template <typename Activate> void hide(int count, T* out, Activate activate) const {
+    product<T>(features.data(), n.cp, w.w0t.data(), n.jp, n.c, count, out,
+               [&](V sum, int, int64_t i) { return activate(sum + Pack<T>::load(w.b0.data() + i)); });
+  }
+
+  T density(int p) const {
+    V sum{};
+    for (int64_t i = 0; i < n.jp; i += Pack<T>::width) sum += Pack<T>::load(hidden.data() + p * n.jp + i) * Pack<T>::load(w.w_sigma.data() + i);
+    return Pack<T>::sum(sum) + w.b_sigma;
+  }
+
+  // colours = sigmoid(w1 hidden + b1), scaled where the caller wants the output itself
+  void colour(int count, T* out, T scale, T shift) const {
+    product<T>(hidden.data(), n.jp, w.w1t.data(), n.dp, n.j, count, out, [&](V sum, int, int64_t i) {
+      return simd::sigmoid(sum + Pack<T>::load(w.b1.data() + i)) * scale - shift;
+    });
+  }
+};
+
+int parts_for(int64_t points) { return points < kSerial ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
+
+template <typename T> void decode_tile(Tile<T>& tile, int count, T* features, T* sigma) {
+  const Sizes& n = tile.n;
+  tile.hide(count, tile.hidden.data(), [](auto h) { return simd::softplus(h); });
+  for (int p = 0; p < count; ++p) sigma[p] = tile.density(p);
+  if (n.d == 0) return;
+  const bool direct = n.dp == n.d;
+  T* out = direct ? features : tile.colours.data();
+  tile.colour(count, out, T(kScale), T(kShift));
+  if (!direct)
+    for (int p = 0; p < count; ++p) std::copy_n(out + p * n.dp, n.d, features + p * n.d);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> decode(const Tensor& planes, const std::vector<int64_t>& axes, const Tensor& points, const Tensor& w0,
+                                  const Tensor& b0, const Tensor& w1, const Tensor& b1) {
+  const Sizes n = sizes_of<T>(planes, points, w0, w1);
+  Tensor features = torch::stable::new_empty(points, {n.n, n.points, n.d});
+  Tensor sigma = torch::stable::new_empty(points, {n.n, n.points, 1});
+  const Weights<T> weights = pack_weights<T>(w0, b0, w1, b1, n);
+  const T *texels = values<T>(planes), *where = values<T>(points);
+  T *out = writable<T>(features), *density = writable<T>(sigma);
+  const int64_t tiles = n.n * n.tiles();
+#pragma omp parallel num_threads(parts_for(n.n * n.points))
+  {
+    Tile<T> tile(n, weights);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t sample = t / n.tiles(), first = t % n.tiles() * kTile, at = sample * n.points + first;
+      const int count = static_cast<int>(std::min<int64_t>(kTile, n.points - first));
+      tile.look_up(where + 3 * at, count, texels + sample * n.texels(), axes);
+      decode_tile(tile, count, out + at * n.d, density + at);
+    }
+  }
+  return {features, sigma};
+}
+
+// Sums of one part: gradients of the weights, and of the planes of the sample that the part begins inside.
+template <typename T> struct Sums {
+  Array<T> w0t, b0, w_sigma, w1, b1;  // [c][jp], [jp], [jp], [d][jp], [dp]
+  Array<T> planes;                    // [texels], empty where the part begins with a sample
+  double b_sigma = 0;
+  int64_t sample = -1;                // which one `planes` belongs to
+
+  explicit Sums(const Sizes& n) : w0t(n.c * n.jp), b0(n.jp), w_sigma(n.jp), w1(n.d * n.jp), b1(n.dp) {}
+};
+
+template <typename T> struct BackwardTile : Tile<T> {
+  using V = typename Pack<T>::type;
+  Array<T> slope, grad_hidden;  // [tile][jp]: sigmoid of the pre-activations, gradients of them
+  Array<T> grad_features, ones; // [tile][cp], [tile]
+
+  BackwardTile(const Sizes& n, const Weights<T>& w) : Tile<T>(n, w), slope(kTile * n.jp), grad_hidden(kTile * n.jp), grad_features(kTile * n.cp), ones(kTile) {
+    std::fill_n(ones.data(), kTile, T(1));
+  }
+
+  // Adds a tile's share to `sums` and `grad_planes`; look_up has been done.
+  void add(int count, const T* grad_out, const T* grad_sigma, Sums<T>& sums, T* grad_planes) {
+    constexpr int width = Pack<T>::width;
+    const Sizes& n = this->n;
+    this->hide(count, slope.data(), [](auto h) { return h; });
+    for (int64_t i = 0; i < count * n.jp; i += width) {
+      const V h = Pack<T>::load(slope.data() + i);
+      const V t = Pack<T>::exp(h > V{} ? -h : h), share = T(1) / (t + T(1));  // one exponential for both
+      Pack<T>::store(this->hidden.data() + i, (V{} > h ? V{} : h) + simd::log1p_unit(t));
+      Pack<T>::store(slope.data() + i, h > V{} ? share : t * share);
+    }
+    T* grad_colours = this->colours.data();
+    if (n.d > 0) {
+      this->colour(count, grad_colours, T(1), T(0));
+      for (int p = 0; p < count; ++p)
+        for (int64_t i = 0; i < n.d; ++i) {
+          T& s = grad_colours[p * n.dp + i];
+          s = grad_out[p * n.d + i] * T(kScale) * s * (1 - s);
+        }
+      outer_product(ones.data(), 1, 1, grad_colours, n.dp, count, sums.b1.data());
+      outer_product(grad_colours, n.dp, n.d, this->hidden.data(), n.jp, count, sums.w1.data());
+    }
+    outer_product(grad_sigma, 1, 1, this->hidden.data(), n.jp, count, sums.w_sigma.data());
+    for (int p = 0; p < count; ++p) sums.b_sigma += grad_sigma[p];
+    product<T>(grad_colours, n.dp, this->w.w1.data(), n.jp, n.d, count, grad_hidden.data(), [&](V sum, int p, int64_t i) {
+      return (sum + grad_sigma[p] * Pack<T>::load(this->w.w_sigma.data() + i)) * Pack<T>::load(slope.data() + p * n.jp + i);
+    });
+    outer_product(ones.data(), 1, 1, grad_hidden.data(), n.jp, count, sums.b0.data());
+    if (!this->corners.any) return;  // features are zero, and nothing is there to receive their gradient
+    outer_product(this->features.data(), n.cp, n.c, grad_hidden.data(), n.jp, count, sums.w0t.data());
+    product<T>(grad_hidden.data(), n.jp, this->w.w0.data(), n.cp, n.j, count, grad_features.data(), [](V sum, int, int64_t) { return sum; });
+    scatter(this->corners, grad_features.data(), count, n, grad_planes);
+  }
+};
+
+template <typename T> bool all_zero(const T* p, int64_t count) {
+  return std::all_of(p, p + count, [](T x) { return x == 0; });
+}
+
+// Work of one part: tiles [from, to) of the whole batch.
+template <typename T>
+void backward_part(int64_t from, int64_t to, const T* grad_out, const T* grad_sigma, const T* planes, const std::vector<int64_t>& axes,
+                   const T* points, const Weights<T>& weights, const Sizes& n, Sums<T>& sums, T* grad_planes) {
+  BackwardTile<T> tile(n, weights);
+  if (from < to && from % n.tiles() != 0) {
+    sums.sample = from / n.tiles();
+    sums.planes = Array<T>(n.texels());
+  }
+  for (int64_t t = from; t < to; ++t) {
+    const int64_t sample = t / n.tiles(), first = t % n.tiles() * kTile, at = sample * n.points + first;
+    const int count = static_cast<int>(std::min<int64_t>(kTile, n.points - first));
+    if (all_zero(grad_sigma + at, count) && all_zero(grad_out + at * n.d, count * n.d)) continue;
+    tile.look_up(points + 3 * at, count, planes + sample * n.texels(), axes);
+    T* target = sample == sums.sample ? sums.planes.data() : grad_planes + sample * n.texels();
+    tile.add(count, grad_out + at * n.d, grad_sigma + at, sums, target);
+  }
+}
+
+// Adds the parts' sums up, in order, into the weights' gradients.
+template <typename T>
+void write_weights(const std::vector<Sums<T>>& parts, const Sizes& n, T* grad_w0, T* grad_b0, T* grad_w1, T* grad_b1) {
+  auto total = [&](auto member, int64_t i) {
+    double sum = 0;
+    for (const Sums<T>& part : parts) sum += (part.*member)[i];
+    return static_cast<T>(sum);
+  };
+  double b_sigma = 0;
+  for (const Sums<T>& part : parts) b_sigma += part.b_sigma;
+  grad_b1[0] = static_cast<T>(b_sigma);
+  for (int64_t j = 0; j < n.j; ++j) {
+    for (int64_t c = 0; c < n.c; ++c) grad_w0[j * n.c + c] = total(&Sums<T>::w0t, c * n.jp + j);
+    grad_b0[j] = total(&Sums<T>::b0, j);
+    grad_w1[j] = total(&Sums<T>::w_sigma, j);
+    for (int64_t d = 0; d < n.d; ++d) grad_w1[(1 + d) * n.j + j] = total(&Sums<T>::w1, d * n.jp + j);
+  }
+  for (int64_t d = 0; d < n.d; ++d) grad_b1[1 + d] = total(&Sums<T>::b1, d);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Gradients backward(const Tensor& grad_features, const Tensor& grad_sigma, const Tensor& planes, const std::vector<int64_t>& axes,
+                   const Tensor& points, const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1) {
+  const Sizes n = sizes_of<T>(planes, points, w0, w1);
+  const Weights<T> weights = pack_weights<T>(w0, b0, w1, b1, n);
+  Tensor grad_planes = torch::stable::new_empty(planes, planes.sizes());
+  Tensor grad_w0 = torch::stable::new_empty(w0, w0.sizes()), grad_b0 = torch::stable::new_empty(b0, b0.sizes());
+  Tensor grad_w1 = torch::stable::new_empty(w1, w1.sizes()), grad_b1 = torch::stable::new_empty(b1, b1.sizes());
+  T* texels = writable<T>(grad_planes);
+  const int64_t tiles = n.n * n.tiles(), all = n.n * n.texels();
+  const int64_t buffers = kBufferBytes / std::max<int64_t>(1, n.texels() * static_cast<int64_t>(sizeof(T)));
+  const int count = static_cast<int>(std::min<int64_t>(parts_for(n.n * n.points), 1 + buffers));
+  std::vector<Sums<T>> parts;
+  for (int i = 0; i < count; ++i) parts.emplace_back(n);
+#pragma omp parallel num_threads(count)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < all; ++i) texels[i] = 0;
+#pragma omp for schedule(static, 1)
+    for (int i = 0; i < count; ++i)
+      backward_part(tiles * i / count, tiles * (i + 1) / count, values<T>(grad_features), values<T>(grad_sigma), values<T>(planes), axes,
+                    values<T>(points), weights, n, parts[i], texels);
+    for (const Sums<T>& part : parts) {
+      if (part.planes.size() == 0) continue;
+      T* target = texels + part.sample * n.texels();
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < n.texels(); ++i) target[i] += part.planes[i];
+    }
+  }
+  write_weights(parts, n, writable<T>(grad_w0), writable<T>(grad_b0), writable<T>(grad_w1), writable<T>(grad_b1));
+  return {grad_planes, grad_w0, grad_b0, grad_w1, grad_b1};
+}
+
+bool is_double(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Double; }
+
+std::tuple<Tensor, Tensor> triplane_decode(Tensor planes, std::vector<int64_t> axes, Tensor points, Tensor w0, Tensor b0, Tensor w1, Tensor b1) {
+  return is_double(planes) ? decode<double>(planes, axes, points, w0, b0, w1, b1) : decode<float>(planes, axes, points, w0, b0, w1, b1);
+}
+
+Gradients triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, std::vector<int64_t> axes, Tensor points, Tensor w0,
+                                   Tensor b0, Tensor w1, Tensor b1) {
+  return is_double(planes) ? backward<double>(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1)
+                           : backward<float>(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eg3d_rlhf, CPU, m) {
+  m.impl("triplane_decode", TORCH_BOX(&triplane_decode));
+  m.impl("triplane_decode_backward", TORCH_BOX(&triplane_decode_backward));
+}

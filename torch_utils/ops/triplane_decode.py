@@ -1,0 +1,257 @@
+"""Raw density and colour of scattered points: tri-plane look-up and the two-layer decoder in one op.
+
+    f = 1/K sum_k bilinear(plane_k, (width, height) coordinates of the point on plane k)         zeros outside, align_corners=False
+    h = softplus(w0 f + b0),   out = w1 h + b1,   sigma_raw = out[0],   features = sigmoid(out[1:]) * 1.002 - 0.001
+
+Planes that read the same pair of coordinates are added up first, which is exact because the look-up is linear: released EG3D
+checkpoints project onto (x, y), (x, z), (z, x), where the third is read as the second, transposed.
+
+Shapes: N batch, K planes, C plane channels, H x W plane size, P points, J hidden units,
+D colour features (0: only the density is computed).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from torch_utils.ops import grid_sample_gradfix
+from torch_utils.ops.implementations import choose
+
+Pairs = tuple[tuple[int, int], ...]  # per plane (width axis, height axis), 0 = x, 1 = y, 2 = z
+
+_POINT_CHUNK = 1 << 14  # points of the torch path at once where no gradient is asked for: 4 MB at 64 hidden units
+_SCALE, _SHIFT = 1 + 2 * 0.001, 0.001  # colours reach slightly beyond 0..1
+
+_CUDA_CHANNELS, _CUDA_PLANES, _CUDA_UNITS = 32, 8, 128  # what the CUDA kernels' shared memory holds in float32
+
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
+_LIB.define("triplane_decode(Tensor planes, int[] axes, Tensor points, Tensor w0, Tensor b0, Tensor w1, Tensor b1) -> (Tensor, Tensor)")
+_LIB.define(
+    "triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor points, Tensor w0, Tensor b0, "
+    "Tensor w1, Tensor b1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+class MergedPlanes(NamedTuple):
+    """Planes as the fast paths read them; made by `merge_planes`."""
+
+    sums: torch.Tensor  # [N, K', H, W, C] channels last; planes of one pair of coordinates added up
+    pairs: Pairs  # of the K' planes
+    count: int  # K, how many planes were added up in all
+
+
+class DecoderWeights(NamedTuple):
+    """Effective weights of the decoder, learning-rate gains included."""
+
+    w0: torch.Tensor  # [J, C]
+    b0: torch.Tensor  # [J]
+    w1: torch.Tensor  # [1 + D, J], the density's row first
+    b1: torch.Tensor  # [1 + D]
+
+    def density_only(self) -> "DecoderWeights":
+        """The same decoder without its colours, D = 0."""
+        return DecoderWeights(self.w0, self.b0, self.w1[:1], self.b1[:1])
+
+
+def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
+    """Which world axis each plane reads along its width and its height.
+
+    Args: plane_axes [K, 3, 3]; plane k reads the first two components of coords @ inverse(plane_axes[k]) as (width, height).
+    Returns: per plane (width axis, height axis), 0 = x, 1 = y, 2 = z; None when a plane is not axis-aligned (there is no separable form).
+    """
+    pairs = []
+    for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
+        columns = matrix[:, :2]  # [3, 2]
+        axes = columns.argmax(dim=0)
+        unit = F.one_hot(axes, 3).T.to(columns)
+        if axes[0] == axes[1] or not torch.allclose(columns, unit, rtol=0, atol=1e-6):
+            return None
+        pairs.append((int(axes[0]), int(axes[1])))
+    return tuple(pairs)
+
+
+def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+    """(width, height) coordinates of points on every plane: the first two components of coordinates @ inverse(plane).
+
+    Args:
+        planes: [K, 3, 3]; coordinates: [N, P, 3].
+    Returns: [N*K, P, 2], plane index fastest.
+    """
+    n, p, _ = coordinates.shape
+    inverse = torch.linalg.inv(planes.to(coordinates))  # [K, 3, 3]
+    projected = coordinates.unsqueeze(1) @ inverse.unsqueeze(0)  # [N, K, P, 3]
+    return projected[..., :2].reshape(n * planes.shape[0], p, 2)
+
+
+def sample_planes_channels_first(
+    plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float
+) -> torch.Tensor:
+    """Bilinear plane features at points, zero outside the box; every plane on its own.
+
+    Args:
+        plane_axes: [K, 3, 3]; plane_features: [N, K, C, H, W]; coordinates: [N, P, 3] world units; box_warp: side of the box.
+    Returns: [N, K, C, P]. Differentiable in plane_features and coordinates.
+    """
+    n, k, c, h, w = plane_features.shape
+    grid = project_onto_planes(plane_axes, (2 / box_warp) * coordinates).unsqueeze(1)  # [N*K, 1, P, 2]
+    features = F.grid_sample(
+        plane_features.reshape(n * k, c, h, w), grid.to(plane_features), mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    return features.reshape(n, k, c, -1)
+
+
+def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
+    """Add up planes that read the same pair of coordinates and put channels last, once for all look-ups into the same planes.
+
+    Args: planes [N, K, C, H, W]; pairs: see `projection_axes`. A plane that reads a pair in the other order is transposed, if H == W.
+    Differentiable in planes, to any order.
+    """
+    square = planes.shape[3] == planes.shape[4]
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+    for k, (width, height) in enumerate(pairs):
+        plane = planes[:, k]
+        if square and (height, width) in sums:
+            width, height, plane = height, width, plane.transpose(2, 3)
+        plane = plane.permute(0, 2, 3, 1)  # [N, H, W, C]
+        sums[width, height] = sums[width, height] + plane if (width, height) in sums else plane
+    return MergedPlanes(torch.stack(list(sums.values()), dim=1).contiguous(), tuple(sums), len(pairs))
+
+
+def triplane_decode(
+    planes: torch.Tensor,
+    plane_axes: torch.Tensor | Pairs,
+    points: torch.Tensor,
+    box_warp: float,
+    weights: DecoderWeights,
+    impl: str = "auto",
+    merged: MergedPlanes | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Colour features and raw density at points.
+
+    Args:
+        planes: [N, K, C, H, W]; plane_axes: [K, 3, 3], or what `projection_axes` makes of it (as torch.compile wants it).
+        points: [N, P, 3], world units; box_warp: side of the cube that the planes span, world units.
+        weights: of the decoder, in the dtype of the planes; with D = 0 no colours are computed.
+        impl: see `torch_utils.ops.implementations`. The compiled op takes axis-aligned planes in float32 or float64 and points that ask
+            for no gradient.
+        merged: `merge_planes` of the same planes, where several calls share it.
+    Returns: features [N, P, D] in (-0.001, 1.001), sigma_raw [N, P, 1].
+    Differentiable in planes and weights, twice; in points once (through plain torch).
+    Raises: ValueError for shapes that do not fit, or an unknown `impl`.
+    """
+    weights = DecoderWeights(*weights)
+    _check(planes, points, weights)
+    pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
+    if pairs is None and merged is None:
+        pairs = projection_axes(plane_axes)
+    aligned = merged is not None or pairs is not None
+    alike = all(t.dtype == planes.dtype and t.device == planes.device for t in (points, *weights))
+    fixed = not (points.requires_grad and torch.is_grad_enabled())
+    applies = aligned and alike and fixed and planes.dtype in (torch.float32, torch.float64) and points.numel() > 0
+    applies = applies and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
+    chosen = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
+    if chosen == "ref" or not aligned:
+        axes = plane_axes if isinstance(plane_axes, torch.Tensor) else _axes_of(plane_axes, points)
+        return triplane_decode_ref(planes, axes, points, box_warp, weights)
+    merged = merged or merge_planes(planes, pairs)
+    scaled = (points * (2 / box_warp)).contiguous()
+    weights = weights._replace(w0=weights.w0 / merged.count)  # the mean over planes
+    if chosen == "torch":
+        return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
+    axes = [axis for pair in merged.pairs for axis in pair]
+    return torch.ops.eg3d_rlhf.triplane_decode(merged.sums, axes, scaled, *(weight.contiguous() for weight in weights))
+
+
+def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
+    """Whether the CUDA kernels cover these sizes, and torch has not been asked for determinism: they add up plane gradients atomically."""
+    if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
+        return False
+    units, channels = weights.w0.shape
+    few = channels <= _CUDA_CHANNELS and len(weights.b1) - 1 <= _CUDA_CHANNELS and planes.shape[1] <= _CUDA_PLANES
+    return few and units * planes.element_size() <= _CUDA_UNITS * 4
+
+
+def triplane_decode_ref(
+    planes: torch.Tensor, plane_axes: torch.Tensor, points: torch.Tensor, box_warp: float, weights: DecoderWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, all points at once: each plane sampled on its own, their mean through the decoder."""
+    w0, b0, w1, b1 = weights
+    features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)  # [N, P, C]
+    out = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
+    return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
+
+
+def _check(planes: torch.Tensor, points: torch.Tensor, weights: DecoderWeights) -> None:
+    w0, b0, w1, b1 = weights
+    units, channels = w0.shape
+    fits = planes.ndim == 5 and points.ndim == 3 and points.shape[2] == 3 and len(points) == len(planes) and planes.shape[2] == channels
+    if not fits or b0.shape != (units,) or w1.ndim != 2 or w1.shape[1] != units or b1.shape != w1.shape[:1]:
+        raise ValueError(
+            "triplane_decode: expected planes [N, K, C, H, W], points [N, P, 3], w0 [J, C], b0 [J], w1 [1 + D, J], b1 [1 + D], got "
+            f"{[list(t.shape) for t in (planes, points, *weights)]}. Pass the planes of G.planes and decoder.weights()."
+        )
+
+
+def _axes_of(pairs: Pairs, like: torch.Tensor) -> torch.Tensor:
+    """A basis [K, 3, 3] whose `projection_axes` are `pairs`."""
+    order = [(width, height, 3 - width - height) for width, height in pairs]
+    return torch.eye(3, dtype=like.dtype, device=like.device)[torch.tensor(order, device=like.device)]
+
+
+def _decode_torch(
+    sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, w0: torch.Tensor, b0: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`triplane_decode` of merged planes [N, K', H, W, C] at points [N, P, 3] in plane units; the mean over planes is in w0."""
+    tensors = (sums, points, w0, b0, w1, b1)
+    if points.device.type != "cpu" or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1)
+    parts = [_decode_torch_chunk(sums, pairs, part, w0, b0, w1, b1) for part in points.split(_POINT_CHUNK, dim=1)]
+    features, sigma = zip(*parts, strict=True)
+    return torch.cat(features, dim=1), torch.cat(sigma, dim=1)
+
+
+def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_decode_torch`, all points at once."""
+    twice = not points.requires_grad  # torch's own grid_sample has a gradient for points, this one a second one for planes
+    sampled = None
+    for k, pair in enumerate(pairs):
+        plane, grid = sums[:, k].permute(0, 3, 1, 2), points[:, None, :, list(pair)]  # [N, C, H, W] with channels last, [N, 1, P, 2]
+        part = grid_sample_gradfix.grid_sample(plane, grid) if twice else F.grid_sample(plane, grid, align_corners=False)
+        sampled = part if sampled is None else sampled + part
+    out = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
+    return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
+
+
+@torch.library.register_fake("eg3d_rlhf::triplane_decode", lib=_LIB)
+def _(planes, axes, points, w0, b0, w1, b1):
+    n, p, _ = points.shape
+    return points.new_empty(n, p, w1.shape[0] - 1), points.new_empty(n, p, 1)
+
+
+@torch.library.register_fake("eg3d_rlhf::triplane_decode_backward", lib=_LIB)
+def _(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1):
+    return tuple(torch.empty_like(t) for t in (planes, w0, b0, w1, b1))
+
+
+def _save(ctx, inputs, output) -> None:
+    planes, axes, *rest = inputs
+    ctx.save_for_backward(planes, *rest)
+    ctx.axes = axes
+
+
+def _gradients(ctx, grad_features, grad_sigma):
+    planes, points, *weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a gradient that is to be differentiated again
+        pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
+        inputs = [t for t in (planes, *weights) if t.requires_grad]
+        outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
+        found = iter(torch.autograd.grad(outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True))
+        grad_planes, *grad_weights = (next(found) if t.requires_grad else None for t in (planes, *weights))
+    else:
+        grads = (grad_features.contiguous(), grad_sigma.contiguous())
+        grad_planes, *grad_weights = torch.ops.eg3d_rlhf.triplane_decode_backward(*grads, planes, ctx.axes, points, *weights)
+    return grad_planes, None, None, *grad_weights
+
+
+torch.library.register_autograd("eg3d_rlhf::triplane_decode", _gradients, setup_context=_save, lib=_LIB)
