@@ -45,6 +45,11 @@ def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
     return Case(fast=run)
 
 
+# The decoder that gives an untrained generator a closed surface takes the difference of two terms of up to 800: what rounds away there is
+# 1e-5 of the density's own range, from planes that agree within 2e-6. The rows that start from the same planes keep the default, 1e-5.
+_FROM_LATENT = 5e-5
+
+
 def _rows(size: str) -> list[Row]:
     full = size == "full"
     cube = "256^3" if full else "64^3"
@@ -65,13 +70,14 @@ def _rows(size: str) -> list[Row]:
             name="slab forward + backward to planes and decoder", size=size, make=planes(cube=False, train=True), seconds=seconds["train"],
             target=train,
         ),
-        Row(name="slab forward, from a latent", size=size, make=latent(cube=False), seconds=seconds["latent"]),
+        Row(name="slab forward, from a latent", size=size, make=latent(cube=False), seconds=seconds["latent"], tolerance=_FROM_LATENT),
         Row(
             name=f"cube {cube}, from planes", size=size, make=planes(cube=True, train=False), seconds=seconds["cube"], target=whole,
             meter_in_round=full,
         ),
         Row(
             name=f"cube {cube}, from a latent", size=size, make=latent(cube=True), seconds=seconds["cube latent"], meter_in_round=full,
+            tolerance=_FROM_LATENT,
         ),
     ]
 
