@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about four minutes)"
+	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about two minutes)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make test          fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"

@@ -192,7 +192,7 @@ def finish(e: Evaluation, loop, started: float) -> dict:
     """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the table."""
     from eg3d_rlhf.reports.summary import print_summary, write_pictures
 
-    print("Comparing before and after on held-out latents (about three minutes on 2 cores).", flush=True)
+    print("Comparing before and after on held-out latents (about a minute on 2 cores).", flush=True)
     after = loop.nets.G_ema
     record = summarise(e, after, loop.cur_nimg)
     record["seconds"] = time.time() - started
