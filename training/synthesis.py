@@ -142,7 +142,7 @@ class SynthesisBlock(torch.nn.Module):
             x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
         x = self.conv1(x, next(w_iter), **kwargs)
         if img is not None and self.upsample:
-            img = upfirdn2d.upsample2d(img, self.resample_filter)
+            img = upfirdn2d.upsample2d(img.to(memory_format=convolution_layout(img.device, self.resolution)), self.resample_filter)
         y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32)
         y = y if ws.device.type == "cpu" else y.contiguous()
         return x, (y if img is None else img + y)

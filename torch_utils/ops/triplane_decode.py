@@ -109,11 +109,9 @@ def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
     """
     square = planes.shape[3] == planes.shape[4]
     sums: dict[tuple[int, int], torch.Tensor] = {}
-    for k, (width, height) in enumerate(pairs):
-        plane = planes[:, k]
+    for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):  # [N, H, W, C]
         if square and (height, width) in sums:
-            width, height, plane = height, width, plane.transpose(2, 3)
-        plane = plane.permute(0, 2, 3, 1)  # [N, H, W, C]
+            width, height, plane = height, width, plane.transpose(1, 2)
         sums[width, height] = sums[width, height] + plane if (width, height) in sums else plane
     return MergedPlanes(torch.stack(list(sums.values()), dim=1).contiguous(), tuple(sums), len(pairs))
 
