@@ -1,0 +1,1 @@
+"""The pairwise labelling application: pairs, prepared shapes, store, web server and page."""

@@ -1,0 +1,145 @@
+"""What the parts of the labelling application hand to each other.
+
+A campaign is one set of pairs with its settings, frozen when it is made. A pair names two shapes in a fixed order, first and second. Showing
+a pair to an annotator is an assignment, which decides the sides. A judgement answers an assignment and is never changed: taking it back is
+a further record. Annotators meet shapes, pairs and assignments under random tokens alone.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class Mode(enum.StrEnum):
+    """What a campaign is for."""
+
+    LABEL = "label"  # collecting preferences
+    STUDY = "study"  # comparing two generators, blind
+
+
+class Kind(enum.StrEnum):
+    """Why a pair is shown."""
+
+    PAIR = "pair"  # for its own sake
+    REPEAT = "repeat"  # the same annotator has answered it before, on the same sides
+    SWAP = "swap"  # the same annotator has answered it before, on swapped sides
+    GOLD = "gold"  # the answer is known: an attention check
+    TRAINING = "training"  # an explained example; never counted
+
+
+class Choice(enum.StrEnum):
+    """What an annotator can answer."""
+
+    LEFT = "left"
+    RIGHT = "right"
+    TIE = "tie"
+    SKIP = "skip"  # with a reason; says nothing about the pair
+
+
+SKIP_REASONS = ("broken", "identical", "unsure", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One isosurface: all that is needed to draw it again."""
+
+    generator: str  # sha256 hex of the generator's weights
+    source: str  # network file it is loaded from; '' is the bundled generator. Never leaves the server
+    seed: int  # z = RandomState(seed).randn(z_dim)
+    psi: float  # truncation
+    level: float  # raw density of the surface
+    resolution: int  # grid points per axis of the cube
+    triangles: int  # decimated to about so many
+
+    # the file of a shape is cached under eg3d_rlhf.label.shape_cache.shape_key(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPair:
+    """A pair of a campaign before it is stored."""
+
+    first: Shape
+    second: Shape
+    kind: Kind = Kind.PAIR  # PAIR, GOLD or TRAINING; repeats and swaps arise from what an annotator has answered
+    expected: str | None = None  # 'first', 'second' or None: the answer of gold and training pairs
+    explanation: str = ""  # of training pairs, shown after the answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CampaignSettings:
+    """Frozen when the campaign is made."""
+
+    name: str
+    mode: Mode = Mode.LABEL
+    seed: int = 0  # decides pairs, order, sides, repeats and gold checks
+    annotators_per_pair: int = 1  # >= 1
+    repeat_share: float = 0.05  # of an annotator's trials that repeat one of hers on the same sides, 0..0.5
+    swap_share: float = 0.05  # likewise with swapped sides
+    repeat_gap: int = 10  # trials at least between a pair and its repeat
+    gold_every: int = 25  # one gold check in so many trials; 0: none
+    trials_per_annotator: int | None = None  # an annotator is done after so many trials, training aside; None: when no pair is left
+    show_render: bool = False  # the RGB picture may be asked for
+    extra: Mapping = field(default_factory=dict)  # what the maker wishes to keep with it: JSON types
+
+    def __post_init__(self):
+        if self.annotators_per_pair < 1:
+            raise ValueError(f"annotators_per_pair must be >= 1, got {self.annotators_per_pair}")
+        if not (0 <= self.repeat_share and 0 <= self.swap_share and self.repeat_share + self.swap_share <= 0.5):
+            raise ValueError(f"repeat_share and swap_share must add up to 0..0.5, got {self.repeat_share} and {self.swap_share}")
+        if self.repeat_gap < 1 or self.gold_every < 0:
+            raise ValueError(f"expected repeat_gap >= 1 and gold_every >= 0, got {self.repeat_gap} and {self.gold_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssignedPair:
+    """An assignment as the server hands it to the page; tokens tell nothing."""
+
+    token: str  # of the assignment, random
+    left: str  # asset token of the shape on the left
+    right: str
+    training: bool  # the only kind an annotator may know
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer as it arrives."""
+
+    key: str  # chosen by the page, unique per annotator: sending it again changes nothing
+    assignment: str  # token
+    choice: Choice
+    reason: str | None = None  # of a skip
+    milliseconds: int = 0  # from the shapes being visible to the choice
+    views: tuple[str, ...] = ()  # what the annotator used: 'front', 'left', 'orbit', 'wireframe', ...
+    answered_at: float | None = None  # the page's clock, seconds since 1970
+    page_version: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementRow:
+    """A judgement with everything known about it, as the store returns it for export, quality and training."""
+
+    id: int  # grows with time of receipt
+    campaign: str
+    mode: str
+    annotator: str
+    assignment: str
+    sequence: int  # place of the assignment among the annotator's, from 1
+    pair: int  # same number: same pair of shapes
+    kind: Kind
+    left: Shape
+    right: Shape
+    first_is_left: bool
+    choice: Choice
+    reason: str | None
+    expected: str | None  # 'left' or 'right' where the answer is known
+    milliseconds: int
+    views: tuple[str, ...]
+    answered_at: float | None
+    received_at: float  # the server's clock, seconds since 1970
+    page_version: str
+    undone: bool  # taken back later: does not count
+
+    @property
+    def preferred(self) -> Shape | None:
+        """The shape that was chosen; None for ties and skips."""
+        return {Choice.LEFT: self.left, Choice.RIGHT: self.right}.get(self.choice)
