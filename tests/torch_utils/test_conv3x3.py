@@ -7,7 +7,7 @@ import torch
 
 from torch_utils import build
 from torch_utils.ops.conv2d_resample import conv2d_resample
-from torch_utils.ops.conv3x3 import conv3x3
+from torch_utils.ops.conv3x3 import _tile, conv3x3
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
 
@@ -34,42 +34,73 @@ def assert_alike(found, expected, outputs=1e-5, gradients=1e-4):
             torch.testing.assert_close(value.double(), want, rtol=0, atol=error * max(float(want.abs().max()), 1e-6))
 
 
+def winograd(tile, padding=1):
+    def call(x, w):
+        return torch.ops.eg3d_rlhf.conv3x3(x.contiguous(memory_format=torch.channels_last), w.contiguous(), padding, False, tile)
+
+    return call
+
+
 @compiled
+@pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("padding", [0, 1, 2])
-@pytest.mark.parametrize("size", [(3, 3), (7, 6), (4, 19)])
+@pytest.mark.parametrize("size", [(3, 3), (7, 6), (4, 19), (9, 12)])  # every remainder of a tile
 @pytest.mark.parametrize("channels", [(16, 32), (48, 16)])
-def test_agrees_with_the_definition_to_second_order(channels, size, padding):
+def test_agrees_with_the_definition_to_second_order(channels, size, padding, tile):
     x, w = noise(2, channels[0], *size), noise(channels[1], channels[0], 3, 3, seed=1)
     expected = derivatives(lambda x, w: conv3x3(x, w, padding, impl="ref"), [x, w])
     for dtype, errors in ((torch.float64, (1e-12, 1e-12)), (torch.float32, (1e-5, 1e-4))):
-        found = derivatives(lambda x, w: conv3x3(x, w, padding, impl="compiled"), [x.to(dtype), w.to(dtype)])
-        assert_alike(found, expected, *errors)
+        assert_alike(derivatives(winograd(tile, padding), [x.to(dtype), w.to(dtype)]), expected, *errors)
 
 
 @compiled
-def test_several_chunks_of_tiles_and_several_threads_give_the_same_bits_every_time():
+@pytest.mark.parametrize("tile,output,gradient", [(2, 1e-6, 2e-6), (4, 5e-6, 5e-6)])  # measured: 4e-7 and 9e-7, 2e-6 and 2e-6
+def test_rounding_in_float32_stays_far_below_what_is_asked(tile, output, gradient):
+    x, w = noise(4, 64, 32, 32), noise(64, 64, 3, 3, seed=1)
+    found = derivatives(winograd(tile), [x.float(), w.float()])
+    assert_alike(found, derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x, w]), output, gradient)
+
+
+@compiled
+@pytest.mark.parametrize("tile,dtype", [(2, torch.float64), (4, torch.float32)])
+def test_many_channels_are_taken_in_ranges(tile, dtype):
+    x, w = noise(1, 512, 5, 6, dtype=dtype), noise(496, 512, 3, 3, seed=1, dtype=dtype)
+    expected = derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x.double(), w.double()])
+    assert_alike(derivatives(winograd(tile), [x, w]), expected)
+
+
+@compiled
+@pytest.mark.parametrize("tile", [2, 4])
+def test_several_chunks_of_tiles_and_several_threads_give_the_same_bits_every_time(tile):
     x, w = noise(1, 64, 61, 70, dtype=torch.float32), noise(64, 64, 3, 3, seed=1, dtype=torch.float32)
-    runs = [derivatives(lambda x, w: conv3x3(x, w, impl="compiled"), [x, w]) for _ in range(2)]
+    runs = [derivatives(winograd(tile), [x, w]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(sum(runs[0], []), sum(runs[1], []), strict=True))
     assert_alike(runs[0], derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x.double(), w.double()]))
 
 
 @compiled
-def test_a_nan_reaches_its_neighbourhood_and_no_other_tile():
+@pytest.mark.parametrize("tile", [2, 4])
+def test_a_nan_reaches_its_neighbourhood_and_no_other_tile(tile):
     x, w = noise(1, 16, 12, 12, dtype=torch.float32), noise(16, 16, 3, 3, seed=1, dtype=torch.float32)
     x[0, 3, 5, 5] = float("nan")
-    found = conv3x3(x, w, impl="compiled").isnan()
+    found = winograd(tile)(x, w).isnan()
     assert found[:, :, 4:7, 4:7].all() and not found[:, :, :4].any() and not found[:, :, 8:].any()
 
 
+def test_large_tiles_are_taken_where_they_are_many_and_full():
+    assert [_tile(n, side, side) for n, side in [(8, 64), (8, 32), (1, 32), (1, 33), (1, 256), (8, 8)]] == [4] * 6
+    assert [_tile(n, side, side) for n, side in [(1, 16), (1, 3), (8, 5), (8, 6), (64, 2), (8, 9)]] == [2] * 6
+
+
 @compiled
-def test_torch_sees_proper_operators():
+@pytest.mark.parametrize("tile", [2, 4])
+def test_torch_sees_proper_operators(tile):
     x = noise(1, 16, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     w = noise(32, 16, 3, 3, seed=1).requires_grad_()
     grad = noise(1, 32, 4, 5, seed=2).to(memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3.default, (x, w, 1, False))
-    torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3.default, (grad.detach(), w, 1, True))
-    torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3_weight.default, (x, grad, 1))
+    torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3.default, (x, w, 1, False, tile))
+    torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3.default, (grad.detach(), w, 1, True, tile))
+    torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3_weight.default, (x, grad, 1, tile))
     whole = torch.compile(lambda x, w: conv3x3(x, w, impl="compiled"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(whole(x, w), conv3x3(x, w, impl="ref"))
 
