@@ -77,6 +77,13 @@ FAMILIES = {"ffhq": _FACES, "afhq": {**_FACES, "avg_camera_pivot": [0, 0, -0.06]
 SR_BY_RESOLUTION = {512: "SuperresolutionHybrid8XDC", 256: "SuperresolutionHybrid4X", 128: "SuperresolutionHybrid2X"}
 
 
+def snapshot_tag(cur_nimg: int, config: LoopConfig) -> str:
+    """What tells a run's snapshots apart in their names: thousands of images, as EG3D has it, and the images themselves where several
+    snapshots fall into one thousand."""
+    close = 0 < config.kimg_per_tick * config.snapshot_ticks < 1
+    return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if close else "")
+
+
 def networks_for(cfg: str, resolution: int, gan: GanConfig, **override) -> tuple[dict, dict]:
     """Constructor arguments of G and D.
 

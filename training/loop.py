@@ -18,7 +18,7 @@ import torch
 
 from torch_utils.training_stats import Collector
 from training import checkpoint, networks, storage
-from training.config import LoopConfig
+from training.config import LoopConfig, snapshot_tag
 from training.dataset import ImageFolderDataset
 from training.distributed import SINGLE, Ranks
 from training.gan_phases import Batch
@@ -238,7 +238,7 @@ class TrainingLoop:
         self.records.stats(self.cur_tick, self.cur_nimg, stats)
         self.records.status(self.cur_tick, self.cur_nimg, extra)
         if snapshot:
-            tag = f"{self.cur_nimg // 1000:06d}"
+            tag = snapshot_tag(self.cur_nimg, self.config)
             self.records.fakes(self.nets.G_ema, tag)
             self.nets.cur_nimg = self.cur_nimg
             networks.save(self.run_dir / f"network-snapshot-{tag}.safetensors", self.nets)

@@ -240,15 +240,22 @@ def test_two_runs_from_one_seed_are_alike_and_another_seed_is_not(tiny_data, tmp
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
 
 
+def test_snapshots_within_one_thousand_images_are_all_kept(tiny_data, tmp_path):
+    loop = build_loop(tiny_data, tmp_path / "run", loop={"snapshot_ticks": 1})
+    loop.run()
+    names = sorted(p.name for p in (tmp_path / "run").glob("network-snapshot-*"))
+    assert len(names) == loop.cur_tick and names[-1] == "network-snapshot-000000-032.safetensors"
+
+
 def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
     loop = build_loop(tiny_data, tmp_path / "run")
     loop.run()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "checkpoint-000000016.safetensors", "checkpoint-000000032.safetensors", "fakes000000.png", "fakes000000_depth.png",
-        "fakes000000_raw.png", "fakes_init.png", "fakes_init_depth.png", "fakes_init_raw.png", "network-snapshot-000000.safetensors",
+        "checkpoint-000000016.safetensors", "checkpoint-000000032.safetensors", "fakes000000-032.png", "fakes000000-032_depth.png",
+        "fakes000000-032_raw.png", "fakes_init.png", "fakes_init_depth.png", "fakes_init_raw.png", "network-snapshot-000000-032.safetensors",
         "reals.png", "stats.jsonl", "timing.jsonl",
     ]
-    saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000.safetensors")
+    saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000-032.safetensors")
     assert_same(state(saved.G_ema), state(loop.nets.G_ema))
     assert saved.cur_nimg == 32
 

@@ -40,7 +40,7 @@ def straight(tiny_data, tiny_networks, tmp_path_factory) -> Path:
 def assert_equal_runs(first: Path, second: Path) -> None:
     """Equal statistics, final checkpoint (weights, moments, counters) and final networks."""
     assert (first / "stats.jsonl").read_text() == (second / "stats.jsonl").read_text()
-    for name, kind in (("checkpoint-000000064.safetensors", "checkpoint"), ("network-snapshot-000000.safetensors", "network")):
+    for name, kind in (("checkpoint-000000064.safetensors", "checkpoint"), ("network-snapshot-000000-064.safetensors", "network")):
         (a, meta_a), (b, meta_b) = (storage.read_tensors(folder / name, kind) for folder in (first, second))
         assert_same(a, b)
         assert meta_a == meta_b
@@ -159,7 +159,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
 def test_a_run_made_longer_equals_the_longer_run(straight, tiny_data, tiny_networks, tmp_path):
     folder = whole_run(tiny_data, tiny_networks, tmp_path, *FLAGS, "--kimg=0.032")
-    (folder / "network-snapshot-000000.safetensors").unlink()
+    (folder / "network-snapshot-000000-064.safetensors").unlink()
     result = run(f"--resume={folder}", "--kimg=0.064")
     assert result.exit_code == 0, result.output
     assert_equal_runs(straight, folder)
