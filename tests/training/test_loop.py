@@ -252,8 +252,8 @@ def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
     loop.run()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "checkpoint-000000016.safetensors", "checkpoint-000000032.safetensors", "fakes000000-032.png", "fakes000000-032_depth.png",
-        "fakes000000-032_raw.png", "fakes_init.png", "fakes_init_depth.png", "fakes_init_raw.png", "network-snapshot-000000-032.safetensors",
-        "reals.png", "stats.jsonl", "timing.jsonl",
+        "fakes000000-032_raw.png", "fakes_init.png", "fakes_init_depth.png", "fakes_init_raw.png",
+        "network-snapshot-000000-032.safetensors", "reals.png", "stats.jsonl", "timing.jsonl",
     ]
     saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000-032.safetensors")
     assert_same(state(saved.G_ema), state(loop.nets.G_ema))
