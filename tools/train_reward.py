@@ -19,7 +19,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
+from eg3d_rlhf.label.filters import LabelFilters  # noqa: E402
+from eg3d_rlhf.label.urls import labels_source, source_stem  # noqa: E402
 from eg3d_rlhf.reward.config import PRESETS  # noqa: E402
+from eg3d_rlhf.reward.label_source import check_filters, source_name  # noqa: E402
 from eg3d_rlhf.reward.run import (  # noqa: E402
     BUNDLED_LABELS,
     DEFAULT_RESOLUTION,
@@ -37,6 +40,7 @@ from training.distributed import process_group  # noqa: E402
 POSITIVE = click.IntRange(min=1)
 WEIGHT = click.FloatRange(min=0)
 BY_PRESET = "by preset"
+STORE = "Labels of a store"
 
 
 def print_epoch(record: dict) -> None:
@@ -65,20 +69,22 @@ def print_report(report: dict, out: Path) -> None:
 def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
     """Command-line values -> the run, with the preset's defaults for what was not given."""
     names = set(RewardRun.__dataclass_fields__)
+    filters = LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__})
+    check_filters(options["labels"], filters)
     reading = {k: v for k, v in options.items() if k in names}
     train = with_changes(default_options(preset), seed=seed, **{k: v for k, v in options.items() if k not in names})
     resolution = resolution or {"paper": PAPER_RESOLUTION, "heads": HEADS_RESOLUTION}.get(preset, DEFAULT_RESOLUTION)
     if reading["crop"] is None and preset == "heads":
         reading["crop"] = HEADS_CROP
-    out = out or Path("runs") / f"reward-{Path(reading['labels']).stem}-{preset}-s{seed}"
-    return RewardRun(out=out, resolution=resolution, device=str(choose_device(device)), train=train, **reading)
+    out = out or Path("runs") / f"reward-{source_stem(reading['labels'])}-{preset}-s{seed}"
+    return RewardRun(out=out, filters=filters, resolution=resolution, device=str(choose_device(device)), train=train, **reading)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
 @option("--network", group="Data", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
         help="Generator that drew the labelled seeds: a network file or a run folder.")
-@option("--labels", group="Data", metavar="FILE", type=click.Path(path_type=Path), default=BUNDLED_LABELS,
-        show_default="the bundled labels", help="Labels, .jsonl or .csv.")
+@option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=BUNDLED_LABELS, show_default="the bundled labels",
+        help="Labels, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
 @option("--resolution", group="Data", metavar="POINTS", type=click.IntRange(16, 512), default=None,
         show_default=f"{HEADS_RESOLUTION} for heads, {PAPER_RESOLUTION} for paper, else {DEFAULT_RESOLUTION}",
         help="Grid points per axis, before the crop.")
@@ -91,6 +97,15 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
         help="Shares of the labels per split.")
 @option("--split-seed", group="Data", metavar="INT", type=click.IntRange(min=0), default=0, help="Which labels are held out.")
+@option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign.")
+@option("--annotator", "annotators", group=STORE, metavar="NAME", multiple=True, help="Annotator; may be given several times.",
+        show_default="all")
+@option("--least-gold-accuracy", group=STORE, metavar="0..1", type=click.FloatRange(0, 1), default=None, show_default="any",
+        help="Leave out annotators who got fewer gold checks right, or answered none.")
+@option("--drop-repeats", group=STORE, is_flag=True, help="Keep each annotator's first answer to a pair alone.")
+@option("--min-milliseconds", group=STORE, metavar="MS", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
+@option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
+        help="Received from then on: ISO 8601, or seconds since 1970.")
 @option("--preset", group="Network", type=click.Choice(list(PRESETS)), default="heads", help="Architecture, with training defaults.")
 @option("--members", group="Network", metavar="INT", type=POSITIVE, default=1,
         help="Train so many networks from different seeds and average their scores.")
@@ -129,7 +144,7 @@ def main(out, preset, resolution, device, timeout, seed, dry_run, **options) -> 
     with process_group(choose_device(device), timeout) as ranks:
         run = replace(run, device=str(ranks.device)) if ranks.world > 1 else run
         if ranks.main:
-            click.echo(f"training reward '{preset}' on {run.labels.name} into {run.out}", err=True)
+            click.echo(f"training reward '{preset}' on {source_name(run.labels)} into {run.out}", err=True)
         try:
             report = run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch) if ranks.main else None, ranks)
         except StoppedError as stopped:

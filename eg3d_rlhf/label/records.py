@@ -1,7 +1,7 @@
 """What the parts of the labelling application hand to each other.
 
-A campaign is one set of pairs with its settings, frozen when it is made. A pair names two shapes in a fixed order, first and second. Showing
-a pair to an annotator is an assignment, which decides the sides. A judgement answers an assignment and is never changed: taking it back is
+A campaign is one set of pairs with its settings, frozen when it is made. A pair names two shapes in a fixed order, first and second.
+Showing a pair to an annotator is an assignment, which decides the sides. A judgement answers an assignment and is never changed: taking it back is
 a further record. Annotators meet shapes, pairs and assignments under random tokens alone.
 """
 
@@ -50,6 +50,7 @@ class Shape:
     level: float  # raw density of the surface
     resolution: int  # grid points per axis of the cube
     triangles: int  # decimated to about so many
+    degradation: str = ""  # damage done on purpose, one of eg3d_rlhf.label.damage.DAMAGES; '' is none. Gold and training pairs have it
 
     # the file of a shape is cached under eg3d_rlhf.label.shape_cache.shape_key(shape)
 

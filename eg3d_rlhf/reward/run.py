@@ -9,12 +9,14 @@ import torch
 
 from eg3d_rlhf.cli import ASSETS, versions
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.label.filters import LabelFilters
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
-from eg3d_rlhf.preferences.labels import Preference, labels_hash, load_labels
+from eg3d_rlhf.preferences.labels import Preference, labels_hash
 from eg3d_rlhf.reward.curves import collect_curves, plot_curves, write_curves
 from eg3d_rlhf.reward.ensemble import RewardEnsemble
 from eg3d_rlhf.reward.evaluation import evaluate, fit_temperature, margins, score_seeds
 from eg3d_rlhf.reward.files import Reward, save_reward
+from eg3d_rlhf.reward.label_source import keep_labels, read_labels_of, source_name
 from eg3d_rlhf.reward.slabs import SlabStore, cache_name, generator_slabs
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -36,7 +38,8 @@ class RewardRun:
 
     out: Path  # folder for everything written
     network: Path | None = None  # generator; None = the bundled one
-    labels: Path = BUNDLED_LABELS
+    labels: Path | str = BUNDLED_LABELS  # a file, or the URL of a labelling store
+    filters: LabelFilters = LabelFilters()  # which judgements of a store
     resolution: int = DEFAULT_RESOLUTION  # grid points per axis of the whole cube, before the crop
     crop: tuple[float, float, float, float, float, float] | None = None  # trimmed shares (x, x, y, y, z, z); None = the paper's
     psi: float | None = None  # truncation of the labelled slabs; None = what the labels state, else 1
@@ -54,7 +57,7 @@ class RewardRun:
     def to_dict(self) -> dict:
         """Plain JSON values."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        return {**values, "network": values["network"] or "bundled"}
+        return {**values, "network": values["network"] or "bundled", "labels": source_name(self.labels, whole=True)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     """Train, choose the epoch on validation pairs, score the test pairs once, write everything; returns the report, on rank 0.
 
     Ranks draw slabs, train and score validation pairs together; rank 0 alone tests and writes.
-    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json, state.pt.
+    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json, state.pt; also labels.jsonl
+    when they come from a store, which may go on growing.
     Raises: ValueError or FileNotFoundError for labels, networks and folders that do not fit; StoppedError after SIGTERM or SIGINT.
     """
     listen = listen or Listener()
@@ -77,12 +81,14 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
         run = replace(run, resume=True)
     if ranks.broadcast((run.out / "state.pt").exists()) and not run.resume:
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
-    labels = load_labels(run.labels)
+    labels = read_labels_of(run.labels, run.filters, run.out if run.resume else None, ranks)
     generator = load_generator(run.network, run.device)
     psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
     with RunLock(run.out, enabled=ranks.main):
+        if ranks.main:
+            keep_labels(run.labels, labels, run.out)
         return _run_locked(run, labels, generator, psi, listen, ranks)
 
 
@@ -110,7 +116,7 @@ def _run_locked(
         return None
     model = states[0].model if len(states) == 1 else RewardEnsemble.of([state.model for state in states])
     report = assess(run, model, states, data, splits)
-    report |= {"labels_file": run.labels.name, "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
+    report |= {"labels_file": source_name(run.labels), "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
     meta = {
         "generator": generator.hash, "psi": psi, "truncation_cutoff": run.cutoff, "labels": report["labels_sha256"],
         "preset": run.train.preset, "seed": run.train.seed, "temperature": report["temperature"],

@@ -1,0 +1,118 @@
+"""Taking answers and taking them back, each once per key, in one short transaction."""
+
+import json
+
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
+
+from eg3d_rlhf.label.campaigns import Plan
+from eg3d_rlhf.label.issuing import MINE, take_place
+from eg3d_rlhf.label.records import SKIP_REASONS, Answer, Choice, Kind
+from eg3d_rlhf.label.schema import assignments as a
+from eg3d_rlhf.label.schema import judgements as j
+from eg3d_rlhf.label.stored import ConflictError, Submitted
+
+MAX_TEXT, MAX_VIEWS, MAX_MILLISECONDS = 200, 64, 2**53
+
+# built once: building a statement takes longer than running it
+BY_KEY = select(j).where(j.c.annotator_id == bindparam("annotator"), j.c.key == bindparam("key"))
+BY_TOKEN = select(a).where(a.c.token == bindparam("token"), MINE)
+LAST = select(a).where(MINE, a.c.answered.is_not(None)).order_by(a.c.answered.desc()).limit(1)
+RECORD = insert(j)
+CLOSE = update(a).where(a.c.id == bindparam("assignment")).values(answered=bindparam("judgement"), undone=None, leased=bindparam("now"))
+RELEASED = select(a.c.released).where(a.c.id == bindparam("assignment"))
+
+
+def check_answer(answer: Answer) -> None:
+    """Raises: ValueError for what cannot be stored as it is."""
+    check_text("key", answer.key)
+    check_text("page_version", answer.page_version, least=0)
+    for view in answer.views:
+        check_text("view", view)
+    if len(answer.views) > MAX_VIEWS:
+        raise ValueError(f"answer: expected at most {MAX_VIEWS} views, got {len(answer.views)}. Send each once.")
+    if not 0 <= answer.milliseconds <= MAX_MILLISECONDS:
+        raise ValueError(f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time to answer.")
+    if answer.answered_at is not None and not abs(answer.answered_at) < 1e15:
+        raise ValueError(f"answer: expected answered_at in seconds since 1970, got {answer.answered_at}. Correct or drop it.")
+    if answer.reason is not None and (answer.choice is not Choice.SKIP or answer.reason not in SKIP_REASONS):
+        reasons = ", ".join(SKIP_REASONS)
+        raise ValueError(f"answer: expected a reason with a skip alone, one of {reasons}, got {answer.reason!r}. Choose one of them.")
+
+
+def check_text(name: str, value: str, least: int = 1) -> None:
+    """Raises: ValueError for texts that are too long or not printable: control characters, halves of surrogate pairs."""
+    if not least <= len(value) <= MAX_TEXT or not value.isprintable():
+        raise ValueError(f"answer: expected {name} of {least} to {MAX_TEXT} printable characters, got {value[:40]!r}. Send another.")
+
+
+def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: float) -> Submitted:
+    """Record a choice. Raises as `Store.submit`."""
+    before = _by_key(c, annotator_id, answer.key)
+    if before is not None and before.type != "choice":
+        raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which an undo has used. Send another key.")
+    if before is not None:
+        assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
+        return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
+    assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
+    if assigned.answered is not None:
+        raise ConflictError(f"answer: expected an open assignment, got {answer.assignment}, which is answered. Undo that answer first.")
+    values = {
+        "campaign_id": plan.campaign.id, "annotator_id": annotator_id, "key": answer.key, "type": "choice", "assignment_id": assigned.id,
+        "choice": answer.choice.value, "reason": answer.reason, "milliseconds": answer.milliseconds, "views": json.dumps(answer.views),
+        "answered_at": answer.answered_at, "received_at": now, "page_version": answer.page_version,
+    }  # fmt: skip
+    judgement = c.execute(RECORD.returning(j.c.id), values).scalar_one()
+    c.execute(CLOSE, {"assignment": assigned.id, "judgement": judgement, "now": now})
+    released = c.execute(RELEASED, {"assignment": assigned.id}).scalar_one()  # of this moment: the update above holds the row
+    if released is not None and take_place(c, assigned.pair_id):
+        c.execute(update(a).where(a.c.id == assigned.id).values(released=None))
+    return _outcome(plan, assigned, judgement, answer.choice, duplicate=False)
+
+
+def undo(c: Connection, campaign_id: int, annotator_id: int, key: str, assignment: str | None, now: float) -> str | None:
+    """Record that a choice is taken back; the token of the assignment that is open again. Raises as `Store.undo`."""
+    before = _by_key(c, annotator_id, key)
+    if before is not None:
+        if before.type != "undo":
+            raise ConflictError(f"undo: expected a new key, got {key!r}, which an answer has used. Send another key.")
+        return c.execute(select(a.c.token).where(a.c.id == before.assignment_id)).scalar()
+    if assignment is not None:
+        found = _assignment(c, campaign_id, annotator_id, assignment)
+    else:
+        found = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
+    target = found if found is not None and found.answered is not None else None
+    values = {"campaign_id": campaign_id, "annotator_id": annotator_id, "key": key, "type": "undo", "received_at": now}
+    if target is not None:
+        values |= {"assignment_id": target.id, "takes_back": target.answered}
+        c.execute(update(a).where(a.c.id == target.id).values(answered=None, undone=now, leased=now))
+    c.execute(RECORD, values)
+    return None if target is None else target.token
+
+
+def _by_key(c: Connection, annotator_id: int, key: str) -> Row | None:
+    return c.execute(BY_KEY, {"annotator": annotator_id, "key": key}).first()
+
+
+def _assignment(c: Connection, campaign_id: int, annotator_id: int, token: str) -> Row:
+    found = None
+    if token.isprintable():
+        found = c.execute(BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}).first()
+    if found is None:
+        raise LookupError(f"assignment: expected one of this annotator's, got {token[:60]!r}. Ask for assignments.")
+    return found
+
+
+def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
+    if assigned.kind != Kind.TRAINING:
+        return Submitted(judgement=judgement, duplicate=duplicate, training=False, correct=None, explanation="")
+    pair = plan.pairs[assigned.pair_id]
+    expected = expected_side(pair.expected, bool(assigned.first_is_left))
+    correct = None if expected is None or choice is Choice.SKIP else choice == expected
+    return Submitted(judgement=judgement, duplicate=duplicate, training=True, correct=correct, explanation=pair.explanation)
+
+
+def expected_side(expected: str | None, first_is_left: bool) -> str | None:
+    """'left' or 'right' for the plan's 'first' or 'second'."""
+    if expected is None:
+        return None
+    return "left" if (expected == "first") == first_is_left else "right"

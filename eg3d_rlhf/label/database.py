@@ -1,0 +1,127 @@
+"""Opening a database by URL, and the two kinds of transaction the store uses: reading, and writing one at a time.
+
+SQLite: write-ahead log, `synchronous=FULL` (a commit is on the disk), foreign keys, BEGIN IMMEDIATE for writing. Writers of one process
+queue for a lock, because SQLite's own waiting is a sleep; writers of other processes wait for up to BUSY_SECONDS.
+PostgreSQL: READ COMMITTED; writers take advisory locks, held until the commit, in the order in which they are named.
+"""
+
+import contextlib
+import enum
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DatabaseError
+
+BUSY_SECONDS = 30
+EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
+
+
+class Lock(enum.IntEnum):
+    """What a writer on PostgreSQL can hold, in the order in which they must be taken."""
+
+    SCHEMA = 1
+    ANNOTATOR = 2  # one annotator's answers and undos
+    CAMPAIGN = 3  # giving out pairs
+
+
+class Database:
+    """An engine and its transactions. Thread-safe."""
+
+    def __init__(self, url: str, create: bool):
+        self.url = parse_url(url)
+        self.sqlite = self.url.get_backend_name() == "sqlite"
+        if self.sqlite:
+            _check_file(self.url, create)
+        self.engine = _engine(self.url, self.sqlite)
+        self._turn = threading.Lock()
+        self._connect_once()
+
+    @property
+    def name(self) -> str:
+        """The URL without its password, for messages."""
+        return self.url.render_as_string(hide_password=True)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A consistent look on SQLite; on PostgreSQL each statement sees what is committed. Leaves nothing behind."""
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self, *locks: tuple[Lock, int]) -> Iterator[Connection]:
+        """A transaction that is committed, and on the disk, when the block ends without an error."""
+        if self.sqlite:
+            with self._turn, self.engine.connect().execution_options(immediate=True) as connection, connection.begin():
+                yield connection
+            return
+        with self.engine.begin() as connection:
+            for kind, number in locks:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:kind, :number)"), {"kind": int(kind), "number": number % 2**31})
+            yield connection
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    def _connect_once(self) -> None:
+        try:
+            with self.read():
+                pass
+        except DatabaseError as error:
+            self.close()
+            reason = str(error.orig).strip().splitlines()[0]
+            if self.sqlite and "not a database" in reason:
+                raise ValueError(f"store {self.name}: expected an SQLite database, got a file of another kind. Name another.") from None
+            raise OSError(f"store {self.name}: expected to connect, got: {reason}. Check the address and your rights.") from None
+
+
+def parse_url(url: str) -> URL:
+    """A store's URL; PostgreSQL's is given psycopg 3 as its driver.
+
+    Raises: ValueError for what is no URL, another database, or an SQLite database in memory, which connections cannot share.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"store: expected a database URL, got {url!r}. Write it as {EXAMPLES}.") from None
+    backend = parsed.get_backend_name()
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ValueError(f"store: expected a file in the URL, got {url!r}. Write it as sqlite:///labels.db.")
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if backend != "sqlite":
+        raise ValueError(f"store: expected SQLite or PostgreSQL, got {backend}. Write the URL as {EXAMPLES}.")
+    return parsed.set(drivername="sqlite")
+
+
+def _check_file(url: URL, create: bool) -> None:
+    path = Path(url.database)
+    if not create and not path.is_file():
+        raise FileNotFoundError(f"store: expected a database at {path}, got nothing there. Check the path, or label some pairs first.")
+    if create and not path.parent.is_dir():
+        raise FileNotFoundError(f"store: expected a folder {path.parent} for {path.name}, got none. Make it, or name another.")
+
+
+def _engine(url: URL, sqlite: bool) -> Engine:
+    if not sqlite:
+        try:
+            return create_engine(url, pool_size=20, max_overflow=40, pool_pre_ping=True)
+        except ImportError:
+            raise ValueError("store: expected psycopg 3 for PostgreSQL, got none. pip install 'eg3d-rlhf[postgres]'.") from None
+    engine = create_engine(url, pool_size=20, max_overflow=60, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
+    event.listen(engine, "connect", _prepare_connection)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _prepare_connection(connection: sqlite3.Connection, _record) -> None:
+    connection.isolation_level = None  # transactions are begun below, not by the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("immediate") else "BEGIN")

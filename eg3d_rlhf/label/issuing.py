@@ -1,0 +1,179 @@
+"""Giving out assignments: short transactions in which a pair's place is taken or left to somebody else.
+
+A place is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place while the
+annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her return if
+it is still free. An answer that arrives later than that is kept all the same.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, not_, or_, select, update
+
+from eg3d_rlhf.label.campaigns import Plan, StoredPair
+from eg3d_rlhf.label.database import Database, Lock
+from eg3d_rlhf.label.records import AssignedPair, Kind
+from eg3d_rlhf.label.scheduling import WINDOW, Next, Ready, Scheduler, Shown
+from eg3d_rlhf.label.schema import assignments as a
+from eg3d_rlhf.label.schema import judgements, pairs
+
+LEASE_SECONDS = 30 * 60
+RENEW_SECONDS = 60  # leases younger than this are left alone, which saves a write
+RELEASE_AT_ONCE = 500
+PAIR = Kind.PAIR.value
+
+# built once: building a statement takes longer than running it
+MINE = and_(a.c.campaign_id == bindparam("campaign"), a.c.annotator_id == bindparam("annotator"))
+OPEN = and_(a.c.answered.is_(None), or_(a.c.released.is_(None), a.c.undone.is_not(None)))
+HELD = (a.c.id, a.c.token, a.c.pair_id, a.c.sequence, a.c.kind, a.c.first_is_left, a.c.leased, a.c.released, a.c.answered, a.c.undone)
+ROOM = and_(pairs.c.campaign_id == bindparam("campaign"), pairs.c.kind == PAIR, pairs.c.taken < pairs.c.places)
+HAD = select(a.c.id).where(a.c.annotator_id == bindparam("annotator"), a.c.pair_id == pairs.c.id, a.c.kind == PAIR).exists()
+OPEN_ONES = select(*HELD).where(MINE, OPEN)
+PAST = select(*HELD, judgements.c.choice).outerjoin_from(a, judgements, judgements.c.id == a.c.answered).where(MINE).order_by(a.c.sequence)
+STAMP = select(
+    func.count(), func.count(a.c.answered), func.count(a.c.released), func.count(a.c.undone), func.max(a.c.answered), func.max(a.c.undone),
+).where(MINE)  # fmt: skip
+PAGE = select(pairs.c.id, pairs.c.position).where(ROOM, not_(HAD), pairs.c.position > bindparam("after"))
+PAGE = PAGE.order_by(pairs.c.position).limit(2 * WINDOW)
+EXPIRED = select(a.c.id, a.c.pair_id).where(
+    a.c.campaign_id == bindparam("campaign"), a.c.annotator_id != bindparam("annotator"), a.c.kind == PAIR,
+    a.c.answered.is_(None), a.c.released.is_(None), a.c.leased < bindparam("before"),
+).limit(RELEASE_AT_ONCE)  # fmt: skip
+TAKE = update(pairs).where(pairs.c.id == bindparam("pair"), pairs.c.taken < pairs.c.places).values(taken=pairs.c.taken + 1)
+GIVE_BACK = update(pairs).where(pairs.c.id == bindparam("pair")).values(taken=pairs.c.taken - 1)
+RENEW = update(a).where(MINE, OPEN, a.c.leased < bindparam("before")).values(leased=bindparam("now"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Past:
+    """What decides the annotator's next assignments, and a stamp that differs when any of it has changed."""
+
+    stamp: tuple
+    scheduler: Scheduler
+    open: int
+    lost: list[Row]  # released unanswered: the places are anybody's
+
+
+@dataclass
+class Issuer:
+    """Issues one campaign's pairs to one annotator."""
+
+    database: Database
+    plan: Plan
+    annotator_id: int
+    annotator: str  # name
+    clock: Callable[[], float] = time.time
+
+    def __post_init__(self):
+        self.campaign_id = self.plan.campaign.id
+        self.me = {"campaign": self.campaign_id, "annotator": self.annotator_id}
+
+    def assignments(self, count: int, ready: Ready) -> list[AssignedPair]:
+        """Up to `count` open assignments, after issuing what is missing."""
+        with self.database.read() as c:
+            found = list(c.execute(OPEN_ONES, self.me))
+            stale = any(row.leased < self.clock() - RENEW_SECONDS for row in found)
+            short = len(found) < count
+            window = self.window(c, ready) if short else []
+        if short and len(window) < count and self.release_expired():
+            with self.database.read() as c:
+                window = self.window(c, ready)
+        if stale or short:
+            past = self._past(ready)
+            if stale or past.lost or past.scheduler.next(window) is not None:
+                with self.database.write((Lock.ANNOTATOR, self.annotator_id), (Lock.CAMPAIGN, self.campaign_id)) as c:
+                    self._issue(c, count, window, past if tuple(c.execute(STAMP, self.me).one()) == past.stamp else self._past(ready, c))
+                    found = list(c.execute(OPEN_ONES, self.me))
+        order = sorted(found, key=lambda row: (-(row.undone or 0), row.sequence))  # the last undone first, then the oldest
+        return [self._assigned(row) for row in order[:count]]
+
+    def window(self, c: Connection, ready: Ready) -> list[StoredPair]:
+        """The first WINDOW prepared pairs of the plan with room that the annotator has not had."""
+        window: list[StoredPair] = []
+        position = -1
+        while len(window) < WINDOW:
+            page = list(c.execute(PAGE, {**self.me, "after": position}))
+            window += [pair for row in page if ready(pair := self.plan.pairs[row.id])]
+            if len(page) < 2 * WINDOW:
+                break
+            position = page[-1].position
+        return window[:WINDOW]
+
+    def _issue(self, c: Connection, count: int, window: list[StoredPair], past: "_Past") -> None:
+        """Renew leases, take back lost places, and make assignments until `count` are open."""
+        now = self.clock()
+        if past.open:
+            c.execute(RENEW, {**self.me, "now": now, "before": now - RENEW_SECONDS})
+        back = [row.id for row in past.lost if take_place(c, row.pair_id)]
+        if back:
+            c.execute(update(a).where(a.c.id.in_(back)).values(released=None, leased=now))
+            past = self._past(past.scheduler.ready, c)
+        missing = self._issue_from(c, past.scheduler, window, count - past.open)
+        if missing > 0 and window:  # others had taken the rest of the window; the lock is held now, so this look is the last
+            self._issue_from(c, past.scheduler, self.window(c, past.scheduler.ready), missing)
+
+    def _issue_from(self, c: Connection, scheduler: Scheduler, window: list[StoredPair], missing: int) -> int:
+        """Make up to `missing` assignments; returns how many are still missing."""
+        window = list(window)
+        while missing > 0 and (given := scheduler.next(window)):
+            if given.kind is Kind.PAIR:
+                window.remove(given.pair)
+                if not take_place(c, given.pair.id):
+                    continue
+            self._insert(c, given)
+            scheduler.shown(given)
+            missing -= 1
+        return missing
+
+    def _past(self, ready: Ready, c: Connection | None = None) -> "_Past":
+        """What the annotator was shown, read in a transaction of its own unless in one."""
+        if c is None:
+            with self.database.read() as c:
+                return self._past(ready, c)
+        stamp = tuple(c.execute(STAMP, self.me).one())  # before the rows: what comes in between is noticed
+        rows = list(c.execute(PAST, self.me))
+        history = [
+            Shown(pair=r.pair_id, sequence=r.sequence, kind=Kind(r.kind), first_is_left=bool(r.first_is_left), choice=r.choice)
+            for r in rows if r.answered is not None or _open(r)
+        ]  # fmt: skip
+        scheduler = Scheduler(self.plan, self.annotator, history, rows[-1].sequence if rows else 0, ready)
+        lost = [row for row in rows if row.answered is None and not _open(row)]
+        return _Past(stamp=stamp, scheduler=scheduler, open=sum(_open(row) for row in rows), lost=sorted(lost, key=lambda r: r.pair_id))
+
+    def release_expired(self) -> int:
+        """Give back places whose annotator has not been seen for LEASE_SECONDS; returns how many."""
+        now = self.clock()
+        expired = {**self.me, "before": now - LEASE_SECONDS}
+        with self.database.read() as c:
+            if c.execute(EXPIRED, expired).first() is None:
+                return 0
+        with self.database.write((Lock.CAMPAIGN, self.campaign_id)) as c:
+            rows = list(c.execute(EXPIRED.with_for_update(skip_locked=True, key_share=True), expired))
+            for row in rows:
+                c.execute(update(a).where(a.c.id == row.id).values(released=now, undone=None))
+                c.execute(GIVE_BACK, {"pair": row.pair_id})
+        return len(rows)
+
+    def _insert(self, c: Connection, given: Next) -> None:
+        c.execute(insert(a), {
+            "token": secrets.token_urlsafe(18), "campaign_id": self.campaign_id, "annotator_id": self.annotator_id,
+            "pair_id": given.pair.id, "sequence": given.sequence, "kind": given.kind.value,
+            "first_is_left": int(given.first_is_left), "leased": self.clock(),
+        })  # fmt: skip
+
+    def _assigned(self, row: Row) -> AssignedPair:
+        pair = self.plan.pairs[row.pair_id]
+        left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
+        return AssignedPair(token=row.token, left=left, right=right, training=row.kind == Kind.TRAINING)
+
+
+def _open(row: Row) -> bool:
+    """As OPEN."""
+    return row.answered is None and (row.released is None or row.undone is not None)
+
+
+def take_place(c: Connection, pair_id: int) -> bool:
+    """Take a place of a pair; whether there was one."""
+    return c.execute(TAKE, {"pair": pair_id}).rowcount == 1

@@ -1,0 +1,118 @@
+"""What `tools/label.py` starts: a campaign planned from flags, or the one of that name taken up again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+
+from eg3d_rlhf.cli import naming
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.label.exchange import preferences_of
+from eg3d_rlhf.label.pairing import PairingOptions, plan
+from eg3d_rlhf.label.records import CampaignSettings, PlannedPair
+from eg3d_rlhf.label.store import Store, StoredCampaign
+from eg3d_rlhf.label.stored import LOCAL
+
+DB = "sqlite:///runs/labels/labels.db"
+PAIRING = tuple(field.name for field in fields(PairingOptions))
+SETTINGS = ("annotators_per_pair", "repeat_share", "swap_share", "repeat_gap", "gold_every", "trials_per_annotator", "show_render")
+FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
+
+
+def default_of(name: str) -> object:
+    """The default of a planning flag, taken from its owner."""
+    owner = PairingOptions if name in PAIRING else CampaignSettings
+    value = next(field.default for field in fields(owner) if field.name == name)
+    if value is MISSING:
+        raise ValueError(f"default_of: expected a field with a default, got {name}.")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the flags ask for."""
+
+    name: str  # of the campaign
+    network: str | None  # file; None: the bundled generator
+    after: str | None  # tournament: the campaign whose results decide this round
+    pairing: PairingOptions
+    settings: Mapping  # values of SETTINGS
+
+    def to_json(self) -> dict:
+        """Everything that the plan depends on, as JSON types."""
+        pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
+        return {"network": self.network, "after": self.after, **pairing, **self.settings}
+
+    def campaign_settings(self, extra: Mapping) -> CampaignSettings:
+        """The settings that are frozen with the campaign."""
+        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **self.settings)
+
+
+def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) -> dict:
+    """The flags that a stored campaign was planned from.
+
+    Args: wanted: as `Request.to_json`; given: names of the flags on the command line, which must agree with the stored ones.
+    Raises: ValueError naming the flag, the stored value and what to do.
+    """
+    name = campaign.settings.name
+    stored = campaign.settings.extra.get(FLAGS)
+    if stored is None:
+        raise ValueError(f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose another name.")
+    for flag in sorted(given & set(wanted)):
+        if stored.get(flag) != wanted[flag]:
+            raise ValueError(
+                f"--{flag.replace('_', '-')}: expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}. "
+                "Leave the flag out to go on with that campaign, or begin another with --campaign=NAME."
+            )
+    return stored
+
+
+def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], None]) -> tuple[CampaignSettings, list[PlannedPair]]:
+    """A new campaign, not kept yet.
+
+    Args: store: where the results of an earlier round are; None where there is none yet.
+    Raises: ValueError, OSError naming the flag at fault.
+    """
+    results = []
+    if request.after is not None:
+        with naming("--after"):
+            if store is None:
+                raise ValueError(f"expected a campaign of the database, got {request.after!r} and no database. Check --db.")
+            results = preferences_of(store, campaign=request.after)
+    with naming("--network"):
+        generator = load_generator(request.network)
+    tell(f"planning {request.pairing.pairs} pairs ({request.pairing.strategy}) ...")
+    planned = plan(request.pairing, generator, results)
+    return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
+
+
+def check_annotators(store: Store | None, host: str) -> None:
+    """Refuse to expose a server that nobody could use.
+
+    Raises: ValueError naming the flag and the remedy.
+    """
+    known = [] if store is None else [a for a in store.annotators() if a.revoked is None and a.name != LOCAL]
+    if not known:
+        raise ValueError(
+            f"--host={host}: expected at least one annotator, as tokens are compulsory where other machines reach the server, got none. "
+            "Make one with: python tools/label.py add-annotator NAME"
+        )
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite URL; None for other databases."""
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+
+@contextmanager
+def open_store(url: str, create: bool) -> Iterator[Store]:
+    """The store at --db, closed afterwards; the folder of a new SQLite file is made."""
+    path = sqlite_file(url)
+    with naming("--db"):
+        if create and path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        store = Store.open(url, create)
+    try:
+        yield store
+    finally:
+        store.close()

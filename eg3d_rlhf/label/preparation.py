@@ -1,0 +1,185 @@
+"""Draw the shapes of a campaign ahead of the annotators, in a process of its own that leaves the machine to others.
+
+It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and takes up where it was. A shape
+that cannot be drawn is noted and passed over. It ends by itself when the process that started it is gone, however that ended.
+
+\b
+Example:
+    python -m eg3d_rlhf.label.preparation --url=sqlite:///labels.db --campaign=first
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.label.records import Shape
+from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
+from eg3d_rlhf.label.shape_work import ShapeProgress, prepare, progress_file
+
+_ROOT = Path(__file__).resolve().parents[2]  # found by the worker, wherever the server was started
+URL_VARIABLE = "EG3D_RLHF_LABEL_URL"  # passes the database's address, password included, out of sight of the process list
+_WRITE_EVERY = 0.5  # seconds between two writes of the progress
+_WATCH_EVERY = 0.5  # seconds between two looks at the parent
+_PATIENCE = 5.0  # seconds that a worker has to end when it is asked to
+_RESTARTS = 3  # of a worker that died, without a shape in between
+
+
+class _ProgressWriter:
+    """Writes the progress now and then, and at once when it is finished."""
+
+    def __init__(self, path: Path, campaign: str):
+        self._path, self._last = path, -float("inf")
+        self.progress = ShapeProgress(campaign=campaign)
+
+    def __call__(self, fields: dict) -> None:
+        self.progress = ShapeProgress(campaign=self.progress.campaign, **fields)
+        if self.progress.finished or time.monotonic() - self._last >= _WRITE_EVERY:
+            self.progress.write(self._path)
+            self._last = time.monotonic()
+
+    def fail(self, error: Exception) -> None:
+        """Write that the worker gives up."""
+        ShapeProgress(**{**asdict(self.progress), "error": str(error).strip() or type(error).__name__}).write(self._path)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process at once when `parent` is no longer its parent. What it writes it writes whole, so it may be cut off anywhere."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_EVERY)
+        os._exit(3)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _planned(url: str, campaign: str) -> tuple[Sequence[Shape], bool]:
+    """The shapes of a campaign in order, and whether their pictures are wanted."""
+    from eg3d_rlhf.label.store import Store
+
+    store = Store.open(url, create=False)
+    try:
+        stored = store.campaign(campaign)
+        if stored is None:
+            raise ValueError(f"--campaign: expected the name of a campaign in the database, got {campaign!r}. Make it with tools/label.py.")
+        return [shape for _, shape in store.shapes(stored.id)], stored.settings.show_render
+    finally:
+        store.close()
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--url", metavar="URL", required=True, envvar=URL_VARIABLE, show_envvar=True, help="Database of the labelling application.")
+@option("--campaign", metavar="NAME", required=True, help="Campaign whose shapes are drawn.")
+@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
+@option("--nice", metavar="0..19", type=click.IntRange(0, 19), default=10, help="How far other processes go first.")
+@option("--parent", metavar="PID", type=int, default=None, help="Process with which this one ends.")
+def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) -> None:
+    """The worker; see the module."""
+    if parent is not None:
+        end_with_parent(parent)
+    os.nice(nice)
+    import torch
+
+    from eg3d_rlhf.label.drawing import ShapeDrawer
+
+    torch.set_num_threads(1)
+    shapes = ShapeCache(cache)
+    shapes.remove_leftovers()
+    writer = _ProgressWriter(progress_file(shapes, url, campaign), campaign)
+    try:
+        planned, renders = _planned(url, campaign)
+        prepare(planned, shapes, ShapeDrawer(), renders, writer)
+    except Exception as error:
+        writer.fail(error)
+        raise
+
+
+class Preparation:
+    """The worker of one campaign, as the server sees it. Its methods may be called from any thread.
+
+    Args: url of the database, name of the campaign, the cache or its folder; `nice` as the worker's flag.
+    """
+
+    def __init__(self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10):
+        self.cache = cache if isinstance(cache, ShapeCache) else ShapeCache(cache)
+        self.url, self.campaign, self.nice = url, campaign, nice
+        self._file = progress_file(self.cache, url, campaign)
+        self._process: subprocess.Popen | None = None
+        self._restarts, self._done = 0, 0  # starts after a death, and how many shapes there were at the last one
+        self._lock = threading.RLock()
+
+    @property
+    def running(self) -> bool:
+        """Whether the worker is at work."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> Path:
+        """What the worker last wrote to its error stream."""
+        return self._file.with_suffix(".log")
+
+    def start(self) -> None:
+        """Start the worker; nothing happens where it is running."""
+        with self._lock:
+            if self.running:
+                return
+            self.cache.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._file.unlink()  # what an earlier worker said is no longer so
+            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
+                )  # fmt: skip
+
+    def _command(self) -> list[str]:
+        flags = [f"--campaign={self.campaign}", f"--cache={self.cache.folder}", f"--nice={self.nice}", f"--parent={os.getpid()}"]
+        return [sys.executable, "-m", "eg3d_rlhf.label.preparation", *flags]
+
+    def stop(self) -> None:
+        """End the worker, by force where it does not heed."""
+        with self._lock:
+            if self._process is None:
+                return
+            self._process.terminate()
+            try:
+                self._process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def ensure(self) -> None:
+        """Start a worker that was started and died before it was done; gives up after three deaths without a shape in between."""
+        with self._lock:
+            if self._process is None or self.running or self._process.returncode == 0:
+                return
+            progress = ShapeProgress.read(self._file)
+            done = progress.done if progress else 0
+            self._restarts = 0 if done > self._done else self._restarts + 1
+            self._done = max(done, self._done)
+            if self._restarts < _RESTARTS:
+                self.start()
+
+    def progress(self) -> dict:
+        """The fields of `ShapeProgress`, and 'running'; 'error' also says that the worker died."""
+        progress = ShapeProgress.read(self._file) or ShapeProgress(campaign=self.campaign)
+        process, error = self._process, progress.error
+        if error is None and not progress.finished and process is not None and process.poll() not in (None, 0):
+            error = f"the worker ended with code {process.returncode}; see {self.log}"
+        return {**asdict(progress), "error": error, "running": self.running}
+
+
+if __name__ == "__main__":
+    main()

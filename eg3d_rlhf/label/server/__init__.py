@@ -1,0 +1,1 @@
+"""The web server of the labelling application: who may ask what, and the answers."""

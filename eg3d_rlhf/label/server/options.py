@@ -1,0 +1,57 @@
+"""What a labelling server is made of, and its limits."""
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eg3d_rlhf.label.preparation import Preparation
+from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.store import Store
+
+STATIC = Path(__file__).resolve().parents[1] / "static"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one client may use. A rate of r with a burst of b: b at once, then r a second."""
+
+    body: int = 64 * 1024  # bytes of a request's body
+    body_seconds: float = 15.0  # until a body must have arrived
+    url: int = 2048  # bytes of path and query
+    requests: tuple[float, float] = (40.0, 200.0)  # rate and burst of one annotator
+    strangers: tuple[float, float] = (5.0, 60.0)  # of one address, for requests without a valid token or session
+    guesses: tuple[float, float] = (1 / 30, 10.0)  # of one address: wrong tokens
+    all_guesses: tuple[float, float] = (1.0, 100.0)  # of all addresses together: wrong tokens
+    session_seconds: float = 14 * 24 * 3600.0  # a login lasts so long
+
+    def __post_init__(self):
+        for name in ("requests", "strangers", "guesses", "all_guesses"):
+            rate, burst = getattr(self, name)
+            if rate <= 0 or burst < 1:
+                raise ValueError(f"Limits.{name}: expected a rate > 0 and a burst >= 1, got {rate} and {burst}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    """One server: one campaign of one store."""
+
+    store: Store
+    campaign: str  # name
+    cache: ShapeCache
+    preparation: Preparation | None = None  # None: all shapes are in the cache already, or are put there by somebody else
+    exposed: bool = False  # can be reached from other machines: tokens are compulsory
+    title: str = "Which shape is better?"  # heading of the page; annotators read it
+    static: Path = STATIC  # the page's files
+    access_log: Path | None = None  # see access_log.py; None: not kept
+    secret: bytes | None = None  # signs the CSRF tokens of the local annotator; None: kept in the cache folder
+    limits: Limits = field(default_factory=Limits)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to `host`."""
+    name = host.strip("[]").lower()
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name in LOOPBACK

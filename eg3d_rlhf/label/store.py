@@ -1,0 +1,204 @@
+"""The store of the labelling application: campaigns, annotators, assignments and append-only judgements in SQLite or PostgreSQL."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from sqlalchemy import Connection
+
+from eg3d_rlhf.label import accounts, answering, campaigns
+from eg3d_rlhf.label.campaigns import Plan
+from eg3d_rlhf.label.database import Database, Lock
+from eg3d_rlhf.label.issuing import Issuer
+from eg3d_rlhf.label.judgements import read_judgements
+from eg3d_rlhf.label.migrations import migrate
+from eg3d_rlhf.label.progress import read_progress
+from eg3d_rlhf.label.records import Answer, AssignedPair, CampaignSettings, JudgementRow, PlannedPair, Shape
+from eg3d_rlhf.label.stored import LOCAL, ConflictError, Progress, StoredAnnotator, StoredCampaign, Submitted
+
+__all__ = ["ConflictError", "Progress", "Store", "StoredAnnotator", "StoredCampaign", "Submitted"]
+
+
+class Store:
+    """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on the disk."""
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time):
+        self._database, self._clock = database, clock
+        self._plans: dict[int, Plan] = {}  # a campaign never changes
+        self._names: dict[int, str] = {}
+        self._local: StoredAnnotator | None = None
+        self._once = threading.Lock()
+
+    @classmethod
+    def open(cls, url: str, create: bool = True, clock: Callable[[], float] = time.time) -> "Store":
+        """Open 'sqlite:///labels.db' or 'postgresql://user@host/database', made if it is new and `create`, migrated if it is older.
+
+        Raises: ValueError for what is no store's URL or no store; OSError for what cannot be opened.
+        """
+        database = Database(url, create)
+        try:
+            migrate(database, create)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database, clock)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # --- campaigns
+
+    def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
+        """Store a plan; returns the campaign's id. Raises: ValueError for a name in use and pairs that cannot be shown."""
+        with self._database.write((Lock.SCHEMA, 1)) as c:
+            return campaigns.create(c, settings, pairs, self._clock())
+
+    def campaign(self, name: str | None = None) -> StoredCampaign | None:
+        """The campaign of that name, or the newest."""
+        with self._database.read() as c:
+            found = campaigns.listed(c, name)
+        return found[-1] if found else None
+
+    def campaigns(self) -> list[StoredCampaign]:
+        """All, oldest first."""
+        with self._database.read() as c:
+            return campaigns.listed(c)
+
+    def shape_of_asset(self, campaign_id: int, asset: str) -> Shape | None:
+        """What an asset token stands for."""
+        return self._plan(campaign_id).shapes.get(asset)
+
+    def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
+        """Asset tokens and shapes, each once, in order of the plan."""
+        return list(self._plan(campaign_id).shapes.items())
+
+    # --- annotators
+
+    def add_annotator(self, name: str, role: str = "annotator") -> str:
+        """Returns the token, which is shown this once. Raises: ValueError for a name in use or unfit, and unknown roles."""
+        with self._database.write((Lock.SCHEMA, 2)) as c:
+            return accounts.add(c, name, role, self._clock())
+
+    def revoke_annotator(self, name: str) -> None:
+        """Withdraw the token and end the sessions; judgements stay. Raises: ValueError for an unknown name."""
+        with self._database.write((Lock.SCHEMA, 2)) as c:
+            accounts.revoke(c, name, self._clock())
+
+    def annotators(self) -> list[StoredAnnotator]:
+        """All, oldest first."""
+        with self._database.read() as c:
+            return accounts.listed(c)
+
+    def authenticate(self, token: str) -> StoredAnnotator | None:
+        """Whoever has this token, unless it was revoked."""
+        with self._database.read() as c:
+            return accounts.by_token(c, token)
+
+    def local_annotator(self) -> StoredAnnotator:
+        """Whoever sits at this machine: an admin without a token."""
+        if self._local is None:
+            self._local = self.annotator_without_token(LOCAL, "admin")
+        return self._local
+
+    def annotator_without_token(self, name: str, role: str = "annotator") -> StoredAnnotator:
+        """The annotator of that name, made if new, with no token: for imports."""
+        with self._database.write((Lock.SCHEMA, 2)) as c:
+            return accounts.add_without_token(c, name, role, self._clock())
+
+    def open_session(self, annotator_id: int, seconds: float) -> str:
+        """A login of so many seconds; returns the random id for the cookie."""
+        with self._database.write() as c:
+            return accounts.open_session(c, annotator_id, seconds, self._clock())
+
+    def session(self, session_id: str) -> StoredAnnotator | None:
+        """Whose login it is, while it lasts and the token is not revoked."""
+        with self._database.read() as c:
+            return accounts.by_session(c, session_id, self._clock())
+
+    def close_session(self, session_id: str) -> None:
+        """Log out."""
+        with self._database.write() as c:
+            accounts.close_session(c, session_id)
+
+    # --- work
+
+    def assignments(
+        self, campaign_id: int, annotator_id: int, count: int = 3, ready: Callable[[str], bool] | None = None
+    ) -> list[AssignedPair]:
+        """Up to `count` open assignments, an undone one first, then the oldest; new ones are issued until there are so many.
+
+        `ready(asset)`: issue only pairs both of whose shapes are prepared. Fewer or none when the annotator is done or must wait.
+        """
+        prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
+        return self._issuer(campaign_id, annotator_id).assignments(count, prepared)
+
+    def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
+        """Record an answer. A key that was used before changes nothing and gives the first result.
+
+        Raises: ValueError for answers that cannot be stored; LookupError for an assignment that is not this annotator's;
+        ConflictError when it is answered already, or the key was an undo's.
+        """
+        answering.check_answer(answer)
+        plan = self._plan(campaign_id)
+        with self._database.write((Lock.ANNOTATOR, annotator_id)) as c:
+            return answering.submit(c, plan, annotator_id, answer, self._clock())
+
+    def undo(self, campaign_id: int, annotator_id: int, key: str, assignment: str | None = None) -> str | None:
+        """Take back the annotator's last counting answer, or that of `assignment`, with a further record; idempotent by key.
+
+        Returns the token of the assignment that is open again, None if there was nothing to take back.
+        Raises: LookupError for a foreign assignment; ConflictError when the key was an answer's; ValueError for an unfit key.
+        """
+        answering.check_text("key", key)
+        with self._database.write((Lock.ANNOTATOR, annotator_id)) as c:
+            return answering.undo(c, campaign_id, annotator_id, key, assignment, self._clock())
+
+    def progress(self, campaign_id: int, annotator_id: int) -> Progress:
+        """How far the annotator is."""
+        plan = self._plan(campaign_id)
+        with self._database.read() as c:
+            return read_progress(c, plan, annotator_id, self._clock())
+
+    def judgements(
+        self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
+    ) -> Iterator[JudgementRow]:
+        """Choices in order of receipt."""
+        return read_judgements(self._database, campaign, annotators, include_undone)
+
+    # --- for imports and exports
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """A connection to read the tables with."""
+        return self._database.read()
+
+    def writing(self, *locks: tuple[Lock, int]) -> AbstractContextManager[Connection]:
+        """A transaction to write the tables with."""
+        return self._database.write(*locks)
+
+    def now(self) -> float:
+        """The store's clock, seconds since 1970."""
+        return self._clock()
+
+    # --- what does not change
+
+    def _plan(self, campaign_id: int) -> Plan:
+        plan = self._plans.get(campaign_id)
+        if plan is None:
+            with self._database.read() as c:
+                plan = self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
+        return plan
+
+    def _issuer(self, campaign_id: int, annotator_id: int) -> Issuer:
+        if annotator_id not in self._names:
+            self._names.update({known.id: known.name for known in self.annotators()})
+        if annotator_id not in self._names:
+            raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
+        return Issuer(self._database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self._clock)

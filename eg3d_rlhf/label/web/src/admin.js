@@ -1,0 +1,192 @@
+// The results page: figures of annotators and answers while they come in, and who has access.
+
+import { Api, signIn } from './api.js';
+import { duration } from './pace.js';
+import { rowsPlot, timelinePlot } from './plots.js';
+import { watchTheme } from './theme.js';
+
+const EVERY = 3000; // milliseconds
+const LOCAL = 'local'; // whoever sits at the server's machine; has no token
+const STRENGTHS = 40; // of the strongest and weakest shapes that are drawn
+
+const api = new Api();
+const page = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
+let seen = ''; // the figures on the page, to leave it alone while nothing changes
+
+async function start() {
+  watchTheme(page.theme);
+  page.add.addEventListener('submit', create);
+  page.copy.addEventListener('click', copyToken);
+  page.revoke.addEventListener('click', revoke);
+  page.tokenDialog.addEventListener('close', () => { page.token.textContent = ''; });
+  for (const button of document.querySelectorAll('[data-close]')) button.addEventListener('click', () => button.closest('dialog').close());
+  document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
+  await poll();
+}
+
+async function poll() {
+  clearTimeout(poll.timer);
+  try {
+    if (!api.csrf) await api.session();
+    const [quality, annotators] = await Promise.all([api.json('GET', '/api/admin/quality'), api.json('GET', '/api/admin/annotators')]);
+    const text = JSON.stringify([quality, annotators]);
+    if (text !== seen) show(quality, annotators);
+    seen = text;
+    page.fresh.textContent = `Live, as of ${new Date().toLocaleTimeString('en-GB')}`;
+  } catch (error) {
+    if (error.status === 401) signIn();
+    page.fresh.textContent = `${error.message} Trying again …`;
+  }
+  if (!document.hidden) poll.timer = setTimeout(poll, EVERY);
+}
+
+function show(quality, annotators) {
+  overview(quality);
+  table(quality.annotators, annotators);
+  page.timeline.replaceChildren(timelinePlot(quality.timeline));
+  page.sides.replaceChildren(rowsPlot(
+    quality.annotators.map((one) => ({ label: one.name, value: one.left_share, ci95: one.left_share_ci95, note: `of ${one.left_right_n}` })),
+    { low: 0, high: 1, middle: 0.5, percent: true },
+  ));
+  page.kappas.replaceChildren(rowsPlot(
+    quality.agreement.cohen_kappa.map((one) => ({ label: `${one.a} – ${one.b}`, value: one.kappa, ci95: one.ci95, note: `over ${one.n} pairs` })),
+    { low: -1, high: 1, middle: 0 },
+  ));
+  page.strengths.replaceChildren(strengthsPlot(quality.bradley_terry));
+}
+
+function strengthsPlot(all) {
+  const half = STRENGTHS / 2;
+  const drawn = all.length > STRENGTHS ? [...all.slice(0, half), ...all.slice(-half)] : all;
+  const reach = Math.max(1, ...drawn.flatMap((one) => one.ci95 ?? [one.strength]).filter(Number.isFinite).map(Math.abs));
+  const entries = drawn.map((one) => ({ label: one.label, value: one.strength, ci95: one.ci95, note: `${one.comparisons} comparisons` }));
+  return rowsPlot(entries, { low: -reach, high: reach, middle: 0, width: 960 });
+}
+
+function overview({ judgements, agreement, cycles, annotators, preparation }) {
+  page.judgements.textContent = judgements.toLocaleString('en-GB');
+  page.judgementsNote.textContent = `by ${annotators.length} ${annotators.length === 1 ? 'annotator' : 'annotators'}`;
+  const alpha = agreement.krippendorff_alpha;
+  page.alpha.textContent = alpha === null ? '–' : alpha.toFixed(2);
+  page.alphaNote.textContent = agreement.alpha_ci95 ? `95 %: ${agreement.alpha_ci95.map((bound) => bound.toFixed(2)).join(' to ')}` : 'needs pairs judged by two';
+  page.cyclic.textContent = cycles.triples ? `${cycles.cyclic} of ${cycles.triples}` : '–';
+  page.cyclicNote.textContent = cycles.triples ? 'A beats B, B beats C, C beats A' : 'no three shapes compared with each other';
+  page.prepared.textContent = `${preparation.done} of ${preparation.total}`;
+  page.preparedBar.value = preparation.total ? preparation.done / preparation.total : 0;
+  const left = preparation.seconds_left;
+  page.preparedNote.textContent = preparation.done < preparation.total && left !== null ? `${duration(left)} left` : '';
+}
+
+// Everybody with access and everybody with judgements, in one table.
+function table(qualities, annotators) {
+  const focused = document.activeElement?.dataset.revoke;
+  const names = [...new Set([...annotators.map((one) => one.name), ...qualities.map((one) => one.name)])];
+  page.annotators.replaceChildren(...names.map((name) => row(
+    name, qualities.find((one) => one.name === name), annotators.find((one) => one.name === name),
+  )));
+  if (focused) page.annotators.querySelector(`[data-revoke="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function row(name, quality, access) {
+  const line = document.createElement('tr');
+  const head = cell(name, access?.role === 'admin' ? 'admin' : '');
+  line.append(head);
+  const figures = quality ? [
+    [quality.judgements], [quality.per_hour === null ? '–' : Math.round(quality.per_hour)],
+    [quality.median_seconds === null ? '–' : `${quality.median_seconds.toFixed(1)} s`],
+    share(quality.left_share, quality.left_share_ci95), share(quality.self_consistency, quality.self_consistency_ci95, quality.self_consistency_n),
+    share(quality.swap_consistency, quality.swap_consistency_ci95, quality.swap_consistency_n),
+    share(quality.gold_accuracy, quality.gold_ci95, quality.gold_n), [quality.ties], [quality.skips],
+  ] : [[0], ...Array(8).fill(['–'])];
+  for (const [value, note] of figures) {
+    const figure = cell(value, note);
+    figure.dataset.number = '';
+    line.append(figure);
+  }
+  line.append(flags(quality?.flags ?? []), accessCell(name, access));
+  line.classList.toggle('revoked', Boolean(access?.revoked));
+  return line;
+}
+
+function share(value, interval, count) {
+  if (value === null) return ['–'];
+  const range = interval ? `${interval.map((bound) => Math.round(100 * bound)).join('–')} %` : '';
+  return [`${Math.round(100 * value)} %`, count === undefined ? range : `${range}, n = ${count}`];
+}
+
+function cell(text, note = '') {
+  const element = document.createElement('td');
+  element.textContent = String(text);
+  if (note) {
+    const small = document.createElement('small');
+    small.textContent = note;
+    element.append(small);
+  }
+  return element;
+}
+
+function flags(words) {
+  const element = document.createElement('td');
+  for (const word of words) {
+    const flag = document.createElement('span');
+    flag.className = 'flag';
+    flag.textContent = `⚑ ${word}`;
+    element.append(flag);
+  }
+  return element;
+}
+
+function accessCell(name, access) {
+  if (!access || access.name === LOCAL) return cell('');
+  if (access.revoked) return cell('revoked');
+  const element = document.createElement('td');
+  const button = document.createElement('button');
+  button.type = 'button';
+  button.dataset.revoke = name;
+  button.textContent = 'Revoke';
+  button.setAttribute('aria-label', `Revoke ${name}`);
+  button.addEventListener('click', () => {
+    page.revokeName.textContent = name;
+    page.revokeDialog.showModal();
+  });
+  element.append(button);
+  return element;
+}
+
+async function create(event) {
+  event.preventDefault();
+  page.addError.textContent = '';
+  try {
+    const { token } = await api.json('POST', '/api/admin/annotators', { name: page.name.value.trim(), role: page.role.value });
+    page.tokenName.textContent = page.name.value.trim();
+    page.token.textContent = token;
+    page.copy.textContent = 'Copy';
+    page.tokenDialog.showModal();
+    page.add.reset();
+    await poll();
+  } catch (error) {
+    page.addError.textContent = `${error.message} ${error.remedy}`;
+  }
+}
+
+async function copyToken() {
+  try {
+    await navigator.clipboard.writeText(page.token.textContent);
+    page.copy.textContent = 'Copied';
+  } catch {
+    getSelection().selectAllChildren(page.token);
+    page.copy.textContent = 'Press Ctrl+C';
+  }
+}
+
+async function revoke() {
+  page.revokeDialog.close();
+  try {
+    await api.json('POST', '/api/admin/annotators/revoke', { name: page.revokeName.textContent });
+    await poll();
+  } catch (error) {
+    page.addError.textContent = `${error.message} ${error.remedy}`;
+  }
+}
+
+start();

@@ -1,0 +1,76 @@
+// The server's answers as objects, its refusals as errors with a status; status 0 is no connection.
+
+export class ApiError extends Error {
+  constructor(status, message, remedy = '', retryAfter = null) {
+    super(message);
+    this.status = status;
+    this.remedy = remedy;
+    this.retryAfter = retryAfter; // seconds, where the server named them
+  }
+
+  get temporary() {
+    return this.status === 0 || this.status === 408 || this.status === 425 || this.status === 429 || this.status >= 500;
+  }
+}
+
+const TIMEOUT = 20_000; // milliseconds: a phone between two masts hangs rather than fails
+
+export class Api {
+  csrf = '';
+
+  async session() {
+    const session = await this.json('GET', '/api/session');
+    this.csrf = session.csrf;
+    return session;
+  }
+
+  assignments(count) {
+    return this.json('GET', `/api/assignments?count=${count}`);
+  }
+
+  // Calls an address and returns the JSON body; throws ApiError.
+  async json(method, path, body = undefined) {
+    const response = await this.request(method, path, body);
+    try {
+      return await response.json();
+    } catch {
+      throw new ApiError(0, 'The connection broke off.');
+    }
+  }
+
+  async request(method, path, body = undefined) {
+    const headers = { Accept: 'application/json' };
+    if (method !== 'GET') headers['X-CSRF-Token'] = this.csrf;
+    if (body !== undefined) headers['Content-Type'] = 'application/json';
+    const options = { method, headers, credentials: 'same-origin', signal: timeout(TIMEOUT) };
+    if (body !== undefined) options.body = JSON.stringify(body);
+    let response;
+    try {
+      response = await fetch(path, options);
+    } catch {
+      throw new ApiError(0, 'No connection to the server.');
+    }
+    if (!response.ok) throw await refusal(response);
+    return response;
+  }
+}
+
+export function signIn() {
+  location.assign('/login');
+}
+
+async function refusal(response) {
+  let told = {};
+  try {
+    told = await response.json();
+  } catch { /* not JSON: the status says enough */ }
+  const seconds = Number.parseFloat(response.headers.get('Retry-After'));
+  return new ApiError(response.status, told.error || `The server answered ${response.status}.`, told.remedy || '',
+    Number.isFinite(seconds) ? seconds : null);
+}
+
+function timeout(milliseconds) {
+  const controller = new AbortController();
+  setTimeout(() => controller.abort(), milliseconds);
+  return controller.signal;
+}

@@ -1,0 +1,277 @@
+// The label page: two shapes, one question. Puts the parts together.
+
+import { Api, signIn } from './api.js';
+import { helpDialog, skipDialog } from './dialogs.js';
+import { watchGestures } from './gestures.js';
+import { watchKeys } from './keys.js';
+import { Looking } from './looking.js';
+import { Outbox } from './outbox.js';
+import { Pace } from './pace.js';
+import { Shapes } from './shapes.js';
+import { Stopwatch } from './stopwatch.js';
+import { watchTheme } from './theme.js';
+import { Ui } from './ui.js';
+import { Viewer } from './viewer.js';
+import { Work } from './work.js';
+
+const GLANCE = 100; // milliseconds: nobody judges faster, so a second press so soon is a slip
+const ANSWERS = ['choose', 'skip', 'undo', 'openHelp']; // commands about the work; the others are about the view
+const PATIENCE = 1500; // milliseconds that an answer may take before the page says that it waits
+
+class LabelPage {
+  ui = new Ui();
+  api = new Api();
+  pace = new Pace();
+  watch = new Stopwatch();
+  said = null; // the answer given last, for the screen reader
+
+  async start() {
+    watchTheme(this.ui.theme, () => this.viewer?.request());
+    this.session = await this.signedIn();
+    this.viewer = this.makeViewer();
+    if (!this.viewer) return;
+    this.looking = new Looking(this.ui, this.viewer, this.session.show_render);
+    this.shapes = new Shapes(this.api, { keep: (mesh) => this.viewer.keep(mesh), drop: (shape) => this.viewer.drop(shape) });
+    this.outbox = new Outbox(this.api, this.session.annotator, {
+      delivered: (item, reply) => this.delivered(item, reply),
+      refused: (item, error) => this.refused(item, error),
+      changed: () => this.queueChanged(),
+      unauthorised: signIn,
+      forbidden: () => this.renewSession(),
+    });
+    this.work = new Work(this.api, this.outbox, this.shapes, this.session.annotator, {
+      open: (pair, started) => this.open(pair, started),
+      idle: (state, text, share) => this.idle(state, text, share),
+      progress: () => this.showProgress(),
+      failed: (error) => this.failed(error),
+    });
+    this.dress();
+    this.listen();
+    this.publish();
+    this.queueChanged();
+    this.outbox.flush();
+    await this.work.refill();
+    this.help.welcome();
+  }
+
+  // The session; waits for the server as long as it takes.
+  async signedIn() {
+    for (let wait = 1000; ; wait = Math.min(2 * wait, 15_000)) {
+      try {
+        return await this.api.session();
+      } catch (error) {
+        if (error.status === 401) signIn();
+        else this.ui.show('offline', `${error.message} Trying again …`);
+        await new Promise((resolve) => { setTimeout(resolve, wait); });
+      }
+    }
+  }
+
+  async renewSession() {
+    const session = await this.api.session();
+    if (session.annotator === this.session.annotator) return true;
+    location.reload(); // somebody else has signed in here; the answers stay with whose they are
+    return false;
+  }
+
+  makeViewer() {
+    try {
+      return new Viewer(this.ui.canvas, { left: this.ui.left, right: this.ui.right });
+    } catch {
+      this.ui.show('refused', 'This browser cannot draw in 3D (WebGL 2 is off). Switch on hardware acceleration, or use a recent Firefox, Chrome, Edge or Safari.');
+      return null;
+    }
+  }
+
+  dress() {
+    const { title, annotator, exposed, show_render: showRender, skip_reasons: reasons } = this.session;
+    document.title = title || document.title;
+    this.ui.title.textContent = title || 'Shape comparison';
+    this.ui.who.textContent = exposed ? annotator : '';
+    this.ui.signOut.hidden = !exposed;
+    this.ui.render.hidden = !showRender;
+    this.ui.renderHelp.hidden = !showRender;
+    this.ui.admin.hidden = this.session.role !== 'admin';
+    this.help = helpDialog(this.ui.helpDialog, `eg3d-welcome:${annotator}`);
+    this.skipping = skipDialog(this.ui.skipDialog, this.ui.reasons, reasons, (reason) => this.choose('skip', reason));
+  }
+
+  listen() {
+    const command = (name, ...rest) => (ANSWERS.includes(name) ? this[name](...rest) : this.looking[name](...rest));
+    watchKeys(command);
+    for (const pane of [this.ui.left, this.ui.right]) watchGestures(pane, this.viewer.orbit, (view) => this.looking.moved(view));
+    for (const button of document.querySelectorAll('[data-choice]')) {
+      button.addEventListener('click', () => this.choose(button.dataset.choice));
+    }
+    for (const button of document.querySelectorAll('[data-view]')) button.addEventListener('click', () => command('view', button.dataset.view));
+    for (const name of ['skip', 'undo', 'openHelp', 'reset', 'normals', 'wireframe', 'render']) {
+      this.ui[name].addEventListener('click', () => command(name));
+    }
+    this.ui.onward.addEventListener('click', () => this.goOn());
+    this.ui.signOut.addEventListener('click', () => this.leave());
+  }
+
+  // ---- answers
+
+  choose(choice, reason = null) {
+    const skippable = choice === 'skip' && this.ui.state === 'failed';
+    if (!this.work.current || !(skippable || (this.ui.state === 'label' && this.watch.milliseconds >= GLANCE))) return;
+    const started = performance.now();
+    const { training } = this.work.current;
+    const body = {
+      key: newKey(), choice, milliseconds: Math.min(this.watch.stop(), 86_400_000), views: [...this.looking.views], answered_at: Date.now() / 1000,
+      page_version: this.session.page_version,
+    };
+    if (reason) body.reason = reason;
+    this.said = choice;
+    this.ui.flash(choice);
+    if (!training) this.pace.answered();
+    this.awaited = training ? body.key : null;
+    this.work.answer(body);
+    if (training) this.ui.show('checking');
+    else this.work.next(started);
+  }
+
+  skip() {
+    if (['label', 'failed'].includes(this.ui.state)) this.skipping.open();
+  }
+
+  undo() {
+    if (['checking', 'explained'].includes(this.ui.state)) return;
+    this.said = 'undo';
+    if (!this.work.undo(newKey(), performance.now())) this.ui.say('There is nothing to take back without a connection.', true);
+  }
+
+  goOn() {
+    if (this.ui.state === 'explained') this.work.next(performance.now());
+  }
+
+  delivered(item, reply) {
+    this.work.progress = reply.progress;
+    if (item.path === '/api/undo') this.takenBack(item, reply);
+    else if (item.body.key === this.awaited) this.explain(reply.training);
+    this.showProgress();
+    if (!this.work.current || this.work.upcoming.length < 4) this.work.refill();
+  }
+
+  takenBack(item, reply) {
+    if (!reply.assignment) {
+      this.ui.say('There is nothing to take back.', true);
+      if (item.body.assignment) this.work.forget(item.body.assignment);
+    } else if (!item.body.assignment) this.work.reopenToken(reply.assignment);
+  }
+
+  explain(result) {
+    this.awaited = null;
+    if (!result) {
+      this.work.next();
+      return;
+    }
+    const other = { left: 'right', right: 'left' }[this.said];
+    this.ui.explain(result, result.correct === null || !other ? null : result.correct ? this.said : other);
+  }
+
+  refused(item, error) {
+    const again = item.body.key === this.awaited;
+    this.awaited = null;
+    const why = error.status === 409 ? 'That pair was already answered, perhaps in another window.' : `An answer was refused: ${error.message}`;
+    this.ui.say(why, true);
+    if (item.body.assignment) this.work.forget(item.body.assignment, error.status === 409);
+    if (again && this.ui.state === 'checking') this.work.next();
+  }
+
+  queueChanged() {
+    const { size, stuck } = this.outbox;
+    clearTimeout(this.late);
+    const late = stuck || !navigator.onLine;
+    this.ui.queued(size, late || (size > 0 && !this.ui.queue.hidden));
+    if (size && !late) this.late = setTimeout(() => this.ui.queued(this.outbox.size, true), PATIENCE);
+    if (this.awaited && stuck) this.explain({ correct: null, explanation: 'The explanation cannot be loaded without a connection.' });
+    if (this.work) this.showProgress();
+  }
+
+  // ---- pairs
+
+  async open(pair, started) {
+    this.looking.begin(pair);
+    this.watch.stop();
+    let shapes = this.shapes.ready(pair);
+    if (!shapes) {
+      this.looking.show(null);
+      this.ui.show('loading', 'Loading the next pair …');
+      try {
+        shapes = await this.shapes.load(pair);
+      } catch (error) {
+        if (error.status === 401) signIn();
+        if (this.work.current === pair) this.ui.show('failed', `${error.message} Skip it, or reload the page.`);
+        return;
+      }
+      if (this.work.current !== pair) return;
+    }
+    this.looking.show(shapes);
+    this.ui.show('label');
+    this.ui.pair(pair, this.work.done + 1, this.work.progress.total, this.said);
+    this.said = null;
+    this.showProgress();
+    this.watch.start();
+    await frames(2); // the frame that holds the drawing has gone to the screen
+    if (started !== null) performance.measure('next-pair', { start: started, end: performance.now() });
+  }
+
+  idle(state, text, share) {
+    this.looking.show(null);
+    this.showProgress();
+    this.ui.show(state, text || `You have judged ${this.work.done} pairs. You may close this page.`, share);
+  }
+
+  failed(error) {
+    if (error.status === 401) signIn();
+    else this.ui.show('refused', `${error.message} ${error.remedy}`);
+  }
+
+  showProgress() {
+    this.ui.progress(this.work.done, this.work.progress, this.pace, this.work.current?.training ?? false);
+    this.ui.undo.disabled = !this.work.history.length && !this.work.done;
+  }
+
+  openHelp() {
+    this.help.open();
+  }
+
+  // Signing out empties this site's storage, so answers that wait must be sent first.
+  async leave() {
+    if (this.outbox.size) {
+      this.ui.say(`${this.outbox.size} waiting to be sent: sign out once they have arrived.`, true);
+      this.outbox.flush(true);
+      return;
+    }
+    await this.api.request('POST', '/logout').catch(() => {});
+    signIn();
+  }
+
+  // What the page knows, for tests and the curious; reading changes nothing.
+  publish() {
+    const page = this;
+    window.labelState = Object.freeze({
+      get state() { return page.ui.state; },
+      get pair() { return page.work.current && { ...page.work.current }; },
+      get done() { return page.work.done; },
+      get ahead() { return page.work.upcoming.filter((pair) => page.shapes.ready(pair)).length; },
+      get queued() { return page.outbox.size; },
+      get cameras() { return structuredClone(page.viewer.cameras); },
+      get orbit() { return page.viewer.orbit.state; },
+      get triangles() { return { ...page.viewer.triangles }; },
+    });
+  }
+}
+
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+async function frames(count) {
+  for (let i = 0; i < count; i += 1) await new Promise((resolve) => { requestAnimationFrame(resolve); });
+}
+
+new LabelPage().start();

@@ -1,0 +1,177 @@
+"""The command line of the blind study: design and serve it, report on it, and the calculations beside it."""
+
+import copy
+import json
+import socket
+from dataclasses import MISSING
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from eg3d_rlhf.cli import option
+from eg3d_rlhf.label.commands import LabelGroup, ServerFlags
+from eg3d_rlhf.label.launch import open_store
+from eg3d_rlhf.label.preparation import Preparation
+from eg3d_rlhf.label.server.app import serve
+from eg3d_rlhf.label.server.options import AppOptions
+from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
+from eg3d_rlhf.label.subcommands import add_annotator, annotators, revoke
+from eg3d_rlhf.label.urls import without_password
+from eg3d_rlhf.study.design import ExclusionRules, StudyDesign, read_design
+from eg3d_rlhf.study.launch import Folder, check_exposed, make_design, planned_trials, prepare
+from eg3d_rlhf.study.power import PowerOptions
+from eg3d_rlhf.study.subcommands import OUTDIR, power, report, simulate
+
+_OUTSIDE = ("outdir", "db")  # the only flags that sub-commands take from before their name
+
+
+def default(owner: type, name: str) -> object:
+    """The default of a field."""
+    value = owner.__dataclass_fields__[name].default
+    assert value is not MISSING, name
+    return value
+
+
+def owned(owner: type, name: str, group: str, **kwargs):
+    """An option named and set as its owner's field."""
+    return option(f"--{name.replace('_', '-')}", default=default(owner, name), group=group, **kwargs)
+
+
+SHARE, RATE = click.FloatRange(0, 1), click.FloatRange(0, 1, min_open=True, max_open=True)
+
+
+@click.command("study", cls=LabelGroup, invoke_without_command=True)
+@option("--a", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="Network file or run folder.")
+@option("--b", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="The one it is compared with.")
+@option("--label-a", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call a.")
+@option("--label-b", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call b.")
+@option("--n", metavar="INT", type=click.IntRange(min=1), default=None, show_default="from the power calculation", group="Study",
+        help="Trials after which the study is over.")
+@option("--annotators", metavar="INT", type=click.IntRange(min=1), default=default(StudyDesign, "annotators"), group="Study",
+        help="People who are asked.")
+@option("--annotators-per-pair", metavar="INT", type=click.IntRange(min=1), default=None, show_default="2 where there are several",
+        group="Study", help="Different annotators to judge each pair.")
+@owned(StudyDesign, "seed", "Study", metavar="INT", type=click.IntRange(min=0), help="Decides latents, checks, order and sides.")
+@owned(StudyDesign, "ties", "Study", type=click.Choice(["half", "excluded"]), help="How ties count.")
+@owned(StudyDesign, "until", "Study", metavar="TIME", show_default="no end", help="ISO 8601 with offset: over then in any case.")
+@owned(StudyDesign, "gold_every", "Study", metavar="TRIALS", type=click.IntRange(min=0), help="One gold check in so many trials; 0: none.")
+@owned(PowerOptions, "true_rate", "Power", metavar="0..1", type=SHARE, help="Win rate among decided trials that must be shown.")
+@owned(PowerOptions, "alpha", "Power", metavar="0..1", type=RATE, help="False alarms; intervals are of 1 - alpha.")
+@owned(PowerOptions, "power", "Power", metavar="0..1", type=RATE, help="Chance of showing the true rate.")
+@owned(PowerOptions, "tie_share", "Power", metavar="0..1", type=SHARE, help="Share of ties that is expected.")
+@owned(PowerOptions, "annotator_icc", "Power", metavar="0..1", type=SHARE, help="Correlation within annotators that is expected.")
+@owned(PowerOptions, "latent_icc", "Power", metavar="0..1", type=SHARE, help="Correlation within pairs that is expected.")
+@owned(StudyDesign, "psi", "Shapes", metavar="0..2", type=click.FloatRange(0, 2), help="Truncation.")
+@owned(StudyDesign, "level", "Shapes", metavar="FLOAT", type=float, help="Raw density of the surface.")
+@owned(StudyDesign, "resolution", "Shapes", metavar="POINTS", type=click.IntRange(16, 512), help="Grid points per axis.")
+@owned(StudyDesign, "triangles", "Shapes", metavar="INT", type=click.IntRange(100, 10**6), help="Per shape, about.")
+@owned(ExclusionRules, "gold_accuracy", "Exclusions", metavar="0..1", type=SHARE, help="Annotators below it on gold checks are left out.")
+@owned(ExclusionRules, "gold_least", "Exclusions", metavar="INT", type=click.IntRange(min=1), help="... after so many checks.")
+@owned(ExclusionRules, "fast_milliseconds", "Exclusions", metavar="INT", type=click.IntRange(min=0), help="Faster trials are left out.")
+@owned(ExclusionRules, "fast_share", "Exclusions", metavar="0..1", type=SHARE, help="Annotators with more fast trials are left out.")
+@owned(ExclusionRules, "least_share", "Exclusions", metavar="0..1", type=SHARE, help="Annotators who did less of their share are left out.")
+@owned(StudyDesign, "resamples", "Exclusions", metavar="INT", type=click.IntRange(min=100), help="Of the bootstraps in the report.")
+@option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=OUTDIR, help="The study's folder.")
+@option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
+@option("--db", metavar="URL", default=None, show_default="study.db in the folder", help="Database of the answers.")
+@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
+@option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
+@option("--host", metavar="ADDRESS", default="127.0.0.1", group="Server",
+        help="Address to bind to. Any but loopback makes annotators' tokens compulsory.")
+@option("--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one.", group="Server")
+@option("--certificate", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, group="Server",
+        help="PEM file; with --key, the server speaks https.")
+@option("--key", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, group="Server",
+        help="PEM file of the certificate's key.")
+@option("--proxy", metavar="ADDRESS", default=None, group="Server",
+        help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory.")
+@option("--access-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, group="Server",
+        show_default="access.jsonl in the folder", help="Requests as JSON lines, without tokens.")
+@option("--title", metavar="TEXT", default=AppOptions.title, help="Heading of the page; annotators read it.", group="Server")
+@click.pass_context
+def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
+    """Compare two generators blind: designs the study, serves it and prints the address; then `report`.
+
+    \b
+    Example:
+        python tools/study.py --a=before --b=after --n=300 --annotators=6
+    """
+    folder, name = Folder(outdir, db), name or outdir.resolve().name
+    ctx.obj, ctx.meta["folder"] = folder.url, folder
+    given = {p for p in ctx.params if ctx.get_parameter_source(p) is ParameterSource.COMMANDLINE}
+    if ctx.invoked_subcommand is not None:
+        _refuse_others(ctx, given)
+        return
+    names = ("host", "port", "certificate", "key", "proxy", "title", "cache")
+    server = ServerFlags(**{key: flags[key] for key in names}, access_log=flags["access_log"] or outdir / "access.jsonl")
+    if dry_run:
+        click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))
+        return
+    if server.exposed:
+        check_exposed(folder, server.host)
+    design, _ = prepare(folder, name, flags, given, lambda text: click.echo(text, err=True))
+    _serve(folder, design, server)
+
+
+def _refuse_others(ctx: click.Context, given: set[str]) -> None:
+    used = [p.opts[0] for p in ctx.command.params if p.name in given and p.name not in _OUTSIDE]
+    if used:
+        raise ValueError(f"{', '.join(used)}: expected only --outdir and --db before {ctx.invoked_subcommand}. Write other flags after it.")
+
+
+def _dry_run(folder: Folder, name: str, flags: dict, server: ServerFlags) -> dict:
+    """What would be done; nothing is written."""
+    new = not folder.design.exists()
+    if new:
+        planned_trials(flags, lambda text: click.echo(f"Warning: {text}", err=True))
+    design = make_design(name, flags) if new else read_design(folder.design)
+    reached = {"host": server.host, "port": server.port, "exposed": server.exposed, "https": server.certificate is not None}
+    content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
+    return {
+        "action": "design" if new else "resume", "outdir": str(folder.path), "db": without_password(folder.url), "cache": str(server.cache),
+        **reached, "proxy": server.proxy, "title": server.title, "latents": design.latents, "trials_per_annotator": design.quota,
+        "design": content,
+    }  # fmt: skip
+
+
+def _serve(folder: Folder, design: StudyDesign, server: ServerFlags) -> None:
+    """Serve until interrupted."""
+    with open_store(folder.url, create=False) as store:
+        cache = ShapeCache(server.cache)
+        options = AppOptions(
+            store=store, campaign=design.name, cache=cache, preparation=Preparation(folder.url, design.name, cache), exposed=server.exposed,
+            title=server.title, access_log=server.access_log,
+        )  # fmt: skip
+        try:
+            serve(
+                options, server.host, server.port, certificate=server.certificate, key=server.key, proxy=server.proxy,
+                on_listening=lambda address: _announce(address, folder, design, server),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            click.echo("stopped; every answer is kept, the same command goes on")
+
+
+def _announce(address: str, folder: Folder, design: StudyDesign, server: ServerFlags) -> None:
+    for everywhere in ("//0.0.0.0:", "//[::]:"):
+        address = address.replace(everywhere, f"//{socket.gethostname()}:")
+    click.echo(f"study at {address}  (Ctrl-C stops)")
+    if design.annotators > 1:
+        make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
+        click.echo(f"{design.annotators} annotators are planned: each needs a token ({make}) and logs in at {address}login")
+    if server.exposed and server.certificate is None and server.proxy is None:
+        click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
+
+
+def beside(command: click.Command) -> click.Command:
+    """A sub-command of the labelling tool, on the study's database."""
+    clone = copy.copy(command)
+    clone.params = [copy.copy(p) for p in command.params]
+    for parameter in clone.params:
+        if parameter.name == "db":
+            parameter.show_default = "the study's"
+    return clone
+
+
+for command in (report, power, simulate, *(beside(c) for c in (add_annotator, revoke, annotators))):
+    main.add_command(command)

@@ -1,0 +1,191 @@
+"""A study's design: everything that could be chosen to please, chosen and written down with a hash before the first answer."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from eg3d_rlhf.preferences.labels import MAX_SEED
+from training.storage import write_atomic
+
+FORMAT = 1
+PLAN = (
+    "The win rate is the mean score of b over the counted trials: 1 where b was preferred, 0 where a was; ties by `ties`.",
+    "Primary: the interval of the win rate that allows for trials sharing annotators and latents (two-way clustered variance, Wilson's "
+    "form, t quantile); b differs from a where it leaves out one half.",
+    "Beside it: Wilson's interval and the exact binomial test on decided trials, which take trials as independent; percentile bootstraps "
+    "over annotators, over latents and over both.",
+    "Trials are the first `trials` answers to pairs in order of receipt; gold checks, training and what was taken back are not trials; "
+    "skipped pairs use a trial up and have no score.",
+    "Exclusions by the rules written here and no others; the result without them is shown beside.",
+    "The report is made once, after the stopping rule is met; what is looked at before is marked as interim.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One of the two generators."""
+
+    label: str  # how reports call it; annotators never see it
+    source: str  # file or run folder; '' is the bundled generator
+    generator: str  # sha256 hex of the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExclusionRules:
+    """Who and what is left out of the primary result."""
+
+    gold_accuracy: float = 0.75  # an annotator with a lower share of gold checks right is left out, 0..1
+    gold_least: int = 3  # ... judged only after so many gold checks
+    fast_milliseconds: int = 600  # a trial answered sooner is left out
+    fast_share: float = 0.25  # an annotator with a larger share of such trials is left out, 0..1
+    least_share: float = 0.5  # an annotator who answered less of her share of the trials is left out, 0..1
+
+    def __post_init__(self):
+        for name in ("gold_accuracy", "fast_share", "least_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}.")
+        if self.gold_least < 1 or self.fast_milliseconds < 0:
+            raise ValueError(f"expected gold_least >= 1 and fast_milliseconds >= 0, got {self.gold_least} and {self.fast_milliseconds}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyDesign:
+    """All that is decided beforehand."""
+
+    name: str
+    a: Contender
+    b: Contender
+    trials: int  # answers to pairs after which the study is over
+    annotators: int = 1  # people who are asked
+    annotators_per_pair: int = 1
+    seed: int = 0  # decides latents, gold checks, order and sides
+    psi: float = 0.7
+    level: float = 10.0  # raw density of the surface
+    resolution: int = 128  # grid points per axis
+    triangles: int = 30_000
+    gold_every: int = 10  # one gold check in so many trials of an annotator; 0: none
+    ties: str = "half"  # 'half' a win for each, or 'excluded'
+    until: str | None = None  # ISO 8601 time with offset: the study is over then even if trials are missing
+    confidence: float = 0.95
+    resamples: int = 4000  # of the bootstraps
+    exclusions: ExclusionRules = field(default_factory=ExclusionRules)
+    power: dict = field(default_factory=dict, hash=False)  # the calculation behind `trials`, as eg3d_rlhf.study.power gives it
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    plan: tuple[str, ...] = PLAN
+
+    def __post_init__(self):
+        if self.a.generator == self.b.generator:
+            twice = self.a.generator[:12]
+            raise ValueError(f"a and b: expected two different generators, got the weights {twice}... twice. Name another network for b.")
+        if self.trials < 1 or self.annotators < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
+            raise ValueError(
+                f"expected trials >= 1, annotators >= 1 and annotators_per_pair in 1..annotators, got {self.trials}, {self.annotators} and "
+                f"{self.annotators_per_pair}."
+            )
+        if self.ties not in ("half", "excluded"):
+            raise ValueError(f"ties must be 'half' or 'excluded', got {self.ties!r}.")
+        if self.gold_every < 0 or self.gold_every == 1:
+            raise ValueError(f"gold_every must be 0 (none) or >= 2, got {self.gold_every}. Use 10.")
+        if not 0 < self.confidence < 1 or self.resamples < 100:
+            raise ValueError(f"expected confidence between 0 and 1 and resamples >= 100, got {self.confidence} and {self.resamples}.")
+        if self.until is not None and not _has_offset(self.until):
+            raise ValueError(f"until must be an ISO 8601 time with its offset from UTC, got {self.until!r}. Write 2030-01-31T18:00+00:00.")
+
+    @property
+    def latents(self) -> int:
+        """Pairs that are shown."""
+        return math.ceil(self.trials / self.annotators_per_pair)
+
+    @property
+    def share(self) -> int:
+        """Trials that fall to one annotator."""
+        return math.ceil(self.trials / self.annotators)
+
+    @property
+    def quota(self) -> int:
+        """Trials and gold checks after which an annotator is done: her share, and a tenth more where others leave off."""
+        wanted = self.share if self.annotators == 1 else math.ceil(1.1 * self.share)
+        total = wanted
+        while self.gold_every and total - math.ceil(total / self.gold_every) < wanted:
+            total += 1
+        return total
+
+    def seeds(self) -> tuple[list[int], list[int]]:
+        """Seeds of the compared latents, and further ones for gold checks and training; all different."""
+        spare = 64
+        drawn = np.random.default_rng(self.seed).choice(MAX_SEED, size=self.latents + spare, replace=False).tolist()
+        return drawn[: self.latents], drawn[self.latents :]
+
+    def to_dict(self) -> dict:
+        """Plain JSON types, with the seeds spelt out and the hash last."""
+        content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
+        return {**content, "hash": content_hash(content)}
+
+    @property
+    def hash(self) -> str:
+        """sha256 hex of the content."""
+        return self.to_dict()["hash"]
+
+
+def _has_offset(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def content_hash(content: dict) -> str:
+    """sha256 hex of canonical JSON, the hash itself aside."""
+    bare = {k: v for k, v in content.items() if k != "hash"}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_design(path: str | Path, design: StudyDesign) -> Path:
+    """Write the file once. Raises: FileExistsError where there is one."""
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path}: expected no design yet, got one. Go on with that study, or name another folder.")
+    write_atomic(path, (json.dumps(design.to_dict(), indent=1) + "\n").encode())
+    return path
+
+
+def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
+    """Read a design and refuse one that was changed since it was written.
+
+    Args: recorded: the hash that the store keeps of it; a design whose hash was made to fit again is found by it.
+    Raises: FileNotFoundError, ValueError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a study's design, got no file. Name the study's folder, or create the study first.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, version = content["hash"], content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a study's design as JSON, got something else ({error}). Restore it.") from None
+    if version != FORMAT:
+        raise ValueError(f"{path}: expected a design of format {FORMAT}, got {version}. Use the version that made it.")
+    if content_hash(content) != found or recorded not in (None, found):
+        raise ValueError(
+            f"{path}: expected the design with hash {(recorded or found)[:12]}..., got another content: it was altered after the study was "
+            "designed. Restore it from a copy, or design a new study under another name."
+        )
+    return _parse(content)
+
+
+def _parse(content: dict) -> StudyDesign:
+    known = {f.name for f in fields(StudyDesign)}
+    values = {k: v for k, v in content.items() if k in known}
+    values |= {"a": Contender(**content["a"]), "b": Contender(**content["b"]), "exclusions": ExclusionRules(**content["exclusions"])}
+    return StudyDesign(**{**values, "plan": tuple(content["plan"])})
+
+
+def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> bool:
+    """Whether the stopping rule is met: all trials answered, or the time over."""
+    now = now or datetime.now(UTC)
+    return answered >= design.trials or (design.until is not None and now >= datetime.fromisoformat(design.until))

@@ -1,0 +1,80 @@
+"""The results page in a real browser: figures as they come in, tokens, exports."""
+
+import contextlib
+import json
+
+from tests.label.browser import Page, needs_chromium, plan
+
+pytestmark = needs_chromium
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def judge(served, token: str, choices: str) -> None:
+    """Answer as many pairs as there are letters: l(eft), r(ight), t(ie), s(kip)."""
+    words = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
+    with contextlib.closing(served.browser(token)) as client:
+        for letter in choices:
+            (pair,) = client.get("/api/assignments?count=1").json()["assignments"]
+            body = {"key": f"{pair['assignment']}-1", "assignment": pair["assignment"], "choice": words[letter], "milliseconds": 2500,
+                    "views": ["front"], "answered_at": 1.7e9, "page_version": "t"}
+            response = client.post("/api/judgements", json={**body, **({"reason": "unsure"} if letter == "s" else {})})
+            assert response.status_code == 201, response.text
+
+
+def test_results_tokens_and_exports(serve, page):
+    served = serve(plan(30), campaign={"annotators_per_pair": 2, "gold_every": 0}, exposed=True)
+    ada, bob = (served.store.add_annotator(name) for name in ("ada", "bob"))
+    chief = served.store.add_annotator("chief", "admin")
+    judge(served, ada, "llrtllrs")
+    judge(served, bob, "lrrtlrrl")
+    results = page(served.url)
+    results.sign_in(chief)
+    results.page.goto(served.url + "/admin")
+    results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '16'")
+    _check_figures(results)
+    judge(served, ada, "ll")
+    _check_names(results)
+    results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '18'", timeout=10_000)
+    _check_tokens(results, served)
+    _check_exports(results)
+
+
+def _check_figures(results: Page) -> None:
+    line = results.page.locator("#annotators tr", has_text="ada").locator("td")
+    shown = [line.nth(i).inner_text().split("\n")[0] for i in range(10)]
+    assert (shown[0], shown[1], shown[3], shown[4], shown[8], shown[9]) == ("ada", "8", "2.5 s", "67 %", "1", "1")
+    assert results.page.locator("#timeline svg rect.mark").count() >= 1
+    assert results.page.locator("#sides svg circle").count() == 2 and results.page.locator("#sides svg line.range").count() == 2
+    assert results.page.inner_text("#prepared") == "60 of 60"
+
+
+def _check_tokens(results: Page, served) -> None:
+    results.page.fill("#name", "carol")
+    results.page.keyboard.press("Enter")
+    results.page.wait_for_selector("#tokenDialog[open]")
+    token = results.page.inner_text("#token")
+    with served.client(token) as client:
+        assert client.get("/api/session").json()["annotator"] == "carol"
+    results.page.get_by_role("button", name="Done").click()
+    results.page.wait_for_function("() => document.querySelector('#token').textContent === ''")
+    results.page.get_by_role("button", name="Revoke carol").click()
+    results.page.locator("#revokeDialog").get_by_role("button", name="Revoke").click()
+    results.page.wait_for_selector("#annotators tr.revoked:has-text('carol')")
+    with served.client(token) as client:
+        assert client.get("/api/session").status_code == 401
+
+
+def _check_exports(results: Page) -> None:
+    with results.page.expect_download() as download:
+        results.page.get_by_role("link", name="All judgements, JSON lines").click()
+    lines = download.value.path().read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) >= 18
+
+
+def _check_names(results: Page) -> None:
+    """The server takes no such name; should one get in another way, it is text and not markup."""
+    people = [{"name": HOSTILE, "role": "annotator", "created": 0.0, "revoked": None}]
+    results.page.route("**/api/admin/annotators", lambda route: route.fulfill(json=people))
+    results.page.wait_for_selector(f"#annotators td:has-text({json.dumps(HOSTILE)})", timeout=10_000)
+    assert results.page.locator("#annotators img").count() == 0
+    results.page.unroute("**/api/admin/annotators")

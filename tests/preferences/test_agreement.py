@@ -1,0 +1,88 @@
+"""Kappa and alpha against published examples, and the properties that define them."""
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
+
+
+def answers(table):
+    """Two lists of answers with the given table of counts."""
+    pairs = [(i, j) for i, row in enumerate(table) for j, count in enumerate(row) for _ in range(count)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def units_of(*rows: str):
+    """One string per annotator, a character per unit, '.' where she gave none."""
+    return [{k: row[u] for k, row in enumerate(rows) if row[u] != "."} for u in range(len(rows[0]))]
+
+
+def test_kappa_of_a_two_by_two_table():
+    result = cohen_kappa(*answers([[20, 5], [10, 15]]))  # p_o = 0.7, p_e = 0.5
+    assert result.value == pytest.approx(0.4) and result.n == 50
+
+
+def test_kappa_and_its_error_in_the_example_of_fleiss_cohen_and_everitt():
+    result = cohen_kappa(*answers([[106, 10, 4], [22, 28, 10], [2, 12, 6]]))  # 1969, n = 200: kappa 0.429, variance 0.002885
+    assert result.value == pytest.approx(0.429, abs=5e-4)
+    assert ((result.hi - result.lo) / (2 * 1.959964)) ** 2 == pytest.approx(0.002885, abs=2e-6)
+
+
+def test_kappa_is_one_for_equal_and_zero_for_independent_answers():
+    assert cohen_kappa("abcab", "abcab").value == 1
+    independent = cohen_kappa(*answers([[24, 36], [16, 24]]))
+    assert independent.value == pytest.approx(0, abs=1e-12) and independent.lo < 0 < independent.hi
+
+
+def test_kappa_is_undefined_where_nobody_varies_or_nothing_is_shared():
+    assert cohen_kappa("aaa", "aaa").value is None and cohen_kappa("", "").to_dict() == {"value": None, "ci95": None, "n": 0}
+    with pytest.raises(ValueError, match="Align by unit"):
+        cohen_kappa("aa", "a")
+
+
+def test_the_kappa_interval_covers_as_often_as_it_says():
+    rng, truth, covered = np.random.default_rng(0), 0.6, 0
+    for _ in range(400):  # both say the same with 0.8 and each answer is as frequent: kappa = 0.6
+        a = rng.integers(0, 2, 150)
+        b = np.where(rng.random(150) < 0.8, a, 1 - a)
+        result = cohen_kappa(a.tolist(), b.tolist())
+        covered += result.lo <= truth <= result.hi
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [  # Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), sections A, B and C
+        (("0100000010", "1110010000"), 0.095),
+        (("aabbdcccedda", "babbbccceddd"), 0.692),
+        (("123321412...", "1233224125.3", ".3332342251.", "12332441251."), 0.743),
+    ],
+)
+def test_alpha_of_published_examples(rows, expected):
+    result = krippendorff_alpha(units_of(*rows))
+    assert result.value == pytest.approx(expected, abs=6e-4)
+    assert result.lo <= result.value <= result.hi
+
+
+def test_alpha_agrees_with_a_loop_over_the_definition():
+    rng = np.random.default_rng(1)
+    units = [{k: int(rng.integers(0, 3)) for k in range(5) if rng.random() < 0.6} for _ in range(40)]
+    pairable = [list(u.values()) for u in units if len(u) > 1]
+    everything = [v for u in pairable for v in u]
+    n = len(everything)
+    observed = sum((a != b) / (len(u) - 1) for u in pairable for x, a in enumerate(u) for y, b in enumerate(u) if x != y) / n
+    expected = sum(a != b for x, a in enumerate(everything) for y, b in enumerate(everything) if x != y) / (n * (n - 1))
+    assert krippendorff_alpha(units).value == pytest.approx(1 - observed / expected, rel=1e-12)
+
+
+def test_alpha_ignores_single_answers_and_names_of_annotators():
+    units = units_of("0100000010", "1110010000")
+    more = [*units, {0: "0"}, {}]
+    renamed = [{f"n{k}": v for k, v in u.items()} for u in units]
+    assert krippendorff_alpha(more).value == krippendorff_alpha(units).value == krippendorff_alpha(renamed).value
+
+
+def test_alpha_is_undefined_without_variation():
+    assert krippendorff_alpha([{0: "a", 1: "a"}] * 5).value is None
+    assert krippendorff_alpha([{0: "a"}]).to_dict() == {"value": None, "ci95": None, "n": 0}
+    assert krippendorff_alpha([{0: "a", 1: "b"}]).n == 1

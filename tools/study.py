@@ -1,0 +1,16 @@
+"""Compare two generators blind: designs the study, serves it in the browser, and reports on it when its stopping rule is met.
+
+\b
+Example:
+    python tools/study.py --a=before --b=after --n=300 --annotators=6
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.study.commands import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()
