@@ -17,7 +17,7 @@ ANSWERED = select(a.c.kind, func.count(a.c.answered).label("answered"), func.cou
 ANSWERED = ANSWERED.where(MINE, a.c.answered.is_not(None) | OPEN).group_by(a.c.kind)
 FREE = select(func.count()).select_from(pairs).where(ROOM).scalar_subquery()
 FREE_BUT_HAD = select(func.count()).select_from(a.join(pairs, pairs.c.id == a.c.pair_id)).where(MINE, a.c.kind == PAIR, ROOM)
-RECENT = select(func.count()).select_from(j.join(a, a.c.answered == j.c.id)).where(
+RECENT = select(func.count()).select_from(j.join(a, (a.c.id == j.c.assignment_id) & (a.c.answered == j.c.id))).where(
     j.c.campaign_id == bindparam("campaign"), j.c.annotator_id == bindparam("annotator"), j.c.received_at > bindparam("since"),
     a.c.kind != TRAINING,
 ).scalar_subquery()  # fmt: skip
