@@ -1,8 +1,8 @@
 """What the parts of the labelling application hand to each other.
 
 A campaign is one set of pairs with its settings, frozen when it is made. A pair names two shapes in a fixed order, first and second.
-Showing a pair to an annotator is an assignment, which decides the sides. A judgement answers an assignment and is never changed: taking it back is
-a further record. Annotators meet shapes, pairs and assignments under random tokens alone.
+Showing a pair to an annotator is an assignment, which decides the sides. A judgement answers an assignment and is never changed: taking
+it back is a further record. Annotators meet shapes, pairs and assignments under random tokens alone.
 """
 
 import enum

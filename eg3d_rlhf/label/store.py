@@ -13,7 +13,7 @@ from eg3d_rlhf.label.database import Database, Lock
 from eg3d_rlhf.label.issuing import Issuer
 from eg3d_rlhf.label.judgements import read_judgements
 from eg3d_rlhf.label.migrations import migrate
-from eg3d_rlhf.label.progress import read_progress
+from eg3d_rlhf.label.progress import FreePairs, read_progress
 from eg3d_rlhf.label.records import Answer, AssignedPair, CampaignSettings, JudgementRow, PlannedPair, Shape
 from eg3d_rlhf.label.stored import LOCAL, ConflictError, Progress, StoredAnnotator, StoredCampaign, Submitted
 
@@ -26,6 +26,7 @@ class Store:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
         self._database, self._clock = database, clock
         self._plans: dict[int, Plan] = {}  # a campaign never changes
+        self._free_pairs = FreePairs()
         self._names: dict[int, str] = {}
         self._local: StoredAnnotator | None = None
         self._once = threading.Lock()
@@ -165,7 +166,7 @@ class Store:
         """How far the annotator is."""
         plan = self._plan(campaign_id)
         with self._database.read() as c:
-            return read_progress(c, plan, annotator_id, self._clock())
+            return read_progress(c, plan, annotator_id, self._clock(), self._free_pairs)
 
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False

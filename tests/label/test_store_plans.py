@@ -11,8 +11,8 @@ from eg3d_rlhf.label.store import Store
 from tests.label.plans import plan
 
 HOT = {
-    "answered": progress.ANSWERED, "left": progress.LEFT, "open": issuing.OPEN_ONES, "past": issuing.PAST, "stamp": issuing.STAMP,
-    "window": issuing.PAGE, "expired": issuing.EXPIRED,
+    "answered": progress.ANSWERED, "free": progress.FREE, "left": progress.HAD_AND_RECENT, "open": issuing.OPEN_ONES,
+    "past": issuing.PAST, "stamp": issuing.STAMP, "window": issuing.PAGE, "expired": issuing.EXPIRED,
 }
 
 
