@@ -99,8 +99,8 @@ class Row:
 
 def all_rows() -> list[Row]:
     """The table, in the order in which it runs."""
-    from benchmarks import rows_mesh, rows_ops, rows_phases, rows_render, rows_sigma  # here: they import this module
+    from benchmarks import rows_attribution, rows_mesh, rows_ops, rows_phases, rows_render, rows_sigma  # here: they import this module
 
-    rows = [*rows_sigma.ROWS, *rows_mesh.ROWS, *rows_render.ROWS, *rows_phases.ROWS, *rows_ops.ROWS]
+    rows = [*rows_sigma.ROWS, *rows_mesh.ROWS, *rows_render.ROWS, *rows_phases.ROWS, *rows_ops.ROWS, *rows_attribution.ROWS]
     assert len({(row.name, row.size) for row in rows}) == len(rows), "two rows of one name and size"
     return rows

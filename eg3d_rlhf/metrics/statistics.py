@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import gammaln, ndtri
+from scipy.special import gammaln, ndtri, stdtrit
 
 _TIE_TOLERANCE = 1e-7  # relative; outcomes as likely as the observed one, up to rounding, belong to the two-sided tail
 _BOOTSTRAP_CELLS = 4_000_000  # resampled values held at once, about 64 MB
@@ -93,6 +93,9 @@ def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
 def bootstrap_mean_interval(values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> MeanInterval:
     """Percentile bootstrap interval of the mean (Efron 1979): resample N of N with replacement, take the quantiles of the means.
 
+    Too narrow for small samples: of normal values a 95 % interval holds the mean in about 89 % of cases at N = 10, 92 % at N = 20, 93.4 %
+    at N = 32 and 95 % at N = 100 (tests/metrics/test_coverage.py); with fewer than 30 values prefer `t_mean_interval`.
+
     Args: `values` [N] finite, any unit; `confidence` in (0, 1); `resamples` >= 100; `seed` fixes the draw.
     Returns (mean, lo, hi) in the unit of `values`; a single value has a zero-width interval.
     Raises ValueError on an empty or non-finite sample.
@@ -109,6 +112,19 @@ def bootstrap_mean_interval(values: ArrayLike, confidence: float = 0.95, resampl
     ])  # [resamples]
     lo, hi = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return MeanInterval(float(sample.mean()), float(lo), float(hi))
+
+
+def t_mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
+    """Student's t interval of the mean, exact for normal values at any N: for few runs, where the bootstrap is too narrow.
+
+    Args: `values` [N], N >= 2, finite. Raises ValueError for fewer.
+    """
+    sample = _finite_vector("t_mean_interval", values)
+    _check_fraction("t_mean_interval", "confidence", confidence)
+    if sample.size < 2:
+        raise ValueError("t_mean_interval: expected two values or more, got one. One value has no spread.")
+    half = float(stdtrit(sample.size - 1, 0.5 + confidence / 2)) * float(sample.std(ddof=1)) / math.sqrt(sample.size)
+    return MeanInterval(float(sample.mean()), float(sample.mean()) - half, float(sample.mean()) + half)
 
 
 @dataclass(frozen=True, kw_only=True)

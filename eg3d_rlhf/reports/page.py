@@ -30,7 +30,9 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align
 summary { cursor: pointer; color: var(--link); } iframe { width: 100%; height: 34rem; border: 1px solid var(--line); border-radius: 6px; }
 @media print { body { max-width: none; font-size: 11px; } nav, summary, iframe { display: none; } section { break-inside: avoid; }
   .dark { display: none !important; } .light { display: block !important; } }
+@media (prefers-reduced-motion: reduce), print { .moving { display: none; } }
 """
+_MOVING = ' class="moving"'  # of animated pictures: hidden where motion is unwelcome and on paper, so a still stands beside each
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -70,7 +72,8 @@ def _sentences(lines: Sequence[str]) -> str:
 def _section(job: Job, finding: Finding, out: Path) -> str:
     figures = "".join(_figure(out / "figures" / f"{job.key}-{name}", f"{job.title}: {name}") for name in job.plots)
     pictures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="{data_uri((out / "data" / name).read_bytes(), "image/png")}">'
+        f'<figure{_MOVING if name.endswith(".apng") else ""}><img alt="{html.escape(caption)}" '
+        f'src="{data_uri((out / "data" / name).read_bytes(), "image/png")}">'
         f'<figcaption class="soft">{html.escape(caption)}</figcaption></figure>'
         for caption, name in finding.pictures.items()
     )

@@ -1,0 +1,141 @@
+"""Regions anchored to the 98 landmarks of WFLW (Wu et al. 2018, "Look at Boundary"): boxes around groups of them.
+
+2-D landmarks of the frontal view become 3-D through the frontal depth map. World axes: x right, y up, z to the camera; "left" is the side
+of low x, the left of the picture. Letters: L landmarks (98), R pixels per edge.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eg3d_rlhf.attribution.regions import Box, Partition, from_boxes
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+COUNT = 98
+SIDE, BEHIND, FRONT = 0.015, 0.12, 0.03  # margins of a box, in units of the scene cube's side: in x and y, towards the back, to the camera
+LEAST_VALID = 0.05  # share of the depth map's pixels that must show a surface
+# WFLW: 0-32 contour from the picture's left ear over the chin to the right, 33-41 and 42-50 brows, 51-54 bridge of the nose, 55-59 base,
+# 60-67 and 68-75 eyes, 76-87 outer and 88-95 inner lips, 96 and 97 pupils. In the order in which boxes win.
+GROUPS: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("nose", tuple(range(51, 60))),
+    ("mouth", tuple(range(76, 96))),
+    ("left eye", (*range(60, 68), 96)),
+    ("right eye", (*range(68, 76), 97)),
+    ("brows", tuple(range(33, 51))),
+    ("left cheek", (*range(2, 10), 55, 66, 76)),
+    ("right cheek", (*range(23, 31), 59, 74, 82)),
+    ("chin and jaw", tuple(range(9, 24))),
+)
+CONTOUR, BROWS, EYES = tuple(range(33)), tuple(range(33, 51)), tuple(range(60, 76))
+
+
+@dataclass(frozen=True)
+class PixelLandmarks:
+    """A user's landmarks in the frontal view."""
+
+    size: float  # pixels per edge of the square picture that they were found in
+    shared: np.ndarray | None  # [L, 2] (x right, y down) for all latents
+    by_seed: Mapping[int, np.ndarray]  # seed -> [L, 2]
+
+    def of(self, seed: int) -> np.ndarray:
+        """The landmarks of a latent. Raises: ValueError where there are none."""
+        found = self.by_seed.get(seed, self.shared)
+        if found is None:
+            known = ", ".join(str(s) for s in sorted(self.by_seed)[:8])
+            raise ValueError(f"--landmarks: expected points for seed {seed}, got them for {known}. Add it, or give 'points' for all.")
+        return found
+
+
+def read_landmarks(path: str | Path) -> PixelLandmarks:
+    """JSON {"image_size": 512, "points": [[x, y] * 98]} for all latents, or {"image_size": 512, "seeds": {"200000": [[x, y] * 98], ...}}.
+
+    Points are pixel coordinates in the frontal view, (0, 0) the upper left corner of the picture. Raises: ValueError, FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of landmarks, got nothing at {path}. Check the path.")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}. Correct the file.") from error
+    if not isinstance(values, Mapping) or "image_size" not in values or not {"points", "seeds"} & set(values):
+        raise ValueError(f'{path}: expected {{"image_size": 512, "points": [[x, y], ...]}} (or "seeds"), got other JSON. See the docs.')
+    size = values["image_size"]
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or size <= 0:
+        raise ValueError(f"{path}: expected image_size in pixels, got {size!r}. Name the edge of the picture.")
+    shared = _points(path, "points", values["points"], size) if "points" in values else None
+    seeds = {}
+    for seed, points in dict(values.get("seeds", {})).items():
+        if not str(seed).isdigit():
+            raise ValueError(f"{path}: expected seeds as keys of 'seeds', got {seed!r}. Name each face by its seed.")
+        seeds[int(seed)] = _points(path, f"seeds[{seed}]", points, size)
+    return PixelLandmarks(float(size), shared, seeds)
+
+
+def _points(path: Path, where: str, values: object, size: float) -> np.ndarray:
+    try:
+        points = np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected numbers in {where}, got: {error}. Correct the file.") from error
+    if points.shape != (COUNT, 2) or not np.isfinite(points).all():
+        raise ValueError(f"{path}: expected {COUNT} finite [x, y] in {where}, got {list(points.shape)}. WFLW has {COUNT}.")
+    if points.min() < 0 or points.max() > size:
+        raise ValueError(f"{path}: expected points of {where} inside 0..{size:g}, got {points.min():g}..{points.max():g}. See image_size.")
+    return points
+
+
+def back_project(pixels: np.ndarray, size: float, points: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """World positions [L, 3] of landmarks [L, 2] through a frontal depth map: the surface point behind the nearest valid pixel.
+
+    Landmarks on the contour may fall just beside the head; the nearest pixel that shows a surface stands for them.
+
+    Args: size: edge of the picture that `pixels` refer to; points [R, R, 3] world positions behind the depth map's pixels; valid [R, R].
+    Raises: ValueError where the map shows next to no surface.
+    """
+    if valid.mean() < LEAST_VALID:
+        raise ValueError(f"expected a face in the frontal depth map, got a surface in {valid.mean():.1%} of it. Use --regions=boxes.")
+    rows, columns = np.nonzero(valid)
+    at = pixels / size * len(valid) - 0.5  # the centre of pixel i lies at i
+    nearest = ((columns[None] - at[:, :1]) ** 2 + (rows[None] - at[:, 1:]) ** 2).argmin(axis=1)
+    return points[rows[nearest], columns[nearest]]
+
+
+def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
+    """Boxes in world coordinates around the groups of landmarks [L, 3], and what lies about the face: forehead, ears, front of camera.
+
+    The forehead reaches as far above the brows as the chin lies below the base of the nose, the ears from the brows to the mouth, outside
+    the contour. In front of all landmarks' margin is air, where only floaters can be. Everything else is the background.
+    """
+    side, behind, front = SIDE * box_warp, BEHIND * box_warp, FRONT * box_warp
+    boxes = []
+    for name, group in GROUPS:
+        low, high = landmarks[list(group)].min(axis=0), landmarks[list(group)].max(axis=0)
+        boxes.append((name, _box(low - [side, side, behind], high + [side, side, front])))
+    brows, contour = landmarks[list(BROWS)], landmarks[list(CONTOUR)]
+    top, base, chin = brows[:, 1].max(), landmarks[57, 1], contour[:, 1].min()
+    rise = max(base - chin, 2 * side)
+    low = [brows[:, 0].min() - side, top, brows[:, 2].min() - behind]
+    high = [brows[:, 0].max() + side, top + rise, brows[:, 2].max() + front]
+    boxes.append(("forehead", _box(low, high)))
+    mouth, depth = landmarks[76:88, 1].mean(), contour[[0, 32], 2].mean()
+    reach = 0.08 * box_warp
+    for edge, inner, outer in ((contour[:, 0].min(), side, reach), (contour[:, 0].max(), -side, -reach)):
+        x = sorted((edge + inner, edge - outer))
+        boxes.append(("ears", (x[0], x[1], mouth, max(top, mouth), depth - behind, depth + front)))
+    far = 10 * box_warp
+    boxes.append(("front of camera", (-far, far, -far, far, landmarks[:, 2].max() + front, far)))
+    return boxes
+
+
+def _box(low: Sequence[float], high: Sequence[float]) -> Box:
+    return (float(low[0]), float(high[0]), float(low[1]), float(high[1]), float(low[2]), float(high[2]))
+
+
+def landmark_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
+    """The twelve regions of landmarks [L, 3] in world coordinates on the reward's slab."""
+    found = from_boxes(landmark_boxes(landmarks, spec.box_warp), spec.points().double())
+    return Partition(names=(*found.names[:-1], "background"), labels=found.labels)
+

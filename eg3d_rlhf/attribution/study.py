@@ -1,0 +1,198 @@
+"""One attribution study: the latents, their slabs before and after tuning, their regions, and every method's result, each computed once.
+
+Letters: N latents, R regions, K draws of weights, D, H, W = z, y, x of the slab.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.attribution.agreement import redrawn
+from eg3d_rlhf.attribution.coalitions import CoalitionValues, Score
+from eg3d_rlhf.attribution.head_landmarks import fitted_landmarks
+from eg3d_rlhf.attribution.integrated import BOUND, MOST_STEPS, STEPS, IntegratedGradients, integrated_gradients
+from eg3d_rlhf.attribution.landmarks import back_project, landmark_partition, read_landmarks
+from eg3d_rlhf.attribution.occlusion import occlusion, shuffled_change
+from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks
+from eg3d_rlhf.attribution.scoring import fast_score
+from eg3d_rlhf.attribution.shapley import METHODS, Attribution, check_gap, shapley
+from eg3d_rlhf.cli import naming
+from eg3d_rlhf.evaluation.canonical_depth import depth_maps
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.sigma.slab import sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+BOXES, LANDMARKS = "boxes", "landmarks"
+CHECK_ORDERS = 32  # of the noise baseline and of rewards with re-drawn weights
+_CUBE = 64  # grid points per axis of meshes, and of the cubes that heads are fitted to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to attribute."""
+
+    method: str = "exact"
+    regions: str | Path = BOXES  # BOXES, LANDMARKS or a label volume
+    landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
+    permutations: int = 64  # of the sampled methods
+    steps: int = STEPS  # of the integral, at first
+    most_steps: int = MOST_STEPS
+    gap_bound: float = BOUND  # largest efficiency gap, as a share of the reward difference
+    draws: int = 8  # rewards with re-drawn weights
+    checked: int = 2  # latents behind that check
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {self.method!r}. Choose one of them.")
+        least = {"permutations": 4 if self.method == "antithetic" else 2, "draws": 2, "checked": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"--{name}: expected at least {low}, got {getattr(self, name)}. Raise it.")
+        if self.method == "antithetic" and self.permutations % 2:
+            raise ValueError(f"--permutations: expected an even number for antithetic pairs, got {self.permutations}.")
+        if not 2 <= self.steps <= self.most_steps:
+            raise ValueError(f"--steps: expected 2 to {self.most_steps}, got {self.steps}. It doubles by itself where it is too low.")
+        if not self.gap_bound > 0:
+            raise ValueError(f"--gap-bound: expected a share above 0, got {self.gap_bound}. 0.01 is 1 % of the reward difference.")
+        if self.landmarks is not None and self.regions != LANDMARKS:
+            raise ValueError(f"--landmarks: expected --regions=landmarks beside it, got --regions={self.regions}. Set both, or neither.")
+
+
+@dataclass
+class Study:
+    """Everything that the parts of the report share."""
+
+    c: Comparison
+    settings: Settings
+    progress: Callable[[str], None] = lambda text: None
+    _values: dict[int, CoalitionValues] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def seeds(self) -> range:
+        """Held-out seeds of the latents."""
+        return self.c.seeds()
+
+    @cached_property
+    def score(self) -> Score:
+        """The reward without gradients, as fast as this machine computes it."""
+        return fast_score(self.c.reward)
+
+    @cached_property
+    def slabs(self) -> dict[str, torch.Tensor]:
+        """Normalised slabs [N, 1, D, H, W] by role, before and after tuning."""
+        return {role: torch.cat(list(self.c.slabs(g, self.seeds))) for role, g in (("before", self.c.before), ("after", self.c.after))}
+
+    @cached_property
+    def partitions(self) -> list[Partition]:
+        """One partition per latent; all have the same names. Raises: ValueError naming the flag."""
+        s, spec = self.settings, self.c.spec
+        if s.regions == BOXES:
+            found = [face_partition(spec)] * len(self.seeds)
+        elif s.regions == LANDMARKS:
+            with naming("--landmarks" if s.landmarks is not None else "--regions=landmarks"):
+                found = [landmark_partition(points, spec) for points in self.landmarks()]
+        else:
+            with naming("--regions"):
+                found = [read_masks(s.regions, spec)] * len(self.seeds)
+        count = len(found[0].names)
+        if s.method == "exact" and count > MOST_EXACT:
+            raise ValueError(f"--method=exact: expected at most {MOST_EXACT} regions, got {count}. Use --method=antithetic.")
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Regions."""
+        return self.partitions[0].names
+
+    def landmarks(self) -> list[np.ndarray]:
+        """98 world positions [L, 3] per latent: the user's through the frontal depth map, or those of the nearest head of the family."""
+        if self.settings.landmarks is None:
+            if not self.c.synthetic:
+                raise ValueError(
+                    f"expected a JSON file of 98 points, got none, and {self.c.data or 'the data'} shows no procedural heads. "
+                    "Name --landmarks, or use --regions=boxes."
+                )
+            cubes = torch.cat([self.cube("before", seed) for seed in self.seeds])
+            return list(fitted_landmarks(cubes.cpu(), self.cube_spec))
+        wanted = read_landmarks(self.settings.landmarks)
+        pixels = [wanted.of(seed) for seed in self.seeds]
+        maps = depth_maps(self.c, self.c.before, self.seeds)
+        return [back_project(p, wanted.size, *view) for p, view in zip(pixels, zip(maps.points, maps.valid, strict=True), strict=True)]
+
+    @property
+    def cube_spec(self) -> SlabSpec:
+        """Grid of meshes and of fitted heads."""
+        return SlabSpec.cube(_CUBE, float(self.c.before.G.rendering_kwargs["box_warp"]))
+
+    @torch.no_grad()
+    def cube(self, role: str, seed: int) -> torch.Tensor:
+        """Raw density [1, D, H, W] of a latent over the whole scene."""
+        generator = self.c.generators()[role]
+        return sigma_grid(generator.G, self.c.ws(generator, [seed]), self.cube_spec)
+
+    def values(self, i: int, score: Score | None = None, tuned: torch.Tensor | None = None) -> CoalitionValues:
+        """Values of latent i's coalitions; those of the reward itself are kept, those of another score or slab are not."""
+        if score is None and tuned is None and i in self._values:
+            return self._values[i]
+        partition = self.partitions[i]
+        made = CoalitionValues(
+            score or self.score, self.slabs["before"][i], self.slabs["after"][i] if tuned is None else tuned, partition.labels,
+            len(partition.names), self.c.batch,
+        )
+        if score is None and tuned is None:
+            self._values[i] = made
+        return made
+
+    def _shapley(self, values: CoalitionValues, i: int) -> Attribution:
+        s = self.settings
+        return shapley(values, values.regions, values.difference(), s.method, s.permutations, self.c.seed * 1000 + i)
+
+    def _checked(self, values: CoalitionValues, i: int) -> np.ndarray:
+        """Shapley values for a comparison: exact where that is cheap, else from CHECK_ORDERS antithetic orders."""
+        exactly = 1 << values.regions <= CHECK_ORDERS * values.regions
+        method = "exact" if exactly else "antithetic"
+        return shapley(values, values.regions, values.difference(), method, CHECK_ORDERS, self.c.seed * 1000 + i).values
+
+    @cached_property
+    def shapley(self) -> list[Attribution]:
+        """Shapley values per latent. Raises: ValueError where an efficiency gap is above the bound."""
+        found = []
+        for i, seed in enumerate(self.seeds):
+            found.append(self._shapley(self.values(i), i))
+            a = found[-1]
+            self.progress(f"seed {seed}: reward difference {a.difference:+.4f}, efficiency gap {a.gap:+.2e} ({a.relative_gap:.1e} of it)")
+        check_gap(found, self.seeds, self.settings.gap_bound)
+        return found
+
+    @cached_property
+    def integrated(self) -> list[IntegratedGradients]:
+        """Integrated Gradients per latent."""
+        s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
+        return [
+            integrated_gradients(self.c.reward.score, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
+            for x, y, a in zip(before, after, self.shapley, strict=True)
+        ]
+
+    @cached_property
+    def methods(self) -> dict[str, np.ndarray]:
+        """Attributions [N, R] by method."""
+        regions = len(self.names)
+        noisy = []
+        for i, partition in enumerate(self.partitions):
+            slab = shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
+            noisy.append(self._checked(self.values(i, tuned=slab), i))
+        integrated = [p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)]
+        return {
+            "Shapley": np.stack([a.values for a in self.shapley]), "Integrated Gradients": np.stack(integrated),
+            "occlusion": np.stack([occlusion(self.values(i), regions) for i in range(len(self.seeds))]), "noise": np.stack(noisy),
+        }
+
+    def redrawn(self, draw: int) -> np.ndarray:
+        """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
+        score = fast_score(redrawn(self.c.reward, 1000 * self.c.seed + draw + 1))
+        count = min(self.settings.checked, len(self.seeds))
+        return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

@@ -1,0 +1,261 @@
+"""What every report compares: a generator before and after tuning, with the control run, the rewards and the latents.
+
+Letters: N latents, L num_ws, W w_dim, D, H, W grid points.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import file_hash, naming
+from eg3d_rlhf.evaluation import runs
+from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
+from eg3d_rlhf.reports.records import Facts, seed_range
+from eg3d_rlhf.reward.files import Reward, load_reward
+from eg3d_rlhf.sigma.slab import sample_slab
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+FIRST_SEED = 200_000  # labels use seeds below 100000, anchors 100000.., the watch 300000.., the shaping 500000..
+SEED_STRIDE = 1_000_000  # --seed=s moves every range by this much: beyond all of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What the user names; None is the default that `load_comparison` finds."""
+
+    before: Path | None = None  # network file or run folder; the bundled generator
+    after: Path | None = None  # the newest snapshot of `run`
+    control: Path | None = None  # the run of `runs_folder` that differs from `run` in lambda_r = 0 alone, if there is one
+    run: Path | None = None  # folder of the tuning run; the newest in `runs_folder` that began from `before`
+    reward_ckpt: Path | None = None  # the run's own, or the bundled one
+    reward_watch: Path | None = None  # second reward; the run's own, or the bundled one beside the bundled reward
+    data: str | None = None  # the run's own, or synthetic:heads64 for the bundled generator
+    psi: float = 0.7
+    batch: int = 16
+    seed: int = 0
+    n: int = 100
+    images: int = 400
+    device: torch.device = torch.device("cpu")
+    inception: str | None = None
+    lpips: Path | None = None
+    identity: Path | None = None
+    runs_folder: Path = Path("runs")
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 2), ("images", 16), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
+        if not 0 < self.psi <= 2:
+            raise ValueError(f"--psi: expected a truncation in (0, 2], got {self.psi}. The paper uses 0.7.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Loaded networks and the settings that all parts of a report share."""
+
+    before: LoadedGenerator
+    after: LoadedGenerator
+    control: LoadedGenerator | None
+    run: Path | None  # folders with network-snapshot-*
+    control_run: Path | None
+    reward: Reward
+    spec: SlabSpec
+    reward_hash: str
+    reward_meta: dict
+    held_out: tuple[Reward, SlabSpec, str] | None  # second reward, its slab, its hash; never used in tuning
+    held_out_meta: dict
+    data: str  # dataset as in train.py --data, '' where none is known
+    mirror: bool  # whether the run doubled the data by mirroring
+    psi: float
+    batch: int  # slabs or images at once
+    seed: int
+    n: int  # latents
+    images: int  # per distance
+    device: torch.device
+    inception: str | None
+    lpips: Path | None
+    identity: Path | None
+    memory: dict = field(default_factory=dict, repr=False, compare=False)  # scores that were computed already
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the true family, and with it the programmatic judge, applies."""
+        return self.data.startswith("synthetic:")
+
+    def generators(self) -> dict[str, LoadedGenerator]:
+        """'before', 'after', and 'control' where there is one."""
+        found = {"before": self.before, "after": self.after}
+        return found if self.control is None else {**found, "control": self.control}
+
+    def networks(self, *roles: str) -> dict[str, str]:
+        """Role -> hash, of `roles` or of all generators and the reward."""
+        hashes = {role: generator.hash for role, generator in self.generators().items()} | {"reward": self.reward_hash}
+        if self.held_out is not None:
+            hashes["held-out"] = self.held_out[2]
+        return {role: hashes[role] for role in roles or hashes if role in hashes}
+
+    def snapshots(self, role: str) -> list[tuple[float, Path]]:
+        """(kimg, file) of the run behind 'after' or 'control'; [] where there is no run."""
+        folders = {"after": self.run, "control": self.control_run}
+        if role not in folders:
+            raise ValueError(f"Comparison.snapshots: expected 'after' or 'control', got {role!r}.")
+        return runs.snapshots(folders[role])
+
+    def load(self, path: Path) -> LoadedGenerator:
+        """A network file on the comparison's device."""
+        return load_generator(path, self.device)
+
+    def seeds(self, n: int | None = None, first: int = FIRST_SEED) -> range:
+        """n held-out seeds (self.n where not given) that start at `first`, moved by --seed."""
+        start = first + SEED_STRIDE * self.seed
+        return range(start, start + (self.n if n is None else n))
+
+    def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
+        """ws [N, L, W] of seeds at the comparison's truncation, or another."""
+        return ws_of_seeds(generator.G, list(seeds), truncation_psi=self.psi if psi is None else psi)
+
+    @torch.no_grad()
+    def slabs(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, spec: SlabSpec | None = None) -> Iterator:
+        """Batches of normalised slabs [<= batch, 1, D, H, W] of seeds, as the reward reads them."""
+        for part in self.ws(generator, seeds, psi).split(self.batch):
+            yield sample_slab(generator.G, part, spec or self.spec)
+
+    @torch.no_grad()
+    def scores(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, held_out: bool = False) -> torch.Tensor:
+        """Scores [N] of seeds on the CPU by the reward, or by the second one; kept, since several parts ask for the same.
+
+        Raises: ValueError where the second reward is asked for and there is none.
+        """
+        if held_out and self.held_out is None:
+            raise ValueError("Comparison.scores: expected a second reward, got none. Name one with --reward-watch.")
+        judges = {self.reward_hash: (self.reward, self.spec)}
+        if self.held_out is not None and (held_out or self.held_out[1] == self.spec):  # a slab that both read is drawn once
+            judges[self.held_out[2]] = self.held_out[:2]
+        asked = self.held_out[2] if held_out else self.reward_hash
+        spec = judges[asked][1]
+        case = (generator.hash, tuple(seeds), self.psi if psi is None else psi)
+        if (asked, *case) not in self.memory:
+            readers = {digest: reward for digest, (reward, own) in judges.items() if own == spec}
+            found = {digest: [] for digest in readers}
+            for slab in self.slabs(generator, seeds, psi, spec):
+                for digest, reward in readers.items():
+                    found[digest].append(reward.score(slab).cpu())
+            self.memory.update({(digest, *case): torch.cat(parts) for digest, parts in found.items()})
+        return self.memory[asked, *case]
+
+    def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
+        """Facts of a figure over these seeds."""
+        stated = {"n": len(seeds), "seeds": seed_range(seeds), "psi": self.psi, "networks": self.networks(*roles), "interval": interval}
+        return Facts(**{**stated, **more})
+
+    def inputs(self, *roles: str, **more) -> Mapping:
+        """What a job depends on: hashes of `roles` (all where none are named), truncation, seed, device, and `more`."""
+        return {"networks": self.networks(*roles), "psi": self.psi, "seed": self.seed, "device": self.device.type, **more}
+
+
+def load_comparison(s: Sources) -> Comparison:
+    """Find and load everything that the sources name.
+
+    Raises: FileNotFoundError, ValueError naming the flag.
+    """
+    with naming("--before"):
+        before_path = find_network(s.before)
+    run = _run(s, before_path)
+    with naming("--after" if s.after is not None else "--run"):
+        after_path = find_network(s.after or run)
+    control_path = s.control or runs.newest_control(s.runs_folder, run)
+    with naming("--before"):
+        before = load_generator(before_path, s.device)
+    with naming("--after"):
+        after = load_generator(after_path, s.device)
+        _check_pair(before, after)
+    with naming("--control"):
+        control = None if control_path is None else load_generator(control_path, s.device)
+        if control is not None:
+            _check_pair(before, control)
+    reward_path = _reward_path(s, run)
+    with naming("--reward-ckpt"):
+        reward, spec, meta = load_reward(reward_path, s.device)
+    held_out, held_out_meta = _held_out(s, run, reward_path)
+    for flag, path in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{flag}: expected a file, got nothing at {path}. Check the path.")
+    return Comparison(
+        before=before, after=after, control=control, run=run, control_run=_folder(control_path), reward=reward, spec=spec,
+        reward_hash=file_hash(reward_path), reward_meta=meta, held_out=held_out, held_out_meta=held_out_meta,
+        data=_data(s, run, before_path), mirror=bool(runs.settings(run).get("mirror", False)), psi=s.psi,
+        batch=s.batch, seed=s.seed, n=s.n, images=s.images, device=s.device, inception=s.inception, lpips=s.lpips, identity=s.identity,
+    )
+
+
+def _folder(path: Path | None) -> Path | None:
+    """The run folder that a path names or lies in."""
+    if path is None:
+        return None
+    folder = path if path.is_dir() else path.parent
+    return folder if runs.settings(folder) or path.is_dir() else None
+
+
+def _run(s: Sources, before: Path) -> Path | None:
+    if s.run is not None:
+        if not s.run.is_dir():
+            raise ValueError(f"--run: expected a run folder, got nothing at {s.run}. Check the path.")
+        return s.run
+    if s.after is not None:
+        return _folder(s.after)
+    found = runs.newest_tuned(s.runs_folder, file_hash(before))
+    if found is None:
+        raise ValueError(
+            f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from {before.name}. "
+            "Run `make demo` first, or name --after=FILE or --run=DIR."
+        )
+    return found
+
+
+def _check_pair(before: LoadedGenerator, other: LoadedGenerator) -> None:
+    """Raise ValueError where the same latent or cube would not mean the same in both."""
+    one, two = (
+        {"z_dim": g.G.z_dim, "images": g.G.img_resolution, "box_warp": float(g.G.rendering_kwargs["box_warp"])} for g in (before, other)
+    )
+    if one != two:
+        raise ValueError(f"expected a generator like {before.path.name} {one}, got {other.path.name} {two}. Compare runs of one generator.")
+
+
+def _reward_path(s: Sources, run: Path | None) -> Path:
+    """The named reward, the run's own where its file is still the one it used, or the bundled one."""
+    if s.reward_ckpt is not None:
+        return s.reward_ckpt
+    recorded = runs.settings(run)
+    used, digest = recorded.get("reward_ckpt"), recorded.get("hashes", {}).get("reward")
+    if used is None or digest is None or digest == file_hash(bundled.REWARD):
+        return bundled.REWARD
+    if not Path(used).is_file() or file_hash(used) != digest:
+        raise ValueError(f"--reward-ckpt: expected the run's reward ({digest[:12]}) at {used}, got another file or none. Name the file.")
+    return Path(used)
+
+
+def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[tuple[Reward, SlabSpec, str] | None, dict]:
+    """The second reward with its description: the named one, the one that watched the run, or the bundled one."""
+    path, digest, recorded = s.reward_watch, file_hash(reward), runs.settings(run)
+    used = recorded.get("reward_watch")
+    if path is None and used and Path(used).is_file() and file_hash(used) == recorded.get("hashes", {}).get("watch"):
+        path = Path(used)
+    elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():
+        path = bundled.WATCH
+    if path is None:
+        return None, {}
+    with naming("--reward-watch"):
+        model, spec, meta = load_reward(path, s.device)
+        if file_hash(path) == digest:
+            raise ValueError(f"expected another reward than the one that tuned, got the same file {path}. Train one on other labels.")
+    return (model, spec, file_hash(path)), meta
+
+
+def _data(s: Sources, run: Path | None, before: Path) -> str:
+    if s.data is not None:
+        return s.data
+    recorded = runs.settings(run).get("data")
+    return str(recorded) if recorded else "synthetic:heads64" if before == bundled.GENERATOR else ""

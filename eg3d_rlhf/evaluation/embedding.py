@@ -1,0 +1,267 @@
+"""Where the reward sees the samples before and after tuning: a map of its global feature, the feature's main axis, separability, shapes.
+
+The global feature is the vector that the reward network pools from a slab, before its trunk.
+Letters: N latents, F features, D, H, W grid points, R pixels.
+"""
+
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.texts import NO_CONTROL, span
+from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.metrics.association import RANK_INTERVAL, spearman
+from eg3d_rlhf.metrics.separability import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.shape_view import shade
+from eg3d_rlhf.reward.ensemble import RewardEnsemble
+from eg3d_rlhf.reward.files import Reward
+from eg3d_rlhf.sigma.slab import sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+MAP, APART, SHAPES = "feature-map", "separability", "feature-shapes"
+TITLE = "What the reward sees before and after tuning"
+ROLES = ("before", "after")
+UMAP_NEIGHBOURS = 15
+RESOLUTION, PIXELS, YAW, COLUMNS = 64, 96, 0.4, 20  # grid points per edge, pixels per picture, radians, pictures in a row of the sprite
+NO_UMAP = "No UMAP: the package umap-learn is not installed. Install it (pip install umap-learn) and run again; principal axes need none."
+
+
+def jobs(c: Comparison) -> list[Job]:
+    """Map of the features, separability, and the pictures that the interactive map shows (a job without a section of its own)."""
+    many = {"n": c.n, "umap": umap_version()}
+    layouts = {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
+    return [
+        Job(
+            key=MAP, title="Map of the reward's global feature", compute=partial(feature_map, c), inputs=c.inputs(*ROLES, "reward", **many),
+            plots={"umap": plot_umap, **layouts} if many["umap"] else layouts,
+        ),
+        Job(
+            key=APART, title="Are tuned samples told apart from untuned ones?", compute=partial(separability, c), plots={"test": plot_test},
+            inputs=c.inputs(*ROLES, "control", "reward", n=c.n, k=neighbours_for(c.n), permutations=PERMUTATIONS),
+        ),
+        Job(
+            key=SHAPES, title="Shapes of the map", compute=partial(shapes, c),
+            inputs=c.inputs(*ROLES, n=c.n, resolution=RESOLUTION, pixels=PIXELS, yaw=YAW),
+        ),
+    ]
+
+
+def neighbours_for(n: int) -> int:
+    """Neighbours that n latents allow."""
+    return min(NEIGHBOURS, n // 2)
+
+
+def umap_version() -> str | None:
+    """Version of umap-learn, None where it is not installed."""
+    return importlib.metadata.version("umap-learn") if importlib.util.find_spec("umap") else None
+
+
+def global_features(reward: Reward, slab: torch.Tensor) -> torch.Tensor:
+    """Global feature [N, F] of slabs [N, 1, D, H, W]; of an ensemble, its members' side by side."""
+    if isinstance(reward, RewardEnsemble):
+        return torch.cat([member.features(slab) for member in reward.members], dim=1)
+    return reward.features(slab)
+
+
+@torch.no_grad()
+def features(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Global features [N, F] and rewards [N] of seeds, kept for the parts that share them."""
+    case = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
+    if case not in c.memory:
+        found = [(global_features(c.reward, slab).cpu(), c.reward.score(slab).cpu()) for slab in c.slabs(generator, seeds)]
+        c.memory[case] = tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))
+    return c.memory[case]
+
+
+def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean [F], the two axes [2, F] of greatest spread, and their shares [2] of the variance of features [N, F].
+
+    The sign of an axis is arbitrary; its largest entry is made positive.
+    """
+    mean = untuned.mean(axis=0)
+    _, values, axes = np.linalg.svd(untuned - mean, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    return mean, axes, values[:2] ** 2 / max(float((values**2).sum()), 1e-300)
+
+
+def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
+    """UMAP (McInnes et al. 2018) of points [N, F] in two dimensions; repeats for a seed."""
+    tqdm.write("UMAP: the first layout compiles for about 20 seconds.")
+    import umap
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its single thread, which a fixed seed asks for
+        fitted = umap.UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(points) - 1), random_state=seed, n_jobs=1)
+        return fitted.fit_transform(points.astype(np.float32)).astype(np.float64)
+
+
+def _rank_rows(rewards: np.ndarray, axes: dict[str, np.ndarray]) -> list[dict]:
+    rows = []
+    for name, positions in axes.items():
+        if np.ptp(rewards) == 0 or np.ptp(positions) == 0:
+            rows.append({"axis": name, "spearman": None, "lo": None, "hi": None})
+            continue
+        rho = spearman(positions, rewards)
+        rows.append({"axis": name, "spearman": rho.mean, "lo": rho.lo, "hi": rho.hi})
+    return rows
+
+
+def feature_map(c: Comparison, folder: Path) -> Finding:
+    """Positions of all samples under UMAP and on the untuned samples' principal axes; rank correlation of reward and axes."""
+    del folder
+    seeds = c.seeds()
+    found = {role: features(c, c.generators()[role], seeds) for role in ROLES}
+    mean, axes, shares = principal_axes(found["before"][0])
+    positions = {"principal": {role: (values - mean) @ axes.T for role, (values, _) in found.items()}}
+    along = {"first principal axis of the feature": positions["principal"]["before"][:, 0]}
+    if umap_version():
+        laid = umap_layout(np.concatenate([found[role][0] for role in ROLES]), c.seed)
+        positions["umap"] = dict(zip(ROLES, np.split(laid, 2), strict=True))
+        flat = positions["umap"]["before"]
+        centre, main, _ = principal_axes(flat)
+        along |= {"first axis of UMAP's layout": flat[:, 0], "main axis of UMAP's layout": (flat - centre) @ main[0]}
+    ranks = _rank_rows(found["before"][1], along)
+    points = [
+        {"role": role, "seed": seed, "reward": float(found[role][1][i]),
+         **{f"{name}_{axis}": float(where[role][i, j]) for name, where in positions.items() for j, axis in enumerate("xy")}}
+        for role in ROLES for i, seed in enumerate(seeds)
+    ]
+    data = {"points": points, "ranks": ranks, "shares": shares.tolist(), "features": len(mean), "layouts": sorted(positions, reverse=True)}
+    facts = c.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
+    return Finding(facts=facts, data=data, rows=[*ranks, *points], says=_map_says(ranks, shares, len(mean)))
+
+
+def _map_says(ranks: list[dict], shares: np.ndarray, size: int) -> list[str]:
+    says = []
+    for row in ranks:
+        if row["spearman"] is None:
+            says.append(f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these latents.")
+        else:
+            says.append(f"Spearman's rho of the reward with the {row['axis']}, untuned samples: "
+                        f"{span(row['spearman'], row['lo'], row['hi'])}.")
+    says += [
+        "The sign of an axis is arbitrary: only the size of rho counts. The first principal axis holds "
+        f"{shares[0]:.0%} of the variance of {size:,} features.",
+        "The reward is computed from this feature. A large rho says that what varies most in it is what the reward ranks by; it does not "
+        "say that the ranking is right.",
+    ]
+    if umap_version() is None:
+        return [*says, NO_UMAP]
+    return [*says, "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit and turn with the seed."]
+
+
+def separability(c: Comparison, folder: Path) -> Finding:
+    """Share of same-network neighbours after tuning, and for the control, with the permutation test."""
+    del folder
+    seeds = c.seeds()
+    before, _ = features(c, c.before, seeds)
+    found = {
+        role: paired_separability(before, features(c, generator, seeds)[0], neighbours_for(len(seeds)), PERMUTATIONS, c.seed)
+        for role, generator in c.generators().items() if role != "before"
+    }
+    rows = [
+        {"role": role, "share": f.share, "p": f.p, "k": f.k, "chance_97.5": float(np.quantile(f.chance, 0.975))}
+        for role, f in found.items()
+    ]
+    says = [_apart(role, found[role].to_dict()) for role in found]
+    says.append(
+        "Apart means that tuning moved samples further, as the reward sees them, than samples differ from each other. It does not say "
+        "in which direction, nor that the shapes are better."
+    )
+    if c.control is None:
+        says.append(NO_CONTROL)
+    facts = c.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
+    return Finding(facts=facts, data={role: f.to_dict() for role, f in found.items()}, rows=rows, says=says)
+
+
+def _apart(role: str, f: dict) -> str:
+    verdict = "apart" if f["p"] < 0.05 and f["share"] > 0.9 else "partly apart" if f["p"] < 0.05 else "not shown to be apart"
+    return (
+        f"Before and {role}: {f['share']:.1%} of a sample's {f['k']} nearest neighbours come from its own network (50 % by chance; "
+        f"p {'<=' if f['p'] <= 1 / (1 + len(f['chance'])) else '='} {f['p']:.2g}): the two are {verdict}."
+    )
+
+
+@torch.no_grad()
+def shapes(c: Comparison, folder: Path) -> Finding:
+    """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the second, ..."""
+    seeds = c.seeds()
+    spec = SlabSpec.cube(RESOLUTION, float(c.before.G.rendering_kwargs["box_warp"]))
+    parts = {role: [] for role in ROLES}
+    for role in ROLES:
+        for ws in c.ws(c.generators()[role], seeds).split(c.batch):
+            sigma = sigma_grid(c.generators()[role].G, ws, spec)
+            parts[role].append(shade(sigma, YAW, resolution=PIXELS, box_warp=spec.box_warp))
+    pictures = torch.stack([torch.cat(parts[role]) for role in ROLES], dim=1).flatten(0, 2).numpy()  # [2N, R, R]
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = np.ones((rows * COLUMNS, PIXELS, PIXELS), dtype=np.float32)
+    sheet[: len(pictures)] = pictures
+    sheet = sheet.reshape(rows, COLUMNS, PIXELS, PIXELS).transpose(0, 2, 1, 3).reshape(rows * PIXELS, COLUMNS * PIXELS)
+    name = f"{SHAPES}.jpg"
+    PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(folder / name, quality=80, optimize=True)
+    data = {"file": name, "pixels": PIXELS, "columns": COLUMNS, "rows": rows, "seeds": list(seeds), "roles": list(ROLES)}
+    return Finding(facts=c.facts(seeds, ROLES), data=data, pictures={"shapes before and after": name})
+
+
+def _scatter(axes, data: dict, layout: str):
+    """Untuned samples coloured by reward, tuned ones as crosses; returns what the colour bar needs."""
+    chosen = {role: [p for p in data["points"] if p["role"] == role] for role in ROLES}
+    x, y = f"{layout}_x", f"{layout}_y"
+    drawn = axes.scatter([p[x] for p in chosen["before"]], [p[y] for p in chosen["before"]], c=[p["reward"] for p in chosen["before"]],
+                         s=14, label="before, coloured by reward")
+    axes.scatter([p[x] for p in chosen["after"]], [p[y] for p in chosen["after"]], marker="x", s=14, linewidths=0.9,
+                 color=style.colour("after"), label="after")
+    axes.legend(fontsize=7)
+    return drawn
+
+
+def plot_umap(data: dict):
+    """UMAP of both networks' features."""
+    drawn, axes = style.figure()
+    drawn.colorbar(_scatter(axes, data, "umap"), ax=axes, label="reward before")
+    axes.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
+    return drawn
+
+
+def plot_principal(data: dict):
+    """Both networks on the untuned samples' principal axes."""
+    drawn, axes = style.figure()
+    drawn.colorbar(_scatter(axes, data, "principal"), ax=axes, label="reward before")
+    axes.set(title="Principal axes of the untuned samples",
+             **{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")})
+    return drawn
+
+
+def plot_axis(data: dict):
+    """Reward of untuned samples along the first principal axis."""
+    drawn, axes = style.figure()
+    before = [p for p in data["points"] if p["role"] == "before"]
+    axes.plot([p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before"))
+    row = data["ranks"][0]
+    rho = "" if row["spearman"] is None else f": rho {row['spearman']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
+    axes.set(xlabel="position on the first principal axis", ylabel="reward before", title=f"Reward along the main axis{rho}")
+    return drawn
+
+
+def plot_test(data: dict):
+    """Observed shares beside those of random swaps."""
+    drawn, axes = style.figure()
+    for role, found in data.items():
+        axes.hist(found["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps")
+        label = f"{role}: observed {found['share']:.3f}, p = {found['p']:.2g}"
+        axes.axvline(found["share"], color=style.colour(role), linewidth=2, label=label)
+    axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network", ylabel="permutations",
+             title="Nearest-neighbour separability")
+    axes.legend(fontsize=7)
+    return drawn

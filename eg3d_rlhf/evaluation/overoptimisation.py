@@ -1,0 +1,174 @@
+"""Over-optimisation: does what the reward stands for rise with it? The tuned reward, a second one, and for synthetic data the programmatic
+judge, over the distance from the generator before tuning.
+
+Letters: N latents, T networks in order of training, the first the one before.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.evaluation import runs
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.texts import BOOTSTRAP, span
+from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
+from eg3d_rlhf.preferences.annotator import utility
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.rlhf.consistency import density_l1
+from eg3d_rlhf.rlhf.measures import JUDGE_RESOLUTION, annotator_calibration
+from eg3d_rlhf.sigma.slab import sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
+PROXY, SECOND, JUDGE = "tuned reward", "held-out reward", "programmatic judge"
+NO_SECOND = "No second reward: name one with --reward-watch, trained on other labels with another seed (tools/train_reward.py)."
+NO_SNAPSHOTS = (
+    "Only before and after are shown: the run kept no snapshot between them, so a peak inside the run would be missed. Train with --snap=1."
+)
+
+
+def jobs(c: Comparison) -> list[Job]:
+    """One job; with fewer snapshots or judges it shows what there is."""
+    files = {f"{kimg:g}": file_hash(path) for kimg, path in c.snapshots("after")}
+    return [Job(
+        key="over-optimisation", title="Over-optimisation: tuned reward against what it stands for", compute=partial(overoptimisation, c),
+        plots={"curves": plot_curves}, inputs=c.inputs("before", "after", "reward", "held-out", n=c.n, files=files, data=c.data),
+    )]
+
+
+def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | None:
+    """Index of the network from which on the proxy rises while the other measure falls, or None.
+
+    It is the peak p of the other's mean for which a later network exists whose paired differences to p exclude zero: upwards for the
+    proxy, downwards for the other (bootstrap intervals over latents, 95 % together over all T (T - 1) / 2 pairs that could be the peak
+    and a later network, since the peak of mere noise is always followed by a fall).
+
+    Args: proxy, other [N, T] of the same latents and networks.
+    """
+    peak, networks = int(other.mean(axis=0).argmax()), other.shape[1]
+    confidence = 1 - 0.05 / max(1, networks * (networks - 1) / 2)
+    for later in range(peak + 1, networks):
+        rise = bootstrap_mean_interval(proxy[:, later] - proxy[:, peak], confidence, seed=seed)
+        fall = bootstrap_mean_interval(other[:, later] - other[:, peak], confidence, seed=seed)
+        if rise.lo > 0 and fall.hi < 0:
+            return peak
+    return None
+
+
+@torch.no_grad()
+def densities(c: Comparison, generator: LoadedGenerator, seeds: range) -> torch.Tensor:
+    """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of both the method's anchor and the judge."""
+    spec = SlabSpec.cube(JUDGE_RESOLUTION, float(generator.G.rendering_kwargs["box_warp"]))
+    return torch.cat([sigma_grid(generator.G, ws, spec).cpu() for ws in c.ws(generator, seeds).split(c.batch)])
+
+
+def _measures(c: Comparison, generator: LoadedGenerator, seeds: range, sigma: torch.Tensor) -> dict[str, np.ndarray]:
+    found = {PROXY: c.scores(generator, seeds).double().numpy()}
+    if c.held_out is not None:
+        found[SECOND] = c.scores(generator, seeds, held_out=True).double().numpy()
+    if c.synthetic:
+        box_warp, calibration = float(generator.G.rendering_kwargs["box_warp"]), annotator_calibration()
+        found[JUDGE] = np.array([utility(cube.numpy(), calibration=calibration, box_warp=box_warp).total for cube in sigma])
+    return found
+
+
+def _networks(c: Comparison) -> list[tuple[float | None, LoadedGenerator | Path]]:
+    """(kimg, network) of before, the snapshots, and after where it is not the last of them."""
+    kept = [(kimg, path) for kimg, path in c.snapshots("after") if kimg > 0]
+    last = c.load(kept[-1][1]).hash if kept else None
+    return [(0.0, c.before), *kept, *([] if last == c.after.hash else [(None, c.after)])]
+
+
+def overoptimisation(c: Comparison, folder: Path) -> Finding:
+    """Changes of every measure in units of its deviation before, over distance, with the point of divergence."""
+    del folder
+    seeds, networks = c.seeds(), _networks(c)
+    start, values, distances = None, {}, []
+    for _, source in networks:
+        generator = c.load(source) if isinstance(source, Path) else source
+        sigma = densities(c, generator, seeds)
+        start = sigma if start is None else start
+        distances.append(density_l1(sigma, start).double().numpy())
+        for name, found in _measures(c, generator, seeds, sigma).items():
+            values.setdefault(name, []).append(found)
+    columns = {name: np.stack(found, axis=1) for name, found in values.items()}  # [N, T]
+    curves, rows = {}, []
+    for name, column in columns.items():
+        deviation = float(column[:, 0].std(ddof=1)) or 1.0
+        steps = [bootstrap_mean_interval((column[:, t] - column[:, 0]) / deviation)._asdict() for t in range(len(networks))]
+        at = None if name == PROXY else divergence(columns[PROXY], column)
+        curves[name] = {"steps": steps, "deviation": deviation, "divergence": at}
+        rows += [
+            {"measure": name, "kimg": kimg, "distance": float(distances[t].mean()), "raw_mean": float(column[:, t].mean()), **steps[t]}
+            for t, (kimg, _) in enumerate(networks)
+        ]
+    data = {"distance": [float(d.mean()) for d in distances], "kimg": [kimg for kimg, _ in networks], "curves": curves}
+    says = [*_says(c, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
+    return Finding(facts=c.facts(seeds, ("before", "after", "reward", "held-out"), BOOTSTRAP), data=data, rows=rows, says=says)
+
+
+def independence(c: Comparison) -> str:
+    """What the descriptions of both rewards say of their independence."""
+    if c.held_out is None:
+        return NO_SECOND
+    first, second = c.reward_meta, c.held_out_meta
+    labels = first.get("labels"), second.get("labels")
+    text = "The held-out reward took no part in tuning this generator's weights"
+    if runs.settings(c.run).get("hashes", {}).get("reward") == c.held_out[2]:
+        return "The run names the held-out reward as the one that it optimised: it is not held out. Name another with --reward-watch."
+    if None in labels:
+        return f"{text}; whether its labels are others than the tuned reward's is not recorded."
+    seeds = "another seed" if first.get("seed") != second.get("seed") else "the same seed"
+    if labels[0] == labels[1]:
+        return (
+            f"{text}, but it learnt from the same labels with {seeds}: it shares their faults, and a rise of both is weaker evidence than "
+            "one of a reward with labels of its own. Train one on other labels and name it with --reward-watch."
+        )
+    return f"{text}; it learnt from other labels with {seeds}."
+
+
+def _says(c: Comparison, data: dict) -> list[str]:
+    says = []
+    for name, curve in data["curves"].items():
+        last = curve["steps"][-1]
+        says.append(f"The {name} changes by {span(last['mean'], last['lo'], last['hi'], '+.2f')} of its deviations before.")
+    for name, curve in data["curves"].items():
+        if name == PROXY:
+            continue
+        if curve["divergence"] is None:
+            says.append(f"No divergence: the {name} is not shown to fall from its highest while the tuned reward rises.")
+        else:
+            where = data["kimg"][curve["divergence"]]
+            says.append(f"Divergence: the {name} falls from {'the end' if where is None else f'{where:g} kimg'} on (distance "
+                        f"{data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop there, or raise --lambda-sigma.")
+    says += [independence(c), "The distance is no KL divergence: these generators have no density to compare. It only orders the networks."]
+    if c.synthetic:
+        says.append(
+            "The judge is the formula whose noisy answers the labels are: it shows whether tuning reached what the reward should mean. "
+            "It is no second opinion; the geometry measures, which no label used, are."
+        )
+    else:
+        says.append("No programmatic judge: it applies to synthetic data alone. People's judgement is what settles this.")
+    return says
+
+
+def plot_curves(data: dict):
+    """Every measure over distance, with the point of divergence."""
+    drawn, axes = style.figure(size=style.WIDE)
+    colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), JUDGE: style.CYCLE[4]}
+    x = data["distance"]
+    for name, curve in data["curves"].items():
+        steps = curve["steps"]
+        axes.plot(x, [s["mean"] for s in steps], "o-", markersize=4, color=colours[name], label=name)
+        axes.fill_between(x, [s["lo"] for s in steps], [s["hi"] for s in steps], color=colours[name], alpha=0.2, linewidth=0)
+        if curve["divergence"] is not None:
+            axes.axvline(x[curve["divergence"]], color=colours[name], linestyle="--", linewidth=1.2, label=f"{name}: divergence")
+    axes.axhline(0, color=style.colour("noise"), linewidth=1)
+    axes.set(xlabel=DISTANCE, ylabel="mean change, deviations before", title="Over-optimisation")
+    axes.legend()
+    return drawn

@@ -1,0 +1,128 @@
+"""Shapes to look at: the best and worst by reward, the same latents before and after, and an orbit.
+
+Pictures are of geometry alone (shaded first crossings of sigma = 10), as labellers of geometry see it; none is chosen by hand.
+Letters: N latents, D, H, W grid points, R pixels per edge.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.texts import NO_CONTROL
+from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.shape_view import shade
+from eg3d_rlhf.sigma.slab import sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
+from training.image_grid import save_grid
+
+K = 5  # shapes in a top or bottom strip, as in the paper
+SHOWN_SEEDS = range(210_000, 210_006)  # of the before/after strip, moved by --seed: fixed before any result was seen
+YAWS = (0.0, 0.5)  # radians from frontal
+ORBIT_FRAMES, ORBIT_YAW = 16, 0.7  # one swing from left to right and back
+ORBIT_STILLS = 7  # of the film strip
+FRAME_MS, SWINGS = 140, 2  # 4.5 s in all: it stops by itself
+RESOLUTION, PIXELS = 128, 128  # grid points per edge of the cube; pixels per edge of a picture
+ROLES = ("before", "after", "control")
+
+
+def jobs(c: Comparison) -> list[Job]:
+    """Best and worst by reward, chosen seeds, orbit."""
+    size = {"resolution": RESOLUTION, "pixels": PIXELS}
+    shown = list(c.seeds(len(SHOWN_SEEDS), SHOWN_SEEDS[0]))
+    return [
+        Job(
+            key="reward-strips", title="Best and worst shapes by reward", compute=partial(reward_strips, c),
+            inputs=c.inputs("before", "after", "reward", n=c.n, k=K, **size),
+        ),
+        Job(
+            key="same-latents", title="The same latents before and after", compute=partial(same_latents, c, shown),
+            inputs=c.inputs(*ROLES, "reward", seeds=shown, **size),
+        ),
+        Job(key="orbit", title="Orbit", compute=partial(orbit, c, shown[0]), inputs=c.inputs("before", "after", seeds=shown[:1], **size)),
+    ]
+
+
+@torch.no_grad()
+def shapes(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]) -> torch.Tensor:
+    """Shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
+    box_warp, parts = float(generator.G.rendering_kwargs["box_warp"]), []
+    spec = SlabSpec.cube(RESOLUTION, box_warp)
+    for ws in c.ws(generator, seeds).split(max(1, c.batch // 4)):
+        sigma = sigma_grid(generator.G, ws, spec).cpu()
+        parts.append(torch.stack([shade(sigma, yaw, resolution=PIXELS, box_warp=box_warp) for yaw in yaws], dim=1))
+    return torch.cat(parts)
+
+
+def reward_strips(c: Comparison, folder: Path) -> Finding:
+    """Frontal and side views of the K latents with the highest and the lowest reward, per network."""
+    seeds, rows, pictures = c.seeds(), [], {}
+    k = min(K, len(seeds) // 2)
+    for role in ("before", "after"):
+        generator = c.generators()[role]
+        scores = c.scores(generator, seeds).double().numpy()
+        order = np.argsort(-scores, kind="stable")
+        for which, chosen in (("highest", order[:k]), ("lowest", order[::-1][:k])):
+            picked = [seeds[int(i)] for i in chosen]
+            views = shapes(c, generator, picked, (0.0, 0.5))  # [k, 2, 1, R, R]
+            name = f"reward-strips-{role}-{which}.png"
+            save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
+            listed = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in picked)
+            pictures[f"{role}, {which} reward from left to right ({listed}); frontal above, turned below"] = name
+            rows += [{"role": role, "which": which, "rank": i + 1, "seed": s, "reward": float(scores[s - seeds[0]])}
+                     for i, s in enumerate(picked)]
+    says = [
+        f"The {k} highest and {k} lowest of {len(seeds)} latents by the reward that tuned, each network by itself. What tells highest from "
+        "lowest is what the reward sees; whether the highest are better is for the eye, and a fault that they share is one that the reward "
+        "does not punish.",
+    ]
+    return Finding(facts=c.facts(seeds, ("before", "after", "reward")), data={"k": k}, rows=rows, says=says, pictures=pictures)
+
+
+def same_latents(c: Comparison, seeds: list[int], folder: Path) -> Finding:
+    """One row per network, every seed from YAWS."""
+    pictures, rows, scores = {}, [], {}
+    views = {role: shapes(c, generator, seeds, YAWS) for role, generator in c.generators().items()}  # [N, yaws, 1, R, R] each
+    for role, generator in c.generators().items():
+        scores[role] = c.scores(generator, seeds).double().numpy()
+    for j, yaw in enumerate(YAWS):
+        name = f"same-latents-{j}.png"
+        save_grid(torch.cat([found[:, j] for found in views.values()]), (0, 1), len(seeds), folder / name)
+        pictures[f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to right"] = name
+    for i, seed in enumerate(seeds):
+        rows.append({"seed": seed, **{f"reward_{role}": float(values[i]) for role, values in scores.items()}})
+    says = [
+        "Seeds were fixed before any result was seen, so these are ordinary samples and no selection. A few pictures show what kind of "
+        "change to expect; how often it happens is in the counted parts of this report.",
+    ]
+    says += [] if c.control is not None else [NO_CONTROL]
+    facts = c.facts(seeds, (*ROLES, "reward"))
+    return Finding(facts=facts, data={"seeds": seeds, "yaws": list(YAWS)}, rows=rows, says=says, pictures=pictures)
+
+
+def orbit(c: Comparison, seed: int, folder: Path) -> Finding:
+    """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where motion is unwelcome."""
+    yaws = (ORBIT_YAW * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
+    stills = np.linspace(-ORBIT_YAW, ORBIT_YAW, ORBIT_STILLS).tolist()
+    both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]  # [frames + stills, 1, R, R] each
+    save_grid(torch.cat([found[ORBIT_FRAMES:] for found in both]), (0, 1), ORBIT_STILLS, folder / "orbit.png")
+    frames = torch.cat([found[:ORBIT_FRAMES] for found in both], dim=3)  # [frames, 1, R, 2R]
+    _save_animation(frames[:, 0], folder / "orbit.apng")
+    moving = f"Seed {seed} swung through ±{ORBIT_YAW:g} radians {SWINGS} times; before left, after right"
+    strip = f"Seed {seed} from yaw {-ORBIT_YAW:+.1f} to {ORBIT_YAW:+.1f} radians; before above, after below"
+    says = ["One latent, the first of the fixed seeds. It shows the surface in the round and proves nothing about the others."]
+    return Finding(
+        facts=c.facts([seed], ("before", "after")), data={"seed": seed, "yaws": yaws}, says=says,
+        pictures={moving: "orbit.apng", strip: "orbit.png"},
+    )
+
+
+def _save_animation(frames: torch.Tensor, path: Path) -> None:
+    """Frames [T, R, W] in 0..1 as an animated PNG that stops after SWINGS rounds."""
+    pictures = [PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy()]
+    pictures[0].save(path, format="PNG", save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=SWINGS)

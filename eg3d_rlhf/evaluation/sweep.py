@@ -1,0 +1,226 @@
+"""A sweep over the weights of the reward and of density consistency: what each setting gains in reward and pays in distance and geometry.
+
+Letters: N latents, S seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.evaluation import distances, overoptimisation
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.geometry import VIEWS
+from eg3d_rlhf.evaluation.sweep_runs import Cell
+from eg3d_rlhf.evaluation.texts import BOOTSTRAP
+from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.metrics.features import load_features
+from eg3d_rlhf.metrics.geometry import multi_view_measures
+from eg3d_rlhf.metrics.resampling import kernel_change_interval
+from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interval
+from eg3d_rlhf.metrics.views import spec_for
+from eg3d_rlhf.preferences.annotator import utility
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.records import Facts, Finding, Job, identity_of_file, seed_range
+from eg3d_rlhf.rlhf.consistency import density_l1
+from eg3d_rlhf.rlhf.measures import annotator_calibration
+
+TITLE = "Sweep of the reward's and the consistency term's weight"
+KEY = "front"
+REWARD, DISTANCE, GEOMETRY = "reward", "distance", "normal disagreement"
+SECOND, JUDGE, IMAGES = "held-out reward", "judge", "kernel distance of images"
+LABELS = {
+    REWARD: "change of the tuned reward", DISTANCE: "mean |σ - σ before|, raw density", GEOMETRY: "change of normal disagreement, degrees",
+    SECOND: "change of the held-out reward", JUDGE: "change of the programmatic judge's utility",
+    IMAGES: "change of the images' kernel distance",
+}
+GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # of the front: more is better, or less
+SEEDS_INTERVAL = "95 % t interval over training seeds where there are two or more, else over latents"
+
+
+def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
+    """One job for each trained cell."""
+    made = []
+    for cell, path in networks.items():
+        hashes = {"before": c.before.hash, "cell": identity_of_file(path), "reward": c.reward_hash}
+        inputs = c.inputs("reward", "held-out", n=c.n, images=c.images, data=c.data, views=VIEWS, inception=identity_of_file(c.inception))
+        made.append(Job(
+            key=f"cell-{cell.name}", title=f"{cell.setting}, seed {cell.seed}", compute=partial(measure_cell, c, cell, path),
+            inputs={**inputs, "files": hashes},
+        ))
+    return made
+
+
+def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
+    """The front over the findings of `cell_jobs`."""
+    found = {cell: findings[f"cell-{cell.name}"] for cell in cells}
+    inputs = {cell.name: one.data for cell, one in found.items()}
+    return Job(
+        key=KEY, title="Reward, distance and geometry", compute=partial(front, c, found), inputs=inputs,
+        plots={"reward-distance-geometry": plot_front, "other-measures": plot_others},
+    )
+
+
+def _kept(c: Comparison, name: str, make):
+    """A value of the generator before tuning, computed once for all cells."""
+    case = ("sweep", name, c.before.hash, c.psi, c.n, c.images, c.seed)
+    if case not in c.memory:
+        c.memory[case] = make()
+    return c.memory[case]
+
+
+def measure_cell(c: Comparison, cell: Cell, path: Path, folder: Path) -> Finding:
+    """Changes of every measure from before to one cell, per latent where the measure is."""
+    del folder
+    seeds, after = c.seeds(), c.load(path)
+    values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
+    if c.held_out is not None:
+        values[SECOND] = (c.scores(after, seeds, held_out=True) - c.scores(c.before, seeds, held_out=True)).double().numpy()
+    start = _kept(c, "density", lambda: overoptimisation.densities(c, c.before, seeds))
+    sigma = overoptimisation.densities(c, after, seeds)
+    values[DISTANCE] = density_l1(sigma, start).double().numpy()
+    if c.synthetic:
+        values[JUDGE] = judged(c, sigma) - _kept(c, "judge", lambda: judged(c, start))
+    values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
+    steps = {name: bootstrap_mean_interval(v)._asdict() for name, v in values.items()}
+    if c.data and c.images:
+        steps[IMAGES] = _images(c, after)
+    networks = {"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash}
+    facts = Facts(n=len(seeds), seeds=seed_range(seeds), psi=c.psi, networks=networks, interval=BOOTSTRAP)
+    rows = [{"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}} for i, seed in enumerate(seeds)]
+    return Finding(facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows)
+
+
+@torch.no_grad()
+def judged(c: Comparison, sigma: torch.Tensor) -> np.ndarray:
+    """The programmatic judge's utility [N] of cubes [N, D, H, W]."""
+    box_warp, calibration = float(c.before.G.rendering_kwargs["box_warp"]), annotator_calibration()
+    return np.array([utility(cube.numpy(), calibration=calibration, box_warp=box_warp).total for cube in sigma])
+
+
+def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
+    """Disagreement of normals between neighbouring views [N / 2], degrees."""
+    ws = c.ws(generator, c.seeds(max(2, c.n // 2)))
+    return multi_view_measures(generator.G, ws, spec_for(generator.G, **VIEWS), batch=max(1, c.batch // 2)).normal
+
+
+def _images(c: Comparison, after: LoadedGenerator) -> dict:
+    network = load_features(c.inception, c.device)
+    real, dataset = _kept(c, "reals", lambda: distances.real_features(c, network))
+    cameras = dataset.get_labels()
+    before = _kept(c, "images", lambda: distances.fake_features(c, c.before, cameras, network))
+    found = kernel_change_interval(before, distances.fake_features(c, after, cameras, network), real, distances.RESAMPLES, c.seed)
+    return {"mean": found.mean, "lo": found.lo, "hi": found.hi}
+
+
+def pareto(values: np.ndarray) -> np.ndarray:
+    """Which of points [N, M] none other equals or beats everywhere and beats somewhere; more is better; [N] bool."""
+    at_least = (values[None] >= values[:, None]).all(axis=2)  # [i, j]: j is nowhere worse than i
+    better = (values[None] > values[:, None]).any(axis=2)
+    return ~(at_least & better).any(axis=1)
+
+
+def gather(found: Mapping[Cell, Finding]) -> list[dict]:
+    """One entry for each setting: mean over seeds with interval, and the seeds' values."""
+    rows = []
+    for setting in dict.fromkeys(cell.setting for cell in found):
+        own = {cell: one for cell, one in found.items() if cell.setting == setting}
+        first = next(iter(own))
+        row = {"setting": setting, "lambda_r": first.lambda_r, "lambda_sigma": first.lambda_sigma if first.lambda_r else None,
+               "seeds": [cell.seed for cell in own], "measures": {}}
+        for name in next(iter(own.values())).data["measures"]:
+            steps = [one.data["measures"][name] for one in own.values()]
+            each = [step["mean"] for step in steps]
+            interval = t_mean_interval(each)._asdict() if len(each) > 1 else steps[0]
+            row["measures"][name] = {**interval, "each": each}
+        rows.append(row)
+    means = np.array([[sign * row["measures"][name]["mean"] for name, sign in GOALS.items()] for row in rows])
+    for row, kept in zip(rows, pareto(means), strict=True):
+        row["on_front"] = bool(kept)
+    return rows
+
+
+def front(c: Comparison, found: Mapping[Cell, Finding], folder: Path) -> Finding:
+    """All settings with their measures; those that no other setting beats are on the front."""
+    del folder
+    rows = gather(found)
+    columns = {"": "mean", " lo": "lo", " hi": "hi"}
+    table = [
+        {"setting": row["setting"], "front": "on the front" if row["on_front"] else "", "training seeds": " ".join(map(str, row["seeds"])),
+         **{f"{name}{end}": m[key] for name, m in row["measures"].items() for end, key in columns.items()}}
+        for row in rows
+    ]
+    seeds = c.seeds()
+    networks = {"before": c.before.hash, "reward": c.reward_hash} | {cell.name: one.data["network"] for cell, one in found.items()}
+    facts = Facts(n=len(seeds), unit=f"latents for each of {len(found)} runs", seeds=seed_range(seeds), psi=c.psi, networks=networks,
+                  interval=SEEDS_INTERVAL)
+    return Finding(facts=facts, data={"rows": rows}, rows=table, says=_says(rows))
+
+
+def _says(rows: list[dict]) -> list[str]:
+    kept = [row for row in rows if row["on_front"]]
+    says = [f"On the front, by means ({len(kept)} of {len(rows)} settings): " + "; ".join(row["setting"] for row in kept) + "."]
+    says.append("On the front: no other setting has at least this reward with no more distance and no more disagreement of normals.")
+    says += _without_consistency(rows)
+    if max(len(row["seeds"]) for row in rows) < 2:
+        says.append("One training seed for each setting: the intervals run over latents, and do not tell how runs differ. Add --seeds.")
+    says += [
+        "The front goes by means alone: settings whose intervals overlap may change places in another run.",
+        "The reward phase has an optimiser (Adam) of its own, whose step does not depend on the size of its loss: what matters is "
+        "λ_σ / λ_r, and without the consistency term all λ_r > 0 train nearly alike.",
+        "The distance is what the consistency term holds down; it orders how far a run went, not how good its shapes are.",
+    ]
+    return says
+
+
+def _without_consistency(rows: list[dict]) -> list[str]:
+    says = []
+    for without in (row for row in rows if row["lambda_r"] and row["lambda_sigma"] == 0):
+        for row in rows:
+            if row["lambda_r"] != without["lambda_r"] or not row["lambda_sigma"]:
+                continue
+            share = 1 - row["measures"][DISTANCE]["mean"] / max(without["measures"][DISTANCE]["mean"], 1e-12)
+            gain = row["measures"][REWARD]["mean"] / (without["measures"][REWARD]["mean"] or 1e-12)
+            says.append(f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} takes {share:.1%} off the distance of the run "
+                        f"without the consistency term, at {gain:.1%} of its reward.")
+    return says
+
+
+def _errors(row: dict, name: str) -> list[list[float]]:
+    m = row["measures"][name]
+    return [[max(0.0, m["mean"] - m["lo"])], [max(0.0, m["hi"] - m["mean"])]]
+
+
+def _panel(axes, rows: list[dict], x: str, y: str) -> None:
+    for i, row in enumerate(rows):
+        here, colour = row["measures"], style.CYCLE[i % len(style.CYCLE)]
+        axes.errorbar(here[x]["mean"], here[y]["mean"], xerr=_errors(row, x), yerr=_errors(row, y), color=colour, linewidth=1,
+                      marker="o" if i < len(style.CYCLE) else "s", markersize=6, markerfacecolor=colour if row["on_front"] else "none",
+                      label=row["setting"] + (" (front)" if row["on_front"] else ""))
+        if len(row["seeds"]) > 1:
+            axes.plot(here[x]["each"], here[y]["each"], ".", color=colour, markersize=3)
+    axes.axhline(0, color=style.colour("noise"), linewidth=0.8)
+    axes.set(xlabel=LABELS[x], ylabel=LABELS[y])
+
+
+def plot_front(data: dict):
+    """Reward over distance, and over geometry; filled points are on the front."""
+    drawn, axes = style.figure(columns=2)
+    ordered = sorted((row for row in data["rows"] if row["on_front"]), key=lambda row: row["measures"][DISTANCE]["mean"])
+    path = [[row["measures"][name]["mean"] for row in ordered] for name in (DISTANCE, REWARD)]
+    axes[0].plot(*path, "--", color=style.colour("noise"), linewidth=0.8)
+    _panel(axes[0], data["rows"], DISTANCE, REWARD)
+    _panel(axes[1], data["rows"], GEOMETRY, REWARD)
+    axes[0].legend(fontsize=6)
+    return drawn
+
+
+def plot_others(data: dict):
+    """Measures that are no goal of the front, over the distance."""
+    names = [name for name in (SECOND, JUDGE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
+    drawn, axes = style.figure(columns=len(names))
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        _panel(axis, data["rows"], DISTANCE, name)
+    return drawn

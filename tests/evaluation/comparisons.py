@@ -1,0 +1,41 @@
+"""Comparisons small enough for a test: tiny generators that differ by noise on their weights, a run with snapshots, a control."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.run_folder import OPTIONS
+from tests import tiny_runs
+from training import networks
+
+SMALL = {"n": 16, "images": 20, "batch": 8}
+
+
+def moved(amount: float, seed: int = 1) -> networks.Networks:
+    """The tiny networks of seed 0 with noise on every weight of the moving average."""
+    nets = tiny_runs.build_networks()
+    G_ema, random = copy.deepcopy(nets.G_ema), torch.Generator().manual_seed(seed)
+    for parameter in G_ema.parameters():
+        parameter.data += amount * torch.randn(parameter.shape, generator=random)
+    return dataclasses.replace(nets, G_ema=G_ema)
+
+
+def write_run(folder: Path, amounts: dict[int, float], lambda_r: float, noise: int = 1, **settings) -> Path:
+    """A run folder: snapshots after so many images with noise of these amounts, and the recorded settings."""
+    folder.mkdir(parents=True)
+    record = {"reward": "sigma", "lambda_r": lambda_r, "data": "", "mirror": False, "hashes": {}, **settings}
+    (folder / OPTIONS).write_text(json.dumps(record))
+    for i, (nimg, amount) in enumerate(amounts.items()):
+        nets = moved(amount, noise)
+        nets.cur_nimg = nimg
+        networks.save(folder / f"network-snapshot-{i:06d}.safetensors", nets)
+    return folder
+
+
+def load(before: Path, reward: Path, **sources) -> Comparison:
+    """A comparison of SMALL size on one core."""
+    return load_comparison(Sources(before=before, reward_ckpt=reward, **{**SMALL, **sources}))

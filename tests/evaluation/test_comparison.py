@@ -1,0 +1,99 @@
+"""What is compared is found, identified and refused as promised."""
+
+import json
+
+import pytest
+import torch
+
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.evaluation import runs
+from eg3d_rlhf.evaluation.comparison import SEED_STRIDE, Comparison, Sources, load_comparison
+from eg3d_rlhf.run_folder import OPTIONS
+from eg3d_rlhf.sigma.slab import sample_slab
+from tests.evaluation import comparisons
+
+
+def test_roles_and_hashes(tiny_comparison, tiny_reward):
+    c = tiny_comparison
+    assert list(c.generators()) == ["before", "after", "control"] and len({g.hash for g in c.generators().values()}) == 3
+    assert c.networks()["reward"] == file_hash(tiny_reward) and "held-out" not in c.networks()
+    assert c.networks("after", "held-out") == {"after": c.after.hash} and not c.synthetic
+
+
+def test_snapshots_follow_training_and_not_names(tiny_pair, tmp_path):
+    tuned = comparisons.write_run(tmp_path / "run", {900: 0.0, 64: 0.0}, 10.0)
+    assert [kimg for kimg, _ in runs.snapshots(tuned)] == [0.064, 0.9]
+    assert [kimg for kimg, _ in runs.snapshots(tiny_pair[0])] == [0.064, 0.128, 0.192] and runs.snapshots(None) == []
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_latents_are_held_out(tiny_comparison, seed):
+    c = Comparison(**{**vars(tiny_comparison), "seed": seed, "memory": {}})
+    found = c.seeds(20_000)
+    for first, last in ((0, 120_000), (300_000, 301_000), (500_000, 501_000)):  # labels and anchors, watch, shaping
+        assert not set(range(first, last)) & set(found)
+    assert found[0] == 200_000 + seed * SEED_STRIDE
+
+
+def test_scores_are_the_rewards_and_are_kept(tiny_comparison, monkeypatch):
+    c = Comparison(**{**vars(tiny_comparison), "memory": {}})
+    seeds = c.seeds(9)
+    expected = c.reward.score(sample_slab(c.after.G, c.ws(c.after, seeds), c.spec))
+    found = c.scores(c.after, seeds)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(Comparison, "slabs", None)
+    assert c.scores(c.after, seeds) is found
+    with pytest.raises(ValueError, match="--reward-watch"):
+        c.scores(c.after, seeds, held_out=True)
+
+
+def test_bundled_rewards_share_their_slabs(monkeypatch):
+    c = load_comparison(Sources(after=bundled.GENERATOR, n=3, images=16))
+    seeds, drawn = c.seeds(3), []
+    slabs = Comparison.slabs
+    monkeypatch.setattr(Comparison, "slabs", lambda *a, **k: drawn.append(1) or slabs(*a, **k))
+    first, second = c.scores(c.before, seeds), c.scores(c.before, seeds, held_out=True)
+    assert drawn == [1] and c.synthetic and not torch.equal(first, second)
+    torch.testing.assert_close(second, c.held_out[0].score(next(slabs(c, c.before, seeds))).cpu())
+
+
+def test_newest_run_and_its_control_are_found(tiny_networks, tiny_reward, tmp_path):
+    init = {"hashes": {"init": file_hash(tiny_networks)}, "seed": 0}
+    comparisons.write_run(tmp_path / "runs/00000-elsewhere", {64: 0.1}, 10.0, hashes={"init": "0"})
+    tuned = comparisons.write_run(tmp_path / "runs/00001-tuned", {64: 0.1}, 10.0, **init)
+    control = comparisons.write_run(tmp_path / "runs/00002-control", {64: 0.01}, 0.0, **init)
+    comparisons.write_run(tmp_path / "runs/00003-other-seed", {64: 0.02}, 0.0, **{**init, "seed": 1})
+    c = comparisons.load(tiny_networks, tiny_reward, runs_folder=tmp_path / "runs")
+    assert (c.run, c.control_run) == (tuned, control)
+    assert runs.differences(tuned, tmp_path / "runs/00003-other-seed") == ["seed"] and not runs.differences(tuned, control)
+
+
+def test_without_a_run_the_user_is_told_what_to_do(tiny_networks, tiny_reward, tmp_path):
+    with pytest.raises(ValueError, match="make demo"):
+        comparisons.load(tiny_networks, tiny_reward, runs_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sources", "text"),
+    [
+        ({"after": bundled.GENERATOR}, "--after: expected a generator like"), ({"control": bundled.GENERATOR}, "--control: expected"),
+        ({"reward_ckpt": "none.safetensors"}, "--reward-ckpt"), ({"lpips": "none.pt"}, "--lpips: expected a file"),
+        ({"identity": "none.pt"}, "--identity: expected a file"), ({"n": 1}, "--n: expected at least"), ({"psi": 0}, "--psi"),
+    ],
+)
+def test_mistakes_name_the_flag(tiny_networks, tiny_reward, sources, text):
+    with pytest.raises((ValueError, OSError), match=text):
+        load_comparison(Sources(**{"before": tiny_networks, "after": tiny_networks, "reward_ckpt": tiny_reward, **sources}))
+
+
+def test_the_tuned_reward_is_no_held_out_one(tiny_networks, tiny_reward):
+    with pytest.raises(ValueError, match="--reward-watch: expected another reward"):
+        comparisons.load(tiny_networks, tiny_reward, after=tiny_networks, reward_watch=tiny_reward)
+
+
+def test_a_damaged_record_is_named(tiny_networks, tiny_reward, tmp_path):
+    run = comparisons.write_run(tmp_path / "run", {64: 0.1}, 10.0)
+    (run / OPTIONS).write_text(json.dumps({})[:-1])
+    with pytest.raises(ValueError, match="expected JSON"):
+        comparisons.load(tiny_networks, tiny_reward, after=run)

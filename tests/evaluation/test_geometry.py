@@ -1,0 +1,81 @@
+"""Geometry before and after: known bodies in place of the networks', a network against itself, and densities without a surface."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.evaluation import geometry
+from eg3d_rlhf.reports import jobs
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+
+def ball(spec, radius=0.3, centre=(0.0, 0.0, 0.0)):
+    """Raw density [D, H, W], 10 on the surface of a ball."""
+    z, y, x = torch.meshgrid(*(axis.double() for axis in spec.axes()[::-1]), indexing="ij")
+    distance = ((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2).sqrt()
+    return (10 + 100 * (radius - distance)).float()
+
+
+def replace_bodies(monkeypatch, c, bodies):
+    """Let each network, by role, give `bodies[role](spec)` for every latent."""
+    roles = {id(generator.G): role for role, generator in c.generators().items()}
+    assert len(roles) == len(c.generators())
+    monkeypatch.setattr(geometry, "RESOLUTION", 32)
+    monkeypatch.setattr(geometry, "sigma_grid", lambda G, ws, spec: bodies[roles[id(G)]](spec).expand(len(ws), *spec.shape))
+
+
+def body_with_a_floater(spec):
+    return torch.maximum(ball(spec, 0.25, (-0.1, 0, 0)), ball(spec, 0.08, (0.35, 0, 0)))
+
+
+def test_known_bodies(tiny_comparison, monkeypatch, tmp_path):
+    replace_bodies(monkeypatch, tiny_comparison, {"before": body_with_a_floater, "after": ball, "control": body_with_a_floater})
+    finding = geometry.surfaces(tiny_comparison, tmp_path)
+    means = {name: {role: m["mean"] for role, m in entry["means"].items()} for name, entry in finding.data["measures"].items()}
+    assert means["components"] == {"before": 2, "after": 1, "control": 2}
+    assert means["mean |curvature|"]["before"] == pytest.approx(1 / 0.25, rel=0.03)
+    assert means["mean |curvature|"]["after"] == pytest.approx(1 / 0.3, rel=0.03)
+    assert means["loose volume"]["before"] == pytest.approx(0.08**3 / (0.25**3 + 0.08**3), rel=0.1)  # coarse grids lose volume
+    assert set(means["holes"].values()) == set(means["not watertight"].values()) == {0}
+    text = "\n".join(finding.says)
+    assert "components (count): 2 before, 1 after" in text and "lower, which is better" in text
+    assert "holes (handles and rims): 0 before, 0 after, paired +0 [+0, +0]: no change" in text
+
+
+def test_latents_without_a_surface_are_named(tiny_comparison, monkeypatch, tmp_path):
+    replace_bodies(monkeypatch, tiny_comparison, {"before": ball, "after": lambda spec: torch.zeros(spec.shape), "control": ball})
+    finding = geometry.surfaces(tiny_comparison, tmp_path)
+    assert "absent" in finding.data and "raise --n" in finding.says[0]
+    assert str(tiny_comparison.seeds()[0]) in finding.says[-1]
+    job = next(j for j in geometry.jobs(tiny_comparison) if j.key == "surfaces")
+    assert jobs.run([job], tmp_path, quiet=True)["surfaces"].data["measures"] == {}  # its figures are drawn too
+
+
+def test_the_cut_at_the_border_is_no_curvature():
+    spec = SlabSpec.cube(40)
+    x = spec.axes()[0]
+    slab = (10 + 100 * (0.2 - x.abs())).expand(*spec.shape)  # flat sides, cut by four faces of the cube
+    values = geometry.mesh_values(*geometry.extract_mesh(slab, spec), spec)
+    assert values["mean |curvature|"] < 1e-3 and values["components"] == 1 and values["not watertight"] == 0
+
+
+def test_a_generator_against_itself(unchanged, tmp_path):
+    finding = geometry.view_consistency(unchanged, tmp_path)
+    for entry in finding.data["measures"].values():
+        p = entry["paired"]["after"]
+        assert p["mean"] == p["mean_lo"] == p["mean_hi"] == 0 and np.isfinite(entry["values"]["before"]).all()
+    assert sum("no change" in line for line in finding.says) == 3 and any("--control" in line for line in finding.says)
+    assert finding.facts.n == geometry.latents(unchanged) == len(finding.rows)
+
+
+def test_views_job_runs_and_draws(tiny_comparison, tmp_path):
+    job = next(j for j in geometry.jobs(tiny_comparison) if j.key == "view-consistency")
+    finding = jobs.run([job], tmp_path, quiet=True)["view-consistency"]
+    assert set(finding.data["measures"]["depth disagreement"]["paired"]) == {"after", "control"}
+    assert (tmp_path / "figures" / "view-consistency-changes.svg").is_file()
+
+
+def test_raising_n_raises_the_latents():
+    assert geometry.latents(SimpleNamespace(n=1000)) == 250 and geometry.latents(SimpleNamespace(n=2)) == 2

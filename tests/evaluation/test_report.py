@@ -1,0 +1,129 @@
+"""The whole report: its command, its page, what it says first; resumed, selected, refused."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.evaluation import report
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.reports.records import Facts, Finding, Job
+from tests.evaluation import comparisons
+from tests.tools.examples import example_of, own_cache
+from tools import evaluate
+
+
+@pytest.fixture()
+def flags(tiny_networks, tiny_reward, tiny_pair, tiny_data, tmp_path):
+    tuned, control = tiny_pair
+    return [
+        f"--before={tiny_networks}", f"--after={tuned}", f"--control={control}", f"--reward-ckpt={tiny_reward}", f"--data={tiny_data}",
+        "--n=16", "--images=20", "--batch=8", "--device=cpu", f"--out={tmp_path / 'out'}", "--only=reward-psi,rank-consistency",
+    ]
+
+
+def run(flags, *more):
+    return CliRunner().invoke(evaluate.main, [*flags, *more])
+
+
+def test_page_summary_and_table(flags, tmp_path):
+    done = run(flags)
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "out"
+    page, words = (out / "index.html").read_text(), (out / "summary.txt").read_text()
+    assert 'id="reward-psi"' in page and 'id="rank-consistency"' in page and 'id="diversity"' not in page
+    assert "Not allowed: that people prefer the tuned shapes" in words and "Not allowed: that people prefer the tuned shapes" in page
+    assert "Highest mean reward" in done.output and "index.html" in done.output
+    assert {"reward-psi.json", "reward-psi.csv"} <= {path.name for path in (out / "data").iterdir()}
+
+
+def test_a_second_call_computes_nothing_and_fresh_computes_all(flags, tmp_path, monkeypatch):
+    assert run(flags, "--only=reward-psi").exit_code == 0
+    monkeypatch.setattr(Comparison, "scores", lambda *a, **k: pytest.fail("computed again"))
+    assert run(flags, "--only=reward-psi").exit_code == 0
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        CliRunner().invoke(evaluate.main, [*flags, "--only=reward-psi", "--fresh"], catch_exceptions=False)
+
+
+def test_dry_run_prints_what_would_be_done(flags, tmp_path):
+    done = run(flags, "--dry-run")
+    values = json.loads(done.output)
+    assert done.exit_code == 0 and values["parts"] == ["reward-psi", "rank-consistency"] and values["n"] == 16
+    assert len({values[role]["hash"] for role in ("before", "after", "control")}) == 3 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (("--only=reward-shift,nothing",), "--only: expected some of reward-shift"), (("--only=,",), "got nothing"),
+        (("--data=none.zip", "--only=image-distances"), "none.zip"),
+        (("--lpips=none.pt",), "--lpips: expected a file"), (("--run=none",), "--run: expected a run"),
+        (("--reward-watch=none.safetensors",), "--reward-watch"),
+    ],
+)
+def test_mistakes_are_one_line(flags, more, text):
+    done = run(flags, *more)
+    assert done.exit_code == 2 and text in done.output and "Traceback" not in done.output
+
+
+def test_every_part_has_its_own_key(tiny_comparison):
+    keys = [job.key for job in report.all_jobs(tiny_comparison)]
+    assert len(keys) == len(set(keys)) >= 12 and keys[0] == "reward-shift"
+    assert {"trajectories", "image-distances", "diversity", "appearance-drift", "identity-drift", "over-optimisation"} <= set(keys)
+
+
+def test_every_flag_is_known():
+    names = {name for parameter in evaluate.main.params for name in parameter.opts}
+    assert names == {
+        "--before", "--after", "--run", "--control", "--reward-ckpt", "--reward-watch", "--data", "--inception", "--lpips", "--identity",
+        "--psi", "--n", "--images", "--seed", "--only", "--out", "--fresh", "--batch", "--device", "-n", "--dry-run",
+    }
+
+
+def finding(data):
+    return Finding(facts=Facts(n=1), data=data)
+
+
+def shift(after, control):
+    return finding({"paired": {"after": {"mean": after, "mean_lo": after - 0.1}, "control": {"mean": control}}})
+
+
+def test_what_a_shift_allows(tiny_comparison):
+    allowed = report.summary(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})[0]
+    assert allowed.startswith("Allowed: the optimised reward rose, by 5.00") and "so the reward phase did it" in allowed
+    assert "so the reward phase did it" not in report.summary(tiny_comparison, {"reward-shift": shift(5.0, 2.0)})[0]
+    assert "Allowed: nothing" in report.summary(tiny_comparison, {"reward-shift": shift(0.05, 0.0)})[0]
+
+
+def test_what_is_not_allowed(tiny_comparison, unchanged):
+    text = "\n".join(report.summary(unchanged, {"identity-drift": finding({"absent": "no network"})}))
+    assert "without a control" in text and "no second reward" in text and "identity-drift" in text and "rendered heads" not in text
+    assert "without a control" not in "\n".join(report.summary(tiny_comparison, {}))
+
+
+def test_a_control_that_differs_is_told(tiny_comparison, tmp_path):
+    other = comparisons.write_run(tmp_path / "other", {64: 0.1}, 0.0, batch=99)
+    text = "\n".join(report.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {}))
+    assert "its run also differs in batch" in text
+
+
+def test_selection_keeps_the_order():
+    jobs = [Job(key=key, title=key, compute=None) for key in "abc"]
+    assert [job.key for job in report.select(jobs, "c,a")] == ["a", "c"] and report.select(jobs, None) == jobs
+
+
+@pytest.mark.long
+def test_the_example_with_nothing_but_a_run(repo, tmp_path):
+    """All defaults: the newest run in runs/ that began from the bundled generator."""
+    run = comparisons.write_run(tmp_path / "runs/00000-tuned", {}, 10.0, hashes={"init": file_hash(bundled.GENERATOR)})
+    (run / "network-snapshot-000000.safetensors").write_bytes(bundled.GENERATOR.read_bytes())
+    python, script, *flags = shlex.split(example_of(evaluate.main))
+    command = [sys.executable, str(repo / script), *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=own_cache(tmp_path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/reports/evaluate/index.html").is_file() and "over-optimisation" in done.stdout

@@ -1,0 +1,185 @@
+"""The sweep: which cells there are, that finished ones are not run again and interrupted ones go on, and the front of known values."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.evaluation import sweep
+from eg3d_rlhf.evaluation.sweep_runs import Cell, Training, begun, command, finished, grid, train_all
+from eg3d_rlhf.reports.records import Facts, Finding
+from tools import reports
+from tools import sweep as tool
+
+CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)
+FAKE = """
+import pathlib, re, sys, time
+flags = dict(a[2:].split("=", 1) for a in sys.argv[1:] if "=" in a)
+log = pathlib.Path(__file__).with_name("calls.txt")
+with log.open("a") as file: file.write(" ".join(sys.argv[1:]) + "\\n")
+resumed = "resume" in flags
+run = pathlib.Path(flags["resume"]) if resumed else pathlib.Path(flags["outdir"]) / "00000-run"
+run.mkdir(parents=True, exist_ok=True)
+mode = log.with_name("mode.txt").read_text()
+(run / "checkpoint-000000004.safetensors").write_bytes(b"")
+if mode == "stop": sys.exit(0)
+if mode == "fail": sys.exit("ValueError: --batch: too many")
+(run / "network-snapshot-000000.pkl").write_bytes(b"")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A stand-in for train.py that notes its calls; its snapshots are pickles of 0 kimg, so a length of 0 is reached."""
+    script = tmp_path / "train.py"
+    script.write_text(FAKE)
+
+    def mode(text):
+        (tmp_path / "mode.txt").write_text(text)
+
+    mode("train")
+    training = Training(folder=tmp_path / "cells", script=script, kimg=0.0, workers=2)
+    return training, mode, lambda: [line for line in (tmp_path / "calls.txt").read_text().splitlines()]
+
+
+def test_grid_has_every_combination_and_one_control_for_each_seed():
+    cells = grid([0, 1, 10], [0, 0.01], [3, 4])
+    assert len(cells) == len(set(cells)) == 2 * (1 + 4) and cells[0] == Cell(lambda_r=0, lambda_sigma=0, seed=3)
+    assert sum(cell.lambda_r == 0 for cell in cells) == 2 and sum(cell.lambda_r > 0 and cell.lambda_sigma == 0 for cell in cells) == 4
+    assert cells[0].setting == "control (λ_r = 0)" and cells[2].setting == "λ_r = 1, λ_σ = 0.01"
+
+
+@pytest.mark.parametrize(
+    ("lists", "flag"), [(([], [0], [0]), "--lambda-r"), (([1], [-1], [0]), "--lambda-sigma"), (([1], [1], []), "--seeds")]
+)
+def test_grids_that_are_none(lists, flag):
+    with pytest.raises(ValueError, match=flag):
+        grid(*lists)
+
+
+def test_a_finished_cell_is_not_run_again(fake):
+    training, _, calls = fake
+    cells, told = grid([0, 10], [0.01], [0, 1]), []
+    first = train_all(cells, training, told.append)
+    assert sorted(told) == sorted(cells) and len(calls()) == 4 and all(path.exists() for path in first.values())
+    assert train_all(cells, training) == first and len(calls()) == 4
+    assert any("--reward=sigma --lambda-r=10 --lambda-sigma=0.01 --seed=1 --kimg=0 --no-summary" in line for line in calls())
+
+
+def test_an_interrupted_cell_goes_on(fake):
+    training, mode, calls = fake
+    mode("stop")
+    with pytest.raises(ValueError, match="was stopped.*the same command goes on"):
+        train_all([CELL], training)
+    run = begun(training, CELL)
+    assert run is not None and finished(training, CELL) is None and f"--resume={run}" in command(training, CELL)
+    mode("train")
+    assert train_all([CELL], training) == {CELL: run / "network-snapshot-000000.pkl"}
+    assert len(calls()) == 2 and calls()[1].startswith(f"--resume={run}")
+
+
+def test_a_cell_that_fails_is_named_with_its_last_line(fake):
+    training, mode, _ = fake
+    mode("fail")
+    with pytest.raises(ValueError, match=r"r10-sigma0.01-s0.*status 1: ValueError: --batch: too many.*train.log"):
+        train_all([CELL], training)
+
+
+def test_other_settings_are_other_cells(tmp_path):
+    shared = {"folder": tmp_path, "script": Path("train.py"), "kimg": 0.1}
+    base = Training(**shared)
+    others = [Training(**{**shared, **more}) for more in ({"kimg": 0.2}, {"flags": ("--batch=4",)}, {"hashes": {"init": "ab"}})]
+    homes = [t.home(CELL) for t in (base, *others)]
+    assert len(set(homes)) == 4 and Training(**shared, workers=5).home(CELL) == homes[0]
+
+
+def test_pareto_against_loops():
+    values = np.random.default_rng(0).integers(0, 4, size=(40, 3)).astype(float)
+    expected = [
+        not any((other >= own).all() and (other > own).any() for other in values) for own in values
+    ]
+    assert sweep.pareto(values).tolist() == expected and 0 < sum(expected) < 40
+
+
+def cell_finding(reward, distance, normals):
+    steps = {name: {"mean": v, "lo": v - 0.1, "hi": v + 0.1} for name, v in zip(sweep.GOALS, (reward, distance, normals), strict=True)}
+    return Finding(facts=Facts(n=4), data={"measures": steps, "network": "ab" * 32})
+
+
+def test_front_of_known_settings(tiny_comparison, tmp_path):
+    settings = {(0, 0.0): (0, 0, 0), (1, 0.0): (5, 2, 1), (1, 0.1): (4, 1, 0.5), (10, 0.0): (4.5, 3, 2), (10, 0.1): (4, 1, 0.4)}
+    found = {Cell(lambda_r=r, lambda_sigma=s, seed=0): cell_finding(*v) for (r, s), v in settings.items()}
+    result = sweep.front(tiny_comparison, found, tmp_path)
+    on = {row["setting"]: row["front"] for row in result.rows}
+    assert [name for name, text in on.items() if text] == ["control (λ_r = 0)", "λ_r = 1, λ_σ = 0", "λ_r = 10, λ_σ = 0.1"]
+    assert "3 of 5 settings" in result.says[0] and "λ_r = 10, λ_σ = 0.1" in result.says[0]
+    assert any("λ_σ = 0.1 takes 50.0% off the distance" in text and "80.0% of its reward" in text for text in result.says)
+    assert any("One training seed" in text for text in result.says)
+    for plot in (sweep.plot_front, sweep.plot_others):
+        assert plot(json.loads(json.dumps(result.data))) is not None
+
+
+def test_several_seeds_give_an_interval_over_runs():
+    rewards = [3.0, 4.0, 5.0]
+    found = {Cell(lambda_r=1, lambda_sigma=0.0, seed=s): cell_finding(r, 1, 1) for s, r in enumerate(rewards)}
+    (row,) = sweep.gather(found)
+    m = row["measures"][sweep.REWARD]
+    assert m["each"] == rewards and m["mean"] == 4 and m["hi"] - 4 == pytest.approx(4.302653 * 1 / np.sqrt(3), rel=1e-5)
+
+
+def test_cells_are_measured_against_before(tiny_comparison, tiny_pair):
+    c, path = tiny_comparison, sorted(tiny_pair[0].glob("network-snapshot-*"))[-1]
+    found = sweep.measure_cell(c, CELL, path, None)
+    own, unchanged = found.data["measures"], sweep.measure_cell(c, CELL, c.before.path, None).data["measures"]
+    delta = (c.scores(c.load(path), c.seeds()) - c.scores(c.before, c.seeds())).double().mean()
+    assert own[sweep.REWARD]["mean"] == pytest.approx(float(delta)) and own[sweep.DISTANCE]["mean"] > 0
+    assert {name: step["mean"] for name, step in unchanged.items()} == dict.fromkeys(unchanged, 0) and sweep.IMAGES in own
+
+
+def flags_of(tmp_path, data, networks, reward):
+    train = "--batch=4 --nrr-initial=8 --glr=0.002 --dlr=0.002 --ema-kimg=0.02 --gen-pose-cond=True --tick=0.008"
+    return [f"--before={networks}", f"--reward-ckpt={reward}", f"--data={data}", "--lambda-r=10", "--lambda-sigma=0", "--kimg=0.008",
+            f"--train-flags={train}", "--n=16", "--images=16", "--device=cpu", f"--out={tmp_path / 'sweep'}"]
+
+
+def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_networks, tiny_reward):
+    flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
+    wrong = CliRunner().invoke(tool.main, [*flags, "--lambda-r=1,x"])
+    assert wrong.exit_code == 2 and "--lambda-r: expected numbers" in wrong.output
+    planned = CliRunner().invoke(tool.main, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
+    assert json.loads(planned.output)["cells"] == {f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))}
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.long
+def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_reward):
+    flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
+    done = CliRunner().invoke(tool.main, flags)
+    assert done.exit_code == 0, done.output
+    assert "λ_r = 10, λ_σ = 0" in done.output and "on the front" in done.output and (tmp_path / "sweep/index.html").is_file()
+    logs = list(tmp_path.glob("sweep/cells/*/train.log"))
+    stamps = [log.stat().st_mtime_ns for log in logs]
+    assert CliRunner().invoke(tool.main, flags).exit_code == 0
+    assert [log.stat().st_mtime_ns for log in logs] == stamps and len(logs) == 1
+
+
+def test_make_reports_plans_what_is_missing(tmp_path):
+    planned = json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--dry-run"]).output)
+    assert "--snap=1" in planned["tuned run"] and "--lambda-r=0" in planned["control run"]
+    assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][0] == "tools/embed.py"
+    assert list(json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--only=embed", "-n"]).output))[2:] == ["embed"]
+    wrong = CliRunner().invoke(reports.main, ["--only=nothing"])
+    assert wrong.exit_code == 2 and "--only" in wrong.output
+
+
+def test_the_commands_of_make_reports_are_understood(repo):
+    """Every flag that the recipe passes exists."""
+    from tools import attribute, embed, evaluate
+
+    tools = {"evaluate": evaluate, "attribute": attribute, "embed": embed, "sweep": tool}
+    for name, (script, *flags) in reports.report_commands(Path("out"), {"tuned": Path("a"), "control": Path("b")}, 0, list(tools)).items():
+        tools[name].main.make_context(name, list(flags))
+        assert (repo / script).is_file()

@@ -1,0 +1,146 @@
+"""Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the face.
+
+With no options: the bundled generator against the newest tuned run in runs/. The value of a set of regions is the reward of the original
+slab with those regions replaced by the tuned slab's. Draws the regions on a mesh first, then computes Shapley values, Integrated Gradients,
+occlusion and a noise baseline, compares them with each other and with rewards of random weights, and shows single voxels on the surface.
+
+\b
+Example:
+    python tools/attribute.py --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10 --n=4
+"""
+
+import html
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.attribution import report  # noqa: E402
+from eg3d_rlhf.attribution.integrated import BOUND, MOST_STEPS, STEPS  # noqa: E402
+from eg3d_rlhf.attribution.shapley import METHODS  # noqa: E402
+from eg3d_rlhf.attribution.study import BOXES, LANDMARKS, Settings, Study  # noqa: E402
+from eg3d_rlhf.attribution.surface import PAGE  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
+from eg3d_rlhf.evaluation.comparison import Sources, load_comparison  # noqa: E402
+from eg3d_rlhf.reports import jobs as running  # noqa: E402
+from eg3d_rlhf.reports.page import write_page  # noqa: E402
+from training.storage import write_atomic  # noqa: E402
+
+PATH = click.Path(path_type=Path)
+
+
+def resolved(study: Study, out: Path) -> dict:
+    """Settings as JSON values."""
+    c, s = study.c, study.settings
+    files = {role: {"file": str(g.path), "hash": g.hash} for role, g in (("before", c.before), ("after", c.after))}
+    return {
+        **files, "reward": c.reward_hash, "data": c.data, "method": s.method, "regions": str(s.regions),
+        "landmarks": s.landmarks and str(s.landmarks), "permutations": s.permutations, "steps": s.steps, "most_steps": s.most_steps,
+        "gap_bound": s.gap_bound, "draws": s.draws, "checked": s.checked, "psi": c.psi, "n": c.n, "batch": c.batch, "seed": c.seed,
+        "device": str(c.device), "out": str(out),
+    }
+
+
+def print_table(parts, findings, page: Path) -> None:
+    """Mean value per region, the first sentence of every part, and where the page is."""
+    data = findings["shapley"].data
+    click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
+    for name, mean in sorted(zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]):
+        click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
+    total = data["difference"]
+    click.echo(f"{'sum':<18} {total['mean']:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
+    for job in parts:
+        lines = textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]
+        click.echo(f"{job.key:<15} {lines[0]}")
+        for line in lines[1:]:
+            click.echo(f"{'':<15} {line}")
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/, data/{PAGE}")
+
+
+def introduction(study: Study) -> str:
+    """What is attributed, in a paragraph."""
+    c = study.c
+    return (
+        f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A coalition's value is the "
+        "reward of the original slab with the coalition's regions replaced by the tuned slab's, each slab on its own normalised scale."
+    )
+
+
+def summary(findings) -> list[str]:
+    """What stands first."""
+    says = [findings["shapley"].says[0], *findings["shapley"].says[1:2], findings["redrawn-reward"].says[0]]
+    return [*says, "These are statements about this reward and these latents; whether people see the same, nobody was asked."]
+
+
+def viewer(out: Path) -> str:
+    """The interactive surface as a frame of the page."""
+    path = out / "data" / PAGE
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    frame = html.escape(path.read_text())
+    return f'<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface" srcdoc="{frame}"></iframe></section>'
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
+        help="Generator before tuning.")
+@option("--after", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="newest snapshot of --run",
+        help="Tuned generator.")
+@option("--run", group="What", metavar="RUN", type=PATH, default=None, show_default="that of --after, else the newest in runs/",
+        help="Run folder.")
+@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="the run's own, else bundled",
+        help="Reward whose change is divided.")
+@option("--data", group="What", metavar="ZIP|DIR|synthetic:heads64", default=None, show_default="the run's own",
+        help="Procedural heads (synthetic:...) bring their own landmarks.")
+@option("--regions", group="Regions", metavar="boxes|landmarks|FILE", default=None,
+        show_default="landmarks for procedural heads or with --landmarks, else boxes",
+        help="Fixed boxes, boxes about landmarks, or a label volume (.npy, .npz; names in the .json beside it).")
+@option("--landmarks", group="Regions", metavar="FILE", type=PATH, default=None, show_default="those of the procedural heads",
+        help="JSON of 98 WFLW points in the frontal view.")
+@option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
+@option("--permutations", group="How", metavar="INT", type=click.IntRange(min=2), default=64, help="Orders of the sampled methods.")
+@option("--steps", group="How", metavar="INT", type=click.IntRange(min=2), default=STEPS,
+        help="Steps of Integrated Gradients at first; they double while the gap is above 1 %.")
+@option("--most-steps", group="How", metavar="INT", type=click.IntRange(min=2), default=MOST_STEPS, help="Where the doubling ends.")
+@option("--gap-bound", group="How", metavar="SHARE", type=click.FloatRange(min=0, min_open=True), default=BOUND,
+        help="Refuse a larger efficiency gap, as a share of the reward difference.")
+@option("--draws", group="How", metavar="INT", type=click.IntRange(min=2), default=8, help="Rewards with re-drawn weights.")
+@option("--checked", group="How", metavar="LATENTS", type=click.IntRange(min=1), default=2, help="Latents that those rewards see.")
+@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=0.7, help="Truncation.")
+@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=2), default=6, help="Latents behind a figure.")
+@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents per seed.")
+@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/attribute"),
+        help="Folder to write.")
+@option("--fresh", group="Run", is_flag=True, help="Compute everything again.")
+@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=16, help="Slabs at once; bounds memory.")
+@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
+@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+def main(out, fresh, dry_run, device, regions, landmarks, method, permutations, steps, most_steps, gap_bound, draws, checked, **what):
+    how = {"method": method, "permutations": permutations, "steps": steps, "most_steps": most_steps, "gap_bound": gap_bound, "draws": draws,
+           "checked": checked, "landmarks": landmarks}
+    Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})  # a wrong flag is named before networks are loaded
+    c = load_comparison(Sources(device=choose_device(device), **what))
+    regions = regions or (LANDMARKS if landmarks is not None or c.synthetic else BOXES)
+    settings = Settings(regions=regions if regions in (BOXES, LANDMARKS) else Path(regions), **how)
+    study = Study(c, settings, progress=tqdm.write)
+    if dry_run:
+        click.echo(json.dumps(resolved(study, out), indent=1))
+        return
+    parts = report.jobs(study)
+    findings = running.run(parts[:1], out, fresh=fresh)
+    for name in findings["regions"].pictures.values():
+        click.echo(f"The regions are drawn in {out / 'data' / name}; the attribution follows.")
+    findings |= running.run(parts[1:], out, fresh=fresh)
+    words = summary(findings)
+    write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
+    page = write_page(out / "index.html", report.TITLE, introduction(study), parts, findings, words, viewer(out))
+    print_table(parts, findings, page)
+
+
+if __name__ == "__main__":
+    main()

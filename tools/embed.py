@@ -1,0 +1,89 @@
+"""Where does the reward see tuned samples? Maps its global feature before and after tuning, with the shape behind every point.
+
+With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained page: UMAP and principal axes, rank
+correlation of the reward with the main axis, a test of separability, and a map whose points show their shapes.
+
+\b
+Example:
+    python tools/embed.py --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
+from eg3d_rlhf.evaluation import embedding  # noqa: E402
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
+from eg3d_rlhf.reports import jobs as running  # noqa: E402
+from eg3d_rlhf.reports import points_view  # noqa: E402
+from eg3d_rlhf.reports.page import data_uri, write_page  # noqa: E402
+
+DEFAULTS = Sources()
+PATH = click.Path(path_type=Path)
+LAYOUTS = {"umap": "UMAP", "principal": "principal axes"}
+
+
+def resolved(c: Comparison, out: Path) -> dict:
+    """Settings as JSON values."""
+    files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in c.generators().items()}
+    return {
+        **files, "reward": c.reward_hash, "psi": c.psi, "n": c.n, "batch": c.batch, "seed": c.seed, "device": str(c.device),
+        "umap": embedding.umap_version(), "out": str(out),
+    }
+
+
+def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:
+    """Compute what is missing and write the page; returns the findings."""
+    parts = embedding.jobs(c)
+    findings = running.run(parts, out, fresh=fresh, quiet=quiet)
+    found, sheet = findings[embedding.MAP].data, findings[embedding.SHAPES].data
+    sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
+    interactive = points_view.section(found["points"], [(name, LAYOUTS[name]) for name in found["layouts"]], sprite)
+    introduction = (
+        f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before and after tuning. Points at the "
+        "end of the page show their shapes."
+    )
+    words = [findings[key].says[0] for key in (embedding.MAP, embedding.APART)]
+    write_page(out / "index.html", embedding.TITLE, introduction, parts[:2], findings, words, interactive)
+    return findings
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
+        help="Generator before tuning.")
+@option("--after", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the newest tuned run in runs/",
+        help="Tuned generator.")
+@option("--control", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the matching run in runs/",
+        help="The same run with --lambda-r=0, for the test of separability.")
+@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="the run's own, else bundled",
+        help="Reward whose feature is mapped.")
+@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=DEFAULTS.psi, help="Truncation.")
+@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=16), default=DEFAULTS.n, help="Latents, each in both networks.")
+@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents, and UMAP, per seed.")
+@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/embed"),
+        help="Folder to write.")
+@option("--fresh", group="Run", is_flag=True, help="Compute everything again.")
+@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Samples at once; bounds memory.")
+@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
+@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+def main(out, fresh, dry_run, device, **sources) -> None:
+    c = load_comparison(Sources(device=choose_device(device), **sources))
+    if dry_run:
+        click.echo(json.dumps(resolved(c, out), indent=1))
+        return
+    findings = write(c, out, fresh)
+    for row in findings[embedding.MAP].data["ranks"]:
+        rho = "none: constant" if row["spearman"] is None else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+        click.echo(f"reward with the {row['axis']:<36}  {rho}")
+    for row in findings[embedding.APART].rows:
+        click.echo(f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}")
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/")
+
+
+if __name__ == "__main__":
+    main()

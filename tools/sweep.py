@@ -1,0 +1,131 @@
+"""What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance and geometry.
+
+Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its checkpoint: give the same command.
+lambda_sigma = 0 is the run without the density-consistency term, lambda_r = 0 the control. The table names the settings on the front.
+
+\b
+Example:
+    python tools/sweep.py --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=runs/example/sweep
+"""
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf import bundled  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option  # noqa: E402
+from eg3d_rlhf.evaluation import sweep  # noqa: E402
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
+from eg3d_rlhf.evaluation.sweep_runs import Cell, Training, begun, finished, grid, train_all  # noqa: E402
+from eg3d_rlhf.generators import find_network  # noqa: E402
+from eg3d_rlhf.reports import jobs as running  # noqa: E402
+from eg3d_rlhf.reports.page import write_page  # noqa: E402
+
+DEFAULTS = Sources()
+PATH = click.Path(path_type=Path)
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def numbers(flag: str, text: str, kind: type = float) -> list:
+    """Comma-separated values of a flag. Raises: ValueError naming the flag."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the list.") from None
+
+
+def training_of(out: Path, before: Path | None, reward_ckpt: Path | None, data: str | None, kimg: float, device: str, flags: str,
+                workers: int) -> Training:
+    """What the cells share, with the hashes of the files that they start from."""
+    given = [f"--device={device}", *shlex.split(flags)]
+    given += [f"--init={find_network(before)}"] if before is not None else []
+    given += [f"--reward-ckpt={reward_ckpt}"] if reward_ckpt is not None else []
+    given += [f"--data={data}"] if data is not None else []
+    hashes = {"init": file_hash(find_network(before)), "reward": file_hash(reward_ckpt or bundled.REWARD)}
+    return Training(folder=out / "cells", script=TRAIN, kimg=kimg, flags=given, hashes=hashes, workers=workers)
+
+
+def write(c: Comparison, networks: dict[Cell, Path], out: Path, fresh: bool = False, quiet: bool = False):
+    """Measure the cells, draw the front, write the page; returns the finding of the front."""
+    found = running.run(sweep.cell_jobs(c, networks), out, fresh=fresh, quiet=quiet)
+    job = sweep.front_job(c, list(networks), found)
+    front = running.run([job], out, fresh=fresh, quiet=True)
+    introduction = (
+        f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n} held-out latents. The data of "
+        "every run lies in data/cell-*.json."
+    )
+    write_page(out / "index.html", sweep.TITLE, introduction, [job], front, front[sweep.KEY].says[:1])
+    return front[sweep.KEY]
+
+
+def print_table(finding) -> None:
+    """One line for each setting; the front is named."""
+    goals = list(sweep.GOALS)
+    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in goals) + "  front")
+    for row in finding.data["rows"]:
+        cells = [f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["measures"][name] for name in goals)]
+        click.echo(f"{row['setting']:<26} " + " ".join(f"{text:>28}" for text in cells) + f"  {'on the front' if row['on_front'] else '-'}")
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
+        help="Initial networks.")
+@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="bundled", help="Reward that tunes.")
+@option("--data", group="What", metavar="ZIP|DIR|synthetic:heads64", default=None, show_default="train.py's default", help="Images.")
+@option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
+@option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
+@option("--seeds", group="Grid", metavar="LIST", default="0", help="Training seeds of every cell; two or more give intervals over runs.")
+@option("--kimg", group="Grid", metavar="KIMG", type=click.FloatRange(min=0, min_open=True), default=0.24, help="Length of a cell.")
+@option("--train-flags", group="Grid", metavar="FLAGS", default="", show_default="none",
+        help="More flags of train.py, in one quoted string.")
+@option("--workers", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
+@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=DEFAULTS.psi, help="Truncation.")
+@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=16), default=32, help="Latents behind a figure.")
+@option("--images", group="Samples", metavar="INT", type=click.IntRange(min=16), default=128, help="Images for the distance to the data.")
+@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents per seed.")
+@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/sweep"),
+        help="Folder to write; holds the cells' runs too.")
+@option("--fresh", group="Run", is_flag=True, help="Measure again; finished cells are not trained again.")
+@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Samples at once; bounds memory.")
+@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
+@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the cells and what is left to train as JSON and stop.")
+def main(
+    before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, workers, out, fresh, device, dry_run, **sampling
+) -> None:
+    lists = numbers("--lambda-r", lambda_r), numbers("--lambda-sigma", lambda_sigma), numbers("--seeds", seeds, int)
+    cells, where = grid(*lists), choose_device(device)
+    t = training_of(out, before, reward_ckpt, data, kimg, device, train_flags, workers)
+    states = {cell.name: "finished" if finished(t, cell) else "begun" if begun(t, cell) else "new" for cell in cells}
+    if dry_run:
+        shared = {"kimg": kimg, "train_flags": list(t.flags), "hashes": t.hashes, "workers": workers, "device": str(where), **sampling}
+        click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    click.echo(f"{len(cells)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to train.", err=True)
+    try:
+        with tqdm(total=len(cells), desc="training", unit="cell", dynamic_ncols=True) as bar:
+            networks = train_all(cells, t, lambda cell: bar.update())
+    except KeyboardInterrupt:
+        click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)
+        sys.exit(130)
+    first = next(iter(networks.values()))
+    c = load_comparison(Sources(
+        before=before, after=first, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=t.folder, **sampling
+    ))
+    print_table(write(c, networks, out, fresh))
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")
+
+
+if __name__ == "__main__":
+    main()

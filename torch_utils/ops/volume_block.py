@@ -1,0 +1,147 @@
+"""Parts of a residual squeeze-and-excitation block on volumes, without gradients: for scoring many slabs with one network on a CPU.
+
+    conv     y = [relu](conv3x3x3(scale * x + shift, zeros outside) [+ residual]), with each channel's sum and sum of squares
+    up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the skip's size by its nearest neighbour,
+             floor(i * in / out), with the same sums
+    gate     y = h * max(channel gate, sigmoid(w . h + b)) for h >= 0
+    profile  largest response per depth slice of a 1x1x1 convolution after `gate`
+
+The sums make the next group normalisation a scale and a shift per channel, so that no pass over the volume is its own. The convolution is
+direct along z and x and Winograd's F(4, 3) along y (Lavin & Gray 2016): half the definition's products. Largest deviation from torch's
+convolution, relative to the largest value: 1e-6 (8 and 16 channels).
+
+Shapes: N batch, C input and O output channels, D, H, W.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils.ops.implementations import choose
+
+_LANES = 8  # output channels at a time
+_LEAST_WIDTH = 4
+_OP = "volume_block"
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
+_LIB.define("volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu, Tensor(a!) y) -> Tensor")
+_LIB.define("volume_up(Tensor skip, Tensor x, Tensor w, Tensor(a!) y) -> Tensor")
+_LIB.define("volume_gate(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor(a!) y, bool pool) -> Tensor")
+_LIB.define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> Tensor")
+# F(4, 3): transformed taps of the kernel along y
+_TAPS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
+
+
+def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+    applies = plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+    return choose("volume_block", impl, _OP, given[0].device.type, applies) == "compiled"
+
+
+def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
+    """Kernels w [(N,) O, C, 3, 3, 3] as `volume_conv` reads them, [N or 1, O/8, 6, 3, C, 3, 8]: y taps, z, input, x, output."""
+    w = w[None] if w.ndim == 5 else w
+    taps = torch.tensor(_TAPS, dtype=torch.float64)
+    u = torch.einsum("ky,noczyx->nokzcx", taps, w.detach().double().cpu()).float()  # [N, O, 6, 3, C, 3]
+    return u.unflatten(1, (-1, _LANES)).permute(0, 1, 3, 4, 5, 6, 2).contiguous()
+
+
+def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
+    """Kernels w [C, O, 3, 3, 3] of a transposed convolution as `volume_up` reads them, [O/8, C, 27, 8]."""
+    return w.detach().flatten(2).unflatten(1, (-1, _LANES)).permute(1, 0, 3, 2).contiguous()
+
+
+def _sums(y: torch.Tensor) -> torch.Tensor:
+    flat = y.flatten(2)
+    return torch.stack([flat.sum(dim=2, dtype=torch.float64), flat.double().square().sum(dim=2)], dim=2)
+
+
+def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`out`, checked, or new memory."""
+    if out is None:
+        return like.new_empty(shape)
+    if out.shape != torch.Size(shape) or not out.is_contiguous() or out.dtype != like.dtype:
+        raise ValueError(f"volume_block(out): expected contiguous {list(shape)}, got {list(out.shape)}. Leave it out for new memory.")
+    return out
+
+
+def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    y = y if out is None else out.copy_(y)
+    return y, _sums(y)
+
+
+def volume_conv(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, w: torch.Tensor, u: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, mix: torch.Tensor | None = None, relu: bool = False, out: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalised 3x3x3 convolution.
+
+    Args:
+        x: [N, C, D, H, W], or one channel from which all C inputs are made; scale, shift: [N, C].
+        w: [O, C, 3, 3, 3], or [N, O, C, 3, 3, 3] with kernels for each sample; u: `transformed_kernel(w)`, made where not given.
+        residual: like the result; or [N, 1, D, H, W] with mix [O, 2], a factor and an offset per output.
+        out: memory for y, contiguous; may be the residual's.
+    Returns: y [N, O, D, H, W] and sums [N, O, 2] float64 of y and y^2.
+    "auto" takes the compiled op where O is a multiple of 8 and W is at least 4; narrower volumes fill its vectors badly.
+    """
+    samples, inputs = scale.shape
+    if x.ndim != 5 or w.shape[-4:] != (inputs, 3, 3, 3) or x.shape[1] not in (1, inputs) or (w.ndim == 6 and len(w) != samples):
+        raise ValueError(
+            f"volume_conv: expected x [N, 1 or C, D, H, W], scale [N, C] and w [(N,) O, C, 3, 3, 3], got {list(x.shape)}, "
+            f"{list(scale.shape)} and {list(w.shape)}. Pass one scale per input."
+        )
+    fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _LEAST_WIDTH)
+    if fits and _compiled(impl, x, scale, shift, residual, mix):
+        u = transformed_kernel(w) if u is None else u
+        residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
+        y = _memory(out, x, (samples, w.shape[-5], *x.shape[2:]))
+        return y, torch.ops.eg3d_rlhf.volume_conv(x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y)
+    x = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
+    y = F.conv3d(x, w, padding=1) if w.ndim == 5 else torch.cat([F.conv3d(a[None], k, padding=1) for a, k in zip(x, w, strict=True)])
+    if mix is not None:
+        residual = residual * mix[None, :, 0, None, None, None] + mix[None, :, 1, None, None, None]
+    y = y if residual is None else y + residual
+    return _finished(F.relu(y) if relu else y, out)
+
+
+def volume_up(
+    skip: torch.Tensor, x: torch.Tensor, w: torch.Tensor, u: torch.Tensor | None = None, out: torch.Tensor | None = None, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """skip [N, O, D, H, W] + the transposed convolution of x [N, C, d, h, w] by w [C, O, 3, 3, 3], resampled; and sums [N, O, 2].
+
+    u: `transposed_kernel(w)`, made where not given; out: memory for the result, contiguous; may be skip.
+    """
+    if skip.shape[1] % _LANES == 0 and _compiled(impl, skip, x):
+        y = _memory(out, skip, skip.shape)
+        return y, torch.ops.eg3d_rlhf.volume_up(skip.contiguous(), x.contiguous(), transposed_kernel(w) if u is None else u, y)
+    y = skip + F.interpolate(F.conv_transpose3d(x, w, stride=2, padding=1), size=tuple(skip.shape[2:]), mode="nearest")
+    return _finished(y, out)
+
+
+def volume_gate(
+    h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, pool: bool = False,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """h [N, C, D, H, W] >= 0 times the larger of channel [N, C] and sigmoid(w [C] . h + b [1]); with `pool`, its maxima over 2^3 voxels.
+
+    out: memory for the result, contiguous; may be h.
+    """
+    if _compiled(impl, h, channel, w, b):
+        y = _memory(out, h, h.shape)
+        small = torch.ops.eg3d_rlhf.volume_gate(h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool)
+        return y, small if pool else None
+    y = h * torch.maximum(channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None])
+    y = y if out is None else out.copy_(y)
+    return y, F.max_pool3d(y, 2) if pool else None
+
+
+def volume_profile(
+    h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, final_w: torch.Tensor, final_b: torch.Tensor,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """[N, D]: largest of final_w [R, C] . gated h + final_b [R] over responses, rows and columns of each slice; see `volume_gate`."""
+    if _compiled(impl, h, channel, w, b, final_w, final_b):
+        given = (h, channel, w, b, final_w, final_b)
+        return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in given))
+    response = torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w) + final_b[:, None, None, None]
+    return response.amax(dim=(1, 3, 4))
