@@ -83,7 +83,8 @@ class DiscriminatorBlock(torch.nn.Module):
         source = x if x is not None else img
         half = self.use_fp16 and not force_fp32 and source.device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
-        memory_format = torch.channels_last if self.channels_last and half else convolution_layout(source.device, self.resolution)
+        fast = convolution_layout(source.device, self.resolution, self.conv1.weight.shape[0])
+        memory_format = torch.channels_last if self.channels_last and half else fast
         source = source.to(dtype=dtype, memory_format=memory_format)
         x = self.fromrgb(source) if self.in_channels == 0 else source
         y = self.skip(x, gain=math.sqrt(0.5))

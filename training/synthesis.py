@@ -116,6 +116,9 @@ class SynthesisBlock(torch.nn.Module):
         self.conv1 = SynthesisLayer(out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer)
         self.torgb = ToRGBLayer(out_channels, img_channels, **layer)
 
+    def _layout(self, device: torch.device) -> torch.memory_format:
+        return convolution_layout(device, self.resolution, self.conv1.weight.shape[0])
+
     def forward(
         self,
         x: torch.Tensor | None,
@@ -130,7 +133,7 @@ class SynthesisBlock(torch.nn.Module):
         w_iter = iter(ws.unbind(dim=1))
         half = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
-        memory_format = torch.channels_last if self.channels_last and half else convolution_layout(ws.device, self.resolution)
+        memory_format = torch.channels_last if self.channels_last and half else self._layout(ws.device)
         if fused_modconv is None:
             fused_modconv = self.fused_modconv_default
         if fused_modconv == "inference_only":
@@ -142,7 +145,7 @@ class SynthesisBlock(torch.nn.Module):
             x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
         x = self.conv1(x, next(w_iter), **kwargs)
         if img is not None and self.upsample:
-            img = upfirdn2d.upsample2d(img.to(memory_format=convolution_layout(img.device, self.resolution)), self.resample_filter)
+            img = upfirdn2d.upsample2d(img.to(memory_format=self._layout(img.device)), self.resample_filter)
         y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32)
         y = y if ws.device.type == "cpu" else y.contiguous()
         return x, (y if img is None else img + y)
