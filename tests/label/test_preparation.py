@@ -104,6 +104,7 @@ def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_
     assert len(pids) == 3 and not work.running
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_goes_on_where_it_was(campaign, tmp_path):
     url = campaign(20, resolution=64)
     cache, shapes = ShapeCache(tmp_path / "cache"), planned(url)
@@ -137,6 +138,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.long
 def test_it_ends_with_a_parent_that_is_killed(campaign, tmp_path, repo):
     url = campaign(400, resolution=96)
     command = [sys.executable, "-c", PARENT, url, str(tmp_path / "cache")]

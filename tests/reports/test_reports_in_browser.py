@@ -69,7 +69,7 @@ def reading(browser, path, **context):
 
 
 @needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["evaluate", "attribute", "embed", "sweep"])
 def test_pages_open_without_errors_or_requests(browser, pages, name, scheme):
     with reading(browser, pages / name / "index.html", color_scheme=scheme) as reader:
