@@ -133,7 +133,7 @@ def main(url: str, campaign: str, cache: str, static: str, port: str) -> None:
     from eg3d_rlhf.label.shape_cache import ShapeCache
     from eg3d_rlhf.label.store import Store
 
-    limits = Limits(strangers=(1e4, 1e5), guesses=(10, 200))  # all annotators share one address here, and log in at once
+    limits = Limits(strangers=(1e4, 1e5))  # all annotators share one address here
     options = AppOptions(
         store=Store.open(url, create=False), campaign=campaign, cache=ShapeCache(cache), exposed=True, static=Path(static), limits=limits,
         access_log=Path(cache) / "access.jsonl",

@@ -81,7 +81,7 @@ def test_five_annotators_and_one_kill(tmp_path, capsys):
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_fifty_annotators_and_five_kills(tmp_path, database, request, capsys):
     url = f"sqlite:///{tmp_path / 'labels.db'}" if database == "sqlite" else request.getfixturevalue("postgres_url")
-    work = run(tmp_path, url, annotators=50, each=200, kills=5, look=1.5)  # people look for several seconds
+    work = run(tmp_path, url, annotators=50, each=200, kills=5, look=1.0)  # people look for several seconds
     found = figures(work, database=database)
     with capsys.disabled():
         print(json.dumps(found))

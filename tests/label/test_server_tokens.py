@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -144,22 +145,44 @@ def test_guessing_at_the_log_in_page_is_limited(tmp_path):
         assert "Unknown or revoked token." in found[0].text and "guess-number" not in found[0].text
 
 
+def wrong(guesses: Guesses, address: str, token: str) -> float:
+    """Try a wrong token; returns the seconds to wait."""
+    return guesses.attempt(address, token, lambda: None)[1]
+
+
 def test_guessing_is_limited_over_all_addresses():
     now = [0.0]
     guesses = Guesses((1.0, 5.0), (1.0, 20.0), clock=lambda: now[0])
-    waits = [guesses.begin(f"10.0.{i}.1", f"token-{i}") for i in range(25)]
+    waits = [wrong(guesses, f"10.0.{i}.1", f"token-{i}") for i in range(25)]
     assert waits[:20] == [0.0] * 20 and all(w > 0 for w in waits[20:])
     now[0] += 1.0
-    assert guesses.begin("10.1.0.1", "x") == 0.0 and guesses.begin("10.1.0.2", "x") > 0
+    assert wrong(guesses, "10.1.0.1", "x") == 0.0 and wrong(guesses, "10.1.0.2", "x") > 0
 
 
 def test_a_right_token_costs_nothing():
     guesses = Guesses((1e-9, 2.0), (1e-9, 3.0), clock=lambda: 0.0)
     for i in range(50):
-        assert guesses.begin("a", f"right-{i}") == 0.0
-        guesses.right("a", f"right-{i}")
-    assert [guesses.begin("a", f"w{i}") > 0 for i in range(3)] == [False, False, True]
-    assert guesses.begin("a", "right-7") == 0.0
+        assert guesses.attempt("a", f"right-{i}", lambda: "ann") == ("ann", 0.0)
+    assert [wrong(guesses, "a", f"w{i}") > 0 for i in range(3)] == [False, False, True]
+    assert guesses.attempt("a", "right-7", lambda: "ann") == ("ann", 0.0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_many_at_once_behind_one_address(right):
+    """Right tokens all pass, though more arrive at once than may be wrong; of wrong ones no more are looked up than may be."""
+    guesses, looked_up = Guesses((1e-9, 10.0), (1e-9, 100.0)), []
+
+    def look_up() -> str | None:
+        looked_up.append(1)
+        time.sleep(0.02)
+        return "ann" if right else None
+
+    with ThreadPoolExecutor(50) as threads:
+        found = list(threads.map(lambda i: guesses.attempt("office", f"token-{i}", look_up), range(50)))
+    if right:
+        assert found == [("ann", 0.0)] * 50
+    else:
+        assert len(looked_up) == 10 and sum(wait > 0 for _, wait in found) == 40
 
 
 def test_requests_of_strangers_are_limited(tmp_path):

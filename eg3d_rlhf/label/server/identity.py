@@ -58,15 +58,14 @@ class Identities:
 
         Raises: Refusal 401, or 429 where too many were wrong.
         """
-        address = address_key(address)
-        wait = self.guesses.begin(address, token)
+        annotator, wait = self.guesses.attempt(
+            address_key(address), token, lambda: self.store.authenticate(token) if _plausible(token) else None
+        )
         if wait:
             raise too_many(wait)
-        annotator = self.store.authenticate(token) if _plausible(token) else None
         if annotator is None:
             raise Refusal(401, "Unknown or revoked token.", "Ask for a token; it is made by 'tools/label.py add-annotator NAME'.",
                           {"WWW-Authenticate": "Bearer"})
-        self.guesses.right(address, token)
         return annotator
 
     def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:

@@ -4,10 +4,13 @@ import hashlib
 import ipaddress
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from typing import TypeVar
 
 KEYS = 10_000  # buckets kept; the least recently used is forgotten
+PATIENCE = 2.0  # seconds for which an attempt waits for others of its address
+T = TypeVar("T")
 
 
 class Buckets:
@@ -32,43 +35,62 @@ class Buckets:
 
 
 class Guesses:
-    """Limits wrong tokens, per address and over all. A token that was right once since the start is never held up."""
+    """Limits wrong tokens, per address and over all. A token that was right once since the start is never held up.
+
+    An attempt pays before it is looked up and is paid back if it was right. Where an address can pay no more while attempts of its own are
+    under way, the next one waits for them: many people behind one address may log in at once.
+    """
 
     def __init__(self, one: tuple[float, float], everyone: tuple[float, float], clock: Callable[[], float] = time.monotonic):
         self._one, self._everyone = Buckets(*one, clock=clock), Buckets(*everyone, clock=clock)
         self._right: OrderedDict[str, None] = OrderedDict()
-        self._lock = threading.Lock()
+        self._under_way: Counter[str] = Counter()  # attempts by address
+        self._turn = threading.Condition()
 
-    def begin(self, address: str, token: str) -> float:
-        """Before a token is looked up: pays for a wrong one. Returns 0, or the seconds to wait."""
-        if self._known(token):
-            return 0.0
-        wait = self._one.take(address)
-        if wait:
-            return wait
+    def attempt(self, address: str, token: str, look_up: Callable[[], T | None]) -> tuple[T | None, float]:
+        """What `look_up` finds for the token, None where it is wrong; and the seconds to wait where it may not be looked up now, else 0."""
+        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+        with self._turn:
+            known = digest in self._right
+            if not known:
+                wait = self._pay(address)
+                if wait:
+                    return None, wait
+                self._under_way[address] += 1
+        if known:
+            return look_up(), 0.0
+        found = None
+        try:
+            found = look_up()
+        finally:
+            self._settle(address, digest, found is not None)
+        return found, 0.0
+
+    def _pay(self, address: str) -> float:
+        """Pay for a wrong token; returns 0, or the seconds until it can be paid. Holds the lock, except while waiting."""
+        end = time.monotonic() + PATIENCE
+        while wait := self._one.take(address):
+            left = end - time.monotonic()
+            if not self._under_way[address] or left <= 0:
+                return wait
+            self._turn.wait(left)
         wait = self._everyone.take("")
         if wait:
             self._one.take(address, -1)
         return wait
 
-    def right(self, address: str, token: str) -> None:
-        """The token was right: what it paid is given back."""
-        if self._known(token):
-            return
-        self._one.take(address, -1)
-        self._everyone.take("", -1)
-        with self._lock:
-            self._right[_digest(token)] = None
-            if len(self._right) > KEYS:
-                self._right.popitem(last=False)
-
-    def _known(self, token: str) -> bool:
-        with self._lock:
-            return _digest(token) in self._right
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+    def _settle(self, address: str, digest: str, right: bool) -> None:
+        with self._turn:
+            self._under_way[address] -= 1
+            if not self._under_way[address]:
+                del self._under_way[address]
+            if right:
+                self._one.take(address, -1)
+                self._everyone.take("", -1)
+                self._right[digest] = None
+                if len(self._right) > KEYS:
+                    self._right.popitem(last=False)
+            self._turn.notify_all()
 
 
 def address_key(address: str) -> str:
