@@ -9,13 +9,15 @@ import contextlib
 import enum
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DisconnectionError
 
 BUSY_SECONDS = 30
+IDLE_SECONDS = 5.0
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
 
@@ -108,13 +110,35 @@ def _check_file(url: URL, create: bool) -> None:
 def _engine(url: URL, sqlite: bool) -> Engine:
     if not sqlite:
         try:
-            return create_engine(url, pool_size=20, max_overflow=40, pool_pre_ping=True)
+            engine = create_engine(url, pool_size=20, max_overflow=40)
         except ImportError:
             raise ValueError("store: expected psycopg 3 for PostgreSQL, got none. pip install 'eg3d-rlhf[postgres]'.") from None
+        _ask_idle_connections(engine)
+        return engine
     engine = create_engine(url, pool_size=20, max_overflow=60, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_connection)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+def _ask_idle_connections(engine: Engine) -> None:
+    """Before a connection that was idle for IDLE_SECONDS is used, ask whether the server is still there; a lost one is replaced."""
+
+    def returned(_connection, record) -> None:
+        record.info["returned"] = time.monotonic()
+
+    def taken(connection, record, _proxy) -> None:
+        if time.monotonic() - record.info.get("returned", time.monotonic()) < IDLE_SECONDS:
+            return
+        try:
+            alive = engine.dialect.do_ping(connection)
+        except engine.dialect.dbapi.Error:
+            alive = False
+        if not alive:
+            raise DisconnectionError
+
+    event.listen(engine, "checkin", returned)
+    event.listen(engine, "checkout", taken)
 
 
 def _prepare_connection(connection: sqlite3.Connection, _record) -> None:

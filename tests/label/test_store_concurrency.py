@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
+from eg3d_rlhf.label import database
 from eg3d_rlhf.label.records import CampaignSettings, Kind
 from eg3d_rlhf.label.store import ConflictError, Store
 from tests.label.plans import answer, plan
@@ -167,3 +168,13 @@ def test_a_submission_takes_well_under_100_ms_for_fifty_annotators(database_url,
     print(f"{database_url.split(':')[0]}: submission p50 {1000 * p50:.1f} ms, p95 {1000 * p95:.1f} ms, n = {len(times)}")
     record_property("p95_ms", 1000 * p95)
     assert p95 < 0.1
+
+
+def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeypatch):
+    with Store.open(postgres_url) as store:
+        store.create_campaign(CampaignSettings(name="c"), plan(2))
+        with Store.open(postgres_url) as other, other.writing() as c:
+            others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            assert c.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
+        monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)
+        assert store.campaign("c").pairs == 2
