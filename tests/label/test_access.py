@@ -122,6 +122,8 @@ REFUSED = {  # name -> (method, path, arguments of the request, status); asked b
     "unknown asset": ("GET", "/api/shapes/" + "A" * 22, {}, 404),
     "picture that is not shown": ("GET", "/api/renders/" + "A" * 22, {}, 404),
     "long address": ("GET", "/api/session?" + "a" * 4000, {}, 414),
+    "large headers": ("GET", "/api/session", {"headers": {"X-A": "a" * 33_000}}, 431),
+    "large headers in small ones": ("GET", "/api/session", {"headers": {f"X-{i}": "a" * 1000 for i in range(40)}}, 431),
     "oversized body": ("POST", "/api/judgements", {"content": LONG, "headers": JSON}, 413),
     "oversized body in chunks": ("POST", "/api/judgements", {"content": [LONG[:40_000], LONG[40_000:]], "headers": JSON}, 413),
     "oversized log-in": ("POST", "/login", {"content": b"token=" + b"x" * 70_000, "headers": FORM}, 413),
@@ -213,7 +215,7 @@ RAW = {  # requests that no well-behaved client sends
     "endless chunks": ("POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Type: application/x-www-form-urlencoded\n"
                        "Transfer-Encoding: chunked", b"4000\r\n" + b"x" * 0x4000 + b"\r\n" + b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
                        + b"8001\r\n" + b"x" * 0x8001 + b"\r\n", 413),
-    "huge header": ("GET / HTTP/1.1\nHost: {host}\nX-A: " + "a" * 100_000, b"", (0, 400)),
+    "huge header": ("GET / HTTP/1.1\nHost: {host}\nX-A: " + "a" * 100_000, b"", (0, 400, 431)),
     "NUL in a header": ("GET / HTTP/1.1\nHost: {host}\nX-A: a\0b", b"", 400),
     "no HTTP": ("HELLO", b"", 400),
     "a proxy's request": ("GET http://evil.example/ HTTP/1.1\nHost: evil.example", b"", 421),

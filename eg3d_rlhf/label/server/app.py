@@ -15,7 +15,7 @@ from eg3d_rlhf.label.server.context import Context
 from eg3d_rlhf.label.server.errors import add_handlers
 from eg3d_rlhf.label.server.gate import Gate
 from eg3d_rlhf.label.server.identity import Identities
-from eg3d_rlhf.label.server.options import AppOptions, is_loopback
+from eg3d_rlhf.label.server.options import AppOptions, Limits, is_loopback
 from eg3d_rlhf.label.server.pages import pages, read_static, version_of
 from eg3d_rlhf.label.server.shelf import Shelf
 
@@ -72,7 +72,7 @@ def configure(app: FastAPI, certificate: Path | None = None, key: Path | None = 
     return uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, ssl_certfile=certificate, ssl_keyfile=key,
         proxy_headers=proxy is not None, forwarded_allow_ips=proxy, timeout_keep_alive=30, timeout_graceful_shutdown=5,
-        limit_concurrency=1000, h11_max_incomplete_event_size=32 * 1024,
+        limit_concurrency=1000, h11_max_incomplete_event_size=2 * Limits.headers,
     )
 
 

@@ -1,4 +1,4 @@
-"""Bodies of requests: read whole before anything parses them, and never more than the limit."""
+"""Sizes of requests: headers within their limit; bodies read whole before anything parses them, and never more than the limit."""
 
 import asyncio
 
@@ -13,6 +13,15 @@ _CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
 
 class Disconnected(Exception):
     """The client left before its request was complete."""
+
+
+def check_headers(headers: Headers, limits: Limits) -> None:
+    """Refuse headers that are too large; the HTTP parser does so only where they arrive in several reads.
+
+    Raises: Refusal 431.
+    """
+    if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:
+        raise Refusal(431, f"Expected headers of at most {limits.headers} bytes.", "Send less.", _CLOSE)
 
 
 def check_length(headers: Headers, limits: Limits) -> None:

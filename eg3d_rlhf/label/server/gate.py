@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eg3d_rlhf.label.server import origins
 from eg3d_rlhf.label.server.access_log import AccessLog, Entry, masked
-from eg3d_rlhf.label.server.bodies import Disconnected, check_length, read_body, replay
+from eg3d_rlhf.label.server.bodies import Disconnected, check_headers, check_length, read_body, replay
 from eg3d_rlhf.label.server.errors import LOGGER, Refusal, failed, too_many
 from eg3d_rlhf.label.server.headers import add_headers
 from eg3d_rlhf.label.server.identity import COOKIE, Identities, Identity
@@ -64,6 +64,7 @@ class Gate:
             raise Refusal(414, f"Expected an address of at most {limits.url} bytes.", "Ask for less.")
         if not path.isprintable():
             raise Refusal(400, "Expected printable characters in the address.", "Correct the address.")
+        check_headers(headers, limits)
         origins.check_host(headers, self.options.exposed)
         origins.check_fetch(headers, method, path)
         check_length(headers, limits)

@@ -19,6 +19,7 @@ class Limits:
     body: int = 64 * 1024  # bytes of a request's body
     body_seconds: float = 15.0  # until a body must have arrived
     url: int = 2048  # bytes of path and query
+    headers: int = 32 * 1024  # bytes of the names and values of a request's headers
     requests: tuple[float, float] = (40.0, 200.0)  # rate and burst of one annotator
     strangers: tuple[float, float] = (5.0, 60.0)  # of one address, for requests without a valid token or session
     guesses: tuple[float, float] = (1 / 30, 10.0)  # of one address: wrong tokens
