@@ -77,6 +77,17 @@ def option(*names: str, group: str = "General", **kwargs):
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
+def together(*decorators):
+    """One decorator of several; their flags are listed in this order."""
+
+    def decorate(command):
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
 def choose_device(name: str) -> torch.device:
     """'auto', 'cpu' or 'cuda' to a device.
 

@@ -19,7 +19,7 @@ BY_TOKEN = select(a).where(a.c.token == bindparam("token"), MINE)
 LAST = select(a).where(MINE, a.c.answered.is_not(None)).order_by(a.c.answered.desc()).limit(1)
 RECORD = insert(j)
 CLOSE = update(a).where(a.c.id == bindparam("assignment")).values(answered=bindparam("judgement"), undone=None, leased=bindparam("now"))
-RELEASED = select(a.c.released).where(a.c.id == bindparam("assignment"))
+CLOSE = CLOSE.returning(a.c.released)
 
 
 def check_answer(answer: Answer) -> None:
@@ -62,8 +62,8 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         "answered_at": answer.answered_at, "received_at": now, "page_version": answer.page_version,
     }  # fmt: skip
     judgement = c.execute(RECORD.returning(j.c.id), values).scalar_one()
-    c.execute(CLOSE, {"assignment": assigned.id, "judgement": judgement, "now": now})
-    released = c.execute(RELEASED, {"assignment": assigned.id}).scalar_one()  # of this moment: the update above holds the row
+    closed = {"assignment": assigned.id, "judgement": judgement, "now": now}
+    released = c.execute(CLOSE, closed).scalar_one()  # of this moment
     if released is not None and take_place(c, assigned.pair_id):
         c.execute(update(a).where(a.c.id == assigned.id).values(released=None))
     return _outcome(plan, assigned, judgement, answer.choice, duplicate=False)

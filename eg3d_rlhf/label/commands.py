@@ -2,7 +2,6 @@
 
 import json
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -25,7 +24,8 @@ from eg3d_rlhf.label.launch import (
 from eg3d_rlhf.label.pairing import STRATEGIES, PairingOptions
 from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.server.app import serve
-from eg3d_rlhf.label.server.options import AppOptions, is_loopback
+from eg3d_rlhf.label.server.options import AppOptions
+from eg3d_rlhf.label.server_flags import ServerFlags, server_options
 from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
 from eg3d_rlhf.label.subcommands import COMMANDS
 from eg3d_rlhf.label.urls import without_password
@@ -38,29 +38,6 @@ class LabelGroup(GroupedCommand, click.Group):
         """Options in groups, then the commands."""
         GroupedCommand.format_options(self, ctx, formatter)
         self.format_commands(ctx, formatter)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerFlags:
-    """How the server is reached."""
-
-    host: str
-    port: int
-    certificate: Path | None
-    key: Path | None
-    proxy: str | None
-    access_log: Path | None
-    title: str
-    cache: Path
-
-    def __post_init__(self):
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("--certificate, --key: expected both or neither. Give the PEM files of the certificate and of its key.")
-
-    @property
-    def exposed(self) -> bool:
-        """Whether other machines reach the server; then tokens are compulsory."""
-        return not is_loopback(self.host) or self.proxy is not None
 
 
 def planning(name: str, *declarations: str, **kwargs):
@@ -99,18 +76,7 @@ def planning(name: str, *declarations: str, **kwargs):
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-@option("--host", metavar="ADDRESS", default="127.0.0.1", group="Server",
-        help="Address to bind to. Any but loopback makes annotators' tokens compulsory.")
-@option("--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one.", group="Server")
-@option("--certificate", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, group="Server",
-        help="PEM file; with --key, the server speaks https.")
-@option("--key", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, group="Server",
-        help="PEM file of the certificate's key.")
-@option("--proxy", metavar="ADDRESS", default=None, group="Server",
-        help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory.")
-@option("--access-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, group="Server",
-        show_default="access.jsonl beside the database", help="Requests as JSON lines, without tokens.")
-@option("--title", metavar="TEXT", default=AppOptions.title, help="Heading of the page.", group="Server")
+@server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
     ctx: click.Context, db: str, campaign: str, network: str | None, after: str | None, rewards: tuple, dry_run: bool, **flags

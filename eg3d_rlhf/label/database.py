@@ -38,6 +38,8 @@ class Database:
         if self.sqlite:
             _check_file(self.url, create)
         self.engine = _engine(self.url, self.sqlite)
+        # single statements need no BEGIN and ROLLBACK around them, which are messages to the server
+        self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._turn = threading.Lock()
         self._connect_once()
 
@@ -49,7 +51,7 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A consistent look on SQLite; on PostgreSQL each statement sees what is committed. Leaves nothing behind."""
-        with self.engine.connect() as connection:
+        with self._reader.connect() as connection:
             yield connection
 
     @contextlib.contextmanager

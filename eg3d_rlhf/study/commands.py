@@ -10,11 +10,12 @@ import click
 from click.core import ParameterSource
 
 from eg3d_rlhf.cli import option
-from eg3d_rlhf.label.commands import LabelGroup, ServerFlags
+from eg3d_rlhf.label.commands import LabelGroup
 from eg3d_rlhf.label.launch import open_store
 from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.server.app import serve
 from eg3d_rlhf.label.server.options import AppOptions
+from eg3d_rlhf.label.server_flags import ServerFlags, server_options
 from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
 from eg3d_rlhf.label.subcommands import add_annotator, annotators, revoke
 from eg3d_rlhf.label.urls import without_password
@@ -77,18 +78,7 @@ SHARE, RATE = click.FloatRange(0, 1), click.FloatRange(0, 1, min_open=True, max_
 @option("--db", metavar="URL", default=None, show_default="study.db in the folder", help="Database of the answers.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
-@option("--host", metavar="ADDRESS", default="127.0.0.1", group="Server",
-        help="Address to bind to. Any but loopback makes annotators' tokens compulsory.")
-@option("--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one.", group="Server")
-@option("--certificate", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, group="Server",
-        help="PEM file; with --key, the server speaks https.")
-@option("--key", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None, group="Server",
-        help="PEM file of the certificate's key.")
-@option("--proxy", metavar="ADDRESS", default=None, group="Server",
-        help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory.")
-@option("--access-log", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None, group="Server",
-        show_default="access.jsonl in the folder", help="Requests as JSON lines, without tokens.")
-@option("--title", metavar="TEXT", default=AppOptions.title, help="Heading of the page; annotators read it.", group="Server")
+@server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
 @click.pass_context
 def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
     """Compare two generators blind: designs the study, serves it and prints the address; then `report`.

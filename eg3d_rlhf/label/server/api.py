@@ -1,5 +1,7 @@
 """What the label page asks: its session, pairs, shapes; and what it sends: judgements and undos."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -88,20 +90,27 @@ def _shapes(router: APIRouter, context: Context) -> None:
         return FileResponse(path, media_type="image/png", headers={"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE})
 
 
+@contextmanager
+def _refusals(conflict: str, remedy: str, correct: str) -> Iterator[None]:
+    """What the store refuses, as responses: 404, 409 (`conflict` and its `remedy`) or 422 (`correct` says how)."""
+    try:
+        yield
+    except LookupError:
+        raise Refusal(404, "No such assignment of this annotator.", "Ask for /api/assignments again.") from None
+    except ConflictError:
+        raise Refusal(409, conflict, remedy) from None
+    except ValueError as error:
+        raise Refusal(422, str(error), correct) from None
+
+
 def _judgements(router: APIRouter, context: Context) -> None:
     @router.post("/judgements", status_code=201, response_model=models.Accepted, responses={200: {"model": models.Accepted}})
     def judge(body: models.Judgement, who: Who):
         """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing changes."""
         _judge(context, who)
         values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
-        try:
+        with _refusals("This assignment is answered already.", "Undo that answer first, or go on.", "Correct the answer."):
             kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
-        except LookupError:
-            raise Refusal(404, "No such assignment of this annotator.", "Ask for /api/assignments again.") from None
-        except ConflictError:
-            raise Refusal(409, "This assignment is answered already.", "Undo that answer first, or go on.") from None
-        except ValueError as error:
-            raise Refusal(422, str(error), "Correct the answer.") from None
         lesson = {"correct": kept.correct, "explanation": kept.explanation} if kept.training else None
         found = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "progress": _progress(context, who)}
         return JSONResponse(found, 200 if kept.duplicate else 201)
@@ -110,12 +119,6 @@ def _judgements(router: APIRouter, context: Context) -> None:
     def undo(body: models.Undo, who: Who):
         """Take an answer back by a further record; its assignment is open again."""
         _judge(context, who)
-        try:
+        with _refusals("This cannot be undone, or the key was an answer's.", "Ask for /api/assignments again.", "Correct the key."):
             token = context.store.undo(context.campaign.id, who.annotator.id, body.key, body.assignment)
-        except LookupError:
-            raise Refusal(404, "No such assignment of this annotator.", "Ask for /api/assignments again.") from None
-        except ConflictError:
-            raise Refusal(409, "This cannot be undone, or the key was an answer's.", "Ask for /api/assignments again.") from None
-        except ValueError as error:
-            raise Refusal(422, str(error), "Correct the key.") from None
         return JSONResponse({"assignment": token, "progress": _progress(context, who)})
