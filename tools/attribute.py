@@ -26,12 +26,11 @@ from eg3d_rlhf.attribution.shapley import METHODS  # noqa: E402
 from eg3d_rlhf.attribution.study import BOXES, LANDMARKS, Settings, Study  # noqa: E402
 from eg3d_rlhf.attribution.surface import PAGE  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
+from eg3d_rlhf.evaluation import flags  # noqa: E402
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports.page import write_page  # noqa: E402
 from training.storage import write_atomic  # noqa: E402
-
-PATH = click.Path(path_type=Path)
 
 
 def resolved(study: Study, out: Path) -> dict:
@@ -87,20 +86,15 @@ def viewer(out: Path) -> str:
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
-        help="Generator before tuning.")
-@option("--after", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="newest snapshot of --run",
-        help="Tuned generator.")
-@option("--run", group="What", metavar="RUN", type=PATH, default=None, show_default="that of --after, else the newest in runs/",
-        help="Run folder.")
-@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="the run's own, else bundled",
-        help="Reward whose change is divided.")
-@option("--data", group="What", metavar="ZIP|DIR|synthetic:heads64", default=None, show_default="the run's own",
-        help="Procedural heads (synthetic:...) bring their own landmarks.")
+@flags.before()
+@flags.after()
+@flags.run("Run folder.")
+@flags.reward("Reward whose change is divided.")
+@flags.data("Procedural heads (synthetic:...) bring their own landmarks.")
 @option("--regions", group="Regions", metavar="boxes|landmarks|FILE", default=None,
         show_default="landmarks for procedural heads or with --landmarks, else boxes",
         help="Fixed boxes, boxes about landmarks, or a label volume (.npy, .npz; names in the .json beside it).")
-@option("--landmarks", group="Regions", metavar="FILE", type=PATH, default=None, show_default="those of the procedural heads",
+@option("--landmarks", group="Regions", metavar="FILE", type=flags.PATH, default=None, show_default="those of the procedural heads",
         help="JSON of 98 WFLW points in the frontal view.")
 @option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
 @option("--permutations", group="How", metavar="INT", type=click.IntRange(min=2), default=64, help="Orders of the sampled methods.")
@@ -111,15 +105,8 @@ def viewer(out: Path) -> str:
         help="Refuse a larger efficiency gap, as a share of the reward difference.")
 @option("--draws", group="How", metavar="INT", type=click.IntRange(min=2), default=8, help="Rewards with re-drawn weights.")
 @option("--checked", group="How", metavar="LATENTS", type=click.IntRange(min=1), default=2, help="Latents that those rewards see.")
-@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=0.7, help="Truncation.")
-@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=2), default=6, help="Latents behind a figure.")
-@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents per seed.")
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/attribute"),
-        help="Folder to write.")
-@option("--fresh", group="Run", is_flag=True, help="Compute everything again.")
-@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=16, help="Slabs at once; bounds memory.")
-@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
-@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+@flags.samples(n=6, least=2)
+@flags.running("attribute", batch=16, at_once="Slabs at once; bounds memory.")
 def main(out, fresh, dry_run, device, regions, landmarks, method, permutations, steps, most_steps, gap_bound, draws, checked, **what):
     how = {"method": method, "permutations": permutations, "steps": steps, "most_steps": most_steps, "gap_bound": gap_bound, "draws": draws,
            "checked": checked, "landmarks": landmarks}

@@ -16,15 +16,13 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.evaluation import embedding  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device  # noqa: E402
+from eg3d_rlhf.evaluation import embedding, flags  # noqa: E402
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports import points_view  # noqa: E402
 from eg3d_rlhf.reports.page import data_uri, write_page  # noqa: E402
 
-DEFAULTS = Sources()
-PATH = click.Path(path_type=Path)
 LAYOUTS = {"umap": "UMAP", "principal": "principal axes"}
 
 
@@ -54,23 +52,12 @@ def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) ->
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
-        help="Generator before tuning.")
-@option("--after", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the newest tuned run in runs/",
-        help="Tuned generator.")
-@option("--control", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the matching run in runs/",
-        help="The same run with --lambda-r=0, for the test of separability.")
-@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="the run's own, else bundled",
-        help="Reward whose feature is mapped.")
-@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=DEFAULTS.psi, help="Truncation.")
-@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=16), default=DEFAULTS.n, help="Latents, each in both networks.")
-@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents, and UMAP, per seed.")
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/embed"),
-        help="Folder to write.")
-@option("--fresh", group="Run", is_flag=True, help="Compute everything again.")
-@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Samples at once; bounds memory.")
-@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
-@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+@flags.before()
+@flags.after("the newest tuned run in runs/")
+@flags.control("The same run with --lambda-r=0, for the test of separability.")
+@flags.reward("Reward whose feature is mapped.")
+@flags.samples(n_help="Latents, each in both networks.", seed_help="Other held-out latents, and UMAP, per seed.")
+@flags.running("embed")
 def main(out, fresh, dry_run, device, **sources) -> None:
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:

@@ -18,14 +18,11 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.evaluation import report  # noqa: E402
+from eg3d_rlhf.evaluation import flags, report  # noqa: E402
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports.page import write_page  # noqa: E402
 from training.storage import write_atomic  # noqa: E402
-
-DEFAULTS = Sources()
-PATH = click.Path(path_type=Path)
 
 
 def resolved(c: Comparison, out: Path, keys: list[str]) -> dict:
@@ -51,37 +48,23 @@ def print_table(parts, findings, page: Path) -> None:
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
-        help="Generator before tuning.")
-@option("--after", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="newest snapshot of --run",
-        help="Tuned generator.")
-@option("--run", group="What", metavar="RUN", type=PATH, default=None, show_default="that of --after, else the newest in runs/",
-        help="Run folder with snapshots, for trajectories.")
-@option("--control", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the matching run in runs/",
-        help="The same run with --lambda-r=0.")
-@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="the run's own, else bundled",
-        help="Reward that tuned.")
-@option("--reward-watch", group="What", metavar="FILE", type=PATH, default=None, show_default="the run's own, else bundled",
-        help="Second reward, never used in tuning.")
-@option("--data", group="What", metavar="ZIP|DIR|synthetic:heads64", default=None, show_default="the run's own",
-        help="Images to measure distances to.")
-@option("--inception", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="the bundled features",
+@flags.before()
+@flags.after()
+@flags.run("Run folder with snapshots, for trajectories.")
+@flags.control()
+@flags.reward("Reward that tuned.")
+@flags.reward("Second reward, never used in tuning.", "--reward-watch")
+@flags.data("Images to measure distances to.")
+@option("--inception", group="Networks of yours", metavar="FILE", type=flags.PATH, default=None, show_default="the bundled features",
         help="TorchScript detector: net(uint8 images, return_features=True).")
-@option("--lpips", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="LPIPS is left out",
+@option("--lpips", group="Networks of yours", metavar="FILE", type=flags.PATH, default=None, show_default="LPIPS is left out",
         help="TorchScript distance f(a, b) of image batches in [-1, 1].")
-@option("--identity", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="identity is left out",
+@option("--identity", group="Networks of yours", metavar="FILE", type=flags.PATH, default=None, show_default="identity is left out",
         help="TorchScript embedding of image batches in [-1, 1].")
-@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=DEFAULTS.psi, help="Truncation.")
-@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=16), default=DEFAULTS.n, help="Latents behind a figure.")
-@option("--images", group="Samples", metavar="INT", type=click.IntRange(min=16), default=DEFAULTS.images, help="Images per distance.")
-@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents per seed.")
+@flags.samples()
+@flags.images()
 @option("--only", group="Run", metavar="KEYS", default=None, show_default="all", help="Parts to make, comma-separated; see --dry-run.")
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/evaluate"),
-        help="Folder to write.")
-@option("--fresh", group="Run", is_flag=True, help="Compute everything again.")
-@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Samples at once; bounds memory.")
-@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
-@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the resolved settings and parts as JSON and stop.")
+@flags.running("evaluate", printed="the resolved settings and parts")
 def main(out, only, fresh, dry_run, device, inception, **sources) -> None:
     c = load_comparison(Sources(device=choose_device(device), inception=inception and str(inception), **sources))
     parts = report.select(report.all_jobs(c), only)

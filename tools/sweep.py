@@ -21,15 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf import bundled  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option  # noqa: E402
-from eg3d_rlhf.evaluation import sweep  # noqa: E402
+from eg3d_rlhf.evaluation import flags, sweep  # noqa: E402
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
 from eg3d_rlhf.evaluation.sweep_runs import Cell, Training, begun, finished, grid, train_all  # noqa: E402
 from eg3d_rlhf.generators import find_network  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports.page import write_page  # noqa: E402
 
-DEFAULTS = Sources()
-PATH = click.Path(path_type=Path)
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -79,10 +77,9 @@ def _interrupt(*_) -> None:
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
-        help="Initial networks.")
-@option("--reward-ckpt", group="What", metavar="FILE", type=PATH, default=None, show_default="bundled", help="Reward that tunes.")
-@option("--data", group="What", metavar="ZIP|DIR|synthetic:heads64", default=None, show_default="train.py's default", help="Images.")
+@flags.before("Initial networks.")
+@flags.reward("Reward that tunes.", found="bundled")
+@flags.data("Images.", "train.py's default")
 @option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
 @option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
 @option("--seeds", group="Grid", metavar="LIST", default="0", help="Training seeds of every cell; two or more give intervals over runs.")
@@ -90,16 +87,10 @@ def _interrupt(*_) -> None:
 @option("--train-flags", group="Grid", metavar="FLAGS", default="", show_default="none",
         help="More flags of train.py, in one quoted string.")
 @option("--workers", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
-@option("--psi", group="Samples", metavar="FLOAT", type=click.FloatRange(0, 2, min_open=True), default=DEFAULTS.psi, help="Truncation.")
-@option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=16), default=32, help="Latents behind a figure.")
-@option("--images", group="Samples", metavar="INT", type=click.IntRange(min=16), default=128, help="Images for the distance to the data.")
-@option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help="Other held-out latents per seed.")
-@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports/sweep"),
-        help="Folder to write; holds the cells' runs too.")
-@option("--fresh", group="Run", is_flag=True, help="Measure again; finished cells are not trained again.")
-@option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=DEFAULTS.batch, help="Samples at once; bounds memory.")
-@option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
-@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the cells and what is left to train as JSON and stop.")
+@flags.samples(n=32)
+@flags.images(128)
+@flags.running("sweep", fresh="Measure again; finished cells are not trained again.", printed="the cells and what is left to train",
+               out="Folder to write; holds the cells' runs too.")
 def main(
     before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, workers, out, fresh, device, dry_run, **sampling
 ) -> None:
