@@ -1,6 +1,7 @@
 // 3x3 convolution of channels-last images by Winograd's F(2x2, 3x3) and F(4x4, 3x3) on a CPU. See conv3x3.py for the formulas.
 //
-// Tiles are worked on in chunks that stay in cache: transform the patches of a chunk, 16 or 36 matrix products by torch, transform back.
+// Tiles are worked on in chunks that stay in cache: transform the patches of a chunk, 16 or 36 matrix products, transform back. Products of many
+// channels are torch's; those of few, which a library spends much of its time rearranging, are tile_products.h's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "conv3x3_tiles.h"
+#include "tile_products.h"
 
 namespace {
 
@@ -31,6 +33,8 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {  // batches
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+constexpr int64_t kFewTiles = 32;  // of a chunk where channels are few: 36 planes of 64 float32 channels are 288 KiB
 
 template <typename T> T* data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
@@ -74,10 +78,36 @@ template <int m, typename T> std::vector<Range> ranges(int64_t in, int64_t out) 
   return all;
 }
 
+bool few(int64_t in, int64_t out) { return std::max(in, out) <= 64; }  // a plane of transformed kernels: 16 KiB of float32 at most
+
+// Few channels: a thread takes a chunk from patches to results, in its own cache.
+template <int m, typename T>
+void convolve_few(const Tensor& x, const Kernels<const T>& kernels, const Image<const T>& in, int64_t padding, const Image<T>& out) {
+  const Tiles<m> tiles(out);
+  const Matrices u(x, planes(m), in.c, out.c);
+  transform_kernels<m>(kernels, {0, out.c}, data<T>(u.memory), u.stride);
+  const T* const right = data<T>(u.memory);
+  const int64_t size = kFewTiles, v_stride = size * in.c + minimal::kStep, p_stride = size * out.c + minimal::kStep;
+#pragma omp parallel num_threads(torch::stable::get_num_threads())
+  {
+    tile::Array<T> v(planes(m) * v_stride), p(planes(m) * p_stride);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < tiles.count(); first += size) {
+      const int64_t count = std::min(size, tiles.count() - first);
+      transform_patches(in, tiles, padding, first, count, v.data(), v_stride);
+      for (int plane = 0; plane < planes(m); ++plane)
+        tile::product(v.data() + plane * v_stride, in.c, right + plane * u.stride, out.c, in.c, static_cast<int>(count),
+                      p.data() + plane * p_stride, [](auto sum, int, int64_t) { return sum; });
+      transform_products(p.data(), p_stride, tiles, first, count, out);
+    }
+  }
+}
+
 template <int m, typename T> void convolve(const Tensor& x, const Tensor& w, int64_t padding, bool transposed, const Tensor& y) {
   const Image<const T> in = view<const T>(x);
   const Image<T> out = view<T>(y);
   const Kernels<const T> kernels{static_cast<const T*>(w.const_data_ptr()), in.c, out.c, transposed};
+  if (few(in.c, out.c)) return convolve_few<m>(x, kernels, in, padding, out);
   const Tiles<m> tiles(out);
   const int64_t size = chunk_size(tiles, std::max(in.c, out.c));
   const Matrices v(x, planes(m), size, in.c);
@@ -93,6 +123,19 @@ template <int m, typename T> void convolve(const Tensor& x, const Tensor& w, int
   }
 }
 
+// sum [planes][I][O] += v^T g of `count` rows, or = where `anew`: as `multiply` and `add`, for few channels.
+template <typename T> void add_products(const Matrices& v, const Matrices& g, int64_t count, const Matrices& sum, bool anew) {
+  const T *left = data<T>(v.memory), *right = data<T>(g.memory);
+  T* const to = data<T>(sum.memory);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(torch::stable::get_num_threads())
+  for (int64_t plane = 0; plane < sum.memory.size(0); ++plane)
+    for (int64_t i = 0; i < v.columns; i += minimal::kStep) {
+      T* const block = to + plane * sum.stride + i * g.columns;
+      if (anew) std::fill_n(block, minimal::kStep * g.columns, T(0));
+      tile::outer_product(left + plane * v.stride + i, v.columns, minimal::kStep, right + plane * g.stride, g.columns, static_cast<int>(count), block);
+    }
+}
+
 template <int m, typename T> void weight_gradient(const Tensor& x, const Tensor& grad, int64_t padding, const Tensor& w) {
   const Image<const T> in = view<const T>(x), out = view<const T>(grad);
   const Tiles<m> tiles(out);
@@ -104,6 +147,10 @@ template <int m, typename T> void weight_gradient(const Tensor& x, const Tensor&
       const int64_t count = std::min(size, tiles.count() - first);
       transform_patches(in, tiles, padding, first, count, data<T>(v.memory), v.stride);
       transform_gradients(out, tiles, first, count, data<T>(g.memory), g.stride);
+      if (few(in.c, out.c)) {
+        add_products<T>(v, g, count, sum, first == 0);
+        continue;
+      }
       Tensor patches = v.first(count), gradients = g.first(count);
       patches = torch::stable::transpose(patches, 1, 2), gradients = torch::stable::narrow(gradients, 2, outputs.first, outputs.count);
       multiply(patches, gradients, (first == 0 ? sum : part).first(in.c));

@@ -101,12 +101,14 @@ inline void outer_product(const T* a, int64_t lda, int64_t count, const T* b, in
       for (int v = 0; v < vectors; ++v) add(out + (k + i) * columns + from + v * width, acc[i][v]);
   };
   auto strip = [&]<int vectors>(int64_t from) {
+    constexpr int height = vectors == 2 ? 8 : 4;
     int64_t k = 0;
-    for (; k + 4 <= count; k += 4) block.template operator()<4, vectors>(k, from);
+    for (; k + height <= count; k += height) block.template operator()<height, vectors>(k, from);
     for (; k < count; ++k) block.template operator()<1, vectors>(k, from);
   };
   int64_t from = 0;
   for (; columns - from >= 4 * width; from += 4 * width) strip.template operator()<4>(from);
+  for (; columns - from >= 2 * width; from += 2 * width) strip.template operator()<2>(from);
   for (; columns - from >= width; from += width) strip.template operator()<1>(from);
 }
 
