@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from eg3d_rlhf.preferences.preference_loss import preference_loss
+
 
 def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the pair head over both presentation orders, [P].
@@ -32,7 +34,7 @@ def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
 
 def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
     """-log sigmoid(r_better - r_worse) on rewards [P] -> [P]."""
-    return F.softplus(worse - better)
+    return preference_loss(better - worse)
 
 
 def bradley_terry_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,7 @@ def bradley_terry_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tenso
 
     Deviates: computed as -log sigmoid of the logarithms' difference, the same value without overflow of exp.
     """
-    return F.softplus(worse - better)
+    return preference_loss(better - worse)
 
 
 def strength_norm(log_strength: torch.Tensor) -> torch.Tensor:
