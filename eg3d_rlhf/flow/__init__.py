@@ -1,0 +1,1 @@
+"""Flow-based generators in stages, and preference training of any stage (Circular-DPO)."""

@@ -1,0 +1,121 @@
+"""Latents on a dense grid and on voxels, alone and in batches, behind the few functions that a flow needs.
+
+A sample's latent is a tensor [C, R, R, R] or a `SparseSample`; a batch of them a tensor [N, C, R, R, R] or a `SparseBatch`.
+
+Shape letters: N samples, V voxels of all samples of a batch, v voxels of one, C channels, R grid points per axis.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from eg3d_rlhf.shapes import check_shape
+
+
+@dataclass(frozen=True)
+class SparseSample:
+    """One sample's features on its voxels."""
+
+    coords: torch.Tensor  # [v, 3] int32, voxel indices along axes 1, 2, 3 of the grid; each once
+    feats: torch.Tensor  # [v, C]
+
+    def __post_init__(self):
+        check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
+        check_shape("SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel.")
+
+
+@dataclass(frozen=True)
+class SparseBatch:
+    """Several samples; rows are grouped by sample, in order."""
+
+    coords: torch.Tensor  # [V, 4] int32, contiguous: number of the sample, then the three voxel indices
+    feats: torch.Tensor  # [V, C]
+    size: int  # N; every sample has a voxel
+    cache: dict = field(default_factory=dict, compare=False, repr=False)  # what depends on the coordinates alone, by name; shared
+
+    @classmethod
+    def join(cls, samples: Sequence[SparseSample]) -> "SparseBatch":
+        """A batch of these samples."""
+        coords = [torch.nn.functional.pad(s.coords.int(), (1, 0), value=i) for i, s in enumerate(samples)]
+        return cls(torch.cat(coords).contiguous(), torch.cat([s.feats for s in samples]), len(samples))
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """[V] int64: the number of each row's sample."""
+        return self.coords[:, 0].long()
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[N] int64: voxels of each sample."""
+        if "lengths" not in self.cache:
+            self.cache["lengths"] = torch.bincount(self.sample, minlength=self.size)
+        return self.cache["lengths"]
+
+    def with_feats(self, feats: torch.Tensor) -> "SparseBatch":
+        """The same voxels with other features [V, C']; what is cached of the coordinates is shared."""
+        return replace(self, feats=feats)
+
+    def to(self, *args, **kwargs) -> "SparseBatch":
+        """On another device; a type applies to the features alone."""
+        feats = self.feats.to(*args, **kwargs)
+        if feats.device == self.coords.device:
+            return self.with_feats(feats)
+        return SparseBatch(self.coords.to(feats.device), feats, self.size)
+
+    def samples(self) -> list[SparseSample]:
+        """Apart again; views."""
+        counts = self.lengths.tolist()
+        return [SparseSample(c[:, 1:], f) for c, f in zip(self.coords.split(counts), self.feats.split(counts), strict=True)]
+
+
+Latent = torch.Tensor | SparseSample
+Batch = torch.Tensor | SparseBatch
+
+
+def collate(latents: Sequence[Latent]) -> Batch:
+    """A batch of latents of one kind."""
+    return SparseBatch.join(latents) if isinstance(latents[0], SparseSample) else torch.stack(list(latents))
+
+
+def separate(batch: Batch) -> list[Latent]:
+    """Inverse of collate."""
+    return batch.samples() if isinstance(batch, SparseBatch) else list(batch)
+
+
+def count(batch: Batch) -> int:
+    """N."""
+    return batch.size if isinstance(batch, SparseBatch) else len(batch)
+
+
+def feats_of(batch: Batch) -> torch.Tensor:
+    """The numbers of a batch: [N, C, R, R, R] or [V, C]."""
+    return batch.feats if isinstance(batch, SparseBatch) else batch
+
+
+def with_feats(batch: Batch, feats: torch.Tensor) -> Batch:
+    """A batch like this one with other numbers."""
+    return batch.with_feats(feats) if isinstance(batch, SparseBatch) else feats
+
+
+def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`: [N, 1, 1, 1, 1] or [V, 1]."""
+    if isinstance(batch, SparseBatch):
+        return values[batch.sample].unsqueeze(1)
+    return values.view(-1, *[1] * (batch.ndim - 1))
+
+
+def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean over all that belongs to a sample, `values` like `feats_of(batch)` -> [N]; samples count alike, however many voxels they have.
+
+    Differentiable in: values.
+    """
+    if not isinstance(batch, SparseBatch):
+        return values.flatten(1).mean(1)
+    rows = values.mean(1)  # [V]
+    return rows.new_zeros(batch.size).index_add(0, batch.sample, rows) / batch.lengths
+
+
+def error_per_sample(a: Batch, b: Batch) -> torch.Tensor:
+    """Mean squared difference of two batches on the same grid or voxels -> [N]. Differentiable in: both."""
+    return mean_per_sample((feats_of(a) - feats_of(b)).square(), a)
