@@ -1,5 +1,6 @@
 """Results as JSON and Markdown, and their comparison with older ones. Nothing in them names a host or a path."""
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from benchmarks.timing import ratio, ratio_interval, summary
 from training.storage import write_atomic
 
 WORSE = 0.9  # of the old ratio: below, a row has regressed
+SOURCE_FILES = (".py", ".cpp", ".h", ".cu", ".cuh")
 _MB = 1e6
 LEGEND = (
     "Seconds: median [least, most] of rounds in which both paths ran in turn. Interval of the ratio: 95 % bootstrap over rounds, or",
@@ -57,10 +59,21 @@ def compiled_ops(device: str) -> dict[str, bool]:
     return {op: build.available(op, device) for op in build.ops(device)}
 
 
+def sources() -> str:
+    """A hash of the code that the rows run: rows of different code do not belong in one table."""
+    root = Path(__file__).resolve().parents[1]
+    files = [path for folder in ("benchmarks", "eg3d_rlhf", "torch_utils", "training") for path in sorted((root / folder).rglob("*"))]
+    code = hashlib.sha256()
+    for path in files:
+        if path.suffix in SOURCE_FILES and "node_modules" not in path.parts:
+            code.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return code.hexdigest()[:12]
+
+
 def header(device: str, quick: bool) -> dict:
     """The record without its rows."""
     head = {"machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device)}
-    return {**head, "compiled_ops": compiled_ops(device), "quick": quick, "rows": []}
+    return {**head, "compiled_ops": compiled_ops(device), "sources": sources(), "quick": quick, "rows": []}
 
 
 def row_record(

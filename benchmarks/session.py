@@ -48,7 +48,7 @@ class Session:
     def run(self) -> dict:
         """All rows; returns the report, which is on disk as well.
 
-        Raises: ValueError where --resume meets results of another machine, thread count, version or mode.
+        Raises: ValueError where --resume meets results of another machine, thread count, version, mode or code.
         """
         options = self.options
         results = self._begin()
@@ -76,7 +76,7 @@ class Session:
         if not (options.resume and path.exists()):
             return head
         old = report.read(path)
-        for name in ("machine", "threads", "versions", "compiled_ops"):
+        for name in ("machine", "threads", "versions", "compiled_ops", "sources"):
             if old.get(name) != head[name]:
                 raise ValueError(
                     f"--resume: expected {path} with {name} {head[name]}, got {old.get(name)}. Leave --resume out to start anew."

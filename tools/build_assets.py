@@ -23,6 +23,8 @@ from training.storage import write_atomic  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 GENERATOR_KIMG = 18  # stopped early on purpose: heads, hair and eyes stand, their shapes are split, dented and rough
 RUNS = ROOT / "runs" / "assets"
+WATCH_LABELS = RUNS / "labels-watch.jsonl"
+WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
 
 
 def call(*command: str) -> None:
@@ -49,16 +51,18 @@ def generator() -> None:
 
 
 def labels() -> None:
-    """Label 2,000 pairs of the bundled generator's seeds; the annotator is calibrated on the first 512."""
+    """Label 2,000 pairs of the bundled generator's seeds, and 2,000 of others; the annotator is calibrated on the first 512 of each."""
     call("tools/label_synthetic.py", f"--out={ASSETS / 'labels.jsonl'}", "--pairs=2000", "--calibrate=512")
+    call("tools/label_synthetic.py", f"--out={WATCH_LABELS}", "--pairs=2000", "--calibrate=512", f"--first-seed={WATCH_SEEDS}", "--seed=1")
 
 
 def rewards() -> None:
-    """Train the reward, and a second one from another initialisation and split that only watches."""
-    for name, seed in (("reward", 0), ("reward-watch", 1)):
+    """Train the reward, and a second one from other labels and another initialisation that only watches."""
+    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-watch", 1, WATCH_LABELS)):
         out = RUNS / name
         shutil.rmtree(out, ignore_errors=True)
-        call("tools/train_reward.py", f"--seed={seed}", f"--split-seed={seed}", f"--out={out}", f"--cache={RUNS / 'slabs'}")
+        given = (f"--labels={source}", f"--seed={seed}", f"--split-seed={seed}", f"--out={out}", f"--cache={RUNS / 'slabs'}")
+        call("tools/train_reward.py", *given)
         for suffix in (".safetensors", ".json"):
             shutil.copyfile(out / f"reward{suffix}", ASSETS / f"{name}{suffix}")
 

@@ -110,13 +110,12 @@ def test_without_resume_everything_runs_again(options):
     assert len(calls) == 2
 
 
-def test_resume_refuses_results_of_other_versions(options):
+@pytest.mark.parametrize(("name", "value"), [("versions", {"torch": "1.0"}), ("sources", "0" * 12)])
+def test_resume_refuses_results_of_other_versions_and_code(options, name, value):
     settings = options(resume=True)
     Session([fake.row()], settings).run()
-    other = saved(settings)
-    other["versions"]["torch"] = "1.0"
-    report.write(settings.out, settings.stem, other)
-    with pytest.raises(ValueError, match="--resume: expected .* with versions"):
+    report.write(settings.out, settings.stem, saved(settings) | {name: value})
+    with pytest.raises(ValueError, match=f"--resume: expected .* with {name}"):
         Session([fake.row()], settings).run()
 
 
