@@ -1,8 +1,9 @@
-"""Train a tri-plane GAN, or fine-tune one with a reward on its density field.
+"""Train a tri-plane GAN, or fine-tune one with a reward on its density field; or train a flow in stages on preferences.
 
     python train.py                                  fine-tune nothing: the GAN alone, continuing the bundled generator
     python train.py --reward=sigma --lambda-r=10     the main job: reward fine-tuning of the bundled generator on synthetic heads
     python train.py --init=scratch --kimg=20         train the bundled generator anew
+    python train.py --mode=circular-dpo              preference training of a generator in stages; has flags of its own
 
 Composition root: flags -> settings -> objects -> loop. No mathematics here.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf import experiment
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option, user_errors
 from eg3d_rlhf.run_folder import next_free as next_run_dir  # noqa: F401 (also found here)
 from training.distributed import process_group
 
@@ -26,9 +27,54 @@ GAN = "GAN losses and schedule"
 OPT = "Optimisation"
 REWARD = "Reward fine-tuning"
 EG3D = "Accepted for EG3D's sake"
+CIRCULAR = "circular-dpo"
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+class ModeCommand(GroupedCommand):
+    """Hands over to another command where --mode says so; a flag of the other mode is refused by name."""
+
+    def make_context(self, info_name, args, parent=None, **extra) -> click.Context:
+        """Parse for the mode that the arguments name."""
+        args = list(args)
+        gan = mode_of(args) != CIRCULAR
+        make = super().make_context if gan else _circular_dpo().make_context
+        try:
+            return make(info_name, args, parent, **extra)
+        except click.NoSuchOption as error:
+            name, mode = error.option_name.replace("_", "-"), CIRCULAR if gan else "gan"
+            other = _circular_dpo() if gan else self
+            if name not in {n for p in other.params for n in p.opts + p.secondary_opts}:
+                raise
+            with user_errors():
+                raise ValueError(f"{name}: belongs to --mode={mode}. Leave it out, or see train.py --mode={mode} --help.") from None
+
+    def invoke(self, ctx: click.Context):
+        """Run the command that parsed the arguments."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+def _circular_dpo() -> click.Command:
+    from eg3d_rlhf.flow.commands import circular_dpo
+
+    return circular_dpo
+
+
+def mode_of(args: list[str]) -> str | None:
+    """Value of the last --mode; None where there is none."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg == "--":
+            break
+        if arg == "--mode":
+            found = args[i + 1] if i + 1 < len(args) else found
+        elif arg.startswith("--mode="):
+            found = arg.removeprefix("--mode=")
+    return found and found.replace("_", "-")
+
+
+@click.command(cls=ModeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+@option("--mode", group=RUN, type=click.Choice(["gan", CIRCULAR]), default="gan", expose_value=False,
+        help="What is trained. circular-dpo has flags of its own: train.py --mode=circular-dpo --help.")
 @option("--outdir", group=RUN, metavar="DIR", type=click.Path(path_type=Path), default=Path("runs"), help="Runs are numbered inside it.")
 @option("--desc", group=RUN, metavar="TEXT", help="Added to the run folder's name.")
 @option("--seed", group=RUN, type=click.IntRange(min=0), default=0, help="Of everything random.")
@@ -116,7 +162,8 @@ EG3D = "Accepted for EG3D's sake"
 @option("--sr-first-cutoff", group=EG3D, type=int, help="Ignored, as in EG3D.")
 @option("--sr-first-stopband", group=EG3D, type=float, help="Ignored, as in EG3D.")
 def main(**flags) -> None:
-    """Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma).
+    """Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma). --mode=circular-dpo trains a generator in
+    stages on preferences instead.
 
     \b
     Example:

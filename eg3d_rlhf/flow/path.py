@@ -3,6 +3,7 @@
     x_t = (1 - t) x_0 + (s + (1 - s) t) eps        v = (1 - s) eps - x_0,   s = sigma_min
 
 Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v; the squared errors are the same.
+`opposite` maps, and a model of theirs is made ours by `Opposite`.
 """
 
 import math
@@ -38,7 +39,12 @@ class FlowPath:
         return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator, device=generator.device))
 
     def mix(self, x_0: Batch, t: torch.Tensor, eps: Batch) -> Batch:
-        """x_t at times t [N] in 0..1."""
+        """x_t at times t [N] in 0..1.
+
+        Raises: ValueError for other times, such as those of a schedule from 0 to 1000.
+        """
+        if not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}. Rescale them.")
         time = spread(t, x_0)
         return with_feats(x_0, (1 - time) * feats_of(x_0) + (self.sigma_min + (1 - self.sigma_min) * time) * feats_of(eps))
 
@@ -54,3 +60,21 @@ class FlowPath:
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
         return error_per_sample(v, self.velocity(x_0, eps))
+
+
+def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
+    """Times and velocities in the convention that has its data at t = 1, from ours, or the other way about."""
+    return 1 - t, with_feats(v, -feats_of(v))
+
+
+class Opposite(torch.nn.Module):
+    """A model of the other convention, called in ours: v(x, t) = -model(x, 1 - t)."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
+        """Arguments and result as any stage's model."""
+        v = self.model(x_t, 1 - t, cond)
+        return with_feats(v, -feats_of(v))

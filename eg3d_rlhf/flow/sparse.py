@@ -34,6 +34,12 @@ class SparseBatch:
     size: int  # N; every sample has a voxel
     cache: dict = field(default_factory=dict, compare=False, repr=False)  # what depends on the coordinates alone, by name; shared
 
+    def __post_init__(self):
+        check_shape("SparseBatch.coords", self.coords, ["V", 4], "Give one row per voxel: its sample, then three indices.")
+        check_shape("SparseBatch.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel.")
+        if not self.coords.is_contiguous():
+            raise ValueError("SparseBatch.coords: expected contiguous rows, got strides of another layout. Call contiguous() on them.")
+
     @classmethod
     def join(cls, samples: Sequence[SparseSample]) -> "SparseBatch":
         """A batch of these samples."""
@@ -75,6 +81,9 @@ Batch = torch.Tensor | SparseBatch
 
 def collate(latents: Sequence[Latent]) -> Batch:
     """A batch of latents of one kind."""
+    if len({isinstance(x, SparseSample) for x in latents}) != 1:
+        got = sorted({type(x).__name__ for x in latents}) or "none"
+        raise ValueError(f"collate: expected latents of one kind, got {got}. Batch the stages apart, and one sample at least.")
     return SparseBatch.join(latents) if isinstance(latents[0], SparseSample) else torch.stack(list(latents))
 
 
@@ -113,7 +122,8 @@ def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     if not isinstance(batch, SparseBatch):
         return values.flatten(1).mean(1)
     rows = values.mean(1)  # [V]
-    return rows.new_zeros(batch.size).index_add(0, batch.sample, rows) / batch.lengths
+    sums = rows.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, rows.double())  # thousands of rows: no error adds up
+    return (sums / batch.lengths).to(rows.dtype)
 
 
 def error_per_sample(a: Batch, b: Batch) -> torch.Tensor:

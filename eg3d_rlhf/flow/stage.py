@@ -3,14 +3,16 @@
 Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, collate
+from eg3d_rlhf.flow.path import FlowPath, opposite
+from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, collate, count, separate
+from eg3d_rlhf.shapes import check_shape
 
 Given = torch.Tensor | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32; None at the first stage
 
@@ -26,8 +28,12 @@ class Sampling:
 
     def __post_init__(self):
         low, high = self.cfg_interval
-        if self.steps < 1 or self.rescale_t <= 0 or not 0 <= low <= high <= 1 or self.cfg_strength < 0:
-            raise ValueError(f"Sampling: expected steps >= 1, rescale_t > 0, cfg_strength >= 0 and an interval within 0..1, got {self}.")
+        fits = self.steps >= 1 and self.rescale_t > 0 and 0 <= low <= high <= 1 and self.cfg_strength >= 0
+        if not (fits and math.isfinite(self.rescale_t) and math.isfinite(self.cfg_strength)):
+            raise ValueError(
+                "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval within 0..1, "
+                f"got {self}. Correct them."
+            )
 
 
 @dataclass(kw_only=True)
@@ -43,19 +49,46 @@ class FlowStage:
     sampling: Sampling = field(default_factory=Sampling)
     lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")  # last parts of the names of linear layers that adapters sit on
 
+    def __post_init__(self):
+        if not self.name or self.channels < 1 or self.resolution < 1:
+            got = f"{self.name!r}, {self.channels} and {self.resolution}"
+            raise ValueError(f"FlowStage: expected a name, channels >= 1 and resolution >= 1, got {got}. Correct them.")
+
     def noise(self, seeds: Sequence[int], given: Sequence[Given]) -> Batch:
         """Standard normal noise, one sample per seed, on the CPU.
 
         A seed names one dense volume [C, R, R, R]; on voxels it is read there: samples of one seed share it wherever they share voxels.
         """
-        return collate([self._noise(seed, places) for seed, places in zip(seeds, given, strict=True)])
+        shape = [self.channels, *[self.resolution] * 3]
+        volumes = {seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in set(seeds)}
+        return collate([self._read(volumes[seed], places) for seed, places in zip(seeds, given, strict=True)])
 
-    def _noise(self, seed: int, places: Given) -> Latent:
-        volume = torch.randn([self.channels, *[self.resolution] * 3], generator=torch.Generator().manual_seed(seed))
+    def _read(self, volume: torch.Tensor, places: Given) -> Latent:
         if not self.sparse:
             return volume
-        x, y, z = places.cpu().long().unbind(1)
-        return SparseSample(places.cpu().int(), volume[:, x, y, z].T.contiguous())
+        self._check_voxels(f"FlowStage.noise of {self.name!r}", places)
+        places = places.cpu().int()
+        x, y, z = places.long().unbind(1)
+        return SparseSample(places, volume[:, x, y, z].T.contiguous())
+
+    def check(self, who: str, latent: Latent) -> None:
+        """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""
+        what = f"It is no latent of stage {self.name!r}: name the stage that it came from."
+        if isinstance(latent, SparseSample) != self.sparse:
+            expected, got = ("voxels", "a dense grid") if self.sparse else ("a dense grid", "voxels")
+            raise ValueError(f"{who}: expected {expected}, got {got}. {what}")
+        if not self.sparse:
+            return check_shape(who, latent, [self.channels, *[self.resolution] * 3], what)
+        check_shape(f"{who}, features", latent.feats, ["v", self.channels], what)
+        self._check_voxels(who, latent.coords)
+
+    def _check_voxels(self, who: str, places: Given) -> None:
+        if places is None or len(places) == 0:
+            remedy = "The stage before left an empty structure: drop the sample."
+            raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
+        low, high = int(places.min()), int(places.max())
+        if low < 0 or high >= self.resolution:
+            raise ValueError(f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check the grid.")
 
 
 class Asset(Protocol):
@@ -100,3 +133,23 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
             return stage
     names = ", ".join(s.name for s in pipeline.stages)
     raise ValueError(f"stage: expected one of {names}, got {name!r}. Name a stage of this pipeline.")
+
+
+@torch.no_grad()
+def check_convention(stage: FlowStage, x_0: Batch, cond: torch.Tensor, seed: int = 0) -> None:
+    """Refuse a model that was trained with its data at t = 1: read that way, it explains data x_0 far better.
+
+    Raises: ValueError where the mapped model's flow-matching error is below half of the model's own.
+    """
+    x_0 = x_0.to(cond.device)
+    latents = separate(x_0)
+    eps = stage.noise([seed + i for i in range(len(latents))], [x.coords if stage.sparse else None for x in latents])
+    eps, t = eps.to(cond.device), torch.linspace(0.1, 0.9, count(x_0), device=cond.device)
+    x_t = stage.path.mix(x_0, t, eps)
+    own = stage.path.errors(stage.model(x_t, t, cond), x_0, eps).mean()
+    mapped = stage.path.errors(opposite(t, stage.model(x_t, 1 - t, cond))[1], x_0, eps).mean()
+    if mapped < 0.5 * own:
+        raise ValueError(
+            f"stage {stage.name!r}: expected velocities of the convention with noise at t = 1, got a model of error {own:.3g} "
+            f"that has {mapped:.3g} when read with data at t = 1. Wrap it in flow.path.Opposite."
+        )

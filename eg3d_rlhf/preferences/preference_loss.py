@@ -37,7 +37,10 @@ def preference_loss(
     Returns: [P]. Differentiable in: delta, weight.
     Raises: ValueError for an unknown kind or mode, or numbers that do not fit the kind.
     """
-    _check(delta, kind, beta, weight, weight_mode, label_smoothing, margin)
+    check_options("preference_loss", kind, beta, weight_mode, label_smoothing, margin)
+    if weight is not None and weight.shape != delta.shape:
+        got = f"{list(delta.shape)}, got {list(weight.shape)}"
+        raise ValueError(f"preference_loss: expected a weight per pair, {got}. Give one each.")
     inside = weight is not None and weight_mode == "inside"
     scaled = weight * delta if inside else delta
     z = beta * scaled - margin if margin else beta * scaled
@@ -60,15 +63,21 @@ def aggregate(losses: torch.Tensor, kind: str = "mean", beta: float = 1.0) -> to
     "mean"; or "drdpo": -beta log mean exp(-loss / beta), which listens less to pairs that the policy finds hard, as wrong labels are
     (Wu et al. 2024, Dr. DPO, equation 10); beta -> infinity is the mean.
     """
-    if kind not in AGGREGATIONS or not beta > 0:
-        raise ValueError(f"aggregate: expected one of {', '.join(AGGREGATIONS)} and beta > 0, got {kind!r} and {beta}. Correct them.")
+    check_aggregation("aggregate", kind, beta)
     if kind == "mean":
         return losses.mean()
     return -beta * (torch.logsumexp(-losses / beta, 0) - math.log(len(losses)))
 
 
-def _check(delta, kind, beta, weight, weight_mode, label_smoothing, margin) -> None:
-    who = "preference_loss"
+def check_aggregation(who: str, kind: str, beta: float) -> None:
+    """Raise ValueError, in the name of `who`, for arguments that `aggregate` cannot use."""
+    if kind not in AGGREGATIONS or not (math.isfinite(beta) and beta > 0):
+        got = f"{kind!r} and {beta}"
+        raise ValueError(f"{who}: expected one of {', '.join(AGGREGATIONS)} and beta > 0, got {got}. Correct them.")
+
+
+def check_options(who: str, kind: str, beta: float, weight_mode: str, label_smoothing: float, margin: float) -> None:
+    """Raise ValueError, in the name of `who`, for options that `preference_loss` cannot use together."""
     if kind not in KINDS:
         raise ValueError(f"{who}: expected kind one of {', '.join(KINDS)}, got {kind!r}. Choose one.")
     if weight_mode not in WEIGHT_MODES:
@@ -79,7 +88,7 @@ def _check(delta, kind, beta, weight, weight_mode, label_smoothing, margin) -> N
         raise ValueError(f"{who}: expected label_smoothing from 0 to below 0.5, got {label_smoothing}. Lower it.")
     if label_smoothing and kind not in ("sigmoid", "robust"):
         raise ValueError(f"{who}: expected label_smoothing 0 with {kind}, got {label_smoothing}. Use sigmoid or robust.")
+    if not math.isfinite(margin):
+        raise ValueError(f"{who}: expected a finite margin, got {margin}. Set it.")
     if margin and kind == "ipo":
         raise ValueError(f"{who}: expected margin 0 with ipo, got {margin}. Its margin is 1 / (2 beta).")
-    if weight is not None and weight.shape != delta.shape:
-        raise ValueError(f"{who}: expected a weight per pair, {list(delta.shape)}, got {list(weight.shape)}. Give one each.")

@@ -1,0 +1,224 @@
+"""Circular-DPO: preferences on finished assets reach every stage of a generator, from the last to the first.
+
+    1. the last stage learns from people's pairs (DPO; Circular-DPO, equation 8);
+    2. what it then samples and what its reference samples, decoded and encoded again, are pairs of the stage before (loop_pairs.py);
+    3. that stage learns from them (equation 9), filtered by w1 and weighed by w2; and so on to the first stage.
+Every step is an artefact (artefacts.py): a run that was killed goes on where it was, and runs share what they have in common.
+A further round does the same again, with the networks of the round before as start and as reference.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.flow.artefacts import Artefact, ArtefactStore, Made
+from eg3d_rlhf.flow.circular_settings import CircularSettings, Weighing
+from eg3d_rlhf.flow.generate import HeldOut, crossed
+from eg3d_rlhf.flow.judging import Judging, judge
+from eg3d_rlhf.flow.loop_pairs import make_in_chunks, stage_behind, with_roles
+from eg3d_rlhf.flow.pair_files import read_pairs
+from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.policies import tuned_model, with_models
+from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.stage import stage_of
+from eg3d_rlhf.flow.train import StageResult, train_stage
+from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.train_records import FREE
+from eg3d_rlhf.flow.weights import weigh
+from training.distributed import SINGLE, Ranks
+
+Lines = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
+
+
+class NoPairsError(ValueError):
+    """Nothing crosses the gap: no pair of the loop is left to learn from."""
+
+
+@dataclass(kw_only=True)
+class CircularLoop:
+    """The steps of a run. Each makes an artefact, or finds it."""
+
+    problem: Problem
+    settings: CircularSettings
+    store: ArtefactStore
+    ranks: Ranks = SINGLE
+    progress: Callable[[str, int], Callable[[int], None]] = lambda title, total: lambda by: None  # (what, units in all) -> advance(by)
+    say: Callable[[str], None] = print  # status lines and warnings of trainings
+    on_updates: Callable[[int], None] = lambda updates: None  # updates done since the last win rate, at each
+    _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
+
+    # Networks.
+
+    def models(self, lines: Lines) -> dict[str, torch.nn.Module]:
+        """The networks of the stages that were trained."""
+        return {stage: self._model(stage, line) for stage, line in lines.items() if line}
+
+    def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
+        key = (stage, *(one.content for one in line))
+        if key not in self._models:
+            base = self._model(stage, line[:-1]) if len(line) > 1 else stage_of(self.problem.pipeline, stage).model
+            self._models[key] = tuned_model(base, weights_of(line[-1]), merge=True)
+        return self._models[key]
+
+    def _named(self, lines: Lines) -> dict[str, list[str]]:
+        """Networks as inputs of an artefact."""
+        return {stage: [one.content for one in line] for stage, line in sorted(lines.items()) if line}
+
+    # Steps.
+
+    def from_people(self, stage: str, lines: Lines | None = None, supervised: bool = False) -> Artefact:
+        """Train a stage on people's pairs, from the networks of `lines`."""
+        config, lines = self.settings.sft if supervised else self.settings.human, lines or {}
+        what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
+        return self._train(stage, lines, config, {"source": "human"}, lambda: (self.problem.human_pairs(stage), {}), what)
+
+    def pairs(self, stage: str, lines: Lines, before: Lines | None = None) -> Artefact:
+        """Pairs of a stage from what `lines` made of the stage behind it; `before`: its reference."""
+        before, seed = before or {}, self.settings.seed
+        behind = stage_behind(self.problem, stage).name
+        un_op = {behind: before[behind]} if before.get(behind) else {}
+        inputs = {
+            "step": "loop pairs", "problem": self.problem.identity, "stage": stage, "seed": seed,
+            "config": {"per_pair": self.settings.loop_pairs.per_pair}, "op": self._named({k: v for k, v in lines.items() if k != stage}),
+            "un_op": self._named(un_op),
+        }
+
+        def maker(folder: Path) -> Made:
+            advance = self.progress(f"pairs for {stage}", -(-len(self.problem.human_pairs(stage)) // self.ranks.world))
+            place, figures = make_in_chunks(
+                folder, self.problem, self.models(lines), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
+                ranks=self.ranks, on_pair=advance,
+            )
+            return Made(products=[place], record=figures)
+
+        return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
+
+    def from_loop(self, stage: str, pairs: Artefact, lines: Lines, weighing: Weighing | None = None) -> Artefact:
+        """Train a stage on the loop's pairs, from the networks of `lines`."""
+        weighing = weighing or self.settings.weighing
+        source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
+        return self._train(
+            stage, lines, self.settings.loop, source, lambda: weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing),
+            "DPO on the loop's pairs",
+        )
+
+    def _train(
+        self, stage: str, lines: Lines, config: TrainConfig, source: Mapping,
+        read: Callable[[], tuple[Sequence[PreferencePair], Mapping]], what: str,
+    ) -> Artefact:
+        config = self.settings.training(config, stage_of(self.problem.pipeline, stage))
+        choosing = self.settings.choosing if self.problem.chooser is not None else None
+        inputs = {
+            "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lines), "pairs": source,
+            "config": {k: v for k, v in asdict(config).items() if k not in FREE},
+            "choosing": None if choosing is None else asdict(choosing),
+        }
+
+        def maker(folder: Path) -> Made:
+            pairs, report = read()
+            models = self.models(lines)
+            with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
+                held_out = _counted(self._held_out(stage, models), config.held_out_every, self.on_updates)
+                result = train_stage(
+                    self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
+                    say=self.say,
+                )
+            return Made(products=[result.weights], record={**training_record(result, folder), "pairs": len(pairs), "weighing": report})
+
+        return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
+
+    def _held_out(self, stage: str, models: Mapping[str, torch.nn.Module]) -> HeldOut | None:
+        """The win rate against the networks that this training starts from, all other stages alike."""
+        choosing = self.settings.choosing
+        if choosing is None or self.problem.chooser is None:
+            return None
+        conditions, seeds = crossed(self.problem.held_out_conditions, choosing.per_condition, choosing.seed)
+        others = {k: v for k, v in models.items() if k != stage}
+        return HeldOut(
+            pipeline=self.problem.pipeline, stage=stage, reward=self.problem.chooser, conditions=conditions, seeds=seeds, others=others,
+            against=dict(models), batch=choosing.batch,
+        )
+
+    def judged(self, lines: Lines, judging: Judging) -> Artefact:
+        """Scores of the held-out conditions' assets by every judge; the record holds them."""
+        inputs = {"step": "judge", "problem": self.problem.identity, "networks": self._named(lines), "judging": asdict(judging)}
+
+        def maker(folder: Path) -> Made:
+            del folder
+            total = judging.per_condition * len(self.problem.held_out_conditions)
+            return Made(products=[], record=judge(self.problem, self.models(lines), judging, self.progress("judging", total)))
+
+        names = ", ".join(k for k, v in lines.items() if v) or "none"
+        return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
+
+
+def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lines, list[dict]]:
+    """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
+
+    Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap.
+    """
+    stages = [stage.name for stage in loop.problem.pipeline.stages]
+    if len(stages) < 2:
+        raise ValueError(f"circular: expected a pipeline of two stages or more, got {', '.join(stages)}. One stage needs no loop: --stage.")
+    lines: dict[str, tuple[Artefact, ...]] = {}
+    steps: list[dict] = []
+
+    def done(number: int, kind: str, stage: str, artefact: Artefact) -> Artefact:
+        steps.append({"round": number, "step": kind, "stage": stage, "artefact": artefact.folder.name, **artefact.record})
+        on_step(steps[-1])
+        return artefact
+
+    for number in range(1, loop.settings.rounds + 1):
+        before = dict(lines)
+        tuned = done(number, "people", stages[-1], loop.from_people(stages[-1], before))
+        lines[stages[-1]] = (*before.get(stages[-1], ()), tuned)
+        for stage in reversed(stages[:-1]):
+            pairs = done(number, "pairs", stage, loop.pairs(stage, lines, before))
+            tuned = done(number, "loop", stage, loop.from_loop(stage, pairs, lines))
+            lines[stage] = (*before.get(stage, ()), tuned)
+    return lines, steps
+
+
+def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
+    """The loop's pairs that are trained on, and a report of those that are not.
+
+    Raises: NoPairsError where none is left.
+    """
+    options = {"tau": weighing.tau, "use_w1": weighing.use_w1, "use_w2": weighing.use_w2, "w2_norm": weighing.w2_norm}
+    kept, report = weigh(with_roles(pairs, weighing.roles), **options)
+    if not kept:
+        dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
+        raise NoPairsError(
+            f"loop: expected pairs to learn from, got none of {len(pairs)} ({dropped}). Train the stage behind further, or take more pairs "
+            "(--loop-pairs)."
+        )
+    return kept, report
+
+
+def _counted(held_out: HeldOut | None, updates: int, on_updates: Callable[[int], None]) -> Callable | None:
+    """The same win rate, which says that it was measured."""
+    if held_out is None:
+        return None
+
+    def measured(model: torch.nn.Module) -> float:
+        rate = held_out(model)
+        on_updates(updates)
+        return rate
+
+    return measured
+
+
+def weights_of(training: Artefact) -> Path:
+    """Where a finished training keeps its weights."""
+    return training.folder / training.record["weights"]
+
+
+def training_record(result: StageResult, folder: Path) -> dict:
+    """What is worth knowing of a training, JSON."""
+    rates = [[line["step"], line["win_rate"]] for line in result.stats if line.get("win_rate") is not None]
+    return {
+        "weights": result.weights.relative_to(folder).as_posix(), "kept_step": result.kept_step, "warnings": list(result.warnings),
+        "win_rates": rates, "last": next((line for line in reversed(result.stats) if line.get("pairs")), None),
+    }

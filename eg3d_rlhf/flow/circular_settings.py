@@ -1,0 +1,93 @@
+"""Settings of a whole Circular-DPO run: one training configuration for each kind of step, and how the loop's pairs are made and weighed."""
+
+from dataclasses import asdict, dataclass, field, replace
+
+from eg3d_rlhf.flow.dpo import DpoConfig
+from eg3d_rlhf.flow.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.stage import FlowStage
+from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.weights import W2_NORMS
+
+ROLES = ("op", "reward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
+
+    use_w1: bool = True  # drop pairs whose op is not rewarded more
+    use_w2: bool = True  # weight the others by how much more
+    tau: float = 0.0  # threshold of w1
+    w2_norm: str = "dataset"  # what w2 is divided by
+    roles: str = "op"  # who is preferred: always op, as in the paper, or the one with the larger reward
+
+    def __post_init__(self):
+        if self.w2_norm not in W2_NORMS or self.roles not in ROLES:
+            got = f"{self.w2_norm!r} and {self.roles!r}"
+            raise ValueError(f"Weighing: expected w2_norm {', '.join(W2_NORMS)} and roles {' or '.join(ROLES)}, got {got}. Choose.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """On what the win rate is measured that chooses checkpoints and stops training early."""
+
+    per_condition: int = 4  # noises for each held-out condition
+    batch: int = 64  # assets at once; bounds memory
+    seed: int = 0  # of the noises, which are not those of the table
+
+    def __post_init__(self):
+        for name, least in (("per_condition", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Choosing.{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
+
+
+def anchored(config: TrainConfig) -> TrainConfig:
+    """The same training with the loop's anchors: its pairs part so soon that plain DPO runs away from both sides.
+
+    Half a weight on the rejected, half the preferred's own error, four times the beta; see docs of `--loop-*` for other anchors.
+    """
+    dpo = replace(config.dpo, loser_weight=0.5, sft_weight=0.5, beta=4 * config.dpo.beta)
+    return replace(config, dpo=dpo)
+
+
+def supervised(config: TrainConfig) -> TrainConfig:
+    """Plain flow matching on the preferred ones, trained otherwise alike."""
+    kept = {"noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout}
+    return replace(config, dpo=DpoConfig(kind="sft", **kept))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularSettings:
+    """Everything that decides a run besides the problem."""
+
+    human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
+    loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
+    sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))  # of the ablation's supervised groups
+    loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)
+    weighing: Weighing = field(default_factory=Weighing)
+    choosing: Choosing | None = field(default_factory=Choosing)  # None: no win rate while training; the last update is kept
+    rounds: int = 1  # of the whole loop; each starts from the networks of the one before, which are then the reference
+    seed: int = 0  # of everything drawn; also the trainings'
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"CircularSettings.rounds: expected at least 1, got {self.rounds}. Raise it.")
+        if self.sft.dpo.kind != "sft":
+            raise ValueError(f"CircularSettings.sft: expected a loss of kind 'sft', got {self.sft.dpo.kind!r}. Use supervised().")
+        if not self.loop.dpo.needs_reference:
+            raise ValueError(f"CircularSettings.loop: expected a loss of two sides, got {self.loop.dpo.kind!r}. Use sigmoid, say.")
+
+    def with_seed(self, seed: int) -> "CircularSettings":
+        """The same run with other draws."""
+        return replace(self, seed=seed)
+
+    def training(self, config: TrainConfig, stage: FlowStage) -> TrainConfig:
+        """A step's training at a stage: this run's seed, and adapters on the stage's own layers unless others were asked for."""
+        lora = config.lora
+        if lora is not None and lora.targets == type(lora)().targets:
+            lora = replace(lora, targets=stage.lora_targets)
+        return replace(config, lora=lora, seed=self.seed)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        return asdict(self)

@@ -1,0 +1,160 @@
+"""Finished assets from conditions and seeds, through all stages; and how often one generator's are preferred to another's.
+
+Shape letters as in stage.py; N assets.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.flow.sampler import sample
+from eg3d_rlhf.flow.sparse import Batch
+from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Given, Pipeline, stage_of
+from training.phases import derive_seed
+
+Models = Mapping[str, torch.nn.Module]  # by stage name; stages that are not named keep their own
+
+
+def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Given]) -> Batch:
+    """The noise that an asset's seed means at a stage, on the CPU: stages of one asset do not share theirs."""
+    return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
+
+
+def generate(
+    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
+    stages_given: Mapping[str, Sequence[Given]] | None = None, on_batch: Callable[[int], None] | None = None,
+) -> list[Asset]:
+    """One asset per condition and seed, all stages in turn.
+
+    A seed fixes the noise of every stage, so that two generators with the same seeds are compared on the same latents.
+
+    Args:
+        conditions, seeds: [N] each; models: networks in place of stages' own; batch: assets at once.
+        stages_given: by the name of a stage, what the stages before would leave to it, [N]; they are then not run.
+        on_batch: called with the number of assets just finished.
+    Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
+    """
+    start = _first_stage(pipeline, conditions, seeds, models or {}, stages_given or {})
+    *before, last = _stages(pipeline, models)[start:]
+    given = (stages_given or {}).get(pipeline.stages[start].name, [None] * len(seeds))
+    found: list[Asset] = []
+    for i in range(0, len(seeds), batch):
+        part = slice(i, i + batch)
+        places = _through(pipeline, before, conditions[part], seeds[part], given[part])
+        found += pipeline.decode(_latents(pipeline, last, conditions[part], seeds[part], places))
+        if on_batch:
+            on_batch(len(seeds[part]))
+    return found
+
+
+def given_to(
+    pipeline: Pipeline, stage: str, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16
+) -> list[Given]:
+    """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need no more of the others."""
+    before = _stages(pipeline, models)[: [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)]
+    parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
+    given: list[Given] = [None] * len(seeds)
+    return [one for part in parts for one in _through(pipeline, before, conditions[part], seeds[part], given[part])]
+
+
+def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
+    return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
+
+
+def _first_stage(pipeline: Pipeline, conditions, seeds, models: Models, stages_given: Mapping[str, Sequence[Given]]) -> int:
+    """Where to begin, after checking the arguments."""
+    if len(conditions) != len(seeds):
+        raise ValueError(f"generate: expected a seed per condition, got {len(seeds)} for {len(conditions)}. Give one each.")
+    for name in (*models, *stages_given):
+        stage_of(pipeline, name)
+    if len(stages_given) > 1:
+        raise ValueError(f"generate: expected one stage to begin at, got {', '.join(stages_given)}. Name the later one alone.")
+    for name, given in stages_given.items():
+        if len(given) != len(seeds):
+            raise ValueError(f"generate({name}): expected what the stage before leaves to {len(seeds)} assets, got {len(given)}.")
+        return [s.name for s in pipeline.stages].index(name)
+    return 0
+
+
+def _through(pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Given]) -> Sequence[Given]:
+    """What these stages, in turn, leave to the next."""
+    for stage in stages:
+        given = pipeline.advance(stage.name, _latents(pipeline, stage, conditions, seeds, given))
+    return given
+
+
+def _latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Given]) -> Batch:
+    """x_0 of one stage."""
+    device = next(stage.model.parameters()).device
+    cond = pipeline.conditions(conditions, stage.name).to(device)
+    no_cond = pipeline.no_condition(len(seeds), stage.name).to(device)
+    return sample(stage, stage_noise(stage, seeds, given).to(device), cond, no_cond)
+
+
+def scores(
+    pipeline: Pipeline, reward: AssetReward, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
+    stages_given: Mapping[str, Sequence[Given]] | None = None,
+) -> torch.Tensor:
+    """[N] float32 on the CPU: the reward of each asset, batch by batch, so that the assets need not fit in memory.
+
+    Raises: ValueError for a score that is not finite.
+    """
+    parts = [torch.zeros(0)]
+    for i in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
+        part = slice(i, i + batch)
+        given = {name: places[part] for name, places in (stages_given or {}).items()}
+        values = reward(generate(pipeline, conditions[part], seeds[part], models, batch, given), conditions[part]).detach().float().cpu()
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{type(reward).__name__}: expected finite scores, got {values.tolist()}. Correct the reward.")
+        parts.append(values)
+    return torch.cat(parts)
+
+
+def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[N] 1 where a's score is larger, 0 where b's is, 0.5 at a tie.
+
+    >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    return ((a > b).float() + (a >= b).float()) / 2
+
+
+def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
+    """Every condition `per_condition` times, with a noise seed each: what two generators are compared on."""
+    names = [name for name in conditions for _ in range(per_condition)]
+    return names, [derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)]
+
+
+def held_out_win_rate(
+    pipeline: Pipeline, reward: AssetReward, conditions: Sequence[str], seeds: Sequence[int], models: Models, against: torch.Tensor,
+    batch: int = 16, stages_given: Mapping[str, Sequence[Given]] | None = None,
+) -> float:
+    """Share of assets that beat the scores `against` [N] of the other generator's on the same conditions and seeds; ties count half."""
+    return float(wins(scores(pipeline, reward, conditions, seeds, models, batch, stages_given), against).mean())
+
+
+@dataclass(kw_only=True)
+class HeldOut:
+    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with the network."""
+
+    pipeline: Pipeline
+    stage: str  # which stage the network is of
+    reward: AssetReward  # the judge that chooses; neither the one of the pairs nor the one of the final table
+    conditions: Sequence[str]  # [N]
+    seeds: Sequence[int]  # [N]
+    others: Models = field(default_factory=dict)  # networks of the other stages; those that are not named are the pipeline's own
+    against: Models = field(default_factory=dict)  # the generator to beat, in the same way; nothing named: the pipeline as it is
+    batch: int = 16
+    _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
+    _given: list[Given] = field(default_factory=list, init=False, repr=False)  # what the stages before leave to this one
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        """In 0..1."""
+        what = (self.pipeline, self.reward, self.conditions, self.seeds)
+        if self._scores is None:
+            self._scores = scores(*what, self.against, self.batch)
+            self._given = given_to(self.pipeline, self.stage, self.conditions, self.seeds, self.others, self.batch)
+        models = {**self.others, self.stage: model}
+        return held_out_win_rate(*what, models, self._scores, self.batch, {self.stage: self._given})

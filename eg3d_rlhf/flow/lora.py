@@ -1,0 +1,200 @@
+"""Low-rank adapters on named linear layers: the base stays as it is, and the same network with its adapters off is the reference.
+
+    y = W x + b + (alpha / rank) B A dropout(x)        Hu et al. 2021, LoRA, equation 3
+
+A [rank, in] is random and B [out, rank] zero at the start, so that an untrained adapter changes nothing. Parameters are called as PEFT
+calls them, less the name it gives an adapter: X.base_layer.weight, X.lora_A.weight, X.lora_B.weight.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")  # of TRELLIS's flows, both stages
+BASE = ".base_layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Size and place of the adapters."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the update is multiplied by alpha / rank
+    dropout: float = 0.0  # share of an adapter's inputs that is zeroed while training
+    targets: tuple[str, ...] = TARGETS  # last parts of the names of linear layers; "attn.to_q" is more exact than "to_q"
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or not (math.isfinite(self.alpha) and self.alpha > 0) or not 0 <= self.dropout < 1:
+            got = f"{self.rank}, {self.alpha}, {self.dropout}"
+            raise ValueError(f"LoraConfig: expected rank >= 1, alpha > 0 and 0 <= dropout < 1, got {got}. Set them.")
+        if not self.targets or not all(self.targets):
+            raise ValueError(f"LoraConfig.targets: expected names of layers, got {list(self.targets)}. Name one at least.")
+
+
+class LoraLinear(nn.Module):
+    """A linear layer and its adapter. The adapter, zero as made, computes in float32 at least, whatever the base is in."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        weight = base_layer.weight
+        kind = {"bias": False, "device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        self.base_layer = base_layer
+        self.lora_A = nn.utils.skip_init(nn.Linear, base_layer.in_features, rank, **kind)
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **kind)
+        nn.init.zeros_(self.lora_A.weight)
+        nn.init.zeros_(self.lora_B.weight)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.active = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]; exactly the base layer where the adapter is off."""
+        y = self.base_layer(x)
+        if not self.active:
+            return y
+        x = x.to(self.lora_A.weight.dtype)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        return y + (self.alpha / self.rank * self.lora_B(self.lora_A(x))).to(y.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's, for networks that read its type or shape; computing with it leaves the adapter out."""
+        return self.base_layer.weight
+
+    def update(self) -> torch.Tensor:
+        """What the adapter adds to the weight, [out, in], in its own type."""
+        return self.alpha / self.rank * (self.lora_B.weight.detach() @ self.lora_A.weight.detach())
+
+    def merged_weight(self) -> torch.Tensor:
+        """Weight and update in one, [out, in], rounded to the base's type."""
+        update, weight = self.update(), self.base_layer.weight.detach()
+        return (weight.to(update.dtype) + update).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"rank={self.rank}, alpha={self.alpha}, active={self.active}"
+
+
+def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
+    """Put adapters on the target layers, in place, and freeze everything else; returns the layers' names.
+
+    A is uniform within 1 / sqrt(in) (He et al. 2015, as linear layers start), drawn on the CPU from `seed` in the order of the layers.
+    Raises: ValueError for a target that is not there, or is no plain linear layer; for a model that has adapters.
+    """
+    names = _target_names(model, config.targets)
+    layers = attach(model, names, config.rank, config.alpha, config.dropout)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in dict.fromkeys(layers.values()):
+        A, bound = layer.lora_A.weight, 1 / math.sqrt(layer.base_layer.in_features)
+        with torch.no_grad():
+            A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
+    return names
+
+
+def attach(model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0) -> dict[str, LoraLinear]:
+    """Wrap the linear layers of these names, in place, with adapters that are zero; everything else is frozen."""
+    if adapted_layers(model):
+        raise ValueError(
+            f"add_lora: expected a network without adapters, got one with {len(adapted_layers(model))}. Merge them first (merged_state)."
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = list(names)
+    odd = [f"{n} ({type(modules[n]).__name__})" for n in names if not _is_linear(modules[n])]
+    if odd:
+        raise ValueError(f"add_lora: expected linear layers on plain tensors, got {', '.join(odd[:4])}. Choose other targets.")
+    model.requires_grad_(False)
+    wrapped: dict[nn.Module, LoraLinear] = {}  # a layer that is used under two names keeps one adapter
+    for name in names:
+        if modules[name] not in wrapped:
+            wrapped[modules[name]] = LoraLinear(modules[name], rank, alpha, dropout).train(modules[name].training)
+        owner, _, own = name.rpartition(".")
+        setattr(modules[owner], own, wrapped[modules[name]])
+    return {name: wrapped[modules[name]] for name in names}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes W x + b of tensors; subclasses may take other inputs."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _target_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [n for n in modules if any(matches(n, t) for t in targets)]
+    missing = [t for t in targets if not any(matches(n, t) for n in names)]
+    if missing:
+        there = ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
+        who = f"add_lora({type(model).__name__})"
+        raise ValueError(f"{who}: expected layers named {', '.join(missing)}, got linear layers named {there}. Name targets among these.")
+    return names
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether a layer's name is the target or ends in it, by whole parts."""
+    return name == target or name.endswith(f".{target}")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The layers with adapters, by the name that the layer had before."""
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoraLinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, each once, in the order of the layers."""
+    return [p for layer in dict.fromkeys(adapted_layers(model).values()) for p in (layer.lora_A.weight, layer.lora_B.weight)]
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters' tensors: X.lora_A.weight, X.lora_B.weight."""
+    parts = {name: (layer.lora_A.weight, layer.lora_B.weight) for name, layer in adapted_layers(model).items()}
+    return {f"{name}.lora_{part}.weight": w.detach() for name, both in parts.items() for part, w in zip("AB", both, strict=True)}
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it the network computes as its base does, to the last bit. Nests; run no backward pass within it.
+
+    Raises: ValueError for a network without adapters.
+    """
+    layers = adapted_layers(model).values()
+    if not layers:
+        raise ValueError("adapters_off: expected a network with adapters, got one without. Call add_lora first.")
+    before = [(layer, layer.active) for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = False
+        yield model
+    finally:
+        for layer, active in before:
+            layer.active = active
+
+
+def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict with the adapters worked into the weights, under the base's plain names and in its types and order."""
+    layers, state = adapted_layers(model), {}
+    for key, value in model.state_dict().items():
+        owner, _, leaf = key.rpartition(".")
+        stem, _, part = owner.rpartition(".")
+        if part == BASE[1:] and stem in layers:
+            state[f"{stem}.{leaf}"] = layers[stem].merged_weight() if leaf == "weight" else value
+        elif not (part in ("lora_A", "lora_B") and stem in layers):
+            state[key] = value
+    return state
+
+
+def merge_rounding(model: nn.Module) -> float:
+    """How much of the update is lost where weights are rounded to the base's type: norm of the rounding over norm of the update.
+
+    Near 0 for a float32 base. Training that moved float16 weights little may lose much of what it learned: keep the adapter then.
+    """
+    lost = size = 0.0
+    for layer in dict.fromkeys(adapted_layers(model).values()):
+        update, weight = layer.update().double(), layer.base_layer.weight.detach().double()
+        lost += float((layer.merged_weight().double() - weight - update).square().sum())
+        size += float(update.square().sum())
+    return math.sqrt(lost / size) if size else 0.0

@@ -1,0 +1,226 @@
+"""Train one stage on preference pairs: DPO or fine-tuning, adapters or all parameters, early stop on a held-out win rate, exact resume.
+
+Everything that is drawn derives from (seed, pair, pass over the pairs, update) alone: a resumed run equals an uninterrupted one bit for
+bit, and neither passes per batch nor ranks change what is learned beyond rounding.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.flow.monitor import signs
+from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.policies import save_policy
+from eg3d_rlhf.flow.reference import CachedErrors, Reference
+from eg3d_rlhf.flow.stage import FlowStage, Pipeline, stage_of
+from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.train_progress import Progress
+from eg3d_rlhf.flow.train_records import POLICY, TrainRecords, read_result
+from eg3d_rlhf.flow.train_start import check_pairs, origin, policy_and_reference
+from eg3d_rlhf.flow.train_update import Updates
+from training.checkpoint import optimizer_tensors, restore_optimizer
+from training.distributed import SINGLE, Ranks
+from training.phases import LossNotFiniteError
+from training.run_lock import RunLock
+from training.signals import StopRequest
+
+Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1
+
+
+class StoppedError(Exception):
+    """SIGTERM or SIGINT arrived; the state of that moment is on the disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A finished training."""
+
+    weights: Path  # folder that tuned_model reads
+    kept_step: int  # updates behind those weights; 0: the network that training began with
+    stats: list[dict]  # lines of stats.jsonl
+    warnings: list[str]  # known failure signs that were seen
+
+
+def train_stage(
+    pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], config: TrainConfig, out: Path, *, held_out: Judge | None = None,
+    ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
+) -> StageResult:
+    """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
+
+    Args:
+        pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
+            rate are kept, those before the first update among them. Without it the last ones are.
+        out: folder for everything written, see train_records.py; resume: go on with the run in it, if there is one.
+        say: prints the status lines.
+    Raises: ValueError for pairs, settings or folders that do not fit and for losses that are not finite; StoppedError after a signal.
+    """
+    stage, out = stage_of(pipeline, stage_name), Path(out)
+    check_pairs(pipeline, stage, pairs)
+    if ranks.main:
+        out.mkdir(parents=True, exist_ok=True)
+    device = next(stage.model.parameters()).device
+    with RunLock(out, enabled=ranks.main), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        records, options = TrainRecords(out, config.steps, say), None
+        if ranks.main:
+            options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None, **origin(stage, pairs)}
+            records.begin(options, resume)
+        options, finished = ranks.broadcast([options, read_result(out) if ranks.main else None])
+        if finished is None:
+            finished = _Training(pipeline, stage, pairs, config, held_out, ranks, records, options).run()
+    return StageResult(**finished, weights=out / POLICY)
+
+
+class _Training:
+    """The loop of one training."""
+
+    def __init__(
+        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, held_out: Judge | None,
+        ranks: Ranks, records: TrainRecords, options: dict,
+    ):
+        self.stage, self.config, self.held_out, self.ranks, self.records, self.options = stage, config, held_out, ranks, records, options
+        self.policy, reference = policy_and_reference(stage, config)
+        self.named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        ranks.broadcast_(self.named.values())
+        self.ema = {name: p.detach().clone() for name, p in self.named.items()} if config.ema is not None else {}
+        self.cache = self._cache(reference) if config.cache_reference and reference is not None else None
+        self.updates = Updates(pipeline, stage, pairs, config, self.policy, self.named.values(), self.cache or reference, ranks)
+        self.progress = Progress()
+
+    def _cache(self, reference: Reference) -> CachedErrors:
+        config = self.config
+        identity = {
+            **{name: self.options[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(self.stage.path),
+            "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
+        }  # fmt: skip
+        return CachedErrors(reference, identity, self.records.folder / "reference", self.ranks)
+
+    # The loop.
+
+    def run(self) -> dict:
+        """Train to the end; returns fields of StageResult as JSON."""
+        self._resume()
+        if self.held_out is not None and self.progress.best is None:
+            self._report(self._win_rate())
+        with StopRequest() as request:
+            while self.progress.step < self.config.steps and not self.progress.ended:
+                if self.ranks.any(request.received is not None)[0]:
+                    self._stop(request)
+                self._update()
+        return self._finish()
+
+    def _update(self) -> None:
+        progress, config = self.progress, self.config
+        try:
+            progress.add(self.updates.run(progress.step))
+        except LossNotFiniteError as error:
+            raise LossNotFiniteError(f"{error} Last state: {self._last_state()}.") from None
+        progress.step += 1
+        self._average()
+        last = progress.step == config.steps
+        judged = self.held_out is not None and (last or progress.step % config.held_out_every == 0)
+        if judged or last or progress.step % config.log_every == 0:
+            self._report(self._win_rate() if judged else None)
+        if progress.step % config.checkpoint_every == 0 and not last:
+            self._checkpoint()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The moving average; its decay rises from 0.1, so that the first updates do not weigh on it for long."""
+        decay = min(self.config.ema or 0.0, self.progress.step / (9 + self.progress.step))
+        for name, average in self.ema.items():
+            average.lerp_(self.named[name], 1 - decay)
+
+    def _stop(self, request: StopRequest) -> None:
+        self._checkpoint()
+        signal = next(name for name in self.ranks.gather(request.received) if name is not None)
+        raise StoppedError(f"{signal}: training of stage {self.stage.name!r} stopped after update {self.progress.step}; resume it.")
+
+    # Win rates and lines.
+
+    def _win_rate(self) -> float:
+        """Measure, and keep the parameters if it is the best so far."""
+        rate = None
+        if self.ranks.main:
+            with self._measured():
+                rate = float(self.held_out(self.policy))
+        rate = self.ranks.broadcast(rate)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"train_stage({self.stage.name}): expected a held-out win rate from 0 to 1, got {rate}. Correct the judge.")
+        if self.progress.judged(rate, self.config) and self.ranks.main:
+            self.records.keep(self.progress.step, self._values())
+        return rate
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        """What is measured and kept: the moving average where there is one."""
+        return {name: (self.ema or self.named)[name].detach() for name in self.named}
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Inside, the policy computes with `_values`."""
+        own = {name: p.detach().clone() for name, p in self.named.items()} if self.ema else {}
+        self._load(self.ema)
+        try:
+            yield
+        finally:
+            self._load(own)
+
+    @torch.no_grad()
+    def _load(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.named[name].copy_(value)
+
+    def _report(self, rate: float | None) -> None:
+        """End the line under way; say what it shows."""
+        progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), rate)
+        if not self.ranks.main:
+            return
+        self.records.line(record, 0 if progress.ended else self.config.steps - progress.step)
+        self.records.warn(signs(self.records.lines, self.config.dpo.needs_reference))
+        if progress.ended and progress.step < self.config.steps:
+            best = f"the best, {progress.best:.3f} after update {progress.kept_step}, is kept"
+            self.records.say(f"Stopped early after update {progress.step}: the held-out win rate is {rate:.3f}; {best}.")
+
+    # States.
+
+    def _checkpoint(self) -> None:
+        if self.cache is not None:
+            self.cache.save()
+        if self.ranks.main:
+            tensors = {f"policy.{name}": p for name, p in self.named.items()} | {f"ema.{name}": p for name, p in self.ema.items()}
+            tensors |= optimizer_tensors("optim", self.updates.optimizer)
+            self.records.checkpoint(self.progress.step, tensors, asdict(self.progress))
+
+    def _last_state(self) -> str:
+        return str(max(self.records.folder.glob("checkpoint-*.safetensors"), default="none was written yet"))
+
+    def _resume(self) -> None:
+        """Continue from the newest state, or clean up what a run left that was killed before its first."""
+        tensors, meta = (self.records.latest() if self.ranks.main else None) or (None, None)
+        if self.ranks.main:
+            self.records.go_on(meta or {"lines": 0, "warnings": {}, "progress": asdict(Progress())})
+        meta = self.ranks.broadcast(meta)
+        if meta is None:
+            return
+        tensors = self.ranks.broadcast_named(tensors)
+        self._load({name: tensors[f"policy.{name}"] for name in self.named})
+        for name, average in self.ema.items():
+            average.copy_(tensors[f"ema.{name}"])
+        restore_optimizer("optim", self.updates.optimizer, tensors)
+        self.progress = Progress(**meta["progress"])
+
+    def _finish(self) -> dict:
+        """Write the policy."""
+        progress, result = self.progress, None
+        if self.ranks.main:
+            if self.held_out is None:
+                progress.kept_step = progress.step
+            self._load(self._values() if self.held_out is None else self.records.kept(progress.kept_step))
+            meta = {**self.options, "kept_step": progress.kept_step, "win_rate": progress.best}
+            save_policy(self.policy, self.records.folder / POLICY, meta)
+            warnings = [f"{name}: {text}" for name, text in self.records.warnings.items()]
+            self.records.finish({"kept_step": progress.kept_step, "warnings": warnings})
+            result = read_result(self.records.folder)
+        return self.ranks.broadcast(result)

@@ -1,0 +1,198 @@
+"""The pieces that both of TRELLIS's flows are built of; parameters bear its names.
+
+Tokens are [N, T, C] on a dense grid and [V, C] on voxels. What a block needs to know of the difference is a `Layout`.
+
+Shape letters: N samples, T tokens or voxels of a dense batch, V voxels of a sparse one, C channels, H heads, D channels of a head,
+L tokens of a condition, E their size.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+TIME_SCALE = 1000  # the networks read 1000 t
+TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
+MAX_PERIOD = 10000
+
+
+class Layout(Protocol):
+    """How the tokens of a batch belong to samples."""
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """One row per sample [N, C] in a shape that broadcasts against the tokens."""
+
+    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention among the tokens of each sample; all [..., H, D], as are the results."""
+
+    def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention from tokens [..., H, D] to their sample's condition, k and v [N, L, H, D]."""
+
+
+class DenseLayout:
+    """Tokens [N, T, C]."""
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        return values.unsqueeze(1)
+
+    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    cross_attention = self_attention
+
+
+class LayerNorm32(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the type of its input. Parameters only with `elementwise_affine`."""
+
+    def __init__(self, channels: int, affine: bool = False, eps: float = 1e-6):
+        super().__init__(channels, eps=eps, elementwise_affine=affine)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class HeadRMSNorm(nn.Module):
+    """x / |x| * gamma * sqrt(D), per head; in float32."""
+
+    def __init__(self, heads: int, size: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(heads, size))
+        self.scale = size**0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., H, D]
+        return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
+
+
+class TimeEmbedder(nn.Module):
+    """Times in 0..1 [N] -> [N, C], float32."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = TIME_FREQUENCIES // 2
+        rates = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = (TIME_SCALE * t).float()[:, None] * rates  # [N, half]
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
+    """Sines and cosines of coordinates, [V, 3] -> [V, channels] float32: per axis all sines, then all cosines; zeros fill up the rest."""
+    count = channels // 3 // 2
+    rates = 1 / MAX_PERIOD ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
+    angles = coords.float()[:, :, None] * rates  # [V, 3, count]
+    embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    return F.pad(embedded, (0, channels - embedded.shape[1]))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, channels: int, ratio: float):
+        super().__init__()
+        hidden = int(channels * ratio)
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+class SelfAttention(nn.Module):
+    """Attention among tokens."""
+
+    def __init__(self, channels: int, heads: int, qk_rms_norm: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        if qk_rms_norm:
+            self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) for _ in range(2))
+        self.to_out = nn.Linear(channels, channels)
+        self.normed = qk_rms_norm
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [..., H, D]
+        if self.normed:
+            q, k = self.q_rms_norm(q), self.k_rms_norm(k)
+        return self.to_out(layout.self_attention(q, k, v).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to a condition's."""
+
+    def __init__(self, channels: int, cond_channels: int, heads: int, qk_rms_norm: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(cond_channels, 2 * channels)
+        if qk_rms_norm:
+            self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) for _ in range(2))
+        self.to_out = nn.Linear(channels, channels)
+        self.normed = qk_rms_norm
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor, layout: Layout) -> torch.Tensor:
+        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [..., H, D]
+        k, v = self.to_kv(cond).unflatten(-1, (2, self.heads, -1)).unbind(-3)  # [N, L, H, D]
+        if self.normed:
+            q, k = self.q_rms_norm(q), self.k_rms_norm(k)
+        return self.to_out(layout.cross_attention(q, k, v).flatten(-2))
+
+
+class ModulatedBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward; the time shifts, scales and gates the first and the last."""
+
+    def __init__(
+        self, channels: int, cond_channels: int, heads: int, mlp_ratio: float = 4, *, share_mod: bool = False, qk_rms_norm: bool = False,
+        qk_rms_norm_cross: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm32(channels)
+        self.norm2 = LayerNorm32(channels, affine=True)
+        self.norm3 = LayerNorm32(channels)
+        self.self_attn = SelfAttention(channels, heads, qk_rms_norm)
+        self.cross_attn = CrossAttention(channels, cond_channels, heads, qk_rms_norm_cross)
+        self.mlp = FeedForward(channels, mlp_ratio)
+        if not share_mod:
+            self.adaLN_modulation = modulation(channels)
+        self.share_mod = share_mod
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Tokens [..., C], time [N, C] (shared modulation: [N, 6 C]) and cond [N, L, E] -> tokens."""
+        values = time if self.share_mod else self.adaLN_modulation(time)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (layout.per_token(v) for v in values.chunk(6, -1))
+        x = x + gate * self.self_attn(self.norm1(x) * (1 + scale) + shift, layout)
+        x = x + self.cross_attn(self.norm2(x), cond, layout)
+        return x + mlp_gate * self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift)
+
+
+def modulation(channels: int) -> nn.Sequential:
+    """Time embedding [N, C] -> shift, scale and gate of both branches [N, 6 C]."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+
+
+def run_block(block: nn.Module, *args, recompute: bool) -> torch.Tensor:
+    """A block's result; with `recompute` its inside is computed again in the backward pass instead of being kept."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def convert_torso(modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple[type, ...] = (nn.Linear, nn.Conv3d)) -> None:
+    """Give linear layers and convolutions inside these modules another type, in place; norms keep theirs."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, kinds):
+                part.to(dtype)
+
+
+def torso_dtype(blocks: nn.Module) -> torch.dtype:
+    """The type that blocks compute in: that of the first linear layer or convolution. Read off, so that no flag can disagree with it."""
+    for part in blocks.modules():
+        if isinstance(part, (nn.Linear, nn.Conv3d)):
+            return part.weight.dtype
+    return torch.float32

@@ -1,0 +1,161 @@
+"""TRELLIS's second flow: a transformer over the latents of an object's voxels, between convolutions at full resolution.
+
+Shape letters: N samples, V voxels of all samples, C channels, L tokens of a condition, E their size.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.flow.trellis.blocks import (
+    ModulatedBlock,
+    TimeEmbedder,
+    convert_torso,
+    modulation,
+    position_embedding,
+    run_block,
+    torso_dtype,
+)
+from eg3d_rlhf.flow.trellis.sparse_attention import SparseLayout
+from eg3d_rlhf.flow.trellis.sparse_conv import Kernel
+from eg3d_rlhf.flow.trellis.sparse_resample import SparseResBlock
+from eg3d_rlhf.shapes import check_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFlowConfig:
+    """What its JSON file calls args."""
+
+    resolution: int
+    in_channels: int
+    model_channels: int
+    cond_channels: int
+    out_channels: int
+    num_blocks: int
+    num_heads: int | None = None  # or model_channels / num_head_channels
+    num_head_channels: int = 64
+    mlp_ratio: float = 4
+    patch_size: int = 2  # the transformer's voxels are this much larger than the latents'; a power of two
+    num_io_res_blocks: int = 2  # convolutional blocks per resolution, on either side
+    io_block_channels: tuple[int, ...] | None = None  # per halving, finest first; None where patch_size is 1
+    pe_mode: str = "ape"
+    use_fp16: bool = False  # type of the blocks as built; files bring their own
+    use_checkpoint: bool = False  # compute blocks again in the backward pass
+    use_skip_connection: bool = True
+    share_mod: bool = False
+    qk_rms_norm: bool = False
+    qk_rms_norm_cross: bool = False
+    sparse_conv: str = "auto"  # not in TRELLIS's files: backend of the convolutions, see sparse_conv.py
+
+    def __post_init__(self):
+        who = "LatentFlowConfig"
+        if self.pe_mode != "ape":
+            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
+        halvings = len(self.io_channels)
+        if self.patch_size != 2**halvings or self.num_io_res_blocks < 1:
+            raise ValueError(
+                f"{who}: expected patch_size 2^(number of io_block_channels) and num_io_res_blocks >= 1, got {self.patch_size}, "
+                f"{self.io_channels} and {self.num_io_res_blocks}. Correct the model's JSON file."
+            )
+        if self.model_channels % self.heads or self.resolution % self.patch_size:
+            raise ValueError(
+                f"{who}: expected model_channels to divide by heads and resolution by patch_size, got {self.model_channels} / {self.heads} "
+                f"and {self.resolution} / {self.patch_size}. Correct the model's JSON file."
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.num_heads or self.model_channels // self.num_head_channels
+
+    @property
+    def io_channels(self) -> tuple[int, ...]:
+        """Channels at each resolution above the transformer's, finest first."""
+        return tuple(self.io_block_channels or ())
+
+
+class LatentFlow(nn.Module):
+    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable in: everything but t."""
+
+    def __init__(self, config: LatentFlowConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = config.use_checkpoint
+        channels = config.model_channels
+        outer = config.io_channels[0] if config.io_channels else channels
+        self.t_embedder = TimeEmbedder(channels)
+        if config.share_mod:
+            self.adaLN_modulation = modulation(channels)
+        self.input_layer = nn.Linear(config.in_channels, outer)
+        self.input_blocks = nn.ModuleList(_input_blocks(config))
+        self.blocks = nn.ModuleList(
+            ModulatedBlock(
+                channels, config.cond_channels, config.heads, config.mlp_ratio, share_mod=config.share_mod,
+                qk_rms_norm=config.qk_rms_norm, qk_rms_norm_cross=config.qk_rms_norm_cross,
+            )
+            for _ in range(config.num_blocks)
+        )
+        self.out_blocks = nn.ModuleList(_out_blocks(config))
+        self.out_layer = nn.Linear(outer, config.out_channels)
+        if config.use_fp16:
+            convert_torso((self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel))
+
+    def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
+        config = self.config
+        check_shape("LatentFlow.x_t", x_t.feats, ["V", config.in_channels], "Give latents of this model's size.")
+        check_shape("LatentFlow.cond", cond, [x_t.size, "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
+        dtype = torso_dtype(self.blocks)
+        time = self.t_embedder(t)
+        shared = self.adaLN_modulation(time) if config.share_mod else time
+        time, shared, cond = time.to(dtype), shared.to(dtype), cond.to(dtype)
+        h = x_t.with_feats(self.input_layer(x_t.feats.float()).to(dtype))
+        h, skips, finer = self._halve(h, time)
+        feats, layout = h.feats + position_embedding(h.coords[:, 1:], config.model_channels).to(dtype), SparseLayout(h)
+        for block in self.blocks:
+            feats = run_block(block, feats, shared, cond, layout, recompute=self.recompute)
+        feats = self._double(h.with_feats(feats), time, skips, finer).feats
+        feats = F.layer_norm(feats.to(x_t.feats.dtype), feats.shape[-1:])
+        return x_t.with_feats(self.out_layer(feats.to(self.out_layer.weight.dtype)).to(x_t.feats.dtype))
+
+    def _halve(self, h: SparseBatch, time: torch.Tensor) -> tuple[SparseBatch, list[torch.Tensor], list[SparseBatch]]:
+        """Through the input blocks; also the features behind each, and the batch before each halving."""
+        skips, finer = [], []
+        for block in self.input_blocks:
+            if block.resample:
+                finer.append(h)
+            h = run_block(block, h, time, recompute=self.recompute)
+            skips.append(h.feats)
+        return h, skips, finer
+
+    def _double(self, h: SparseBatch, time: torch.Tensor, skips: list[torch.Tensor], finer: list[SparseBatch]) -> SparseBatch:
+        """Through the output blocks, each of which sees its input block's features beside its own."""
+        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
+            if self.config.use_skip_connection:
+                h = h.with_feats(torch.cat([h.feats, skip], 1))
+            h = run_block(block, h, time, finer.pop() if block.resample else None, recompute=self.recompute)
+        return h
+
+
+def _input_blocks(config: LatentFlowConfig) -> list[SparseResBlock]:
+    """Per resolution, finest first: blocks that keep it, then one that halves it."""
+    common = dict(time_channels=config.model_channels, backend=config.sparse_conv)
+    found = []
+    for channels, following in itertools.pairwise((*config.io_channels, config.model_channels)):
+        found += [SparseResBlock(channels, channels, **common) for _ in range(config.num_io_res_blocks - 1)]
+        found.append(SparseResBlock(channels, following, resample="down", **common))
+    return found
+
+
+def _out_blocks(config: LatentFlowConfig) -> list[SparseResBlock]:
+    """Per resolution, coarsest first: one block that doubles it, then blocks that keep it."""
+    common = dict(time_channels=config.model_channels, backend=config.sparse_conv)
+    width = 2 if config.use_skip_connection else 1
+    found, before = [], config.model_channels
+    for channels in reversed(config.io_channels):
+        found.append(SparseResBlock(width * before, channels, resample="up", **common))
+        found += [SparseResBlock(width * channels, channels, **common) for _ in range(config.num_io_res_blocks - 1)]
+        before = channels
+    return found

@@ -1,0 +1,231 @@
+"""Pairs of TRELLIS's latents from what people have: a ranked list of assets, or a folder of samples as the DSO project writes it.
+
+Ranked list: JSON lines, one per asset, paths relative to the list:
+    {"condition": "a red chair", "rank": 1, "structure": "ss_latents/0a.npz", "latent": "latents/0a.npz"}
+    {"condition": "a red chair", "rank": 2, "asset": "0b.ply"}
+    rank        1 is best; equal ranks are not paired
+    structure   mean [8, 16, 16, 16] in .npz (TRELLIS's data tools), or a tensor in .pt, .npy or .safetensors
+    latent      coords [v, 3] and feats [v, 8], not normalised, in .npz or .safetensors
+    asset       a .ply of Gaussians, for what is not given; encoding it for the second stage needs DINOv2 on this machine
+DSO's folder, anywhere below the root (first stage alone):
+    NNN_cond.pt  NNN_sparse_sample_MMM.pt  model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go)
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.flow.pair_files import write_pairs
+from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of
+from eg3d_rlhf.flow.stage import stage_of
+from eg3d_rlhf.flow.trellis.assets import read_ply
+from eg3d_rlhf.flow.trellis.conditions import Conditions, read_array, read_embedding, write_conditions
+from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, PipelineFile
+from eg3d_rlhf.flow.trellis.pipeline import TrellisPipeline
+
+CONVENTION = "x_0 is data, t = 1 is noise"
+CONDITIONS = "conditions.safetensors"
+SCHEMES = ("all", "adjacent", "extremes")
+STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One asset of a condition."""
+
+    name: str  # unique within its condition
+    condition: str
+    rank: float  # smaller is better
+    latents: Mapping[str, Latent]  # by stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What was read."""
+
+    pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
+    conditions: Conditions | None = None  # embeddings, where they came along
+    report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
+
+
+def write_import(folder: Path, imported: Imported, file: PipelineFile) -> dict[str, str]:
+    """Write pairs, and embeddings where there are any, as problem.py reads them; returns the hash of each stage's pairs."""
+    hashes = {}
+    for stage, pairs in imported.pairs.items():
+        meta = {"convention": CONVENTION, "normalization": normalization(file, stage), "report": dict(imported.report)}
+        hashes[stage] = write_pairs(Path(folder) / stage, pairs, meta)
+    if imported.conditions is not None:
+        write_conditions(Path(folder) / CONDITIONS, imported.conditions)
+    return hashes
+
+
+def normalization(file: PipelineFile, stage: str) -> dict | None:
+    """How a stage's latents are normalised, in JSON types; None: not at all."""
+    return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
+
+
+def pair_up(
+    candidates: Sequence[Candidate], scheme: str = "all", limit: int | None = None, seed: int = 0
+) -> dict[str, list[PreferencePair]]:
+    """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
+
+    Args:
+        scheme: "all" pairs; "adjacent": of neighbouring ranks; "extremes": of the best rank with the worst.
+        limit: at most so many pairs per condition, drawn with the seed.
+    Raises: ValueError for another scheme, or where no pair is left.
+    """
+    if scheme not in SCHEMES or (limit is not None and limit < 1):
+        raise ValueError(f"pairs: expected scheme among {', '.join(SCHEMES)} and limit >= 1, got {scheme!r} and {limit}. Correct them.")
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.condition, []).append(candidate)
+    stages = [stage for stage in (STRUCTURE, LATENT) if candidates and all(stage in c.latents for c in candidates)]
+    found: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
+    for condition, group in groups.items():
+        chosen = _chosen(group, scheme)
+        if limit is not None and len(chosen) > limit:
+            chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
+        for better, worse in chosen:
+            for stage in stages:
+                found[stage].append(PreferencePair(
+                    id=f"{condition}/{better.name}>{worse.name}", condition=condition, stage=stage, preferred=better.latents[stage],
+                    rejected=worse.latents[stage], provenance={"ranks": [better.rank, worse.rank]},
+                ))
+    if not any(found.values()):
+        raise ValueError(f"pairs: expected assets of unequal rank under one condition, got none among {len(candidates)}. Check the ranks.")
+    return found
+
+
+def _chosen(group: Sequence[Candidate], scheme: str) -> list[tuple[Candidate, Candidate]]:
+    """(better, worse) by a scheme."""
+    ranks = sorted({c.rank for c in group})
+    wanted = {"all": combinations(ranks, 2), "adjacent": zip(ranks, ranks[1:], strict=False), "extremes": [(ranks[0], ranks[-1])]}[scheme]
+    return [(a, b) for high, low in wanted if high < low for a in group if a.rank == high for b in group if b.rank == low]
+
+
+def read_ranking(
+    path: Path, pipeline: TrellisPipeline, scheme: str = "all", limit: int | None = None, seed: int = 0,
+    on_asset: Callable[[], None] | None = None,
+) -> Imported:
+    """Pairs of a ranked list; see the module. `on_asset` is called after each.
+
+    Raises: FileNotFoundError or ValueError with the line that is at fault.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
+    candidates: list[Candidate] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                candidates.append(_candidate(json.loads(line), f"{number:06d}", path.parent, pipeline))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            if on_asset:
+                on_asset()
+    partial = {stage for stage in (STRUCTURE, LATENT) if 0 < sum(stage in c.latents for c in candidates) < len(candidates)}
+    if partial:
+        raise ValueError(f"{path.name}: expected latents of stage {partial.pop()!r} for all assets or none, got some. Complete it.")
+    pairs = pair_up(candidates, scheme, limit, seed)
+    counts = {stage: len(found) for stage, found in pairs.items()}
+    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": scheme, "pairs": counts})
+
+
+def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline) -> Candidate:
+    condition, rank = (record.get(key) for key in ("condition", "rank")) if isinstance(record, dict) else (None, None)
+    numeric = isinstance(rank, (int, float)) and not isinstance(rank, bool) and math.isfinite(rank)
+    if not isinstance(condition, str) or not condition or not numeric or not {STRUCTURE, LATENT, "asset"} & set(record):
+        raise ValueError(f"expected a condition, a rank and structure, latent or asset, got {record!r:.120}. Write all of them.")
+    latents: dict[str, Latent] = {}
+    if STRUCTURE in record:
+        latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
+    if LATENT in record:
+        sample = read_sparse(folder / record[LATENT])
+        latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
+    if "asset" in record:
+        encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
+        latents.update({stage: _on_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents})
+    for stage, latent in latents.items():
+        who = str(record.get(stage, record.get("asset")))
+        stage_of(pipeline, stage).check(who, latent)
+        if not torch.isfinite(feats_of(collate([latent]))).all():
+            raise ValueError(f"{who}: expected finite latents, got others. Encode the asset again, or leave it out.")
+    return Candidate(name=name, condition=condition, rank=float(rank), latents=latents)
+
+
+def _on_cpu(latent: Latent) -> Latent:
+    return SparseSample(latent.coords.cpu(), latent.feats.cpu()) if isinstance(latent, SparseSample) else latent.cpu()
+
+
+def read_structure(path: Path) -> torch.Tensor:
+    """A structure's latent [C, R, R, R] from a file."""
+    found = read_array(path, "mean").float()
+    return found[0] if found.ndim == 5 and len(found) == 1 else found
+
+
+def read_sparse(path: Path) -> SparseSample:
+    """Latents on voxels from a file of coords and feats, as they are."""
+    coords, feats = read_array(path, "coords"), read_array(path, "feats").float()
+    if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
+        coords = coords[:, 1:]  # of a batch of one
+    return SparseSample(coords.int().contiguous(), feats)
+
+
+def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limit: int | None = None, seed: int = 0) -> Imported:
+    """Pairs of the first stage from DSO's samples: an asset that stands (tilt below `stands` degrees) is preferred to one that falls.
+
+    Samples without an angle, or with one that is not finite (a failed simulation), are left out and counted.
+    Raises: FileNotFoundError or ValueError for files that are missing or do not fit.
+    """
+    tables = sorted(Path(root).rglob("model_info.npz"))
+    if not tables:
+        raise FileNotFoundError(f"DSO samples: expected model_info.npz at or below {root}, got none. Name the folder of the samples.")
+    candidates, tokens, left_out = [], {}, 0
+    for table in tables:
+        angles = _angles(table)
+        prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
+        for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
+            image, sample = re.fullmatch(r"(.+)_sparse_sample_(.+)\.pt", path.name).groups()
+            angle = angles.get((_plain(image), _plain(sample)), math.nan)
+            if not math.isfinite(angle):
+                left_out += 1
+                continue
+            latent = read_structure(path)
+            stage_of(pipeline, STRUCTURE).check(str(path), latent)
+            name = prefix + image
+            candidates.append(Candidate(name=sample, condition=name, rank=float(angle >= stands), latents={STRUCTURE: latent}))
+            if name not in tokens:
+                tokens[name] = read_embedding(table.parent / f"{image}_cond.pt")
+    if not candidates:
+        raise ValueError(f"DSO samples: expected NNN_sparse_sample_MMM.pt beside model_info.npz, got none with an angle in {root}.")
+    pairs = pair_up(candidates, "all", limit, seed)
+    paired = {pair.condition for pair in pairs[STRUCTURE]}
+    conditions = Conditions(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
+    report = {"assets": len(candidates), "without_angle": left_out, "one_sided": len(tokens) - len(paired), "pairs": len(pairs[STRUCTURE])}
+    return Imported(pairs=pairs, conditions=conditions, report=report)
+
+
+def _angles(path: Path) -> dict[tuple[str, str], float]:
+    """Tilt by image and sample."""
+    try:
+        with np.load(path) as file:
+            columns = [file[name].reshape(-1) for name in ("image_ids", "glb_ids", "angles")]
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: expected plain arrays image_ids, glb_ids and angles, got: {error}. Write them so.") from None
+    if len({len(column) for column in columns}) != 1:
+        raise ValueError(f"{path}: expected three arrays of one length, got {[len(c) for c in columns]}. Write the table again.")
+    return {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
+
+
+def _plain(number: object) -> str:
+    """One spelling for 7, "007" and "7"."""
+    text = number.decode() if isinstance(number, bytes) else str(number)
+    return str(int(text)) if text.isdecimal() else text

@@ -1,0 +1,219 @@
+"""TRELLIS as a generator in two stages: structure, then latents on its voxels.
+
+Shape letters: N samples, C channels, R grid points per axis, L tokens of a condition, E their size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.flow.path import FlowPath
+from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
+from eg3d_rlhf.flow.stage import FlowStage, Given
+from eg3d_rlhf.flow.trellis.assets import SplatAsset, voxels_filled
+from eg3d_rlhf.flow.trellis.conditions import Conditions
+from eg3d_rlhf.flow.trellis.encoders import ImageEncoder
+from eg3d_rlhf.flow.trellis.files import (
+    FLOWS,
+    GAUSSIAN_DECODER,
+    LATENT,
+    LATENT_ENCODER,
+    STRUCTURE,
+    STRUCTURE_DECODER,
+    STRUCTURE_ENCODER,
+    PipelineFile,
+    find_model,
+    read_json,
+    read_pipeline,
+)
+from eg3d_rlhf.flow.trellis.models import empty_model, load_model
+from eg3d_rlhf.flow.trellis.structure_vae import grid_of, voxels_of
+from eg3d_rlhf.flow.trellis.voxel_features import voxel_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How finished assets become latents again."""
+
+    share: float = 0.25  # of the mean opacity of filled voxels, above which a voxel counts as filled
+    views: int = 150  # images per asset that features are averaged over
+    image_model: str = "dinov2_vitl14_reg"  # whose features the encoder of the second stage reads
+
+    def __post_init__(self):
+        if not 0 < self.share or self.views < 1:
+            raise ValueError(f"Encoding: expected share > 0 and views >= 1, got {self.share} and {self.views}. Set them.")
+
+
+class TrellisPipeline:
+    """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first needed.
+
+    Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees them.
+    """
+
+    def __init__(
+        self, file: PipelineFile, flows: Mapping[str, nn.Module], conditions: Conditions | None, parts: Callable[[str], nn.Module],
+        device: str | torch.device = "cpu", encoding: Encoding | None = None,
+    ):
+        """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
+        self.file, self.tokens, self.device, self.encoding = file, conditions, device, encoding or Encoding()
+        self._parts, self._loaded = parts, {}
+        self._image_encoder: ImageEncoder | None = None
+        self.stages = [self._stage(name, flows[name]) for name in (STRUCTURE, LATENT)]
+        channels = self.stages[1].channels
+        if len(file.mean) != channels:
+            raise ValueError(f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}. Correct it.")
+
+    def _stage(self, name: str, model: nn.Module) -> FlowStage:
+        config = model.config
+        if self.tokens is not None and config.cond_channels != self.tokens.size:
+            raise ValueError(
+                f"conditions: expected embeddings of size {config.cond_channels} for stage {name!r}, got {self.tokens.size}"
+                f"{f' of {self.tokens.encoder}' if self.tokens.encoder else ''}. Embed them with {self.file.encoder}."
+            )
+        return FlowStage(
+            name=name, model=model, channels=config.in_channels, resolution=config.resolution, sparse=name == LATENT,
+            path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
+        )
+
+    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
+        """[N, L, E]; the same for both stages."""
+        return self.tokens.of(names).to(self.device)
+
+    def no_condition(self, n: int, stage: str) -> torch.Tensor:
+        """[n, L, E]."""
+        return self.tokens.null(n).to(self.device)
+
+    @torch.no_grad()
+    def advance(self, stage: str, x_0: Batch) -> list[Given]:
+        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32, none where decoding leaves none."""
+        if stage != STRUCTURE:
+            raise ValueError(f"advance: expected stage {STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
+        _check_finite("advance", x_0)
+        decoder = self.part(STRUCTURE_DECODER)
+        return [voxels_of(decoder(one[None].to(self.device, torch.float32)))[0] for one in x_0]  # one by one: 64^3 x 128 floats each
+
+    @torch.no_grad()
+    def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
+        """Latents of the last stage -> assets."""
+        _check_finite("decode", x_0)
+        decoder = self.part(GAUSSIAN_DECODER)
+        found = []
+        for sample in x_0.samples():
+            latent = SparseSample(sample.coords, self.unnormalised(sample.feats.float()))
+            (g,) = decoder(SparseBatch.join([latent]).to(self.device))
+            found.append(SplatAsset(
+                means=g.means, features_dc=g.features_dc[:, 0], scales=g.scales, rotations=g.rotations, opacities=g.opacities[:, 0]
+            ))
+        return found
+
+    def encode(self, assets: Sequence[SplatAsset]) -> list["AssetLatents"]:
+        """Per asset the latents of both stages, each computed when it is asked for."""
+        return [AssetLatents(self, asset) for asset in assets]
+
+    @torch.no_grad()
+    def encode_structure(self, voxels: torch.Tensor) -> torch.Tensor:
+        """Voxels [v, 3] -> the structure's latent [C, R, R, R], the mean of the encoder's distribution."""
+        encoder = self.part(STRUCTURE_ENCODER)
+        size = self.stages[1].resolution
+        return encoder(grid_of([voxels], size).to(self.device))[0][0]
+
+    @torch.no_grad()
+    def encode_latent(self, asset: SplatAsset, voxels: torch.Tensor) -> SparseSample:
+        """The second stage's latent of an asset on these voxels, normalised.
+
+        Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
+        """
+        encoder = self.part(LATENT_ENCODER)
+        if self._image_encoder is None:
+            self._image_encoder = ImageEncoder(self.encoding.image_model, self.device)
+        features = voxel_features(
+            asset.to(self.device), voxels.to(self.device), self._image_encoder, self.stages[1].resolution, self.encoding.views
+        )
+        latent = encoder.encode(SparseBatch.join([SparseSample(voxels.to(self.device), features)]))
+        return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
+
+    def voxels(self, asset: SplatAsset) -> torch.Tensor:
+        """Those that an asset fills, [v, 3]."""
+        return voxels_filled(asset, self.stages[1].resolution, self.encoding.share)
+
+    def normalised(self, feats: torch.Tensor) -> torch.Tensor:
+        """Latents [v, C] as encoders write them -> as the flow sees them."""
+        return (feats - feats.new_tensor(self.file.mean)) / feats.new_tensor(self.file.std)
+
+    def unnormalised(self, feats: torch.Tensor) -> torch.Tensor:
+        """Inverse of `normalised`."""
+        return feats * feats.new_tensor(self.file.std) + feats.new_tensor(self.file.mean)
+
+    def part(self, name: str) -> nn.Module:
+        """A decoder or encoder."""
+        if name not in self._loaded:
+            self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
+        return self._loaded[name]
+
+
+class AssetLatents(Mapping[str, Latent]):
+    """The latents of an asset by stage, computed once, when asked for: the second stage's needs DINOv2."""
+
+    def __init__(self, pipeline: TrellisPipeline, asset: SplatAsset):
+        self._pipeline, self._asset, self._found = pipeline, asset, {}
+
+    def __getitem__(self, stage: str) -> Latent:
+        if stage not in (STRUCTURE, LATENT):
+            raise KeyError(stage)
+        if stage not in self._found:
+            voxels = self._pipeline.voxels(self._asset)
+            encode = self._pipeline.encode_structure
+            self._found[stage] = encode(voxels) if stage == STRUCTURE else self._pipeline.encode_latent(self._asset, voxels)
+        return self._found[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((STRUCTURE, LATENT))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def load_pipeline(
+    root: Path, conditions: Conditions | None, *, also: Sequence[Path] = (), weights: Mapping[str, Path] | None = None,
+    dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu", encoding: Encoding | None = None, whole: bool = True,
+    sampled: bool = True,
+) -> TrellisPipeline:
+    """A pipeline from TRELLIS's files.
+
+    Args:
+        also: further folders to look for models in; weights: other weights of flows, by stage, such as training checkpoints.
+        dtype: of the flows' weights; None keeps the file's. Decoders and encoders are float32.
+        sampled: False leaves the flows without weights: to encode and decode alone.
+        whole: refuse at once if a decoder or the structure's encoder is missing, rather than when it is needed.
+    Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
+    """
+    file = read_pipeline(root)
+    unknown = sorted(set(weights or {}) - set(FLOWS))
+    if unknown:
+        raise ValueError(f"weights: expected stages among {', '.join(FLOWS)}, got {', '.join(unknown)}. Name a stage of this pipeline.")
+    stems = {stage: find_model(file, model, also) for stage, model in FLOWS.items()}
+    for name in (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER) if whole else ():
+        find_model(file, name, also)
+    flows = {stage: _flow(stem, (weights or {}).get(stage), dtype, device, sampled) for stage, stem in stems.items()}
+
+    def part(name: str) -> nn.Module:
+        return load_model(find_model(file, name, also), dtype=torch.float32, device=device)
+
+    return TrellisPipeline(file, flows, conditions, part, device, encoding)
+
+
+def _flow(stem: Path, weights: Path | None, dtype: torch.dtype | None, device: str | torch.device, sampled: bool) -> nn.Module:
+    if sampled:
+        return load_model(stem, weights=weights, dtype=dtype, device=device)
+    path = stem.with_name(stem.name + ".json")
+    return empty_model(read_json(path), str(path))
+
+
+def _check_finite(who: str, x_0: Batch) -> None:
+    values = feats_of(x_0)
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")

@@ -1,0 +1,191 @@
+"""TRELLIS as a problem of Circular-DPO: its files, the people's pairs, and judges that are learned from them.
+
+    pairs/structure, pairs/latent    pairs of a stage, as pair_import.py writes them; one of the two may be missing
+    pairs/conditions.safetensors    embeddings of their conditions
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.flow.pair_files import pairs_hash, read_pairs
+from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.stage import stage_of
+from eg3d_rlhf.flow.trellis.conditions import read_conditions
+from eg3d_rlhf.flow.trellis.files import (
+    FLOWS,
+    GAUSSIAN_DECODER,
+    LATENT,
+    STRUCTURE,
+    STRUCTURE_DECODER,
+    STRUCTURE_ENCODER,
+    PipelineFile,
+    find_model,
+    find_weights,
+    read_json,
+    read_pipeline,
+)
+from eg3d_rlhf.flow.trellis.learned_reward import RewardOfPairs
+from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, CONVENTION, normalization
+from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
+
+
+def trellis_problem(
+    root: Path, pairs: Path | Sequence[Path] = (), *, conditions: Path | None = None, also: Sequence[Path] = (),
+    weights: Mapping[str, Path] | None = None, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu",
+    seed: int = 0, held_out: float = 0.2, encoding: Encoding | None = None, recompute: bool = True,
+) -> Problem:
+    """A problem from TRELLIS's files and people's pairs.
+
+    Conditions are divided by a hash of their names: a share is held out. Three judges of `learned_reward` are fitted to people's pairs of
+    different conditions: one half of the trained (w1 and w2), the other half (held-out win rate), the held-out (the final table).
+    The same assets must be paired at both stages, where both are there.
+
+    Args:
+        root: folder with pipeline.json; pairs: a folder as above, or one for each stage; by default <root>/pairs.
+        also: further folders to look for models in; weights: of flows, by stage, in place of the files'.
+        conditions: embeddings, by default those beside the pairs; dtype: see models.load_model; held_out: share of the conditions.
+        recompute: compute the flows' blocks again in the backward pass: about a third more time for much less memory.
+    Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"trellis: expected held_out above 0 and below 1, got {held_out}. Set it.")
+    root = Path(root)
+    given = [pairs] if isinstance(pairs, Path) else list(pairs)
+    folders = _folders(given or [root / "pairs"])
+    tokens_file = Path(conditions or _beside(folders))
+    tokens = read_conditions(tokens_file, zero_null=read_pipeline(root).kind == "image")
+    both = set(folders) == set(FLOWS)
+    pipeline = load_pipeline(
+        root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both
+    )
+    for stage in pipeline.stages:
+        stage.model.recompute = recompute
+    read = PairSource(folders, pipeline)
+    named = _check_same({stage: read(stage) for stage in folders})
+    tokens.of(named)
+    trained, held = _divided(named, held_out, seed)
+
+    def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
+        kept = set(names)
+        return [pair for pair in read(stage) if pair.condition in kept]
+
+    def judge(title: str, names: Sequence[str]) -> RewardOfPairs:
+        return RewardOfPairs(pipeline, lambda: human_pairs(LATENT, names), title)
+
+    judged = both and bool(held)
+    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
+    return Problem(
+        pipeline=pipeline, human_pairs=human_pairs, reward=judge("reward", halves[0]),
+        chooser=judge("chooser", halves[1]) if judged and halves[1] else None, final=judge("final judge", held) if judged else None,
+        train_conditions=trained, held_out_conditions=held,
+        identity={
+            "problem": "trellis", "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed,
+            "held_out": held_out, "dtype": str(dtype), "encoding": vars(pipeline.encoding), "conditions": hash_of(tokens_file),
+            "files": file_hashes(pipeline.file, also, weights or {}, both),
+        },
+    )
+
+
+def _folders(given: Sequence[Path]) -> dict[str, Path]:
+    """Pair folders by stage."""
+    found: dict[str, Path] = {}
+    for path in given:
+        single = (path / "meta.json").is_file()
+        parts = [path] if single else [path / stage for stage in FLOWS if (path / stage).is_dir()]
+        if not parts:
+            stages = " or ".join(FLOWS)
+            raise FileNotFoundError(f"pairs: expected a folder of pairs, or {stages} in it, got none at {path}. Import pairs first.")
+        for part in parts:
+            stage = str(read_json(part / "meta.json").get("stage")) if single else part.name
+            if stage in found:
+                raise ValueError(f"pairs: expected one folder for each stage, got {found[stage]} and {part} for {stage!r}. Drop one.")
+            found[stage] = part
+    unknown = sorted(set(found) - set(FLOWS))
+    if unknown:
+        raise ValueError(f"pairs: expected stages {' and '.join(FLOWS)}, got {', '.join(unknown)}. They are of another pipeline.")
+    return found
+
+
+def _beside(folders: Mapping[str, Path]) -> Path:
+    """The embeddings beside pairs."""
+    places = list(dict.fromkeys(folder.parent / CONDITIONS for folder in folders.values()))
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name a file.")
+    return found
+
+
+class PairSource:
+    """Reads the pairs of a stage once, and checks that they are this pipeline's."""
+
+    def __init__(self, folders: Mapping[str, Path], pipeline: TrellisPipeline):
+        self._folders, self._pipeline = folders, pipeline
+        self._read = lru_cache(maxsize=None)(self._load)
+
+    def __call__(self, stage: str) -> list[PreferencePair]:
+        """All pairs of a stage. Raises: ValueError for a stage without pairs, or pairs of another convention or pipeline."""
+        return self._read(stage)
+
+    def _load(self, name: str) -> list[PreferencePair]:
+        stage = stage_of(self._pipeline, name)
+        if name not in self._folders:
+            raise ValueError(f"pairs: expected pairs of stage {name!r}, got those of {', '.join(self._folders)} alone. Import them too.")
+        folder = self._folders[name]
+        pairs, meta = read_pairs(folder, stage)
+        if meta.get("convention") != CONVENTION:
+            got = meta.get("convention")
+            raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Import the assets again with this program.")
+        expected = normalization(self._pipeline.file, name)
+        if meta.get("normalization") != expected:
+            raise ValueError(
+                f"{folder}: expected latents normalised as {self._pipeline.file.root.name}/pipeline.json says, got those of another model. "
+                "Import the assets again for this one."
+            )
+        return pairs
+
+
+def _check_same(pairs: Mapping[str, Sequence[PreferencePair]]) -> list[str]:
+    """The conditions of the pairs, once the stages are seen to have the same pairs."""
+    named = {stage: {p.id: p.condition for p in found} for stage, found in pairs.items()}
+    if len(named) == 2 and named[STRUCTURE] != named[LATENT]:
+        differing = sorted(set(named[STRUCTURE].items()) ^ set(named[LATENT].items()))
+        raise ValueError(
+            f"pairs: expected the same pairs at both stages, got {len(differing)} that only one has, such as {differing[0][0]!r}. "
+            "Import both from one list."
+        )
+    return sorted({condition for found in named.values() for condition in found.values()})
+
+
+def _divided(names: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """Trained and held-out conditions; one is always trained."""
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    count = min(max(1, round(share * len(order))), len(order) - 1)
+    return order[count:], order[:count]
+
+
+def file_hashes(file: PipelineFile, also: Sequence[Path], weights: Mapping[str, Path], whole: bool) -> dict[str, str]:
+    """SHA-256 of pipeline.json and of every model's files, by name."""
+    models = {stage: find_model(file, model, also) for stage, model in FLOWS.items()}
+    for name in (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER) if whole else ():
+        models[name] = find_model(file, name, also)
+    paths = {"pipeline.json": file.root / "pipeline.json"}
+    for name, stem in models.items():
+        paths |= {f"{name}.json": stem.with_name(stem.name + ".json"), name: weights.get(name) or find_weights(stem)}
+    return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
+
+
+def hash_of(path: Path) -> str:
+    """Of a file, or of a folder's names and bytes."""
+    if path.is_file():
+        return file_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+        digest.update(f"{file.name} {file_hash(file)}\n".encode())
+    return digest.hexdigest()

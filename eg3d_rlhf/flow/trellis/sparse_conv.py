@@ -1,0 +1,161 @@
+"""Submanifold convolution with kernels of 3 x 3 x 3: outputs on the voxels of the input alone, from those neighbours that exist.
+
+    y[u] = b + sum over taps (i, j, k) of W[:, i, j, k, :] x[u + (i - 1, j - 1, k - 1)]
+
+That is a dense cross-correlation read off at the voxels (Graham, Engelcke and van der Maaten 2018). Weights lie as spconv stores them.
+
+Shape letters: V voxels, A channels in, B channels out, P pairs of neighbours at one tap.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.shapes import check_shape
+
+BACKENDS = ("auto", "torch", "spconv")
+TAPS = 27
+ROWS = 16384  # pairs of one tap that are gathered at a time: bounds the working memory to ROWS x (A + B) numbers
+
+Pairs = tuple[torch.Tensor, torch.Tensor]  # rows written and rows read, [P] int64 each
+
+
+class SubmanifoldConv(nn.Module):
+    """The convolution with its parameters, `conv.weight` [B, 3, 3, 3, A] and `conv.bias` [B]."""
+
+    def __init__(self, channels: int, out_channels: int, backend: str = "auto"):
+        super().__init__()
+        check_backend(backend)
+        self.conv = Kernel(channels, out_channels)
+        self.backend = backend
+
+    def forward(self, x: SparseBatch) -> SparseBatch:
+        return submanifold_conv(x, self.conv.weight, self.conv.bias, self.backend)
+
+
+class Kernel(nn.Module):
+    """Parameters of a convolution."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        bound = (TAPS * channels) ** -0.5
+        self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, 3, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+
+
+def submanifold_conv(x: SparseBatch, weight: torch.Tensor, bias: torch.Tensor, backend: str = "auto") -> SparseBatch:
+    """The formula above on the voxels of x, feats [V, A] -> [V, B]; in autocast's type where that is on.
+
+    Args:
+        weight: [B, 3, 3, 3, A]; bias: [B].
+        backend: "torch"; "spconv", which computes backwards on CUDA only; "auto": spconv on CUDA where it is installed.
+    Differentiable in: feats, weight, bias (once).
+    Raises: ValueError where shapes disagree, a voxel comes twice, or spconv is asked for and missing.
+    """
+    channels = x.feats.shape[1]
+    check_shape("submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Give a kernel for these features.")
+    check_backend(backend)
+    feats, device = x.feats, x.feats.device.type
+    if torch.is_autocast_enabled(device):
+        feats, weight, bias = (v.to(torch.get_autocast_dtype(device)) for v in (feats, weight, bias))
+    if backend == "spconv" or (backend == "auto" and device == "cuda" and has_spconv()):
+        return x.with_feats(_spconv(x, feats, weight, bias))
+    return x.with_feats(_Convolve.apply(feats, weight.flatten(1, 3), neighbours(x)) + bias)
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a name that is none, or spconv where it is not installed."""
+    if backend not in BACKENDS:
+        raise ValueError(f"sparse convolution: expected one of {', '.join(BACKENDS)}, got {backend!r}. Choose one.")
+    if backend == "spconv" and not has_spconv():
+        raise ValueError("sparse convolution: expected the package spconv, got none. Install it for this CUDA version, or use 'torch'.")
+
+
+def neighbours(x: SparseBatch) -> list[Pairs]:
+    """Per tap the pairs of voxels that it joins; found once per set of coordinates."""
+    if "neighbours" not in x.cache:
+        x.cache["neighbours"] = _find_neighbours(x.coords)
+    return x.cache["neighbours"]
+
+
+def _find_neighbours(coords: torch.Tensor) -> list[Pairs]:
+    """[V, 4] -> 27 pairs, in order of i, j, k. The second half mirrors the first: if u reads w at a tap, w reads u at the opposite one."""
+    places = coords.long()
+    side = int(places[:, 1:].max()) + 3  # a margin on either side: no neighbour is mistaken for one in the next row
+    strides = torch.tensor([side**3, side**2, side, 1], device=coords.device)
+    codes = (places * strides).sum(1) + strides[1:].sum()
+    known, rows = codes.sort()
+    if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
+        raise ValueError("sparse convolution: expected every voxel once and no negative index, got others. Remove the repeated rows.")
+    found = []
+    for tap in range(TAPS // 2):
+        i, j, k = tap // 9 - 1, tap // 3 % 3 - 1, tap % 3 - 1
+        wanted = codes + (i * strides[1] + j * strides[2] + k)
+        at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+        written = (known[at] == wanted).nonzero().squeeze(1)
+        found.append((written, rows[at[written]]))
+    itself = torch.arange(len(codes), device=coords.device)
+    return [*found, (itself, itself), *((read, written) for written, read in reversed(found))]
+
+
+def _chunks(pairs: list[Pairs]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(tap, rows written, rows read), at most ROWS of them at a time."""
+    for tap, (written, read) in enumerate(pairs):
+        for w, r in zip(written.split(ROWS), read.split(ROWS), strict=True):
+            if len(w):
+                yield tap, w, r
+
+
+def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
+    """Zeros to add up in: float32 at least."""
+    return torch.zeros(rows, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+class _Convolve(torch.autograd.Function):
+    """Gather, multiply, add, tap by tap. Both passes keep nothing but their arguments; a frozen kernel keeps no features."""
+
+    @staticmethod
+    def forward(ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs]) -> torch.Tensor:  # weight [B, 27, A]
+        ctx.save_for_backward(feats if ctx.needs_input_grad[1] else None, weight)
+        ctx.pairs, ctx.shape = pairs, feats.shape
+        out = _sums(len(feats), len(weight), feats)
+        for tap, written, read in _chunks(pairs):
+            out.index_add_(0, written, (feats[read] @ weight[:, tap].T).to(out.dtype))
+        return out.to(feats.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [V, B]
+        feats, weight = ctx.saved_tensors
+        to_feats = _sums(*ctx.shape, grad) if ctx.needs_input_grad[0] else None
+        to_weight = _sums(len(weight), TAPS * weight.shape[2], grad).view(weight.shape) if ctx.needs_input_grad[1] else None
+        for tap, written, read in _chunks(ctx.pairs):
+            part = grad[written]
+            if to_feats is not None:
+                to_feats.index_add_(0, read, (part @ weight[:, tap]).to(to_feats.dtype))
+            if to_weight is not None:
+                to_weight[:, tap] += part.T @ feats[read]
+        return (*(None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight)), None)
+
+
+@functools.cache
+def has_spconv() -> bool:
+    """Whether the package is there; looking does not import it."""
+    return importlib.util.find_spec("spconv") is not None
+
+
+def _spconv(x: SparseBatch, feats: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same by spconv. Its indices must be contiguous int32: it reads others wrongly without a word."""
+    import spconv.pytorch as spconv
+
+    shape = [int(s) + 1 for s in x.coords[:, 1:].amax(0)]
+    tensor = spconv.SparseConvTensor(feats.contiguous(), x.coords.int().contiguous(), shape, x.size)
+    tensor.indice_dict = x.cache.setdefault("spconv", tensor.indice_dict)
+    with torch.device("meta"):
+        layer = spconv.SubMConv3d(weight.shape[-1], weight.shape[0], 3, bias=False, indice_key="3")
+    return torch.func.functional_call(layer, {"weight": weight}, (tensor,)).features + bias

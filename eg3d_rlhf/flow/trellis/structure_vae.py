@@ -1,0 +1,150 @@
+"""TRELLIS's autoencoder of occupancy grids: 64^3 voxels <-> 16^3 points with 8 channels.
+
+Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c its channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.flow.trellis.blocks import convert_torso, torso_dtype
+from eg3d_rlhf.shapes import check_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureVAEConfig:
+    """What the JSON files of both halves call args; an encoder has in_channels, a decoder out_channels."""
+
+    latent_channels: int
+    num_res_blocks: int
+    channels: tuple[int, ...]  # per level, in the order of computation
+    in_channels: int | None = None
+    out_channels: int | None = None
+    num_res_blocks_middle: int = 2
+    norm_type: str = "layer"
+    use_fp16: bool = False  # type of the inner convolutions as built; files bring their own
+
+    def __post_init__(self):
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if self.norm_type != "layer":
+            raise ValueError(f"StructureVAEConfig: expected norm_type 'layer', got {self.norm_type!r}. No released model has another.")
+        if not self.channels or (self.in_channels is None) == (self.out_channels is None):
+            raise ValueError("StructureVAEConfig: expected channels, and in_channels or out_channels, got others. Correct the JSON file.")
+
+    @property
+    def factor(self) -> int:
+        """Voxels of the grid per point of the latent, along an axis."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a volume, in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, C, R, R, R]
+        return super().forward(x.movedim(1, -1).float()).movedim(-1, 1).to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.conv1, self.conv2 = (nn.Conv3d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Down(nn.Module):
+    """Half the points per axis, by a convolution of 2^3."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.conv = nn.Conv3d(before, after, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class Up(nn.Module):
+    """Twice the points per axis: 8 channels of a convolution of 3^3 become 2^3 points."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.conv = nn.Conv3d(before, 8 * after, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).unflatten(1, (-1, 2, 2, 2))  # [N, C, 2, 2, 2, R, R, R]
+        return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+def _levels(config: StructureVAEConfig, change: type[nn.Module]) -> nn.ModuleList:
+    blocks = []
+    for i, channels in enumerate(config.channels):
+        blocks += [ResBlock(channels) for _ in range(config.num_res_blocks)]
+        if i + 1 < len(config.channels):
+            blocks.append(change(channels, config.channels[i + 1]))
+    return nn.ModuleList(blocks)
+
+
+class StructureEncoder(nn.Module):
+    """Occupancy [N, 1, R, R, R] of 0 and 1 -> mean and log-variance of the latent, each [N, c, r, r, r]."""
+
+    def __init__(self, config: StructureVAEConfig):
+        super().__init__()
+        self.config = config
+        first, last = config.channels[0], config.channels[-1]
+        self.input_layer = nn.Conv3d(config.in_channels or 1, first, 3, padding=1)
+        self.blocks = _levels(config, Down)
+        self.middle_block = nn.Sequential(*[ResBlock(last) for _ in range(config.num_res_blocks_middle)])
+        self.out_layer = nn.Sequential(ChannelNorm(last), nn.SiLU(), nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1))
+        if config.use_fp16:
+            convert_torso([self.blocks, self.middle_block], torch.float16)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        check_shape("StructureEncoder.x", x, ["N", self.config.in_channels or 1, "R", "R", "R"], "Give occupancy grids.")
+        h = self.input_layer(x).to(torso_dtype(self.blocks))
+        for block in self.blocks:
+            h = block(h)
+        mean, logvar = self.out_layer(self.middle_block(h).to(x.dtype)).chunk(2, 1)
+        return mean, logvar
+
+
+class StructureDecoder(nn.Module):
+    """Latents [N, c, r, r, r] -> logits of occupancy [N, 1, R, R, R]; a voxel is there where its logit is positive."""
+
+    def __init__(self, config: StructureVAEConfig):
+        super().__init__()
+        self.config = config
+        first, last = config.channels[0], config.channels[-1]
+        self.input_layer = nn.Conv3d(config.latent_channels, first, 3, padding=1)
+        self.middle_block = nn.Sequential(*[ResBlock(first) for _ in range(config.num_res_blocks_middle)])
+        self.blocks = _levels(config, Up)
+        self.out_layer = nn.Sequential(ChannelNorm(last), nn.SiLU(), nn.Conv3d(last, config.out_channels or 1, 3, padding=1))
+        if config.use_fp16:
+            convert_torso([self.blocks, self.middle_block], torch.float16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_shape("StructureDecoder.x", x, ["N", self.config.latent_channels, "r", "r", "r"], "Give latents of the first stage.")
+        h = self.middle_block(self.input_layer(x).to(torso_dtype(self.blocks)))
+        for block in self.blocks:
+            h = block(h)
+        return self.out_layer(h.to(x.dtype))
+
+
+def voxels_of(logits: torch.Tensor) -> list[torch.Tensor]:
+    """The voxels of each sample, [v, 3] int32, where logits [N, 1, R, R, R] are positive. Not differentiable."""
+    return [(sample[0] > 0).nonzero().int().contiguous() for sample in logits]
+
+
+def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
+    """Occupancy [N, 1, R, R, R] of 0 and 1 from the voxels of each sample; inverse of `voxels_of`."""
+    grid = torch.zeros(len(voxels), 1, *[resolution] * 3)
+    for sample, places in zip(grid, voxels, strict=True):
+        x, y, z = places.cpu().long().unbind(1)
+        sample[0, x, y, z] = 1
+    return grid

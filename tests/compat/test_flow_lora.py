@@ -1,0 +1,189 @@
+"""Adapters on TRELLIS's structure flow against values and files that PEFT made (fixtures/trellis)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from eg3d_rlhf.flow.lora import LoraConfig, adapted_layers, adapter_state, adapters_off, add_lora, lora_parameters, merged_state
+from eg3d_rlhf.flow.lora_files import ADAPTER, CONFIG, PREFIX, load_weights, read_weights, split_state, write_adapter
+from eg3d_rlhf.flow.policies import save_policy, shared_copy, tuned_model
+from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig
+from eg3d_rlhf.flow.trellis.structure_flow import StructureFlow, StructureFlowConfig
+
+TOLERANCE = 1e-5
+MERGED_TOLERANCE = 5e-7  # of outputs, adapter on against merged
+
+
+@pytest.fixture(scope="module")
+def peft(fixtures_dir):
+    """The fixture's parts: full and adapter state dicts, settings, outputs."""
+    with np.load(fixtures_dir / "trellis" / "ss_flow_lora_peft.npz") as d:
+        state = {k: torch.from_numpy(d[k]) for k in d.files if k != "lora_json"}
+        parts = {kind: {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{kind}/")} for kind in ("full", "adapter")}
+        return {**parts, "config": json.loads(d["lora_json"].tobytes()), "on": state["y_on"], "off": state["y_off"]}
+
+
+@pytest.fixture(scope="module")
+def flow(fixtures_dir):
+    """Architecture, weights and inputs of the network under the adapters."""
+    with np.load(fixtures_dir / "trellis" / "ss_flow_p1.npz") as d:
+        state = {k.removeprefix("sd/"): torch.from_numpy(d[k]) for k in d.files if k.startswith("sd/")}
+        x, t, cond = (torch.from_numpy(d[k]) for k in ("x", "t", "cond"))
+        return {"config": StructureFlowConfig(**json.loads(d["config_json"].tobytes())), "state": state, "inputs": (x, t / 1000, cond)}
+
+
+@pytest.fixture
+def files(peft, tmp_path):
+    """Both layouts as files: <tmp>/full.safetensors, and <tmp>/adapter as PEFT leaves it."""
+    (tmp_path / "adapter").mkdir()
+    save_file(peft["full"], tmp_path / "full.safetensors")
+    save_file(peft["adapter"], tmp_path / "adapter" / ADAPTER)
+    config = {**peft["config"], "peft_type": "LORA", "bias": "none", "use_dora": False, "lora_dropout": 0.0}
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
+    return tmp_path
+
+
+def network(flow, state):
+    model = StructureFlow(flow["config"])
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def run(model, flow):
+    with torch.no_grad():
+        return model(*flow["inputs"])
+
+
+def test_both_layouts_hold_the_same(peft, flow):
+    plain, adapters = split_state(peft["full"], "full")
+    none, same = split_state(peft["adapter"], "adapter")
+    assert none == {} and set(plain) == set(flow["state"])
+    assert len(adapters) == 10 and list(adapters) == list(same)
+    assert all(torch.equal(a, b) for layer in adapters for a, b in zip(adapters[layer], same[layer], strict=True))
+
+
+def test_outputs_with_and_without_adapters(peft, flow, files):
+    base = network(flow, flow["state"])
+    model = tuned_model(base, files / "adapter")
+    torch.testing.assert_close(run(model, flow), peft["on"], rtol=TOLERANCE, atol=TOLERANCE)
+    with adapters_off(model):
+        off = run(model, flow)
+    assert torch.equal(off, run(base, flow))
+    torch.testing.assert_close(off, peft["off"], rtol=TOLERANCE, atol=TOLERANCE)
+    assert (peft["on"] - peft["off"]).abs().max() > 100 * TOLERANCE
+
+
+def test_merged_equals_adapter_on(peft, flow, files):
+    base = network(flow, flow["state"])
+    model, merged = tuned_model(base, files / "adapter"), tuned_model(base, files / "adapter", merge=True)
+    assert list(merged.state_dict()) == list(base.state_dict()) == list(merged_state(model))
+    torch.testing.assert_close(run(merged, flow), run(model, flow), rtol=0, atol=MERGED_TOLERANCE)
+
+
+def test_the_full_layout_brings_its_own_base(peft, flow, files):
+    """PEFT had merged the adapters into the fixture's base layers when it wrote this state: without them it is already y_on."""
+    alpha = peft["config"]["lora_alpha"]
+    model = load_weights(StructureFlow(flow["config"]), read_weights(files / "full.safetensors", alpha=alpha)).eval()
+    with adapters_off(model):
+        torch.testing.assert_close(run(model, flow), peft["on"], rtol=0, atol=MERGED_TOLERANCE)
+    merged = merged_state(tuned_model(network(flow, flow["state"]), files / "adapter"))
+    for name, value in split_state(peft["full"], "full")[0].items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=5e-8, msg=name)
+
+
+def test_a_full_state_of_the_base_gives_the_same_network(peft, flow, files):
+    on = tuned_model(network(flow, flow["state"]), files / "adapter")
+    state = {f"{PREFIX}{name}": value for name, value in on.state_dict().items()}
+    assert set(state) == {name.replace(".default.", ".") for name in peft["full"]}
+    save_file({name: state[name.replace(".default.", ".")].clone() for name in peft["full"]}, files / "full.safetensors")
+    full = tuned_model(network(flow, flow["state"]), files / "full.safetensors", alpha=8)
+    kept = tuned_model(network(flow, flow["state"]), save_policy(on, files / "kept", {}))
+    assert torch.equal(run(full, flow), run(on, flow)) and torch.equal(run(kept, flow), run(on, flow))
+
+
+def test_written_as_peft_wrote_it(peft, flow, files):
+    model = tuned_model(network(flow, flow["state"]), files / "adapter")
+    again = read_weights(write_adapter(model, files / "again"))
+    written = {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()}
+    assert set(written) == set(peft["adapter"]) and all(torch.equal(written[name], peft["adapter"][name]) for name in written)
+    config = json.loads((files / "again" / CONFIG).read_text())
+    want = peft["config"] | {"target_modules": sorted(peft["config"]["target_modules"])}
+    assert {name: config[name] for name in want} == want
+    assert again.alpha == want["lora_alpha"] and again.rank == want["r"] and set(adapted_layers(model)) == set(again.adapters)
+
+
+@pytest.fixture(scope="module")
+def voxel_flow(fixtures_dir):
+    """TRELLIS's second flow with the fixture's weights, and its inputs."""
+    with np.load(fixtures_dir / "trellis" / "slat_flow.npz") as d:
+        model = LatentFlow(LatentFlowConfig(**json.loads(d["config_json"].tobytes())))
+        model.load_state_dict({k.removeprefix("sd/"): torch.from_numpy(d[k]) for k in d.files if k.startswith("sd/")})
+        coords, x, t, cond = (torch.from_numpy(d[k]) for k in ("coords", "x_feats", "t", "cond"))
+    return model.eval(), (SparseBatch(coords, x, int(coords[:, 0].max()) + 1), t / 1000, cond)
+
+
+def moved(base, rank=4):
+    """The base with adapters that have learned something."""
+    model = shared_copy(base)
+    names = add_lora(model, LoraConfig(rank=rank, alpha=2 * rank), 0)
+    with torch.no_grad():
+        for i, p in enumerate(lora_parameters(model)):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return model, names
+
+
+def test_the_voxel_flow_takes_adapters_on_its_attention(voxel_flow):
+    base, inputs = voxel_flow
+    model, names = moved(base)
+    assert {name.rpartition(".")[2] for name in names} == {"to_qkv", "to_q", "to_kv", "to_out"} and len(names) == 5 * len(base.blocks)
+    with torch.no_grad():
+        want, on = base(*inputs).feats, model(*inputs).feats
+        with adapters_off(model):
+            assert torch.equal(model(*inputs).feats, want)
+        assert (on - want).abs().max() > 1e-3
+        plain = shared_copy(base)
+        plain.load_state_dict(merged_state(model), assign=True)
+        torch.testing.assert_close(plain(*inputs).feats, on, rtol=0, atol=MERGED_TOLERANCE)
+
+
+@pytest.mark.parametrize("target", ["mlp.0", "mlp.mlp.2", "input_layer", "out_layer", "adaLN_modulation.1"])
+def test_its_other_linear_layers_take_them_too(voxel_flow, target):
+    base, inputs = voxel_flow
+    model = shared_copy(base)
+    add_lora(model, LoraConfig(rank=2, targets=(target,)), 0)
+    with torch.no_grad():
+        assert torch.equal(model(*inputs).feats, base(*inputs).feats)
+        for p in lora_parameters(model):
+            p.add_(0.1)
+        assert not torch.equal(model(*inputs).feats, base(*inputs).feats)
+
+
+def test_its_convolutions_are_refused(voxel_flow):
+    with pytest.raises(ValueError, match=r"expected linear layers on plain tensors, got input_blocks.0.conv1 \(SubmanifoldConv\)"):
+        add_lora(shared_copy(voxel_flow[0]), LoraConfig(targets=("conv1",)), 0)
+
+
+@pytest.mark.parametrize(("rank", "millions"), [(64, 20.1), (16, 5.0)])
+def test_size_on_the_full_text_model(rank, millions):
+    with torch.device("meta"):
+        model = StructureFlow(StructureFlowConfig(
+            resolution=16, in_channels=8, out_channels=8, model_channels=1024, cond_channels=768, num_blocks=24, num_heads=16, patch_size=1,
+            qk_rms_norm=True, use_fp16=True,
+        ))  # fmt: skip
+    names = add_lora(model, LoraConfig(rank=rank), 0)
+    assert len(names) == 5 * 24 and round(sum(p.numel() for p in lora_parameters(model)) / 1e6, 1) == millions
+    assert {p.dtype for p in lora_parameters(model)} == {torch.float32}
+
+
+def test_a_half_precision_base_is_exact_without_adapters(flow):
+    half = StructureFlow(StructureFlowConfig(**{**vars(flow["config"]), "use_fp16": True}))
+    half.load_state_dict(flow["state"])
+    model, _ = moved(half)
+    assert half.blocks[0].mlp.mlp[0].weight.dtype == torch.float16
+    with adapters_off(model):
+        assert torch.equal(run(model, flow), run(half, flow))
+    assert not torch.equal(run(model, flow), run(half, flow))

@@ -1,0 +1,77 @@
+"""Tuned flows back in the stock layout."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eg3d_rlhf.flow.lora import LoraConfig, add_lora
+from eg3d_rlhf.flow.policies import save_policy
+from eg3d_rlhf.flow.trellis.export import export
+from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE
+from eg3d_rlhf.flow.trellis.models import load_model
+from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
+from tests.flow.trellis.tiny_trellis import PIPELINE, tokens
+
+
+def adapted(pipeline, folder):
+    """An adapter on the first stage that does something; returns the tuned network."""
+    stage = pipeline.stages[0]
+    model = copy.deepcopy(stage.model)
+    add_lora(model, LoraConfig(rank=2, alpha=4, targets=stage.lora_targets), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    save_policy(model, folder, {})
+    return model.eval()
+
+
+def velocity(model, cond):
+    x_t = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return model(x_t, torch.tensor([0.2, 0.9]), cond)
+
+
+def test_adapters_are_merged_and_the_rest_is_kept(pipeline, trellis_root, tmp_path):
+    model = adapted(pipeline, tmp_path / "adapter")
+    report = export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
+    assert report["elsewhere"] == ["slat_decoder_mesh"]
+    assert set(report["kept"]) == {"slat_flow_model", "sparse_structure_decoder", "slat_decoder_gs"}
+    assert report["tuned"][STRUCTURE]["file"] == "ss_flow.safetensors" and 0 < report["tuned"][STRUCTURE]["rounding"] < 0.01
+    assert json.loads((tmp_path / "out" / "pipeline.json").read_text()) == PIPELINE
+    old, new = (load_file(root / "ckpts" / "ss_flow.safetensors") for root in (trellis_root, tmp_path / "out"))
+    assert {k: (t.dtype, t.shape) for k, t in old.items()} == {k: (t.dtype, t.shape) for k, t in new.items()}
+    changed = {k for k in old if not torch.equal(old[k], new[k])}
+    assert changed and all(k.endswith((".to_qkv.weight", ".to_q.weight", ".to_kv.weight", ".to_out.weight")) for k in changed)
+    cond = pipeline.tokens.of(["a lamp", "a tree"])
+    merged = load_model(tmp_path / "out" / "ckpts" / "ss_flow", dtype=torch.float32)
+    base = velocity(pipeline.stages[0].model, cond)
+    assert torch.allclose(velocity(merged, cond), velocity(model, cond), atol=2e-3 * float(base.abs().max()))
+    assert not torch.allclose(velocity(merged, cond), base, atol=1e-2)
+
+
+def test_a_whole_tuned_network(pipeline, trellis_root, tmp_path):
+    model = copy.deepcopy(pipeline.stages[1].model)
+    with torch.no_grad():
+        model.out_layer.bias += 1
+    save_policy(model, tmp_path / "full", {})
+    report = export(trellis_root, tmp_path / "out", {LATENT: tmp_path / "full"})
+    assert report["tuned"][LATENT]["rounding"] == 0
+    opened = load_pipeline(tmp_path / "out", tokens(), whole=False)  # encoders are no part of the stock layout
+    assert torch.equal(opened.stages[1].model.out_layer.bias, model.out_layer.bias)
+    assert torch.equal(opened.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0], pipeline.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0])
+
+
+def test_what_is_refused(pipeline, trellis_root, tmp_path):
+    adapted(pipeline, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="export: expected weights of stages among structure, latent, got none"):
+        export(trellis_root, tmp_path / "out", {})
+    with pytest.raises(ValueError, match="export: expected weights of stages among structure, latent, got mesh"):
+        export(trellis_root, tmp_path / "out", {"mesh": tmp_path})
+    with pytest.raises(ValueError, match="expected a new folder, got"):
+        export(trellis_root, tmp_path, {STRUCTURE: tmp_path / "adapter"})
+    with pytest.raises(FileNotFoundError):
+        export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "nothing"})

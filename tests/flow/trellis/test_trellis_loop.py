@@ -1,0 +1,62 @@
+"""From people's ranked assets to a tuned TRELLIS in its stock layout, by the command line alone."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import train
+from eg3d_rlhf.flow.trellis.commands import main
+from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, read_pipeline
+from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
+from tests.flow.trellis.test_trellis_problem import write_people
+from tests.flow.trellis.tiny_trellis import tokens
+
+FAST = "--warmup=0 --batch=4 --choose-noises=0 --no-summary --device=cpu".split()
+
+
+def circular_dpo(*flags):
+    done = CliRunner().invoke(train.main, ["--mode=circular-dpo", *FAST, *map(str, flags)])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(trellis_root, tmp_path_factory):
+    """A whole loop of few steps; returns its folder."""
+    folder = tmp_path_factory.mktemp("loop")
+    pairs = write_people(folder / "pairs", read_pipeline(trellis_root))
+    # the last stage must move far enough, in a few steps, that decoding fills other voxels
+    circular_dpo(
+        f"--pipeline={trellis_root}", f"--pairs={pairs}", f"--outdir={folder / 'runs'}", "--lr=0.02", "--steps=12", "--roles=reward",
+    )
+    (found,) = (folder / "runs").glob("00000-*")
+    return found
+
+
+def test_the_loop_tunes_both_stages(run):
+    for stage in (STRUCTURE, LATENT):
+        adapter = load_file(run / stage / "adapter_model.safetensors")
+        assert any(float(t.abs().max()) > 0 for name, t in adapter.items() if "lora_B" in name)
+
+
+def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
+    flags = [f"--{stage}={run / stage}" for stage in (STRUCTURE, LATENT)]
+    done = CliRunner().invoke(main, ["export", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", *flags])
+    assert done.exit_code == 0, done.output
+    assert set(json.loads(done.stdout)["tuned"]) == {STRUCTURE, LATENT}
+    tuned, base = (load_pipeline(root, tokens(), whole=False) for root in (tmp_path / "out", trellis_root))
+    for stage, old in zip(tuned.stages, base.stages, strict=True):
+        moved = [not torch.equal(a, b) for a, b in zip(stage.model.parameters(), old.model.parameters(), strict=True)]
+        assert any(moved)
+
+
+def test_pairs_of_the_first_stage_train_it_alone(trellis_root, tmp_path):
+    pairs = write_people(tmp_path / "pairs", read_pipeline(trellis_root), stages=(STRUCTURE,))
+    flags = [f"--pipeline={trellis_root}", f"--pairs={pairs}", f"--outdir={tmp_path / 'runs'}", "--steps=2"]
+    circular_dpo(*flags, "--stage=structure")
+    assert list((tmp_path / "runs").glob("00000-*/structure/adapter_model.safetensors"))
+    refused = CliRunner().invoke(train.main, ["--mode=circular-dpo", *FAST, *flags, "--stage=latent"])
+    assert refused.exit_code == 2 and "expected pairs of stage 'latent', got those of structure alone" in refused.stderr

@@ -1,0 +1,204 @@
+"""What one DPO update of each of TRELLIS's flows takes, in memory and time, at the full size of its text-large models.
+
+The weights are random, the adapters, the reference (the same network with its adapters off), the pairs' noise and the update are those of
+training; every block is computed again in the backward pass. Each stage runs in a process of its own, so that peaks are its own. Latents
+of the second stage lie on thin shells of --voxels voxels in the grid of 64^3, as surfaces do.
+
+\b
+Example:
+    python tools/trellis_step.py --stage=latent --voxels=4000 --json
+"""
+
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option, versions  # noqa: E402
+from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters  # noqa: E402
+from eg3d_rlhf.flow.pairs import PreferencePair  # noqa: E402
+from eg3d_rlhf.flow.reference import AdapterOff  # noqa: E402
+from eg3d_rlhf.flow.sparse import SparseSample  # noqa: E402
+from eg3d_rlhf.flow.stage import FlowStage  # noqa: E402
+from eg3d_rlhf.flow.train_config import TrainConfig  # noqa: E402
+from eg3d_rlhf.flow.train_update import Updates  # noqa: E402
+from eg3d_rlhf.flow.trellis.blocks import convert_torso  # noqa: E402
+from eg3d_rlhf.flow.trellis.freed_memory import return_freed_memory  # noqa: E402
+from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig  # noqa: E402
+from eg3d_rlhf.flow.trellis.sparse_conv import BACKENDS, Kernel  # noqa: E402
+from eg3d_rlhf.flow.trellis.structure_flow import StructureFlow, StructureFlowConfig  # noqa: E402
+from training.distributed import SINGLE  # noqa: E402
+
+STAGES = ("structure", "latent")
+CHANNELS, TOKENS, EMBEDDING = 8, 77, 768  # of a latent; of CLIP's text
+HEAD = 64  # channels per head
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is measured; the defaults are TRELLIS text-large."""
+
+    stage: str
+    pairs: int = 1  # per update, in one pass
+    steps: int = 1
+    voxels: int = 8000  # of each latent of the second stage
+    blocks: int = 24
+    width: int = 1024
+    grid: int = 0  # points per axis of the latent; 0: 16 of the first stage, 64 of the second
+    rank: int = 16  # of the adapters
+    dtype: str = "float32"  # of the blocks' weights, in which they compute
+    device: str = "cpu"
+    backend: str = "auto"  # of the second stage's convolutions
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.width % HEAD:
+            raise ValueError(f"--width: expected a multiple of {HEAD}, got {self.width}. Change it.")
+
+    @property
+    def points(self) -> int:
+        return self.grid or (16 if self.stage == "structure" else 64)
+
+
+class RandomConditions:
+    """As much of a pipeline as an update asks for: tokens by name."""
+
+    def conditions(self, names, stage: str) -> torch.Tensor:
+        """[N, T, E]."""
+        return torch.stack([torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i)) for i in range(len(names))])
+
+
+def measure(size: Size) -> dict:
+    """Run the updates in this process. Seconds, the peak, and the loss, which is log 2 before the first update."""
+    started = time.perf_counter()
+    return_freed_memory()
+    torch.manual_seed(size.seed)
+    stage = build_stage(size)
+    add_lora(stage.model, LoraConfig(rank=size.rank), size.seed)
+    trained = lora_parameters(stage.model)
+    config = TrainConfig(steps=size.steps, batch=size.pairs, warmup=0)
+    arguments = (RandomConditions(), stage, make_pairs(size, stage), config, stage.model, trained, AdapterOff(stage.model), SINGLE)
+    updates = Updates(*arguments)
+    if size.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    built, rows, seconds, busy = time.perf_counter(), [], [], []
+    for step in range(size.steps):
+        before, busy_before = time.perf_counter(), time.process_time()
+        rows.append(updates.run(step))
+        seconds.append(time.perf_counter() - before)  # the update ends in numbers on the CPU, hence after everything on the device
+        busy.append(time.process_time() - busy_before)
+    return {
+        **asdict(size), "grid": size.points, "parameters": sum(p.numel() for p in stage.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in trained), "seconds_to_build": built - started, "seconds_per_update": seconds,
+        "processor_seconds_per_update": busy,
+        "peak_bytes": peak_bytes("cpu"), "peak_bytes_of_gpu": peak_bytes("cuda") if size.device == "cuda" else None,
+        "loss": [row["loss"] for row in rows], "grad_norm": [row["grad_norm"] for row in rows],
+    }
+
+
+def build_stage(size: Size) -> FlowStage:
+    """The flow with random weights, on its device."""
+    common = dict(
+        resolution=size.points, in_channels=CHANNELS, out_channels=CHANNELS, model_channels=size.width, cond_channels=EMBEDDING,
+        num_blocks=size.blocks, num_head_channels=HEAD, qk_rms_norm=True, use_checkpoint=True,
+    )
+    with torch.device(size.device):
+        if size.stage == "structure":
+            model, torso = StructureFlow(StructureFlowConfig(patch_size=1, **common)), ("blocks",)
+        else:
+            model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), sparse_conv=size.backend, **common))
+            torso = ("input_blocks", "blocks", "out_blocks")
+    convert_torso((getattr(model, name) for name in torso), DTYPES[size.dtype], (torch.nn.Linear, Kernel))
+    return FlowStage(name=size.stage, model=model, channels=CHANNELS, resolution=size.points, sparse=size.stage == "latent")
+
+
+def make_pairs(size: Size, stage: FlowStage) -> list[PreferencePair]:
+    """Random latents."""
+    generator = torch.Generator().manual_seed(size.seed)
+
+    def latent():
+        if not stage.sparse:
+            return torch.randn([CHANNELS, *[size.points] * 3], generator=generator)
+        coords = shell(size.voxels, size.points, generator)
+        return SparseSample(coords, torch.randn(len(coords), CHANNELS, generator=generator))
+
+    names = [f"pair {i}" for i in range(size.pairs)]
+    return [PreferencePair(id=n, condition=n, stage=stage.name, preferred=latent(), rejected=latent()) for n in names]
+
+
+def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
+    """The [voxels, 3] int32 cells of a grid that are nearest to the surface of an ellipsoid drawn in it, one voxel thick if it fits."""
+    radius = min((voxels / (4 * math.pi)) ** 0.5, 0.45 * grid)  # of a sphere with about one voxel per unit of area
+    radii = radius * (0.85 + 0.3 * torch.rand(3, generator=generator))
+    cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)
+    distance = (((cells + 0.5 - grid / 2) / radii).norm(dim=1) - 1).abs()
+    return cells[distance.argsort()[:voxels].sort().values].int()
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory so far: of this process, from the kernel, or allocated on the GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    import resource  # absent on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def line(row: dict) -> str:
+    """One measurement as text."""
+    seconds = row["seconds_per_update"]
+    gpu = f", GPU {row['peak_bytes_of_gpu'] / 2**30:.1f} GiB" if row["peak_bytes_of_gpu"] else ""
+    tokens = f"{row['grid']}^3" if row["stage"] == "structure" else f"{row['voxels']} voxels"
+    return (
+        f"{row['stage']:9s} {tokens:12s} {row['pairs']:2d} pairs  {row['dtype']:8s}  {row['parameters'] / 1e6:.1f} M parameters, "
+        f"{row['trained_parameters'] / 1e6:.2f} M trained  {statistics.median(seconds[1:] or seconds):8.2f} s an update, "
+        f"peak {row['peak_bytes'] / 2**30:.2f} GiB{gpu}  loss {row['loss'][0] / math.log(2):.6f} log 2"
+    )
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--stage", "stages", type=click.Choice(["all", *STAGES]), default="all", help="Which flow.")
+@option("--pairs", metavar="INT,...", default="1", help="Pairs per update, in one pass; a list measures each.")
+@option("--steps", metavar="INT", type=click.IntRange(1), default=1, help="Updates; with several the median of all but the first counts.")
+@option("--voxels", metavar="INT", type=click.IntRange(1, 200_000), default=8000, help="Voxels of each latent of the second stage.")
+@option("--rank", metavar="INT", type=click.IntRange(1), default=16, help="Of the adapters.")
+@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the blocks' weights and activations.")
+@option("--sparse-conv", "backend", type=click.Choice(BACKENDS), default="auto", help="What computes sparse convolutions.")
+@option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where.")
+@option("--seed", metavar="INT", type=int, default=0, help="Of weights, adapters and pairs.")
+@option("--blocks", metavar="INT", type=click.IntRange(1), default=24, help="Fewer make a quick trial.", group="Smaller models")
+@option("--width", metavar="INT", type=click.IntRange(HEAD), default=1024, help="Likewise; a multiple of 64.", group="Smaller models")
+@option("--json", "as_json", is_flag=True, help="Print JSON.", group="Output")
+def main(stages: str, pairs: str, as_json: bool, device: str, **settings) -> None:
+    numbers = [int(n) if n.strip().isdigit() and int(n) > 0 else None for n in pairs.split(",")]
+    if None in numbers:
+        raise ValueError(f"--pairs: expected positive numbers with commas between them, got {pairs!r}. Use 1,2,4,8, say.")
+    found = []
+    for stage in STAGES if stages == "all" else (stages,):
+        for number in numbers:
+            size = Size(stage=stage, pairs=number, device=choose_device(device).type, **settings)
+            click.echo(f"== {stage}, {number} pairs: build, then {size.steps} update(s); minutes each at full size on a CPU", err=True)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+                found.append(apart.submit(measure, size).result())
+            if not as_json:
+                click.echo(line(found[-1]))
+    if as_json:
+        click.echo(json.dumps({"machine": versions(), "updates": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
