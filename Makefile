@@ -59,16 +59,18 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/5 generator"
+	@echo "== 1/6 generator"
 	$(BIN)/python tools/build_assets.py generator
-	@echo "== 2/5 feature network of the Frechet distance"
+	@echo "== 2/6 feature network of the Frechet distance"
 	$(BIN)/python tools/train_features.py
-	@echo "== 3/5 labels"
+	@echo "== 3/6 labels"
 	$(BIN)/python tools/build_assets.py labels
-	@echo "== 4/5 rewards"
+	@echo "== 4/6 rewards"
 	$(BIN)/python tools/build_assets.py rewards
-	@echo "== 5/5 control run"
+	@echo "== 5/6 control run"
 	$(BIN)/python tools/build_assets.py control
+	@echo "== 6/6 the toy flow of Circular-DPO"
+	$(BIN)/python tools/train_toy_flow.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

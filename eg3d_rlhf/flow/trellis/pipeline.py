@@ -29,9 +29,12 @@ from eg3d_rlhf.flow.trellis.files import (
     read_json,
     read_pipeline,
 )
+from eg3d_rlhf.flow.trellis.freed_memory import return_freed_memory
 from eg3d_rlhf.flow.trellis.models import empty_model, load_model
 from eg3d_rlhf.flow.trellis.structure_vae import grid_of, voxels_of
 from eg3d_rlhf.flow.trellis.voxel_features import voxel_features
+
+LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +91,16 @@ class TrellisPipeline:
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Given]:
-        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32, none where decoding leaves none."""
+        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
         if stage != STRUCTURE:
             raise ValueError(f"advance: expected stage {STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
         _check_finite("advance", x_0)
         decoder = self.part(STRUCTURE_DECODER)
-        return [voxels_of(decoder(one[None].to(self.device, torch.float32)))[0] for one in x_0]  # one by one: 64^3 x 128 floats each
+        found = []
+        for one in x_0:  # one by one: 64^3 x 128 floats each
+            logits = decoder(one[None].to(self.device, torch.float32))
+            found += voxels_of(logits.where(logits != logits.amax(), 1.0))
+        return found
 
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
@@ -198,6 +205,9 @@ def load_pipeline(
     for name in (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER) if whole else ():
         find_model(file, name, also)
     flows = {stage: _flow(stem, (weights or {}).get(stage), dtype, device, sampled) for stage, stem in stems.items()}
+
+    if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows.values()) > LARGE:
+        return_freed_memory()
 
     def part(name: str) -> nn.Module:
         return load_model(find_model(file, name, also), dtype=torch.float32, device=device)

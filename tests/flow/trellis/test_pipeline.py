@@ -51,6 +51,13 @@ def test_the_gap_is_the_sign_of_the_decoded_structure(pipeline):
         pipeline.advance(LATENT, x_0)
 
 
+def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel(pipeline, monkeypatch):
+    logits = -torch.arange(1.0, 513).view(1, 1, 8, 8, 8)
+    monkeypatch.setattr(pipeline, "part", lambda name: lambda x_0: logits)
+    (places,) = pipeline.advance(STRUCTURE, torch.zeros(1, 2, 4, 4, 4))
+    assert places.tolist() == [[0, 0, 0]]
+
+
 def test_no_gradient_passes_the_gap_or_the_decoder(pipeline):
     x_0 = torch.randn(1, 2, 4, 4, 4, requires_grad=True)
     assert not any(places.requires_grad for places in pipeline.advance(STRUCTURE, x_0))
