@@ -10,7 +10,6 @@ Example:
 
 import json
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from eg3d_rlhf.evaluation.sweep_runs import Cell, Training, begun, finished, gri
 from eg3d_rlhf.generators import find_network  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports.page import write_page  # noqa: E402
+from training.signals import sigterm_interrupts  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -72,10 +72,6 @@ def print_table(finding) -> None:
         click.echo(f"{row['setting']:<26} " + " ".join(f"{text:>28}" for text in cells) + f"  {'on the front' if row['on_front'] else '-'}")
 
 
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
 @click.command(cls=GroupedCommand, help=__doc__)
 @flags.before("Initial networks.")
 @flags.reward("Reward that tunes.", found="bundled")
@@ -102,10 +98,9 @@ def main(
         shared = {"kimg": kimg, "train_flags": list(t.flags), "hashes": t.hashes, "workers": workers, "device": str(where), **sampling}
         click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
         return
-    signal.signal(signal.SIGTERM, _interrupt)
     click.echo(f"{len(cells)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to train.", err=True)
     try:
-        with tqdm(total=len(cells), desc="training", unit="cell", dynamic_ncols=True) as bar:
+        with sigterm_interrupts(), tqdm(total=len(cells), desc="training", unit="cell", dynamic_ncols=True) as bar:
             networks = train_all(cells, t, lambda cell: bar.update())
     except KeyboardInterrupt:
         click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)

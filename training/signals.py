@@ -1,7 +1,9 @@
-"""SIGTERM and SIGINT as a request to stop at the next iteration; a second SIGINT kills at once."""
+"""SIGTERM and SIGINT: a request to stop at the next iteration, where a second SIGINT kills at once; or an exception."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 
 class StopRequest:
@@ -29,3 +31,17 @@ class StopRequest:
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """A with-statement inside which SIGTERM raises KeyboardInterrupt, as SIGINT does; main thread alone."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame) -> None:
+    raise KeyboardInterrupt

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 
 import click
@@ -15,6 +14,7 @@ from eg3d_rlhf.flow.flag_settings import check, resolve
 from eg3d_rlhf.flow.problems import default_settings
 from eg3d_rlhf.flow.train import StoppedError
 from training.distributed import process_group
+from training.signals import sigterm_interrupts
 
 STOPPED = 130  # exit status
 
@@ -48,9 +48,8 @@ def circular_dpo(context: click.Context, **given) -> None:
         return
     if given["ablate"] is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--ablate: expected one process, got torchrun's several. Use --workers.")
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with process_group(choose_device(given["device"]), given["timeout"]) as ranks:
+        with sigterm_interrupts(), process_group(choose_device(given["device"]), given["timeout"]) as ranks:
             device = str(ranks.device) if ranks.world > 1 else str(choose_device(given["device"]))
             if run is None:
                 resume(given["resume"], device, given["workers"], ranks)
@@ -60,7 +59,3 @@ def circular_dpo(context: click.Context, **given) -> None:
         why = f": {stopped}" if str(stopped) else "."
         click.echo(f"Stopped{why} The same command, or --resume=RUN, goes on from there.", err=True)
         sys.exit(STOPPED)
-
-
-def _interrupt(number, frame) -> None:
-    raise KeyboardInterrupt

@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.long
 def test_json_record(repo):
     command = [sys.executable, "benchmarks/slab.py", "--json", "--size", "bundled", "--layout", "both", "--repeats", "1", "--threads", "1"]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

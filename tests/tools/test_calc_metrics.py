@@ -163,6 +163,7 @@ def test_mistakes_end_in_one_line(case, tiny_networks, tiny_data, tmp_path):
     assert lines[-1].startswith(f"Error: {text.format(**paths)}") and not any(line.startswith("Traceback") for line in lines), lines
 
 
+@pytest.mark.long
 def test_example_of_the_help_runs(repo, tmp_path):
     command = shlex.split(example_of(calc_metrics.main))
     command[1] = str(repo / command[1])

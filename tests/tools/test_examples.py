@@ -21,6 +21,7 @@ def run_example(tool, repo, folder) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_labels_and_the_reward_that_is_trained_on_them(repo, tmp_path):
     run_example(label_synthetic, repo, tmp_path)
     assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 40

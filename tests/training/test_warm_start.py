@@ -1,5 +1,6 @@
 """Geometric initialisation: the generator becomes a solid sphere."""
 
+import pytest
 import torch
 
 from training.triplane import TriPlaneGenerator
@@ -17,6 +18,7 @@ def test_target_is_solid_inside_and_empty_outside():
     assert sphere_target(points, 0.25).squeeze().tolist() == [INSIDE, (INSIDE + OUTSIDE) / 2, OUTSIDE]
 
 
+@pytest.mark.long
 def test_fit_makes_a_sphere_and_repeats():
     def fitted() -> TriPlaneGenerator:
         torch.manual_seed(0)
