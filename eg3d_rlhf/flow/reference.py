@@ -3,12 +3,11 @@
 Shape letters as in sparse.py; P pairs.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from torch import nn
 from eg3d_rlhf.flow.dpo import PairDraw
 from eg3d_rlhf.flow.lora import adapted_layers, adapters_off, lora_parameters
 from eg3d_rlhf.flow.path import FlowPath
+from eg3d_rlhf.flow.sampler import evaluating
 from eg3d_rlhf.flow.sparse import Batch, feats_of, with_feats
 from training.distributed import SINGLE, Ranks
 from training.storage import read_tensors, write_tensors
@@ -112,18 +112,6 @@ def _places(p: nn.Parameter) -> list[int]:
     """What two tensors of the same memory have in common; nothing for those without memory."""
     start = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
     return [start] if start else []
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the network is in eval mode; afterwards every part in its own again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class CachedErrors:

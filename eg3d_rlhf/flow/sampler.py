@@ -60,7 +60,7 @@ def trajectory(
     x, points = noise.to(cond.device), times(sampling)
     no_cond = no_cond.expand_as(cond) if no_cond is not None and len(no_cond) == 1 else no_cond
     for t, until in zip(points[:-1], points[1:], strict=True):
-        with torch.no_grad(), _evaluating(stage.model):
+        with torch.no_grad(), evaluating(stage.model):
             at = torch.full([count(x)], t, device=cond.device)
             v = _guided(stage.model, x, at, t, cond, no_cond, sampling)
             estimate = stage.path.data(x, at, v)
@@ -89,7 +89,7 @@ def _check(noise: Batch, cond: torch.Tensor, no_cond: torch.Tensor | None, sampl
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, then every module's own mode again."""
     training = [module for module in model.modules() if module.training]
     for module in training:

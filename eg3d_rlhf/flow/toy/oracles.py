@@ -8,6 +8,7 @@ All are AssetRewards: geometry + colour, larger is better. Any variant of the sh
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,12 +53,12 @@ class _Views:
         return (values * self.filled).sum(1) / self.filled.sum(1)
 
 
-class _Oracle:
+class _Oracle(ABC):
     """Geometry plus colour."""
 
+    @abstractmethod
     def parts(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """The scores "geometry" and "colour", each [N] float32."""
-        raise NotImplementedError
 
     def __call__(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32: the sum of both."""

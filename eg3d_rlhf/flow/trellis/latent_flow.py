@@ -20,6 +20,7 @@ from eg3d_rlhf.flow.trellis.blocks import (
     run_block,
     torso_dtype,
 )
+from eg3d_rlhf.flow.trellis.flow_config import FlowConfig
 from eg3d_rlhf.flow.trellis.sparse_attention import SparseLayout
 from eg3d_rlhf.flow.trellis.sparse_conv import Kernel
 from eg3d_rlhf.flow.trellis.sparse_resample import SparseResBlock
@@ -27,49 +28,21 @@ from eg3d_rlhf.shapes import check_shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentFlowConfig:
-    """What its JSON file calls args."""
+class LatentFlowConfig(FlowConfig):
+    """What its JSON file calls args; patch_size is a power of two."""
 
-    resolution: int
-    in_channels: int
-    model_channels: int
-    cond_channels: int
-    out_channels: int
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
-    patch_size: int = 2  # the transformer's voxels are this much larger than the latents'; a power of two
     num_io_res_blocks: int = 2  # convolutional blocks per resolution, on either side
     io_block_channels: tuple[int, ...] | None = None  # per halving, finest first; None where patch_size is 1
-    pe_mode: str = "ape"
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
     use_skip_connection: bool = True
-    share_mod: bool = False
-    qk_rms_norm: bool = False
-    qk_rms_norm_cross: bool = False
     sparse_conv: str = "auto"  # not in TRELLIS's files: backend of the convolutions, see sparse_conv.py
 
     def __post_init__(self):
-        who = "LatentFlowConfig"
-        if self.pe_mode != "ape":
-            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
-        halvings = len(self.io_channels)
-        if self.patch_size != 2**halvings or self.num_io_res_blocks < 1:
+        if self.patch_size != 2 ** len(self.io_channels) or self.num_io_res_blocks < 1:
             raise ValueError(
-                f"{who}: expected patch_size 2^(number of io_block_channels) and num_io_res_blocks >= 1, got {self.patch_size}, "
+                f"LatentFlowConfig: expected patch_size 2^(number of io_block_channels) and num_io_res_blocks >= 1, got {self.patch_size}, "
                 f"{self.io_channels} and {self.num_io_res_blocks}. Correct the model's JSON file."
             )
-        if self.model_channels % self.heads or self.resolution % self.patch_size:
-            raise ValueError(
-                f"{who}: expected model_channels to divide by heads and resolution by patch_size, got {self.model_channels} / {self.heads} "
-                f"and {self.resolution} / {self.patch_size}. Correct the model's JSON file."
-            )
-
-    @property
-    def heads(self) -> int:
-        return self.num_heads or self.model_channels // self.num_head_channels
+        super().__post_init__()
 
     @property
     def io_channels(self) -> tuple[int, ...]:

@@ -3,8 +3,6 @@
 Shape letters as in blocks.py; R grid points per axis, p patch size, G = R / p, T = G^3.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,43 +17,12 @@ from eg3d_rlhf.flow.trellis.blocks import (
     run_block,
     torso_dtype,
 )
+from eg3d_rlhf.flow.trellis.flow_config import FlowConfig
 from eg3d_rlhf.shapes import check_shape
 
 
-@dataclass(frozen=True, kw_only=True)
-class StructureFlowConfig:
+class StructureFlowConfig(FlowConfig):
     """What its JSON file calls args."""
-
-    resolution: int
-    in_channels: int
-    model_channels: int
-    cond_channels: int
-    out_channels: int
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
-    patch_size: int = 2
-    pe_mode: str = "ape"
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
-    share_mod: bool = False
-    qk_rms_norm: bool = False
-    qk_rms_norm_cross: bool = False
-
-    def __post_init__(self):
-        who = "StructureFlowConfig"
-        if self.pe_mode != "ape":
-            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
-        if self.resolution % self.patch_size or self.model_channels % self.heads:
-            raise ValueError(
-                f"{who}: expected patch_size to divide resolution and heads model_channels, got {self.resolution} / {self.patch_size} "
-                f"and {self.model_channels} / {self.heads}. Correct the model's JSON file."
-            )
-
-    @property
-    def heads(self) -> int:
-        return self.num_heads or self.model_channels // self.num_head_channels
 
 
 class StructureFlow(nn.Module):
