@@ -48,6 +48,11 @@ what_flags = together(
     option("--dtype", group=WHAT, type=click.Choice(DTYPES), default="float32", help="In which TRELLIS's flows are held."),
     option("--held-out", group=WHAT, metavar="0..1", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2,
            help="Share of TRELLIS's conditions that is never trained on."),
+    option("--flow-weights", group=WHAT, metavar="STAGE=FILE", multiple=True,
+           help="Other weights of a TRELLIS flow, such as a training .pt."),
+    option("--voxel-share", group=WHAT, metavar="FLOAT", type=POSITIVE, default=0.25,
+           help="TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity."),
+    option("--views", group=WHAT, metavar="INT", type=COUNT, default=150, help="TRELLIS: pictures behind the features of a decoded asset."),
     option("--stage", group=WHAT, metavar="NAME", help="Train this stage alone, on people's pairs."),
     option("--ablate", group=WHAT, metavar="a..i", help="Train and compare groups of the paper's table 2: a..i, or letters with commas."),
 )

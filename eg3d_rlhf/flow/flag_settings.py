@@ -76,7 +76,7 @@ def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
     seed, batch = flags["seed"], flags["judge_batch"] or (defaults.choosing or Choosing()).batch
     paths = {name: None if flags[name] is None else str(flags[name]) for name in ("pairs", "conditions")}
-    plain = {name: flags[name] for name in ("pipeline", "seed", "dtype", "held_out")}
+    plain = {name: flags[name] for name in ("pipeline", "seed", "dtype", "held_out", "flow_weights", "voxel_share", "views")}
     run = CircularRun(
         circular=settings(flags, defaults), source=ProblemSource(**plain, **paths, also=tuple(map(str, flags["also"]))),
         stage=flags["stage"], groups=groups, training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),

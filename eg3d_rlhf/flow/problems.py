@@ -29,6 +29,9 @@ class ProblemSource:
     also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
     dtype: str = "float32"  # in which TRELLIS's flows are held
     held_out: float = 0.2  # share of TRELLIS's conditions that is never trained on
+    flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
+    voxel_share: float = 0.25  # of the mean opacity of filled voxels, above which a decoded asset's voxel counts as filled
+    views: int = 150  # pictures per decoded asset that its features are averaged over
 
     def __post_init__(self):
         if self.pipeline == TOY:
@@ -37,6 +40,9 @@ class ProblemSource:
                 raise ValueError(f"{', '.join(extra)}: belongs to --pipeline=DIR, and would have no effect on the toy. Leave it out.")
         elif self.pairs is None:
             raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
+        odd = [text for text in self.flow_weights if not all(text.partition("="))]
+        if odd:
+            raise ValueError(f"--flow-weights: expected STAGE=FILE such as structure=denoiser.pt, got {odd[0]!r}. Name the stage.")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}. Choose one.")
 
@@ -63,12 +69,14 @@ def default_settings(pipeline: str) -> CircularSettings:
 
 
 def _trellis(source: ProblemSource, device: str | torch.device) -> Problem:
+    from eg3d_rlhf.flow.trellis.pipeline import Encoding
     from eg3d_rlhf.flow.trellis.problem import trellis_problem
 
+    weights = {stage: Path(file) for stage, _, file in (text.partition("=") for text in source.flow_weights)}
     return trellis_problem(
         Path(source.pipeline), Path(source.pairs), conditions=None if source.conditions is None else Path(source.conditions),
         also=[Path(folder) for folder in source.also], dtype=getattr(torch, source.dtype), device=device, seed=source.seed,
-        held_out=source.held_out,
+        held_out=source.held_out, weights=weights, encoding=Encoding(share=source.voxel_share, views=source.views),
     )
 
 

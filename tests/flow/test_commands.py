@@ -19,11 +19,11 @@ from tests.flow.tiny_problem import SETTINGS, tiny_problem
 
 FLAGS = """
 --ablate --aggregation --also --amp --artefacts --batch --batch-gpu --beta --beta-t --cache-reference --checkpoint-every --choose-noises
---clamp --clip --condition-dropout --conditions --desc --device --draws --drdpo-beta --dry-run --dtype --ema --held-out --held-out-every
---judge-batch --label-smoothing --log-every --loop-beta --loop-loser-weight --loop-lr --loop-pairs --loop-sft-weight --loop-steps
---lora-alpha --lora-dropout --lora-rank --lora-targets --loser-weight --loss --lr --margin --max-drop --mode --no-summary --noise --outdir
---pair-weight --pairs --patience --pipeline --preset --resume --roles --rounds --seed --seeds --sft-weight --stage --steps --table-noises
---tau --timeout --tune --w1 --w2 --w2-norm --warmup --weight-decay --workers -n
+--clamp --clip --condition-dropout --conditions --desc --device --draws --drdpo-beta --dry-run --dtype --ema --flow-weights --held-out
+--held-out-every --judge-batch --label-smoothing --log-every --loop-beta --loop-loser-weight --loop-lr --loop-pairs --loop-sft-weight
+--loop-steps --lora-alpha --lora-dropout --lora-rank --lora-targets --loser-weight --loss --lr --margin --max-drop --mode --no-summary
+--noise --outdir --pair-weight --pairs --patience --pipeline --preset --resume --roles --rounds --seed --seeds --sft-weight --stage --steps --table-noises
+--tau --timeout --tune --views --voxel-share --w1 --w2 --w2-norm --warmup --weight-decay --workers -n
 """.split()
 
 
@@ -85,6 +85,8 @@ MISTAKES = {
     "batch": (["--batch=8", "--batch-gpu=3"], "batch_gpu: expected a divisor of batch=8, got 3"),
     "cache": (["--cache-reference=true"], "cache_reference: expected draws that come again"),
     "toy": (["--dtype=float16", "--also=x"], "--also, --dtype: belongs to --pipeline=DIR"),
+    "toy's voxels": (["--voxel-share=0.5"], "--voxel-share: belongs to --pipeline=DIR"),
+    "weights": (["--pipeline=x", "--pairs=y", "--flow-weights=file.pt"], "--flow-weights: expected STAGE=FILE"),
     "trellis": (["--pipeline=somewhere"], "--pairs: expected a folder of people's pairs beside --pipeline=DIR"),
     "resume": (["--resume=runs/x", "--lr=1"], "--lr: expected the run's own with --resume"),
     "no run": (["--resume={tmp}"], "--resume: expected a run folder with training_options.json"),
@@ -134,7 +136,8 @@ def test_flags_reach_their_settings():
 def test_settings_survive_json():
     run_ = resolve(values("--ablate=a..i", "--preset=flowdpo"), default_settings("toy"))
     assert from_dict(CircularRun, json.loads(json.dumps(circular_run.asdict(run_)))) == run_
-    trellis = CircularRun(circular=CircularSettings(), source=ProblemSource(pipeline="x", pairs="y", also=("z",)))
+    source = ProblemSource(pipeline="x", pairs="y", also=("z",), flow_weights=("structure=a.pt",))
+    trellis = CircularRun(circular=CircularSettings(), source=source)
     assert from_dict(CircularRun, json.loads(json.dumps(circular_run.asdict(trellis)))) == trellis
     with pytest.raises(ValueError, match="got unknown ones: speed"):
         from_dict(CircularRun, {"speed": 3})

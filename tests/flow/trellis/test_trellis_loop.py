@@ -1,15 +1,17 @@
 """From people's ranked assets to a tuned TRELLIS in its stock layout, by the command line alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
+from eg3d_rlhf.flow.problems import ProblemSource, open_problem
 from eg3d_rlhf.flow.trellis.commands import main
-from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, read_pipeline
+from eg3d_rlhf.flow.trellis.files import FLOWS, LATENT, STRUCTURE, find_model, find_weights, read_pipeline
 from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
 from tests.flow.trellis.test_trellis_problem import write_people
 from tests.flow.trellis.tiny_trellis import tokens
@@ -60,3 +62,18 @@ def test_pairs_of_the_first_stage_train_it_alone(trellis_root, tmp_path):
     assert list((tmp_path / "runs").glob("00000-*/structure/adapter_model.safetensors"))
     refused = CliRunner().invoke(train.main, ["--mode=circular-dpo", *FAST, *flags, "--stage=latent"])
     assert refused.exit_code == 2 and "expected pairs of stage 'latent', got those of structure alone" in refused.stderr
+
+
+def test_other_weights_and_the_encoding_reach_the_pipeline(trellis_root, tmp_path):
+    file = read_pipeline(trellis_root)
+    weights = load_file(find_weights(find_model(file, FLOWS[STRUCTURE])))
+    weights["out_layer.bias"] = weights["out_layer.bias"] + 1
+    save_file(weights, tmp_path / "trained.safetensors")
+    source = ProblemSource(
+        pipeline=str(trellis_root), pairs=str(write_people(tmp_path / "pairs", file)), voxel_share=0.5, views=3,
+        flow_weights=(f"{STRUCTURE}={tmp_path / 'trained.safetensors'}",),
+    )
+    pipeline = open_problem(source).pipeline
+    assert (pipeline.encoding.share, pipeline.encoding.views) == (0.5, 3)
+    assert torch.equal(pipeline.stages[0].model.state_dict()["out_layer.bias"], weights["out_layer.bias"].float())
+    assert open_problem(source).identity != open_problem(replace(source, flow_weights=())).identity
