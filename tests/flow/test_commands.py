@@ -22,8 +22,8 @@ FLAGS = """
 --clamp --clip --condition-dropout --conditions --desc --device --draws --drdpo-beta --dry-run --dtype --ema --flow-weights --held-out
 --held-out-every --judge-batch --label-smoothing --log-every --loop-beta --loop-loser-weight --loop-lr --loop-pairs --loop-sft-weight
 --loop-steps --lora-alpha --lora-dropout --lora-rank --lora-targets --loser-weight --loss --lr --margin --max-drop --mode --no-summary
---noise --outdir --pair-weight --pairs --patience --pipeline --preset --resume --roles --rounds --seed --seeds --sft-weight --stage --steps --table-noises
---tau --timeout --tune --views --voxel-share --w1 --w2 --w2-norm --warmup --weight-decay --workers -n
+--noise --outdir --pair-weight --pairs --patience --pipeline --preset --resume --roles --rounds --seed --seeds --sft-weight --stage --steps
+--table-noises --tau --timeout --tune --views --voxel-share --w1 --w2 --w2-norm --warmup --weight-decay --workers -n
 """.split()
 
 
