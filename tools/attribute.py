@@ -12,7 +12,6 @@ Example:
 import html
 import json
 import sys
-import textwrap
 from pathlib import Path
 
 import click
@@ -53,11 +52,7 @@ def print_table(parts, findings, page: Path) -> None:
         click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
     total = data["difference"]
     click.echo(f"{'sum':<18} {total['mean']:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
-    for job in parts:
-        lines = textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]
-        click.echo(f"{job.key:<15} {lines[0]}")
-        for line in lines[1:]:
-            click.echo(f"{'':<15} {line}")
+    click.echo("\n".join(running.first_sentences(parts, findings)))
     click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/, data/{PAGE}")
 
 

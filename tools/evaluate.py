@@ -10,7 +10,6 @@ Example:
 
 import json
 import sys
-import textwrap
 from pathlib import Path
 
 import click
@@ -38,12 +37,7 @@ def resolved(c: Comparison, out: Path, keys: list[str]) -> dict:
 
 def print_table(parts, findings, page: Path) -> None:
     """First sentence of every part, and where the page is."""
-    width = max(len(job.key) for job in parts)
-    for job in parts:
-        lines = textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]
-        click.echo(f"{job.key:<{width}}  {lines[0]}")
-        for line in lines[1:]:
-            click.echo(f"{'':<{width}}  {line}")
+    click.echo("\n".join(running.first_sentences(parts, findings)))
     click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/")
 
 

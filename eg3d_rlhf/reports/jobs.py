@@ -1,7 +1,8 @@
 """Run the jobs of a report: cached by what they depend on, so that a second call or one after a crash goes on where the first stopped."""
 
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -65,3 +66,13 @@ def draw(job: Job, out: Path) -> list[Path]:
                     style.save(drawn, stem.with_name(stem.name + ending))
         files.append(stem.with_name(stem.name + ".svg"))
     return files
+
+
+def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> list[str]:
+    """Lines for a terminal: each job's name and the first thing that its finding says, wrapped."""
+    width = max(len(job.key) for job in jobs) + 2
+    shown = []
+    for job in jobs:
+        says = textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]
+        shown += [f"{name:<{width}}{line}" for name, line in zip([job.key, *[""] * len(says)], says, strict=False)]
+    return shown

@@ -1,9 +1,5 @@
 """TRELLIS's first flow and its structure autoencoder against reference values (fixtures/trellis): random weights, two architectures."""
 
-import ast
-import json
-
-import numpy as np
 import pytest
 import torch
 
@@ -12,8 +8,8 @@ from eg3d_rlhf.flow.sampler import trajectory
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
 from eg3d_rlhf.flow.trellis.structure_flow import StructureFlow, StructureFlowConfig, from_patches, to_patches
 from eg3d_rlhf.flow.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig, grid_of, voxels_of
+from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 
-OUTPUT, GRADIENT = 1e-5, 1e-3
 LARGE = dict(
     resolution=16, in_channels=8, out_channels=8, model_channels=1024, num_blocks=24, num_heads=16, mlp_ratio=4, patch_size=1,
     pe_mode="ape", qk_rms_norm=True, use_fp16=True,
@@ -32,27 +28,9 @@ SAMPLINGS = {
 }
 
 
-def close(got, want, tolerance=OUTPUT):
-    got, want = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, np.float64), np.asarray(want, np.float64)
-    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
-
-
 @pytest.fixture(scope="module")
 def folder(fixtures_dir):
     return fixtures_dir / "trellis"
-
-
-def read(path):
-    with np.load(path) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
-
-
-def config_of(values):
-    return json.loads(bytes(values["config_json"].numpy()))
-
-
-def state_of(values, prefix):
-    return {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
 
 
 @pytest.fixture(scope="module", params=["ss_flow_p1", "ss_flow_p2"])
@@ -70,12 +48,7 @@ def flow(values):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_full_size_parameters_have_trellis_names_shapes_and_types(folder, name):
-    lines = (folder / "params" / f"{name}.tsv").read_text().splitlines()
-    want = {key: (ast.literal_eval(shape), dtype) for key, shape, dtype in (line.split("\t") for line in lines)}
-    with torch.device("meta"):
-        state = TABLES[name]().state_dict()
-    assert {key: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()} == want
-    assert list(state) == list(want)
+    assert_like_table(folder / "params" / f"{name}.tsv", TABLES[name])
 
 
 def test_flow_output(flow, values):

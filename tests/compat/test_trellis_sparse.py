@@ -1,9 +1,5 @@
 """TRELLIS's second flow, its encoder and its Gaussian decoder against reference values (fixtures/trellis): random weights, real spconv."""
 
-import ast
-import json
-
-import numpy as np
 import pytest
 import torch
 
@@ -15,8 +11,8 @@ from eg3d_rlhf.flow.trellis.gaussian_decoder import GaussianDecoder, GaussianDec
 from eg3d_rlhf.flow.trellis.latent_encoder import LatentEncoder, LatentEncoderConfig
 from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig
 from eg3d_rlhf.flow.trellis.sparse_resample import downsample
+from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 
-OUTPUT, GRADIENT = 1e-5, 1e-3
 TEXT = dict(
     resolution=64, in_channels=8, out_channels=8, model_channels=1024, cond_channels=768, num_blocks=24, num_heads=16, mlp_ratio=4,
     patch_size=2, num_io_res_blocks=2, io_block_channels=[128], pe_mode="ape", qk_rms_norm=True, use_fp16=True,
@@ -40,11 +36,6 @@ TABLES = {
 }
 
 
-def close(got, want, tolerance=OUTPUT):
-    got, want = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, np.float64), np.asarray(want, np.float64)
-    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=tolerance, atol=tolerance * max(np.abs(want).max(), 1))
-
-
 @pytest.fixture(scope="module")
 def folder(fixtures_dir):
     return fixtures_dir / "trellis"
@@ -52,22 +43,12 @@ def folder(fixtures_dir):
 
 @pytest.fixture(scope="module")
 def flow_values(folder):
-    with np.load(folder / "slat_flow.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+    return read(folder / "slat_flow.npz")
 
 
 @pytest.fixture(scope="module")
 def vae_values(folder):
-    with np.load(folder / "slat_vae.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
-
-
-def config_of(values):
-    return json.loads(bytes(values["config_json"].numpy()))
-
-
-def state_of(values, prefix):
-    return {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
+    return read(folder / "slat_vae.npz")
 
 
 @pytest.fixture
@@ -83,12 +64,7 @@ def batch_of(values, name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_full_size_parameters_have_trellis_names_shapes_and_types(folder, name):
-    lines = (folder / "params" / f"{name}.tsv").read_text().splitlines()
-    want = {key: (ast.literal_eval(shape), dtype) for key, shape, dtype in (line.split("\t") for line in lines)}
-    with torch.device("meta"):
-        state = TABLES[name]().state_dict()
-    assert {key: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in state.items()} == want
-    assert list(state) == list(want)
+    assert_like_table(folder / "params" / f"{name}.tsv", TABLES[name])
 
 
 def test_flow_output(flow, flow_values):
