@@ -5,6 +5,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -14,28 +15,64 @@ from benchmarks.rows import Case, Row
 REPO = Path(__file__).resolve().parents[1]
 
 
+LOOKS_APART_S = 0.001
+SLACK = 8 * 2**20  # bytes between a mark just restarted and the resident memory read after it
+
+
 class PeakMeter:
-    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU."""
+    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU.
+
+    Linux restarts a process's mark on request; where that is not allowed (some containers), a thread looks at the resident memory every
+    millisecond instead, which may miss a shorter peak.
+    """
 
     def __init__(self, device: str):
         self._device = device
+        self._watch: _Watch | None = None
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
         self._before = resident_bytes("VmRSS")
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark at the present size
-        except OSError:
-            self._before = resident_bytes("VmHWM")  # not allowed here: count from the old mark, which the import and the inputs have set
+        if not restart_mark():
+            self._watch = _Watch()
 
     def extra_bytes(self) -> int:
-        """Bytes at the peak beyond those at the beginning, >= 1."""
+        """Bytes at the peak beyond those at the beginning, >= 1. Ends the measurement."""
         if self._device == "cuda":
             torch.cuda.synchronize()
             return max(torch.cuda.max_memory_allocated() - self._before, 1)
-        return max(resident_bytes("VmHWM") - self._before, 1)
+        peak = resident_bytes("VmHWM") if self._watch is None else self._watch.stop()
+        return max(peak - self._before, 1)
+
+
+class _Watch:
+    """The largest resident memory that a thread of its own has seen."""
+
+    def __init__(self):
+        self._peak = resident_bytes("VmRSS")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(LOOKS_APART_S):
+            self._peak = max(self._peak, resident_bytes("VmRSS"))
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return max(self._peak, resident_bytes("VmRSS"))
+
+
+def restart_mark() -> bool:
+    """Set this process's high-water mark back to its present size; returns whether that was done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return resident_bytes("VmHWM") <= resident_bytes("VmRSS") + SLACK
 
 
 def resident_bytes(field: str) -> int:
