@@ -130,6 +130,7 @@ def test_peak_memory_is_what_a_path_allocates(monkeypatch, restarts):
     assert 100e6 < meter.extra_bytes() < 200e6
 
 
+@pytest.mark.long
 def test_a_real_row_end_to_end_with_memory(repo, tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--rows=op bias_act, forward", "--quick", "--memory", "--threads=1", f"--out={tmp_path}"]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

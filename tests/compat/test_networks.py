@@ -14,7 +14,7 @@ CASES = discover("small_*") + discover("full_*")
 pytestmark = pytest.mark.usefixtures("fixtures_dir")
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def run(name: str) -> dict:
     """All inference outputs of one network, by the reference's keys, plus the reference arrays themselves."""
     case, ref, G, D = load_case(name)

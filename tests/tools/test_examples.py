@@ -29,7 +29,7 @@ def test_labels_and_the_reward_that_is_trained_on_them(repo, tmp_path):
     assert (tmp_path / "runs/example/reward/reward.safetensors").exists()
 
 
-@pytest.mark.parametrize("tool", [build_assets, train_features], ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", [build_assets, pytest.param(train_features, marks=pytest.mark.long)], ids=lambda tool: tool.__name__)
 def test_examples_that_only_print(tool, repo, tmp_path):
     assert run_example(tool, repo, tmp_path).strip()
 

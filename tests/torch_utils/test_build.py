@@ -35,6 +35,7 @@ def python(code: str, cache: Path, **environment: str) -> subprocess.Popen:
 
 
 @compiler
+@pytest.mark.long
 def test_two_processes_build_one_library_once(tmp_path):
     both = [python(USE, tmp_path) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]

@@ -165,7 +165,7 @@ def pairs_of_two(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["GAN", "RLHF"])
+@pytest.fixture(scope="module", params=["RLHF", pytest.param("GAN", marks=pytest.mark.long)])
 def two_ranks(request, tiny_data, pairs_of_two, tiny_reward, tmp_path_factory):
     """Flags of a run of ten iterations, without its folder, and the folder in which two ranks ran it."""
     reward = ["--reward=sigma", f"--reward-ckpt={tiny_reward}", "--lambda-r=1"]

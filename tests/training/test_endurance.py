@@ -73,7 +73,7 @@ def signalled(name: str, then: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.long)])
 def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(name, straight, tiny_data, tiny_networks, tmp_path):
     done = signalled(name, "pass", *train_flags(tiny_data, tiny_networks, tmp_path, *RUN))
     assert done.returncode == 0, done.stderr
