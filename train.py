@@ -54,7 +54,7 @@ class ModeCommand(GroupedCommand):
 
 
 def _circular_dpo() -> click.Command:
-    from eg3d_rlhf.flow.commands import circular_dpo
+    from eg3d_rlhf.flow.circular.commands import circular_dpo
 
     return circular_dpo
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eg3d_rlhf.flow.circular_settings import Choosing, CircularSettings, anchored, supervised
+from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.settings import Choosing, CircularSettings, anchored, supervised
 from eg3d_rlhf.flow.dpo import DpoConfig
-from eg3d_rlhf.flow.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
 
 R, CHANNELS, TOKENS, EMBEDDING = 4, 3, 2, 5
 TRAINED, HELD_OUT = ("red", "green", "blue"), ("grey", "pink")

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from eg3d_rlhf.flow.circular_settings import Choosing, CircularSettings, supervised
+from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.settings import Choosing, CircularSettings, supervised
 from eg3d_rlhf.flow.dpo import DpoConfig
-from eg3d_rlhf.flow.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.toy.base import bundled_hashes, load_network, load_toy
 from eg3d_rlhf.flow.toy.oracles import ChooserOracle, FinalOracle, parts
 from eg3d_rlhf.flow.toy.people import human_pairs
 from eg3d_rlhf.flow.toy.shapes import HELD_OUT, TRAINED
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
 
 PAIRS_PER_CONDITION = 20
 _HUMAN = TrainConfig(

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from eg3d_rlhf.flow.loop_pairs import LoopPairsConfig, make_loop_pairs
+from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig, make_loop_pairs
 from eg3d_rlhf.flow.pair_files import read_pairs, write_pairs
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.flow.trellis.assets import SplatAsset

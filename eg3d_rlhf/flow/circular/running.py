@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from eg3d_rlhf import run_folder
 from eg3d_rlhf.cli import versions
-from eg3d_rlhf.flow import ablation_table, circular
-from eg3d_rlhf.flow.ablation_runs import ablate
-from eg3d_rlhf.flow.artefacts import Artefact, fingerprint
-from eg3d_rlhf.flow.circular import CircularLoop, Lines, weights_of
-from eg3d_rlhf.flow.circular_run import CircularRun, check, facts, loop_of, read_run, say
+from eg3d_rlhf.flow.circular import ablation_table
+from eg3d_rlhf.flow.circular import loop as circular_loop
+from eg3d_rlhf.flow.circular.ablation_runs import ablate
+from eg3d_rlhf.flow.circular.artefacts import Artefact, fingerprint
+from eg3d_rlhf.flow.circular.loop import CircularLoop, Lines, weights_of
+from eg3d_rlhf.flow.circular.run import CircularRun, check, facts, loop_of, read_run, say
 from eg3d_rlhf.flow.policies import save_policy
 from eg3d_rlhf.flow.problem import Problem
 from training.distributed import SINGLE, Ranks, launch_identity, leave
@@ -80,7 +81,7 @@ def _loop(run: CircularRun, problem: Problem, folder: Path, ranks: Ranks) -> Non
             lines = {run.stage: (tuned,)}
             steps = [{"round": 1, "step": "people", "stage": run.stage, "artefact": tuned.folder.name, **tuned.record}]
         else:
-            lines, steps = circular.run(loop, lambda step: say(describe(step)) if ranks.main else None)
+            lines, steps = circular_loop.run(loop, lambda step: say(describe(step)) if ranks.main else None)
     ranks.barrier()
     leave()  # the others need not wait for the table
     if not ranks.main:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.flow.ablation import GROUPS
+from eg3d_rlhf.flow.circular.ablation import GROUPS
 from eg3d_rlhf.flow.generate import wins
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.reports import style

@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 from eg3d_rlhf import run_folder
 from eg3d_rlhf.cli import versions
-from eg3d_rlhf.flow.ablation import AblationPlan
-from eg3d_rlhf.flow.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular import CircularLoop
-from eg3d_rlhf.flow.circular_settings import CircularSettings
-from eg3d_rlhf.flow.judging import Judging
+from eg3d_rlhf.flow.circular.ablation import AblationPlan
+from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.flow.circular.judging import Judging
+from eg3d_rlhf.flow.circular.loop import CircularLoop
+from eg3d_rlhf.flow.circular.problems import ProblemSource, open_problem
+from eg3d_rlhf.flow.circular.settings import CircularSettings
+from eg3d_rlhf.flow.circular.settings_file import from_dict
 from eg3d_rlhf.flow.problem import Problem
-from eg3d_rlhf.flow.problems import ProblemSource, open_problem
-from eg3d_rlhf.flow.settings_file import from_dict
 from eg3d_rlhf.flow.stage import stage_of
 from training.distributed import SINGLE, Ranks
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.flow import ablation_table
-from eg3d_rlhf.flow.ablation import LOOP, PEOPLE, SUPERVISED, Ablation, collect, cost, trainings
-from eg3d_rlhf.flow.circular_run import CircularRun, facts, loop_of
+from eg3d_rlhf.flow.circular import ablation_table
+from eg3d_rlhf.flow.circular.ablation import LOOP, PEOPLE, SUPERVISED, Ablation, collect, cost, trainings
+from eg3d_rlhf.flow.circular.run import CircularRun, facts, loop_of
+from eg3d_rlhf.flow.circular.task_pool import Report, run_tasks
 from eg3d_rlhf.flow.problem import Problem
-from eg3d_rlhf.flow.task_pool import Report, run_tasks
-from eg3d_rlhf.flow.train import StoppedError
+from eg3d_rlhf.flow.tuning.train import StoppedError
 
 
 def handler_of(run: CircularRun, device: str, alone: bool, report: Report) -> Ablation:

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eg3d_rlhf.flow import ablation_table, circular
-from eg3d_rlhf.flow.ablation import GROUPS, Ablation, AblationPlan, collect, letters, trainings
-from eg3d_rlhf.flow.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular import CircularLoop
-from eg3d_rlhf.flow.judging import Judging, judge, spread
-from eg3d_rlhf.flow.task_pool import run_tasks
-from eg3d_rlhf.flow.train import train_stage
+from eg3d_rlhf.flow.circular import ablation_table
+from eg3d_rlhf.flow.circular import loop as circular_loop
+from eg3d_rlhf.flow.circular.ablation import GROUPS, Ablation, AblationPlan, collect, letters, trainings
+from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.flow.circular.judging import Judging, judge, spread
+from eg3d_rlhf.flow.circular.loop import CircularLoop
+from eg3d_rlhf.flow.circular.task_pool import run_tasks
+from eg3d_rlhf.flow.tuning.train import train_stage
 from tests.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
 
 JUDGING = Judging(per_condition=3, batch=8)
@@ -66,7 +67,7 @@ def whole(tmp_path_factory):
         return train_stage(pipeline, stage, pairs, config, out, **options)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(circular, "train_stage", counted)
+    patch.setattr(circular_loop, "train_stage", counted)
     handler = Ablation(plan=plan, loop_of=loop_of)
     results = run_tasks(plan.tasks(), lambda report: handler, [], 1, folder)
     yield results, plan, calls, handler

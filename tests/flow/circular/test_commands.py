@@ -1,20 +1,22 @@
 """train.py --mode=circular-dpo from the outside: its flags, what it refuses, and whole runs on a tiny problem."""
 
+import dataclasses
 import json
 
 import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.flow import circular_run, commands
-from eg3d_rlhf.flow.circular_run import CircularRun, read_run
-from eg3d_rlhf.flow.circular_settings import CircularSettings
-from eg3d_rlhf.flow.flag_settings import resolve, settings
+from eg3d_rlhf.flow.circular import commands
+from eg3d_rlhf.flow.circular import run as circular_run
+from eg3d_rlhf.flow.circular.flag_settings import resolve, settings
+from eg3d_rlhf.flow.circular.problems import ProblemSource, default_settings, open_problem, with_pairs
+from eg3d_rlhf.flow.circular.run import CircularRun, read_run
+from eg3d_rlhf.flow.circular.settings import CircularSettings
+from eg3d_rlhf.flow.circular.settings_file import from_dict
 from eg3d_rlhf.flow.lora import adapted_layers
 from eg3d_rlhf.flow.pair_files import write_pairs
 from eg3d_rlhf.flow.policies import tuned_model
-from eg3d_rlhf.flow.problems import ProblemSource, default_settings, open_problem, with_pairs
-from eg3d_rlhf.flow.settings_file import from_dict
 from tests.flow.tiny_problem import SETTINGS, tiny_problem
 
 FLAGS = """
@@ -135,10 +137,10 @@ def test_flags_reach_their_settings():
 
 def test_settings_survive_json():
     run_ = resolve(values("--ablate=a..i", "--preset=flowdpo"), default_settings("toy"))
-    assert from_dict(CircularRun, json.loads(json.dumps(circular_run.asdict(run_)))) == run_
+    assert from_dict(CircularRun, json.loads(json.dumps(dataclasses.asdict(run_)))) == run_
     source = ProblemSource(pipeline="x", pairs="y", also=("z",), flow_weights=("structure=a.pt",))
     trellis = CircularRun(circular=CircularSettings(), source=source)
-    assert from_dict(CircularRun, json.loads(json.dumps(circular_run.asdict(trellis)))) == trellis
+    assert from_dict(CircularRun, json.loads(json.dumps(dataclasses.asdict(trellis)))) == trellis
     with pytest.raises(ValueError, match="got unknown ones: speed"):
         from_dict(CircularRun, {"speed": 3})
 

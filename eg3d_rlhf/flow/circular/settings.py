@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass, field, replace
 
+from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.dpo import DpoConfig
-from eg3d_rlhf.flow.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.stage import FlowStage
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
 from eg3d_rlhf.flow.weights import W2_NORMS
 
 ROLES = ("op", "reward")

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from eg3d_rlhf.flow.dpo import TIME_BINS
-from eg3d_rlhf.flow.train_config import TrainConfig
-from eg3d_rlhf.flow.train_update import BINNED
+from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.update import BINNED
 
 
 @dataclass

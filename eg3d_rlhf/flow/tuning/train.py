@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.flow.monitor import signs
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.policies import save_policy
 from eg3d_rlhf.flow.reference import CachedErrors, Reference
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline, stage_of
-from eg3d_rlhf.flow.train_config import TrainConfig
-from eg3d_rlhf.flow.train_progress import Progress
-from eg3d_rlhf.flow.train_records import POLICY, TrainRecords, read_result
-from eg3d_rlhf.flow.train_start import check_pairs, origin, policy_and_reference
-from eg3d_rlhf.flow.train_update import Updates
+from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.monitor import signs
+from eg3d_rlhf.flow.tuning.progress import Progress
+from eg3d_rlhf.flow.tuning.records import POLICY, TrainRecords, read_result
+from eg3d_rlhf.flow.tuning.start import check_pairs, origin, policy_and_reference
+from eg3d_rlhf.flow.tuning.update import Updates
 from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError
@@ -53,7 +53,7 @@ def train_stage(
     Args:
         pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
             rate are kept, those before the first update among them. Without it the last ones are.
-        out: folder for everything written, see train_records.py; resume: go on with the run in it, if there is one.
+        out: folder for everything written, see records.py; resume: go on with the run in it, if there is one.
         say: prints the status lines.
     Raises: ValueError for pairs, settings or folders that do not fit and for losses that are not finite; StoppedError after a signal.
     """

@@ -7,12 +7,12 @@ import sys
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device
-from eg3d_rlhf.flow import circular_flags as flags
-from eg3d_rlhf.flow.circular_run import planned, read_run
-from eg3d_rlhf.flow.circular_runs import resume, start
-from eg3d_rlhf.flow.flag_settings import check, resolve
-from eg3d_rlhf.flow.problems import default_settings
-from eg3d_rlhf.flow.train import StoppedError
+from eg3d_rlhf.flow.circular import flags
+from eg3d_rlhf.flow.circular.flag_settings import check, resolve
+from eg3d_rlhf.flow.circular.problems import default_settings
+from eg3d_rlhf.flow.circular.run import planned, read_run
+from eg3d_rlhf.flow.circular.running import resume, start
+from eg3d_rlhf.flow.tuning.train import StoppedError
 from training.distributed import process_group
 from training.signals import sigterm_interrupts
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.flow.artefacts import Artefact, ArtefactStore, Made
-from eg3d_rlhf.flow.circular_settings import CircularSettings, Weighing
+from eg3d_rlhf.flow.circular.artefacts import Artefact, ArtefactStore, Made
+from eg3d_rlhf.flow.circular.judging import Judging, judge
+from eg3d_rlhf.flow.circular.loop_pairs import make_in_chunks, stage_behind, with_roles
+from eg3d_rlhf.flow.circular.settings import CircularSettings, Weighing
 from eg3d_rlhf.flow.generate import HeldOut, crossed
-from eg3d_rlhf.flow.judging import Judging, judge
-from eg3d_rlhf.flow.loop_pairs import make_in_chunks, stage_behind, with_roles
 from eg3d_rlhf.flow.pair_files import read_pairs
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.policies import tuned_model, with_models
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.stage import stage_of
-from eg3d_rlhf.flow.train import StageResult, train_stage
-from eg3d_rlhf.flow.train_config import TrainConfig
-from eg3d_rlhf.flow.train_records import FREE
+from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.records import FREE
+from eg3d_rlhf.flow.tuning.train import StageResult, train_stage
 from eg3d_rlhf.flow.weights import weigh
 from training.distributed import SINGLE, Ranks
 

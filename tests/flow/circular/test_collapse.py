@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from eg3d_rlhf.flow.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular import CircularLoop
+from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.flow.circular.loop import CircularLoop
 from eg3d_rlhf.flow.generate import crossed, scores, wins
 from eg3d_rlhf.flow.toy.problem import TOY_DEFAULTS, toy_problem
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eg3d_rlhf.flow.artefacts import DONE, ArtefactStore, Made, fingerprint
+from eg3d_rlhf.flow.circular.artefacts import DONE, ArtefactStore, Made, fingerprint
 
 
 class Maker:

@@ -2,8 +2,8 @@
 
 import torch
 
-from eg3d_rlhf.flow.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular import CircularLoop, run
+from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.flow.circular.loop import CircularLoop, run
 from eg3d_rlhf.flow.pair_files import read_pairs
 from eg3d_rlhf.flow.policies import tuned_model
 from tests.flow.tiny_problem import SETTINGS, tiny_problem
@@ -13,9 +13,9 @@ CODE = """
 import sys
 from pathlib import Path
 import torch
-from eg3d_rlhf.flow import loop_pairs
-from eg3d_rlhf.flow.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular import CircularLoop, run
+from eg3d_rlhf.flow.circular import loop_pairs
+from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.flow.circular.loop import CircularLoop, run
 from tests.flow.tiny_problem import SETTINGS, tiny_problem
 from training.distributed import process_group
 torch.set_num_threads(1)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.flow.circular_settings import Choosing, CircularSettings
-from eg3d_rlhf.flow.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.settings import Choosing, CircularSettings
 from eg3d_rlhf.flow.pair_files import pairs_hash, read_pairs
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.problem import Problem

@@ -8,9 +8,9 @@ With more than two stages, "first" stands for all stages before the last.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from eg3d_rlhf.flow.artefacts import Artefact
-from eg3d_rlhf.flow.circular import CircularLoop, Lines, NoPairsError
-from eg3d_rlhf.flow.judging import Judging
+from eg3d_rlhf.flow.circular.artefacts import Artefact
+from eg3d_rlhf.flow.circular.judging import Judging
+from eg3d_rlhf.flow.circular.loop import CircularLoop, Lines, NoPairsError
 
 BASE, PEOPLE, LOOP, SUPERVISED = "base", "people", "loop", "supervised"
 

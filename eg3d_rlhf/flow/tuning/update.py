@@ -16,7 +16,7 @@ from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.reference import Reference
 from eg3d_rlhf.flow.sparse import collate, feats_of, separate, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
 from training.distributed import Ranks
 from training.phases import LossNotFiniteError, derive_seed
 from training.rounds import GradientSum, Layout, sum_over_ranks

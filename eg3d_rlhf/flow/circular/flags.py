@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.cli import option, together
-from eg3d_rlhf.flow.circular_settings import ROLES
+from eg3d_rlhf.flow.circular.problems import DTYPES
+from eg3d_rlhf.flow.circular.settings import ROLES
 from eg3d_rlhf.flow.dpo import KINDS, NOISES, PRESETS
-from eg3d_rlhf.flow.problems import DTYPES
 from eg3d_rlhf.flow.weights import W2_NORMS
 from eg3d_rlhf.preferences.preference_loss import AGGREGATIONS, WEIGHT_MODES
 

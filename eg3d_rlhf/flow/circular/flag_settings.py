@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from eg3d_rlhf.flow.ablation import letters
-from eg3d_rlhf.flow.circular_run import CircularRun
-from eg3d_rlhf.flow.circular_settings import Choosing, CircularSettings
+from eg3d_rlhf.flow.circular.ablation import letters
+from eg3d_rlhf.flow.circular.judging import Judging
+from eg3d_rlhf.flow.circular.problems import ProblemSource
+from eg3d_rlhf.flow.circular.run import CircularRun
+from eg3d_rlhf.flow.circular.settings import Choosing, CircularSettings
 from eg3d_rlhf.flow.dpo import PRESETS, DpoConfig, beta_T
-from eg3d_rlhf.flow.judging import Judging
 from eg3d_rlhf.flow.lora import LoraConfig
-from eg3d_rlhf.flow.problems import ProblemSource
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
 
 DPO_FIELDS = {
     "loss": "kind", "pair_weight": "weight_mode", **{name: name for name in (

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eg3d_rlhf.flow import circular
-from eg3d_rlhf.flow.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular import CircularLoop, run, weighed
-from eg3d_rlhf.flow.circular_settings import CircularSettings, Weighing, anchored, supervised
-from eg3d_rlhf.flow.loop_pairs import SAME
+from eg3d_rlhf.flow.circular import loop as circular_loop
+from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.flow.circular.loop import CircularLoop, run, weighed
+from eg3d_rlhf.flow.circular.loop_pairs import SAME
+from eg3d_rlhf.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
-from eg3d_rlhf.flow.train import train_stage
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.train import train_stage
 from tests.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
 
 
@@ -26,7 +26,7 @@ def trained(monkeypatch):
         calls.append((stage, pairs[0].source, config))
         return train_stage(pipeline, stage, pairs, config, out, **options)
 
-    monkeypatch.setattr(circular, "train_stage", counted)
+    monkeypatch.setattr(circular_loop, "train_stage", counted)
     return calls
 
 
@@ -96,13 +96,13 @@ def test_memory_and_checkpoints_are_no_part_of_a_result(tmp_path, trained):
 
 def test_a_second_round_starts_from_the_first(tmp_path, trained, monkeypatch):
     sides = []
-    original = circular.make_in_chunks
+    original = circular_loop.make_in_chunks
 
     def watched(folder, problem, models_op, *args, **options):
         sides.append((state(models_op["voxels"]), {k: state(v) for k, v in options["models_unop"].items()}))
         return original(folder, problem, models_op, *args, **options)
 
-    monkeypatch.setattr(circular, "make_in_chunks", watched)
+    monkeypatch.setattr(circular_loop, "make_in_chunks", watched)
     loop = loop_in(tmp_path, settings=replace(SETTINGS, rounds=2))
     lines, steps = run(loop)
     assert [s["round"] for s in steps] == [1, 1, 1, 2, 2, 2] and {k: len(v) for k, v in lines.items()} == {"voxels": 2, "structure": 2}

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eg3d_rlhf.flow import loop_pairs
-from eg3d_rlhf.flow.loop_pairs import SAME, LoopPairsConfig, figures, make_in_chunks, make_loop_pairs, with_roles
+from eg3d_rlhf.flow.circular import loop_pairs
+from eg3d_rlhf.flow.circular.loop_pairs import SAME, LoopPairsConfig, figures, make_in_chunks, make_loop_pairs, with_roles
 from eg3d_rlhf.flow.pair_files import read_pairs
 from eg3d_rlhf.flow.sparse import SparseSample
 from eg3d_rlhf.flow.weights import weigh

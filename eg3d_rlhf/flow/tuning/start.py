@@ -11,7 +11,7 @@ from eg3d_rlhf.flow.policies import shared_copy
 from eg3d_rlhf.flow.reference import AdapterOff, FrozenModel, Reference
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline, check_convention
-from eg3d_rlhf.flow.train_config import TrainConfig
+from eg3d_rlhf.flow.tuning.config import TrainConfig
 from training.storage import checksum
 
 CHECKED = 8  # preferred latents that the network's convention is checked on

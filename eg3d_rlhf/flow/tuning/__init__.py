@@ -1,0 +1,1 @@
+"""Preference training of one stage of a flow-based generator: settings, update, records, watch, resume."""
