@@ -7,10 +7,11 @@ drawing with replacement adds about the same again, so that percentiles of resam
 - width: the influence function (infinitesimal jackknife, Efron 1982) gives Var(L) + 2 Var(Q), since at the sample its slopes hold
   those of Q too; what it does not explain of the resamples is Q alone, of variance Var(Q);
 - ends: of a change, z standard deviations to either side, of variance Var(L) + Var(Q). Of a squared distance, Var(L) = k theta, so the
-  ends solve |d - theta| = z sqrt(Var(Q) + k theta), as of Wilson's interval. For a Fréchet distance k is the influence function's
-  variance over the uncorrected d, where bias and 2 Var(Q) are in the same proportion; over the corrected one it is unsteady near zero,
-  and intervals lay below the truth in up to 8 % of studies;
-- for a Fréchet distance variances are enlarged by 1 + (F/N + F/M) / 2, an allowance for the estimated bias that simulations bear out.
+  ends solve |d - theta| = z sqrt(Var(Q) + k theta), as of Wilson's interval. k is Var(L) over the corrected distance or, if that is
+  more, the influence function's variance over the distance with its bias in it: both hold Q in the same proportion, while near zero
+  the former is unsteady (alone it leaves intervals below the truth in up to 12 % of studies);
+- variances are enlarged by 1 + (F/N + F/M) / 2 for a Fréchet distance, for the estimated bias, and by 1 + 3 / sqrt(min(N, M)) for a
+  kernel distance, whose tails are heavy: allowances that simulations bear out (tests/metrics/test_resampling.py).
 Intervals are of theta, the distance that endless samples would have. What is left of the bias falls with (F / N)^2; see `SAFE_SAMPLES`.
 Shape letters: N fakes, M reals, F features, B resamples.
 """
@@ -25,7 +26,6 @@ from scipy.special import ndtri
 from eg3d_rlhf.metrics.frechet import frechet_distance
 
 SAFE_SAMPLES = 6  # samples of each set per feature from which the Fréchet interval was found to cover as stated
-ALLOWANCE = 0.5  # variance added per unit of F/N + F/M
 METHOD = "bias-corrected bootstrap, width from bootstrap and influence function"
 _BLOCK_CELLS = 4_000_000  # entries of a Gram block held at once, 32 MB
 
@@ -45,10 +45,14 @@ class _Statistic(Protocol):
 
     sizes: tuple[int, int]  # N, M
     squared: bool  # whether it is a squared distance, not a difference of two
-    ratio: float  # F / N + F / M where finite samples give too much on average; 0 where they do not
+    biased: bool  # whether finite samples give too much on average
+    allowance: float  # share by which variances are enlarged
 
     def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
         """Values [B] for how often each item counts, [B, N] and [B, M]."""
+
+    def with_bias(self) -> float:
+        """The distance between the samples as they are, which is 0 for equal samples and no less for any."""
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives with respect to the share of each item, [N] and [M], of mean 0."""
@@ -122,23 +126,21 @@ def _interval(statistic: _Statistic, resamples: int, seed: int, confidence: floa
     values = statistic.resampled(*draws)  # [B]
     once = values - _linear(draws, slopes) - measured
     bias = noise = 0.0
-    if statistic.ratio > 0:
+    if statistic.biased:
         again = [rng.multinomial(size, counts / size) for size, counts in zip(sizes, draws, strict=True)]
         twice = statistic.resampled(*again) - _linear(again, slopes) - measured
         estimates = 3 * once - twice  # [B]: once - ((twice - once) - once)
         bias, noise = float(estimates.mean()), float(estimates.var(ddof=1)) / resamples
     influence = sum(float((slope**2).sum()) / (len(slope) * (len(slope) - 1)) for slope in slopes)
     quadratic = min(float(once.var(ddof=1)), influence / 2)
-    linear, constant = ((1 + ALLOWANCE * statistic.ratio) * part for part in (influence - 2 * quadratic, quadratic))
+    linear, constant = ((1 + statistic.allowance) * part for part in (influence - 2 * quadratic, quadratic))
     z, centre = float(ndtri(0.5 + confidence / 2)), measured - bias
     if not statistic.squared:
         half = z * math.sqrt(linear + constant + noise)
         return DistanceInterval(centre, centre - half, centre + half, measured, bias)
-    if statistic.ratio > 0:
-        slope = (1 + ALLOWANCE * statistic.ratio) * influence / max(measured, 1e-300)
-    else:
-        slope = linear / max(centre, math.sqrt(linear + constant), 1e-300)  # below one deviation the share of `linear` is not known
-    ends = _ends(centre, slope, constant + noise, z)
+    steady = (1 + statistic.allowance) * influence / max(statistic.with_bias(), 1e-300)
+    own = linear / max(centre, math.sqrt(linear + constant), 1e-300)  # below one deviation the share of `linear` is not known
+    ends = _ends(centre, max(steady, own), constant + noise, z)
     return DistanceInterval(measured - bias, *ends, measured, bias)
 
 
@@ -157,7 +159,7 @@ def _linear(draws: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> np.nda
 class _Frechet:
     """Fréchet distance of weighted samples."""
 
-    squared = True
+    squared, biased = True, True
 
     def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
         if min(len(fake), len(real)) <= fake.shape[1]:
@@ -166,13 +168,17 @@ class _Frechet:
                 "or report the kernel distance, which needs no covariance."
             )
         self.fake, self.real, self.sizes = fake, real, (len(fake), len(real))
-        self.ratio = fake.shape[1] / len(fake) + fake.shape[1] / len(real)
+        self.allowance = (fake.shape[1] / len(fake) + fake.shape[1] / len(real)) / 2
 
     def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
         """[B], one after the other."""
         return np.array([
             frechet_distance(*_moments(self.fake, w), *_moments(self.real, v)) for w, v in zip(fake, real, strict=True)
         ])
+
+    def with_bias(self) -> float:
+        """Of all samples, once each."""
+        return float(self.resampled(*(np.ones((1, size)) for size in self.sizes))[0])
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
         """With T = C_1^-1/2 (C_1^1/2 C_2 C_1^1/2)^1/2 C_1^-1/2, the map that carries one Gaussian to the other: the derivative of d in C_1
@@ -212,10 +218,11 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
 class _Kernel:
     """Unbiased kernel distance of weighted samples under k(x, y) = (x.y / F + 1)^3; pairs of an item with itself never count."""
 
-    squared, ratio = True, 0.0
+    squared, biased = True, False
 
     def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
         self.fake, self.real, self.sizes = fake, real, (len(fake), len(real))
+        self.allowance = 3 / math.sqrt(min(self.sizes))
 
     def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
         """[B]; the Gram matrices are passed once, in blocks of rows."""
@@ -225,6 +232,13 @@ class _Kernel:
         ]
         across = _weighted_sum(self.fake, self.real, fake, real) / (fake.sum(axis=1) * real.sum(axis=1))
         return within[0] + within[1] - 2 * across
+
+    def with_bias(self) -> float:
+        """With every item compared with itself, too: the squared distance of mean embeddings."""
+        def mean(a: np.ndarray, b: np.ndarray) -> float:
+            return float(_weighted_sum(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0]) / (len(a) * len(b))
+
+        return mean(self.fake, self.fake) + mean(self.real, self.real) - 2 * mean(self.fake, self.real)
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
         """Twice the mean kernel with the own set without itself, less the mean kernel with the other; centred."""
@@ -274,7 +288,8 @@ class _Change:
     def __init__(self, before: _Statistic, after: _Statistic) -> None:
         if before.sizes != after.sizes:
             raise ValueError(f"change interval: expected as many items after as before, got {after.sizes[0]}, {before.sizes[0]}. Pair.")
-        self.before, self.after, self.sizes, self.ratio = before, after, before.sizes, before.ratio
+        self.before, self.after, self.sizes, self.biased = before, after, before.sizes, before.biased
+        self.allowance = before.allowance if before.biased else 0.0
 
     def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
         """[B] under one draw for both."""

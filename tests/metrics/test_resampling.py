@@ -140,12 +140,14 @@ def test_change_needs_pairs():
         *((frechet_interval, frechet_truth, *case) for case in (
             (8, 300, 0.2, 1.2), (16, 400, 0.1, 1.1), (16, 160, 0.1, 1.1), (10, 100, 0.15, 0.9), (4, 60, 0.2, 0.9), (8, 60, 0.2, 1.2),
         )),
-        (kernel_interval, kernel_truth, 8, 400, 0.2, 1.2),
+        *((kernel_interval, kernel_truth, *case) for case in (
+            (8, 400, 0.2, 1.2), (8, 100, 0.05, 1.05), (8, 100, 0.0, 1.0), (4, 60, 0.2, 0.9), (16, 160, 0.1, 1.1),
+        )),
     ],
 )
 def test_coverage(function, truth, F, n, shift, scale):
     make = lambda r: (normal(2 * r, n, F), normal(2 * r + 1, n, F, shift, scale))  # noqa: E731
-    runs = 1000 if function is frechet_interval else 300
+    runs = 1000
     _, share = coverage(function, truth(F, shift, scale), runs, make)
     allowed = 0.02 + 2 * np.sqrt(0.95 * 0.05 / runs)  # 93 to 97 %, and two standard errors of the simulation
     assert abs(share - 0.95) <= allowed
