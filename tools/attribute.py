@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eg3d_rlhf.attribution import report  # noqa: E402
 from eg3d_rlhf.attribution.integrated import BOUND, MOST_STEPS, STEPS  # noqa: E402
 from eg3d_rlhf.attribution.shapley import METHODS  # noqa: E402
-from eg3d_rlhf.attribution.study import BOXES, LANDMARKS, Settings, Study  # noqa: E402
+from eg3d_rlhf.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study  # noqa: E402
 from eg3d_rlhf.attribution.surface import PAGE  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
 from eg3d_rlhf.evaluation import flags  # noqa: E402
@@ -86,9 +86,10 @@ def viewer(out: Path) -> str:
 @flags.run("Run folder.")
 @flags.reward("Reward whose change is divided.")
 @flags.data("Procedural heads (synthetic:...) bring their own landmarks.")
-@option("--regions", group="Regions", metavar="boxes|landmarks|FILE", default=None,
+@option("--regions", group="Regions", metavar="boxes|landmarks|head|FILE", default=None,
         show_default="landmarks for procedural heads or with --landmarks, else boxes",
-        help="Fixed boxes, boxes about landmarks, or a label volume (.npy, .npz; names in the .json beside it).")
+        help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy, .npz; names in "
+             "the .json beside it).")
 @option("--landmarks", group="Regions", metavar="FILE", type=flags.PATH, default=None, show_default="those of the procedural heads",
         help="JSON of 98 WFLW points in the frontal view.")
 @option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
@@ -108,7 +109,7 @@ def main(out, fresh, dry_run, device, regions, landmarks, method, permutations, 
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})  # a wrong flag is named before networks are loaded
     c = load_comparison(Sources(device=choose_device(device), **what))
     regions = regions or (LANDMARKS if landmarks is not None or c.synthetic else BOXES)
-    settings = Settings(regions=regions if regions in (BOXES, LANDMARKS) else Path(regions), **how)
+    settings = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD) else Path(regions), **how)
     study = Study(c, settings, progress=tqdm.write)
     if dry_run:
         click.echo(json.dumps(resolved(study, out), indent=1))

@@ -15,6 +15,7 @@ from eg3d_rlhf.attribution.regions import Box, Partition, from_boxes
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 COUNT = 98
+BACKGROUND = "background"  # what none of the boxes holds
 SIDE, BEHIND, FRONT = 0.015, 0.12, 0.03  # margins of a box, in units of the scene cube's side: in x and y, towards the back, to the camera
 LEAST_VALID = 0.05  # share of the depth map's pixels that must show a surface
 # WFLW: 0-32 contour from the picture's left ear over the chin to the right, 33-41 and 42-50 brows, 51-54 bridge of the nose, 55-59 base,
@@ -130,6 +131,31 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
     return boxes
 
 
+def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
+    """Boxes in world coordinates that divide the whole scene coarsely about the landmarks [L, 3]: the face is one of eight parts.
+
+    The face is what lies before the ears, brows and chin (less a margin), inside the contour, up to the top of the forehead; above it is
+    the crown, behind it the back of the head, beside it the sides (hair, ears), below it neck and shoulders, which the contour's width
+    tells apart.
+    """
+    side, front, far = SIDE * box_warp, FRONT * box_warp, 10 * box_warp
+    contour = landmarks[list(CONTOUR)]
+    left, right, chin = contour[:, 0].min() - side, contour[:, 0].max() + side, contour[:, 1].min() - side
+    top = landmarks[list(BROWS), 1].max() + max(landmarks[57, 1] - contour[:, 1].min(), 2 * side)
+    depth = min(contour[[0, 32], 2].mean(), landmarks[list(BROWS), 2].min(), landmarks[16, 2]) - front
+    air = landmarks[:, 2].max() + front
+    return [
+        ("front of camera", (-far, far, -far, far, air, far)),
+        ("crown", (-far, far, top, far, -far, far)),
+        ("neck and chest", (left, right, -far, chin, -far, far)),
+        ("shoulders", (-far, far, -far, chin, -far, far)),
+        ("left side", (-far, left, chin, top, -far, far)),
+        ("right side", (right, far, chin, top, -far, far)),
+        ("face", (left, right, chin, top, depth, far)),
+        ("back of the head", (-far, far, -far, far, -far, far)),
+    ]
+
+
 def _box(low: Sequence[float], high: Sequence[float]) -> Box:
     return (float(low[0]), float(high[0]), float(low[1]), float(high[1]), float(low[2]), float(high[2]))
 
@@ -137,5 +163,11 @@ def _box(low: Sequence[float], high: Sequence[float]) -> Box:
 def landmark_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
     """The twelve regions of landmarks [L, 3] in world coordinates on the reward's slab."""
     found = from_boxes(landmark_boxes(landmarks, spec.box_warp), spec.points().double())
-    return Partition(names=(*found.names[:-1], "background"), labels=found.labels)
+    return Partition(names=(*found.names[:-1], BACKGROUND), labels=found.labels)
+
+
+def head_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
+    """The eight parts of `head_boxes` on the reward's slab; nothing is left over."""
+    found = from_boxes(head_boxes(landmarks, spec.box_warp), spec.points().double())
+    return Partition(names=found.names[:-1], labels=found.labels)
 

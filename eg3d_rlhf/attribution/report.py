@@ -11,8 +11,10 @@ import numpy as np
 from eg3d_rlhf.attribution import plots
 from eg3d_rlhf.attribution.agreement import agreement, rank_correlation
 from eg3d_rlhf.attribution.integrated import BOUND
+from eg3d_rlhf.attribution.landmarks import BACKGROUND
 from eg3d_rlhf.attribution.projection import by_region, labels_at, picture, region_colour, write_pictures
-from eg3d_rlhf.attribution.study import BOXES, CHECK_ORDERS, LANDMARKS, Study
+from eg3d_rlhf.attribution.regions import OTHER
+from eg3d_rlhf.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
 from eg3d_rlhf.attribution.surface import surface
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP, contains_zero, span
@@ -21,6 +23,9 @@ from eg3d_rlhf.reports.records import Finding, Job, identity_of_file
 from eg3d_rlhf.sigma.mesh import extract_mesh
 
 TITLE = "Which regions does the reward like?"
+KINDS = {
+    BOXES: "fixed boxes of the slab", LANDMARKS: "boxes about each latent's landmarks", HEAD: "the whole head, divided about its landmarks",
+}
 ROLES = ("before", "after", "reward")
 _DRAWN = 3  # latents in the picture of the regions
 _YAWS = (0.0, 0.6, 1.57)
@@ -30,7 +35,7 @@ def jobs(study: Study) -> list[Job]:
     """Every part of the report; the regions come first, since they are drawn before anything is computed."""
     s, c = study.settings, study.c
     files = {"regions": s.regions}
-    if s.regions not in (BOXES, LANDMARKS):
+    if s.regions not in KINDS:
         with naming("--regions"):
             files["regions"] = [identity_of_file(path) for path in (s.regions, Path(s.regions).with_suffix(".json"))]
     with naming("--landmarks"):
@@ -38,10 +43,15 @@ def jobs(study: Study) -> list[Job]:
     base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)
     shared = {**base, "method": s.method, "permutations": s.permutations, "gap_bound": s.gap_bound}
     integral = {**shared, "orders": CHECK_ORDERS, "steps": s.steps, "most_steps": s.most_steps}
+    head = [
+        Job(key="whole-head", title="The whole head in eight parts", compute=partial(whole_head, study), inputs=shared,
+            plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
+    ] if s.regions == LANDMARKS else []
     return [
         Job(key="regions", title="The regions", compute=partial(regions, study), inputs=base),
         Job(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study), inputs=shared,
             plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
+        *head,
         Job(key="methods", title="Do other methods agree?", compute=partial(methods, study), inputs=integral,
             plots={"means": plots.plot_methods, "rank-correlation": plots.plot_agreement}),
         Job(key="redrawn-reward", title="The same with a reward of random weights", compute=partial(redrawn_reward, study),
@@ -52,33 +62,53 @@ def jobs(study: Study) -> list[Job]:
 
 
 def regions(study: Study, folder: Path) -> Finding:
-    """The partition, drawn on meshes of the first latents from three sides; voxels per region."""
-    c, name, rows, drawn = study.c, "regions.png", [], []
-    for i, seed in enumerate(study.seeds[:_DRAWN]):
-        try:
-            vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec)
-        except ValueError:  # a sample without a surface has nothing to draw on
-            continue
-        colours = by_region(labels_at(vertices, study.partitions[i], c.spec))
-        drawn.append([picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in _YAWS])
-    if drawn:
-        write_pictures(folder / name, drawn)
-    for i, region in enumerate(study.names):
-        counts = [p.counts()[i] for p in study.partitions]
-        rows.append({"region": region, "voxels (mean)": float(np.mean(counts)), "least": min(counts), "most": max(counts),
-                     "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(i))})
+    """The partition, and that of the whole head where it has one, on meshes of the first latents from three sides; voxels per region."""
+    c, kind = study.c, KINDS.get(study.settings.regions, "your masks")
+    rows, pictures = _counts(study), draw_regions(study, folder, "regions.png")
     empty = [row["region"] for row in rows if row["most"] == 0]
-    kind = {BOXES: "fixed boxes of the slab", LANDMARKS: "boxes about each latent's landmarks"}.get(study.settings.regions, "your masks")
     says = [
         f"{len(rows)} regions from {kind}; where two overlap, the first in the table wins. Every voxel of the slab belongs to one.",
         "The partition is a choice: a value says what a region contributes, and another partition divides the same difference otherwise.",
     ]
     says += [f"Empty, and so without any influence: {', '.join(empty)}."] if empty else []
-    says += [] if drawn else ["No latent drawn here has a surface, so there is no picture."]
-    where = f"on the surface of seeds {study.seeds[0]}.. before tuning"
-    caption = f"Regions {where}: front, half turned, side; colours as in the table, grey: outside the slab."
+    says += [] if pictures else ["No latent drawn here has a surface, so there is no picture."]
+    if study.settings.regions == LANDMARKS:
+        head = study.of_the_head()
+        rows = [{"partition": name, **row} for name, part in (("regions", study), ("whole head", head)) for row in _counts(part)]
+        pictures |= draw_regions(head, folder, "whole-head.png", "The whole head in eight parts, ")
     return Finding(facts=c.facts(study.seeds, ("before",)), data={"names": list(study.names), "kind": kind}, rows=rows, says=says,
-                   pictures={caption: name} if drawn else {})
+                   pictures=pictures)
+
+
+def _counts(study: Study) -> list[dict]:
+    counts = np.array([p.counts() for p in study.partitions])  # [N, R]
+    return [
+        {"region": region, "voxels (mean)": float(found.mean()), "least": int(found.min()), "most": int(found.max()),
+         "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(i))}
+        for i, (region, found) in enumerate(zip(study.names, counts.T, strict=True))
+    ]
+
+
+def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") -> dict[str, str]:
+    """A partition on the meshes of the first latents: the picture's name by its caption; nothing where no latent has a surface."""
+    drawn = []
+    for i, seed in enumerate(study.seeds[:_DRAWN]):
+        try:
+            vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec)
+        except ValueError:  # a sample without a surface has nothing to draw on
+            continue
+        colours = by_region(labels_at(vertices, study.partitions[i], study.c.spec))
+        drawn.append([picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in _YAWS])
+    if not drawn:
+        return {}
+    write_pictures(folder / name, drawn)
+    where = f"{what}on the surface of seeds {study.seeds[0]}.. before tuning"
+    return {f"{where}: front, half turned, side; colours as in the table, grey: outside the slab.": name}
+
+
+def whole_head(study: Study, folder: Path) -> Finding:
+    """Shapley values of the parts of the whole head, most of which lie outside the face's landmarks."""
+    return shapley(study.of_the_head(), folder)
 
 
 def shapley(study: Study, folder: Path) -> Finding:
@@ -120,10 +150,11 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         says.append(
             f"{study.names[order[0]].capitalize()}, with {share:.0%} of the voxels, contributes most in {first} of {len(values)} latents."
         )
-        if order[0] == len(study.names) - 1:
+        if study.names[order[0]] in (OTHER, BACKGROUND):
+            below = "the parts of the whole head and " if s.regions == LANDMARKS else ""
             says.append(
-                "Most of the change lies outside the named regions, so that this partition explains little of it: look at the surface "
-                "below, or divide that part with masks of your own (--regions=FILE)."
+                f"Most of the change lies outside the named regions, so that this partition explains little of it: look at {below}the "
+                "surface below, or divide that part with masks of your own (--regions=FILE)."
             )
     else:
         says.append("No region's mean contribution differs from zero over these latents: raise --n.")

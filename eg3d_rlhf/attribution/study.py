@@ -4,7 +4,7 @@ Letters: N latents, R regions, K draws of weights, D, H, W = z, y, x of the slab
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from eg3d_rlhf.attribution.agreement import redrawn
 from eg3d_rlhf.attribution.coalitions import CoalitionValues, Score
 from eg3d_rlhf.attribution.head_landmarks import fitted_landmarks
 from eg3d_rlhf.attribution.integrated import BOUND, MOST_STEPS, STEPS, IntegratedGradients, integrated_gradients
-from eg3d_rlhf.attribution.landmarks import back_project, landmark_partition, read_landmarks
+from eg3d_rlhf.attribution.landmarks import back_project, head_partition, landmark_partition, read_landmarks
 from eg3d_rlhf.attribution.occlusion import occlusion, shuffled_change
 from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks
 from eg3d_rlhf.attribution.scoring import fast_score
@@ -26,7 +26,7 @@ from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
-BOXES, LANDMARKS = "boxes", "landmarks"
+BOXES, LANDMARKS, HEAD = "boxes", "landmarks", "head"
 CHECK_ORDERS = 32  # of the noise baseline and of rewards with re-drawn weights
 _CUBE = 64  # grid points per axis of meshes, and of the cubes that heads are fitted to
 
@@ -36,7 +36,7 @@ class Settings:
     """How to attribute."""
 
     method: str = "exact"
-    regions: str | Path = BOXES  # BOXES, LANDMARKS or a label volume
+    regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
     landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
     permutations: int = 64  # of the sampled methods
     steps: int = STEPS  # of the integral, at first
@@ -58,8 +58,8 @@ class Settings:
             raise ValueError(f"--steps: expected 2 to {self.most_steps}, got {self.steps}. It doubles by itself where it is too low.")
         if not self.gap_bound > 0:
             raise ValueError(f"--gap-bound: expected a share above 0, got {self.gap_bound}. 0.01 is 1 % of the reward difference.")
-        if self.landmarks is not None and self.regions != LANDMARKS:
-            raise ValueError(f"--landmarks: expected --regions=landmarks beside it, got --regions={self.regions}. Set both, or neither.")
+        if self.landmarks is not None and self.regions not in (LANDMARKS, HEAD):
+            raise ValueError(f"--landmarks: expected --regions=landmarks or head beside it, got --regions={self.regions}. Change one.")
 
 
 @dataclass
@@ -92,9 +92,10 @@ class Study:
         s, spec = self.settings, self.c.spec
         if s.regions == BOXES:
             found = [face_partition(spec)] * len(self.seeds)
-        elif s.regions == LANDMARKS:
-            with naming("--landmarks" if s.landmarks is not None else "--regions=landmarks"):
-                found = [landmark_partition(points, spec) for points in self.landmarks()]
+        elif s.regions in (LANDMARKS, HEAD):
+            divide = landmark_partition if s.regions == LANDMARKS else head_partition
+            with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
+                found = [divide(points, spec) for points in self.landmarks]
         else:
             with naming("--regions"):
                 found = [read_masks(s.regions, spec)] * len(self.seeds)
@@ -108,6 +109,13 @@ class Study:
         """Regions."""
         return self.partitions[0].names
 
+    def of_the_head(self) -> "Study":
+        """The same latents, slabs and landmarks under the partition of the whole head, which is small enough for exact values."""
+        other = Study(self.c, replace(self.settings, regions=HEAD, method="exact"), self.progress)
+        other.score, other.slabs, other.landmarks = self.score, self.slabs, self.landmarks  # in place of computing them again
+        return other
+
+    @cached_property
     def landmarks(self) -> list[np.ndarray]:
         """98 world positions [L, 3] per latent: the user's through the frontal depth map, or those of the nearest head of the family."""
         if self.settings.landmarks is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.attribution.head_landmarks import fitted_landmarks, head_landmarks
-from eg3d_rlhf.attribution.landmarks import COUNT, GROUPS, back_project, landmark_boxes, landmark_partition, read_landmarks
+from eg3d_rlhf.attribution.landmarks import COUNT, GROUPS, back_project, head_partition, landmark_boxes, landmark_partition, read_landmarks
 from eg3d_rlhf.attribution.regions import FACE_BOXES, OTHER, Partition, face_partition, from_boxes, read_masks, unit_coordinates
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.heads.family import SHAPE_COUNT
@@ -99,6 +99,24 @@ def test_landmark_partition_has_twelve_regions():
     partition = landmark_partition(average(), SlabSpec(resolution=128))
     assert len(partition.names) == 12 and min(partition.counts()) > 0 and partition.names[-1] == "background"
     assert {name for name, _ in GROUPS} <= set(partition.names)
+
+
+def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
+    points, spec = average(), SlabSpec(resolution=128)
+    found = head_partition(points, spec)
+    assert found.names == (
+        "front of camera", "crown", "neck and chest", "shoulders", "left side", "right side", "face", "back of the head",
+    )
+    assert min(found.counts()[1:]) > 0 and sum(found.counts()) == found.labels.numel()
+    at = spec.points().double().flatten(0, 2)  # [D H W, 3]
+    part = {name: at[found.labels.flatten() == i] for i, name in enumerate(found.names)}
+    assert part["left side"][:, 0].max() < points[:, 0].min() and part["right side"][:, 0].min() > points[:, 0].max()
+    assert part["neck and chest"][:, 1].max() < points[16, 1] < part["face"][:, 1].min() + 0.02
+    assert part["crown"][:, 1].min() > points[33:51, 1].max()
+    face = head_partition(points, SlabSpec.cube(256))
+    nearest = ((torch.from_numpy(points) + 0.5) * 255).round().long()
+    held = {face.names[face.labels[z, y, x]] for x, y, z in nearest[33:].tolist()}  # brows, nose, eyes, lips
+    assert held == {"face"}
 
 
 def test_boxes_hold_their_landmarks_with_the_margins():

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf import bundled
 from tools.attribute import main
@@ -45,3 +48,22 @@ def test_no_change_attributes_nothing(tmp_path):
     before = (tmp_path / "data" / "shapley.json").stat().st_mtime_ns
     assert call(*arguments).exit_code == 0
     assert (tmp_path / "data" / "shapley.json").stat().st_mtime_ns == before  # nothing is computed again
+
+
+@pytest.mark.long
+def test_the_whole_head_stands_beside_the_landmarks(tmp_path):
+    """Both partitions divide the same difference, and both are drawn."""
+    changed = tmp_path / "changed.safetensors"
+    tensors = load_file(bundled.GENERATOR)
+    name = next(n for n in tensors if n.startswith("G_ema.") and n.endswith("decoder.net.2.weight"))
+    tensors[name][0, ::2] *= 1.2  # another density
+    with safe_open(bundled.GENERATOR, "pt") as file:
+        save_file(tensors, changed, file.metadata())
+    arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path / 'out'}"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    parts = [json.loads((tmp_path / "out" / "data" / f"{key}.json").read_text())["data"] for key in ("shapley", "whole-head")]
+    assert [len(part["names"]) for part in parts] == [12, 8] and parts[0]["difference"] == parts[1]["difference"]
+    for part in parts:
+        assert np.sum(part["values"]) == pytest.approx(2 * part["difference"]["mean"], rel=1e-4) != 0
+    assert {p.name for p in (tmp_path / "out" / "data").glob("*.png")} >= {"regions.png", "whole-head.png"}
