@@ -1,0 +1,32 @@
+"""What the documentation promises: links that lead somewhere, files and test files that exist, tools that are all named."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+PATH = re.compile(
+    r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|training|torch_utils|eg3d_rlhf)/[\w/.-]*\w"
+    r"\.(?:py|md|json|jsonl|png|cu|cpp|h|safetensors))\b"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    text = page.read_text()
+    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+    assert [path for path in PATH.findall(text) if not (REPO / path).exists()] == []
+
+
+def test_every_page_and_picture_is_shown_somewhere():
+    shown = {(page.parent / link).resolve() for page in PAGES for link in LINK.findall(page.read_text())}
+    kept = [*(REPO / "docs").glob("*.md"), *(p for p in (REPO / "docs").rglob("*") if p.suffix in (".png", ".svg", ".jpg", ".gif"))]
+    assert [p.name for p in kept if p.resolve() not in shown] == []
+
+
+def test_every_tool_is_in_the_list_of_tools():
+    text = (REPO / "docs" / "tools.md").read_text()
+    assert [p.stem for p in sorted((REPO / "tools").glob("*.py")) if p.stem != "__init__" and f"`{p.stem}`" not in text] == []
