@@ -64,8 +64,8 @@ class Identities:
         if wait:
             raise too_many(wait)
         if annotator is None:
-            raise Refusal(401, "Unknown or revoked token.", "Ask for a token; it is made by 'tools/label.py add-annotator NAME'.",
-                          {"WWW-Authenticate": "Bearer"})
+            remedy = "Ask whoever runs this server for a new one, which the command add-annotator makes."
+            raise Refusal(401, "Unknown or revoked token.", remedy, {"WWW-Authenticate": "Bearer"})
         return annotator
 
     def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
