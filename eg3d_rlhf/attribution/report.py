@@ -48,7 +48,7 @@ def jobs(study: Study) -> list[Job]:
             plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
     ] if s.regions == LANDMARKS else []
     return [
-        Job(key="regions", title="The regions", compute=partial(regions, study), inputs=base),
+        Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
         Job(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study), inputs=shared,
             plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
         *head,

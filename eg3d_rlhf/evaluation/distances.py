@@ -40,7 +40,7 @@ def jobs(c: Comparison) -> list[Job]:
     title = "Images against the data"
     many = {"inception": identity_of_file(c.inception)}
     first = absent_job(c, "image-distances", title, "No dataset is known: name it with --data.") if not c.data else Job(
-        key="image-distances", title=title, compute=partial(distances, c),
+        key="image-distances", version=2, title=title, compute=partial(distances, c),
         plots={"distances": plot_distances, "precision-recall": plot_precision_recall},
         inputs=c.inputs("before", "after", "control", data=c.data, mirror=c.mirror, images=c.images, **many),
     )
