@@ -111,8 +111,8 @@ def doubled(item: bytes, join: bytes, times: int) -> bytes:
     return item + b"".join(b"\x94h" + bytes([i]) + join for i in range(times))
 
 
-def bombs(marker: str) -> Iterator[tuple[str, bytes]]:
-    """Memory, recursion, hashing, lengths."""
+def bombs(marker: str, opcodes: int = MAX_OPCODES) -> Iterator[tuple[str, bytes]]:
+    """Memory, recursion, hashing, lengths; the deepest of about so many opcodes."""
     del marker
     laughs = doubled(b"K\x01", b"\x86", 64)
     yield "a tuple bomb as a key", PROTO + b"}" + laughs + b"Ns."
@@ -121,7 +121,7 @@ def bombs(marker: str) -> Iterator[tuple[str, bytes]]:
     yield "a tuple bomb as options", PROTO + b"}\x8c\x13training_set_kwargs" + laughs + b"s."
     yield "a tuple bomb as everything", PROTO + laughs + b"."
     yield "a tuple bomb as arguments", PROTO + b"ctorch._utils\n_rebuild_tensor_v2\n" + laughs + b"R."
-    depth = MAX_OPCODES // 2 - 10
+    depth = opcodes // 2 - 10
     for name, code in {"lists": b"]", "tuples": b")", "marks": b"(", "sets": b"\x8f", "dictionaries": b"}"}.items():
         yield f"{2 * depth} {name}", PROTO + code * (2 * depth) + b"."
     yield "deep tuples", PROTO + b")" + b"\x85" * depth + b"."
@@ -226,11 +226,12 @@ def attempt(data: bytes, who: str) -> str:
     return "loaded"
 
 
-def main(marker: str) -> None:
-    """See the module."""
+def main(marker: str, share: str = "1") -> None:
+    """See the module; `share` of the opcodes that are allowed go into the deepest files."""
     outcomes = {}
     for source in SOURCES:
-        for name, data in source(marker):
+        more = (int(MAX_OPCODES * float(share)),) if source is bombs else ()
+        for name, data in source(marker, *more):
             started = time.process_time()
             try:
                 outcome = attempt(data, "FILE")
@@ -248,4 +249,4 @@ def main(marker: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

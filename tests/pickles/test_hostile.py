@@ -19,11 +19,11 @@ MARKER = Path("executed")
 NAMES = [name for source in hostile.SOURCES[:3] for name, _ in source(str(MARKER))]  # the cheap ones; all are judged below
 
 
-@pytest.fixture(scope="module")
-def report(repo, tmp_path_factory) -> dict:
+@pytest.fixture(scope="module", params=["0.1", pytest.param("1", marks=pytest.mark.long)], ids="{} of the opcodes".format)
+def report(request, repo, tmp_path_factory) -> dict:
     """All hostile files, read by one process of their own, and whether any of them wrote the marker."""
     folder = tmp_path_factory.mktemp("hostile")
-    command = [sys.executable, "-m", "tests.pickles.hostile", str(folder / "marker")]
+    command = [sys.executable, "-m", "tests.pickles.hostile", str(folder / "marker"), request.param]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     result = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -61,6 +61,7 @@ def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(t
     assert "plain torch is used" in out
 
 
+@pytest.mark.long
 def test_a_missing_compiler_is_named_and_an_unwritable_cache_too(tmp_path):
     out = python(USE, tmp_path, CXX="no-such-compiler").communicate()[0]
     assert out.startswith("1 False 51.05") and "CXX=no-such-compiler was not found" in out

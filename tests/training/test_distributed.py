@@ -143,6 +143,7 @@ def accumulated(data, folder, batch_gpu, group):
     return {f"{name}.{k}": v for name in ("G", "D", "G_ema") for k, v in state(getattr(loop.nets, name)).items()}
 
 
+@pytest.mark.long
 def test_four_rounds_of_two_equal_one_of_eight(tiny_data, tmp_path):
     whole, split = (accumulated(tiny_data, tmp_path / str(size), size, group=2) for size in (None, 2))
     assert largest_difference(whole, split) <= MAGNIFIED_ROUNDING
@@ -297,6 +298,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_straight_one(two_ranks, tmp_path):
     flags, straight, _ = two_ranks
     (said, _), _ = finish(start(PAUSING.format(rank=1, signal="SIGTERM"), *flags(tmp_path)))

@@ -85,6 +85,7 @@ def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(name, 
     assert_equal_end(straight, folder)
 
 
+@pytest.mark.long
 def test_a_second_interrupt_ends_at_once(tiny_data, tiny_networks, tmp_path):
     done = signalled("SIGINT", "os.kill(os.getpid(), signal.SIGINT)", *train_flags(tiny_data, tiny_networks, tmp_path, *RUN))
     assert done.returncode == -signal.SIGINT

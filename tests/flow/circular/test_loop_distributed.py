@@ -1,5 +1,6 @@
 """The whole loop on two ranks: the same artefacts as on one, within rounding, with the pairs made between them."""
 
+import pytest
 import torch
 
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
@@ -33,6 +34,7 @@ print(made)
 """
 
 
+@pytest.mark.long
 def test_two_ranks_make_what_one_makes(tmp_path):
     printed = finish(start(CODE, str(tmp_path / "two")))
     assert [out for out, _ in printed] == ["[5, 2]\n", "[5]\n"]  # chunks of 5, 5 and 2 human pairs, once
