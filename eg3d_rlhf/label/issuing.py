@@ -42,6 +42,7 @@ EXPIRED = select(a.c.id, a.c.pair_id).where(
     a.c.answered.is_(None), a.c.released.is_(None), a.c.leased < bindparam("before"),
 ).limit(RELEASE_AT_ONCE)  # fmt: skip
 TAKE = update(pairs).where(pairs.c.id == bindparam("pair"), pairs.c.taken < pairs.c.places).values(taken=pairs.c.taken + 1)
+MAKE = insert(a)
 GIVE_BACK = update(pairs).where(pairs.c.id == bindparam("pair")).values(taken=pairs.c.taken - 1)
 RENEW = update(a).where(MINE, OPEN, a.c.leased < bindparam("before")).values(leased=bindparam("now"))
 
@@ -110,22 +111,25 @@ class Issuer:
         if back:
             c.execute(update(a).where(a.c.id.in_(back)).values(released=None, leased=now))
             past = self._past(past.scheduler.ready, c)
-        missing = self._issue_from(c, past.scheduler, window, count - past.open)
-        if missing > 0 and window:  # others had taken the rest of the window; the lock is held now, so this look is the last
-            self._issue_from(c, past.scheduler, self.window(c, past.scheduler.ready), missing)
+        self._issue_from(c, past.scheduler, window, count - past.open)
 
-    def _issue_from(self, c: Connection, scheduler: Scheduler, window: list[StoredPair], missing: int) -> int:
-        """Make up to `missing` assignments; returns how many are still missing."""
-        window = list(window)
+    def _issue_from(self, c: Connection, scheduler: Scheduler, window: list[StoredPair], missing: int) -> None:
+        """Make up to `missing` assignments.
+
+        The window was read before the lock was held. Where others have taken a pair of it since, it is read again, once: trying on through
+        what many of them have left, statement by statement, would keep everybody else waiting.
+        """
+        window, fresh = list(window), False
         while missing > 0 and (given := scheduler.next(window)):
+            if given.kind is Kind.PAIR and not take_place(c, given.pair.id):
+                window = [pair for pair in window if pair is not given.pair] if fresh else self.window(c, scheduler.ready)
+                fresh = True
+                continue
             if given.kind is Kind.PAIR:
                 window.remove(given.pair)
-                if not take_place(c, given.pair.id):
-                    continue
             self._insert(c, given)
             scheduler.shown(given)
             missing -= 1
-        return missing
 
     def _past(self, ready: Ready, c: Connection | None = None) -> "_Past":
         """What the annotator was shown, read in a transaction of its own unless in one."""
@@ -157,7 +161,7 @@ class Issuer:
         return len(rows)
 
     def _insert(self, c: Connection, given: Next) -> None:
-        c.execute(insert(a), {
+        c.execute(MAKE, {
             "token": secrets.token_urlsafe(18), "campaign_id": self.campaign_id, "annotator_id": self.annotator_id,
             "pair_id": given.pair.id, "sequence": given.sequence, "kind": given.kind.value,
             "first_is_left": int(given.first_is_left), "leased": self.clock(),

@@ -6,7 +6,6 @@ Several campaigns, servers and workers may share a folder; every file appears wh
 import hashlib
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from eg3d_rlhf.label.records import Shape
@@ -15,14 +14,13 @@ from training.storage import write_atomic
 VERSION = 1  # of how shapes are drawn and written; a change makes other files
 DEFAULT_FOLDER = Path("~/.cache/eg3d-rlhf/shapes")
 _STALE = 3600  # seconds after which what a killed writer left is removed
-_DRAWN_FROM = ("generator", "seed", "psi", "level", "resolution", "triangles", "degradation")  # where the weights lie makes no difference
+# all that a shape is drawn from, with kinds: psi 1 and 1.0 are one shape; where the weights lie makes no difference
+_DRAWN_FROM = {"generator": str, "seed": int, "psi": float, "level": float, "resolution": int, "triangles": int, "degradation": str}
 
 
 def shape_key(shape: Shape) -> str:
     """SHA-256 hex of the generator's hash, seed, psi, level, resolution, triangles, damage and the version of the drawing."""
-    values = asdict(shape)
-    kinds = {"generator": str, "degradation": str, "psi": float, "level": float}  # psi 1 and 1.0 are one shape
-    parts = [VERSION, *(kinds.get(name, int)(values[name]) for name in _DRAWN_FROM)]
+    parts = [VERSION, *(kind(getattr(shape, name)) for name, kind in _DRAWN_FROM.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

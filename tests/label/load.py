@@ -20,6 +20,7 @@ from tests.label.serving import SAME
 
 REPO = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds for which a request is tried again while the server is away
+FIRST_PAUSE, SLOWEST = 0.5, 15.0  # seconds between two attempts: the first, doubled until the slowest, as outbox.js does
 
 
 class ServerProcess:
@@ -98,7 +99,7 @@ class Annotator:
 
     async def _send(self, method: str, path: str, count: tuple[str, str] | None = None, **kwargs) -> httpx.Response:
         """Ask until there is an answer."""
-        end = time.monotonic() + PATIENCE
+        end, pause = time.monotonic() + PATIENCE, FIRST_PAUSE
         while True:
             if count:
                 self.work.sent[count] += 1
@@ -111,7 +112,8 @@ class Annotator:
             except httpx.TransportError:
                 if time.monotonic() > end:
                     raise
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, SLOWEST)
 
 
 async def labour(annotators: list[Annotator], server: ServerProcess, kills: int, total: int) -> None:

@@ -132,6 +132,13 @@ def test_shapes_that_are_not_prepared_wait_alone(tmp_path):
         assert state["preparation"]["done"] == 4 and page.get(f"/api/shapes/{shapes[0][0]}").status_code == 200
 
 
+def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatch):
+    """After a restart everybody asks at once: nobody may wait until the server has looked for tens of thousands of files."""
+    with serving.running(tmp_path, limits=GENEROUS) as served:
+        monkeypatch.setattr(served.options.cache, "mesh", lambda shape: pytest.fail("looked into the cache for a request"))
+        assert served.browser().get("/api/assignments").json()["preparation"] == {"done": 32, "total": 32, "seconds_left": 0.0}
+
+
 def test_pictures_are_shown_where_the_campaign_allows(tmp_path):
     for mode, status in ((Mode.LABEL, 200), (Mode.STUDY, 404)):
         with serving.running(tmp_path / mode, mode=mode, pairs=2, campaign={"show_render": True}) as served:

@@ -30,6 +30,7 @@ class Shelf:
         self._length = 0  # of every body of a study
         self._looked = -POLL
         self._lock = threading.Lock()
+        self._look()  # at tens of thousands of shapes it takes a second, for which the first to ask would all wait
 
     def known(self, asset: str) -> bool:
         """Whether the campaign has such a shape, and it can be drawn."""
