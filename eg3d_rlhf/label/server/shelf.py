@@ -31,6 +31,7 @@ class Shelf:
         self._looked = -POLL
         self._lock = threading.Lock()
         self._look()  # at tens of thousands of shapes it takes a second, for which the first to ask would all wait
+        self._looked = -POLL  # what is still missing may be there when the first one asks
 
     def known(self, asset: str) -> bool:
         """Whether the campaign has such a shape, and it can be drawn."""
