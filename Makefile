@@ -11,16 +11,16 @@ help:
 	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about two minutes)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (under 10 minutes on 2 cores)"
-	@echo "make test          fast tests (under 8 minutes on 2 cores)"
+	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
 	@echo "make test-gpu      the CUDA ops on this machine's GPU (about two minutes; compiles them where nvcc is found)"
-	@echo "make lint          ruff"
+	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about half an hour; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (about an hour on 2 cores)"
 
 $(VENV): $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py
+$(STAMP): pyproject.toml constraints.txt
 	@echo "== Making $(VENV) and installing the project with pinned versions (two to four minutes)"
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f'Python 3.11 or later is needed, got {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +39,7 @@ reports: $(STAMP)
 	@echo "== The demo run and its control where missing, then evaluation, attribution, embedding and a small sweep, into runs/reports"
 	$(BIN)/python tools/reports.py $(REPORTS_ARGS)
 
-test: $(STAMP)
+test: lint
 	@echo "== Fast tests on 2 processes"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -m "not long and not gpu" $(PYTEST_ARGS)
 
@@ -52,7 +52,9 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
+	@echo "== ruff, then mypy (a minute the first time)"
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(STAMP)
 	@echo "== Every fast path against the straightforward one, into benchmarks/results"
@@ -73,4 +75,4 @@ assets: $(STAMP)
 	$(BIN)/python tools/train_toy_flow.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

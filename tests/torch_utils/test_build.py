@@ -1,6 +1,7 @@
 """Building and loading the compiled ops: what happens when it works, fails, or is asked for twice at once."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -107,6 +108,27 @@ def test_the_folder_changes_with_source_compiler_and_flags(tmp_path, monkeypatch
         (tmp_path / "sources" / "slab_density.cpp").write_text(text)
         names.add(build.recipe("slab_density", "cpu").folder().name)
     assert len(names) == 5
+
+
+def test_a_wheel_holds_every_file_that_is_compiled_or_included(monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.Distribution()
+    distribution.parse_config_files()
+    command = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    command.manifest_files = {}  # nothing but what the tables of pyproject.toml say
+    packed = {Path(file).name for file in command.find_data_files("torch_utils.ops", "torch_utils/ops")}
+    wanted = {build.SOURCES / (op + suffix) for device, suffix in build.SUFFIX.items() for op in build.ops(device)}
+    found: set[Path] = set()
+    while wanted - found:
+        path = (wanted - found).pop()
+        found.add(path)
+        included = [path.parent / name for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)]
+        wanted |= {other for other in included if other.exists()}  # the emulated device's header is the tests'
+    assert {path.suffix for path in found} == {".cpp", ".cu", ".h", ".cuh"}
+    assert {path.name for path in found} - packed == set()
+    assert "torch_utils.ops" in command.packages and "tests" not in command.packages
 
 
 def test_choose():
