@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 import torch
 
+from training.config import Knob, knobs_of
+
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -86,6 +88,31 @@ def together(*decorators):
         return command
 
     return decorate
+
+
+def options_of(*kinds: type, **defaults):
+    """One option for every knob of settings dataclasses; None where it is not given, so that a preset may decide.
+
+    Args: defaults: by field, the default in words where it is not the field's own.
+    """
+    made = []
+    for field, hint, knob in (found for kind in kinds for found in knobs_of(kind)):
+        names = (f"--{_with_dashes(field.name)}", *knob.flags, field.name)
+        shown = defaults.get(field.name, knob.shown if knob.shown is not None else field.default)
+        text = knob.help if shown is None else f"{knob.help}  [default: {shown}]"
+        kind = _click_type(hint, knob)
+        made.append(option(*names, group=knob.group, metavar=knob.metavar, type=kind, default=None, show_default=False, help=text))
+    return together(*made)
+
+
+def _click_type(hint: type, knob: Knob) -> click.ParamType | type:
+    if knob.choices is not None:
+        return click.Choice(knob.choices)
+    limits = {"min": knob.low if knob.above is None else knob.above, "max": knob.high if knob.below is None else knob.below}
+    if hint in (int, float) and set(limits.values()) != {None}:
+        kind = click.IntRange if hint is int else click.FloatRange
+        return kind(**limits, min_open=knob.above is not None, max_open=knob.below is not None)
+    return click.Path(path_type=Path) if hint is Path else hint
 
 
 def choose_device(name: str) -> torch.device:

@@ -235,7 +235,8 @@ def build(s: dict, run_dir: Path, ranks: Ranks = SINGLE, warm_start: bool = True
             second = None if s["reward_watch"] is None else load_reward(s["reward_watch"], device)
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
-            evaluation = Evaluation(settings=s, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
+            known = {**s, "hashes": input_hashes(s)}
+            evaluation = Evaluation(settings=known, before=copy_of(nets), dataset=dataset, reward=reward, spec=spec, device=device)
             watch = evaluation.watch = make_watch(s, reward, spec, evaluation.before, second)
         if s["lambda_r"] > 0:
             reward_terms = RewardTerms(nets.G, nets.G_ema, reward, spec, reward_config(s))

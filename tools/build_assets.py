@@ -68,9 +68,11 @@ def rewards() -> None:
 
 
 def control() -> None:
-    """Run the demo with lambda_r = 0 and keep its summary."""
+    """Run the demo with lambda_r = 0 and keep its summary, and the settings that other runs are compared with."""
     call("train.py", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control")
-    record = json.loads((newest("*-control") / "summary.json").read_text())
+    record, settings = (json.loads((newest("*-control") / name).read_text()) for name in ("summary.json", "training_options.json"))
+    of_machine = ("reward_ckpt", "reward_watch", "versions", "launch")
+    record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}
     write_atomic(ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 

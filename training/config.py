@@ -4,8 +4,67 @@ A preset is a table row: what differs between FFHQ, AFHQ, ShapeNet and the bundl
 """
 
 import dataclasses
+import types
+import typing
 
 from training.gan_phases import GanConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knob:
+    """What the command line needs to know of a settings field; see `knob`."""
+
+    help: str
+    group: str  # under which title --help lists it
+    metavar: str | None = None  # unit
+    choices: tuple[str, ...] | None = None
+    low: float | None = None  # least value
+    high: float | None = None  # largest value
+    above: float | None = None  # the value must be larger
+    below: float | None = None  # the value must be smaller
+    flags: tuple[str, ...] = ()  # further spellings; the first one is --<name with dashes>
+    shown: str | None = None  # the default in words, where the field's is not what applies
+
+
+def knob(default: object, help: str, group: str, **more) -> typing.Any:
+    """A dataclass field that is also a flag: of the field's name, with its help text, range and default.
+
+    Args: more: see `Knob`. `eg3d_rlhf.cli.options_of` makes the flags, `check_knobs` applies ranges and choices.
+
+    >>> gamma: float = knob(1.0, "R1 weight.", "GAN losses", low=0)
+    """
+    return dataclasses.field(default=default, metadata={"knob": Knob(help=help, group=group, **more)})
+
+
+def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
+    """The knobs of a settings dataclass, those of nested ones in their places: (field, type without None, knob)."""
+    found, hints = [], typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if isinstance(hint, types.UnionType):
+            hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+        if dataclasses.is_dataclass(hint):
+            found += knobs_of(hint)
+        elif "knob" in field.metadata:
+            found.append((field, hint, field.metadata["knob"]))
+    return found
+
+
+def check_knobs(settings: object) -> None:
+    """Apply the ranges and choices of a settings object's own knobs; for its __post_init__.
+
+    Raises: ValueError naming the field.
+    """
+    for field in dataclasses.fields(settings):
+        k, value = field.metadata.get("knob"), getattr(settings, field.name)
+        if k is None or value is None:
+            continue
+        if k.choices is not None and value not in k.choices:
+            raise ValueError(f"{field.name}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them.")
+        for limit, sign, holds in ((k.low, ">=", k.low is None or value >= k.low), (k.high, "<=", k.high is None or value <= k.high),
+                                   (k.above, ">", k.above is None or value > k.above), (k.below, "<", k.below is None or value < k.below)):
+            if not holds:
+                raise ValueError(f"{field.name} must be {sign} {limit:g}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         share = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
         text = f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift; {record['control_source']})"
         out.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
+    elif record.get("control_source"):
+        out.append(("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %"))
     if "win_rate" in record:
         low, high = record["win_rate_ci95"]
         text = f"{record['win_rate']:.1%} of {record['win_rate_n']} [{low:.1%}, {high:.1%}]"

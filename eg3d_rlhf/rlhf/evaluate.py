@@ -26,6 +26,7 @@ from eg3d_rlhf.metrics.views import spec_for
 from eg3d_rlhf.reward.files import Reward, load_reward
 from eg3d_rlhf.rlhf.measures import annotator_calibration, rewards, utilities
 from eg3d_rlhf.rlhf.watch import Watch
+from eg3d_rlhf.settings import control_differs
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training import storage
 from training.dataset import ImageFolderDataset
@@ -145,16 +146,22 @@ def geometry(e: Evaluation, after: torch.nn.Module) -> dict:
 
 
 def control_figures(settings: dict, delta: float) -> dict:
-    """Mean reward delta of the lambda_r = 0 run: this run's own where it is the control, else the recorded one."""
+    """Mean reward delta of the lambda_r = 0 run: this run's own where it is the control, else that of --control, else the recorded one.
+
+    None, and what to do about it, where that run's settings are not those of this one.
+    """
     if settings["lambda_r"] == 0:
         return {"control_delta_mean": delta, "control_source": "this run"}
-    source = settings["control"]
-    if source is None and settings["reward_ckpt"] == str(bundled.REWARD) and bundled.CONTROL.exists():
-        source = bundled.CONTROL
-    if source is None:
-        return {"control_delta_mean": None, "control_source": "none named; run with --lambda-r=0 and pass --control"}
-    path = Path(source) / "summary.json" if Path(source).is_dir() else Path(source)
-    return {"control_delta_mean": json.loads(path.read_text())["tuned_delta_mean"], "control_source": path.name}
+    path = bundled.CONTROL if settings["control"] is None else Path(settings["control"])
+    path = path / "summary.json" if path.is_dir() else path
+    record = json.loads(path.read_text())
+    options = path.parent / "training_options.json"  # older summaries do not hold their settings
+    known = record.get("settings") or (json.loads(options.read_text()) if options.is_file() else {})
+    differ = control_differs(settings, {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known})
+    if differ:
+        remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
+        return {"control_delta_mean": None, "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}"}
+    return {"control_delta_mean": record["tuned_delta_mean"], "control_source": path.name}
 
 
 def reward_accuracy(reward_ckpt: str) -> dict:

@@ -32,8 +32,9 @@ def test_rows_report_over_optimisation():
 
 def test_rows_of_a_run_without_judge_or_control():
     record = {k: v for k, v in RECORD.items() if not k.startswith(("win_rate", "frechet"))}
-    what = [line[0] for line in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})]
-    assert not any("judge" in w or "control" in w or "test accuracy" in w for w in what)
+    table = {what: figure for what, figure, _ in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})}
+    assert not any("judge" in what or "test accuracy" in what for what in table)
+    assert table["mean delta of the lambda_r = 0 control"] == "none: control.json"
 
 
 def test_shading_shows_a_sphere_of_the_right_size():

@@ -1,0 +1,59 @@
+"""The control of a reward run is quoted where it is one, and only there."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf import bundled, experiment
+from eg3d_rlhf.rlhf.evaluate import control_figures
+
+
+def settings(*flags: str) -> dict:
+    """As a run of train.py records them."""
+    result = CliRunner().invoke(train.main, ["-n", "--reward=sigma", *flags])
+    assert result.exit_code == 0, result.stderr
+    resolved = json.loads(result.stdout)
+    return {**resolved, "hashes": experiment.input_hashes(resolved)}
+
+
+def test_the_recorded_control_is_that_of_the_demo():
+    found = control_figures(settings(), 1.5)
+    recorded = json.loads(bundled.CONTROL.read_text())["tuned_delta_mean"]
+    assert found == {"control_delta_mean": recorded, "control_source": bundled.CONTROL.name}
+    assert control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--rlr=0.1"), 1.5) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--kimg=1"], "kimg 0.24 instead of 1.0"), (["--data=x.zip"], "data synthetic:heads64 instead of x.zip"),
+        (["--seed=3"], "seed 0 instead of 3"), (["--batch=16", "--glr=0.001"], "batch 8 instead of 16"),
+    ],
+)
+def test_the_recorded_control_of_other_settings_is_not_quoted(flags, text):
+    found = control_figures(settings(*flags), 1.5)
+    assert found["control_delta_mean"] is None and text in found["control_source"] and "--lambda-r=0" in found["control_source"]
+
+
+def test_the_recorded_control_of_another_network_is_not_quoted(tiny_networks, tiny_reward):
+    for flag, name in ((f"--init={tiny_networks}", "init (bytes)"), (f"--reward-ckpt={tiny_reward}", "reward (bytes)")):
+        found = control_figures(settings(flag), 1.5)
+        assert found["control_delta_mean"] is None and name in found["control_source"]
+
+
+def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
+    summary = {"tuned_delta_mean": 0.25, "images": 240, "seed": 0, "lambda_r": 0.0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))  # of an earlier version, without its settings
+    (tmp_path / "training_options.json").write_text(json.dumps(settings("--lambda-r=0", "--gamma=0.5")))
+    own = settings("--gamma=0.5", f"--control={tmp_path}")
+    assert control_figures(own, 1.5) == {"control_delta_mean": 0.25, "control_source": "summary.json"}
+    other = control_figures({**own, "gamma": 0.3}, 1.5)
+    assert other["control_delta_mean"] is None and "summary.json is of another run: gamma 0.5 instead of 0.3" in other["control_source"]
+    (tmp_path / "training_options.json").unlink()
+    assert control_figures({**own, "gamma": 0.3}, 1.5)["control_delta_mean"] == 0.25
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "images": 80}))
+    assert "kimg 0.08 instead of 0.24" in control_figures(own, 1.5)["control_source"]
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "lambda_r": 10.0}))
+    assert "lambda_r 10.0 instead of 0" in control_figures(own, 1.5)["control_source"]
