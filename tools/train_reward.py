@@ -19,8 +19,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.label.filters import LabelFilters  # noqa: E402
-from eg3d_rlhf.label.urls import labels_source, source_stem  # noqa: E402
+from eg3d_rlhf.label.preferences import (  # noqa: E402
+    LabelFilters,  # noqa: E402
+    labels_source,
+    source_stem,
+)
 from eg3d_rlhf.reward.config import PRESETS  # noqa: E402
 from eg3d_rlhf.reward.label_source import check_filters, source_name  # noqa: E402
 from eg3d_rlhf.reward.run import (  # noqa: E402

@@ -6,8 +6,8 @@ import secrets
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from eg3d_rlhf.label.entities import LOCAL, ROLES, StoredAnnotator
 from eg3d_rlhf.label.schema import annotators, sessions
-from eg3d_rlhf.label.stored import LOCAL, ROLES, StoredAnnotator
 
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 

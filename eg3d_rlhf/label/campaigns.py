@@ -9,9 +9,8 @@ from functools import cached_property
 
 from sqlalchemy import Column, Connection, Row, Table, func, insert, select
 
-from eg3d_rlhf.label.records import CampaignSettings, Kind, Mode, PlannedPair, Shape
+from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape, StoredCampaign
 from eg3d_rlhf.label.schema import campaigns, pairs, shapes
-from eg3d_rlhf.label.stored import StoredCampaign
 
 FIELDS = tuple(Shape.__dataclass_fields__)
 KINDS = (Kind.PAIR, Kind.GOLD, Kind.TRAINING)

@@ -11,8 +11,8 @@ import numpy as np
 
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.label.damage import damage
+from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
-from eg3d_rlhf.label.records import Shape
 from eg3d_rlhf.media.rendering import Orbit, render
 from eg3d_rlhf.media.shape_files import BORDER
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise

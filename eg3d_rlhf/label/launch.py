@@ -1,17 +1,19 @@
-"""What `tools/label.py` starts: a campaign planned from flags, or the one of that name taken up again."""
+"""What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
-from eg3d_rlhf.cli import naming
+import click
+
+from eg3d_rlhf.cli import naming, option, together
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.label.exchange import preferences_of
+from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, PlannedPair
 from eg3d_rlhf.label.pairing import PairingOptions, plan
-from eg3d_rlhf.label.records import CampaignSettings, PlannedPair
+from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
+from eg3d_rlhf.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.label.store import Store, StoredCampaign
-from eg3d_rlhf.label.stored import LOCAL
 
 DB = "sqlite:///runs/labels/labels.db"
 PAIRING = tuple(field.name for field in fields(PairingOptions))
@@ -78,7 +80,7 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
         with naming("--after"):
             if store is None:
                 raise ValueError(f"expected a campaign of the database, got {request.after!r} and no database. Check --db.")
-            results = preferences_of(store, campaign=request.after)
+            results = preferences_of(store, LabelFilters(campaign=request.after))
     with naming("--network"):
         generator = load_generator(request.network)
     tell(f"planning {request.pairing.pairs} pairs ({request.pairing.strategy}) ...")
@@ -116,3 +118,46 @@ def open_store(url: str, create: bool) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    """How the server is reached."""
+
+    host: str
+    port: int
+    certificate: Path | None
+    key: Path | None
+    proxy: str | None
+    access_log: Path | None
+    title: str
+    cache: Path
+
+    def __post_init__(self):
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("--certificate, --key: expected both or neither. Give the PEM files of the certificate and of its key.")
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines reach the server; then tokens are compulsory."""
+        return not is_loopback(self.host) or self.proxy is not None
+
+
+def server_options(access_log: str, title: str = "Heading of the page."):
+    """A decorator: the flags that a labelling server takes; `access_log` says where that file lies by default."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    pem = click.Path(path_type=Path, exists=True, dir_okay=False)
+    flags = (
+        option("--host", metavar="ADDRESS", default="127.0.0.1", group="Server",
+               help="Address to bind to. Any but loopback makes annotators' tokens compulsory."),
+        option("--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one.", group="Server"),
+        option("--certificate", metavar="FILE", type=pem, default=None, group="Server",
+               help="PEM file; with --key, the server speaks https."),
+        option("--key", metavar="FILE", type=pem, default=None, group="Server", help="PEM file of the certificate's key."),
+        option("--proxy", metavar="ADDRESS", default=None, group="Server",
+               help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory."),
+        option("--access-log", metavar="FILE", type=file, default=None, group="Server", show_default=access_log,
+               help="Requests as JSON lines, without tokens."),
+        option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server"),
+    )
+    return together(*flags)

@@ -15,7 +15,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.label import active, tournament
 from eg3d_rlhf.label.damage import DAMAGES
-from eg3d_rlhf.label.records import Kind, PlannedPair, Shape
+from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.annotator import disjoint_pairs
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
 from eg3d_rlhf.sigma.mesh import LEVEL

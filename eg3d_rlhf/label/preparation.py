@@ -3,27 +3,129 @@
 It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and takes up where it was. A shape
 that cannot be drawn is noted and passed over. It ends by itself when the process that started it is gone, however that ended.
 
-\b
+
 Example:
     python -m eg3d_rlhf.label.preparation --url=sqlite:///labels.db --campaign=first
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, option
-from eg3d_rlhf.label.records import Shape
-from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
-from eg3d_rlhf.label.shape_work import ShapeProgress, prepare, progress_file
+from eg3d_rlhf.label.entities import Shape
+from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache, shape_key
+from training.storage import write_atomic
+
+_RECENT = 50  # shapes over which the pace is taken
+
+
+class Drawer(Protocol):
+    """What draws; see `drawing.ShapeDrawer`."""
+
+    def generator(self, shape: Shape) -> object:
+        """The generator of a shape; ValueError or OSError where it cannot be had."""
+
+    def mesh(self, shape: Shape) -> bytes:
+        """The compressed mesh; ValueError for a shape that cannot be drawn."""
+
+    def picture(self, shape: Shape) -> bytes:
+        """The PNG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeProgress:
+    """How far the preparation of a campaign is."""
+
+    campaign: str
+    done: int = 0  # shapes that are prepared
+    total: int = 0  # distinct shapes
+    failed: int = 0  # shapes that cannot be drawn; their pairs are never shown
+    seconds_per_shape: float | None = None  # over the last 50 that were drawn; None before the first
+    seconds_left: float | None = None
+    finished: bool = False  # nothing is left to draw
+    error: str | None = None  # why the worker gave up; may name files, so it is for administrators
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        write_atomic(path, (json.dumps(asdict(self)) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "ShapeProgress | None":
+        """What was written; None where there is nothing of this version."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
+    """Where a campaign's progress is written: campaigns of several databases may share a cache."""
+    name = hashlib.sha256(json.dumps([url, campaign]).encode()).hexdigest()[:16]
+    return cache.folder / f"progress-{name}.json"
+
+
+def prepare(
+    shapes: Iterable[Shape], cache: ShapeCache, drawer: Drawer, renders: bool = False, tell: Callable[[dict], None] = lambda fields: None
+) -> None:
+    """Draw whatever of the shapes is missing in the cache, in order.
+
+    Args: renders: also the RGB pictures; tell: hears the fields of `ShapeProgress` that it knows, before the first shape and after each.
+    Raises: ValueError, OSError where a generator or the disk fails: that is no shape's fault, and nothing is noted against one.
+    """
+    distinct = {shape_key(shape): shape for shape in shapes}
+    failed = {key for key, shape in distinct.items() if cache.failure(shape)}
+    missing = [key for key, shape in distinct.items() if key not in failed and not _ready(cache, shape, renders)]
+    seconds: deque[float] = deque(maxlen=_RECENT)
+
+    def report(left: int) -> None:
+        pace = sum(seconds) / len(seconds) if seconds else None
+        tell({
+            "done": len(distinct) - len(failed) - left, "total": len(distinct), "failed": len(failed), "seconds_per_shape": pace,
+            "seconds_left": 0.0 if left == 0 else pace and pace * left, "finished": left == 0,
+        })  # fmt: skip
+
+    report(len(missing))
+    for number, key in enumerate(missing, 1):
+        start = time.monotonic()
+        drawer.generator(distinct[key])
+        reason = _draw(distinct[key], cache, drawer, renders)
+        if reason is not None:
+            cache.put_failure(distinct[key], reason)
+            failed.add(key)
+        seconds.append(time.monotonic() - start)
+        report(len(missing) - number)
+
+
+def _ready(cache: ShapeCache, shape: Shape, renders: bool) -> bool:
+    return cache.mesh(shape) is not None and (not renders or cache.render(shape) is not None)
+
+
+def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> str | None:
+    """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh. Returns why it cannot be drawn."""
+    try:
+        picture = drawer.picture(shape) if renders and cache.render(shape) is None else None
+        mesh = drawer.mesh(shape) if cache.mesh(shape) is None else None
+    except ValueError as error:
+        return str(error)
+    if picture is not None:
+        cache.put_render(shape, picture)
+    if mesh is not None:
+        cache.put_mesh(shape, mesh)
+    return None
+
 
 _ROOT = Path(__file__).resolve().parents[2]  # found by the worker, wherever the server was started
 URL_VARIABLE = "EG3D_RLHF_LABEL_URL"  # passes the database's address, password included, out of sight of the process list

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eg3d_rlhf.label.records import Choice, JudgementRow, Kind, Mode, Shape
+from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
 from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry, cycles

@@ -13,8 +13,8 @@ from sqlalchemy import Connection, insert, select, update
 
 from eg3d_rlhf.label import campaigns
 from eg3d_rlhf.label.database import Lock
-from eg3d_rlhf.label.filters import LabelFilters
-from eg3d_rlhf.label.records import CampaignSettings, Choice, Kind, PlannedPair, Shape
+from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind, PlannedPair, Shape
+from eg3d_rlhf.label.preferences import LabelFilters
 from eg3d_rlhf.label.schema import assignments, judgements, pairs
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels

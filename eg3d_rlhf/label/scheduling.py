@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from eg3d_rlhf.label.campaigns import Plan, StoredPair
-from eg3d_rlhf.label.records import Choice, Kind
+from eg3d_rlhf.label.entities import Choice, Kind
 
 WINDOW = 64  # pairs to choose from
 Ready = Callable[[StoredPair], bool]

@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from eg3d_rlhf.label.records import Shape
+from eg3d_rlhf.label.entities import Shape
 from training.storage import write_atomic
 
 VERSION = 1  # of how shapes are drawn and written; a change makes other files

@@ -7,15 +7,25 @@ from contextlib import AbstractContextManager
 
 from sqlalchemy import Connection
 
-from eg3d_rlhf.label import accounts, answering, campaigns
+from eg3d_rlhf.label import accounts, campaigns, judgements
+from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
 from eg3d_rlhf.label.campaigns import Plan
 from eg3d_rlhf.label.database import Database, Lock
-from eg3d_rlhf.label.issuing import Issuer
-from eg3d_rlhf.label.judgements import read_judgements
+from eg3d_rlhf.label.entities import (
+    LOCAL,
+    Answer,
+    AssignedPair,
+    CampaignSettings,
+    ConflictError,
+    JudgementRow,
+    PlannedPair,
+    Progress,
+    Shape,
+    StoredAnnotator,
+    StoredCampaign,
+    Submitted,
+)
 from eg3d_rlhf.label.migrations import migrate
-from eg3d_rlhf.label.progress import FreePairs, read_progress
-from eg3d_rlhf.label.records import Answer, AssignedPair, CampaignSettings, JudgementRow, PlannedPair, Shape
-from eg3d_rlhf.label.stored import LOCAL, ConflictError, Progress, StoredAnnotator, StoredCampaign, Submitted
 
 __all__ = ["ConflictError", "Progress", "Store", "StoredAnnotator", "StoredCampaign", "Submitted"]
 
@@ -147,10 +157,10 @@ class Store:
         Raises: ValueError for answers that cannot be stored; LookupError for an assignment that is not this annotator's;
         ConflictError when it is answered already, or the key was an undo's.
         """
-        answering.check_answer(answer)
+        judgements.check_answer(answer)
         plan = self._plan(campaign_id)
         with self._database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return answering.submit(c, plan, annotator_id, answer, self._clock())
+            return judgements.submit(c, plan, annotator_id, answer, self._clock())
 
     def undo(self, campaign_id: int, annotator_id: int, key: str, assignment: str | None = None) -> str | None:
         """Take back the annotator's last counting answer, or that of `assignment`, with a further record; idempotent by key.
@@ -158,9 +168,9 @@ class Store:
         Returns the token of the assignment that is open again, None if there was nothing to take back.
         Raises: LookupError for a foreign assignment; ConflictError when the key was an answer's; ValueError for an unfit key.
         """
-        answering.check_text("key", key)
+        judgements.check_text("key", key)
         with self._database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return answering.undo(c, campaign_id, annotator_id, key, assignment, self._clock())
+            return judgements.undo(c, campaign_id, annotator_id, key, assignment, self._clock())
 
     def progress(self, campaign_id: int, annotator_id: int) -> Progress:
         """How far the annotator is."""
@@ -172,7 +182,7 @@ class Store:
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
     ) -> Iterator[JudgementRow]:
         """Choices in order of receipt."""
-        return read_judgements(self._database, campaign, annotators, include_undone)
+        return judgements.read_judgements(self._database, campaign, annotators, include_undone)
 
     # --- for imports and exports
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from eg3d_rlhf.label.filters import LabelFilters
-from eg3d_rlhf.label.urls import is_store_url, without_password
+from eg3d_rlhf.label.preferences import LabelFilters, is_store_url, read_preferences, without_password
 from eg3d_rlhf.preferences.labels import FIELDS, Preference, load_labels, write_labels
 from training.distributed import SINGLE, Ranks
 
@@ -18,18 +17,14 @@ def read_labels_of(
 ) -> list[Preference]:
     """Labels of a file or of a store's URL; a run that goes on in folder `resumed` gets those it began with. All ranks get rank 0's.
 
-    Raises: as `load_labels` and `preferences_from_store`; ValueError for filters with a file.
+    Raises: as `load_labels` and `read_preferences`; ValueError for filters with a file.
     """
     check_filters(source, filters)
     if not is_store_url(source):
         return load_labels(source)
     if resumed is not None and (resumed / KEPT).is_file():
         return load_labels(resumed / KEPT)
-    try:
-        from eg3d_rlhf.label.exchange import preferences_from_store
-    except ImportError as error:
-        raise ValueError(f"--labels: expected SQLAlchemy to read a store, got: {error}. pip install 'eg3d-rlhf[label]'.") from None
-    found = preferences_from_store(source, **asdict(filters))
+    found = read_preferences(source, filters)
     records = ranks.broadcast([label.to_dict() for label in found])  # somebody may have answered between two ranks' reading
     return [_from_record(record) for record in records]
 

@@ -9,7 +9,7 @@ import torch
 
 from eg3d_rlhf.cli import ASSETS, versions
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
-from eg3d_rlhf.label.filters import LabelFilters
+from eg3d_rlhf.label.preferences import LabelFilters
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
 from eg3d_rlhf.preferences.labels import Preference, labels_hash
 from eg3d_rlhf.reward.curves import collect_curves, plot_curves, write_curves

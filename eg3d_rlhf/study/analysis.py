@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode
 from eg3d_rlhf.label.quality import agreement
-from eg3d_rlhf.label.records import Choice, JudgementRow, Kind, Mode
 from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.study.design import StudyDesign, stopped
 from eg3d_rlhf.study.estimate import cluster_bootstrap, win_rate

@@ -8,13 +8,20 @@ from pathlib import Path
 
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.label.entities import LOCAL, JudgementRow, Kind
 from eg3d_rlhf.label.launch import open_store, sqlite_file
-from eg3d_rlhf.label.records import JudgementRow, Kind
 from eg3d_rlhf.label.store import Store
-from eg3d_rlhf.label.stored import LOCAL
 from eg3d_rlhf.study.analysis import sort_rows
-from eg3d_rlhf.study.design import ExclusionRules, StudyDesign, read_design, stopped, write_design
-from eg3d_rlhf.study.plan import campaign_settings, contender, study_pairs
+from eg3d_rlhf.study.design import (
+    ExclusionRules,
+    StudyDesign,
+    campaign_settings,
+    contender,
+    read_design,
+    stopped,
+    study_pairs,
+    write_design,
+)
 from eg3d_rlhf.study.power import PowerOptions, SampleSize, sample_size
 
 RULES = tuple(ExclusionRules.__dataclass_fields__)

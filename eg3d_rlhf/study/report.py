@@ -11,11 +11,11 @@ from datetime import datetime
 from pathlib import Path
 
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
-from eg3d_rlhf.label.records import JudgementRow
+from eg3d_rlhf.label.entities import JudgementRow
 from eg3d_rlhf.study.analysis import analyse
+from eg3d_rlhf.study.conclusions import conclusions
 from eg3d_rlhf.study.design import Contender, StudyDesign
 from eg3d_rlhf.study.page import page
-from eg3d_rlhf.study.words import conclusions
 from training.storage import write_atomic
 
 PICTURE = 192  # pixels

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
-from eg3d_rlhf.label.records import Kind, PlannedPair, Shape
 from eg3d_rlhf.label.server.options import STATIC
 from eg3d_rlhf.label.shape_cache import ShapeCache
 from tests.label.serving import Served, running, shape

@@ -13,10 +13,10 @@ from PIL import Image
 
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.drawing import ShapeDrawer
+from eg3d_rlhf.label.entities import Answer, Choice, PlannedPair, Shape
 from eg3d_rlhf.label.pairing import PairingOptions, shape_of
-from eg3d_rlhf.label.records import Answer, Choice, PlannedPair, Shape
+from eg3d_rlhf.label.preparation import prepare
 from eg3d_rlhf.label.shape_cache import ShapeCache
-from eg3d_rlhf.label.shape_work import prepare
 from tests.label.browser import Page, chromium, serving_page
 from tests.label.serving import Served
 

@@ -1,6 +1,6 @@
 """Small plans and answers for tests of the store."""
 
-from eg3d_rlhf.label.records import Answer, Choice, Kind, PlannedPair, Shape
+from eg3d_rlhf.label.entities import Answer, Choice, Kind, PlannedPair, Shape
 
 HASH = "a1" * 32
 

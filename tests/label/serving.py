@@ -14,8 +14,8 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
+from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
-from eg3d_rlhf.label.records import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.server.app import configure, create_app, listen
 from eg3d_rlhf.label.server.options import AppOptions, Limits
 from eg3d_rlhf.label.shape_cache import ShapeCache

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from eg3d_rlhf.label.records import Shape
+from eg3d_rlhf.label.entities import Shape
 
 SHAPE = Shape(generator="a" * 64, source="", seed=7, psi=1.0, level=10.0, resolution=32, triangles=500)
 

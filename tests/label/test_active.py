@@ -11,8 +11,8 @@ import torch
 
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.active import Judged, candidates, disagreement, judge, load_members, pair_features, select
+from eg3d_rlhf.label.entities import Kind
 from eg3d_rlhf.label.pairing import PairingOptions, plan
-from eg3d_rlhf.label.records import Kind
 from eg3d_rlhf.reward.files import load_reward, save_reward
 from eg3d_rlhf.reward.model import RewardModel
 from eg3d_rlhf.reward.slabs import generator_slabs

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.label import commands, launch
-from eg3d_rlhf.label.records import Answer, Choice
+from eg3d_rlhf.label.entities import Answer, Choice
 from eg3d_rlhf.label.store import Store
 from tests.label import serving
 

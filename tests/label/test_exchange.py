@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.label.exchange import (
-    export_judgements,
+from eg3d_rlhf.label.archive import export_judgements, import_judgements
+from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
+from eg3d_rlhf.label.preferences import (
+    LabelFilters,
     export_labels,
-    export_ranked_seeds,
-    import_judgements,
-    import_ranked_seeds,
-    preferences_from_store,
+    is_store_url,
+    labels_source,
     preferences_of,
+    read_preferences,
+    source_stem,
+    without_password,
 )
-from eg3d_rlhf.label.filters import LabelFilters
-from eg3d_rlhf.label.records import CampaignSettings, Choice, Kind, Mode, PlannedPair
+from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
 from eg3d_rlhf.label.store import Store
-from eg3d_rlhf.label.urls import is_store_url, labels_source, source_stem, without_password
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.reward.label_source import read_labels_of
 from tests.label.plans import HASH, Clock, answer, plan, shape
@@ -161,7 +162,7 @@ def test_filters(judged, case):
     chosen, keep = FILTERS[case]
     rows = [row for row in judged.judgements() if row.kind is Kind.PAIR and row.choice is not Choice.SKIP]
     expected = [row.id for row in rows if keep(row)]
-    assert [p.extra["judgement"] for p in preferences_of(judged, **chosen)] == expected
+    assert [p.extra["judgement"] for p in preferences_of(judged, LabelFilters(**chosen))] == expected
     assert 0 < len(expected) < len(rows) or case in ("gold zero", "campaign")
 
 
@@ -172,7 +173,7 @@ def test_repeats_can_be_dropped(store):
     k = 0
     while shown := store.assignments(campaign, who):
         store.submit(campaign, who, answer(shown[0], f"k{(k := k + 1)}"))
-    assert len(preferences_of(store, drop_repeats=True)) == 12 < len(preferences_of(store)) == k
+    assert len(preferences_of(store, LabelFilters(drop_repeats=True))) == 12 < len(preferences_of(store)) == k
 
 
 def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
@@ -183,7 +184,7 @@ def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
         ({"least_gold_accuracy": 2}, "0..1"), ({"min_milliseconds": -1}, ">= 0"), ({"min_milliseconds": 10**9}, "got none that passes"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            preferences_from_store(url, **chosen)
+            read_preferences(url, LabelFilters(**chosen))
 
 
 def test_a_study_is_no_source_of_labels(store):
@@ -193,7 +194,7 @@ def test_a_study_is_no_source_of_labels(store):
     store.submit(campaign, who, answer(store.assignments(campaign, who)[0], "k"))
     assert preferences_of(store) == []
     with pytest.raises(ValueError, match="got a study"):
-        preferences_of(store, campaign="s")
+        preferences_of(store, LabelFilters(campaign="s"))
 
 
 def test_pairs_that_seeds_cannot_name_are_refused(store):

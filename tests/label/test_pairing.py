@@ -9,8 +9,8 @@ import pytest
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.label.damage import DAMAGES
+from eg3d_rlhf.label.entities import CampaignSettings, Kind
 from eg3d_rlhf.label.pairing import PairingOptions, known_answers, plan, plan_pairs, spread
-from eg3d_rlhf.label.records import CampaignSettings, Kind
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import Preference
 from tests.label.shapes import numbered

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.label.entities import CampaignSettings, PlannedPair
 from eg3d_rlhf.label.mesh_binary import decode_mesh, decompress
 from eg3d_rlhf.label.preparation import Preparation, main
-from eg3d_rlhf.label.records import CampaignSettings, PlannedPair
 from eg3d_rlhf.label.shape_cache import ShapeCache
 from eg3d_rlhf.label.store import Store
 from tests.label.shapes import numbered

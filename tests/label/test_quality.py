@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Shape
 from eg3d_rlhf.label.quality import QualityLimits, quality_report
-from eg3d_rlhf.label.records import Choice, JudgementRow, Kind, Shape
 
 
 def shape(seed: int, generator: str = "a" * 64) -> Shape:

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
+from eg3d_rlhf.label.entities import SKIP_REASONS, Mode, PlannedPair
 from eg3d_rlhf.label.mesh_binary import decode_mesh
-from eg3d_rlhf.label.records import SKIP_REASONS, Mode, PlannedPair
 from eg3d_rlhf.label.server.app import create_app, serve
 from eg3d_rlhf.label.server.options import AppOptions, Limits, is_loopback
 from tests.label import serving
@@ -205,10 +205,10 @@ def see_quality_and_exports(page) -> None:
 
 
 def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
-    from eg3d_rlhf.label.server import admin
+    from eg3d_rlhf.label.server import routes
 
     calls = []
-    monkeypatch.setattr(admin, "quality_report", lambda rows: calls.append(1) or {"judgements": 0})
+    monkeypatch.setattr(routes, "quality_report", lambda rows: calls.append(1) or {"judgements": 0})
     assert [served.browser().get("/api/admin/quality").status_code for _ in range(4)] == [200] * 4 and len(calls) == 1
 
 

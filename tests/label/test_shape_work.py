@@ -2,8 +2,8 @@
 
 import pytest
 
+from eg3d_rlhf.label.preparation import ShapeProgress, prepare, progress_file
 from eg3d_rlhf.label.shape_cache import ShapeCache, shape_key
-from eg3d_rlhf.label.shape_work import ShapeProgress, prepare, progress_file
 from tests.label.shapes import numbered
 
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from eg3d_rlhf.label.records import CampaignSettings, Choice, Kind, Mode, PlannedPair
+from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.label.store import ConflictError, Store
 from tests.label.plans import Clock, answer, plan, shape
 

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import text
 
 from eg3d_rlhf.label import database
-from eg3d_rlhf.label.records import CampaignSettings, Kind
+from eg3d_rlhf.label.entities import CampaignSettings, Kind
 from eg3d_rlhf.label.store import ConflictError, Store
 from tests.label.plans import answer, plan
 

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-from eg3d_rlhf.label.records import CampaignSettings, Choice
+from eg3d_rlhf.label.entities import CampaignSettings, Choice
 from eg3d_rlhf.label.schema import VERSION
 from eg3d_rlhf.label.store import Store
 from tests.label.plans import HASH, answer, plan

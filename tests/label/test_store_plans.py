@@ -5,14 +5,14 @@ import re
 import pytest
 from sqlalchemy.dialects import sqlite
 
-from eg3d_rlhf.label import issuing, progress
-from eg3d_rlhf.label.records import CampaignSettings
+from eg3d_rlhf.label import assignments
+from eg3d_rlhf.label.entities import CampaignSettings
 from eg3d_rlhf.label.store import Store
 from tests.label.plans import plan
 
 HOT = {
-    "answered": progress.ANSWERED, "free": progress.FREE, "left": progress.HAD_AND_RECENT, "open": issuing.OPEN_ONES,
-    "past": issuing.PAST, "stamp": issuing.STAMP, "window": issuing.PAGE, "expired": issuing.EXPIRED,
+    "answered": assignments.ANSWERED, "free": assignments.FREE, "left": assignments.HAD_AND_RECENT, "open": assignments.OPEN_ONES,
+    "past": assignments.PAST, "stamp": assignments.STAMP, "window": assignments.PAGE, "expired": assignments.EXPIRED,
 }
 
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from eg3d_rlhf.label.issuing import LEASE_SECONDS
-from eg3d_rlhf.label.records import CampaignSettings, Choice, Kind
+from eg3d_rlhf.label.assignments import LEASE_SECONDS
+from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind
 from eg3d_rlhf.label.store import Store
 from tests.label.plans import Clock, answer, plan
 

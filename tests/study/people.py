@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eg3d_rlhf.label.records import Answer, Choice, JudgementRow, Kind
+from eg3d_rlhf.label.entities import Answer, Choice, JudgementRow, Kind
 from eg3d_rlhf.label.store import Store
-from eg3d_rlhf.study.design import Contender, StudyDesign
-from eg3d_rlhf.study.plan import campaign_settings, shape_of, study_pairs
+from eg3d_rlhf.study.design import Contender, StudyDesign, campaign_settings, shape_of, study_pairs
 
 A = Contender(label="before", source="before.safetensors", generator="a" * 64)
 B = Contender(label="after", source="after.safetensors", generator="b" * 64)

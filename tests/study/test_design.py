@@ -7,9 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from eg3d_rlhf.label.records import Kind, Mode
-from eg3d_rlhf.study.design import ExclusionRules, content_hash, read_design, stopped, write_design
-from eg3d_rlhf.study.plan import campaign_settings, study_pairs
+from eg3d_rlhf.label.entities import Kind, Mode
+from eg3d_rlhf.study.design import ExclusionRules, campaign_settings, content_hash, read_design, stopped, study_pairs, write_design
 from tests.study.people import A, B, small_design
 
 

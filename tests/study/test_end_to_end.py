@@ -11,7 +11,7 @@ from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.study import report as reports
 from eg3d_rlhf.study.analysis import analyse
-from eg3d_rlhf.study.plan import contender
+from eg3d_rlhf.study.design import contender
 from tests import tiny_runs
 from tests.study.people import Person, create, small_design
 from training import networks

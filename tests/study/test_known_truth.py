@@ -5,7 +5,7 @@ import pytest
 
 from eg3d_rlhf.metrics.statistics import wilson_interval
 from eg3d_rlhf.study.estimate import cluster_bootstrap, win_rate
-from eg3d_rlhf.study.simulate import SimulationOptions, allocation, centre, coverage, simulate
+from eg3d_rlhf.study.power import SimulationOptions, allocation, centre, coverage, simulate
 
 
 @pytest.mark.parametrize(

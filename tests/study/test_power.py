@@ -3,8 +3,7 @@
 import pytest
 from scipy.stats import binom, binomtest
 
-from eg3d_rlhf.study.power import PowerOptions, decided_trials, exact_power, sample_size
-from eg3d_rlhf.study.simulate import SimulationOptions, coverage
+from eg3d_rlhf.study.power import PowerOptions, SimulationOptions, coverage, decided_trials, exact_power, sample_size
 
 
 @pytest.mark.parametrize(("n", "rate", "alpha"), [(5, 0.9, 0.05), (6, 0.9, 0.05), (30, 0.8, 0.01), (49, 0.7, 0.05), (64, 0.35, 0.1)])

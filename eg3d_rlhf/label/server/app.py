@@ -9,15 +9,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from eg3d_rlhf.label.server.access_log import AccessLog
-from eg3d_rlhf.label.server.admin import admin_api
-from eg3d_rlhf.label.server.api import label_api
-from eg3d_rlhf.label.server.context import Context
 from eg3d_rlhf.label.server.errors import add_handlers
 from eg3d_rlhf.label.server.gate import Gate
 from eg3d_rlhf.label.server.identity import Identities
 from eg3d_rlhf.label.server.options import AppOptions, Limits, is_loopback
 from eg3d_rlhf.label.server.pages import pages, read_static, version_of
-from eg3d_rlhf.label.server.shelf import Shelf
+from eg3d_rlhf.label.server.prepared_shapes import PreparedShapes
+from eg3d_rlhf.label.server.routes import Context, admin_api, label_api
 
 
 def create_app(options: AppOptions) -> FastAPI:
@@ -30,7 +28,7 @@ def create_app(options: AppOptions) -> FastAPI:
         raise ValueError(f"create_app: expected a campaign of the store, got {options.campaign!r}. Make it with tools/label.py.")
     files = read_static(options.static)
     identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
-    parts = {"identities": identities, "shelf": Shelf(options, campaign), "files": files, "page_version": version_of(files)}
+    parts = {"identities": identities, "shapes": PreparedShapes(options, campaign), "files": files, "page_version": version_of(files)}
     context = Context(options=options, campaign=campaign, **parts)
 
     @contextlib.asynccontextmanager

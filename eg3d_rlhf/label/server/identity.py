@@ -1,5 +1,7 @@
 """Who asks: a bearer token, a session cookie, or on loopback whoever sits at this machine."""
 
+import hashlib
+import hmac
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +9,9 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
-from eg3d_rlhf.label.records import Mode
+from eg3d_rlhf.label.entities import Mode
 from eg3d_rlhf.label.server.errors import Refusal, too_many
 from eg3d_rlhf.label.server.options import AppOptions
-from eg3d_rlhf.label.server.origins import csrf_token
 from eg3d_rlhf.label.server.rates import Guesses, address_key
 from eg3d_rlhf.label.store import StoredAnnotator
 
@@ -96,3 +97,8 @@ def kept_secret(path: Path) -> bytes:
     if len(secret) != 32:
         raise ValueError(f"{path}: expected 32 bytes, got {len(secret)}. Delete the file; it is made again.")
     return secret
+
+
+def csrf_token(key: str | bytes, purpose: str) -> str:
+    """HMAC-SHA256 of the purpose under a key that other sites cannot know: the session's id, or the server's secret."""
+    return hmac.new(key.encode() if isinstance(key, str) else key, purpose.encode(), hashlib.sha256).hexdigest()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from eg3d_rlhf.label.records import SKIP_REASONS, Choice
+from eg3d_rlhf.label.entities import SKIP_REASONS, Choice
 
 NAME = r"^\w(?:[\w .@+-]{0,78}[\w.@+-])?$"  # of an annotator: letters and digits of any script, and a few signs between them
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # keys and tokens

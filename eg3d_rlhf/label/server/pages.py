@@ -13,12 +13,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from eg3d_rlhf.label.server.context import Admin, Context, Who
 from eg3d_rlhf.label.server.errors import Refusal, note
-from eg3d_rlhf.label.server.gate import FORGET
-from eg3d_rlhf.label.server.headers import policy_of_style
-from eg3d_rlhf.label.server.identity import COOKIE
-from eg3d_rlhf.label.server.origins import csrf_token
+from eg3d_rlhf.label.server.gate import FORGET, policy_of_style
+from eg3d_rlhf.label.server.identity import COOKIE, csrf_token
+from eg3d_rlhf.label.server.routes import Admin, Context, Who
 
 SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
 LOGIN_COOKIE = "login"

@@ -1,28 +1,31 @@
-"""Giving out assignments: short transactions in which a pair's place is taken or left to somebody else.
+"""Giving out assignments in short transactions, and how far an annotator is with hers.
 
-A place is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place while the
-annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her return if
-it is still free. An answer that arrives later than that is kept all the same.
+A place of a pair is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place
+while the annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her
+return if it is still free. An answer that arrives later than that is kept all the same.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, and_, bindparam, func, insert, not_, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, literal, not_, or_, select, update
 
 from eg3d_rlhf.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.label.database import Database, Lock
-from eg3d_rlhf.label.records import AssignedPair, Kind
+from eg3d_rlhf.label.entities import AssignedPair, Kind, Progress
 from eg3d_rlhf.label.scheduling import WINDOW, Next, Ready, Scheduler, Shown
 from eg3d_rlhf.label.schema import assignments as a
-from eg3d_rlhf.label.schema import judgements, pairs
+from eg3d_rlhf.label.schema import judgements as j
+from eg3d_rlhf.label.schema import pairs
 
 LEASE_SECONDS = 30 * 60
 RENEW_SECONDS = 60  # leases younger than this are left alone, which saves a write
 RELEASE_AT_ONCE = 500
-PAIR = Kind.PAIR.value
+HOUR = 3600
+PAIR, TRAINING = Kind.PAIR.value, Kind.TRAINING.value
 
 # built once: building a statement takes longer than running it
 MINE = and_(a.c.campaign_id == bindparam("campaign"), a.c.annotator_id == bindparam("annotator"))
@@ -31,7 +34,7 @@ HELD = (a.c.id, a.c.token, a.c.pair_id, a.c.sequence, a.c.kind, a.c.first_is_lef
 ROOM = and_(pairs.c.campaign_id == bindparam("campaign"), pairs.c.kind == PAIR, pairs.c.taken < pairs.c.places)
 HAD = select(a.c.id).where(a.c.annotator_id == bindparam("annotator"), a.c.pair_id == pairs.c.id, a.c.kind == PAIR).exists()
 OPEN_ONES = select(*HELD).where(MINE, OPEN)
-PAST = select(*HELD, judgements.c.choice).outerjoin_from(a, judgements, judgements.c.id == a.c.answered).where(MINE).order_by(a.c.sequence)
+PAST = select(*HELD, j.c.choice).outerjoin_from(a, j, j.c.id == a.c.answered).where(MINE).order_by(a.c.sequence)
 STAMP = select(
     func.count(), func.count(a.c.answered), func.count(a.c.released), func.count(a.c.undone), func.max(a.c.answered), func.max(a.c.undone),
 ).where(MINE)  # fmt: skip
@@ -45,6 +48,16 @@ TAKE = update(pairs).where(pairs.c.id == bindparam("pair"), pairs.c.taken < pair
 MAKE = insert(a)
 GIVE_BACK = update(pairs).where(pairs.c.id == bindparam("pair")).values(taken=pairs.c.taken - 1)
 RENEW = update(a).where(MINE, OPEN, a.c.leased < bindparam("before")).values(leased=bindparam("now"))
+ANSWERED = select(a.c.kind, func.count(a.c.answered).label("answered"), func.count().label("shown"))
+ANSWERED = ANSWERED.where(MINE, a.c.answered.is_not(None) | OPEN).group_by(a.c.kind)
+FREE = select(func.count()).select_from(pairs).where(ROOM)
+FREE_BUT_HAD = select(func.count()).select_from(a.join(pairs, pairs.c.id == a.c.pair_id)).where(MINE, a.c.kind == PAIR, ROOM)
+RECENT = select(func.count()).select_from(j.join(a, (a.c.id == j.c.assignment_id) & (a.c.answered == j.c.id))).where(
+    j.c.campaign_id == bindparam("campaign"), j.c.annotator_id == bindparam("annotator"), j.c.received_at > bindparam("since"),
+    a.c.kind != TRAINING,
+).scalar_subquery()  # fmt: skip
+HAD_AND_RECENT = select(FREE_BUT_HAD.scalar_subquery().label("had"), RECENT.label("recent"))
+ONLY_RECENT = select(literal(0).label("had"), RECENT.label("recent"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,3 +194,40 @@ def _open(row: Row) -> bool:
 def take_place(c: Connection, pair_id: int) -> bool:
     """Take a place of a pair; whether there was one."""
     return c.execute(TAKE, {"pair": pair_id}).rowcount == 1
+
+
+class FreePairs:
+    """How many pairs have room: counted every time where few are left, and where many are, when the last count is SECONDS old."""
+
+    MANY, SECONDS = 500, 2.0
+
+    def __init__(self):
+        self._counted: dict[int, tuple[float, int]] = {}  # campaign -> (when, how many)
+
+    def count(self, c: Connection, campaign_id: int, now: float) -> int:
+        """Pairs of a campaign with room, exact from MANY down."""
+        when, free = self._counted.get(campaign_id, (-math.inf, 0))
+        if free <= self.MANY or not 0 <= now - when < self.SECONDS:
+            free = c.execute(FREE, {"campaign": campaign_id}).scalar_one()
+            self._counted[campaign_id] = now, free
+        return free
+
+
+def read_progress(c: Connection, plan: Plan, annotator_id: int, now: float, free_pairs: FreePairs) -> Progress:
+    """See `Progress`. The total is exact once no pair is left; before, due repeats and gold checks are estimated from their shares."""
+    me = {"campaign": plan.campaign.id, "annotator": annotator_id}
+    counts = {row.kind: row for row in c.execute(ANSWERED, me)}
+    settings = plan.campaign.settings
+    free = free_pairs.count(c, plan.campaign.id, now)
+    shared = settings.annotators_per_pair > 1 or free <= FreePairs.MANY  # else pairs with room are ones that nobody was shown
+    left = c.execute(HAD_AND_RECENT if shared else ONLY_RECENT, {**me, "since": now - HOUR}).one()
+    training = counts.pop(TRAINING, None)
+    shown, done = sum(row.shown for row in counts.values()), sum(row.answered for row in counts.values())
+    checks = 1 / settings.gold_every if settings.gold_every and plan.gold else 0
+    new = max(1 - checks - settings.repeat_share - settings.swap_share, 0.1)  # share of the trials that show a new pair
+    total = shown + round((free - left.had) / new)
+    if settings.trials_per_annotator is not None:
+        total = max(shown, min(total, settings.trials_per_annotator))
+    begun = training.shown - training.answered if training else 0
+    to_come = 0 if shown else len(plan.training) - (training.shown if training else 0)
+    return Progress(done=done, total=total, training_left=begun + to_come, last_hour=left.recent)

@@ -1,15 +1,47 @@
-"""From judgements to training labels: which of them count, and what they say in the open label format."""
+"""Preferences out of a store: which judgements count, what they say in the open label format, and how a store is named.
+
+Importing this needs no database package; reading a store does.
+"""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eg3d_rlhf.label.records import Choice, JudgementRow, Kind, Mode, Shape
-from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
+from eg3d_rlhf.preferences.labels import Preference, write_labels
 
+if TYPE_CHECKING:
+    from eg3d_rlhf.label.store import Store
+
+_STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
 COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)  # gold and training pairs have known answers and damaged shapes
+_PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
+
+
+def is_store_url(source: object) -> bool:
+    """Whether `source` names a store and not a file."""
+    return isinstance(source, str) and _STORE.match(source) is not None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and written down."""
+    return _PASSWORD.sub(r"\1:***@", url)
+
+
+def labels_source(source: str | Path) -> str | Path:
+    """A store's URL as it is, anything else as a path."""
+    return source if is_store_url(source) else Path(source)
+
+
+def source_stem(source: str | Path) -> str:
+    """A short name: the file's or database's, without its ending."""
+    text = source.split("?")[0] if is_store_url(source) else str(source)
+    return Path(text).stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +133,51 @@ def _provenance(row: JudgementRow) -> dict:
         "triangles": shape.triangles,
     }  # fmt: skip
     return {k: v for k, v in known.items() if v is not None}
+
+
+def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
+    """Labels of a store in order of receipt.
+
+    Raises: ValueError for an unknown campaign or annotator, a study, and pairs that the label format cannot name.
+    """
+    chosen = filters or LabelFilters()
+    _check_names(store, chosen)
+    rows = chosen.keep(store.judgements(chosen.campaign, chosen.annotators))
+    return [to_preference(row) for row in rows]
+
+
+def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
+    """Labels of the store at a URL, in order of receipt.
+
+    Raises: as `Store.open` and `preferences_of`; ValueError where no label is left, or the database packages are missing.
+    """
+    try:
+        from eg3d_rlhf.label.store import Store
+    except ImportError as error:
+        raise ValueError(f"--labels: expected SQLAlchemy to read a store, got: {error}. pip install 'eg3d-rlhf[label]'.") from None
+    with Store.open(url, create=False) as store:
+        labels = preferences_of(store, filters)
+    if not labels:
+        name = without_password(url)
+        raise ValueError(f"{name}: expected at least one label, got none that passes the filters. Label some pairs first, or ask for less.")
+    return labels
+
+
+def export_labels(store: "Store", path: str | Path, **filters) -> Path:
+    """Write .jsonl or .csv in the open label format, with everything known of each judgement as further fields. Returns the path."""
+    return write_labels(path, preferences_of(store, LabelFilters(**filters)))
+
+
+def _check_names(store: "Store", filters: LabelFilters) -> None:
+    if filters.campaign is not None:
+        campaign = store.campaign(filters.campaign)
+        if campaign is None:
+            known = ", ".join(found.settings.name for found in store.campaigns()) or "none"
+            raise ValueError(f"campaign: expected one of the store's ({known}), got {filters.campaign!r}. Name one of them.")
+        if campaign.settings.mode is not Mode.LABEL:
+            raise ValueError(f"campaign {filters.campaign}: expected one that collects preferences, got a study. Name another.")
+    names = {annotator.name for annotator in store.annotators()}
+    unknown = sorted(set(filters.annotators) - names)
+    if unknown:
+        listed = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others.")

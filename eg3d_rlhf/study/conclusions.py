@@ -1,5 +1,7 @@
 """What a study's figures allow to be said, in sentences; reads the analysis alone."""
 
+
+
 FEW_ANNOTATORS = 5  # below, the interval rests on very little
 WIDE = 0.15  # half a width beyond which a study says little
 

@@ -4,7 +4,7 @@ import threading
 import time
 from pathlib import Path
 
-from eg3d_rlhf.label.records import Mode, Shape
+from eg3d_rlhf.label.entities import Mode, Shape
 from eg3d_rlhf.label.server.options import AppOptions
 from eg3d_rlhf.label.store import StoredCampaign
 
@@ -14,7 +14,7 @@ GRAIN = 16 * 1024  # bytes; see `padded`
 _COMMENT = 0x10  # gzip's flag FCOMMENT
 
 
-class Shelf:
+class PreparedShapes:
     """Looks shapes up by asset token. Thread-safe; its methods block.
 
     In a blind study nothing is served before every shape is prepared, so that waiting tells nothing, and all bodies have one length, so

@@ -1,0 +1,256 @@
+"""The routes under /api: what the label page asks and sends, and what the admin page asks."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.background import BackgroundTask
+
+from eg3d_rlhf.label.archive import export_judgements
+from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, Mode
+from eg3d_rlhf.label.preferences import export_labels
+from eg3d_rlhf.label.quality import quality_report
+from eg3d_rlhf.label.server import models
+from eg3d_rlhf.label.server.errors import Refusal
+from eg3d_rlhf.label.server.identity import Identities, Identity
+from eg3d_rlhf.label.server.options import AppOptions
+from eg3d_rlhf.label.server.prepared_shapes import PreparedShapes
+from eg3d_rlhf.label.store import ConflictError, Store, StoredCampaign
+
+_ERRORS = {status: {"model": models.Error} for status in (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)}
+IMMUTABLE = "private, max-age=31536000, immutable"
+KEEP = 3.0  # seconds for which a quality report is not computed again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One server's parts."""
+
+    options: AppOptions
+    campaign: StoredCampaign
+    identities: Identities
+    shapes: PreparedShapes
+    files: dict  # name -> pages.StaticFile
+    page_version: str
+
+    @property
+    def store(self) -> Store:
+        """Where everything is kept."""
+        return self.options.store
+
+    @property
+    def blind(self) -> bool:
+        """Whether this is a study."""
+        return self.campaign.settings.mode is Mode.STUDY
+
+
+async def identity_of(request: Request) -> Identity:  # async: nothing to wait for, and no thread
+    """The identity that the gate has found."""
+    return request.scope["state"]["identity"]
+
+
+async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Identity:
+    """The identity of an admin.
+
+    Raises: Refusal 403.
+    """
+    if not identity.admin:
+        raise Refusal(403, "Only admins may see this.", "Log in with an admin's token: tools/label.py add-annotator NAME --admin.")
+    return identity
+
+
+Who = Annotated[Identity, Depends(identity_of)]
+Admin = Annotated[Identity, Depends(admin_of)]
+
+
+def label_api(context: Context) -> APIRouter:
+    """The router."""
+    router = APIRouter(prefix="/api", responses=_ERRORS)
+    _session(router, context)
+    _assignments(router, context)
+    _shapes(router, context)
+    _judgements(router, context)
+    return router
+
+
+def _progress(context: Context, who: Identity) -> dict:
+    return asdict(context.store.progress(context.campaign.id, who.annotator.id))
+
+
+def _judge(context: Context, who: Identity) -> None:
+    """Refuse, in a study, answers of those who can see results."""
+    if context.blind and who.admin:
+        raise Refusal(403, "Admins see results, so they cannot take part in a blind study.", "Use an annotator's token.")
+
+
+def _session(router: APIRouter, context: Context) -> None:
+    @router.get("/session", response_model=models.Session)
+    def session(who: Who):
+        """The page's session."""
+        settings = context.campaign.settings
+        return JSONResponse({
+            "annotator": who.annotator.name, "role": "admin" if who.admin else "annotator", "csrf": who.csrf, "mode": settings.mode.value,
+            "title": context.options.title, "show_render": settings.show_render and not context.blind,
+            "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
+        })  # fmt: skip
+
+
+def _assignments(router: APIRouter, context: Context) -> None:
+    @router.get("/assignments", response_model=models.Assignments)
+    def assignments(who: Who, count: Annotated[int, Query(ge=1, le=10)] = 3):
+        """The next pairs; those that are open come first. None and not waiting: finished."""
+        _judge(context, who)
+        shapes, settled = context.shapes, context.shapes.settled()
+        pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready)
+        progress = _progress(context, who)
+        waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
+        found = [{"assignment": p.token, "training": p.training, "left": p.left, "right": p.right} for p in pairs]
+        return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "preparation": shapes.progress()})
+
+
+def _shapes(router: APIRouter, context: Context) -> None:
+    binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+    @router.get("/shapes/{asset}", response_class=Response, responses={200: {"content": binary}, 304: {"description": "Not Modified"}})
+    def shape(asset: models.AssetPath, request: Request, who: Who) -> Response:
+        """A shape's surface, quantised and indexed ("SHP1"), gzip-encoded."""
+        shapes = context.shapes
+        if not shapes.known(asset):
+            raise Refusal(404, "No such shape.", "Ask for /api/assignments again.")
+        if not shapes.ready(asset):
+            raise Refusal(503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"})
+        headers = {"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE}
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(None, 304, headers)
+        return Response(shapes.body(asset), media_type="application/octet-stream", headers={**headers, "Content-Encoding": "gzip"})
+
+    @router.get("/renders/{asset}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+    def render(asset: models.AssetPath, who: Who) -> Response:
+        """The picture of a shape, where the campaign shows it; never in a study."""
+        shape = context.shapes.shape(asset) if context.campaign.settings.show_render and not context.blind else None
+        path = context.options.cache.render(shape) if shape is not None else None
+        if path is None:
+            raise Refusal(404, "No such picture.", "Pictures are shown where the campaign allows them.")
+        return FileResponse(path, media_type="image/png", headers={"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE})
+
+
+@contextmanager
+def _refusals(conflict: str, remedy: str, correct: str) -> Iterator[None]:
+    """What the store refuses, as responses: 404, 409 (`conflict` and its `remedy`) or 422 (`correct` says how)."""
+    try:
+        yield
+    except LookupError:
+        raise Refusal(404, "No such assignment of this annotator.", "Ask for /api/assignments again.") from None
+    except ConflictError:
+        raise Refusal(409, conflict, remedy) from None
+    except ValueError as error:
+        raise Refusal(422, str(error), correct) from None
+
+
+def _judgements(router: APIRouter, context: Context) -> None:
+    @router.post("/judgements", status_code=201, response_model=models.Accepted, responses={200: {"model": models.Accepted}})
+    def judge(body: models.Judgement, who: Who):
+        """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing changes."""
+        _judge(context, who)
+        values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
+        with _refusals("This assignment is answered already.", "Undo that answer first, or go on.", "Correct the answer."):
+            kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
+        lesson = {"correct": kept.correct, "explanation": kept.explanation} if kept.training else None
+        found = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "progress": _progress(context, who)}
+        return JSONResponse(found, 200 if kept.duplicate else 201)
+
+    @router.post("/undo", response_model=models.Undone)
+    def undo(body: models.Undo, who: Who):
+        """Take an answer back by a further record; its assignment is open again."""
+        _judge(context, who)
+        with _refusals("This cannot be undone, or the key was an answer's.", "Ask for /api/assignments again.", "Correct the key."):
+            token = context.store.undo(context.campaign.id, who.annotator.id, body.key, body.assignment)
+        return JSONResponse({"assignment": token, "progress": _progress(context, who)})
+
+
+def admin_api(context: Context) -> APIRouter:
+    """The router; every route of it needs an admin."""
+    router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)], responses=_ERRORS)
+    report = _Report(context)
+
+    @router.get("/quality")
+    def quality() -> dict:
+        """Quality of annotators and answers, and how far the shapes are."""
+        return {**report.get(), "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
+
+    @router.get("/openapi.json", include_in_schema=False)
+    def description(request: Request) -> JSONResponse:
+        return JSONResponse(request.app.openapi())
+
+    _annotators(router, context)
+    _export(router, context)
+    return router
+
+
+def _annotators(router: APIRouter, context: Context) -> None:
+    @router.get("/annotators", response_model=list[models.AnnotatorLine])
+    def annotators():
+        """All annotators, revoked ones included."""
+        found = context.store.annotators()
+        return [{"name": a.name, "role": a.role, "created": a.created, "revoked": a.revoked} for a in found]
+
+    @router.post("/annotators", status_code=201, response_model=models.NewToken)
+    def add(body: models.NewAnnotator):
+        """Make an annotator; the token is shown this once."""
+        try:
+            return {"name": body.name, "token": context.store.add_annotator(body.name, body.role)}
+        except ValueError as error:
+            raise Refusal(409, str(error), "Choose another name.") from None
+
+    @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
+    def revoke(body: models.Named):
+        """Withdraw a token; the annotator's sessions end too. Returns all annotators."""
+        try:
+            context.store.revoke_annotator(body.name)
+        except (ValueError, LookupError) as error:
+            raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
+        return annotators()
+
+
+def _export(router: APIRouter, context: Context) -> None:
+    @router.get("/export", response_class=FileResponse, responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}})
+    def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
+        """Labels in the open form, as CSV or JSON lines, or all judgements without loss."""
+        name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
+        folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
+        path = Path(folder.name) / name
+        try:
+            (export_judgements if format == "judgements" else export_labels)(context.store, path, campaign=context.campaign.settings.name)
+        except BaseException as error:
+            folder.cleanup()
+            if isinstance(error, ValueError):  # a study holds no labels
+                raise Refusal(409, str(error), "Ask for format=judgements.") from None
+            raise
+        kind = "text/csv" if format == "csv" else "application/x-ndjson"
+        return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
+
+
+class _Report:
+    """The quality report, computed by one thread at a time and kept for a moment: it may take longer than a submission may wait."""
+
+    def __init__(self, context: Context):
+        self._context, self._lock = context, threading.Lock()
+        self._found: dict = {}
+        self._until = 0.0
+
+    def get(self) -> dict:
+        """The report."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                began = time.monotonic()
+                rows = self._context.store.judgements(self._context.campaign.settings.name, include_undone=True)
+                self._found = quality_report(rows)
+                self._until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - began))
+            return self._found
