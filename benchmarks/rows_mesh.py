@@ -13,9 +13,8 @@ from scipy.spatial import cKDTree
 
 from benchmarks import configurations
 from benchmarks.rows import Agreement, Case, Outcome, Row, Target
-from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.generators import load_generator, of
 from eg3d_rlhf.sigma import SlabSpec
-from eg3d_rlhf.sigma.field import Field
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_checks import largest_part, vertex_normals
 from eg3d_rlhf.sigma.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
@@ -32,7 +31,7 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
     options = MeshOptions(resolution=TINY if tiny else resolution, colors=False)
 
     def fast() -> Outcome:
-        mesh, _ = export_mesh(Field(G, ws), options)
+        mesh, _ = export_mesh(of(G).field(ws), options)
         return _outcome(mesh)
 
     def reference() -> Outcome:
@@ -49,7 +48,7 @@ def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions
     found = len(faces)
     vertices, faces, components = largest_part(vertices, faces)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
-    check_mesh(mesh, Field(G, ws), options, found, components)
+    check_mesh(mesh, of(G).field(ws), options, found, components)
     return mesh
 
 

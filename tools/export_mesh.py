@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator, ws_of_seeds  # noqa: E402
 from eg3d_rlhf.media.progress import StageBar  # noqa: E402
-from eg3d_rlhf.sigma.field import Field  # noqa: E402
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, MeshReport, check_out, export_mesh  # noqa: E402
 
 DEFAULTS = MeshOptions()
@@ -67,7 +66,7 @@ def main(out: Path, network: Path | None, seed: int, psi: float, cutoff: int, no
         generator = load_generator(network, choose_device(device))
     with StageBar() as bar:
         bar("planes", 0, 1)
-        field = Field(generator.G, ws_of_seeds(generator.G, [seed], psi, cutoff), noise_mode)
+        field = generator.generator.field(ws_of_seeds(generator.generator, [seed], psi, cutoff), noise_mode)
         bar("planes", 1, 1)
         mesh, report = export_mesh(field, options, bar)
         bar("writing", 0, 1)

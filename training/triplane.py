@@ -148,30 +148,39 @@ class TriPlaneGenerator(torch.nn.Module):
             'image_opacity' [N, 1, r, r] (sum of the weights; not in EG3D).
         """
         del update_emas
-        cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3)
         if neural_rendering_resolution is None:
             neural_rendering_resolution = self.neural_rendering_resolution
         else:
             self.neural_rendering_resolution = neural_rendering_resolution
-        res = neural_rendering_resolution
-        origins, directions = self.ray_sampler(cam2world, intrinsics, res)
         if use_cached_backbone and self._last_planes is not None:
             planes = self._last_planes
         else:
             planes = self.planes(ws, **synthesis_kwargs)
         if cache_backbone:
             self._last_planes = planes
+        sr_kwargs = {k: v for k, v in synthesis_kwargs.items() if k != "noise_mode"}
+        return self.render(planes, ws, c, neural_rendering_resolution, self.rendering_kwargs, **sr_kwargs)
+
+    def render(
+        self, planes: torch.Tensor, ws: torch.Tensor, c: torch.Tensor, resolution: int, options: dict, **sr_kwargs
+    ) -> dict[str, torch.Tensor]:
+        """Render planes that are already there; changes nothing of the network.
+
+        Args:
+            planes: [N, 3, C, H, W] of ws [N, L, W]; c: [N, 25] camera; resolution: rendered pixels per edge; options: as rendering_kwargs.
+        Returns: as `synthesis`.
+        """
+        cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3)
+        origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
         with torch.autocast(planes.device.type, enabled=False):  # densities reach 50 and more: too coarse in bfloat16
-            features, depth, opacity = self.renderer(planes.float(), self.decoder, origins, directions, self.rendering_kwargs)
+            features, depth, opacity = self.renderer(planes.float(), self.decoder, origins, directions, options)
 
         def as_image(x: torch.Tensor) -> torch.Tensor:
-            return x.transpose(1, 2).reshape(ws.shape[0], -1, res, res).contiguous()
+            return x.transpose(1, 2).reshape(ws.shape[0], -1, resolution, resolution).contiguous()
 
         feature_image, depth_image = as_image(features), as_image(depth)
         rgb = feature_image[:, :3]
-        sr_kwargs = {k: v for k, v in synthesis_kwargs.items() if k != "noise_mode"}
-        noise_mode = self.rendering_kwargs["superresolution_noise_mode"]
-        image = self.superresolution(rgb, feature_image, ws, noise_mode=noise_mode, **sr_kwargs)
+        image = self.superresolution(rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs)
         return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": as_image(opacity)}
 
     def sample(

@@ -9,14 +9,14 @@ from collections import OrderedDict
 
 import numpy as np
 
-from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
+from eg3d_rlhf.generators import LoadedGenerator, load_generator, of, ws_of_seeds
 from eg3d_rlhf.label.damage import damage
 from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
 from eg3d_rlhf.media.rendering import Orbit, render
 from eg3d_rlhf.media.shape_files import BORDER
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
-from eg3d_rlhf.sigma.field import Field, FieldGrid
+from eg3d_rlhf.sigma.field_grid import FieldGrid
 from eg3d_rlhf.sigma.mesh_checks import compact, decimate, face_volumes, parts
 from eg3d_rlhf.sigma.near_surface import extract_field_mesh
 from torch_utils.ops.implementations import implementation
@@ -35,7 +35,7 @@ def surface(G, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     Raises: ValueError when the density does not cross the level, or for a damage that finds no room.
     """
     with implementation("torch"):
-        grid = FieldGrid(Field(G, ws_of_seeds(G, [shape.seed], shape.psi)), shape.resolution, BORDER)
+        grid = FieldGrid(of(G).field(ws_of_seeds(G, [shape.seed], shape.psi)), shape.resolution, BORDER)
         vertices, faces = extract_field_mesh(grid, shape.level)
         if shape.degradation:
             axes = tuple(axis.double().numpy() for axis in grid.axes)

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from eg3d_rlhf import bundled
+from eg3d_rlhf.field import LEVEL
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.label import active, tournament
 from eg3d_rlhf.label.damage import DAMAGES
 from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.annotator import disjoint_pairs
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
-from eg3d_rlhf.sigma.mesh import LEVEL
 
 STRATEGIES = ("random", "active", "tournament")
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.generators import of
 from eg3d_rlhf.sigma.chunked_mesh import Progress
-from eg3d_rlhf.sigma.field import Field, FieldGrid
+from eg3d_rlhf.sigma.field_grid import FieldGrid
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, export_mesh
 from eg3d_rlhf.sigma.mesh_files import MESH_SUFFIXES, write_mrc
 
@@ -35,9 +36,9 @@ def save_shape(
     """
     path = Path(path)
     suffix = shape_suffix(path.suffix)
-    field = Field(G, ws, noise_mode)
+    field = of(G).field(ws, noise_mode)
     if suffix == ".mrc":
         grid = FieldGrid(field, options.resolution, options.border)
-        return write_mrc(path, grid, options.resolution, field.box_warp / (options.resolution - 1), progress)
+        return write_mrc(path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress)
     mesh, _ = export_mesh(field, options, progress)
     return mesh.save(path)

@@ -7,13 +7,13 @@ Shape letters: N shapes, K starts, P surface points, S shape parameters, V rays 
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eg3d_rlhf.sigma.slab import SigmaGenerator, sigma_grid
+from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.heads.family import SHAPE_COUNT
 from training.heads.sdf import head_sdf
@@ -208,7 +208,7 @@ def nearest_heads(sigma: Tensor, spec: SlabSpec, options: FitOptions | None = No
 
 
 def nearest_head_measures(
-    G: SigmaGenerator, ws: Tensor, resolution: int = 64, options: FitOptions | None = None, batch: int = 8,
+    G: Any, ws: Tensor, resolution: int = 64, options: FitOptions | None = None, batch: int = 8,
     on_batch: Callable[[int], None] | None = None,
 ) -> HeadFit:
     """`nearest_heads` of a generator's latents ws [N, L, Wd], on its whole cube at `resolution`, with constant noise."""

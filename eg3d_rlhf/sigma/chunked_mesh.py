@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from eg3d_rlhf.sigma.mesh import LEVEL, check_crossed, check_finite, outside_value
+from eg3d_rlhf.field import LEVEL
+from eg3d_rlhf.sigma.mesh import check_crossed, check_finite, outside_value
 from eg3d_rlhf.sigma.surface_blocks import BRICK, SurfaceBuilder, padded, touched_bricks
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)

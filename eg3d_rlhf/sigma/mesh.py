@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from eg3d_rlhf.field import LEVEL
 from eg3d_rlhf.sigma.spec import SlabSpec
 
-LEVEL = 10.0  # raw density of the surface (arXiv 2606.27305; EG3D's shape extraction)
 _REACH = 2.0**17  # values further from the level are clipped, in units of max(|level|, 1); the padding outside the volume lies there
 LEVEL_BAND = 2.0**-22  # values so near to the level, in the same units, count as just below it: no vertex falls onto a grid point
 _MARGIN = 2e-4  # vertices keep this distance from the ends of their grid edge, in grid steps: distinct ones stay distinct in float32

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eg3d_rlhf.field import LEVEL, Field
 from eg3d_rlhf.sigma.chunked_mesh import Progress
-from eg3d_rlhf.sigma.field import Field, FieldGrid
-from eg3d_rlhf.sigma.mesh import LEVEL
+from eg3d_rlhf.sigma.field_grid import FieldGrid
 from eg3d_rlhf.sigma.mesh_checks import count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
 from eg3d_rlhf.sigma.mesh_files import check_mesh_suffix, save_mesh
 from eg3d_rlhf.sigma.near_surface import extract_field_mesh
@@ -126,27 +126,29 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, found: int, compo
     )
 
 
+@torch.no_grad()
 def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> float:
     """Share of (at most 20,000, evenly chosen) vertices at which the density outside, along the normal, is below the density inside.
 
     Vertices on the caps that close the surface at the border of the cube are left out: there the field does not end.
     """
-    step = field.box_warp / (options.resolution - 1)
-    inside = np.abs(mesh.vertices).max(axis=1) < field.box_warp * (0.5 - options.border) - 2 * step
+    step, centre = field.bounds.side / (options.resolution - 1), np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
+    inside = np.abs(mesh.vertices - centre).max(axis=1) < field.bounds.side * (0.5 - options.border) - 2 * step
     chosen = np.flatnonzero(inside)
     chosen = chosen[:: max(1, len(chosen) // _PROBES)]
     if len(chosen) == 0:
         return 1.0
     points, offset = torch.from_numpy(mesh.vertices[chosen]), torch.from_numpy(mesh.normals[chosen]) * (_PROBE_STEP * step)
-    return float((field.sigma_at(points + offset) < field.sigma_at(points - offset)).double().mean())
+    return float((field.density(points + offset) < field.density(points - offset)).double().mean())
 
 
+@torch.no_grad()
 def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None = None) -> np.ndarray:
     """Colours [V, 3] uint8 of the radiance field at vertices [V, 3]."""
     colors = np.empty((len(vertices), 3), dtype=np.uint8)
     for start in range(0, len(vertices), _COLOR_CHUNK):
         part = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
-        colors[start : start + len(part)] = (field.rgb_at(part) * 255).round().to(torch.uint8).numpy()
+        colors[start : start + len(part)] = (field.colour(part)[0].cpu() * 255).round().to(torch.uint8).numpy()
         if progress is not None:
             progress("colours", start + len(part), len(vertices))
     return colors

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.sigma.chunked_mesh import Progress, extract_mesh_blockwise
-from eg3d_rlhf.sigma.field import OUTSIDE, FieldGrid, SeparableDensity
+from eg3d_rlhf.sigma.field_grid import OUTSIDE, FieldGrid
 from eg3d_rlhf.sigma.mesh import check_crossed, check_finite, outside_value
-from eg3d_rlhf.sigma.separable import sigma_from_maps
+from eg3d_rlhf.sigma.separable import SeparableDensity, sigma_from_maps
 from eg3d_rlhf.sigma.surface_blocks import BRICK, SurfaceBuilder, bricks_along, padded
 
 _ROUNDING = 2.0**-17  # of sum |w| softplus: 64 rounding errors of float32, for the difference between a bound and the density itself

@@ -11,6 +11,7 @@ Letters: K planes, C channels, P, Q = rows, columns of a plane, J hidden units, 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -104,3 +105,26 @@ def sigma_from_maps(
 ) -> torch.Tensor:
     """sigma_raw [X, Y, Z] = sum_j w[j] softplus(sum of maps)[j] + b, softplus with beta 1; see `torch_utils.ops.slab_density`."""
     return slab_density(maps, w, b, shape, chunk=chunk)
+
+
+@dataclass(frozen=True)
+class SeparableDensity:
+    """Raw density on a grid as maps of two coordinates each."""
+
+    maps: list[torch.Tensor]  # [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], those that occur
+    w: torch.Tensor  # [J]
+    b: torch.Tensor  # []
+    shape: tuple[int, int, int]  # X, Y, Z
+
+    @torch.no_grad()
+    def part(self, x: slice, y: slice, z: Sequence[slice]) -> torch.Tensor:
+        """Raw density [x, y, all of z] at ranges of x and y indices and at one or more ranges of z indices; at least two points each."""
+        shape = (x.stop - x.start, y.stop - y.start, sum(run.stop - run.start for run in z))
+        maps = []
+        for m in self.maps:
+            m = m[x] if m.shape[0] > 1 else m
+            m = m[:, :, y] if m.shape[2] > 1 else m
+            if m.shape[3] > 1:  # slices: a list of indices would be gathered value by value
+                m = torch.cat([m[..., run] for run in z], dim=3) if len(z) > 1 else m[..., z[0]]
+            maps.append(m)
+        return sigma_from_maps(maps, self.w, self.b, shape)

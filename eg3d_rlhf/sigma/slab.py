@@ -8,7 +8,7 @@ Letters: N batch, L layers of ws, K planes, C channels, J hidden units, D, H, W 
 
 import warnings
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,47 +33,13 @@ class DecoderWeights(NamedTuple):
     b_sigma: torch.Tensor  # []
 
 
-class SigmaGenerator(Protocol):
-    """What is read of a tri-plane generator; `training.triplane.TriPlaneGenerator` fits."""
+def sigma_grid(G: Any, ws: torch.Tensor, spec: SlabSpec, impl: str = "auto", noise_mode: str = "const") -> torch.Tensor:
+    """Being replaced by `Generator.field(ws).density_grid(spec)`."""
+    from eg3d_rlhf.generators.eg3d import PlaneField
 
-    rendering_kwargs: dict[str, Any]  # 'box_warp': side of the cube that the planes span, world units
-    renderer: Any  # .plane_axes [K, 3, 3]
-    decoder: Any  # .sigma_weights() -> DecoderWeights
-
-    def planes(self, ws: torch.Tensor, noise_mode: str) -> torch.Tensor: ...
-
-
-def sigma_grid(
-    G: SigmaGenerator, ws: torch.Tensor, spec: SlabSpec, impl: str = "auto", noise_mode: str = "const"
-) -> torch.Tensor:
-    """Raw density of each sample at the points of `spec`, with one synthesis pass per call.
-
-    Args:
-        G: the generator; its own box_warp scales the plane coordinates, spec.box_warp places the grid.
-        ws: [N, L, w_dim].
-        impl: 'separable', 'pointwise', or 'auto' (separable where the planes are axis-aligned and the lattice is straight).
-        noise_mode: of the synthesis, 'const', 'random' or 'none'.
-
-    Returns: sigma_raw [N, D, H, W], the decoder output before the ray marcher's softplus(. - 1); increasing z, y, x with the index.
-    Differentiable in ws and all weights of G (once; the backward of the separable path has no backward of its own).
-    Raises: ValueError for an unknown impl, or 'separable' with planes that are not axis-aligned or a skewed lattice.
-    """
-    check_shape("sigma_grid(ws)", ws, ("N", "L", "C"), "Pass the output of G.mapping.")
-    if impl == "auto" and implementations.current() == "ref":
-        return sigma_grid_ref(G, ws, spec, noise_mode)
-    planes = G.planes(ws, noise_mode=noise_mode)
-    weights = DecoderWeights(*G.decoder.sigma_weights())
-    return sigma_from_planes(planes, G.renderer.plane_axes, weights, spec, float(G.rendering_kwargs["box_warp"]), impl)
-
-
-def sigma_grid_ref(G: Any, ws: torch.Tensor, spec: SlabSpec, noise_mode: str = "const", points_at_once: int = 10**6) -> torch.Tensor:
-    """`sigma_grid` as EG3D's shape extraction does it: every point through the whole decoder, one synthesis for each million of points.
-
-    The slow side of the benchmarks. G needs `sample_mixed` as in `training.triplane.TriPlaneGenerator`.
-    """
-    points = spec.points().to(ws).reshape(1, -1, 3).expand(len(ws), -1, -1)  # [N, P, 3]
-    parts = [G.sample_mixed(part, None, ws, noise_mode=noise_mode)["sigma"] for part in points.split(points_at_once, dim=1)]
-    return torch.cat(parts, dim=1).reshape(len(ws), *spec.shape)
+    if isinstance(G, torch.nn.Module) or not hasattr(G, "field"):
+        return PlaneField(G, ws, noise_mode).density_grid(spec, impl)
+    return G.field(ws, noise_mode).density_grid(spec)
 
 
 def sigma_from_planes(
@@ -207,9 +173,6 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
     return torch.where(constant, torch.zeros_like(scaled), scaled)
 
 
-def sample_slab(G: SigmaGenerator, ws: torch.Tensor, spec: SlabSpec, noise_mode: str = "const") -> torch.Tensor:
-    """What the reward network reads: [N, 1, D, H, W], self-normalised to [0, spec.value_max].
-
-    Args: ws [N, L, w_dim]. Differentiable in ws and the weights of G.
-    """
+def sample_slab(G: Any, ws: torch.Tensor, spec: SlabSpec, noise_mode: str = "const") -> torch.Tensor:
+    """Being replaced by `SigmaSlab(spec).observe(field)`."""
     return normalise_slab(sigma_grid(G, ws, spec, noise_mode=noise_mode), spec.value_max).unsqueeze(1)

@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.field import Bounds
+
 _AXES = ("x", "y", "z")
 LATTICES = ("straight", "skewed")
+_LATER = {"lattice", "centre"}  # fields that descriptions of the first version lack
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlabSpec:
     """A box of grid points inside the scene cube.
 
-    The cube has side `box_warp`, is centred at the origin, and carries `resolution` corner-aligned points per axis, point i at
-    (i/(resolution - 1) - 1/2) * box_warp. From each face `int(fraction * resolution)` points are trimmed. The default is the slab of
-    arXiv 2606.27305: x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) = (129, 141, 128).
+    The cube has side `box_warp`, stands at `centre`, and carries `resolution` corner-aligned points per axis, point i at
+    (i/(resolution - 1) - 1/2) * box_warp from the centre. From each face `int(fraction * resolution)` points are trimmed. The default is
+    the slab of arXiv 2606.27305: x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) = (129, 141, 128).
 
     `lattice="skewed"` gives the points that the published reward was trained on. The authors' helper divides indices without rounding
     down, so index (i, j, k) lies at (i + j/N + k/N^2, j + k/N, k), N = resolution; the drift stays under one voxel everywhere, under 0.9
@@ -37,6 +40,7 @@ class SlabSpec:
     box_warp: float = 1.0  # side of the scene cube, world units, > 0
     value_max: float = 100.0  # upper end of the self-normalised range, > 0
     lattice: str = "straight"  # 'straight', or 'skewed' as the published reward's training data
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the scene cube, world units
 
     def __post_init__(self) -> None:
         if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 2:
@@ -51,6 +55,10 @@ class SlabSpec:
                 "Give the fraction to trim from each face."
             )
         object.__setattr__(self, "crop", crop)  # a list from JSON becomes hashable
+        centre = tuple(float(value) for value in self.centre)
+        if len(centre) != 3 or not all(math.isfinite(value) for value in centre):
+            raise ValueError(f"SlabSpec: expected centre = (x, y, z), finite, got {self.centre!r}. Use (0, 0, 0).")
+        object.__setattr__(self, "centre", centre)
         for name in ("box_warp", "value_max"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
@@ -66,6 +74,11 @@ class SlabSpec:
     def cube(cls, resolution: int, box_warp: float = 1.0) -> "SlabSpec":
         """The whole scene cube without a crop, as meshes and the density-consistency term read it."""
         return cls(resolution=resolution, crop=(0.0,) * 6, box_warp=box_warp)
+
+    @classmethod
+    def of(cls, bounds: Bounds, resolution: int, **place: Any) -> "SlabSpec":
+        """A grid in the bounds of a field or generator: the whole cube, or what `crop` and the other fields leave of it."""
+        return cls(**{"resolution": resolution, "crop": (0.0,) * 6, "box_warp": bounds.side, "centre": bounds.centre, **place})
 
     @property
     def index_ranges(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -94,7 +107,8 @@ class SlabSpec:
             raise ValueError(f"SlabSpec.axes: expected a straight lattice, got {self.lattice!r}. Use points(), or lattice='straight'.")
         last = self.resolution - 1
         x, y, z = (
-            ((torch.arange(start, stop, dtype=torch.float64) / last - 0.5) * self.box_warp).float() for start, stop in self.index_ranges
+            ((torch.arange(start, stop, dtype=torch.float64) / last - 0.5) * self.box_warp + middle).float()
+            for (start, stop), middle in zip(self.index_ranges, self.centre, strict=True)
         )
         return x, y, z
 
@@ -110,13 +124,14 @@ class SlabSpec:
         i, j, k = (torch.arange(start, stop, dtype=torch.float64) for start, stop in self.index_ranges)
         k, j, i = torch.meshgrid(k, j, i, indexing="ij")  # [D, H, W] each
         index = torch.stack([i + j / n + k / n**2, j + k / n, k], dim=-1).float()
-        return index * self.voxel - self.box_warp / 2
+        return index * self.voxel - self.box_warp / 2 + torch.tensor(self.centre)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, one per field; the lattice is named where it is not the straight one."""
-        values = {**asdict(self), "crop": list(self.crop)}
-        if self.lattice == "straight":
-            del values["lattice"]  # descriptions and digests stay as they were before there was a choice
+        """Plain JSON values, one per field; lattice and centre are named where they are not the usual ones."""
+        values = {**asdict(self), "crop": list(self.crop), "centre": list(self.centre)}
+        for name in _LATER:  # descriptions and digests stay as they were before there was a choice
+            if getattr(self, name) == getattr(type(self), name):
+                del values[name]
         return values
 
     @classmethod
@@ -127,7 +142,7 @@ class SlabSpec:
         on would be scored without complaint.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) | {"lattice"} != names:
+        if not isinstance(values, Mapping) or set(values) | _LATER != names:
             got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"SlabSpec.from_dict: expected the fields {sorted(names)}, got {got}. Pass what SlabSpec.to_dict() gave.")
         return cls(**values)

@@ -71,7 +71,7 @@ def test_oblique_planes_fall_back_with_one_warning(stand_in):
 def test_user_errors(stand_in):
     with pytest.raises(ValueError, match="sigma_grid: expected impl in .* got 'fast'"):
         sigma_grid(stand_in, latents(), SPEC, impl="fast")
-    with pytest.raises(ValueError, match=r"sigma_grid\(ws\): expected"):
+    with pytest.raises(ValueError, match=r"field\(ws\): expected"):
         sigma_grid(stand_in, latents()[0], SPEC)
     with pytest.raises(ValueError, match="normalise_slab: expected non-empty samples"):
         normalise_slab(torch.zeros(5))

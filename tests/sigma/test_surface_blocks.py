@@ -5,11 +5,13 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from eg3d_rlhf.generators.eg3d import PlaneField as Field
 from eg3d_rlhf.sigma import extract_mesh, near_surface
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
-from eg3d_rlhf.sigma.field import Field, FieldGrid, SeparableDensity
+from eg3d_rlhf.sigma.field_grid import FieldGrid
 from eg3d_rlhf.sigma.mesh_checks import count_edges, parts, vertex_normals
 from eg3d_rlhf.sigma.near_surface import bound_bricks, bounds_of_size, extract_field_mesh
+from eg3d_rlhf.sigma.separable import SeparableDensity
 from eg3d_rlhf.sigma.surface_blocks import BRICK, bricks_along, padded, touched_bricks
 from tests.sigma.stand_in import StandIn, random_planes
 from tests.sigma.test_chunked_mesh import assert_same_surface
@@ -176,7 +178,7 @@ def test_a_level_below_the_trimmed_borders_density():
     assert_same_surface(extract_field_mesh(grid, level), whole_surface(grid, level))
 
 
-@pytest.mark.filterwarnings("ignore:Field. the planes are not axis-aligned")
+@pytest.mark.filterwarnings("ignore:field. the planes are not axis-aligned")
 def test_planes_that_are_not_axis_aligned_go_through_all_points():
     G = StandIn()
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]

@@ -1,0 +1,202 @@
+"""Generators as the rest of the package meets them, and the registry of their families.
+
+A family is one file of this folder, or a plugin's (see docs/extending.md): a network, and a class that fits `Generator` around it. Network
+files name their family; `load_generator` reads them by that name.
+
+Letters: N samples, Z z_dim, L layers of ws, W w_dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from eg3d_rlhf import bundled, pickles
+from eg3d_rlhf.field import Bounds, CameraFamily, Field
+from eg3d_rlhf.plugins import load_plugins
+from training import networks
+from training.rendering.cameras import FFHQ_FOCAL as FFHQ_FOCAL
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A network that turns latents into fields."""
+
+    @property
+    def architecture(self) -> str:
+        """Name of the family."""
+        ...
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The network itself: its parameters, its state, its training mode."""
+        ...
+
+    @property
+    def z_dim(self) -> int: ...
+
+    @property
+    def w_dim(self) -> int: ...
+
+    @property
+    def num_ws(self) -> int: ...
+
+    @property
+    def img_resolution(self) -> int:
+        """Pixels per edge of the final image."""
+        ...
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of its fields."""
+        ...
+
+    @property
+    def level(self) -> float:
+        """Raw density of the surface."""
+        ...
+
+    @property
+    def cameras(self) -> CameraFamily:
+        """Where it was trained to be seen from."""
+        ...
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the mapping reads the camera."""
+        ...
+
+    def mapping(
+        self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
+    ) -> torch.Tensor:
+        """z [N, Z], conditioning camera c [N, 25] -> ws [N, L, W]."""
+        ...
+
+    def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
+        """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.field.NOISE_MODES`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of network and how to use it."""
+
+    name: str  # as network files name it
+    module: type[torch.nn.Module]  # built from the arguments that a network file states
+    discriminator: type[torch.nn.Module] | None  # None where the family cannot be trained here
+    wrap: Callable[[Any], Generator]  # a network -> what the package speaks to
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known by its name and by the type of its networks."""
+    FAMILIES[family.name] = family
+    networks.register(networks.Architecture(family.name, family.module, family.discriminator))
+    return family
+
+
+def of(network: Any) -> Generator:
+    """A network as a `Generator`, by the family of its type; a Generator comes back as it is.
+
+    Raises: TypeError for a network of no known family.
+    """
+    if not isinstance(network, torch.nn.Module):
+        return network
+    for family in FAMILIES.values():
+        if isinstance(network, family.module):
+            return family.wrap(network)
+    raise TypeError(f"generator: expected a network of a known family ({', '.join(FAMILIES)}), got {type(network).__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedGenerator:
+    """A frozen generator and its identity."""
+
+    generator: Generator  # the moving average, in eval mode
+    hash: str  # SHA-256 of its state
+    path: Path
+    nets: networks.Networks  # with G and D where the file holds them
+
+    @property
+    def G(self) -> torch.nn.Module:
+        """The network itself."""
+        return self.generator.module
+
+    @property
+    def config(self) -> dict:
+        """Constructor arguments of the network."""
+        return self.nets.G_kwargs
+
+
+def load_generator(source: str | Path | None = None, device: str | torch.device = "cpu") -> LoadedGenerator:
+    """Load a network.
+
+    Args:
+        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder (its newest network snapshot),
+            or None for the bundled generator.
+    Raises: FileNotFoundError, ValueError.
+    """
+    path = find_network(source)
+    nets = load_networks(path, device)
+    return LoadedGenerator(of(nets.G_ema), networks.state_hash(nets.G_ema), path, nets)
+
+
+def load_networks(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> networks.Networks:
+    """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
+    if Path(path).suffix.lower() == ".pkl":
+        return pickles.load(path, device, freeze_layers)
+    if networks.architecture_of(path) not in networks.ARCHITECTURES:
+        load_plugins()
+    return networks.load(path, device, freeze_layers)
+
+
+def find_network(source: str | Path | None) -> Path:
+    """The network file that `source` names; see `load_generator`."""
+    if source is None:
+        if not bundled.GENERATOR.exists():
+            raise FileNotFoundError(f"bundled generator: expected {bundled.GENERATOR}, got nothing. Restore assets/ from the repository.")
+        return bundled.GENERATOR
+    path = Path(source)
+    if path.is_dir():
+        snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(path.glob("network-snapshot-*.pkl"))
+        if not snapshots:
+            raise FileNotFoundError(
+                f"network: expected a network-snapshot-*.safetensors or .pkl in {path}, got none. Name a file or another run."
+            )
+        return snapshots[-1]
+    return path
+
+
+def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:
+    """z [N, Z] of integer seeds: RandomState(seed).randn(z_dim), as the field's labels refer to them."""
+    return torch.from_numpy(np.stack([np.random.RandomState(int(s)).randn(z_dim) for s in seeds]).astype(np.float32))
+
+
+def device_of(generator: Generator) -> torch.device:
+    """Where the generator's parameters lie."""
+    return next(generator.module.parameters()).device
+
+
+def camera(generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, focal: float | None = None) -> torch.Tensor:
+    """Camera labels [N, 25] of the generator's own camera family; yaw and pitch in radians about frontal."""
+    generator = of(generator)
+    cameras = generator.cameras if focal is None else dataclasses.replace(generator.cameras, focal=focal)
+    return cameras.label(yaw, pitch, n, device_of(generator))
+
+
+@torch.no_grad()
+def ws_of_seeds(
+    generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14
+) -> torch.Tensor:
+    """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable."""
+    generator = of(generator)
+    z = latents(seeds, generator.z_dim).to(device_of(generator))
+    return generator.mapping(z, camera(generator, n=len(z)), truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+
+
+from eg3d_rlhf.generators import eg3d as eg3d  # noqa: E402 (registers the family)
