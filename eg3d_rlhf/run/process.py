@@ -1,0 +1,92 @@
+"""The process that a run is: alone in its folder, and asked to stop by SIGTERM and SIGINT."""
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = "run.lock"
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+class RunLock:
+    """Hold `folder`/run.lock for the length of a with-statement; it is removed at the end, and free where its holder has died.
+
+    Args:
+        folder: an existing run folder; enabled: False does nothing (ranks other than the first).
+    Raises: ValueError where another process holds it; OSError where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, enabled: bool = True):
+        self.path, self.enabled = folder / LOCK, enabled
+        self._lock = FileLock(self.path, blocking=False)
+
+    def __enter__(self) -> "RunLock":
+        if not self.enabled:
+            return self
+        try:
+            self._lock.acquire()
+        except Timeout:
+            holder = self.path.read_text(errors="replace").strip() or "another process"
+            raise ValueError(
+                f"run folder {self.path.parent}: expected no other run in it, got {holder}. Wait for it, stop it, or use another folder."
+            ) from None
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            print(f"Warning: {self.path.parent} is on a file system without locks; start one run at a time in it.", file=sys.stderr)
+        self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.enabled:
+            self.path.unlink(missing_ok=True)
+            self._lock.release()
+
+
+class StopRequest:
+    """A with-statement inside which the first SIGTERM or SIGINT is only noted.
+
+    After the first SIGINT the next one has its default effect. Outside the main thread, where Python allows no handlers, nothing changes.
+    """
+
+    def __init__(self):
+        self.received: str | None = None  # name of the signal
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        del frame
+        self.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """A with-statement inside which SIGTERM raises KeyboardInterrupt, as SIGINT does; main thread alone."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame) -> None:
+    raise KeyboardInterrupt
