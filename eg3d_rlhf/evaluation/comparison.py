@@ -15,11 +15,9 @@ from eg3d_rlhf.evaluation import runs
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
 from eg3d_rlhf.reports.records import Facts, seed_range
 from eg3d_rlhf.reward.files import Reward, load_reward
+from eg3d_rlhf.seeds import IMAGES, LATENTS, HeldOut
 from eg3d_rlhf.sigma.slab import sample_slab
 from eg3d_rlhf.sigma.spec import SlabSpec
-
-FIRST_SEED = 200_000  # labels use seeds below 100000, anchors 100000.., the watch 300000.., the shaping 500000..
-SEED_STRIDE = 1_000_000  # --seed=s moves every range by this much: beyond all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,9 @@ class Sources:
         for name, least in (("n", 2), ("images", 16), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
+        for flag, wanted, held in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
+            if wanted > held.count:
+                raise ValueError(f"--{flag}: expected at most {held.count:,}, the seeds that are held out, got {wanted:,}. Lower it.")
         if not 0 < self.psi <= 2:
             raise ValueError(f"--psi: expected a truncation in (0, 2], got {self.psi}. The paper uses 0.7.")
 
@@ -108,10 +109,9 @@ class Comparison:
         """A network file on the comparison's device."""
         return load_generator(path, self.device)
 
-    def seeds(self, n: int | None = None, first: int = FIRST_SEED) -> range:
-        """n held-out seeds (self.n where not given) that start at `first`, moved by --seed."""
-        start = first + SEED_STRIDE * self.seed
-        return range(start, start + (self.n if n is None else n))
+    def seeds(self, n: int | None = None, of: HeldOut = LATENTS) -> range:
+        """The first n held-out seeds (self.n where not given) of a range, moved by --seed."""
+        return of.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
         """ws [N, L, W] of seeds at the comparison's truncation, or another."""

@@ -26,10 +26,10 @@ from eg3d_rlhf.metrics.resampling import (
 )
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.records import Finding, Job, identity_of_file
+from eg3d_rlhf.seeds import IMAGES
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
 
-FIRST_IMAGE_SEED = 230_000
 REALS_PER_FAKE = 4
 RESAMPLES = 100
 SLAB_CELLS = 32  # cells per edge that larger slabs are averaged to before they are compared
@@ -68,7 +68,7 @@ def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDatase
 @torch.no_grad()
 def fake_features(c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network) -> np.ndarray:
     """Features [N, F] of c.images fakes without truncation, under cameras of the data; latents, cameras and ray jitter alike for all."""
-    G, seeds = generator.G, c.seeds(c.images, FIRST_IMAGE_SEED)
+    G, seeds = generator.G, c.seeds(c.images, IMAGES)
     chosen = np.random.RandomState(c.seed).randint(len(cameras), size=c.images)
     parts = []
     for start in range(0, c.images, c.batch):
@@ -103,7 +103,7 @@ def distances(c: Comparison, folder: Path) -> Finding:
         for name, interval in found.intervals().items():
             shown.append({"measure": name, "role": role, "value": getattr(found, name), "lo": interval.lo, "hi": interval.hi})
     facts = c.facts(
-        c.seeds(c.images, FIRST_IMAGE_SEED), ("before", "after", "control"), f"95 % {METHOD}, {RESAMPLES} resamples; Wilson for precision "
+        c.seeds(c.images, IMAGES), ("before", "after", "control"), f"95 % {METHOD}, {RESAMPLES} resamples; Wilson for precision "
         f"and recall", unit=f"images against {len(real):,} of the data, features {network.name}", psi=1.0,
     )
     data = {"distances": rows, "changes": changes, "precision_recall": shown}

@@ -17,12 +17,13 @@ from eg3d_rlhf.evaluation.texts import NO_CONTROL
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.reports.records import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
+from eg3d_rlhf.seeds import JUDGE
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.image_grid import save_grid
 
 K = 5  # shapes in a top or bottom strip, as in the paper
-SHOWN_SEEDS = range(210_000, 210_006)  # of the before/after strip, moved by --seed: fixed before any result was seen
+SHOWN = 6  # latents in the before/after strip, of seeds fixed before any result was seen
 YAWS = (0.0, 0.5)  # radians from frontal
 ORBIT_FRAMES, ORBIT_YAW = 16, 0.7  # one swing from left to right and back
 ORBIT_STILLS = 7  # of the film strip
@@ -34,7 +35,7 @@ ROLES = ("before", "after", "control")
 def jobs(c: Comparison) -> list[Job]:
     """Best and worst by reward, chosen seeds, orbit."""
     size = {"resolution": RESOLUTION, "pixels": PIXELS}
-    shown = list(c.seeds(len(SHOWN_SEEDS), SHOWN_SEEDS[0]))
+    shown = list(c.seeds(SHOWN, JUDGE))
     return [
         Job(
             key="reward-strips", title="Best and worst shapes by reward", compute=partial(reward_strips, c),

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.seeds import ANCHORS
 
-ANCHOR_START = 100_000  # first seed of the high-quality anchors x_HQ of arXiv 2606.27305
-ANCHOR_PSI = 0.25  # their truncation: close to the mean shape
+ANCHOR_PSI = 0.25  # truncation of the high-quality anchors x_HQ of arXiv 2606.27305: close to the mean shape
 SPLITS = ("train", "val", "test")
 
 
@@ -101,7 +101,7 @@ def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> l
 
 
 def anchor_seeds(
-    count: int = 1000, fractions: Sequence[float] = (0.70, 0.15, 0.15), start: int = ANCHOR_START, exclude: Iterable[int] = ()
+    count: int = 1000, fractions: Sequence[float] = (0.70, 0.15, 0.15), start: int = ANCHORS, exclude: Iterable[int] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Seeds of the anchors per split, `count` consecutive ones from `start` on; seeds in `exclude` (labelled ones) are skipped."""
     taken, seeds, candidate = set(exclude), [], start

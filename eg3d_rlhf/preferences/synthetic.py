@@ -24,6 +24,7 @@ from eg3d_rlhf.preferences.annotator import (
     utility,
 )
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.seeds import refuse_held_out
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.triplane import TriPlaneGenerator
@@ -50,6 +51,12 @@ class AnnotationOptions:
             raise ValueError(f"AnnotationOptions: expected flip_rate in [0, 0.5), got {self.flip_rate}. 0.5 is a coin toss.")
         if self.calibrate and not 4 <= self.calibrate <= 2 * self.pairs:
             raise ValueError(f"AnnotationOptions: expected calibrate 0 or 4 .. {2 * self.pairs} cubes, got {self.calibrate}.")
+        refuse_held_out(self.seeds, "--first-seed")
+
+    @property
+    def seeds(self) -> range:
+        """What is labelled."""
+        return range(self.first_seed, self.first_seed + 2 * self.pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,7 @@ def annotate(
     Deterministic in the options and the generator.
     Raises ValueError when every pair ties (for example a generator without any surface).
     """
-    seeds = range(options.first_seed, options.first_seed + 2 * options.pairs)
+    seeds = options.seeds
     box_warp = float(G.rendering_kwargs["box_warp"])
     calibration = DEFAULT_CALIBRATION
     if options.calibrate:

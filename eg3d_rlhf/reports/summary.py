@@ -9,13 +9,14 @@ import torch
 
 from eg3d_rlhf.generators import camera, ws_of_seeds
 from eg3d_rlhf.reports.shape_view import shade
+from eg3d_rlhf.seeds import JUDGE
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_files import save_mesh
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.image_grid import save_grid
 
-SHOWN_SEEDS = range(210_000, 210_008)
+SHOWN_SEEDS = JUDGE.take(8)
 PSI = 0.7
 RESOLUTION = 128  # grid points per edge of the cube that pictures and meshes come from
 

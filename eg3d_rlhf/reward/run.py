@@ -19,6 +19,7 @@ from eg3d_rlhf.reward.files import Reward, save_reward
 from eg3d_rlhf.reward.label_source import keep_labels, read_labels_of, source_name
 from eg3d_rlhf.reward.slabs import SlabStore, cache_name, generator_slabs
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
+from eg3d_rlhf.seeds import refuse_held_out
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.distributed import SINGLE, Ranks, launch_identity, leave
 from training.run_lock import RunLock
@@ -82,6 +83,7 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     if ranks.broadcast((run.out / "state.pt").exists()) and not run.resume:
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
     labels = read_labels_of(run.labels, run.filters, run.out if run.resume else None, ranks)
+    refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={source_name(run.labels, whole=True)}")
     generator = load_generator(run.network, run.device)
     psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
     if ranks.main:

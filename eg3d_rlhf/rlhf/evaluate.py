@@ -1,7 +1,5 @@
 """Before and after a reward run: the figures that say whether it worked, and the files that show it.
 
-The latents here are held out: the annotator's labels use seeds below 100000, anchors 100000.., the watch 300000.., the shaping 500000...
-
 Letters: N latents, L num_ws, W w_dim.
 """
 
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf import bundled, seeds
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.generators import latents, ws_of_seeds
 from eg3d_rlhf.metrics.features import load_features
@@ -31,10 +29,9 @@ from eg3d_rlhf.sigma.spec import SlabSpec
 from training import storage
 from training.dataset import ImageFolderDataset
 
-REWARD_SEEDS = range(200_000, 200_100)
-JUDGE_SEEDS = range(210_000, 210_200)
-GEOMETRY_SEEDS = range(220_000, 220_040)
-IMAGE_SEED = 230_000
+REWARD_SEEDS = seeds.LATENTS.take(100)
+JUDGE_SEEDS, GEOMETRY_SEEDS = seeds.JUDGE.all, seeds.GEOMETRY.all
+IMAGE_SEED = seeds.IMAGES.first
 PSI = 0.7
 IMAGES = 1600  # fakes per Fréchet distance
 GEOMETRY_VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}
@@ -58,9 +55,9 @@ class Evaluation:
         return self.settings["data"].startswith("synthetic:")
 
 
-def ws_for(G: torch.nn.Module, seeds) -> torch.Tensor:
+def ws_for(G: torch.nn.Module, chosen) -> torch.Tensor:
     """ws [N, L, W] of held-out seeds at the evaluation's truncation."""
-    return ws_of_seeds(G, list(seeds), truncation_psi=PSI)
+    return ws_of_seeds(G, list(chosen), truncation_psi=PSI)
 
 
 def reward_shift(e: Evaluation, after: torch.nn.Module) -> dict:

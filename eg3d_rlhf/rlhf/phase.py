@@ -13,13 +13,13 @@ from eg3d_rlhf.generators import camera, latents
 from eg3d_rlhf.reward.files import Reward
 from eg3d_rlhf.rlhf import consistency
 from eg3d_rlhf.rlhf.shaping import SHAPINGS, clip_bounds, make_shaping, parse_clip
+from eg3d_rlhf.seeds import CALIBRATION
 from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.gan_phases import Batch, Loss
 from training.loop import Phase
 
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
-CALIBRATION_SEEDS = range(500_000, 500_128)  # untuned samples that shaping and 'iqr' bounds are computed from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class RewardTerms:
     @torch.no_grad()
     def _calibrate(self, G_ref: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
         device = next(G_ref.parameters()).device
-        z = latents(CALIBRATION_SEEDS, G_ref.z_dim).to(device)
+        z = latents(CALIBRATION.all, G_ref.z_dim).to(device)
         slabs = [
             sample_slab(G_ref, G_ref.mapping(part, camera(G_ref, n=len(part)), truncation_cutoff=CUTOFF), self.spec) for part in z.split(16)
         ]

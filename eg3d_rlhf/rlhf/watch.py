@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.generators import ws_of_seeds
+from eg3d_rlhf.seeds import WATCH
 
-WATCH_SEEDS = range(300_000, 300_032)
 PSI = 0.7
 
 Measure = Callable[[torch.nn.Module, torch.Tensor], np.ndarray]  # (G, ws [N, L, W]) -> [N], higher is better
@@ -26,7 +26,7 @@ class Watch:
         G_ref: the untuned generator.
     """
 
-    def __init__(self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH_SEEDS):
+    def __init__(self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all):
         self.measures, self.seeds = measures, seeds
         self.initial = self._values(G_ref)
         self.alarms: list[dict] = []

@@ -36,7 +36,7 @@ def test_highest_and_lowest_are_the_rewards(tiny_comparison, small, tmp_path):
 def test_same_latents_have_a_row_per_network(tiny_comparison, small, tmp_path):
     job = next(j for j in strips.jobs(tiny_comparison) if j.key == "same-latents")
     finding = jobs.run([job], tmp_path, quiet=True)["same-latents"]
-    assert set(sizes(finding, tmp_path / "data").values()) == {(16 * len(strips.SHOWN_SEEDS), 48)}
+    assert set(sizes(finding, tmp_path / "data").values()) == {(16 * strips.SHOWN, 48)}
     assert all("before, after, control" in caption for caption in finding.pictures)
     assert {"reward_before", "reward_after", "reward_control"} < set(finding.rows[0])
 

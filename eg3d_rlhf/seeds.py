@@ -1,0 +1,60 @@
+"""Which seeds are held out, and who may draw them: the only place where a range of seeds is written down.
+
+A seed names a latent, z = RandomState(seed).randn(z_dim). Rewards learn from labels about some seeds; whatever judges a reward, or a
+generator that was tuned with it, draws others. Labels may use every seed that is not held out; the bundled ones are about 0..3999, new
+campaigns begin at 10000. Reports move every range of theirs by STRIDE for each --seed, beyond all the others.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+ANCHORS = 100_000  # first seed of a reward's high-quality anchors; not held out: they pass over seeds that are labelled
+STRIDE = 1_000_000
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A range that nothing may learn from."""
+
+    name: str
+    first: int
+    count: int
+    drawn_by: str
+    moved: bool = False  # whether --seed of a report moves it
+
+    @property
+    def all(self) -> range:
+        """Every seed, without a move."""
+        return range(self.first, self.first + self.count)
+
+    def take(self, n: int, move: int = 0) -> range:
+        """The first n seeds, moved by `move` strides.
+
+        Raises: ValueError where there are fewer.
+        """
+        if n > self.count:
+            raise ValueError(f"{self.name} seeds: expected at most {self.count:,}, got {n:,}. Ask for fewer.")
+        start = self.first + STRIDE * move
+        return range(start, start + n)
+
+
+LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
+JUDGE = HeldOut("judge", 210_000, 200, "a run's summary (judged pairs; pictures and meshes), pictures of reports", moved=True)
+GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
+IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 1600)", moved=True)
+WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
+CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
+HELD_OUT = (LATENTS, JUDGE, GEOMETRY, IMAGES, WATCH, CALIBRATION)
+
+
+def refuse_held_out(seeds: Iterable[int], who: str) -> None:
+    """Raise ValueError naming the first of `seeds` that is held out."""
+    for seed in seeds:
+        for held in HELD_OUT:
+            move = seed // STRIDE if held.moved else 0
+            if seed - STRIDE * move in held.all:
+                found = held.take(held.count, move)
+                name = held.name + (f" of --seed={move}" if move else "")
+                raise ValueError(
+                    f"{who}: expected seeds that are not held out, got {seed} ({name}, {found[0]} to {found[-1]}). Choose others."
+                )
