@@ -8,38 +8,16 @@ already chosen in the space of the rewards' embeddings (greedy max-min).
 Letters: S seeds, K members, M entries of all embeddings, C candidate pairs, P chosen pairs.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.special import expit
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.reward.ensemble import RewardEnsemble
-from eg3d_rlhf.reward.files import load_reward
-from eg3d_rlhf.reward.model import RewardModel
-from eg3d_rlhf.reward.slabs import generator_slabs
-from eg3d_rlhf.sigma.spec import SlabSpec
-
-BUNDLED = (bundled.REWARD, bundled.WATCH)  # trained apart on the same labels
-_BATCH = 16  # seeds drawn at once
+_BATCH = 16  # seeds judged at once
 _MATCHINGS = 4  # random pairings of all seeds that candidates come from
 
 Tell = Callable[[int, int], None]  # (seeds judged, seeds in all)
-
-
-@dataclass(frozen=True)
-class Member:
-    """One reward of the ensemble."""
-
-    model: RewardModel
-    spec: SlabSpec
-    temperature: float  # margins are divided by it
 
 
 @dataclass(frozen=True)
@@ -59,40 +37,27 @@ class Selection:
     distance: np.ndarray  # [P] to the nearest pair chosen before; infinite for the first
 
 
-def load_members(paths: Sequence[str | Path], generator: str) -> tuple[list[Member], list[dict]]:
-    """The ensemble in reward files, each holding one reward or several, and a description of every file.
+@dataclass(frozen=True)
+class Ensemble:
+    """Rewards that were handed in, on the shapes of one generator; this module knows neither rewards nor generators."""
 
-    Args: paths: none for the bundled two; generator: hash of the one whose shapes are judged.
-    Raises: ValueError for fewer than two members, which cannot disagree.
-    """
-    members, described = [], []
-    for path in map(Path, paths or BUNDLED):
-        model, spec, meta = load_reward(path)
-        parts = list(model.members) if isinstance(model, RewardEnsemble) else [model]
-        members += [Member(part, spec, float(meta.get("temperature", 1.0))) for part in parts]
-        described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
-        if meta.get("generator") not in (None, generator):
-            warnings.warn(f"active selection: {path.name} knows the shapes of another generator; its doubts may say little.", stacklevel=2)
-    if len(members) < 2:
-        raise ValueError(f"active selection: expected at least 2 rewards, got {len(members)}. Name another file as well.")
-    return members, described
+    judge: Callable[[Sequence[int]], Judged]  # of a few seeds at a time
+    size: int  # K
+    described: list[dict]  # of every file of rewards, for the campaign's record
+
+    def __post_init__(self):
+        if self.size < 2:
+            raise ValueError(f"active selection: expected at least 2 rewards, got {self.size}. Name another file as well.")
 
 
-@torch.no_grad()
-def judge(generator: LoadedGenerator, seeds: Sequence[int], psi: float, members: Sequence[Member], tell: Tell | None = None) -> Judged:
-    """Scores and embeddings of seeds; the slabs are drawn in batches and not kept."""
-    sources = {member.spec: generator_slabs(generator.G, member.spec, psi=psi) for member in members}
-    scores, embeddings = [], []
+def judge(ensemble: Ensemble, seeds: Sequence[int], tell: Tell | None = None) -> Judged:
+    """Scores and embeddings of seeds, in batches."""
+    parts = []
     for start in range(0, len(seeds), _BATCH):
-        part = seeds[start : start + _BATCH]
-        slabs = {spec: draw(part) for spec, draw in sources.items()}
-        seen = [member.model.embed(slabs[member.spec]) for member in members]
-        score = [member.model.score_embedding(e) / member.temperature for member, e in zip(members, seen, strict=True)]
-        scores.append(torch.stack(score).double().numpy())
-        embeddings.append(torch.cat(seen, dim=1).double().numpy())
+        parts.append(ensemble.judge(seeds[start : start + _BATCH]))
         if tell is not None:
-            tell(start + len(part), len(seeds))
-    return Judged(np.concatenate(scores, axis=1), np.concatenate(embeddings))
+            tell(min(start + _BATCH, len(seeds)), len(seeds))
+    return Judged(np.concatenate([part.scores for part in parts], axis=1), np.concatenate([part.embeddings for part in parts]))
 
 
 def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Row, Table, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from eg3d_rlhf.label.accounts import NAME, add_without_token, find, listed
+from eg3d_rlhf.label.accounts import NAME, find_or_add, listed
 from eg3d_rlhf.label.campaigns import settings_from_json
 from eg3d_rlhf.label.database import Lock
 from eg3d_rlhf.label.entities import LOCAL, ROLES, Kind
@@ -187,7 +187,7 @@ class _Import:
         if values["role"] not in ROLES or not (NAME.fullmatch(values["name"]) or values["name"] == LOCAL):
             got = f"{values['name']!r}, {values['role']!r}"
             raise _RecordError(f"expected a name and a role of {', '.join(ROLES)}, got {got}. Export again.")
-        known = find(self.c, values["name"]) or add_without_token(self.c, values["name"], values["role"], values["created"])
+        known = find_or_add(self.c, values["name"], values["role"], values["created"])
         self.annotators[record["name"]] = known.id
 
     def _add_shape(self, record: dict) -> None:

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import socket
 from pathlib import Path
 
 import click
@@ -11,6 +10,7 @@ from click.core import ParameterSource
 from eg3d_rlhf.cli import GroupedCommand, naming, option
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.label.archive import export_judgements, import_judgements
+from eg3d_rlhf.label.entities import StoredCampaign
 from eg3d_rlhf.label.launch import (
     DB,
     PAIRING,
@@ -20,20 +20,21 @@ from eg3d_rlhf.label.launch import (
     check_annotators,
     check_resumed,
     default_of,
+    given_flags,
     open_store,
     plan_campaign,
+    refuse_flags_before,
+    serve_campaign,
     server_options,
     sqlite_file,
 )
 from eg3d_rlhf.label.pairing import STRATEGIES, PairingOptions
 from eg3d_rlhf.label.preferences import export_labels, without_password
-from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
-from eg3d_rlhf.label.server.app import serve
-from eg3d_rlhf.label.server.options import AppOptions
-from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
-from eg3d_rlhf.label.store import Store, StoredCampaign
+from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER
+from eg3d_rlhf.label.store import Store
 
+MAKE = "python tools/label.py add-annotator NAME"
 KINDS = ("labels", "judgements", "ranked-seeds")
 
 
@@ -97,14 +98,12 @@ def main(
     """
     ctx.obj = db
     if ctx.invoked_subcommand is not None:
-        _refuse_others(ctx)
+        refuse_flags_before(ctx, "db")
         return
     request, given = _request(ctx, campaign, network, after, rewards, flags)
     wanted = request.to_json()
     path = sqlite_file(db)
-    log = flags["access_log"] or (path.parent if path else Path("runs/labels")) / "access.jsonl"
-    names = ("host", "port", "certificate", "key", "proxy", "title", "cache")
-    server = ServerFlags(**{name: flags[name] for name in names}, access_log=log)
+    server = ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
     if dry_run:
         click.echo(json.dumps(_dry_run(db, request, server, wanted, given), indent=1, default=str))
         return
@@ -115,7 +114,7 @@ def _request(
     ctx: click.Context, campaign: str, network: str | None, after: str | None, rewards: tuple, flags: dict
 ) -> tuple[Request, set[str]]:
     """What is to be planned, and which of its flags are on the command line."""
-    given = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    given = given_flags(ctx)
     chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
     if len(set(chosen)) > 1:
         raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
@@ -133,13 +132,6 @@ def _request(
     return request, given | ({"strategy"} if chosen else set())
 
 
-def _refuse_others(ctx: click.Context) -> None:
-    """Sub-commands take --db alone."""
-    used = [p.opts[0] for p in ctx.command.params if p.name != "db" and ctx.get_parameter_source(p.name) is ParameterSource.COMMANDLINE]
-    if used:
-        raise ValueError(f"{', '.join(used)}: expected only --db before {ctx.invoked_subcommand}. Write other flags after it.")
-
-
 def _existing(db: str) -> bool:
     path = sqlite_file(db)
     return path is None or path.is_file()
@@ -153,9 +145,8 @@ def _dry_run(db: str, request: Request, server: ServerFlags, wanted: dict, given
             found = store.campaign(request.name)
             resumed = found is not None
             wanted = check_resumed(found, wanted, given) if resumed else wanted
-    reached = {"host": server.host, "port": server.port, "exposed": server.exposed, "https": server.certificate is not None}
-    kept = {"db": without_password(db), "cache": str(server.cache), "access_log": str(server.access_log), "title": server.title}
-    return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **reached, "proxy": server.proxy, **kept}
+    kept = {"db": without_password(db), "access_log": str(server.access_log)}
+    return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **server.to_dict(), **kept}
 
 
 def _start(db: str, request: Request, server: ServerFlags, wanted: dict, given: set[str]) -> None:
@@ -163,11 +154,11 @@ def _start(db: str, request: Request, server: ServerFlags, wanted: dict, given: 
     planned = None
     if not _existing(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
-            check_annotators(None, server.host)
+            check_annotators(None, server.host, MAKE)
         planned = plan_campaign(None, request, click.echo)
     with open_store(db, create=True) as store:
         if server.exposed:
-            check_annotators(store, server.host)
+            check_annotators(store, server.host, MAKE)
         campaign = store.campaign(request.name)
         if campaign is None:
             settings, pairs = planned or plan_campaign(store, request, click.echo)
@@ -177,28 +168,12 @@ def _start(db: str, request: Request, server: ServerFlags, wanted: dict, given: 
             check_resumed(campaign, wanted, given)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements so far")
-        cache = ShapeCache(server.cache)
-        options = AppOptions(
-            store=store, campaign=request.name, cache=cache, preparation=Preparation(db, request.name, cache), exposed=server.exposed,
-            title=server.title, access_log=server.access_log,
-        )
-        try:
-            serve(
-                options, server.host, server.port, certificate=server.certificate, key=server.key, proxy=server.proxy,
-                on_listening=lambda address: _announce(address, server),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            click.echo("stopped; every judgement is kept, the same command goes on")
+        serve_campaign(store, db, request.name, server, lambda address: _announcement(address, server), "judgement")
 
 
-def _announce(address: str, server: ServerFlags) -> None:
-    for everywhere in ("//0.0.0.0:", "//[::]:"):
-        address = address.replace(everywhere, f"//{socket.gethostname()}:")
-    click.echo(f"label at {address}  (Ctrl-C stops)")
-    if server.exposed:
-        click.echo("other machines can reach this server: everybody needs a token (add-annotator NAME)")
-        if server.certificate is None and server.proxy is None:
-            click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
+def _announcement(address: str, server: ServerFlags) -> list[str]:
+    exposed = ["other machines can reach this server: everybody needs a token (add-annotator NAME)"] if server.exposed else []
+    return [f"label at {address}  (Ctrl-C stops)", *exposed]
 
 
 def database(function):

@@ -1,19 +1,27 @@
 """What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
 
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from eg3d_rlhf.cli import naming, option, together
-from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, PlannedPair
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import file_hash, naming, option, together
+from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.label.active import Ensemble, Judged
+from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, PlannedPair, StoredCampaign
 from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
+from eg3d_rlhf.label.preparation import Preparation
+from eg3d_rlhf.label.server.app import serve
 from eg3d_rlhf.label.server.options import AppOptions, is_loopback
-from eg3d_rlhf.label.store import Store, StoredCampaign
+from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.store import Store
 
 DB = "sqlite:///runs/labels/labels.db"
 PAIRING = tuple(field.name for field in fields(PairingOptions))
@@ -84,20 +92,53 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
     with naming("--network"):
         generator = load_generator(request.network)
     tell(f"planning {request.pairing.pairs} pairs ({request.pairing.strategy}) ...")
-    planned = plan(request.pairing, generator, results)
+    judges = reward_ensemble(request.pairing, generator) if request.pairing.strategy == "active" else None
+    planned = plan(request.pairing, generator, results, judges)
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
 
 
-def check_annotators(store: Store | None, host: str) -> None:
+def reward_ensemble(pairing: PairingOptions, generator: LoadedGenerator) -> Ensemble:
+    """The ensemble of the reward files that are named, each holding one reward or several; none named: the bundled two.
+
+    Raises: ValueError, OSError for files that are no rewards, and for fewer than two rewards, which cannot disagree.
+    """
+    import torch
+
+    from eg3d_rlhf.reward.ensemble import RewardEnsemble
+    from eg3d_rlhf.reward.files import load_reward
+    from eg3d_rlhf.reward.slabs import generator_slabs
+
+    members, described = [], []  # (model, what it reads, temperature)
+    for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):  # those two were trained apart on the same labels
+        model, spec, meta = load_reward(path)
+        parts = list(model.members) if isinstance(model, RewardEnsemble) else [model]
+        members += [(part, spec, float(meta.get("temperature", 1.0))) for part in parts]
+        described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
+        if meta.get("generator") not in (None, generator.hash):
+            warnings.warn(f"active selection: {path.name} knows the shapes of another generator; its doubts may say little.", stacklevel=2)
+    sources = {spec: generator_slabs(generator.G, spec, psi=pairing.psi) for _, spec, _ in members}
+
+    @torch.no_grad()
+    def judge(seeds: Sequence[int]) -> Judged:
+        slabs = {spec: draw(seeds) for spec, draw in sources.items()}
+        seen = [model.embed(slabs[spec]) for model, spec, _ in members]
+        scores = [model.score_embedding(e) / temperature for (model, _, temperature), e in zip(members, seen, strict=True)]
+        return Judged(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
+
+    return Ensemble(judge, len(members), described)
+
+
+def check_annotators(store: Store | None, host: str, make: str) -> None:
     """Refuse to expose a server that nobody could use.
 
+    Args: make: the command that makes an annotator.
     Raises: ValueError naming the flag and the remedy.
     """
     known = [] if store is None else [a for a in store.annotators() if a.revoked is None and a.name != LOCAL]
     if not known:
         raise ValueError(
             f"--host={host}: expected at least one annotator, as tokens are compulsory where other machines reach the server, got none. "
-            "Make one with: python tools/label.py add-annotator NAME"
+            f"Make one with: {make}"
         )
 
 
@@ -129,7 +170,7 @@ class ServerFlags:
     certificate: Path | None
     key: Path | None
     proxy: str | None
-    access_log: Path | None
+    access_log: Path
     title: str
     cache: Path
 
@@ -137,10 +178,21 @@ class ServerFlags:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("--certificate, --key: expected both or neither. Give the PEM files of the certificate and of its key.")
 
+    @classmethod
+    def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
+        """The flags of `server_options` and --cache; the access log lies in `folder` unless they name another."""
+        chosen = {field.name: flags[field.name] for field in fields(cls)}
+        return cls(**{**chosen, "access_log": flags["access_log"] or folder / "access.jsonl"})
+
     @property
     def exposed(self) -> bool:
         """Whether other machines reach the server; then tokens are compulsory."""
         return not is_loopback(self.host) or self.proxy is not None
+
+    def to_dict(self) -> dict:
+        """JSON types, for --dry-run."""
+        reached = {"host": self.host, "port": self.port, "exposed": self.exposed, "https": self.certificate is not None}
+        return {**reached, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
 
 
 def server_options(access_log: str, title: str = "Heading of the page."):
@@ -161,3 +213,42 @@ def server_options(access_log: str, title: str = "Heading of the page."):
         option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server"),
     )
     return together(*flags)
+
+
+def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, announce: Callable[[str], list[str]], what: str) -> None:
+    """Prepare a campaign's shapes and serve it until interrupted.
+
+    Args: announce: what to print, given the server's address; what: how answers are called.
+    """
+    cache = ShapeCache(server.cache)
+    options = AppOptions(
+        store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
+        title=server.title, access_log=server.access_log,
+    )  # fmt: skip
+
+    def listening(address: str) -> None:
+        for everywhere in ("//0.0.0.0:", "//[::]:"):
+            address = address.replace(everywhere, f"//{socket.gethostname()}:")
+        for line in announce(address):
+            click.echo(line)
+        if server.exposed and server.certificate is None and server.proxy is None:
+            click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
+
+    at = {"certificate": server.certificate, "key": server.key, "proxy": server.proxy}
+    try:
+        serve(options, server.host, server.port, **at, on_listening=listening)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; every {what} is kept, the same command goes on")
+
+
+def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
+    """Sub-commands take these parameters alone from before their name. Raises: ValueError naming the others that were given."""
+    used = [p.opts[0] for p in ctx.command.params if p.name in given_flags(ctx) and p.name not in allowed]
+    if used:
+        names = " and ".join(f"--{name}" for name in allowed)
+        raise ValueError(f"{', '.join(used)}: expected only {names} before {ctx.invoked_subcommand}. Write other flags after it.")
+
+
+def given_flags(ctx: click.Context) -> set[str]:
+    """Names of the parameters that are on the command line."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}

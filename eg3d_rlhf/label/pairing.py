@@ -88,11 +88,13 @@ class Plan:
 
 
 def plan(
-    options: PairingOptions, generator: LoadedGenerator, results: Sequence[Preference] = (), tell: active.Tell | None = None
+    options: PairingOptions, generator: LoadedGenerator, results: Sequence[Preference] = (), ensemble: active.Ensemble | None = None,
+    tell: active.Tell | None = None,
 ) -> Plan:
     """The pairs of a campaign.
 
-    Args: results: of a tournament's earlier rounds, for the next one; tell: hears how many seeds the active strategy has judged.
+    Args: results: of a tournament's earlier rounds, for the next one; ensemble: the rewards of the active strategy; tell: hears how many
+        seeds they have judged.
     Raises: ValueError, FileNotFoundError.
     """
     if results and options.strategy != "tournament":
@@ -101,7 +103,9 @@ def plan(
     rng = np.random.default_rng(options.seed)
     draw = shape_of(options, generator)
     if options.strategy == "active":
-        seeds, more = _active(options, generator, rng, tell)
+        if ensemble is None:
+            raise ValueError("plan: expected an ensemble of rewards for the active strategy, got none. Hand one in.")
+        seeds, more = _active(options, ensemble, rng, tell)
         report |= more
     elif results:
         _check_origin(results, generator, options)
@@ -116,13 +120,6 @@ def plan(
     gold = known_answers(known[: options.gold_pairs], Kind.GOLD, rng)
     training = known_answers(known[options.gold_pairs :], Kind.TRAINING, rng)
     return Plan(training + spread(pairs, gold), report)
-
-
-def plan_pairs(
-    options: PairingOptions, generator: LoadedGenerator, results: Sequence[Preference] = (), tell: active.Tell | None = None
-) -> list[PlannedPair]:
-    """The pairs of `plan` alone."""
-    return plan(options, generator, results, tell).pairs
 
 
 def shape_of(options: PairingOptions, generator: LoadedGenerator) -> Callable[[int], Shape]:
@@ -169,18 +166,17 @@ def _first_rounds(options: PairingOptions, rng: np.random.Generator) -> np.ndarr
 
 
 def _active(
-    options: PairingOptions, generator: LoadedGenerator, rng: np.random.Generator, tell: active.Tell | None
+    options: PairingOptions, ensemble: active.Ensemble, rng: np.random.Generator, tell: active.Tell | None
 ) -> tuple[list[list[int]], dict]:
     """Pairs of seeds chosen by an ensemble, and for the report who chose, among what, and what sets the chosen pairs apart."""
-    members, described = active.load_members(options.rewards, generator.hash)
     seeds = range(options.first_seed, options.first_seed + options.compared)
-    judged = active.judge(generator, seeds, options.psi, members, tell)
+    judged = active.judge(ensemble, seeds, tell)
     table = active.candidates(len(seeds), rng)
     chosen = active.select(judged, table, options.pairs, options.diversity)
     doubt = active.disagreement(judged.scores, table)
     pairs = (chosen.pairs + options.first_seed).tolist()
     return pairs, {
-        "rewards": described, "candidates": len(table), "disagreement_candidates": float(doubt.mean()),
+        "rewards": ensemble.described, "candidates": len(table), "disagreement_candidates": float(doubt.mean()),
         "disagreement_chosen": float(chosen.disagreement.mean()), "why": [
             {"seeds": pair, "disagreement": round(float(d), 5), "distance": round(float(r), 5) if np.isfinite(r) else None}
             for pair, d, r in zip(pairs, chosen.disagreement, chosen.distance, strict=True)

@@ -1,45 +1,38 @@
 """The store of the labelling application: campaigns, annotators, assignments and append-only judgements in SQLite or PostgreSQL."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from sqlalchemy import Connection
 
-from eg3d_rlhf.label import accounts, campaigns, judgements
+from eg3d_rlhf.label import campaigns, judgements
+from eg3d_rlhf.label.accounts import Accounts
 from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
 from eg3d_rlhf.label.campaigns import Plan
 from eg3d_rlhf.label.database import Database, Lock
 from eg3d_rlhf.label.entities import (
-    LOCAL,
     Answer,
     AssignedPair,
     CampaignSettings,
-    ConflictError,
     JudgementRow,
     PlannedPair,
     Progress,
     Shape,
-    StoredAnnotator,
     StoredCampaign,
     Submitted,
 )
 from eg3d_rlhf.label.migrations import migrate
 
-__all__ = ["ConflictError", "Progress", "Store", "StoredAnnotator", "StoredCampaign", "Submitted"]
 
-
-class Store:
+class Store(Accounts):
     """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on the disk."""
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
-        self._database, self._clock = database, clock
+        super().__init__(database, clock)
         self._plans: dict[int, Plan] = {}  # a campaign never changes
         self._free_pairs = FreePairs()
         self._names: dict[int, str] = {}
-        self._local: StoredAnnotator | None = None
-        self._once = threading.Lock()
 
     @classmethod
     def open(cls, url: str, create: bool = True, clock: Callable[[], float] = time.time) -> "Store":
@@ -90,54 +83,6 @@ class Store:
     def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
         """Asset tokens and shapes, each once, in order of the plan."""
         return list(self._plan(campaign_id).shapes.items())
-
-    # --- annotators
-
-    def add_annotator(self, name: str, role: str = "annotator") -> str:
-        """Returns the token, which is shown this once. Raises: ValueError for a name in use or unfit, and unknown roles."""
-        with self._database.write((Lock.SCHEMA, 2)) as c:
-            return accounts.add(c, name, role, self._clock())
-
-    def revoke_annotator(self, name: str) -> None:
-        """Withdraw the token and end the sessions; judgements stay. Raises: ValueError for an unknown name."""
-        with self._database.write((Lock.SCHEMA, 2)) as c:
-            accounts.revoke(c, name, self._clock())
-
-    def annotators(self) -> list[StoredAnnotator]:
-        """All, oldest first."""
-        with self._database.read() as c:
-            return accounts.listed(c)
-
-    def authenticate(self, token: str) -> StoredAnnotator | None:
-        """Whoever has this token, unless it was revoked."""
-        with self._database.read() as c:
-            return accounts.by_token(c, token)
-
-    def local_annotator(self) -> StoredAnnotator:
-        """Whoever sits at this machine: an admin without a token."""
-        if self._local is None:
-            self._local = self.annotator_without_token(LOCAL, "admin")
-        return self._local
-
-    def annotator_without_token(self, name: str, role: str = "annotator") -> StoredAnnotator:
-        """The annotator of that name, made if new, with no token: for imports."""
-        with self._database.write((Lock.SCHEMA, 2)) as c:
-            return accounts.add_without_token(c, name, role, self._clock())
-
-    def open_session(self, annotator_id: int, seconds: float) -> str:
-        """A login of so many seconds; returns the random id for the cookie."""
-        with self._database.write() as c:
-            return accounts.open_session(c, annotator_id, seconds, self._clock())
-
-    def session(self, session_id: str) -> StoredAnnotator | None:
-        """Whose login it is, while it lasts and the token is not revoked."""
-        with self._database.read() as c:
-            return accounts.by_session(c, session_id, self._clock())
-
-    def close_session(self, session_id: str) -> None:
-        """Log out."""
-        with self._database.write() as c:
-            accounts.close_session(c, session_id)
 
     # --- work
 

@@ -1,29 +1,32 @@
 """The command line of the blind study: design and serve it, report on it, and the calculations beside it."""
 
+import contextlib
 import copy
 import json
-import socket
 from dataclasses import MISSING
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.label.commands import LabelGroup, add_annotator, annotators, revoke
-from eg3d_rlhf.label.launch import ServerFlags, open_store, server_options
+from eg3d_rlhf.label.launch import (
+    ServerFlags,
+    check_annotators,
+    given_flags,
+    open_store,
+    refuse_flags_before,
+    serve_campaign,
+    server_options,
+)
 from eg3d_rlhf.label.preferences import without_password
-from eg3d_rlhf.label.preparation import Preparation
-from eg3d_rlhf.label.server.app import serve
-from eg3d_rlhf.label.server.options import AppOptions
-from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache
+from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER
 from eg3d_rlhf.study import report as reports
 from eg3d_rlhf.study.design import ExclusionRules, StudyDesign, read_design
-from eg3d_rlhf.study.launch import Folder, check_exposed, flagged, make_design, planned_trials, power_options, prepare, study_rows
+from eg3d_rlhf.study.launch import Folder, flagged, make_design, planned_trials, power_options, prepare, study_rows
 from eg3d_rlhf.study.power import PowerOptions, SimulationOptions, coverage, exact_power, sample_size
 
 OUTDIR = Path("runs/study")
-_OUTSIDE = ("outdir", "db")  # the only flags that sub-commands take from before their name
 _P, _S = PowerOptions(), SimulationOptions()
 
 
@@ -170,25 +173,25 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     """
     folder, name = Folder(outdir, db), name or outdir.resolve().name
     ctx.obj, ctx.meta["folder"] = folder.url, folder
-    given = {p for p in ctx.params if ctx.get_parameter_source(p) is ParameterSource.COMMANDLINE}
     if ctx.invoked_subcommand is not None:
-        _refuse_others(ctx, given)
+        refuse_flags_before(ctx, "outdir", "db")
         return
-    names = ("host", "port", "certificate", "key", "proxy", "title", "cache")
-    server = ServerFlags(**{key: flags[key] for key in names}, access_log=flags["access_log"] or outdir / "access.jsonl")
+    server = ServerFlags.of(flags, outdir)
     if dry_run:
         click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))
         return
+    make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     if server.exposed:
-        check_exposed(folder, server.host)
-    design, _ = prepare(folder, name, flags, given, lambda text: click.echo(text, err=True))
-    _serve(folder, design, server)
+        with open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
+            check_annotators(known, server.host, make)
+    design, _ = prepare(folder, name, flags, given_flags(ctx), lambda text: click.echo(text, err=True))
+    with open_store(folder.url, create=False) as store:
+        serve_campaign(store, folder.url, design.name, server, lambda address: _announcement(address, design, make), "answer")
 
 
-def _refuse_others(ctx: click.Context, given: set[str]) -> None:
-    used = [p.opts[0] for p in ctx.command.params if p.name in given and p.name not in _OUTSIDE]
-    if used:
-        raise ValueError(f"{', '.join(used)}: expected only --outdir and --db before {ctx.invoked_subcommand}. Write other flags after it.")
+def _announcement(address: str, design: StudyDesign, make: str) -> list[str]:
+    tokens = f"{design.annotators} annotators are planned: each needs a token ({make}) and logs in at {address}login"
+    return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
 
 
 def _dry_run(folder: Folder, name: str, flags: dict, server: ServerFlags) -> dict:
@@ -197,41 +200,12 @@ def _dry_run(folder: Folder, name: str, flags: dict, server: ServerFlags) -> dic
     if new:
         planned_trials(flags, lambda text: click.echo(f"Warning: {text}", err=True))
     design = make_design(name, flags) if new else read_design(folder.design)
-    reached = {"host": server.host, "port": server.port, "exposed": server.exposed, "https": server.certificate is not None}
     content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
     return {
-        "action": "design" if new else "resume", "outdir": str(folder.path), "db": without_password(folder.url), "cache": str(server.cache),
-        **reached, "proxy": server.proxy, "title": server.title, "latents": design.latents, "trials_per_annotator": design.quota,
+        "action": "design" if new else "resume", "outdir": str(folder.path), "db": without_password(folder.url),
+        **server.to_dict(), "latents": design.latents, "trials_per_annotator": design.quota,
         "design": content,
     }  # fmt: skip
-
-
-def _serve(folder: Folder, design: StudyDesign, server: ServerFlags) -> None:
-    """Serve until interrupted."""
-    with open_store(folder.url, create=False) as store:
-        cache = ShapeCache(server.cache)
-        options = AppOptions(
-            store=store, campaign=design.name, cache=cache, preparation=Preparation(folder.url, design.name, cache), exposed=server.exposed,
-            title=server.title, access_log=server.access_log,
-        )  # fmt: skip
-        try:
-            serve(
-                options, server.host, server.port, certificate=server.certificate, key=server.key, proxy=server.proxy,
-                on_listening=lambda address: _announce(address, folder, design, server),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            click.echo("stopped; every answer is kept, the same command goes on")
-
-
-def _announce(address: str, folder: Folder, design: StudyDesign, server: ServerFlags) -> None:
-    for everywhere in ("//0.0.0.0:", "//[::]:"):
-        address = address.replace(everywhere, f"//{socket.gethostname()}:")
-    click.echo(f"study at {address}  (Ctrl-C stops)")
-    if design.annotators > 1:
-        make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
-        click.echo(f"{design.annotators} annotators are planned: each needs a token ({make}) and logs in at {address}login")
-    if server.exposed and server.certificate is None and server.proxy is None:
-        click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
 
 
 def beside(command: click.Command) -> click.Command:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.label.entities import LOCAL, JudgementRow, Kind
+from eg3d_rlhf.label.entities import JudgementRow, Kind
 from eg3d_rlhf.label.launch import open_store, sqlite_file
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.study.analysis import sort_rows
@@ -182,19 +182,6 @@ def _check_weights(of, source: str | None = None) -> None:
     from eg3d_rlhf.study.report import load_contender
 
     load_contender(of if source is None else type(of)(label=of.label, source=source, generator=of.generator))
-
-
-def check_exposed(folder: Folder, host: str) -> None:
-    """Refuse to expose a study that nobody could answer. Raises: ValueError naming the flag and the remedy."""
-    known = []
-    if folder.has_store:
-        with open_store(folder.url, create=True) as store:
-            known = [a for a in store.annotators() if a.revoked is None and a.name != LOCAL]
-    if not known:
-        raise ValueError(
-            f"--host={host}: expected at least one annotator, as tokens are compulsory where other machines reach the server, got none. "
-            f"Make one with: python tools/study.py --outdir={folder.path} add-annotator NAME"
-        )
 
 
 def study_rows(folder: Folder) -> tuple[StudyDesign, list[JudgementRow]]:

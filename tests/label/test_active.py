@@ -3,15 +3,19 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.label.active import Judged, candidates, disagreement, judge, load_members, pair_features, select
+from eg3d_rlhf.label.active import Judged, candidates, disagreement, judge, pair_features, select
 from eg3d_rlhf.label.entities import Kind
+from eg3d_rlhf.label.launch import reward_ensemble
 from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.reward.files import load_reward, save_reward
 from eg3d_rlhf.reward.model import RewardModel
@@ -110,36 +114,46 @@ def test_a_pool_of_two_is_always_enough_and_less_is_told():
 
 
 def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewards):
-    members, described = load_members(rewards, generator.hash)
+    ensemble = reward_ensemble(PairingOptions(rewards=rewards, psi=0.8), generator)
     seeds = range(5, 25)  # more than a batch
-    found = judge(generator, seeds, 0.8, members)
+    found = judge(ensemble, seeds)
     for row, path, temperature in zip(found.scores, rewards, (1.0, 2.0), strict=True):
         model, spec, _ = load_reward(path)
         expected = model.score(generator_slabs(generator.G, spec, psi=0.8)(list(seeds))) / temperature
         assert np.allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert found.embeddings.shape == (20, 32) and [d["members"] for d in described] == [1, 1]
+    assert found.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
 
 def test_one_reward_cannot_disagree(generator, rewards):
     with pytest.raises(ValueError, match="at least 2 rewards, got 1"):
-        load_members(rewards[:1], generator.hash)
+        reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
 
 
 def test_a_reward_of_another_generator_is_told(generator, rewards, tmp_path):
     model, spec, _ = load_reward(rewards[0])
     foreign = save_reward(tmp_path / "foreign.safetensors", model, spec, {"generator": "f" * 64})
     with pytest.warns(UserWarning, match=r"foreign\.safetensors knows the shapes of another generator"):
-        load_members([foreign, rewards[1]], generator.hash)
+        reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)
 
 
 def test_the_plan_says_who_chose_what_and_why(generator, rewards):
     options = PairingOptions(pairs=6, strategy="active", rewards=rewards, first_seed=50, diversity=0.4)
-    told = []
-    found = plan(options, generator, tell=lambda done, total: told.append((done, total)))
-    assert found == plan(options, generator) and json.loads(json.dumps(found.report)) == found.report
+    told, ensemble = [], reward_ensemble(options, generator)
+    found = plan(options, generator, ensemble=ensemble, tell=lambda done, total: told.append((done, total)))
+    assert found == plan(options, generator, ensemble=ensemble) and json.loads(json.dumps(found.report)) == found.report
     pairs = [pair for pair in found.pairs if pair.kind is Kind.PAIR]
     assert [[p.first.seed, p.second.seed] for p in pairs] == [entry["seeds"] for entry in found.report["why"]]
     assert all(50 <= seed < 50 + 24 for entry in found.report["why"] for seed in entry["seeds"])
     assert found.report["disagreement_chosen"] > found.report["disagreement_candidates"]
     assert told == [(16, 24), (24, 24)] and [r["file"] for r in found.report["rewards"]] == ["tiny.safetensors", "second.safetensors"]
-    assert plan(replace(options, seed=1), generator).pairs != found.pairs
+    assert plan(replace(options, seed=1), generator, ensemble=ensemble).pairs != found.pairs
+
+
+def test_the_active_strategy_needs_an_ensemble_that_is_handed_in(generator):
+    with pytest.raises(ValueError, match="expected an ensemble of rewards"):
+        plan(PairingOptions(pairs=2, strategy="active"), generator)
+
+
+def test_labelling_knows_rewards_only_where_it_is_started():
+    code = "import sys, eg3d_rlhf.label.commands; assert not [m for m in sys.modules if m.startswith('eg3d_rlhf.reward')]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -48,7 +48,7 @@ def db(tmp_path) -> str:
 def planned(db, monkeypatch):
     """Start the command without serving; returns the result and what would have been served."""
     served = []
-    monkeypatch.setattr(commands, "serve", lambda options, *args, **kwargs: served.append((options, args, kwargs)))
+    monkeypatch.setattr(launch, "serve", lambda options, *args, **kwargs: served.append((options, args, kwargs)))
 
     def go(*flags):
         served.clear()

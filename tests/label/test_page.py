@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.label.pairing import PairingOptions, plan_pairs
+from eg3d_rlhf.label import pairing
 from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.shape_cache import ShapeCache
 from tests.label.browser import Page, bumpy_ball, large, needs_chromium, plan, rows
@@ -226,8 +226,8 @@ def test_dark_and_light(serve, page):
 
 @pytest.mark.long
 def test_shapes_of_the_bundled_generator_from_nothing_to_the_first_answers(tmp_path, serve, page):
-    options = PairingOptions(pairs=2, training=1, gold=0, resolution=48, triangles=2000)
-    planned = plan_pairs(options, load_generator())
+    options = pairing.PairingOptions(pairs=2, training=1, gold=0, resolution=48, triangles=2000)
+    planned = pairing.plan(options, load_generator()).pairs
     url = f"sqlite:///{tmp_path / 'labels.db'}"
     worker = Preparation(url, settings().name, tmp_path / "cache")
     campaign = {"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0}

@@ -10,12 +10,16 @@ import pytest
 from eg3d_rlhf import bundled
 from eg3d_rlhf.label.damage import DAMAGES
 from eg3d_rlhf.label.entities import CampaignSettings, Kind
-from eg3d_rlhf.label.pairing import PairingOptions, known_answers, plan, plan_pairs, spread
+from eg3d_rlhf.label.pairing import PairingOptions, known_answers, plan, spread
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import Preference
 from tests.label.shapes import numbered
 
 GENERATOR = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, G=None)  # neither random pairs nor tournaments look at it
+
+
+def plan_pairs(*args) -> list:
+    return plan(*args).pairs
 
 
 def seeds_of(pairs, kind=Kind.PAIR) -> list[tuple[int, int]]:

@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
-from eg3d_rlhf.label.store import ConflictError, Store
+from eg3d_rlhf.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
+from eg3d_rlhf.label.store import Store
 from tests.label.plans import Clock, answer, plan, shape
 
 

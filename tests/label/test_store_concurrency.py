@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import text
 
 from eg3d_rlhf.label import database
-from eg3d_rlhf.label.entities import CampaignSettings, Kind
-from eg3d_rlhf.label.store import ConflictError, Store
+from eg3d_rlhf.label.entities import CampaignSettings, ConflictError, Kind
+from eg3d_rlhf.label.store import Store
 from tests.label.plans import answer, plan
 
 REPO = Path(__file__).resolve().parents[2]

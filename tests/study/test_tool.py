@@ -13,8 +13,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.store import Store
-from eg3d_rlhf.study import commands
 from eg3d_rlhf.study.design import content_hash
 from tests import tiny_runs
 from tests.study.people import Person
@@ -44,7 +44,7 @@ def pair(tmp_path_factory, tiny_networks):
 def served(monkeypatch):
     """Servers that were started, without starting them."""
     started = []
-    monkeypatch.setattr(commands, "serve", lambda options, *args, **kwargs: started.append((options.campaign, args)))
+    monkeypatch.setattr(launch, "serve", lambda options, *args, **kwargs: started.append((options.campaign, args)))
     return started
 
 

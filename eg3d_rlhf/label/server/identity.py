@@ -9,11 +9,10 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
-from eg3d_rlhf.label.entities import Mode
+from eg3d_rlhf.label.entities import Mode, StoredAnnotator
 from eg3d_rlhf.label.server.errors import Refusal, too_many
 from eg3d_rlhf.label.server.options import AppOptions
 from eg3d_rlhf.label.server.rates import Guesses, address_key
-from eg3d_rlhf.label.store import StoredAnnotator
 
 COOKIE = "session"
 _WORDS = 256  # characters of a token or session id at most

@@ -4,9 +4,8 @@ import threading
 import time
 from pathlib import Path
 
-from eg3d_rlhf.label.entities import Mode, Shape
+from eg3d_rlhf.label.entities import Mode, Shape, StoredCampaign
 from eg3d_rlhf.label.server.options import AppOptions
-from eg3d_rlhf.label.store import StoredCampaign
 
 POLL = 0.5  # seconds between two looks at the cache
 AHEAD = 64  # shapes are prepared in order of the plan: a look goes no further than so many missing ones

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
 from eg3d_rlhf.label.archive import export_judgements
-from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, Mode
+from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign
 from eg3d_rlhf.label.preferences import export_labels
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.server import models
@@ -22,7 +22,7 @@ from eg3d_rlhf.label.server.errors import Refusal
 from eg3d_rlhf.label.server.identity import Identities, Identity
 from eg3d_rlhf.label.server.options import AppOptions
 from eg3d_rlhf.label.server.prepared_shapes import PreparedShapes
-from eg3d_rlhf.label.store import ConflictError, Store, StoredCampaign
+from eg3d_rlhf.label.store import Store
 
 _ERRORS = {status: {"model": models.Error} for status in (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)}
 IMMUTABLE = "private, max-age=31536000, immutable"
