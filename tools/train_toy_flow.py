@@ -18,8 +18,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
-from eg3d_rlhf.flow.toy.base import FOLDER, STEPS, BaseTraining, describe, save_network, train_base  # noqa: E402
-from eg3d_rlhf.flow.toy.learned_reward import RewardTraining, train_reward  # noqa: E402
+from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, describe, save_network, train_base  # noqa: E402
+from eg3d_rlhf.flow.toy.judges import RewardTraining, train_reward  # noqa: E402
 from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS  # noqa: E402
 
 PARTS = (STRUCTURE, VOXELS, "reward")

@@ -31,12 +31,13 @@ from eg3d_rlhf.flow.reference import AdapterOff  # noqa: E402
 from eg3d_rlhf.flow.sparse import SparseSample  # noqa: E402
 from eg3d_rlhf.flow.stage import FlowStage  # noqa: E402
 from eg3d_rlhf.flow.trellis.blocks import convert_torso  # noqa: E402
-from eg3d_rlhf.flow.trellis.freed_memory import return_freed_memory  # noqa: E402
-from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig  # noqa: E402
+from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig  # noqa: E402  # noqa: E402
+from eg3d_rlhf.flow.trellis.models import return_freed_memory  # noqa: E402
 from eg3d_rlhf.flow.trellis.sparse_conv import BACKENDS, Kernel  # noqa: E402
-from eg3d_rlhf.flow.trellis.structure_flow import StructureFlow, StructureFlowConfig  # noqa: E402
-from eg3d_rlhf.flow.tuning.config import TrainConfig  # noqa: E402
-from eg3d_rlhf.flow.tuning.update import Updates  # noqa: E402
+from eg3d_rlhf.flow.tuning.update import (
+    TrainConfig,  # noqa: E402
+    Updates,  # noqa: E402
+)
 from training.distributed import SINGLE  # noqa: E402
 
 STAGES = ("structure", "latent")

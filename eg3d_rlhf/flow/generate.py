@@ -11,20 +11,20 @@ from tqdm import tqdm
 
 from eg3d_rlhf.flow.sampler import sample
 from eg3d_rlhf.flow.sparse import Batch
-from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Given, Pipeline, stage_of
+from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Pipeline, Voxels, stage_of
 from training.phases import derive_seed
 
 Models = Mapping[str, torch.nn.Module]  # by stage name; stages that are not named keep their own
 
 
-def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Given]) -> Batch:
+def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
     """The noise that an asset's seed means at a stage, on the CPU: stages of one asset do not share theirs."""
     return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
 
 
 def generate(
     pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
-    stages_given: Mapping[str, Sequence[Given]] | None = None, on_batch: Callable[[int], None] | None = None,
+    stages_given: Mapping[str, Sequence[Voxels]] | None = None, on_batch: Callable[[int], None] | None = None,
 ) -> list[Asset]:
     """One asset per condition and seed, all stages in turn.
 
@@ -49,13 +49,13 @@ def generate(
     return found
 
 
-def given_to(
+def voxels_for(
     pipeline: Pipeline, stage: str, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16
-) -> list[Given]:
+) -> list[Voxels]:
     """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need no more of the others."""
     before = _stages(pipeline, models)[: [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)]
     parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
-    given: list[Given] = [None] * len(seeds)
+    given: list[Voxels] = [None] * len(seeds)
     return [one for part in parts for one in _through(pipeline, before, conditions[part], seeds[part], given[part])]
 
 
@@ -63,7 +63,7 @@ def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
     return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
 
 
-def _first_stage(pipeline: Pipeline, conditions, seeds, models: Models, stages_given: Mapping[str, Sequence[Given]]) -> int:
+def _first_stage(pipeline: Pipeline, conditions, seeds, models: Models, stages_given: Mapping[str, Sequence[Voxels]]) -> int:
     """Where to begin, after checking the arguments."""
     if len(conditions) != len(seeds):
         raise ValueError(f"generate: expected a seed per condition, got {len(seeds)} for {len(conditions)}. Give one each.")
@@ -78,14 +78,14 @@ def _first_stage(pipeline: Pipeline, conditions, seeds, models: Models, stages_g
     return 0
 
 
-def _through(pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Given]) -> Sequence[Given]:
+def _through(pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]) -> Sequence[Voxels]:
     """What these stages, in turn, leave to the next."""
     for stage in stages:
         given = pipeline.advance(stage.name, _latents(pipeline, stage, conditions, seeds, given))
     return given
 
 
-def _latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Given]) -> Batch:
+def _latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
     """x_0 of one stage."""
     device = next(stage.model.parameters()).device
     cond = pipeline.conditions(conditions, stage.name).to(device)
@@ -95,7 +95,7 @@ def _latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Seq
 
 def scores(
     pipeline: Pipeline, reward: AssetReward, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None, batch: int = 16,
-    stages_given: Mapping[str, Sequence[Given]] | None = None,
+    stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> torch.Tensor:
     """[N] float32 on the CPU: the reward of each asset, batch by batch, so that the assets need not fit in memory.
 
@@ -129,7 +129,7 @@ def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[l
 
 def held_out_win_rate(
     pipeline: Pipeline, reward: AssetReward, conditions: Sequence[str], seeds: Sequence[int], models: Models, against: torch.Tensor,
-    batch: int = 16, stages_given: Mapping[str, Sequence[Given]] | None = None,
+    batch: int = 16, stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> float:
     """Share of assets that beat the scores `against` [N] of the other generator's on the same conditions and seeds; ties count half."""
     return float(wins(scores(pipeline, reward, conditions, seeds, models, batch, stages_given), against).mean())
@@ -148,13 +148,13 @@ class HeldOut:
     against: Models = field(default_factory=dict)  # the generator to beat, in the same way; nothing named: the pipeline as it is
     batch: int = 16
     _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
-    _given: list[Given] = field(default_factory=list, init=False, repr=False)  # what the stages before leave to this one
+    _given: list[Voxels] = field(default_factory=list, init=False, repr=False)  # what the stages before leave to this one
 
     def __call__(self, model: torch.nn.Module) -> float:
         """In 0..1."""
         what = (self.pipeline, self.reward, self.conditions, self.seeds)
         if self._scores is None:
             self._scores = scores(*what, self.against, self.batch)
-            self._given = given_to(self.pipeline, self.stage, self.conditions, self.seeds, self.others, self.batch)
+            self._given = voxels_for(self.pipeline, self.stage, self.conditions, self.seeds, self.others, self.batch)
         models = {**self.others, self.stage: model}
         return held_out_win_rate(*what, models, self._scores, self.batch, {self.stage: self._given})

@@ -1,12 +1,14 @@
-"""What a Circular-DPO run works on, whichever generator it is."""
+"""What a Circular-DPO run works on: the bundled toy, or a folder of TRELLIS networks with people's pairs."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.flow.pairs import PreferencePair
-from eg3d_rlhf.flow.stage import AssetReward, Pipeline
+from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash, read_pairs
+from eg3d_rlhf.flow.stage import AssetReward, Pipeline, stage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +36,102 @@ class Problem:
             raise ValueError("Problem.train_conditions: expected one condition or more, got none. Name them.")
         if self.final is not None and any(self.final is other for other in (self.reward, self.chooser)):
             raise ValueError("Problem.final: expected a judge of its own, got one that also weighs or chooses. The table would flatter.")
+
+
+TOY = "toy"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSource:
+    """What a problem is read from."""
+
+    pipeline: str = TOY  # or the folder of TRELLIS networks, the one with pipeline.json
+    pairs: str | None = None  # folder of people's pairs, with one folder for each stage in it; None: the toy's own
+    seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
+    conditions: str | None = None  # embeddings of TRELLIS's conditions; None: those beside the pairs
+    also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
+    dtype: str = "float32"  # in which TRELLIS's flows are held
+    held_out: float = 0.2  # share of TRELLIS's conditions that is never trained on
+    flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
+    voxel_share: float = 0.25  # of the mean opacity of filled voxels, above which a decoded asset's voxel counts as filled
+    views: int = 150  # pictures per decoded asset that its features are averaged over
+
+    def __post_init__(self):
+        if self.pipeline == TOY:
+            extra = [f"--{name.replace('_', '-')}" for name in TRELLIS_ONLY if getattr(self, name) != getattr(type(self), name)]
+            if extra:
+                raise ValueError(f"{', '.join(extra)}: belongs to --pipeline=DIR, and would have no effect on the toy. Leave it out.")
+        elif self.pairs is None:
+            raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
+        odd = [text for text in self.flow_weights if not all(text.partition("="))]
+        if odd:
+            raise ValueError(f"--flow-weights: expected STAGE=FILE such as structure=denoiser.pt, got {odd[0]!r}. Name the stage.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}. Choose one.")
+
+
+TRELLIS_ONLY = tuple(f.name for f in fields(ProblemSource) if f.name not in ("pipeline", "pairs", "seed"))
+
+
+def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
+    """Read networks and pairs; pairs of a stage are made or read once.
+
+    Raises: ValueError or OSError for what is missing or does not fit.
+    """
+    problem = _toy(source, device) if source.pipeline == TOY else _trellis(source, device)
+    return replace(problem, human_pairs=functools.cache(problem.human_pairs))
+
+
+def _trellis(source: ProblemSource, device: str | torch.device) -> Problem:
+    from eg3d_rlhf.flow.trellis.pipeline import Encoding
+    from eg3d_rlhf.flow.trellis.problem import trellis_problem
+
+    weights = {stage: Path(file) for stage, _, file in (text.partition("=") for text in source.flow_weights)}
+    return trellis_problem(
+        Path(source.pipeline), Path(source.pairs), conditions=None if source.conditions is None else Path(source.conditions),
+        also=[Path(folder) for folder in source.also], dtype=getattr(torch, source.dtype), device=device, seed=source.seed,
+        held_out=source.held_out, weights=weights, encoding=Encoding(share=source.voxel_share, views=source.views),
+    )
+
+
+def _toy(source: ProblemSource, device: str | torch.device) -> Problem:
+    from eg3d_rlhf.flow.toy.bundled import toy_problem
+
+    problem = toy_problem(source.seed, device)
+    return problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
+
+
+def with_pairs(problem: Problem, folder: Path) -> Problem:
+    """The same problem with people's pairs from a folder, which has one for each stage in it; their hashes are part of its identity.
+
+    Raises: FileNotFoundError for a folder without any, ValueError for stages whose pairs are not of the same assets.
+    """
+    names = [stage.name for stage in problem.pipeline.stages if (folder / stage.name).is_dir()]
+    if not names:
+        expected = ", ".join(stage.name for stage in problem.pipeline.stages)
+        raise FileNotFoundError(f"--pairs: expected a folder for each stage ({expected}) in {folder}, got none. Check the path.")
+    read = {name: read_pairs(folder / name, stage_of(problem.pipeline, name))[0] for name in names}
+    _check_alike(read)
+
+    def human_pairs(stage: str) -> list[PreferencePair]:
+        stage_of(problem.pipeline, stage)
+        if stage not in read:
+            raise ValueError(f"--pairs: expected pairs of stage {stage!r} in {folder}, got those of {', '.join(read)} alone. Add them.")
+        return read[stage]
+
+    hashes = {name: pairs_hash(folder / name) for name in names}
+    return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "pairs": hashes})
+
+
+def _check_alike(read: Mapping[str, Sequence[PreferencePair]]) -> None:
+    """Stages must speak of the same assets, since the loop samples on what a stage's preferred asset leaves to the next."""
+    (first, pairs), *others = read.items()
+    expected = {(pair.id, pair.condition) for pair in pairs}
+    for stage, own in others:
+        odd = sorted({(pair.id, pair.condition) for pair in own} ^ expected)
+        if odd:
+            raise ValueError(
+                f"--pairs: expected the same pairs at stages {first!r} and {stage!r}, got {len(odd)} that one of them lacks, "
+                f"{odd[0][0]!r} first. Make both from the same assets."
+            )

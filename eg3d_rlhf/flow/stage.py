@@ -14,7 +14,7 @@ from eg3d_rlhf.flow.path import FlowPath, opposite
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, collate, count, separate
 from eg3d_rlhf.shapes import check_shape
 
-Given = torch.Tensor | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32; None at the first stage
+Voxels = torch.Tensor | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32; None at the first stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class FlowStage:
             got = f"{self.name!r}, {self.channels} and {self.resolution}"
             raise ValueError(f"FlowStage: expected a name, channels >= 1 and resolution >= 1, got {got}. Correct them.")
 
-    def noise(self, seeds: Sequence[int], given: Sequence[Given]) -> Batch:
+    def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         """Standard normal noise, one sample per seed, on the CPU.
 
         A seed names one dense volume [C, R, R, R]; on voxels it is read there: samples of one seed share it wherever they share voxels.
@@ -63,7 +63,7 @@ class FlowStage:
         volumes = {seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in set(seeds)}
         return collate([self._read(volumes[seed], places) for seed, places in zip(seeds, given, strict=True)])
 
-    def _read(self, volume: torch.Tensor, places: Given) -> Latent:
+    def _read(self, volume: torch.Tensor, places: Voxels) -> Latent:
         if not self.sparse:
             return volume
         self._check_voxels(f"FlowStage.noise of {self.name!r}", places)
@@ -82,7 +82,7 @@ class FlowStage:
         check_shape(f"{who}, features", latent.feats, ["v", self.channels], what)
         self._check_voxels(who, latent.coords)
 
-    def _check_voxels(self, who: str, places: Given) -> None:
+    def _check_voxels(self, who: str, places: Voxels) -> None:
         if places is None or len(places) == 0:
             remedy = "The stage before left an empty structure: drop the sample."
             raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
@@ -106,7 +106,7 @@ class Pipeline(Protocol):
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
         """The empty condition's tokens, [n, T, E]."""
 
-    def advance(self, stage: str, x_0: Batch) -> list[Given]:
+    def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
         """The gap behind a stage: what its latents leave to the next, per sample. Not differentiable."""
 
     def decode(self, x_0: Batch) -> list[Asset]:

@@ -11,8 +11,7 @@ from eg3d_rlhf.flow.lora import LoraConfig, adapted_layers, adapter_state, adapt
 from eg3d_rlhf.flow.lora_files import ADAPTER, CONFIG, PREFIX, load_weights, read_weights, split_state, write_adapter
 from eg3d_rlhf.flow.policies import save_policy, shared_copy, tuned_model
 from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig
-from eg3d_rlhf.flow.trellis.structure_flow import StructureFlow, StructureFlowConfig
+from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 
 TOLERANCE = 1e-5
 MERGED_TOLERANCE = 5e-7  # of outputs, adapter on against merged

@@ -6,7 +6,7 @@ import torch
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sampler import trajectory
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.flow.trellis.structure_flow import StructureFlow, StructureFlowConfig, from_patches, to_patches
+from eg3d_rlhf.flow.trellis.flows import StructureFlow, StructureFlowConfig, from_patches, to_patches
 from eg3d_rlhf.flow.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig, grid_of, voxels_of
 from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 

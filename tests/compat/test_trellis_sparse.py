@@ -7,10 +7,9 @@ from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sampler import trajectory
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.flow.trellis.gaussian_decoder import GaussianDecoder, GaussianDecoderConfig
-from eg3d_rlhf.flow.trellis.latent_encoder import LatentEncoder, LatentEncoderConfig
-from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig
-from eg3d_rlhf.flow.trellis.sparse_resample import downsample
+from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig
+from eg3d_rlhf.flow.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
+from eg3d_rlhf.flow.trellis.sparse_conv import downsample
 from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 
 TEXT = dict(

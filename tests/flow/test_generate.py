@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.flow.generate import HeldOut, crossed, generate, given_to, held_out_win_rate, scores, stage_noise, wins
+from eg3d_rlhf.flow.generate import HeldOut, crossed, generate, held_out_win_rate, scores, stage_noise, voxels_for, wins
 from tests.flow.tiny_flow import NAMES, LinearFlow, TinyPipeline, likes_target
 
 
@@ -53,9 +53,9 @@ def test_networks_are_swapped_for_the_call_alone():
 def test_a_later_stage_can_be_given_its_voxels():
     pipeline, (names, seeds) = TinyPipeline(), crossed(NAMES, 3, 0)
     base = generate(pipeline, names, seeds)
-    given = given_to(pipeline, "voxels", names, seeds, batch=4)
+    given = voxels_for(pipeline, "voxels", names, seeds, batch=4)
     assert all(torch.equal(places, asset.coords) for places, asset in zip(given, base, strict=True))
-    assert given_to(pipeline, "structure", names, seeds) == [None] * 9
+    assert voxels_for(pipeline, "structure", names, seeds) == [None] * 9
     other = {"structure": shifted(1, 9.0)}  # is not run
     assert same(generate(pipeline, names, seeds, other, stages_given={"voxels": given}, batch=2), base)
 

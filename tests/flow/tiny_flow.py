@@ -11,7 +11,7 @@ from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.update import TrainConfig
 
 R = 2
 NAMES = ("a", "b", "c")

@@ -13,7 +13,7 @@ from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.update import TrainConfig
 
 R, CHANNELS, TOKENS, EMBEDDING = 4, 3, 2, 5
 TRAINED, HELD_OUT = ("red", "green", "blue"), ("grey", "pink")

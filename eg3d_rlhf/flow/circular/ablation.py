@@ -7,91 +7,20 @@ With more than two stages, "first" stands for all stages before the last.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.flow.circular import table
 from eg3d_rlhf.flow.circular.artefacts import Artefact
-from eg3d_rlhf.flow.circular.judging import Judging
-from eg3d_rlhf.flow.circular.loop import CircularLoop, Lines, NoPairsError
-
-BASE, PEOPLE, LOOP, SUPERVISED = "base", "people", "loop", "supervised"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """What one row of the table trains."""
-
-    title: str
-    first: str = BASE  # what the stages before the last learn from
-    last: str = BASE  # what the last stage learns from
-    use_w1: bool = True
-    use_w2: bool = True
-
-
-GROUPS = {
-    "a": Group(title="full loop", first=LOOP, last=PEOPLE),
-    "b": Group(title="both stages on people's pairs, no loop", first=PEOPLE, last=PEOPLE),
-    "c": Group(title="first stage alone, people's pairs", first=PEOPLE),
-    "d": Group(title="last stage alone, people's pairs", last=PEOPLE),
-    "e": Group(title="first stage fine-tuned on the preferred", first=SUPERVISED),
-    "f": Group(title="last stage fine-tuned on the preferred", last=SUPERVISED),
-    "g": Group(title="full loop without the filter w1", first=LOOP, last=PEOPLE, use_w1=False),
-    "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
-    "i": Group(title="base"),
-}
-
-
-def letters(text: str) -> list[str]:
-    """"a..i", "a,d,i" or "a..d,i" as groups in order, the base always among them since all are compared with it.
-
-    Raises: ValueError for other text.
-    """
-    found: set[str] = {"i"}
-    for part in text.replace(" ", "").split(","):
-        low, dots, high = part.partition("..")
-        ends = [low, high if dots else low]
-        if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
-            raise ValueError(f"groups: expected letters of a..i such as a,b,d or a..i, got {text!r}. Correct it.")
-        found.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
-    return sorted(found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationPlan:
-    """Which groups are trained, how often, and how they are judged."""
-
-    groups: tuple[str, ...] = tuple(GROUPS)
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training; assets are judged on the same noises whatever the seed
-    judging: Judging = Judging()
-
-    def __post_init__(self):
-        unknown = [letter for letter in self.groups if letter not in GROUPS]
-        if unknown or "i" not in self.groups or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"AblationPlan: expected groups of a..i with i, and different seeds, got {self.groups} and {self.seeds}.")
-
-    def tasks(self) -> dict[str, list[str]]:
-        """What is to be done, and what each waits for, in an order that lets what others wait for start early.
-
-        Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own training and scores.
-        """
-        wanted = [GROUPS[letter] for letter in self.groups]
-        shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
-        shared = [(kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)]
-        looping = any(group.first == LOOP for group in wanted)
-        tasks: dict[str, list[str]] = {}
-        for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it
-            tasks |= {f"{seed}/{kind}/{part}": [] for seed in self.seeds}
-            if (kind, part) == (PEOPLE, "last") and looping:
-                tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
-        for letter in self.groups:
-            for seed in self.seeds if letter != "i" else self.seeds[:1]:
-                tasks[f"{seed}/{letter}"] = self._needs(seed, GROUPS[letter])
-        return tasks
-
-    @staticmethod
-    def _needs(seed: int, group: Group) -> list[str]:
-        needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
-        if group.first == LOOP:
-            return [*needs, f"{seed}/pairs"]
-        return needs + ([f"{seed}/{group.first}/first"] if group.first != BASE else [])
+from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of
+from eg3d_rlhf.flow.circular.settings import CircularRun
+from eg3d_rlhf.flow.circular.table import BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
+from eg3d_rlhf.flow.circular.task_pool import Report, run_tasks
+from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.tuning.train import StoppedError
 
 
 @dataclass(kw_only=True)
@@ -109,12 +38,12 @@ class Ablation:
             _, pairs = self._looped(loop, None)
             return {stage: {**artefact.record, "reused": artefact.reused} for stage, artefact in pairs.items()}
         if part:
-            lines = self._trained(loop, what, part[0])
-            return {stage: _training(line[-1]) for stage, line in lines.items()}
+            lineage = self._trained(loop, what, part[0])
+            return {stage: _training(line[-1]) for stage, line in lineage.items()}
         group = GROUPS[what]
-        lines = self._lines(loop, group)
-        judged = loop.judged(lines, self.plan.judging)
-        trained = {stage: _training(line[-1]) for stage, line in lines.items()}
+        lineage = self._lines(loop, group)
+        judged = loop.judged(lineage, self.plan.judging)
+        trained = {stage: _training(line[-1]) for stage, line in lineage.items()}
         return {"scores": judged.record, "trainings": trained, "reused": judged.reused}
 
     def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
@@ -123,26 +52,26 @@ class Ablation:
         chosen = names[-1:] if part == "last" else names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
 
-    def _lines(self, loop: CircularLoop, group: Group) -> Lines:
+    def _lines(self, loop: CircularLoop, group: Group) -> Lineage:
         if group.first == LOOP:
             return self._looped(loop, group)[0]
-        lines = self._trained(loop, group.last, "last") if group.last != BASE else {}
-        return lines | (self._trained(loop, group.first, "first") if group.first != BASE else {})
+        lineage = self._trained(loop, group.last, "last") if group.last != BASE else {}
+        return lineage | (self._trained(loop, group.first, "first") if group.first != BASE else {})
 
     def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
         """The loop's networks and pairs; without a group, up to the pairs that all groups share."""
-        lines = self._trained(loop, PEOPLE, "last")
+        lineage = self._trained(loop, PEOPLE, "last")
         pairs: dict[str, Artefact] = {}
         for name in reversed([stage.name for stage in loop.problem.pipeline.stages][:-1]):
-            pairs[name] = loop.pairs(name, lines)
+            pairs[name] = loop.pairs(name, lineage)
             if group is None:
                 break
             weighing = replace(loop.settings.weighing, use_w1=group.use_w1, use_w2=group.use_w2)
             try:
-                lines[name] = (loop.from_loop(name, pairs[name], lines, weighing),)
+                lineage[name] = (loop.from_loop(name, pairs[name], lineage, weighing),)
             except NoPairsError as error:  # the group is then what it is without this training; its table says so
                 loop.say(f"Warning: {error}")
-        return lines, pairs
+        return lineage, pairs
 
 
 def _training(artefact: Artefact) -> dict:
@@ -174,3 +103,74 @@ def collect(results: Mapping[str, Mapping], plan: AblationPlan) -> dict[str, lis
 def trainings(results: Mapping[str, Mapping], letter: str, seeds: Sequence[int]) -> list[Mapping]:
     """What was trained for a group, one entry for each seed."""
     return [results[f"{seed}/{letter}"]["trainings"] if letter != "i" else {} for seed in seeds]
+
+
+def handler_of(run: CircularRun, device: str, alone: bool, report: Report) -> Ablation:
+    """What a process does tasks with; on one thread where it is not alone."""
+    if not alone:
+        torch.set_num_threads(1)
+    problem = run.problem(device)
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, problem, on_updates=report))
+
+
+def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, workers: int) -> None:
+    """Train and judge all groups on worker processes, and write the table."""
+    plan, tasks = run.plan, run.plan.tasks()
+    last = problem.pipeline.stages[-1].name
+    steps = {PEOPLE: run.circular.human.steps, LOOP: run.circular.loop.steps, SUPERVISED: run.circular.sft.steps}
+    pairs = len(problem.human_pairs(last))
+    units = {task: cost(task, plan, steps, len(problem.held_out_conditions), pairs) for task in tasks}
+    print(f"{len(tasks)} tasks on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
+    with WorkBar(units) as bar:
+        expected = (ValueError, OSError, StoppedError)
+        arguments = (run, device, workers == 1)
+        results = run_tasks(tasks, handler_of, arguments, workers, folder / "logs", bar.done, bar.progress, expected)
+    data = _data(run, problem, results)
+    for path in table.write(data, folder):
+        print(f"Written: {path}")
+    print(table.markdown(data))
+
+
+class WorkBar:
+    """A bar over the work of all tasks, and the time that is left of it."""
+
+    def __init__(self, units: Mapping[str, float]):
+        self._units, self._begun = units, dict.fromkeys(units, 0.0)
+        self._bar = tqdm(total=round(sum(units.values())), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> "WorkBar":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.close()
+
+    def progress(self, name: str, units: float) -> None:
+        """Of a task under way; an estimate, so never more than all of it."""
+        self._advance(name, min(units, self._units[name] - self._begun[name]))
+
+    def done(self, name: str, result: Mapping) -> None:
+        """A task has ended; what was found and not made says nothing of the time that others take."""
+        self._bar.set_description(f"ablation, done {name}", refresh=False)
+        left = self._units[name] - self._begun[name]
+        if _reused(result):
+            self._bar.total -= round(left)
+            self._bar.refresh()
+        else:
+            self._advance(name, left)
+
+    def _advance(self, name: str, units: float) -> None:
+        before = round(self._begun[name])
+        self._begun[name] += units
+        self._bar.update(round(self._begun[name]) - before)
+
+
+def _reused(result: Mapping) -> bool:
+    return bool(result["reused"]) if "reused" in result else all(one["reused"] for one in result.values())
+
+
+def _data(run: CircularRun, problem: Problem, results: Mapping[str, Mapping]) -> dict:
+    plan = run.plan
+    loop = {str(seed): results[f"{seed}/pairs"] for seed in plan.seeds if f"{seed}/pairs" in results}
+    known = {"training_seeds": list(plan.seeds), **run.facts(problem)}
+    trained = {letter: trainings(results, letter, plan.seeds) for letter in plan.groups}
+    return table.table(collect(results, plan), plan.seeds, trained, loop, known)

@@ -12,24 +12,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from eg3d_rlhf.flow.circular.artefacts import Artefact, ArtefactStore, Made
-from eg3d_rlhf.flow.circular.judging import Judging, judge
 from eg3d_rlhf.flow.circular.loop_pairs import make_in_chunks, stage_behind, with_roles
-from eg3d_rlhf.flow.circular.settings import CircularSettings, Weighing
+from eg3d_rlhf.flow.circular.settings import CircularRun, CircularSettings, Weighing
+from eg3d_rlhf.flow.circular.table import Judging, judge
 from eg3d_rlhf.flow.generate import HeldOut, crossed
-from eg3d_rlhf.flow.pair_files import read_pairs
-from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.flow.policies import tuned_model, with_models
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.stage import stage_of
-from eg3d_rlhf.flow.tuning.config import TrainConfig
-from eg3d_rlhf.flow.tuning.records import FREE
+from eg3d_rlhf.flow.tuning.folder import FREE
 from eg3d_rlhf.flow.tuning.train import StageResult, train_stage
+from eg3d_rlhf.flow.tuning.update import TrainConfig
 from eg3d_rlhf.flow.weights import weigh
 from training.distributed import SINGLE, Ranks
 
-Lines = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
+Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
 
 
 class NoPairsError(ValueError):
@@ -45,15 +45,15 @@ class CircularLoop:
     store: ArtefactStore
     ranks: Ranks = SINGLE
     progress: Callable[[str, int], Callable[[int], None]] = lambda title, total: lambda by: None  # (what, units in all) -> advance(by)
-    say: Callable[[str], None] = print  # status lines and warnings of trainings
+    say: Callable[[str], None] = print  # status lineage and warnings of trainings
     on_updates: Callable[[int], None] = lambda updates: None  # updates done since the last win rate, at each
     _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
 
     # Networks.
 
-    def models(self, lines: Lines) -> dict[str, torch.nn.Module]:
+    def models(self, lineage: Lineage) -> dict[str, torch.nn.Module]:
         """The networks of the stages that were trained."""
-        return {stage: self._model(stage, line) for stage, line in lines.items() if line}
+        return {stage: self._model(stage, line) for stage, line in lineage.items() if line}
 
     def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
         key = (stage, *(one.content for one in line))
@@ -62,63 +62,63 @@ class CircularLoop:
             self._models[key] = tuned_model(base, weights_of(line[-1]), merge=True)
         return self._models[key]
 
-    def _named(self, lines: Lines) -> dict[str, list[str]]:
+    def _named(self, lineage: Lineage) -> dict[str, list[str]]:
         """Networks as inputs of an artefact."""
-        return {stage: [one.content for one in line] for stage, line in sorted(lines.items()) if line}
+        return {stage: [one.content for one in line] for stage, line in sorted(lineage.items()) if line}
 
     # Steps.
 
-    def from_people(self, stage: str, lines: Lines | None = None, supervised: bool = False) -> Artefact:
-        """Train a stage on people's pairs, from the networks of `lines`."""
-        config, lines = self.settings.sft if supervised else self.settings.human, lines or {}
+    def from_people(self, stage: str, lineage: Lineage | None = None, supervised: bool = False) -> Artefact:
+        """Train a stage on people's pairs, from the networks of `lineage`."""
+        config, lineage = self.settings.sft if supervised else self.settings.human, lineage or {}
         what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
-        return self._train(stage, lines, config, {"source": "human"}, lambda: (self.problem.human_pairs(stage), {}), what)
+        return self._train(stage, lineage, config, {"source": "human"}, lambda: (self.problem.human_pairs(stage), {}), what)
 
-    def pairs(self, stage: str, lines: Lines, before: Lines | None = None) -> Artefact:
-        """Pairs of a stage from what `lines` made of the stage behind it; `before`: its reference."""
+    def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
+        """Pairs of a stage from what `lineage` made of the stage behind it; `before`: its reference."""
         before, seed = before or {}, self.settings.seed
         behind = stage_behind(self.problem, stage).name
         un_op = {behind: before[behind]} if before.get(behind) else {}
         inputs = {
             "step": "loop pairs", "problem": self.problem.identity, "stage": stage, "seed": seed,
-            "config": {"per_pair": self.settings.loop_pairs.per_pair}, "op": self._named({k: v for k, v in lines.items() if k != stage}),
+            "config": {"per_pair": self.settings.loop_pairs.per_pair}, "op": self._named({k: v for k, v in lineage.items() if k != stage}),
             "un_op": self._named(un_op),
         }
 
         def maker(folder: Path) -> Made:
             advance = self.progress(f"pairs for {stage}", -(-len(self.problem.human_pairs(stage)) // self.ranks.world))
             place, figures = make_in_chunks(
-                folder, self.problem, self.models(lines), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
+                folder, self.problem, self.models(lineage), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
                 ranks=self.ranks, on_pair=advance,
             )
             return Made(products=[place], record=figures)
 
         return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
 
-    def from_loop(self, stage: str, pairs: Artefact, lines: Lines, weighing: Weighing | None = None) -> Artefact:
-        """Train a stage on the loop's pairs, from the networks of `lines`."""
+    def from_loop(self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None) -> Artefact:
+        """Train a stage on the loop's pairs, from the networks of `lineage`."""
         weighing = weighing or self.settings.weighing
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
         return self._train(
-            stage, lines, self.settings.loop, source, lambda: weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing),
+            stage, lineage, self.settings.loop, source, lambda: weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing),
             "DPO on the loop's pairs",
         )
 
     def _train(
-        self, stage: str, lines: Lines, config: TrainConfig, source: Mapping,
+        self, stage: str, lineage: Lineage, config: TrainConfig, source: Mapping,
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]], what: str,
     ) -> Artefact:
         config = self.settings.training(config, stage_of(self.problem.pipeline, stage))
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
-            "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lines), "pairs": source,
+            "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lineage), "pairs": source,
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
             "choosing": None if choosing is None else asdict(choosing),
         }
 
         def maker(folder: Path) -> Made:
             pairs, report = read()
-            models = self.models(lines)
+            models = self.models(lineage)
             with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
                 held_out = _counted(self._held_out(stage, models), config.held_out_every, self.on_updates)
                 result = train_stage(
@@ -141,20 +141,31 @@ class CircularLoop:
             against=dict(models), batch=choosing.batch,
         )
 
-    def judged(self, lines: Lines, judging: Judging) -> Artefact:
+    def judged(self, lineage: Lineage, judging: Judging) -> Artefact:
         """Scores of the held-out conditions' assets by every judge; the record holds them."""
-        inputs = {"step": "judge", "problem": self.problem.identity, "networks": self._named(lines), "judging": asdict(judging)}
+        inputs = {"step": "judge", "problem": self.problem.identity, "networks": self._named(lineage), "judging": asdict(judging)}
 
         def maker(folder: Path) -> Made:
             del folder
             total = judging.per_condition * len(self.problem.held_out_conditions)
-            return Made(products=[], record=judge(self.problem, self.models(lines), judging, self.progress("judging", total)))
+            return Made(products=[], record=judge(self.problem, self.models(lineage), judging, self.progress("judging", total)))
 
-        names = ", ".join(k for k, v in lines.items() if v) or "none"
+        names = ", ".join(k for k, v in lineage.items() if v) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
 
 
-def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lines, list[dict]]:
+def say(line: str) -> None:
+    """Print above a progress bar."""
+    tqdm.write(line)
+
+
+def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, **hooks: Callable) -> CircularLoop:
+    """The steps of a run for a training seed; hooks: of CircularLoop."""
+    store = ArtefactStore(Path(run.artefacts), ranks, say)
+    return CircularLoop(problem=problem, settings=run.circular.with_seed(seed), store=store, ranks=ranks, say=say, **hooks)
+
+
+def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
     """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
 
     Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap.
@@ -162,7 +173,7 @@ def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None)
     stages = [stage.name for stage in loop.problem.pipeline.stages]
     if len(stages) < 2:
         raise ValueError(f"circular: expected a pipeline of two stages or more, got {', '.join(stages)}. One stage needs no loop: --stage.")
-    lines: dict[str, tuple[Artefact, ...]] = {}
+    lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []
 
     def done(number: int, kind: str, stage: str, artefact: Artefact) -> Artefact:
@@ -171,14 +182,14 @@ def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None)
         return artefact
 
     for number in range(1, loop.settings.rounds + 1):
-        before = dict(lines)
+        before = dict(lineage)
         tuned = done(number, "people", stages[-1], loop.from_people(stages[-1], before))
-        lines[stages[-1]] = (*before.get(stages[-1], ()), tuned)
+        lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)
         for stage in reversed(stages[:-1]):
-            pairs = done(number, "pairs", stage, loop.pairs(stage, lines, before))
-            tuned = done(number, "loop", stage, loop.from_loop(stage, pairs, lines))
-            lines[stage] = (*before.get(stage, ()), tuned)
-    return lines, steps
+            pairs = done(number, "pairs", stage, loop.pairs(stage, lineage, before))
+            tuned = done(number, "loop", stage, loop.from_loop(stage, pairs, lineage))
+            lineage[stage] = (*before.get(stage, ()), tuned)
+    return lineage, steps
 
 
 def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:

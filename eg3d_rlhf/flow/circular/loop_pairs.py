@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.flow.generate import Models, generate
-from eg3d_rlhf.flow.pair_files import read_pairs, write_pairs
-from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
-from eg3d_rlhf.flow.stage import FlowStage, Given, stage_of
+from eg3d_rlhf.flow.stage import FlowStage, Voxels, stage_of
 from eg3d_rlhf.flow.weights import same_structure
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -110,7 +109,7 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
     ]
 
 
-def _gap(problem: Problem, stage: str, pairs: Sequence[PreferencePair]) -> list[Given]:
+def _gap(problem: Problem, stage: str, pairs: Sequence[PreferencePair]) -> list[Voxels]:
     """What the preferred assets' own latents leave to the stage behind."""
     device = next(stage_of(problem.pipeline, stage).model.parameters()).device
     return problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))

@@ -1,11 +1,20 @@
-"""Settings of a whole Circular-DPO run: one training configuration for each kind of step, and how the loop's pairs are made and weighed."""
+"""Settings of a Circular-DPO run, and how a run folder keeps them as JSON."""
 
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
 
+from eg3d_rlhf.cli import versions
 from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.table import AblationPlan, Judging
 from eg3d_rlhf.flow.dpo import DpoConfig
+from eg3d_rlhf.flow.problem import TOY, Problem, ProblemSource, open_problem
 from eg3d_rlhf.flow.stage import FlowStage
-from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.tuning.update import TrainConfig
 from eg3d_rlhf.flow.weights import W2_NORMS
 
 ROLES = ("op", "reward")
@@ -91,3 +100,80 @@ class CircularSettings:
     def to_dict(self) -> dict:
         """Plain JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularRun:
+    """What a run does, and on what."""
+
+    circular: CircularSettings
+    source: ProblemSource = ProblemSource()  # networks and people's pairs
+    stage: str | None = None  # train this stage alone, on people's pairs
+    groups: tuple[str, ...] | None = None  # of the ablation; None: no ablation
+    training_seeds: tuple[int, ...] = ()  # of the ablation
+    judging: Judging = Judging()  # for the table that ends a run
+    summary: bool = True  # end a run with that table, where the problem has a judge for it
+    artefacts: str = "runs/artefacts"  # folder that runs share
+
+    @property
+    def plan(self) -> AblationPlan:
+        """The ablation's."""
+        return AblationPlan(groups=self.groups, seeds=self.training_seeds, judging=self.judging)
+
+    @property
+    def name(self) -> str:
+        """For the run folder."""
+        what = f"ablation-{''.join(self.groups)}" if self.groups else f"stage-{self.stage}" if self.stage else "loop"
+        return f"circular-dpo-{Path(self.source.pipeline).name}-{what}"
+
+    def problem(self, device: str) -> Problem:
+        """Read networks and pairs."""
+        return open_problem(self.source, device)
+
+    def facts(self, problem: Problem) -> dict:
+        """What a reader of a table needs besides it."""
+        return {
+            "problem": dict(problem.identity), "settings": self.circular.to_dict(), "judging": asdict(self.judging), "versions": versions(),
+        }
+
+
+def default_settings(pipeline: str) -> CircularSettings:
+    """What a run does where it is not told otherwise: settings that suit the toy, or for TRELLIS those of public code."""
+    if pipeline == TOY:
+        from eg3d_rlhf.flow.toy.bundled import TOY_DEFAULTS
+
+        return TOY_DEFAULTS
+    return CircularSettings(loop_pairs=LoopPairsConfig(batch=4, chunk=16), choosing=Choosing(per_condition=1, batch=4))
+
+
+Settings = TypeVar("Settings")
+
+
+def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
+    """A dataclass from what `dataclasses.asdict` made of it, after a journey through JSON.
+
+    Raises: ValueError naming a field that is unknown or of the wrong sort.
+    """
+    who = who or kind.__name__
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{who}: expected settings of this version, got unknown ones: {', '.join(unknown)}. Start a new run.")
+    return kind(**{name: _value(hints[name], value, f"{who}.{name}") for name, value in values.items()})
+
+
+def _value(hint: object, value: object, who: str) -> object:
+    if value is None:
+        return None
+    for option in _options(hint):
+        if dataclasses.is_dataclass(option):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{who}: expected settings by name, got {value!r}. Start a new run.")
+            return from_dict(option, value, who)
+        if typing.get_origin(option) is tuple:
+            return tuple(value)
+    return value
+
+
+def _options(hint: object) -> tuple:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Latent, SparseBatch
-from eg3d_rlhf.flow.stage import FlowStage, Given, Sampling
-from eg3d_rlhf.flow.toy.defects import CHANNELS, KEPT, Drafts, neighbours
+from eg3d_rlhf.flow.stage import FlowStage, Sampling, Voxels
 from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow
-from eg3d_rlhf.flow.toy.shapes import COLOURS, SHAPES, R, classes
+from eg3d_rlhf.flow.toy.shapes import CHANNELS, COLOURS, KEPT, SHAPES, Drafts, R, classes, neighbours
 
 STRUCTURE, VOXELS = "structure", "voxels"
 TO_GROW = 2  # growing neighbours that an empty place needs to be filled
@@ -56,7 +55,7 @@ class ToyPipeline:
         _check_stage(stage)
         return torch.zeros(n, 2, len(SHAPES) + len(COLOURS), device=self.device)
 
-    def advance(self, stage: str, x_0: torch.Tensor) -> list[Given]:
+    def advance(self, stage: str, x_0: torch.Tensor) -> list[Voxels]:
         """The voxels above 0; of a structure without any, its largest."""
         if stage != STRUCTURE:
             raise ValueError(f"advance: expected a stage with another behind it, {STRUCTURE!r}, got {stage!r}. Decode the last one.")

@@ -9,12 +9,10 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.flow.policies import tuned_model
-from eg3d_rlhf.flow.trellis.conditions import read_conditions, write_conditions
-from eg3d_rlhf.flow.trellis.draw import RANKING, draw_to
-from eg3d_rlhf.flow.trellis.encoders import ImageEncoder, TextEncoder
+from eg3d_rlhf.flow.trellis.conditions import ImageEncoder, TextEncoder, read_conditions, write_conditions
 from eg3d_rlhf.flow.trellis.export import export
 from eg3d_rlhf.flow.trellis.files import read_pipeline
-from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, SCHEMES, STANDS, Imported, read_dso, read_ranking, write_import
+from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, RANKING, SCHEMES, STANDS, Imported, draw_to, read_dso, read_ranking, write_import
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.flow.trellis.problem import file_hashes, hash_of
 

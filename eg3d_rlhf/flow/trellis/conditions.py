@@ -1,6 +1,6 @@
 """Embeddings of conditions: cached in files, or computed by CLIP or DINOv2 where transformers and their weights are on this machine.
 
-Shape letters: N conditions, L tokens, E their size.
+Nothing is downloaded. Shape letters: N conditions, L tokens, E their size.
 """
 
 import pickle
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 from training.storage import read_tensors, write_tensors
@@ -134,3 +136,97 @@ _READERS = {
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+IMAGE_SIZE = 518  # pixels; 37 patches of 14
+PATCHES = 37
+REGISTERS = 4
+TEXT_TOKENS = 77
+MARGIN = 1.2  # side of the square cut out, in sides of what the image shows
+HUB = {"dinov2_vitl14_reg": "facebook/dinov2-with-registers-large"}  # torch hub's name -> that of the transformers weights
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _load(kind: str, name: str):
+    """Class and weights from the local cache."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"{name}: expected the transformers package to embed conditions, got none. Install it, or give embeddings in files."
+        ) from None
+    try:
+        return getattr(transformers, kind).from_pretrained(HUB.get(name, name), local_files_only=True)
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0][:100]
+        raise ValueError(
+            f"{name}: expected its weights on this machine, got none ({first}). Fetch them once yourself, or give embeddings in files."
+        ) from None
+
+
+class TextEncoder:
+    """CLIP's last hidden states of texts, padded to 77 tokens, with no attention mask."""
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        self.name = name
+        self.tokenizer = _load("AutoTokenizer", name)
+        self.model = _load("CLIPTextModel", name).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """[N, 77, E] float32 on the CPU."""
+        ids = self.tokenizer(list(texts), max_length=TEXT_TOKENS, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float().cpu()
+
+    def conditions(self, texts: Sequence[str]) -> Conditions:
+        """Of texts by themselves, and of the empty one."""
+        names = list(dict.fromkeys([*texts, NULL]))
+        return Conditions(tokens={name: self([name])[0] for name in names}, encoder=self.name)
+
+
+class ImageEncoder:
+    """DINOv2's tokens of images before its last norm: 1 for the whole, 4 registers, 37 x 37 patches."""
+
+    def __init__(self, name: str = "dinov2_vitl14_reg", device: str | torch.device = "cpu"):
+        self.name = name
+        self.model = _load("AutoModel", name).eval().to(device)
+
+    @torch.no_grad()
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, 518, 518] of 0..1 -> [N, L, E] float32, before the last norm."""
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+        pixels = ((images - mean) / std).to(self.model.device, next(self.model.parameters()).dtype)
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1].float()
+
+    def patches(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, E, 37, 37] of the patches alone."""
+        return self.tokens(images)[:, 1 + REGISTERS :].transpose(1, 2).unflatten(2, (PATCHES, PATCHES))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Condition tokens [N, L, E] on the CPU: normalised without parameters."""
+        tokens = self.tokens(images)
+        return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
+
+    def conditions(self, images: dict[str, Image.Image]) -> Conditions:
+        """Of images by name."""
+        tokens = {name: self(cut_out(image)[None])[0] for name, image in images.items()}
+        return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
+
+
+def cut_out(image: Image.Image) -> torch.Tensor:
+    """What an image with a transparent background shows, in the middle of a black square -> [3, 518, 518] of 0..1.
+
+    Raises: ValueError for an image without transparency: backgrounds are removed elsewhere.
+    """
+    if image.mode != "RGBA" or image.getextrema()[3][0] == 255:
+        raise ValueError(f"image: expected a transparent background (RGBA), got {image.mode} without. Remove the background first.")
+    box = image.getchannel("A").point(lambda a: 255 if a > 0.8 * 255 else 0).getbbox()
+    if box is None:
+        raise ValueError("image: expected something that is not transparent, got nothing. Choose another image.")
+    left, top, right, bottom = box
+    half = max(right - left, bottom - top) * MARGIN / 2
+    x, y = (left + right) / 2, (top + bottom) / 2
+    square = image.crop((int(x - half), int(y - half), int(x + half), int(y + half)))
+    square = square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 4).float() / 255
+    return (pixels[..., :3] * pixels[..., 3:]).permute(2, 0, 1).contiguous()

@@ -12,10 +12,9 @@ from torch import nn
 
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
-from eg3d_rlhf.flow.stage import FlowStage, Given
+from eg3d_rlhf.flow.stage import FlowStage, Voxels
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, voxels_filled
-from eg3d_rlhf.flow.trellis.conditions import Conditions
-from eg3d_rlhf.flow.trellis.encoders import ImageEncoder
+from eg3d_rlhf.flow.trellis.conditions import Conditions, ImageEncoder
 from eg3d_rlhf.flow.trellis.files import (
     FLOWS,
     GAUSSIAN_DECODER,
@@ -29,10 +28,9 @@ from eg3d_rlhf.flow.trellis.files import (
     read_json,
     read_pipeline,
 )
-from eg3d_rlhf.flow.trellis.freed_memory import return_freed_memory
-from eg3d_rlhf.flow.trellis.models import empty_model, load_model
+from eg3d_rlhf.flow.trellis.models import empty_model, load_model, return_freed_memory
+from eg3d_rlhf.flow.trellis.render import voxel_features
 from eg3d_rlhf.flow.trellis.structure_vae import grid_of, voxels_of
-from eg3d_rlhf.flow.trellis.voxel_features import voxel_features
 
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
 
@@ -90,7 +88,7 @@ class TrellisPipeline:
         return self.tokens.null(n).to(self.device)
 
     @torch.no_grad()
-    def advance(self, stage: str, x_0: Batch) -> list[Given]:
+    def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
         """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
         if stage != STRUCTURE:
             raise ValueError(f"advance: expected stage {STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")

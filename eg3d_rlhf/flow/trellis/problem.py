@@ -2,10 +2,15 @@
 
     pairs/structure, pairs/latent    pairs of a stage, as pair_import.py writes them; one of the two may be missing
     pairs/conditions.safetensors    embeddings of their conditions
+
+The judges see where an asset is filled and which colours it has there. They know nothing of conditions: they compare assets of one
+condition, as w1, w2 and win rates do.
+
+Shape letters: N assets, P pairs, F features, K cells per axis.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.flow.pair_files import pairs_hash, read_pairs
-from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash, read_pairs
 from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.stage import stage_of
+from eg3d_rlhf.flow.trellis.assets import SplatAsset
 from eg3d_rlhf.flow.trellis.conditions import read_conditions
 from eg3d_rlhf.flow.trellis.files import (
     FLOWS,
@@ -31,9 +37,9 @@ from eg3d_rlhf.flow.trellis.files import (
     read_json,
     read_pipeline,
 )
-from eg3d_rlhf.flow.trellis.learned_reward import RewardOfPairs
 from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, CONVENTION, normalization
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
+from eg3d_rlhf.preferences.preference_loss import preference_loss
 
 
 def trellis_problem(
@@ -189,3 +195,74 @@ def hash_of(path: Path) -> str:
     for file in sorted(p for p in path.iterdir() if p.is_file()):
         digest.update(f"{file.name} {file_hash(file)}\n".encode())
     return digest.hexdigest()
+
+
+CELLS = 8  # per axis of the cube
+FITTING_STEPS = 200
+
+
+def features(asset: SplatAsset, cells: int = CELLS) -> torch.Tensor:
+    """[F] float32, F = 4 K^3: per cell the logarithm of 1 + its opacity, and its mean colour less grey."""
+    asset = asset.to("cpu")  # sums there do not depend on the order of threads
+    places = ((asset.means + 0.5) * cells).floor().long()
+    inside = ((places >= 0) & (places < cells)).all(1)
+    x, y, z = places[inside].unbind(1)
+    cell, opacity = (x * cells + y) * cells + z, asset.opacities[inside].float()
+    mass = opacity.new_zeros(cells**3).index_add(0, cell, opacity)
+    colour = opacity.new_zeros(cells**3, 3).index_add(0, cell, opacity[:, None] * (asset.colours[inside].float() - 0.5))
+    return torch.cat([mass.log1p(), (colour / mass.clamp_min(1e-6)[:, None]).flatten()])
+
+
+class LinearReward:
+    """score = w . (features - mean) / std; an AssetReward."""
+
+    def __init__(self, preferred: torch.Tensor, rejected: torch.Tensor, ridge: float = 1.0):
+        """Fit by Bradley-Terry to the features of pairs [P, F] each, with ridge / 2 |w|^2 / P added to the mean loss."""
+        both = torch.cat([preferred, rejected]).double()
+        self.mean, self.std = both.mean(0), both.std(0).clamp_min(1e-6) * both.shape[1] ** 0.5
+        gaps = (preferred - rejected).double() / self.std  # [P, F]
+        self.weight = torch.zeros(gaps.shape[1], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([self.weight], max_iter=FITTING_STEPS, line_search_fn="strong_wolfe")
+
+        def step() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = preference_loss(gaps @ self.weight).mean() + ridge / 2 * self.weight.square().sum() / len(gaps)
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(step)
+        self.weight.requires_grad_(False)
+
+    def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
+        """[N] float32."""
+        found = torch.stack([features(asset) for asset in assets]).double()
+        return (((found - self.mean) / self.std) @ self.weight).float()
+
+
+class RewardOfPairs:
+    """A LinearReward that is fitted when it is first asked; an AssetReward."""
+
+    def __init__(self, pipeline: TrellisPipeline, pairs: Callable[[], Sequence[PreferencePair]], title: str, ridge: float = 1.0):
+        """Args: pairs: of the last stage, whose latents are decoded; title: for the progress bar."""
+        self._pipeline, self._pairs, self._title, self._ridge = pipeline, pairs, title, ridge
+        self._reward: LinearReward | None = None
+
+    def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
+        """[N] float32. Raises: ValueError where there is no pair to learn from."""
+        if self._reward is None:
+            self._reward = self._fit()
+        return self._reward(assets, conditions)
+
+    def _fit(self) -> LinearReward:
+        pairs = self._pairs()
+        if not pairs:
+            raise ValueError(f"{self._title}: expected pairs of finished assets to learn from, got none. Import pairs of the last stage.")
+        known: dict[int, torch.Tensor] = {}
+        latents = [latent for p in pairs for latent in (p.preferred, p.rejected)]
+        for latent in tqdm(latents, desc=self._title, unit="asset", leave=False, disable=None):
+            if id(latent) not in known:
+                (asset,) = self._pipeline.decode(SparseBatch.join([latent]))
+                known[id(latent)] = features(asset)
+        preferred, rejected = (torch.stack([known[id(getattr(p, side))] for p in pairs]) for side in ("preferred", "rejected"))
+        return LinearReward(preferred, rejected, self._ridge)

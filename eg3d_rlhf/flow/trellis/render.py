@@ -1,14 +1,16 @@
-"""Images of Gaussians in plain PyTorch: slow, exact, on any device. For encoding assets; a viewer wants something faster.
+"""Images of Gaussians in plain PyTorch, slow, exact, on any device; and what the encoder of the second stage reads off them.
 
-Shape letters: G Gaussians, F views, S pixels per side, P pixels of a tile, K Gaussians that reach it.
+Shape letters: G Gaussians, S pixels per side, P pixels of a tile, K Gaussians that reach it, v voxels, E entries of a feature.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
+from eg3d_rlhf.flow.trellis.conditions import IMAGE_SIZE, ImageEncoder
 
 TILE = 14  # pixels per side
 BLUR = 0.1  # pixels^2 added to every Gaussian's variance on screen; its opacity is lowered to match (Yu et al. 2024, Mip-Splatting)
@@ -107,3 +109,16 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     ]
     return torch.stack(rows, 1).view(-1, 3, 3)
+
+
+@torch.no_grad()
+def voxel_features(asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150) -> torch.Tensor:
+    """[v, E] float32: features of the patches that a voxel's centre falls on, interpolated, mean over views, hidden or not."""
+    centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
+    total: torch.Tensor | None = None
+    for view in views_around(views):
+        patches = encoder.patches(render(asset, view, IMAGE_SIZE)[None])  # [1, E, 37, 37]
+        places = (2 * view.project(centres) - 1).to(patches)[None, :, None]  # [1, v, 1, 2]
+        seen = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
+        total = seen if total is None else total + seen
+    return total / views

@@ -5,27 +5,73 @@ bit, and neither passes per batch nor ranks change what is learned beyond roundi
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.flow.pairs import PreferencePair
-from eg3d_rlhf.flow.policies import save_policy
-from eg3d_rlhf.flow.reference import CachedErrors, Reference
-from eg3d_rlhf.flow.stage import FlowStage, Pipeline, stage_of
-from eg3d_rlhf.flow.tuning.config import TrainConfig
+from eg3d_rlhf.flow.lora import add_lora
+from eg3d_rlhf.flow.pairs import PreferencePair, check_unique
+from eg3d_rlhf.flow.policies import save_policy, shared_copy
+from eg3d_rlhf.flow.reference import AdapterOff, CachedErrors, FrozenModel, Reference
+from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
+from eg3d_rlhf.flow.stage import FlowStage, Pipeline, check_convention, stage_of
+from eg3d_rlhf.flow.tuning.folder import POLICY, Progress, TrainingFolder, read_result
 from eg3d_rlhf.flow.tuning.monitor import signs
-from eg3d_rlhf.flow.tuning.progress import Progress
-from eg3d_rlhf.flow.tuning.records import POLICY, TrainRecords, read_result
-from eg3d_rlhf.flow.tuning.start import check_pairs, origin, policy_and_reference
-from eg3d_rlhf.flow.tuning.update import Updates
+from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
 from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError
 from training.run_lock import RunLock
 from training.signals import StopRequest
+from training.storage import checksum
+
+CHECKED = 8  # preferred latents that the network's convention is checked on
+
+
+def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
+    """Refuse what cannot be trained on, before anything is written.
+
+    Raises: ValueError for no pairs, pairs of another stage, ids that occur twice, latents that the stage cannot have, and a network whose
+    data lie at t = 1.
+    """
+    who = f"train_stage({stage.name})"
+    if not pairs:
+        raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
+    check_unique(who, pairs)
+    for pair in pairs:
+        if pair.stage != stage.name:
+            raise ValueError(f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage on it.")
+        for side in ("preferred", "rejected"):
+            stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
+    device, some = next(stage.model.parameters()).device, pairs[:CHECKED]
+    cond = pipeline.conditions([pair.condition for pair in some], stage.name).to(device)
+    with torch.no_grad():
+        check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
+
+
+def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
+    """Hashes of the network that training starts from and of the pairs."""
+    latents = {f"{p.id}/{side}/{k}": v for p in pairs for side in ("preferred", "rejected") for k, v in _tensors(getattr(p, side)).items()}
+    columns = [[p.id, p.condition, p.source, p.w2, p.provenance.get("w2_norm")] for p in pairs]
+    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
+
+
+def _tensors(latent: Latent) -> dict[str, torch.Tensor]:
+    return {"coords": latent.coords, "feats": latent.feats} if isinstance(latent, SparseSample) else {"x": latent}
+
+
+def policy_and_reference(stage: FlowStage, config: TrainConfig) -> tuple[torch.nn.Module, Reference | None]:
+    """A network to train, and what it is compared with, which takes no memory besides the stage's own; None where the loss needs none."""
+    if config.lora is not None:
+        policy = shared_copy(stage.model)
+        add_lora(policy, config.lora, config.seed)
+        return policy, AdapterOff(policy) if config.dpo.needs_reference else None
+    policy = copy.deepcopy(stage.model).float().requires_grad_(True)
+    return policy, FrozenModel(shared_copy(stage.model).float(), policy) if config.dpo.needs_reference else None
+
 
 Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1
 
@@ -53,7 +99,7 @@ def train_stage(
     Args:
         pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
             rate are kept, those before the first update among them. Without it the last ones are.
-        out: folder for everything written, see records.py; resume: go on with the run in it, if there is one.
+        out: folder for everything written, see folder.py; resume: go on with the run in it, if there is one.
         say: prints the status lines.
     Raises: ValueError for pairs, settings or folders that do not fit and for losses that are not finite; StoppedError after a signal.
     """
@@ -63,13 +109,13 @@ def train_stage(
         out.mkdir(parents=True, exist_ok=True)
     device = next(stage.model.parameters()).device
     with RunLock(out, enabled=ranks.main), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        records, options = TrainRecords(out, config.steps, say), None
+        files, options = TrainingFolder(out, config.steps, say), None
         if ranks.main:
             options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None, **origin(stage, pairs)}
-            records.begin(options, resume)
+            files.begin(options, resume)
         options, finished = ranks.broadcast([options, read_result(out) if ranks.main else None])
         if finished is None:
-            finished = _Training(pipeline, stage, pairs, config, held_out, ranks, records, options).run()
+            finished = _Training(pipeline, stage, pairs, config, held_out, ranks, files, options).run()
     return StageResult(**finished, weights=out / POLICY)
 
 
@@ -78,9 +124,9 @@ class _Training:
 
     def __init__(
         self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, held_out: Judge | None,
-        ranks: Ranks, records: TrainRecords, options: dict,
+        ranks: Ranks, files: TrainingFolder, options: dict,
     ):
-        self.stage, self.config, self.held_out, self.ranks, self.records, self.options = stage, config, held_out, ranks, records, options
+        self.stage, self.config, self.held_out, self.ranks, self.files, self.options = stage, config, held_out, ranks, files, options
         self.policy, reference = policy_and_reference(stage, config)
         self.named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         ranks.broadcast_(self.named.values())
@@ -95,7 +141,7 @@ class _Training:
             **{name: self.options[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(self.stage.path),
             "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
         }  # fmt: skip
-        return CachedErrors(reference, identity, self.records.folder / "reference", self.ranks)
+        return CachedErrors(reference, identity, self.files.folder / "reference", self.ranks)
 
     # The loop.
 
@@ -150,7 +196,7 @@ class _Training:
         if not 0 <= rate <= 1:
             raise ValueError(f"train_stage({self.stage.name}): expected a held-out win rate from 0 to 1, got {rate}. Correct the judge.")
         if self.progress.judged(rate, self.config) and self.ranks.main:
-            self.records.keep(self.progress.step, self._values())
+            self.files.keep(self.progress.step, self._values())
         return rate
 
     def _values(self) -> dict[str, torch.Tensor]:
@@ -177,11 +223,11 @@ class _Training:
         progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), rate)
         if not self.ranks.main:
             return
-        self.records.line(record, 0 if progress.ended else self.config.steps - progress.step)
-        self.records.warn(signs(self.records.lines, self.config.dpo.needs_reference))
+        self.files.line(record, 0 if progress.ended else self.config.steps - progress.step)
+        self.files.warn(signs(self.files.lines, self.config.dpo.needs_reference))
         if progress.ended and progress.step < self.config.steps:
             best = f"the best, {progress.best:.3f} after update {progress.kept_step}, is kept"
-            self.records.say(f"Stopped early after update {progress.step}: the held-out win rate is {rate:.3f}; {best}.")
+            self.files.say(f"Stopped early after update {progress.step}: the held-out win rate is {rate:.3f}; {best}.")
 
     # States.
 
@@ -191,16 +237,16 @@ class _Training:
         if self.ranks.main:
             tensors = {f"policy.{name}": p for name, p in self.named.items()} | {f"ema.{name}": p for name, p in self.ema.items()}
             tensors |= optimizer_tensors("optim", self.updates.optimizer)
-            self.records.checkpoint(self.progress.step, tensors, asdict(self.progress))
+            self.files.checkpoint(self.progress.step, tensors, asdict(self.progress))
 
     def _last_state(self) -> str:
-        return str(max(self.records.folder.glob("checkpoint-*.safetensors"), default="none was written yet"))
+        return str(max(self.files.folder.glob("checkpoint-*.safetensors"), default="none was written yet"))
 
     def _resume(self) -> None:
         """Continue from the newest state, or clean up what a run left that was killed before its first."""
-        tensors, meta = (self.records.latest() if self.ranks.main else None) or (None, None)
+        tensors, meta = (self.files.latest() if self.ranks.main else None) or (None, None)
         if self.ranks.main:
-            self.records.go_on(meta or {"lines": 0, "warnings": {}, "progress": asdict(Progress())})
+            self.files.go_on(meta or {"lines": 0, "warnings": {}, "progress": asdict(Progress())})
         meta = self.ranks.broadcast(meta)
         if meta is None:
             return
@@ -217,10 +263,10 @@ class _Training:
         if self.ranks.main:
             if self.held_out is None:
                 progress.kept_step = progress.step
-            self._load(self._values() if self.held_out is None else self.records.kept(progress.kept_step))
+            self._load(self._values() if self.held_out is None else self.files.kept(progress.kept_step))
             meta = {**self.options, "kept_step": progress.kept_step, "win_rate": progress.best}
-            save_policy(self.policy, self.records.folder / POLICY, meta)
-            warnings = [f"{name}: {text}" for name, text in self.records.warnings.items()]
-            self.records.finish({"kept_step": progress.kept_step, "warnings": warnings})
-            result = read_result(self.records.folder)
+            save_policy(self.policy, self.files.folder / POLICY, meta)
+            warnings = [f"{name}: {text}" for name, text in self.files.warnings.items()]
+            self.files.finish({"kept_step": progress.kept_step, "warnings": warnings})
+            result = read_result(self.files.folder)
         return self.ranks.broadcast(result)

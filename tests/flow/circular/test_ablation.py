@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eg3d_rlhf.flow.circular import ablation_table
 from eg3d_rlhf.flow.circular import loop as circular_loop
-from eg3d_rlhf.flow.circular.ablation import GROUPS, Ablation, AblationPlan, collect, letters, trainings
+from eg3d_rlhf.flow.circular import table
+from eg3d_rlhf.flow.circular.ablation import Ablation, collect, trainings
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular.judging import Judging, judge, spread
 from eg3d_rlhf.flow.circular.loop import CircularLoop
+from eg3d_rlhf.flow.circular.table import GROUPS, AblationPlan, Judging, judge, letters, spread
 from eg3d_rlhf.flow.circular.task_pool import run_tasks
 from eg3d_rlhf.flow.tuning.train import train_stage
 from tests.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
@@ -107,7 +107,7 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     trained = {letter: trainings(results, letter, plan.seeds) for letter in plan.groups}
     facts = {"training_seeds": list(plan.seeds)}
     loop = {str(seed): results[f"{seed}/pairs"] for seed in plan.seeds}
-    paths = ablation_table.write(ablation_table.table(collect(results, plan), plan.seeds, trained, loop, facts), tmp_path)
+    paths = table.write(table.table(collect(results, plan), plan.seeds, trained, loop, facts), tmp_path)
     assert [path.name for path in paths] == ["ablation.json", "ablation.md", "ablation.png"]
     data = json.loads(paths[0].read_text())
     assert set(data["groups"]) == set(GROUPS) and data["conditions"] == len(HELD_OUT) and data["noises"] == 3
@@ -128,13 +128,13 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
 def test_rates_are_means_over_paired_assets_with_intervals_over_conditions():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.4, 1, (2, 30, 5)), rng.normal(0, 1, (2, 30, 5))
-    one = ablation_table.rate(a, b, [3, 4])
+    one = table.rate(a, b, [3, 4])
     won = a > b
     assert one["win_rate"] == pytest.approx(won.mean()) and one["ci95"][0] < one["win_rate"] < one["ci95"][1]
     assert [s["seed"] for s in one["seeds"]] == [3, 4] and one["seeds"][1]["win_rate"] == pytest.approx(won[1].mean())
-    other = ablation_table.rate(b, a, [3, 4])
+    other = table.rate(b, a, [3, 4])
     assert other["win_rate"] == pytest.approx(1 - one["win_rate"])
-    assert ablation_table.rate(a, a, [3, 4])["ci95"] == [0.5, 0.5]
+    assert table.rate(a, a, [3, 4])["ci95"] == [0.5, 0.5]
     spread_out = won.mean(axis=(0, 2))  # the interval is of 30 conditions, not of 300 assets
     assert one["ci95"][1] - one["ci95"][0] == pytest.approx(2 * 1.96 * spread_out.std() / 30**0.5, rel=0.15)
 

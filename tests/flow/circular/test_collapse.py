@@ -7,7 +7,7 @@ import pytest
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop
 from eg3d_rlhf.flow.generate import crossed, scores, wins
-from eg3d_rlhf.flow.toy.problem import TOY_DEFAULTS, toy_problem
+from eg3d_rlhf.flow.toy.bundled import TOY_DEFAULTS, toy_problem
 
 
 @pytest.mark.long

@@ -12,8 +12,8 @@ from eg3d_rlhf.flow.circular.loop_pairs import SAME
 from eg3d_rlhf.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
-from eg3d_rlhf.flow.tuning.config import TrainConfig
 from eg3d_rlhf.flow.tuning.train import train_stage
+from eg3d_rlhf.flow.tuning.update import TrainConfig
 from tests.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
 
 

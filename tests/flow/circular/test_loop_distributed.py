@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop, run
-from eg3d_rlhf.flow.pair_files import read_pairs
+from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.policies import tuned_model
 from tests.flow.tiny_problem import SETTINGS, tiny_problem
 from tests.training.test_distributed import finish, start

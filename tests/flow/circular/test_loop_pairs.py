@@ -8,7 +8,7 @@ import torch
 
 from eg3d_rlhf.flow.circular import loop_pairs
 from eg3d_rlhf.flow.circular.loop_pairs import SAME, LoopPairsConfig, figures, make_in_chunks, make_loop_pairs, with_roles
-from eg3d_rlhf.flow.pair_files import read_pairs
+from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.sparse import SparseSample
 from eg3d_rlhf.flow.weights import weigh
 from tests.flow.tiny_problem import TinyAsset, full, tiny_problem

@@ -2,9 +2,8 @@
 
 import torch
 
-from eg3d_rlhf.flow.toy.defects import Defects, draw_drafts
 from eg3d_rlhf.flow.toy.pipeline import ToyAsset, make_assets
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS, targets
+from eg3d_rlhf.flow.toy.shapes import CONDITIONS, Defects, draw_drafts, targets
 
 PERFECT = Defects(floaters=0, holes=0, unrepaired=0, wrong=0, tint=0, noise=0)
 

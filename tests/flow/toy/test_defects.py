@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.flow.toy.defects import Defects, draw_drafts, neighbours
-from eg3d_rlhf.flow.toy.oracles import LabelOracle
+from eg3d_rlhf.flow.toy.judges import LabelOracle
 from eg3d_rlhf.flow.toy.pipeline import make_assets
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS, R, targets
+from eg3d_rlhf.flow.toy.shapes import CONDITIONS, Defects, R, draw_drafts, neighbours, targets
 from tests.flow.toy.drawing import PERFECT, drawn
 
 NAMES = list(CONDITIONS)

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from eg3d_rlhf.flow.toy.base import load_network
-from eg3d_rlhf.flow.toy.defects import Defects
-from eg3d_rlhf.flow.toy.learned_reward import RewardTraining, accuracy, train_reward, volumes_of
-from eg3d_rlhf.flow.toy.people import judge_drafts
-from eg3d_rlhf.flow.toy.shapes import TRAINED, R
+from eg3d_rlhf.flow.toy.bundled import load_network
+from eg3d_rlhf.flow.toy.judges import RewardTraining, accuracy, judge_drafts, train_reward, volumes_of
+from eg3d_rlhf.flow.toy.shapes import TRAINED, Defects, R
 from tests.flow.toy.drawing import drawn, perfect
 
 SHORT = RewardTraining(pairs=128, held_out=64, epochs=3, batch=32)

@@ -6,10 +6,9 @@ import torch
 from scipy import stats
 from skimage.measure import label
 
-from eg3d_rlhf.flow.toy.defects import Defects
-from eg3d_rlhf.flow.toy.oracles import ChooserOracle, FinalOracle, LabelOracle, parts
+from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LabelOracle, parts
 from eg3d_rlhf.flow.toy.pipeline import ToyAsset
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS
+from eg3d_rlhf.flow.toy.shapes import CONDITIONS, Defects
 from tests.flow.toy.drawing import PERFECT, drawn, perfect
 
 ORACLES = [LabelOracle(), ChooserOracle(), FinalOracle()]

@@ -2,8 +2,7 @@
 
 import torch
 
-from eg3d_rlhf.flow.toy.oracles import LabelOracle
-from eg3d_rlhf.flow.toy.people import human_pairs, judge_drafts
+from eg3d_rlhf.flow.toy.judges import LabelOracle, human_pairs, judge_drafts
 from eg3d_rlhf.flow.toy.shapes import TRAINED
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.flow.toy.defects import CARVED, GROWING, KEPT
 from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow, Width
 from eg3d_rlhf.flow.toy.pipeline import ToyPipeline
-from eg3d_rlhf.flow.toy.shapes import R
+from eg3d_rlhf.flow.toy.shapes import CARVED, GROWING, KEPT, R
 from tests.flow.toy.drawing import drawn
 
 SMALL = Width(width=16, blocks=1, heads=2)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from eg3d_rlhf.flow.toy.base import bundled_hashes
-from eg3d_rlhf.flow.toy.oracles import FinalOracle
-from eg3d_rlhf.flow.toy.problem import TOY_DEFAULTS, toy_problem
+from eg3d_rlhf.flow.toy.bundled import TOY_DEFAULTS, bundled_hashes, toy_problem
+from eg3d_rlhf.flow.toy.judges import FinalOracle
 from tests.flow.toy.drawing import drawn
 from tools import train_toy_flow
 

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.flow.trellis import encoders
+from eg3d_rlhf.flow.trellis import conditions as encoders
 from eg3d_rlhf.flow.trellis.assets import SH_C0, SplatAsset, read_ply, voxels_filled, write_ply
-from eg3d_rlhf.flow.trellis.render import View, render, views_around
-from eg3d_rlhf.flow.trellis.voxel_features import voxel_features
+from eg3d_rlhf.flow.trellis.render import View, render, views_around, voxel_features
 
 
 def splats(means, colours=None, scales=0.02, opacities=0.5) -> SplatAsset:

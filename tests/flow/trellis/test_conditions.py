@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eg3d_rlhf.flow.trellis import encoders
+from eg3d_rlhf.flow.trellis import conditions as encoders
 from eg3d_rlhf.flow.trellis.conditions import Conditions, read_array, read_conditions, write_conditions
 
 TOKENS = torch.arange(12.0).view(3, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.flow.pair_files import read_pairs
+from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.flow.trellis import pair_import
 from eg3d_rlhf.flow.trellis.assets import write_ply

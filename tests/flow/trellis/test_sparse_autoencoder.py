@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.trellis.gaussian_decoder import GaussianDecoder, GaussianDecoderConfig, Gaussians, GaussianSettings, perturbation
-from eg3d_rlhf.flow.trellis.latent_encoder import LatentEncoder, LatentEncoderConfig
+from eg3d_rlhf.flow.trellis.latent_autoencoder import (
+    GaussianDecoder,
+    GaussianDecoderConfig,
+    Gaussians,
+    GaussianSettings,
+    LatentEncoder,
+    LatentEncoderConfig,
+    perturbation,
+)
 from tests.flow.trellis.test_sparse_conv import R, random_batch
 
 SETTINGS = {

@@ -8,7 +8,7 @@ import torch
 from eg3d_rlhf.flow.lora import LoraConfig, adapters_off, add_lora
 from eg3d_rlhf.flow.sparse import SparseBatch, collate
 from eg3d_rlhf.flow.trellis.blocks import convert_torso
-from eg3d_rlhf.flow.trellis.latent_flow import LatentFlow, LatentFlowConfig
+from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig
 from eg3d_rlhf.flow.trellis.sparse_conv import Kernel
 from tests.flow.trellis.test_sparse_conv import R, random_batch
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.trellis.sparse_resample import SparseResBlock, coarser, downsample, upsample
+from eg3d_rlhf.flow.trellis.sparse_conv import SparseResBlock, coarser, downsample, upsample
 from tests.flow.trellis.test_sparse_conv import random_batch
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import train
-from eg3d_rlhf.flow.circular.problems import ProblemSource, open_problem
+from eg3d_rlhf.flow.problem import ProblemSource, open_problem
 from eg3d_rlhf.flow.trellis.commands import main
 from eg3d_rlhf.flow.trellis.files import FLOWS, LATENT, STRUCTURE, find_model, find_weights, read_pipeline
 from eg3d_rlhf.flow.trellis.pipeline import load_pipeline

@@ -15,10 +15,8 @@ from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.path import Opposite
 from eg3d_rlhf.flow.policies import tuned_model
 from eg3d_rlhf.flow.stage import stage_of
-from eg3d_rlhf.flow.tuning.config import TrainConfig
-from eg3d_rlhf.flow.tuning.start import policy_and_reference
-from eg3d_rlhf.flow.tuning.train import StoppedError
-from eg3d_rlhf.flow.tuning.update import Order, Updates
+from eg3d_rlhf.flow.tuning.train import StoppedError, policy_and_reference
+from eg3d_rlhf.flow.tuning.update import Order, TrainConfig, Updates
 from tests.flow.tiny_flow import NAMES, TinyPipeline, structure_pairs, tiny_config, voxel_pairs
 from tests.flow.tiny_trainings import contents, judge, run, with_everything
 from training.distributed import SINGLE, Ranks

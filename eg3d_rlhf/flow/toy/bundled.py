@@ -1,21 +1,26 @@
-"""The toy's base networks: how they are trained on drafts, how they are stored, and the bundled ones."""
+"""The bundled toy: how its base networks are trained on drafts and stored, and the problem of Circular-DPO that they make."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from eg3d_rlhf.cli import ASSETS, file_hash
+from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.settings import Choosing, CircularSettings, supervised
+from eg3d_rlhf.flow.dpo import DpoConfig
+from eg3d_rlhf.flow.lora import LoraConfig
+from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.flow.stage import FlowStage
-from eg3d_rlhf.flow.toy.defects import draw_drafts
-from eg3d_rlhf.flow.toy.learned_reward import LearnedReward
+from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs, parts
 from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow
 from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS, ToyPipeline
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS
+from eg3d_rlhf.flow.toy.shapes import CONDITIONS, HELD_OUT, TRAINED, draw_drafts
+from eg3d_rlhf.flow.tuning.update import TrainConfig
 from training.storage import read_tensors, write_tensors
 
 FOLDER = ASSETS / "toy-flow"
@@ -134,3 +139,34 @@ def describe(training: object, **found: float) -> dict:
 def bundled_hashes() -> dict[str, str]:
     """SHA-256 of the bundled files by name."""
     return {name: file_hash(path_of(name)) for name in NETWORKS}
+
+
+PAIRS_PER_CONDITION = 20
+_HUMAN = TrainConfig(
+    dpo=DpoConfig(beta=60.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
+    checkpoint_every=50,
+)  # fmt: skip
+_LOOP = replace(_HUMAN, dpo=DpoConfig(beta=500.0, loser_weight=0.5, sft_weight=100.0))
+TOY_DEFAULTS = CircularSettings(  # chosen with ChooserOracle, never with FinalOracle
+    human=_HUMAN, loop=_LOOP, sft=supervised(_HUMAN), loop_pairs=LoopPairsConfig(batch=64, chunk=256), choosing=Choosing(per_condition=8),
+)
+
+
+def toy_problem(seed: int = 0, device: str | torch.device = "cpu", pairs_per_condition: int = PAIRS_PER_CONDITION) -> Problem:
+    """The bundled toy with the people's pairs of a seed.
+
+    Forty conditions are for training, the other twenty-four for judging: colours that a shape has not been tuned on.
+    """
+    if pairs_per_condition < 1:
+        raise ValueError(f"toy_problem: expected pairs_per_condition >= 1, got {pairs_per_condition}. Ask for one at least.")
+    return Problem(
+        pipeline=load_toy(device),
+        human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed),
+        reward=load_network("reward"),
+        chooser=ChooserOracle(),
+        final=FinalOracle(),
+        parts=parts,
+        train_conditions=TRAINED,
+        held_out_conditions=HELD_OUT,
+        identity={"problem": "toy", "seed": seed, "pairs_per_condition": pairs_per_condition, **bundled_hashes()},
+    )

@@ -8,8 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from eg3d_rlhf.flow.pair_files import _content_hash, pairs_hash, read_pairs, write_pairs
-from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.pairs import PreferencePair, _content_hash, pairs_hash, read_pairs, write_pairs
 from eg3d_rlhf.flow.sparse import SparseSample
 from tests.flow.closed_forms import PerChannel, dense, pair_of, stage_of, voxels
 
@@ -74,7 +73,7 @@ def test_a_writing_that_was_interrupted_is_no_set(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eg3d_rlhf.flow.pair_files.write_atomic", stop)
+    monkeypatch.setattr("eg3d_rlhf.flow.pairs.write_atomic", stop)
     with pytest.raises(KeyboardInterrupt):
         write_pairs(tmp_path, some(n=2), META)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: expected a folder of pairs, got no meta.json in it"):

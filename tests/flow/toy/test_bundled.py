@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.sampler import sample
-from eg3d_rlhf.flow.toy.base import FOLDER, NETWORKS, BaseTraining, load_network, load_toy, save_network, train_base
-from eg3d_rlhf.flow.toy.oracles import LabelOracle
+from eg3d_rlhf.flow.toy.bundled import FOLDER, NETWORKS, BaseTraining, load_network, load_toy, save_network, train_base
+from eg3d_rlhf.flow.toy.judges import LabelOracle
 from eg3d_rlhf.flow.toy.shapes import CONDITIONS, HELD_OUT
 
 SHORT = BaseTraining(steps=16, batch=8, warm_up=2, ema=0.8)

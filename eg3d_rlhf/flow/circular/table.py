@@ -1,0 +1,306 @@
+"""The table that ends a run: what generators' assets are worth to every judge, and win rates with intervals over conditions, as JSON; from
+that alone, Markdown and a figure.
+
+Shape letters: K training seeds, C conditions, S noises per condition.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.flow.generate import Models, generate, wins
+from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.sparse import Latent, SparseSample
+from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
+from eg3d_rlhf.reports import style
+from training.phases import derive_seed
+from training.storage import write_atomic
+
+JUDGES = ("final", "chooser", "reward")
+INTERVAL = "95 % percentile bootstrap over conditions, each the mean over training seeds and noises"
+BASE, PEOPLE, LOOP, SUPERVISED = "base", "people", "loop", "supervised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What one row of the table trains."""
+
+    title: str
+    first: str = BASE  # what the stages before the last learn from
+    last: str = BASE  # what the last stage learns from
+    use_w1: bool = True
+    use_w2: bool = True
+
+
+GROUPS = {
+    "a": Group(title="full loop", first=LOOP, last=PEOPLE),
+    "b": Group(title="both stages on people's pairs, no loop", first=PEOPLE, last=PEOPLE),
+    "c": Group(title="first stage alone, people's pairs", first=PEOPLE),
+    "d": Group(title="last stage alone, people's pairs", last=PEOPLE),
+    "e": Group(title="first stage fine-tuned on the preferred", first=SUPERVISED),
+    "f": Group(title="last stage fine-tuned on the preferred", last=SUPERVISED),
+    "g": Group(title="full loop without the filter w1", first=LOOP, last=PEOPLE, use_w1=False),
+    "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
+    "i": Group(title="base"),
+}
+
+
+def letters(text: str) -> list[str]:
+    """"a..i", "a,d,i" or "a..d,i" as groups in order, the base always among them since all are compared with it.
+
+    Raises: ValueError for other text.
+    """
+    found: set[str] = {"i"}
+    for part in text.replace(" ", "").split(","):
+        low, dots, high = part.partition("..")
+        ends = [low, high if dots else low]
+        if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
+            raise ValueError(f"groups: expected letters of a..i such as a,b,d or a..i, got {text!r}. Correct it.")
+        found.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
+    return sorted(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """What is generated for the table: the same noises whatever is judged, so that generators are compared pair by pair."""
+
+    per_condition: int = 8  # noises, S
+    batch: int = 64  # assets at once; bounds memory
+    seed: int = 0  # of the noises, apart from those that are trained or chosen on
+
+    def __post_init__(self):
+        for name, least in (("per_condition", 2), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Judging.{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
+
+    def noises(self, condition: str) -> list[int]:
+        """Seeds [S] of a condition's assets."""
+        return [derive_seed("table", self.seed, condition, k) % 2**31 for k in range(self.per_condition)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationPlan:
+    """Which groups are trained, how often, and how they are judged."""
+
+    groups: tuple[str, ...] = tuple(GROUPS)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training; assets are judged on the same noises whatever the seed
+    judging: Judging = Judging()
+
+    def __post_init__(self):
+        unknown = [letter for letter in self.groups if letter not in GROUPS]
+        if unknown or "i" not in self.groups or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"AblationPlan: expected groups of a..i with i, and different seeds, got {self.groups} and {self.seeds}.")
+
+    def tasks(self) -> dict[str, list[str]]:
+        """What is to be done, and what each waits for, in an order that lets what others wait for start early.
+
+        Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own training and scores.
+        """
+        wanted = [GROUPS[letter] for letter in self.groups]
+        shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
+        shared = [(kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)]
+        looping = any(group.first == LOOP for group in wanted)
+        tasks: dict[str, list[str]] = {}
+        for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it
+            tasks |= {f"{seed}/{kind}/{part}": [] for seed in self.seeds}
+            if (kind, part) == (PEOPLE, "last") and looping:
+                tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
+        for letter in self.groups:
+            for seed in self.seeds if letter != "i" else self.seeds[:1]:
+                tasks[f"{seed}/{letter}"] = self._needs(seed, GROUPS[letter])
+        return tasks
+
+    @staticmethod
+    def _needs(seed: int, group: Group) -> list[str]:
+        needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
+        if group.first == LOOP:
+            return [*needs, f"{seed}/pairs"]
+        return needs + ([f"{seed}/{group.first}/first"] if group.first != BASE else [])
+
+
+def judge(problem: Problem, models: Models, judging: Judging, on_asset: Callable[[int], None] | None = None) -> dict:
+    """Scores of the held-out conditions' assets, as JSON: {"conditions": [C], "scores": {judge or part: [C][S]}, "spread": {stage: [C]}}.
+
+    Judges: "final", "chooser" and "reward", those that the problem has, and the parts of its table.
+    Spread: of the stages before the last, see `spread`; and of the final score, its standard deviation over a condition's assets.
+    Raises: ValueError for a problem without a final judge, or a score that is not finite.
+    """
+    if problem.final is None:
+        raise ValueError("judge: expected a problem with a final judge, got none. A table needs one that nothing was trained or chosen on.")
+    judges = {"final": problem.final, "chooser": problem.chooser, "reward": problem.reward}
+    found: dict[str, list] = {}
+    spreads: dict[str, list[float]] = {stage.name: [] for stage in problem.pipeline.stages[:-1]}
+    names, S = list(problem.held_out_conditions), judging.per_condition
+    block = max(1, judging.batch // S)
+    for i in range(0, len(names), block):
+        part = names[i : i + block]
+        conditions = [name for name in part for _ in range(S)]
+        seeds = [seed for name in part for seed in judging.noises(name)]
+        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch)
+        values = {name: one(assets, conditions) for name, one in judges.items() if one is not None}
+        if problem.parts is not None:
+            values |= problem.parts(assets, conditions)
+        for name, value in values.items():
+            found.setdefault(name, []).extend(_rows(name, value, S))
+        encoded = problem.pipeline.encode(assets)
+        for stage, out in spreads.items():  # encoded latents of the last stage may be dear, and are not needed
+            out += [spread([one[stage] for one in encoded[k * S : (k + 1) * S]]) for k in range(len(part))]
+        if on_asset:
+            on_asset(len(assets))
+    spreads["score"] = torch.tensor(found["final"], dtype=torch.float64).std(1).tolist()
+    return {"conditions": names, "scores": found, "spread": spreads}
+
+
+def _rows(name: str, values: torch.Tensor, S: int) -> list[list[float]]:
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"judge: expected finite scores of {name}, got {values.tolist()}. Correct that judge.")
+    return values.detach().double().cpu().view(-1, S).tolist()
+
+
+def spread(latents: Sequence[Latent]) -> float:
+    """How far assets of one condition differ: standard deviation over them, of every number, in the mean; 0 where all are alike.
+
+    On voxels, of the mean features, since they lie in different places.
+    """
+    rows = [x.feats.mean(0) if isinstance(x, SparseSample) else x.flatten() for x in latents]
+    return float(torch.stack(rows).double().std(0).mean())
+
+
+def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict:
+    """How often scores a [K, C, S] beat b [K, C, S] on the same noises: win rate, interval over conditions, every seed's own."""
+    won = wins(torch.as_tensor(a), torch.as_tensor(b)).double().numpy()
+    mean, lo, hi = bootstrap_mean_interval(won.mean(axis=(0, 2)))
+    each = [bootstrap_mean_interval(one.mean(axis=1)) for one in won]
+    own = [{"seed": seed, "win_rate": one.mean, "ci95": [one.lo, one.hi]} for seed, one in zip(seeds, each, strict=True)]
+    return {"win_rate": mean, "ci95": [lo, hi], "seeds": own}
+
+
+def table(
+    scores: Mapping[str, Sequence[Mapping]], seeds: Sequence[int], trained: Mapping[str, Sequence[Mapping]], loop: Mapping, facts: Mapping
+) -> dict:
+    """The whole table as JSON.
+
+    Args:
+        scores: by group, a `judging.judge` for each training seed; trained: by group and seed, what is known of its trainings.
+        loop: figures of the loop's pairs by training seed; facts: what a reader of the file needs besides.
+    """
+    arrays = {letter: _arrays(rows) for letter, rows in scores.items()}
+    base = arrays["i"]
+    groups = {}
+    for letter, own in arrays.items():
+        judged = {name: rate(own[name], base[name], seeds) for name in own}
+        groups[letter] = {
+            "title": GROUPS[letter].title, **judged["final"], "score_mean": float(own["final"].mean()),
+            "judges": {name: judged[name] for name in JUDGES if name in judged},
+            "parts": {name: judged[name] for name in own if name not in JUDGES},
+            "spread": _spread(scores[letter], scores["i"]), "trainings": list(trained[letter]),
+        }
+    pairwise = {f"{x}_vs_{y}": rate(arrays[x]["final"], arrays[y]["final"], seeds) for x, y in combinations(sorted(arrays), 2)}
+    C, S = base["final"].shape[1:]
+    return {"groups": groups, "pairwise": pairwise, "loop": dict(loop), "conditions": C, "noises": S, "interval": INTERVAL, **facts}
+
+
+def _arrays(rows: Sequence[Mapping]) -> dict[str, np.ndarray]:
+    return {name: np.array([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}  # [K, C, S]
+
+
+def _spread(rows: Sequence[Mapping], base: Sequence[Mapping]) -> dict[str, dict[str, float | None]]:
+    """Per stage, how far assets of one condition differ, and as a share of the base's: a collapsed generator is near 0."""
+    found = {}
+    for stage in rows[0]["spread"]:
+        own, start = (float(np.mean([row["spread"][stage] for row in one])) for one in (rows, base))
+        found[stage] = {"mean": own, "of_base": own / start if start > 0 else None}
+    return found
+
+
+def markdown(data: Mapping) -> str:
+    """The table for people."""
+    parts = list(next(iter(data["groups"].values()))["parts"])
+    stages = list(data["groups"]["i"]["spread"])
+    head = ["group", "what is trained", "win rate against base", *[f"seed {s}" for s in data["training_seeds"]]]
+    head += [f"{name} alone" for name in parts] + ["chooser", "reward"] + [f"spread, {stage}" for stage in stages]
+    lines = ["# Circular-DPO against its base", "", _facts(data), "", _row(head), _row(["---"] * len(head))]
+    for letter, group in data["groups"].items():
+        cells = [f"({letter})", group["title"], shown(group), *[f"{one['win_rate']:.3f}" for one in group["seeds"]]]
+        cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
+        cells += [f"{group['judges'][name]['win_rate']:.3f}" if name in group["judges"] else "" for name in ("chooser", "reward")]
+        shares = [group["spread"][stage]["of_base"] for stage in stages]
+        cells += ["" if share is None else f"{share:.2f}" for share in shares]
+        lines.append(_row(cells))
+    lines += ["", "## Pair by pair", "", "Share of assets of the first that the final judge prefers to the second's, same noises.", ""]
+    head = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
+    lines += [_row(head), _row(["---"] * len(head))]
+    for name, one in data["pairwise"].items():
+        x, y = name.split("_vs_")
+        lines.append(_row([f"({x}) against ({y})", shown(one), *[f"{s['win_rate']:.3f}" for s in one["seeds"]]]))
+    return "\n".join(lines) + "\n" + _loop(data["loop"])
+
+
+def shown(one: Mapping) -> str:
+    """A rate with its interval."""
+    return f"{one['win_rate']:.3f} [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]"
+
+
+def _facts(data: Mapping) -> str:
+    return (
+        f"{data['conditions']} held-out conditions x {data['noises']} noises x {len(data['training_seeds'])} training seeds; ties count "
+        f"half. Brackets: {data['interval']}. The final judge labelled nothing, trained nothing and chose nothing; \"chooser\" chose "
+        "checkpoints, \"reward\" scored the loop's pairs. Spread: how far assets of one condition differ, as a share of the base's."
+    )
+
+
+def _loop(loop: Mapping) -> str:
+    if not loop:
+        return ""
+    head = ["seed", "stage", "pairs", "structure changed", "of these, op rewarded more", "mean reward gap"]
+    rows = ["", "## The loop's pairs", "", _row(head), _row(["---"] * len(head))]
+    for seed, stages in loop.items():
+        for stage, one in stages.items():
+            better = one.get("op_rewarded_where_changed")
+            rows.append(_row([
+                seed, stage, one["pairs"], f"{one['changed_structure']:.2f}", "" if better is None else f"{better:.2f}",
+                f"{one['reward_gap_mean']:.3g}",
+            ]))
+    return "\n".join(rows) + "\n"
+
+
+def _row(cells: Sequence) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def plot(data: Mapping):
+    """Win rates of all groups against the base, and of (a) against the others."""
+    rivals = {name[-1]: one for name, one in data["pairwise"].items() if name.startswith("a_vs_")}
+    drawn, axes = style.figure(columns=2 if rivals else 1, size=(9.4, 3.8) if rivals else (5.6, 3.8))
+    panels = [(axes[0] if rivals else axes, data["groups"], "against base")]
+    panels += [(axes[1], rivals, "of (a) against")] if rivals else []
+    for axis, rows, title in panels:
+        for place, one in enumerate(rows.values()):
+            low, high = one["win_rate"] - one["ci95"][0], one["ci95"][1] - one["win_rate"]
+            axis.errorbar(one["win_rate"], place, xerr=[[max(0, low)], [max(0, high)]], fmt="o", color=style.colour("after"), capsize=3)
+            axis.plot([s["win_rate"] for s in one["seeds"]], [place] * len(one["seeds"]), "|", color=style.colour("before"), markersize=9)
+        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
+        axis.set_yticks(range(len(rows)), [f"({letter}) {data['groups'][letter]['title']}" for letter in rows], fontsize=7)
+        axis.invert_yaxis()
+        axis.set(xlabel=f"win rate {title}, final judge", xlim=(0, 1))
+    drawn.suptitle(
+        f"{data['conditions']} conditions x {data['noises']} noises, training seeds {', '.join(map(str, data['training_seeds']))}; "
+        "bars: 95 % over conditions, ticks: seeds", fontsize=8,
+    )
+    return drawn
+
+
+def write(data: Mapping, folder: Path, stem: str = "ablation") -> list[Path]:
+    """<stem>.json, .md and .png; the latter two are made of the first."""
+    source, text, figure = (folder / f"{stem}.{ending}" for ending in ("json", "md", "png"))
+    write_atomic(source, (json.dumps(data, indent=1) + "\n").encode())
+    read = json.loads(source.read_text())
+    write_atomic(text, markdown(read).encode())
+    with style.theme("light"):
+        style.save(plot(read), figure)
+    return [source, text, figure]
