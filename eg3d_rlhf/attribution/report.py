@@ -19,7 +19,7 @@ from eg3d_rlhf.attribution.surface import surface
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP, contains_zero, span
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
-from eg3d_rlhf.reports.records import Finding, Job, identity_of_file
+from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.sigma.mesh import extract_mesh
 
 TITLE = "Which regions does the reward like?"

@@ -22,8 +22,8 @@ from eg3d_rlhf.attribution.projection import (
     write_pictures,
 )
 from eg3d_rlhf.attribution.study import Study
+from eg3d_rlhf.reports.jobs import Finding
 from eg3d_rlhf.reports.mesh_page import ColouredMesh, Layer, mesh_page
-from eg3d_rlhf.reports.records import Finding
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from training.storage import write_atomic
 

@@ -17,7 +17,7 @@ from eg3d_rlhf.generators import FFHQ_FOCAL, LoadedGenerator, camera
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.metrics.views import lift
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 from training.image_grid import save_grid
 from training.rendering.cameras import intrinsics_matrix
 

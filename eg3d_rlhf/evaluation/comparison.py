@@ -13,7 +13,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash, naming
 from eg3d_rlhf.evaluation import runs
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
-from eg3d_rlhf.reports.records import Facts, seed_range
+from eg3d_rlhf.reports.jobs import Facts, seed_range
 from eg3d_rlhf.reward.files import Reward, load_reward
 from eg3d_rlhf.seeds import IMAGES, LATENTS, HeldOut
 from eg3d_rlhf.sigma.slab import sample_slab

@@ -25,7 +25,7 @@ from eg3d_rlhf.metrics.resampling import (
     kernel_interval,
 )
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job, identity_of_file
+from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.seeds import IMAGES
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset

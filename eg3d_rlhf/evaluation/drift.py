@@ -16,7 +16,7 @@ from eg3d_rlhf.generators import LoadedGenerator, camera
 from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips, psnr, ssim
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Facts, Finding, Job, identity_of_file
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file
 
 YAW = 0.3  # radians from frontal: a view that shows the shape
 NO_LPIPS = "LPIPS is left out: no weights are bundled. Name them with --lpips=FILE, a TorchScript file that is called as f(a, b)."

@@ -22,7 +22,7 @@ from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.association import RANK_INTERVAL, spearman
 from eg3d_rlhf.metrics.separability import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.ensemble import RewardEnsemble
 from eg3d_rlhf.reward.files import Reward

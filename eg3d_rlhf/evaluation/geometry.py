@@ -18,7 +18,7 @@ from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.metrics.surface import main_surface, mean_curvature, topology
 from eg3d_rlhf.metrics.views import spec_for
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec

@@ -18,7 +18,7 @@ from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.rlhf.consistency import density_l1
 from eg3d_rlhf.rlhf.measures import JUDGE_RESOLUTION, annotator_calibration
 from eg3d_rlhf.sigma.slab import sigma_grid

@@ -17,7 +17,7 @@ from eg3d_rlhf.evaluation import (
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 
 MODULES = (shift, trajectories, distances, geometry, drift, overoptimisation, sigma_statistics, canonical_depth, strips)
 TITLE = "Before and after tuning"

@@ -10,7 +10,7 @@ from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, contains_zero, spa
 from eg3d_rlhf.metrics.association import LINE_INTERVAL, RANK_INTERVAL, fit_line, spearman
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 
 PSIS = (0.25, 0.5, 0.7, 1.0)
 ROLES = ("before", "after", "reward")

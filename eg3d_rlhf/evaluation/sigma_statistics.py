@@ -15,7 +15,7 @@ from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, contains_zero, spa
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 

@@ -15,7 +15,7 @@ import torch
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.texts import NO_CONTROL
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.seeds import JUDGE
 from eg3d_rlhf.sigma.slab import sigma_grid

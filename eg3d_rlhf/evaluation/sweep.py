@@ -23,7 +23,7 @@ from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interva
 from eg3d_rlhf.metrics.views import spec_for
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Facts, Finding, Job, identity_of_file, seed_range
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file, seed_range
 from eg3d_rlhf.rlhf.consistency import density_l1
 from eg3d_rlhf.rlhf.measures import annotator_calibration
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.reports.records import Facts, Finding, Job
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job
 
 BOOTSTRAP = "95 % percentile bootstrap over latents, 10,000 resamples"
 NO_CONTROL = (

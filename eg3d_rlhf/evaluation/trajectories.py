@@ -18,7 +18,7 @@ from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, absent_job, contai
 from eg3d_rlhf.metrics.association import slopes
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.records import Finding, Job
+from eg3d_rlhf.reports.jobs import Finding, Job
 
 KEY, TITLE = "trajectories", "Reward of fixed latents over training"
 FEWEST = 3  # networks, the one before tuning among them, under a slope

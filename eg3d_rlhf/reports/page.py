@@ -7,31 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eg3d_rlhf.reports.jobs import data_file
-from eg3d_rlhf.reports.records import Finding, Job, csv_text
+from eg3d_rlhf.reports.jobs import Finding, Job, csv_text, data_file
 from training.storage import write_atomic
 
 _TABLE_LINES = 40  # of a table shown on the page; the whole is in the CSV
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1f24; --soft: #5b626d; --ground: #ffffff; --card: #f5f6f8; --line: #d9dce1; --link: #0b5cad; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a3abb6; --ground: #15181c; --card: #1d2126; --line: #3a3f47; --link: #7db7ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink);
-  background: var(--ground); }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; }
-a { color: var(--link); } p, li { max-width: 46rem; } .soft { color: var(--soft); font-size: .85rem; }
-nav ol { columns: 2; padding-left: 1.3rem; } @media (max-width: 40rem) { nav ol { columns: 1; } }
-figure { margin: 1rem 0; overflow-x: auto; } figure svg, figure img { max-width: 100%; height: auto; }
-.dark { display: none; } @media (prefers-color-scheme: dark) { .dark { display: block; } .light { display: none; } }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-.says { background: var(--card); border-left: 3px solid var(--link); padding: .6rem 1rem .6rem 2rem; margin: .8rem 0; border-radius: 4px; }
-summary { cursor: pointer; color: var(--link); } iframe { width: 100%; height: 34rem; border: 1px solid var(--line); border-radius: 6px; }
-@media print { body { max-width: none; font-size: 11px; } nav, summary, iframe { display: none; } section { break-inside: avoid; }
-  .dark { display: none !important; } .light { display: block !important; } }
-@media (prefers-reduced-motion: reduce), print { .moving { display: none; } }
-"""
+_STYLE = Path(__file__).parent / "static" / "page.css"
 _MOVING = ' class="moving"'  # of animated pictures: hidden where motion is unwelcome and on paper, so a still stands beside each
 
 
@@ -57,7 +37,7 @@ def write_page(
     sections = "".join(_section(job, findings[job.key], out) for job in shown)
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE.read_text()}</style></head><body>
 <h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>{_sentences(summary)}
 <nav aria-label="Contents"><ol>{contents}</ol></nav><main>{sections}{extra}</main></body></html>
 """

@@ -12,7 +12,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation import report
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.reports.records import Facts, Finding, Job
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job
 from tests.evaluation import comparisons
 from tests.tools.examples import example_of, own_cache
 from tools import evaluate

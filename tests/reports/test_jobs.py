@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from eg3d_rlhf.reports import jobs, page, style
-from eg3d_rlhf.reports.records import Facts, Finding, Job, csv_text, seed_range
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, csv_text, seed_range
 
 
 def plot(data):
