@@ -118,7 +118,7 @@ class GanPhases:
             length = ws.shape[1]
             cutoff = torch.randint(1, length, [], device=ws.device)
             cutoff = torch.where(torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, length)
-            other = self.G.mapping(torch.randn_like(z), cond, update_emas=False)
+            other = self.G.mapping(torch.randn_like(z), c, update_emas=False)  # under the true camera, as EG3D does
             keep = torch.arange(length, device=ws.device)[None, :, None] < cutoff
             ws = torch.where(keep, ws, other)
         return ws

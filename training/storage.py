@@ -140,16 +140,13 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: 
     Raises: ValueError listing missing, unexpected and misshapen names.
     """
     own = module.state_dict()
-    missing = sorted(set(own) - set(tensors))
-    unexpected = sorted(set(tensors) - set(own))
-    shapes = [
-        f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}"
-        for k in sorted(set(own) & set(tensors)) if own[k].shape != tensors[k].shape
-    ]
+    misshapen = sorted(k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape)
+    shapes = [f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}" for k in misshapen]
+    fitting = {k: v for k, v in tensors.items() if k not in misshapen}
+    missing, unexpected = (sorted(set(names) - set(misshapen)) for names in module.load_state_dict(fitting, strict=False))
     problems = [
         f"{title}: {', '.join(_printable(n) for n in names[:8])}{' ...' if len(names) > 8 else ''}"
         for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if names
     ]
     if problems:
         raise ValueError(f"{who}: expected the network's own tensors, got {'; '.join(problems)}. Use a file of the same architecture.")
-    module.load_state_dict(tensors, strict=True)

@@ -21,7 +21,7 @@ class SuperresolutionHybrid(torch.nn.Module):
     default_input_resolution = 128
     default_block_channels = (128, 64)
     first_block_upsamples = True
-    has_resample_filter = False
+    has_resample_filter = True  # a buffer without effect, which files of EG3D hold
     only_enlarges = False  # resize inputs only where they are too small; larger ones are an error
     antialias_allowed = True
 
@@ -86,20 +86,33 @@ class SuperresolutionHybrid(torch.nn.Module):
 
 
 class SuperresolutionHybrid8X(SuperresolutionHybrid):
-    """128 -> 512."""
+    """128 -> 512.
+
+    Files that this project wrote before the filter was a buffer lack it. They load, and the filter stays out of the module's state, so that
+    its hash, under which labels refer to the generator, stays as well.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_filter_as_in_file)
+
+
+def _filter_as_in_file(module: torch.nn.Module, state_dict: dict, prefix: str, *_unused) -> None:
+    """Count the filter among the module's state where the file does."""
+    module.register_buffer("resample_filter", module.resample_filter, persistent=f"{prefix}resample_filter" in state_dict)
 
 
 class SuperresolutionHybrid8XDC(SuperresolutionHybrid):
     """128 -> 512 with doubled channels; the module of the published FFHQ and AFHQ checkpoints."""
 
     default_block_channels = (256, 128)
+    has_resample_filter = False
 
 
 class SuperresolutionHybrid4X(SuperresolutionHybrid):
     """128 -> 256; the first block keeps the resolution."""
 
     first_block_upsamples = False
-    has_resample_filter = True
     only_enlarges = True
 
 
@@ -108,7 +121,6 @@ class SuperresolutionHybrid2X(SuperresolutionHybrid):
 
     default_input_resolution = 64
     first_block_upsamples = False
-    has_resample_filter = True
 
 
 class SuperresolutionHybridDeepfp32(SuperresolutionHybrid4X):

@@ -89,6 +89,23 @@ def test_style_mixing_keeps_the_first_ws_and_replaces_the_last():
     assert torch.equal(phases.ws(z, c, None), phases.G.mapping(z, c))
 
 
+@pytest.mark.parametrize("swap", [torch.ones([4, 1], dtype=torch.bool), torch.tensor([[True], [False], [True], [False]]), None])
+def test_the_latent_that_is_mixed_in_sees_the_true_camera(tiny_data, swap):
+    """EG3D's order of draws: where to cut, whether to, then the second latent."""
+    phases, batch = phases_of(style_mixing_prob=1.0), tiny_runs.batch(tiny_data)
+    z, c = batch.gen_z, batch.gen_c
+    cond = torch.zeros_like(c) if swap is None else torch.where(swap, c.roll(1, 0), c)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        mixed = phases.ws(z, c, swap)
+        torch.manual_seed(seed)
+        expected = phases.G.mapping(z, cond)
+        cut = int(torch.empty([], dtype=torch.int64).random_(1, expected.shape[1]))
+        torch.rand([])
+        expected[:, cut:] = phases.G.mapping(torch.randn_like(z), c)[:, cut:]
+        assert torch.equal(mixed, expected)
+
+
 def test_swapping_conditions_on_the_neighbours_camera(tiny_data):
     phases = phases_of()
     batch = tiny_runs.batch(tiny_data)
