@@ -12,24 +12,28 @@ Sources: torch_utils/ops/<op>.cpp and <op>.cu, against torch's stable ABI (torch
 nor Python's headers are needed and a CUDA library can be built where there is no GPU.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "ops"
 SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
+COMPILERS = {  # by device: the variable that names one, what is looked for, in words
+    "cpu": ("CXX", ("g++", "c++", "clang++"), "a C++ compiler (Debian: apt install g++)"),
+    "cuda": ("NVCC", ("nvcc",), "nvcc (the CUDA toolkit)"),
+}
 STABLE_ABI = "0x020b000000000000"  # oldest torch that a library serves: 2.11
 CUDA_TARGETS = ("80", "90")  # Ampere and Hopper as machine code; newer ones take the PTX of the last
 _PROCESS_LOCK = threading.Lock()
@@ -106,6 +110,20 @@ def _load(op: str, device_type: str) -> bool:
         return _loaded[key]
 
 
+def compiler(device_type: str) -> str:
+    """The compiler that an environment variable names, or the first that is found on the path.
+
+    Raises: BuildError where there is none.
+    """
+    variable, names, what = COMPILERS[device_type]
+    named = os.environ.get(variable)
+    for name in (named,) if named else names:
+        if shutil.which(name):
+            return name
+    wanted = f"{variable}={named}" if named else what
+    raise BuildError(f"{wanted} was not found; install it, or name one in ${variable}.")
+
+
 def recipe(op: str, device_type: str) -> Recipe:
     """Commands for one library.
 
@@ -115,7 +133,7 @@ def recipe(op: str, device_type: str) -> Recipe:
     common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
     source = str(SOURCES / (op + SUFFIX[device_type]))
     torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    cxx = _find("CXX", ("g++", "c++", "clang++"), "a C++ compiler (Debian: apt install g++)")
+    cxx = compiler("cpu")
     if device_type == "cpu":
         flags = ["-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
         if platform.system() == "Darwin":
@@ -123,7 +141,7 @@ def recipe(op: str, device_type: str) -> Recipe:
         else:
             flags += ["-march=native", "-fopenmp"]
         return Recipe(op, device_type, ((cxx, *flags, *common, source, "-o", "{out}", *torch_libraries),))
-    nvcc = _find("NVCC", ("nvcc",), "nvcc (the CUDA toolkit)")
+    nvcc = compiler("cuda")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
     targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
     flags = ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
@@ -146,63 +164,24 @@ def build(op: str, device_type: str) -> Path:
         return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _file_lock(folder / "lock"):
+        with FileLock(folder / "lock"):  # released by the system when its holder dies
             if not library.exists():  # another process may have been faster
-                _run_ninja(todo, folder, log)
+                _compile(todo, folder, log)
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}. Set EG3D_RLHF_CACHE to a folder that can be written.") from error
     return library
 
 
-def _run_ninja(todo: Recipe, folder: Path, log: Path) -> None:
-    """Write build.ninja and run it; the library appears under its name only when it is whole."""
-    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    if ninja is None:
-        raise BuildError("ninja was not found. Run: python -m pip install ninja")
+def _compile(todo: Recipe, folder: Path, log: Path) -> None:
+    """Run the commands; the library appears under its name only when it is whole."""
     names = {"{out}": "building.so", "{obj}": "building.o"}
-    commands = [" ".join(_quote(names.get(word, word)) for word in command) for command in todo.commands]
-    script = f"rule make\n command = {' && '.join(commands)}\nbuild building.so: make {_escape(str(todo.source))}\n"
-    (folder / "build.ninja").write_text(script)
-    done = subprocess.run([ninja, "-v", "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log.write_text(done.stdout)
-    if done.returncode:
-        raise BuildError(f"The build failed; see {log}.")
+    with open(log, "w") as output:
+        for words in todo.commands:
+            command = [names.get(word, word) for word in words]
+            print("$", shlex.join(command), file=output, flush=True)
+            if subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT).returncode:
+                raise BuildError(f"The build failed; see {log}.")
     os.replace(folder / "building.so", folder / f"{todo.op}.so")
-
-
-def _quote(word: str) -> str:
-    """A word of a shell command inside a ninja file."""
-    import shlex
-
-    return shlex.quote(word).replace("$", "$$")
-
-
-def _escape(path: str) -> str:
-    """A path inside a ninja build statement."""
-    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; released by the system when the process dies."""
-    with open(path, "w") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: no lock; the last of several builds wins, all are alike
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _find(variable: str, names: tuple[str, ...], what: str) -> str:
-    """The compiler that an environment variable names, or the first of `names` on the path."""
-    named = os.environ.get(variable)
-    for name in (named,) if named else names:
-        if shutil.which(name):
-            return name
-    wanted = f"{variable}={named}" if named else what
-    raise BuildError(f"{wanted} was not found; install it, or name one in ${variable}.")
 
 
 def _cuda_library_folders(toolkit: Path) -> list[Path]:
