@@ -18,9 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a plain checkout, installed or not
+
+import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+
+# isort: split
+import torch  # noqa: E402
 
 from benchmarks.memory import PeakMeter  # noqa: E402
 from benchmarks.planes import PlaneField, PlaneSize, sizes  # noqa: E402

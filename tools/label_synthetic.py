@@ -13,10 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+
+# isort: split
+import torch  # noqa: E402
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402

@@ -12,10 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+
+# isort: split
+import torch  # noqa: E402
 
 from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
 from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, describe, save_network, train_base  # noqa: E402

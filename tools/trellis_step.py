@@ -20,9 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+
+# isort: split
+import torch  # noqa: E402
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, versions  # noqa: E402
 from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters  # noqa: E402

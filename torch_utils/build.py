@@ -76,6 +76,11 @@ def ops(device_type: str) -> list[str]:
     return sorted(path.stem for path in SOURCES.glob("*" + SUFFIX[device_type]))
 
 
+def switched_off() -> bool:
+    """Whether $EG3D_RLHF_OPS says that plain torch does the work."""
+    return os.environ.get("EG3D_RLHF_OPS", "auto").lower() in ("off", "0", "torch", "ref")
+
+
 @torch.compiler.assume_constant_result  # torch.compile calls it while tracing
 def available(op: str, device_type: str) -> bool:
     """Whether the compiled op is loaded, after building it if need be, and on CUDA whether it passes its check on the current device.
@@ -97,8 +102,7 @@ def _load(op: str, device_type: str) -> bool:
         if key in _loaded:
             return _loaded[key]
         _loaded[key] = False
-        wanted = os.environ.get("EG3D_RLHF_OPS", "auto").lower() not in ("off", "0", "torch", "ref")
-        if wanted and device_type in SUFFIX and op in ops(device_type):
+        if not switched_off() and device_type in SUFFIX and op in ops(device_type):
             try:
                 torch.ops.load_library(str(build(op, device_type)))
                 _loaded[key] = True

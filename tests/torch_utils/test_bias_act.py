@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from torch_utils import build
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 
-compiled = pytest.mark.skipif(not build.available("bias_act", "cpu"), reason="no C++ compiler on this machine")
-FAST = ["torch", pytest.param("compiled", marks=compiled)]
+FAST = ["torch", pytest.param("compiled", marks=needs_cpp)]
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
@@ -51,7 +50,7 @@ def test_derivatives_are_those_of_finite_differences(act, impl):
         assert torch.autograd.gradgradcheck(call, inputs)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("channels", [1, 6, 16, 37])
 def test_channels_last_images_stay_so_and_hold_the_same_numbers(channels):
     x, b = noise(2, channels, 6, 7, dtype=torch.float32), noise(channels, seed=1, dtype=torch.float32)
@@ -62,7 +61,7 @@ def test_channels_last_images_stay_so_and_hold_the_same_numbers(channels):
         torch.testing.assert_close(c, a, rtol=0, atol=1e-5)
 
 
-@compiled
+@needs_cpp
 def test_strided_images_are_fine_and_never_written_to():
     x, b = noise(6, 5, 4, 3, dtype=torch.float32).permute(3, 2, 1, 0)[:, :, ::2], noise(4, seed=1, dtype=torch.float32)
     before = x.clone()
@@ -70,7 +69,7 @@ def test_strided_images_are_fine_and_never_written_to():
     assert torch.equal(x, before)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("act", sorted(activation_funcs))
 def test_a_nan_stays_where_it_is(act):
     x = noise(1, 2, 3, 20, dtype=torch.float32)
@@ -79,14 +78,14 @@ def test_a_nan_stays_where_it_is(act):
     assert found[0, 1, 2, 17] and found.sum() == 1
 
 
-@compiled
+@needs_cpp
 def test_same_bits_every_time():
     x, b = noise(3, 8, 80, 80, dtype=torch.float32), noise(8, seed=1, dtype=torch.float32)
     first, second = (derivatives(x, b, "compiled", act="lrelu") for _ in range(2))
     assert all(torch.equal(a, c) for a, c in zip(first, second, strict=True))
 
 
-@compiled
+@needs_cpp
 def test_torch_sees_proper_operators():
     x, b = noise(2, 3, 4, 5).requires_grad_(), noise(3, seed=1).requires_grad_()
     out = bias_act(x, b, act="lrelu", clamp=1.0).detach()

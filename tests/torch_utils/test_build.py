@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
 from torch_utils.ops.implementations import choose, implementation
 
 ROOT = Path(__file__).parents[2]
-compiler = pytest.mark.skipif(not build.available("slab_density", "cpu"), reason="no C++ compiler on this machine")
 
 USE = """
 import warnings, torch
@@ -35,7 +35,7 @@ def python(code: str, cache: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
-@compiler
+@needs_cpp
 @pytest.mark.long
 def test_two_processes_build_one_library_once(tmp_path):
     both = [python(USE, tmp_path) for _ in range(2)]
@@ -92,7 +92,7 @@ print("done")
     assert not (tmp_path / "ops").exists()
 
 
-@compiler
+@needs_cpp
 def test_the_folder_changes_with_source_compiler_and_flags(tmp_path, monkeypatch):
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
     names = {build.recipe("slab_density", "cpu").folder().name}
@@ -154,7 +154,7 @@ def test_a_block_is_left_when_it_raises():
     assert choose("f", "auto", "no_such_op", "cpu") == "torch"
 
 
-@compiler
+@needs_cpp
 def test_ahead_of_time_build_lists_every_op(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "ops", lambda device_type: ["slab_density"] if device_type == "cpu" else [])
     assert build.main() == 0

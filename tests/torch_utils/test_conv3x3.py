@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.conv3x3 import _tile, conv3x3
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
-
-compiled = pytest.mark.skipif(not build.available("conv3x3", "cpu"), reason="no C++ compiler on this machine")
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
@@ -35,13 +34,15 @@ def assert_alike(found, expected, outputs=1e-5, gradients=1e-4):
 
 
 def winograd(tile, padding=1):
+    assert build.available("conv3x3", "cpu")
+
     def call(x, w):
         return torch.ops.eg3d_rlhf.conv3x3(x.contiguous(memory_format=torch.channels_last), w.contiguous(), padding, False, tile)
 
     return call
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("size", [(3, 3), (7, 6), (4, 19), (9, 12)])  # every remainder of a tile
@@ -53,7 +54,7 @@ def test_agrees_with_the_definition_to_second_order(channels, size, padding, til
         assert_alike(derivatives(winograd(tile, padding), [x.to(dtype), w.to(dtype)]), expected, *errors)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("tile,output,gradient", [(2, 1e-6, 2e-6), (4, 5e-6, 5e-6)])  # measured: 4e-7 and 9e-7, 2e-6 and 2e-6
 def test_rounding_in_float32_stays_far_below_what_is_asked(tile, output, gradient):
     x, w = noise(4, 64, 32, 32), noise(64, 64, 3, 3, seed=1)
@@ -61,7 +62,7 @@ def test_rounding_in_float32_stays_far_below_what_is_asked(tile, output, gradien
     assert_alike(found, derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x, w]), output, gradient)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("tile,dtype", [(2, torch.float64), (4, torch.float32)])
 def test_many_channels_are_taken_in_ranges(tile, dtype):
     x, w = noise(1, 512, 5, 6, dtype=dtype), noise(496, 512, 3, 3, seed=1, dtype=dtype)
@@ -69,7 +70,7 @@ def test_many_channels_are_taken_in_ranges(tile, dtype):
     assert_alike(derivatives(winograd(tile), [x, w]), expected)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("tile", [2, 4])
 def test_several_chunks_of_tiles_and_several_threads_give_the_same_bits_every_time(tile):
     x, w = noise(1, 64, 61, 70, dtype=torch.float32), noise(64, 64, 3, 3, seed=1, dtype=torch.float32)
@@ -78,7 +79,7 @@ def test_several_chunks_of_tiles_and_several_threads_give_the_same_bits_every_ti
     assert_alike(runs[0], derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x.double(), w.double()]))
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("tile", [2, 4])
 def test_a_nan_reaches_its_neighbourhood_and_no_other_tile(tile):
     x, w = noise(1, 16, 12, 12, dtype=torch.float32), noise(16, 16, 3, 3, seed=1, dtype=torch.float32)
@@ -92,9 +93,10 @@ def test_large_tiles_are_taken_where_they_are_many_and_full():
     assert [_tile(n, side, side) for n, side in [(1, 16), (1, 3), (8, 5), (8, 6), (64, 2), (8, 9)]] == [2] * 6
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("tile", [2, 4])
 def test_torch_sees_proper_operators(tile):
+    assert build.available("conv3x3", "cpu")
     x = noise(1, 16, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     w = noise(32, 16, 3, 3, seed=1).requires_grad_()
     grad = noise(1, 32, 4, 5, seed=2).to(memory_format=torch.channels_last).requires_grad_()
@@ -110,9 +112,8 @@ def test_mistakes_are_explained():
         conv3x3(noise(1, 3, 4, 4), noise(2, 2, 3, 3))
     with pytest.raises(ValueError, match="modulated_conv2d: expected impl to be one of auto, compiled, torch, ref"):
         modulated_conv2d(noise(1, 3, 4, 4), noise(2, 3, 3, 3), noise(1, 3), impl="fast")
-    if build.available("conv3x3", "cpu"):
-        with pytest.raises(ValueError, match="expected tensors that the compiled op takes"):
-            conv3x3(noise(1, 3, 4, 4), noise(16, 3, 3, 3), impl="compiled")
+    with pytest.raises(ValueError, match="expected tensors that the compiled op takes"):
+        conv3x3(noise(1, 3, 4, 4), noise(16, 3, 3, 3), impl="compiled")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

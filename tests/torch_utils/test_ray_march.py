@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from torch_utils import build
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.ray_march import importance_depths, ray_march
 
-compiler = pytest.mark.skipif(not build.available("ray_march", "cpu"), reason="no C++ compiler on this machine")
-BOTH = ["ref", pytest.param("compiled", marks=compiler)]
+BOTH = ["ref", pytest.param("compiled", marks=needs_cpp)]
 
 
 def case(rays=19, samples=12, dtype=torch.float32, seed=0, ties=True):
@@ -49,7 +48,7 @@ def test_agrees_with_a_loop_over_samples(impl, samples):
         np.testing.assert_allclose(found, expected, atol=1e-13, rtol=1e-12)
 
 
-@compiler
+@needs_cpp
 @pytest.mark.parametrize(("rays", "samples"), [(1, 2), (16, 3), (17, 28), (33, 96), (5, 129), (40, 200), (3000, 8)])
 def test_agrees_with_the_reference_in_single_precision(rays, samples):
     densities, depths = case(rays, samples)
@@ -61,7 +60,7 @@ def test_agrees_with_the_reference_in_single_precision(rays, samples):
     assert (found - value).abs().max() <= 1e-4 * value.abs().max()
 
 
-@compiler
+@needs_cpp
 def test_order_does_not_matter_and_ties_keep_theirs():
     densities, depths = case(samples=40, dtype=torch.float64, ties=False)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
@@ -86,7 +85,7 @@ def test_nearly_empty_rays_keep_their_relative_precision(impl):
     torch.testing.assert_close((depth_sum / total).double(), expected[1] / expected[2], rtol=1e-3, atol=0)
 
 
-@compiler
+@needs_cpp
 def test_extreme_and_missing_numbers():
     densities, depths = case(6, 9)
     densities[0], densities[1], densities[2] = 1e30, -1e30, 300.0
@@ -96,7 +95,7 @@ def test_extreme_and_missing_numbers():
     assert ray_march(densities, depths, impl="compiled")[2].isnan().tolist() == [False, False, False, True, False, False]
 
 
-@compiler
+@needs_cpp
 @pytest.mark.parametrize("samples", [2, 5, 18])
 def test_gradients_of_the_compiled_op(samples):
     densities, depths = case(3, samples, torch.float64)
@@ -112,7 +111,7 @@ def test_gradients_for_depths_go_through_plain_torch():
         ray_march(densities, depths, impl="compiled")
 
 
-@compiler
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("samples", "fine"), [(2, 5), (3, 4), (4, 6), (16, 12), (48, 48), (200, 7)])
 def test_importance_depths_agree_with_the_reference(dtype, samples, fine):
@@ -135,7 +134,7 @@ def test_importance_depths_gather_where_the_weight_is(impl):
     assert fine.min() >= 2.0 and fine.max() <= 3.0
 
 
-@compiler
+@needs_cpp
 def test_inputs_need_not_be_contiguous():
     densities, depths = case(samples=10)
     expected = ray_march(densities, depths, impl="compiled")
@@ -153,7 +152,7 @@ def test_shapes_are_checked():
         importance_depths(densities, depths, torch.rand(3, 4))
 
 
-@compiler
+@needs_cpp
 def test_is_registered_as_torch_expects():
     densities, depths = case()
     torch.library.opcheck(torch.ops.eg3d_rlhf.ray_march, (densities.clone().requires_grad_(), depths))

@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 
-from torch_utils import build
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops import slab_density as module
 from torch_utils.ops.implementations import implementation
 from torch_utils.ops.slab_density import slab_density, slab_density_ref
 
 LAYOUTS = [kinds for count in (1, 2, 3) for kinds in itertools.combinations(("xy", "xz", "yz"), count)]
-compiled = pytest.mark.skipif(not build.available("slab_density", "cpu"), reason="no C++ compiler on this machine")
 
 
 def random_inputs(kinds, shape, units, dtype=torch.float64, scale=1.0, seed=0):
@@ -30,7 +29,7 @@ def run(inputs, shape, impl):
     return sigma.detach(), torch.autograd.grad(sigma, inputs, cotangent)
 
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=compiled)])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=needs_cpp)])
 @pytest.mark.parametrize("kinds", LAYOUTS)
 @pytest.mark.parametrize("shape,units", [((5, 7, 18), 3), ((2, 3, 2), 1), ((33, 4, 16), 8)])
 def test_fast_paths_agree_with_the_definition(kinds, shape, units, impl):
@@ -42,14 +41,14 @@ def test_fast_paths_agree_with_the_definition(kinds, shape, units, impl):
         torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
 
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=compiled)])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=needs_cpp)])
 @pytest.mark.parametrize("kinds", LAYOUTS)
 def test_gradients_are_those_of_finite_differences(kinds, impl):
     inputs = random_inputs(kinds, (3, 2, 5), 2)
     assert torch.autograd.gradcheck(lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 2, 5), impl=impl), inputs)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("scale", [40.0, 300.0])
 def test_pre_activations_beyond_the_range_of_exp_stay_finite_and_right(scale):
     shape = (4, 5, 17)
@@ -61,7 +60,7 @@ def test_pre_activations_beyond_the_range_of_exp_stay_finite_and_right(scale):
         torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5 * max(1.0, float(wanted.abs().max())))
 
 
-@compiled
+@needs_cpp
 def test_a_nan_in_a_map_reaches_the_density_and_nothing_else():
     *maps, w, b = (t.detach().float() for t in random_inputs(("xy", "xz"), (4, 5, 6), 3))
     maps[0][2, 1, 3, 0] = float("nan")
@@ -69,7 +68,7 @@ def test_a_nan_in_a_map_reaches_the_density_and_nothing_else():
     assert found[2, 3].all() and found.sum() == 6
 
 
-@compiled
+@needs_cpp
 def test_same_bits_every_time_and_non_contiguous_maps_are_fine():
     shape, inputs = (30, 20, 40), random_inputs(("xy", "xz", "yz"), (30, 20, 40), 16, torch.float32)
     first, first_grads = run(inputs, shape, "compiled")
@@ -78,7 +77,7 @@ def test_same_bits_every_time_and_non_contiguous_maps_are_fine():
     assert torch.equal(first, second) and all(torch.equal(a, b) for a, b in zip(first_grads, second_grads, strict=True))
 
 
-@compiled
+@needs_cpp
 def test_torch_sees_a_proper_operator():
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     flat = [m.detach().reshape(m.shape[0], m.shape[1], -1).requires_grad_() for m in maps]

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from torch_utils import build
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import DecoderWeights, merge_planes, projection_axes, triplane_decode
 from training.rendering.renderer import generate_planes
 
 LAYOUTS = ("eg3d", "fixed")
-compiler = pytest.mark.skipif(not build.available("triplane_decode", "cpu"), reason="no C++ compiler on this machine")
-FAST = ["torch", pytest.param("compiled", marks=compiler)]
+FAST = ["torch", pytest.param("compiled", marks=needs_cpp)]
 
 
 def case(seed=0, n=2, channels=5, size=(7, 7), points=83, units=9, colours=3, dtype=torch.float32, spread=1.4, requires_grad=False):
@@ -92,7 +91,7 @@ def test_agrees_with_the_reference_in_single_precision(impl, layout, sizes):
         assert (found - value).abs().max() <= 1e-4 * value.abs().max()
 
 
-@compiler
+@needs_cpp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("colours", [0, 2])
 def test_gradients_of_the_compiled_op(layout, colours):
@@ -157,7 +156,7 @@ def test_merged_planes_can_be_shared(impl):
     assert merge_planes(case(size=(5, 8))[0], ((0, 1), (0, 2), (2, 0))).sums.shape == (2, 3, 5, 8, 5)  # not square: nothing to merge
 
 
-@compiler
+@needs_cpp
 def test_a_sparse_upstream_gradient_is_exact():
     inputs = case(points=700, requires_grad=True)
     cotangents = [torch.zeros(2, 700, 3), torch.zeros(2, 700, 1)]
@@ -168,7 +167,7 @@ def test_a_sparse_upstream_gradient_is_exact():
         torch.testing.assert_close(gradient, value, atol=1e-6, rtol=1e-5)
 
 
-@compiler
+@needs_cpp
 def test_results_repeat_and_do_not_depend_on_the_number_of_threads_beyond_rounding():
     inputs = case(n=3, points=2500, requires_grad=True)
     leaves, before = (inputs[0], *inputs[3]), torch.get_num_threads()
@@ -219,7 +218,7 @@ def test_shapes_are_checked():
         decode((planes, points, box_warp, weights._replace(w1=weights.w1[:, :8])))
 
 
-@compiler
+@needs_cpp
 @pytest.mark.parametrize("colours", [0, 3])
 def test_is_registered_as_torch_expects(colours):
     planes, points, _, weights = case(n=1, points=20, colours=colours)

@@ -5,11 +5,10 @@ import itertools
 import pytest
 import torch
 
-from torch_utils import build
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
-compiled = pytest.mark.skipif(not build.available("upfirdn2d", "cpu"), reason="no C++ compiler on this machine")
-FAST = ["torch", pytest.param("compiled", marks=compiled)]
+FAST = ["torch", pytest.param("compiled", marks=needs_cpp)]
 FACTORS = [(up, down) for up, down in itertools.product([(1, 1), (2, 2), (3, 2)], [(1, 1), (2, 2), (1, 3)])]
 
 
@@ -35,7 +34,7 @@ def test_fast_paths_agree_with_the_definition(up, down, kind, impl):
             torch.testing.assert_close(found.double(), wanted, rtol=0, atol=error * float(wanted.abs().max()))
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("channels", [1, 6, 40])
 @pytest.mark.parametrize("kind", ["binomial", "full"])
 def test_channels_last_images_stay_so_and_hold_the_same_numbers(kind, channels):
@@ -59,7 +58,7 @@ def test_derivatives_are_those_of_finite_differences(up, down, impl):
         assert torch.autograd.gradgradcheck(call, [x])
 
 
-@compiled
+@needs_cpp
 def test_strided_images_are_fine_and_bits_are_the_same_every_time():
     x, f = noise(40, 30, 4, 3, dtype=torch.float32).permute(3, 2, 1, 0)[:, ::2], taps("binomial").float()
     first, second = (upfirdn2d(x, f, up=2, impl="compiled") for _ in range(2))
@@ -67,7 +66,7 @@ def test_strided_images_are_fine_and_bits_are_the_same_every_time():
     torch.testing.assert_close(first, upfirdn2d(x, f, up=2, impl="ref"), rtol=0, atol=1e-5)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_torch_sees_a_proper_operator(memory_format):
     x, f = noise(2, 3, 6, 7).to(memory_format=memory_format).requires_grad_(), taps("binomial")

@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch_utils import build
+from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.volume_block import volume_conv, volume_gate, volume_profile, volume_up
 
-needs_op = pytest.mark.skipif(not build.available("volume_block", "cpu"), reason="no compiled op")
-IMPLS = ["torch", pytest.param("compiled", marks=needs_op)]
+IMPLS = ["torch", pytest.param("compiled", marks=needs_cpp)]
 
 
 def randn(*shape, seed=0):
@@ -78,7 +77,7 @@ def test_gate_and_profile(impl, shape):
     torch.testing.assert_close(profile, response.amax(dim=(1, 3, 4)), atol=1e-5, rtol=1e-5)
 
 
-@needs_op
+@needs_cpp
 def test_gradients_are_refused_by_the_compiled_op():
     x = randn(1, 8, 4, 4, 4).requires_grad_()
     one = torch.ones(1, 8)

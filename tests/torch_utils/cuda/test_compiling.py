@@ -1,6 +1,5 @@
 """Every CUDA source compiles without a GPU, loads into whatever torch is here, and holds code for the devices that it is meant for."""
 
-import os
 import shutil
 import struct
 import subprocess
@@ -9,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.torch_utils.compilers import needs_nvcc, require
 from torch_utils import build
 
-NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine (the CUDA toolkit)")
 KERNELS = {
     "slab_density": ["slab_density", "slab_density_backward"],
     "triplane_decode": ["triplane_decode", "triplane_decode_backward"],
@@ -69,3 +67,18 @@ def test_one_source():
 @pytest.mark.parametrize("op", sorted(KERNELS))
 def test_all_sources(op):
     check_library(op)
+
+
+@pytest.mark.parametrize("device_type", list(build.SUFFIX))
+def test_a_build_that_fails_is_no_reason_to_skip_and_a_missing_compiler_is(device_type, tmp_path, monkeypatch):
+    monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    variable = build.COMPILERS[device_type][0]
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(pytest.skip.Exception, match=f"{variable}=no-such-compiler was not found"):
+        require(device_type)
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv(variable, str(broken))
+    with pytest.raises(pytest.fail.Exception, match="The build failed; see"):
+        require(device_type)

@@ -1,0 +1,46 @@
+"""Every entry point sets OMP_WAIT_POLICY before it loads torch, unless the user did."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["train.py", "benchmarks/slab.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))]
+MODULES = ["benchmarks", "benchmarks.memory", "torch_utils.build"]
+WATCH = """
+import os, runpy, sys
+
+
+class Torch:
+    def find_spec(name, *rest):
+        if name == "torch":
+            print("policy", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+
+
+sys.meta_path.insert(0, Torch)
+kind, entry = sys.argv[1:]
+sys.argv = [entry, "--help"]
+sys.path.insert(0, os.path.dirname(os.path.abspath(entry)) if kind == "path" else os.getcwd())
+runpy.run_path(entry, run_name="__main__") if kind == "path" else runpy.run_module(entry, run_name="__main__", alter_sys=True)
+"""
+
+
+def policy_when_torch_loads(kind: str, entry: str, **environment: str) -> str:
+    """What the environment says when the entry point first asks for torch; the process ends there."""
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "PYTHONPATH")} | environment
+    done = subprocess.run([sys.executable, "-c", WATCH, kind, entry], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(("kind", "entry"), [*(("path", script) for script in SCRIPTS), *(("module", module) for module in MODULES)])
+def test_set_before_torch(kind, entry):
+    assert policy_when_torch_loads(kind, entry) == "policy passive"
+
+
+def test_the_users_own_stays():
+    assert policy_when_torch_loads("path", "train.py", OMP_WAIT_POLICY="active") == "policy active"
