@@ -14,10 +14,11 @@ from sqlalchemy.exc import IntegrityError
 
 from eg3d_rlhf.label.accounts import NAME, find_or_add, listed
 from eg3d_rlhf.label.campaigns import settings_from_json
-from eg3d_rlhf.label.database import Lock
-from eg3d_rlhf.label.entities import LOCAL, ROLES, Kind
+from eg3d_rlhf.label.database import Lock, insert_all
+from eg3d_rlhf.label.entities import LOCAL, ROLES, Kind, Mode
 from eg3d_rlhf.label.schema import annotators, assignments, campaigns, judgements, pairs, shapes
 from eg3d_rlhf.label.store import Store
+from eg3d_rlhf.seeds import refuse_held_out
 from training.storage import write_atomic
 
 FORMAT = 1
@@ -89,25 +90,20 @@ def import_judgements(store: Store, path: str | Path) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"import_judgements: expected an exported file, got none at {path}. Check the path.")
     with store.writing((Lock.SCHEMA, 1), (Lock.SCHEMA, 2)) as c:
-        reading = _Import(c, store.now())
-        line = 0
+        reading, line = _Import(c, store.now()), 0
         try:
-            for number, record in _numbered_records(path):
-                line = number
-                reading.add(record)
+            for line, record in _numbered_records(path):
+                try:
+                    reading.add(record)
+                except ValueError as error:
+                    raise ValueError(f"{path.name}, line {line}: {error}") from None
             reading.settle()
         except IntegrityError as error:
             reason = str(error.orig).strip().splitlines()[0]
             raise ValueError(
                 f"{path.name}, up to line {line}: the store has something else in its place ({reason}). Import into another store."
             ) from None
-        except _RecordError as error:
-            raise ValueError(f"{path.name}, line {line}: {error}") from None
     return reading.new
-
-
-class _RecordError(ValueError):
-    """What is wrong with a record, without file and line."""
 
 
 def _numbered_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -134,6 +130,7 @@ class _Import:
     def __init__(self, c: Connection, now: float):
         self.c, self.now, self.new = c, now, 0
         self.campaigns: dict[str, int] = {}
+        self.learnt_from: set[str] = set()  # campaigns that collect preferences
         self.annotators: dict[str, int] = {}
         self.ids: dict[tuple[str, str], dict] = {}  # (kind, campaign) -> what the file calls a row -> its id
         self.waiting: dict = {}  # rows by what the file calls them
@@ -143,11 +140,11 @@ class _Import:
         """Store a record unless it is there."""
         kind = record["record"]
         if kind not in ("campaign", "annotator", *NAMED):
-            raise _RecordError(f"expected a known record, got {kind!r}. Export with this program.")
+            raise ValueError(f"expected a known record, got {kind!r}. Export with this program.")
         try:
             getattr(self, f"_add_{kind}")(record)
         except KeyError as error:
-            raise _RecordError(f"expected a field {error} in {kind}, got none. Export again.") from None
+            raise ValueError(f"expected a field {error} in {kind}, got none. Export again.") from None
 
     def settle(self) -> None:
         """Write what waits; which judgements count, and which places are taken, follow from the records."""
@@ -171,27 +168,29 @@ class _Import:
         self._write()
         name, settings = record["name"], json.dumps(record["settings"], sort_keys=True)
         try:
-            fits = settings_from_json(settings).name == name
+            parsed = settings_from_json(settings)
         except (KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise _RecordError(f"expected the settings of campaign {name!r}, got others. Export again.")
+            parsed = None
+        if parsed is None or parsed.name != name:
+            raise ValueError(f"expected the settings of campaign {name!r}, got others. Export again.")
         known = self.c.execute(select(campaigns).where(campaigns.c.name == name)).first()
         if known is not None and known.settings != settings:
-            raise _RecordError(f"expected a new campaign, got {name!r}, which the store uses for another. Use another store.")
+            raise ValueError(f"expected a new campaign, got {name!r}, which the store uses for another. Use another store.")
         values = _checked(campaigns, {**record, "settings": settings})
+        self.learnt_from |= {name} if parsed.mode is Mode.LABEL else set()
         self.campaigns[name] = known.id if known else self.c.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
 
     def _add_annotator(self, record: dict) -> None:
         values = _checked(annotators, {"created": self.now, **record, "token_hash": None, "revoked": None})
         if values["role"] not in ROLES or not (NAME.fullmatch(values["name"]) or values["name"] == LOCAL):
             got = f"{values['name']!r}, {values['role']!r}"
-            raise _RecordError(f"expected a name and a role of {', '.join(ROLES)}, got {got}. Export again.")
+            raise ValueError(f"expected a name and a role of {', '.join(ROLES)}, got {got}. Export again.")
         known = find_or_add(self.c, values["name"], values["role"], values["created"])
         self.annotators[record["name"]] = known.id
 
     def _add_shape(self, record: dict) -> None:
-        self._keep(record, record["asset"], {})
+        if self._keep(record, record["asset"], {}) and record["campaign"] in self.learnt_from:
+            refuse_held_out([record["seed"]], f"campaign {record['campaign']}")
 
     def _add_pair(self, record: dict) -> None:
         ends = {f"{end}_id": self._id("shape", record, record[end]) for end in ("first", "second")}
@@ -211,7 +210,7 @@ class _Import:
 
     def _annotator(self, record: dict) -> int:
         if record["annotator"] not in self.annotators:
-            raise _RecordError(f"expected an annotator named earlier in the file, got {record['annotator']!r}. Export again.")
+            raise ValueError(f"expected an annotator named earlier in the file, got {record['annotator']!r}. Export again.")
         return self.annotators[record["annotator"]]
 
     def _keep(self, record: dict, name, linked: dict) -> bool:
@@ -231,33 +230,28 @@ class _Import:
             self._write()
         found = self._known(of).get(name)
         if found is None:
-            raise _RecordError(f"expected a {kind} named earlier in the file, got {name!r}. Export again.")
+            raise ValueError(f"expected a {kind} named earlier in the file, got {name!r}. Export again.")
         return found
 
     def _known(self, of: tuple[str, str]) -> dict:
         """Ids of the rows that are in the database."""
         if of not in self.ids:
             if of[1] not in self.campaigns:
-                raise _RecordError(f"expected a campaign named earlier in the file, got {of[1]!r}. Export again.")
-            self.ids[of] = self._ids_after(of, 0)
+                raise ValueError(f"expected a campaign named earlier in the file, got {of[1]!r}. Export again.")
+            table, names = NAMED[of[0]]
+            query = select(table.c.id, *(table.c[name] for name in names)).where(table.c.campaign_id == self.campaigns[of[1]])
+            self.ids[of] = {tuple(row[1:]) if len(names) > 1 else row[1]: row[0] for row in self.c.execute(query)}
         return self.ids[of]
-
-    def _ids_after(self, of: tuple[str, str], last: int) -> dict:
-        table, names = NAMED[of[0]]
-        columns = [table.c[name] for name in names]
-        query = select(table.c.id, *columns).where(table.c.campaign_id == self.campaigns[of[1]], table.c.id > last)
-        return {tuple(row[1:]) if len(names) > 1 else row[1]: row[0] for row in self.c.execute(query)}
 
     def _write(self) -> None:
         if self.waiting:
-            self.c.execute(insert(NAMED[self.kind[0]][0]), list(self.waiting.values()))
-            known = self._known(self.kind)
-            known.update(self._ids_after(self.kind, max(known.values(), default=0)))
+            ids = insert_all(self.c, NAMED[self.kind[0]][0], list(self.waiting.values()))
+            self._known(self.kind).update(zip(self.waiting, ids, strict=True))
             self.waiting = {}
 
 
 def _checked(table: Table, record: dict) -> dict:
-    """A record's values for every column of a table. Raises: _RecordError for values of a wrong type, which a database may not mind."""
+    """A record's values for every column of a table. Raises: ValueError for values of a wrong type, which a database may not mind."""
     values = {}
     for column in table.columns:
         if column.name == "id":
@@ -267,6 +261,6 @@ def _checked(table: Table, record: dict) -> dict:
             value = DEFAULTS[column.name]
         kinds = (int, float) if column.type.python_type is float else (column.type.python_type,)
         if not (value is None and column.nullable) and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise _RecordError(f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again.")
+            raise ValueError(f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again.")
         values[column.name] = value
     return values

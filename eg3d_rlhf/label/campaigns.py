@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from sqlalchemy import Column, Connection, Row, Table, func, insert, select
+from sqlalchemy import Connection, Row, func, insert, select
 
+from eg3d_rlhf.label.database import insert_all
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape, StoredCampaign
 from eg3d_rlhf.label.schema import campaigns, pairs, shapes
+from eg3d_rlhf.seeds import refuse_held_out
 
 FIELDS = tuple(Shape.__dataclass_fields__)
 KINDS = (Kind.PAIR, Kind.GOLD, Kind.TRAINING)
@@ -48,8 +50,11 @@ class Plan:
         return [pair for pair in self.pairs.values() if pair.kind is Kind.GOLD]
 
 
-def create(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float) -> int:
-    """Store a campaign; returns its id. Raises: ValueError for a name in use, no pairs, and pairs that cannot be shown."""
+def create(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float) -> tuple[int, list[int]]:
+    """Store a campaign; returns its id and its pairs'.
+
+    Raises: ValueError for a name in use, no pairs, pairs that cannot be shown, and held-out seeds, of which nothing may learn.
+    """
     _check(c, settings, planned)
     record = {"name": settings.name, "settings": settings_to_json(settings), "created": now}
     campaign_id = c.execute(insert(campaigns).returning(campaigns.c.id), record).scalar_one()
@@ -58,8 +63,7 @@ def create(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
         {"campaign_id": campaign_id, "position": i, "asset": secrets.token_urlsafe(16), **dict(zip(FIELDS, identity, strict=True))}
         for i, identity in enumerate(order)
     ]
-    c.execute(insert(shapes), rows)
-    ids = dict(zip(order, ids_in_order(c, shapes, campaign_id, shapes.c.position), strict=True))
+    ids = dict(zip(order, insert_all(c, shapes, rows), strict=True))
     plan = [
         {
             "campaign_id": campaign_id, "position": i, "first_id": ids[_identity(pair.first)], "second_id": ids[_identity(pair.second)],
@@ -67,13 +71,7 @@ def create(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
         }
         for i, pair in enumerate(planned)
     ]  # fmt: skip
-    c.execute(insert(pairs), plan)
-    return campaign_id
-
-
-def ids_in_order(c: Connection, table: Table, campaign_id: int, by: Column) -> list[int]:
-    """Ids of a campaign's rows in a table."""
-    return list(c.execute(select(table.c.id).where(table.c.campaign_id == campaign_id).order_by(by)).scalars())
+    return campaign_id, insert_all(c, pairs, plan)
 
 
 def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair]) -> None:
@@ -93,6 +91,8 @@ def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
         if pair.first == pair.second:
             seed = pair.first.seed
             raise ValueError(f"campaign {name}, pair {position}: expected two different shapes, got seed {seed} twice. Draw again.")
+    if settings.mode is Mode.LABEL:  # a study judges, so it may look at what nothing has learnt from
+        refuse_held_out((shape.seed for pair in planned for shape in (pair.first, pair.second)), f"campaign {name}")
 
 
 def _identity(shape: Shape) -> tuple:

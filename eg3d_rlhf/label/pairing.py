@@ -19,6 +19,7 @@ from eg3d_rlhf.label.damage import DAMAGES
 from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.annotator import disjoint_pairs
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
+from eg3d_rlhf.seeds import refuse_held_out
 
 STRATEGIES = ("random", "active", "tournament")
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many
@@ -60,6 +61,7 @@ class PairingOptions:
             raise ValueError(f"PairingOptions: expected a finite level, got {self.level}. Use {LEVEL:g}.")
         if self.first_seed + self.seeds > MAX_SEED:
             raise ValueError(f"PairingOptions: expected seeds up to {MAX_SEED}, got first_seed={self.first_seed}. Use a smaller one.")
+        refuse_held_out(range(self.first_seed, self.first_seed + self.seeds), f"--first-seed={self.first_seed}, {self.seeds} seeds")
 
     @property
     def gold_pairs(self) -> int:

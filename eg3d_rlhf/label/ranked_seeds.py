@@ -9,10 +9,10 @@ import math
 import secrets
 from pathlib import Path
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, select, update
 
 from eg3d_rlhf.label import campaigns
-from eg3d_rlhf.label.database import Lock
+from eg3d_rlhf.label.database import Lock, insert_all
 from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind, PlannedPair, Shape
 from eg3d_rlhf.label.preferences import LabelFilters
 from eg3d_rlhf.label.schema import assignments, judgements, pairs
@@ -42,8 +42,8 @@ def import_ranked_seeds(
     who = store.annotator_without_token(annotator)
     with store.writing((Lock.SCHEMA, 1)) as c:
         now = store.now()
-        campaign_id = campaigns.create(c, settings, planned, now)
-        _answer_all(c, campaign_id, who.id, numbers, now)
+        campaign_id, ids = campaigns.create(c, settings, planned, now)
+        _answer_all(c, {"campaign_id": campaign_id, "annotator_id": who.id}, ids, numbers, now)
     return len(labels)
 
 
@@ -81,25 +81,20 @@ def _row_numbers(path: Path) -> list[int]:
     return list(seen)
 
 
-def _answer_all(c: Connection, campaign_id: int, annotator_id: int, numbers: list[int], now: float) -> None:
+def _answer_all(c: Connection, mine: dict, ids: list[int], numbers: list[int], now: float) -> None:
     """One assignment and one judgement per pair, in the table's order; the row number becomes the sequence."""
-    ids = campaigns.ids_in_order(c, pairs, campaign_id, pairs.c.position)
-    first_left = [hashlib.sha256(f"{campaign_id} {number}".encode()).digest()[0] & 1 for number in numbers]
-    mine = {"campaign_id": campaign_id, "annotator_id": annotator_id}
-    given = [
+    campaign = mine["campaign_id"]
+    first_left = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
+    given = insert_all(c, assignments, [
         {**mine, "token": secrets.token_urlsafe(18), "pair_id": pair, "sequence": number + 1, "kind": Kind.PAIR.value,
          "first_is_left": left, "leased": now}
         for pair, number, left in zip(ids, numbers, first_left, strict=True)
-    ]  # fmt: skip
-    c.execute(insert(assignments), given)
-    query = select(assignments.c.sequence, assignments.c.id).where(assignments.c.campaign_id == campaign_id)
-    assigned = dict(c.execute(query).all())
-    answers = [
-        {**mine, "key": f"{campaign_id}-{number}", "type": "choice", "choice": (Choice.LEFT if left else Choice.RIGHT).value,
-         "assignment_id": assigned[number + 1], "milliseconds": 0, "views": "[]", "received_at": now, "page_version": "import"}
-        for number, left in zip(numbers, first_left, strict=True)
-    ]  # fmt: skip
-    c.execute(insert(judgements), answers)
+    ])  # fmt: skip
+    insert_all(c, judgements, [
+        {**mine, "key": f"{campaign}-{number}", "type": "choice", "choice": (Choice.LEFT if left else Choice.RIGHT).value,
+         "assignment_id": assigned, "milliseconds": 0, "views": "[]", "received_at": now, "page_version": "import"}
+        for assigned, number, left in zip(given, numbers, first_left, strict=True)
+    ])  # fmt: skip
     own = select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
-    c.execute(update(assignments).where(assignments.c.campaign_id == campaign_id).values(answered=own))
-    c.execute(update(pairs).where(pairs.c.campaign_id == campaign_id).values(taken=pairs.c.places))
+    c.execute(update(assignments).where(assignments.c.campaign_id == campaign).values(answered=own))
+    c.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))

@@ -61,9 +61,9 @@ class Store(Accounts):
     # --- campaigns
 
     def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
-        """Store a plan; returns the campaign's id. Raises: ValueError for a name in use and pairs that cannot be shown."""
+        """Store a plan; returns the campaign's id. Raises: ValueError as `campaigns.create`."""
         with self._database.write((Lock.SCHEMA, 1)) as c:
-            return campaigns.create(c, settings, pairs, self._clock())
+            return campaigns.create(c, settings, pairs, self._clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """The campaign of that name, or the newest."""
