@@ -115,10 +115,10 @@ class Run:
         if not self.ranks.main:
             return
         seconds = time.monotonic() - self._start[1]
-        rate = seconds / max(done - self._start[0], 1e-9)
+        rate = seconds / (done - self._start[0]) if done > self._start[0] else 0.0
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         fields = {
-            **at, "time": f"{format_time(seconds):<12s}", f"sec/{unit}": f"{rate:<7.1f}",
+            **at, "time": f"{format_time(seconds):<12s}", f"sec/{unit}": f"{rate:<7.4g}",
             "eta": f"{format_time(rate * max(total - done, 0)):<12s}", "mem_gb": f"{memory:<5.2f}", **(more or {}),
         }
         self._say(" ".join(f"{name} {value}" for name, value in fields.items()))

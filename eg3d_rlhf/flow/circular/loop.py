@@ -23,8 +23,7 @@ from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.flow.policies import tuned_model, with_models
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.stage import stage_of
-from eg3d_rlhf.flow.tuning.folder import FREE
-from eg3d_rlhf.flow.tuning.train import StageResult, train_stage
+from eg3d_rlhf.flow.tuning.train import FREE, StageResult, train_stage
 from eg3d_rlhf.flow.tuning.update import TrainConfig
 from eg3d_rlhf.flow.weights import weigh
 from training.distributed import SINGLE, Ranks

@@ -1,1 +1,1 @@
-"""Preference training of one stage of a flow-based generator: settings, update, folder, failure signs, resume."""
+"""Preference training of one stage of a flow-based generator: settings, update, progress, failure signs, resume."""

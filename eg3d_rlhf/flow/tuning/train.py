@@ -1,11 +1,18 @@
 """Train one stage on preference pairs: DPO or fine-tuning, adapters or all parameters, early stop on a held-out win rate, exact resume.
 
+    training_options.json    what the run was begun with
+    stats.jsonl, timing.jsonl    a line per `log_every` updates and per win rate; of stats.jsonl equal runs give equal bytes
+    warnings.json            by name, each with the update that it was seen at
+    checkpoint-*.safetensors, kept-*.safetensors    while it runs: states to go on from, and the parameters with the best win rate
+    policy/, result.json     when it is finished
+
 Everything that is drawn derives from (seed, pair, pass over the pairs, update) alone: a resumed run equals an uninterrupted one bit for
 bit, and neither passes per batch nor ranks change what is learned beyond rounding.
 """
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +25,18 @@ from eg3d_rlhf.flow.policies import save_policy, shared_copy
 from eg3d_rlhf.flow.reference import AdapterOff, CachedErrors, FrozenModel, Reference
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.flow.tuning.folder import POLICY, Progress, TrainingFolder, read_result
 from eg3d_rlhf.flow.tuning.monitor import signs
+from eg3d_rlhf.flow.tuning.progress import Progress, read_lines, shown
 from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
-from training.checkpoint import optimizer_tensors, restore_optimizer
+from eg3d_rlhf.run.run import STATS, Run, recorded
+from training import checkpoint
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError
-from training.run_lock import RunLock
-from training.signals import StopRequest
-from training.storage import checksum
+from training.storage import checksum, read_tensors, write_tensors
 
+WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
+FREE = ("batch_gpu", "checkpoint_every")  # settings that a resumed run may change
+KEPT = "kept parameters"
 CHECKED = 8  # preferred latents that the network's convention is checked on
 
 
@@ -99,7 +108,7 @@ def train_stage(
     Args:
         pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
             rate are kept, those before the first update among them. Without it the last ones are.
-        out: folder for everything written, see folder.py; resume: go on with the run in it, if there is one.
+        out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
         say: prints the status lines.
     Raises: ValueError for pairs, settings or folders that do not fit and for losses that are not finite; StoppedError after a signal.
     """
@@ -108,52 +117,65 @@ def train_stage(
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
     device = next(stage.model.parameters()).device
-    with RunLock(out, enabled=ranks.main), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        files, options = TrainingFolder(out, config.steps, say), None
-        if ranks.main:
-            options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None, **origin(stage, pairs)}
-            files.begin(options, resume)
-        options, finished = ranks.broadcast([options, read_result(out) if ranks.main else None])
+    options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None}
+    options |= ranks.broadcast(origin(stage, pairs) if ranks.main else None)
+    with Run(out, options, ranks=ranks, say=say) as run, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        begun, finished = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
+        if not begun:
+            run.begin()
+        elif resume:
+            run.resume(FREE)
+        else:
+            raise ValueError(f"train_stage: expected a new folder, got {out} with a run in it. Resume it, or name another.")
         if finished is None:
-            finished = _Training(pipeline, stage, pairs, config, held_out, ranks, files, options).run()
+            finished = _Training(pipeline, stage, pairs, config, held_out, run, say).train()
     return StageResult(**finished, weights=out / POLICY)
+
+
+def read_result(folder: Path) -> dict | None:
+    """What a finished training says of itself, and its lines; None of another."""
+    if not (folder / RESULT).exists():
+        return None
+    return {**json.loads((folder / RESULT).read_text()), "stats": read_lines(folder / STATS)}
 
 
 class _Training:
     """The loop of one training."""
 
     def __init__(
-        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, held_out: Judge | None,
-        ranks: Ranks, files: TrainingFolder, options: dict,
+        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, held_out: Judge | None, run: Run,
+        say: Callable[[str], None],
     ):
-        self.stage, self.config, self.held_out, self.ranks, self.files, self.options = stage, config, held_out, ranks, files, options
+        self.stage, self.config, self.held_out, self.run, self.ranks, self.say = stage, config, held_out, run, run.ranks, say
         self.policy, reference = policy_and_reference(stage, config)
         self.named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        ranks.broadcast_(self.named.values())
+        self.ranks.broadcast_(self.named.values())
         self.ema = {name: p.detach().clone() for name, p in self.named.items()} if config.ema is not None else {}
         self.cache = self._cache(reference) if config.cache_reference and reference is not None else None
-        self.updates = Updates(pipeline, stage, pairs, config, self.policy, self.named.values(), self.cache or reference, ranks)
+        self.updates = Updates(pipeline, stage, pairs, config, self.policy, self.named.values(), self.cache or reference, self.ranks)
         self.progress = Progress()
+        self.lines: list[dict] = []  # of stats.jsonl
+        self.warnings: dict[str, str] = {}  # by name
 
     def _cache(self, reference: Reference) -> CachedErrors:
         config = self.config
         identity = {
-            **{name: self.options[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(self.stage.path),
+            **{name: self.run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(self.stage.path),
             "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
         }  # fmt: skip
-        return CachedErrors(reference, identity, self.files.folder / "reference", self.ranks)
+        return CachedErrors(reference, identity, self.run.folder / "reference", self.ranks)
 
     # The loop.
 
-    def run(self) -> dict:
+    def train(self) -> dict:
         """Train to the end; returns fields of StageResult as JSON."""
         self._resume()
         if self.held_out is not None and self.progress.best is None:
             self._report(self._win_rate())
-        with StopRequest() as request:
+        with self.run.stoppable():
             while self.progress.step < self.config.steps and not self.progress.ended:
-                if self.ranks.any(request.received is not None)[0]:
-                    self._stop(request)
+                if self.ranks.any(self.run.stop_requested is not None)[0]:
+                    self._stop()
                 self._update()
         return self._finish()
 
@@ -162,7 +184,8 @@ class _Training:
         try:
             progress.add(self.updates.run(progress.step))
         except LossNotFiniteError as error:
-            raise LossNotFiniteError(f"{error} Last state: {self._last_state()}.") from None
+            state = max(checkpoint.available(self.run.folder), default="none was written yet")
+            raise LossNotFiniteError(f"{error} Last state: {state}.") from None
         progress.step += 1
         self._average()
         last = progress.step == config.steps
@@ -179,9 +202,9 @@ class _Training:
         for name, average in self.ema.items():
             average.lerp_(self.named[name], 1 - decay)
 
-    def _stop(self, request: StopRequest) -> None:
+    def _stop(self) -> None:
         self._checkpoint()
-        signal = next(name for name in self.ranks.gather(request.received) if name is not None)
+        signal = next(name for name in self.ranks.gather(self.run.stop_requested) if name is not None)
         raise StoppedError(f"{signal}: training of stage {self.stage.name!r} stopped after update {self.progress.step}; resume it.")
 
     # Win rates and lines.
@@ -196,7 +219,7 @@ class _Training:
         if not 0 <= rate <= 1:
             raise ValueError(f"train_stage({self.stage.name}): expected a held-out win rate from 0 to 1, got {rate}. Correct the judge.")
         if self.progress.judged(rate, self.config) and self.ranks.main:
-            self.files.keep(self.progress.step, self._values())
+            write_tensors(self._kept(self.progress.step), KEPT, self._values(), {"step": self.progress.step})
         return rate
 
     def _values(self) -> dict[str, torch.Tensor]:
@@ -221,52 +244,67 @@ class _Training:
     def _report(self, rate: float | None) -> None:
         """End the line under way; say what it shows."""
         progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), rate)
+        self.run.stats(record)
+        self.run.status(shown(record, self.config.steps), progress.step, progress.step if progress.ended else self.config.steps, "step")
         if not self.ranks.main:
             return
-        self.files.line(record, 0 if progress.ended else self.config.steps - progress.step)
-        self.files.warn(signs(self.files.lines, self.config.dpo.needs_reference))
+        self.lines.append(record)
+        found = signs(self.lines, self.config.dpo.needs_reference)
+        fresh = {name: text for name, text in found.items() if name not in self.warnings}
+        for name, text in fresh.items():
+            self.say(f"Warning ({name}): {text}")
+        if fresh:
+            self.warnings |= fresh
+            self.run.write(WARNINGS, self.warnings)
         if progress.ended and progress.step < self.config.steps:
             best = f"the best, {progress.best:.3f} after update {progress.kept_step}, is kept"
-            self.files.say(f"Stopped early after update {progress.step}: the held-out win rate is {rate:.3f}; {best}.")
+            self.say(f"Stopped early after update {progress.step}: the held-out win rate is {rate:.3f}; {best}.")
 
-    # States.
+    # States, and the parameters with the best win rate.
+
+    def _kept(self, step: int) -> Path:
+        return self.run.folder / f"kept-{step:09d}.safetensors"
 
     def _checkpoint(self) -> None:
+        """Write the state; the last two are kept, and the parameters that they name."""
         if self.cache is not None:
             self.cache.save()
+        tensors = {f"policy.{name}": p for name, p in self.named.items()} | {f"ema.{name}": p for name, p in self.ema.items()}
+        tensors |= checkpoint.optimizer_tensors("optim", self.updates.optimizer)
+        meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
+        self.run.checkpoint(self.progress.step, tensors, meta)
+        self.named_steps = [*self.named_steps, self.progress.kept_step][-checkpoint.KEEP :]
         if self.ranks.main:
-            tensors = {f"policy.{name}": p for name, p in self.named.items()} | {f"ema.{name}": p for name, p in self.ema.items()}
-            tensors |= optimizer_tensors("optim", self.updates.optimizer)
-            self.files.checkpoint(self.progress.step, tensors, asdict(self.progress))
-
-    def _last_state(self) -> str:
-        return str(max(self.files.folder.glob("checkpoint-*.safetensors"), default="none was written yet"))
+            for path in {*self.run.folder.glob("kept-*.safetensors")} - {self._kept(step) for step in self.named_steps}:
+                path.unlink()
 
     def _resume(self) -> None:
         """Continue from the newest state, or clean up what a run left that was killed before its first."""
-        tensors, meta = (self.files.latest() if self.ranks.main else None) or (None, None)
-        if self.ranks.main:
-            self.files.go_on(meta or {"lines": 0, "warnings": {}, "progress": asdict(Progress())})
-        meta = self.ranks.broadcast(meta)
-        if meta is None:
-            return
-        tensors = self.ranks.broadcast_named(tensors)
-        self._load({name: tensors[f"policy.{name}"] for name in self.named})
-        for name, average in self.ema.items():
-            average.copy_(tensors[f"ema.{name}"])
-        restore_optimizer("optim", self.updates.optimizer, tensors)
-        self.progress = Progress(**meta["progress"])
+        lines = 0
+        if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.main else None):
+            tensors, meta = self.run.read(previous=True)
+            self._load({name: tensors[f"policy.{name}"] for name in self.named})
+            for name, average in self.ema.items():
+                average.copy_(tensors[f"ema.{name}"])
+            checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
+            self.progress, self.warnings, lines = Progress(**meta["progress"]), dict(meta["warnings"]), meta["lines"]
+        self.named_steps = [self.progress.kept_step]  # updates whose parameters the states on the disk name
+        self.run.go_on(self.progress.step, lines)
+        self.run.write(WARNINGS, self.warnings)
+        self.lines = read_lines(self.run.folder / STATS) if self.ranks.main else []
 
     def _finish(self) -> dict:
-        """Write the policy."""
+        """Write the policy, and delete what was there to go on from."""
         progress, result = self.progress, None
         if self.ranks.main:
             if self.held_out is None:
                 progress.kept_step = progress.step
-            self._load(self._values() if self.held_out is None else self.files.kept(progress.kept_step))
-            meta = {**self.options, "kept_step": progress.kept_step, "win_rate": progress.best}
-            save_policy(self.policy, self.files.folder / POLICY, meta)
-            warnings = [f"{name}: {text}" for name, text in self.files.warnings.items()]
-            self.files.finish({"kept_step": progress.kept_step, "warnings": warnings})
-            result = read_result(self.files.folder)
+            self._load(self._values() if self.held_out is None else read_tensors(self._kept(progress.kept_step), KEPT)[0])
+            meta = {**self.run.settings, "kept_step": progress.kept_step, "win_rate": progress.best}
+            save_policy(self.policy, self.run.folder / POLICY, meta)
+            warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
+            self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})
+            for path in [*checkpoint.available(self.run.folder), *self.run.folder.glob("kept-*.safetensors")]:
+                path.unlink()
+            result = read_result(self.run.folder)
         return self.ranks.broadcast(result)

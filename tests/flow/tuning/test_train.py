@@ -307,7 +307,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     run(out, config=tiny_config(steps=2))
     with pytest.raises(ValueError, match="expected a new folder, got .* with a run in it. Resume it, or name another."):
         run(out, config=tiny_config(steps=2))
-    with pytest.raises(ValueError, match=r"expected what the run was begun with, got config.dpo.beta 7.0 instead of 20.0; config.lr 0.5"):
+    with pytest.raises(ValueError, match=r"expected the settings that it was begun with, got config.dpo.beta 7.0 instead of 20.0; config.lr 0.5"):
         run(out, config=tiny_config(steps=2, dpo=DpoConfig(beta=7.0), lr=0.5), resume=True)
     with pytest.raises(ValueError, match="begun with, got pairs .* instead of"):
         run(out, voxel_pairs(24, seed=1), tiny_config(steps=2), resume=True)
@@ -380,7 +380,7 @@ def test_what_a_run_leaves_is_plain_json(tmp_path):
     assert options["config"]["dpo"]["beta"] == 20.0 and options["stage"] == "voxels" and options["held_out"] is True
     timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
     assert [t["step"] for t in timing] == [0, 5, 10] and len(lines) == 3
-    assert len({len(line.split("eta")[0]) for line in lines}) == 1 and "win_rate 0.500" in lines[2] and "accuracy" in lines[1]
+    assert len({len(line.split("time")[0]) for line in lines}) == 1 and "win_rate 0.500" in lines[2] and "accuracy" in lines[1]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "policy", "result.json", "stats.jsonl", "timing.jsonl", "training_options.json", "warnings.json",
     ]
