@@ -7,6 +7,8 @@
 import contextlib
 import copy
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -69,6 +71,16 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
         (folder / stale).unlink(missing_ok=True)
     write_atomic(folder / META, (text + "\n").encode())
     return folder
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file at another place: linked, or copied where the disk is another or has no links. What was there goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def read_meta(folder: str | Path) -> dict:

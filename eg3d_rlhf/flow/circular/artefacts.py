@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.run.process import RunLock
 from training.distributed import SINGLE, Ranks
-from training.run_lock import RunLock
 from training.storage import write_atomic
 
 INPUTS, DONE = "inputs.json", "done.json"

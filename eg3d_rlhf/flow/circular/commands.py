@@ -4,13 +4,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
-from eg3d_rlhf.flow.circular.run import planned, read_run, resume, start
+from eg3d_rlhf.flow.circular.run import read_run, resume, start
 from eg3d_rlhf.flow.circular.settings import ROLES, Choosing, CircularRun, CircularSettings, default_settings
 from eg3d_rlhf.flow.circular.table import Judging, letters
 from eg3d_rlhf.flow.dpo import KINDS, NOISES, PRESETS, DpoConfig, beta_T
@@ -20,8 +20,8 @@ from eg3d_rlhf.flow.tuning.train import StoppedError
 from eg3d_rlhf.flow.tuning.update import TrainConfig
 from eg3d_rlhf.flow.weights import W2_NORMS
 from eg3d_rlhf.preferences.preference_loss import AGGREGATIONS, WEIGHT_MODES
+from eg3d_rlhf.run.process import sigterm_interrupts
 from training.distributed import process_group
-from training.signals import sigterm_interrupts
 
 RUN, WHAT, LOSS, TRAIN, LOOP, TABLE = "Run", "What is trained", "Preference loss", "Training", "The loop", "Judging and ablation"
 OWN = "the problem's own"
@@ -299,7 +299,9 @@ def circular_dpo(context: click.Context, **given) -> None:
     check(given, written)
     run = None if given["resume"] is not None else resolve(given, default_settings(given["pipeline"]))
     if given["dry_run"]:
-        click.echo(json.dumps(planned(run or read_run(given["resume"])[0]), indent=2, sort_keys=True))
+        run = run or read_run(given["resume"])[0]
+        tasks = {"tasks": run.plan.tasks()} if run.groups is not None else {}
+        click.echo(json.dumps({**asdict(run), **tasks}, indent=2, sort_keys=True))
         return
     if given["ablate"] is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--ablate: expected one process, got torchrun's several. Use --workers.")

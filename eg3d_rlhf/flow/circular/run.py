@@ -1,8 +1,5 @@
 """A run of Circular-DPO from its settings to its folder: the loop, one stage alone, or the ablation."""
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,106 +7,82 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eg3d_rlhf import run_folder
-from eg3d_rlhf.cli import versions
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
 from eg3d_rlhf.flow.circular.ablation import ablate
-from eg3d_rlhf.flow.circular.artefacts import Artefact, fingerprint
+from eg3d_rlhf.flow.circular.artefacts import Artefact
 from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, loop_of, say, weights_of
 from eg3d_rlhf.flow.circular.settings import CircularRun, from_dict
-from eg3d_rlhf.flow.policies import save_policy
+from eg3d_rlhf.flow.policies import link, save_policy
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.stage import stage_of
-from training.distributed import SINGLE, Ranks, launch_identity, leave
-from training.run_lock import RunLock
-from training.storage import write_atomic
+from eg3d_rlhf.run.run import OPTIONS, Run, claim, format_time, next_free, recorded
+from training.distributed import SINGLE, Ranks, leave
 
-
-def read_run(folder: Path) -> tuple[CircularRun, dict]:
-    """Settings and problem's identity of a run folder."""
-    path = folder / run_folder.OPTIONS
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--resume: expected a run folder with {run_folder.OPTIONS}, got {folder}. Check the path.") from None
-    except ValueError:
-        raise ValueError(f"--resume: expected {path} as it was written, got damaged JSON. Restore it.") from None
-    if record.get("mode") != "circular-dpo":
-        raise ValueError(f"--resume: expected a run of --mode=circular-dpo, got one of --mode=gan in {folder}. Leave --mode out.")
-    return from_dict(CircularRun, record["run"], str(path)), record["problem"]
-
-
-def check(run: CircularRun, problem: Problem) -> None:
-    """What only the problem can judge. Raises: ValueError naming the flag."""
-    if run.stage is not None:
-        stage_of(problem.pipeline, run.stage)
-    if run.groups is not None and problem.final is None:
-        raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
-
-
-def planned(run: CircularRun) -> dict:
-    """What `--dry-run` prints."""
-    values = asdict(run)
-    return {**values, "tasks": run.plan.tasks()} if run.groups is not None else values
-
-
+MODE = "circular-dpo"
 RESULT = "result.json"
 
 
-def start(run: CircularRun, outdir: Path, desc: str | None, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
+def read_run(folder: Path) -> tuple[CircularRun, dict]:
+    """Settings of a run folder, as objects and as they were recorded. Raises: FileNotFoundError, ValueError for another folder."""
+    record = recorded(folder)
+    if not record:
+        raise FileNotFoundError(f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path.")
+    if record.get("mode") != MODE:
+        raise ValueError(f"--resume: expected a run of --mode={MODE}, got one of --mode=gan in {folder}. Leave --mode out.")
+    return from_dict(CircularRun, record["run"], str(folder / OPTIONS)), record["run"]
+
+
+def start(settings: CircularRun, outdir: Path, desc: str | None, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
     """A new run in `outdir`; returns its folder. Its problem is opened first, so that a mistake leaves no folder behind."""
-    problem = run.problem(device)
-    check(run, problem)
-    folder = run_folder.next_free(outdir, run.name + (f"-{desc}" if desc else ""))
-    folder = Path(ranks.broadcast(str(run_folder.claim(folder, launch_identity())) if ranks.main else None))
-    if ranks.main:
-        record = {"mode": "circular-dpo", "run": asdict(run), "problem": dict(problem.identity), "versions": versions()}
-        record["launch"] = launch_identity()
-        write_atomic(folder / run_folder.OPTIONS, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
-    return work(run, problem, folder, device, workers, ranks)
+    problem = settings.problem(device)
+    if settings.stage is not None:
+        stage_of(problem.pipeline, settings.stage)
+    if settings.groups is not None and problem.final is None:
+        raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
+    folder = claim(next_free(outdir, settings.name + (f"-{desc}" if desc else "")), ranks)
+    with Run(folder, {"mode": MODE, "run": asdict(settings), "problem": dict(problem.identity)}, ranks=ranks) as run:
+        run.begin()
+        return work(settings, problem, run, device, workers)
 
 
 def resume(folder: Path, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
     """Go on with a run where it was; one that is finished is only written anew.
 
-    Raises: ValueError for a folder of another kind, or where files that it started from have changed.
+    Raises: ValueError for a folder of another kind, or where networks or pairs that it started from have changed.
     """
-    run, identity = read_run(folder)
-    problem = run.problem(device)
-    if fingerprint(problem.identity) != fingerprint(identity):
-        raise ValueError(
-            f"--resume: expected the networks and pairs that {folder} started from, got others. Restore them, or start a new run: what "
-            "does not depend on them is found again."
-        )
-    return work(run, problem, folder, device, workers, ranks)
+    settings, written = read_run(folder)
+    problem = settings.problem(device)
+    with Run(folder, {"mode": MODE, "run": written, "problem": dict(problem.identity)}, ranks=ranks) as run:
+        run.resume()
+        return work(settings, problem, run, device, workers)
 
 
-def work(run: CircularRun, problem: Problem, folder: Path, device: str, workers: int, ranks: Ranks) -> Path:
+def work(settings: CircularRun, problem: Problem, run: Run, device: str, workers: int) -> Path:
     """Do what is left to do of a run, and write its results."""
-    started = time.time()
-    with RunLock(folder, enabled=ranks.main):
-        if ranks.main:
-            print(f"Run folder {folder}. Artefacts in {run.artefacts}.", flush=True)
-        if run.groups is not None:
-            ablate(run, problem, folder, device, workers)
-        else:
-            _loop(run, problem, folder, ranks)
-    if ranks.main:
-        print(f"Done in {(time.time() - started) / 60:.1f} minutes: {folder}", flush=True)
+    started, folder = time.time(), run.folder
+    if run.ranks.main:
+        print(f"Run folder {folder}. Artefacts in {settings.artefacts}.", flush=True)
+    if settings.groups is not None:
+        ablate(settings, problem, folder, device, workers)
+    else:
+        _loop(settings, problem, run)
+    if run.ranks.main:
+        print(f"Done in {format_time(time.time() - started)}: {folder}", flush=True)
     return folder
 
 
 # The loop, or one stage of it.
 
 
-def _loop(run: CircularRun, problem: Problem, folder: Path, ranks: Ranks) -> None:
+def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
+    folder, ranks = run.folder, run.ranks
     with Bars(enabled=ranks.main) as bars:
-        loop = loop_of(run, problem, run.circular.seed, ranks, progress=bars)
-        if run.stage is not None:
-            tuned = loop.from_people(run.stage)
-            lineage = {run.stage: (tuned,)}
-            steps = [{"round": 1, "step": "people", "stage": run.stage, "artefact": tuned.folder.name, **tuned.record}]
+        loop = loop_of(settings, problem, settings.circular.seed, ranks, progress=bars)
+        if settings.stage is not None:
+            tuned = loop.from_people(settings.stage)
+            lineage = {settings.stage: (tuned,)}
+            steps = [{"round": 1, "step": "people", "stage": settings.stage, "artefact": tuned.folder.name, **tuned.record}]
         else:
             lineage, steps = circular_loop.run(loop, lambda step: say(describe(step)) if ranks.main else None)
     ranks.barrier()
@@ -118,11 +91,11 @@ def _loop(run: CircularRun, problem: Problem, folder: Path, ranks: Ranks) -> Non
         return
     weights = {stage: keep(loop, stage, line, folder) for stage, line in lineage.items()}
     result = {"steps": steps, "weights": weights, "warnings": [w for step in steps for w in step.get("warnings", [])]}
-    write_atomic(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    run.write(RESULT, result)
     print(f"Weights in {', '.join(str(folder / name) for name in weights.values())}.")
-    if run.summary and problem.final is not None:
+    if settings.summary and problem.final is not None:
         with Bars(enabled=True) as bars:
-            _summarise(loop_of(run, problem, run.circular.seed, progress=bars), lineage, steps, run, folder)
+            _summarise(loop_of(settings, problem, settings.circular.seed, progress=bars), lineage, steps, settings, folder)
 
 
 def _summarise(loop: CircularLoop, lineage: Lineage, steps: Sequence[Mapping], run: CircularRun, folder: Path) -> None:
@@ -159,17 +132,8 @@ def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Pat
         return stage
     source = weights_of(line[0])
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        _link(file, target / file.relative_to(source))
+        link(file, target / file.relative_to(source))
     return stage
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
 
 
 class Bars:

@@ -1,8 +1,6 @@
 """Tuned flows back into TRELLIS's own layout: a folder that stock TRELLIS loads."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from eg3d_rlhf.flow.lora import merge_rounding, merged_state
-from eg3d_rlhf.flow.policies import tuned_model
+from eg3d_rlhf.flow.policies import link, tuned_model
 from eg3d_rlhf.flow.trellis.files import FLOWS, find_model, find_weights, read_pipeline
 from eg3d_rlhf.flow.trellis.models import base_state, load_model
 from training.storage import write_atomic
@@ -47,12 +45,12 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
         if sources.setdefault(stem.name, stem) != stem:
             raise ValueError(f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename one.")
         target = out / "ckpts" / stem.name
-        _place(stem.with_name(stem.name + ".json"), target.with_name(stem.name + ".json"))
+        link(stem.with_name(stem.name + ".json"), target.with_name(stem.name + ".json"))
         if name in stages:
             done[stages[name]] = _merge(stem, tuned[stages[name]], target.with_name(stem.name + ".safetensors"))
         else:
             weights = find_weights(stem)
-            _place(weights, target.with_name(stem.name + weights.suffix))
+            link(weights, target.with_name(stem.name + weights.suffix))
             kept.append(name)
         models[name] = f"ckpts/{stem.name}"
     content = {**file.content, "args": {**file.content["args"], "models": models}}
@@ -67,14 +65,3 @@ def _merge(stem: Path, weights: Path, target: Path) -> dict:
     state = {name: tensor.detach().cpu().to(types[name]).contiguous() for name, tensor in merged_state(model).items()}
     write_atomic(target, save({name: tensor.clone() for name, tensor in state.items()}, metadata={"format": "pt"}))
     return {"file": target.name, "rounding": merge_rounding(tuned_model(load_model(stem), weights))}
-
-
-def _place(source: Path, target: Path) -> None:
-    """The same file at another place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        return
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -209,13 +209,13 @@ def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch
     tiny()
     folder = tmp_path / "00000-circular-dpo-toy-loop"
     monkeypatch.setattr(circular_settings, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"}))
-    assert_one_line(run(f"--resume={folder}"), "expected the networks and pairs that", "got others")
+    assert_one_line(run(f"--resume={folder}"), "expected the settings that it was begun with", "problem.problem else instead of tiny")
     options = folder / "training_options.json"
     options.write_text(json.dumps({"cfg": "heads64"}))
     with pytest.raises(ValueError, match="got one of --mode=gan"):
         read_run(folder)
     options.write_text("{")
-    with pytest.raises(ValueError, match="got damaged JSON"):
+    with pytest.raises(ValueError, match="expected JSON, got"):
         read_run(folder)
 
 
