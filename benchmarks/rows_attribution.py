@@ -12,11 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.rows import Case, Outcome, Row, Target
-from eg3d_rlhf.attribution.coalitions import CoalitionValues
-from eg3d_rlhf.attribution.head_landmarks import head_landmarks
-from eg3d_rlhf.attribution.landmarks import landmark_partition
+from eg3d_rlhf.attribution.landmarks import head_landmarks, landmark_partition
 from eg3d_rlhf.attribution.scoring import fast_score
-from eg3d_rlhf.attribution.shapley import marginals
+from eg3d_rlhf.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.reward.config import PAPER, preset
 from eg3d_rlhf.reward.model import RewardModel
 from eg3d_rlhf.sigma.spec import SlabSpec

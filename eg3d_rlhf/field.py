@@ -8,6 +8,7 @@ softplus(. - 1). Letters: N shapes, P points, D, H, W = grid points along z, y, 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -117,3 +118,14 @@ class SeparableField(Field, Protocol):
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> "SeparableDensity | None":
         """The maps of one shape (N = 1) at the product of world coordinates x [X], y [Y], z [Z]; None where there is no such form."""
         ...
+
+
+@torch.no_grad()
+def render_each(field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = OWN, seed: int = 0) -> list[Rendering]:
+    """What cameras [N or 1, 25] see of a field, one after the other, each under the same random numbers; torch's own state stays."""
+    renderings = []
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        for camera in cameras:
+            torch.manual_seed(seed)
+            renderings.append(field.render(camera, options))
+    return renderings

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.attribution import report  # noqa: E402
-from eg3d_rlhf.attribution.integrated import BOUND, MOST_STEPS, STEPS  # noqa: E402
+from eg3d_rlhf.attribution.cross_checks import BOUND, MOST_STEPS, STEPS  # noqa: E402
 from eg3d_rlhf.attribution.shapley import METHODS  # noqa: E402
 from eg3d_rlhf.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study  # noqa: E402
 from eg3d_rlhf.attribution.surface import PAGE  # noqa: E402

@@ -9,7 +9,7 @@ Example:
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator, ws_of_seeds  # noqa: E402
-from eg3d_rlhf.media.progress import StageBar  # noqa: E402
+from eg3d_rlhf.media.sampling import StageBar  # noqa: E402
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, MeshReport, check_out, export_mesh  # noqa: E402
 
 DEFAULTS = MeshOptions()
@@ -44,7 +44,8 @@ def _summary(out: Path, report: MeshReport) -> str:
         help="Noise of the synthesis.")
 @option("--resolution", "--shape-res", "resolution", metavar="POINTS", type=click.IntRange(16, 1024), default=DEFAULTS.resolution,
         help="Grid points per axis.", group="Surface")
-@option("--level", metavar="FLOAT", type=float, default=DEFAULTS.level, help="Raw density of the surface.", group="Surface")
+@option("--level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", help="Raw density of the surface.",
+        group="Surface")
 @option("--border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=DEFAULTS.border, group="Surface",
         help="Share of the cube to trim from each face.")
 @option("--component", metavar="NAME", type=click.Choice(["largest", "all"]), default=DEFAULTS.component, group="Surface",
@@ -68,6 +69,7 @@ def main(out: Path, network: Path | None, seed: int, psi: float, cutoff: int, no
         bar("planes", 0, 1)
         field = generator.generator.field(ws_of_seeds(generator.generator, [seed], psi, cutoff), noise_mode)
         bar("planes", 1, 1)
+        options = options if options.level is not None else replace(options, level=field.level)
         mesh, report = export_mesh(field, options, bar)
         bar("writing", 0, 1)
         mesh.save(out)

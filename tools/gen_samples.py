@@ -21,12 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.flags import sampling_flags  # noqa: E402
-from eg3d_rlhf.media.progress import StageBar  # noqa: E402
-from eg3d_rlhf.media.rendering import FFHQ_FOV, Orbit, conditioned_ws, render, tile  # noqa: E402
-from eg3d_rlhf.media.seeds import parse_seeds  # noqa: E402
-from eg3d_rlhf.media.shape_files import BORDER, save_shape, shape_suffix  # noqa: E402
-from eg3d_rlhf.sigma.mesh_export import MeshOptions  # noqa: E402
+from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, render, tile  # noqa: E402
+from eg3d_rlhf.media.sampling import (
+    StageBar,  # noqa: E402
+    parse_seeds,  # noqa: E402
+    sampling_flags,  # noqa: E402
+)
+from eg3d_rlhf.sigma.mesh_export import (  # noqa: E402
+    BORDER,
+    MeshOptions,  # noqa: E402
+    save_shape,
+    shape_suffix,
+)
 from training.storage import write_atomic  # noqa: E402
 
 YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians
@@ -49,11 +55,12 @@ def warn_without_effect(**given) -> None:
 @click.command(cls=GroupedCommand, help=__doc__)
 @sampling_flags
 @option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=FFHQ_FOV, group="Samples",
-        help="Field of view over the image's diagonal.")
+        help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
 @option("--shapes", metavar="BOOL", type=bool, default=False, help="Write shapes too.", group="Shapes")
 @option("--shape-res", metavar="POINTS", type=click.IntRange(16, 1024), default=512, help="Grid points per axis.", group="Shapes")
 @option("--shape-format", metavar="NAME", default=".mrc", help=".mrc (density), .ply, .obj or .glb (surface).", group="Shapes")
-@option("--shape-level", metavar="FLOAT", type=float, default=10.0, help="Raw density of the surface.", group="Shapes")
+@option("--shape-level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", group="Shapes",
+        help="Raw density of the surface.")
 @option("--shape-border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=BORDER, group="Shapes",
         help="Share of the cube to clear along each face.")
 @option("--class", "class_idx", metavar="INT", type=int, default=None, show_default=False, help="Accepted, without effect.")
@@ -77,15 +84,15 @@ def main(outdir, network, seeds, psi, cutoff, noise_mode, fov_deg, shapes, shape
         click.echo(json.dumps(settings, indent=1))
         return
     with naming("--network"):
-        G = load_generator(network, choose_device(device)).G
-    orbit = Orbit.of(G, fov=fov_deg)
-    labels = [orbit.label(yaw, PITCH) for yaw in YAWS]
+        generator = load_generator(network, choose_device(device)).generator
+    cameras = cameras_of(generator, fov_deg)
+    labels = [camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(numbers, unit="seed", desc="samples"):
-        ws = conditioned_ws(G, [seed], orbit, psi, cutoff)
-        write_png(outdir / f"seed{seed:04d}.png", tile(render(G, ws, labels, seed, noise_mode), len(labels)))
+        ws = conditioned_ws(generator, [seed], cameras, psi, cutoff)
+        write_png(outdir / f"seed{seed:04d}.png", tile(render(generator, ws, labels, seed, noise_mode), len(labels)))
         if shapes:
             with StageBar(f"seed {seed} ") as bar:
-                save_shape(outdir / f"seed{seed:04d}{suffix}", G, ws, surface, noise_mode, bar)
+                save_shape(outdir / f"seed{seed:04d}{suffix}", generator.field(ws, noise_mode), surface, bar)
     click.echo(f"{outdir}: {len(numbers)} images{f' and {suffix} shapes' if shapes else ''}")
 
 

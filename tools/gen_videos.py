@@ -19,14 +19,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
+from eg3d_rlhf.field import RenderOptions  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.flags import sampling_flags  # noqa: E402
-from eg3d_rlhf.media.progress import StageBar  # noqa: E402
-from eg3d_rlhf.media.rendering import CAMERAS, MODES, Orbit, refine  # noqa: E402
-from eg3d_rlhf.media.seeds import parse_seeds  # noqa: E402
-from eg3d_rlhf.media.shape_files import BORDER, save_shape, shape_suffix  # noqa: E402
+from eg3d_rlhf.media.rendering import CAMERAS, MODES, cameras_of  # noqa: E402
+from eg3d_rlhf.media.sampling import (
+    StageBar,  # noqa: E402
+    parse_seeds,  # noqa: E402
+    sampling_flags,  # noqa: E402
+)
 from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4  # noqa: E402
-from eg3d_rlhf.sigma.mesh_export import MeshOptions  # noqa: E402
+from eg3d_rlhf.sigma.mesh_export import (  # noqa: E402
+    BORDER,
+    MeshOptions,  # noqa: E402
+    save_shape,
+    shape_suffix,
+)
 
 
 def parse_grid(text: str) -> tuple[int, int]:
@@ -44,7 +51,8 @@ def write_shapes(folder: Path, film: Film, suffix: str, surface: MeshOptions) ->
     """The shape of every frame, of the grid's first cell."""
     for index in tqdm(range(film.count), unit="shape", desc=f"{folder.name}/"):
         with StageBar(f"frame {index} ") as bar:
-            save_shape(folder / f"{index:04d}_shape{suffix}", film.G, film.ws(index)[0], surface, film.options.noise_mode, bar)
+            field = film.generator.field(film.ws(index)[0], film.options.noise_mode)
+            save_shape(folder / f"{index:04d}_shape{suffix}", field, surface, bar)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -97,11 +105,10 @@ def main(outdir, network, seeds, interpolate, grid, cfg, sample_mult, nrr, fps, 
         return
     check_mp4(outdir / "interpolation.mp4")
     with naming("--network"):
-        G = load_generator(network, choose_device(device)).G
-    refine(G, sample_mult, nrr)
-    orbit = Orbit.of(G, **(CAMERAS[cfg] if cfg else {}))
+        generator = load_generator(network, choose_device(device)).generator
+    cameras, look = cameras_of(generator, **(CAMERAS[cfg] if cfg else {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
-        frames = Film(G, group, orbit, options)
+        frames = Film(generator, group, cameras, options, look)
         path = write_mp4(outdir / f"{name}.mp4", tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"), fps, bitrate)
         click.echo(f"{path}: {frames.count} frames")
         if shapes:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.seeds import parse_seeds  # noqa: E402
+from eg3d_rlhf.media.sampling import parse_seeds  # noqa: E402
 from eg3d_rlhf.reward.files import save_reward  # noqa: E402
 from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, ReleasedReward, compare_lattices, import_release, write_example  # noqa: E402
 from eg3d_rlhf.sigma.spec import LATTICES  # noqa: E402

@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from eg3d_rlhf.attribution import plots
-from eg3d_rlhf.attribution.agreement import agreement, rank_correlation
-from eg3d_rlhf.attribution.integrated import BOUND
+from eg3d_rlhf.attribution.cross_checks import BOUND, agreement, rank_correlation
 from eg3d_rlhf.attribution.landmarks import BACKGROUND
-from eg3d_rlhf.attribution.projection import by_region, labels_at, picture, region_colour, write_pictures
 from eg3d_rlhf.attribution.regions import OTHER
 from eg3d_rlhf.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
-from eg3d_rlhf.attribution.surface import surface
+from eg3d_rlhf.attribution.surface import by_region, labels_at, picture, region_colour, surface, write_pictures
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP, contains_zero, span
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
@@ -94,7 +92,7 @@ def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") 
     drawn = []
     for i, seed in enumerate(study.seeds[:_DRAWN]):
         try:
-            vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec)
+            vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec, study.level)
         except ValueError:  # a sample without a surface has nothing to draw on
             continue
         colours = by_region(labels_at(vertices, study.partitions[i], study.c.spec))

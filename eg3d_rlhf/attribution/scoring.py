@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.attribution.coalitions import Score
+from eg3d_rlhf.attribution.shapley import Score
 from eg3d_rlhf.reward.files import Reward
 from eg3d_rlhf.reward.model import RewardModel, _to_patches
 from eg3d_rlhf.reward.pooling import grid_feature, slice_windows

@@ -11,19 +11,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.attribution.agreement import redrawn
-from eg3d_rlhf.attribution.coalitions import CoalitionValues, Score
-from eg3d_rlhf.attribution.head_landmarks import fitted_landmarks
-from eg3d_rlhf.attribution.integrated import BOUND, MOST_STEPS, STEPS, IntegratedGradients, integrated_gradients
-from eg3d_rlhf.attribution.landmarks import back_project, head_partition, landmark_partition, read_landmarks
-from eg3d_rlhf.attribution.occlusion import occlusion, shuffled_change
+from eg3d_rlhf.attribution.cross_checks import (
+    BOUND,
+    MOST_STEPS,
+    STEPS,
+    IntegratedGradients,
+    integrated_gradients,
+    occlusion,
+    redrawn,
+    shuffled_change,
+)
+from eg3d_rlhf.attribution.landmarks import back_project, fitted_landmarks, head_partition, landmark_partition, read_landmarks
 from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks
 from eg3d_rlhf.attribution.scoring import fast_score
-from eg3d_rlhf.attribution.shapley import METHODS, Attribution, check_gap, shapley
+from eg3d_rlhf.attribution.shapley import METHODS, Attribution, CoalitionValues, Score, check_gap, shapley
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.canonical_depth import depth_maps
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 BOXES, LANDMARKS, HEAD = "boxes", "landmarks", "head"
@@ -125,7 +129,7 @@ class Study:
                     "Name --landmarks, or use --regions=boxes."
                 )
             cubes = torch.cat([self.cube("before", seed) for seed in self.seeds])
-            return list(fitted_landmarks(cubes.cpu(), self.cube_spec))
+            return list(fitted_landmarks(cubes.cpu(), self.cube_spec, self.level))
         wanted = read_landmarks(self.settings.landmarks)
         pixels = [wanted.of(seed) for seed in self.seeds]
         maps = depth_maps(self.c, self.c.before, self.seeds)
@@ -134,13 +138,18 @@ class Study:
     @property
     def cube_spec(self) -> SlabSpec:
         """Grid of meshes and of fitted heads."""
-        return SlabSpec.cube(_CUBE, float(self.c.before.G.rendering_kwargs["box_warp"]))
+        return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
 
     @torch.no_grad()
     def cube(self, role: str, seed: int) -> torch.Tensor:
         """Raw density [1, D, H, W] of a latent over the whole scene."""
         generator = self.c.generators()[role]
-        return sigma_grid(generator.G, self.c.ws(generator, [seed]), self.cube_spec)
+        return generator.generator.field(self.c.ws(generator, [seed])).density_grid(self.cube_spec)
+
+    @property
+    def level(self) -> float:
+        """Raw density of the surface."""
+        return self.c.before.generator.level
 
     def values(self, i: int, score: Score | None = None, tuned: torch.Tensor | None = None) -> CoalitionValues:
         """Values of latent i's coalitions; those of the reward itself are kept, those of another score or slab are not."""

@@ -14,8 +14,9 @@ from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.texts import absent_job, span
 from eg3d_rlhf.generators import LoadedGenerator, camera, latents
 from eg3d_rlhf.metrics import diversity
+from eg3d_rlhf.metrics.feature_sets import MANIFOLD_NEIGHBOURS as NEIGHBOURS
+from eg3d_rlhf.metrics.feature_sets import precision_recall
 from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.precision_recall import NEIGHBOURS, precision_recall
 from eg3d_rlhf.metrics.resampling import (
     METHOD,
     SAFE_SAMPLES,

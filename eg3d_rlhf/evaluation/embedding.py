@@ -19,8 +19,8 @@ from tqdm import tqdm
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.texts import NO_CONTROL, span
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.metrics.association import RANK_INTERVAL, spearman
-from eg3d_rlhf.metrics.separability import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
+from eg3d_rlhf.metrics.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
+from eg3d_rlhf.metrics.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade

@@ -13,10 +13,9 @@ import torch
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, contains_zero, span
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.metrics.geometry import multi_view_measures
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.metrics.surface import main_surface, mean_curvature, topology
-from eg3d_rlhf.metrics.views import spec_for
+from eg3d_rlhf.metrics.views import multi_view_measures, spec_for
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.sigma.mesh import extract_mesh

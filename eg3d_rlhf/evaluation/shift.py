@@ -7,8 +7,7 @@ import numpy as np
 
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, contains_zero, span
-from eg3d_rlhf.metrics.association import LINE_INTERVAL, RANK_INTERVAL, fit_line, spearman
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
+from eg3d_rlhf.metrics.statistics import LINE_INTERVAL, RANK_INTERVAL, bootstrap_mean_interval, fit_line, paired_summary, spearman
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 

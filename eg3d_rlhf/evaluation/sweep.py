@@ -17,10 +17,9 @@ from eg3d_rlhf.evaluation.sweep_runs import Cell
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.geometry import multi_view_measures
 from eg3d_rlhf.metrics.resampling import kernel_change_interval
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interval
-from eg3d_rlhf.metrics.views import spec_for
+from eg3d_rlhf.metrics.views import multi_view_measures, spec_for
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file, seed_range

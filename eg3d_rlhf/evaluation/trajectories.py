@@ -15,8 +15,7 @@ import numpy as np
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, absent_job, contains_zero, span
-from eg3d_rlhf.metrics.association import slopes
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
+from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, slopes
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 

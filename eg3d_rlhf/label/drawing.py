@@ -9,16 +9,15 @@ from collections import OrderedDict
 
 import numpy as np
 
-from eg3d_rlhf.generators import LoadedGenerator, load_generator, of, ws_of_seeds
+from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.label.damage import damage
 from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
-from eg3d_rlhf.media.rendering import Orbit, render
-from eg3d_rlhf.media.shape_files import BORDER
+from eg3d_rlhf.media.rendering import camera, cameras_of, render
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
-from eg3d_rlhf.sigma.field_grid import FieldGrid
+from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh
 from eg3d_rlhf.sigma.mesh_checks import compact, decimate, face_volumes, parts
-from eg3d_rlhf.sigma.near_surface import extract_field_mesh
+from eg3d_rlhf.sigma.mesh_export import BORDER
 from torch_utils.ops.implementations import implementation
 
 _SLACK = 1.1  # times the wanted triangles that a mesh may have
@@ -27,7 +26,7 @@ _DUST = 16  # triangles; smaller parts are left out
 _HELD = 2  # generators in memory: the two of a study
 
 
-def surface(G, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Vertices [V, 3] float32 and triangles [F, 3] of a shape's surface, all its parts that can be seen, decimated.
 
     The cube's border is cleared as EG3D's tools do. Hollows inside the body and dust are left out. In plain torch: what is judged should
@@ -35,7 +34,7 @@ def surface(G, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     Raises: ValueError when the density does not cross the level, or for a damage that finds no room.
     """
     with implementation("torch"):
-        grid = FieldGrid(of(G).field(ws_of_seeds(G, [shape.seed], shape.psi)), shape.resolution, BORDER)
+        grid = FieldGrid(generator.field(ws_of_seeds(generator, [shape.seed], shape.psi)), shape.resolution, BORDER)
         vertices, faces = extract_field_mesh(grid, shape.level)
         if shape.degradation:
             axes = tuple(axis.double().numpy() for axis in grid.axes)
@@ -86,15 +85,15 @@ class ShapeDrawer:
 
     def mesh(self, shape: Shape) -> bytes:
         """The mesh in the browser's format, compressed. Raises as `surface` and `generator`."""
-        return compress(encode_mesh(*surface(self.generator(shape).G, shape)))
+        return compress(encode_mesh(*surface(self.generator(shape).generator, shape)))
 
     def picture(self, shape: Shape) -> bytes:
         """The frontal rendering as PNG; that of a damaged shape shows the latent undamaged, as the image is not drawn from the mesh."""
         import PIL.Image
 
-        G = self.generator(shape).G
+        generator = self.generator(shape).generator
         with implementation("torch"):
-            (pixels,) = render(G, ws_of_seeds(G, [shape.seed], shape.psi), [Orbit.of(G).label()])
+            (pixels,) = render(generator, ws_of_seeds(generator, [shape.seed], shape.psi), [camera(cameras_of(generator))])
         buffer = io.BytesIO()
         PIL.Image.fromarray(pixels).save(buffer, format="png")
         return buffer.getvalue()

@@ -3,16 +3,15 @@
 Letters: L, W = layers and width of ws; H, B = rows and columns of a picture.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from eg3d_rlhf.generators import latents
-from training.rendering.cameras import FOV_to_intrinsics, camera_position, look_at, pack_label
-from training.triplane import TriPlaneGenerator
+from eg3d_rlhf.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
+from eg3d_rlhf.generators import Generator, device_of, latents
 
 FFHQ_FOV = 18.837  # degrees over the image's diagonal
 CAMERAS = {  # by data set: pivot in world units, field of view in degrees
@@ -23,78 +22,55 @@ CAMERAS = {  # by data set: pivot in world units, field of view in degrees
 MODES = ("image", "image_depth", "image_raw")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Orbit:
-    """Cameras on a sphere about the world's origin."""
+def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place) -> CameraFamily:
+    """A generator's own cameras, with a field of view over the image's diagonal in degrees; `place` overrides radius or pivot.
 
-    radius: float  # world units, > 0
-    pivot: tuple[float, float, float]  # point looked at, world units
-    fov: float = FFHQ_FOV  # degrees, of the image's diagonal, 0 < fov < 180
-
-    def __post_init__(self) -> None:
-        if not self.radius > 0 or not 0 < self.fov < 180:
-            raise ValueError(f"Orbit: expected radius > 0 and 0 < fov < 180, got {self.radius:g} and {self.fov:g}. Correct them.")
-
-    @classmethod
-    def of(cls, G: TriPlaneGenerator, **settings) -> "Orbit":
-        """The generator's own average radius and pivot; `settings` override fields."""
-        own = {
-            "radius": float(G.rendering_kwargs.get("avg_camera_radius", 2.7)),
-            "pivot": tuple(float(v) for v in G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0))),
-        }
-        return cls(**{**own, **settings})
-
-    def label(self, yaw: float = 0.0, pitch: float = 0.0, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Camera label [1, 25]; yaw and pitch in radians from frontal, as EG3D's tools count them (negative pitch looks from above)."""
-        h, v = (torch.tensor([[math.pi / 2 + angle]], device=device) for angle in (yaw, pitch))
-        pose = look_at(camera_position(h, v, self.radius), torch.tensor(self.pivot, device=device))
-        return pack_label(pose, FOV_to_intrinsics(self.fov, device=device))
-
-
-def refine(G: TriPlaneGenerator, sample_mult: float = 1.0, nrr: int | None = None) -> None:
-    """Change how G renders, for good: `sample_mult` times the samples per ray in either pass, `nrr` rendered pixels per edge.
-
-    Raises: ValueError for sample_mult <= 0 or nrr < 1.
+    Raises: ValueError for a field of view outside 0 < fov < 180.
     """
-    if sample_mult <= 0 or (nrr is not None and nrr < 1):
-        raise ValueError(f"refine: expected sample_mult > 0 and nrr >= 1, got {sample_mult:g} and {nrr}. Correct them.")
-    passes = ("depth_resolution", "depth_resolution_importance")
-    G.rendering_kwargs = {**G.rendering_kwargs, **{key: round(G.rendering_kwargs[key] * sample_mult) for key in passes}}
-    if nrr is not None:
-        G.neural_rendering_resolution = nrr
+    if not 0 < fov < 180:
+        raise ValueError(f"cameras: expected a field of view of 0 < fov < 180 degrees, got {fov:g}. Correct it.")
+    return dataclasses.replace(generator.cameras, focal=1 / (math.tan(fov * 3.14159 / 360) * 1.414), **place)  # as FOV_to_intrinsics
+
+
+def camera(cameras: CameraFamily, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Camera labels [n, 25] of a family, at angles in radians from frontal as EG3D's tools count them (negative pitch looks from above).
+
+    Torch's random state stays as it is.
+    """
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        return cameras.label(yaw, pitch, n, device)
 
 
 @torch.no_grad()
-def conditioned_ws(G: TriPlaneGenerator, seeds: Sequence[int], orbit: Orbit, psi: float = 1.0, cutoff: int | None = 14) -> torch.Tensor:
-    """ws [N, L, W] of seeds, conditioned on the orbit's frontal camera, as EG3D's tools condition them."""
-    device = next(G.parameters()).device
-    c = orbit.label(device=device).expand(len(seeds), -1)
-    return G.mapping(latents(seeds, G.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
+def conditioned_ws(
+    generator: Generator, seeds: Sequence[int], cameras: CameraFamily, psi: float = 1.0, cutoff: int | None = 14
+) -> torch.Tensor:
+    """ws [N, L, W] of seeds, conditioned on the frontal camera of a family, as EG3D's tools condition them."""
+    device = device_of(generator)
+    c = camera(cameras, n=len(seeds), device=device)
+    return generator.mapping(latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
 
 
 @torch.no_grad()
 def render(
-    G: TriPlaneGenerator, ws: torch.Tensor, labels: Sequence[torch.Tensor], seed: int = 0, noise_mode: str = "const", mode: str = "image"
+    generator: Generator, ws: torch.Tensor, labels: Sequence[torch.Tensor], seed: int = 0, noise_mode: str = "const", mode: str = "image",
+    options: RenderOptions = OWN,
 ) -> list[np.ndarray]:
     """Pictures of ws [1, L, W] from cameras [1, 25], from one synthesis pass.
 
     The ray sampler's jitter and the noise come from torch's global generator; it is seeded before every picture and its state put back, so
-    that a picture depends on nothing that was drawn before.
+    that a picture depends on nothing that was drawn before. The first picture follows on the noise of the synthesis, as EG3D draws it.
 
     Args: mode: 'image', 'image_raw' (before super-resolution) or 'image_depth'.
     Returns: one array per camera, uint8 [H, B, 3], or `distances` for 'image_depth'.
     """
-    pictures = []
-    cuda = [ws.device] if ws.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            for i, label in enumerate(labels):
-                torch.manual_seed(seed)
-                out = G.synthesis(ws, label.to(ws.device), noise_mode=noise_mode, cache_backbone=i == 0, use_cached_backbone=i > 0)
-                pictures.append(distances(out) if mode == "image_depth" else to_uint8(out[mode][0].float().cpu()))
-    finally:
-        G._last_planes = None
-    return pictures
+    with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        field = generator.field(ws, noise_mode)
+        first = [field.render(label.to(ws.device), options) for label in labels[:1]]
+    renderings = first + render_each(field, (label.to(ws.device) for label in labels[1:]), options, seed)
+    maps = {"image": "image", "image_raw": "raw"}
+    return [distances(out) if mode == "image_depth" else to_uint8(getattr(out, maps[mode])[0].float().cpu()) for out in renderings]
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
@@ -102,12 +78,12 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
     return (image.permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()
 
 
-def distances(out: dict[str, torch.Tensor]) -> np.ndarray:
+def distances(out: Rendering) -> np.ndarray:
     """Distances along the rays [H, B] float32 of a rendering, infinite where a ray's opacity is under one half.
 
     Deviates: EG3D shows what the march leaves there, the mean distance of next to nothing.
     """
-    depth, opacity = out["image_depth"][0, 0].float(), out["image_opacity"][0, 0]
+    depth, opacity = out.depth[0, 0].float(), out.opacity[0, 0]
     return torch.where(opacity >= 0.5, depth, torch.full_like(depth, torch.inf)).cpu().numpy()
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.media.rendering import MODES, Orbit, conditioned_ws, render, shade_depth, tile
-from training.triplane import TriPlaneGenerator
+from eg3d_rlhf import generators
+from eg3d_rlhf.field import OWN, CameraFamily, RenderOptions
+from eg3d_rlhf.media.rendering import MODES, camera, conditioned_ws, render, shade_depth, tile
 
 YAW_RANGE, PITCH_RANGE, PITCH_MEAN = 0.35, 0.25, -0.05  # radians, of EG3D's gen_videos
 _WRAPS = 2  # copies of the keyframes before and after, so that the cubic closes smoothly
@@ -81,24 +82,26 @@ class LatentWalk:
         return torch.from_numpy(self._spline(time)).to(self._device, torch.float32)[None]
 
 
-def camera_at(orbit: Orbit, share: float) -> torch.Tensor:
+def camera_at(cameras: CameraFamily, share: float) -> torch.Tensor:
     """Camera label [1, 25] after a share 0..1 of one closed swing: yaw 0.35 sin, pitch -0.05 + 0.25 cos."""
     angle = 2 * math.pi * share
-    return orbit.label(YAW_RANGE * math.sin(angle), PITCH_MEAN + PITCH_RANGE * math.cos(angle))
+    return camera(cameras, YAW_RANGE * math.sin(angle), PITCH_MEAN + PITCH_RANGE * math.cos(angle))
 
 
 class Film:
     """All frames of one film.
 
-    Args: seeds: see `FilmOptions.cells`.
+    Args: seeds: see `FilmOptions.cells`; look: how cameras look at the fields.
     Deviates: the swing closes (EG3D writes pi as 3.14), and frames do not depend on one another's random numbers.
     """
 
-    def __init__(self, G: TriPlaneGenerator, seeds: Sequence[int], orbit: Orbit, options: FilmOptions):
-        self.G, self.orbit, self.options = G, orbit, options
+    def __init__(
+        self, generator: generators.Generator, seeds: Sequence[int], cameras: CameraFamily, options: FilmOptions, look: RenderOptions = OWN
+    ):
+        self.generator, self.cameras, self.options, self.look = generator, cameras, options, look
         cells = options.cells(seeds)
         self.first_seed = cells[0][0]
-        self.walks = [LatentWalk(conditioned_ws(G, cell, orbit, options.psi, options.cutoff)) for cell in cells]
+        self.walks = [LatentWalk(conditioned_ws(generator, cell, cameras, options.psi, options.cutoff)) for cell in cells]
         self.count = len(cells[0]) * options.frames  # T
 
     def ws(self, index: int) -> list[torch.Tensor]:
@@ -107,8 +110,10 @@ class Film:
 
     def frame(self, index: int) -> np.ndarray:
         """Frame `index` of 0..T-1, uint8 [rows, columns, 3]."""
-        label, options = camera_at(self.orbit, index / self.count), self.options
-        pictures = [render(self.G, ws, [label], self.first_seed, options.noise_mode, options.mode)[0] for ws in self.ws(index)]
+        label, options = camera_at(self.cameras, index / self.count), self.options
+        pictures = [
+            render(self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look)[0] for ws in self.ws(index)
+        ]
         if options.mode == "image_depth":
             pictures = [shade_depth(picture) for picture in pictures]
         return tile(pictures, options.grid[0])

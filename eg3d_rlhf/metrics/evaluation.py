@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.generators import LoadedGenerator, latents
+from eg3d_rlhf.generators import Generator, LoadedGenerator, device_of, latents
+from eg3d_rlhf.metrics.distances import FeatureStatistics, collect, kernel_inception_distance
 from eg3d_rlhf.metrics.features import HeadFactorFeatures, InceptionFeatures
-from eg3d_rlhf.metrics.frechet import FeatureStatistics, collect
-from eg3d_rlhf.metrics.kid import kernel_inception_distance
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
@@ -72,21 +71,21 @@ def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tens
 
 
 @torch.no_grad()
-def fake_batches(G: torch.nn.Module, cameras: np.ndarray, options: MetricOptions) -> Iterator[torch.Tensor]:
+def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptions) -> Iterator[torch.Tensor]:
     """options.images fakes, float [N, 3, R, R], seen from cameras drawn from `cameras` [len, K].
 
     Repeats with the seed at the same batch size. torch's global generator is put back after every batch.
     """
-    device = next(G.parameters()).device
+    device = device_of(generator)
     chosen = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
     first = options.seed * options.images  # seeds of z: other runs get others
     for start in range(0, options.images, options.batch):
         stop = min(start + options.batch, options.images)
-        z = latents(range(first + start, first + stop), G.z_dim).to(device)
+        z = latents(range(first + start, first + stop), generator.z_dim).to(device)
         c = torch.from_numpy(cameras[chosen[start:stop]]).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(first + start)
-            images = G(z, c)["image"]
+            images = generator.field(generator.mapping(z, c), noise_mode="random").render(c).image
         yield images.expand(-1, 3, -1, -1)
 
 
@@ -98,7 +97,7 @@ def evaluate(
     Args: dataset with 25-number labels; bar: gets a number of images and a title, returns what is told the size of each batch.
     Raises: ValueError when the set's resolution is not the generator's, a set has fewer than two images, or a feature is not finite.
     """
-    resolution = generator.G.img_resolution
+    resolution = generator.generator.img_resolution
     if dataset.resolution != resolution:
         raise ValueError(
             f"--data: expected images of {resolution}x{resolution} as the generator's, got {dataset.resolution}x{dataset.resolution}. "
@@ -107,7 +106,7 @@ def evaluate(
     started = time.time()
     cameras = dataset.get_labels()
     real = collect(network, real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"))
-    fake = collect(network, fake_batches(generator.G, cameras, options), bar(options.images, "features of generated images"))
+    fake = collect(network, fake_batches(generator.generator, cameras, options), bar(options.images, "features of generated images"))
     records = []
     for metric in options.metrics:
         name = result_name(metric, network)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eg3d_rlhf.sigma.slab import sigma_grid
+from eg3d_rlhf.field import LEVEL
+from eg3d_rlhf.generators import of
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.heads.family import SHAPE_COUNT
 from training.heads.sdf import head_sdf
 
-LEVEL = 10.0  # raw sigma of the surface
 WORST = 0.5  # world units; what a cube without surface gets, half the side of the scene
 OUTLIER = 0.05  # world units; a surface point counts no more than this in the fit and in the result
 STARTS_STDDEV = 0.5  # of the family's own shape parameters
@@ -58,25 +58,27 @@ class HeadFit:
         return {name: values.tolist() for name, values in asdict(self).items()}
 
 
-class _Pose(NamedTuple):
+class HeadPose(NamedTuple):
+    """A head moved by `shift` and scaled by exp(log_scale) about the origin."""
+
     shape: Tensor  # [B, S] in [-1, 1]
     shift: Tensor  # [B, 3] world units
     log_scale: Tensor  # [B, 1]
 
 
-def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec) -> Tensor:
-    """First crossings of LEVEL in one cube [D, H, W] along an axis (0 = z, 1 = y, 2 = x), world points [P, 3] as (x, y, z)."""
+def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, level: float) -> Tensor:
+    """First crossings of a level in one cube [D, H, W] along an axis (0 = z, 1 = y, 2 = x), world points [P, 3] as (x, y, z)."""
     volume = sigma.movedim(axis, 0)
     coordinates = [spec.axes()[2 - i].to(sigma) for i in range(3)]  # z, y, x
     along, rest = coordinates[axis], [c for i, c in enumerate(coordinates) if i != axis]
     if from_high:
         volume, along = volume.flip(0), along.flip(0)
-    inside = volume >= LEVEL
+    inside = volume >= level
     hit = inside.any(dim=0)
     index = inside.to(torch.uint8).argmax(dim=0)
     before = (index - 1).clamp_min(0)
     value, previous = volume.gather(0, index[None])[0], volume.gather(0, before[None])[0]
-    step = torch.where(index > 0, ((LEVEL - previous) / (value - previous).clamp_min(1e-9)).clamp(0, 1), 1.0)
+    step = torch.where(index > 0, ((level - previous) / (value - previous).clamp_min(1e-9)).clamp(0, 1), 1.0)
     position = along[before] + step * (along[index] - along[before])
     first, second = torch.meshgrid(*rest, indexing="ij")
     columns = [first[hit], second[hit]]
@@ -84,18 +86,18 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec) -
     return torch.stack(columns[::-1], dim=-1)
 
 
-def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05) -> Tensor:
+def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: float = LEVEL) -> Tensor:
     """Visible surface of one raw density cube [D, H, W]: first crossings from the front and from both sides, world points [P, 3].
 
     Points behind z = `back` are left out. P varies with the shape and is 0 for a cube without surface.
     """
     sigma = sigma.nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4)
-    views = [_axis_crossings(sigma, axis, high, spec) for axis, high in ((0, True), (2, True), (2, False))]
+    views = [_axis_crossings(sigma, axis, high, spec, level) for axis, high in ((0, True), (2, True), (2, False))]
     points = torch.cat(views)
     return points[points[:, 2] >= back]
 
 
-def posed_sdf(points: Tensor, pose: _Pose) -> Tensor:
+def posed_sdf(points: Tensor, pose: HeadPose) -> Tensor:
     """Signed distance [B, P] to heads moved by `shift` and scaled by exp(log_scale) about the origin. Differentiable in everything."""
     scale = pose.log_scale.exp()
     return scale * head_sdf((points - pose.shift[:, None]) / scale[..., None], pose.shape)
@@ -108,7 +110,7 @@ def _starts(count: int, options: FitOptions, like: Tensor) -> Tensor:
     return torch.from_numpy(drawn).clamp(-1, 1).to(like).repeat(count, 1)
 
 
-def fit_heads(points: Tensor, options: FitOptions) -> tuple[_Pose, Tensor]:
+def fit_heads(points: Tensor, options: FitOptions) -> tuple[HeadPose, Tensor]:
     """Nearest heads to point sets [N, P, 3]: Adam on the mean robust |sdf| from several starts, the best start per set.
 
     Loss: mean of min(|sdf|, OUTLIER) with the parameters normalised to their bounds and projected back after every step.
@@ -140,65 +142,68 @@ def fit_heads(points: Tensor, options: FitOptions) -> tuple[_Pose, Tensor]:
     return pose_from(free, options), best.amin(dim=1)
 
 
-def pose_from(free: Tensor, options: FitOptions) -> _Pose:
+def pose_from(free: Tensor, options: FitOptions) -> HeadPose:
     """Bounded parameters [B, S+4] in [-1, 1] as shape, shift and log scale."""
-    return _Pose(free[:, :SHAPE_COUNT], free[:, SHAPE_COUNT : SHAPE_COUNT + 3] * options.shift, free[:, -1:] * options.log_scale)
+    return HeadPose(free[:, :SHAPE_COUNT], free[:, SHAPE_COUNT : SHAPE_COUNT + 3] * options.shift, free[:, -1:] * options.log_scale)
 
 
 @torch.no_grad()
-def visible_head_points(pose: _Pose, box_warp: float, options: FitOptions) -> list[Tensor]:
+def visible_head_points(pose: HeadPose, spec: SlabSpec, options: FitOptions) -> list[Tensor]:
     """What orthographic rays from the front and from both sides hit of fitted heads: one [P, 3] per head (B lists).
 
     Sphere tracing with 0.8 of the signed distance, which the family promises is safe.
     """
-    half = box_warp / 2
+    half, centre = spec.box_warp / 2, pose.shift.new_tensor(spec.centre)
     line = torch.linspace(-half, half, options.rays, dtype=pose.shape.dtype, device=pose.shape.device)
     v, u = (grid.reshape(-1) for grid in torch.meshgrid(line, line, indexing="ij"))
     edge = torch.full_like(u, half)
-    start = torch.cat([torch.stack(rays, dim=-1) for rays in ((u, v, edge), (edge, v, u), (-edge, v, u))])  # [3V^2, 3]
+    start = torch.cat([torch.stack(rays, dim=-1) for rays in ((u, v, edge), (edge, v, u), (-edge, v, u))])  # [3V^2, 3], about the centre
     inward = torch.eye(3).to(start)[[2, 0, 0]] * start.new_tensor([[-1.0], [-1.0], [1.0]])
     direction = inward.repeat_interleave(len(u), dim=0)
     side = start[:, 2].abs() < half  # rays from the sides run at constant z; those behind `back` need no tracing
+    start = start + centre
     kept = ~side | (start[:, 2] >= options.back)
     start, direction = start[kept], direction[kept]
     travelled = start.new_zeros(len(pose.shape), len(start))
     for _ in range(TRACE_STEPS):
-        travelled = (travelled + 0.8 * posed_sdf(start + travelled[..., None] * direction, pose)).clamp(0, box_warp)
+        travelled = (travelled + 0.8 * posed_sdf(start + travelled[..., None] * direction, pose)).clamp(0, spec.box_warp)
     points = start + travelled[..., None] * direction  # [B, 3V^2, 3]
-    on_surface = (posed_sdf(points, pose).abs() < 2e-3) & (points[..., 2] >= options.back) & (points.abs().amax(dim=-1) < half)
+    on_surface = (posed_sdf(points, pose).abs() < 2e-3) & (points[..., 2] >= options.back) & ((points - centre).abs().amax(dim=-1) < half)
     return [p[m] for p, m in zip(points, on_surface, strict=True)]
 
 
-def _resample(points: Tensor, count: int, seed: int) -> Tensor:
+def resample(points: Tensor, count: int, seed: int) -> Tensor:
+    """`count` of the points [P, 3], drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     return points[torch.randint(len(points), (count,), generator=generator).to(points.device)]
 
 
-def nearest_heads(sigma: Tensor, spec: SlabSpec, options: FitOptions | None = None) -> HeadFit:
+def nearest_heads(sigma: Tensor, spec: SlabSpec, options: FitOptions | None = None, level: float = LEVEL) -> HeadFit:
     """Fit every raw density cube and measure the remainder.
 
     surface = mean over the shape's visible points of min(|sdf of the fitted head|, OUTLIER);
     uncovered = mean over the fitted head's visible points of the distance to the nearest visible point of the shape beyond one voxel (the
     spacing of those points), capped alike.
 
-    Args: `sigma` [N, D, H, W] raw density over `spec` (the whole cube, SlabSpec.cube(64), is meant); `options` sets the effort.
+    Args: `sigma` [N, D, H, W] raw density over `spec` (the whole cube, SlabSpec.cube(64), is meant); `options` sets the effort; `level` is
+    that of the surface.
     Deterministic. Raises ValueError when sigma does not have the spec's shape.
     """
     options = options or FitOptions()
     if sigma.ndim != 4 or tuple(sigma.shape[1:]) != tuple(spec.shape):
         expected = ["N", *spec.shape]
         raise ValueError(f"nearest_heads: expected sigma {expected}, got {list(sigma.shape)}. Pass the spec that it was sampled with.")
-    dense = [surface_points(cube.detach().float(), spec, options.back) for cube in sigma]
+    dense = [surface_points(cube.detach().float(), spec, options.back, level) for cube in sigma]
     filled = [i for i, points in enumerate(dense) if len(points) >= 16]
     surface, uncovered = np.full(len(sigma), WORST), np.full(len(sigma), WORST)
     shape = np.zeros((len(sigma), SHAPE_COUNT))
     if filled:
-        sets = torch.stack([_resample(dense[i], options.points, options.seed) for i in filled])
+        sets = torch.stack([resample(dense[i], options.points, options.seed) for i in filled])
         pose, _ = fit_heads(sets, options)
         shape[filled] = pose.shape.double().cpu().numpy()
-        heads = visible_head_points(pose, spec.box_warp, options)
+        heads = visible_head_points(pose, spec, options)
         for row, i in enumerate(filled):
-            one = _Pose(*(value[row : row + 1] for value in pose))
+            one = HeadPose(*(value[row : row + 1] for value in pose))
             with torch.no_grad():
                 surface[i] = posed_sdf(dense[i][None], one).abs().clamp_max(OUTLIER).mean().item()
             if len(heads[row]):
@@ -208,18 +213,19 @@ def nearest_heads(sigma: Tensor, spec: SlabSpec, options: FitOptions | None = No
 
 
 def nearest_head_measures(
-    G: Any, ws: Tensor, resolution: int = 64, options: FitOptions | None = None, batch: int = 8,
+    generator: Any, ws: Tensor, resolution: int = 64, options: FitOptions | None = None, batch: int = 8,
     on_batch: Callable[[int], None] | None = None,
 ) -> HeadFit:
     """`nearest_heads` of a generator's latents ws [N, L, Wd], on its whole cube at `resolution`, with constant noise."""
     if len(ws) == 0:
         raise ValueError("nearest_head_measures: expected at least one latent, got none. Pass ws [N, L, W].")
-    spec = SlabSpec.cube(resolution, float(G.rendering_kwargs["box_warp"]))
+    generator = of(generator)
+    spec = SlabSpec.of(generator.bounds, resolution)
     parts = []
     for chunk in ws.split(batch):
         with torch.no_grad():
-            sigma = sigma_grid(G, chunk, spec)
-        parts.append(nearest_heads(sigma, spec, options))
+            sigma = generator.field(chunk).density_grid(spec)
+        parts.append(nearest_heads(sigma, spec, options, generator.level))
         if on_batch is not None:
             on_batch(len(chunk))
     return HeadFit(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in HeadFit.__dataclass_fields__})

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from scipy.special import ndtri
 
-from eg3d_rlhf.metrics.frechet import frechet_distance
+from eg3d_rlhf.metrics.distances import frechet_distance
 
 SAFE_SAMPLES = 6  # samples of each set per feature from which the Fréchet interval was found to cover as stated
 METHOD = "bias-corrected bootstrap, width from bootstrap and influence function"

@@ -1,31 +1,30 @@
-"""Several views of the same latents, and the geometry that ties their pixels together.
+"""Does a latent have one shape? Several views of it, and how far neighbouring ones agree in colour, depth and surface normals.
 
+Every measure is per latent, lower is better, and independent of the programmatic annotator: it reads renderings, never the sigma grid.
 Shape letters: N latents, F views, R pixels per edge, L x Wd style vectors. Depth is the Euclidean distance along a pixel's unit ray.
 World: x right, y up, z to the camera; cameras are OpenCV's (x right, y down, z forward), intrinsics normalised by the image size.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
+from eg3d_rlhf.field import CameraFamily, Field, RenderOptions, render_each
+from eg3d_rlhf.generators import of
+from training.rendering.cameras import camera_position, intrinsics_matrix, look_at, pack_label
 from training.rendering.rays import RaySampler
 
 _BEHIND = 1e-3  # world units; a point nearer to the camera plane than this has no pixel
-
-
-class Renders(Protocol):
-    """The part of a generator that the multi-view measures use."""
-
-    rendering_kwargs: dict[str, Any]  # 'avg_camera_radius' and 'avg_camera_pivot', where the generator knows them
-    neural_rendering_resolution: int  # this and the former are put back after rendering
-
-    def synthesis(self, ws: Tensor, c: Tensor, **options) -> dict[str, Tensor]:
-        """image_raw [N, 3, R, R] in [-1, 1], image_depth and image_opacity [N, 1, R, R] for cameras c [N, 25]."""
+HIDDEN_MARGIN = 0.10  # world units; a point further than this behind the other view's surface is taken to be hidden there
+MIN_PIXELS = 16  # co-visible pixels over all pairs below which a latent gets the worst value of a measure
+WORST_COLOUR = 2.0  # the whole range of [-1, 1]
+WORST_NORMAL = 180.0  # degrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +33,7 @@ class ViewSpec:
 
     yaws: tuple[float, ...] = (-0.5, -0.25, 0.0, 0.25, 0.5)  # radians from frontal, at least two
     pitch: float = 0.0  # radians of EG3D's pitch parameter from level
-    radius: float = FFHQ_RADIUS  # camera distance from the origin, world units
-    pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point looked at, world units
-    focal: float = FFHQ_FOCAL  # focal length over image size
+    cameras: CameraFamily = CameraFamily()  # where they stand
     resolution: int = 64  # pixels per edge of the raw rendering
     samples: int | None = 48  # samples per ray in each of the two passes; None keeps the generator's own, which may be too few to measure
     opacity: float = 0.5  # accumulated opacity from which a pixel is foreground, 0..1
@@ -46,7 +43,7 @@ class ViewSpec:
             raise ValueError(f"ViewSpec: expected at least two increasing yaws, got {self.yaws}. Neighbouring views are compared.")
         if self.samples is not None and self.samples < 4:
             raise ValueError(f"ViewSpec: expected samples >= 4 or None, got {self.samples}.")
-        if self.resolution < 8 or not 0 < self.opacity < 1 or self.radius <= 0 or self.focal <= 0:
+        if self.resolution < 8 or not 0 < self.opacity < 1 or self.cameras.radius <= 0 or self.cameras.focal <= 0:
             raise ValueError("ViewSpec: expected resolution >= 8, opacity in (0, 1), positive radius and focal.")
 
     @property
@@ -58,19 +55,17 @@ class ViewSpec:
     def cam2world(self, device: torch.device | str = "cpu") -> Tensor:
         """Poses [F, 4, 4]."""
         h = math.pi / 2 + torch.tensor(self.yaws, device=device)[:, None]
-        position = camera_position(h, torch.full_like(h, math.pi / 2 + self.pitch), self.radius)
-        return look_at(position, torch.tensor(self.pivot, device=device))
+        position = camera_position(h, torch.full_like(h, math.pi / 2 + self.pitch), self.cameras.radius)
+        return look_at(position, torch.tensor(self.cameras.pivot, device=device))
 
     def intrinsics(self, device: torch.device | str = "cpu") -> Tensor:
         """[3, 3], normalised by the image size."""
-        return intrinsics_matrix(self.focal, device)
+        return intrinsics_matrix(self.cameras.focal, device)
 
 
-def spec_for(G: Renders, **settings) -> ViewSpec:
-    """Cameras at the generator's own average radius, looking at its own pivot; `settings` override fields of ViewSpec."""
-    radius = G.rendering_kwargs.get("avg_camera_radius", FFHQ_RADIUS)
-    pivot = tuple(float(value) for value in G.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
-    return ViewSpec(**{"radius": radius, "pivot": pivot, **settings})
+def spec_for(generator: Any, **settings) -> ViewSpec:
+    """Views from a generator's own cameras; `settings` are fields of ViewSpec."""
+    return ViewSpec(**{"cameras": of(generator).cameras, **settings})
 
 
 class Views(NamedTuple):
@@ -125,29 +120,14 @@ def views_from_maps(image: Tensor, depth: Tensor, opacity: Tensor, spec: ViewSpe
 
 
 @torch.no_grad()
-def render_views(G: Renders, ws: Tensor, spec: ViewSpec | None = None, seed: int = 0) -> Views:
-    """Render latents ws [N, L, Wd] from every camera of `spec`, with constant noise and the same ray jitter in every call.
-
-    The ray sampler draws from torch's global generator; it is seeded here and its state put back afterwards, so that two generators
-    are compared under equal jitter and nothing outside changes.
+def render_views(field: Field, spec: ViewSpec, seed: int = 0, device: torch.device | str = "cpu") -> Views:
+    """Render a field from every camera of `spec`, with the same ray jitter in every call, so that two generators are compared under equal
+    jitter. Args: device: of the field.
     """
-    spec = spec or spec_for(G)
-    labels = pack_label(spec.cam2world(ws.device), spec.intrinsics(ws.device))  # [F, 25]
-    kept_resolution, kept_options = G.neural_rendering_resolution, G.rendering_kwargs
-    outputs = []
-    devices = [ws.device] if ws.device.type == "cuda" else []
-    if spec.samples is not None:
-        G.rendering_kwargs = {**kept_options, "depth_resolution": spec.samples, "depth_resolution_importance": spec.samples}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            for label in labels:
-                torch.manual_seed(seed)
-                c = label.expand(len(ws), -1)
-                out = G.synthesis(ws, c, neural_rendering_resolution=spec.resolution, noise_mode="const")
-                outputs.append((out["image_raw"], out["image_depth"][:, 0], out["image_opacity"][:, 0]))
-    finally:
-        G.neural_rendering_resolution, G.rendering_kwargs = kept_resolution, kept_options
-    image, depth, opacity = (torch.stack(maps, dim=1).float() for maps in zip(*outputs, strict=True))
+    cameras = pack_label(spec.cam2world(device), spec.intrinsics(device))  # [F, 25]
+    outputs = render_each(field, cameras.split(1), RenderOptions(resolution=spec.resolution, samples=spec.samples), seed)
+    maps = zip(*((out.raw, out.depth[:, 0], out.opacity[:, 0]) for out in outputs), strict=True)
+    image, depth, opacity = (torch.stack(part, dim=1).float() for part in maps)
     return views_from_maps(image, depth, opacity, spec)
 
 
@@ -177,3 +157,106 @@ def match_views(views: Views, target: int, source: int, hidden_margin: float) ->
     seen, inside = sample_map(maps, grid).unbind(dim=1)
     visible = inner_foreground(views.foreground[:, target]) & (inside > 0.999) & (grid.abs() < 1).all(dim=-1)
     return Match(grid, distance, seen, visible & (distance - seen < hidden_margin))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiViewMeasures:
+    """One value per latent, float64 [N]; lower is better except `covisible`, which says how much was compared."""
+
+    photometric: np.ndarray  # mean L1 colour difference of matched pixels, 0..2
+    depth: np.ndarray  # mean depth disagreement of matched pixels, as a fraction of the camera distance, 0..0.037 at radius 2.7
+    normal: np.ndarray  # mean angle between matched surface normals, degrees, 0..180
+    covisible: np.ndarray  # matched share of the foreground pixels, 0..1
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Plain JSON lists."""
+        return {name: values.tolist() for name, values in asdict(self).items()}
+
+
+def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit normals [N, R, R, 3] of a point map [N, R, R, 3], and where they are known.
+
+    Cross product of the central differences along the rows and columns; the sign faces the camera for a surface seen from outside
+    (columns run right and rows run down the image, so down x right points at the viewer). Known where all four neighbours are foreground.
+    """
+    right = F.pad((points[:, :, 2:] - points[:, :, :-2]).permute(0, 3, 1, 2), (1, 1, 0, 0))  # [N, 3, R, R]
+    down = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
+    normal = torch.linalg.cross(down, right, dim=1)
+    length = normal.norm(dim=1, keepdim=True)
+    known = inner_foreground(foreground) & (length[:, 0] > 1e-12)
+    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), known
+
+
+def _photometric(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
+    warped = sample_map(views.image[:, source], match.grid)
+    return (warped - views.image[:, target]).abs().mean(dim=1), match.visible
+
+
+def _depth(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
+    # capped on the near side too, so that one far floater weighs no more than the largest gap that is not taken for occlusion
+    return (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN) / match.distance.clamp_min(1e-6), match.visible
+
+
+def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
+    here, here_known = normals_from_points(views.points[:, target], views.foreground[:, target])
+    there, there_known = normals_from_points(views.points[:, source], views.foreground[:, source])
+    maps = torch.cat([there.permute(0, 3, 1, 2), there_known[:, None].float()], dim=1)  # [N, 4, R, R]
+    sampled = sample_map(maps, match.grid)
+    direction = F.normalize(sampled[:, :3], dim=1).permute(0, 2, 3, 1)
+    chord = (here - direction).norm(dim=-1).clamp_max(2.0)  # stable at small angles, where acos of a rounded cosine is not
+    angle = torch.rad2deg(2 * torch.asin(chord / 2))
+    return angle, match.visible & here_known & (sampled[:, 3] > 0.999)
+
+
+def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
+    """Mean error over the valid pixels of all pairs, [N] float64; `worst` where fewer than MIN_PIXELS are valid."""
+    total = sum(torch.where(valid, error, 0.0).double().sum(dim=(1, 2)) for error, valid in errors)
+    count = sum(valid.sum(dim=(1, 2)) for _, valid in errors)
+    mean = total / count.clamp_min(1)
+    return torch.where((count >= MIN_PIXELS) & mean.isfinite(), mean, worst).cpu().numpy()
+
+
+@torch.no_grad()
+def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
+    """Measure rendered views; every ordered pair of neighbouring cameras counts, weighted by its matched pixels.
+
+    photometric: |I_source(pi(X)) - I_target| for the point X behind each target pixel, pi the source's projection;
+    depth: | |X - o_source| - d_source(pi(X)) | / |X - o_source|, capped at HIDDEN_MARGIN before the division;
+    normal: angle between the normals of the two depth maps at X, both in world axes.
+    A latent with almost nothing to match (empty, or all haze below the opacity threshold) gets the worst value of each.
+    """
+    matches = [(t, s, match_views(views, t, s, HIDDEN_MARGIN)) for t, s in spec.pairs]
+
+    def measure(error: Callable[[Views, int, int, Match], tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
+        return _mean_over_pairs([error(views, *entry) for entry in matches], worst)
+
+    matched = sum(m.visible.sum(dim=(1, 2)) for _, _, m in matches)
+    foreground = sum(views.foreground[:, t].sum(dim=(1, 2)) for t, _, _ in matches)
+    return MultiViewMeasures(
+        photometric=measure(_photometric, WORST_COLOUR),
+        depth=measure(_depth, HIDDEN_MARGIN / spec.cameras.radius),
+        normal=measure(_normal, WORST_NORMAL),
+        covisible=(matched / foreground.clamp_min(1)).double().cpu().numpy(),
+    )
+
+
+@torch.no_grad()
+def multi_view_measures(
+    generator: Any, ws: Tensor, spec: ViewSpec | None = None, batch: int = 8, on_batch: Callable[[int], None] | None = None
+) -> MultiViewMeasures:
+    """Render a generator's latents ws [N, L, Wd] from the cameras of `spec` and compare neighbouring views.
+
+    Args: `batch` latents are rendered at once; `on_batch` is told how many after each, for a progress bar.
+    Returns one value per latent and measure. Deterministic: constant noise, fixed ray jitter.
+    """
+    generator = of(generator)
+    spec = spec or spec_for(generator)
+    if len(ws) == 0:
+        raise ValueError("multi_view_measures: expected at least one latent, got none. Pass ws [N, L, W].")
+    parts = []
+    for chunk in ws.split(batch):
+        parts.append(compare_views(render_views(generator.field(chunk), spec, device=ws.device), spec))
+        if on_batch is not None:
+            on_batch(len(chunk))
+    names = MultiViewMeasures.__dataclass_fields__
+    return MultiViewMeasures(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

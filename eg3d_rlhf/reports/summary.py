@@ -11,7 +11,7 @@ from eg3d_rlhf.generators import camera, ws_of_seeds
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.seeds import JUDGE
 from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_files import save_mesh
+from eg3d_rlhf.sigma.mesh_export import save_mesh
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.image_grid import save_grid

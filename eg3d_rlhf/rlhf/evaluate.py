@@ -15,12 +15,11 @@ from tqdm import tqdm
 from eg3d_rlhf import bundled, seeds
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.generators import latents, ws_of_seeds
+from eg3d_rlhf.metrics.distances import FeatureStatistics
 from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.frechet import FeatureStatistics
-from eg3d_rlhf.metrics.geometry import multi_view_measures
 from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
-from eg3d_rlhf.metrics.views import spec_for
+from eg3d_rlhf.metrics.views import multi_view_measures, spec_for
 from eg3d_rlhf.reward.files import Reward, load_reward
 from eg3d_rlhf.rlhf.measures import annotator_calibration, rewards, utilities
 from eg3d_rlhf.rlhf.watch import Watch

@@ -1,8 +1,11 @@
 """Isosurface of a density that is never held as a whole: blocks of grid planes, meshed one after the other and welded at their borders.
 
-Memory is one block plus the surface found so far, whatever the resolution.
+A grid is taken layer by layer: a few planes along x, cut along y and z into bricks that share their faces. Grid points count from 1;
+point 0 and those after the last lie outside the volume. Marching cubes runs on the bricks that the surface passes through, so its work
+grows with the surface, not the volume; a vertex is known by the grid edge that it lies on, which makes the seams between bricks and layers
+exact. Memory is one block plus the surface found so far, whatever the resolution.
 
-Letters: X, Y, Z = grid points along x, y, z; V vertices; F faces.
+Letters: X, Y, Z = grid points along x, y, z; S = cells along a brick's edge; B bricks; V vertices; F faces.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +14,121 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.field import LEVEL
-from eg3d_rlhf.sigma.mesh import check_crossed, check_finite, outside_value
-from eg3d_rlhf.sigma.surface_blocks import BRICK, SurfaceBuilder, padded, touched_bricks
+from eg3d_rlhf.sigma.mesh import LEVEL_BAND, check_crossed, check_finite, marching_cubes, outside_value, prepare_density, to_world
 
+BRICK = 8  # cells along a brick's edge
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
-
 _BLOCK_POINTS = 1 << 23  # grid points of one block: 32 MiB in float32
 _LEAST_PLANES = 16  # per block, so that work done once per block stays small
+
+
+def bricks_along(points: int, size: int = BRICK) -> int:
+    """Bricks that cover `points` grid points in a row and the step to the outside at either end."""
+    return -(-(points + 1) // size)
+
+
+def padded(points: int, size: int = BRICK) -> int:
+    """Grid points of those bricks, the outside included."""
+    return bricks_along(points, size) * size + 1
+
+
+def touched_bricks(layer: np.ndarray, level: float, size: int = BRICK) -> np.ndarray:
+    """Which bricks of a layer [planes, padded Y, padded Z] hold values on both sides of the level, or on it: bool [along y, along z]."""
+    band = LEVEL_BAND * max(abs(level), 1.0)
+    low, high = layer.min(axis=0), layer.max(axis=0)
+    for axis in (0, 1):
+        low, high = _pooled(low, axis, size, np.minimum), _pooled(high, axis, size, np.maximum)
+    return (low < level + band) & (high > level - band)
+
+
+def _pooled(values: np.ndarray, axis: int, size: int, extreme: np.ufunc) -> np.ndarray:
+    """The extreme of every brick's points along one axis; the last point of a brick is the first of the next."""
+    starts = np.arange(0, values.shape[axis] - 1, size)
+    inside = extreme.reduceat(np.delete(values, -1, axis), starts, axis=axis)
+    return extreme(inside, values.take(starts + size, axis=axis))
+
+
+class SurfaceBuilder:
+    """The mesh found so far, and the vertices in the last plane of the layer before.
+
+    Args:
+        axes: increasing world coordinates x [X], y [Y], z [Z].
+        level: raw density of the surface.
+        size: S, cells along a brick's edge in y and z.
+    """
+
+    def __init__(self, axes: Sequence[np.ndarray], level: float, size: int = BRICK):
+        self._axes, self._level, self._size = axes, level, size
+        self._sides = tuple(padded(len(axis), size) for axis in axes[1:])  # padded Y, Z
+        self._plane_keys = 3 * self._sides[0] * self._sides[1]
+        self._lookup = np.empty(0, dtype=np.int32)  # number of the vertex on each grid edge of a layer, -1 where there is none
+        self._border = (np.empty(0, np.int64), np.empty(0, np.int32))  # edges in the shared plane, and their vertices' numbers
+        self._vertices: list[np.ndarray] = []
+        self._faces: list[np.ndarray] = []
+        self._count = 0
+
+    def add(self, first: int, layer: np.ndarray, bricks: np.ndarray) -> None:
+        """Mesh some bricks of a layer; layers come in order, and each begins with the last plane of the one before.
+
+        Args:
+            first: grid point along x of the first plane, 0 = outside.
+            layer: raw density [planes, padded Y, padded Z], also outside; read in the chosen bricks only.
+            bricks: bool [bricks along y, bricks along z]; the surface passes through no other.
+        Raises: ValueError for NaN or infinity.
+        """
+        values, corners = self._crossed(layer, np.argwhere(bricks) * self._size)
+        if len(values):
+            self._append(first, len(layer), *self._march(values, corners))
+        else:
+            assert len(self._border[0]) == 0, "layers disagree in their shared plane"
+
+    def _crossed(self, layer: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prepared values [B, planes, S + 1, S + 1] and corners [B, 2] of those bricks that the surface passes through."""
+        width = self._size + 1
+        if len(corners) == 0:
+            return np.empty((0, len(layer), width, width), np.float32), corners
+        windows = np.lib.stride_tricks.sliding_window_view(layer, (width, width), axis=(1, 2))  # [planes, y, z, S + 1, S + 1]
+        values = prepare_density(windows[:, corners[:, 0], corners[:, 1]].transpose(1, 0, 2, 3), self._level)
+        crossed = (values.min(axis=(1, 2, 3)) < self._level) & (values.max(axis=(1, 2, 3)) > self._level)
+        return values[crossed], corners[crossed]
+
+    def _march(self, values: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First points [V, 3] of the vertices' grid edges in the layer, places on them [V, 3] and faces [F, 3]; seams are still double."""
+        vertices, faces, counts = marching_cubes(values, self._level)
+        start = np.floor(vertices)
+        along = np.subtract(vertices, start, out=vertices)
+        start = start.astype(np.int64)
+        start[:, 1:] += np.repeat(corners, counts, axis=0)
+        return start, along, faces
+
+    def _append(self, first: int, planes: int, start: np.ndarray, along: np.ndarray, faces: np.ndarray) -> None:
+        """Number the vertices, one per grid edge and those in the first plane as the layer before did, and keep what is new."""
+        keys = ((start[:, 0] * self._sides[0] + start[:, 1]) * self._sides[1] + start[:, 2]) * 3 + along.argmax(axis=1)
+        if len(self._lookup) < planes * self._plane_keys:
+            self._lookup = np.full(planes * self._plane_keys, -1, dtype=np.int32)
+        lookup = self._lookup
+        lookup[self._border[0]] = self._border[1]
+        fresh = np.flatnonzero(lookup[keys] < 0)
+        fresh_keys, order = keys[fresh], np.arange(len(fresh), dtype=np.int32)
+        lookup[fresh_keys] = order  # of several on one edge, the last is kept
+        kept = lookup[fresh_keys] == order
+        lookup[fresh_keys[kept]] = self._count + np.arange(np.count_nonzero(kept), dtype=np.int32)
+        fresh = fresh[kept]
+        numbers = lookup[keys]
+        self._count += len(fresh)
+        last = np.flatnonzero(start[:, 0] == planes - 1)
+        assert first == 0 or not np.any(start[fresh, 0] + along[fresh, 0] == 0), "layers disagree in their shared plane"
+        lookup[self._border[0]] = -1
+        lookup[keys] = -1
+        self._border = (keys[last] - (planes - 1) * self._plane_keys, numbers[last])
+        place = start[fresh] + along[fresh]
+        place += (first - 1, -1, -1)
+        self._vertices.append(to_world(place, self._axes))
+        self._faces.append(numbers[faces])
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """vertices [V, 3] float32 in world coordinates and faces [F, 3] int32 of all layers."""
+        return np.concatenate(self._vertices), np.concatenate(self._faces)
 
 
 def block_planes(points_per_plane: int) -> int:
@@ -34,7 +145,7 @@ def extract_mesh_blockwise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The surface sigma = level, the same as `extract_mesh` gives for the whole volume; closed at the volume's border.
 
-    Marching cubes runs on the bricks of a block that hold values on both sides of the level (`surface_blocks`).
+    Marching cubes runs on the bricks of a block that hold values on both sides of the level.
 
     Args:
         sample: raw density [x, Y, Z] of the grid points slice.start <= x index < slice.stop; called once per block, in order.
@@ -46,6 +157,16 @@ def extract_mesh_blockwise(
     Returns: vertices [V, 3] float32 in world coordinates, faces [F, 3] int32 wound counter-clockwise seen from outside.
     Raises: ValueError when sigma is not finite or the level is not crossed, or an axis has fewer than 2 points.
     """
+    builder, low, high = mesh_blocks(sample, axes, level, planes, progress)
+    check_crossed(low, high, level)
+    return builder.finish()
+
+
+def mesh_blocks(
+    sample: Callable[[slice], torch.Tensor | np.ndarray], axes: Sequence[torch.Tensor | np.ndarray], level: float,
+    planes: int | None = None, progress: Progress | None = None,
+) -> tuple[SurfaceBuilder, float, float]:
+    """What `extract_mesh_blockwise` makes of its blocks, and the least and greatest density in them."""
     coordinates = [np.asarray(axis, dtype=np.float64) for axis in axes]
     count = len(coordinates[0])
     if min(len(axis) for axis in coordinates) < 2:
@@ -58,8 +179,7 @@ def extract_mesh_blockwise(
         mesher.add(values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values), last=part.stop == count)
         if progress is not None:
             progress("density", part.stop, count)
-    check_crossed(mesher.low, mesher.high, level)
-    return mesher.builder.finish()
+    return mesher.builder, mesher.low, mesher.high
 
 
 class _DenseMesher:

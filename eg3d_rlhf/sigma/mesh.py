@@ -48,9 +48,8 @@ def extract_mesh(
 def check_crossed(low: float, high: float, level: float) -> None:
     """Raise ValueError unless the densities from `low` to `high` lie on both sides of the level."""
     if not low < level < high:
-        raise ValueError(
-            f"extract_mesh: expected sigma on both sides of level {level:g}, got [{low:g}, {high:g}]. Choose a level in between."
-        )
+        remedy = f"Choose a level in between, such as {(low + high) / 2:.6g}" if low < high else "It is constant: no level has a surface"
+        raise ValueError(f"extract_mesh: expected sigma on both sides of level {level:g}, got [{low:g}, {high:g}]. {remedy}.")
 
 
 def check_finite(low: float, high: float) -> None:

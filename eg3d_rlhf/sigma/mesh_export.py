@@ -1,26 +1,91 @@
-"""From a latent to a mesh file: isosurface, largest part, decimation, checks, colours.
+"""From a field to a file: isosurface, largest part, decimation, checks and colours (.ply, .obj, .glb), or the density itself (.mrc).
 
-Letters: V vertices, F faces.
+Letters: V vertices, F faces, N grid points per axis.
 """
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eg3d_rlhf.field import LEVEL, Field
-from eg3d_rlhf.sigma.chunked_mesh import Progress
-from eg3d_rlhf.sigma.field_grid import FieldGrid
+from eg3d_rlhf.field import Field
+from eg3d_rlhf.sigma.chunked_mesh import Progress, block_planes
+from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh
 from eg3d_rlhf.sigma.mesh_checks import count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
-from eg3d_rlhf.sigma.mesh_files import check_mesh_suffix, save_mesh
-from eg3d_rlhf.sigma.near_surface import extract_field_mesh
 from training.storage import write_atomic
 
+MESH_SUFFIXES = (".ply", ".obj", ".glb")
 _PROBES = 20000  # vertices at which the normals are held against the density
 _PROBE_STEP = 0.25  # distance of the two probes from the surface, in grid steps
 _COLOR_CHUNK = 1 << 18  # vertices coloured between two calls of the progress function
+SHAPE_SUFFIXES = (*MESH_SUFFIXES, ".mrc")
+BORDER = 30 / 256  # share of the cube that EG3D's tools clear along each face
+
+
+def check_mesh_suffix(path: str | Path, who: str = "save_mesh") -> Path:
+    """The path, where its suffix names a mesh format; ValueError otherwise."""
+    path = Path(path)
+    if path.suffix.lower() not in MESH_SUFFIXES:
+        raise ValueError(f"{who}: expected a file ending in {', '.join(MESH_SUFFIXES)}, got {path.name!r}. Change the suffix.")
+    return path
+
+
+def save_mesh(
+    path: str | Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray | None = None, normals: np.ndarray | None = None
+) -> Path:
+    """Write the mesh as .ply (binary), .obj or .glb, by the suffix, atomically; folders are made as needed.
+
+    Args: vertices [V, 3] world coordinates; faces [F, 3]; colors [V, 3] uint8; normals [V, 3] of unit length, pointing outwards.
+    Returns: the path written.
+    Raises: ValueError for another suffix.
+    """
+    import trimesh
+
+    path = check_mesh_suffix(path)
+    mesh = trimesh.Trimesh(vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False)
+    kind = path.suffix.lower()[1:]
+    options = {"ply": {"vertex_normal": normals is not None}, "obj": {"include_normals": normals is not None}}
+    data = mesh.export(file_type=kind, **options.get(kind, {"include_normals": normals is not None}))
+    write_atomic(path, data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def write_mrc(
+    path: str | Path, sample: Callable[[slice], torch.Tensor], resolution: int, step: float, progress: Progress | None = None
+) -> Path:
+    """Write a density cube as an MRC volume of mode 2 (float32), block by block, with EG3D's order of axes.
+
+    Section i, row j, column k hold the point with x index N - 1 - i, y index j and z index k: EG3D flips x and stores z fastest. One cell
+    is one unit of length, as in EG3D's files; a label in the header names the world step.
+
+    Args: sample as for `extract_mesh_blockwise`; resolution N; step: world units between grid points; progress: ("density", done, N).
+    Returns: the path written, atomically.
+    """
+    import mrcfile
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with mrcfile.new_mmap(temporary, shape=(resolution,) * 3, mrc_mode=2, overwrite=True) as file:
+            for start in range(0, resolution, block_planes(resolution**2)):
+                stop = min(start + block_planes(resolution**2), resolution)
+                block = sample(slice(start, stop)).numpy()
+                file.data[resolution - stop : resolution - start] = block[::-1]
+                file.flush()
+                if progress is not None:
+                    progress("density", stop, resolution)
+            file.voxel_size = 1.0
+            file.add_label(f"raw density, step {step:.9g} world units, axes: -x, y, z")
+            file.update_header_stats()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +93,7 @@ class MeshOptions:
     """How a field becomes a mesh."""
 
     resolution: int = 256  # grid points per axis, 16..1024
-    level: float = LEVEL  # raw density of the surface
+    level: float | None = None  # raw density of the surface; None is the field's own
     border: float = 0.0  # share of the cube's edge trimmed from each face, 0 <= border < 0.5
     component: str = "largest"  # 'largest' by enclosed volume, or 'all'
     faces: int | None = None  # decimate to about so many faces, >= 4; None keeps all
@@ -37,8 +102,8 @@ class MeshOptions:
     def __post_init__(self) -> None:
         if not 16 <= self.resolution <= 1024:
             raise ValueError(f"MeshOptions: expected a resolution of 16 to 1024, got {self.resolution}. Use 256.")
-        if not np.isfinite(self.level):
-            raise ValueError(f"MeshOptions: expected a finite level, got {self.level}. Use {LEVEL:g}.")
+        if self.level is not None and not np.isfinite(self.level):
+            raise ValueError(f"MeshOptions: expected a finite level, got {self.level}. Leave it out for the field's own.")
         if self.component not in ("largest", "all"):
             raise ValueError(f"MeshOptions: expected a component of 'largest' or 'all', got {self.component!r}.")
         if self.faces is not None and self.faces < 4:
@@ -85,7 +150,7 @@ class MeshReport:
 def export_mesh(field: Field, options: MeshOptions, progress: Progress | None = None) -> tuple[Mesh, MeshReport]:
     """Mesh of one field, and its checks.
 
-    Memory: the maps of two coordinates (`near_surface`: 134 MB at 512 points and 64 hidden units, 200 MB where a layout has all three), a
+    Memory: the maps of two coordinates (`field_mesh`: 134 MB at 512 points and 64 hidden units, 200 MB where a layout has all three), a
     layer of the grid, and about 250 bytes per extracted face; the grid is never held as a whole.
 
     Args: progress: called with (stage, units done, units in all).
@@ -93,7 +158,7 @@ def export_mesh(field: Field, options: MeshOptions, progress: Progress | None = 
     """
     tell = progress or (lambda stage, done, total: None)
     grid = FieldGrid(field, options.resolution, options.border)
-    vertices, faces = extract_field_mesh(grid, options.level, progress)
+    vertices, faces = extract_field_mesh(grid, field.level if options.level is None else options.level, progress)
     found = len(faces)
     tell("parts", 0, 1)
     if options.component == "largest":
@@ -157,3 +222,29 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
 def check_out(path: str | Path) -> Path:
     """The path of a mesh to write; ValueError for a suffix that names no mesh format."""
     return check_mesh_suffix(path, "export_mesh")
+
+
+def shape_suffix(name: str) -> str:
+    """'.ply', '.obj', '.glb' or '.mrc' from a format's name, with or without the dot.
+
+    Raises: ValueError for another one.
+    """
+    suffix = "." + name.lower().removeprefix(".")
+    if suffix not in SHAPE_SUFFIXES:
+        raise ValueError(f"expected a shape format of {', '.join(SHAPE_SUFFIXES)}, got {name!r}. Choose one of them.")
+    return suffix
+
+
+def save_shape(path: str | Path, field: Field, options: MeshOptions, progress: Progress | None = None) -> Path:
+    """Write the shape of a field: the density cube (.mrc), or its surface as a mesh (.ply, .obj, .glb).
+
+    Of the options an .mrc has use for the resolution and the border only.
+    Raises: ValueError for another suffix, or a level that the density does not cross.
+    """
+    path = Path(path)
+    suffix = shape_suffix(path.suffix)
+    if suffix == ".mrc":
+        grid = FieldGrid(field, options.resolution, options.border)
+        return write_mrc(path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress)
+    mesh, _ = export_mesh(field, options, progress)
+    return mesh.save(path)

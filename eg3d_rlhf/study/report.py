@@ -63,15 +63,14 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
     import torch
 
     from eg3d_rlhf.reports.shape_view import shade
-    from eg3d_rlhf.sigma.slab import sigma_grid
     from eg3d_rlhf.sigma.spec import SlabSpec
 
-    G, out = load_contender(of, device).G, {}
-    box_warp = float(G.rendering_kwargs["box_warp"])
+    generator, out = load_contender(of, device).generator, {}
+    grid = SlabSpec.of(generator.bounds, design.resolution)
     for seed in seeds:
         with torch.no_grad():
-            sigma = sigma_grid(G, ws_of_seeds(G, [seed], design.psi), SlabSpec.cube(design.resolution, box_warp))  # [1, D, H, W]
-        out[seed] = png_uri(shade(sigma, YAW, PICTURE, design.level, box_warp)[0, 0].numpy())
+            sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)  # [1, D, H, W]
+        out[seed] = png_uri(shade(sigma, YAW, PICTURE, design.level, generator.bounds.side)[0, 0].numpy())
     return out
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.attribution.agreement import agreement, rank_correlation, redrawn
-from eg3d_rlhf.attribution.projection import by_region, diverging, labels_at, picture, slab_index, voxels_at
+from eg3d_rlhf.attribution.cross_checks import agreement, rank_correlation, redrawn
 from eg3d_rlhf.attribution.regions import face_partition
+from eg3d_rlhf.attribution.surface import by_region, diverging, labels_at, picture, slab_index, voxels_at
 from eg3d_rlhf.reports.mesh_page import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.reward.config import preset
 from eg3d_rlhf.reward.model import RewardModel

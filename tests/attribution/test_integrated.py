@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.attribution.integrated import BOUND, integrated_gradients
+from eg3d_rlhf.attribution.cross_checks import BOUND, integrated_gradients
 
 pytest.importorskip("captum")
 SHAPE = (1, 3, 4, 5)

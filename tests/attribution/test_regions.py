@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.attribution.head_landmarks import fitted_landmarks, head_landmarks
-from eg3d_rlhf.attribution.landmarks import COUNT, GROUPS, back_project, head_partition, landmark_boxes, landmark_partition, read_landmarks
+from eg3d_rlhf.attribution.landmarks import (
+    COUNT,
+    GROUPS,
+    back_project,
+    fitted_landmarks,
+    head_landmarks,
+    head_partition,
+    landmark_boxes,
+    landmark_partition,
+    read_landmarks,
+)
 from eg3d_rlhf.attribution.regions import FACE_BOXES, OTHER, Partition, face_partition, from_boxes, read_masks, unit_coordinates
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.heads.family import SHAPE_COUNT

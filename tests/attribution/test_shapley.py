@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.attribution.coalitions import CoalitionValues, all_coalitions
-from eg3d_rlhf.attribution.occlusion import occlusion, shuffled_change
-from eg3d_rlhf.attribution.shapley import Attribution, check_gap, exact, exact_from_table, marginals, shapley
+from eg3d_rlhf.attribution.cross_checks import occlusion, shuffled_change
+from eg3d_rlhf.attribution.shapley import (
+    Attribution,
+    CoalitionValues,
+    all_coalitions,
+    check_gap,
+    exact,
+    exact_from_table,
+    marginals,
+    shapley,
+)
 
 REGIONS, SHAPE = 6, (5, 6, 7)
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import embedding
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.metrics.separability import neighbours, paired_separability
+from eg3d_rlhf.metrics.feature_sets import neighbours, paired_separability
 from eg3d_rlhf.reports import jobs as running
 from eg3d_rlhf.reports import points_view
 from eg3d_rlhf.reports.shape_view import shade

@@ -42,7 +42,7 @@ def balls(*centres_and_radii) -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
     drawer = ShapeDrawer()
-    vertices, faces = surface(drawer.generator(shape).G, shape)
+    vertices, faces = surface(drawer.generator(shape).generator, shape)
     data = drawer.mesh(shape)
     found, found_faces = decode_mesh(decompress(data))
     assert np.array_equal(found_faces, faces) and np.abs(found - vertices).max() < 1 / 65535
@@ -52,8 +52,8 @@ def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
 
 @pytest.mark.parametrize("degradation", ["floaters", "holes", "rough"])
 def test_a_damaged_shape_is_another_one_of_the_same_size(generator, shape, degradation):
-    vertices, faces = surface(generator.G, replace(shape, degradation=degradation))
-    clean, _ = surface(generator.G, shape)
+    vertices, faces = surface(generator.generator, replace(shape, degradation=degradation))
+    clean, _ = surface(generator.generator, shape)
     assert len(faces) <= 2200
     assert (parts(faces, len(vertices))[0] > 3) is (degradation == "floaters")
     assert np.abs(vertices).max() < 0.45 and np.ptp(clean, axis=0).min() < np.ptp(vertices, axis=0).max()

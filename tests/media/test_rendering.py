@@ -7,69 +7,80 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.field import CameraFamily, Rendering, RenderOptions
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.rendering import Orbit, conditioned_ws, distances, refine, render, shade_depth, tile, to_uint8
+from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, distances, render, shade_depth, tile, to_uint8
 from eg3d_rlhf.media.video import Film, FilmOptions, LatentWalk, camera_at, write_mp4
-from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler, pack_label
+from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler
 
 
 @pytest.fixture
 def G(tiny_networks):
-    return load_generator(tiny_networks).G
+    return load_generator(tiny_networks).generator
 
 
 def test_cameras_are_those_of_eg3ds_sampler():
-    orbit = Orbit(radius=2.7, pivot=(0.0, 0.0, 0.2))
+    cameras = CameraFamily(radius=2.7, pivot=(0.0, 0.0, 0.2))
+    state = torch.random.get_rng_state()
+    left = camera(cameras, 0.4, -0.2)
+    assert torch.equal(torch.random.get_rng_state(), state)
     pose = LookAtPoseSampler.sample(math.pi / 2 + 0.4, math.pi / 2 - 0.2, torch.tensor([0, 0, 0.2]), radius=2.7)
-    torch.testing.assert_close(orbit.label(0.4, -0.2), pack_label(pose, FOV_to_intrinsics(18.837)))
+    assert torch.equal(left[:, :16], pose.flatten(1)) and torch.equal(left, cameras.label(0.4, -0.2))
+
+
+@pytest.mark.parametrize("fov", [FFHQ_FOV, 18, 45.0])
+def test_the_cameras_of_a_generator_are_its_own(G, fov):
+    """18 is the default of EG3D's tool: its cameras are had with --fov-deg=18."""
+    G.module.rendering_kwargs.update(avg_camera_radius=1.7, avg_camera_pivot=[0, 0, -0.06])
+    cameras = cameras_of(G, fov)
+    assert (cameras.radius, cameras.pivot) == (1.7, (0, 0, -0.06))
+    assert torch.equal(camera(cameras)[0, 16:], FOV_to_intrinsics(fov).flatten())
+    assert cameras_of(G, pivot=(0, 0, 0.2)).pivot == (0, 0, 0.2)
     with pytest.raises(ValueError, match="0 < fov < 180"):
-        Orbit(radius=1.0, pivot=(0, 0, 0), fov=180)
-
-
-def test_the_orbit_of_a_generator_is_its_own(G):
-    G.rendering_kwargs.update(avg_camera_radius=1.7, avg_camera_pivot=[0, 0, -0.06])
-    assert Orbit.of(G) == Orbit(radius=1.7, pivot=(0, 0, -0.06))
-    assert Orbit.of(G, fov=45.0).fov == 45
+        cameras_of(G, 180)
 
 
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
 def test_a_picture_depends_on_its_seed_and_camera_alone(G, noise_mode):
-    orbit = Orbit.of(G)
-    left, right = orbit.label(0.4), orbit.label(-0.4)
-    ws = conditioned_ws(G, [3], orbit, 0.7)
+    cameras = cameras_of(G)
+    left, right = camera(cameras, 0.4), camera(cameras, -0.4)
+    ws = conditioned_ws(G, [3], cameras, 0.7)
     state = torch.random.get_rng_state()
     first = render(G, ws, [left, right], 3, noise_mode)
-    assert torch.equal(torch.random.get_rng_state(), state) and G._last_planes is None
+    assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(5)
-    again = render(G, conditioned_ws(G, [9, 3], orbit, 0.7)[1:], [left], 3, noise_mode)
+    again = render(G, conditioned_ws(G, [9, 3], cameras, 0.7)[1:], [left], 3, noise_mode)
     np.testing.assert_array_equal(first[0], again[0])
     assert first[0].shape == (32, 32, 3) and first[0].dtype == np.uint8
     assert not np.array_equal(first[0], first[1])
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        direct = G.synthesis(ws, left, noise_mode=noise_mode)["image"]
+        direct = G.module.synthesis(ws, left, noise_mode=noise_mode)["image"]
     np.testing.assert_array_equal(first[0], to_uint8(direct[0]))
 
 
 def test_truncation_and_its_cutoff(G):
-    G.backbone.mapping.w_avg.copy_(torch.randn(16))
-    orbit = Orbit.of(G)
-    whole, zero = conditioned_ws(G, [1], orbit), conditioned_ws(G, [1], orbit, psi=0)
-    torch.testing.assert_close(zero[0], G.backbone.mapping.w_avg.expand_as(zero[0]))
-    part = conditioned_ws(G, [1], orbit, psi=0, cutoff=2)
+    G.module.backbone.mapping.w_avg.copy_(torch.randn(16))
+    cameras = cameras_of(G)
+    whole, zero = conditioned_ws(G, [1], cameras), conditioned_ws(G, [1], cameras, psi=0)
+    torch.testing.assert_close(zero[0], G.module.backbone.mapping.w_avg.expand_as(zero[0]))
+    part = conditioned_ws(G, [1], cameras, psi=0, cutoff=2)
     torch.testing.assert_close(part, torch.cat([zero[:, :2], whole[:, 2:]], dim=1))
 
 
 def test_raw_pictures_and_distances(G):
-    ws, label = conditioned_ws(G, [0], Orbit.of(G)), Orbit.of(G).label()
-    refine(G, sample_mult=1.5, nrr=12)
-    assert (G.rendering_kwargs["depth_resolution"], G.rendering_kwargs["depth_resolution_importance"]) == (6, 6)
-    raw, depth = (render(G, ws, [label], mode=mode)[0] for mode in ("image_raw", "image_depth"))
+    ws, label = conditioned_ws(G, [0], cameras_of(G)), camera(cameras_of(G))
+    options = RenderOptions(sample_mult=1.5, resolution=12)
+    kept = dict(G.module.rendering_kwargs)
+    raw, depth = (render(G, ws, [label], mode=mode, options=options)[0] for mode in ("image_raw", "image_depth"))
+    assert G.module.rendering_kwargs == kept
+    np.testing.assert_array_equal(raw, render(G, ws, [label], mode="image_raw", options=RenderOptions(samples=6, resolution=12))[0])
     assert raw.shape == (12, 12, 3) and depth.shape == (12, 12)
-    out = {"image_depth": torch.tensor([[[[2.5, 9.0]]]]), "image_opacity": torch.tensor([[[[0.9, 0.1]]]])}
+    nothing = torch.zeros(1, 3, 1, 2)
+    out = Rendering(nothing, nothing, torch.tensor([[[[2.5, 9.0]]]]), torch.tensor([[[[0.9, 0.1]]]]))
     np.testing.assert_array_equal(distances(out), np.float32([[2.5, np.inf]]))
-    with pytest.raises(ValueError, match="sample_mult > 0"):
-        refine(G, sample_mult=0)
+    with pytest.raises(ValueError, match="expected positive values"):
+        RenderOptions(sample_mult=0)
 
 
 def test_near_is_bright_and_nothing_is_black():
@@ -100,9 +111,9 @@ def test_a_walk_passes_its_keyframes_and_closes_smoothly():
 
 
 def test_the_swing_closes():
-    orbit = Orbit(radius=2.7, pivot=(0.0, 0.0, 0.0))
-    torch.testing.assert_close(camera_at(orbit, 0.0), camera_at(orbit, 1.0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(camera_at(orbit, 0.25), orbit.label(0.35, -0.05), atol=1e-5, rtol=0)
+    cameras = CameraFamily(radius=2.7, pivot=(0.0, 0.0, 0.0))
+    torch.testing.assert_close(camera_at(cameras, 0.0), camera_at(cameras, 1.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(camera_at(cameras, 0.25), camera(cameras, 0.35, -0.05), atol=1e-5, rtol=0)
 
 
 def test_seeds_of_the_cells():
@@ -117,7 +128,7 @@ def test_seeds_of_the_cells():
 @pytest.mark.parametrize("mode", ["image", "image_depth", "image_raw"])
 def test_a_film_has_its_frames(G, mode, tmp_path):
     options = FilmOptions(grid=(2, 1), frames=3, mode=mode)
-    film = Film(G, [0, 1, 2, 3], Orbit.of(G), options)
+    film = Film(G, [0, 1, 2, 3], cameras_of(G), options)
     side = 32 if mode == "image" else 8
     assert film.count == 6
     path = write_mp4(tmp_path / "new" / "a.mp4", film, fps=30)

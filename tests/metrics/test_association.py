@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eg3d_rlhf.metrics.association import fit_line, slopes, spearman
+from eg3d_rlhf.metrics.statistics import fit_line, slopes, spearman
 
 RNG = np.random.default_rng(3)
 

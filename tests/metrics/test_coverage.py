@@ -5,10 +5,17 @@ import pytest
 from scipy import stats
 
 from eg3d_rlhf.evaluation.trajectories import slope_summary
-from eg3d_rlhf.metrics.association import fit_line, slopes, spearman
+from eg3d_rlhf.metrics.feature_sets import paired_separability
 from eg3d_rlhf.metrics.resampling import frechet_change_interval, kernel_change_interval
-from eg3d_rlhf.metrics.separability import paired_separability
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary, t_mean_interval, wilson_interval
+from eg3d_rlhf.metrics.statistics import (
+    bootstrap_mean_interval,
+    fit_line,
+    paired_summary,
+    slopes,
+    spearman,
+    t_mean_interval,
+    wilson_interval,
+)
 
 RUNS = 1000  # standard error of a coverage of 95 %: 0.7 %
 

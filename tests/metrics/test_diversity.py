@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.metrics.diversity import mean_pairwise, pairwise_distances, pairwise_ratio
+from eg3d_rlhf.metrics.feature_sets import mean_pairwise, pairwise_distances, pairwise_ratio
 
 RNG = np.random.default_rng(5)
 

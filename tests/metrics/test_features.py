@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.metrics.degradations import DAMAGES
-from eg3d_rlhf.metrics.feature_training import FeatureTraining, adequacy, damage_batch, factors, mirror_batch, to_float, train_features
+from eg3d_rlhf.metrics.feature_training import (
+    DAMAGES,
+    FeatureTraining,
+    adequacy,
+    damage_batch,
+    factors,
+    mirror_batch,
+    to_float,
+    train_features,
+)
 from eg3d_rlhf.metrics.features import (
     DAMAGE_NAMES,
     DEFAULT_ASSET,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from eg3d_rlhf.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
+from eg3d_rlhf.metrics.distances import FeatureStatistics, frechet_distance, kernel_distance
 
 
 def _moments(seed: int, dim: int, samples: int) -> tuple[np.ndarray, np.ndarray]:

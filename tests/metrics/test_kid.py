@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from eg3d_rlhf.metrics.frechet import FeatureStatistics, collect, frechet_distance, kernel_distance
-from eg3d_rlhf.metrics.kid import average_over, draw_subsets, kernel_inception_distance
+from eg3d_rlhf.metrics.distances import (
+    FeatureStatistics,
+    average_over,
+    collect,
+    draw_subsets,
+    frechet_distance,
+    kernel_distance,
+    kernel_inception_distance,
+)
 
 RELATIVE = 1e-4  # of torchmetrics' own value
 

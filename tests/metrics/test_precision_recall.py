@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.metrics import precision_recall as module
-from eg3d_rlhf.metrics.precision_recall import neighbour_radii, precision_recall
+from eg3d_rlhf.metrics import feature_sets as module
+from eg3d_rlhf.metrics.feature_sets import neighbour_radii, precision_recall
 
 
 def brute_force(points, manifold, k):

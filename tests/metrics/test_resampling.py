@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.metrics import resampling
-from eg3d_rlhf.metrics.frechet import FeatureStatistics, kernel_distance
+from eg3d_rlhf.metrics.distances import FeatureStatistics, kernel_distance
 from eg3d_rlhf.metrics.resampling import frechet_change_interval, frechet_interval, kernel_change_interval, kernel_interval
 
 

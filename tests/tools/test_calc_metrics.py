@@ -73,7 +73,7 @@ def test_fid_and_kid_equal_torchmetrics_with_the_same_detector(tiny_networks, ti
     data = ImageFolderDataset(tiny_data, c_dim=25, xflip=True)
     real = torch.from_numpy(np.stack([data[i][0] for i in range(len(data))]))
     options = MetricOptions(n=48, batch=8, seed=2)
-    fake = torch.cat([as_bytes(images) for images in fake_batches(load_generator(tiny_networks).G, data.get_labels(), options)])
+    fake = torch.cat([as_bytes(images) for images in fake_batches(load_generator(tiny_networks).generator, data.get_labels(), options)])
     assert fake.shape == (48, 3, 32, 32) and found["fid"]["reals"] == 48
     fid = fid_module.FrechetInceptionDistance(feature=Features(), normalize=False)
     kid = kid_module.KernelInceptionDistance(feature=Features(), subsets=1, subset_size=48, normalize=False)

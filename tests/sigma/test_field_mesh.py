@@ -6,13 +6,11 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
-from eg3d_rlhf.sigma import extract_mesh, near_surface
-from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
-from eg3d_rlhf.sigma.field_grid import FieldGrid
+from eg3d_rlhf.sigma import extract_mesh, field_mesh
+from eg3d_rlhf.sigma.chunked_mesh import BRICK, bricks_along, extract_mesh_blockwise, padded, touched_bricks
+from eg3d_rlhf.sigma.field_mesh import FieldGrid, bound_bricks, bounds_of_size, extract_field_mesh
 from eg3d_rlhf.sigma.mesh_checks import count_edges, parts, vertex_normals
-from eg3d_rlhf.sigma.near_surface import bound_bricks, bounds_of_size, extract_field_mesh
 from eg3d_rlhf.sigma.separable import SeparableDensity
-from eg3d_rlhf.sigma.surface_blocks import BRICK, bricks_along, padded, touched_bricks
 from tests.sigma.stand_in import StandIn, random_planes
 from tests.sigma.test_chunked_mesh import assert_same_surface
 
@@ -52,8 +50,8 @@ def test_the_surface_is_that_of_the_whole_volume(layout, resolution, border, sha
 @pytest.mark.parametrize(("refine", "dense"), [(-1.0, 2.0), (2.0, 2.0), (2.0, -1.0)], ids=["finer bounds", "single bricks", "whole layers"])
 @pytest.mark.parametrize("scale", [0.5, 40.0])
 def test_every_way_of_evaluating_gives_the_same_surface(monkeypatch, refine, dense, scale):
-    monkeypatch.setattr(near_surface, "_REFINE_SHARE", refine)
-    monkeypatch.setattr(near_surface, "_DENSE_SHARE", dense)
+    monkeypatch.setattr(field_mesh, "_REFINE_SHARE", refine)
+    monkeypatch.setattr(field_mesh, "_DENSE_SHARE", dense)
     grid = FieldGrid(smooth_field(texels=12, scale=scale), 41)
     level = level_of(grid, 0.8)
     mesh = extract_field_mesh(grid, level)
@@ -88,7 +86,7 @@ def test_bounds_hold_and_decide(layout, size, scale):
 def test_finer_bounds_leave_less_undecided(monkeypatch):
     density = FieldGrid(smooth_field(texels=9), 67).separable()
     coarse = bounds_of_size(density, 3.0, BRICK)
-    monkeypatch.setattr(near_surface, "_REFINE_SHARE", 0.0)
+    monkeypatch.setattr(field_mesh, "_REFINE_SHARE", 0.0)
     fine = bound_bricks(density, 3.0)
     assert not (fine.undecided & ~coarse.undecided).any() and 0 < fine.undecided.sum() < coarse.undecided.sum()
 

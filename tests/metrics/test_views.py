@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.metrics.geometry import WORST_COLOUR, compare_views, multi_view_measures, normals_from_points
-from eg3d_rlhf.metrics.views import ViewSpec, lift, project, render_views, spec_for, views_from_maps
+from eg3d_rlhf.field import CameraFamily, Rendering
+from eg3d_rlhf.metrics.views import (
+    WORST_COLOUR,
+    ViewSpec,
+    compare_views,
+    lift,
+    multi_view_measures,
+    normals_from_points,
+    project,
+    render_views,
+    spec_for,
+    views_from_maps,
+)
 from training.rendering.rays import RaySampler
 
 SPEC = ViewSpec(resolution=64)
@@ -14,14 +25,18 @@ SPEC = ViewSpec(resolution=64)
 class AnalyticSphere:
     """A textured sphere of radius 0.3 at the origin, rendered exactly; `damage(depth, c)` alters its depth maps."""
 
+    cameras = CameraFamily(radius=2.7, pivot=(0.0, 0.0, 0.2))
+
     def __init__(self, damage=None, texture=True):
         self.damage, self.texture = damage, texture
-        self.neural_rendering_resolution = 17
-        self.rendering_kwargs = {"avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2]}
 
-    def synthesis(self, ws, c, neural_rendering_resolution, noise_mode):
+    def field(self, ws, noise_mode="const"):
         assert noise_mode == "const"
-        self.neural_rendering_resolution = res = neural_rendering_resolution
+        self.samples = len(ws)
+        return self
+
+    def render(self, cameras, options):
+        c, res = cameras.expand(self.samples, -1), options.resolution
         cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3)
         o, d = RaySampler()(cam2world, intrinsics, res)
         b, q = (o * d).sum(-1), (o * o).sum(-1) - 0.3**2
@@ -35,7 +50,7 @@ class AnalyticSphere:
         if self.damage:
             depth = self.damage(depth, c)
         image = colour.transpose(1, 2).reshape(-1, 3, res, res)
-        return {"image_raw": image, "image_depth": depth, "image_opacity": hit.float().reshape(-1, 1, res, res)}
+        return Rendering(image, image, depth, hit.float().reshape(-1, 1, res, res))
 
 
 WS = torch.zeros(2, 4, 8)
@@ -88,7 +103,7 @@ def test_depth_and_normals_need_no_texture(clean):
 
 
 def test_nothing_to_see_is_the_worst_not_nan():
-    views = render_views(AnalyticSphere(), WS, SPEC)
+    views = render_views(AnalyticSphere().field(WS), SPEC)
     empty = views_from_maps(views.image, torch.full_like(views.depth, float("nan")), torch.zeros_like(views.depth), SPEC)
     measures = compare_views(empty, SPEC)
     assert (measures.photometric == WORST_COLOUR).all() and (measures.normal == 180).all() and (measures.covisible == 0).all()
@@ -113,7 +128,7 @@ def test_a_point_behind_the_camera_has_no_pixel():
 
 
 def test_normals_of_a_sphere_point_outwards():
-    views = render_views(AnalyticSphere(), WS[:1], SPEC)
+    views = render_views(AnalyticSphere().field(WS[:1]), SPEC)
     normals, known = normals_from_points(views.points[:, 0], views.foreground[:, 0])
     outward = torch.nn.functional.normalize(views.points[:, 0], dim=-1)
     cosine = (normals * outward).sum(-1)[known]
@@ -125,13 +140,12 @@ def test_rendering_leaves_no_trace_and_repeats():
     state = torch.get_rng_state()
     first, second = multi_view_measures(G, WS, SPEC), multi_view_measures(G, WS, SPEC, batch=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert G.neural_rendering_resolution == 17 and "depth_resolution" not in G.rendering_kwargs
     np.testing.assert_allclose(first.photometric, second.photometric)
 
 
 def test_cameras_follow_the_generator():
     spec = spec_for(AnalyticSphere(), resolution=32)
-    assert (spec.radius, spec.pivot, spec.resolution) == (2.7, (0.0, 0.0, 0.2), 32)
+    assert (spec.cameras, spec.resolution) == (AnalyticSphere.cameras, 32)
     assert multi_view_measures(AnalyticSphere(), WS[:1]).depth.max() < 1e-4
 
 

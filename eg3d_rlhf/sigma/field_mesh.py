@@ -1,4 +1,4 @@
-"""Surface of a tri-plane field without its density away from the surface: bounds decide which bricks of the grid are evaluated.
+"""A field of one shape on a cube of grid points, and its surface without the density away from it.
 
 In the separable form h_j = A_j[x, y] + B_j[x, z] + C_j[y, z] the extremes of the maps over a brick's index ranges bound every h_j in it,
 and softplus rises, so that over the brick
@@ -8,7 +8,7 @@ and softplus rises, so that over the brick
 A brick whose bound lies on one side of the level holds no surface and is neither evaluated nor meshed. Both bounds are densities of the
 same form on the grid of bricks, with 2 J hidden units. Nothing is guessed: the surface is that of the whole volume.
 
-Letters: X, Y, Z = grid points along x, y, z; J hidden units; S = cells along a brick's edge.
+Letters: X, Y, Z = grid points along x, y, z; P points; J hidden units; S = cells along a brick's edge.
 """
 
 import contextlib
@@ -20,16 +20,78 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eg3d_rlhf.sigma.chunked_mesh import Progress, extract_mesh_blockwise
-from eg3d_rlhf.sigma.field_grid import OUTSIDE, FieldGrid
+from eg3d_rlhf.field import Field, SeparableField
+from eg3d_rlhf.sigma.chunked_mesh import BRICK, Progress, SurfaceBuilder, bricks_along, mesh_blocks, padded
 from eg3d_rlhf.sigma.mesh import check_crossed, check_finite, outside_value
 from eg3d_rlhf.sigma.separable import SeparableDensity, sigma_from_maps
-from eg3d_rlhf.sigma.surface_blocks import BRICK, SurfaceBuilder, bricks_along, padded
+from eg3d_rlhf.sigma.spec import SlabSpec
 
+OUTSIDE = -1000.0  # raw density of a trimmed border, as EG3D's shape extraction sets it
 _ROUNDING = 2.0**-17  # of sum |w| softplus: 64 rounding errors of float32, for the difference between a bound and the density itself
 _REFINE_SHARE = 0.15  # of the bricks left undecided, above which finer bounds save more than they cost
 _DENSE_ROWS = 65  # rows of y in one call then
 _DENSE_SHARE = 0.5  # of a layer's bricks left undecided, above which evaluating all of it in one call is faster
+
+
+class FieldGrid:
+    """A field on a cube of grid points, given out in ranges of x: what `extract_mesh_blockwise` and `write_mrc` read.
+
+    Args:
+        field: the field.
+        resolution: grid points per axis, >= 2, on the corners of the scene cube.
+        border: share of the cube's edge that is trimmed from each face, 0 <= border < 0.5; trimmed points hold `OUTSIDE`.
+    Raises: ValueError for values outside these ranges.
+    """
+
+    def __init__(self, field: Field, resolution: int, border: float = 0.0):
+        if not 0 <= border < 0.5:
+            raise ValueError(f"FieldGrid: expected a border of 0 <= border < 0.5, got {border:g}. Trim less.")
+        self.field, self.resolution = field, resolution
+        self.low, self.high = float("inf"), float("-inf")  # of the densities given out so far, a trimmed border's apart
+        if len(field) != 1:
+            raise ValueError(f"FieldGrid: expected a field of one shape, got {len(field)}. Take them one by one.")
+        self.axes: Sequence[torch.Tensor] = SlabSpec.of(field.bounds, resolution).axes()
+        self._trim = int(border * resolution)
+        self.inside = slice(self._trim, resolution - self._trim)  # grid points along each axis that are not trimmed
+        if resolution - 2 * self._trim < 2:
+            raise ValueError(f"FieldGrid: expected at least 2 points inside the border, got a border of {border:g} on {resolution} points.")
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether points at the border hold `OUTSIDE`."""
+        return self._trim > 0
+
+    def separable(self) -> SeparableDensity | None:
+        """The density of the points that are not trimmed, as maps; None where the planes have no such form."""
+        return self._maps(*(axis[self.inside] for axis in self.axes))
+
+    @torch.no_grad()
+    def _maps(self, *axes: torch.Tensor) -> SeparableDensity | None:
+        return self.field.separable(*axes) if isinstance(self.field, SeparableField) else None
+
+    @torch.no_grad()
+    def _block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Raw density [X, Y, Z] on the CPU at the product of world coordinates x [X], y [Y], z [Z]."""
+        density = self._maps(x, y, z)
+        if density is None:
+            points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1).reshape(-1, 3)
+            block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
+        else:
+            block = sigma_from_maps(density.maps, density.w, density.b, density.shape).cpu()
+        self.low, self.high = min(self.low, float(block.min())), max(self.high, float(block.max()))
+        return block
+
+    def __call__(self, x: slice) -> torch.Tensor:
+        """Raw density [x, Y, Z] of the grid points with these x indices."""
+        low, high = self._trim, self.resolution - self._trim
+        start, stop = max(x.start, low), min(x.stop, high)
+        if low == 0:
+            return self._block(self.axes[0][x], *self.axes[1:])
+        block = torch.full((x.stop - x.start, self.resolution, self.resolution), OUTSIDE)
+        if start < stop:
+            y, z = (axis[low:high] for axis in self.axes[1:])
+            block[start - x.start : stop - x.start, low:high, low:high] = self._block(self.axes[0][start:stop], y, z)
+        return block
 
 
 def extract_field_mesh(grid: FieldGrid, level: float, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +106,9 @@ def extract_field_mesh(grid: FieldGrid, level: float, progress: Progress | None 
     """
     density = grid.separable()
     if density is None or density.w.device.type != "cpu" or (grid.trimmed and level <= OUTSIDE):
-        return extract_mesh_blockwise(grid, grid.axes, level, progress=progress)
+        builder, _, _ = mesh_blocks(grid, grid.axes, level, progress=progress)
+        check_crossed(grid.low, grid.high, level)
+        return builder.finish()
     bounds = bound_bricks(density, level)
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
     builder = SurfaceBuilder(axes, float(level))
@@ -55,13 +119,14 @@ def extract_field_mesh(grid: FieldGrid, level: float, progress: Progress | None 
             if progress is not None:
                 progress("density", min((number + 1) * BRICK, len(axes[0])), len(axes[0]))
     if not ((bounds.any_below or sampler.low < level) and (bounds.any_above or sampler.high > level)):
-        planes = [grid(slice(x, x + 1)) for x in range(grid.resolution)]  # nothing was found: which densities are there?
-        check_crossed(min(float(p.min()) for p in planes), max(float(p.max()) for p in planes), level)
+        for x in range(grid.resolution):  # no surface but caps was found: which densities are there?
+            grid(slice(x, x + 1))
+        check_crossed(grid.low, grid.high, level)
     return builder.finish()
 
 
 @dataclass(frozen=True)
-class Bounds:
+class BrickBounds:
     """What the bounds tell of a grid."""
 
     undecided: np.ndarray  # bool [bricks along x, along y, along z]: may hold a part of the surface
@@ -69,7 +134,7 @@ class Bounds:
     any_above: bool
 
 
-def bound_bricks(density: SeparableDensity, level: float) -> Bounds:
+def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
     """Bounds of all bricks; where they leave much undecided, also those of half the size."""
     coarse = bounds_of_size(density, level, BRICK)
     if coarse.undecided.mean() <= _REFINE_SHARE:
@@ -79,10 +144,10 @@ def bound_bricks(density: SeparableDensity, level: float) -> Bounds:
     halves[tuple(slice(n) for n in fine.undecided.shape)] = fine.undecided
     x, y, z = coarse.undecided.shape
     undecided = coarse.undecided & halves.reshape(x, 2, y, 2, z, 2).any(axis=(1, 3, 5))
-    return Bounds(undecided, coarse.any_below or fine.any_below, coarse.any_above or fine.any_above)
+    return BrickBounds(undecided, coarse.any_below or fine.any_below, coarse.any_above or fine.any_above)
 
 
-def bounds_of_size(density: SeparableDensity, level: float, size: int) -> Bounds:
+def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickBounds:
     """Bounds of the bricks with `size` cells along an edge.
 
     Raises: ValueError where a map holds NaN or infinity.
@@ -102,7 +167,7 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> Bounds
         whole = whole & np.expand_dims((first > 0) & (first + size <= points), tuple(i for i in range(3) if i != axis))
     below, above = (upper < level - slack).numpy(), (lower > level + slack).numpy()
     undecided = ~(below | (above & whole))  # next to the outside, a brick above the level has its cap
-    return Bounds(undecided, bool(below.any()), bool(above.any()))
+    return BrickBounds(undecided, bool(below.any()), bool(above.any()))
 
 
 def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
