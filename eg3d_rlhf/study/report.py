@@ -6,6 +6,7 @@ Letters: N latents.
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.label.entities import JudgementRow
 from eg3d_rlhf.study.analysis import analyse
-from eg3d_rlhf.study.conclusions import conclusions
+from eg3d_rlhf.study.conclusions import conclusions, p_value, percent
 from eg3d_rlhf.study.design import Contender, StudyDesign
-from eg3d_rlhf.study.page import page
 from training.storage import write_atomic
 
+STATIC = Path(__file__).parent / "static"
+BINS = 11  # of the latents' win rates, the middle one about one half
 PICTURE = 192  # pixels
 YAW = 0.35  # radians: the face and one side
 
@@ -81,6 +83,27 @@ def png_uri(values) -> str:
     buffer = io.BytesIO()
     PIL.Image.fromarray((values.clip(0, 1) * 255).round().astype("uint8")).save(buffer, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def page(report: dict) -> str:
+    """The report as one HTML file, from what `compute` gives alone; static/report.html says how it looks."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
+    environment.filters |= {
+        "percent": lambda share: "none" if share is None else percent(share), "p_value": p_value,
+        "interval": lambda ends: "" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}",
+        "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",  # pixels
+    }  # fmt: skip
+    settings = {k: v for k, v in report["design"].items() if k not in ("plan", "latent_seeds", "hash")}
+    for side in ("a", "b"):
+        settings[side] = {**settings[side], "source": Path(settings[side]["source"]).name or "bundled"}
+    settings = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in settings.items()}
+    places = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
+    style = (STATIC / "report.css").read_text()
+    return environment.get_template("report.html").render(
+        report, settings=settings, style=style, histogram_counts=[places[i] for i in range(BINS)]
+    )
 
 
 def write(report: dict, folder: Path) -> tuple[Path, Path]:
