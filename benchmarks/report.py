@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import platform
+import random
+import statistics
 from pathlib import Path
 
 import numpy
 import torch
 
 from benchmarks.rows import FAST, REFERENCE, Agreement, Row
-from benchmarks.timing import ratio, ratio_interval, summary
 from training.storage import write_atomic
 
 WORSE = 0.9  # of the old ratio: below, a row has regressed
@@ -22,6 +23,8 @@ LEGEND = (
     "to the largest. Memory: peak beyond the inputs, each path in a process of its own (references of minutes in their first round).",
 )
 _KEYS = ("name", "size", "device")
+_DRAWS = 2000  # of the bootstrap
+_BOOTSTRAP_FROM = 6  # rounds; with fewer the range of the rounds' own ratios is all that can be said
 
 
 def machine(device: str) -> dict[str, str | int | float]:
@@ -74,6 +77,30 @@ def header(device: str, quick: bool) -> dict:
     """The record without its rows."""
     head = {"machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device)}
     return {**head, "compiled_ops": compiled_ops(device), "sources": sources(), "quick": quick, "rows": []}
+
+
+def summary(values: list[float]) -> dict[str, float | list[float]]:
+    """Median, extremes and all values."""
+    return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values), "all_s": values}
+
+
+def ratio(reference: list[float], fast: list[float]) -> float:
+    """How many times faster: median over median."""
+    return statistics.median(reference) / statistics.median(fast)
+
+
+def ratio_interval(reference: list[float], fast: list[float]) -> tuple[float, float, str]:
+    """(low, high, kind) of the ratio; round i of both lists ran in the same turn.
+
+    kind "bootstrap95": 95 % percentile interval over rounds drawn with replacement, in pairs; "range": extremes of the rounds' own ratios.
+    """
+    pairs = list(zip(reference, fast, strict=True))
+    if len(pairs) < _BOOTSTRAP_FROM:
+        ratios = [slow / quick for slow, quick in pairs]
+        return min(ratios), max(ratios), "range"
+    rng = random.Random(0)
+    drawn = sorted(ratio(*zip(*rng.choices(pairs, k=len(pairs)), strict=True)) for _ in range(_DRAWS))
+    return drawn[int(0.025 * _DRAWS)], drawn[int(0.975 * _DRAWS) - 1], "bootstrap95"
 
 
 def row_record(

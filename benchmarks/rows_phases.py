@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import configurations
 from benchmarks.rows import Case, Outcome, Row, Target
-from benchmarks.rows_render import FEW_RAYS
+from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf import experiment
 from eg3d_rlhf.reward.files import load_reward
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from benchmarks import agreement, memory, report
-from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, Outcome, Row
-from benchmarks.timing import clock, rounds, summary
+from benchmarks import memory, report
+from benchmarks.report import summary
+from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, DisagreementError, Outcome, Row, check, compare
 
 LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
 MOST_ROUNDS = 11
@@ -54,18 +55,23 @@ class Session:
         results = self._begin()
         done = {report.key(record) for record in results["rows"]}
         todo = [row for row in self.rows if (row.name, row.size, options.device) not in done]
-        progress = _Progress([planned_seconds(row, options) for row in todo], skipped=len(self.rows) - len(todo))
-        for row in todo:
-            progress.begin(row, options.device)
-            try:
-                record = run_row(row, options)
-            except agreement.DisagreementError as error:
-                self.failures.append(f"{row.name} ({row.size}, {options.device}): the paths disagree: {error}")
-                progress.end("DISAGREES")
-                continue
-            results["rows"].append(record)
-            report.write(options.out, options.stem, results)
-            progress.end(f"{record['ratio']:.2f}x")
+        planned = [planned_seconds(row, options) for row in todo]
+        if len(todo) < len(self.rows):
+            print(f"{len(self.rows) - len(todo)} rows are finished already.", file=sys.stderr)
+        with tqdm(total=round(sum(planned)), bar_format="{desc} [{elapsed}, {remaining} left]") as bar:
+            for i, row in enumerate(todo):
+                what = f"[{i + 1}/{len(todo)}] {row.name} ({row.size}, {options.device})"
+                bar.set_description_str(what)
+                try:
+                    record = run_row(row, options)
+                    results["rows"].append(record)
+                    report.write(options.out, options.stem, results)
+                    outcome = f"{record['ratio']:.2f}x"
+                except DisagreementError as error:
+                    self.failures.append(f"{row.name} ({row.size}, {options.device}): the paths disagree: {error}")
+                    outcome = "DISAGREES"
+                bar.write(f"{what}: {outcome}", file=sys.stderr)
+                bar.update(round(planned[i]))
         report.write(options.out, options.stem, results)
         return results
 
@@ -168,7 +174,7 @@ def _timed(case: Case, name: str, device: str, times: dict, outcomes: dict[str, 
             case.call(name)  # compile outside the clock
         case.prepare()
         torch.manual_seed(0)
-        taken = clock(lambda: outcomes.update({name: case.call(name)}), device)
+        wall, processor = clock(lambda: outcomes.update({name: case.call(name)}), device)
     except Exception as error:  # noqa: BLE001 (whatever torch.compile raises; the two paths themselves must not fail)
         if name in PATHS:
             raise
@@ -176,13 +182,23 @@ def _timed(case: Case, name: str, device: str, times: dict, outcomes: dict[str, 
         times.pop(name, None)
         return
     values = times.setdefault(name, {"wall": [], "processor": []})
-    values["wall"].append(taken.wall)
-    values["processor"].append(taken.processor)
+    values["wall"].append(wall)
+    values["processor"].append(processor)
+
+
+def clock(work: Callable[[], object], device: str) -> tuple[float, float]:
+    """Wall-clock seconds of one call, on a GPU until the device is done; and processor seconds of all threads together."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronise()
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    synchronise()
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device: str) -> Agreement:
-    found = (case.compare or agreement.compare)(outcomes[name], outcomes[REFERENCE])
-    agreement.check(found, *row.tolerances(device))
+    found = (case.compare or compare)(outcomes[name], outcomes[REFERENCE])
+    check(found, *row.tolerances(device))
     return found
 
 
@@ -191,7 +207,7 @@ def _check_others(row: Row, case: Case, outcomes: dict[str, Outcome], device: st
     for name in outcomes.keys() - set(PATHS):
         try:
             _agree(row, case, outcomes, name, device)
-        except agreement.DisagreementError as error:
+        except DisagreementError as error:
             errors[name] = f"disagrees: {error}"
 
 
@@ -210,6 +226,11 @@ def _meters_first_round(row: Row, options: Options) -> bool:
     return options.meter is not None and not options.quick and row.meter_in_round
 
 
+def rounds(pair_seconds: float, budget: float, most: int) -> int:
+    """How often both paths run so that a row stays within `budget` seconds: 2 to `most` times."""
+    return max(2, min(most, int(budget / max(pair_seconds, 1e-9))))
+
+
 def planned_seconds(row: Row, options: Options) -> float:
     """Roughly what a row takes: set-up, warm-up, rounds, memory; the fast path guessed from its target."""
     if options.quick:
@@ -220,27 +241,3 @@ def planned_seconds(row: Row, options: Options) -> float:
     passes += seconds < LONG
     passes += options.meter is not None and not _meters_first_round(row, options)
     return 10.0 + pair * passes
-
-
-class _Progress:
-    """Lines on stderr with the time left, corrected by how the plan fared so far."""
-
-    def __init__(self, planned: list[float], skipped: int):
-        self._planned, self._done, self._start = planned, 0, time.monotonic()
-        if skipped:
-            print(f"{skipped} rows are finished already.", file=sys.stderr)
-
-    def begin(self, row: Row, device: str) -> None:
-        spent = sum(self._planned[: self._done])
-        pace = (time.monotonic() - self._start) / spent if spent else 1.0
-        left = sum(self._planned[self._done :]) * pace
-        head = f"[{self._done + 1}/{len(self._planned)}, {_minutes(left)} left] {row.name} ({row.size}, {device}) ..."
-        print(head, end=" ", file=sys.stderr, flush=True)
-
-    def end(self, text: str) -> None:
-        self._done += 1
-        print(text, file=sys.stderr, flush=True)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

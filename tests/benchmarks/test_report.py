@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from benchmarks import agreement, report, timing
-from benchmarks.rows import Outcome
+from benchmarks import report, session
+from benchmarks.rows import DisagreementError, Outcome, compare
 
 
 def record(ratio: float, name: str = "slab", size: str = "full", device: str = "cpu") -> dict:
@@ -35,7 +35,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_ratio_is_that_of_the_medians():
-    assert timing.ratio([1.0, 2.0, 100.0], [0.5, 1.0, 0.1]) == 4.0
+    assert report.ratio([1.0, 2.0, 100.0], [0.5, 1.0, 0.1]) == 4.0
 
 
 def test_the_interval_covers_the_ratio_and_shrinks_with_the_noise():
@@ -43,21 +43,21 @@ def test_the_interval_covers_the_ratio_and_shrinks_with_the_noise():
     widths = []
     for noise in (0.02, 0.3):
         slow, fast = ([base * (1 + rng.uniform(-noise, noise)) for _ in range(15)] for base in (10.0, 2.0))
-        low, high, kind = timing.ratio_interval(slow, fast)
-        assert kind == "bootstrap95" and low <= timing.ratio(slow, fast) <= high and low < 5 < high * 1.1
+        low, high, kind = report.ratio_interval(slow, fast)
+        assert kind == "bootstrap95" and low <= report.ratio(slow, fast) <= high and low < 5 < high * 1.1
         widths.append(high - low)
     assert widths[0] < widths[1]
-    assert timing.ratio_interval([4.0, 9.0], [2.0, 3.0]) == (2.0, 3.0, "range")
+    assert report.ratio_interval([4.0, 9.0], [2.0, 3.0]) == (2.0, 3.0, "range")
 
 
 def test_rounds_fit_the_budget():
-    assert [timing.rounds(s, budget=30, most=15) for s in (1e-9, 1, 10, 100)] == [15, 15, 3, 2]
+    assert [session.rounds(s, budget=30, most=15) for s in (1e-9, 1, 10, 100)] == [15, 15, 3, 2]
 
 
 def test_deviations_are_relative_to_the_largest_value_and_gradient():
     reference = Outcome({"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([0.1])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.01])})
     fast = Outcome({"a": torch.tensor([100.0, 1.5]), "b": torch.tensor([0.2])}, {"w": torch.tensor([8.0]), "v": torch.tensor([0.05])})
-    found = agreement.compare(fast, reference)
+    found = compare(fast, reference)
     assert found.max_abs_error == pytest.approx(0.5) and found.relative_error == pytest.approx(0.1)
     assert found.gradient_error == pytest.approx(0.04 / 8)
 
@@ -65,13 +65,13 @@ def test_deviations_are_relative_to_the_largest_value_and_gradient():
 def test_equal_infinities_agree_and_a_lone_nan_does_not():
     inf, nan = float("inf"), float("nan")
     same = Outcome({"a": torch.tensor([inf, 1.0, nan])})
-    assert agreement.compare(same, same).max_abs_error == 0
+    assert compare(same, same).max_abs_error == 0
     for odd in ([nan, 1.0, nan], [inf, nan, nan], [-inf, 1.0, nan]):
-        assert agreement.compare(Outcome({"a": torch.tensor(odd)}), same).relative_error == inf
+        assert compare(Outcome({"a": torch.tensor(odd)}), same).relative_error == inf
 
 
 def test_other_names_and_shapes_disagree():
     one = Outcome({"a": torch.zeros(2)})
     for other in (Outcome({"b": torch.zeros(2)}), Outcome({"a": torch.zeros(3)}), Outcome({"a": torch.zeros(2)}, {"w": torch.zeros(1)})):
-        with pytest.raises(agreement.DisagreementError):
-            agreement.compare(other, one)
+        with pytest.raises(DisagreementError):
+            compare(other, one)

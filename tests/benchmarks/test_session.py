@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.agreement import DisagreementError
-from benchmarks.rows import Case, Outcome, Row
+from benchmarks.rows import Case, DisagreementError, Outcome, Row
 from benchmarks.session import Options, Session, run_row, select
 from tests.benchmarks import fake
 from torch_utils.ops import implementations
