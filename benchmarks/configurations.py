@@ -5,16 +5,16 @@ Letters: N batch, K c_dim (25), C plane channels, R pixels per edge.
 
 import copy
 import math
-from types import SimpleNamespace
 
 import torch
 
 import train
 from eg3d_rlhf import experiment
 from eg3d_rlhf.generators import camera
+from eg3d_rlhf.settings import Settings, resolve
 from training import networks
-from training.config import networks_for
-from training.gan_phases import Batch, GanConfig
+from training.config import GanConfig, NetworkConfig, networks_for
+from training.gan_phases import Batch
 from training.triplane import TriPlaneGenerator
 
 FULL_FLAGS = (
@@ -24,21 +24,20 @@ FULL_FLAGS = (
 _FADED = 10**7  # images after which the blur and the swapping of cameras have faded
 
 
-def settings(*flags: str) -> dict:
+def settings(*flags: str) -> Settings:
     """The resolved settings of `train.py` with these flags."""
     with train.main.make_context("train.py", list(flags)) as context:
-        return experiment.resolve(train.check_eg3d_flags(dict(context.params)))
+        return resolve(train.check_eg3d_flags(dict(context.params)))
 
 
 def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
     """Fresh networks of the full size (512 pixels, rendered at 128), or tiny ones (32 pixels, rendered at 8), and their GAN settings."""
     s = settings(*FULL_FLAGS)
     if tiny:
-        gan = GanConfig(r1_gamma=1.0, neural_rendering_resolution_initial=8)
-        nets = _tiny_networks(s, gan)
+        gan = GanConfig(gamma=1.0, nrr_initial=8)
+        nets = _tiny_networks(gan)
     else:
-        gan = experiment.gan_config(s)
-        nets = experiment.open_networks(s, SimpleNamespace(resolution=512))
+        gan, nets = s.gan, experiment.open_networks(s, 512)
     nets.to(device)
     torch.manual_seed(0)
     for G in (nets.G, nets.G_ema):
@@ -46,11 +45,8 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
     return nets, gan
 
 
-def _tiny_networks(s: dict, gan: GanConfig) -> networks.Networks:
-    small = {"cbase": 256, "cmax": 8, "sr_num_fp16_res": 0, "d_num_fp16_res": 0}
-    keys = ("map_depth", "mbstd_group", "freezed", "sr_module", "g_num_fp16_res", "c_scale", "disc_c_noise", "sr_noise_mode")
-    override = {**{key: s[key] for key in (*keys, "decoder_lr_mul", "plane_layout")}, **small}
-    G, D = networks_for("heads64", 32, gan, **override)
+def _tiny_networks(gan: GanConfig) -> networks.Networks:
+    G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
     G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
     G["sr_kwargs"]["block_channels"] = [8, 8]
     G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=8)

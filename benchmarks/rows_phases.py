@@ -13,10 +13,13 @@ from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf import experiment
 from eg3d_rlhf.reward.files import load_reward
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
+from eg3d_rlhf.run.run import Run
+from eg3d_rlhf.settings import Settings
 from torch_utils.training_stats import Collector
-from training.config import OptimizerConfig
+from training.gan import Gan
 from training.gan_phases import GanPhases
-from training.loop import TrainingLoop, gan_phases, lazy_adam
+from training.loop import TrainingLoop
+from training.phases import lazy_adam
 
 DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:heads64@n=64", "--device=cpu")  # `make demo` on a smaller dataset
 _BOTH_PATHS_STEP = 1e-3  # Adam's first steps are signs of gradients: rounding turns some, and later phases of the iteration see that
@@ -46,12 +49,11 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     """`TrainingLoop.step` with Gmain, Greg, Dmain, Dreg and Grlhf all due: bundled networks and reward, the batch of `make demo`."""
     s = configurations.settings(*DEMO, *(["--batch=4"] if tiny else []))
     loop = _demo_loop(s, device)
-    modules = (loop.nets.G, loop.nets.D, loop.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
-    images = torch.rand([s["batch"], 3, *loop.dataset.image_shape[1:]], generator=torch.Generator().manual_seed(1)) * 2 - 1
-    labels = torch.stack([torch.from_numpy(loop.dataset.get_label(i)) for i in range(s["batch"])])
-    real = (images.to(device), labels.to(device))
-
-    loop._fetched = real
+    gan, n = loop.subject, s.loop.batch
+    modules = (gan.nets.G, gan.nets.D, gan.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
+    images = torch.rand([n, 3, *gan.dataset.image_shape[1:]], generator=torch.Generator().manual_seed(1)) * 2 - 1
+    labels = torch.stack([torch.from_numpy(gan.dataset.get_label(i)) for i in range(n)])
+    gan._fetched = images.to(device), labels.to(device)  # what its data reader would have brought
     loop.step()  # an iteration in the midst of a run: Adam has its moments
     states, optimizers = configurations.state_of(*modules), {id(one.optimizer): one.optimizer for one in loop.phases}.values()
     moments = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
@@ -60,8 +62,7 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
         configurations.restore(modules, states)
         for optimizer, state in zip(optimizers, moments, strict=True):
             optimizer.load_state_dict(state)
-        loop.cur_nimg, loop.batch_idx, loop.stats, loop.ada_stats = 0, 0, Collector(), Collector()
-        loop._fetched = real  # what the loop's data reader would have brought
+        loop.cur_nimg, loop.batch_idx, loop.stats = 0, 0, Collector()
 
     def run() -> Outcome:
         loop.step()
@@ -70,17 +71,15 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     return Case(fast=run, prepare=prepare)
 
 
-def _demo_loop(s: dict, device: str) -> TrainingLoop:
+def _demo_loop(s: Settings, device: str) -> TrainingLoop:
     """The loop as `experiment.build` makes it, without the watch and the evaluation around it."""
     dataset = experiment.open_dataset(s)
-    nets = experiment.open_networks(s, dataset).to(device)
-    config = experiment.loop_config(s)
-    terms = GanPhases(nets.G, nets.D, experiment.gan_config(s))
-    phases = gan_phases(terms, OptimizerConfig(lr=s["glr"]), OptimizerConfig(lr=s["dlr"]), config)
-    reward, spec, _ = load_reward(s["reward_ckpt"], device)
-    reward_terms = RewardTerms(nets.G, nets.G_ema, reward, spec, experiment.reward_config(s))
-    phases.append(reward_phase(reward_terms, lazy_adam(nets.G, OptimizerConfig(lr=s["rlr"]), None)))
-    return TrainingLoop(nets, dataset, phases, config, Path(tempfile.gettempdir()), options=s)  # `step` writes nothing
+    nets = experiment.open_networks(s, dataset.resolution).to(device)
+    phases = GanPhases(nets.G, nets.D, s.gan).phases()
+    reward, spec, _ = load_reward(s.reward.reward_ckpt, device)
+    phases.append(reward_phase(RewardTerms(nets.G, nets.G_ema, reward, spec, s.reward.terms), lazy_adam(nets.G, s.reward.rlr)))
+    files = Run(Path(tempfile.gettempdir()), {})  # `step` writes nothing
+    return TrainingLoop(Gan(nets, dataset, s.gan, s.loop), phases, s.loop, files)
 
 
 def _row(name: str, function: str, seconds: float, target: Target | None = None) -> Row:

@@ -11,6 +11,7 @@ import torch
 
 from training.config import Knob, knobs_of
 
+MODES: dict[str, str | click.Command] = {}  # of train.py: by name, a command or 'module:name' of one; plugins may add theirs
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -93,13 +94,14 @@ def together(*decorators):
 def options_of(*kinds: type, **defaults):
     """One option for every knob of settings dataclasses; None where it is not given, so that a preset may decide.
 
-    Args: defaults: by field, the default in words where it is not the field's own.
+    Args: defaults: by field, words to add to its default.
     """
     made = []
-    for field, hint, knob in (found for kind in kinds for found in knobs_of(kind)):
+    for field, hint, knob in (found for kind in kinds for found in knobs_of(kind) if found[2].flag):
         names = (f"--{_with_dashes(field.name)}", *knob.flags, field.name)
-        shown = defaults.get(field.name, knob.shown if knob.shown is not None else field.default)
-        text = knob.help if shown is None else f"{knob.help}  [default: {shown}]"
+        own = knob.shown if knob.shown is not None else field.default
+        shown = "; ".join(str(one) for one in (own, defaults.get(field.name) if knob.shown is None else None) if one is not None)
+        text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind = _click_type(hint, knob)
         made.append(option(*names, group=knob.group, metavar=knob.metavar, type=kind, default=None, show_default=False, help=text))
     return together(*made)

@@ -1,10 +1,248 @@
-"""Settings of the GAN mode: which of them decide what a run trains."""
+"""Settings of the GAN mode: one tree from flags to JSON, presets as a table, and what decides whether two runs compare."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eg3d_rlhf import bundled, pickles
+from eg3d_rlhf.cli import naming
+from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.pickles import options
+from eg3d_rlhf.rlhf.phase import REWARD, RewardConfig
+from training import storage
+from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, check_knobs, knob
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What does not change what is trained."""
+
+    desc: str | None = knob(None, "Added to the run folder's name.", RUN, metavar="TEXT")
+    device: str = knob("auto", "Where to run.", RUN, choices=("auto", "cpu", "cuda"))
+    no_summary: bool = knob(False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The real images."""
+
+    data: str = knob("synthetic:heads64", "Images in EG3D's format.", DATA, metavar="ZIP|DIR|synthetic:heads64")
+    cond: bool = knob(True, "Use the camera labels (required by this generator).", DATA)
+    mirror: bool = knob(False, "Add mirrored images, with mirrored poses.", DATA)
+
+    def __post_init__(self):
+        if not self.cond:
+            raise ValueError("--cond: expected True, got False. Cameras come from the labels; a run without them is not possible.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """Which reward tunes, what watches it, and how."""
+
+    reward: str = knob("none", "What scores the generator.", REWARD, choices=("none", "sigma"))
+    reward_ckpt: str | None = knob(None, "Trained reward.", REWARD, metavar="FILE", shown="bundled")
+    reward_watch: str | None = knob(
+        None, "Second reward, never trained on, that must not fall while the first rises.", REWARD, metavar="FILE", shown="bundled"
+    )
+    terms: RewardConfig = RewardConfig()
+    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0002")
+    control: str | None = knob(
+        None, "Summary of the lambda_r = 0 run to quote.", REWARD, metavar="RUN|FILE", shown="recorded in assets, where it is one"
+    )
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a run of the GAN mode; JSON and flags are flat, since no name comes twice."""
+
+    task: str  # of PRESETS: what decided the defaults
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    net: NetworkConfig = NetworkConfig()
+    gan: GanConfig = GanConfig()
+    loop: LoopConfig = LoopConfig()
+    reward: RewardSettings = RewardSettings()
+
+    def to_dict(self) -> dict:
+        """Every knob by name, as JSON."""
+        return {"task": self.task, **_values(self)}
+
+    @classmethod
+    def of(cls, values: Mapping) -> "Settings":
+        """From values by name; what is missing has its default, what is no setting is left out."""
+        return _built(cls, values)
+
+    @classmethod
+    def recorded(cls, values: Mapping) -> "Settings":
+        """From the record of a run, of this version or an earlier one: names that it lacks get what its preset says.
+
+        Earlier versions wrote --mbstd-group without giving it to networks that --init named.
+        """
+        values = dict(values)
+        if "task" not in values:
+            values["task"] = task_of(values["init"], values["reward"])
+            if values["init"] != "scratch":
+                values["mbstd_group"] = None
+        return cls.of({**PRESETS[values["cfg"], values["task"]], **values})
+
+    def changed(self, **values) -> "Settings":
+        """A copy with other values, by name."""
+        return Settings.recorded({**self.to_dict(), **values})
+
+    @property
+    def name(self) -> str:
+        """EG3D's naming: cfg-dataset-batchB-gammaX, with the reward's weight and --desc."""
+        dataset = Path(self.data.data.replace(":", "-").split("@")[0]).stem
+        name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
+        if self.reward.reward == "sigma":
+            name += f"-sigma-lambda{self.reward.terms.lambda_r:g}"
+        return name + (f"-{self.run.desc}" if self.run.desc else "")
+
+
+GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings)  # in the order of --help
+
+
+def _values(settings: Any) -> dict:
+    found: dict = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= _values(value)
+        elif "knob" in field.metadata:
+            found[field.name] = value
+    return found
+
+
+def _built(kind: type, values: Mapping) -> Any:
+    given = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.default):
+            given[field.name] = _built(type(field.default), values)
+        elif field.name in values:
+            given[field.name] = values[field.name]
+    return kind(**given)
+
+
+# Presets: what differs from the fields' own defaults, a row for each (family, task). None: the flag is required, or follows another.
+
+SCRATCH, TUNING, REWARDED = "scratch", "tuning", "reward"
+_START = {"ema_rampup": 0.05, "ada_kimg": 500.0, "ema_kimg": None, "rlr": None, "gen_pose_cond": False}
+_LOADED = {**_START, "ema_rampup": None, "ada_kimg": 100.0, "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0, "kimg": 2500.0, "batch": 32}
+_PAPER = {**_LOADED, "kimg": 20.0, "batch": 16, "tick": 1.0, "snap": 5}
+_HEADS = {"cbase": 2048, "cmax": 64, "plane_layout": "fixed", "anchor_resolution": 32, "nrr_initial": 32}
+_HEADS_TUNING = {
+    **_LOADED, **_HEADS, "gamma": 0.3, "kimg": 0.24, "batch": 8, "glr": 2e-5, "dlr": 1e-4, "rlr": 2e-4, "start": "G_ema", "tick": 0.06,
+    "snap": 0, "ema_kimg": 0.1,
+}
+PRESETS: dict[tuple[str, str], dict] = {
+    ("ffhq", SCRATCH): {**_START, "gamma": None, "batch": None},
+    ("afhq", SCRATCH): {**_START, "gamma": None, "batch": None},
+    ("shapenet", SCRATCH): {**_START, "gamma": None, "batch": None},
+    ("heads64", SCRATCH): {
+        **_START, **_HEADS, "gamma": 0.2, "gpc_reg_fade_kimg": 5.0, "blur_fade_kimg": 1.0, "kimg": 18.0, "batch": 4, "tick": 0.5, "snap": 4,
+        "ema_kimg": 1.0, "sphere_init": 0.25,
+    },
+    ("ffhq", TUNING): {**_LOADED, "gamma": 1.0},
+    ("afhq", TUNING): {**_LOADED, "gamma": 5.0, "aug": "ada"},
+    ("shapenet", TUNING): {**_LOADED, "gamma": 0.3},
+    ("heads64", TUNING): _HEADS_TUNING,
+    ("ffhq", REWARDED): {**_PAPER, "gamma": 20.0},
+    ("afhq", REWARDED): {**_PAPER, "gamma": 5.0, "aug": "ada"},
+    ("shapenet", REWARDED): {**_PAPER, "gamma": 0.3},
+    ("heads64", REWARDED): _HEADS_TUNING,
+}
+BY_PRESET = {name: "by preset" for row in PRESETS.values() for name in row}
+
+
+def task_of(init: str, reward: str) -> str:
+    """Which row applies."""
+    return SCRATCH if init == "scratch" else TUNING if reward == "none" else REWARDED
+
+
+def resolve(flags: Mapping) -> Settings:
+    """The settings that flags (None: not given), the preset's row and the file that --init names decide.
+
+    Raises: ValueError, one line per mistake, naming the flag.
+    """
+    given = {k: v for k, v in flags.items() if v is not None}
+    cfg, reward = given.setdefault("cfg", "heads64"), given.get("reward", "none")
+    if cfg != "heads64" and "data" not in given:
+        raise ValueError(f"--data: expected a dataset for --cfg={cfg}, got nothing. Name a zip or folder in EG3D's format.")
+    init = given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
+    task = task_of(init, reward)
+    if reward == "sigma":
+        if init == "scratch":
+            raise ValueError("--reward=sigma: expected pretrained networks, got --init=scratch. Name a network file or use --init=bundled.")
+        if given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
+            given.setdefault("reward_watch", str(bundled.WATCH))
+    if Path(init).is_dir():  # its newest network now, which a resume will look for
+        with naming("--init"):
+            init = given["init"] = str(find_network(init))
+    found = {} if init == "scratch" else network_facts(None if init == "bundled" else init)
+    values = {"task": task, **PRESETS[cfg, task], **found, **given}
+    for name in ("gamma", "batch"):
+        if values[name] is None:
+            raise ValueError(f"--{name}: expected a value for --cfg={cfg}, got nothing. Published runs used --gamma=1 --batch=32.")
+    if values["ema_kimg"] is None:
+        values["ema_kimg"] = values["batch"] * 10 / 32
+    if cfg != "heads64":  # as EG3D scales its flag
+        values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * values["batch"] / 32
+    values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
+    control = given.get("control")
+    if control is not None and not Path(control).exists():
+        raise ValueError(f"--control: expected a run folder or its summary.json, got nothing at {control}. Check the path.")
+    return Settings.of(values)
+
+
+def network_facts(source: str | None) -> dict:
+    """Settings that a network file brings: rendered resolution, conditioning on the camera, minibatch-std group. None: the bundled one.
+
+    Raises: ValueError naming --init.
+    """
+    with naming("--init"):
+        path = find_network(source)
+        if path.suffix.lower() == ".pkl":
+            snapshot = pickles.read(path)
+            plans = pickles.plan(snapshot)
+            G, D = plans["G_ema"].kwargs, plans["D"].kwargs if "D" in plans else None
+            rendered = options.neural_rendering_resolution(snapshot.networks["G_ema"])
+        else:
+            meta = storage.read_meta(path, "network")
+            G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta["neural_rendering_resolution"]
+    group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
+    conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
+    return {"nrr_initial": rendered, "gen_pose_cond": conditioned, "mbstd_group": group}
+
+
+_FRESH = (  # what only fresh networks can follow
+    "cbase", "cmax", "plane_layout", "map_depth", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
+    "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "sphere_init",
+)
+
+
+def without_effect(flags: Mapping, settings: Settings) -> list[str]:
+    """Flags that were given and that the networks of --init do not follow."""
+    return [] if settings.task == SCRATCH else ["--" + name.replace("_", "-") for name in _FRESH if flags.get(name) is not None]
+
+
+def input_files(s: Settings) -> dict[str, Path]:
+    """The files that a run starts from, by what they are; runs record and compare their hashes."""
+    files = {} if s.net.init == "scratch" else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
+    if s.reward.reward == "sigma":
+        named = {"reward": s.reward.reward_ckpt, "watch": s.reward.reward_watch}
+        files |= {name: Path(path) for name, path in named.items() if path is not None}
+    return files
+
 
 # What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
 _NOT_THE_CONTROLS = {
     "lambda_r", "lambda_sigma", "lambda_front", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch", "rlr", "anchor_resolution",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
-    "hashes",
+    "hashes", "task",
 }
 
 

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf import experiment
+from eg3d_rlhf.settings import resolve
 from tests import tiny_runs
 
 FLAGS = """
@@ -33,7 +34,7 @@ def test_the_flags_are_frozen():
 def test_help_lists_every_flag_in_its_group():
     text = run("--help").stdout
     assert [flag for flag in FLAGS if flag not in text] == []
-    for title in (train.RUN, train.DATA, train.NET, train.GAN, train.OPT, train.REWARD, train.EG3D):
+    for title in train.TITLES:
         assert f"{title}:\n" in text
 
 
@@ -185,8 +186,7 @@ def test_rendering_above_what_the_super_resolution_takes(tmp_path):
 
 def test_freezing_applies_to_loaded_networks(tiny_data, tiny_networks, tmp_path):
     flags = tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, "--freezed=2")
-    settings = experiment.resolve(train.main.make_context("train", flags).params)
-    D = experiment.open_networks(settings, experiment.open_dataset(settings)).D
+    D = experiment.open_networks(resolve(train.main.make_context("train", flags).params), tiny_runs.RESOLUTION).D
     assert "b32.conv0.weight" in dict(D.named_buffers()) and "b32.conv1.weight" in dict(D.named_parameters())
 
 
@@ -215,9 +215,6 @@ def test_runs_are_numbered(tmp_path):
     assert train.next_run_dir(tmp_path / "new", "x").name == "00000-x"
 
 
-def test_flags_that_existing_networks_cannot_follow_are_named(capsys):
-    settings = {**experiment.ARCHITECTURE, "cbase": 2048, "cmax": 64, "plane_layout": "fixed", "cfg": "heads64", "init": "bundled"}
-    experiment.warn_ignored(settings)
-    assert capsys.readouterr().err == ""
-    experiment.warn_ignored({**settings, "map_depth": 8, "cmax": 32})
-    assert "--map-depth, --cmax ignored" in capsys.readouterr().err
+def test_flags_that_existing_networks_cannot_follow_are_named():
+    assert run("-n").stderr == "" and run("-n", "--init=scratch", "--map-depth=8").stderr == ""
+    assert "--cmax, --map-depth ignored" in run("-n", "--map-depth=8", "--cmax=64").stderr

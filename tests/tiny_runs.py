@@ -13,24 +13,23 @@ import torch
 from click.testing import CliRunner
 
 import train
+from eg3d_rlhf.run.run import Run
 from training import networks
-from training.config import LoopConfig, OptimizerConfig, networks_for
+from training.config import GanConfig, LoopConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset
 from training.distributed import SINGLE
-from training.gan_phases import Batch, GanConfig, GanPhases
-from training.loop import TrainingLoop, gan_phases
+from training.gan import Gan
+from training.gan_phases import Batch, GanPhases
+from training.loop import TrainingLoop
 from training.rendering.cameras import FFHQ_FOCAL, LookAtPoseSampler, intrinsics_matrix, pack_label
 
 RESOLUTION, COUNT, RENDERED = 32, 24, 8
-OVERRIDE = {
-    "cbase": 256, "cmax": 8, "map_depth": 2, "mbstd_group": 4, "freezed": 0, "sr_module": None, "sr_num_fp16_res": 0, "g_num_fp16_res": 0,
-    "d_num_fp16_res": 0, "c_scale": 1.0, "disc_c_noise": 0.0, "sr_noise_mode": "none", "decoder_lr_mul": 1.0, "plane_layout": "fixed",
-}
+NET = {"cbase": 256, "cmax": 8, "sr_num_fp16_res": 0, "d_num_fp16_res": 0, "plane_layout": "fixed"}
 GAN = {
-    "r1_gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05,
-    "neural_rendering_resolution_initial": RENDERED,
+    "gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05, "nrr_initial": RENDERED, "glr": 0.002,
+    "ema_kimg": 0.02, "d_reg_interval": 2, "density_reg_every": 2, "grid": (2, 1),
 }
-LOOP = {"batch": 4, "total_kimg": 0.032, "kimg_per_tick": 0.016, "ema_kimg": 0.02, "d_reg_interval": 2, "g_reg_interval": 2, "grid": (2, 1)}
+LOOP = {"batch": 4, "kimg": 0.032, "tick": 0.016}
 
 
 def write_dataset(path: Path, resolution: int = RESOLUTION, mode: str = "RGB") -> Path:
@@ -54,7 +53,7 @@ def write_dataset(path: Path, resolution: int = RESOLUTION, mode: str = "RGB") -
 
 def build_networks(gan: GanConfig | None = None, seed: int = 0, **override) -> networks.Networks:
     """Fresh tiny networks."""
-    G, D = networks_for("heads64", RESOLUTION, gan or GanConfig(**GAN), **{**OVERRIDE, **override})
+    G, D = networks_for(NetworkConfig(**{**NET, **override}), RESOLUTION, gan or GanConfig(**GAN))
     G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
     G["sr_kwargs"]["block_channels"] = [8, 8]
     G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=RENDERED)
@@ -68,11 +67,10 @@ def build_loop(
     """A loop over the four GAN phases and `phases` (a function of the networks that returns more of them)."""
     gan_config, config = GanConfig(**{**GAN, **(gan or {})}), LoopConfig(**{**LOOP, **(loop or {})})
     nets = nets or build_networks(gan_config)
-    terms = GanPhases(nets.G, nets.D, gan_config, augment_pipe)
-    all_phases = gan_phases(terms, OptimizerConfig(lr=0.002), OptimizerConfig(lr=0.002), config)
+    all_phases = GanPhases(nets.G, nets.D, gan_config, augment_pipe).phases()
     all_phases += phases(nets) if callable(phases) else list(phases)
-    dataset = ImageFolderDataset(data, c_dim=25)
-    return TrainingLoop(nets, dataset, all_phases, config, run_dir, augment_pipe=augment_pipe, ranks=ranks)
+    subject = Gan(nets, ImageFolderDataset(data, c_dim=25), gan_config, config, augment_pipe=augment_pipe, ranks=ranks)
+    return TrainingLoop(subject, all_phases, config, Run(run_dir, {}, ranks=ranks), ranks=ranks)
 
 
 def batch(data: Path, n: int = 4, cur_nimg: int = 0, seed: int = 0) -> Batch:

@@ -26,7 +26,7 @@ from eg3d_rlhf.evaluation.sweep_runs import Cell, Training, begun, finished, gri
 from eg3d_rlhf.generators import find_network  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports.page import write_page  # noqa: E402
-from training.signals import sigterm_interrupts  # noqa: E402
+from eg3d_rlhf.run.process import sigterm_interrupts  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 

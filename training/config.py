@@ -4,10 +4,14 @@ A preset is a table row: what differs between FFHQ, AFHQ, ShapeNet and the bundl
 """
 
 import dataclasses
+import operator
 import types
 import typing
 
-from training.gan_phases import GanConfig
+from training.gan_loss import REG_TYPES
+
+RUN, DATA, NET = "Run", "Data", "Networks"  # titles under which --help lists flags
+GAN, OPT = "GAN losses and schedule", "Optimisation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,7 @@ class Knob:
     below: float | None = None  # the value must be smaller
     flags: tuple[str, ...] = ()  # further spellings; the first one is --<name with dashes>
     shown: str | None = None  # the default in words, where the field's is not what applies
+    flag: bool = True  # False: recorded with the others, and decided by presets alone
 
 
 def knob(default: object, help: str, group: str, **more) -> typing.Any:
@@ -60,60 +65,110 @@ def check_knobs(settings: object) -> None:
         if k is None or value is None:
             continue
         if k.choices is not None and value not in k.choices:
-            raise ValueError(f"{field.name}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them.")
-        for limit, sign, holds in ((k.low, ">=", k.low is None or value >= k.low), (k.high, "<=", k.high is None or value <= k.high),
-                                   (k.above, ">", k.above is None or value > k.above), (k.below, "<", k.below is None or value < k.below)):
-            if not holds:
+            flag = "--" + field.name.replace("_", "-")
+            raise ValueError(f"{flag}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them.")
+        limits = ((k.low, ">=", operator.ge), (k.high, "<=", operator.le), (k.above, ">", operator.gt), (k.below, "<", operator.lt))
+        for limit, sign, holds in limits:
+            if limit is not None and not holds(value, limit):
                 raise ValueError(f"{field.name} must be {sign} {limit:g}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adam, before the correction for lazy regularisation."""
+class LoopConfig:
+    """The training loop, whatever it trains."""
 
-    lr: float  # learning rate, > 0
-    beta1: float = 0.0
-    beta2: float = 0.99
-    eps: float = 1e-8
+    kimg: float = knob(25000.0, "Length.", OPT, metavar="KIMG", above=0)
+    batch: int = knob(4, "Images per iteration.", OPT, low=1)
+    batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch")
+    tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0)
+    snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0)
+    checkpoint_ticks: int = knob(1, "Resumable state interval.", OPT, metavar="TICKS", low=1)
+    seed: int = knob(0, "Of everything random.", RUN, low=0)
 
     def __post_init__(self):
-        if not self.lr > 0:
-            raise ValueError(f"lr must be > 0, got {self.lr}")
+        check_knobs(self)
+        if self.batch_gpu is not None and self.batch % self.batch_gpu:
+            raise ValueError(f"--batch-gpu: expected a divisor of --batch={self.batch}, got {self.batch_gpu}. Choose one that divides it.")
+
+    def tag(self, cur_nimg: int) -> str:
+        """What tells a run's snapshots apart in their names: thousands of images, as EG3D has it, and the images themselves where several
+        snapshots fall into one thousand."""
+        close = 0 < self.tick * self.snap < 1
+        return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if close else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """The training loop."""
+class GanConfig:
+    """The GAN game: losses, what fades with the images seen, optimisers, moving average, augmentation."""
 
-    batch: int = 4  # images per iteration
-    batch_gpu: int | None = None  # images per forward pass; None = batch
-    total_kimg: float = 25000.0  # thousands of images
-    kimg_per_tick: float = 4.0
-    snapshot_ticks: int = 50  # network and image snapshots every this many ticks; 0 = at the end only
-    checkpoint_ticks: int = 1  # resumable state every this many ticks
-    ema_kimg: float = 10.0  # half-life of the moving average
+    gamma: float = knob(10.0, "R1 weight.", GAN, low=0)
+    aug: str = knob("noaug", "Augmentation of D's inputs.", GAN, choices=("noaug", "ada", "fixed"))
+    p: float = knob(0.2, "Probability for --aug=fixed.", GAN, low=0, high=1)
+    target: float = knob(0.6, "Target of sign(D(real)) for --aug=ada.", GAN, low=0, high=1)
+    style_mixing_prob: float = knob(0.0, "Probability of style mixing.", GAN, low=0, high=1)
+    gen_pose_cond: bool = knob(True, "Condition G on the camera.", GAN, shown="False; with --init: as the network is")
+    gpc_reg_prob: float = knob(0.5, "Probability of swapping the conditioning camera.", GAN, low=0, high=1)
+    gpc_reg_fade_kimg: float = knob(1000.0, "Fade from 1.", GAN, metavar="KIMG", low=0)
+    blur_fade_kimg: float = knob(200.0, "Blur fade.", GAN, metavar="KIMG", low=0)
+    nrr_initial: int = knob(
+        64, "Rendered resolution.", GAN, metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-initial",),
+        shown="64; heads64: 32; with --init: the network's",
+    )
+    nrr_final: int | None = knob(
+        None, "Rendered resolution after the fade.", GAN, metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-final",)
+    )
+    nrr_fade_kimg: float = knob(1000.0, "Its fade.", GAN, metavar="KIMG", low=0, flags=("--neural-rendering-resolution-fade-kimg",))
+    density_reg: float = knob(0.25, "Density regularisation weight; 0: off.", GAN, low=0)
+    density_reg_every: int = knob(4, "Its interval.", GAN, metavar="ITERATIONS", low=1)
+    density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
+    reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
+    glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
+    dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
+    ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1")
+    amp: str = knob(
+        "off", "bf16: main phases in bfloat16 (autocast); weights, losses, R1, density and rendering stay in float32.", OPT,
+        choices=("off", "bf16"),
+    )
     ema_rampup: float | None = 0.05  # limit the half-life to this share of the images seen; None = no ramp
-    g_reg_interval: int = 4  # iterations between density regularisations
+    ada_kimg: float = 500.0  # images over which augmentation may grow by 1
+    ada_interval: int = 4  # iterations between its steps
     d_reg_interval: int = 16  # iterations between R1
-    ada_target: float | None = None  # target of mean sign(D(real)); None = augmentation strength is fixed
-    ada_interval: int = 4
-    ada_kimg: float = 500.0
-    augment_p: float = 0.0  # initial augmentation probability
-    seed: int = 0
+    blur_init_sigma: float = 10.0  # pixels
+    dual_discrimination: bool = True
+    filter_mode: str = "antialiased"
     grid: tuple[int, int] = (8, 4)  # columns and rows of image snapshots
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch must be >= 1, got {self.batch}")
-        if self.batch_gpu is not None and (self.batch_gpu < 1 or self.batch % self.batch_gpu):
-            raise ValueError(f"batch_gpu must divide batch = {self.batch}, got {self.batch_gpu}")
-        if self.total_kimg <= 0:
-            raise ValueError(f"total_kimg must be > 0, got {self.total_kimg}")
-        if self.kimg_per_tick <= 0:
-            raise ValueError(f"kimg_per_tick must be > 0, got {self.kimg_per_tick}")
-        if self.g_reg_interval < 1 or self.d_reg_interval < 1:
-            raise ValueError("regularisation intervals must be >= 1")
+        check_knobs(self)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Which networks: a preset's, or those of a file."""
+
+    cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
+    init: str = knob(
+        "scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch"
+    )
+    start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"))
+    sphere_init: float = knob(0.0, "From scratch, start from a solid sphere; 0: off.", NET, metavar="RADIUS", low=0)
+    cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
+    cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)
+    map_depth: int = knob(2, "Layers of G's mapping network.", NET, low=1)
+    mbstd_group: int | None = knob(4, "Minibatch-std group size.", NET, low=1, shown="4; with --init: the network's")
+    freezed: int = knob(0, "Freeze the first layers of D.", NET, metavar="LAYERS", low=0)
+    plane_layout: str = knob("eg3d", "Third plane.", NET, choices=("eg3d", "fixed"))
+    sr_module: str | None = knob(None, "Super-resolution module.", NET, metavar="CLASS", shown="by resolution")
+    sr_noise_mode: str = knob("none", "Noise in super-resolution.", NET, choices=("random", "none"))
+    sr_num_fp16_res: int = knob(4, "Half precision in super-resolution (CUDA).", NET, low=0)
+    g_num_fp16_res: int = knob(0, "Half-precision resolutions of the backbone (CUDA).", NET, low=0)
+    d_num_fp16_res: int = knob(4, "Half-precision resolutions of D (CUDA).", NET, low=0)
+    c_scale: float = knob(1.0, "Scale of the conditioning label.", NET)
+    disc_c_noise: float = knob(0.0, "Label noise for D, in label standard deviations.", NET, low=0)
+    decoder_lr_mul: float = knob(1.0, "Learning-rate multiplier.", NET, above=0)
+
+    def __post_init__(self):
+        check_knobs(self)
 
 
 _RENDERING = {
@@ -136,50 +191,39 @@ FAMILIES = {"ffhq": _FACES, "afhq": {**_FACES, "avg_camera_pivot": [0, 0, -0.06]
 SR_BY_RESOLUTION = {512: "SuperresolutionHybrid8XDC", 256: "SuperresolutionHybrid4X", 128: "SuperresolutionHybrid2X"}
 
 
-def snapshot_tag(cur_nimg: int, config: LoopConfig) -> str:
-    """What tells a run's snapshots apart in their names: thousands of images, as EG3D has it, and the images themselves where several
-    snapshots fall into one thousand."""
-    close = 0 < config.kimg_per_tick * config.snapshot_ticks < 1
-    return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if close else "")
+def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[dict, dict]:
+    """Constructor arguments of fresh G and D for images of `resolution` pixels.
 
-
-def networks_for(cfg: str, resolution: int, gan: GanConfig, **override) -> tuple[dict, dict]:
-    """Constructor arguments of G and D.
-
-    Args:
-        cfg: a name in FAMILIES; resolution: pixels of the data.
-        override: cbase, cmax, map_depth, mbstd_group, freezed, sr_module, sr_num_fp16_res, g_num_fp16_res, d_num_fp16_res, c_scale,
-            disc_c_noise, sr_noise_mode, decoder_lr_mul, plane_layout.
     Raises: ValueError where no super-resolution module fits.
     """
-    small = cfg == "heads64"
+    small = net.cfg == "heads64"
     rendering = {
-        **_RENDERING, **FAMILIES[cfg], "image_resolution": resolution, "c_gen_conditioning_zero": gan.gpc_reg_prob is None,
-        "gpc_reg_prob": gan.gpc_reg_prob, "density_reg": gan.density_reg, "density_reg_p_dist": gan.density_reg_p_dist,
-        "reg_type": gan.reg_type, "c_scale": override["c_scale"], "superresolution_noise_mode": override["sr_noise_mode"],
-        "decoder_lr_mul": override["decoder_lr_mul"],
+        **_RENDERING, **FAMILIES[net.cfg], "image_resolution": resolution, "c_gen_conditioning_zero": not gan.gen_pose_cond,
+        "gpc_reg_prob": gan.gpc_reg_prob if gan.gen_pose_cond else None, "density_reg": gan.density_reg,
+        "density_reg_p_dist": gan.density_reg_p_dist, "reg_type": gan.reg_type, "c_scale": net.c_scale,
+        "superresolution_noise_mode": net.sr_noise_mode, "decoder_lr_mul": net.decoder_lr_mul,
     }
-    sr_module = override["sr_module"] or ("SuperresolutionHybrid2X" if small else SR_BY_RESOLUTION.get(resolution))
+    sr_module = net.sr_module or ("SuperresolutionHybrid2X" if small else SR_BY_RESOLUTION.get(resolution))
     if sr_module is None:
-        known = ", ".join(str(r) for r in SR_BY_RESOLUTION)
-        raise ValueError(f"--data: expected images of {known} pixels for --cfg={cfg}, got {resolution}. Resize them or name --sr-module.")
+        known = f"{', '.join(str(r) for r in SR_BY_RESOLUTION)} pixels for --cfg={net.cfg}"
+        raise ValueError(f"--data: expected images of {known}, got {resolution}. Resize them or name --sr-module.")
     rendering["superresolution_module"] = f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
     dim = 128 if small else 512
-    channels = {"channel_base": override["cbase"], "channel_max": override["cmax"]}
+    channels = {"channel_base": net.cbase, "channel_max": net.cmax}
     sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if small else dict(channels)
     G = {
         "z_dim": 64 if small else 512, "c_dim": 25, "w_dim": dim, "img_resolution": resolution, "img_channels": 3,
-        "mapping_kwargs": {"num_layers": override["map_depth"]}, "rendering_kwargs": rendering, "conv_clamp": None,
-        "num_fp16_res": override["g_num_fp16_res"], "sr_num_fp16_res": override["sr_num_fp16_res"],
-        "fused_modconv_default": "inference_only", "plane_layout": override["plane_layout"],
+        "mapping_kwargs": {"num_layers": net.map_depth}, "rendering_kwargs": rendering, "conv_clamp": None,
+        "num_fp16_res": net.g_num_fp16_res, "sr_num_fp16_res": net.sr_num_fp16_res,
+        "fused_modconv_default": "inference_only", "plane_layout": net.plane_layout,
         "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"}, **channels,
     }
     if small:
         G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32)
     D = {  # a short run leaves no time for a camera embedding that learns at a hundredth of the rate: D would not see poses, G stay flat
-        "c_dim": 25, "img_resolution": resolution, "img_channels": 3, "block_kwargs": {"freeze_layers": override["freezed"]},
+        "c_dim": 25, "img_resolution": resolution, "img_channels": 3, "block_kwargs": {"freeze_layers": net.freezed},
         "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if small else {},
-        "epilogue_kwargs": {"mbstd_group_size": override["mbstd_group"]},
-        "disc_c_noise": override["disc_c_noise"], "num_fp16_res": override["d_num_fp16_res"], "conv_clamp": 256, **channels,
+        "epilogue_kwargs": {"mbstd_group_size": net.mbstd_group},
+        "disc_c_noise": net.disc_c_noise, "num_fp16_res": net.d_num_fp16_res, "conv_clamp": 256, **channels,
     }
     return G, D

@@ -10,36 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from training import gan_loss
+from training.config import GanConfig
 from training.discriminator import filtered_resizing
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GanConfig:
-    """Settings of the GAN losses; names as EG3D's `loss_kwargs`."""
-
-    r1_gamma: float = 10.0  # R1 weight, >= 0
-    style_mixing_prob: float = 0.0  # 0..1
-    blur_init_sigma: float = 10.0  # pixels
-    blur_fade_kimg: float = 200.0  # thousands of images
-    gpc_reg_prob: float | None = 0.5  # probability of a swapped conditioning camera; None conditions on zeros
-    gpc_reg_fade_kimg: float = 1000.0
-    dual_discrimination: bool = True
-    filter_mode: str = "antialiased"
-    neural_rendering_resolution_initial: int = 64  # pixels
-    neural_rendering_resolution_final: int | None = None
-    neural_rendering_resolution_fade_kimg: float = 1000.0
-    density_reg: float = 0.25  # weight; 0 switches Greg off
-    density_reg_p_dist: float = 0.004  # world units
-    reg_type: str = "l1"
-    amp: bool = False  # networks of the main phases in bfloat16 where autocast says so; losses, R1, density and rendering stay in float32
-
-    def __post_init__(self):
-        if self.r1_gamma < 0:
-            raise ValueError(f"r1_gamma must be >= 0, got {self.r1_gamma}")
-        if not 0 <= self.style_mixing_prob <= 1:
-            raise ValueError(f"style_mixing_prob must be in 0..1, got {self.style_mixing_prob}")
-        if self.reg_type not in gan_loss.REG_TYPES:
-            raise ValueError(f"reg_type: expected one of {', '.join(gan_loss.REG_TYPES)}, got {self.reg_type!r}")
+from training.phases import Loss, Phase, lazy_adam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +32,13 @@ def schedule(config: GanConfig, cur_nimg: int) -> Schedule:
 
     sigma = max(1 - progress(config.blur_fade_kimg), 0.0) * config.blur_init_sigma if config.blur_fade_kimg > 0 else 0.0
     swap = None
-    if config.gpc_reg_prob is not None:
+    if config.gen_pose_cond:
         alpha = progress(config.gpc_reg_fade_kimg)
         swap = (1 - alpha) + alpha * config.gpc_reg_prob
-    resolution = config.neural_rendering_resolution_initial
-    if config.neural_rendering_resolution_final is not None:
-        alpha = progress(config.neural_rendering_resolution_fade_kimg)
-        resolution = round(resolution * (1 - alpha) + config.neural_rendering_resolution_final * alpha)
+    resolution = config.nrr_initial
+    if config.nrr_final is not None:
+        alpha = progress(config.nrr_fade_kimg)
+        resolution = round(resolution * (1 - alpha) + config.nrr_final * alpha)
     return Schedule(sigma, swap, resolution)
 
 
@@ -84,14 +57,6 @@ class Batch:
     def neighbour_c(self) -> torch.Tensor:
         """The camera [N, K] that each sample's generator is conditioned on where cameras are swapped."""
         return torch.roll(self.gen_c, 1, 0) if self.swap_c is None else self.swap_c
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """One term of a phase: the loop takes its mean, scales by the phase's gain and runs backward before asking for the next."""
-
-    value: torch.Tensor  # [N]
-    stats: dict[str, torch.Tensor]  # name -> values to average
 
 
 class GanPhases:
@@ -135,7 +100,7 @@ class GanPhases:
 
     def _mixed(self, device: torch.device, on: bool = True):
         """Autocast to bfloat16 where the settings ask for it."""
-        return torch.autocast(device.type, torch.bfloat16) if self.config.amp and on else contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16) if self.config.amp == "bf16" and on else contextlib.nullcontext()
 
     def run_D(
         self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float, mixed: bool = True
@@ -212,6 +177,19 @@ class GanPhases:
         sched = schedule(self.config, batch.cur_nimg)
         logits, fed = self.run_D(self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma, mixed=False)
         penalty = gan_loss.r1_penalty(logits, *fed)
-        loss = penalty * (self.config.r1_gamma / 2)
+        loss = penalty * (self.config.gamma / 2)
         stats = {"Loss/scores/real": logits, "Loss/signs/real": logits.sign(), "Loss/r1_penalty": penalty, "Loss/D/reg": loss}
         yield Loss(loss, stats)
+
+    def phases(self) -> list[Phase]:
+        """Gmain, Greg, Dmain, Dreg; without density regularisation there is no Greg and no correction of G's optimizer."""
+        config, G, D = self.config, self.G, self.D
+        every = config.density_reg_every if config.density_reg > 0 else None
+        G_adam, D_adam = lazy_adam(G, config.glr, every), lazy_adam(D, config.dlr, config.d_reg_interval)
+        phases = [Phase(name="Gmain" if every else "Gboth", module=G, optimizer=G_adam, losses=self.g_main)]
+        if every:
+            phases.append(Phase(name="Greg", module=G, optimizer=G_adam, losses=self.g_reg, interval=every, gain=every))
+        every = config.d_reg_interval
+        phases.append(Phase(name="Dmain", module=D, optimizer=D_adam, losses=self.d_main))
+        phases.append(Phase(name="Dreg", module=D, optimizer=D_adam, losses=self.d_reg, interval=every, gain=every))
+        return phases

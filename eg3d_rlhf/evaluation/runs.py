@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from eg3d_rlhf.run_folder import OPTIONS
+from eg3d_rlhf.run.run import OPTIONS
 from training.storage import read_meta
 
 _KIMG = re.compile(r"network-snapshot-(\d{6})")

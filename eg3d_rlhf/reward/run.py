@@ -19,10 +19,10 @@ from eg3d_rlhf.reward.files import Reward, save_reward
 from eg3d_rlhf.reward.label_source import keep_labels, read_labels_of, source_name
 from eg3d_rlhf.reward.slabs import SlabStore, cache_name, generator_slabs
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
+from eg3d_rlhf.run.process import RunLock
 from eg3d_rlhf.seeds import refuse_held_out
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.distributed import SINGLE, Ranks, launch_identity, leave
-from training.run_lock import RunLock
 from training.storage import write_atomic
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"

@@ -23,8 +23,8 @@ from eg3d_rlhf.reward.evaluation import log_loss, margins
 from eg3d_rlhf.reward.model import RewardModel
 from eg3d_rlhf.reward.shared import Share, StoppedError, shared_scores
 from eg3d_rlhf.reward.slabs import SlabStore
+from eg3d_rlhf.run.process import StopRequest
 from training.distributed import SINGLE, Ranks
-from training.signals import StopRequest
 from training.storage import checksum, write_atomic
 
 

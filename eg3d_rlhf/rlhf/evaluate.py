@@ -196,10 +196,10 @@ def finish(e: Evaluation, loop, started: float) -> dict:
     from eg3d_rlhf.reports.summary import print_summary, write_pictures
 
     print("Comparing before and after on held-out latents (about a minute on 2 cores).", flush=True)
-    after = loop.nets.G_ema
+    after = loop.subject.nets.G_ema
     record = summarise(e, after, loop.cur_nimg)
     record["seconds"] = time.time() - started
-    storage.write_atomic(loop.run_dir / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    write_pictures(e.before, after, loop.run_dir, record)
-    print_summary(record, loop.run_dir)
+    storage.write_atomic(loop.files.folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
+    write_pictures(e.before, after, loop.files.folder, record)
+    print_summary(record, loop.files.folder)
     return record

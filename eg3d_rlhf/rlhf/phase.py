@@ -16,9 +16,11 @@ from eg3d_rlhf.rlhf.shaping import SHAPINGS, clip_bounds, make_shaping, parse_cl
 from eg3d_rlhf.seeds import CALIBRATION
 from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
-from training.gan_phases import Batch, Loss
-from training.loop import Phase
+from training.config import check_knobs, knob
+from training.gan_phases import Batch
+from training.phases import Loss, Phase
 
+REWARD = "Reward fine-tuning"  # title of its flags
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
 
 
@@ -26,22 +28,18 @@ CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
 class RewardConfig:
     """Settings of the reward phase."""
 
-    lambda_r: float = 10.0  # reward weight, >= 0
-    lambda_sigma: float = 0.01  # density consistency weight, >= 0
-    lambda_front: float = 0.0  # front-growth weight, >= 0
-    clip: str = "-10,10"  # trust region of the shaped reward: LOW,HIGH | iqr | none
-    shaping: str = "none"  # see shaping.SHAPINGS
+    lambda_r: float = knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0)
+    lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
+    lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0)
+    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
+    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
+    anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
     truncation_psi: float = 1.0  # of the samples that are scored
     anchor_psi: float = 0.7  # of the samples that are held to the reference
-    anchor_resolution: int = 64  # grid points per edge of the whole cube
 
     def __post_init__(self):
-        for name in ("lambda_r", "lambda_sigma", "lambda_front"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.shaping not in SHAPINGS:
-            raise ValueError(f"--reward-shaping: expected one of {', '.join(SHAPINGS)}, got {self.shaping!r}.")
-        parse_clip(self.clip)
+        check_knobs(self)
+        parse_clip(self.reward_clip)
 
 
 class RewardPhaseState(torch.nn.Module):
@@ -71,7 +69,7 @@ class RewardTerms:
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.cube = SlabSpec.cube(config.anchor_resolution, G.rendering_kwargs["box_warp"])
         scores, shaped, shaping = self._calibrate(G_ref)
-        self.state = RewardPhaseState(G_ref, shaping, clip_bounds(config.clip, shaped))
+        self.state = RewardPhaseState(G_ref, shaping, clip_bounds(config.reward_clip, shaped))
         self.initial_scores = scores
 
     @torch.no_grad()
@@ -83,7 +81,7 @@ class RewardTerms:
         ]
         embeddings = torch.cat([self.reward.embed(s) for s in slabs])
         scores = torch.cat([self.reward.score(s) for s in slabs])
-        shaping = make_shaping(self.config.shaping, scores, embeddings).to(device)
+        shaping = make_shaping(self.config.reward_shaping, scores, embeddings).to(device)
         shaped = torch.cat([copy.deepcopy(shaping)(self.reward, s)[0] for s in slabs])
         return scores, shaped, shaping
 

@@ -38,7 +38,7 @@ class Watch:
     def __call__(self, loop, stats: dict) -> dict[str, str]:
         """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the status line."""
         fields = {}
-        for name, values in self._values(loop.nets.G_ema).items():
+        for name, values in self._values(loop.subject.nets.G_ema).items():
             delta = values - self.initial[name]
             stats[f"Watch/{name}"] = {"num": len(delta), "mean": float(delta.mean()), "std": float(delta.std())}
             fields[name] = f"{delta.mean():+.3f}"

@@ -83,9 +83,11 @@ class Run:
         """
         before = recorded(self.folder) if self.ranks.main else {}
         for name, expected in before.get("hashes", {}).items():
-            if name in self.inputs and (got := file_hash(self.inputs[name])) != expected:
+            path = Path(self.inputs.get(name, ""))
+            got = file_hash(path) if path.is_file() else "nothing"
+            if name in self.inputs and got != expected:
                 raise ValueError(
-                    f"--resume: {name} {self.inputs[name]}: expected the bytes that the run was begun with ({expected[:12]}...), got "
+                    f"--resume: {name} {path}: expected the bytes that the run was begun with ({expected[:12]}...), got "
                     f"others ({got[:12]}...). Restore the file, or start a new run."
                 )
         old, new = _flat({k: v for k, v in before.items() if k not in _OURS}), _flat(json.loads(json.dumps(self.settings)))

@@ -20,9 +20,12 @@ def loss_cases() -> list[tuple[str, str]]:
 
 
 def gan_config(case: dict, rendering_kwargs: dict) -> GanConfig:
-    kwargs = dict(case["loss_kwargs"])
-    for key in ("density_reg", "density_reg_p_dist", "reg_type"):
-        kwargs[key] = rendering_kwargs[key]
+    """EG3D's names to ours."""
+    names = {"r1_gamma": "gamma", **{f"neural_rendering_resolution_{k}": f"nrr_{k}" for k in ("initial", "final", "fade_kimg")}}
+    kwargs = {names.get(key, key): value for key, value in case["loss_kwargs"].items()}
+    kwargs |= {key: rendering_kwargs[key] for key in ("density_reg", "density_reg_p_dist", "reg_type")}
+    if kwargs.get("gpc_reg_prob", 0.5) is None:
+        kwargs |= {"gpc_reg_prob": 0.5, "gen_pose_cond": False}
     return GanConfig(**kwargs)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.run_folder import OPTIONS
+from eg3d_rlhf.run.run import OPTIONS
 from tests import tiny_runs
 from training import networks
 

@@ -9,7 +9,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation import runs
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.run_folder import OPTIONS
+from eg3d_rlhf.run.run import OPTIONS
 from eg3d_rlhf.sigma.slab import sample_slab
 from tests.evaluation import comparisons
 

@@ -6,8 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf import bundled, experiment
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.rlhf.evaluate import control_figures
+from eg3d_rlhf.settings import Settings, input_files
 
 
 def settings(*flags: str) -> dict:
@@ -15,7 +17,7 @@ def settings(*flags: str) -> dict:
     result = CliRunner().invoke(train.main, ["-n", "--reward=sigma", *flags])
     assert result.exit_code == 0, result.stderr
     resolved = json.loads(result.stdout)
-    return {**resolved, "hashes": experiment.input_hashes(resolved)}
+    return {**resolved, "hashes": {name: file_hash(path) for name, path in input_files(Settings.of(resolved)).items()}}
 
 
 def test_the_recorded_control_is_that_of_the_demo():

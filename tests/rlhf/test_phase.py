@@ -1,13 +1,13 @@
 """The reward phase inside the loop, built as train.py builds it."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from eg3d_rlhf import experiment
+from eg3d_rlhf import settings as gan_settings
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.reward.files import load_reward
 from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms
@@ -26,10 +26,10 @@ def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
     """Resolved settings from train.py's flags; 'REWARD' stands for those that switch the reward on."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def resolve(*flags: str) -> dict:
+    def resolve(*flags: str) -> gan_settings.Settings:
         reward = [f"--reward-ckpt={tiny_reward}", f"--reward-watch={tiny_reward}", "--reward=sigma"] if "REWARD" in flags else []
         arguments = train_flags(tiny_data, tiny_networks, folder, *RUN, *reward, *[f for f in flags if f != "REWARD"])
-        return experiment.resolve(train.main.make_context("train", arguments).params)
+        return gan_settings.resolve(train.main.make_context("train", arguments).params)
 
     return resolve
 
@@ -49,8 +49,8 @@ def runs(settings, tmp_path_factory):
 
 
 def test_lambda_zero_is_the_gan_run_bit_for_bit(runs):
-    plain, zero, ten = (runs[name][0].loop for name in ("plain", "zero", "ten"))
-    assert plain.batch_idx == zero.batch_idx == 20
+    plain, zero, ten = (runs[name][0] for name in ("plain", "zero", "ten"))
+    assert plain.loop.batch_idx == zero.loop.batch_idx == 20
     for name in ("G", "D", "G_ema"):
         assert_same(state(getattr(plain.nets, name)), state(getattr(zero.nets, name)))
         differing = state(getattr(ten.nets, name))
@@ -79,10 +79,11 @@ def test_the_reference_never_changes(runs, tiny_networks):
 
 def test_the_reward_phase_moves_g_alone(settings, tmp_path):
     loop = experiment.build(settings("REWARD"), tmp_path).loop
-    nets, phase = loop.nets, loop.phases[-1]
+    nets, phase = loop.subject.nets, loop.phases[-1]
     before_G, before_D, before_ema = state(nets.G), state(nets.D), state(nets.G_ema)
-    real = tiny_runs.batch(Path(loop.options["data"]))
-    loop._run_phase(phase, real.real_img, real.real_c)
+    loop.subject.begin(0)
+    loop.subject.fetch()
+    loop._run_phase(phase)
     assert_same(before_D, state(nets.D))
     assert_same(before_ema, state(nets.G_ema))
     assert all(p.grad is None for p in nets.D.parameters())
@@ -107,7 +108,7 @@ def terms_of(parts, **config) -> RewardTerms:
 
 def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
     nets, reward, spec, batch = parts
-    terms = terms_of(parts, lambda_r=7.0, clip="none", lambda_sigma=0.0)
+    terms = terms_of(parts, lambda_r=7.0, reward_clip="none", lambda_sigma=0.0)
     (loss,) = terms.losses(batch)
     ws = nets.G.mapping(batch.gen_z, batch.gen_c)
     scores = reward.score(sample_slab(nets.G, ws, spec))
@@ -118,11 +119,11 @@ def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
 
 def test_samples_outside_the_clip_have_no_gradient(parts):
     nets, _, _, batch = parts
-    scores = next(terms_of(parts, clip="none").losses(batch)).stats["RLHF/reward"].detach()
+    scores = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].detach()
     low, high = sorted(scores.tolist())[0], sorted(scores.tolist())[-1]
     margin = (high - low) / 100
     assert margin > 0
-    terms = terms_of(parts, clip=f"{low + margin},{high - margin}")
+    terms = terms_of(parts, reward_clip=f"{low + margin},{high - margin}")
     nets.G.requires_grad_(True)
     loss = next(terms.losses(batch))
     parameters = [p for p in nets.G.parameters()]
@@ -158,7 +159,7 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
 
 def test_calibration_uses_the_untuned_generator(parts):
     nets, reward, _, _ = parts
-    terms = terms_of(parts, shaping="standardised", clip="iqr")
+    terms = terms_of(parts, reward_shaping="standardised", reward_clip="iqr")
     assert terms.initial_scores.shape == (CALIBRATION.count,)
     torch.testing.assert_close(terms.state.shaping.mean, terms.initial_scores.mean())
     shaped = (terms.initial_scores - terms.state.shaping.mean) * terms.state.shaping.scale
@@ -174,7 +175,7 @@ def test_a_latent_is_its_seeds_alone():
     ("values", "text"),
     [
         ({"lambda_r": -1}, "lambda_r must be >= 0, got -1"), ({"lambda_sigma": float("nan")}, "lambda_sigma must be >= 0, got nan"),
-        ({"shaping": "cubic"}, "--reward-shaping: expected one of"), ({"clip": "2,1"}, "--reward-clip: expected LOW,HIGH"),
+        ({"reward_shaping": "cubic"}, "--reward-shaping: expected one of"), ({"reward_clip": "2,1"}, "--reward-clip: expected LOW,HIGH"),
     ],
 )
 def test_settings_are_checked(values, text):
@@ -200,7 +201,7 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
 def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp_path):
     """Even where the initial network file has changed meanwhile, the anchor is the one that the run started with."""
     objects, straight = runs["ten"]
-    s = {**objects.loop.options, "init": str(tmp_path / "other.safetensors")}
+    s = gan_settings.Settings.of({**objects.loop.options, "init": str(tmp_path / "other.safetensors")})
     tiny_runs.networks.save(tmp_path / "other.safetensors", tiny_runs.build_networks(seed=9))
     resumed = experiment.build(s, tmp_path / "run").loop
     before = state_hash(resumed.phases[-1].state.G_ref)

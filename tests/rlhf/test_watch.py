@@ -36,7 +36,8 @@ def scripted_watch(values: list[tuple[list[float], list[float]]]) -> Watch:
 
 
 def tick(watch: Watch, nimg: int) -> tuple[dict, dict]:
-    loop = types.SimpleNamespace(nets=types.SimpleNamespace(G_ema=tiny_runs.build_networks().G_ema), cur_nimg=nimg)
+    nets = types.SimpleNamespace(G_ema=tiny_runs.build_networks().G_ema)
+    loop = types.SimpleNamespace(subject=types.SimpleNamespace(nets=nets), cur_nimg=nimg)
     stats: dict = {"Loss/G/loss": {"num": 1, "mean": 0.0, "std": 0.0}}
     return watch(loop, stats), stats
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 import trimesh
 
-from tests import tiny_runs
 from training import networks
-from training.config import networks_for
-from training.gan_phases import GanConfig
+from training.config import GanConfig, NetworkConfig, networks_for
 from training.triplane import TriPlaneGenerator
 
 PEAK_BYTES = 4e9
@@ -23,9 +21,7 @@ LEVEL = "1"  # random weights give raw densities of about 0 to 2, so the surface
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     """Network file of an untrained generator as published for FFHQ at 512 pixels."""
-    sizes = {"cbase": 32768, "cmax": 512, "sr_num_fp16_res": 4, "plane_layout": "eg3d"}
-    gan = GanConfig(r1_gamma=1.0, gpc_reg_prob=0.5, neural_rendering_resolution_initial=128)
-    G_kwargs, _ = networks_for("ffhq", 512, gan, **{**tiny_runs.OVERRIDE, **sizes})
+    G_kwargs, _ = networks_for(NetworkConfig(cfg="ffhq", d_num_fp16_res=0), 512, GanConfig(nrr_initial=128))
     torch.manual_seed(0)
     G = TriPlaneGenerator(**G_kwargs).eval().requires_grad_(False)
     assert sum(p.numel() for p in G.parameters()) == 30_662_136

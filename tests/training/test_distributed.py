@@ -137,10 +137,10 @@ def accumulated(data, folder, batch_gpu, group):
     pipe = AugmentPipe(xflip=1, scale=1, brightness=1).train().requires_grad_(False)
     pipe.p.fill_(0.5)
     nets = build_networks(mbstd_group=group)
-    settings = {"batch": 8, "batch_gpu": batch_gpu, "total_kimg": 0.08, "kimg_per_tick": 0.08}
+    settings = {"batch": 8, "batch_gpu": batch_gpu, "kimg": 0.08, "tick": 0.08}
     loop = build_loop(data, folder, loop=settings, gan={"style_mixing_prob": 0.5}, nets=nets, augment_pipe=pipe)
     loop.run()
-    return {f"{name}.{k}": v for name in ("G", "D", "G_ema") for k, v in state(getattr(loop.nets, name)).items()}
+    return {f"{name}.{k}": v for name in ("G", "D", "G_ema") for k, v in state(getattr(loop.subject.nets, name)).items()}
 
 
 @pytest.mark.long

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import train
+from eg3d_rlhf.run.process import LOCK, RunLock, StopRequest
 from tests.tiny_runs import assert_same, batch, build_loop, build_networks, only_run, run, state, train_flags, whole_run
 from training import checkpoint, storage
+from training.gan import Gan
 from training.gan_phases import GanConfig, GanPhases
 from training.loop import TrainingLoop
-from training.run_lock import FILE, RunLock
-from training.signals import StopRequest
 
 RUN = ("--kimg=0.048", "--tick=0.016", "--snap=0")  # 12 iterations, three checkpoints
 
@@ -79,7 +79,7 @@ def test_a_signal_ends_the_run_after_the_iteration_and_it_resumes_exactly(name, 
     assert done.returncode == 0, done.stderr
     folder = only_run(tmp_path)
     assert f"{name}: stopped at 24 images. Continue with --resume={folder}" in done.stdout
-    assert checkpoint.available(folder)[-1].name == "checkpoint-000000024.safetensors" and not (folder / FILE).exists()
+    assert checkpoint.available(folder)[-1].name == "checkpoint-000000024.safetensors" and not (folder / LOCK).exists()
     result = run(f"--resume={folder}")
     assert result.exit_code == 0, result.output
     assert_equal_end(straight, folder)
@@ -112,20 +112,14 @@ def test_two_runs_on_one_folder(copy):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = f"import os, signal\nfrom training.run_lock import RunLock\nfrom pathlib import Path\nwith RunLock(Path({str(tmp_path)!r})):\n"
+    code = "import os, signal\nfrom eg3d_rlhf.run.process import RunLock\nfrom pathlib import Path\n"
+    code += f"with RunLock(Path({str(tmp_path)!r})):\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": os.environ["PATH"]})
-    assert killed.returncode == -signal.SIGKILL and (tmp_path / FILE).exists()
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / LOCK).exists()
     with RunLock(tmp_path):
-        assert f"process {os.getpid()}" in (tmp_path / FILE).read_text()
-    assert not (tmp_path / FILE).exists()
-
-
-def test_runs_that_start_together_take_different_folders(tmp_path):
-    from eg3d_rlhf.run_folder import claim, next_free
-
-    wanted = next_free(tmp_path, "a")
-    assert [claim(wanted, None).name for _ in range(3)] == ["00000-a", "00001-a", "00002-a"]
+        assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
+    assert not (tmp_path / LOCK).exists()
 
 
 # Disks.
@@ -175,7 +169,7 @@ def test_data_that_vanish_in_mid_run(straight, tiny_data, tiny_networks, tmp_pat
     data = tmp_path / "data"
     with zipfile.ZipFile(tiny_data) as archive:
         archive.extractall(data)
-    step, fetch = TrainingLoop.step, TrainingLoop._fetch_real
+    step, fetch = TrainingLoop.step, Gan.fetch
 
     def vanish(self):
         step(self)
@@ -184,10 +178,10 @@ def test_data_that_vanish_in_mid_run(straight, tiny_data, tiny_networks, tmp_pat
 
     def without_memory(self):
         self.dataset._cache = None
-        return fetch(self)
+        fetch(self)
 
     monkeypatch.setattr(TrainingLoop, "step", vanish)
-    monkeypatch.setattr(TrainingLoop, "_fetch_real", without_memory)
+    monkeypatch.setattr(Gan, "fetch", without_memory)
     result = run(*train_flags(data, tiny_networks, tmp_path / "runs", *RUN))
     folder = only_run(tmp_path / "runs")
     assert_one_line(result, f"dataset {data}: cannot read entry", f"Stopped at 24 images; continue with --resume={folder}")
@@ -256,19 +250,19 @@ def test_files_without_a_checksum_are_still_read(tmp_path):
 
 
 def test_bf16_trains_with_fp32_weights_and_stays_finite(tiny_data, tmp_path):
-    loops = [build_loop(tiny_data, tmp_path / str(amp), gan={"amp": amp}, nets=build_networks()) for amp in (False, True)]
+    loops = [build_loop(tiny_data, tmp_path / str(amp), gan={"amp": amp}, nets=build_networks()) for amp in ("off", "bf16")]
     for loop in loops:
         loop.run()
-    full, reduced = (state(loop.nets.G) for loop in loops)
+    full, reduced = (state(loop.subject.nets.G) for loop in loops)
     assert all(v.dtype == full[k].dtype and torch.isfinite(v).all() for k, v in reduced.items())
     assert any(not torch.equal(full[k], reduced[k]) for k in full)
 
 
 def test_bf16_leaves_r1_and_density_in_fp32_and_all_losses(tiny_data):
     found = []
-    for amp in (False, True):
+    for amp in ("off", "bf16"):
         nets = build_networks()
-        phases = GanPhases(nets.G, nets.D, GanConfig(r1_gamma=1.0, gpc_reg_prob=None, neural_rendering_resolution_initial=8, amp=amp))
+        phases = GanPhases(nets.G, nets.D, GanConfig(gamma=1.0, gen_pose_cond=False, nrr_initial=8, amp=amp))
         values = {}
         for name in ("g_main", "g_reg", "d_reg"):
             nets.D.requires_grad_(name == "d_reg")

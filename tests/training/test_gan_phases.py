@@ -7,7 +7,8 @@ import torch
 
 from tests import tiny_runs
 from training import gan_loss
-from training.gan_phases import GanConfig, GanPhases, schedule
+from training.config import GanConfig
+from training.gan_phases import GanPhases, schedule
 
 
 @pytest.mark.parametrize(("kimg", "expected"), [(0, 10.0), (50, 7.5), (199, 0.05), (200, 0.0), (1000, 0.0)])
@@ -24,25 +25,25 @@ def test_camera_swapping_fades_from_always_to_its_probability(kimg, expected):
 @pytest.mark.parametrize(("kimg", "expected"), [(0, 64), (250, 80), (506, 96), (510, 97), (1000, 128), (9000, 128)])
 def test_rendering_resolution_fades_in_whole_pixels(kimg, expected):
     config = GanConfig(
-        neural_rendering_resolution_initial=64, neural_rendering_resolution_final=128, neural_rendering_resolution_fade_kimg=1000
+        nrr_initial=64, nrr_final=128, nrr_fade_kimg=1000
     )
     assert schedule(config, kimg * 1000).neural_rendering_resolution == expected
 
 
 def test_zero_fades_and_absent_options_are_constant():
-    config = GanConfig(blur_fade_kimg=0, gpc_reg_fade_kimg=0, neural_rendering_resolution_initial=40)
+    config = GanConfig(blur_fade_kimg=0, gpc_reg_fade_kimg=0, nrr_initial=40)
     for nimg in (0, 123_456):
         assert schedule(config, nimg) == schedule(config, 0)
     assert schedule(config, 0).blur_sigma == 0 and schedule(config, 0).swapping_prob == 0.5
     assert schedule(config, 0).neural_rendering_resolution == 40
-    assert schedule(GanConfig(gpc_reg_prob=None), 0).swapping_prob is None
+    assert schedule(GanConfig(gen_pose_cond=False), 0).swapping_prob is None
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"r1_gamma": -1}, "r1_gamma must be >= 0, got -1"), ({"style_mixing_prob": 1.5}, r"style_mixing_prob must be in 0..1, got 1.5"),
-        ({"reg_type": "l2"}, "reg_type: expected one of l1, monotonic-detach, monotonic-fixed, got 'l2'"),
+        ({"gamma": -1}, "gamma must be >= 0, got -1"), ({"style_mixing_prob": 1.5}, r"style_mixing_prob must be <= 1, got 1.5"),
+        ({"reg_type": "l2"}, "--reg-type: expected one of l1, monotonic-detach, monotonic-fixed, got 'l2'"),
     ],
 )
 def test_settings_are_checked(values, text):
@@ -127,7 +128,7 @@ def test_r1_is_the_squared_gradient_at_both_images():
 def test_r1_weight_is_half_gamma(tiny_data):
     losses = {}
     for gamma in (1.0, 4.0):
-        phases = phases_of(r1_gamma=gamma)
+        phases = phases_of(gamma=gamma)
         phases.D.requires_grad_(True)
         (loss,) = phases.d_reg(tiny_runs.batch(tiny_data))
         torch.testing.assert_close(loss.value, loss.stats["Loss/r1_penalty"] * gamma / 2)

@@ -7,15 +7,14 @@ import torch
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, build_loop, build_networks, state
 from training.augment import AugmentPipe
-from training.config import LoopConfig, OptimizerConfig
-from training.gan_phases import Loss
-from training.loop import LossNotFiniteError, Phase, derive_seed, format_time, lazy_adam
-from training.sampler import InfiniteSampler
+from training.config import LoopConfig
+from training.phases import Loss, LossNotFiniteError, Phase, derive_seed, lazy_adam
 
 
 def begin(loop):
-    """Give a loop its stream of images, as `run` does, so that `step` can be called."""
-    loop._sampler = iter(InfiniteSampler(loop.dataset, seed=0))
+    """Give a loop its images, as `run` does, so that `step` can be called."""
+    loop.subject.begin(0)
+    loop.subject.fetch()
     return loop
 
 
@@ -27,13 +26,13 @@ class Square(torch.nn.Module):
 
 @pytest.mark.parametrize(("interval", "share"), [(4, 4 / 5), (16, 16 / 17), (None, 1.0)])
 def test_lazy_adam_scales_learning_rate_and_betas(interval, share):
-    group = lazy_adam(Square(), OptimizerConfig(lr=0.002, beta1=0.5, beta2=0.99), interval).param_groups[0]
+    group = lazy_adam(Square(), 0.002, interval, betas=(0.5, 0.99)).param_groups[0]
     assert group["lr"] == pytest.approx(0.002 * share, rel=1e-12)
     assert group["betas"] == pytest.approx((0.5**share, 0.99**share), rel=1e-12)
 
 
 def test_phases_share_optimisers_and_scale_the_lazy_ones(tiny_data, tmp_path):
-    phases = {p.name: p for p in build_loop(tiny_data, tmp_path, loop={"g_reg_interval": 4, "d_reg_interval": 16}).phases}
+    phases = {p.name: p for p in build_loop(tiny_data, tmp_path, gan={"density_reg_every": 4, "d_reg_interval": 16}).phases}
     assert list(phases) == ["Gmain", "Greg", "Dmain", "Dreg"]
     assert {n: (p.interval, p.gain) for n, p in phases.items()} == {"Gmain": (1, 1), "Greg": (4, 4), "Dmain": (1, 1), "Dreg": (16, 16)}
     assert phases["Gmain"].optimizer is phases["Greg"].optimizer and phases["Dmain"].optimizer is phases["Dreg"].optimizer
@@ -49,7 +48,7 @@ def test_without_density_regularisation_g_has_one_uncorrected_phase(tiny_data, t
 
 
 def test_lazy_phases_run_every_interval_iterations(tiny_data, tmp_path):
-    loop = begin(build_loop(tiny_data, tmp_path, loop={"g_reg_interval": 2, "d_reg_interval": 3}))
+    loop = begin(build_loop(tiny_data, tmp_path, gan={"density_reg_every": 2, "d_reg_interval": 3}))
     loop._run_phase = lambda phase, *_: ran.append((loop.batch_idx, phase.name))
     ran = []
     for _ in range(4):
@@ -61,27 +60,26 @@ def test_lazy_phases_run_every_interval_iterations(tiny_data, tmp_path):
 
 def test_a_phase_optimises_its_own_network_alone(tiny_data, tmp_path):
     loop = begin(build_loop(tiny_data, tmp_path))
-    real = loop._fetch_real()
     for phase in loop.phases:
-        before_G, before_D = state(loop.nets.G), state(loop.nets.D)
-        loop._run_phase(phase, *real)
-        other, before = (loop.nets.D, before_D) if phase.name[0] == "G" else (loop.nets.G, before_G)
+        before_G, before_D = state(loop.subject.nets.G), state(loop.subject.nets.D)
+        loop._run_phase(phase)
+        other, before = (loop.subject.nets.D, before_D) if phase.name[0] == "G" else (loop.subject.nets.G, before_G)
         buffers = dict(other.named_buffers())  # w_avg moves in the discriminator's pass
         now = state(other)
         assert_same({k: v for k, v in before.items() if k not in buffers}, {k: v for k, v in now.items() if k not in buffers})
-        assert not any(p.requires_grad for net in (loop.nets.G, loop.nets.D) for p in net.parameters())
+        assert not any(p.requires_grad for net in (loop.subject.nets.G, loop.subject.nets.D) for p in net.parameters())
 
 
 @pytest.mark.parametrize(("cur_nimg", "rampup"), [(0, 0.05), (100, 0.05), (10_000, 0.05), (100, None)])
 def test_moving_average(tiny_data, tmp_path, cur_nimg, rampup):
-    loop = build_loop(tiny_data, tmp_path, loop={"ema_kimg": 0.02, "ema_rampup": rampup})
-    G, G_ema = loop.nets.G, loop.nets.G_ema
+    loop = build_loop(tiny_data, tmp_path, gan={"ema_kimg": 0.02, "ema_rampup": rampup})
+    G, G_ema = loop.subject.nets.G, loop.subject.nets.G_ema
     generator = torch.Generator().manual_seed(1)
     for tensor in G.state_dict().values():
         tensor += torch.randn(tensor.shape, generator=generator)
-    G.neural_rendering_resolution, loop.cur_nimg = 12, cur_nimg
+    G.neural_rendering_resolution = 12
     before, target = state(G_ema), state(G)
-    loop._update_ema()
+    loop.subject.after_step(cur_nimg, 1)
     half_life = 20.0 if rampup is None else min(20.0, cur_nimg * rampup)
     beta = 0.5 ** (4 / half_life) if half_life > 0 else 0.0
     parameters = dict(G.named_parameters())
@@ -99,21 +97,19 @@ def test_moving_average(tiny_data, tmp_path, cur_nimg, rampup):
 def ada_loop(data, folder, p):
     pipe = AugmentPipe(xflip=1).requires_grad_(False)
     pipe.p.fill_(p)
-    return build_loop(data, folder, augment_pipe=pipe, loop={"ada_target": 0.6, "ada_interval": 2, "ada_kimg": 0.1}), pipe
+    return build_loop(data, folder, augment_pipe=pipe, gan={"aug": "ada", "target": 0.6, "ada_interval": 2, "ada_kimg": 0.1}), pipe
 
 
 @pytest.mark.parametrize(("sign", "p", "expected"), [(0.9, 0.2, 0.28), (0.1, 0.2, 0.12), (0.6, 0.2, 0.2), (-1.0, 0.05, 0.0)])
 def test_ada_moves_towards_its_target_and_stops_at_zero(tiny_data, tmp_path, sign, p, expected):
     loop, pipe = ada_loop(tiny_data, tmp_path, p)  # a step is 4 images * 2 iterations / 100 images = 0.08
-    loop.ada_stats.report("Loss/signs/real", torch.tensor(sign, dtype=torch.float64))
-    loop.batch_idx = 1
-    loop._update_ada()
+    loop.subject.ada_stats.report("Loss/signs/real", torch.tensor(sign, dtype=torch.float64))
+    loop.subject.after_step(0, 1)
     assert float(pipe.p) == pytest.approx(p), "between the intervals nothing moves"
-    loop.batch_idx = 2
-    loop._update_ada()
+    loop.subject.after_step(0, 2)
     assert float(pipe.p) == pytest.approx(expected, abs=1e-6)
-    assert loop.ada_stats.mean("Loss/signs/real") is None
-    loop._update_ada()
+    assert loop.subject.ada_stats.mean("Loss/signs/real") is None
+    loop.subject.after_step(0, 2)
     assert float(pipe.p) == pytest.approx(expected, abs=1e-6), "no evidence, no step"
 
 
@@ -132,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, value):
             bad = value if batch.cur_nimg >= 20 else 0.0
             yield Loss(next(nets.G.parameters()).sum().expand(4) * 0 + bad, {})
 
-        optimizer = lazy_adam(nets.G, OptimizerConfig(lr=1e-3), None)
+        optimizer = lazy_adam(nets.G, 1e-3)
         return [Phase(name="Gextra", module=nets.G, optimizer=optimizer, losses=losses, own_optimizer=True)]
 
     loop = build_loop(tiny_data, tmp_path, phases=phases)
@@ -146,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, value):
 
 def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
     def idle(nets):
-        optimizer = lazy_adam(nets.G, OptimizerConfig(lr=0.1), None)
+        optimizer = lazy_adam(nets.G, 0.1)
 
         def losses(batch):
             drawn = torch.randn([batch.gen_z.shape[0]]).abs()  # its own draws, whatever their number
@@ -160,21 +156,20 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
     for loop in loops:
         loop.run()
     for name in ("G", "D", "G_ema"):
-        assert_same(*(state(getattr(loop.nets, name)) for loop in loops))
+        assert_same(*(state(getattr(loop.subject.nets, name)) for loop in loops))
     plain, extra = ((tmp_path / str(i) / "stats.jsonl").read_text() for i in (0, 1))
     assert "Idle/drawn" in extra and "Idle/drawn" not in plain
 
 
 def gradients(data, folder, batch_gpu, name, monkeypatch):
     """Gradients of one phase with every draw that depends on the batch's size held constant."""
-    gan = {"gpc_reg_prob": None, "blur_fade_kimg": 0}
+    gan = {"gen_pose_cond": False, "blur_fade_kimg": 0}
     nets = build_networks(mbstd_group=1)
     loop = begin(build_loop(data, folder, gan=gan, loop={"batch_gpu": batch_gpu}, nets=nets))
     loop.cur_nimg = 40
     phase = next(p for p in loop.phases if p.name == name)
     taken = {}
     monkeypatch.setattr(phase.optimizer, "step", lambda: taken.update({k: p.grad for k, p in phase.module.named_parameters()}))
-    real = loop._fetch_real()
     fixed = torch.rand([3], generator=torch.Generator().manual_seed(2))
 
     def points(*size, **_):
@@ -186,7 +181,7 @@ def gradients(data, folder, batch_gpu, name, monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda size, **k: torch.ones(size) if len(size) == 4 else normal(size, **k))
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    loop._run_phase(phase, *real)
+    loop._run_phase(phase)
     monkeypatch.undo()
     return {k: g.double() for k, g in taken.items() if g is not None}, loop.stats.flush()
 
@@ -207,7 +202,7 @@ def test_splitting_a_batch_keeps_gradients_and_statistics(tiny_data, tmp_path, m
 def test_frozen_layers_of_d_take_no_gradient_and_keep_their_names(tiny_data, tmp_path):
     free = build_networks()
     loop = begin(build_loop(tiny_data, tmp_path, nets=build_networks(freezed=3)))
-    D, before = loop.nets.D, state(loop.nets.D)
+    D, before = loop.subject.nets.D, state(loop.subject.nets.D)
     assert set(before) == set(free.D.state_dict())
     frozen = set(dict(D.named_buffers())) & {k for k, _ in free.D.named_parameters()}
     # The first block has fromrgb, conv0, conv1 and skip: layers 0 to 3.
@@ -233,15 +228,15 @@ def test_networks_are_frozen_on_loading_and_thawed_again(tmp_path):
 def test_two_runs_from_one_seed_are_alike_and_another_seed_is_not(tiny_data, tmp_path):
     states = []
     for i, seed in enumerate((0, 0, 1)):
-        loop = build_loop(tiny_data, tmp_path / str(i), loop={"seed": seed, "total_kimg": 0.008})
+        loop = build_loop(tiny_data, tmp_path / str(i), loop={"seed": seed, "kimg": 0.008})
         loop.run()
-        states.append(state(loop.nets.G))
+        states.append(state(loop.subject.nets.G))
     assert_same(states[0], states[1])
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
 
 
 def test_snapshots_within_one_thousand_images_are_all_kept(tiny_data, tmp_path):
-    loop = build_loop(tiny_data, tmp_path / "run", loop={"snapshot_ticks": 1})
+    loop = build_loop(tiny_data, tmp_path / "run", loop={"snap": 1})
     loop.run()
     names = sorted(p.name for p in (tmp_path / "run").glob("network-snapshot-*"))
     assert len(names) == loop.cur_tick and names[-1] == "network-snapshot-000000-032.safetensors"
@@ -256,7 +251,7 @@ def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
         "network-snapshot-000000-032.safetensors", "reals.png", "stats.jsonl", "timing.jsonl",
     ]
     saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000-032.safetensors")
-    assert_same(state(saved.G_ema), state(loop.nets.G_ema))
+    assert_same(state(saved.G_ema), state(loop.subject.nets.G_ema))
     assert saved.cur_nimg == 32
 
 
@@ -269,15 +264,10 @@ def test_seeds_depend_on_every_part():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"batch": 0}, "batch must be >= 1, got 0"), ({"batch": 8, "batch_gpu": 3}, "batch_gpu must divide batch = 8, got 3"),
-        ({"total_kimg": 0}, "total_kimg must be > 0, got 0"), ({"kimg_per_tick": -1}, "kimg_per_tick must be > 0, got -1"),
-        ({"g_reg_interval": 0}, "intervals must be >= 1"),
+        ({"batch": 0}, "batch must be >= 1, got 0"), ({"batch": 8, "batch_gpu": 3}, "--batch-gpu: expected a divisor of --batch=8, got 3"),
+        ({"kimg": 0}, "kimg must be > 0, got 0"), ({"tick": -1}, "tick must be > 0, got -1"), ({"snap": -1}, "snap must be >= 0"),
     ],
 )
 def test_loop_settings_are_checked(values, text):
     with pytest.raises(ValueError, match=text):
         LoopConfig(**values)
-
-
-def test_format_time():
-    assert [format_time(s) for s in (0, 59.9, 61, 3725)] == ["0s", "59s", "1m 01s", "1h 02m 05s"]

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from training.signals import sigterm_interrupts
+from eg3d_rlhf.run.process import sigterm_interrupts
 
 
 def test_sigterm_interrupts_inside_alone():

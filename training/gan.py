@@ -1,0 +1,155 @@
+"""What the loop trains where it trains a GAN: networks, real images, batches, moving average, augmentation strength, snapshots.
+
+Letters: N batch, Z z_dim, K c_dim.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torch_utils.training_stats import Collector
+from training import networks
+from training.config import GanConfig, LoopConfig
+from training.dataset import ImageFolderDataset
+from training.distributed import SINGLE, Ranks
+from training.gan_phases import Batch
+from training.image_grid import save_fakes, save_grid
+from training.phases import derive_seed
+from training.rounds import Layout
+from training.sampler import InfiniteSampler
+
+
+class Gan:
+    """A generator, its discriminator and their data, as `training.loop.Subject`.
+
+    Args:
+        nets: G, D and G_ema; dataset: real images; config: of the game; loop: batch and seed.
+        augment_pipe: ADA module with buffer p, or None.
+    """
+
+    def __init__(
+        self, nets: networks.Networks, dataset: ImageFolderDataset, config: GanConfig, loop: LoopConfig, *,
+        augment_pipe: torch.nn.Module | None = None, ranks: Ranks = SINGLE,
+    ):
+        self.nets, self.dataset, self.config, self.loop = nets, dataset, config, loop
+        self.augment_pipe, self.ranks = augment_pipe, ranks
+        self.device = next(nets.G.parameters()).device
+        self.layout = Layout(loop.batch, ranks, loop.batch_gpu)
+        self.moving = nets.G  # its w_avg moves in forward passes
+        self.ada_stats = Collector()
+        self.collectors = {"ada_stats": self.ada_stats}
+        self._fetched: tuple[torch.Tensor, torch.Tensor] | None = None  # images of the next iteration
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """What a checkpoint holds, by name."""
+        pipe = {} if self.augment_pipe is None else {"augment": self.augment_pipe}
+        return {"G": self.nets.G, "D": self.nets.D, "G_ema": self.nets.G_ema, **pipe}
+
+    def meta(self) -> dict:
+        """What else it holds, as JSON."""
+        return {"neural_rendering_resolution": self.nets.G.neural_rendering_resolution}
+
+    def restore(self, meta: dict) -> None:
+        """Inverse of `meta`."""
+        for G in (self.nets.G, self.nets.G_ema):
+            G.neural_rendering_resolution = meta["neural_rendering_resolution"]
+
+    # Data.
+
+    def begin(self, cur_nimg: int, folder: Path | None = None) -> None:
+        """Start the stream of images after `cur_nimg` of them; in `folder`, on the rank that writes, show the start of a new run."""
+        seed = derive_seed(self.loop.seed, "reals") % 2**32
+        self._sampler = iter(InfiniteSampler(self.dataset, self.ranks.rank, self.ranks.world, seed=seed, start_index=cur_nimg))
+        if folder is None:
+            return
+        columns, rows = self.config.grid
+        z = np.random.RandomState(self.loop.seed).randn(columns * rows, self.nets.G_ema.z_dim).astype(np.float32)
+        c = np.stack([self.dataset.get_label(i % len(self.dataset)) for i in range(columns * rows)])
+        self._grid = torch.from_numpy(z).to(self.device), torch.from_numpy(c).to(self.device)
+        if cur_nimg == 0:
+            reals = np.stack([self.dataset[i][0] for i in range(min(len(self.dataset), columns * rows))])
+            save_grid(reals, (0, 255), columns, folder / "reals.png")
+            self._fakes(folder, "_init")
+
+    def fetch(self) -> None:
+        """Read images and labels of this rank's rows of the next batch. Raises: ValueError, OSError."""
+        items = [self.dataset[next(self._sampler)] for _ in range(self.loop.batch // self.ranks.world)]
+        images = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).to(torch.float32) / 127.5 - 1
+        self._fetched = images, torch.from_numpy(np.stack([label for _, label in items])).to(self.device)
+
+    def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Batch]:
+        """The batch of a phase: a function of the round that seeds torch and gives the round's rows."""
+        seed, layout = derive_seed(self.loop.seed, cur_nimg, phase), self.layout
+        picks = np.random.RandomState(seed % 2**32).randint(len(self.dataset), size=self.loop.batch)
+        c = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in picks])).to(self.device)  # [N, K]
+        swap_c = torch.roll(c, 1, 0)
+
+        def rows(turn: int) -> Batch:
+            torch.manual_seed(seed)  # every round draws what follows the latents of the whole batch
+            z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
+            real = (x[layout.local_rows(turn)].contiguous() for x in self._fetched)
+            gen_z, gen_c, other_c = (x[layout.rows(turn)].contiguous() for x in (z, c, swap_c))
+            return Batch(*real, gen_z, gen_c, cur_nimg, other_c)
+
+        return rows
+
+    # After an iteration.
+
+    def observe(self, name: str, values: torch.Tensor) -> None:
+        """A statistic of a phase: ADA follows D's signs on real images."""
+        if name == "Loss/signs/real":
+            self.ada_stats.report(name, values)
+
+    def after_step(self, cur_nimg: int, batch_idx: int) -> None:
+        """Move the average and, in its turn, the augmentation. Args: images before the iteration; iterations with it."""
+        self._update_ema(cur_nimg)
+        self._update_ada(batch_idx)
+
+    @torch.no_grad()
+    def _update_ema(self, cur_nimg: int) -> None:
+        config, G, G_ema = self.config, self.nets.G, self.nets.G_ema
+        half_life = config.ema_kimg * 1000
+        if config.ema_rampup is not None:
+            half_life = min(half_life, cur_nimg * config.ema_rampup)
+        beta = 0.5 ** (self.loop.batch / max(half_life, 1e-8))
+        for average, current in zip(G_ema.parameters(), G.parameters(), strict=True):
+            average.copy_(current.lerp(average, beta))
+        for average, current in zip(G_ema.buffers(), G.buffers(), strict=True):
+            average.copy_(current)
+        G_ema.neural_rendering_resolution = G.neural_rendering_resolution
+        G_ema.rendering_kwargs = copy.copy(G.rendering_kwargs)
+
+    def _update_ada(self, batch_idx: int) -> None:
+        config, pipe = self.config, self.augment_pipe
+        if pipe is None or config.aug != "ada" or batch_idx % config.ada_interval:
+            return
+        mean = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
+        self.ada_stats.flush()
+        if mean is not None:
+            step = math.copysign(1, mean - config.target) if mean != config.target else 0.0
+            step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
+            pipe.p.copy_((pipe.p + step).clamp_min(0))
+
+    # Files.
+
+    def report(self, stats: dict) -> dict[str, str]:
+        """Add to a tick's statistics; returns fields for the status line."""
+        if self.augment_pipe is None:
+            return {}
+        p = float(self.augment_pipe.p)
+        stats["Progress/augment"] = {"num": 1, "mean": p, "std": 0.0}
+        return {"augment": f"{p:.3f}"}
+
+    def snapshot(self, folder: Path, cur_nimg: int) -> None:
+        """Pictures of the fixed latents, and the networks."""
+        tag = self.loop.tag(cur_nimg)
+        self._fakes(folder, tag)
+        self.nets.cur_nimg = cur_nimg
+        networks.save(folder / f"network-snapshot-{tag}.safetensors", self.nets)
+
+    def _fakes(self, folder: Path, tag: str) -> None:
+        save_fakes(self.nets.G_ema, *self._grid, self.config.grid[0], folder, tag)
