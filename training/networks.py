@@ -12,6 +12,7 @@ from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
 EG3D = "eg3d"  # architecture of the files that name none
+RENDERED = "neural_rendering_resolution"  # in the header of networks that have one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,9 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
     meta = {
         "architecture": networks.architecture, "G_kwargs": networks.G_kwargs, "D_kwargs": networks.D_kwargs,
         "training_set": networks.training_set, "cur_nimg": networks.cur_nimg,
-        "neural_rendering_resolution": networks.G_ema.neural_rendering_resolution,
     }
+    if hasattr(networks.G_ema, RENDERED):  # the state of EG3D's networks that is no tensor
+        meta[RENDERED] = networks.G_ema.neural_rendering_resolution
     storage.write_tensors(path, "network", tensors, meta)
 
 
@@ -112,8 +114,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: in
         storage.load_strict(D, _part(tensors, "D."), f"{path} (D)")
         D.train().requires_grad_(False)
     for module in (G, G_ema):
-        if module is not None:
-            module.neural_rendering_resolution = meta["neural_rendering_resolution"]
+        if module is not None and RENDERED in meta:
+            module.neural_rendering_resolution = meta[RENDERED]
     G_ema.eval().requires_grad_(False)
     networks = Networks(G, D, G_ema, meta["G_kwargs"], meta["D_kwargs"], meta["training_set"], meta["cur_nimg"], kind.name)
     return networks.to(device)

@@ -185,3 +185,37 @@ def test_planes_that_are_not_axis_aligned_go_through_all_points():
     assert grid.separable() is None
     level = level_of(grid, 0.5)
     assert_same_surface(extract_field_mesh(grid, level), whole_surface(grid, level))
+
+
+class Points:
+    """A field without separable form around another."""
+
+    def __init__(self, field):
+        self.bounds, self.level, self.density = field.bounds, field.level, field.density
+
+    def __len__(self):
+        return 1
+
+
+@pytest.mark.parametrize("border", [0.0, 0.2])
+@pytest.mark.parametrize("form", ["planes", "points"])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, side):
+    """The trimmed border is no density: a field above the level everywhere is refused with and without it."""
+    field = smooth_field() if form == "planes" else Points(smooth_field())
+    grid = FieldGrid(field, 24, border)
+    inside = volume_of(grid)[(grid.inside,) * 3]
+    low, high = float(inside.min()), float(inside.max())
+    with pytest.raises(ValueError, match="expected sigma on both sides of level") as error:
+        extract_field_mesh(FieldGrid(field, 24, border), low - 1 if side < 0 else high + 1)
+    assert f"got [{low:g}, {high:g}]. Choose a level in between, such as " in str(error.value)
+    example = float(str(error.value).rsplit(" ", 1)[1].rstrip("."))
+    vertices, faces = extract_field_mesh(grid, example)
+    assert len(vertices) and count_edges(faces).watertight
+
+
+def test_a_constant_field_has_no_level():
+    field = Points(smooth_field())
+    field.density = lambda points: torch.full((1, len(points)), 12.0)
+    with pytest.raises(ValueError, match=r"level 10, got \[12, 12\]. It is constant: no level has a surface."):
+        extract_field_mesh(FieldGrid(field, 20, 0.1), 10.0)

@@ -174,3 +174,24 @@ def test_mistakes_are_one_line(name, tmp_path):
     assert len(lines) == 1 and text in lines[0]
     assert result.stderr.rstrip().endswith(lines[0])
     assert list(tmp_path.glob("*.ply")) == []
+
+
+def test_a_field_above_the_level_everywhere_names_levels_that_do(tmp_path):
+    flags = ["--resolution=24", "--border=0.3", "--no-colors", "--component=all", f"--out={tmp_path / 'a.ply'}"]
+    result = run(export_mesh, "--level=-500", *flags)
+    assert result.exit_code == 2
+    message = result.stderr.rstrip().splitlines()[-1]
+    assert "on both sides of level -500, got [" in message and "-1000" not in message
+    level = message.rsplit(" ", 1)[1].rstrip(".")
+    assert run(export_mesh, f"--level={level}", *flags).exit_code == 0
+
+
+def test_eg3ds_own_field_of_view_is_accepted(tmp_path):
+    """Its default is the whole number 18."""
+    shown = [json.loads(run(gen_samples, "-n", "--seeds=0", f"--outdir={tmp_path}", *flags).stdout)["fov_deg"]
+             for flags in ([], ["--fov-deg=18"])]
+    assert shown == [18.837, 18]
+    for folder, flags in (("ours", []), ("theirs", ["--fov-deg=18"])):
+        assert run(gen_samples, "--seeds=1", f"--outdir={tmp_path / folder}", *flags).exit_code == 0
+    ours, theirs = (np.asarray(PIL.Image.open(tmp_path / name / "seed0001.png")).astype(int) for name in ("ours", "theirs"))
+    assert 0 < np.abs(ours - theirs).max()

@@ -1,0 +1,130 @@
+"""A generator family that the package has never heard of goes through the public tools."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from click.testing import CliRunner
+
+from eg3d_rlhf import plugins
+from eg3d_rlhf.field import RenderOptions
+from eg3d_rlhf.generators import FAMILIES, load_generator, ws_of_seeds
+from eg3d_rlhf.label.drawing import ShapeDrawer
+from eg3d_rlhf.label.mesh_binary import decode_mesh, decompress
+from eg3d_rlhf.label.pairing import PairingOptions, plan
+from eg3d_rlhf.label.preparation import prepare
+from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.media.rendering import camera
+from eg3d_rlhf.sigma.spec import SlabSpec
+from tools import export_mesh, gen_samples
+from training import networks
+from training.rendering.cameras import mirror_label
+
+PLUGIN = Path(__file__).with_name("mirrored.py")
+SCALE, CENTRE = 1.25, (0.05, -0.03, 0.02)
+PSI = 0.7
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """(file of the foreign family around the bundled network, the network inside as a generator); the plugin is named, not imported."""
+    inner = load_generator()
+    patch = pytest.MonkeyPatch()
+    patch.setenv(plugins.VARIABLE, str(PLUGIN))
+    plugins.load_plugins()
+    G = inner.generator.module
+    kwargs = {"scale": SCALE, "centre": CENTRE}
+    kwargs["inner"] = {**inner.config, "neural_rendering_resolution": G.neural_rendering_resolution}
+    network = sys.modules[PLUGIN.stem].MirroredNetwork(**kwargs).eval().requires_grad_(False)
+    network.inner.load_state_dict(G.state_dict())
+    path = tmp_path_factory.mktemp("foreign") / "mirrored.safetensors"
+    networks.save(path, networks.Networks(None, None, network, kwargs, None, {"name": "heads"}, architecture="mirrored"))
+    yield path, inner.generator
+    patch.undo()
+    del FAMILIES["mirrored"], networks.ARCHITECTURES["mirrored"]
+
+
+@pytest.fixture(scope="module")
+def pair(foreign):
+    """(the foreign generator, the one inside, ws of one latent)."""
+    path, inner = foreign
+    generator = load_generator(path).generator
+    return generator, inner, ws_of_seeds(generator, [1], PSI)
+
+
+def run(tool, *flags):
+    result = CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def inside(points: torch.Tensor) -> torch.Tensor:
+    """Points of the foreign world in the one inside."""
+    return (points - torch.tensor(CENTRE)) / SCALE * torch.tensor([-1.0, 1.0, 1.0])
+
+
+def test_the_file_names_its_family_and_the_plugin_brings_it(foreign, pair):
+    assert networks.architecture_of(foreign[0]) == pair[0].architecture == "mirrored"
+    assert (pair[0].bounds.side, pair[0].bounds.centre) == (SCALE * pair[1].bounds.side, CENTRE)
+
+
+def test_density_and_colour_are_those_inside_at_the_mirrored_point(pair):
+    generator, inner, ws = pair
+    points = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
+    field, own = generator.field(ws), inner.field(ws)
+    torch.testing.assert_close(field.density(points), own.density(inside(points)))
+    torch.testing.assert_close(field.colour(points), own.colour(inside(points)))
+    grid = SlabSpec.of(generator.bounds, 20)
+    mirrored = own.density_grid(SlabSpec.of(inner.bounds, 20)).flip(-1)  # a cube about the box is the inner cube, x reversed
+    torch.testing.assert_close(field.density_grid(grid), mirrored, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mirrored_camera_sees_the_mirrored_picture(pair):
+    generator, inner, ws = pair
+    label = camera(generator.cameras, 0.3, -0.1)
+    moved = label.clone()
+    moved[:, [3, 7, 11]] = (label[:, [3, 7, 11]] - torch.tensor(CENTRE)) / SCALE
+    options = RenderOptions(resolution=12)
+    torch.manual_seed(0)
+    seen = generator.field(ws).render(label, options)
+    torch.manual_seed(0)
+    own = inner.field(ws).render(mirror_label(moved), options)
+    assert torch.equal(seen.image, own.image.flip(-1)) and torch.equal(seen.depth, SCALE * own.depth.flip(-1))
+    assert seen.opacity.max() > 0.9
+
+
+def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
+    path, out = foreign[0], tmp_path / "mirrored.ply"
+    flags = ["--seed=1", f"--trunc={PSI}", "--resolution=48"]
+    run(export_mesh, f"--network={path}", f"--out={out}", *flags)
+    run(export_mesh, f"--out={tmp_path / 'own.ply'}", *flags)
+    mesh, own = trimesh.load(out), trimesh.load(tmp_path / "own.ply")
+    assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
+    assert json.loads(out.with_name("mirrored.ply.json").read_text())["options"]["level"] == 10
+    expected = np.sort((own.bounds * [-1, 1, 1]) * SCALE + CENTRE, axis=0)
+    np.testing.assert_allclose(mesh.bounds, expected, atol=2e-3)
+    assert (np.abs(mesh.bounds - CENTRE) <= SCALE / 2 + 1e-3).all()
+    assert mesh.volume == pytest.approx(own.volume * SCALE**3, rel=1e-2)
+
+
+def test_its_pictures_and_shapes_are_written(foreign, tmp_path):
+    run(gen_samples, f"--network={foreign[0]}", "--seeds=1", "--shapes=1", "--shape-res=24", f"--outdir={tmp_path}", "--shape-format=.glb")
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".glb", ".png"]
+
+
+def test_its_shapes_are_prepared_for_labelling(foreign, tmp_path):
+    """Meshes, pictures, and shapes that were broken on purpose."""
+    path, _ = foreign
+    loaded, cache = load_generator(path), ShapeCache(tmp_path)
+    pairs = plan(PairingOptions(pairs=1, gold=1, training=0, resolution=40, triangles=600), loaded).pairs
+    shapes = [side for p in pairs for side in (p.first, p.second)]
+    prepare(shapes, cache, ShapeDrawer(), renders=True)
+    assert [cache.failure(shape) for shape in shapes] == [None] * 4
+    for shape in shapes:
+        vertices, _ = decode_mesh(decompress(cache.mesh(shape).read_bytes()))
+        assert (np.abs(vertices - CENTRE) <= SCALE / 2 + 1e-3).all() and np.ptp(vertices, axis=0).min() > 0.3
+        assert cache.render(shape) is not None
