@@ -15,8 +15,7 @@ from benchmarks.rows import Case, Outcome, Row, Target
 from eg3d_rlhf.attribution.landmarks import head_landmarks, landmark_partition
 from eg3d_rlhf.attribution.scoring import fast_score
 from eg3d_rlhf.attribution.shapley import CoalitionValues, marginals
-from eg3d_rlhf.reward.config import PAPER, preset
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.heads.family import SHAPE_COUNT
 
@@ -35,7 +34,7 @@ def coalitions(device: str, tiny: bool) -> Case:
 
     spec = SlabSpec(resolution=64) if tiny else SlabSpec()
     torch.manual_seed(0)
-    reward = RewardModel(preset("small-slice") if tiny else PAPER).to(device).eval().requires_grad_(False)
+    reward = RewardModel(RewardArch.from_dict(PRESETS["small-slice"].network) if tiny else PAPER).to(device).eval().requires_grad_(False)
     partition = landmark_partition(head_landmarks(torch.zeros(1, SHAPE_COUNT))[0].double().numpy(), spec)
     labels, regions = partition.labels.to(device), len(partition.names)
     original, tuned = _slabs(spec.shape, device)

@@ -11,7 +11,7 @@ from benchmarks import configurations
 from benchmarks.rows import Case, Outcome, Row, Target
 from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf import experiment
-from eg3d_rlhf.reward.files import load_reward
+from eg3d_rlhf.reward.reward import load_reward
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
 from eg3d_rlhf.run.run import Run
 from eg3d_rlhf.settings import Settings
@@ -76,8 +76,8 @@ def _demo_loop(s: Settings, device: str) -> TrainingLoop:
     dataset = experiment.open_dataset(s)
     nets = experiment.open_networks(s, dataset.resolution).to(device)
     phases = GanPhases(nets.G, nets.D, s.gan).phases()
-    reward, spec, _ = load_reward(s.reward.reward_ckpt, device)
-    phases.append(reward_phase(RewardTerms(nets.G, nets.G_ema, reward, spec, s.reward.terms), lazy_adam(nets.G, s.reward.rlr)))
+    terms = RewardTerms(nets.G, nets.G_ema, load_reward(s.reward.reward_ckpt, device), s.reward.terms)
+    phases.append(reward_phase(terms, lazy_adam(nets.G, s.reward.rlr)))
     files = Run(Path(tempfile.gettempdir()), {})  # `step` writes nothing
     return TrainingLoop(Gan(nets, dataset, s.gan, s.loop), phases, s.loop, files)
 

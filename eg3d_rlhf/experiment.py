@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.cli import choose_device, naming
-from eg3d_rlhf.generators import find_network, load_networks
-from eg3d_rlhf.reward.files import load_reward
+from eg3d_rlhf.generators import find_network, load_networks, of
+from eg3d_rlhf.reward.reward import check_reward, load_reward
 from eg3d_rlhf.rlhf.evaluate import Evaluation, finish
 from eg3d_rlhf.rlhf.measures import make_watch
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
@@ -129,17 +129,20 @@ def build(s: Settings, folder: Path, ranks: Ranks = SINGLE, warm_start: bool = T
     files = Run(folder, s.to_dict(), input_files(s), ranks=ranks)
     if s.reward.reward == "sigma":
         with naming("--reward-ckpt"):
-            reward, spec, _ = load_reward(s.reward.reward_ckpt, device)
+            reward = load_reward(s.reward.reward_ckpt, device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+        for flag, one in (("--reward-ckpt", reward), ("--reward-watch", second)):
+            if one is not None and ranks.main:
+                check_reward(one, of(nets.G_ema), flag)
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             known = {**s.to_dict(), "hashes": files.hashes()}
             before = copy.deepcopy(nets.G_ema).eval().requires_grad_(False)
-            evaluation = Evaluation(settings=known, before=before, dataset=dataset, reward=reward, spec=spec, device=device)
-            watch = evaluation.watch = make_watch(known, reward, spec, before, second)
+            evaluation = Evaluation(settings=known, before=before, dataset=dataset, reward=reward, device=device)
+            watch = evaluation.watch = make_watch(known, reward, before, second)
         if s.reward.terms.lambda_r > 0:
-            terms = RewardTerms(nets.G, nets.G_ema, reward, spec, s.reward.terms)
+            terms = RewardTerms(nets.G, nets.G_ema, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(nets.G, s.reward.rlr)))
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks)
     return Objects(TrainingLoop(gan, phases, s.loop, files, options=s.to_dict(), on_tick=watch, ranks=ranks), evaluation)

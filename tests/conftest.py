@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eg3d_rlhf.reward.config import RewardArch
-from eg3d_rlhf.reward.files import save_reward
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.model import RewardArch, RewardModel
+from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests import tiny_runs
 from training import networks
@@ -58,4 +58,4 @@ def tiny_reward(tmp_path_factory) -> Path:
         final_cells=(2, 2, 2), bottleneck_cells=(1, 1, 1),
     )
     torch.manual_seed(3)
-    return save_reward(tmp_path_factory.mktemp("reward") / "tiny.safetensors", RewardModel(arch), SlabSpec(resolution=24), {})
+    return Reward(SigmaSlab(SlabSpec(resolution=24)), RewardModel(arch)).save(tmp_path_factory.mktemp("reward") / "tiny.safetensors")

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
 from eg3d_rlhf.media.sampling import parse_seeds  # noqa: E402
-from eg3d_rlhf.reward.files import save_reward  # noqa: E402
-from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, ReleasedReward, compare_lattices, import_release, write_example  # noqa: E402
+from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, compare_lattices, import_release, write_example  # noqa: E402
+from eg3d_rlhf.reward.reward import Reward, check_reward  # noqa: E402
 from eg3d_rlhf.sigma.spec import LATTICES  # noqa: E402
 
 EXAMPLE = "synthetic:reward"
@@ -38,24 +38,23 @@ def seeds_of(text: str) -> list[int]:
         return [] if text == "none" else parse_seeds(text)
 
 
-def read(source: str, config: Path | None, weights: str, transform: str) -> ReleasedReward:
+def read(source: str, *how) -> Reward:
     """The released reward that SOURCE names."""
     with naming("SOURCE"):
         if source != EXAMPLE:
-            return import_release(source, config, weights, transform)
+            return import_release(source, *how)
         with tempfile.TemporaryDirectory() as folder:
-            return import_release(write_example(folder), config, weights, transform)
+            return import_release(write_example(folder), *how)
 
 
-def score(released: ReleasedReward, network: Path | None, seeds: list[int], psi: float, cutoff: int, device: str) -> list[LatticeScores]:
+def score(reward: Reward, network: Path | None, seeds: list[int], psi: float, cutoff: int, device: str) -> list[LatticeScores]:
     """Both scores of every seed, under a progress bar."""
     target = choose_device(device)
     with naming("--network"):
-        generator = load_generator(network, target)
+        generator = load_generator(network, target).generator
+        check_reward(reward, generator)
     with tqdm(total=len(seeds), desc="scoring on both lattices", unit="seed") as bar:
-        return compare_lattices(
-            released.model.to(target), released.spec, generator.G, seeds, psi, cutoff, on_seed=lambda scores: bar.update()
-        )
+        return compare_lattices(reward.to(target), generator, seeds, psi, cutoff, on_seed=lambda scores: bar.update())
 
 
 def print_scores(results: list[LatticeScores]) -> None:
@@ -90,18 +89,16 @@ def main(
     cutoff: int, device: str, dry_run: bool,
 ) -> None:
     chosen = seeds_of(seeds)
-    released = read(source, config, weights, transform)
-    spec = {**released.spec.to_dict(), "lattice": lattice}
-    described = {"arch": released.model.arch.to_dict(), "spec": spec, "meta": released.meta}
+    reward = read(source, config, weights, transform, lattice)
     if dry_run:
-        click.echo(json.dumps(described, indent=1))
+        click.echo(json.dumps(reward.describe(), indent=1))
         return
     with naming("--out"):
-        path = save_reward(out, released.model, type(released.spec).from_dict(spec), released.meta)
-    parameters = sum(p.numel() for p in released.model.parameters())
-    click.echo(f"{path}: {parameters:,} parameters, slab {list(released.spec.shape)} (z, y, x), {lattice} lattice")
+        path = reward.save(out)
+    parameters = sum(p.numel() for p in reward.parameters())
+    click.echo(f"{path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x), {lattice} lattice")
     if chosen:
-        print_scores(score(released, network, chosen, psi, cutoff, device))
+        print_scores(score(reward, network, chosen, psi, cutoff, device))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _annotate(network: Path | None, options: AnnotationOptions, device: torch.de
             bar.update()
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
-        return annotate(generator.G, options, on_seed), generator.hash
+        return annotate(generator.generator, options, on_seed), generator.hash
 
 
 def _write(out: Path, annotation: Annotation, generator_hash: str) -> None:

@@ -19,25 +19,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.label.preferences import (  # noqa: E402
-    LabelFilters,  # noqa: E402
-    labels_source,
-    source_stem,
-)
-from eg3d_rlhf.reward.config import PRESETS  # noqa: E402
-from eg3d_rlhf.reward.label_source import check_filters, source_name  # noqa: E402
-from eg3d_rlhf.reward.run import (  # noqa: E402
-    BUNDLED_LABELS,
-    DEFAULT_RESOLUTION,
-    HEADS_CROP,
-    HEADS_RESOLUTION,
-    PAPER_RESOLUTION,
-    Listener,
-    RewardRun,
-    run_reward_training,
-)  # fmt: skip
-from eg3d_rlhf.reward.shared import StoppedError  # noqa: E402
-from eg3d_rlhf.reward.train import default_options, with_changes  # noqa: E402
+from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem  # noqa: E402
+from eg3d_rlhf.reward.networks import preset as find_preset  # noqa: E402
+from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training  # noqa: E402
+from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes  # noqa: E402
 from training.distributed import process_group  # noqa: E402
 
 POSITIVE = click.IntRange(min=1)
@@ -56,7 +41,7 @@ def print_epoch(record: dict) -> None:
 
 def open_bar(total: int, what: str):
     """A progress bar with remaining time on stderr; returns its advance."""
-    return tqdm(total=total, desc=what, unit="step" if what == "training" else "slab", dynamic_ncols=True).update
+    return tqdm(total=total, desc=what, unit="step" if what == "training" else "shape", dynamic_ncols=True).update
 
 
 def print_report(report: dict, out: Path) -> None:
@@ -69,18 +54,16 @@ def print_report(report: dict, out: Path) -> None:
     click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {out / 'reward.safetensors'}")
 
 
-def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
+def resolve(out, labels, observation, preset, device, seed, options: dict) -> RewardRun:
     """Command-line values -> the run, with the preset's defaults for what was not given."""
     names = set(RewardRun.__dataclass_fields__)
-    filters = LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__})
-    check_filters(options["labels"], filters)
-    reading = {k: v for k, v in options.items() if k in names}
-    train = with_changes(default_options(preset), seed=seed, **{k: v for k, v in options.items() if k not in names})
-    resolution = resolution or {"paper": PAPER_RESOLUTION, "heads": HEADS_RESOLUTION}.get(preset, DEFAULT_RESOLUTION)
-    if reading["crop"] is None and preset == "heads":
-        reading["crop"] = HEADS_CROP
-    out = out or Path("runs") / f"reward-{source_stem(reading['labels'])}-{preset}-s{seed}"
-    return RewardRun(out=out, filters=filters, resolution=resolution, device=str(choose_device(device)), train=train, **reading)
+    source = label_source(labels, LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__}))
+    given = {k: v for k, v in options.items() if k in names and v is not None}
+    defaults = default_options(preset, observation)
+    train = with_changes(defaults, seed=seed, **{k: v for k, v in options.items() if k not in names})
+    reading = {**find_preset(preset, observation).observe, **given}
+    out = out or Path("runs") / f"reward-{source_stem(labels)}-{train.preset}-s{seed}"
+    return RewardRun(out=out, labels=source, observation=observation, device=str(choose_device(device)), train=train, **reading)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -88,11 +71,11 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
         help="Generator that drew the labelled seeds: a network file or a run folder.")
 @option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=BUNDLED_LABELS, show_default="the bundled labels",
         help="Labels, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
+@option("--observation", group="Data", metavar="KIND", default="sigma", help="What the reward reads of a shape; sigma is the density slab.")
 @option("--resolution", group="Data", metavar="POINTS", type=click.IntRange(16, 512), default=None,
-        show_default=f"{HEADS_RESOLUTION} for heads, {PAPER_RESOLUTION} for paper, else {DEFAULT_RESOLUTION}",
-        help="Grid points per axis, before the crop.")
+        show_default="of a slab, 48 for heads, 256 for paper, else 64", help="Of the observation: grid points per axis, before the crop.")
 @option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
-        show_default=f"{HEADS_CROP} for heads, else the paper's", help="Shares trimmed from each face of the cube.")
+        show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
 @option("--psi", group="Data", metavar="FLOAT", type=click.FloatRange(0, 2), default=None, show_default="the labels', else 1",
         help="Truncation of the labelled shapes.")
 @option("--cutoff", group="Data", metavar="LAYERS", type=click.IntRange(min=0), default=14, help="Layers that truncation reaches.")
@@ -109,7 +92,8 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--min-milliseconds", group=STORE, metavar="MS", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
 @option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
         help="Received from then on: ISO 8601, or seconds since 1970.")
-@option("--preset", group="Network", type=click.Choice(list(PRESETS)), default="heads", help="Architecture, with training defaults.")
+@option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
+        help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma.")
 @option("--members", group="Network", metavar="INT", type=POSITIVE, default=1,
         help="Train so many networks from different seeds and average their scores.")
 @option("--epochs", group="Training", metavar="INT", type=POSITIVE, default=None, show_default=BY_PRESET, help="Passes, at most.")
@@ -122,7 +106,8 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--weight-decay", group="Training", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="L2 inside Adam.")
 @option("--anchors", group="Training", metavar="SEEDS", type=click.IntRange(min=0), default=None, show_default=BY_PRESET,
         help="High-quality anchors (psi 0.25) that should beat every labelled shape.")
-@option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET, help="Flip slabs left-right at random.")
+@option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
+        help="Augment what is read at random: slabs are flipped left-right.")
 @option("--pairs", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="Pair head.")
 @option("--scalar", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="Margin of the reward.")
 @option("--bradley-terry", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="Strengths.")
@@ -131,23 +116,23 @@ def resolve(out, preset, resolution, device, seed, options: dict) -> RewardRun:
 @option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
         show_default="runs/reward-<labels>-<preset>-s<seed>", help="Folder to write.")
 @option("--cache", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
-        show_default="RAM alone", help="Keep drawn slabs here between runs.")
-@option("--slab-batch", group="Run", metavar="INT", type=POSITIVE, default=16, help="Slabs drawn at once.")
+        show_default="RAM alone", help="Keep what is drawn here between runs.")
+@option("--slab-batch", group="Run", metavar="INT", type=POSITIVE, default=16, help="Shapes drawn at once.")
 @option("--resume", group="Run", is_flag=True, help="Continue the run in --out.")
 @option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
 @option("--timeout", group="Run", metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
         help="With torchrun: how long processes wait for each other before the run ends with an error.")
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Initialisation, order, anchors, flips.")
 @option("--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def main(out, preset, resolution, device, timeout, seed, dry_run, **options) -> None:
-    run = resolve(out, preset, resolution, device, seed, options)
+def main(out, labels, observation, preset, device, timeout, seed, dry_run, **options) -> None:
+    run = resolve(out, labels, observation, preset, device, seed, options)
     if dry_run:
         click.echo(json.dumps(run.to_dict(), indent=1))
         return
     with process_group(choose_device(device), timeout) as ranks:
         run = replace(run, device=str(ranks.device)) if ranks.world > 1 else run
         if ranks.main:
-            click.echo(f"training reward '{preset}' on {source_name(run.labels)} into {run.out}", err=True)
+            click.echo(f"training reward '{run.train.preset}' on {run.labels.name} into {run.out}", err=True)
         try:
             report = run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch) if ranks.main else None, ranks)
         except StoppedError as stopped:

@@ -93,7 +93,7 @@ class Gan:
             z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
             real = (x[layout.local_rows(turn)].contiguous() for x in self._fetched)
             gen_z, gen_c, other_c = (x[layout.rows(turn)].contiguous() for x in (z, c, swap_c))
-            return Batch(*real, gen_z, gen_c, cur_nimg, other_c)
+            return Batch(*real, gen_z, gen_c, cur_nimg, other_c, range(layout.batch)[layout.rows(turn)])
 
         return rows
 

@@ -5,7 +5,7 @@ Shapes: N batch, Z z_dim, K c_dim, R final and r raw resolution.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -52,6 +52,13 @@ class Batch:
     gen_c: torch.Tensor  # [N, K]
     cur_nimg: int
     swap_c: torch.Tensor | None = None  # [N, K] camera of the sample before, for swapping; None = of the neighbour in this batch
+    rows: Sequence[int] | None = None  # places of the samples in the whole batch, of which ranks and rounds have parts; None = all of it
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Places [N] of the samples among all that the run has seen."""
+        rows = range(len(self.gen_z)) if self.rows is None else self.rows
+        return self.cur_nimg + torch.as_tensor(rows, device=self.gen_z.device)
 
     @property
     def neighbour_c(self) -> torch.Tensor:

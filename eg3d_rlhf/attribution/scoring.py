@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.attribution.shapley import Score
-from eg3d_rlhf.reward.files import Reward
-from eg3d_rlhf.reward.model import RewardModel, _to_patches
-from eg3d_rlhf.reward.pooling import grid_feature, slice_windows
+from eg3d_rlhf.reward.evaluation import Network
+from eg3d_rlhf.reward.model import RewardModel, grid_feature, slice_windows, to_patches
 from eg3d_rlhf.reward.unet3d import NormConv, ResidualBlock
 from torch_utils.ops.volume_block import transformed_kernel, transposed_kernel, volume_conv, volume_gate, volume_profile, volume_up
 
 _VOXELS = 1 << 21  # of slabs that go through the fused network at once; more only take memory
 
 
-def fast_score(reward: Reward) -> Score:
+def fast_score(reward: Network) -> Score:
     """A function of slabs [B, 1, D, H, W] that gives the reward's scores [B]; not differentiable."""
     fused = None
     if isinstance(reward, RewardModel) and reward.arch.extractor == "strided":
@@ -57,7 +56,7 @@ class FusedReward:
     def __call__(self, slabs: torch.Tensor) -> torch.Tensor:
         """Rewards [N] of slabs [N, 1, D, H, W]."""
         arch, net = self.reward.arch, self.reward.Conv3DModule
-        x = _to_patches(slabs * arch.input_scale if arch.input_scale != 1 else slabs, arch.patch)
+        x = to_patches(slabs * arch.input_scale if arch.input_scale != 1 else slabs, arch.patch)
         skips = []
         for level, encoder in enumerate(net.encoders):
             body = self._one_channel if x.shape[1] == 1 else self._encode

@@ -14,7 +14,8 @@ from eg3d_rlhf.cli import file_hash, naming
 from eg3d_rlhf.evaluation import runs
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
 from eg3d_rlhf.reports.jobs import Facts, seed_range
-from eg3d_rlhf.reward.files import Reward, load_reward
+from eg3d_rlhf.reward.evaluation import Network
+from eg3d_rlhf.reward.reward import check_reward, load_reward
 from eg3d_rlhf.seeds import IMAGES, LATENTS, HeldOut
 from eg3d_rlhf.sigma.slab import sample_slab
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -62,11 +63,11 @@ class Comparison:
     control: LoadedGenerator | None
     run: Path | None  # folders with network-snapshot-*
     control_run: Path | None
-    reward: Reward
+    reward: Network
     spec: SlabSpec
     reward_hash: str
     reward_meta: dict
-    held_out: tuple[Reward, SlabSpec, str] | None  # second reward, its slab, its hash; never used in tuning
+    held_out: tuple[Network, SlabSpec, str] | None  # second reward, its slab, its hash; never used in tuning
     held_out_meta: dict
     data: str  # dataset as in train.py --data, '' where none is known
     mirror: bool  # whether the run doubled the data by mirroring
@@ -178,7 +179,9 @@ def load_comparison(s: Sources) -> Comparison:
             _check_pair(before, control)
     reward_path = _reward_path(s, run)
     with naming("--reward-ckpt"):
-        reward, spec, meta = load_reward(reward_path, s.device)
+        loaded = load_reward(reward_path, s.device)
+        check_reward(loaded, before.generator)
+        reward, spec, meta = loaded.network, loaded.observation.spec, loaded.provenance
     held_out, held_out_meta = _held_out(s, run, reward_path)
     for flag, path in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
         if path is not None and not Path(path).is_file():
@@ -237,7 +240,7 @@ def _reward_path(s: Sources, run: Path | None) -> Path:
     return Path(used)
 
 
-def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[tuple[Reward, SlabSpec, str] | None, dict]:
+def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[tuple[Network, SlabSpec, str] | None, dict]:
     """The second reward with its description: the named one, the one that watched the run, or the bundled one."""
     path, digest, recorded = s.reward_watch, file_hash(reward), runs.settings(run)
     used = recorded.get("reward_watch")
@@ -248,7 +251,8 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[tuple[Reward,
     if path is None:
         return None, {}
     with naming("--reward-watch"):
-        model, spec, meta = load_reward(path, s.device)
+        loaded = load_reward(path, s.device)
+        model, spec, meta = loaded.network, loaded.observation.spec, loaded.provenance
         if file_hash(path) == digest:
             raise ValueError(f"expected another reward than the one that tuned, got the same file {path}. Train one on other labels.")
     return (model, spec, file_hash(path)), meta

@@ -24,8 +24,7 @@ from eg3d_rlhf.metrics.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reward.ensemble import RewardEnsemble
-from eg3d_rlhf.reward.files import Reward
+from eg3d_rlhf.reward.evaluation import Network
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
@@ -67,10 +66,8 @@ def umap_version() -> str | None:
     return importlib.metadata.version("umap-learn") if importlib.util.find_spec("umap") else None
 
 
-def global_features(reward: Reward, slab: torch.Tensor) -> torch.Tensor:
+def global_features(reward: Network, slab: torch.Tensor) -> torch.Tensor:
     """Global feature [N, F] of slabs [N, 1, D, H, W]; of an ensemble, its members' side by side."""
-    if isinstance(reward, RewardEnsemble):
-        return torch.cat([member.features(slab) for member in reward.members], dim=1)
     return reward.features(slab)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.flow.lora import BASE, adapted_layers, adapter_state, attach, matches, merged_state
-from eg3d_rlhf.reward.files import check_state
+from eg3d_rlhf.reward.reward import check_state
 from training.storage import write_atomic
 
 PREFIX = "base_model.model."

@@ -1,7 +1,6 @@
 """What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
 
 import socket
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -104,25 +103,24 @@ def reward_ensemble(pairing: PairingOptions, generator: LoadedGenerator) -> Ense
     """
     import torch
 
-    from eg3d_rlhf.reward.ensemble import RewardEnsemble
-    from eg3d_rlhf.reward.files import load_reward
-    from eg3d_rlhf.reward.slabs import generator_slabs
+    from eg3d_rlhf.reward.cache import observe_seeds
+    from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 
-    members, described = [], []  # (model, what it reads, temperature)
+    members: list[Reward] = []
+    described = []
     for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):  # those two were trained apart on the same labels
-        model, spec, meta = load_reward(path)
-        parts = list(model.members) if isinstance(model, RewardEnsemble) else [model]
-        members += [(part, spec, float(meta.get("temperature", 1.0))) for part in parts]
+        reward = load_reward(path)
+        check_reward(reward, generator.generator, f"active selection: {path.name}")
+        parts = reward.members()
+        members += parts
         described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
-        if meta.get("generator") not in (None, generator.hash):
-            warnings.warn(f"active selection: {path.name} knows the shapes of another generator; its doubts may say little.", stacklevel=2)
-    sources = {spec: generator_slabs(generator.G, spec, psi=pairing.psi) for _, spec, _ in members}
+    sources = {one.observation: observe_seeds(generator.generator, one.observation, psi=pairing.psi) for one in members}
 
     @torch.no_grad()
     def judge(seeds: Sequence[int]) -> Judged:
-        slabs = {spec: draw(seeds) for spec, draw in sources.items()}
-        seen = [model.embed(slabs[spec]) for model, spec, _ in members]
-        scores = [model.score_embedding(e) / temperature for (model, _, temperature), e in zip(members, seen, strict=True)]
+        observed = {observation: draw(seeds) for observation, draw in sources.items()}
+        seen = [one.embed(observed[one.observation]) for one in members]
+        scores = [one.score_embedding(e) / one.temperature for one, e in zip(members, seen, strict=True)]
         return Judged(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
 
     return Ensemble(judge, len(members), described)

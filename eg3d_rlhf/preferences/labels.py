@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 from training.storage import write_atomic
 
@@ -57,10 +58,63 @@ class Preference:
         if self.psi is not None and not (math.isfinite(self.psi) and 0 <= self.psi <= 2):
             raise ValueError(f"expected psi from 0 to 2, got {self.psi}. Write the truncation the shapes were drawn at.")
 
+    @classmethod
+    def from_dict(cls, record: Mapping) -> "Preference":
+        """Inverse of `to_dict`; unknown names become `extra`."""
+        return cls(**{k: v for k, v in record.items() if k in FIELDS}, extra={k: v for k, v in record.items() if k not in FIELDS})
+
     def to_dict(self) -> dict:
         """Plain JSON types; fields that say nothing are left out."""
         known = {name: getattr(self, name) for name in FIELDS}
         return {**{k: v for k, v in known.items() if v is not None and not (k == "tie" and not v)}, **self.extra}
+
+
+class LabelSource(Protocol):
+    """Where a training's labels come from."""
+
+    grows: bool  # whether another reading may find more, so that a run keeps those of the moment
+
+    @property
+    def name(self) -> str:
+        """What to call them; without secrets."""
+        ...
+
+    def read(self) -> list[Preference]:
+        """The labels of the moment. Raises: OSError, ValueError."""
+        ...
+
+    def files(self) -> dict[str, Path]:
+        """Files that they come from, by role."""
+        ...
+
+    def to_dict(self) -> dict:
+        """'labels' and 'filters' of a run's settings, as JSON values."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileLabels:
+    """Labels of a .jsonl or .csv file."""
+
+    path: Path
+    grows: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    def read(self) -> list[Preference]:
+        """All of them. Raises: see `load_labels`."""
+        return load_labels(self.path)
+
+    def files(self) -> dict[str, Path]:
+        """The file."""
+        return {"labels": self.path}
+
+    def to_dict(self) -> dict:
+        """See `LabelSource`."""
+        return {"labels": str(self.path), "filters": None}
 
 
 def read_labels(path: str | Path) -> Iterator[Preference]:

@@ -83,7 +83,7 @@ class LossWeights:
 class PreferenceLoss:
     """The paper's weighted sum, from a reward network's output and index pairs.
 
-    Call: (output, better [P], worse [P], pair_logits, slab, epoch, generator) -> dict of weighted scalar terms that the loop sums.
+    Call: (output, better [P], worse [P], pair_logits, observed, epoch, generator) -> dict of weighted scalar terms that the loop sums.
     Pairs are averaged over the batch, samples likewise; a term of weight 0 is neither computed nor returned.
     """
 
@@ -97,7 +97,7 @@ class PreferenceLoss:
         worse: torch.Tensor,
         *,
         pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        slab: torch.Tensor,
+        observed: torch.Tensor,
         epoch: int,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
@@ -117,5 +117,5 @@ class PreferenceLoss:
         if w.strength:
             terms["strength"] = w.strength * strength_norm(output.log_strength)
         if w.reconstruction and output.reconstruction is not None:
-            terms["reconstruction"] = w.reconstruction * reconstruction_loss(output.reconstruction, slab).mean()
+            terms["reconstruction"] = w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
         return terms

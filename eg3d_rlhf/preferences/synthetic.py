@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from eg3d_rlhf.generators import ws_of_seeds
+from eg3d_rlhf.generators import Generator, ws_of_seeds
 from eg3d_rlhf.preferences.annotator import (
     ANNOTATOR,
     DEFAULT_CALIBRATION,
@@ -25,9 +25,7 @@ from eg3d_rlhf.preferences.annotator import (
 )
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.seeds import refuse_held_out
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
-from training.triplane import TriPlaneGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,32 +88,32 @@ class Annotation:
         }
 
 
-def seed_cubes(G: TriPlaneGenerator, seeds: Sequence[int], options: AnnotationOptions) -> Iterator[np.ndarray]:
+def seed_cubes(generator: Generator, seeds: Sequence[int], options: AnnotationOptions) -> Iterator[np.ndarray]:
     """Raw density cubes [D, H, W] of seeds over the whole scene, one after the other."""
-    spec = SlabSpec.cube(options.resolution, float(G.rendering_kwargs["box_warp"]))
+    spec = SlabSpec.of(generator.bounds, options.resolution)
     for start in range(0, len(seeds), options.batch):
-        ws = ws_of_seeds(G, seeds[start : start + options.batch], options.psi, options.cutoff)
+        ws = ws_of_seeds(generator, seeds[start : start + options.batch], options.psi, options.cutoff)
         with torch.no_grad():
-            sigma = sigma_grid(G, ws, spec)
+            sigma = generator.field(ws).density_grid(spec)
         yield from sigma.cpu().numpy()
 
 
 def annotate(
-    G: TriPlaneGenerator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None
+    generator: Generator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None
 ) -> Annotation:
     """Judge 2 P seeds, pair them at random, and draw one noisy label per pair.
 
-    Args: `G` a tri-plane generator; `on_seed` is told each judgement, for a progress bar.
+    Args: `on_seed` is told each judgement, for a progress bar.
     Deterministic in the options and the generator.
     Raises ValueError when every pair ties (for example a generator without any surface).
     """
     seeds = options.seeds
-    box_warp = float(G.rendering_kwargs["box_warp"])
+    box_warp = generator.bounds.side
     calibration = DEFAULT_CALIBRATION
     if options.calibrate:
-        calibration = calibrate(seed_cubes(G, seeds[: options.calibrate], options), box_warp)
+        calibration = calibrate(seed_cubes(generator, seeds[: options.calibrate], options), box_warp)
     utilities = np.empty(len(seeds))
-    for i, cube in enumerate(seed_cubes(G, seeds, options)):
+    for i, cube in enumerate(seed_cubes(generator, seeds, options)):
         result = utility(cube, calibration=calibration, box_warp=box_warp)
         utilities[i] = result.total
         if on_seed is not None:

@@ -1,10 +1,12 @@
-"""How well a reward orders held-out pairs: accuracy with an interval, calibration, and the same against a noise-free order.
+"""How well a reward orders held-out pairs: accuracy with an interval, calibration, the same against a noise-free order; learning curves.
 
 Shape letters: P pairs.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +15,14 @@ from scipy.special import expit
 
 from eg3d_rlhf.metrics.statistics import wilson_interval
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.reward.files import Reward
-from eg3d_rlhf.reward.slabs import SlabStore
+from eg3d_rlhf.reward.cache import ObservationCache
+from eg3d_rlhf.reward.networks import RewardEnsemble, RewardNetwork
+from training.distributed import SINGLE, Ranks
+
+Network = RewardNetwork | RewardEnsemble
 
 
-def score_seeds(model: Reward, store: SlabStore, seeds: Sequence[int], batch: int = 32) -> dict[int, float]:
+def score_seeds(model: Network, store: ObservationCache, seeds: Sequence[int], batch: int = 32) -> dict[int, float]:
     """Reward of every seed. Pass a model in eval mode where it has dropout."""
     device = next(model.parameters()).device
     unique = list(dict.fromkeys(seeds))
@@ -27,6 +32,17 @@ def score_seeds(model: Reward, store: SlabStore, seeds: Sequence[int], batch: in
             part = unique[start : start + batch]
             scores.update(zip(part, model.score(store.take(part, device)).tolist(), strict=True))
     return scores
+
+
+def shared_scores(
+    model: Network, store: ObservationCache, seeds: Sequence[int], ranks: Ranks = SINGLE, batch: int = 32
+) -> dict[int, float]:
+    """`score_seeds`, batch by batch in turn over the ranks; every rank gets all scores."""
+    unique = list(dict.fromkeys(seeds))
+    parts = [unique[i : i + batch] for i in range(0, len(unique), batch)][ranks.rank :: ranks.world]
+    mine = {seed: score for part in parts for seed, score in score_seeds(model, store, part, batch).items()}
+    scores = {int(seed): score for part in ranks.gather(list(mine.items())) for seed, score in part}
+    return {seed: scores[seed] for seed in unique}
 
 
 def margins(scores: Mapping[int, float], labels: Sequence[Preference]) -> np.ndarray:
@@ -66,7 +82,7 @@ def rate(correct: int, n: int) -> dict:
     return {"correct": correct, "n": n, "accuracy": correct / n if n else None, "interval_95": [float(low), float(high)]}
 
 
-def evaluate(model: Reward, store: SlabStore, labels: Sequence[Preference], temperature: float = 1.0) -> dict:
+def evaluate(model: Network, store: ObservationCache, labels: Sequence[Preference], temperature: float = 1.0) -> dict:
     """Figures of one split.
 
     A margin of exactly 0 counts as wrong. `clean` is present when labels say which seed is better without noise; it counts those alone.
@@ -86,3 +102,40 @@ def evaluate(model: Reward, store: SlabStore, labels: Sequence[Preference], temp
         report["clean"] = rate(int((margin * sign > 0).sum()), int((sign != 0).sum()))
         report["label_noise"] = float((sign < 0).sum() / (sign != 0).sum())
     return report
+
+
+def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> dict:
+    """One series per quantity over epochs. `context` is stated under the figure: n, seed, preset, generator."""
+    return {
+        "epoch": [r["epoch"] + 1 for r in history],
+        "train_accuracy": [r["train_accuracy"] for r in history],
+        "val_accuracy": [r["val_accuracy"] for r in history],
+        "val_log_loss": [r["val_log_loss"] for r in history],
+        "loss": {name: [r["loss"][name] for r in history] for name in history[0]["loss"]},
+        "best_epoch": best_epoch + 1,
+        "context": context,
+    }
+
+
+def plot_curves(json_path: Path, png_path: Path) -> Path:
+    """Draw a file of `collect_curves`: accuracies on the left, validation log loss and weighted loss terms on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = json.loads(json_path.read_text())
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(curves["epoch"], curves["train_accuracy"], label="training pairs (while training)")
+    left.plot(curves["epoch"], curves["val_accuracy"], label="validation pairs")
+    left.axvline(curves["best_epoch"], color="0.6", linestyle=":", label="chosen epoch")
+    left.set(xlabel="epoch", ylabel="pairs ordered as labelled (fraction)")
+    left.legend()
+    right.plot(curves["epoch"], curves["val_log_loss"], label="validation log loss")
+    for name, values in curves["loss"].items():
+        right.plot(curves["epoch"], values, label=f"training {name}, weighted", linewidth=1)
+    right.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    right.legend(fontsize=8)
+    figure.suptitle(", ".join(f"{k} {v}" for k, v in curves["context"].items()), fontsize=9)
+    figure.savefig(png_path, dpi=120)
+    return png_path

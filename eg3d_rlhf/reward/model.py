@@ -1,33 +1,198 @@
-"""The reward network: density slab in, one score per sample out.
+"""The networks that read σ slabs: a 3-D U-Net (the paper's), or three strided convolutions where labels are few.
 
-Shape letters: N samples, P pairs, M entries of a vector, D, H, W = z, y, x (see eg3d_rlhf/shapes.py).
+Shape letters: N samples, C channels, D, H, W = z, y, x, M entries of a vector (see eg3d_rlhf/shapes.py).
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.reward.config import PAPER, RewardArch
-from eg3d_rlhf.reward.heads import MLP
-from eg3d_rlhf.reward.pooling import grid_feature, slice_max_feature
-from eg3d_rlhf.reward.strided import StridedConv3d
-from eg3d_rlhf.reward.unet3d import UNet3d
+from eg3d_rlhf.preferences.losses import LossWeights
+from eg3d_rlhf.reward.networks import Preset, RewardNetwork, RewardOutput, register
+from eg3d_rlhf.reward.unet3d import UNet3d, UNetMaps
 from eg3d_rlhf.shapes import check_shape
+
+_FLOOR = 0.3  # smallest voxel deviation, as a share of the mean one: keeps empty voxels from being blown up
+POOLINGS = ("slice_max", "grid")
+EXTRACTORS = ("unet3d", "strided")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOutput:
-    """All that the training losses read, for one batch of slabs."""
+class RewardArch:
+    """Everything that decides the parameters' names and shapes, and the function they compute."""
 
-    embedding: torch.Tensor  # [N, M] the trunk's output
-    scalar: torch.Tensor  # [N] the reward
-    log_strength: torch.Tensor  # [N] logarithm of the Bradley-Terry strength
-    reconstruction: torch.Tensor | None  # [N, 1, D, H, W], None when not asked for
+    feature_maps: tuple[int, ...]  # channels per U-Net level, finest first; each divisible by `groups` or below it
+    groups: int = 8  # groups of every GroupNorm
+    recon_channels: int = 4  # first channels of the final convolution, for the reconstruction
+    feature_channels: int = 4  # the channels after them, for the feature
+    patch: int = 1  # the slab is cut into patch^3 voxels that become channels; 1 = the paper's, 2 is 8 times cheaper
+    input_scale: float = 1.0  # factor on the slab's [0, 100] before the first layer; 1 = the paper's
+    pooling: str = "slice_max"  # 'slice_max' = the paper's profile along z; 'grid' = mean and max over cells of final and bottleneck maps
+    pool_size: int = 8192  # 'slice_max': length of the stretched profile
+    final_cells: tuple[int, int, int] = (4, 4, 4)  # 'grid': cells along z, y, x over the final maps
+    bottleneck_cells: tuple[int, int, int] = (2, 2, 2)  # 'grid': the same over the coarsest encoder maps
+    extractor: str = "unet3d"  # 'unet3d' = the paper's; 'strided' = see StridedConv3d, feature_maps[0] channels, pooling unused
+    slab_shape: tuple[int, ...] = ()  # 'strided': the one slab shape (D, H, W) it reads
+    dropout: float = 0.0  # 'strided': share of features dropped in training, [0, 1)
+    trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
+    embedding: int = 512  # length of the trunk's output, which all heads read
+    heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
+
+    def __post_init__(self):
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"RewardArch.pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}. Choose one of them.")
+        if self.extractor not in EXTRACTORS:
+            raise ValueError(f"RewardArch.extractor: expected one of {', '.join(EXTRACTORS)}, got {self.extractor!r}. Choose one of them.")
+        if self.extractor == "strided" and len(self.slab_shape) != 3:
+            raise ValueError(f"RewardArch.slab_shape: expected (D, H, W) for the strided extractor, got {self.slab_shape}. Name the slab.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"RewardArch.dropout: expected a share in [0, 1), got {self.dropout}. Lower it.")
+        if self.extractor == "unet3d" and len(self.feature_maps) < 2:
+            raise ValueError(f"RewardArch.feature_maps: expected two or more levels, got {self.feature_maps}. Add a level.")
+        for name in ("groups", "recon_channels", "feature_channels", "patch", "pool_size", "embedding"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RewardArch.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
+
+    @property
+    def feature_size(self) -> int:
+        """Length of the pooled feature vector, the trunk's input."""
+        if self.extractor == "strided":
+            return strided_feature_size(self.feature_maps[0], self.slab_shape)
+        if self.pooling == "slice_max":
+            return self.pool_size
+        cells = [a * b * c for a, b, c in (self.final_cells, self.bottleneck_cells)]
+        return 2 * (self.feature_channels * cells[0] + self.feature_maps[-1] * cells[1])
+
+    @property
+    def smallest_side(self) -> int:
+        """Least number of voxels that a slab must have along each axis."""
+        return self.patch * 2 ** (len(self.feature_maps) - 1)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "RewardArch":
+        """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown or "feature_maps" not in values:
+            found = f"unknown fields {unknown}" if unknown else "no feature_maps"
+            raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {found}. Is the file from a later version?")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-class RewardModel(nn.Module):
+PAPER = RewardArch(feature_maps=(8, 16, 32, 64, 128, 256))
+SMALL = RewardArch(
+    feature_maps=(8, 16, 32), patch=2, input_scale=0.02, pooling="grid", feature_channels=8, trunk=(64, 64), embedding=64, heads=(32, 16)
+)
+HEADS = RewardArch(
+    feature_maps=(8,), extractor="strided", slab_shape=(27, 37, 38), dropout=0.7, trunk=(64, 64), embedding=64, heads=(32, 16)
+)
+
+
+def slice_windows(slices: int, bins: int) -> torch.Tensor:
+    """Index table [bins, K] int64 of the slices that each bin of an adaptive pool covers, the last one repeated to fill K.
+
+    Bin i covers floor(i * D / bins) ... ceil((i + 1) * D / bins) - 1.
+    """
+    i = torch.arange(bins)
+    first = i * slices // bins
+    last = ((i + 1) * slices + bins - 1) // bins - 1
+    width = int((last - first).max()) + 1
+    return torch.minimum(first[:, None] + torch.arange(width), last[:, None])
+
+
+def slice_max(x: torch.Tensor) -> torch.Tensor:
+    """Largest response per depth slice, over channels, rows and columns: [N, C, D, H, W] -> [N, D].
+
+    Differentiable in: x, each slice's gradient going to one voxel (channel first, then position).
+    """
+    return x.max(dim=1).values.flatten(2).max(dim=2).values
+
+
+def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
+    """The paper's global feature: the slice profile stretched to `bins` values, [N, C, D, H, W] -> [N, bins].
+
+    Equals AdaptiveMaxPool3d((bins, 1, 1)) of the channel maximum, gradients included: an entry that straddles two slices takes the
+    larger and passes its gradient there. At 129 slices it holds at most 129 distinct values, so no pool of 8192 cells is run.
+    """
+    profile = slice_max(x)  # [N, D]
+    windows = slice_windows(profile.shape[1], bins).to(x.device)  # [bins, K]
+    return profile[:, windows].max(dim=2).values
+
+
+def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
+    """Mean and maximum of every channel in every cell of a coarse z, y, x grid: [N, C, D, H, W] -> [N, 2 * C * cells].
+
+    Differentiable in: x. Keeps where along y and x a response lies, which the slice profile forgets.
+    """
+    means = F.adaptive_avg_pool3d(x, cells)
+    return torch.cat([means.flatten(1), F.adaptive_max_pool3d(x, cells).flatten(1)], dim=1)
+
+
+def strided_feature_size(channels: int, shape: Sequence[int]) -> int:
+    """Length of the flattened features of `StridedConv3d`."""
+    sides = [math.ceil(math.ceil((n // 2) / 2) / 2) for n in shape]
+    return 4 * channels * math.prod(sides)
+
+
+class StridedConv3d(nn.Module):
+    """Two input channels (standardised slab, standardised |slab - mirrored slab|), three convolutions of stride 2, flattened.
+
+    Samples of one generator differ little from their mean, and pooling forgets where; with one or two thousand pairs it pays to hand the
+    network the deviation from the mean slab and to keep positions up to the first linear layer.
+
+    In eval mode the features of the slab and of its mirror image are averaged, so that a score does not depend on handedness; in training
+    mode one of them is used (the training data are flipped at random instead) and features are dropped with probability `dropout`.
+    """
+
+    def __init__(self, channels: int, shape: Sequence[int], dropout: float):
+        super().__init__()
+        shape = list(shape)
+        self.first = nn.Conv3d(2, channels, 4, stride=2, padding=1)
+        self.second = nn.Conv3d(channels, 2 * channels, 3, stride=2, padding=1)
+        self.third = nn.Conv3d(2 * channels, 4 * channels, 3, stride=2, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        for name in ("slab", "difference"):
+            self.register_buffer(f"{name}_mean", torch.zeros(shape))
+            self.register_buffer(f"{name}_scale", torch.ones(shape))
+
+    @torch.no_grad()
+    def calibrate(self, slabs: torch.Tensor) -> None:
+        """Set means and deviations per voxel from training slabs [N, 1, D, H, W]."""
+        slabs = torch.cat([slabs[:, 0], slabs[:, 0].flip(-1)])  # symmetric statistics
+        for name, values in (("slab", slabs), ("difference", (slabs - slabs.flip(-1)).abs())):
+            scale = values.std(dim=0)
+            getattr(self, f"{name}_mean").copy_(values.mean(dim=0))
+            getattr(self, f"{name}_scale").copy_(scale.clamp_min(_FLOOR * float(scale.mean()) + 1e-6))
+
+    def _features(self, slab: torch.Tensor) -> torch.Tensor:
+        difference = (slab - slab.flip(-1)).abs()
+        channels = [(slab - self.slab_mean) / self.slab_scale, (difference - self.difference_mean) / self.difference_scale]
+        x = torch.cat(channels, dim=1)  # [N, 2, D, H, W]
+        for layer in (self.first, self.second, self.third):
+            x = F.silu(layer(x))
+        return self.dropout(x.flatten(1))
+
+    def forward(self, slab: torch.Tensor) -> torch.Tensor:
+        """slab [N, 1, D, H, W] in [0, 100] -> [N, M]. Differentiable in slab and parameters."""
+        expected = tuple(self.slab_mean.shape)
+        if tuple(slab.shape[2:]) != expected:
+            got = list(slab.shape[2:])
+            raise ValueError(f"StridedConv3d: expected slabs of {list(expected)} voxels, got {got}. Use the reward's own SlabSpec.")
+        if self.training:
+            return self._features(slab)
+        return 0.5 * (self._features(slab) + self._features(slab.flip(-1)))
+
+
+class RewardModel(RewardNetwork):
     """U-Net features, a trunk MLP and three heads; `score` is the reward used downstream.
 
     The samples of a batch never influence each other (group normalisation only), so a batch equals its items one by one.
@@ -37,88 +202,68 @@ class RewardModel(nn.Module):
     """
 
     def __init__(self, arch: RewardArch = PAPER):
-        super().__init__()
+        super().__init__(arch.feature_size, arch.trunk, arch.embedding, arch.heads)
         self.arch = arch
-        self.MLP = MLP(arch.feature_size, arch.trunk, arch.embedding)
-        self.scalar_rwd_head_BT = MLP(arch.embedding, arch.heads, 1)
-        self.scalar_rwd_head = MLP(arch.embedding, arch.heads, 1)
-        self.scalar_rwd_head_pairs = MLP(2 * arch.embedding, arch.heads, 2)
         if arch.extractor == "strided":
             self.extractor = StridedConv3d(arch.feature_maps[0], arch.slab_shape, arch.dropout)
             return
         out_channels = arch.recon_channels + arch.feature_channels
         self.Conv3DModule = UNet3d(arch.patch**3, arch.feature_maps, out_channels, arch.groups)
 
-    def _maps(self, slab: torch.Tensor):
-        check_shape("RewardModel(slab)", slab, ("N", 1, "D", "H", "W"), "Pass normalised slabs from sample_slab.")
+    def describe(self) -> dict[str, Any]:
+        """See `RewardNetwork`."""
+        return self.arch.to_dict()
+
+    def check(self, shape: Sequence[int]) -> None:
+        """The strided network reads one shape, a U-Net any that its levels can halve."""
+        if self.arch.extractor == "strided" and tuple(shape[1:]) != self.arch.slab_shape:
+            raise ValueError(f"reward: expected slabs of {list(self.arch.slab_shape)} points, got {list(shape[1:])}. Use its own crop.")
+
+    def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
+        """Means and deviations per voxel, where the network standardises."""
+        if self.arch.extractor == "strided":
+            self.extractor.calibrate(take())
+
+    def _maps(self, slab: torch.Tensor) -> UNetMaps:
+        check_shape("RewardModel(slab)", slab, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
         least = self.arch.smallest_side
         if min(slab.shape[2:]) < least:
             raise ValueError(
                 f"RewardModel(slab): expected sides of at least {least} voxels, got {list(slab.shape[2:])}. "
                 "Raise the slab's resolution or use fewer feature_maps."
             )
-        return self.Conv3DModule(_to_patches(slab * self.arch.input_scale if self.arch.input_scale != 1 else slab, self.arch.patch))
+        return self.Conv3DModule(to_patches(slab * self.arch.input_scale if self.arch.input_scale != 1 else slab, self.arch.patch))
 
-    def _pool(self, maps) -> torch.Tensor:
+    def _pool(self, maps: UNetMaps) -> torch.Tensor:
         response = maps.final[:, self.arch.recon_channels :]  # [N, C, D, H, W]
         if self.arch.pooling == "slice_max":
             return slice_max_feature(response, self.arch.pool_size)
         cells = (self.arch.final_cells, self.arch.bottleneck_cells)
         return torch.cat([grid_feature(response, cells[0]), grid_feature(maps.bottleneck, cells[1])], dim=1)
 
-    def _reconstruct(self, maps, size: torch.Size) -> torch.Tensor:
+    def _reconstruct(self, maps: UNetMaps, size: torch.Size) -> torch.Tensor:
         strongest = maps.final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
         out = self.Conv3DModule.conv3d_for_recon(strongest)  # [N, 1, D/p, H/p, W/p]
         if self.arch.patch > 1:
             out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
         return out[:, :, : size[2], : size[3], : size[4]]
 
-    def features(self, slab: torch.Tensor) -> torch.Tensor:
+    def features(self, observed: torch.Tensor) -> torch.Tensor:
         """Global feature vector before the trunk: slab [N, 1, D, H, W] in [0, 100] -> [N, arch.feature_size]."""
         if self.arch.extractor == "strided":
-            check_shape("RewardModel(slab)", slab, ("N", 1, "D", "H", "W"), "Pass normalised slabs from sample_slab.")
-            return self.extractor(slab)
-        return self._pool(self._maps(slab))
+            check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
+            return self.extractor(observed)
+        return self._pool(self._maps(observed))
 
-    def embed(self, slab: torch.Tensor) -> torch.Tensor:
-        """Trunk output, which all heads read: slab [N, 1, D, H, W] -> [N, arch.embedding]."""
-        return self.MLP(self.features(slab))
-
-    def score(self, slab: torch.Tensor) -> torch.Tensor:
-        """The reward: slab [N, 1, D, H, W] in [0, 100] -> [N], higher is better. Differentiable in: slab and parameters."""
-        return self.score_embedding(self.embed(slab))
-
-    def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The reward of embeddings [N, arch.embedding] -> [N]."""
-        return self.scalar_rwd_head(embedding).squeeze(1)
-
-    def pair_logits(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Pair head on embeddings [P, M] and [P, M] -> [P, 2]; index 0 says "the first is better". The order matters."""
-        return self.scalar_rwd_head_pairs(torch.cat([first, second], dim=1))
-
-    def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Order-free logit that `first` is better, [P]: half the difference of both orders' logits. Swapping the pair negates it."""
-        forward, backward = self.pair_logits(first, second), self.pair_logits(second, first)
-        return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
-
-    def forward(self, slab: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
+    def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
         """Everything the training losses read: slab [N, 1, D, H, W] in [0, 100] -> RewardOutput."""
-        if self.arch.extractor == "strided":
-            if reconstruct:
-                raise ValueError("RewardModel: expected a U-Net to reconstruct, got the strided extractor. Use --reconstruction=0.")
-            maps, embedding = None, self.embed(slab)
-        else:
-            maps = self._maps(slab)
-            embedding = self.MLP(self._pool(maps))
-        return RewardOutput(
-            embedding=embedding,
-            scalar=self.scalar_rwd_head(embedding).squeeze(1),
-            log_strength=self.scalar_rwd_head_BT(embedding).squeeze(1),
-            reconstruction=self._reconstruct(maps, slab.shape) if reconstruct else None,
-        )
+        if not reconstruct or self.arch.extractor == "strided":
+            return super().forward(observed, reconstruct)
+        maps = self._maps(observed)
+        return self._output(self.MLP(self._pool(maps)), self._reconstruct(maps, observed.shape))
 
 
-def _to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
+def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
     """Cut [N, 1, D, H, W] into patch^3 channels, [N, patch^3, D/p, H/p, W/p]; a short last patch repeats its edge."""
     if patch == 1:
         return slab
@@ -128,3 +273,25 @@ def _to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
     n, _, d, h, w = slab.shape
     cut = slab.reshape(n, d // patch, patch, h // patch, patch, w // patch, patch)
     return cut.permute(0, 2, 4, 6, 1, 3, 5).reshape(n, patch**3, d // patch, h // patch, w // patch)
+
+
+_BRIEF = LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0)
+PRESETS = {
+    "heads": Preset(  # about 0.1 M parameters, the whole bundled head with room in front of it: slabs of 27 x 37 x 38
+        network=HEADS.to_dict(),
+        train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True, "weights": _BRIEF},
+        observe={"resolution": 48, "crop": (0.12, 0.12, 0.05, 0.20, 0.20, 0.25)},
+    ),
+    "paper": Preset(  # 12,686,699 parameters, slabs 129 x 141 x 128
+        network=PAPER.to_dict(),
+        train={
+            "epochs": 10, "patience": 10, "batch": 1, "lr": 1e-5, "cosine": False, "anchors": 1000, "mirror": False,
+            "weights": LossWeights(),
+        },
+        observe={"resolution": 256},
+    ),
+    "small": Preset(network=SMALL.to_dict()),  # about 0.25 M parameters, slabs of about 33 x 36 x 32
+    "small-slice": Preset(network=replace(SMALL, pooling="slice_max", pool_size=256, feature_channels=4).to_dict()),  # the paper's pooling
+    "tiny": Preset(network=replace(SMALL, feature_maps=(8, 16), feature_channels=4, trunk=(32, 32), embedding=32).to_dict()),
+}
+register("sigma", lambda description: RewardModel(RewardArch.from_dict(description)), PRESETS)

@@ -9,17 +9,15 @@ Shape letters: N samples, D, H, W = z, y, x.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.generators import ws_of_seeds
-from eg3d_rlhf.reward.config import PAPER, RewardArch
-from eg3d_rlhf.reward.files import check_state, read_torch
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.generators import Generator, ws_of_seeds
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.model import PAPER, RewardArch, RewardModel
 from eg3d_rlhf.reward.release_config import CONFIG_NAMES, ReleaseConfig, read_config
-from eg3d_rlhf.sigma.slab import DecoderWeights, normalise_slab, sigma_from_planes
+from eg3d_rlhf.reward.reward import Reward, check_state, read_torch
 from eg3d_rlhf.sigma.spec import LATTICES, SlabSpec
 
 WEIGHTS = "best_model.pt"
@@ -41,15 +39,6 @@ model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleasedReward:
-    """An imported reward and where it came from."""
-
-    model: RewardModel  # eval mode, no gradients to its parameters
-    spec: SlabSpec  # straight lattice
-    meta: dict[str, Any]  # names and SHA-256 of both files; plain JSON values
-
-
-@dataclass(frozen=True, kw_only=True)
 class LatticeScores:
     """One sample's reward on both lattices."""
 
@@ -64,15 +53,15 @@ class LatticeScores:
 
 
 def import_release(
-    source: str | Path, config: str | Path | None = None, weights: str = WEIGHTS, transform: str = "config"
-) -> ReleasedReward:
-    """Read a released reward; nothing in its files is executed.
+    source: str | Path, config: str | Path | None = None, weights: str = WEIGHTS, transform: str = "config", lattice: str = "straight"
+) -> Reward:
+    """Read a released reward, in eval mode; nothing in its files is executed. Its provenance names both files and their SHA-256.
 
     Args:
         source: the folder, or the weights file itself (its configuration beside it).
         config: the configuration, where it has another name or place.
         weights: name of the weights inside the folder (`swa_weights.pt` has the same entries).
-        transform: see `read_config`.
+        transform: see `read_config`; lattice: that the reward reads, see `SlabSpec`.
 
     Raises: FileNotFoundError; ValueError on damaged or foreign files, entries that do not fit, or a configuration that is not understood.
     """
@@ -85,17 +74,17 @@ def import_release(
     model = RewardModel(arch)
     check_state(f"import_release({file.name})", model, state)
     model.load_state_dict(state)
-    spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max)
+    spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max, lattice=lattice)
     if min(spec.shape) < arch.smallest_side:
         raise ValueError(
             f"import_release: expected a slab with sides of at least {arch.smallest_side} points, got {list(spec.shape)} from "
             f"{config.name}. Use the configuration that belongs to these weights."
         )
-    meta = {
+    provenance = {
         "preset": "paper" if arch == PAPER else "release", "weights": file.name, "weights_sha256": file_hash(file),
         "config": config.name, "config_sha256": file_hash(config), "transform": transform, "trained_on_lattice": "skewed",
     }
-    return ReleasedReward(model=model.eval().requires_grad_(False), spec=spec, meta=meta)
+    return Reward(SigmaSlab(spec), model, provenance).eval().requires_grad_(False)
 
 
 def find_config(folder: Path) -> Path:
@@ -154,24 +143,23 @@ def _hidden(state: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def compare_lattices(
-    reward: RewardModel, spec: SlabSpec, G, seeds: Sequence[int], psi: float = 1.0, cutoff: int | None = 14,
+    reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0, cutoff: int | None = 14,
     on_seed: Callable[[LatticeScores], None] = lambda scores: None,
 ) -> list[LatticeScores]:
     """Rewards of a generator's samples on the straight lattice and on the one that the published reward was trained on.
 
-    Args: reward and its spec (either lattice); G: a tri-plane generator; seeds of z; psi, cutoff: truncation; on_seed: told each result.
-    Raises: ValueError for no seeds.
+    Args: reward: on either lattice; seeds of z; psi, cutoff: truncation; on_seed: told each result.
+    Raises: ValueError for no seeds, and for a reward that reads no slabs.
     """
     if not seeds:
         raise ValueError("compare_lattices: expected at least one seed, got none. Name some, such as 0-3.")
-    weights, results = DecoderWeights(*G.decoder.sigma_weights()), []
+    if not isinstance(reward.observation, SigmaSlab):
+        raise ValueError(f"compare_lattices: expected a reward that reads slabs, got one of {reward.observation.kind}. Name another.")
+    slabs = {lattice: SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES}
+    results = []
     for seed in seeds:
-        planes = G.planes(ws_of_seeds(G, [seed], psi, cutoff), noise_mode="const")
-        scores = {}
-        for lattice in LATTICES:
-            chosen = replace(spec, lattice=lattice)
-            sigma = sigma_from_planes(planes, G.renderer.plane_axes, weights, chosen, float(G.rendering_kwargs["box_warp"]))
-            scores[lattice] = float(reward.score(normalise_slab(sigma, spec.value_max).unsqueeze(1)))
+        field = generator.field(ws_of_seeds(generator, [seed], psi, cutoff))
+        scores = {lattice: float(reward.score_observed(slab.observe(field))) for lattice, slab in slabs.items()}
         results.append(LatticeScores(seed=seed, **scores))
         on_seed(results[-1])
     return results

@@ -7,29 +7,23 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.cli import ASSETS, versions
+from eg3d_rlhf.cli import ASSETS
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
-from eg3d_rlhf.label.preferences import LabelFilters
+from eg3d_rlhf.observations import Observation, observation_of
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
-from eg3d_rlhf.preferences.labels import Preference, labels_hash
-from eg3d_rlhf.reward.curves import collect_curves, plot_curves, write_curves
-from eg3d_rlhf.reward.ensemble import RewardEnsemble
-from eg3d_rlhf.reward.evaluation import evaluate, fit_temperature, margins, score_seeds
-from eg3d_rlhf.reward.files import Reward, save_reward
-from eg3d_rlhf.reward.label_source import keep_labels, read_labels_of, source_name
-from eg3d_rlhf.reward.slabs import SlabStore, cache_name, generator_slabs
+from eg3d_rlhf.preferences.labels import FileLabels, LabelSource, Preference, labels_hash, load_labels, write_labels
+from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds
+from eg3d_rlhf.reward.evaluation import Network, collect_curves, evaluate, fit_temperature, margins, plot_curves, score_seeds
+from eg3d_rlhf.reward.networks import RewardEnsemble
+from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
-from eg3d_rlhf.run.process import RunLock
+from eg3d_rlhf.run.run import Run, recorded
 from eg3d_rlhf.seeds import refuse_held_out
-from eg3d_rlhf.sigma.spec import SlabSpec
 from training.distributed import SINGLE, Ranks, launch_identity, leave
 from training.storage import write_atomic
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
-HEADS_RESOLUTION = 48
-HEADS_CROP = (0.12, 0.12, 0.05, 0.20, 0.20, 0.25)  # the whole bundled head, with room in front of it: slab 27 x 37 x 38
-DEFAULT_RESOLUTION = 64  # grid points per axis of the cube; the paper's crop then leaves a slab of 33 x 36 x 32
-PAPER_RESOLUTION = 256
+KEPT = "labels.jsonl"  # the labels of a growing source, as they were when the run began
 MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
 
 
@@ -39,26 +33,26 @@ class RewardRun:
 
     out: Path  # folder for everything written
     network: Path | None = None  # generator; None = the bundled one
-    labels: Path | str = BUNDLED_LABELS  # a file, or the URL of a labelling store
-    filters: LabelFilters = LabelFilters()  # which judgements of a store
-    resolution: int = DEFAULT_RESOLUTION  # grid points per axis of the whole cube, before the crop
-    crop: tuple[float, float, float, float, float, float] | None = None  # trimmed shares (x, x, y, y, z, z); None = the paper's
-    psi: float | None = None  # truncation of the labelled slabs; None = what the labels state, else 1
+    labels: LabelSource = FileLabels(BUNDLED_LABELS)  # noqa: RUF009 (frozen)
+    observation: str = "sigma"  # kind of what the reward reads
+    resolution: int | None = None  # of the observation: grid points per axis of the whole cube before the crop, pixels; None = its own
+    crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
+    psi: float | None = None  # truncation of the labelled shapes; None = what the labels state, else 1
     cutoff: int = 14  # layers that truncation reaches
     any_generator: bool = False  # accept labels made with another generator
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
     split_seed: int = 0  # which labels are held out; apart from train.seed so that runs with several seeds share a test split
-    cache: Path | None = None  # folder that keeps slabs between runs; None keeps them in RAM
-    slab_batch: int = 16  # slabs drawn at once
-    members: int = 1  # networks trained apart, from seeds MEMBER_STRIDE apart, whose scores are averaged (ensemble.py)
+    cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
+    slab_batch: int = 16  # shapes observed at once
+    members: int = 1  # networks trained apart, from seeds MEMBER_STRIDE apart, whose scores are averaged (RewardEnsemble)
     resume: bool = False  # continue the state in `out`
     device: str = "cpu"
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        return {**values, "network": values["network"] or "bundled", "labels": source_name(self.labels, whole=True)}
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(replace(self, labels=None)).items()}
+        return {**values, "network": values["network"] or "bundled", **self.labels.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -72,70 +66,80 @@ class Listener:
 def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: Ranks = SINGLE) -> dict | None:
     """Train, choose the epoch on validation pairs, score the test pairs once, write everything; returns the report, on rank 0.
 
-    Ranks draw slabs, train and score validation pairs together; rank 0 alone tests and writes.
+    Ranks draw shapes, train and score validation pairs together; rank 0 alone tests and writes.
     Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json, state.pt; also labels.jsonl
     when they come from a store, which may go on growing.
     Raises: ValueError or FileNotFoundError for labels, networks and folders that do not fit; StoppedError after SIGTERM or SIGINT.
     """
     listen = listen or Listener()
-    if ranks.restarts and ranks.broadcast(_launch_of(run.out) == launch_identity()):
+    begun = recorded(run.out) if ranks.main else {}
+    if ranks.restarts and ranks.broadcast(begun.get("launch") == launch_identity()):
         run = replace(run, resume=True)
     if ranks.broadcast((run.out / "state.pt").exists()) and not run.resume:
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
-    labels = read_labels_of(run.labels, run.filters, run.out if run.resume else None, ranks)
-    refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={source_name(run.labels, whole=True)}")
+    labels = read_labels(run.labels, run.out if run.resume else None, ranks)
+    refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={run.labels.to_dict()['labels']}")
     generator = load_generator(run.network, run.device)
     psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
+    observation = observation_of(run.observation, generator.generator, resolution=run.resolution, crop=run.crop)
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
-    with RunLock(run.out, enabled=ranks.main):
-        if ranks.main:
-            keep_labels(run.labels, labels, run.out)
-        return _run_locked(run, labels, generator, psi, listen, ranks)
+    inputs = {"network": generator.path, **run.labels.files()}
+    with Run(run.out, run.to_dict(), inputs, ranks=ranks) as record:
+        if run.resume and ranks.broadcast(bool(begun)):
+            record.resume(free=None)  # the state's file knows its options
+        else:
+            record.begin()
+        if ranks.main and run.labels.grows and not (run.out / KEPT).is_file():
+            write_labels(run.out / KEPT, labels)
+        return _run_locked(run, record, labels, generator, observation, psi, listen, ranks)
 
 
-def _launch_of(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "training_options.json").read_text())["launch"]
-    except (OSError, ValueError, KeyError):
-        return None
+def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks = SINGLE) -> list[Preference]:
+    """The labels of a source; a run that goes on in folder `resumed` gets those it began with. All ranks get rank 0's.
+
+    Raises: as the source.
+    """
+    if not source.grows:
+        return source.read()
+    if resumed is not None and (resumed / KEPT).is_file():
+        return load_labels(resumed / KEPT)
+    found = source.read()
+    records = ranks.broadcast([label.to_dict() for label in found])  # somebody may have answered between two ranks' reading
+    return [Preference.from_dict(record) for record in records]
 
 
 def _run_locked(
-    run: RewardRun, labels: list[Preference], generator: LoadedGenerator, psi: float, listen: Listener, ranks: Ranks
+    run: RewardRun, record: Run, labels: list[Preference], generator: LoadedGenerator, observation: Observation, psi: float,
+    listen: Listener, ranks: Ranks,
 ) -> dict | None:
     splits = split_by_seed(labels, run.fractions, run.split_seed)
-    place = {"crop": tuple(run.crop)} if run.crop is not None else {}
-    spec = SlabSpec(resolution=run.resolution, box_warp=float(generator.G.rendering_kwargs["box_warp"]), **place)
-    data = collect_slabs(run, splits, generator, spec, psi, listen, ranks)
-    if ranks.main:
-        options = {**run.to_dict(), "versions": versions(), "processes": ranks.world, "launch": launch_identity()}
-        write_atomic(run.out / "training_options.json", (json.dumps(options, indent=1) + "\n").encode())
-    states = _train(run, data, listen, ranks)
+    data = collect_observations(run, splits, generator, observation, psi, listen, ranks)
+    states = _train(run, record, data, listen, ranks)
     ranks.barrier()
     leave()  # the others need not wait for the figures
     if not ranks.main:
         return None
     model = states[0].model if len(states) == 1 else RewardEnsemble.of([state.model for state in states])
     report = assess(run, model, states, data, splits)
-    report |= {"labels_file": source_name(run.labels), "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
-    meta = {
-        "generator": generator.hash, "psi": psi, "truncation_cutoff": run.cutoff, "labels": report["labels_sha256"],
-        "preset": run.train.preset, "seed": run.train.seed, "temperature": report["temperature"],
+    report |= {"labels_file": run.labels.name, "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
+    provenance = {
+        "generator": generator.hash, "architecture": generator.generator.architecture, "psi": psi, "truncation_cutoff": run.cutoff,
+        "labels": report["labels_sha256"], "preset": run.train.preset, "seed": run.train.seed, "temperature": report["temperature"],
         "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
         "score_mean": report["score_mean"], "score_std": report["score_std"],
     }  # fmt: skip
-    save_reward(run.out / "reward.safetensors", model, spec, meta)
+    Reward(observation, model, provenance).save(run.out / "reward.safetensors")
     write_atomic(run.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     context = {"pairs": len(splits.train), "validation": len(splits.val), "seed": run.train.seed, "preset": run.train.preset}
-    context["member"] = f"1 of {len(states)}"
-    curves = collect_curves(states[0].history, states[0].best_epoch, {**context, "generator": generator.hash[:8]})
-    plot_curves(write_curves(run.out / "curves.json", curves), run.out / "curves.png")
+    context |= {"member": f"1 of {len(states)}", "generator": generator.hash[:8]}
+    record.write("curves.json", collect_curves(states[0].history, states[0].best_epoch, context))
+    plot_curves(run.out / "curves.json", run.out / "curves.png")
     return report
 
 
 def check_origin(labels: Sequence[Preference], generator_hash: str, psi: float | None, any_generator: bool) -> float:
-    """Truncation to draw the slabs at, after checking that labels and generator belong together.
+    """Truncation to draw the shapes at, after checking that labels and generator belong together.
 
     Raises: ValueError when labels name another generator, disagree among themselves, or state another psi than the one asked for.
     """
@@ -151,45 +155,42 @@ def check_origin(labels: Sequence[Preference], generator_hash: str, psi: float |
     return next((value for value in (psi, stated) if value is not None), 1.0)
 
 
-def collect_slabs(
-    run: RewardRun, splits: Splits, generator: LoadedGenerator, spec: SlabSpec, psi: float, listen: Listener, ranks: Ranks = SINGLE
+def collect_observations(
+    run: RewardRun, splits: Splits, generator: LoadedGenerator, observation: Observation, psi: float, listen: Listener, ranks: Ranks
 ) -> TrainData:
-    """Slabs of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache."""
+    """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache."""
     seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
     anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=seeds)["train"] if run.train.anchors else ()
-    store = _filled(run, generator, spec, psi, seeds, "slabs", listen, ranks)
-    anchor_store = _filled(run, generator, spec, ANCHOR_PSI, anchors, "anchors", listen, ranks) if anchors else None
-    return TrainData(train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store)
+    store = _filled(run, generator, observation, psi, seeds, "shapes", listen, ranks)
+    anchor_store = _filled(run, generator, observation, ANCHOR_PSI, anchors, "anchors", listen, ranks) if anchors else None
+    return TrainData(
+        train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store, observation=observation
+    )
 
 
 def _filled(
-    run: RewardRun, generator: LoadedGenerator, spec: SlabSpec, psi: float, seeds: Iterable[int], what: str, listen: Listener, ranks: Ranks
-) -> SlabStore:
+    run: RewardRun, generator: LoadedGenerator, observation: Observation, psi: float, seeds: Iterable[int], what: str, listen: Listener,
+    ranks: Ranks,
+) -> ObservationCache:
     unique = list(dict.fromkeys(seeds))
-    cache = None if run.cache is None else run.cache / cache_name(generator.hash, spec, psi, run.cutoff)
-    store = SlabStore(generator_slabs(generator.G, spec, psi=psi, cutoff=run.cutoff), cache)
+    cache = None if run.cache is None else run.cache / cache_name(generator.hash, observation, psi, run.cutoff)
+    store = ObservationCache(observe_seeds(generator.generator, observation, psi=psi, cutoff=run.cutoff), cache)
     if store.fill(unique, run.slab_batch, listen.bar(-(-len(unique) // ranks.world), what), ranks) and ranks.main:
         store.save()
     return store
 
 
-def _train(run: RewardRun, data: TrainData, listen: Listener, ranks: Ranks) -> list[TrainState]:
+def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks: Ranks) -> list[TrainState]:
     """Train every member of the ensemble, each from its own seed; the first member's is the run's."""
-    stats, members = run.out / "stats.jsonl", run.members
-    if not run.resume and ranks.main:
-        stats.unlink(missing_ok=True)
-    steps = -(-len(data.train) // run.train.batch) * run.train.epochs * members
+    steps = -(-len(data.train) // run.train.batch) * run.train.epochs * run.members
     advance = listen.bar(steps, "training")
     states = []
-    for member in range(members):
+    for member in range(run.members):
 
-        def on_epoch(record: dict, member: int = member) -> None:
-            record = {"member": member + 1, **record}
-            if not ranks.main:
-                return
-            with stats.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            listen.epoch(record)
+        def on_epoch(epoch: dict, member: int = member) -> None:
+            record.stats({"member": member + 1, **epoch})
+            if ranks.main:
+                listen.epoch({"member": member + 1, **epoch})
 
         options = replace(run.train, seed=run.train.seed + MEMBER_STRIDE * member)
         state_file = run.out / (f"state-{member + 1}.pt" if member else "state.pt")
@@ -199,7 +200,7 @@ def _train(run: RewardRun, data: TrainData, listen: Listener, ranks: Ranks) -> l
     return states
 
 
-def assess(run: RewardRun, model: Reward, states: list[TrainState], data: TrainData, splits: Splits) -> dict:
+def assess(run: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits) -> dict:
     """Figures of validation and test pairs, the test pairs for the first and only time; temperature and score scale from elsewhere."""
     train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
     scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)

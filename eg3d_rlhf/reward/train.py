@@ -1,9 +1,10 @@
 """Train a reward network on labelled pairs: the paper's losses and anchors, early stopping on validation pairs, exact resume.
 
 Source: arXiv 2606.27305 (2026), reward training. The test split is never read here.
-Shape letters: N slabs, P pairs, D, H, W = z, y, x.
+Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks, W ranks.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -16,15 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eg3d_rlhf.observations import Observation
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss
-from eg3d_rlhf.reward.config import preset
-from eg3d_rlhf.reward.evaluation import log_loss, margins
-from eg3d_rlhf.reward.model import RewardModel
-from eg3d_rlhf.reward.shared import Share, StoppedError, shared_scores
-from eg3d_rlhf.reward.slabs import SlabStore
+from eg3d_rlhf.reward.cache import ObservationCache
+from eg3d_rlhf.reward.evaluation import log_loss, margins, shared_scores
+from eg3d_rlhf.reward.networks import RewardNetwork, preset, readers_of
 from eg3d_rlhf.run.process import StopRequest
 from training.distributed import SINGLE, Ranks
+from training.draws import RowDraws
+from training.rounds import sum_over_ranks
 from training.storage import checksum, write_atomic
 
 
@@ -32,7 +35,7 @@ from training.storage import checksum, write_atomic
 class TrainOptions:
     """Everything that decides a training run besides its data; the defaults are those of the small preset."""
 
-    preset: str = "small"  # architecture, see eg3d_rlhf/reward/config.py
+    preset: str = "small"  # architecture, see eg3d_rlhf.reward.networks.preset
     epochs: int = 10  # passes over the training pairs, at most; >= 1
     patience: int = 5  # epochs without a better validation accuracy before stopping; >= 1
     batch: int = 16  # pairs per step
@@ -41,12 +44,11 @@ class TrainOptions:
     weight_decay: float = 1e-4  # L2, inside Adam
     decoupled: bool = False  # AdamW: decay apart from the gradient
     anchors: int = 0  # x_HQ seeds at psi 0.25, one per item; 0 trains on the labelled pairs alone
-    mirror: bool = True  # flip a training slab along x with probability one half
+    mirror: bool = True  # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
     seed: int = 0  # initialisation, order, anchors, flips
     weights: LossWeights = field(default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0))
 
     def __post_init__(self):
-        preset(self.preset)
         for name, least in (("epochs", 1), ("patience", 1), ("batch", 1), ("weight_decay", 0), ("anchors", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"TrainOptions.{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
@@ -54,19 +56,10 @@ class TrainOptions:
             raise ValueError(f"TrainOptions.lr: expected a positive number, got {self.lr}. Use 1e-5 for 'paper', 2e-3 for small presets.")
 
 
-PAPER_OPTIONS = TrainOptions(
-    preset="paper", epochs=10, patience=10, batch=1, lr=1e-5, cosine=False, anchors=1000, mirror=False, weights=LossWeights()
-)
-
-
-HEADS_OPTIONS = TrainOptions(preset="heads", epochs=12, patience=12, batch=8, lr=1e-3, weight_decay=0.3, decoupled=True)
-
-
-def default_options(preset_name: str) -> TrainOptions:
-    """The paper's settings for 'paper', quick ones for the small presets."""
-    if preset_name == "heads":
-        return HEADS_OPTIONS
-    return PAPER_OPTIONS if preset_name == "paper" else TrainOptions(preset=preset_name)
+def default_options(name: str | None = None, kind: str = "sigma") -> TrainOptions:
+    """The settings that suit a preset of the networks that read `kind`. Raises: ValueError for an unknown one."""
+    chosen = preset(name, kind)
+    return TrainOptions(preset=name or next(iter(readers_of(kind).presets)), **chosen.train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +68,61 @@ class TrainData:
 
     train: Sequence[Preference]
     val: Sequence[Preference]
-    store: SlabStore  # slabs of all their seeds
+    store: ObservationCache  # of all their seeds
     anchors: Sequence[int] = ()  # seeds of the training anchors
-    anchor_store: SlabStore | None = None  # their slabs
+    anchor_store: ObservationCache | None = None  # of those
+    observation: Observation = SigmaSlab()
+
+
+class StoppedError(Exception):
+    """SIGTERM or SIGINT arrived; what was trained up to the last whole epoch is in the state file."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's items of a step: every W-th; where a short last step leaves none, the first item with weight 0."""
+
+    count: int  # items of the step, over all ranks
+    ranks: Ranks = SINGLE
+
+    @property
+    def rows(self) -> list[int]:
+        """Places in the step."""
+        return list(range(self.count))[self.ranks.rank :: self.ranks.world] or [0]
+
+    @property
+    def weight(self) -> float:
+        """Share of the step's mean that a mean over `rows` contributes."""
+        return len(range(self.ranks.rank, self.count, self.ranks.world)) / self.count
+
+    def of_blocks(self, drawn: np.ndarray) -> np.ndarray:
+        """The entries of these items among values drawn for B blocks of `count` items, [B * count] -> [B * len(rows)]."""
+        return drawn.reshape(-1, self.count)[:, self.rows].reshape(-1)
+
+    def draws(self):
+        """Inside: dropout and drawn orders as these items meet them in the whole step."""
+        return contextlib.nullcontext() if self.ranks.world == 1 else RowDraws(self.rows, self.count, blocks=True)
+
+    def update(self, model: torch.nn.Module, figures: dict[str, float], stop: bool) -> tuple[dict[str, float], bool]:
+        """Sum gradients over ranks; returns the step's mean figures and whether any rank was asked to stop.
+
+        The figure 'strength' is a norm over samples, its squares add up; the others are means.
+        """
+        if self.ranks.world == 1:
+            return figures, stop
+        real = float(self.weight > 0)
+        parts = [value**2 * real if name == "strength" else value * self.weight for name, value in figures.items()]
+        sums = torch.tensor([*parts, float(stop)], dtype=torch.float32, device=next(model.parameters()).device)
+        sum_over_ranks(self.ranks, model.parameters(), [sums])
+        *totals, stops = sums.tolist()
+        return {k: v**0.5 if k == "strength" else v for k, v in zip(figures, totals, strict=True)}, stops > 0
 
 
 @dataclass
 class TrainState:
     """Everything that changes while training; what a resume needs."""
 
-    model: RewardModel
+    model: RewardNetwork
     optimizer: torch.optim.Optimizer
     epoch: int = 0  # epochs done
     history: list[dict] = field(default_factory=list)  # one record per epoch
@@ -99,11 +137,11 @@ class TrainState:
         return self.history[self.best_epoch]
 
 
-def new_state(options: TrainOptions, device: str | torch.device = "cpu") -> TrainState:
+def new_state(options: TrainOptions, device: str | torch.device = "cpu", kind: str = "sigma") -> TrainState:
     """A freshly initialised model and optimiser; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = RewardModel(preset(options.preset))
+        model = readers_of(kind).build(preset(options.preset, kind).network)
     model.to(device)
     family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
     return TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay))
@@ -131,11 +169,9 @@ def train_reward(
     """
     if not data.train or not data.val:
         raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
-    state = new_state(options, device)
+    state = new_state(options, device, data.observation.kind)
     state.ranks = ranks
-    if state.model.arch.extractor == "strided":
-        seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
-        state.model.extractor.calibrate(data.store.take(seeds, device))
+    state.model.calibrate(lambda: data.store.take([seed for label in data.train for seed in (label.winner, label.loser)], device))
     if state_file is not None and ranks.broadcast(state_file.is_file()):
         _load_state(state_file, state, options)
     ranks.broadcast_((*state.model.parameters(), *state.model.buffers()))
@@ -207,11 +243,11 @@ def _step(
 ) -> dict[str, float]:
     """One update on a batch of pairs; returns its weighted loss terms and, as `correct`, the share ordered as labelled."""
     share = Share(len(items), state.ranks)
-    slab, better, worse = _batch(items, share, data, options, rng, next(state.model.parameters()).device)
+    observed, better, worse = _batch(items, share, data, options, rng, next(state.model.parameters()).device)
     loss = PreferenceLoss(options.weights)
     with share.draws():
-        out = state.model(slab, reconstruct=options.weights.reconstruction > 0)
-        terms = loss(out, better, worse, pair_logits=state.model.pair_logits, slab=slab, epoch=state.epoch, generator=generator)
+        out = state.model(observed, reconstruct=options.weights.reconstruction > 0)
+        terms = loss(out, better, worse, pair_logits=state.model.pair_logits, observed=observed, epoch=state.epoch, generator=generator)
     state.optimizer.zero_grad(set_to_none=True)
     (sum(terms.values()) * share.weight).backward()
     count = len(share.rows)
@@ -225,24 +261,23 @@ def _step(
 
 
 def _batch(items: Sequence[Preference], share: Share, data: TrainData, options: TrainOptions, rng: np.random.Generator, device):
-    """Slabs [N, 1, D, H, W] in the order winners, losers, anchors, and index pairs (better, worse), int64 [P] each, of this rank's items.
+    """Observations [N, ...] in the order winners, losers, anchors, and index pairs (better, worse), int64 [P] each, of this rank's items.
 
     With anchors an item is the triple (anchor, winner, loser) and every ordered pair inside it is a comparison, anchor first.
     """
     items, total = [items[i] for i in share.rows], len(items)
     count = len(items)
-    slab = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
+    observed = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
     row = torch.arange(count)
     better, worse = [row], [row + count]
     if data.anchors:
         drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
-        slab = torch.cat([slab, data.anchor_store.take(drawn, device)])
+        observed = torch.cat([observed, data.anchor_store.take(drawn, device)])
         better += [row + 2 * count, row + 2 * count]
         worse += [row, row + count]
     if options.mirror:
-        flip = torch.from_numpy(share.of_blocks(rng.random(len(slab) // count * total)) < 0.5).to(device)
-        slab = torch.where(flip[:, None, None, None, None], slab.flip(-1), slab)
-    return slab, torch.cat(better).to(device), torch.cat(worse).to(device)
+        observed = data.observation.augment(observed, share.of_blocks(rng.random(len(observed) // count * total)))
+    return observed, torch.cat(better).to(device), torch.cat(worse).to(device)
 
 
 def _save_state(path: Path, state: TrainState, options: TrainOptions) -> None:

@@ -20,11 +20,10 @@ from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.metrics.views import multi_view_measures, spec_for
-from eg3d_rlhf.reward.files import Reward, load_reward
+from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.rlhf.measures import annotator_calibration, rewards, utilities
 from eg3d_rlhf.rlhf.watch import Watch
 from eg3d_rlhf.settings import control_differs
-from eg3d_rlhf.sigma.spec import SlabSpec
 from training import storage
 from training.dataset import ImageFolderDataset
 
@@ -44,7 +43,6 @@ class Evaluation:
     before: torch.nn.Module  # frozen G_ema before tuning
     dataset: ImageFolderDataset
     reward: Reward
-    spec: SlabSpec
     device: torch.device
     watch: Watch | None = None
 
@@ -61,8 +59,8 @@ def ws_for(G: torch.nn.Module, chosen) -> torch.Tensor:
 
 def reward_shift(e: Evaluation, after: torch.nn.Module) -> dict:
     """Rewards of the same latents before and after."""
-    before = rewards(e.before, ws_for(e.before, REWARD_SEEDS), e.reward, e.spec)
-    tuned = rewards(after, ws_for(after, REWARD_SEEDS), e.reward, e.spec)
+    before = rewards(e.before, ws_for(e.before, REWARD_SEEDS), e.reward)
+    tuned = rewards(after, ws_for(after, REWARD_SEEDS), e.reward)
     delta = tuned - before
     return {
         "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
@@ -160,9 +158,8 @@ def control_figures(settings: dict, delta: float) -> dict:
     return {"control_delta_mean": record["tuned_delta_mean"], "control_source": path.name}
 
 
-def reward_accuracy(reward_ckpt: str) -> dict:
-    """The reward's own record of its held-out accuracy, against the noise-free order where the labels held one."""
-    _, _, meta = load_reward(reward_ckpt)
+def reward_accuracy(meta: dict) -> dict:
+    """The reward's own record (its provenance) of its held-out accuracy, against the noise-free order where the labels held one."""
     against = "noise-free order" if meta.get("test_accuracy_clean") else "labels"
     found = meta.get("test_accuracy_clean") or meta.get("test_accuracy")
     if found is None:
@@ -182,7 +179,7 @@ def summarise(e: Evaluation, after: torch.nn.Module, cur_nimg: int) -> dict:
         record.update(blind_pairs(e, after))
         record.update(frechet(e, after))
     record.update(geometry(e, after))
-    record.update(reward_accuracy(s["reward_ckpt"]))
+    record.update(reward_accuracy(e.reward.provenance))
     record.update({
         "over_optimisation": e.watch.alarms if e.watch is not None else [], "seed": s["seed"],
         "device": str(e.device), "versions": versions(), "lambda_r": s["lambda_r"], "lambda_sigma": s["lambda_sigma"], "images": cur_nimg,

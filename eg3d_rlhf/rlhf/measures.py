@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from eg3d_rlhf import bundled
+from eg3d_rlhf.generators import of
 from eg3d_rlhf.preferences.annotator import DEFAULT_CALIBRATION, Calibration, utility
-from eg3d_rlhf.reward.files import Reward
+from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.rlhf.watch import Measure, Watch
-from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 JUDGE_RESOLUTION = 64  # grid points per edge of the cubes that the annotator judges
@@ -27,28 +27,26 @@ def annotator_calibration(path: Path = bundled.ANNOTATION) -> Calibration:
 
 
 @torch.no_grad()
-def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: Reward, spec: SlabSpec, batch: int = 16) -> np.ndarray:
+def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: Reward, batch: int = 16) -> np.ndarray:
     """Scores [N] of latents ws [N, L, W]."""
-    return torch.cat([reward.score(sample_slab(G, part, spec)) for part in ws.split(batch)]).cpu().numpy()
+    generator = of(G)
+    return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
 
 
 @torch.no_grad()
 def utilities(G: torch.nn.Module, ws: torch.Tensor, calibration: Calibration, batch: int = 8) -> np.ndarray:
     """The annotator's noise-free utility [N] of latents ws [N, L, W], from geometry alone."""
-    box_warp = float(G.rendering_kwargs["box_warp"])
-    spec = SlabSpec.cube(JUDGE_RESOLUTION, box_warp)
-    cubes = (cube for part in ws.split(batch) for cube in sigma_grid(G, part, spec).cpu().numpy())
-    return np.array([utility(cube, calibration=calibration, box_warp=box_warp).total for cube in cubes])
+    generator = of(G)
+    spec = SlabSpec.of(generator.bounds, JUDGE_RESOLUTION)
+    cubes = (cube for part in ws.split(batch) for cube in generator.field(part).density_grid(spec).cpu().numpy())
+    return np.array([utility(cube, calibration=calibration, box_warp=spec.box_warp).total for cube in cubes])
 
 
-def make_watch(
-    settings: dict, reward: Reward, spec: SlabSpec, G_ref: torch.nn.Module, second: tuple[Reward, SlabSpec, dict] | None
-) -> Watch:
-    """Watch of a run: the reward itself, the second reward (as `load_reward` gives it) if any, and the utility for synthetic heads."""
-    measures: dict[str, Measure] = {"reward": lambda G, ws: rewards(G, ws, reward, spec)}
+def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
+    """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
+    measures: dict[str, Measure] = {"reward": lambda G, ws: rewards(G, ws, reward)}
     if second is not None:
-        model, second_spec, _ = second
-        measures["second"] = lambda G, ws: rewards(G, ws, model, second_spec)
+        measures["second"] = lambda G, ws: rewards(G, ws, second)
     if settings["data"].startswith("synthetic:"):
         calibration = annotator_calibration()
         measures["utility"] = lambda G, ws: utilities(G, ws, calibration)

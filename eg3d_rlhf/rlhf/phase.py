@@ -1,6 +1,6 @@
-"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(slab(G(z))))) + lambda_sigma mean |sigma_G - sigma_ref| (+ front growth).
+"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean |sigma_G - sigma_ref| (+ front growth).
 
-Letters: N batch, Z z_dim, K c_dim, L num_ws, W w_dim; slabs [N, 1, D, H, W].
+o is what the reward observes. Letters: N batch, Z z_dim, K c_dim, L num_ws, W w_dim.
 """
 
 import copy
@@ -9,12 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from eg3d_rlhf.generators import camera, latents
-from eg3d_rlhf.reward.files import Reward
+from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
+from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.rlhf import consistency
-from eg3d_rlhf.rlhf.shaping import SHAPINGS, clip_bounds, make_shaping, parse_clip
+from eg3d_rlhf.rlhf.shaping import SHAPINGS, Shaping, clip_bounds, make_shaping, parse_clip
 from eg3d_rlhf.seeds import CALIBRATION
-from eg3d_rlhf.sigma.slab import sample_slab, sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.config import check_knobs, knob
 from training.gan_phases import Batch
@@ -58,39 +57,39 @@ class RewardTerms:
 
     Args:
         G: the generator being tuned; G_ema: its pretrained moving average, copied and frozen as the reference.
-        reward: frozen reward network; spec: the slab that it reads.
+        reward: frozen; it has been checked against the generator.
     """
 
-    def __init__(
-        self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, spec: SlabSpec, config: RewardConfig
-    ):
-        self.G, self.spec, self.config = G, spec, config
-        self.reward = reward.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)  # a tenth faster, same values
+    def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
+        self.generator, self.config = of(G), config
+        self.reward = reward.eval().requires_grad_(False).arranged()
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
-        self.cube = SlabSpec.cube(config.anchor_resolution, G.rendering_kwargs["box_warp"])
-        scores, shaped, shaping = self._calibrate(G_ref)
+        self.reference = of(G_ref)
+        self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
+        scores, shaped, shaping = self._calibrate(self.reference)
         self.state = RewardPhaseState(G_ref, shaping, clip_bounds(config.reward_clip, shaped))
         self.initial_scores = scores
 
     @torch.no_grad()
-    def _calibrate(self, G_ref: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
-        device = next(G_ref.parameters()).device
-        z = latents(CALIBRATION.all, G_ref.z_dim).to(device)
-        slabs = [
-            sample_slab(G_ref, G_ref.mapping(part, camera(G_ref, n=len(part)), truncation_cutoff=CUTOFF), self.spec) for part in z.split(16)
-        ]
-        embeddings = torch.cat([self.reward.embed(s) for s in slabs])
-        scores = torch.cat([self.reward.score(s) for s in slabs])
+    def _calibrate(self, reference: Generator) -> tuple[torch.Tensor, torch.Tensor, Shaping]:
+        device, observe = device_of(reference), self.reward.observation.observe
+        z = latents(CALIBRATION.all, reference.z_dim).to(device)
+        seen = []
+        for part in z.split(16):
+            ws = reference.mapping(part, camera(reference, n=len(part)), truncation_cutoff=CUTOFF)
+            seen.append(observe(reference.field(ws)))
+        embeddings = torch.cat([self.reward.embed(s) for s in seen])
+        scores = torch.cat([self.reward.score_observed(s) for s in seen])
         shaping = make_shaping(self.config.reward_shaping, scores, embeddings).to(device)
-        shaped = torch.cat([copy.deepcopy(shaping)(self.reward, s)[0] for s in slabs])
+        shaped = torch.cat([shaping(self.reward, s, torch.arange(len(s), device=device))[0] for s in seen])
         return scores, shaped, shaping
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
         """The reward on the batch's latents, then the anchors on fresh ones; each runs backward on its own."""
         config = self.config
-        ws = self.G.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
-        slab = sample_slab(self.G, ws, self.spec, noise_mode="const")
-        shaped, score = self.state.shaping(self.reward, slab)
+        ws = self.generator.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
+        observed = self.reward.observation.observe(self.generator.field(ws))
+        shaped, score = self.state.shaping(self.reward, observed, batch.places)
         low, high = self.state.bounds.tolist()
         loss = -config.lambda_r * shaped.clamp(low, high)
         clipped = ((shaped < low) | (shaped > high)).float()
@@ -100,16 +99,19 @@ class RewardTerms:
 
     def _anchors(self, z: torch.Tensor, c: torch.Tensor) -> Loss:
         config = self.config
-        regime = {"truncation_psi": config.anchor_psi, "truncation_cutoff": CUTOFF}
-        sigma = sigma_grid(self.G, self.G.mapping(z, c, **regime), self.cube)
+
+        def density(generator: Generator) -> torch.Tensor:
+            ws = generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+            return generator.field(ws).density_grid(self.cube)
+
+        sigma = density(self.generator)
         with torch.no_grad():
-            G_ref = self.state.G_ref
-            sigma_ref = sigma_grid(G_ref, G_ref.mapping(z, c, **regime), self.cube)
+            sigma_ref = density(self.reference)
         distance = consistency.density_l1(sigma, sigma_ref)
         loss = config.lambda_sigma * distance
         stats = {"RLHF/consistency": distance}
         if config.lambda_front > 0:
-            growth = consistency.front_growth(sigma, sigma_ref)
+            growth = consistency.front_growth(sigma, sigma_ref, self.generator.level)
             loss = loss + config.lambda_front * growth
             stats["RLHF/front_growth"] = growth
         return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
@@ -118,5 +120,5 @@ class RewardTerms:
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:
     """Grlhf as one more phase of the loop, every iteration, with its own optimizer on G."""
     return Phase(
-        name="Grlhf", module=terms.G, optimizer=optimizer, losses=terms.losses, state=terms.state, own_optimizer=True,
+        name="Grlhf", module=terms.generator.module, optimizer=optimizer, losses=terms.losses, state=terms.state, own_optimizer=True,
     )

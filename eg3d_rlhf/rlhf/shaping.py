@@ -1,36 +1,34 @@
 """How a reward enters the loss: standardisation, softplus, comparison with references, and the clip that acts as a trust region.
 
-Letters: N batch, M reference samples, E embedding.
+Letters: N batch, M reference samples, E embedding; observed [N, ...] is what the reward reads.
 """
-
-from typing import Protocol
 
 import torch
 
-from eg3d_rlhf.reward.files import Reward
+from eg3d_rlhf.reward.reward import Reward
 
 SHAPINGS = ("none", "standardised", "softplus", "reference")
 
 
-class Shaping(Protocol):
-    """Turns slabs into the quantity that the reward phase maximises."""
+class Shaping(torch.nn.Module):
+    """Turns what a reward reads into the quantity that the reward phase maximises. This one is the score itself."""
 
-    def __call__(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """slab [N, 1, D, H, W] -> shaped [N], raw score [N]. Differentiable in slab."""
-        ...
+    def forward(self, reward: Reward, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """observed [N, ...], places [N] of the samples in the whole run -> shaped [N], raw score [N]. Differentiable in observed."""
+        del places
+        score = reward.score_observed(observed)
+        return self.shaped(score), score
 
-
-class Identity(torch.nn.Module):
-    """The score itself."""
-
-    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Shaping`."""
-        score = reward.score(slab)
-        return score, score
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """[N] -> [N], of scores alone."""
+        return score
 
 
-class Standardised(torch.nn.Module):
+class Standardised(Shaping):
     """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10) (sigma-reward.md, section 4)."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, initial_scores: torch.Tensor):
         """initial_scores: [M] scores of the untuned generator."""
@@ -39,55 +37,54 @@ class Standardised(torch.nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
 
-    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
         """See `Shaping`."""
-        score = reward.score(slab)
-        return (score - self.mean) * self.scale, score
+        return (score - self.mean) * self.scale
 
 
-class NegativeSoftplus(torch.nn.Module):
+class NegativeSoftplus(Shaping):
     """-softplus(-2 r): saturates for good samples, linear for bad ones."""
 
-    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
         """See `Shaping`."""
-        score = reward.score(slab)
-        return -torch.nn.functional.softplus(-2 * score), score
+        return -torch.nn.functional.softplus(-2 * score)
 
 
-class ReferenceWins(torch.nn.Module):
+class ReferenceWins(Shaping):
     """Mean probability, by the pairs head, of winning against `comparisons` reference samples, in both orders.
 
-    The references are embeddings of samples of the untuned generator; sample n of a batch meets references n, n + 1, ... cyclically, from
-    an offset that moves with every call and is part of the state.
+    The references are embeddings of samples of the untuned generator. The run's sample i meets references i * comparisons, and those after
+    it, cyclically: whichever rank or accumulation round it falls to.
     """
+
+    references: torch.Tensor
 
     def __init__(self, references: torch.Tensor, comparisons: int = 4):
         """references: [M, E] embeddings."""
         super().__init__()
         self.comparisons = comparisons
         self.register_buffer("references", references)
-        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))
+        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))  # unused: checkpoints of earlier versions hold it
 
-    def forward(self, reward: Reward, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, reward: Reward, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Shaping`."""
-        embedding = reward.embed(slab)  # [N, E]
+        embedding = reward.embed(observed)  # [N, E]
         score = reward.score_embedding(embedding)
-        n, count = len(embedding), self.comparisons
-        index = (self.offset + torch.arange(n * count, device=slab.device)) % len(self.references)
-        self.offset.copy_((self.offset + n * count) % len(self.references))
+        count = self.comparisons
+        index = (places[:, None] * count + torch.arange(count, device=places.device)).flatten() % len(self.references)  # [N * count]
         mine, other = embedding.repeat_interleave(count, dim=0), self.references[index]
         margin = reward.pair_margin(mine, other)  # [N * count]
-        return torch.sigmoid(margin).unflatten(0, (n, count)).mean(dim=1), score
+        return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
 
 
-def make_shaping(name: str, initial_scores: torch.Tensor, references: torch.Tensor) -> torch.nn.Module:
+def make_shaping(name: str, initial_scores: torch.Tensor, references: torch.Tensor) -> Shaping:
     """The shaping called `name`; its state comes from the untuned generator's scores [M] and embeddings [M, E].
 
     Raises: ValueError for an unknown name.
     """
     match name:
         case "none":
-            return Identity()
+            return Shaping()
         case "standardised":
             return Standardised(initial_scores)
         case "softplus":

@@ -11,8 +11,7 @@ from eg3d_rlhf.attribution.cross_checks import agreement, rank_correlation, redr
 from eg3d_rlhf.attribution.regions import face_partition
 from eg3d_rlhf.attribution.surface import by_region, diverging, labels_at, picture, slab_index, voxels_at
 from eg3d_rlhf.reports.mesh_page import ColouredMesh, Layer, mesh_page
-from eg3d_rlhf.reward.config import preset
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.networks import build_network, preset
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
 
@@ -35,7 +34,7 @@ def test_agreement_per_latent_and_overall():
 
 def test_redrawn_weights_keep_scale_and_forget_the_rest():
     torch.manual_seed(0)
-    reward = RewardModel(preset("tiny")).eval()
+    reward = build_network("sigma", preset("tiny").network).eval()
     other, same = redrawn(reward, 1), redrawn(reward, 1)
     for (name, a), b, c in zip(reward.named_parameters(), other.parameters(), same.parameters(), strict=True):
         assert torch.equal(b, c) and not b.requires_grad, name

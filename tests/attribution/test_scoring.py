@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from eg3d_rlhf.attribution.scoring import fast_score, group_affine
-from eg3d_rlhf.reward.config import PAPER, PRESETS, RewardArch, preset
-from eg3d_rlhf.reward.ensemble import RewardEnsemble
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
+from eg3d_rlhf.reward.networks import RewardEnsemble
+
+
+def preset(name):
+    return RewardArch.from_dict(PRESETS[name].network)
 
 
 def rewards(arch, seed=0):

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.preferences import losses
-from eg3d_rlhf.reward.config import PAPER, RewardArch
-from eg3d_rlhf.reward.heads import MLP
-from eg3d_rlhf.reward.model import RewardModel, RewardOutput
-from eg3d_rlhf.reward.pooling import slice_max
+from eg3d_rlhf.reward.model import PAPER, RewardArch, RewardModel, slice_max
+from eg3d_rlhf.reward.networks import MLP, RewardOutput
 
 OUTPUT_TOLERANCE = 2e-5  # relative; observed float32 deviation at most 4e-6
 GRADIENT_TOLERANCE = 3e-4  # of (norm + 1e-6 * largest norm)
@@ -175,7 +173,7 @@ def combined(model, slabs, reconstruct, epoch=0, seed=0):
     index = torch.tensor([0]), torch.tensor([1])
     generator = torch.Generator().manual_seed(seed)
     loss = losses.PreferenceLoss(losses.LossWeights())
-    return loss(out, *index, pair_logits=model.pair_logits, slab=slabs, epoch=epoch, generator=generator)
+    return loss(out, *index, pair_logits=model.pair_logits, observed=slabs, epoch=epoch, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])

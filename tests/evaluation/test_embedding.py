@@ -14,7 +14,7 @@ from eg3d_rlhf.metrics.feature_sets import neighbours, paired_separability
 from eg3d_rlhf.reports import jobs as running
 from eg3d_rlhf.reports import points_view
 from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reward.ensemble import RewardEnsemble
+from eg3d_rlhf.reward.networks import RewardEnsemble
 from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tools import embed

@@ -17,9 +17,9 @@ from eg3d_rlhf.label.active import Judged, candidates, disagreement, judge, pair
 from eg3d_rlhf.label.entities import Kind
 from eg3d_rlhf.label.launch import reward_ensemble
 from eg3d_rlhf.label.pairing import PairingOptions, plan
-from eg3d_rlhf.reward.files import load_reward, save_reward
+from eg3d_rlhf.reward.cache import observe_seeds
 from eg3d_rlhf.reward.model import RewardModel
-from eg3d_rlhf.reward.slabs import generator_slabs
+from eg3d_rlhf.reward.reward import Reward, load_reward
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def generator(tiny_networks):
 @pytest.fixture(scope="module")
 def rewards(tiny_reward, tmp_path_factory):
     """Two reward files of one architecture, the second with a temperature."""
-    model, spec, _ = load_reward(tiny_reward)
+    first = load_reward(tiny_reward)
     torch.manual_seed(11)
-    second = save_reward(tmp_path_factory.mktemp("rewards") / "second.safetensors", RewardModel(model.arch), spec, {"temperature": 2.0})
-    return str(tiny_reward), str(second)
+    second = Reward(first.observation, RewardModel(first.network.arch), {"temperature": 2.0})
+    return str(tiny_reward), str(second.save(tmp_path_factory.mktemp("rewards") / "second.safetensors"))
 
 
 def judged(seeds: int = 40, members: int = 2, seed: int = 0) -> Judged:
@@ -118,8 +118,8 @@ def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewar
     seeds = range(5, 25)  # more than a batch
     found = judge(ensemble, seeds)
     for row, path, temperature in zip(found.scores, rewards, (1.0, 2.0), strict=True):
-        model, spec, _ = load_reward(path)
-        expected = model.score(generator_slabs(generator.G, spec, psi=0.8)(list(seeds))) / temperature
+        reward = load_reward(path)
+        expected = reward.score_observed(observe_seeds(generator.G, reward.observation, psi=0.8)(list(seeds))) / temperature
         assert np.allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert found.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
@@ -129,11 +129,11 @@ def test_one_reward_cannot_disagree(generator, rewards):
         reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
 
 
-def test_a_reward_of_another_generator_is_told(generator, rewards, tmp_path):
-    model, spec, _ = load_reward(rewards[0])
-    foreign = save_reward(tmp_path / "foreign.safetensors", model, spec, {"generator": "f" * 64})
-    with pytest.warns(UserWarning, match=r"foreign\.safetensors knows the shapes of another generator"):
-        reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)
+def test_a_reward_of_another_generator_is_told(generator, rewards, tmp_path, capsys):
+    first = load_reward(rewards[0])
+    foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(tmp_path / "foreign.safetensors")
+    reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)
+    assert "foreign.safetensors: it was trained on shapes of the eg3d generator ffffffffffff..., not of" in capsys.readouterr().err
 
 
 def test_the_plan_says_who_chose_what_and_why(generator, rewards):

@@ -16,6 +16,7 @@ from eg3d_rlhf.label.preferences import (
     LabelFilters,
     export_labels,
     is_store_url,
+    label_source,
     labels_source,
     preferences_of,
     read_preferences,
@@ -25,7 +26,7 @@ from eg3d_rlhf.label.preferences import (
 from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels
-from eg3d_rlhf.reward.label_source import read_labels_of
+from eg3d_rlhf.reward.run import read_labels
 from tests.label.plans import HASH, Clock, answer, plan, shape
 from tools.train_reward import main as train_reward
 
@@ -350,5 +351,5 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
     assert json.loads((out / "report.json").read_text())["labels_file"] == url
     assert load_labels(out / "labels.jsonl") == preferences_of(store)
     store.undo(campaign, who, "u")  # the store goes on; the run that is resumed does not notice
-    assert len(read_labels_of(url, resumed=out)) == 20 == len(read_labels_of(url)) + 1
+    assert len(read_labels(label_source(url), resumed=out)) == 20 == len(read_labels(label_source(url))) + 1
     assert math.isfinite(json.loads((out / "report.json").read_text())["temperature"])

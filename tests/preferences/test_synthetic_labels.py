@@ -1,30 +1,33 @@
 """Labels from a stand-in generator of known heads: repeatable, disjoint, and mostly in favour of the smoother head."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.field import Bounds, CameraFamily
 from eg3d_rlhf.preferences.annotator import ANNOTATOR
 from eg3d_rlhf.preferences.labels import load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 
 
-class _Field(torch.nn.Module):
-    """Stands in for a decoder and its planes: a ball with waves whose amplitude is the latent's first number."""
+class _Heads:
+    """Stands in for a generator: a ball with waves whose amplitude is the latent's first number."""
 
-    def __init__(self):
-        super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(1))
-        self.z_dim, self.c_dim, self.rendering_kwargs = 4, 25, {"box_warp": 1.0}
+    z_dim, bounds, cameras = 4, Bounds(), CameraFamily()
+    module = torch.nn.Linear(1, 1)
 
     def mapping(self, z, c, truncation_psi, truncation_cutoff):
         assert c.shape == (len(z), 25) and truncation_cutoff == 14
         return (truncation_psi * z)[:, None]
 
+    def field(self, ws):
+        return types.SimpleNamespace(density_grid=lambda spec: _grid(ws, spec))
 
-def _grid(G, ws, spec):
+
+def _grid(ws, spec):
     x, y, z = spec.axes()
     z, y, x = torch.meshgrid(z, y, x, indexing="ij")
     waves = torch.sin(80 * x) * torch.sin(75 * y + 1) * torch.sin(70 * z)
@@ -34,9 +37,8 @@ def _grid(G, ws, spec):
 
 
 @pytest.fixture
-def generator(monkeypatch):
-    monkeypatch.setattr("eg3d_rlhf.preferences.synthetic.sigma_grid", _grid)
-    return _Field()
+def generator():
+    return _Heads()
 
 
 OPTIONS = AnnotationOptions(pairs=20, resolution=32, batch=7, flip_rate=0.1)

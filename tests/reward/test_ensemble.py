@@ -5,19 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eg3d_rlhf.reward.config import PRESETS
-from eg3d_rlhf.reward.ensemble import RewardEnsemble
-from eg3d_rlhf.reward.files import load_reward, save_reward
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.model import HEADS, RewardModel
+from eg3d_rlhf.reward.networks import RewardEnsemble
+from eg3d_rlhf.reward.reward import Reward, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 
-SHAPE = (13, 18, 16)
+SPEC = SlabSpec(resolution=32)
+SHAPE = SPEC.shape
 
 
 @pytest.fixture
 def members():
     torch.manual_seed(0)
-    return [RewardModel(replace(PRESETS["heads"], slab_shape=SHAPE)).eval() for _ in range(3)]
+    return [RewardModel(replace(HEADS, slab_shape=SHAPE)).eval() for _ in range(3)]
 
 
 def slabs(n, seed=0):
@@ -42,10 +43,10 @@ def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
 
 def test_saved_and_loaded_ensemble_scores_the_same(members, tmp_path):
     ensemble = RewardEnsemble.of(members)
-    save_reward(tmp_path / "r.safetensors", ensemble, SlabSpec(resolution=20), {})
-    loaded, _, _ = load_reward(tmp_path / "r.safetensors")
-    assert isinstance(loaded, RewardEnsemble) and loaded.arch.members == 3
-    assert torch.equal(loaded.score(slabs(2)), ensemble.score(slabs(2)))
+    loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
+    assert isinstance(loaded.network, RewardEnsemble) and len(loaded.members()) == 3
+    assert torch.equal(loaded.score_observed(slabs(2)), ensemble.score(slabs(2)))
+    assert torch.equal(loaded.members()[1].score_observed(slabs(2)), members[1].score(slabs(2)))
 
 
 def test_score_is_differentiable_in_the_slab(members):

@@ -8,14 +8,16 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.reward.config import PRESETS, RewardArch
-from eg3d_rlhf.reward.files import check_state, load_reward, save_reward
-from eg3d_rlhf.reward.model import RewardModel
-from eg3d_rlhf.reward.pooling import slice_max_feature, slice_windows
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward import model as networks_of_slabs
+from eg3d_rlhf.reward.model import RewardArch, RewardModel, slice_max_feature, slice_windows
+from eg3d_rlhf.reward.reward import Reward, check_state, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 
+PRESETS = {name: RewardArch.from_dict(found.network) for name, found in networks_of_slabs.PRESETS.items()}
 SMALL_PRESETS = [name for name in PRESETS if name != "paper"]
-SHAPE = (13, 18, 16)  # odd and even sides
+SPEC = SlabSpec(resolution=32, crop=(0.25, 0.25, 0.2, 0.25, 0.3, 0.33))
+SHAPE = SPEC.shape  # odd and even sides
 
 
 @pytest.fixture(params=SMALL_PRESETS)
@@ -138,17 +140,17 @@ def test_bad_architectures_are_explained():
 
 
 def test_round_trip_keeps_scores_slab_and_meta(tmp_path, model):
-    spec, meta = SlabSpec(resolution=64), {"psi": 1.0, "generator": "ab", "test_accuracy": {"n": 3}}
-    path = save_reward(tmp_path / "r.safetensors", model, spec, meta)
-    loaded, spec_2, meta_2 = load_reward(path)
-    assert torch.equal(loaded.score(slabs(2)), model.score(slabs(2))) and (spec_2, meta_2) == (spec, meta)
+    known = {"psi": 1.0, "generator": "ab", "test_accuracy": {"n": 3}}
+    loaded = load_reward(Reward(SigmaSlab(SPEC), model, known).save(tmp_path / "r.safetensors"))
+    assert torch.equal(loaded.score_observed(slabs(2)), model.score(slabs(2)))
+    assert (loaded.observation, loaded.provenance) == (SigmaSlab(SPEC), known)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.safetensors"]
 
 
 @pytest.fixture
 def saved(tmp_path):
-    return save_reward(tmp_path / "r.safetensors", RewardModel(PRESETS["tiny"]), SlabSpec(resolution=64), {})
+    return Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"])).save(tmp_path / "r.safetensors")
 
 
 def test_truncated_and_foreign_files_are_explained(saved, tmp_path):
@@ -197,17 +199,17 @@ def test_published_state_dict_loads_from_pt_with_or_without_wrapper(tmp_path):
     model = RewardModel()
     for content in (model.state_dict(), {"state_dict": model.state_dict()}):
         torch.save(content, tmp_path / "best_model.pt")
-        loaded, spec, meta = load_reward(tmp_path / "best_model.pt")
-        assert torch.equal(loaded.MLP.input_layer.weight, model.MLP.input_layer.weight)
-        assert spec.shape == (129, 141, 128) and meta == {}
+        loaded = load_reward(tmp_path / "best_model.pt")
+        assert torch.equal(loaded.network.MLP.input_layer.weight, model.MLP.input_layer.weight)
+        assert loaded.observation.shape == (1, 129, 141, 128) and loaded.provenance == {}
 
 
 def test_meta_must_be_json(tmp_path):
     with pytest.raises(ValueError, match="plain JSON values"):
-        save_reward(tmp_path / "r.safetensors", RewardModel(PRESETS["tiny"]), SlabSpec(resolution=64), {"x": torch.zeros(1)})
+        Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"]), {"x": torch.zeros(1)}).save(tmp_path / "r.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_sidecar_is_readable_json(saved):
     sidecar = json.loads(saved.with_suffix(".json").read_text())
-    assert RewardArch.from_dict(sidecar["arch"]) == PRESETS["tiny"]
+    assert RewardArch.from_dict(sidecar["network"]) == PRESETS["tiny"] and sidecar["observation"]["kind"] == "sigma"

@@ -11,12 +11,12 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.reward.config import PAPER, RewardArch
-from eg3d_rlhf.reward.files import load_reward, save_reward
-from eg3d_rlhf.reward.model import RewardModel
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.cache import observe_seeds
+from eg3d_rlhf.reward.model import PAPER, RewardModel
 from eg3d_rlhf.reward.release import EXAMPLE_ARCH, compare_lattices, import_release, write_example
 from eg3d_rlhf.reward.release_config import ReleaseConfig, read_config, resolve
-from eg3d_rlhf.reward.slabs import generator_slabs
+from eg3d_rlhf.reward.reward import load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.compat.test_reward import recipe_slab, recipe_state
 from tests.tools.examples import example_of
@@ -64,13 +64,14 @@ def tune(text):
 def test_published_release_scores_as_the_fixtures_after_conversion(fixtures_dir, tmp_path):
     state = recipe_state(RewardModel(PAPER))
     released = import_release(release(tmp_path / "release", {"state_dict": state}, name="run_config.yaml"))
-    assert released.model.arch == PAPER and released.spec == SlabSpec()
-    save_reward(tmp_path / "out.safetensors", released.model, released.spec, released.meta)
-    model, spec, meta = load_reward(tmp_path / "out.safetensors")
-    assert spec == SlabSpec() and meta["preset"] == "paper" and len(meta["weights_sha256"]) == len(meta["config_sha256"]) == 64
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert released.network.arch == PAPER and released.observation.spec == SlabSpec()
+    reward = load_reward(released.save(tmp_path / "out.safetensors"))
+    known = reward.provenance
+    assert reward.observation == SigmaSlab() and known["preset"] == "paper"
+    assert len(known["weights_sha256"]) == len(known["config_sha256"]) == 64
+    assert all(torch.equal(value, state[name]) for name, value in reward.network.state_dict().items())
     with np.load(fixtures_dir / "reward" / "full_fwd.npz") as d, torch.no_grad():
-        assert float(model.score(recipe_slab(129, 141, 128, 2024))) == pytest.approx(d["a_scalar"].item(), rel=2e-5)
+        assert float(reward.score_observed(recipe_slab(129, 141, 128, 2024))) == pytest.approx(d["a_scalar"].item(), rel=2e-5)
 
 
 def test_reduced_network_is_rebuilt_from_its_shapes(fixtures_dir, tmp_path):
@@ -78,10 +79,10 @@ def test_reduced_network_is_rebuilt_from_its_shapes(fixtures_dir, tmp_path):
         state = {k: torch.from_numpy(stored[k]) for k in stored.files}
     text = "data: {dset_dict: {selected_dtypes: [sigma_field_64]}, augmentations: {upper_norm: 100}}\nmodel: {num_groups: 8}"
     released = import_release(release(tmp_path / "r", state, text))
-    assert released.model.arch == EXAMPLE_ARCH and released.spec == SlabSpec(resolution=64)
+    assert released.network.arch == EXAMPLE_ARCH and released.observation.spec == SlabSpec(resolution=64)
     with np.load(fixtures_dir / "reward" / "red_odd.npz") as d, torch.no_grad():
         for item in "ab":
-            score = released.model.score(torch.from_numpy(d[f"slab_{item}"])[None, None])
+            score = released.score_observed(torch.from_numpy(d[f"slab_{item}"])[None, None])
             assert float(score) == pytest.approx(d[f"{item}_scalar"].item(), rel=2e-5)
 
 
@@ -201,29 +202,29 @@ def test_either_configuration_is_found_and_two_must_agree(tmp_path):
     folder = write_example(tmp_path / "r")
     text = (folder / "release_config.yaml").read_text()
     (folder / "run_config.yaml").write_text(text + "seed: 3\n")
-    assert import_release(folder / "best_model.pt").meta["config"] == "release_config.yaml"
+    assert import_release(folder / "best_model.pt").provenance["config"] == "release_config.yaml"
     (folder / "run_config.yaml").write_text(text.replace("upper_norm: 100", "upper_norm: 1"))
     with pytest.raises(ValueError, match="two that disagree .* Name one with --config"):
         import_release(folder)
-    assert import_release(folder, config=folder / "run_config.yaml").spec.value_max == 1
+    assert import_release(folder, config=folder / "run_config.yaml").observation.spec.value_max == 1
     (folder / "release_config.yaml").unlink()
-    assert import_release(folder).meta["config"] == "run_config.yaml"
+    assert import_release(folder).provenance["config"] == "run_config.yaml"
     (folder / "run_config.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="expected release_config.yaml or run_config.yaml beside the weights"):
         import_release(folder)
 
 
 def test_both_lattices_are_scored_as_their_slabs_are(tiny_networks, tmp_path):
-    released, G = import_release(write_example(tmp_path / "r")), load_generator(tiny_networks).G
-    results = compare_lattices(released.model, released.spec, G, [4, 7], psi=0.7)
+    released, generator = import_release(write_example(tmp_path / "r")), load_generator(tiny_networks).generator
+    results = compare_lattices(released, generator, [4, 7], psi=0.7)
     for lattice in ("straight", "skewed"):
-        slabs = generator_slabs(G, SlabSpec(resolution=32, lattice=lattice), psi=0.7)([4, 7])
+        slabs = observe_seeds(generator, SigmaSlab(SlabSpec(resolution=32, lattice=lattice)), psi=0.7)([4, 7])
         with torch.no_grad():
-            expected = released.model.score(slabs)
+            expected = released.score_observed(slabs)
         torch.testing.assert_close(torch.tensor([getattr(r, lattice) for r in results]), expected, rtol=1e-4, atol=1e-5)
     assert [r.seed for r in results] == [4, 7] and results[0].difference == results[0].straight - results[0].skewed != 0
     with pytest.raises(ValueError, match="expected at least one seed"):
-        compare_lattices(released.model, released.spec, G, [])
+        compare_lattices(released, generator, [])
 
 
 def run(*flags):
@@ -239,10 +240,10 @@ def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
     for row in rows[1:]:
         straight, skewed, difference = map(float, row[1:])
         assert difference == pytest.approx(straight - skewed, abs=2e-6)
-    model, spec, _ = load_reward(out)
-    assert spec == SlabSpec(resolution=32, lattice="skewed") and isinstance(model.arch, RewardArch)
-    slabs = generator_slabs(load_generator(tiny_networks).G, spec)([1])
-    assert float(model.score(slabs)) == pytest.approx(float(rows[1][2]), abs=1e-5)
+    reward = load_reward(out)
+    assert reward.observation.spec == SlabSpec(resolution=32, lattice="skewed")
+    slabs = observe_seeds(load_generator(tiny_networks).G, reward.observation)([1])
+    assert float(reward.score_observed(slabs)) == pytest.approx(float(rows[1][2]), abs=1e-5)
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -253,7 +254,7 @@ def test_dry_run_writes_nothing(tmp_path):
 MISTAKES = {
     "seeds": (["synthetic:reward", "--seeds=5-2"], "--seeds: seeds: expected ranges that rise"),
     "source": (["{tmp}/none", "--seeds=none"], "SOURCE: "),
-    "suffix": (["synthetic:reward", "--out={tmp}/r.pt"], "--out: save_reward(path): expected a name ending in .safetensors"),
+    "suffix": (["synthetic:reward", "--out={tmp}/r.pt"], "--out: Reward.save: expected a name ending in .safetensors"),
     "network": (["synthetic:reward", "--network={tmp}/none.safetensors"], "--network: "),
 }
 
@@ -271,5 +272,5 @@ def test_example_of_the_help_runs(repo, tmp_path):
     command[1] = str(repo / command[1])
     done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert load_reward(tmp_path / "runs/example/imported.safetensors")[1] == SlabSpec(resolution=32)
+    assert load_reward(tmp_path / "runs/example/imported.safetensors").observation.spec == SlabSpec(resolution=32)
     assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["seed", "0", "1", "mean"]

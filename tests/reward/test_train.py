@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.preferences.labels import Preference, write_labels
+from eg3d_rlhf.reward.cache import ObservationCache
 from eg3d_rlhf.reward.evaluation import calibration_error, evaluate, fit_temperature, log_loss, margins
-from eg3d_rlhf.reward.files import load_reward
-from eg3d_rlhf.reward.slabs import SlabStore
+from eg3d_rlhf.reward.reward import load_reward
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, default_options, train_reward, with_changes
 from tools.train_reward import main
 from training import networks
@@ -46,7 +46,7 @@ def toy_labels(count, start=0, noise=0.0):
 
 
 def filled(*parts):
-    store = SlabStore(blobs)
+    store = ObservationCache(blobs)
     store.fill(s for labels in parts for label in labels for s in (label.winner, label.loser))
     return store
 
@@ -117,7 +117,7 @@ def test_paper_preset_has_the_papers_settings():
     w = o.weights
     assert (w.pairs, w.scalar, w.bradley_terry, w.strength, w.reconstruction, w.drawn_from_epoch) == (1, 1e-3, 1e-3, 1e-8, 1e-2, 3)
     with pytest.raises(ValueError, match="expected one of heads, paper, small"):
-        TrainOptions(preset="huge")
+        default_options("huge")
 
 
 def test_calibration_error_and_temperature_recover_known_odds():
@@ -139,15 +139,15 @@ def test_store_draws_each_seed_once_and_survives_in_a_file(tmp_path):
         return blobs(seeds)
 
     path = tmp_path / "slabs.safetensors"
-    store = SlabStore(source, path)
+    store = ObservationCache(source, path)
     assert store.fill([1, 2, 3, 2], batch=2) == 3 and store.fill([3, 4]) == 1
     store.save()
-    again = SlabStore(source, path)
+    again = ObservationCache(source, path)
     assert again.fill([4, 3, 2, 1]) == 0 and drawn == [1, 2, 3, 4]
     torch.testing.assert_close(again.take([4, 1]), blobs([4, 1]), rtol=1e-3, atol=1e-3)
     path.write_bytes(b"cut")
     with pytest.raises(ValueError, match="Delete the file"):
-        SlabStore(source, path)
+        ObservationCache(source, path)
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +185,11 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert names == {
         "reward.safetensors", "reward.json", "report.json", "curves.json", "curves.png", "stats.jsonl", "training_options.json", "state.pt",
     }  # fmt: skip
-    model, spec, meta = load_reward(tmp_path / "run" / "reward.safetensors")
-    assert spec.resolution == 32 and meta["psi"] == 0.7 and meta["generator"] == generator
-    assert model.score(torch.rand(1, 1, *spec.shape) * 100).shape == (1,)
+    reward = load_reward(tmp_path / "run" / "reward.safetensors")
+    known = reward.provenance
+    assert reward.observation.spec.resolution == 32
+    assert (known["psi"], known["generator"], known["architecture"]) == (0.7, generator, "eg3d")
+    assert reward.score_observed(torch.rand(1, *reward.observation.shape) * 100).shape == (1,)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert sum(report["splits"].values()) == 24 and report["splits"]["train"] in (16, 17)
     assert report["test"]["labels"]["n"] == report["splits"]["test"]
@@ -226,7 +228,7 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
 
 def test_flags_of_the_command_are_frozen():
     assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
-        "--network --labels --resolution --crop --psi --cutoff "
+        "--network --labels --observation --resolution --crop --psi --cutoff "
         "--campaign --annotator --least-gold-accuracy --drop-repeats --min-milliseconds --since "
         "--any-generator --fractions --split-seed --preset --members --epochs --patience --batch --lr "
         "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction --out "

@@ -8,11 +8,10 @@ import torch
 import train
 from eg3d_rlhf import experiment
 from eg3d_rlhf import settings as gan_settings
-from eg3d_rlhf.generators import latents
-from eg3d_rlhf.reward.files import load_reward
+from eg3d_rlhf.generators import latents, of
+from eg3d_rlhf.reward.reward import load_reward
 from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms
 from eg3d_rlhf.seeds import CALIBRATION
-from eg3d_rlhf.sigma.slab import sample_slab
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, state, train_flags
 from training import checkpoint, storage
@@ -95,30 +94,28 @@ def test_the_reward_phase_moves_g_alone(settings, tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tiny_data, tiny_networks, tiny_reward):
-    """Networks, reward, slab geometry and a batch."""
-    nets = tiny_runs.networks.load(tiny_networks)
-    reward, spec, _ = load_reward(tiny_reward)
-    return nets, reward, spec, tiny_runs.batch(tiny_data)
+    """Networks, reward and a batch."""
+    return tiny_runs.networks.load(tiny_networks), load_reward(tiny_reward), tiny_runs.batch(tiny_data)
 
 
 def terms_of(parts, **config) -> RewardTerms:
-    nets, reward, spec, _ = parts
-    return RewardTerms(nets.G, nets.G_ema, reward, spec, RewardConfig(**{"anchor_resolution": 12, **config}))
+    nets, reward, _ = parts
+    return RewardTerms(nets.G, nets.G_ema, reward, RewardConfig(**{"anchor_resolution": 12, **config}))
 
 
 def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
-    nets, reward, spec, batch = parts
+    nets, reward, batch = parts
     terms = terms_of(parts, lambda_r=7.0, reward_clip="none", lambda_sigma=0.0)
     (loss,) = terms.losses(batch)
     ws = nets.G.mapping(batch.gen_z, batch.gen_c)
-    scores = reward.score(sample_slab(nets.G, ws, spec))
+    scores = reward.score(of(nets.G).field(ws))
     torch.testing.assert_close(loss.value, -7 * scores)
     torch.testing.assert_close(loss.stats["RLHF/reward"], scores)
     assert loss.stats["RLHF/clipped"].tolist() == [0, 0, 0, 0]
 
 
 def test_samples_outside_the_clip_have_no_gradient(parts):
-    nets, _, _, batch = parts
+    nets, _, batch = parts
     scores = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].detach()
     low, high = sorted(scores.tolist())[0], sorted(scores.tolist())[-1]
     margin = (high - low) / 100
@@ -139,7 +136,7 @@ def test_samples_outside_the_clip_have_no_gradient(parts):
 
 
 def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
-    nets, _, _, batch = parts
+    nets, _, batch = parts
     terms = terms_of(parts, lambda_sigma=0.5, lambda_front=2.0)
     at_start = list(terms.losses(batch))[1]
     assert at_start.value.max() <= 1e-6, "G starts as its own moving average; in training it only rounds differently"
@@ -158,7 +155,7 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
 
 
 def test_calibration_uses_the_untuned_generator(parts):
-    nets, reward, _, _ = parts
+    nets, reward, _ = parts
     terms = terms_of(parts, reward_shaping="standardised", reward_clip="iqr")
     assert terms.initial_scores.shape == (CALIBRATION.count,)
     torch.testing.assert_close(terms.state.shaping.mean, terms.initial_scores.mean())

@@ -222,14 +222,15 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     """Two epochs of five steps on toy slabs, the last step of an epoch with one pair; with anchors, dropped features and flips."""
     from dataclasses import replace
 
-    from eg3d_rlhf.reward import config
+    from eg3d_rlhf.reward.model import HEADS, PRESETS
+    from eg3d_rlhf.reward.networks import Preset
     from eg3d_rlhf.reward.train import TrainData, TrainOptions, train_reward, with_changes
     from tests.reward.test_train import SHAPE, filled, toy_labels
 
     pairs, val, anchors = toy_labels(17), toy_labels(6, 100), toy_labels(3, 500)
     seeds = [s for p in anchors for s in (p.winner, p.loser)]
     data = TrainData(train=pairs, val=val, store=filled(pairs, val), anchors=seeds, anchor_store=filled(anchors))
-    config.PRESETS["rank-test"] = replace(config.HEADS, slab_shape=SHAPE, members=1)
+    PRESETS["rank-test"] = Preset(network=replace(HEADS, slab_shape=SHAPE).to_dict())
     options = with_changes(TrainOptions(preset="rank-test"), epochs=2, patience=2, batch=4, anchors=6, drawn_from_epoch=1)
     return train_reward(data, options, ranks=ranks).model.state_dict()
 

@@ -1,0 +1,115 @@
+"""What rewards read of a field, and the registry of its kinds.
+
+An observation is one file of this folder, or a plugin's (see docs/extending.md). A reward's file stores it and owns it: nobody else decides
+what the reward is shown. Which networks read a kind is said in `eg3d_rlhf.reward.networks`.
+
+Letters: N shapes; [N, ...] is what is observed of them.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.field import Field
+from eg3d_rlhf.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import Generator
+
+
+class Observation(abc.ABC):
+    """One way to look at fields, the same for every shape. A frozen dataclass whose fields are JSON values, unless it says otherwise."""
+
+    kind: ClassVar[str]  # as files and flags name it
+
+    @abc.abstractmethod
+    def observe(self, field: Field) -> torch.Tensor:
+        """What is seen of every shape, [N, ...]. Differentiable in the field."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Of one shape's observation."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, generator: "Generator", **settings: Any) -> Self:
+        """The observation as a new reward reads it of this generator; its keywords are what `--resolution` and `--crop` may set."""
+
+    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """What training does to its inputs [N, ...] at random, from one number of [0, 1) each, [N]. Nothing, where there is nothing."""
+        del draws
+        return observed
+
+    def misfits(self, generator: "Generator") -> list[str]:
+        """What this generator lacks of what is observed, as 'box_warp 1.0, got 2.0'; none where it fits."""
+        del generator
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, `kind` among them."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`, without `kind`. Raises: ValueError for fields that are missing or unknown."""
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"observation {cls.kind}: expected its own fields, got: {error}. Is the file from a later version?") from error
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON: equal across processes and machines for equal observations."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+OBSERVATIONS: dict[str, type[Observation]] = {}
+
+
+Kind = TypeVar("Kind", bound=type[Observation])
+
+
+def register(cls: Kind) -> Kind:
+    """Class decorator: make a kind of observation known by its name."""
+    OBSERVATIONS[cls.kind] = cls
+    return cls
+
+
+def known(kind: object) -> type[Observation]:
+    """The class of a kind; plugins are loaded where it is not one of ours.
+
+    Raises: ValueError naming those that are known.
+    """
+    if kind not in OBSERVATIONS:
+        load_plugins()
+    if not isinstance(kind, str) or kind not in OBSERVATIONS:
+        raise ValueError(f"observation: expected one of {', '.join(OBSERVATIONS)}, got {kind!r}. Name one, or the plugin that brings it.")
+    return OBSERVATIONS[kind]
+
+
+def from_dict(values: Mapping[str, Any]) -> Observation:
+    """The observation that `to_dict` described. Raises: ValueError for an unknown kind or other fields."""
+    return known(values.get("kind")).from_dict({name: value for name, value in values.items() if name != "kind"})
+
+
+def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observation:
+    """A new observation of a generator; settings that are None are left to the kind.
+
+    Raises: ValueError for a setting that the kind does not have.
+    """
+    cls, given = known(kind), {name: value for name, value in settings.items() if value is not None}
+    unknown = sorted(set(given) - set(inspect.signature(cls.of).parameters))
+    if unknown:
+        flags = ", ".join(f"--{name}" for name in unknown)
+        raise ValueError(f"{flags}: expected nothing for observation {kind}, got {given[unknown[0]]!r}. Leave it out.")
+    return cls.of(generator, **given)
+
+
+from eg3d_rlhf.observations import sigma_slab as sigma_slab  # noqa: E402 (registers it)
