@@ -100,6 +100,7 @@ def options_of(*kinds: type, **defaults):
     for field, hint, knob in (found for kind in kinds for found in knobs_of(kind) if found[2].flag):
         names = (f"--{_with_dashes(field.name)}", *knob.flags, field.name)
         own = knob.shown if knob.shown is not None else field.default
+        own = f"{own:g}" if isinstance(own, float) else own
         shown = "; ".join(str(one) for one in (own, defaults.get(field.name) if knob.shown is None else None) if one is not None)
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind = _click_type(hint, knob)

@@ -155,7 +155,7 @@ PRESETS: dict[tuple[str, str], dict] = {
     ("shapenet", REWARDED): {**_PAPER, "gamma": 0.3},
     ("heads64", REWARDED): _HEADS_TUNING,
 }
-BY_PRESET = {name: "by preset" for row in PRESETS.values() for name in row}
+BY_PRESET = {name: "by preset" for row in PRESETS.values() for name in row}  # what --help adds
 
 
 def task_of(init: str, reward: str) -> str:

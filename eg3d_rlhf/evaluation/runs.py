@@ -11,7 +11,7 @@ _KIMG = re.compile(r"network-snapshot-(\d{6})")
 # Settings that do not change what is trained.
 _IDLE = {
     "lambda_r", "control", "desc", "device", "launch", "no_summary", "processes", "snap", "tick", "checkpoint_ticks", "versions",
-    "reward_ckpt", "reward_watch", "hashes",
+    "reward_ckpt", "reward_watch", "hashes", "task",
 }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_runs import assert_same, build_loop, only_run, run, state, train_flags, whole_run
-from training import checkpoint, storage
+from tests.tiny_runs import assert_same, build_loop, build_networks, only_run, run, state, train_flags, whole_run
+from training import checkpoint, networks, storage
 from training.augment import AugmentPipe
 
 KILL_AT = 6  # iterations: half a tick after the first checkpoint
@@ -163,3 +163,28 @@ def test_a_run_made_longer_equals_the_longer_run(straight, tiny_data, tiny_netwo
     result = run(f"--resume={folder}", "--kimg=0.064")
     assert result.exit_code == 0, result.output
     assert_equal_runs(straight, folder)
+
+
+def test_another_initial_network_is_refused_by_name(straight, tiny_data, tiny_networks, tmp_path):
+    init = tmp_path / "init.safetensors"
+    init.write_bytes(tiny_networks.read_bytes())
+    folder = whole_run(tiny_data, init, tmp_path / "runs", *FLAGS, "--kimg=0.016")
+    networks.save(init, build_networks(seed=9))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = run(f"--resume={folder}", "--kimg=0.032")
+    assert_one_line(result, f"--resume: init {init}: expected the bytes that the run was begun with", "Restore the file")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    init.write_bytes(tiny_networks.read_bytes())
+    assert run(f"--resume={folder}", "--kimg=0.032").exit_code == 0
+
+
+def test_another_reward_is_refused_by_name(tiny_data, tiny_networks, tiny_reward, tmp_path):
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(tiny_reward.with_suffix(suffix), tmp_path / f"reward{suffix}")
+    reward = tmp_path / "reward.safetensors"
+    flags = ("--kimg=0.004", "--tick=0.004", "--no-summary", "--reward=sigma", f"--reward-ckpt={reward}")
+    folder = whole_run(tiny_data, tiny_networks, tmp_path / "runs", *flags)
+    data = bytearray(reward.read_bytes())
+    data[-1] ^= 1
+    reward.write_bytes(data)
+    assert_one_line(run(f"--resume={folder}"), f"--resume: reward {reward}: expected the bytes that the run was begun with")
