@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.dataset_files import LABELS_FILE, ImageFiles
-from training.dataset_labels import label_array
+from training.dataset_files import LABELS_FILE, ImageFiles, label_array
 from training.rendering.cameras import LABEL_NUMBERS, mirror_label
 
 CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory

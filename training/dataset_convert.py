@@ -23,14 +23,12 @@ import numpy as np
 import PIL.Image
 import torch
 
-from training.dataset_files import LABELS_FILE, ImageFiles
-from training.dataset_labels import label_array
+from training.dataset_files import LABELS_FILE, ImageFiles, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 _ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
 _CHUNK = 8  # images per task of a worker
-_PIXEL_LIMIT = 1 << 28  # of one image; a larger header is refused before it is decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,24 +109,6 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
     return np.concatenate([label[:POSE_NUMBERS], k.reshape(-1)])
 
 
-def _decode(files: ImageFiles, entry: str) -> PIL.Image.Image:
-    """A whole RGB or greyscale image. Raises ValueError naming the entry."""
-    where, data = f"dataset {files.path}: entry {entry!r}", files.read(entry)
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > _PIXEL_LIMIT:
-                raise ValueError(f"{image.width}x{image.height} is too large")
-            image.load()
-            image = image.copy()
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace or remove the file."
-        ) from error
-    if image.mode not in ("L", "RGB"):
-        raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {image.mode}. Convert it to RGB.")
-    return image
-
-
 def _png(image: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="png", compress_level=0, optimize=False)
@@ -162,7 +142,7 @@ def _convert(files: ImageFiles, entries: list[str], options: ConvertOptions) -> 
     """The work of one task."""
     ready = []
     for entry in entries:
-        source = _decode(files, entry)
+        source = files.decode(entry)
         image = transform_image(source, options)
         png = [_png(image)]
         if options.mirror:

@@ -1,4 +1,7 @@
-"""Reading a dataset's files: a folder or a zip of PNGs with dataset.json, in EG3D's format."""
+"""A dataset's files, read and checked: a folder or a zip of PNGs with dataset.json, in EG3D's format.
+
+Shape letters: n images, L numbers per label.
+"""
 
 import io
 import json
@@ -8,8 +11,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LABELS_FILE = "dataset.json"
+_PIXEL_LIMIT = 1 << 28  # of one image; a larger header is refused before it is decoded
+ROTATION_TOLERANCE = 1e-2  # largest entry of |R^T R - I|; single-precision poses from fitting pipelines reach 1e-4
 
 
 class ImageFiles:
@@ -70,26 +77,38 @@ class ImageFiles:
                 f"dataset {self.path}: cannot read entry {entry!r} ({error}). The file is damaged: copy or build it again."
             ) from error
 
+    def decode(self, entry: str) -> PIL.Image.Image:
+        """An entry's picture, wholly read.
+
+        Raises:
+            ValueError: when the entry is damaged, too large, or not an 8-bit greyscale or RGB image.
+        """
+        where, data = f"dataset {self.path}: entry {entry!r}", self.read(entry)
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > _PIXEL_LIMIT:
+                    raise ValueError(f"{image.width}x{image.height} is too large")
+                image = image.copy()
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace or remove the file."
+            ) from error
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {image.mode}. Convert it to RGB.")
+        return image
+
     def read_image(self, entry: str) -> np.ndarray:
         """Pixels [C, H, W] uint8 of an entry, C = 1 or 3.
 
         Raises:
-            ValueError: when the entry is not a readable, square, 8-bit greyscale or RGB image.
+            ValueError: as `decode`, and when the image is not square.
         """
-        where = f"dataset {self.path}: entry {entry!r}"
-        data = self.read(entry)
-        try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                mode = image.mode
-                pixels = np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(
-                f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace the file."
-            ) from error
-        if mode not in ("L", "RGB"):
-            raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {mode}. Convert it to RGB.")
+        pixels = np.asarray(self.decode(entry))
         if pixels.shape[0] != pixels.shape[1]:
-            raise ValueError(f"{where}: expected a square image, got {pixels.shape[1]}x{pixels.shape[0]}. Crop the images to squares.")
+            raise ValueError(
+                f"dataset {self.path}: entry {entry!r}: expected a square image, got {pixels.shape[1]}x{pixels.shape[0]}. "
+                "Crop the images to squares."
+            )
         return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def read_labels(self) -> list | None:
@@ -120,3 +139,65 @@ class ImageFiles:
                 f"the first being {missing[0]!r}. Add them, or remove the images."
             )
         return [by_name[name] for name in self.images]
+
+
+def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -> np.ndarray:
+    """Labels as an array: float32 [n, L] for lists of numbers, int64 [n] for class indices.
+
+    Args:
+        labels: as stored, one per name. names: entry names for the messages. where: file for the messages.
+        c_dim: required L, or None to accept any.
+
+    Raises:
+        ValueError: when lengths differ from c_dim or from each other, values are not finite numbers, or a 25-number label does not hold
+            a pose with a rotation; each message names the first such entry.
+    """
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
+        classes = np.array(labels, dtype=np.int64)
+        if classes.min() < 0:
+            raise ValueError(f"{where}: entry {names[int(classes.argmin())]!r}: expected a class index >= 0, got {classes.min()}.")
+        _check_length(int(classes.max()) + 1, names[int(classes.argmax())], where, c_dim)
+        return classes
+    wanted = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
+    for name, label in zip(names, labels, strict=True):
+        if not isinstance(label, list):
+            raise ValueError(f"{where}: entry {name!r}: expected a list of numbers like its neighbours, got {label!r}. Rewrite its label.")
+        _check_length(len(label), name, where, wanted)
+    try:
+        values = np.array(labels, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expected labels to hold numbers only ({error}). Rewrite them.") from error
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        first = names[int(finite.argmin())]
+        raise ValueError(f"{where}: entry {first!r}: expected finite numbers, got NaN or infinity. Rewrite its label.")
+    if values.shape[1] == LABEL_NUMBERS:
+        check_poses(values, names, where)
+    return values
+
+
+def _check_length(length: int, name: str, where: str, wanted: int | None) -> None:
+    if wanted is not None and length != wanted:
+        note = " A camera label is 16 cam2world and 9 intrinsics numbers." if wanted == LABEL_NUMBERS else ""
+        raise ValueError(f"{where}: entry {name!r}: expected a label of {wanted} numbers, got {length}.{note} Rewrite the labels.")
+
+
+def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
+    """ValueError unless the first 16 numbers of every label [n, 25] are a row-major rigid cam2world matrix."""
+    pose = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
+    rotation = pose[:, :3, :3]
+    deviation = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max(axis=(1, 2))
+    bad = (deviation > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(
+            f"{where}: entry {names[i]!r}: expected a rotation in the pose's upper-left 3x3, got one with |R^T R - I| = {deviation[i]:.3g} "
+            f"and determinant {np.linalg.det(rotation[i]):.3g} ({int(bad.sum())} of {len(names)} labels). Store cam2world row-major, "
+            "without scale or reflection."
+        )
+    bad = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(
+            f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {pose[i, 3].tolist()}. Store it row-major."
+        )

@@ -9,7 +9,7 @@ import math
 import torch
 
 from torch_utils.ops import upfirdn2d
-from torch_utils.ops.layouts import convolution_layout
+from torch_utils.ops.implementations import convolution_layout
 from training.layers import Conv2dLayer, FullyConnectedLayer, block_resolutions, channels_at
 from training.mapping import MappingNetwork
 

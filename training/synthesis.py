@@ -8,7 +8,7 @@ import math
 import torch
 
 from torch_utils.ops import bias_act, upfirdn2d
-from torch_utils.ops.layouts import convolution_layout
+from torch_utils.ops.implementations import convolution_layout
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from training.layers import FullyConnectedLayer, block_resolutions, channels_at
 from training.mapping import MappingNetwork

@@ -26,7 +26,8 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
-from training.heads import BACKGROUNDS, draw_parameters, render_heads
+from training.heads.family import draw_parameters
+from training.heads.render import BACKGROUNDS, render_heads
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
 
 PREFIX = "synthetic:"

@@ -7,7 +7,7 @@ import torch
 
 from torch_utils.ops.triplane_decode import DecoderWeights
 from training.layers import FullyConnectedLayer
-from training.rendering.rays import RaySampler
+from training.rendering.cameras import RaySampler
 from training.rendering.renderer import ImportanceRenderer
 from training.superresolution import module_by_name
 from training.synthesis import Generator

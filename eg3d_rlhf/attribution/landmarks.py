@@ -18,7 +18,7 @@ from eg3d_rlhf.attribution.regions import Box, Partition, from_boxes
 from eg3d_rlhf.field import LEVEL
 from eg3d_rlhf.metrics.nearest_head import FitOptions, HeadPose, fit_heads, posed_sdf, resample, surface_points
 from eg3d_rlhf.sigma.spec import SlabSpec
-from training.heads.geometry import BROW_Y, NOSE_LENGTH, NOSE_TOP, HeadGeometry, head_geometry
+from training.heads.sdf import BROW_Y, NOSE_LENGTH, NOSE_TOP, HeadGeometry, head_geometry
 
 COUNT = 98
 BACKGROUND = "background"  # what none of the boxes holds

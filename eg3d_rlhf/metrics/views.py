@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from eg3d_rlhf.field import CameraFamily, Field, RenderOptions, render_each
 from eg3d_rlhf.generators import of
-from training.rendering.cameras import camera_position, intrinsics_matrix, look_at, pack_label
-from training.rendering.rays import RaySampler
+from training.rendering.cameras import RaySampler, camera_position, intrinsics_matrix, look_at, pack_label
 
 _BEHIND = 1e-3  # world units; a point nearer to the camera plane than this has no pixel
 HIDDEN_MARGIN = 0.10  # world units; a point further than this behind the other view's surface is taken to be hidden there

@@ -6,8 +6,7 @@ Letters: N cubes, D, H, W grid points, R pixels, S steps.
 import torch
 from torch.nn import functional as F
 
-from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix
-from training.rendering.rays import RaySampler
+from training.rendering.cameras import LookAtPoseSampler, RaySampler, intrinsics_matrix
 
 _STEPS = 160
 _NEAR, _FAR = 2.1, 3.3

@@ -24,7 +24,7 @@ from eg3d_rlhf.metrics.features import (
     InceptionFeatures,
     load_features,
 )
-from training.heads import render_heads
+from training.heads.render import render_heads
 from training.synthetic_heads import HeadsOptions, HeadsTruth, head_parameters
 
 

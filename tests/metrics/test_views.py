@@ -17,7 +17,7 @@ from eg3d_rlhf.metrics.views import (
     spec_for,
     views_from_maps,
 )
-from training.rendering.rays import RaySampler
+from training.rendering.cameras import RaySampler
 
 SPEC = ViewSpec(resolution=64)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from training.dataset import ImageFolderDataset
-from training.heads import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUNT, draw_parameters, head_parts, head_sdf, render_heads
-from training.heads.tracing import pixel_rays
+from training.heads.family import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUNT, draw_parameters
+from training.heads.render import pixel_rays, render_heads
+from training.heads.sdf import head_parts, head_sdf
 from training.rendering.cameras import FFHQ_FOCAL, camera_position, intrinsics_matrix, look_at, mirror_pose
 from training.synthetic_heads import HeadsOptions, head_parameters, load_truth, parse_name, resolve_dataset, write_heads
 

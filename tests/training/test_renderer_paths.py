@@ -7,10 +7,8 @@ from tests import tiny_runs
 from torch_utils.ops import implementations
 from torch_utils.ops.implementations import implementation
 from training.rendering import renderer as renderer_module
-from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler
-from training.rendering.importance import sample_importance, sample_pdf
-from training.rendering.marcher import MipRayMarcher2, march_weights
-from training.rendering.rays import RaySampler
+from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler, RaySampler
+from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, sample_pdf
 from training.rendering.renderer import ImportanceRenderer, sample_from_planes
 from training.triplane import OSGDecoder
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import choose
-from torch_utils.ops.layouts import COMPILED_DTYPES, dense, like_layout
+from torch_utils.ops.implementations import COMPILED_DTYPES, choose, dense, like_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils.ops.conv3x3 import conv3x3
-from torch_utils.ops.implementations import check_impl, current
-from torch_utils.ops.layouts import is_channels_last
+from torch_utils.ops.implementations import check_impl, current, is_channels_last
 from torch_utils.ops.upfirdn2d import Scale, _parse_padding, filter_size, upfirdn2d
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import choose
-from torch_utils.ops.layouts import COMPILED_DTYPES, dense, is_channels_last
+from torch_utils.ops.implementations import COMPILED_DTYPES, choose, dense, is_channels_last
 
 Scale = int | Sequence[int]
 SEPARABLE_FROM = 8  # shorter 1-D filters become their outer product: one small 2-D pass is cheaper than two

@@ -16,9 +16,8 @@ from torch_utils.ops.triplane_decode import (
     sample_planes_channels_first,
     triplane_decode,
 )
-from training.rendering.importance import sample_importance, sample_stratified, uniform_draws
-from training.rendering.marcher import MipRayMarcher2, march_weights
-from training.rendering.rays import ray_limits_box
+from training.rendering.cameras import ray_limits_box
+from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, sample_stratified, uniform_draws
 
 __all__ = ["ImportanceRenderer", "generate_planes", "project_onto_planes", "sample_from_planes", "sample_planes_channels_first"]
 
