@@ -91,17 +91,18 @@ def together(*decorators):
     return decorate
 
 
-def options_of(*kinds: type, **defaults):
+def options_of(*kinds: type, everywhere: str | None = None, **defaults):
     """One option for every knob of settings dataclasses; None where it is not given, so that a preset may decide.
 
-    Args: defaults: by field, words to add to its default.
+    Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by flag, words to add to its default.
     """
     made = []
     for field, hint, knob in (found for kind in kinds for found in knobs_of(kind) if found[2].flag):
-        names = (f"--{_with_dashes(field.name)}", *knob.flags, field.name)
-        own = knob.shown if knob.shown is not None else field.default
+        name = knob.name or field.name
+        names = (f"--{_with_dashes(name)}", *knob.flags, name)
+        own = next((one for one in (knob.shown, everywhere) if one is not None), field.default)
         own = f"{own:g}" if isinstance(own, float) else own
-        shown = "; ".join(str(one) for one in (own, defaults.get(field.name) if knob.shown is None else None) if one is not None)
+        shown = "; ".join(str(one) for one in (own, defaults.get(name) if knob.shown is None else None) if one is not None)
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind = _click_type(hint, knob)
         made.append(option(*names, group=knob.group, metavar=knob.metavar, type=kind, default=None, show_default=False, help=text))

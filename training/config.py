@@ -4,6 +4,7 @@ A preset is a table row: what differs between FFHQ, AFHQ, ShapeNet and the bundl
 """
 
 import dataclasses
+import math
 import operator
 import types
 import typing
@@ -26,6 +27,7 @@ class Knob:
     high: float | None = None  # largest value
     above: float | None = None  # the value must be larger
     below: float | None = None  # the value must be smaller
+    name: str | None = None  # of the flag, where it is not the field's
     flags: tuple[str, ...] = ()  # further spellings; the first one is --<name with dashes>
     shown: str | None = None  # the default in words, where the field's is not what applies
     flag: bool = True  # False: recorded with the others, and decided by presets alone
@@ -64,8 +66,10 @@ def check_knobs(settings: object) -> None:
         k, value = field.metadata.get("knob"), getattr(settings, field.name)
         if k is None or value is None:
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name}: expected a finite number, got {value}. Set it.")
         if k.choices is not None and value not in k.choices:
-            flag = "--" + field.name.replace("_", "-")
+            flag = "--" + (k.name or field.name).replace("_", "-")
             raise ValueError(f"{flag}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them.")
         limits = ((k.low, ">=", operator.ge), (k.high, "<=", operator.le), (k.above, ">", operator.gt), (k.below, "<", operator.lt))
         for limit, sign, holds in limits:

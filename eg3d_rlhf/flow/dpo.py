@@ -3,7 +3,7 @@
 Shape letters as in sparse.py and stage.py; P pairs.
 """
 
-import math
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,45 +12,40 @@ import torch
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import Batch, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage
+from eg3d_rlhf.preferences.preference_loss import AGGREGATIONS, WEIGHT_MODES, aggregate, check_options, preference_loss
 from eg3d_rlhf.preferences.preference_loss import KINDS as PREFERENCE_KINDS
-from eg3d_rlhf.preferences.preference_loss import aggregate, check_aggregation, check_options, preference_loss
+from training.config import check_knobs, knob
 from training.phases import derive_seed
 
 KINDS = (*PREFERENCE_KINDS, "sft", "dro")
 NOISES = ("shared", "independent")
 TIME_BINS = 10  # of equal width on 0..1, in what is logged
+_loss = functools.partial(knob, group="Preference loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig:
     """The loss of a batch of pairs; the path decides the times."""
 
-    kind: str = "sigmoid"  # of preference_loss; "sft": flow matching on the preferred; "dro": preferred minus rejected error, no reference
-    beta: float = 250.0  # > 0, multiplies the margin as it is: no factor 1/2 and no number of steps is hidden anywhere
-    weight_mode: str = "inside"  # where w2 acts in the loss of a margin: inside (Circular-DPO, equation 7) or outside (its algorithm 1)
-    label_smoothing: float = 0.0  # 0 to below 0.5, for sigmoid and robust
-    margin: float = 0.0  # subtracted from beta times the margin
-    loser_weight: float = 1.0  # >= 0, of the rejected half of the margin; below 1 keeps a policy from running away from the rejected
-    sft_weight: float = 0.0  # >= 0, of the preferred one's own error, added to the loss
-    aggregation: str = "mean"  # of a batch's losses, or "drdpo"
-    drdpo_beta: float = 1.0  # > 0, of the latter
-    noise: str = "shared"  # of preferred and rejected, coordinate by coordinate; or "independent"
-    condition_dropout: float = 0.0  # share of pairs trained without their condition, 0 to 1
-    clamp: float | None = None  # > 0: each one's improvement on the reference is held within -clamp..clamp; None: free
+    kind: str = _loss("sigmoid", "Of the margin; sft: flow matching on the preferred; dro: preferred minus rejected error, no reference.",
+                      name="loss", choices=KINDS)
+    beta: float = _loss(250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0)
+    weight_mode: str = _loss("inside", "Where w2 acts: inside (Circular-DPO, equation 7) or outside (its algorithm 1).",
+                             name="pair_weight", choices=WEIGHT_MODES)
+    label_smoothing: float = _loss(0.0, "Share of wrong labels, for sigmoid and robust.", low=0, below=0.5)
+    margin: float = _loss(0.0, "Subtracted from beta times the margin.")
+    loser_weight: float = _loss(1.0, "Of the rejected half of the margin; below 1 keeps a policy from running away from it.", low=0)
+    sft_weight: float = _loss(0.0, "Of the preferred's own error, added.", low=0)
+    aggregation: str = _loss("mean", "Of a batch's losses.", choices=AGGREGATIONS)
+    drdpo_beta: float = _loss(1.0, "Of drdpo.", above=0)
+    noise: str = _loss("shared", "Of preferred and rejected, coordinate by coordinate.", choices=NOISES)
+    condition_dropout: float = _loss(0.0, "Share of pairs trained without their condition.", low=0, high=1)
+    clamp: float | None = _loss(None, "Bound of each one's improvement on the reference.", above=0)
 
     def __post_init__(self):
-        if self.kind not in KINDS or self.noise not in NOISES:
-            got = f"{self.kind!r} and {self.noise!r}"
-            raise ValueError(f"DpoConfig: expected kind {', '.join(KINDS)} and noise {' or '.join(NOISES)}, got {got}. Choose from them.")
+        check_knobs(self)
         if self.needs_reference:
             check_options("DpoConfig", self.kind, self.beta, self.weight_mode, self.label_smoothing, self.margin)
-        check_aggregation("DpoConfig", self.aggregation, self.drdpo_beta)
-        for name, low, high in (("loser_weight", 0, math.inf), ("sft_weight", 0, math.inf), ("condition_dropout", 0, 1)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise ValueError(f"DpoConfig.{name}: expected a number from {low} to {high}, got {value}. Set it.")
-        if self.clamp is not None and not self.clamp > 0:
-            raise ValueError(f"DpoConfig.clamp: expected a number above 0 or None, got {self.clamp}. Set it.")
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:

@@ -7,6 +7,7 @@ calls them, less the name it gives an adapter: X.base_layer.weight, X.lora_A.wei
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,24 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training.config import check_knobs, knob
+
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")  # of TRELLIS's flows, both stages
 BASE = ".base_layer"
+_adapter = functools.partial(knob, group="Training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Size and place of the adapters."""
 
-    rank: int = 16
-    alpha: float = 32.0  # the update is multiplied by alpha / rank
-    dropout: float = 0.0  # share of an adapter's inputs that is zeroed while training
+    rank: int = _adapter(16, "Of the adapters.", name="lora_rank", low=1)
+    alpha: float = _adapter(32.0, "Their update is multiplied by alpha / rank.", name="lora_alpha", above=0)
+    dropout: float = _adapter(0.0, "Share of their inputs that is zeroed while training.", name="lora_dropout", low=0, below=1)
     targets: tuple[str, ...] = TARGETS  # last parts of the names of linear layers; "attn.to_q" is more exact than "to_q"
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1 or not (math.isfinite(self.alpha) and self.alpha > 0) or not 0 <= self.dropout < 1:
-            got = f"{self.rank}, {self.alpha}, {self.dropout}"
-            raise ValueError(f"LoraConfig: expected rank >= 1, alpha > 0 and 0 <= dropout < 1, got {got}. Set them.")
+        check_knobs(self)
         if not self.targets or not all(self.targets):
             raise ValueError(f"LoraConfig.targets: expected names of layers, got {list(self.targets)}. Name one at least.")
 

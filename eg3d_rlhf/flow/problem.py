@@ -9,6 +9,7 @@ import torch
 
 from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash, read_pairs
 from eg3d_rlhf.flow.stage import AssetReward, Pipeline, stage_of
+from training.config import check_knobs, knob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +41,24 @@ class Problem:
 
 TOY = "toy"
 DTYPES = ("float32", "float16", "bfloat16")
+_what = functools.partial(knob, group="What is trained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemSource:
     """What a problem is read from."""
 
-    pipeline: str = TOY  # or the folder of TRELLIS networks, the one with pipeline.json
-    pairs: str | None = None  # folder of people's pairs, with one folder for each stage in it; None: the toy's own
+    pipeline: str = _what(TOY, "The bundled toy, or a folder of TRELLIS networks, the one with pipeline.json.", metavar="toy|DIR")
+    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it; tools/trellis_files.py imports them.",
+                              metavar="DIR", shown="the toy's own")
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
-    conditions: str | None = None  # embeddings of TRELLIS's conditions; None: those beside the pairs
+    conditions: str | None = _what(None, "Embeddings of TRELLIS's conditions.", metavar="FILE|DIR", shown="beside the pairs")
     also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
-    dtype: str = "float32"  # in which TRELLIS's flows are held
-    held_out: float = 0.2  # share of TRELLIS's conditions that is never trained on
+    dtype: str = _what("float32", "In which TRELLIS's flows are held.", choices=DTYPES)
+    held_out: float = _what(0.2, "Share of TRELLIS's conditions that is never trained on.", above=0, below=1)
     flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
-    voxel_share: float = 0.25  # of the mean opacity of filled voxels, above which a decoded asset's voxel counts as filled
-    views: int = 150  # pictures per decoded asset that its features are averaged over
+    voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0)
+    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
 
     def __post_init__(self):
         if self.pipeline == TOY:
@@ -67,8 +70,7 @@ class ProblemSource:
         odd = [text for text in self.flow_weights if not all(text.partition("="))]
         if odd:
             raise ValueError(f"--flow-weights: expected STAGE=FILE such as structure=denoiser.pt, got {odd[0]!r}. Name the stage.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}. Choose one.")
+        check_knobs(self)
 
 
 TRELLIS_ONLY = tuple(f.name for f in fields(ProblemSource) if f.name not in ("pipeline", "pairs", "seed"))

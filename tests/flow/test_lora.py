@@ -181,9 +181,9 @@ class VoxelLinear(nn.Linear):
         (lambda m: add_lora(m, LoraConfig(targets=("blocks",)), 0), r"linear layers on plain tensors, got blocks \(ModuleList\)"),
         (lambda m: (add_lora(m, SMALL, 0), add_lora(m, SMALL, 0)), "expected a network without adapters, got one with 8. Merge"),
         (lambda m: adapters_off(m).__enter__(), "expected a network with adapters, got one without"),
-        (lambda m: LoraConfig(rank=0), "LoraConfig: expected rank >= 1"),
-        (lambda m: LoraConfig(alpha=float("nan")), "alpha > 0"),
-        (lambda m: LoraConfig(dropout=1), "0 <= dropout < 1"),
+        (lambda m: LoraConfig(rank=0), "rank must be >= 1"),
+        (lambda m: LoraConfig(alpha=float("nan")), "alpha: expected a finite number"),
+        (lambda m: LoraConfig(dropout=1), "dropout must be < 1"),
         (lambda m: LoraConfig(targets=()), "LoraConfig.targets: expected names"),
     ],
 )  # fmt: skip

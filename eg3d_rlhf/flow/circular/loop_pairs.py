@@ -26,6 +26,7 @@ from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage, Voxels, stage_of
 from eg3d_rlhf.flow.weights import same_structure
+from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
@@ -36,14 +37,12 @@ SAME = "same_structure"  # in a pair's provenance
 class LoopPairsConfig:
     """How many pairs are made."""
 
-    per_pair: int = 1  # noises, so new pairs, per human pair
+    per_pair: int = knob(1, "New pairs, so noises, for each human pair.", "The loop", name="loop_pairs", low=1)
     batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
     chunk: int = 64  # human pairs between what is kept of an interrupted making
 
     def __post_init__(self):
-        for name in ("per_pair", "batch", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LoopPairsConfig.{name}: expected at least 1, got {getattr(self, name)}. Raise it.")
+        check_knobs(self)
 
 
 def stage_behind(problem: Problem, stage: str) -> FlowStage:

@@ -1,6 +1,7 @@
 """Settings of a Circular-DPO run, and how a run folder keeps them as JSON."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -10,44 +11,42 @@ from typing import TypeVar
 
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.flow.circular.table import AblationPlan, Judging
+from eg3d_rlhf.flow.circular.table import TABLE, AblationPlan, Judging
 from eg3d_rlhf.flow.dpo import DpoConfig
 from eg3d_rlhf.flow.problem import TOY, Problem, ProblemSource, open_problem
 from eg3d_rlhf.flow.stage import FlowStage
 from eg3d_rlhf.flow.tuning.update import TrainConfig
 from eg3d_rlhf.flow.weights import W2_NORMS
+from training.config import check_knobs, knob
 
 ROLES = ("op", "reward")
+_loop = functools.partial(knob, group="The loop")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weighing:
     """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
 
-    use_w1: bool = True  # drop pairs whose op is not rewarded more
-    use_w2: bool = True  # weight the others by how much more
-    tau: float = 0.0  # threshold of w1
-    w2_norm: str = "dataset"  # what w2 is divided by
-    roles: str = "op"  # who is preferred: always op, as in the paper, or the one with the larger reward
+    use_w1: bool = _loop(True, "Drop pairs whose op is not rewarded more.", name="w1")
+    use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2")
+    tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
+    w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS)
+    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.", choices=ROLES)
 
     def __post_init__(self):
-        if self.w2_norm not in W2_NORMS or self.roles not in ROLES:
-            got = f"{self.w2_norm!r} and {self.roles!r}"
-            raise ValueError(f"Weighing: expected w2_norm {', '.join(W2_NORMS)} and roles {' or '.join(ROLES)}, got {got}. Choose.")
+        check_knobs(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
     """On what the win rate is measured that chooses checkpoints and stops training early."""
 
-    per_condition: int = 4  # noises for each held-out condition
-    batch: int = 64  # assets at once; bounds memory
+    per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
+    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1)
     seed: int = 0  # of the noises, which are not those of the table
 
     def __post_init__(self):
-        for name, least in (("per_condition", 1), ("batch", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"Choosing.{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
+        check_knobs(self)
 
 
 def anchored(config: TrainConfig) -> TrainConfig:

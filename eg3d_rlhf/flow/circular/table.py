@@ -18,9 +18,11 @@ from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import Latent, SparseSample
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.reports import style
+from training.config import check_knobs, knob
 from training.phases import derive_seed
 from training.storage import write_atomic
 
+TABLE = "Judging and ablation"  # title of its flags
 JUDGES = ("final", "chooser", "reward")
 INTERVAL = "95 % percentile bootstrap over conditions, each the mean over training seeds and noises"
 BASE, PEOPLE, LOOP, SUPERVISED = "base", "people", "loop", "supervised"
@@ -69,14 +71,12 @@ def letters(text: str) -> list[str]:
 class Judging:
     """What is generated for the table: the same noises whatever is judged, so that generators are compared pair by pair."""
 
-    per_condition: int = 8  # noises, S
-    batch: int = 64  # assets at once; bounds memory
+    per_condition: int = knob(8, "Assets per held-out condition and training behind the table.", TABLE, name="table_noises", low=2)
+    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, shown="the problem's own")
     seed: int = 0  # of the noises, apart from those that are trained or chosen on
 
     def __post_init__(self):
-        for name, least in (("per_condition", 2), ("batch", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"Judging.{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
+        check_knobs(self)
 
     def noises(self, condition: str) -> list[int]:
         """Seeds [S] of a condition's assets."""

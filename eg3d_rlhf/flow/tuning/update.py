@@ -3,6 +3,7 @@
 Shape letters as in sparse.py; P pairs, B time bins.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,12 @@ from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.reference import Reference
 from eg3d_rlhf.flow.sparse import collate, feats_of, separate, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline
+from training.config import check_knobs, knob
 from training.distributed import Ranks
 from training.phases import LossNotFiniteError, derive_seed
 from training.rounds import GradientSum, Layout, sum_over_ranks
+
+_train = functools.partial(knob, group="Training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,41 +32,28 @@ class TrainConfig:
 
     dpo: DpoConfig = field(default_factory=DpoConfig)  # what is minimised
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # adapters to train; None trains every parameter
-    steps: int = 3000  # updates
-    batch: int = 4  # pairs per update, over all processes and passes
-    batch_gpu: int | None = None  # pairs per pass and process; None: as many as there are. Decides memory, not the result
-    lr: float = 5e-6  # AdamW's learning rate
-    warmup: int = 100  # updates over which it rises from 0
-    weight_decay: float = 0.01  # apart from the gradient
-    clip: float = 1.0  # largest norm of the gradient over all parameters
+    steps: int = _train(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
+    batch: int = _train(4, "Per update, over all processes and passes.", metavar="PAIRS", low=1)
+    batch_gpu: int | None = _train(None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch")
+    lr: float = _train(5e-6, "AdamW's learning rate.", above=0)
+    warmup: int = _train(100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0)
+    weight_decay: float = _train(0.01, "AdamW's, apart from the gradient.", low=0)
+    clip: float = _train(1.0, "Largest norm of the gradient over all parameters.", above=0)
     bf16: bool = False  # passes in bfloat16 where torch's autocast does so; parameters and sums stay float32
-    ema: float | None = None  # decay of a moving average per update, which is then measured and kept; None: the parameters themselves
-    draws: int | None = None  # different times and noises per pair, then the first again; None: new ones in every pass over the pairs
-    cache_reference: bool = False  # keep the reference's errors per pair and draw; wants `draws`
-    held_out_every: int = 100  # updates between win rates, where there is a judge; one is measured before the first
-    patience: int = 5  # win rates in a row without a new best, after which training stops
-    max_drop: float = 0.2  # below the best win rate, at which it stops at once
-    log_every: int = 10  # updates per line of stats.jsonl
-    checkpoint_every: int = 200  # updates between resumable states
-    seed: int = 0  # adapters, order, times, noises, dropout
+    ema: float | None = _train(None, "Decay of a moving average per update, which is then measured and kept.", above=0, below=1)
+    draws: int | None = _train(None, "Different times and noises per pair, then the first again; none: always new ones.", low=1)
+    cache_reference: bool = _train(False, "Keep the reference's errors per pair and draw; wants --draws.")
+    held_out_every: int = _train(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1)
+    patience: int = _train(5, "Win rates in a row without a new best, after which training stops.", low=1)
+    max_drop: float = _train(0.2, "Below the best win rate, at which it stops at once.", above=0)
+    log_every: int = _train(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1)
+    checkpoint_every: int = _train(200, "Between resumable states.", metavar="UPDATES", low=1)
+    seed: int = 0  # >= 0: adapters, order, times, noises, dropout
 
     def __post_init__(self):
-        least = {
-            "steps": 1, "batch": 1, "warmup": 0, "weight_decay": 0, "held_out_every": 1, "patience": 1, "log_every": 1,
-            "checkpoint_every": 1, "seed": 0,
-        }  # fmt: skip
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"TrainConfig.{name}: expected at least {low}, got {getattr(self, name)}. Raise it.")
-        for name in ("lr", "clip", "max_drop"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"TrainConfig.{name}: expected a positive number, got {getattr(self, name)}. Set it.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"TrainConfig.ema: expected a decay between 0 and 1, got {self.ema}. Use 0.999, or None.")
-        if self.batch_gpu is not None and (self.batch_gpu < 1 or self.batch % self.batch_gpu):
+        check_knobs(self)
+        if self.batch_gpu is not None and self.batch % self.batch_gpu:
             raise ValueError(f"TrainConfig.batch_gpu: expected a divisor of batch={self.batch}, got {self.batch_gpu}. Choose one.")
-        if self.draws is not None and self.draws < 1:
-            raise ValueError(f"TrainConfig.draws: expected at least 1, got {self.draws}. Raise it, or leave it out for new draws always.")
         if self.cache_reference and self.draws is None:
             raise ValueError("TrainConfig.cache_reference: expected draws that come again, got draws=None. Set draws, to 8 say.")
 

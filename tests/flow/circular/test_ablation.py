@@ -31,7 +31,7 @@ def test_a_plan_needs_the_base_and_different_seeds():
         AblationPlan(groups=("a",))
     with pytest.raises(ValueError, match="different seeds"):
         AblationPlan(seeds=(1, 1))
-    with pytest.raises(ValueError, match="per_condition: expected at least 2"):
+    with pytest.raises(ValueError, match="per_condition must be >= 2"):
         Judging(per_condition=1)
 
 

@@ -51,7 +51,8 @@ def test_the_flags_are_frozen():
 def test_help_of_both_modes():
     text = run("--help").stdout
     assert [flag for flag in FLAGS if flag not in text] == [] and "Circular-DPO" in text and "The loop:" in text
-    assert "--mode=circular-dpo --help" in CliRunner().invoke(train.main, ["--help"]).stdout.replace("\n", " ")
+    both = CliRunner().invoke(train.main, ["--help"]).stdout
+    assert "circular-dpo" in both and "--mode=NAME" in both
 
 
 def test_flags_of_the_other_mode_are_refused_by_name():

@@ -169,5 +169,5 @@ def test_settings():
     ):
         with pytest.raises(ValueError, match=text):
             CircularSettings(**bad)
-    with pytest.raises(ValueError, match="expected w2_norm"):
+    with pytest.raises(ValueError, match="roles: expected one of op, reward"):
         Weighing(roles="winner")

@@ -107,7 +107,7 @@ def test_mistakes(problem, op):
     broken = replace(problem, reward=lambda assets, conditions: torch.full([len(assets)], float("nan")))
     with pytest.raises(ValueError, match="expected finite rewards"):
         make_loop_pairs(broken, op, CONFIG, seed=0)
-    with pytest.raises(ValueError, match="per_pair: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="per_pair must be >= 1, got 0"):
         LoopPairsConfig(per_pair=0)
 
 
