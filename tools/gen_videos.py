@@ -106,7 +106,7 @@ def main(outdir, network, seeds, interpolate, grid, cfg, sample_mult, nrr, fps, 
     check_mp4(outdir / "interpolation.mp4")
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
-    cameras, look = cameras_of(generator, **(CAMERAS[cfg] if cfg else {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
+    cameras, look = cameras_of(generator, **CAMERAS.get(cfg, {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)
         path = write_mp4(outdir / f"{name}.mp4", tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"), fps, bitrate)

@@ -102,7 +102,7 @@ def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:
     """
     out = []
     for (one, a), (two, b) in combinations(methods.items(), 2):
-        entry = {"first": one, "second": two}
+        entry: dict = {"first": one, "second": two}
         for kind in ("spearman", "kendall"):
             per_latent = [rank_correlation(x, y, kind) for x, y in zip(a, b, strict=True)]
             known = [v for v in per_latent if v is not None]

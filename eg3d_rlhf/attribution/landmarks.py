@@ -181,7 +181,7 @@ def head_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
     return Partition(names=found.names[:-1], labels=found.labels)
 
 
-def _arc(centre: torch.Tensor, radii: tuple[float, torch.Tensor], degrees: list[float]) -> torch.Tensor:
+def _arc(centre: torch.Tensor, radii: tuple[float | torch.Tensor, torch.Tensor], degrees: list[float]) -> torch.Tensor:
     """Points [N, len(degrees), 2] on an ellipse, counter-clockwise from +x."""
     t = torch.tensor([math.radians(d) for d in degrees]).to(centre)
     x, y = radii

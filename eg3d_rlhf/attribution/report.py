@@ -32,7 +32,7 @@ _YAWS = (0.0, 0.6, 1.57)
 def jobs(study: Study) -> list[Job]:
     """Every part of the report; the regions come first, since they are drawn before anything is computed."""
     s, c = study.settings, study.c
-    files = {"regions": s.regions}
+    files: dict = {"regions": s.regions}
     if s.regions not in KINDS:
         with naming("--regions"):
             files["regions"] = [identity_of_file(path) for path in (s.regions, Path(s.regions).with_suffix(".json"))]
@@ -61,7 +61,7 @@ def jobs(study: Study) -> list[Job]:
 
 def regions(study: Study, folder: Path) -> Finding:
     """The partition, and that of the whole head where it has one, on meshes of the first latents from three sides; voxels per region."""
-    c, kind = study.c, KINDS.get(study.settings.regions, "your masks")
+    c, kind = study.c, KINDS.get(str(study.settings.regions), "your masks")
     rows, pictures = _counts(study), draw_regions(study, folder, "regions.png")
     empty = [row["region"] for row in rows if row["most"] == 0]
     says = [
@@ -124,7 +124,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     total = bootstrap_mean_interval([a.difference for a in found])
     data = {
         "names": list(names), "values": values.tolist(), "means": means, "method": study.settings.method, "seeds": list(study.seeds),
-        "errors": None if found[0].errors is None else np.stack([a.errors for a in found]).tolist(),
+        "errors": None if found[0].errors is None else [a.errors.tolist() for a in found if a.errors is not None],
         "difference": total._asdict(), "largest_relative_gap": gap, "gaps": [a.gap for a in found],
     }
     interval = f"means: {BOOTSTRAP}" + ("" if found[0].errors is None else "; bars per latent: standard error of sampling")
@@ -195,6 +195,10 @@ def _ig_says(study: Study, ig: list[dict]) -> str:
     return text if complete == len(ig) else text + " The others stay incomplete: raise --most-steps, or read them with that doubt."
 
 
+def _interval(mean: dict) -> str:
+    return span(mean["mean"], mean["lo"], mean["hi"], ".2f")
+
+
 def _pair_says(pairs: list[dict]) -> list[str]:
     says = []
     for pair in pairs:
@@ -206,7 +210,7 @@ def _pair_says(pairs: list[dict]) -> list[str]:
             continue
         overall = pair["spearman"]["overall"]
         says.append(
-            f"Shapley and {pair['second']}: Spearman {span(*mean.values(), '.2f')} per latent (Kendall {span(*tau.values(), '.2f')}), "
+            f"Shapley and {pair['second']}: Spearman {_interval(mean)} per latent (Kendall {_interval(tau)}), "
             f"{'none' if overall is None else f'{overall:.2f}'} between the means over latents."
         )
     return says
@@ -248,6 +252,6 @@ def _redrawn_says(data: dict) -> list[str]:
         f"With {len(data['by_draw'])} draws a correlation within the interval's width of zero would not be noticed.",
     ]
     if data["mean_of_sizes"] is not None:
-        size = span(*data["mean_of_sizes"].values(), ".2f")
+        size = _interval(data["mean_of_sizes"])
         says.append(f"Sizes without signs correlate by {size}: any network reacts more where more changed, so this need not be near zero.")
     return says

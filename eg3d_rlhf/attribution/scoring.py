@@ -7,7 +7,9 @@ Letters: N slabs, C channels, G groups, D, H, W = z, y, x.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ _VOXELS = 1 << 21  # of slabs that go through the fused network at once; more on
 
 def fast_score(reward: Network) -> Score:
     """A function of slabs [B, 1, D, H, W] that gives the reward's scores [B]; not differentiable."""
-    fused = None
+    fused: Callable[[torch.Tensor], torch.Tensor] | None = None
     if isinstance(reward, RewardModel) and reward.arch.extractor == "strided":
         fused = partial(_strided_score, reward)
     elif isinstance(reward, RewardModel) and next(reward.parameters()).device.type == "cpu":
@@ -43,7 +45,7 @@ class FusedReward:
     """The score of a U-Net reward through `volume_block`. The weights are those of construction: transformed kernels are kept."""
 
     def __init__(self, reward: RewardModel):
-        self.reward = reward
+        self.reward: Any = reward  # whose parts torch types as tensors or modules
         self.memory: dict[str, torch.Tensor] = {}
         self.kernels: dict[torch.nn.Module, torch.Tensor] = {}
         for module in reward.modules():
@@ -60,10 +62,11 @@ class FusedReward:
         skips = []
         for level, encoder in enumerate(net.encoders):
             body = self._one_channel if x.shape[1] == 1 else self._encode
-            whole, x = self._gated(*body(encoder.basic_module, x), pool=level + 1 < len(net.encoders))
+            whole, pooled = self._gated(*body(encoder.basic_module, x), pool=level + 1 < len(net.encoders))
             skips.append(whole)
+            x = whole if pooled is None else pooled
         x = bottleneck = skips.pop()
-        last = None
+        last: Any = None
         for decoder in net.decoders:
             up = decoder.upsampling.upsample.conv_transposed
             x, skip = x if last is None else self._gated(*last)[0], skips.pop()
@@ -106,7 +109,7 @@ class FusedReward:
         return self.memory[role][: math.prod(shape)].view(shape)
 
     def _end(
-        self, block: ResidualBlock, h: torch.Tensor, sums: torch.Tensor, **residual
+        self, block: Any, h: torch.Tensor, sums: torch.Tensor, **residual
     ) -> tuple[ResidualBlock, torch.Tensor, torch.Tensor]:
         h, sums = self._conv(block.conv3, h, sums, **residual)
         squeezed, gate = (sums[..., 0] / h[0, 0].numel()).float(), block.se_module.cSE
@@ -117,7 +120,7 @@ class FusedReward:
         return volume_conv(x, scale, shift, layer.conv.weight, self.kernels.get(layer), relu=True, **residual)
 
     def _gated(
-        self, block: ResidualBlock, h: torch.Tensor, gate: torch.Tensor, pool: bool = False
+        self, block: Any, h: torch.Tensor, gate: torch.Tensor, pool: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's result, in the memory of h, and its maxima over 2^3 voxels."""
         spatial = block.se_module.sSE.conv
@@ -138,7 +141,8 @@ class FusedReward:
 
 def _strided_score(reward: RewardModel, slabs: torch.Tensor) -> torch.Tensor:
     """`score` of the strided extractor in eval mode with one mirroring: the slab and its mirror image have the same difference channel."""
-    net, mirrored = reward.extractor, slabs.flip(-1)
+    net: Any = reward.extractor
+    mirrored = slabs.flip(-1)
     difference = ((slabs - mirrored).abs() - net.difference_mean) / net.difference_scale
     x = torch.cat([torch.cat([(s - net.slab_mean) / net.slab_scale, difference], dim=1) for s in (slabs, mirrored)])  # [2N, 2, D, H, W]
     for layer in (net.first, net.second, net.third):

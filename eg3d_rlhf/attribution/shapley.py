@@ -55,7 +55,7 @@ class CoalitionValues:
         slabs = self.original.new_empty(len(keys), self.original.numel())
         sources, before, last = (self.original.flatten(), self.tuned.flatten()), None, None
         for row, key in zip(slabs, keys, strict=True):
-            changed = range(self.regions)
+            changed = list(range(self.regions))
             if last is not None:
                 row.copy_(before)
                 changed = [i for i in changed if (last ^ key) >> i & 1]

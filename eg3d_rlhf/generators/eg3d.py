@@ -155,8 +155,8 @@ class EG3D:
     def cameras(self) -> CameraFamily:
         """Average radius and pivot of the training cameras, where the network knows them."""
         options = self.module.rendering_kwargs
-        pivot = tuple(float(value) for value in options.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
-        return CameraFamily(options.get("avg_camera_radius", CameraFamily.radius), pivot)
+        x, y, z = (float(value) for value in options.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
+        return CameraFamily(options.get("avg_camera_radius", CameraFamily.radius), (x, y, z))
 
     @property
     def conditioned(self) -> bool:

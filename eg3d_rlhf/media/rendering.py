@@ -6,6 +6,7 @@ Letters: L, W = layers and width of ws; H, B = rows and columns of a picture.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from eg3d_rlhf.field import OWN, CameraFamily, Rendering, RenderOptions, render_
 from eg3d_rlhf.generators import Generator, device_of, latents
 
 FFHQ_FOV = 18.837  # degrees over the image's diagonal
-CAMERAS = {  # by data set: pivot in world units, field of view in degrees
+CAMERAS: dict[str, dict[str, Any]] = {  # by data set: pivot in world units, field of view in degrees
     "FFHQ": {"pivot": (0.0, 0.0, 0.2), "fov": FFHQ_FOV},
     "AFHQ": {"pivot": (0.0, 0.0, -0.06), "fov": FFHQ_FOV},
     "Shapenet": {"pivot": (0.0, 0.0, 0.0), "fov": 45.0},

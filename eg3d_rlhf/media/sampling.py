@@ -54,7 +54,8 @@ class StageBar:
     """A bar per stage, with time left; called with (stage, units done, units in all)."""
 
     def __init__(self, prefix: str = ""):
-        self._prefix, self._stage, self._bar = prefix, None, None
+        self._prefix, self._stage = prefix, ""
+        self._bar: tqdm | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Move the stage's bar to `done` of `total`; another stage starts a bar of its own."""

@@ -166,7 +166,7 @@ def check_mp4(path: str | Path) -> Path:
     return path
 
 
-def _ffmpeg(path: Path, size: tuple[int, int], fps: float, bitrate: str) -> Generator:
+def _ffmpeg(path: Path, size: tuple[int, int], fps: float, bitrate: str) -> Generator[None, np.ndarray | None, None]:
     """imageio-ffmpeg's writer, ready for frames of `size` (columns, rows)."""
     import imageio_ffmpeg
 

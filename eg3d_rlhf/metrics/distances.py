@@ -7,7 +7,7 @@ Shape letters: N, M = samples, F = feature dimensions, S = subset size. All arit
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
 
 @torch.no_grad()
 def collect(
-    network: FeatureNetwork, batches: Iterable[Tensor], on_batch: Callable[[int], None] | None = None
+    network: FeatureNetwork, batches: Iterable[Tensor], on_batch: Callable[[int], Any] | None = None
 ) -> tuple[FeatureStatistics, np.ndarray]:
     """Run a network over batches of images [N, 3, H, W] in [-1, 1].
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ METRICS: dict[str, tuple[str, int | None]] = {  # name: formula, images (None: a
 OPTIONS_FILE = "training_options.json"
 
 Network = HeadFactorFeatures | InceptionFeatures
-OnImages = Callable[[int], object]
+OnImages = Callable[[int], Any]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,8 @@ class HeadFactorNet(nn.Module):
         self.trunk = nn.Sequential(*layers)  # [N, 3, 64, 64] -> [N, 128, 4, 4]
         self.hidden = nn.Linear(widths[-1] * (RESOLUTION // 16) ** 2, DIM)
         self.head = nn.Linear(DIM, len(TARGET_NAMES))
+        self.feature_mean: Tensor
+        self.feature_std: Tensor
         self.register_buffer("feature_mean", torch.zeros(DIM))  # of clean heads
         self.register_buffer("feature_std", torch.ones(DIM))
 

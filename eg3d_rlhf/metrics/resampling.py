@@ -44,15 +44,15 @@ class _Statistic(Protocol):
     """A function of two weighted samples."""
 
     sizes: tuple[int, int]  # N, M
-    squared: bool  # whether it is a squared distance, not a difference of two
     biased: bool  # whether finite samples give too much on average
     allowance: float  # share by which variances are enlarged
 
     def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
         """Values [B] for how often each item counts, [B, N] and [B, M]."""
 
-    def with_bias(self) -> float:
-        """The distance between the samples as they are, which is 0 for equal samples and no less for any."""
+    @property
+    def with_bias(self) -> Callable[[], float] | None:
+        """The distance between the samples as they are, which is 0 for equal samples and no less for any; None of a difference."""
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives with respect to the share of each item, [N] and [M], of mean 0."""
@@ -68,7 +68,8 @@ def frechet_interval(
     Raises: ValueError on shapes, values that are not finite, too few resamples, or fewer samples than F + 1.
     """
     found = _interval(_Frechet(*_features("frechet_interval", features_fake, features_real)), resamples, seed, confidence)
-    return DistanceInterval(*(max(0.0, value) for value in found[:4]), found.bias)
+    mean, lo, hi, measured = (max(0.0, value) for value in found[:4])
+    return DistanceInterval(mean, lo, hi, measured, found.bias)
 
 
 def kernel_interval(
@@ -135,7 +136,7 @@ def _interval(statistic: _Statistic, resamples: int, seed: int, confidence: floa
     quadratic = min(float(once.var(ddof=1)), influence / 2)
     linear, constant = ((1 + statistic.allowance) * part for part in (influence - 2 * quadratic, quadratic))
     z, centre = float(ndtri(0.5 + confidence / 2)), measured - bias
-    if not statistic.squared:
+    if statistic.with_bias is None:
         half = z * math.sqrt(linear + constant + noise)
         return DistanceInterval(centre, centre - half, centre + half, measured, bias)
     steady = (1 + statistic.allowance) * influence / max(statistic.with_bias(), 1e-300)
@@ -159,7 +160,7 @@ def _linear(draws: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> np.nda
 class _Frechet:
     """Fréchet distance of weighted samples."""
 
-    squared, biased = True, True
+    biased = True
 
     def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
         if min(len(fake), len(real)) <= fake.shape[1]:
@@ -218,7 +219,7 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
 class _Kernel:
     """Unbiased kernel distance of weighted samples under k(x, y) = (x.y / F + 1)^3; pairs of an item with itself never count."""
 
-    squared, biased = True, False
+    biased = False
 
     def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
         self.fake, self.real, self.sizes = fake, real, (len(fake), len(real))
@@ -283,7 +284,7 @@ def _kernel_influence(own: np.ndarray, other: np.ndarray) -> np.ndarray:
 class _Change:
     """The second statistic minus the first, of fakes that are paired item by item and the same reals."""
 
-    squared = False
+    with_bias = None  # it is no squared distance
 
     def __init__(self, before: _Statistic, after: _Statistic) -> None:
         if before.sizes != after.sizes:

@@ -209,8 +209,8 @@ def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tenso
 
 def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
     """Mean error over the valid pixels of all pairs, [N] float64; `worst` where fewer than MIN_PIXELS are valid."""
-    total = sum(torch.where(valid, error, 0.0).double().sum(dim=(1, 2)) for error, valid in errors)
-    count = sum(valid.sum(dim=(1, 2)) for _, valid in errors)
+    total = sum((torch.where(valid, error, 0.0).double().sum(dim=(1, 2)) for error, valid in errors), torch.tensor(0.0))
+    count = sum((valid.sum(dim=(1, 2)) for _, valid in errors), torch.tensor(0))
     mean = total / count.clamp_min(1)
     return torch.where((count >= MIN_PIXELS) & mean.isfinite(), mean, worst).cpu().numpy()
 
@@ -229,8 +229,8 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
     def measure(error: Callable[[Views, int, int, Match], tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
         return _mean_over_pairs([error(views, *entry) for entry in matches], worst)
 
-    matched = sum(m.visible.sum(dim=(1, 2)) for _, _, m in matches)
-    foreground = sum(views.foreground[:, t].sum(dim=(1, 2)) for t, _, _ in matches)
+    matched = sum((m.visible.sum(dim=(1, 2)) for _, _, m in matches), torch.tensor(0))
+    foreground = sum((views.foreground[:, t].sum(dim=(1, 2)) for t, _, _ in matches), torch.tensor(0))
     return MultiViewMeasures(
         photometric=measure(_photometric, WORST_COLOUR),
         depth=measure(_depth, HIDDEN_MARGIN / spec.cameras.radius),

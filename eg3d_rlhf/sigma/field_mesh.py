@@ -156,7 +156,8 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickB
     for least, greatest in zip(low, high, strict=True):
         check_finite(float(least.min()), float(greatest.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    shape = tuple(bricks_along(n, size) for n in density.shape)
+    x, y, z = (bricks_along(n, size) for n in density.shape)
+    shape = (x, y, z)
     upper = sigma_from_maps([torch.cat(pair, dim=1) for pair in zip(high, low, strict=True)], w, density.b, shape)
     lower = sigma_from_maps([torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape)
     reach = sum(m.abs().amax(dim=(0, 2, 3)) for m in (*low, *high))  # [J], no less than any |h_j|
@@ -219,7 +220,7 @@ class _LayerSampler:
             rows = [slice(y, min(y + _DENSE_ROWS, points_y)) for y in range(0, points_y - 1, _DENSE_ROWS - 1)]  # two rows or more
             columns = [[slice(0, points_z)]] * len(rows)
         else:
-            chosen = np.flatnonzero(wanted.any(axis=1))
+            chosen = np.flatnonzero(wanted.any(axis=1)).tolist()
             rows, columns = [_points(row, points_y) for row in chosen], [_runs(wanted[row], points_z) for row in chosen]
         self._fill(first, planes, rows, columns)
         if first + BRICK + 1 > points_x:
@@ -233,8 +234,8 @@ class _LayerSampler:
         """Evaluate ranges of y, each at its runs of z, and put them into the layer, in order."""
         more = int(x.stop - x.start == 1)  # at one point along an axis the maps cannot be told apart
         part = functools.partial(self._density.part, slice(x.start - more, x.stop))
-        for y, runs, values in zip(rows, columns, self._pool.map(part, rows, columns), strict=True):
-            values = values.numpy()[more:]
+        for y, runs, found in zip(rows, columns, self._pool.map(part, rows, columns), strict=True):
+            values = found.numpy()[more:]
             self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
             target, end = self._layer[x.start - first : x.stop - first, y.start + 1 : y.stop + 1], 0
             for run in runs:

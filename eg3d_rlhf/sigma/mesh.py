@@ -3,7 +3,7 @@
 Letters: D, H, W = grid points along z, y, x; V vertices; F faces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
     return volume
 
 
-def marching_cubes(blocks: Sequence[np.ndarray], level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Surfaces of prepared blocks [X, Y, Z] float32, each by itself.
 
     Returns: vertices [V, 3] float64 of one block after the other, in grid steps from its own first point and each strictly inside one grid

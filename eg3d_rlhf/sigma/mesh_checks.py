@@ -145,7 +145,7 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
     return np.concatenate([v for v, _ in done]), np.concatenate([f for _, f in done])
 
 
-def _decimate_part(vertices: np.ndarray, faces: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+def _decimate_part(vertices: np.ndarray, faces: np.ndarray, wanted: float) -> tuple[np.ndarray, np.ndarray]:
     """One part with about `wanted` faces, or with more where that would open it."""
     import fast_simplification
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +49,8 @@ def save_mesh(
     path = check_mesh_suffix(path)
     mesh = trimesh.Trimesh(vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False)
     kind = path.suffix.lower()[1:]
-    options = {"ply": {"vertex_normal": normals is not None}, "obj": {"include_normals": normals is not None}}
-    data = mesh.export(file_type=kind, **options.get(kind, {"include_normals": normals is not None}))
+    options: dict[str, Any] = {"vertex_normal" if kind == "ply" else "include_normals": normals is not None}
+    data: Any = mesh.export(file_type=kind, **options)
     write_atomic(path, data.encode() if isinstance(data, str) else data)
     return path
 
