@@ -13,8 +13,10 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from eg3d_rlhf.attribution.regions import region_shape
 from eg3d_rlhf.attribution.shapley import Score, Value, relative_gap
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
+from eg3d_rlhf.reward.evaluation import Network
 
 BOUND = 0.01  # completeness gap, as a share of the reward difference
 STEPS, MOST_STEPS = 32, 1024
@@ -24,7 +26,7 @@ STEPS, MOST_STEPS = 32, 1024
 class IntegratedGradients:
     """Attribution of every voxel, and how well it adds up."""
 
-    voxels: torch.Tensor  # [D, H, W] float64 on the CPU, in units of the reward
+    voxels: torch.Tensor  # [D, H, W] float64 on the CPU, in units of the reward; of another observation its own shape
     steps: int  # of the last integral
     gap: float  # sum of voxels - difference
     difference: float  # r_tuned - r_original
@@ -55,7 +57,7 @@ def integrated_gradients(
         voxels = method.attribute(
             tuned[None], baselines=original[None], n_steps=steps, method="gausslegendre", internal_batch_size=max(batch, 2),
         )
-        voxels = voxels[0, 0].detach().double().cpu()
+        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()
         gap = float(voxels.sum()) - difference
         tried.append((steps, relative_gap(gap, difference)))
         if tried[-1][1] <= BOUND or 2 * steps > most_steps:
@@ -112,7 +114,7 @@ def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:
     return out
 
 
-def redrawn(reward: torch.nn.Module, seed: int) -> torch.nn.Module:
+def redrawn(reward: Network, seed: int) -> Network:
     """A copy of a reward whose parameters are drawn anew: normal, with each tensor's own mean and deviation (Adebayo et al. 2018).
 
     Buffers (the slab's statistics) are kept: what it has learnt is gone, its scale is not. A tensor of one entry takes a random sign.

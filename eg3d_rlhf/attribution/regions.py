@@ -34,10 +34,10 @@ class Partition:
     """Every voxel belongs to one region; a region may be empty, which makes it a player that changes nothing."""
 
     names: tuple[str, ...]
-    labels: torch.Tensor  # [D, H, W] int64, 0..R-1
+    labels: torch.Tensor  # int64, 0..R-1, [D, H, W] of slabs; of another observation its `region_shape`
 
     def __post_init__(self) -> None:
-        if self.labels.ndim != 3 or self.labels.dtype != torch.int64:
+        if self.labels.ndim == 0 or self.labels.dtype != torch.int64:
             got = f"{list(self.labels.shape)} {self.labels.dtype}"
             raise ValueError(f"Partition.labels: expected int64 [D, H, W], got {got}. Pass one label per voxel.")
         low, high = int(self.labels.min()), int(self.labels.max())
@@ -52,9 +52,14 @@ class Partition:
 
     def sums(self, volume: torch.Tensor) -> torch.Tensor:
         """Sums [..., R] float64 of volumes [..., D, H, W] over the regions."""
-        flat = volume.double().flatten(-3)
+        flat = volume.double().flatten(-self.labels.ndim)
         out = flat.new_zeros(*flat.shape[:-1], len(self.names))
         return out.index_add_(-1, self.labels.flatten().to(flat.device), flat)
+
+
+def region_shape(observed: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the labels of one shape's observation: [D, H, W] of a slab [1, D, H, W], else all of its sides."""
+    return tuple(observed[1:]) if len(observed) > 1 and observed[0] == 1 else tuple(observed)
 
 
 def unit_coordinates(spec: SlabSpec) -> torch.Tensor:
@@ -87,8 +92,8 @@ def face_partition(spec: SlabSpec) -> Partition:
     return from_boxes(FACE_BOXES, unit_coordinates(spec))
 
 
-def read_masks(path: str | Path, spec: SlabSpec) -> Partition:
-    """A user's label volume: .npy, or .npz with the one array or one called 'labels', int [D, H, W] = [z, y, x] on the reward's slab.
+def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
+    """A user's label volume: .npy, or .npz with the one array or one called 'labels', int of this shape, [D, H, W] = [z, y, x] of a slab.
 
     Names come from the .json of the same stem: {"0": "background", "1": "nose", ...} or a list in order of the labels.
     Raises: ValueError, FileNotFoundError.
@@ -97,8 +102,9 @@ def read_masks(path: str | Path, spec: SlabSpec) -> Partition:
     if not path.is_file():
         raise FileNotFoundError(f"expected a label volume, got nothing at {path}. Check the path.")
     volume = _read_volume(path)
-    if volume.shape != spec.shape or not np.issubdtype(volume.dtype, np.integer):
-        raise ValueError(f"{path}: expected integers [D, H, W] = {list(spec.shape)}, got {volume.dtype} {list(volume.shape)}. Resample it.")
+    if volume.shape != tuple(shape) or not np.issubdtype(volume.dtype, np.integer):
+        sides = "[D, H, W] = " if len(shape) == 3 else ""
+        raise ValueError(f"{path}: expected integers {sides}{list(shape)}, got {volume.dtype} {list(volume.shape)}. Resample it.")
     names = _read_names(path.with_suffix(".json"))
     found = sorted(int(label) for label in np.unique(volume))
     missing = [label for label in found if label not in names]

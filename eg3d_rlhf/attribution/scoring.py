@@ -77,7 +77,7 @@ class FusedReward:
         r = block.conv1(x)
         return self._body(block, r, _sums(*_moments(r), r[0, 0].numel()))
 
-    def _one_channel(self, block: ResidualBlock, x: torch.Tensor) -> tuple[ResidualBlock, torch.Tensor, torch.Tensor]:
+    def _one_channel(self, block: Any, x: torch.Tensor) -> tuple[ResidualBlock, torch.Tensor, torch.Tensor]:
         """A block whose conv1 reads one channel: r_c = w_c x + b_c, so its normalisation is an affine function of x as well.
 
         conv2 of C such channels is a convolution of two: the standardised slab, and ones, which feel the zeros outside.
@@ -96,7 +96,7 @@ class FusedReward:
         mix = torch.cat([w, b]).T.float().contiguous()  # [C, 2]
         return self._end(block, h, sums, residual=x, mix=mix, out=self._memory("outer", x, w.shape[1]))
 
-    def _body(self, block: ResidualBlock, r: torch.Tensor, sums: torch.Tensor) -> tuple[ResidualBlock, torch.Tensor, torch.Tensor]:
+    def _body(self, block: Any, r: torch.Tensor, sums: torch.Tensor) -> tuple[ResidualBlock, torch.Tensor, torch.Tensor]:
         """h before its gates, with the channel gate [N, C]; r with its sums is the block's residual."""
         h, sums = self._conv(block.conv2, r, sums, out=self._memory("inner", r, r.shape[1]))
         return self._end(block, h, sums, residual=r, out=r)

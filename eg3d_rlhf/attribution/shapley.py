@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eg3d_rlhf.attribution.regions import MOST_EXACT
+from eg3d_rlhf.attribution.regions import MOST_EXACT, region_shape
 
 Score = Callable[[torch.Tensor], torch.Tensor]  # slabs [B, 1, D, H, W] -> rewards [B]
 Value = Callable[[torch.Tensor], torch.Tensor]  # coalitions, bool [M, R] -> values [M] float64
@@ -24,12 +24,12 @@ class CoalitionValues:
     """Values of coalitions of one latent; each is computed once, in batches.
 
     Args:
-        score: the reward; slabs: original and tuned, [1, D, H, W] each; labels: [D, H, W] int64, the region of each voxel.
-        regions: R; batch: slabs at once, which bounds memory: B slabs and what the reward makes of them.
+        score: the reward; original, tuned: what it reads of one shape each, [1, D, H, W] of slabs; labels: int64, the region of each of
+            its values, [D, H, W]. regions: R; batch: slabs at once, which bounds memory: B slabs and what the reward makes of them.
     """
 
     def __init__(self, score: Score, original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, regions: int, batch: int = 16):
-        if original.shape != tuned.shape or tuple(original.shape[1:]) != tuple(labels.shape):
+        if original.shape != tuned.shape or region_shape(original.shape) != tuple(labels.shape):
             got = f"{list(original.shape)}, {list(tuned.shape)}, {list(labels.shape)}"
             raise ValueError(f"CoalitionValues: expected slabs [1, D, H, W] and labels [D, H, W] of one size, got {got}. Use one SlabSpec.")
         if batch < 1:

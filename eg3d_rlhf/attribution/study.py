@@ -102,7 +102,7 @@ class Study:
                 found = [divide(points, spec) for points in self.landmarks]
         else:
             with naming("--regions"):
-                found = [read_masks(s.regions, spec)] * len(self.seeds)
+                found = [read_masks(s.regions, spec.shape)] * len(self.seeds)
         count = len(found[0].names)
         if s.method == "exact" and count > MOST_EXACT:
             raise ValueError(f"--method=exact: expected at most {MOST_EXACT} regions, got {count}. Use --method=antithetic.")

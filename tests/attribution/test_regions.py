@@ -68,7 +68,7 @@ def test_masks(tmp_path):
     volume[:, :5], volume[:, 5:9] = 7, 3
     np.savez(tmp_path / "mask.npz", labels=volume)
     (tmp_path / "mask.json").write_text(json.dumps({"0": "rest", "7": "chin", "3": "mouth"}))
-    partition = read_masks(tmp_path / "mask.npz", SPEC)
+    partition = read_masks(tmp_path / "mask.npz", SPEC.shape)
     assert partition.names == ("rest", "mouth", "chin") and partition.counts()[2] == (volume == 7).sum()
 
 
@@ -86,13 +86,13 @@ def test_wrong_masks_are_named(tmp_path, change, text):
     if change != "json":
         (tmp_path / "m.json").write_text(json.dumps({"0": "a"} if change == "name" else {"0": "a", "3": "b"}))
     with pytest.raises((ValueError, FileNotFoundError), match=text):
-        read_masks(tmp_path / "m.npy", SPEC)
+        read_masks(tmp_path / "m.npy", SPEC.shape)
 
 
 def test_pickled_masks_are_refused(tmp_path):
     np.save(tmp_path / "m.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="npy or .npz"):
-        read_masks(tmp_path / "m.npy", SPEC)
+        read_masks(tmp_path / "m.npy", SPEC.shape)
 
 
 def test_partition_needs_all_names():
