@@ -105,7 +105,8 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
         shown = "; ".join(str(one) for one in (own, defaults.get(name) if knob.shown is None else None) if one is not None)
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind = _click_type(hint, knob)
-        made.append(option(*names, group=knob.group, metavar=knob.metavar, type=kind, default=None, show_default=False, help=text))
+        metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
+        made.append(option(*names, group=knob.group, metavar=metavar, type=kind, default=None, show_default=False, help=text))
     return together(*made)
 
 

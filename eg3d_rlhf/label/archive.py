@@ -6,7 +6,8 @@ Reading a file again adds only what is new.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Connection, Row, Table, func, insert, select, update
@@ -22,10 +23,24 @@ from eg3d_rlhf.seeds import refuse_held_out
 from training.storage import write_atomic
 
 FORMAT = 1
-NAMED = {  # record -> table, and the columns that tell its rows apart within a campaign
-    "shape": (shapes, ("asset",)), "pair": (pairs, ("position",)), "assignment": (assignments, ("token",)),
-    "judgement": (judgements, ("annotator_id", "key")),
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How the rows of a table stand in the file: links are fields of the columns' names without `_id`."""
+
+    table: Table
+    name: str  # column by which other records call a row; for judgements, together with the annotator
+    links: Mapping[str, str]  # column -> kind of record that it points to
+
+
+KEPT = {  # by kind of record, whatever is referred to first
+    "shape": Kept(shapes, "asset", {}),
+    "pair": Kept(pairs, "position", {"first_id": "shape", "second_id": "shape"}),
+    "assignment": Kept(assignments, "token", {"annotator_id": "annotator", "pair_id": "pair"}),
+    "judgement": Kept(judgements, "key", {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"}),
+}
+STATE = {"takes_back", "answered", "leased", "taken"}  # columns that are not written as they are
 DEFAULTS = {"degradation": "", "page_version": "", "taken": 0}  # of fields that an export may lack
 
 
@@ -44,40 +59,26 @@ def export_judgements(store: Store, path: str | Path, campaign: str | None = Non
 
 
 def _records(c: Connection, campaign: Row) -> Iterator[dict]:
-    """A campaign's records: whatever is referred to comes first."""
-    own = {"campaign": campaign.name}
+    """A campaign's records, and its annotators before their assignments."""
     yield {"record": "campaign", "name": campaign.name, "settings": json.loads(campaign.settings), "created": campaign.created}
-
-    def rows(table: Table):
-        return c.execute(select(table).where(table.c.campaign_id == campaign.id).order_by(table.c.id))
-
-    asset = {}
-    for row in rows(shapes):
-        asset[row.id] = row.asset
-        yield {"record": "shape", **own, **_plain(row)}
-    position = {}
-    for row in rows(pairs):
-        position[row.id] = row.position
-        yield {"record": "pair", **own, **_plain(row), "first": asset[row.first_id], "second": asset[row.second_id]}
-    given = list(rows(assignments))
-    names = {row.id: row.name for row in listed(c)}
-    taking_part = {row.annotator_id for row in given}
-    for row in c.execute(select(annotators).where(annotators.c.id.in_(taking_part)).order_by(annotators.c.id)):
-        yield {"record": "annotator", "name": row.name, "role": row.role, "created": row.created}
-    tokens = {row.id: row.token for row in given}
-    for row in given:
-        yield {"record": "assignment", **own, **_plain(row), "annotator": names[row.annotator_id], "pair": position[row.pair_id]}
-    keys: dict[int, str] = {}
-    for row in rows(judgements):
-        keys[row.id] = row.key
-        linked = {"assignment": tokens.get(row.assignment_id), "takes_back": keys.get(row.takes_back)}
-        yield {"record": "judgement", **own, **_plain(row), "annotator": names[row.annotator_id], **linked}
+    known = listed(c)
+    called: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in known}}
+    for kind, kept in KEPT.items():
+        rows = list(c.execute(select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)))
+        if kind == "assignment":
+            taking_part = {row.annotator_id for row in rows}
+            yield from (
+                {"record": "annotator", "name": a.name, "role": a.role, "created": a.created} for a in known if a.id in taking_part
+            )
+        called[kind] = {row.id: row._mapping[kept.name] for row in rows}
+        for row in rows:
+            plain = {k: v for k, v in row._mapping.items() if k != "id" and not k.endswith("_id") and k not in STATE}
+            linked = {_field(column): called[other].get(row._mapping[column]) for column, other in kept.links.items()}
+            yield {"record": kind, "campaign": campaign.name, **plain, **linked}
 
 
-def _plain(row: Row) -> dict:
-    """Columns that mean the same in every database."""
-    state = {"takes_back", "answered", "leased", "taken"}
-    return {k: v for k, v in row._mapping.items() if k != "id" and not k.endswith("_id") and k not in state}
+def _field(column: str) -> str:
+    return column.removesuffix("_id")
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
@@ -131,7 +132,7 @@ class _Import:
         self.c, self.now, self.new = c, now, 0
         self.campaigns: dict[str, int] = {}
         self.learnt_from: set[str] = set()  # campaigns that collect preferences
-        self.annotators: dict[str, int] = {}
+        self.annotators: dict[str, int] = {}  # known to the file
         self.ids: dict[tuple[str, str], dict] = {}  # (kind, campaign) -> what the file calls a row -> its id
         self.waiting: dict = {}  # rows by what the file calls them
         self.kind: tuple[str, str] | None = None  # of what waits
@@ -139,10 +140,11 @@ class _Import:
     def add(self, record: dict) -> None:
         """Store a record unless it is there."""
         kind = record["record"]
-        if kind not in ("campaign", "annotator", *NAMED):
+        adds = {"campaign": self._add_campaign, "annotator": self._add_annotator, **dict.fromkeys(KEPT, self._add_row)}
+        if kind not in adds:
             raise ValueError(f"expected a known record, got {kind!r}. Export with this program.")
         try:
-            getattr(self, f"_add_{kind}")(record)
+            adds[kind](record)
         except KeyError as error:
             raise ValueError(f"expected a field {error} in {kind}, got none. Export again.") from None
 
@@ -188,65 +190,48 @@ class _Import:
         known = find_or_add(self.c, values["name"], values["role"], values["created"])
         self.annotators[record["name"]] = known.id
 
-    def _add_shape(self, record: dict) -> None:
-        if self._keep(record, record["asset"], {}) and record["campaign"] in self.learnt_from:
-            refuse_held_out([record["seed"]], f"campaign {record['campaign']}")
-
-    def _add_pair(self, record: dict) -> None:
-        ends = {f"{end}_id": self._id("shape", record, record[end]) for end in ("first", "second")}
-        self._keep(record, record["position"], ends)
-
-    def _add_assignment(self, record: dict) -> None:
-        linked = {"annotator_id": self._annotator(record), "pair_id": self._id("pair", record, record["pair"]), "leased": self.now}
-        self._keep(record, record["token"], linked)
-
-    def _add_judgement(self, record: dict) -> None:
-        annotator, assignment, back = self._annotator(record), record.get("assignment"), record.get("takes_back")
-        linked = {
-            "annotator_id": annotator, "assignment_id": None if assignment is None else self._id("assignment", record, assignment),
-            "takes_back": None if back is None else self._id("judgement", record, (annotator, back)),
-        }  # fmt: skip
-        self.new += self._keep(record, (annotator, record["key"]), linked)
-
-    def _annotator(self, record: dict) -> int:
-        if record["annotator"] not in self.annotators:
-            raise ValueError(f"expected an annotator named earlier in the file, got {record['annotator']!r}. Export again.")
-        return self.annotators[record["annotator"]]
-
-    def _keep(self, record: dict, name, linked: dict) -> bool:
-        """Let a row of a campaign wait for writing, unless the store has it; whether it is new."""
-        of = (record["record"], record["campaign"])
-        if of != self.kind:
+    def _add_row(self, record: dict) -> None:
+        """Let a row of a campaign wait for writing, unless the store has it."""
+        kind, campaign = record["record"], record["campaign"]
+        kept, linked = KEPT[kind], {}
+        for column, other in kept.links.items():
+            name = record.get(_field(column)) if kept.table.c[column].nullable else record[_field(column)]
+            linked[column] = None if name is None else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
+        name = (linked["annotator_id"], record[kept.name]) if kind == "judgement" else record[kept.name]
+        if (kind, campaign) != self.kind:
             self._write()
-            self.kind = of
-        if name in self._known(of) or name in self.waiting:
-            return False
-        self.waiting[name] = _checked(NAMED[of[0]][0], {**record, **linked, "campaign_id": self.campaigns[record["campaign"]]})
-        return True
+            self.kind = kind, campaign
+        if name in self._known(kind, campaign) or name in self.waiting:
+            return
+        self.waiting[name] = _checked(kept.table, {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now})
+        if kind == "shape" and campaign in self.learnt_from:
+            refuse_held_out([record["seed"]], f"campaign {campaign}")
+        self.new += kind == "judgement"
 
-    def _id(self, kind: str, record: dict, name) -> int:
-        of = (kind, record["campaign"])
-        if of == self.kind and name in self.waiting:
+    def _id(self, kind: str, campaign: str, name) -> int:
+        """Of the row that the file calls so."""
+        if (kind, campaign) == self.kind and name in self.waiting:
             self._write()
-        found = self._known(of).get(name)
-        if found is None:
-            raise ValueError(f"expected a {kind} named earlier in the file, got {name!r}. Export again.")
-        return found
+        known = self.annotators if kind == "annotator" else self._known(kind, campaign)
+        if name not in known:
+            raise ValueError(f"expected the {kind} to be named earlier in the file, got {name!r}. Export again.")
+        return known[name]
 
-    def _known(self, of: tuple[str, str]) -> dict:
+    def _known(self, kind: str, campaign: str) -> dict:
         """Ids of the rows that are in the database."""
-        if of not in self.ids:
-            if of[1] not in self.campaigns:
-                raise ValueError(f"expected a campaign named earlier in the file, got {of[1]!r}. Export again.")
-            table, names = NAMED[of[0]]
-            query = select(table.c.id, *(table.c[name] for name in names)).where(table.c.campaign_id == self.campaigns[of[1]])
-            self.ids[of] = {tuple(row[1:]) if len(names) > 1 else row[1]: row[0] for row in self.c.execute(query)}
-        return self.ids[of]
+        if (kind, campaign) not in self.ids:
+            if campaign not in self.campaigns:
+                raise ValueError(f"expected a campaign named earlier in the file, got {campaign!r}. Export again.")
+            columns = KEPT[kind].table.c
+            own = columns.id, columns[KEPT[kind].name], *([columns.annotator_id] if kind == "judgement" else [])
+            rows = self.c.execute(select(*own).where(columns.campaign_id == self.campaigns[campaign]))
+            self.ids[kind, campaign] = {(annotator[0], name) if annotator else name: id for id, name, *annotator in rows}
+        return self.ids[kind, campaign]
 
     def _write(self) -> None:
         if self.waiting:
-            ids = insert_all(self.c, NAMED[self.kind[0]][0], list(self.waiting.values()))
-            self._known(self.kind).update(zip(self.waiting, ids, strict=True))
+            ids = insert_all(self.c, KEPT[self.kind[0]].table, list(self.waiting.values()))
+            self._known(*self.kind).update(zip(self.waiting, ids, strict=True))
             self.waiting = {}
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from eg3d_rlhf.cli import GroupedCommand, naming, option
+from eg3d_rlhf.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.label.archive import export_judgements, import_judgements
-from eg3d_rlhf.label.entities import StoredCampaign
+from eg3d_rlhf.label.entities import CampaignSettings, StoredCampaign
 from eg3d_rlhf.label.launch import (
     DB,
     PAIRING,
@@ -19,7 +19,7 @@ from eg3d_rlhf.label.launch import (
     ServerFlags,
     check_annotators,
     check_resumed,
-    default_of,
+    filled,
     given_flags,
     open_store,
     plan_campaign,
@@ -28,10 +28,10 @@ from eg3d_rlhf.label.launch import (
     server_options,
     sqlite_file,
 )
-from eg3d_rlhf.label.pairing import STRATEGIES, PairingOptions
+from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.preferences import export_labels, without_password
 from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
-from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER
+from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.label.store import Store
 
 MAKE = "python tools/label.py add-annotator NAME"
@@ -47,38 +47,16 @@ class LabelGroup(GroupedCommand, click.Group):
         self.format_commands(ctx, formatter)
 
 
-def planning(name: str, *declarations: str, **kwargs):
-    """An option of the plan, with its owner's default."""
-    return option(*(declarations or (f"--{name.replace('_', '-')}",)), default=default_of(name), group="Pairs", **kwargs)
-
-
 @click.command("label", cls=LabelGroup, invoke_without_command=True)
 @option("--network", metavar="PATH", default=None, show_default="the bundled generator", help="Network file or run folder.", group="Pairs")
-@planning("pairs", metavar="INT", type=click.IntRange(min=1), help="Pairs to label.")
-@planning("strategy", type=click.Choice(STRATEGIES), help="How pairs are found.")
+@options_of(PairingOptions)
 @option("--active", is_flag=True, help="Short for --strategy=active.", group="Pairs", show_default=False)
 @option("--tournament", is_flag=True, help="Short for --strategy=tournament.", group="Pairs", show_default=False)
-@planning("seed", metavar="INT", type=click.IntRange(min=0), help="Decides pairs, order, sides, repeats.")
-@planning("first_seed", metavar="INT", type=click.IntRange(min=0), help="Shapes are seeds from here on.")
-@planning("psi", "--psi", "--trunc", "psi", metavar="0..2", type=click.FloatRange(0, 2), help="Truncation.")
-@planning("level", metavar="FLOAT", type=float, help="Raw density of the surface.")
-@planning("resolution", metavar="POINTS", type=click.IntRange(16, 512), help="Grid points per axis.")
-@planning("triangles", metavar="INT", type=click.IntRange(100, 10**6), help="Per shape, about.")
-@planning("gold", metavar="INT", type=click.IntRange(min=0), show_default="one for 25, at least 4", help="Pairs with a known answer.")
-@planning("training", metavar="INT", type=click.IntRange(0, 100), help="Explained examples at the start.")
 @option("--reward", "rewards", metavar="FILE", multiple=True, show_default="the bundled two", group="Pairs",
         help="Active: a reward of the ensemble; may be given again.")
-@planning("pool", metavar="FLOAT", type=click.FloatRange(2, 100), help="Active: seeds looked at for each one used.")
-@planning("diversity", metavar="0..1", type=click.FloatRange(0, 1), help="Active: 0 is doubt alone, 1 spread alone.")
-@planning("rounds", metavar="INT", type=click.IntRange(1, 1000), help="Tournament: pairs that each shape is in.")
 @option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
-@planning("annotators_per_pair", metavar="INT", type=click.IntRange(min=1), help="Different annotators to judge each pair.")
-@planning("repeat_share", metavar="0..0.5", type=click.FloatRange(0, 0.5), help="Trials that repeat one, same sides.")
-@planning("swap_share", metavar="0..0.5", type=click.FloatRange(0, 0.5), help="Trials that repeat one, swapped sides.")
-@planning("repeat_gap", metavar="TRIALS", type=click.IntRange(min=1), help="Trials at least between a pair and its repeat.")
-@planning("gold_every", metavar="TRIALS", type=click.IntRange(min=0), help="One gold check in so many trials; 0: none.")
-@planning("trials_per_annotator", metavar="INT", type=click.IntRange(min=1), show_default="all", help="An annotator is done after so many.")
-@planning("show_render", "--show-render/--no-show-render", help="Whether the RGB picture may be asked for.")
+@options_of(CampaignSettings)
+@option("--show-render/--no-show-render", default=False, group="Pairs", help="Whether the RGB picture may be asked for.")
 @option("--db", metavar="URL", default=DB, help="Database: sqlite:///FILE or postgresql://user@host/database.")
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
@@ -118,7 +96,7 @@ def _request(
     chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
     if len(set(chosen)) > 1:
         raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
-    flags = {**flags, "strategy": chosen[0] if chosen else flags["strategy"]}
+    flags = filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
     pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PAIRING if name != "rewards"})

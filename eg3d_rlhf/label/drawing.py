@@ -12,7 +12,7 @@ import numpy as np
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.label.damage import damage
 from eg3d_rlhf.label.entities import Shape
-from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
+from eg3d_rlhf.label.shape_files import compress, encode_mesh
 from eg3d_rlhf.media.rendering import camera, cameras_of, render
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh

@@ -9,6 +9,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from training.config import check_knobs, knob
+
 
 class Mode(enum.StrEnum):
     """What a campaign is for."""
@@ -52,7 +54,7 @@ class Shape:
     triangles: int  # decimated to about so many
     degradation: str = ""  # damage done on purpose, one of eg3d_rlhf.label.damage.DAMAGES; '' is none. Gold and training pairs have it
 
-    # the file of a shape is cached under eg3d_rlhf.label.shape_cache.shape_key(shape)
+    # the file of a shape is cached under eg3d_rlhf.label.shape_files.shape_key(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +75,19 @@ class CampaignSettings:
     name: str
     mode: Mode = Mode.LABEL
     seed: int = 0  # decides pairs, order, sides, repeats and gold checks
-    annotators_per_pair: int = 1  # >= 1
-    repeat_share: float = 0.05  # of an annotator's trials that repeat one of hers on the same sides, 0..0.5
-    swap_share: float = 0.05  # likewise with swapped sides
-    repeat_gap: int = 10  # trials at least between a pair and its repeat
-    gold_every: int = 25  # one gold check in so many trials; 0: none
-    trials_per_annotator: int | None = None  # an annotator is done after so many trials, training aside; None: when no pair is left
+    annotators_per_pair: int = knob(1, "Different annotators to judge each pair.", "Pairs", low=1)
+    repeat_share: float = knob(0.05, "Trials that repeat one, same sides.", "Pairs", metavar="0..0.5", low=0, high=0.5)
+    swap_share: float = knob(0.05, "Trials that repeat one, swapped sides.", "Pairs", metavar="0..0.5", low=0, high=0.5)
+    repeat_gap: int = knob(10, "Trials at least between a pair and its repeat.", "Pairs", metavar="TRIALS", low=1)
+    gold_every: int = knob(25, "One gold check in so many trials; 0: none.", "Pairs", metavar="TRIALS", low=0)
+    trials_per_annotator: int | None = knob(None, "An annotator is done after so many.", "Pairs", low=1, shown="all")  # training aside
     show_render: bool = False  # the RGB picture may be asked for
     extra: Mapping = field(default_factory=dict)  # what the maker wishes to keep with it: JSON types
 
     def __post_init__(self):
-        if self.annotators_per_pair < 1:
-            raise ValueError(f"annotators_per_pair must be >= 1, got {self.annotators_per_pair}")
-        if not (0 <= self.repeat_share and 0 <= self.swap_share and self.repeat_share + self.swap_share <= 0.5):
+        check_knobs(self)
+        if self.repeat_share + self.swap_share > 0.5:
             raise ValueError(f"repeat_share and swap_share must add up to 0..0.5, got {self.repeat_share} and {self.swap_share}")
-        if self.repeat_gap < 1 or self.gold_every < 0:
-            raise ValueError(f"expected repeat_gap >= 1 and gold_every >= 0, got {self.repeat_gap} and {self.gold_every}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import click
@@ -19,22 +19,20 @@ from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
 from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.server.app import serve
 from eg3d_rlhf.label.server.options import AppOptions, is_loopback
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.label.store import Store
+from training.config import knobs_of
 
 DB = "sqlite:///runs/labels/labels.db"
 PAIRING = tuple(field.name for field in fields(PairingOptions))
-SETTINGS = ("annotators_per_pair", "repeat_share", "swap_share", "repeat_gap", "gold_every", "trials_per_annotator", "show_render")
+SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 
 
-def default_of(name: str) -> object:
-    """The default of a planning flag, taken from its owner."""
-    owner = PairingOptions if name in PAIRING else CampaignSettings
-    value = next(field.default for field in fields(owner) if field.name == name)
-    if value is MISSING:
-        raise ValueError(f"default_of: expected a field with a default, got {name}.")
-    return value
+def filled(flags: Mapping, *kinds: type) -> dict:
+    """Flags with the defaults of settings' fields where none was given."""
+    own = {field.name: field.default for kind in kinds for field, _, _ in knobs_of(kind)}
+    return {name: own.get(name) if value is None else value for name, value in flags.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

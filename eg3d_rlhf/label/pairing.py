@@ -1,12 +1,15 @@
 """Which pairs of shapes a campaign shows: drawn at random, chosen by an ensemble's doubts, or the rounds of a tournament.
 
 Everything is decided by the options and the generator; equal ones give equal plans. The pairs whose answer is known lie between the others:
-the training round first, a gold pair after every so many.
+the training round first, a gold pair after every so many. A tournament compares every shape more than once, so that the judgements can be
+turned into strengths: its first rounds are drawn without knowing anything; later ones are Swiss, where shapes of about equal standing meet,
+nobody twice. With fewer pairs than shapes, the upper part of the table goes on, as in a knockout.
 
-Letters: P pairs.
+Letters: P pairs, S shapes, R rounds.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -14,14 +17,16 @@ import numpy as np
 from eg3d_rlhf import bundled
 from eg3d_rlhf.field import LEVEL
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.label import active, tournament
+from eg3d_rlhf.label import active
 from eg3d_rlhf.label.damage import DAMAGES
 from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.annotator import disjoint_pairs
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
 from eg3d_rlhf.seeds import refuse_held_out
+from training.config import check_knobs, knob
 
 STRATEGIES = ("random", "active", "tournament")
+_TITLE = "Pairs"  # of the flags
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
 
@@ -30,33 +35,23 @@ EXPLANATION = "One of the two was broken on purpose: {}. The other one is better
 class PairingOptions:
     """What is compared, and how the pairs are found."""
 
-    pairs: int = 1000  # P, gold and training aside; at most so many in a later round of a tournament
-    strategy: str = "random"  # 'random', 'active' or 'tournament'
-    seed: int = 0  # decides every draw
-    first_seed: int = 10_000  # shapes are seeds from here on; the bundled labels are about 0..3999
-    psi: float = 1.0  # truncation
-    level: float = LEVEL  # raw density of the surface
-    resolution: int = 128  # grid points per axis, 16..512
-    triangles: int = 30_000  # per shape, about
-    gold: int | None = None  # pairs with a known answer among the others; None: one for 25, at least 4
-    training: int = 3  # explained examples at the start
+    pairs: int = knob(1000, "Pairs to label.", _TITLE, low=1, high=10**6)  # P, gold and training aside; at most so many in a later round
+    strategy: str = knob("random", "How pairs are found.", _TITLE, choices=STRATEGIES)
+    seed: int = knob(0, "Decides pairs, order, sides, repeats.", _TITLE, low=0, high=MAX_SEED)
+    first_seed: int = knob(10_000, "Shapes are seeds from here on.", _TITLE, low=0, high=MAX_SEED)  # the bundled labels are about 0..3999
+    psi: float = knob(1.0, "Truncation.", _TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",))
+    level: float = knob(LEVEL, "Raw density of the surface.", _TITLE)
+    resolution: int = knob(128, "Grid points per axis.", _TITLE, metavar="POINTS", low=16, high=512)
+    triangles: int = knob(30_000, "Per shape, about.", _TITLE, low=100, high=10**6)
+    gold: int | None = knob(None, "Pairs with a known answer.", _TITLE, low=0, high=10**5, shown="one for 25, at least 4")
+    training: int = knob(3, "Explained examples at the start.", _TITLE, low=0, high=100)
     rewards: tuple[str, ...] = ()  # active: reward files of the ensemble; none: the bundled two
-    pool: float = 2.0  # active: seeds looked at for each one used, 2..100
-    diversity: float = 0.5  # active: 0 (doubt alone) .. 1 (spread alone)
-    rounds: int = 4  # tournament: pairs that each shape is in; the last round is cut where the number of pairs asks for it
+    pool: float = knob(2.0, "Active: seeds looked at for each one used.", _TITLE, low=2, high=100)
+    diversity: float = knob(0.5, "Active: 0 is doubt alone, 1 spread alone.", _TITLE, metavar="0..1", low=0, high=1)
+    rounds: int = knob(4, "Tournament: pairs that each shape is in.", _TITLE, low=1, high=1000)  # the last is cut to the number of pairs
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"PairingOptions: expected a strategy of {', '.join(STRATEGIES)}, got {self.strategy!r}. Choose one of them.")
-        ranges = {
-            "pairs": (1, 10**6), "seed": (0, MAX_SEED), "first_seed": (0, MAX_SEED), "psi": (0, 2), "resolution": (16, 512),
-            "triangles": (100, 10**6), "training": (0, 100), "pool": (2, 100), "diversity": (0, 1), "rounds": (1, 1000),
-        }
-        if self.gold is not None:
-            ranges["gold"] = (0, 10**5)
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"PairingOptions: expected {name} from {low} to {high}, got {getattr(self, name)}. Correct it.")
+        check_knobs(self)
         if not np.isfinite(self.level):
             raise ValueError(f"PairingOptions: expected a finite level, got {self.level}. Use {LEVEL:g}.")
         if self.first_seed + self.seeds > MAX_SEED:
@@ -111,7 +106,7 @@ def plan(
         report |= more
     elif results:
         _check_origin(results, generator, options)
-        seeds = tournament.swiss_round(results, options.pairs, rng)
+        seeds = swiss_round(results, options.pairs, rng)
     else:
         table = _first_rounds(options, rng) if options.strategy == "tournament" else disjoint_pairs(options.pairs, rng)
         seeds = (table + options.first_seed).tolist()
@@ -164,7 +159,7 @@ def _first_rounds(options: PairingOptions, rng: np.random.Generator) -> np.ndarr
     if options.compared <= options.rounds:
         least = options.rounds * (options.rounds // 2) + 1
         raise ValueError(f"plan: expected at least {least} pairs for {options.rounds} rounds, got {options.pairs}. Plan fewer rounds.")
-    return tournament.round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
+    return round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
 
 
 def _active(
@@ -193,3 +188,69 @@ def _check_origin(results: Sequence[Preference], generator: LoadedGenerator, opt
                 f"plan: expected results for generator {generator.hash[:12]} at psi {options.psi:g}, got {str(result.generator)[:12]} "
                 f"at psi {result.psi}. Plan the next round with the network and psi of the one before."
             )
+
+
+def round_robin(shapes: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
+    """The first rounds of a tournament in which everyone meets everyone (the circle method), over shapes in random order.
+
+    One shape stays, the others move on by one place each round: no pair occurs twice, and any two rounds in a row connect all shapes.
+    Returns: [R, S/2, 2], each round holding 0..S-1 once.
+    Raises: ValueError for an odd number of shapes, or for fewer than 1 or more than S - 1 rounds.
+    """
+    if shapes < 2 or shapes % 2 or not 1 <= rounds < shapes:
+        raise ValueError(
+            f"round_robin: expected an even number of shapes and fewer rounds than shapes, got {shapes} and {rounds}. Use fewer rounds."
+        )
+    order = rng.permutation(shapes)
+    moving, table = np.arange(1, shapes), []
+    for _ in range(rounds):
+        circle = np.concatenate([[0], moving])
+        table.append(np.stack([circle[: shapes // 2], circle[::-1][: shapes // 2]], axis=1))
+        moving = np.roll(moving, 1)
+    return order[np.stack(table)]
+
+
+def standings(results: Iterable[Preference], rng: np.random.Generator) -> list[int]:
+    """Seeds from first to last: by points (a win 1, a tie 1/2), then by the points of those they met, then by lot."""
+    points: dict[int, float] = defaultdict(float)
+    opponents: dict[int, list[int]] = defaultdict(list)
+    for result in results:
+        points[result.winner] += 0.5 if result.tie else 1.0
+        points[result.loser] += 0.5 if result.tie else 0.0
+        opponents[result.winner].append(result.loser)
+        opponents[result.loser].append(result.winner)
+    seeds = sorted(points)
+    lot = dict(zip(seeds, rng.permutation(len(seeds)).tolist(), strict=True))
+    return sorted(seeds, key=lambda seed: (-points[seed], -sum(points[other] for other in opponents[seed]), lot[seed]))
+
+
+def swiss_round(results: Sequence[Preference], pairs: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """The next round: the first 2 * `pairs` of the standings, each with the nearest one that it has not met.
+
+    Where that cannot be had for the last ones, two pairs swap partners; shapes meet again only where no swap helps.
+    Returns: disjoint pairs of seeds, at most `pairs`, the upper end of the table first.
+    Raises: ValueError without results.
+    """
+    table = standings(results, rng)
+    if len(table) < 2:
+        raise ValueError("swiss_round: expected the results of an earlier round, got none. Label the first round before.")
+    met = {frozenset((result.winner, result.loser)) for result in results}
+    waiting = table[: 2 * min(pairs, len(table) // 2)]
+    found: list[tuple[int, int]] = []
+    while waiting:
+        first = waiting.pop(0)
+        fresh = next((i for i, other in enumerate(waiting) if frozenset((first, other)) not in met), None)
+        second = waiting.pop(0 if fresh is None else fresh)
+        found += [(first, second)] if fresh is not None else _swapped(first, second, found, met)
+    return found
+
+
+def _swapped(first: int, second: int, found: list[tuple[int, int]], met: set[frozenset[int]]) -> list[tuple[int, int]]:
+    """Two that have met, with the partners of the nearest pair that has two others for them; that pair is taken out of `found`."""
+    for i in range(len(found) - 1, -1, -1):
+        a, b = found[i]
+        for swap in ([(a, first), (b, second)], [(a, second), (b, first)]):
+            if not any(frozenset(pair) in met for pair in swap):
+                del found[i]
+                return swap
+    return [(first, second)]

@@ -26,7 +26,7 @@ import click
 
 from eg3d_rlhf.cli import GroupedCommand, option
 from eg3d_rlhf.label.entities import Shape
-from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER, ShapeCache, shape_key
+from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
 from training.storage import write_atomic
 
 _RECENT = 50  # shapes over which the pace is taken

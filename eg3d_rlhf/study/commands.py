@@ -3,16 +3,16 @@
 import contextlib
 import copy
 import json
-from dataclasses import MISSING
 from pathlib import Path
 
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.label.commands import LabelGroup, add_annotator, annotators, revoke
 from eg3d_rlhf.label.launch import (
     ServerFlags,
     check_annotators,
+    filled,
     given_flags,
     open_store,
     refuse_flags_before,
@@ -20,14 +20,13 @@ from eg3d_rlhf.label.launch import (
     server_options,
 )
 from eg3d_rlhf.label.preferences import without_password
-from eg3d_rlhf.label.shape_cache import DEFAULT_FOLDER
+from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.study import report as reports
-from eg3d_rlhf.study.design import ExclusionRules, StudyDesign, read_design
+from eg3d_rlhf.study.design import StudyDesign, read_design
 from eg3d_rlhf.study.launch import Folder, flagged, make_design, planned_trials, power_options, prepare, study_rows
 from eg3d_rlhf.study.power import PowerOptions, SimulationOptions, coverage, exact_power, sample_size
 
 OUTDIR = Path("runs/study")
-_P, _S = PowerOptions(), SimulationOptions()
 
 
 @click.command("report", cls=GroupedCommand)
@@ -52,21 +51,16 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int, de
 
 
 @click.command("power", cls=GroupedCommand)
-@option("--true-rate", metavar="0..1", type=float, default=_P.true_rate, help="Win rate among decided trials that must be shown.")
-@option("--alpha", metavar="0..1", type=float, default=_P.alpha, help="False alarms.")
-@option("--power", metavar="0..1", type=float, default=_P.power, help="Chance of showing the true rate.")
-@option("--tie-share", metavar="0..1", type=float, default=_P.tie_share, help="Share of ties that is expected.")
-@option("--annotators", metavar="INT", type=click.IntRange(min=1), default=_P.annotators, help="People who are asked.")
-@option("--annotators-per-pair", metavar="INT", type=click.IntRange(min=1), default=None,
+@options_of(PowerOptions)
+@option("--annotators", metavar="INT", type=click.IntRange(min=1), default=1, group="Power", help="People who are asked.")
+@option("--annotators-per-pair", metavar="INT", type=click.IntRange(min=1), default=None, group="Power",
         show_default="2 where there are several", help="To judge each pair.")
-@option("--annotator-icc", metavar="0..1", type=float, default=_P.annotator_icc, help="Correlation within annotators that is expected.")
-@option("--latent-icc", metavar="0..1", type=float, default=_P.latent_icc, help="Correlation within pairs that is expected.")
 @option("--n", metavar="INT", type=click.IntRange(min=1), default=None, help="Also give the power of so many independent decided trials.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
     with flagged(options):
-        size = sample_size(power_options(options))
+        size = sample_size(power_options(filled(options, PowerOptions)))
     record = size.to_dict()
     if n is not None:
         record["power_of_n"] = {"n": n, "power": exact_power(n, size.options.true_rate, size.options.alpha)}
@@ -81,24 +75,14 @@ def power(n: int | None, as_json: bool, **options) -> None:
 
 
 @click.command("simulate", cls=GroupedCommand)
-@option("--studies", metavar="INT", type=click.IntRange(min=1), default=_S.studies, help="How many are simulated.")
-@option("--annotators", metavar="INT", type=click.IntRange(min=1), default=_S.annotators, help="Per study.")
-@option("--latents", metavar="INT", type=click.IntRange(min=1), default=_S.latents, help="Pairs per study.")
-@option("--annotators-per-pair", metavar="INT", type=click.IntRange(min=1), default=_S.annotators_per_pair, help="To judge each pair.")
-@option("--preference", metavar="0..1", type=float, default=_S.preference, help="True win rate of b among decided trials.")
-@option("--left-bias", metavar="0..1", type=float, default=_S.left_bias, help="Chance of taking the left of two equals.")
-@option("--annotator-sd", metavar="LOG-ODDS", type=float, default=_S.annotator_sd, help="Spread of the annotators.")
-@option("--latent-sd", metavar="LOG-ODDS", type=float, default=_S.latent_sd, help="Spread of the pairs.")
-@option("--tie-share", metavar="0..1", type=float, default=_S.tie_share, help="Share of ties.")
-@option("--ties", type=click.Choice(["half", "excluded"]), default=_S.ties, help="How ties count.")
-@option("--random-sides/--fixed-sides", default=_S.random_sides, help="Fixed: b is always on the left, which no study may do.")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=_S.seed, help="Of the simulation.")
+@options_of(SimulationOptions)
+@option("--random-sides/--fixed-sides", default=True, group="Truth", help="Fixed: b is always on the left, which no study may do.")
 @option("--bootstrap-studies", metavar="INT", type=click.IntRange(min=0), default=0, help="Evaluate the bootstraps on so many of them.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """Studies with a known truth: how often each interval covers it, and how often each finds a difference."""
     with flagged(options):
-        resolved = SimulationOptions(**options)
+        resolved = SimulationOptions(**filled(options, SimulationOptions))
     found = coverage(resolved, bootstrap_studies)
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -111,21 +95,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
         click.echo(f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f} {row['rejects_half']:>15.1%}")
 
 
-def default(owner: type, name: str) -> object:
-    """The default of a field."""
-    value = owner.__dataclass_fields__[name].default
-    assert value is not MISSING, name
-    return value
-
-
-def owned(owner: type, name: str, group: str, **kwargs):
-    """An option named and set as its owner's field."""
-    return option(f"--{name.replace('_', '-')}", default=default(owner, name), group=group, **kwargs)
-
-
-SHARE, RATE = click.FloatRange(0, 1), click.FloatRange(0, 1, min_open=True, max_open=True)
-
-
 @click.command("study", cls=LabelGroup, invoke_without_command=True)
 @option("--a", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="Network file or run folder.")
 @option("--b", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="The one it is compared with.")
@@ -133,30 +102,9 @@ SHARE, RATE = click.FloatRange(0, 1), click.FloatRange(0, 1, min_open=True, max_
 @option("--label-b", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call b.")
 @option("--n", metavar="INT", type=click.IntRange(min=1), default=None, show_default="from the power calculation", group="Study",
         help="Trials after which the study is over.")
-@option("--annotators", metavar="INT", type=click.IntRange(min=1), default=default(StudyDesign, "annotators"), group="Study",
-        help="People who are asked.")
 @option("--annotators-per-pair", metavar="INT", type=click.IntRange(min=1), default=None, show_default="2 where there are several",
         group="Study", help="Different annotators to judge each pair.")
-@owned(StudyDesign, "seed", "Study", metavar="INT", type=click.IntRange(min=0), help="Decides latents, checks, order and sides.")
-@owned(StudyDesign, "ties", "Study", type=click.Choice(["half", "excluded"]), help="How ties count.")
-@owned(StudyDesign, "until", "Study", metavar="TIME", show_default="no end", help="ISO 8601 with offset: over then in any case.")
-@owned(StudyDesign, "gold_every", "Study", metavar="TRIALS", type=click.IntRange(min=0), help="One gold check in so many trials; 0: none.")
-@owned(PowerOptions, "true_rate", "Power", metavar="0..1", type=SHARE, help="Win rate among decided trials that must be shown.")
-@owned(PowerOptions, "alpha", "Power", metavar="0..1", type=RATE, help="False alarms; intervals are of 1 - alpha.")
-@owned(PowerOptions, "power", "Power", metavar="0..1", type=RATE, help="Chance of showing the true rate.")
-@owned(PowerOptions, "tie_share", "Power", metavar="0..1", type=SHARE, help="Share of ties that is expected.")
-@owned(PowerOptions, "annotator_icc", "Power", metavar="0..1", type=SHARE, help="Correlation within annotators that is expected.")
-@owned(PowerOptions, "latent_icc", "Power", metavar="0..1", type=SHARE, help="Correlation within pairs that is expected.")
-@owned(StudyDesign, "psi", "Shapes", metavar="0..2", type=click.FloatRange(0, 2), help="Truncation.")
-@owned(StudyDesign, "level", "Shapes", metavar="FLOAT", type=float, help="Raw density of the surface.")
-@owned(StudyDesign, "resolution", "Shapes", metavar="POINTS", type=click.IntRange(16, 512), help="Grid points per axis.")
-@owned(StudyDesign, "triangles", "Shapes", metavar="INT", type=click.IntRange(100, 10**6), help="Per shape, about.")
-@owned(ExclusionRules, "gold_accuracy", "Exclusions", metavar="0..1", type=SHARE, help="Annotators below it on gold checks are left out.")
-@owned(ExclusionRules, "gold_least", "Exclusions", metavar="INT", type=click.IntRange(min=1), help="... after so many checks.")
-@owned(ExclusionRules, "fast_milliseconds", "Exclusions", metavar="INT", type=click.IntRange(min=0), help="Faster trials are left out.")
-@owned(ExclusionRules, "fast_share", "Exclusions", metavar="0..1", type=SHARE, help="Annotators with more fast trials are left out.")
-@owned(ExclusionRules, "least_share", "Exclusions", metavar="0..1", type=SHARE, help="Annotators who did less of their share are left out.")
-@owned(StudyDesign, "resamples", "Exclusions", metavar="INT", type=click.IntRange(min=100), help="Of the bootstraps in the report.")
+@options_of(StudyDesign, PowerOptions)
 @option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=OUTDIR, help="The study's folder.")
 @option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
 @option("--db", metavar="URL", default=None, show_default="study.db in the folder", help="Database of the answers.")
@@ -171,6 +119,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     Example:
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
+    flags = filled(flags, StudyDesign, PowerOptions)
     folder, name = Folder(outdir, db), name or outdir.resolve().name
     ctx.obj, ctx.meta["folder"] = folder.url, folder
     if ctx.invoked_subcommand is not None:

@@ -15,9 +15,11 @@ from eg3d_rlhf.label.damage import DAMAGES
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.pairing import known_answers
 from eg3d_rlhf.preferences.labels import MAX_SEED
+from training.config import check_knobs, knob
 from training.storage import write_atomic
 
 FORMAT = 1
+_OUT = "Exclusions"  # title of flags
 TRAINING_PAIRS = len(DAMAGES)  # one of each kind
 GOLD_PAIRS = 24  # more than an annotator meets in most studies; beyond, the rarest come again
 PLAN = (
@@ -46,18 +48,14 @@ class Contender:
 class ExclusionRules:
     """Who and what is left out of the primary result."""
 
-    gold_accuracy: float = 0.75  # an annotator with a lower share of gold checks right is left out, 0..1
-    gold_least: int = 3  # ... judged only after so many gold checks
-    fast_milliseconds: int = 600  # a trial answered sooner is left out
-    fast_share: float = 0.25  # an annotator with a larger share of such trials is left out, 0..1
-    least_share: float = 0.5  # an annotator who answered less of her share of the trials is left out, 0..1
+    gold_accuracy: float = knob(0.75, "Annotators below it on gold checks are left out.", _OUT, metavar="0..1", low=0, high=1)
+    gold_least: int = knob(3, "... after so many checks.", _OUT, low=1)
+    fast_milliseconds: int = knob(600, "Faster trials are left out.", _OUT, low=0)
+    fast_share: float = knob(0.25, "Annotators with more fast trials are left out.", _OUT, metavar="0..1", low=0, high=1)
+    least_share: float = knob(0.5, "Annotators who did less of their share are left out.", _OUT, metavar="0..1", low=0, high=1)
 
     def __post_init__(self):
-        for name in ("gold_accuracy", "fast_share", "least_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}.")
-        if self.gold_least < 1 or self.fast_milliseconds < 0:
-            raise ValueError(f"expected gold_least >= 1 and fast_milliseconds >= 0, got {self.gold_least} and {self.fast_milliseconds}.")
+        check_knobs(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +66,18 @@ class StudyDesign:
     a: Contender
     b: Contender
     trials: int  # answers to pairs after which the study is over
-    annotators: int = 1  # people who are asked
+    annotators: int = knob(1, "People who are asked.", "Study", low=1)
     annotators_per_pair: int = 1
-    seed: int = 0  # decides latents, gold checks, order and sides
-    psi: float = 0.7
-    level: float = 10.0  # raw density of the surface
-    resolution: int = 128  # grid points per axis
-    triangles: int = 30_000
-    gold_every: int = 10  # one gold check in so many trials of an annotator; 0: none
-    ties: str = "half"  # 'half' a win for each, or 'excluded'
-    until: str | None = None  # ISO 8601 time with offset: the study is over then even if trials are missing
+    seed: int = knob(0, "Decides latents, checks, order and sides.", "Study", low=0)
+    psi: float = knob(0.7, "Truncation.", "Shapes", metavar="0..2", low=0, high=2)
+    level: float = knob(10.0, "Raw density of the surface.", "Shapes")
+    resolution: int = knob(128, "Grid points per axis.", "Shapes", metavar="POINTS", low=16, high=512)
+    triangles: int = knob(30_000, "Per shape, about.", "Shapes", low=100, high=10**6)
+    gold_every: int = knob(10, "One gold check in so many trials of an annotator; 0: none.", "Study", metavar="TRIALS", low=0)
+    ties: str = knob("half", "How ties count.", "Study", choices=("half", "excluded"))
+    until: str | None = knob(None, "ISO 8601 with offset: over then in any case.", "Study", metavar="TIME", shown="no end")
     confidence: float = 0.95
-    resamples: int = 4000  # of the bootstraps
+    resamples: int = knob(4000, "Of the bootstraps in the report.", _OUT, low=100)
     exclusions: ExclusionRules = field(default_factory=ExclusionRules)
     power: dict = field(default_factory=dict, hash=False)  # the calculation behind `trials`, as eg3d_rlhf.study.power gives it
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -89,17 +87,16 @@ class StudyDesign:
         if self.a.generator == self.b.generator:
             twice = self.a.generator[:12]
             raise ValueError(f"a and b: expected two different generators, got the weights {twice}... twice. Name another network for b.")
-        if self.trials < 1 or self.annotators < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
+        check_knobs(self)
+        if self.trials < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
             raise ValueError(
                 f"expected trials >= 1, annotators >= 1 and annotators_per_pair in 1..annotators, got {self.trials}, {self.annotators} and "
                 f"{self.annotators_per_pair}."
             )
-        if self.ties not in ("half", "excluded"):
-            raise ValueError(f"ties must be 'half' or 'excluded', got {self.ties!r}.")
-        if self.gold_every < 0 or self.gold_every == 1:
-            raise ValueError(f"gold_every must be 0 (none) or >= 2, got {self.gold_every}. Use 10.")
-        if not 0 < self.confidence < 1 or self.resamples < 100:
-            raise ValueError(f"expected confidence between 0 and 1 and resamples >= 100, got {self.confidence} and {self.resamples}.")
+        if self.gold_every == 1:
+            raise ValueError("gold_every must be 0 (none) or >= 2, got 1. Use 10.")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}.")
         if self.until is not None and not _has_offset(self.until):
             raise ValueError(f"until must be an ISO 8601 time with its offset from UTC, got {self.until!r}. Write 2030-01-31T18:00+00:00.")
 

@@ -15,6 +15,7 @@ from scipy.special import expit, logit, ndtri
 from scipy.stats import binom
 
 from eg3d_rlhf.study.estimate import cluster_bootstrap, win_rate
+from training.config import check_knobs, knob
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # of a standard normal
@@ -25,26 +26,21 @@ _MOST = 100_000  # decided trials; beyond, the difference is not one that a stud
 class PowerOptions:
     """What the study must be able to show, and what is expected of its trials."""
 
-    true_rate: float = 0.6  # share of decided trials that b wins, the least that matters; 0..1 without 0.5
-    alpha: float = 0.05  # chance of calling equals different
-    power: float = 0.8  # chance of seeing true_rate
-    tie_share: float = 0.1  # of trials expected to be ties, 0..1
+    true_rate: float = knob(0.6, "Win rate among decided trials that must be shown.", "Power", metavar="0..1", low=0, high=1)
+    alpha: float = knob(0.05, "False alarms; intervals are of 1 - alpha.", "Power", metavar="0..1", above=0, below=1)
+    power: float = knob(0.8, "Chance of showing the true rate.", "Power", metavar="0..1", above=0, below=1)
+    tie_share: float = knob(0.1, "Share of ties that is expected.", "Power", metavar="0..1", low=0, below=1)
     annotators: int = 1
     annotators_per_pair: int = 1
-    annotator_icc: float = 0.01  # correlation of two answers of one annotator to different pairs, beyond the mean
-    latent_icc: float = 0.2  # correlation of two annotators' answers to one pair, beyond the mean
+    annotator_icc: float = knob(0.01, "Correlation within annotators that is expected.", "Power", metavar="0..1", low=0, below=1)
+    latent_icc: float = knob(0.2, "Correlation within pairs that is expected.", "Power", metavar="0..1", low=0, below=1)
 
     def __post_init__(self):
-        if not (0 < self.true_rate <= 1) or self.true_rate == 0.5:
+        check_knobs(self)
+        if self.true_rate in (0, 0.5):
             raise ValueError(f"true_rate must lie in 0..1 and differ from 0.5, got {self.true_rate}. Name the win rate that would matter.")
-        for name in ("alpha", "power"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}. Usual are 0.05 and 0.8.")
         if self.power <= self.alpha:
             raise ValueError(f"power must exceed alpha, got {self.power} and {self.alpha}. Usual are 0.8 and 0.05.")
-        for name in ("tie_share", "annotator_icc", "latent_icc"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in 0..1, 1 excluded, got {getattr(self, name)}.")
         if not 1 <= self.annotators_per_pair <= self.annotators:
             raise ValueError(
                 f"annotators_per_pair must lie in 1..annotators = {self.annotators}, got {self.annotators_per_pair}. "
@@ -132,32 +128,23 @@ def sample_size(options: PowerOptions) -> SampleSize:
 class SimulationOptions:
     """One kind of study, simulated many times."""
 
-    studies: int = 1000
-    annotators: int = 8
-    latents: int = 150
-    annotators_per_pair: int = 2
-    preference: float = 0.7  # true win rate of b among decided trials when the sides are random, 0..1
-    left_bias: float = 0.6  # chance of taking the left of two equals; 0.5 is no bias
-    annotator_sd: float = 0.4  # spread of the annotators' preferences, in log-odds
-    latent_sd: float = 0.6  # spread of the pairs, in log-odds
-    tie_share: float = 0.1
-    ties: str = "half"  # how ties count: 'half' or 'excluded'
+    studies: int = knob(1000, "How many are simulated.", "Studies", low=1)
+    annotators: int = knob(8, "Per study.", "Studies", low=1)
+    latents: int = knob(150, "Pairs per study.", "Studies", low=1)
+    annotators_per_pair: int = knob(2, "To judge each pair.", "Studies", low=1)
+    preference: float = knob(0.7, "True win rate of b among decided trials, with random sides.", "Truth", metavar="0..1", above=0, below=1)
+    left_bias: float = knob(0.6, "Chance of taking the left of two equals.", "Truth", metavar="0..1", above=0, below=1)
+    annotator_sd: float = knob(0.4, "Spread of the annotators.", "Truth", metavar="LOG-ODDS", low=0)
+    latent_sd: float = knob(0.6, "Spread of the pairs.", "Truth", metavar="LOG-ODDS", low=0)
+    tie_share: float = knob(0.1, "Share of ties.", "Truth", metavar="0..1", low=0, below=1)
+    ties: str = knob("half", "How ties count.", "Studies", choices=("half", "excluded"))
     random_sides: bool = True  # False: b is always on the left, what a study must never do
-    seed: int = 0
+    seed: int = knob(0, "Of the simulation.", "Studies", low=0)
 
     def __post_init__(self):
-        for name in ("preference", "left_bias"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
-        if not 0 <= self.tie_share < 1 or min(self.annotator_sd, self.latent_sd) < 0:
-            raise ValueError("tie_share must lie in 0..1 and annotator_sd, latent_sd be >= 0.")
-        if min(self.studies, self.annotators, self.latents) < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
-            raise ValueError(
-                f"expected studies, annotators and latents >= 1 and annotators_per_pair in 1..{self.annotators}, got {self.studies}, "
-                f"{self.annotators}, {self.latents} and {self.annotators_per_pair}."
-            )
-        if self.ties not in ("half", "excluded"):
-            raise ValueError(f"ties must be 'half' or 'excluded', got {self.ties!r}.")
+        check_knobs(self)
+        if self.annotators_per_pair > self.annotators:
+            raise ValueError(f"annotators_per_pair must lie in 1..annotators = {self.annotators}, got {self.annotators_per_pair}.")
 
     @property
     def truth(self) -> float:

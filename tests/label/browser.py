@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 
 from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
-from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
 from eg3d_rlhf.label.server.options import STATIC
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache, compress, encode_mesh
 from tests.label.serving import Served, running, shape
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -132,7 +132,7 @@ def main(url: str, campaign: str, cache: str, static: str, port: str) -> None:
     """Serve; see the module."""
     from eg3d_rlhf.label.server.app import serve
     from eg3d_rlhf.label.server.options import AppOptions, Limits
-    from eg3d_rlhf.label.shape_cache import ShapeCache
+    from eg3d_rlhf.label.shape_files import ShapeCache
     from eg3d_rlhf.label.store import Store
 
     limits = Limits(strangers=(1e4, 1e5))  # all annotators share one address here

@@ -16,7 +16,7 @@ from eg3d_rlhf.label.drawing import ShapeDrawer
 from eg3d_rlhf.label.entities import Answer, Choice, PlannedPair, Shape
 from eg3d_rlhf.label.pairing import PairingOptions, shape_of
 from eg3d_rlhf.label.preparation import prepare
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from tests.label.browser import Page, chromium, serving_page
 from tests.label.serving import Served
 

@@ -15,10 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
-from eg3d_rlhf.label.mesh_binary import compress, encode_mesh
 from eg3d_rlhf.label.server.app import configure, create_app, listen
 from eg3d_rlhf.label.server.options import AppOptions, Limits
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache, compress, encode_mesh
 from eg3d_rlhf.label.store import Store
 
 NAMES = {"a": "baseline-network", "b": "finetuned-network"}  # of the two generators

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.label import commands, launch
-from eg3d_rlhf.label.entities import Answer, Choice
+from eg3d_rlhf.label.entities import Answer, CampaignSettings, Choice
+from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.store import Store
 from tests.label import serving
 
@@ -228,7 +229,8 @@ def test_a_taken_port_is_named(db, tmp_path):
 
 
 def test_every_default_comes_from_its_owner():
-    assert launch.default_of("pairs") == 1000 and launch.default_of("gold_every") == 25
+    found = launch.filled({"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings)
+    assert found == {"pairs": 1000, "gold_every": 25, "psi": 0.3, "db": None}
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """From a record to a mesh in the browser's format, with the bundled generator and a tiny one."""
 
+import gzip
 import io
 from dataclasses import replace
 
@@ -11,9 +12,9 @@ from scipy.ndimage import gaussian_filter
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.drawing import ShapeDrawer, surface, visible_parts, within_budget
-from eg3d_rlhf.label.mesh_binary import decode_mesh, decompress
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_checks import count_edges, decimate, face_volumes, parts
+from tests.label.mesh_reader import decode_mesh
 from tests.label.shapes import SHAPE
 
 
@@ -44,7 +45,7 @@ def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
     drawer = ShapeDrawer()
     vertices, faces = surface(drawer.generator(shape).generator, shape)
     data = drawer.mesh(shape)
-    found, found_faces = decode_mesh(decompress(data))
+    found, found_faces = decode_mesh(gzip.decompress(data))
     assert np.array_equal(found_faces, faces) and np.abs(found - vertices).max() < 1 / 65535
     assert 1800 <= len(faces) <= 2200 and count_edges(faces).watertight and face_volumes(vertices, faces).sum() > 0.01
     assert data == drawer.mesh(shape)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.label.store import Store
 from tests.label import serving
 from tests.label.load import Annotator, ServerProcess, Work, labour

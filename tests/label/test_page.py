@@ -10,7 +10,7 @@ from PIL import Image
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label import pairing
 from eg3d_rlhf.label.preparation import Preparation
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from tests.label.browser import Page, bumpy_ball, large, needs_chromium, plan, rows
 from tests.label.serving import settings
 

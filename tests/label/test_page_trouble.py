@@ -1,6 +1,6 @@
 """The label page in a real browser where something goes wrong or has to wait: connection, session, another window, the server, shapes."""
 
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from tests.label.browser import bumpy_ball, needs_chromium, plan, rows
 
 pytestmark = needs_chromium

@@ -122,8 +122,9 @@ def test_results_without_a_tournament_are_refused():
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"pairs": 0}, "pairs from 1"), ({"strategy": "best"}, "random, active, tournament"), ({"psi": -1}, "psi"),
-        ({"level": np.nan}, "level"), ({"resolution": 8}, "resolution from 16"), ({"pool": 1.0}, "pool from 2"), ({"gold": -1}, "gold"),
+        ({"pairs": 0}, "pairs must be >= 1"), ({"strategy": "best"}, "random, active, tournament"), ({"psi": -1}, "psi"),
+        ({"level": np.nan}, "level"), ({"resolution": 8}, "resolution must be >= 16"), ({"pool": 1.0}, "pool must be >= 2"),
+        ({"gold": -1}, "gold"),
         ({"diversity": 1.5}, "diversity"), ({"first_seed": 2**32 - 10}, "smaller one"),
         ({"triangles": 3}, "triangles"), ({"training": -1}, "training"), ({"rounds": 0}, "rounds"), ({"seed": -1}, "seed"),
     ],

@@ -1,5 +1,6 @@
 """The worker as a process: it draws a campaign of a real database, and ends with its parent however that ends."""
 
+import gzip
 import json
 import os
 import signal
@@ -14,10 +15,10 @@ from click.testing import CliRunner
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.entities import CampaignSettings, PlannedPair
-from eg3d_rlhf.label.mesh_binary import decode_mesh, decompress
 from eg3d_rlhf.label.preparation import Preparation, main
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.label.store import Store
+from tests.label.mesh_reader import decode_mesh
 from tests.label.shapes import numbered
 
 SECONDS = 90  # that a worker may take on a busy machine
@@ -86,7 +87,7 @@ def test_a_campaign_is_prepared_in_another_process(campaign, tmp_path):
     for number, shape in enumerate(planned(url)):
         assert (cache.mesh(shape) is None) is (number == 2) and (cache.failure(shape) is not None) is (number == 2)
         if number != 2:
-            assert 400 <= len(decode_mesh(decompress(cache.mesh(shape).read_bytes()))[1]) <= 550 and cache.render(shape) is not None
+            assert 400 <= len(decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))[1]) <= 550 and cache.render(shape) is not None
     work.ensure()
     assert not work.running  # it was done: nothing to restart
 
@@ -123,7 +124,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(campaign, tmp_path):
     wait_until(lambda: work.progress()["finished"], "the rest")
     assert count() == 40 and all(cache.mesh(shapes[seed]).stat().st_mtime_ns == at for seed, at in times.items())
     for shape in shapes:
-        decode_mesh(decompress(cache.mesh(shape).read_bytes()))
+        decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
     work.stop()
     assert not work.running
 

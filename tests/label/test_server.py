@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.label.entities import SKIP_REASONS, Mode, PlannedPair
-from eg3d_rlhf.label.mesh_binary import decode_mesh
 from eg3d_rlhf.label.server.app import create_app, serve
 from eg3d_rlhf.label.server.options import AppOptions, Limits, is_loopback
 from tests.label import serving
+from tests.label.mesh_reader import decode_mesh
 from tests.label.serving import GENEROUS, answer
 
 

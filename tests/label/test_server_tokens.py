@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from eg3d_rlhf.label.server.identity import Guesses, address_key
 from eg3d_rlhf.label.server.options import Limits
-from eg3d_rlhf.label.server.rates import Guesses, address_key
 from tests.label import serving
 from tests.label.serving import GENEROUS, SAME, answer, routes
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from eg3d_rlhf.label.entities import Shape
-from eg3d_rlhf.label.shape_cache import ShapeCache, shape_key
+from eg3d_rlhf.label.shape_files import ShapeCache, shape_key
 from tests.label.shapes import SHAPE
 
 OTHER = {

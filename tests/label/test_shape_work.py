@@ -3,7 +3,7 @@
 import pytest
 
 from eg3d_rlhf.label.preparation import ShapeProgress, prepare, progress_file
-from eg3d_rlhf.label.shape_cache import ShapeCache, shape_key
+from eg3d_rlhf.label.shape_files import ShapeCache, shape_key
 from tests.label.shapes import numbered
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from eg3d_rlhf.label.tournament import round_robin, standings, swiss_round
+from eg3d_rlhf.label.pairing import round_robin, standings, swiss_round
 from eg3d_rlhf.preferences.labels import Preference
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.study.analysis import analyse
-from eg3d_rlhf.study.conclusions import conclusions
+from eg3d_rlhf.study.report import conclusions
 from tests.study.people import row, small_design
 
 

@@ -145,7 +145,7 @@ def test_changed_weights_stop_a_study(pair, tmp_path, served):
         (("--annotators=2", "--annotators-per-pair=3"), ("--annotators-per-pair must", "Ask more")),
         (("--n=5", "power"), ("--n:", "after it")), (("report", "--outdir=/nowhere"), ("create the study first",)),
         (("power", "--annotators=3", "--annotator-icc=0.3"), ("--annotators: expected more than",)),
-        (("simulate", "--left-bias=1"), ("--left-bias must",)),
+        (("simulate", "--left-bias=1"), ("'--left-bias'", "0<x<1")),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):

@@ -13,9 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eg3d_rlhf.label.server.access_log import AccessLog, Entry, masked
 from eg3d_rlhf.label.server.errors import LOGGER, Refusal, failed, too_many
-from eg3d_rlhf.label.server.identity import COOKIE, Identities, Identity
+from eg3d_rlhf.label.server.identity import COOKIE, Buckets, Identities, Identity, address_key
 from eg3d_rlhf.label.server.options import LOOPBACK, AppOptions, Limits
-from eg3d_rlhf.label.server.rates import Buckets, address_key
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 PAGES = ("/", "/login", "/admin")  # a link on another site may lead here

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eg3d_rlhf.label.preparation import Preparation
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.label.store import Store
 
 STATIC = Path(__file__).resolve().parents[1] / "static"

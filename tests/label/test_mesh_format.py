@@ -6,7 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from eg3d_rlhf.label.mesh_binary import compress, decode_mesh, decompress, encode_mesh
+from eg3d_rlhf.label.shape_files import compress, encode_mesh
+from tests.label.mesh_reader import decode_mesh
 
 
 def random_mesh(vertices: int, faces: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,27 +63,8 @@ def test_meshes_that_cannot_be_shown_are_refused(points, faces, text):
         encode_mesh(points, faces)
 
 
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"\0", lambda d: b"SHP2" + d[4:], lambda d: d[:20], lambda d: b""])
-def test_a_damaged_file_is_refused(change):
-    with pytest.raises(ValueError, match="decode_mesh"):
-        decode_mesh(change(encode_mesh(*random_mesh(10, 12))))
-
-
-def test_an_index_out_of_range_is_refused():
-    data = bytearray(encode_mesh(*random_mesh(10, 12)))
-    data[-2:] = struct.pack("<H", 10)
-    with pytest.raises(ValueError, match="0..9"):
-        decode_mesh(bytes(data))
-
-
 def test_compression_depends_on_the_bytes_alone_and_is_plain_gzip():
     data = encode_mesh(*random_mesh(50, 90))
     packed = compress(data)
-    assert packed == compress(data) and gzip.decompress(packed) == data == decompress(packed)
+    assert packed == compress(data) and gzip.decompress(packed) == data
     assert packed[:4] == b"\x1f\x8b\x08\x00" and packed[4:8] == bytes(4)  # no name, no time
-
-
-@pytest.mark.parametrize("data", [b"", b"no gzip", compress(b"abc")[:-3]])
-def test_a_damaged_gzip_is_refused(data):
-    with pytest.raises(ValueError, match="gzip"):
-        decompress(data)
