@@ -92,7 +92,7 @@ class ShapeCache:
         self.folder = Path(folder).expanduser()
 
     def mesh(self, shape: Shape) -> Path | None:
-        """The mesh (`mesh_binary`, gzip); None until it is prepared."""
+        """The mesh (see above, gzip); None until it is prepared."""
         return self._existing(shape, ".shp.gz")
 
     def render(self, shape: Shape) -> Path | None:

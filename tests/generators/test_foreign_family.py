@@ -1,5 +1,6 @@
 """A generator family that the package has never heard of goes through the public tools."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -14,12 +15,12 @@ from eg3d_rlhf import plugins
 from eg3d_rlhf.field import RenderOptions
 from eg3d_rlhf.generators import FAMILIES, load_generator, ws_of_seeds
 from eg3d_rlhf.label.drawing import ShapeDrawer
-from eg3d_rlhf.label.mesh_binary import decode_mesh, decompress
 from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preparation import prepare
-from eg3d_rlhf.label.shape_cache import ShapeCache
+from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.media.rendering import camera
 from eg3d_rlhf.sigma.spec import SlabSpec
+from tests.label.mesh_reader import decode_mesh
 from tools import export_mesh, gen_samples
 from training import networks
 from training.rendering.cameras import mirror_label
@@ -125,6 +126,6 @@ def test_its_shapes_are_prepared_for_labelling(foreign, tmp_path):
     prepare(shapes, cache, ShapeDrawer(), renders=True)
     assert [cache.failure(shape) for shape in shapes] == [None] * 4
     for shape in shapes:
-        vertices, _ = decode_mesh(decompress(cache.mesh(shape).read_bytes()))
+        vertices, _ = decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
         assert (np.abs(vertices - CENTRE) <= SCALE / 2 + 1e-3).all() and np.ptp(vertices, axis=0).min() > 0.3
         assert cache.render(shape) is not None
