@@ -127,11 +127,14 @@ def build(s: Settings, folder: Path, ranks: Ranks = SINGLE, warm_start: bool = T
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, watch, evaluation = GanPhases(nets.G, nets.D, s.gan, augment).phases(), None, None
     files = Run(folder, s.to_dict(), input_files(s), ranks=ranks)
-    if s.reward.reward == "sigma":
+    if s.reward.reward != "none":
         with naming("--reward-ckpt"):
             reward = load_reward(s.reward.reward_ckpt, device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+        if reward.observation.kind != s.reward.reward:
+            kind = reward.observation.kind
+            raise ValueError(f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass --reward={kind}.")
         for flag, one in (("--reward-ckpt", reward), ("--reward-watch", second)):
             if one is not None and ranks.main:
                 check_reward(one, of(nets.G_ema), flag)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eg3d_rlhf import bundled, pickles
+from eg3d_rlhf import bundled, observations, pickles
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.pickles import options
@@ -40,7 +40,7 @@ class DataConfig:
 class RewardSettings:
     """Which reward tunes, what watches it, and how."""
 
-    reward: str = knob("none", "What scores the generator.", REWARD, choices=("none", "sigma"))
+    reward: str = knob("none", "What scores the generator: a reward that reads sigma, or another observation.", REWARD, metavar="none|KIND")
     reward_ckpt: str | None = knob(None, "Trained reward.", REWARD, metavar="FILE", shown="bundled")
     reward_watch: str | None = knob(
         None, "Second reward, never trained on, that must not fall while the first rises.", REWARD, metavar="FILE", shown="bundled"
@@ -98,8 +98,8 @@ class Settings:
         """EG3D's naming: cfg-dataset-batchB-gammaX, with the reward's weight and --desc."""
         dataset = Path(self.data.data.replace(":", "-").split("@")[0]).stem
         name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
-        if self.reward.reward == "sigma":
-            name += f"-sigma-lambda{self.reward.terms.lambda_r:g}"
+        if self.reward.reward != "none":
+            name += f"-{self.reward.reward}-lambda{self.reward.terms.lambda_r:g}"
         return name + (f"-{self.run.desc}" if self.run.desc else "")
 
 
@@ -174,9 +174,16 @@ def resolve(flags: Mapping) -> Settings:
         raise ValueError(f"--data: expected a dataset for --cfg={cfg}, got nothing. Name a zip or folder in EG3D's format.")
     init = given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
     task = task_of(init, reward)
-    if reward == "sigma":
+    if reward != "none":
+        with naming("--reward"):
+            observations.known(reward)
         if init == "scratch":
-            raise ValueError("--reward=sigma: expected pretrained networks, got --init=scratch. Name a network file or use --init=bundled.")
+            raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
+        if "reward_ckpt" not in given and (cfg, reward) != ("heads64", "sigma"):
+            raise ValueError(
+                f"--reward-ckpt: expected a reward for --cfg={cfg} --reward={reward}, got nothing: the bundled one knows heads alone. "
+                "Name one, such as tools/train_reward.py writes."
+            )
         if given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
             given.setdefault("reward_watch", str(bundled.WATCH))
     if Path(init).is_dir():  # its newest network now, which a resume will look for
@@ -232,7 +239,7 @@ def without_effect(flags: Mapping, settings: Settings) -> list[str]:
 def input_files(s: Settings) -> dict[str, Path]:
     """The files that a run starts from, by what they are; runs record and compare their hashes."""
     files = {} if s.net.init == "scratch" else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
-    if s.reward.reward == "sigma":
+    if s.reward.reward != "none":
         named = {"reward": s.reward.reward_ckpt, "watch": s.reward.reward_watch}
         files |= {name: Path(path) for name, path in named.items() if path is not None}
     return files

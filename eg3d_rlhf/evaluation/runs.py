@@ -66,7 +66,7 @@ def _runs(folder: Path) -> list[Path]:
     """Run folders with a snapshot and a recorded reward, newest first."""
     if not folder.is_dir():
         return []
-    found = [run for run in folder.iterdir() if settings(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
+    found = [run for run in folder.iterdir() if settings(run).get("reward", "none") != "none" and any(run.glob("network-snapshot-*"))]
     return sorted(found, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
 
 

@@ -1,15 +1,18 @@
 """The reward phase inside the loop, built as train.py builds it."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import train
-from eg3d_rlhf import experiment
+from eg3d_rlhf import bundled, experiment
 from eg3d_rlhf import settings as gan_settings
-from eg3d_rlhf.generators import latents, of
-from eg3d_rlhf.reward.reward import load_reward
+from eg3d_rlhf.generators import latents, load_generator, of
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms
 from eg3d_rlhf.seeds import CALIBRATION
 from tests import tiny_runs
@@ -112,6 +115,49 @@ def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
     torch.testing.assert_close(loss.value, -7 * scores)
     torch.testing.assert_close(loss.stats["RLHF/reward"], scores)
     assert loss.stats["RLHF/clipped"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_sample_meets_the_same_references_in_whichever_round_or_rank(parts):
+    """Fault: the references of a round, and of a rank, began where the one before had ended."""
+    terms, batch = terms_of(parts, reward_shaping="reference", lambda_sigma=0.0), replace(parts[2], cur_nimg=8)
+    whole = next(terms.losses(batch)).stats["RLHF/shaped"]
+    for rounds in (2, 4):
+        for turn in reversed(range(rounds)):
+            rows = range(4)[turn::rounds]
+            part = replace(batch, gen_z=batch.gen_z[rows], gen_c=batch.gen_c[rows], rows=rows)
+            torch.testing.assert_close(next(terms.losses(part)).stats["RLHF/shaped"], whole[rows], rtol=1e-5, atol=1e-6)
+    later = next(terms.losses(replace(batch, cur_nimg=12))).stats["RLHF/shaped"]
+    assert not torch.allclose(whole, later), "the next images meet the next references"
+
+
+def test_a_reward_of_another_box_is_refused_and_one_of_another_generator_told(parts, capsys):
+    """Fault: box_warp was never compared, and any generator was scored without a word."""
+    nets, reward, _ = parts
+    generator = of(nets.G_ema)
+    larger = Reward(SigmaSlab(replace(reward.observation.spec, box_warp=2.0)), reward.network)
+    with pytest.raises(ValueError, match=r"^--reward-ckpt: expected a generator with box_warp 2\.0, got 1\.0\. Name a reward of this"):
+        check_reward(larger, generator, "--reward-ckpt")
+    check_reward(Reward(reward.observation, reward.network, {"generator": state_hash(nets.G_ema)}), generator)
+    check_reward(reward, generator)  # a published one, which does not say
+    assert capsys.readouterr().err == ""
+    check_reward(Reward(reward.observation, reward.network, {"generator": "f" * 64, "architecture": "eg3d"}), generator)
+    assert "Warning: reward: it was trained on shapes of the eg3d generator ffffffffffff..., not of eg3d" in capsys.readouterr().err
+
+
+def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, tiny_networks, tmp_path):
+    """Fault: --cfg=ffhq --reward=sigma took the bundled reward of heads."""
+    flags = ["--cfg=ffhq", f"--data={tiny_data}", f"--init={tiny_networks}", "--reward=sigma", f"--outdir={tmp_path}", "--dry-run"]
+    result = tiny_runs.run(*flags)
+    assert result.exit_code == 2 and result.stderr.startswith("Error: --reward-ckpt: expected a reward for --cfg=ffhq --reward=sigma, got")
+    named = tiny_runs.run(*flags, "--reward-ckpt=mine.safetensors")
+    assert named.exit_code == 0 and json.loads(named.stdout)["reward_watch"] is None
+
+
+def test_the_bundled_rewards_fit_the_bundled_generator_without_a_word(capsys):
+    generator = load_generator().generator
+    for path in (bundled.REWARD, bundled.WATCH):
+        check_reward(load_reward(path), generator)
+    assert capsys.readouterr().err == ""
 
 
 def test_samples_outside_the_clip_have_no_gradient(parts):
