@@ -3,7 +3,6 @@
 Shapes: N batch, C channels, R resolution, K c_dim, G minibatch-std group.
 """
 
-import abc
 import math
 
 import torch
@@ -121,10 +120,8 @@ class DiscriminatorEpilogue(torch.nn.Module):
         return x
 
 
-class _Discriminator(torch.nn.Module, abc.ABC):
-    """Trunk shared by the dual and the single discriminator."""
-
-    input_images = 2  # how many images are concatenated along the channel axis
+class DualDiscriminator(torch.nn.Module):
+    """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022, section 4.3)."""
 
     def __init__(
         self,
@@ -143,7 +140,7 @@ class _Discriminator(torch.nn.Module, abc.ABC):
     ):
         super().__init__()
         self.c_dim, self.img_resolution = c_dim, img_resolution
-        self.img_channels = img_channels * self.input_images
+        self.img_channels = img_channels * 2
         self.disc_c_noise = disc_c_noise
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
@@ -167,10 +164,6 @@ class _Discriminator(torch.nn.Module, abc.ABC):
         self.b4 = DiscriminatorEpilogue(width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {}))
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 
-    @abc.abstractmethod
-    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the first block sees, from {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]}."""
-
     def forward(self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs) -> torch.Tensor:
         """Realness logits.
 
@@ -180,7 +173,7 @@ class _Discriminator(torch.nn.Module, abc.ABC):
         Deviates: with disc_c_noise > 0 the noise is added to a copy of c; EG3D adds it in place, so that it accumulates over phases.
         """
         del update_emas
-        x, source = None, self.images(img)
+        x, source = None, torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)  # [N, 6, R, R]
         for res in self.block_resolutions:
             x = getattr(self, f"b{res}")(x, source if x is None else None, **block_kwargs)
         cmap = None
@@ -189,38 +182,3 @@ class _Discriminator(torch.nn.Module, abc.ABC):
                 c = c + torch.randn_like(c) * c.std(dim=0) * self.disc_c_noise
             cmap = self.mapping(None, c)
         return self.b4(x, cmap)
-
-
-class DualDiscriminator(_Discriminator):
-    """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022, section 4.3)."""
-
-    input_images = 2
-
-    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[N, 6, R, R]."""
-        return torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)
-
-
-class SingleDiscriminator(_Discriminator):
-    """Sees the final image only (ablation)."""
-
-    input_images = 1
-
-    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[N, 3, R, R]."""
-        return img["image"]
-
-
-class DummyDualDiscriminator(_Discriminator):
-    """Dual discriminator whose raw image fades out over 500 thousand images at batch 32 (ablation)."""
-
-    input_images = 2
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.raw_fade = 1.0
-
-    def images(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[N, 6, R, R]."""
-        self.raw_fade = max(0.0, self.raw_fade - 32 / 500_000)
-        return torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1]) * self.raw_fade], dim=1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.implementations import check_impl, current, is_channels_last
-from torch_utils.ops.upfirdn2d import Scale, _parse_padding, filter_size, upfirdn2d
+from torch_utils.ops.upfirdn2d import Scale, _parse_padding, same_size_padding, upfirdn2d
 
 
 def conv2d_resample(
@@ -50,13 +50,9 @@ def conv2d_resample(
     if not (isinstance(up, int) and isinstance(down, int) and up >= 1 and down >= 1):
         raise ValueError(f"conv2d_resample: expected up and down to be whole numbers >= 1, got {up} and {down}. Use e.g. 2.")
     kh, kw = w.shape[2:]
-    fw, fh = filter_size(f)
-    x0, x1, y0, y1 = _parse_padding(padding)
-    if up > 1:
-        x0, x1, y0, y1 = x0 + (fw + up - 1) // 2, x1 + (fw - up) // 2, y0 + (fh + up - 1) // 2, y1 + (fh - up) // 2
-    if down > 1:
-        x0, x1, y0, y1 = x0 + (fw - down + 1) // 2, x1 + (fw - down) // 2, y0 + (fh - down + 1) // 2, y1 + (fh - down) // 2
-    pads = (x0, x1, y0, y1)
+    pads = _parse_padding(padding)
+    pads = same_size_padding(f, pads, up=up) if up > 1 else pads
+    pads = same_size_padding(f, pads, down=down) if down > 1 else pads
     check_impl("conv2d_resample", impl)
     impl = current() if impl == "auto" else impl
 

@@ -45,43 +45,22 @@ def modulated_conv2d(
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
     resample = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight, "impl": impl}
-    if impl == "ref":
-        x = _convolve_ref(x, weight, styles, demodulate, fused_modconv, resample)
-    else:
-        fused = len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
-        x = _convolve(x, weight, styles, demodulate, fused, resample)
-    return x if noise is None else x + noise.to(x.dtype)
-
-
-def _convolve_ref(
-    x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, fused: bool, resample: dict
-) -> torch.Tensor:
-    """The definition: every sample's own kernels, and from these the demodulation."""
-    w = weight[None] * styles[:, None, :, None, None]  # [N, O, C, k, k]
-    coefficients = (w.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt() if demodulate else None  # [N, O]
-    if not fused:
-        x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
-        return x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
-    return _grouped(x, w if coefficients is None else w * coefficients[:, :, None, None, None], resample)
-
-
-def _grouped(x: torch.Tensor, w: torch.Tensor, resample: dict) -> torch.Tensor:
-    """Each sample with its own kernels w [N, O, C, k, k], as groups of one convolution."""
-    y = conv2d_resample(x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample)
-    return y.reshape(len(x), -1, *y.shape[2:])
-
-
-def _convolve(x: torch.Tensor, weight: torch.Tensor, styles: torch.Tensor, demodulate: bool, fused: bool, resample: dict) -> torch.Tensor:
-    """The same, cheaper: sum_c s^2 sum_k w^2 is the energy without [N, O, C, k, k], and one sample's kernels take one product."""
-    coefficients = None
-    if demodulate:
+    fused = fused_modconv if impl == "ref" else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
+    own = weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None  # w', [N, O, C, k, k]
+    coefficients = None  # d, [N, O]
+    if demodulate and impl == "ref":
+        coefficients = (own.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt()
+    elif demodulate:  # the same without [N, O, C, k, k]: sum_{c,k} w'^2 = sum_c s^2 sum_k w^2
         energy = weight.square().sum(dim=[2, 3])  # [O, C]
-        coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()  # [N, O]
+        coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()
     if not fused:
         x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
-        return x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
-    if len(x) > 1:
-        w = weight[None] * styles[:, None, :, None, None]  # [N, O, C, k, k]
-        return _grouped(x, w if coefficients is None else w * coefficients[:, :, None, None, None], resample)
-    scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
-    return conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
+        x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
+    elif own is not None:  # each sample with its own kernels, as groups of one convolution
+        w = own if coefficients is None else own * coefficients[:, :, None, None, None]
+        y = conv2d_resample(x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample)
+        x = y.reshape(len(x), -1, *y.shape[2:])
+    else:
+        scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
+        x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
+    return x if noise is None else x + noise.to(x.dtype)

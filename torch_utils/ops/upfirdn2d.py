@@ -219,10 +219,7 @@ def filter2d(
 
     Args and errors as `upfirdn2d`. Returns [N, C, H, W] (plus the extra padding).
     """
-    kw, kh = filter_size(f)
-    p = _parse_padding(padding)
-    p = (p[0] + kw // 2, p[1] + (kw - 1) // 2, p[2] + kh // 2, p[3] + (kh - 1) // 2)
-    return upfirdn2d(x, f, padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
+    return upfirdn2d(x, f, padding=same_size_padding(f, padding), flip_filter=flip_filter, gain=gain, impl=impl)
 
 
 def upsample2d(
@@ -239,10 +236,8 @@ def upsample2d(
     Args and errors as `upfirdn2d`. Returns [N, C, up*H, up*W] (plus the extra padding).
     """
     ux, uy = _parse_scaling(up)
-    kw, kh = filter_size(f)
-    p = _parse_padding(padding)
-    p = (p[0] + (kw + ux - 1) // 2, p[1] + (kw - ux) // 2, p[2] + (kh + uy - 1) // 2, p[3] + (kh - uy) // 2)
-    return upfirdn2d(x, f, up=(ux, uy), padding=p, flip_filter=flip_filter, gain=gain * ux * uy, impl=impl)
+    pads = same_size_padding(f, padding, up=(ux, uy))
+    return upfirdn2d(x, f, up=(ux, uy), padding=pads, flip_filter=flip_filter, gain=gain * ux * uy, impl=impl)
 
 
 def downsample2d(
@@ -258,11 +253,16 @@ def downsample2d(
 
     Args and errors as `upfirdn2d`. Returns [N, C, H/down, W/down] (plus the extra padding).
     """
-    dx, dy = _parse_scaling(down)
-    kw, kh = filter_size(f)
-    p = _parse_padding(padding)
-    p = (p[0] + (kw - dx + 1) // 2, p[1] + (kw - dx) // 2, p[2] + (kh - dy + 1) // 2, p[3] + (kh - dy) // 2)
-    return upfirdn2d(x, f, down=(dx, dy), padding=p, flip_filter=flip_filter, gain=gain, impl=impl)
+    return upfirdn2d(x, f, down=down, padding=same_size_padding(f, padding, down=down), flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1, down: Scale = 1) -> tuple[int, int, int, int]:
+    """`padding` and what makes the result exactly up / down times as large as the image, where one of the two is 1."""
+    pads = _parse_padding(padding)
+    added = []
+    for k, u, d in zip(filter_size(f), _parse_scaling(up), _parse_scaling(down), strict=True):
+        added += [(k - d + 1) // 2, (k - d) // 2] if d > 1 else [(k + u - 1) // 2, (k - u) // 2]
+    return pads[0] + added[0], pads[1] + added[1], pads[2] + added[2], pads[3] + added[3]
 
 
 def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
