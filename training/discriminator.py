@@ -9,8 +9,7 @@ import torch
 
 from torch_utils.ops import upfirdn2d
 from torch_utils.ops.implementations import convolution_layout
-from training.layers import Conv2dLayer, FullyConnectedLayer, block_resolutions, channels_at
-from training.mapping import MappingNetwork
+from training.layers import Conv2dLayer, FullyConnectedLayer, MappingNetwork, block_resolutions, channels_at
 
 
 def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ class Ranks:
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.reshape(tensor.shape))
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-able value, on every rank."""
         return self.gather(value if self.main else None)[0]
 
@@ -98,7 +99,7 @@ class Ranks:
             dist.all_gather(parts, padded)
         return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def broadcast_named(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def broadcast_named(self, tensors: Any) -> dict[str, torch.Tensor]:
         """Rank 0's tensors by name, on every rank; the others pass None. They come on the CPU."""
         if self.world == 1:
             return tensors

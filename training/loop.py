@@ -5,8 +5,7 @@ further phase changes no draw of the others, and neither ranks nor accumulation 
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,90 +20,46 @@ from training.rounds import GradientSum, Layout, MovingAverages, sum_over_ranks
 
 
 class Subject(Protocol):
-    """What a loop trains: its networks, and the batches that its phases see. `training.gan.Gan` is one."""
+    """What a loop trains: its networks, and the batches that its phases see. `training.gan.Gan` is one, and says what each method does."""
 
     device: torch.device
     moving: torch.nn.Module  # whose buffers named w_avg forward passes move
     collectors: dict[str, Collector]  # its own statistics, which checkpoints carry
 
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """What a checkpoint holds, by name."""
-        ...
+    def modules(self) -> dict[str, torch.nn.Module]: ...
 
-    def meta(self) -> dict:
-        """What else it holds, as JSON."""
-        ...
+    def meta(self) -> dict: ...
 
-    def restore(self, meta: dict) -> None:
-        """Inverse of `meta`."""
-        ...
+    def restore(self, meta: dict) -> None: ...
 
-    def begin(self, cur_nimg: int, folder: Path | None = None) -> None:
-        """Get ready after so many images; in `folder`, on the rank that writes, show the start."""
-        ...
+    def begin(self, cur_nimg: int, folder: Path | None = None) -> None: ...
 
-    def fetch(self) -> None:
-        """Read what the next iteration needs. Raises: ValueError, OSError."""
-        ...
+    def fetch(self) -> None: ...
 
-    def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Any]:
-        """The batch of a phase: a function of the accumulation round, which seeds torch."""
-        ...
+    def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Any]: ...
 
-    def observe(self, name: str, values: torch.Tensor) -> None:
-        """See a statistic of a phase."""
-        ...
+    def observe(self, name: str, values: torch.Tensor) -> None: ...
 
-    def after_step(self, cur_nimg: int, batch_idx: int) -> None:
-        """End an iteration. Args: images before it; iterations with it."""
-        ...
+    def after_step(self, cur_nimg: int, batch_idx: int) -> None: ...
 
-    def report(self, stats: dict) -> dict[str, str]:
-        """Add to a tick's statistics; returns fields for the status line."""
-        ...
+    def report(self, stats: dict) -> dict[str, str]: ...
 
-    def snapshot(self, folder: Path, cur_nimg: int) -> None:
-        """Write networks and pictures."""
-        ...
-
-
-class Files(Protocol):
-    """The folder of a run, as the loop writes it; `eg3d_rlhf.run.run.Run` is one."""
-
-    folder: Path
-    lines: int  # of stats.jsonl
-    last_checkpoint: Path | None
-
-    @property
-    def stop_requested(self) -> str | None: ...
-
-    def stoppable(self) -> AbstractContextManager: ...
-
-    def writing(self) -> AbstractContextManager: ...
-
-    def stats(self, record: Mapping) -> None: ...
-
-    def status(self, at: Mapping, done: float, total: float, unit: str, more: Mapping | None = None) -> None: ...
-
-    def go_on(self, done: float, lines: int | None = None) -> None: ...
-
-    def checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> Path: ...
-
-    def read(self, source: Path | None = None, previous: bool = False) -> tuple[dict[str, torch.Tensor], dict]: ...
+    def snapshot(self, folder: Path, cur_nimg: int) -> None: ...
 
 
 class TrainingLoop:
     """Runs phases on one device, alone or as one of several ranks.
 
     Args:
-        subject: what is trained; phases: in the order in which they run; config: loop settings; files: where everything is written.
+        subject: what is trained; phases: in the order in which they run; config: loop settings.
+        files: where everything is written, `eg3d_rlhf.run.run.Run`.
         options: the resolved configuration, stored in checkpoints.
         on_tick: called once per tick, on rank 0, with (loop, stats); returns fields to add to the status line.
         ranks: this process among those of the run; all build the same loop.
     """
 
     def __init__(
-        self, subject: Subject, phases: list[Phase], config: LoopConfig, files: Files, *, options: dict | None = None,
+        self, subject: Subject, phases: list[Phase], config: LoopConfig, files: Any, *, options: dict | None = None,
         on_tick: Callable[["TrainingLoop", dict], dict[str, str]] | None = None, ranks: Ranks = SINGLE,
     ):
         self.subject, self.phases, self.config, self.files = subject, phases, config, files

@@ -1,9 +1,12 @@
 """One file for tensors and their description: safetensors with JSON in its header, written atomically, read without running anything."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -92,33 +95,27 @@ def read_tensors(path: str | Path, kind: str | None = None, device: str | torch.
     return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
 
 
-class _opened:  # noqa: N801 (used as a with-statement's function)
+@contextlib.contextmanager
+def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
     """Open, check the kind, and translate safetensors' errors."""
-
-    def __init__(self, path: str | Path, kind: str | None):
-        self.path, self.kind = Path(path), kind
-
-    def __enter__(self):
-        what = f"{self.path}: expected a {self.kind or 'tensor'} file"
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{what}, got nothing there. Check the path.")
-        try:
-            self.file = safetensors.safe_open(str(self.path), framework="pt", device="cpu").__enter__()
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{what}, got a truncated or foreign one ({error}). Restore it or name another file.") from None
-        described = (self.file.metadata() or {}).get(FORMAT_KEY)
+    path = Path(path)
+    what = f"{path}: expected a {kind or 'tensor'} file"
+    if not path.is_file():
+        raise FileNotFoundError(f"{what}, got nothing there. Check the path.")
+    try:
+        opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{what}, got a truncated or foreign one ({error}). Restore it or name another file.") from None
+    with opened as file:
+        described = (file.metadata() or {}).get(FORMAT_KEY)
         if described is None:
             raise ValueError(f"{what}, got safetensors without this project's header. Name a file that train.py or a tool wrote.")
         content = _description(described)
         if content is None:
             raise ValueError(f"{what}, got one whose header is damaged. Restore it or name another file.")
-        if self.kind is not None and content["kind"] != self.kind:
-            raise ValueError(f"{what}, got one of kind {content['kind']!r}. Name a {self.kind} file.")
-        return self.file, content
-
-    def __exit__(self, *exc):
-        self.file.__exit__(*exc)
-        return False
+        if kind is not None and content["kind"] != kind:
+            raise ValueError(f"{what}, got one of kind {content['kind']!r}. Name a {kind} file.")
+        yield file, content
 
 
 def _description(text: str) -> dict | None:

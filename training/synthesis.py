@@ -10,8 +10,7 @@ import torch
 from torch_utils.ops import bias_act, upfirdn2d
 from torch_utils.ops.implementations import convolution_layout
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
-from training.layers import FullyConnectedLayer, block_resolutions, channels_at
-from training.mapping import MappingNetwork
+from training.layers import FullyConnectedLayer, MappingNetwork, block_resolutions, channels_at
 
 
 class SynthesisLayer(torch.nn.Module):

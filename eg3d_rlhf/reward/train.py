@@ -26,8 +26,7 @@ from eg3d_rlhf.reward.evaluation import log_loss, margins, shared_scores
 from eg3d_rlhf.reward.networks import RewardNetwork, preset, readers_of
 from eg3d_rlhf.run.process import StopRequest
 from training.distributed import SINGLE, Ranks
-from training.draws import RowDraws
-from training.rounds import sum_over_ranks
+from training.rounds import RowDraws, sum_over_ranks
 from training.storage import checksum, write_atomic
 
 

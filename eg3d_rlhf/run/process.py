@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -16,39 +17,35 @@ LOCK = "run.lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP}
 
 
-class RunLock:
-    """Hold `folder`/run.lock for the length of a with-statement; it is removed at the end, and free where its holder has died.
+@contextlib.contextmanager
+def run_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
+    """Hold `folder`/run.lock inside a with-statement; it is removed at the end, and free where its holder has died.
 
     Args:
         folder: an existing run folder; enabled: False does nothing (ranks other than the first).
     Raises: ValueError where another process holds it; OSError where the folder cannot be written.
     """
-
-    def __init__(self, folder: Path, enabled: bool = True):
-        self.path, self.enabled = folder / LOCK, enabled
-        self._lock = FileLock(self.path, blocking=False)
-
-    def __enter__(self) -> "RunLock":
-        if not self.enabled:
-            return self
-        try:
-            self._lock.acquire()
-        except Timeout:
-            holder = self.path.read_text(errors="replace").strip() or "another process"
-            raise ValueError(
-                f"run folder {self.path.parent}: expected no other run in it, got {holder}. Wait for it, stop it, or use another folder."
-            ) from None
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            print(f"Warning: {self.path.parent} is on a file system without locks; start one run at a time in it.", file=sys.stderr)
-        self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self.enabled:
-            self.path.unlink(missing_ok=True)
-            self._lock.release()
+    if not enabled:
+        yield
+        return
+    path, lock = folder / LOCK, FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(errors="replace").strip() or "another process"
+        raise ValueError(
+            f"run folder {folder}: expected no other run in it, got {holder}. Wait for it, stop it, or use another folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        print(f"Warning: {folder} is on a file system without locks; start one run at a time in it.", file=sys.stderr)
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 class StopRequest:
@@ -59,7 +56,7 @@ class StopRequest:
 
     def __init__(self):
         self.received: str | None = None  # name of the signal
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

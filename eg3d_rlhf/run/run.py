@@ -27,9 +27,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from eg3d_rlhf.cli import file_hash, versions
-from eg3d_rlhf.run.process import RunLock, StopRequest
+from eg3d_rlhf.run.process import StopRequest, run_lock
 from training import checkpoint, storage
 from training.distributed import SINGLE, Ranks, launch_identity
 
@@ -54,7 +55,7 @@ class Run:
         self.last_checkpoint: Path | None = None
         self.lines = 0  # of stats.jsonl
         self._say = say or (lambda line: print(line, flush=True))
-        self._lock = RunLock(folder, enabled=ranks.main and folder.is_dir())
+        self._lock = run_lock(folder, enabled=ranks.main and folder.is_dir())
         self._request = StopRequest()
         self._start = (0.0, time.monotonic())
 
@@ -92,7 +93,7 @@ class Run:
                 )
         old, new = _flat({k: v for k, v in before.items() if k not in _OURS}), _flat(json.loads(json.dumps(self.settings)))
         names = old.keys() | new.keys() if before and free is not None else ()
-        changed = sorted(n for n in names if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free))
+        changed = sorted(n for n in names if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ()))
         if changed:
             got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])
             raise ValueError(f"run {self.folder}: expected the settings that it was begun with, got {got}. Use those, or another folder.")
@@ -120,8 +121,8 @@ class Run:
         rate = seconds / (done - self._start[0]) if done > self._start[0] else 0.0
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         fields = {
-            **at, "time": f"{format_time(seconds):<12s}", f"sec/{unit}": f"{rate:<7.4g}",
-            "eta": f"{format_time(rate * max(total - done, 0)):<12s}", "mem_gb": f"{memory:<5.2f}", **(more or {}),
+            **at, "time": f"{tqdm.format_interval(seconds):<9s}", f"sec/{unit}": f"{rate:<7.4g}",
+            "eta": f"{tqdm.format_interval(rate * max(total - done, 0)):<9s}", "mem_gb": f"{memory:<5.2f}", **(more or {}),
         }
         self._say(" ".join(f"{name} {value}" for name, value in fields.items()))
         self._append(TIMING, {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory})
@@ -158,8 +159,8 @@ class Run:
     def read(self, source: Path | None = None, previous: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
         """The newest state, or that of a named checkpoint, on every rank. Args: previous: see training.checkpoint.read."""
         tensors, meta, path = checkpoint.read(source or self.folder, previous) if self.ranks.main else (None, None, None)
-        meta, path = self.ranks.broadcast([meta, str(path)])
-        self.last_checkpoint = Path(path)
+        meta, name = self.ranks.broadcast([meta, str(path)])
+        self.last_checkpoint = Path(name)
         return self.ranks.broadcast_named(tensors), meta
 
     @contextlib.contextmanager
@@ -246,14 +247,6 @@ def _launch_of(folder: Path) -> str | None:
         return recorded(folder).get("launch")
     except (OSError, ValueError):
         return None
-
-
-def format_time(seconds: float) -> str:
-    """'1h 02m 03s', '2m 03s' or '3s'."""
-    s = int(seconds)
-    if s >= 3600:
-        return f"{s // 3600}h {s // 60 % 60:02d}m {s % 60:02d}s"
-    return f"{s // 60}m {s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
 def _flat(values: Mapping, name: str = "") -> dict[str, object]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from eg3d_rlhf.run.process import LOCK, RunLock, StopRequest
+from eg3d_rlhf.run.process import LOCK, StopRequest, run_lock
 from tests.tiny_runs import assert_same, batch, build_loop, build_networks, only_run, run, state, train_flags, whole_run
 from training import checkpoint, storage
 from training.gan import Gan
@@ -105,19 +105,19 @@ def test_handlers_are_put_back():
 
 def test_two_runs_on_one_folder(copy):
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
-    with RunLock(copy):
+    with run_lock(copy):
         assert_one_line(run(f"--resume={copy}"), f"run folder {copy}: expected no other run in it, got process {os.getpid()} on ")
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
     assert run(f"--resume={copy}").exit_code == 0
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = "import os, signal\nfrom eg3d_rlhf.run.process import RunLock\nfrom pathlib import Path\n"
-    code += f"with RunLock(Path({str(tmp_path)!r})):\n"
+    code = "import os, signal\nfrom eg3d_rlhf.run.process import run_lock\nfrom pathlib import Path\n"
+    code += f"with run_lock(Path({str(tmp_path)!r})):\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": os.environ["PATH"]})
     assert killed.returncode == -signal.SIGKILL and (tmp_path / LOCK).exists()
-    with RunLock(tmp_path):
+    with run_lock(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
     assert not (tmp_path / LOCK).exists()
 

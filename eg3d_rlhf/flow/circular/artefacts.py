@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.run.process import RunLock
+from eg3d_rlhf.run.process import run_lock
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
@@ -89,7 +89,7 @@ class ArtefactStore:
         if self.ranks.main:
             folder.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
-        with RunLock(folder, enabled=self.ranks.main):
+        with run_lock(folder, enabled=self.ranks.main):
             if self.ranks.main:
                 write_atomic(folder / INPUTS, _text(inputs))
             made, done = maker(folder), None

@@ -16,7 +16,7 @@ from eg3d_rlhf.flow.circular.settings import CircularRun, from_dict
 from eg3d_rlhf.flow.policies import link, save_policy
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.stage import stage_of
-from eg3d_rlhf.run.run import OPTIONS, Run, claim, format_time, next_free, recorded
+from eg3d_rlhf.run.run import OPTIONS, Run, claim, next_free, recorded
 from training.distributed import SINGLE, Ranks, leave
 
 MODE = "circular-dpo"
@@ -68,7 +68,7 @@ def work(settings: CircularRun, problem: Problem, run: Run, device: str, workers
     else:
         _loop(settings, problem, run)
     if run.ranks.main:
-        print(f"Done in {format_time(time.time() - started)}: {folder}", flush=True)
+        print(f"Done in {tqdm.format_interval(time.time() - started)}: {folder}", flush=True)
     return folder
 
 
