@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eg3d_rlhf import bundled  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.metrics.evaluation import OPTIONS_FILE, MetricOptions, append_records, evaluate, training_options  # noqa: E402
+from eg3d_rlhf.metrics.evaluation import MetricOptions, append_records, evaluate, training_options  # noqa: E402
 from eg3d_rlhf.metrics.features import load_features  # noqa: E402
+from eg3d_rlhf.run.run import OPTIONS  # noqa: E402
 from training.dataset import ImageFolderDataset  # noqa: E402
 from training.synthetic_heads import resolve_dataset  # noqa: E402
 
@@ -42,7 +43,7 @@ def data_of(network: Path, data: str | None, mirror: bool | None) -> tuple[str, 
     options = training_options(network)
     known = data or options.get("data") or (BUNDLED_DATA if network == bundled.GENERATOR else None)
     if known is None:
-        raise ValueError(f"--data: expected a dataset, got none, and {network.name} has no {OPTIONS_FILE} beside it. Name the set.")
+        raise ValueError(f"--data: expected a dataset, got none, and {network.name} has no {OPTIONS} beside it. Name the set.")
     return str(known), bool(options.get("mirror", False)) if mirror is None else mirror
 
 
@@ -80,7 +81,7 @@ def main(
     with naming("--network"):
         generator = load_generator(network, target)
     data, mirror = data_of(generator.path, data, mirror)
-    outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS_FILE).is_file() else None)
+    outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
     if dry_run:
         settings = {"network": generator.path.name, "data": data, "mirror": mirror, "inception": inception and str(inception)}
         settings |= {"outdir": outdir and str(outdir), "metrics": options.metrics, "n": options.images, "seed": seed, "batch": batch}

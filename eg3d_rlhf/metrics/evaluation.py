@@ -18,6 +18,7 @@ import torch
 from eg3d_rlhf.generators import Generator, LoadedGenerator, device_of, latents
 from eg3d_rlhf.metrics.distances import FeatureStatistics, collect, kernel_inception_distance
 from eg3d_rlhf.metrics.features import HeadFactorFeatures, InceptionFeatures
+from eg3d_rlhf.run.run import recorded
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
@@ -25,7 +26,6 @@ FULL = 50_000
 METRICS: dict[str, tuple[str, int | None]] = {  # name: formula, images (None: as many as asked for)
     "fid": ("frechet", None), "kid": ("kernel", None), "fid50k_full": ("frechet", FULL), "kid50k_full": ("kernel", FULL),
 }
-OPTIONS_FILE = "training_options.json"
 
 Network = HeadFactorFeatures | InceptionFeatures
 OnImages = Callable[[int], Any]
@@ -134,14 +134,7 @@ def training_options(network: Path) -> dict:
 
     Raises: ValueError where they are damaged.
     """
-    path = network.parent / OPTIONS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}. Name --data and --mirror yourself, or restore the file.") from error
-    values = values if isinstance(values, dict) else {}
+    values = recorded(network.parent)
     theirs = values.get("training_set_kwargs")
     if isinstance(theirs, dict):
         return {"data": theirs.get("path"), "mirror": theirs.get("xflip", False)}

@@ -5,6 +5,7 @@ Letters: N images, C channels, H, W pixels. Images are float in [-1, 1].
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,11 +53,22 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     return values.unflatten(0, first.shape[:2]).mean(dim=(1, 2, 3, 4))
 
 
-def _script(path: Path, flag: str, device: torch.device | str) -> torch.jit.ScriptModule:
+def _scripted(path: Path, flag: str, what: str, device: torch.device | str) -> Callable[..., Any]:
+    """The network of a TorchScript file, without gradients; what is wrong with it is said under the flag's name."""
     try:
-        return torch.jit.load(str(path), map_location=device).eval()
+        net = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{flag}: expected a TorchScript file, got {path} ({str(error).splitlines()[0]}). Export one.") from error
+
+    @torch.no_grad()
+    def ask(*images: Tensor) -> Any:
+        try:
+            return net(*images)
+        except RuntimeError as error:
+            reason = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
+            raise ValueError(f"{flag}: expected a net {what}, got {path} ({reason}).") from error
+
+    return ask
 
 
 def load_lpips(path: Path, device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
@@ -64,14 +76,10 @@ def load_lpips(path: Path, device: torch.device | str = "cpu") -> Callable[[Tens
 
     Raises: ValueError for another file, or one that gives something else.
     """
-    net = _script(path, "--lpips", device)
+    net = _scripted(path, "--lpips", "f(a, b) of two image batches", device)
 
-    @torch.no_grad()
     def distance(first: Tensor, second: Tensor) -> Tensor:
-        try:
-            found = net(first, second)
-        except RuntimeError as error:
-            raise ValueError(f"--lpips: expected a net f(a, b) of two image batches, got {path} ({_reason(error)}).") from error
+        found = net(first, second)
         if not isinstance(found, Tensor) or found.numel() != len(first):
             raise ValueError(f"--lpips: expected one distance per pair from {path}, got {getattr(found, 'shape', type(found))}.")
         return found.reshape(-1)
@@ -81,20 +89,12 @@ def load_lpips(path: Path, device: torch.device | str = "cpu") -> Callable[[Tens
 
 def load_identity(path: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """Unit embeddings [N, F] of images [N, 3, H, W] in [-1, 1], from TorchScript that is called on the images. Raises: ValueError."""
-    net = _script(path, "--identity", device)
+    net = _scripted(path, "--identity", "of image batches", device)
 
-    @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
-        try:
-            found = net(images)
-        except RuntimeError as error:
-            raise ValueError(f"--identity: expected a net of image batches, got {path} ({_reason(error)}).") from error
+        found = net(images)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             raise ValueError(f"--identity: expected embeddings [N, F] from {path}, got {getattr(found, 'shape', type(found))}.")
         return functional.normalize(found.float(), dim=1)
 
     return embed
-
-
-def _reason(error: RuntimeError) -> str:
-    return next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)

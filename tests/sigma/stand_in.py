@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from eg3d_rlhf.sigma import DecoderWeights
+from eg3d_rlhf.sigma.slab import DecoderWeights
 from training.rendering.renderer import generate_planes
 
 

@@ -9,11 +9,13 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
-from eg3d_rlhf.sigma import SlabSpec, extract_mesh, sigma_grid
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.sigma.field_mesh import OUTSIDE, FieldGrid
+from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_checks import compact, count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, export_mesh, save_mesh, write_mrc
+from eg3d_rlhf.sigma.slab import sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.sigma.stand_in import StandIn
 
 CENTRE, RADIUS, POINTS = np.array([0.05, -0.1, 0.02]), 0.3, 48

@@ -6,7 +6,9 @@ import torch
 import trimesh
 from skimage import measure
 
-from eg3d_rlhf.sigma import SlabSpec, extract_mesh, save_mesh
+from eg3d_rlhf.sigma.mesh import extract_mesh
+from eg3d_rlhf.sigma.mesh_export import save_mesh
+from eg3d_rlhf.sigma.spec import SlabSpec
 
 CENTRE, RADIUS = np.array([0.05, -0.1, 0.02]), 0.3
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eg3d_rlhf.sigma import DecoderWeights, SlabSpec, sigma_from_planes
 from eg3d_rlhf.sigma.separable import pair_maps, projection_axes, sigma_from_maps
+from eg3d_rlhf.sigma.slab import DecoderWeights, sigma_from_planes
+from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.sigma.stand_in import random_planes, random_weights
 from training.rendering.renderer import generate_planes
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from eg3d_rlhf.sigma import SlabSpec, normalise_slab, sample_slab, sigma_grid
-from eg3d_rlhf.sigma.slab import _warn_not_separable, sigma_at
+from eg3d_rlhf.sigma.slab import _warn_not_separable, normalise_slab, sample_slab, sigma_at, sigma_grid
+from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.sigma.stand_in import StandIn
 from training.triplane import TriPlaneGenerator
 

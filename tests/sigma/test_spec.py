@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eg3d_rlhf.sigma import SlabSpec
+from eg3d_rlhf.sigma.spec import SlabSpec
 
 fraction = st.floats(0, 0.45)
 
