@@ -29,7 +29,7 @@ def resolved(c: Comparison, out: Path, keys: list[str]) -> dict:
     files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in c.generators().items()}
     return {
         **files, "run": c.run and str(c.run), "control_run": c.control_run and str(c.control_run), "reward": c.reward_hash,
-        "reward_watch": c.held_out and c.held_out[2], "data": c.data, "mirror": c.mirror, "psi": c.psi, "n": c.n, "images": c.images,
+        "reward_watch": c.held_out_hash or None, "data": c.data, "mirror": c.mirror, "psi": c.psi, "n": c.n, "images": c.images,
         "batch": c.batch, "seed": c.seed, "device": str(c.device), "inception": c.inception, "lpips": c.lpips and str(c.lpips),
         "identity": c.identity and str(c.identity), "out": str(out), "parts": keys,
     }

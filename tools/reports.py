@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf import bundled  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, file_hash, option  # noqa: E402
-from eg3d_rlhf.evaluation.runs import settings, snapshots  # noqa: E402
+from eg3d_rlhf.evaluation.comparison import settings_of, snapshots  # noqa: E402
 from training import checkpoint  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,8 +36,8 @@ def last_run(folder: Path, kimg: float) -> tuple[Path | None, bool]:
     """The newest run in a folder that used the bundled networks as they are now, and whether it has reached its length."""
     hashes = {"init": file_hash(bundled.GENERATOR), "reward": file_hash(bundled.REWARD)}
     for run in sorted(folder.glob("[0-9]*-*"), reverse=True):
-        used = settings(run).get("hashes", {})
-        if all(used.get(name) == digest for name, digest in hashes.items()) and settings(run).get("kimg") == kimg:
+        used = settings_of(run).get("hashes", {})
+        if all(used.get(name) == digest for name, digest in hashes.items()) and settings_of(run).get("kimg") == kimg:
             reached = max((round(1000 * at) for at, _ in snapshots(run)), default=0)
             return run, reached >= round(1000 * kimg)
     return None, False

@@ -15,7 +15,7 @@ from eg3d_rlhf.attribution.regions import OTHER
 from eg3d_rlhf.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
 from eg3d_rlhf.attribution.surface import by_region, labels_at, picture, region_colour, surface, write_pictures
 from eg3d_rlhf.cli import naming
-from eg3d_rlhf.evaluation.texts import BOOTSTRAP, contains_zero, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, span
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.sigma.mesh import extract_mesh
@@ -95,7 +95,7 @@ def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") 
             vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec, study.level)
         except ValueError:  # a sample without a surface has nothing to draw on
             continue
-        colours = by_region(labels_at(vertices, study.partitions[i], study.c.spec))
+        colours = by_region(labels_at(vertices, study.partitions[i], study.spec))
         drawn.append([picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in _YAWS])
     if not drawn:
         return {}

@@ -28,6 +28,7 @@ from eg3d_rlhf.attribution.shapley import METHODS, Attribution, CoalitionValues,
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.canonical_depth import depth_maps
 from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 BOXES, LANDMARKS, HEAD = "boxes", "landmarks", "head"
@@ -80,20 +81,28 @@ class Study:
         """Held-out seeds of the latents."""
         return self.c.seeds()
 
+    @property
+    def spec(self) -> SlabSpec:
+        """Of the slabs that the reward reads. Raises: ValueError where it reads something else."""
+        observation = self.c.reward.observation
+        if not isinstance(observation, SigmaSlab):
+            raise ValueError(f"--reward-ckpt: expected a reward that reads slabs, got one that reads {observation.kind}. Name another.")
+        return observation.spec
+
     @cached_property
     def score(self) -> Score:
         """The reward without gradients, as fast as this machine computes it."""
-        return fast_score(self.c.reward)
+        return fast_score(self.c.reward.network)
 
     @cached_property
     def slabs(self) -> dict[str, torch.Tensor]:
         """Normalised slabs [N, 1, D, H, W] by role, before and after tuning."""
-        return {role: torch.cat(list(self.c.slabs(g, self.seeds))) for role, g in (("before", self.c.before), ("after", self.c.after))}
+        return {role: torch.cat(list(self.c.observed(g, self.seeds))) for role, g in (("before", self.c.before), ("after", self.c.after))}
 
     @cached_property
     def partitions(self) -> list[Partition]:
         """One partition per latent; all have the same names. Raises: ValueError naming the flag."""
-        s, spec = self.settings, self.c.spec
+        s, spec = self.settings, self.spec
         if s.regions == BOXES:
             found = [face_partition(spec)] * len(self.seeds)
         elif s.regions in (LANDMARKS, HEAD):
@@ -190,7 +199,7 @@ class Study:
         """Integrated Gradients per latent."""
         s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
         return [
-            integrated_gradients(self.c.reward.score, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
+            integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
             for x, y, a in zip(before, after, self.shapley, strict=True)
         ]
 
@@ -210,6 +219,6 @@ class Study:
 
     def redrawn(self, draw: int) -> np.ndarray:
         """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
-        score = fast_score(redrawn(self.c.reward, 1000 * self.c.seed + draw + 1))
+        score = fast_score(redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1))
         count = min(self.settings.checked, len(self.seeds))
         return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

@@ -124,7 +124,7 @@ def surface(study: Study, folder: Path) -> Finding:
             except ValueError:  # no surface to colour
                 missing.append(f"seed {seed} {role}")
                 continue
-            values = voxels_at(vertices, study.integrated[i].voxels, study.c.spec)
+            values = voxels_at(vertices, study.integrated[i].voxels, study.spec)
             scale = float(np.quantile(np.abs(values), _SCALE))
             layers = _layers(study, i, vertices, values, scale)
             meshes.append(ColouredMesh(name=f"seed {seed}, {role}", vertices=vertices, faces=faces, layers=layers))
@@ -148,7 +148,7 @@ def surface(study: Study, folder: Path) -> Finding:
 
 
 def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scale: float) -> list[Layer]:
-    labels = labels_at(vertices, study.partitions[i], study.c.spec)
+    labels = labels_at(vertices, study.partitions[i], study.spec)
     ends = ((f"raises the reward (+{_short(scale)})", RAISES), ("no influence", NEUTRAL), (f"lowers it (-{_short(scale)})", LOWERS))
     names = [(name, region_colour(k)) for k, name in enumerate(study.names) if (labels == k).any()]
     names += [("outside the slab", GREY)] if (labels < 0).any() else []

@@ -3,22 +3,27 @@
 Letters: N latents, L num_ws, W w_dim, D, H, W grid points.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash, naming
-from eg3d_rlhf.evaluation import runs
+from eg3d_rlhf.field import Field
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
-from eg3d_rlhf.reports.jobs import Facts, seed_range
-from eg3d_rlhf.reward.evaluation import Network
-from eg3d_rlhf.reward.reward import check_reward, load_reward
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
+from eg3d_rlhf.run.run import OPTIONS, recorded
 from eg3d_rlhf.seeds import IMAGES, LATENTS, HeldOut
-from eg3d_rlhf.sigma.slab import sample_slab
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.settings import control_differs
+from training.storage import read_meta
+
+_KIMG = re.compile(r"network-snapshot-(\d{6})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +68,10 @@ class Comparison:
     control: LoadedGenerator | None
     run: Path | None  # folders with network-snapshot-*
     control_run: Path | None
-    reward: Network
-    spec: SlabSpec
+    reward: Reward
     reward_hash: str
-    reward_meta: dict
-    held_out: tuple[Network, SlabSpec, str] | None  # second reward, its slab, its hash; never used in tuning
-    held_out_meta: dict
+    held_out: Reward | None  # second reward, never used in tuning
+    held_out_hash: str
     data: str  # dataset as in train.py --data, '' where none is known
     mirror: bool  # whether the run doubled the data by mirroring
     psi: float
@@ -80,7 +83,7 @@ class Comparison:
     inception: str | None
     lpips: Path | None
     identity: Path | None
-    memory: dict = field(default_factory=dict, repr=False, compare=False)  # scores that were computed already
+    memory: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # scores that were computed already
 
     @property
     def synthetic(self) -> bool:
@@ -96,7 +99,7 @@ class Comparison:
         """Role -> hash, of `roles` or of all generators and the reward."""
         hashes = {role: generator.hash for role, generator in self.generators().items()} | {"reward": self.reward_hash}
         if self.held_out is not None:
-            hashes["held-out"] = self.held_out[2]
+            hashes["held-out"] = self.held_out_hash
         return {role: hashes[role] for role in roles or hashes if role in hashes}
 
     def snapshots(self, role: str) -> list[tuple[float, Path]]:
@@ -104,7 +107,7 @@ class Comparison:
         folders = {"after": self.run, "control": self.control_run}
         if role not in folders:
             raise ValueError(f"Comparison.snapshots: expected 'after' or 'control', got {role!r}.")
-        return runs.snapshots(folders[role])
+        return snapshots(folders[role])
 
     def load(self, path: Path) -> LoadedGenerator:
         """A network file on the comparison's device."""
@@ -116,13 +119,22 @@ class Comparison:
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
         """ws [N, L, W] of seeds at the comparison's truncation, or another."""
-        return ws_of_seeds(generator.G, list(seeds), truncation_psi=self.psi if psi is None else psi)
+        return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
+
+    def fields(
+        self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, batch: int | None = None
+    ) -> Iterator[Field]:
+        """The shapes of seeds, at most `batch` (the comparison's where not given) in a field."""
+        for part in self.ws(generator, seeds, psi).split(batch or self.batch):
+            with torch.no_grad():
+                shapes = generator.generator.field(part)
+            yield shapes
 
     @torch.no_grad()
-    def slabs(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, spec: SlabSpec | None = None) -> Iterator:
-        """Batches of normalised slabs [<= batch, 1, D, H, W] of seeds, as the reward reads them."""
-        for part in self.ws(generator, seeds, psi).split(self.batch):
-            yield sample_slab(generator.G, part, spec or self.spec)
+    def observed(self, generator: LoadedGenerator, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Batches [<= batch, ...] of what the reward reads of seeds."""
+        for field in self.fields(generator, seeds):
+            yield self.reward.observation.observe(field)
 
     @torch.no_grad()
     def scores(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None, held_out: bool = False) -> torch.Tensor:
@@ -132,20 +144,20 @@ class Comparison:
         """
         if held_out and self.held_out is None:
             raise ValueError("Comparison.scores: expected a second reward, got none. Name one with --reward-watch.")
-        judges = {self.reward_hash: (self.reward, self.spec)}
-        if self.held_out is not None and (held_out or self.held_out[1] == self.spec):  # a slab that both read is drawn once
-            judges[self.held_out[2]] = self.held_out[:2]
-        asked = self.held_out[2] if held_out else self.reward_hash
-        spec = judges[asked][1]
         case = (generator.hash, tuple(seeds), self.psi if psi is None else psi)
-        if (asked, *case) not in self.memory:
-            readers = {digest: reward for digest, (reward, own) in judges.items() if own == spec}
-            found = {digest: [] for digest in readers}
-            for slab in self.slabs(generator, seeds, psi, spec):
-                for digest, reward in readers.items():
-                    found[digest].append(reward.score(slab).cpu())
+        asked = (self.held_out_hash if held_out else self.reward_hash, *case)
+        if asked not in self.memory:
+            rewards = {self.reward_hash: self.reward} | ({} if self.held_out is None else {self.held_out_hash: self.held_out})
+            found: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
+            for field in self.fields(generator, seeds, psi):
+                seen: dict[str, torch.Tensor] = {}  # what both rewards read is observed once
+                for digest, reward in rewards.items():
+                    kind = reward.observation.digest()
+                    if kind not in seen:
+                        seen[kind] = reward.observation.observe(field)
+                    found[digest].append(reward.score_observed(seen[kind]).cpu())
             self.memory.update({(digest, *case): torch.cat(parts) for digest, parts in found.items()})
-        return self.memory[asked, *case]
+        return self.memory[asked]
 
     def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
         """Facts of a figure over these seeds."""
@@ -155,6 +167,19 @@ class Comparison:
     def inputs(self, *roles: str, **more) -> Mapping:
         """What a job depends on: hashes of `roles` (all where none are named), truncation, seed, device, and `more`."""
         return {"networks": self.networks(*roles), "psi": self.psi, "seed": self.seed, "device": self.device.type, **more}
+
+    def job(
+        self, key: str, title: str, compute: Callable[["Comparison", Path], Finding], plots: Mapping[str, Callable] | None = None,
+        roles: Sequence[str] = (), version: int = 1, **more,
+    ) -> Job:
+        """A part of a report, which depends on the networks of `roles` (all where none are named) and on `more`."""
+        return Job(key=key, title=title, compute=partial(compute, self), plots=plots or {}, version=version,
+                   inputs=self.inputs(*roles, **more))
+
+    def absent(self, key: str, title: str, why: str) -> Job:
+        """A part without figures that says why, and how to get them."""
+        finding = Finding(facts=Facts(n=0, networks=self.networks()), data={"absent": why}, says=[why])
+        return Job(key=key, title=title, compute=lambda folder: finding, inputs={"absent": why, **self.inputs()})
 
 
 def load_comparison(s: Sources) -> Comparison:
@@ -167,7 +192,7 @@ def load_comparison(s: Sources) -> Comparison:
     run = _run(s, before_path)
     with naming("--after" if s.after is not None else "--run"):
         after_path = find_network(s.after or run)
-    control_path = s.control or runs.newest_control(s.runs_folder, run)
+    control_path = s.control or newest_control(s.runs_folder, run)
     with naming("--before"):
         before = load_generator(before_path, s.device)
     with naming("--after"):
@@ -177,19 +202,20 @@ def load_comparison(s: Sources) -> Comparison:
         control = None if control_path is None else load_generator(control_path, s.device)
         if control is not None:
             _check_pair(before, control)
-    reward_path = _reward_path(s, run)
+    reward_path = _reward_path(s, run, before)
     with naming("--reward-ckpt"):
-        loaded = load_reward(reward_path, s.device)
-        check_reward(loaded, before.generator)
-        reward, spec, meta = loaded.network, loaded.observation.spec, loaded.provenance
-    held_out, held_out_meta = _held_out(s, run, reward_path)
+        reward = load_reward(reward_path, s.device)
+    check_reward(reward, before.generator, "--reward-ckpt")
+    held_out, held_out_hash = _held_out(s, run, reward_path)
+    if held_out is not None:
+        check_reward(held_out, before.generator, "--reward-watch")
     for flag, path in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{flag}: expected a file, got nothing at {path}. Check the path.")
     return Comparison(
-        before=before, after=after, control=control, run=run, control_run=_folder(control_path), reward=reward, spec=spec,
-        reward_hash=file_hash(reward_path), reward_meta=meta, held_out=held_out, held_out_meta=held_out_meta,
-        data=_data(s, run, before_path), mirror=bool(runs.settings(run).get("mirror", False)), psi=s.psi,
+        before=before, after=after, control=control, run=run, control_run=_folder(control_path), reward=reward,
+        reward_hash=file_hash(reward_path), held_out=held_out, held_out_hash=held_out_hash,
+        data=_data(s, run, before_path), mirror=bool(settings_of(run).get("mirror", False)), psi=s.psi,
         batch=s.batch, seed=s.seed, n=s.n, images=s.images, device=s.device, inception=s.inception, lpips=s.lpips, identity=s.identity,
     )
 
@@ -199,7 +225,7 @@ def _folder(path: Path | None) -> Path | None:
     if path is None:
         return None
     folder = path if path.is_dir() else path.parent
-    return folder if runs.settings(folder) or path.is_dir() else None
+    return folder if settings_of(folder) or path.is_dir() else None
 
 
 def _run(s: Sources, before: Path) -> Path | None:
@@ -209,7 +235,7 @@ def _run(s: Sources, before: Path) -> Path | None:
         return s.run
     if s.after is not None:
         return _folder(s.after)
-    found = runs.newest_tuned(s.runs_folder, file_hash(before))
+    found = newest_tuned(s.runs_folder, file_hash(before))
     if found is None:
         raise ValueError(
             f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from {before.name}. "
@@ -221,45 +247,98 @@ def _run(s: Sources, before: Path) -> Path | None:
 def _check_pair(before: LoadedGenerator, other: LoadedGenerator) -> None:
     """Raise ValueError where the same latent or cube would not mean the same in both."""
     one, two = (
-        {"z_dim": g.G.z_dim, "images": g.G.img_resolution, "box_warp": float(g.G.rendering_kwargs["box_warp"])} for g in (before, other)
+        {"z_dim": g.z_dim, "images": g.img_resolution, "side": g.bounds.side, "centre": g.bounds.centre}
+        for g in (before.generator, other.generator)
     )
     if one != two:
         raise ValueError(f"expected a generator like {before.path.name} {one}, got {other.path.name} {two}. Compare runs of one generator.")
 
 
-def _reward_path(s: Sources, run: Path | None) -> Path:
-    """The named reward, the run's own where its file is still the one it used, or the bundled one."""
+def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
+    """The named reward, the run's own where its file is still the one it used, or the bundled one, for the bundled generator alone."""
     if s.reward_ckpt is not None:
         return s.reward_ckpt
-    recorded = runs.settings(run)
-    used, digest = recorded.get("reward_ckpt"), recorded.get("hashes", {}).get("reward")
-    if used is None or digest is None or digest == file_hash(bundled.REWARD):
+    own = settings_of(run)
+    used, digest = own.get("reward_ckpt"), own.get("hashes", {}).get("reward")
+    if digest == file_hash(bundled.REWARD):
         return bundled.REWARD
+    if used is None or digest is None:
+        if before.hash == load_reward(bundled.REWARD).provenance["generator"]:
+            return bundled.REWARD
+        raise ValueError(
+            f"--reward-ckpt: expected a reward of {before.path.name}, got none; the bundled one knows the bundled heads alone. Name a file."
+        )
     if not Path(used).is_file() or file_hash(used) != digest:
         raise ValueError(f"--reward-ckpt: expected the run's reward ({digest[:12]}) at {used}, got another file or none. Name the file.")
     return Path(used)
 
 
-def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[tuple[Network, SlabSpec, str] | None, dict]:
-    """The second reward with its description: the named one, the one that watched the run, or the bundled one."""
-    path, digest, recorded = s.reward_watch, file_hash(reward), runs.settings(run)
-    used = recorded.get("reward_watch")
-    if path is None and used and Path(used).is_file() and file_hash(used) == recorded.get("hashes", {}).get("watch"):
+def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None, str]:
+    """The second reward with its hash: the named one, the one that watched the run, or the bundled one beside the bundled reward."""
+    path, digest, own = s.reward_watch, file_hash(reward), settings_of(run)
+    used = own.get("reward_watch")
+    if path is None and used and Path(used).is_file() and file_hash(used) == own.get("hashes", {}).get("watch"):
         path = Path(used)
     elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():
         path = bundled.WATCH
     if path is None:
-        return None, {}
+        return None, ""
     with naming("--reward-watch"):
-        loaded = load_reward(path, s.device)
-        model, spec, meta = loaded.network, loaded.observation.spec, loaded.provenance
+        found = load_reward(path, s.device)
         if file_hash(path) == digest:
             raise ValueError(f"expected another reward than the one that tuned, got the same file {path}. Train one on other labels.")
-    return (model, spec, file_hash(path)), meta
+    return found, file_hash(path)
 
 
 def _data(s: Sources, run: Path | None, before: Path) -> str:
     if s.data is not None:
         return s.data
-    recorded = runs.settings(run).get("data")
-    return str(recorded) if recorded else "synthetic:heads64" if before == bundled.GENERATOR else ""
+    used = settings_of(run).get("data")
+    return str(used) if used else "synthetic:heads64" if before == bundled.GENERATOR else ""
+
+
+# Runs, as their folders record them.
+
+
+def settings_of(run: Path | None) -> dict:
+    """What train.py recorded in a run folder; {} where there is nothing."""
+    return {} if run is None else recorded(run)
+
+
+def snapshots(run: Path | None) -> list[tuple[float, Path]]:
+    """(kimg, file) of a run's network snapshots in order of training; [] for no run."""
+    if run is None or not run.is_dir():
+        return []
+    files = sorted(run.glob("network-snapshot-*.safetensors")) or sorted(run.glob("network-snapshot-*.pkl"))
+    return sorted((_kimg_of(path), path) for path in files)
+
+
+def _kimg_of(path: Path) -> float:
+    """Thousands of images after which a snapshot was written: from the file's description, or from the name of a pickle."""
+    if path.suffix != ".pkl":
+        return read_meta(path, "network")["cur_nimg"] / 1000
+    found = _KIMG.match(path.name)
+    if found is None:
+        raise ValueError(f"{path}: expected network-snapshot-<kimg>.pkl, got another name. Rename it.")
+    return float(found.group(1))
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Run folders with a snapshot and a recorded reward, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [run for run in folder.iterdir() if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
+    return sorted(found, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
+
+
+def newest_tuned(folder: Path, init_hash: str) -> Path | None:
+    """The newest run with a snapshot in `folder` with lambda_r > 0 that began from the file with this SHA-256."""
+    known = ((run, recorded(run)) for run in _runs(folder))
+    return next((run for run, s in known if s["lambda_r"] > 0 and s.get("hashes", {}).get("init") == init_hash), None)
+
+
+def newest_control(folder: Path, tuned: Path | None) -> Path | None:
+    """The newest run in `folder` that is the control of `tuned`: lambda_r = 0, all else that it depends on alike."""
+    if not settings_of(tuned):
+        return None
+    return next((run for run in _runs(folder) if not control_differs(settings_of(tuned), recorded(run))), None)

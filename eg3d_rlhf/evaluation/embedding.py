@@ -1,6 +1,6 @@
 """Where the reward sees the samples before and after tuning: a map of its global feature, the feature's main axis, separability, shapes.
 
-The global feature is the vector that the reward network pools from a slab, before its trunk.
+The global feature is the vector that the reward network makes of what it reads, before its trunk.
 Letters: N latents, F features, D, H, W grid points, R pixels.
 """
 
@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,13 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.texts import NO_CONTROL, span
+from eg3d_rlhf.evaluation.paired import NO_CONTROL, span
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 from eg3d_rlhf.metrics.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reward.evaluation import Network
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 MAP, APART, SHAPES = "feature-map", "separability", "feature-shapes"
@@ -38,21 +35,14 @@ NO_UMAP = "No UMAP: the package umap-learn is not installed. Install it (pip ins
 
 def jobs(c: Comparison) -> list[Job]:
     """Map of the features, separability, and the pictures that the interactive map shows (a job without a section of its own)."""
-    many = {"n": c.n, "umap": umap_version()}
-    layouts = {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
+    umap = umap_version()
+    layouts = {"umap": plot_umap} if umap else {}
+    layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
-        Job(
-            key=MAP, title="Map of the reward's global feature", compute=partial(feature_map, c), inputs=c.inputs(*ROLES, "reward", **many),
-            plots={"umap": plot_umap, **layouts} if many["umap"] else layouts,
-        ),
-        Job(
-            key=APART, title="Are tuned samples told apart from untuned ones?", compute=partial(separability, c), plots={"test": plot_test},
-            inputs=c.inputs(*ROLES, "control", "reward", n=c.n, k=neighbours_for(c.n), permutations=PERMUTATIONS),
-        ),
-        Job(
-            key=SHAPES, title="Shapes of the map", compute=partial(shapes, c),
-            inputs=c.inputs(*ROLES, n=c.n, resolution=RESOLUTION, pixels=PIXELS, yaw=YAW),
-        ),
+        c.job(MAP, "Map of the reward's global feature", feature_map, layouts, (*ROLES, "reward"), n=c.n, umap=umap),
+        c.job(APART, "Are tuned samples told apart from untuned ones?", separability, {"test": plot_test}, (*ROLES, "control", "reward"),
+              n=c.n, k=neighbours_for(c.n), permutations=PERMUTATIONS),
+        c.job(SHAPES, "Shapes of the map", shapes, roles=ROLES, n=c.n, resolution=RESOLUTION, pixels=PIXELS, yaw=YAW),
     ]
 
 
@@ -66,17 +56,12 @@ def umap_version() -> str | None:
     return importlib.metadata.version("umap-learn") if importlib.util.find_spec("umap") else None
 
 
-def global_features(reward: Network, slab: torch.Tensor) -> torch.Tensor:
-    """Global feature [N, F] of slabs [N, 1, D, H, W]; of an ensemble, its members' side by side."""
-    return reward.features(slab)
-
-
 @torch.no_grad()
 def features(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Global features [N, F] and rewards [N] of seeds, kept for the parts that share them."""
     case = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
     if case not in c.memory:
-        found = [(global_features(c.reward, slab).cpu(), c.reward.score(slab).cpu()) for slab in c.slabs(generator, seeds)]
+        found = [(c.reward.network.features(x).cpu(), c.reward.score_observed(x).cpu()) for x in c.observed(generator, seeds)]
         c.memory[case] = tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))
     return c.memory[case]
 
@@ -114,9 +99,8 @@ def _rank_rows(rewards: np.ndarray, axes: dict[str, np.ndarray]) -> list[dict]:
     return rows
 
 
-def feature_map(c: Comparison, folder: Path) -> Finding:
+def feature_map(c: Comparison, _folder: Path) -> Finding:
     """Positions of all samples under UMAP and on the untuned samples' principal axes; rank correlation of reward and axes."""
-    del folder
     seeds = c.seeds()
     found = {role: features(c, c.generators()[role], seeds) for role in ROLES}
     mean, axes, shares = principal_axes(found["before"][0])
@@ -158,9 +142,8 @@ def _map_says(ranks: list[dict], shares: np.ndarray, size: int) -> list[str]:
     return [*says, "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit and turn with the seed."]
 
 
-def separability(c: Comparison, folder: Path) -> Finding:
+def separability(c: Comparison, _folder: Path) -> Finding:
     """Share of same-network neighbours after tuning, and for the control, with the permutation test."""
-    del folder
     seeds = c.seeds()
     before, _ = features(c, c.before, seeds)
     found = {
@@ -194,12 +177,11 @@ def _apart(role: str, f: dict) -> str:
 def shapes(c: Comparison, folder: Path) -> Finding:
     """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the second, ..."""
     seeds = c.seeds()
-    spec = SlabSpec.cube(RESOLUTION, float(c.before.G.rendering_kwargs["box_warp"]))
     parts = {role: [] for role in ROLES}
     for role in ROLES:
-        for ws in c.ws(c.generators()[role], seeds).split(c.batch):
-            sigma = sigma_grid(c.generators()[role].G, ws, spec)
-            parts[role].append(shade(sigma, YAW, resolution=PIXELS, box_warp=spec.box_warp))
+        generator = c.generators()[role].generator
+        for field in c.fields(c.generators()[role], seeds):
+            parts[role].append(shade(field.density_grid(SlabSpec.of(generator.bounds, RESOLUTION)), YAW, PIXELS, field.level))
     pictures = torch.stack([torch.cat(parts[role]) for role in ROLES], dim=1).flatten(0, 2).numpy()  # [2N, R, R]
     rows = -(-len(pictures) // COLUMNS)
     sheet = np.ones((rows * COLUMNS, PIXELS, PIXELS), dtype=np.float32)

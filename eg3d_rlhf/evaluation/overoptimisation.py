@@ -4,16 +4,14 @@ judge, over the distance from the generator before tuning.
 Letters: N latents, T networks in order of training, the first the one before.
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.evaluation import runs
-from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.texts import BOOTSTRAP, span
+from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, span
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.preferences.annotator import utility
@@ -21,10 +19,10 @@ from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.rlhf.consistency import density_l1
 from eg3d_rlhf.rlhf.measures import JUDGE_RESOLUTION, annotator_calibration
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
+ROLES = ("before", "after", "reward", "held-out")
 PROXY, SECOND, JUDGE = "tuned reward", "held-out reward", "programmatic judge"
 NO_SECOND = "No second reward: name one with --reward-watch, trained on other labels with another seed (tools/train_reward.py)."
 NO_SNAPSHOTS = (
@@ -35,10 +33,8 @@ NO_SNAPSHOTS = (
 def jobs(c: Comparison) -> list[Job]:
     """One job; with fewer snapshots or judges it shows what there is."""
     files = {f"{kimg:g}": file_hash(path) for kimg, path in c.snapshots("after")}
-    return [Job(
-        key="over-optimisation", title="Over-optimisation: tuned reward against what it stands for", compute=partial(overoptimisation, c),
-        plots={"curves": plot_curves}, inputs=c.inputs("before", "after", "reward", "held-out", n=c.n, files=files, data=c.data),
-    )]
+    return [c.job("over-optimisation", "Over-optimisation: tuned reward against what it stands for", overoptimisation,
+                  {"curves": plot_curves}, ROLES, n=c.n, files=files, data=c.data)]
 
 
 def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | None:
@@ -63,8 +59,14 @@ def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | Non
 @torch.no_grad()
 def densities(c: Comparison, generator: LoadedGenerator, seeds: range) -> torch.Tensor:
     """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of both the method's anchor and the judge."""
-    spec = SlabSpec.cube(JUDGE_RESOLUTION, float(generator.G.rendering_kwargs["box_warp"]))
-    return torch.cat([sigma_grid(generator.G, ws, spec).cpu() for ws in c.ws(generator, seeds).split(c.batch)])
+    spec = SlabSpec.of(generator.generator.bounds, JUDGE_RESOLUTION)
+    return torch.cat([field.density_grid(spec).cpu() for field in c.fields(generator, seeds)])
+
+
+def judged(c: Comparison, sigma: torch.Tensor) -> np.ndarray:
+    """The programmatic judge's utility [N] of cubes [N, D, H, W]."""
+    side, calibration = c.before.generator.bounds.side, annotator_calibration()
+    return np.array([utility(cube.numpy(), calibration=calibration, box_warp=side).total for cube in sigma])
 
 
 def _measures(c: Comparison, generator: LoadedGenerator, seeds: range, sigma: torch.Tensor) -> dict[str, np.ndarray]:
@@ -72,8 +74,7 @@ def _measures(c: Comparison, generator: LoadedGenerator, seeds: range, sigma: to
     if c.held_out is not None:
         found[SECOND] = c.scores(generator, seeds, held_out=True).double().numpy()
     if c.synthetic:
-        box_warp, calibration = float(generator.G.rendering_kwargs["box_warp"]), annotator_calibration()
-        found[JUDGE] = np.array([utility(cube.numpy(), calibration=calibration, box_warp=box_warp).total for cube in sigma])
+        found[JUDGE] = judged(c, sigma)
     return found
 
 
@@ -84,9 +85,8 @@ def _networks(c: Comparison) -> list[tuple[float | None, LoadedGenerator | Path]
     return [(0.0, c.before), *kept, *([] if last == c.after.hash else [(None, c.after)])]
 
 
-def overoptimisation(c: Comparison, folder: Path) -> Finding:
+def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     """Changes of every measure in units of its deviation before, over distance, with the point of divergence."""
-    del folder
     seeds, networks = c.seeds(), _networks(c)
     start, values, distances = None, {}, []
     for _, source in networks:
@@ -109,17 +109,17 @@ def overoptimisation(c: Comparison, folder: Path) -> Finding:
         ]
     data = {"distance": [float(d.mean()) for d in distances], "kimg": [kimg for kimg, _ in networks], "curves": curves}
     says = [*_says(c, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
-    return Finding(facts=c.facts(seeds, ("before", "after", "reward", "held-out"), BOOTSTRAP), data=data, rows=rows, says=says)
+    return Finding(facts=c.facts(seeds, ROLES, BOOTSTRAP), data=data, rows=rows, says=says)
 
 
 def independence(c: Comparison) -> str:
     """What the descriptions of both rewards say of their independence."""
     if c.held_out is None:
         return NO_SECOND
-    first, second = c.reward_meta, c.held_out_meta
+    first, second = c.reward.provenance, c.held_out.provenance
     labels = first.get("labels"), second.get("labels")
     text = "The held-out reward took no part in tuning this generator's weights"
-    if runs.settings(c.run).get("hashes", {}).get("reward") == c.held_out[2]:
+    if settings_of(c.run).get("hashes", {}).get("reward") == c.held_out_hash:
         return "The run names the held-out reward as the one that it optimised: it is not held out. Name another with --reward-watch."
     if None in labels:
         return f"{text}; whether its labels are others than the tuned reward's is not recorded."

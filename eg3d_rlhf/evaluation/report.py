@@ -2,24 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from eg3d_rlhf.evaluation import (
-    canonical_depth,
-    distances,
-    drift,
-    geometry,
-    overoptimisation,
-    runs,
-    shift,
-    sigma_statistics,
-    strips,
-    trajectories,
-)
-from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation import canonical_depth, geometry, images, overoptimisation, rewards, strips
+from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips
 from eg3d_rlhf.reports.jobs import Finding, Job
+from eg3d_rlhf.settings import control_differs
 
-MODULES = (shift, trajectories, distances, geometry, drift, overoptimisation, sigma_statistics, canonical_depth, strips)
+MODULES = (rewards, images, geometry, overoptimisation, canonical_depth, strips)
 TITLE = "Before and after tuning"
 
 
@@ -101,9 +91,9 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     says.append("any statement on other training seeds: there is one run for each setting, and intervals run over latents.")
     if c.control is None:
         says.append("the cause of a change: without a control, further training alone may have made it.")
-    elif other := runs.differences(c.run, c.control_run):
+    elif c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run))):
         says.append(f"a clean comparison with the control: its run also differs in {', '.join(other)}.")
-    if c.held_out is None or c.held_out_meta.get("labels") == c.reward_meta.get("labels"):
+    if c.held_out is None or c.held_out.provenance.get("labels") == c.reward.provenance.get("labels"):
         says.append("freedom from over-optimisation in general: " + (
             "there is no second reward." if c.held_out is None else "the second reward learnt from the same labels as the first."))
     if c.synthetic:

@@ -5,7 +5,6 @@ Letters: N latents, D, H, W grid points, R pixels per edge.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,11 @@ import PIL.Image
 import torch
 
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.texts import NO_CONTROL
+from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.seeds import JUDGE
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.image_grid import save_grid
 
@@ -29,34 +27,25 @@ ORBIT_FRAMES, ORBIT_YAW = 16, 0.7  # one swing from left to right and back
 ORBIT_STILLS = 7  # of the film strip
 FRAME_MS, SWINGS = 140, 2  # 4.5 s in all: it stops by itself
 RESOLUTION, PIXELS = 128, 128  # grid points per edge of the cube; pixels per edge of a picture
-ROLES = ("before", "after", "control")
 
 
 def jobs(c: Comparison) -> list[Job]:
     """Best and worst by reward, chosen seeds, orbit."""
-    size = {"resolution": RESOLUTION, "pixels": PIXELS}
-    shown = list(c.seeds(SHOWN, JUDGE))
+    size, shown = {"resolution": RESOLUTION, "pixels": PIXELS}, list(c.seeds(SHOWN, JUDGE))
     return [
-        Job(
-            key="reward-strips", title="Best and worst shapes by reward", compute=partial(reward_strips, c),
-            inputs=c.inputs("before", "after", "reward", n=c.n, k=K, **size),
-        ),
-        Job(
-            key="same-latents", title="The same latents before and after", compute=partial(same_latents, c, shown),
-            inputs=c.inputs(*ROLES, "reward", seeds=shown, **size),
-        ),
-        Job(key="orbit", title="Orbit", compute=partial(orbit, c, shown[0]), inputs=c.inputs("before", "after", seeds=shown[:1], **size)),
+        c.job("reward-strips", "Best and worst shapes by reward", reward_strips, roles=("before", "after", "reward"), n=c.n, k=K, **size),
+        c.job("same-latents", "The same latents before and after", same_latents, roles=(*ROLES, "reward"), seeds=shown, **size),
+        c.job("orbit", "Orbit", orbit, roles=("before", "after"), seeds=shown[:1], **size),
     ]
 
 
 @torch.no_grad()
 def shapes(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]) -> torch.Tensor:
     """Shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
-    box_warp, parts = float(generator.G.rendering_kwargs["box_warp"]), []
-    spec = SlabSpec.cube(RESOLUTION, box_warp)
-    for ws in c.ws(generator, seeds).split(max(1, c.batch // 4)):
-        sigma = sigma_grid(generator.G, ws, spec).cpu()
-        parts.append(torch.stack([shade(sigma, yaw, resolution=PIXELS, box_warp=box_warp) for yaw in yaws], dim=1))
+    spec, parts = SlabSpec.of(generator.generator.bounds, RESOLUTION), []
+    for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
+        sigma = field.density_grid(spec).cpu()
+        parts.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
     return torch.cat(parts)
 
 
@@ -85,8 +74,9 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
     return Finding(facts=c.facts(seeds, ("before", "after", "reward")), data={"k": k}, rows=rows, says=says, pictures=pictures)
 
 
-def same_latents(c: Comparison, seeds: list[int], folder: Path) -> Finding:
+def same_latents(c: Comparison, folder: Path) -> Finding:
     """One row per network, every seed from YAWS."""
+    seeds = list(c.seeds(SHOWN, JUDGE))
     pictures, rows, scores = {}, [], {}
     views = {role: shapes(c, generator, seeds, YAWS) for role, generator in c.generators().items()}  # [N, yaws, 1, R, R] each
     for role, generator in c.generators().items():
@@ -106,8 +96,9 @@ def same_latents(c: Comparison, seeds: list[int], folder: Path) -> Finding:
     return Finding(facts=facts, data={"seeds": seeds, "yaws": list(YAWS)}, rows=rows, says=says, pictures=pictures)
 
 
-def orbit(c: Comparison, seed: int, folder: Path) -> Finding:
+def orbit(c: Comparison, folder: Path) -> Finding:
     """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where motion is unwelcome."""
+    (seed,) = c.seeds(1, JUDGE)
     yaws = (ORBIT_YAW * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
     stills = np.linspace(-ORBIT_YAW, ORBIT_YAW, ORBIT_STILLS).tolist()
     both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]  # [frames + stills, 1, R, R] each

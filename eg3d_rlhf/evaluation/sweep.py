@@ -8,23 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from eg3d_rlhf.evaluation import distances, overoptimisation
+from eg3d_rlhf.evaluation import images, overoptimisation
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.geometry import VIEWS
+from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP
 from eg3d_rlhf.evaluation.sweep_runs import Cell
-from eg3d_rlhf.evaluation.texts import BOOTSTRAP
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.resampling import kernel_change_interval
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interval
-from eg3d_rlhf.metrics.views import multi_view_measures, spec_for
-from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file, seed_range
 from eg3d_rlhf.rlhf.consistency import density_l1
-from eg3d_rlhf.rlhf.measures import annotator_calibration
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
@@ -70,9 +66,8 @@ def _kept(c: Comparison, name: str, make):
     return c.memory[case]
 
 
-def measure_cell(c: Comparison, cell: Cell, path: Path, folder: Path) -> Finding:
+def measure_cell(c: Comparison, cell: Cell, path: Path, _folder: Path) -> Finding:
     """Changes of every measure from before to one cell, per latent where the measure is."""
-    del folder
     seeds, after = c.seeds(), c.load(path)
     values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
     if c.held_out is not None:
@@ -81,7 +76,7 @@ def measure_cell(c: Comparison, cell: Cell, path: Path, folder: Path) -> Finding
     sigma = overoptimisation.densities(c, after, seeds)
     values[DISTANCE] = density_l1(sigma, start).double().numpy()
     if c.synthetic:
-        values[JUDGE] = judged(c, sigma) - _kept(c, "judge", lambda: judged(c, start))
+        values[JUDGE] = overoptimisation.judged(c, sigma) - _kept(c, "judge", lambda: overoptimisation.judged(c, start))
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
     steps = {name: bootstrap_mean_interval(v)._asdict() for name, v in values.items()}
     if c.data and c.images:
@@ -92,25 +87,17 @@ def measure_cell(c: Comparison, cell: Cell, path: Path, folder: Path) -> Finding
     return Finding(facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows)
 
 
-@torch.no_grad()
-def judged(c: Comparison, sigma: torch.Tensor) -> np.ndarray:
-    """The programmatic judge's utility [N] of cubes [N, D, H, W]."""
-    box_warp, calibration = float(c.before.G.rendering_kwargs["box_warp"]), annotator_calibration()
-    return np.array([utility(cube.numpy(), calibration=calibration, box_warp=box_warp).total for cube in sigma])
-
-
 def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
     """Disagreement of normals between neighbouring views [N / 2], degrees."""
-    ws = c.ws(generator, c.seeds(max(2, c.n // 2)))
-    return multi_view_measures(generator.G, ws, spec_for(generator.G, **VIEWS), batch=max(1, c.batch // 2)).normal
+    return view_measures(c, generator, c.seeds(max(2, c.n // 2))).normal
 
 
 def _images(c: Comparison, after: LoadedGenerator) -> dict:
     network = load_features(c.inception, c.device)
-    real, dataset = _kept(c, "reals", lambda: distances.real_features(c, network))
+    real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
     cameras = dataset.get_labels()
-    before = _kept(c, "images", lambda: distances.fake_features(c, c.before, cameras, network))
-    found = kernel_change_interval(before, distances.fake_features(c, after, cameras, network), real, distances.RESAMPLES, c.seed)
+    before = _kept(c, "images", lambda: images.fake_features(c, c.before, cameras, network))
+    found = kernel_change_interval(before, images.fake_features(c, after, cameras, network), real, images.RESAMPLES, c.seed)
     return {"mean": found.mean, "lo": found.lo, "hi": found.hi}
 
 
@@ -141,9 +128,8 @@ def gather(found: Mapping[Cell, Finding]) -> list[dict]:
     return rows
 
 
-def front(c: Comparison, found: Mapping[Cell, Finding], folder: Path) -> Finding:
+def front(c: Comparison, found: Mapping[Cell, Finding], _folder: Path) -> Finding:
     """All settings with their measures; those that no other setting beats are on the front."""
-    del folder
     rows = gather(found)
     columns = {"": "mean", " lo": "lo", " hi": "hi"}
     table = [

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eg3d_rlhf.evaluation.runs import snapshots
+from eg3d_rlhf.evaluation.comparison import snapshots
 from training import checkpoint
 
 LOG = "train.log"

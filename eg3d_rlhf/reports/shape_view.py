@@ -6,6 +6,7 @@ Letters: N cubes, D, H, W grid points, R pixels, S steps.
 import torch
 from torch.nn import functional as F
 
+from eg3d_rlhf.field import LEVEL
 from training.rendering.cameras import LookAtPoseSampler, RaySampler, intrinsics_matrix
 
 _STEPS = 160
@@ -13,8 +14,8 @@ _NEAR, _FAR = 2.1, 3.3
 
 
 @torch.no_grad()
-def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: float = 10.0, box_warp: float = 1.0) -> torch.Tensor:
-    """Lambert-shaded first crossings of the level along camera rays.
+def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: float = LEVEL) -> torch.Tensor:
+    """Lambert-shaded first crossings of the level along camera rays, in units of the cube: its size and place do not matter.
 
     Args:
         sigma: [N, D, H, W] raw density over the whole cube; yaw: radians from frontal; level: raw density of the surface.
@@ -26,7 +27,7 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     points = origins[:, :, None] + t[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
     pictures = []
     for cube in sigma.cpu():
-        values = _lookup(cube, points[0], box_warp)  # [M, S]
+        values = _lookup(cube, points[0])  # [M, S]
         above = values >= level
         hit = above.any(dim=1)
         index = above.float().argmax(dim=1).clamp_min(1)
@@ -35,23 +36,23 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
         fraction = ((level - v0) / (v1 - v0).clamp_min(1e-6)).clamp(0, 1)
         depth = t[index - 1] + fraction * (t[1] - t[0])
         surface = origins[0] + depth[:, None] * directions[0]
-        normal = _gradient(cube, surface, box_warp)
+        normal = _gradient(cube, surface)
         light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0)
         shading = 0.25 + 0.75 * (normal @ light).clamp_min(0)
         pictures.append(torch.where(hit, shading, torch.ones_like(shading)).reshape(1, resolution, resolution))
     return torch.stack(pictures)
 
 
-def _lookup(cube: torch.Tensor, points: torch.Tensor, box_warp: float) -> torch.Tensor:
-    """Trilinear values of a cube [D, H, W] at points [..., 3]; far below any level outside."""
+def _lookup(cube: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Trilinear values of a cube [D, H, W] of side 1 at points [..., 3]; far below any level outside."""
     outside = -1000.0
-    grid = (points * (2 / box_warp)).reshape(1, 1, 1, -1, 3)
+    grid = (points * 2).reshape(1, 1, 1, -1, 3)
     values = F.grid_sample((cube - outside)[None, None], grid, align_corners=True, padding_mode="zeros") + outside
     return values.reshape(points.shape[:-1])
 
 
-def _gradient(cube: torch.Tensor, points: torch.Tensor, box_warp: float, step: float = 0.012) -> torch.Tensor:
+def _gradient(cube: torch.Tensor, points: torch.Tensor, step: float = 0.012) -> torch.Tensor:
     """Unit outward normals [..., 3]: minus the density's central differences."""
     offsets = torch.eye(3) * step
-    difference = torch.stack([_lookup(cube, points - o, box_warp) - _lookup(cube, points + o, box_warp) for o in offsets], dim=-1)
+    difference = torch.stack([_lookup(cube, points - o) - _lookup(cube, points + o) for o in offsets], dim=-1)
     return F.normalize(difference, dim=-1)

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROLES = {  # Okabe and Ito's palette, by what is shown
@@ -51,6 +51,12 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
 def colour(role: str) -> str:
     """Colour of a role; unknown ones are grey."""
     return ROLES.get(role, "#777777")
+
+
+def interval(axis, x: float, row: Mapping, role: str, value: str = "mean", lo: str = "lo", hi: str = "hi", **look) -> None:
+    """One point of a row with its interval, in the colour of a role."""
+    error = [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
+    axis.errorbar([x], [row[value]], yerr=error, color=colour(role), **{"fmt": "o", "capsize": 4, **look})
 
 
 def save(drawn, path: Path) -> None:

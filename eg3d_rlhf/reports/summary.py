@@ -77,7 +77,7 @@ def write_pictures(before: torch.nn.Module, after: torch.nn.Module, run_dir: Pat
     for name, G in (("before", before), ("after", after)):
         ws = ws_of_seeds(G, list(SHOWN_SEEDS), truncation_psi=PSI)
         sigma = sigma_grid(G, ws, spec)
-        shapes += [shade(sigma, yaw, box_warp=box_warp) for yaw in (0.0, 0.5)]
+        shapes += [shade(sigma, yaw) for yaw in (0.0, 0.5)]
         torch.manual_seed(0)
         images.append(G.synthesis(ws, camera(G, yaw=0.3, n=len(ws)), noise_mode="const")["image"].cpu())
         for seed, cube in list(zip(SHOWN_SEEDS, sigma.cpu(), strict=True))[:3]:

@@ -73,7 +73,7 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
     for seed in seeds:
         with torch.no_grad():
             sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)  # [1, D, H, W]
-        out[seed] = png_uri(shade(sigma, YAW, PICTURE, design.level, generator.bounds.side)[0, 0].numpy())
+        out[seed] = png_uri(shade(sigma, YAW, PICTURE, design.level)[0, 0].numpy())
     return out
 
 

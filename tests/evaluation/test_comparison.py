@@ -1,16 +1,17 @@
 """What is compared is found, identified and refused as promised."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.evaluation import runs
-from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison, newest_control, snapshots
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.reward import Reward, load_reward
 from eg3d_rlhf.run.run import OPTIONS
-from eg3d_rlhf.sigma.slab import sample_slab
 from tests.evaluation import comparisons
 
 
@@ -23,8 +24,8 @@ def test_roles_and_hashes(tiny_comparison, tiny_reward):
 
 def test_snapshots_follow_training_and_not_names(tiny_pair, tmp_path):
     tuned = comparisons.write_run(tmp_path / "run", {900: 0.0, 64: 0.0}, 10.0)
-    assert [kimg for kimg, _ in runs.snapshots(tuned)] == [0.064, 0.9]
-    assert [kimg for kimg, _ in runs.snapshots(tiny_pair[0])] == [0.064, 0.128, 0.192] and runs.snapshots(None) == []
+    assert [kimg for kimg, _ in snapshots(tuned)] == [0.064, 0.9]
+    assert [kimg for kimg, _ in snapshots(tiny_pair[0])] == [0.064, 0.128, 0.192] and snapshots(None) == []
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -38,23 +39,36 @@ def test_latents_are_held_out(tiny_comparison, seed):
 def test_scores_are_the_rewards_and_are_kept(tiny_comparison, monkeypatch):
     c = Comparison(**{**vars(tiny_comparison), "memory": {}})
     seeds = c.seeds(9)
-    expected = c.reward.score(sample_slab(c.after.G, c.ws(c.after, seeds), c.spec))
+    expected = c.reward.score(c.after.generator.field(c.ws(c.after, seeds)))
     found = c.scores(c.after, seeds)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(Comparison, "slabs", None)
+    monkeypatch.setattr(Comparison, "fields", None)
     assert c.scores(c.after, seeds) is found
     with pytest.raises(ValueError, match="--reward-watch"):
         c.scores(c.after, seeds, held_out=True)
 
 
-def test_bundled_rewards_share_their_slabs(monkeypatch):
+def test_rewards_share_what_both_observe(monkeypatch):
     c = load_comparison(Sources(after=bundled.GENERATOR, n=3, images=16))
     seeds, drawn = c.seeds(3), []
-    slabs = Comparison.slabs
-    monkeypatch.setattr(Comparison, "slabs", lambda *a, **k: drawn.append(1) or slabs(*a, **k))
+    observe = SigmaSlab.observe
+    monkeypatch.setattr(SigmaSlab, "observe", lambda *a: drawn.append(1) or observe(*a))
     first, second = c.scores(c.before, seeds), c.scores(c.before, seeds, held_out=True)
     assert drawn == [1] and c.synthetic and not torch.equal(first, second)
-    torch.testing.assert_close(second, c.held_out[0].score(next(slabs(c, c.before, seeds))).cpu())
+    torch.testing.assert_close(second, c.held_out.score(next(c.fields(c.before, seeds))).cpu())
+
+
+def test_the_bundled_reward_is_no_silent_default(tiny_networks, tiny_reward, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--reward-ckpt: expected a reward of .*, got none; the bundled one knows the bundled heads alone"):
+        load_comparison(Sources(before=tiny_networks, after=tiny_networks))
+    load_comparison(Sources(after=bundled.GENERATOR))
+    assert "Warning" not in capsys.readouterr().err
+    load_comparison(Sources(before=tiny_networks, after=tiny_networks, reward_ckpt=bundled.REWARD, reward_watch=tiny_reward))
+    assert "Warning: --reward-ckpt: it was trained on shapes of" in capsys.readouterr().err
+    other = load_reward(tiny_reward)
+    moved = Reward(SigmaSlab(replace(other.observation.spec, box_warp=2.0)), other.network).save(tmp_path / "moved.safetensors")
+    with pytest.raises(ValueError, match="--reward-ckpt: expected a generator with box_warp 2.0, got 1"):
+        load_comparison(Sources(before=tiny_networks, after=tiny_networks, reward_ckpt=moved))
 
 
 def test_newest_run_and_its_control_are_found(tiny_networks, tiny_reward, tmp_path):
@@ -65,7 +79,7 @@ def test_newest_run_and_its_control_are_found(tiny_networks, tiny_reward, tmp_pa
     comparisons.write_run(tmp_path / "runs/00003-other-seed", {64: 0.02}, 0.0, **{**init, "seed": 1})
     c = comparisons.load(tiny_networks, tiny_reward, runs_folder=tmp_path / "runs")
     assert (c.run, c.control_run) == (tuned, control)
-    assert runs.differences(tuned, tmp_path / "runs/00003-other-seed") == ["seed"] and not runs.differences(tuned, control)
+    assert newest_control(tmp_path / "runs", tmp_path / "runs/00003-other-seed") == tmp_path / "runs/00003-other-seed"
 
 
 def test_without_a_run_the_user_is_told_what_to_do(tiny_networks, tiny_reward, tmp_path):

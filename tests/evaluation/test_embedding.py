@@ -15,7 +15,6 @@ from eg3d_rlhf.reports import jobs as running
 from eg3d_rlhf.reports import points_view
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.networks import RewardEnsemble
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tools import embed
 
@@ -78,10 +77,10 @@ def test_without_umap_the_rest_is_there(tiny_comparison, monkeypatch):
 def test_features_are_what_the_reward_pools(tiny_comparison):
     c = tiny_comparison
     values, rewards = embedding.features(c, c.before, c.seeds())
-    slab = torch.cat(list(c.slabs(c.before, c.seeds())))
+    network, seen = c.reward.network, torch.cat(list(c.observed(c.before, c.seeds())))
     with torch.no_grad():
-        np.testing.assert_allclose(c.reward.score_embedding(c.reward.MLP(torch.tensor(values).float())), rewards, rtol=1e-4, atol=1e-5)
-        two = embedding.global_features(RewardEnsemble.of([c.reward, c.reward]), slab)
+        np.testing.assert_allclose(network.score_embedding(network.MLP(torch.tensor(values).float())), rewards, rtol=1e-4, atol=1e-5)
+        two = RewardEnsemble([network, network]).features(seen)
     np.testing.assert_allclose(two, np.concatenate([values, values], axis=1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(rewards, c.scores(c.before, c.seeds()), rtol=1e-4, atol=1e-5)
 
@@ -133,12 +132,12 @@ def test_pictures_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, m
     picture = np.asarray(PIL.Image.open(tmp_path / sheet["file"])).astype(float) / 255
     size = sheet["pixels"]
     assert picture.shape == (sheet["rows"] * size, sheet["columns"] * size)
-    spec = SlabSpec.cube(embedding.RESOLUTION, float(c.before.G.rendering_kwargs["box_warp"]))
+    spec = SlabSpec.of(c.before.generator.bounds, embedding.RESOLUTION)
     for seed, role in ((200_000, "after"), (200_011, "before")):
         generator = c.generators()[role]
         with torch.no_grad():
-            sigma = sigma_grid(generator.G, c.ws(generator, [seed]), spec)
-        expected = shade(sigma, embedding.YAW, resolution=size, box_warp=spec.box_warp)[0, 0].numpy()
+            sigma = generator.generator.field(c.ws(generator, [seed])).density_grid(spec)
+        expected = shade(sigma, embedding.YAW, resolution=size)[0, 0].numpy()
         place = 2 * (seed - 200_000) + ("before", "after").index(role)
         row, column = divmod(place, sheet["columns"])
         found = picture[row * size : (row + 1) * size, column * size : (column + 1) * size]

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.evaluation import geometry
+from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.reports import jobs
 from eg3d_rlhf.sigma.spec import SlabSpec
+from tests.evaluation.comparisons import Bodies, replaced
 
 
 def ball(spec, radius=0.3, centre=(0.0, 0.0, 0.0)):
@@ -18,12 +20,13 @@ def ball(spec, radius=0.3, centre=(0.0, 0.0, 0.0)):
     return (10 + 100 * (radius - distance)).float()
 
 
-def replace_bodies(monkeypatch, c, bodies):
-    """Let each network, by role, give `bodies[role](spec)` for every latent."""
-    roles = {id(generator.G): role for role, generator in c.generators().items()}
-    assert len(roles) == len(c.generators())
+def with_bodies(monkeypatch, c, bodies):
+    """The comparison in which each network, by role, gives `bodies[role](spec)` for every latent."""
     monkeypatch.setattr(geometry, "RESOLUTION", 32)
-    monkeypatch.setattr(geometry, "sigma_grid", lambda G, ws, spec: bodies[roles[id(G)]](spec).expand(len(ws), *spec.shape))
+    networks = {
+        role: replaced(generator, field=lambda ws, role=role: Bodies(bodies[role], len(ws))) for role, generator in c.generators().items()
+    }
+    return Comparison(**{**vars(c), **networks})
 
 
 def body_with_a_floater(spec):
@@ -31,8 +34,8 @@ def body_with_a_floater(spec):
 
 
 def test_known_bodies(tiny_comparison, monkeypatch, tmp_path):
-    replace_bodies(monkeypatch, tiny_comparison, {"before": body_with_a_floater, "after": ball, "control": body_with_a_floater})
-    finding = geometry.surfaces(tiny_comparison, tmp_path)
+    c = with_bodies(monkeypatch, tiny_comparison, {"before": body_with_a_floater, "after": ball, "control": body_with_a_floater})
+    finding = geometry.surfaces(c, tmp_path)
     means = {name: {role: m["mean"] for role, m in entry["means"].items()} for name, entry in finding.data["measures"].items()}
     assert means["components"] == {"before": 2, "after": 1, "control": 2}
     assert means["mean |curvature|"]["before"] == pytest.approx(1 / 0.25, rel=0.03)
@@ -45,11 +48,11 @@ def test_known_bodies(tiny_comparison, monkeypatch, tmp_path):
 
 
 def test_latents_without_a_surface_are_named(tiny_comparison, monkeypatch, tmp_path):
-    replace_bodies(monkeypatch, tiny_comparison, {"before": ball, "after": lambda spec: torch.zeros(spec.shape), "control": ball})
-    finding = geometry.surfaces(tiny_comparison, tmp_path)
+    c = with_bodies(monkeypatch, tiny_comparison, {"before": ball, "after": lambda spec: torch.zeros(spec.shape), "control": ball})
+    finding = geometry.surfaces(c, tmp_path)
     assert "absent" in finding.data and "raise --n" in finding.says[0]
     assert str(tiny_comparison.seeds()[0]) in finding.says[-1]
-    job = next(j for j in geometry.jobs(tiny_comparison) if j.key == "surfaces")
+    job = next(j for j in geometry.jobs(c) if j.key == "surfaces")
     assert jobs.run([job], tmp_path, quiet=True)["surfaces"].data["measures"] == {}  # its figures are drawn too
 
 
@@ -79,3 +82,38 @@ def test_views_job_runs_and_draws(tiny_comparison, tmp_path):
 
 def test_raising_n_raises_the_latents():
     assert geometry.latents(SimpleNamespace(n=1000)) == 250 and geometry.latents(SimpleNamespace(n=2)) == 2
+
+
+@pytest.fixture()
+def coarse(monkeypatch):
+    monkeypatch.setattr(geometry, "SIGMA_RESOLUTION", 12)
+
+
+def test_densities_equal_direct_counts(tiny_comparison, coarse):
+    c, seeds = tiny_comparison, tiny_comparison.seeds()
+    counts, values = geometry.sigma_values(c, c.before, seeds)
+    with torch.no_grad():
+        sigma = c.before.generator.field(c.ws(c.before, seeds)).density_grid(SlabSpec.of(c.before.generator.bounds, 12)).numpy()
+    assert counts.sum() == (sigma > 0).sum()
+    assert counts[0] == ((sigma > 0) & (sigma < 0.1)).sum()
+    assert np.allclose(values[geometry.LARGEST], sigma.max(axis=(1, 2, 3)))
+    assert np.allclose(values[geometry.POSITIVE], (sigma > 0).mean(axis=(1, 2, 3)))
+
+
+def test_scale_shows_and_values_beyond_the_last_edge_count(tiny_comparison, coarse, monkeypatch, tmp_path):
+    ramp = torch.linspace(-1, 1, 12**3).reshape(12, 12, 12)
+    scales = {"before": 100, "after": 1e6, "control": 100}
+    c = with_bodies(monkeypatch, tiny_comparison, {role: lambda spec, by=by: ramp * by for role, by in scales.items()})
+    finding = geometry.sigma_statistics(c, tmp_path)
+    means = finding.data["measures"][geometry.LARGEST]["means"]
+    assert means["before"]["mean"] == pytest.approx(100) and means["after"]["mean"] == pytest.approx(1e6)
+    assert sum(finding.data["counts"]["after"]) == sum(finding.data["counts"]["before"]) and finding.data["counts"]["after"][-1] > 0
+    assert finding.says[0].startswith("largest σ (raw density): 100 before, 1e+06 after, paired +1e+06")
+
+
+def test_densities_of_a_generator_against_itself_and_figures(unchanged, coarse, tmp_path):
+    job = next(j for j in geometry.jobs(unchanged) if j.key == "sigma-statistics")
+    finding = jobs.run([job], tmp_path, quiet=True)["sigma-statistics"]
+    assert finding.data["measures"][geometry.LARGEST]["paired"]["after"]["mean"] == 0 and "no change" in finding.says[0]
+    assert len(finding.rows) == unchanged.n and (tmp_path / "figures" / "sigma-statistics-largest.png").is_file()
+    assert any("--control" in line for line in finding.says)

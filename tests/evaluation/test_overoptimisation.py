@@ -7,6 +7,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.evaluation import overoptimisation as over
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.reports import jobs
+from eg3d_rlhf.reward.reward import Reward
 
 PROXY = np.array([0.0, 1, 2, 3, 4])
 
@@ -60,8 +61,9 @@ def test_without_snapshots_before_and_after_are_shown(unchanged, tmp_path):
     ],
 )
 def test_independence_of_the_second_reward(tiny_comparison, first, second, text):
-    held_out = (tiny_comparison.reward, tiny_comparison.spec, "hash")
-    c = Comparison(**{**vars(tiny_comparison), "held_out": held_out, "reward_meta": first, "held_out_meta": second})
+    reward = tiny_comparison.reward
+    rewards = {"reward": Reward(reward.observation, reward.network, first), "held_out": Reward(reward.observation, reward.network, second)}
+    c = Comparison(**{**vars(tiny_comparison), **rewards, "held_out_hash": "hash"})
     assert text in over.independence(c)
 
 

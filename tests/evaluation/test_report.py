@@ -109,7 +109,7 @@ def test_what_is_not_allowed(tiny_comparison, unchanged):
 def test_a_control_that_differs_is_told(tiny_comparison, tmp_path):
     other = comparisons.write_run(tmp_path / "other", {64: 0.1}, 0.0, batch=99)
     text = "\n".join(report.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {}))
-    assert "its run also differs in batch" in text
+    assert "its run also differs in batch 99 instead of 4" in text
 
 
 def test_selection_keeps_the_order():

@@ -42,8 +42,8 @@ def test_same_latents_have_a_row_per_network(tiny_comparison, small, tmp_path):
 
 
 def test_without_a_control_there_are_two_rows_and_a_note(unchanged, small, tmp_path):
-    finding = strips.same_latents(unchanged, [210_000, 210_001], tmp_path)
-    assert set(sizes(finding, tmp_path).values()) == {(32, 32)} and any("--control" in line for line in finding.says)
+    finding = strips.same_latents(unchanged, tmp_path)
+    assert set(sizes(finding, tmp_path).values()) == {(16 * strips.SHOWN, 32)} and any("--control" in line for line in finding.says)
 
 
 def test_orbit_stops_and_is_hidden_where_motion_is_unwelcome(tiny_comparison, small, monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eg3d_rlhf.evaluation.trajectories import slope_summary
+from eg3d_rlhf.evaluation.rewards import slope_summary
 from eg3d_rlhf.metrics.feature_sets import paired_separability
 from eg3d_rlhf.metrics.resampling import frechet_change_interval, kernel_change_interval
 from eg3d_rlhf.metrics.statistics import (

@@ -1,43 +1,65 @@
-"""Rewards of the same latents before and after: shift, final against initial, over truncation, and whether truncation keeps the ranks."""
+"""Rewards of the same latents: before and after, over truncation, and over the snapshots of a run with the control beside them.
 
-from functools import partial
+Two intervals of a trajectory's slope stand side by side, since they answer different questions. The *spread* is the range in which the
+middle 95 % of the latents' own least-squares slopes lie: it contains zero unless nearly all latents move the same way. The interval of the
+*mean* slope is a bootstrap over latents: with many latents it finds a drift that is far too small to see on any one of them, and it says
+nothing of other training runs, whose number here is one each.
+Letters: N latents, T snapshots.
+"""
+
 from pathlib import Path
 
 import numpy as np
 
+from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.texts import BOOTSTRAP, NO_CONTROL, contains_zero, span
-from eg3d_rlhf.metrics.statistics import LINE_INTERVAL, RANK_INTERVAL, bootstrap_mean_interval, fit_line, paired_summary, spearman
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, contains_zero, span
+from eg3d_rlhf.metrics.statistics import (
+    LINE_INTERVAL,
+    RANK_INTERVAL,
+    bootstrap_mean_interval,
+    fit_line,
+    paired_summary,
+    slopes,
+    spearman,
+)
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 
 PSIS = (0.25, 0.5, 0.7, 1.0)
 ROLES = ("before", "after", "reward")
 RANK_PSIS = (0.7, 0.25)
+FEWEST = 3  # networks, the one before tuning among them, under a slope
+SPREAD = "range of the middle 95 % of latents' least-squares slopes"
 
 
 def jobs(c: Comparison) -> list[Job]:
-    """Reward shift, reward over psi, rank consistency."""
-    many = {"n": c.n}
+    """Reward shift, reward over psi, rank consistency, and trajectories where the run kept enough snapshots."""
+    shifts = {"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines}
     return [
-        Job(
-            key="reward-shift", title="Reward of the same latents before and after", compute=partial(shift, c), inputs=c.inputs(**many),
-            plots={"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines},
-        ),
-        Job(
-            key="reward-psi", title="Reward over truncation", compute=partial(over_psi, c), plots={"means": plot_psi},
-            inputs=c.inputs(*ROLES, psis=PSIS, **many),
-        ),
-        Job(
-            key="rank-consistency", title="Do latents keep their rank under truncation?", compute=partial(ranks, c),
-            plots={"scatter": plot_ranks}, inputs=c.inputs(*ROLES, psis=RANK_PSIS, **many),
-        ),
+        c.job("reward-shift", "Reward of the same latents before and after", shift, shifts, n=c.n),
+        c.job("reward-psi", "Reward over truncation", over_psi, {"means": plot_psi}, ROLES, n=c.n, psis=PSIS),
+        c.job("rank-consistency", "Do latents keep their rank under truncation?", ranks, {"scatter": plot_ranks}, ROLES, n=c.n,
+              psis=RANK_PSIS),
+        trajectories_job(c),
     ]
 
 
-def shift(c: Comparison, folder: Path) -> Finding:
+def trajectories_job(c: Comparison) -> Job:
+    """The trajectories, or a part that says which snapshots are missing."""
+    kept = {role: c.snapshots(role) for role in ("after", "control")}
+    key, title = "trajectories", "Reward of fixed latents over training"
+    if len(kept["after"]) + 1 < FEWEST:
+        where = f" in {c.run.name}" if c.run is not None else " (no run folder was named)"
+        return c.absent(key, title, f"A trajectory needs {FEWEST - 1} snapshots of the tuned run; {len(kept['after'])} found{where}. Train "
+                        "with --snap=1, which keeps a snapshot per tick, and name the run with --run.")
+    files = {role: {f"{kimg:g}": file_hash(path) for kimg, path in found} for role, found in kept.items()}
+    plots = {"trajectories": plot_trajectories, "slopes": plot_slopes}
+    return c.job(key, title, trajectories, plots, ("before", "reward"), n=c.n, files=files)
+
+
+def shift(c: Comparison, _folder: Path) -> Finding:
     """Paired deltas with their mean and share positive; line of final against initial reward."""
-    del folder
     seeds = c.seeds()
     scores = {role: c.scores(generator, seeds).double().numpy() for role, generator in c.generators().items()}
     later = [role for role in scores if role != "before"]
@@ -77,9 +99,8 @@ def _shift_says(c: Comparison, paired: dict, lines: dict) -> list[str]:
             f"{moved if share < 0.1 else 'training alone moves this reward much, and the shift is not the reward phase alone'}."]
 
 
-def over_psi(c: Comparison, folder: Path) -> Finding:
+def over_psi(c: Comparison, _folder: Path) -> Finding:
     """Mean reward at several truncations."""
-    del folder
     seeds, rows = c.seeds(), []
     for role in ("before", "after"):
         for psi in PSIS:
@@ -96,9 +117,8 @@ def over_psi(c: Comparison, folder: Path) -> Finding:
     return Finding(facts=facts, data={"rows": rows}, rows=rows, says=says)
 
 
-def ranks(c: Comparison, folder: Path) -> Finding:
+def ranks(c: Comparison, _folder: Path) -> Finding:
     """Spearman's rho of the rewards at two truncations of the same latents."""
-    del folder
     seeds, found, scores = c.seeds(), {}, {}
     for role in ("before", "after"):
         pair = [c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS]
@@ -114,6 +134,58 @@ def ranks(c: Comparison, folder: Path) -> Finding:
     ]
     facts = c.facts(seeds, ROLES, RANK_INTERVAL, psi=None)
     return Finding(facts=facts, data={"scores": scores, "rho": found, "psis": RANK_PSIS}, rows=rows, says=says)
+
+
+def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
+    """Slopes per kimg of values [N, T]: their mean with bootstrap interval, and the range of the middle 95 %."""
+    found = slopes(times, values)
+    mean, lo, hi = bootstrap_mean_interval(found)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return {"slopes": found.tolist(), "mean": mean, "mean_lo": lo, "mean_hi": hi, "spread_lo": float(low), "spread_hi": float(high)}
+
+
+def trajectories(c: Comparison, _folder: Path) -> Finding:
+    """Rewards over snapshots and per-latent slopes."""
+    seeds, data, rows = c.seeds(), {"roles": {}}, []
+    start = c.scores(c.before, seeds).double().numpy()
+    for role in ("after", "control"):
+        kept = [(kimg, path) for kimg, path in c.snapshots(role) if kimg > 0]
+        if len(kept) + 1 < FEWEST:
+            continue
+        times = np.array([0.0, *(kimg for kimg, _ in kept)])
+        values = np.stack([start, *(c.scores(c.load(path), seeds).double().numpy() for _, path in kept)], axis=1)  # [N, T]
+        steps = [bootstrap_mean_interval(column)._asdict() for column in values.T]
+        data["roles"][role] = {"kimg": times.tolist(), "values": values.tolist(), "means": steps, **slope_summary(times, values)}
+        rows += [{"role": role, "kimg": float(t), **step} for t, step in zip(times, steps, strict=True)]
+    says = _trajectory_says(data["roles"])
+    facts = c.facts(seeds, ("before", "after", "control", "reward"), f"{SPREAD}; mean slope: {BOOTSTRAP}")
+    return Finding(facts=facts, data=data, rows=rows, says=says)
+
+
+def _trajectory_says(roles: dict) -> list[str]:
+    says = []
+    for role, name in (("after", "tuned run"), ("control", "control")):
+        if role not in roles:
+            continue
+        r = roles[role]
+        verdict = "contains" if contains_zero(r["spread_lo"], r["spread_hi"]) else "does not contain"
+        says.append(
+            f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in [{r['spread_lo']:+.2f}, {r['spread_hi']:+.2f}], "
+            f"which {verdict} zero; mean "
+            f"{span(r['mean'], r['mean_lo'], r['mean_hi'], '+.2f')}."
+        )
+    if "control" not in roles:
+        return [*says, NO_CONTROL + " It needs snapshots, too: --snap=1."]
+    tuned, control = roles["after"], roles["control"]
+    if contains_zero(control["mean_lo"], control["mean_hi"]):
+        says.append("No drift of the control is shown, neither for single latents nor on average.")
+    else:
+        says.append(
+            f"On average the control does drift: its mean slope differs from zero, at {abs(control['mean'] / tuned['mean']):.1%} of the "
+            "tuned run's. Going on with GAN training moves more latents one way than the other, and a mean over many latents resolves "
+            "that. One run cannot show whether other training seeds drift the same way."
+        )
+    return says
 
 
 def plot_histograms(data: dict):
@@ -182,4 +254,31 @@ def plot_ranks(data: dict):
         axis.plot(x, y, ".", markersize=4, color=style.colour(role))
         axis.set(xlabel=f"rank at ψ = {high:g}", ylabel=f"rank at ψ = {low:g}",
                  title=f"{role}: rho {rho['mean']:.2f} [{rho['lo']:.2f}, {rho['hi']:.2f}]")
+    return drawn
+
+
+def plot_trajectories(data: dict):
+    """Every latent's reward over training, the mean on top."""
+    drawn, axes = style.figure(columns=len(data["roles"]))
+    for axis, (role, r) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
+        axis.plot(r["kimg"], np.asarray(r["values"]).T, color=style.colour(role), alpha=0.15, linewidth=0.6)
+        axis.plot(r["kimg"], [step["mean"] for step in r["means"]], "o-", color=style.colour(role), linewidth=2, markersize=4, label="mean")
+        axis.set(xlabel="training, thousand images", ylabel="reward", title=f"{role}, {len(r['values'])} latents")
+        axis.legend()
+    every = np.concatenate([np.ravel(r["values"]) for r in data["roles"].values()])
+    for axis in np.atleast_1d(axes):
+        axis.set_ylim(every.min() - 0.5, every.max() + 0.5)
+    return drawn
+
+
+def plot_slopes(data: dict):
+    """Distribution of latents' slopes per run, with both intervals."""
+    drawn, axes = style.figure(columns=len(data["roles"]))
+    for axis, (role, r) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
+        axis.hist(r["slopes"], bins=25, color=style.colour(role), alpha=0.6)
+        axis.axvspan(r["spread_lo"], r["spread_hi"], color=style.colour(role), alpha=0.12, label="middle 95 % of latents")
+        axis.axvspan(r["mean_lo"], r["mean_hi"], color=style.colour(role), alpha=0.8, label="mean, 95 % interval")
+        axis.axvline(0, color=style.colour("noise"), linewidth=1.2)
+        axis.set(xlabel="slope, reward per kimg", ylabel="latents", title=role)
+        axis.legend(fontsize=7)
     return drawn

@@ -1,0 +1,300 @@
+"""Images: their distance to the data, how much they differ from each other, and how far those of the same latent have moved.
+
+Letters: N images or latents, F features, R pixels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, span
+from eg3d_rlhf.field import render_each
+from eg3d_rlhf.generators import LoadedGenerator, camera, latents
+from eg3d_rlhf.metrics import feature_sets
+from eg3d_rlhf.metrics.features import load_features
+from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips, psnr, ssim
+from eg3d_rlhf.metrics.resampling import (
+    METHOD,
+    SAFE_SAMPLES,
+    frechet_change_interval,
+    frechet_interval,
+    kernel_change_interval,
+    kernel_interval,
+)
+from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file
+from eg3d_rlhf.seeds import IMAGES
+from training.dataset import ImageFolderDataset
+from training.synthetic_heads import resolve_dataset
+
+REALS_PER_FAKE = 4
+RESAMPLES = 100
+SLABS = "σ slabs"
+SLAB_CELLS = 32  # cells per edge that larger slabs are averaged to before they are compared
+YAW = 0.3  # radians from frontal: a view that shows the shape
+NO_LPIPS = "LPIPS is left out: no weights are bundled. Name them with --lpips=FILE, a TorchScript file that is called as f(a, b)."
+NO_IDENTITY = (
+    "Identity drift is left out: it needs a network that embeds faces, and none is bundled. Name one with --identity=FILE, a TorchScript "
+    "file that maps images [N, 3, H, W] in [-1, 1] to embeddings [N, F]."
+)
+Pairwise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def jobs(c: Comparison) -> list[Job]:
+    """Distances to the data, diversity, appearance drift, and identity drift where a network is named."""
+    roles, inception = ("before", "after", "control"), identity_of_file(c.inception)
+    title, moved, identity = "Images against the data", {"similarity": plot_similarity}, "Does a latent keep its identity?"
+    return [
+        c.job("image-distances", title, distances, {"distances": plot_distances, "precision-recall": plot_precision_recall}, roles,
+              version=2, data=c.data, mirror=c.mirror, images=c.images, inception=inception)
+        if c.data else c.absent("image-distances", title, "No dataset is known: name it with --data."),
+        c.job("diversity", "Diversity: do samples still differ from each other?", spread, {"pairwise": plot_spread}, n=c.n,
+              inception=inception),
+        c.job("appearance-drift", "Do images of the same latent look the same?", appearance_drift, moved, roles, n=c.n,
+              lpips=identity_of_file(c.lpips)),
+        c.job("identity-drift", identity, identity_drift, moved, roles, n=c.n, identity=identity_of_file(c.identity))
+        if c.identity is not None else c.absent("identity-drift", identity, NO_IDENTITY),
+    ]
+
+
+def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
+    """Features [M, F] of up to REALS_PER_FAKE * images reals drawn by --seed, and the dataset."""
+    dataset = ImageFolderDataset(resolve_dataset(c.data), use_labels=True, xflip=c.mirror, c_dim=25)
+    if dataset.resolution != c.before.generator.img_resolution:
+        size = c.before.generator.img_resolution
+        raise ValueError(f"--data: expected images of {size} pixels as the generator's, got {dataset.resolution}. Resize the data.")
+    chosen = np.random.RandomState(c.seed).permutation(len(dataset))[: REALS_PER_FAKE * c.images]
+    parts = []
+    for start in range(0, len(chosen), 64):
+        pixels = np.stack([dataset[int(i)][0] for i in chosen[start : start + 64]])
+        images = torch.from_numpy(pixels).to(c.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
+        parts.append(network(images).cpu().numpy())
+    return np.concatenate(parts), dataset
+
+
+def images_of(
+    c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, seeds: Sequence[int], chosen: np.ndarray
+) -> Iterator[torch.Tensor]:
+    """Images [<= batch, 3, R, R] of seeds without truncation, seed i under (and conditioned on) cameras[chosen[i]] of cameras [M, 25]."""
+    for start in range(0, len(seeds), c.batch):
+        part = seeds[start : start + c.batch]
+        labels = torch.from_numpy(cameras[chosen[start : start + len(part)]]).to(c.device)
+        with torch.no_grad():
+            field = generator.generator.field(generator.generator.mapping(latents(part, generator.generator.z_dim).to(c.device), labels))
+        yield render_each(field, [labels], seed=part[0])[0].image
+
+
+def fake_features(c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network) -> np.ndarray:
+    """Features [N, F] of c.images fakes under cameras of the data; latents, cameras and ray jitter alike for all networks."""
+    chosen = np.random.RandomState(c.seed).randint(len(cameras), size=c.images)
+    drawn = images_of(c, generator, cameras, c.seeds(c.images, IMAGES), chosen)
+    return np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in drawn])
+
+
+def distances(c: Comparison, _folder: Path) -> Finding:
+    """All distances of all networks' images to the data's, and paired changes."""
+    network = load_features(c.inception, c.device)
+    real, dataset = real_features(c, network)
+    cameras = dataset.get_labels()
+    fakes = {role: fake_features(c, generator, cameras, network) for role, generator in c.generators().items()}
+    measures = {"kernel": (kernel_interval, kernel_change_interval)}
+    if min(c.images, len(real)) > network.dim:
+        measures = {"Fréchet": (frechet_interval, frechet_change_interval), **measures}
+    rows, changes = [], []
+    for name, (single, paired) in measures.items():
+        for role, features in fakes.items():
+            rows.append({"distance": name, "role": role, **single(features, real, RESAMPLES, c.seed)._asdict()})
+            if role != "before":
+                changes.append({"distance": name, "role": role, **paired(fakes["before"], features, real, RESAMPLES, c.seed)._asdict()})
+    shown = []
+    for role, features in fakes.items():
+        found = feature_sets.precision_recall(features, real[: c.images])
+        for name, interval in found.intervals().items():
+            shown.append({"measure": name, "role": role, "value": getattr(found, name), "lo": interval.lo, "hi": interval.hi})
+    facts = c.facts(
+        c.seeds(c.images, IMAGES), ("before", "after", "control"), f"95 % {METHOD}, {RESAMPLES} resamples; Wilson for precision "
+        f"and recall", unit=f"images against {len(real):,} of the data, features {network.name}", psi=1.0,
+    )
+    data = {"distances": rows, "changes": changes, "precision_recall": shown}
+    return Finding(facts=facts, data=data, rows=[*rows, *({**r, "distance": f"{r['distance']}, change"} for r in changes), *shown],
+                   says=_distance_says(c, rows, changes, shown, network.dim))
+
+
+def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: int) -> list[str]:
+    says = []
+    for change in changes:
+        before = next(r for r in rows if r["distance"] == change["distance"] and r["role"] == "before")
+        moved = "farther from" if change["lo"] > 0 else "nearer to" if change["hi"] < 0 else "neither shown nearer to nor farther from"
+        says.append(
+            f"{change['distance']} distance, {change['role']} minus before: {span(change['mean'], change['lo'], change['hi'], '+.4g')} on "
+            f"{before['mean']:.4g}: images are {moved} the data."
+        )
+    after = {r["measure"]: r for r in shown if r["role"] == "after"}
+    before = {r["measure"]: r for r in shown if r["role"] == "before"}
+    says += [f"{name.capitalize()} {before[name]['value']:.3f} -> {after[name]['value']:.3f}." for name in after]
+    reach = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
+    says.append(f"Precision and recall count the data within {reach}, at this number of images only.")
+    if not any(r["distance"] == "Fréchet" for r in rows):
+        says.append(f"No Fréchet distance: it needs more images than the {dim} features. Raise --images.")
+    elif c.images < SAFE_SAMPLES * dim:
+        says.append(f"With under {SAFE_SAMPLES * dim:,} images the Fréchet distances stay too high, their change less so. Raise --images.")
+    says.append("Distances under these features do not compare with published FIDs, unless --inception names the usual network.")
+    return says
+
+
+def views(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float = 0.0, jitter: int | None = None) -> Iterator[torch.Tensor]:
+    """Images [<= batch, 3, R, R] of seeds. Args: jitter: seed of the ray jitter of every batch; None: the first of its latents."""
+    for start, field in zip(range(0, len(seeds), c.batch), c.fields(generator, seeds), strict=True):
+        yield render_each(field, [camera(generator.generator, yaw=yaw)], seed=seeds[start] if jitter is None else jitter)[0].image
+
+
+def _cells(seen: torch.Tensor) -> np.ndarray:
+    """[N, cells] of observations [N, ...]; slabs [N, 1, D, H, W] are averaged where they are larger than SLAB_CELLS."""
+    if seen.ndim == 5:
+        seen = functional.adaptive_avg_pool3d(seen, [min(edge, SLAB_CELLS) for edge in seen.shape[2:]])
+    return seen.flatten(1).cpu().numpy()
+
+
+def spread(c: Comparison, _folder: Path) -> Finding:
+    """Mean pairwise distances of the same latents' images and slabs, and their ratios to before."""
+    seeds, network = c.seeds(), load_features(c.inception, c.device)
+    shapes = SLABS if c.reward.observation.kind == SigmaSlab.kind else f"what the reward reads ({c.reward.observation.kind})"
+    found: dict[str, dict[str, np.ndarray]] = {"image features": {}, shapes: {}}
+    for role, generator in c.generators().items():
+        frontal = views(c, generator, seeds, jitter=seeds[0])
+        features = np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal])
+        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])
+        for name, items in (("image features", features), (shapes, cells)):
+            found[name][role] = feature_sets.pairwise_distances(items)
+    rows = []
+    for name, roles in found.items():
+        for role, matrix in roles.items():
+            mean, lo, hi = feature_sets.mean_pairwise(matrix)
+            ratio = feature_sets.pairwise_ratio(roles["before"], matrix)
+            rows.append({"of": name, "role": role, "mean": mean, "lo": lo, "hi": hi, "ratio": ratio.mean, "ratio_lo": ratio.lo,
+                         "ratio_hi": ratio.hi})
+    says = []
+    for row in (r for r in rows if r["role"] == "after"):
+        kept = "less" if row["ratio_hi"] < 1 else "more" if row["ratio_lo"] > 1 else "neither shown more nor less"
+        says.append(f"Mean pairwise distance of {row['of']}: {span(row['ratio'], row['ratio_lo'], row['ratio_hi'], '.3f')} times that "
+                    f"before; samples are {kept} diverse.")
+    if shapes == SLABS:
+        says.append("Slabs are compared as the reward reads them, each on its own scale of 0 to 100.")
+    says.append("A collapse would show as a ratio near 0; less diversity alone does not say whether faults or good variety went.")
+    return Finding(facts=c.facts(seeds, ("before", "after", "control"), feature_sets.METHOD), data={"rows": rows}, rows=rows, says=says)
+
+
+def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
+    """Images [N, 3, R, R] on the CPU, with constant noise and the same ray jitter in every call."""
+    return torch.cat([images.float().clamp(-1, 1).cpu() for images in views(c, generator, seeds, yaw)])
+
+
+def _in_batches(c: Comparison, measure: Pairwise, first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    pairs = zip(first.split(c.batch), second.split(c.batch), strict=True)
+    return torch.cat([measure(a.to(c.device), b.to(c.device)).cpu() for a, b in pairs]).double().numpy()
+
+
+def _drift(c: Comparison, measures: dict[str, Pairwise], yaw: float) -> tuple[dict, list[dict], Facts]:
+    """Values per measure and pair of networks: data, rows, facts. 'other latent' pairs each image before with the next latent's."""
+    seeds = c.seeds()
+    images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
+    images["other latent"] = images["before"].roll(1, 0)
+    data = {
+        name: {role: _in_batches(c, measure, images["before"], other).tolist() for role, other in images.items() if role != "before"}
+        for name, measure in measures.items()
+    }
+    rows = [
+        {"measure": name, "against": role, **bootstrap_mean_interval(values)._asdict()} for name, roles in data.items()
+        for role, values in roles.items()
+    ]
+    return {"measures": data, "rows": rows}, rows, c.facts(seeds, ("before", "after", "control"), BOOTSTRAP)
+
+
+def _drift_says(rows: list[dict]) -> list[str]:
+    says = []
+    for name in dict.fromkeys(row["measure"] for row in rows):
+        found = {row["against"]: span(row["mean"], row["lo"], row["hi"], ".3f") for row in rows if row["measure"] == name}
+        beside = f"; control {found['control']}" if "control" in found else ""
+        says.append(f"{name}, before against after: {found['after']}{beside}; against another latent {found['other latent']}.")
+    return says
+
+
+def appearance_drift(c: Comparison, _folder: Path) -> Finding:
+    """PSNR, SSIM and, where weights are named, LPIPS between images of the same latent before and after."""
+    measures: dict[str, Pairwise] = {"PSNR, dB": psnr, "SSIM": ssim}
+    if c.lpips is not None:
+        measures["LPIPS"] = load_lpips(c.lpips, c.device)
+    data, rows, facts = _drift(c, measures, YAW)
+    missing = [*([NO_LPIPS] if c.lpips is None else []), *([NO_CONTROL] if c.control is None else [])]
+    meaning = (
+        "Drift is change, not harm: a better shape has to look different. The control says how much goes on without the reward; another "
+        "latent says what no likeness at all looks like."
+    )
+    return Finding(facts=facts, data=data, rows=rows, says=[*_drift_says(rows), meaning, *missing])
+
+
+def identity_drift(c: Comparison, _folder: Path) -> Finding:
+    """Cosine similarity of the named network's embeddings, frontal view."""
+    embed = load_identity(c.identity, c.device)
+    data, rows, facts = _drift(c, {"cosine similarity": lambda a, b: (embed(a) * embed(b)).sum(dim=1)}, 0.0)
+    meaning = "What counts as identity is what this network was trained to tell apart; outside its domain the figure means little."
+    return Finding(facts=facts, data=data, rows=rows, says=[*_drift_says(rows), meaning])
+
+
+def _points(axis, rows: list, *columns: str) -> None:
+    """One point with its interval per row, named by role."""
+    for i, row in enumerate(rows):
+        style.interval(axis, i, row, row["role"], *columns)
+    axis.set_xticks(range(len(rows)), [row["role"] for row in rows])
+    axis.set_xlim(-0.5, len(rows) - 0.5)
+
+
+def plot_distances(data: dict):
+    """Distances to the data with intervals."""
+    names = list(dict.fromkeys(row["distance"] for row in data["distances"]))
+    drawn, axes = style.figure(columns=len(names))
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        _points(axis, [row for row in data["distances"] if row["distance"] == name])
+        axis.set(ylabel=f"{name} distance, squared feature units", title=f"{name} distance to the data")
+    return drawn
+
+
+def plot_precision_recall(data: dict):
+    """Precision and recall with intervals."""
+    drawn, axes = style.figure(columns=2)
+    for axis, name in zip(axes, ("precision", "recall"), strict=True):
+        _points(axis, [row for row in data["precision_recall"] if row["measure"] == name], "value")
+        axis.set(ylabel=f"{name}, share", title=name, ylim=(0, 1.02))
+    return drawn
+
+
+def plot_spread(data: dict):
+    """Mean pairwise distances with intervals."""
+    names = list(dict.fromkeys(row["of"] for row in data["rows"]))
+    drawn, axes = style.figure(columns=len(names))
+    for axis, name in zip(axes, names, strict=True):
+        _points(axis, [row for row in data["rows"] if row["of"] == name])
+        axis.set(ylabel="mean pairwise RMS difference", title=f"Diversity of {name}")
+        axis.set_ylim(bottom=0)
+    return drawn
+
+
+def plot_similarity(data: dict):
+    """Distribution of each measure per pair of networks."""
+    drawn, axes = style.figure(columns=len(data["measures"]))
+    for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
+        parts = axis.violinplot(list(roles.values()), showextrema=False)
+        for i, (body, role) in enumerate(zip(parts["bodies"], roles, strict=True)):
+            body.set_facecolor(style.colour(role))
+            body.set_alpha(0.5)
+            row = next(r for r in data["rows"] if r["measure"] == name and r["against"] == role)
+            style.interval(axis, i + 1, row, role, markersize=4)
+        axis.set_xticks(range(1, len(roles) + 1), list(roles))
+        axis.set(ylabel=name, title=f"{name}, against before")
+    return drawn

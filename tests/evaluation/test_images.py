@@ -1,0 +1,131 @@
+"""Images: a generator against itself, against a collapsed one, and what is missing; drift, and what the user's networks add."""
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.evaluation import images
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.metrics.image_similarity import PSNR_CAP
+from eg3d_rlhf.reports import jobs
+from tests.evaluation.comparisons import StandIn, replaced
+from tests.metrics.test_image_similarity import Embed, Pair
+
+
+class Means:
+    """A feature network with few features, so that few images carry a covariance."""
+
+    name, dim = "means", 3
+
+    def __call__(self, images):
+        return images.mean(dim=(2, 3))
+
+
+@pytest.fixture()
+def few_features(monkeypatch):
+    monkeypatch.setattr(images, "load_features", lambda *_: Means())
+
+
+def test_a_generator_against_itself(unchanged, few_features, tmp_path):
+    found = images.distances(unchanged, tmp_path)
+    by = {(row["distance"], row["role"]): row for row in found.data["distances"]}
+    assert set(by) == {(d, r) for d in ("Fréchet", "kernel") for r in ("before", "after")}
+    assert by["Fréchet", "before"]["measured"] == by["Fréchet", "after"]["measured"] > 0
+    for change in found.data["changes"]:
+        assert change["measured"] == 0 and change["lo"] <= 0 <= change["hi"]
+    assert "neither shown nearer" in " ".join(found.says)
+
+
+def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
+    def brighter(ws):
+        field = unchanged.after.generator.field(ws)
+        return StandIn(field, render=lambda *a: (out := field.render(*a))._replace(image=out.image + 3.0))
+
+    c = Comparison(**{**vars(unchanged), "after": replaced(unchanged.after, field=brighter)})
+    found = images.distances(c, tmp_path)
+    assert all(change["lo"] > 0 for change in found.data["changes"]) and "farther from" in " ".join(found.says)
+    shown = {(row["measure"], row["role"]): row["value"] for row in found.data["precision_recall"]}
+    assert shown["precision", "after"] == shown["recall", "after"] == 0
+
+
+def test_too_few_images_leave_the_frechet_distance_out(tiny_comparison, tmp_path):
+    first, second = images.jobs(tiny_comparison)[:2]
+    found = jobs.run([first, second], tmp_path, quiet=True)
+    assert {row["distance"] for row in found["image-distances"].data["distances"]} == {"kernel"}
+    assert any("No Fréchet distance" in text and "--images" in text for text in found["image-distances"].says)
+    assert {row["role"] for row in found["diversity"].rows} == {"before", "after", "control"}
+    assert {path.name for path in (tmp_path / "figures").glob("*.png")} == {
+        "image-distances-distances.png", "image-distances-precision-recall.png", "diversity-pairwise.png",
+    }
+
+
+def test_without_data_the_part_says_so(unchanged, tmp_path):
+    first = images.jobs(Comparison(**{**vars(unchanged), "data": ""}))[0]
+    assert "--data" in first.compute(tmp_path).says[0] and not first.plots
+
+
+def test_other_resolution_is_refused(unchanged, tmp_path):
+    c = Comparison(**{**vars(unchanged), "before": replaced(unchanged.before, img_resolution=64)})
+    with pytest.raises(ValueError, match="--data: expected images of 64"):
+        images.real_features(c, Means())
+
+
+def test_collapse_shows(unchanged, tmp_path):
+    def mapping(z, c, **truncation):
+        return unchanged.after.generator.mapping(torch.zeros_like(z), c, **truncation)
+
+    c = Comparison(**{**vars(unchanged), "after": replaced(unchanged.after, mapping=mapping)})
+    found = images.spread(c, tmp_path)
+    # ray jitter, which differs within a batch, keeps equal shapes' images apart
+    ratios = {row["of"]: row["ratio"] for row in found.rows if row["role"] == "after"}
+    assert ratios["σ slabs"] < 0.01 and ratios["image features"] < 0.5 and " less diverse" in " ".join(found.says)
+    same = [row for row in images.spread(unchanged, tmp_path).rows if row["role"] == "after"]
+    np.testing.assert_allclose([[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6)
+
+
+def test_large_slabs_are_averaged():
+    cells = images._cells(torch.arange(64.0).reshape(1, 1, 1, 1, 64))
+    np.testing.assert_allclose(cells, [np.arange(64).reshape(32, 2).mean(axis=1)])
+
+
+@pytest.fixture()
+def with_networks(tiny_comparison, tmp_path):
+    torch.jit.script(Pair()).save(str(tmp_path / "pair.pt"))
+    torch.jit.script(Embed()).save(str(tmp_path / "embed.pt"))
+    return Comparison(**{**vars(tiny_comparison), "lpips": tmp_path / "pair.pt", "identity": tmp_path / "embed.pt"})
+
+
+def test_no_drift_against_itself(unchanged, tmp_path):
+    found = images.appearance_drift(unchanged, tmp_path)
+    mean = {(row["measure"], row["against"]): row["mean"] for row in found.rows}
+    assert mean["PSNR, dB", "after"] == PSNR_CAP and mean["SSIM", "after"] == 1
+    assert mean["PSNR, dB", "other latent"] < 60 and mean["SSIM", "other latent"] < 1
+    assert images.NO_LPIPS in found.says and any("--control" in text for text in found.says)
+
+
+def test_control_moves_less(tiny_comparison, tmp_path):
+    rows = images.appearance_drift(tiny_comparison, tmp_path).rows
+    mean = {(row["measure"], row["against"]): row["mean"] for row in rows}
+    assert all(mean[name, "control"] > mean[name, "after"] for name in ("PSNR, dB", "SSIM"))
+
+
+def test_the_users_networks(with_networks, tmp_path):
+    parts = images.jobs(with_networks)[2:]
+    found = jobs.run(parts, tmp_path / "out", quiet=True)
+    assert list(found["appearance-drift"].data["measures"]) == ["PSNR, dB", "SSIM", "LPIPS"]
+    c, seeds = with_networks, with_networks.seeds()
+    before, after = (images.renderings(c, g, seeds, images.YAW) for g in (c.before, c.after))
+    expected = (before - after).abs().mean(dim=(1, 2, 3)).tolist()
+    assert found["appearance-drift"].data["measures"]["LPIPS"]["after"] == pytest.approx(expected, rel=1e-5)
+    cosine = found["identity-drift"].data["measures"]["cosine similarity"]["after"]
+    assert len(cosine) == 16 and all(-1.0001 <= value <= 1.0001 for value in cosine)
+    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) == 2
+
+
+def test_without_a_network_identity_says_how(unchanged, tmp_path):
+    part = images.jobs(unchanged)[3]
+    assert part.compute(tmp_path).says == [images.NO_IDENTITY] and not part.plots
+
+
+def test_the_file_is_part_of_the_identity(with_networks, tiny_comparison):
+    assert images.jobs(with_networks)[2].identity() != images.jobs(tiny_comparison)[2].identity()

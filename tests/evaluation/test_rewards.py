@@ -1,0 +1,147 @@
+"""Rewards: shift, truncation and ranks on scores that are known; planted slopes, and what is said of a control that drifts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.evaluation import rewards
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.reports import jobs
+from tests.evaluation import comparisons
+
+RNG = np.random.default_rng(0)
+
+
+def planted(c, scores, psi=0.7):
+    """The comparison with these scores per role, as if they had been computed."""
+    memory = {
+        (c.reward_hash, c.generators()[role].hash, tuple(c.seeds()), psi): torch.tensor(values) for role, values in scores.items()
+    }
+    return Comparison(**{**vars(c), "memory": {**c.memory, **memory}})
+
+
+def test_planted_shift_is_found(tiny_comparison):
+    before = RNG.normal(size=16)
+    after = 2 + 0.5 * before
+    after[:3] = before[:3] - 1
+    c = planted(tiny_comparison, {"before": before, "after": after, "control": before + 1e-3 * RNG.normal(size=16)})
+    found = rewards.shift(c, None)
+    p = found.data["paired"]["after"]
+    assert (p["positive"], p["n"]) == ((after > before).sum(), 16)
+    np.testing.assert_allclose(p["mean"], (after - before).mean())
+    assert p["mean_lo"] < p["mean"] < p["mean_hi"] and found.data["paired"]["control"]["mean_hi"] < 0.01
+    np.testing.assert_allclose([row["delta_after"] for row in found.rows], after - before)
+    assert [row["seed"] for row in found.rows] == list(range(200_000, 200_016))
+    assert "not that the shapes are better" in " ".join(found.says) and "tenth" not in " ".join(found.says)
+
+
+def test_line_of_final_against_initial(tiny_comparison):
+    before = RNG.normal(size=16)
+    c = planted(tiny_comparison, {"before": before, "after": 3 + 0.25 * before, "control": before})
+    lines = rewards.shift(c, None).data["lines"]
+    np.testing.assert_allclose([lines["after"]["slope"], lines["after"]["intercept"], lines["control"]["slope"]], [0.25, 3, 1])
+
+
+def test_a_generator_against_itself(unchanged):
+    found = rewards.shift(unchanged, None)
+    p = found.data["paired"]["after"]
+    assert (p["positive"], p["ties"], p["mean"]) == (0, 16, 0) and "control" not in found.data["paired"]
+    assert any("--control" in text for text in found.says)
+    ranks = rewards.ranks(unchanged, None).data
+    assert ranks["rho"]["before"] == ranks["rho"]["after"]
+
+
+def test_ranks_kept_and_turned(tiny_comparison):
+    values = RNG.normal(size=16)
+    c = planted(planted(tiny_comparison, {"before": values, "after": values}), {"before": values**3, "after": -values}, psi=0.25)
+    rho = rewards.ranks(c, None).data["rho"]
+    assert rho["before"]["mean"] == 1 and rho["after"]["mean"] == -1
+
+
+def test_truncation_table(tiny_comparison):
+    rows = rewards.over_psi(tiny_comparison, None).data["rows"]
+    assert [(r["role"], r["psi"]) for r in rows] == [(role, psi) for role in ("before", "after") for psi in rewards.PSIS]
+    expected = tiny_comparison.scores(tiny_comparison.after, tiny_comparison.seeds(), 0.5).mean()
+    np.testing.assert_allclose(next(r["mean"] for r in rows if r["role"] == "after" and r["psi"] == 0.5), expected, rtol=1e-5)
+    assert all(r["lo"] <= r["mean"] <= r["hi"] for r in rows)
+
+
+def test_everything_is_drawn(tiny_comparison, unchanged, tmp_path):
+    parts = rewards.jobs(tiny_comparison)[:1]
+    jobs.run(parts, tmp_path, quiet=True)
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 3
+    for part in (*rewards.jobs(unchanged)[:3], *rewards.jobs(tiny_comparison)[1:3]):
+        data = json.loads(json.dumps(part.compute(tmp_path).to_dict()))["data"]
+        for plot in part.plots.values():
+            assert all(axis.get_xlabel() and axis.get_ylabel() for axis in plot(data).axes)
+
+
+@pytest.mark.parametrize("change", [{"n": 17}, {"psi": 0.5}, {"seed": 1}, {"reward_hash": "other"}])
+def test_identity_follows_what_matters(tiny_comparison, change):
+    other = Comparison(**{**vars(tiny_comparison), **change})
+    assert rewards.jobs(tiny_comparison)[0].identity() != rewards.jobs(other)[0].identity()
+    assert rewards.jobs(tiny_comparison)[0].identity() == rewards.jobs(Comparison(**{**vars(tiny_comparison), "batch": 3}))[0].identity()
+
+
+TIMES = np.array([0.0, 0.06, 0.12, 0.24])
+
+
+def planted_values(slope, scatter, noise=0.0, n=100, seed=0):
+    """Rewards [N, T]: every latent rises with its own slope."""
+    rng = np.random.default_rng(seed)
+    own = slope + scatter * rng.normal(size=n)
+    return rng.normal(size=n)[:, None] + own[:, None] * TIMES + noise * rng.normal(size=(n, len(TIMES)))
+
+
+def test_planted_slopes():
+    found = rewards.slope_summary(TIMES, planted_values(30, 2))
+    assert abs(found["mean"] - 30) < 0.6 and found["mean_lo"] < found["mean"] < found["mean_hi"]
+    np.testing.assert_allclose([found["spread_lo"], found["spread_hi"]], np.quantile(found["slopes"], [0.025, 0.975]))
+    assert found["spread_lo"] > 0
+
+
+def test_no_slope_has_zero_in_both_intervals():
+    found = rewards.slope_summary(TIMES, planted_values(0, 0.3, 0.05))
+    assert found["spread_lo"] < 0 < found["spread_hi"] and found["mean_lo"] < 0 < found["mean_hi"]
+
+
+def test_mean_interval_covers_a_small_drift():
+    inside = [rewards.slope_summary(TIMES, planted_values(-0.17, 0.2, seed=s)) for s in range(60)]
+    assert 0.87 <= np.mean([f["mean_lo"] <= -0.17 <= f["mean_hi"] for f in inside])
+
+
+def _roles(control):
+    return {"after": rewards.slope_summary(TIMES, planted_values(30, 2)), "control": rewards.slope_summary(TIMES, control)}
+
+
+def test_a_drifting_control_is_called_so():
+    says = " ".join(rewards._trajectory_says(_roles(planted_values(-0.17, 0.2))))
+    assert "contains zero" in says and "the control does drift" in says and "No drift" not in says
+    says = " ".join(rewards._trajectory_says(_roles(planted_values(0, 0.2))))
+    assert "No drift of the control is shown" in says and "does drift" not in says
+
+
+def test_run_with_snapshots(tiny_comparison, tmp_path):
+    part = rewards.trajectories_job(tiny_comparison)
+    data = jobs.run([part], tmp_path, quiet=True)["trajectories"].data["roles"]
+    assert data["after"]["kimg"] == data["control"]["kimg"] == [0, 0.064, 0.128, 0.192]
+    c, seeds = tiny_comparison, tiny_comparison.seeds()
+    np.testing.assert_allclose(np.array(data["after"]["values"])[:, [0, -1]].T, [c.scores(c.before, seeds), c.scores(c.after, seeds)])
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 2
+
+
+def test_no_control_is_said(tiny_comparison, tmp_path):
+    c = Comparison(**{**vars(tiny_comparison), "control": None, "control_run": None})
+    part = rewards.trajectories_job(c)
+    found = jobs.run([part], tmp_path, quiet=True)["trajectories"]
+    assert list(found.data["roles"]) == ["after"] and any("--snap=1" in text for text in found.says)
+
+
+@pytest.mark.parametrize("amounts", [{}, {64: 0.1}])
+def test_too_few_snapshots(unchanged, tmp_path, amounts):
+    run = comparisons.write_run(tmp_path / "run", amounts, 10.0) if amounts else None
+    part = rewards.trajectories_job(Comparison(**{**vars(unchanged), "run": run}))
+    (text,) = part.compute(tmp_path).says
+    assert f"{len(amounts)} found" in text and "--snap=1" in text and not part.plots
