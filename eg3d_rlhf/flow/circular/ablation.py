@@ -5,7 +5,7 @@ the first stage. Names go by stage: the paper's "step 1" in (c) is the first sta
 With more than two stages, "first" stands for all stages before the last.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from eg3d_rlhf.flow.circular.artefacts import Artefact
 from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of
 from eg3d_rlhf.flow.circular.settings import CircularRun
 from eg3d_rlhf.flow.circular.table import BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
-from eg3d_rlhf.flow.circular.task_pool import Report, run_tasks
+from eg3d_rlhf.flow.circular.task_pool import run_tasks
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.tuning.train import StoppedError
 
@@ -92,85 +92,46 @@ def cost(task: str, plan: AblationPlan, steps: Mapping[str, int], conditions: in
     return assets + (steps[LOOP] if GROUPS[what].first == LOOP else 0)
 
 
-def collect(results: Mapping[str, Mapping], plan: AblationPlan) -> dict[str, list[Mapping]]:
-    """Scores by group, one entry for each training seed; the base's are the same for all."""
-    return {
-        letter: [results[f"{seed if letter != 'i' else plan.seeds[0]}/{letter}"]["scores"] for seed in plan.seeds]
-        for letter in plan.groups
-    }
-
-
-def trainings(results: Mapping[str, Mapping], letter: str, seeds: Sequence[int]) -> list[Mapping]:
-    """What was trained for a group, one entry for each seed."""
-    return [results[f"{seed}/{letter}"]["trainings"] if letter != "i" else {} for seed in seeds]
-
-
-def handler_of(run: CircularRun, device: str, alone: bool, report: Report) -> Ablation:
+def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
     """What a process does tasks with; on one thread where it is not alone."""
     if not alone:
         torch.set_num_threads(1)
-    problem = run.problem(device)
-    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, problem, on_updates=report))
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, run.problem(device)))
 
 
 def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, workers: int) -> None:
     """Train and judge all groups on worker processes, and write the table."""
     plan, tasks = run.plan, run.plan.tasks()
-    last = problem.pipeline.stages[-1].name
     steps = {PEOPLE: run.circular.human.steps, LOOP: run.circular.loop.steps, SUPERVISED: run.circular.sft.steps}
-    pairs = len(problem.human_pairs(last))
-    units = {task: cost(task, plan, steps, len(problem.held_out_conditions), pairs) for task in tasks}
+    pairs = len(problem.human_pairs(problem.pipeline.stages[-1].name))
+    units = {task: round(cost(task, plan, steps, len(problem.held_out_conditions), pairs)) for task in tasks}
     print(f"{len(tasks)} tasks on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
-    with WorkBar(units) as bar:
+    with tqdm(total=sum(units.values()), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05) as bar:
+
+        def done(name: str, result: Mapping) -> None:
+            bar.set_description(f"ablation, done {name}", refresh=False)
+            if _reused(result):  # which says nothing of the time that others take
+                bar.total -= units[name]
+                bar.refresh()
+            else:
+                bar.update(units[name])
+
         expected = (ValueError, OSError, StoppedError)
-        arguments = (run, device, workers == 1)
-        results = run_tasks(tasks, handler_of, arguments, workers, folder / "logs", bar.done, bar.progress, expected)
-    data = _data(run, problem, results)
+        results = run_tasks(tasks, handler_of, (run, device, workers == 1), workers, folder / "logs", done, expected)
+    data = tabled(results, plan, run.facts(problem))
     for path in table.write(data, folder):
         print(f"Written: {path}")
     print(table.markdown(data))
-
-
-class WorkBar:
-    """A bar over the work of all tasks, and the time that is left of it."""
-
-    def __init__(self, units: Mapping[str, float]):
-        self._units, self._begun = units, dict.fromkeys(units, 0.0)
-        self._bar = tqdm(total=round(sum(units.values())), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05)
-
-    def __enter__(self) -> "WorkBar":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._bar.close()
-
-    def progress(self, name: str, units: float) -> None:
-        """Of a task under way; an estimate, so never more than all of it."""
-        self._advance(name, min(units, self._units[name] - self._begun[name]))
-
-    def done(self, name: str, result: Mapping) -> None:
-        """A task has ended; what was found and not made says nothing of the time that others take."""
-        self._bar.set_description(f"ablation, done {name}", refresh=False)
-        left = self._units[name] - self._begun[name]
-        if _reused(result):
-            self._bar.total -= round(left)
-            self._bar.refresh()
-        else:
-            self._advance(name, left)
-
-    def _advance(self, name: str, units: float) -> None:
-        before = round(self._begun[name])
-        self._begun[name] += units
-        self._bar.update(round(self._begun[name]) - before)
 
 
 def _reused(result: Mapping) -> bool:
     return bool(result["reused"]) if "reused" in result else all(one["reused"] for one in result.values())
 
 
-def _data(run: CircularRun, problem: Problem, results: Mapping[str, Mapping]) -> dict:
-    plan = run.plan
-    loop = {str(seed): results[f"{seed}/pairs"] for seed in plan.seeds if f"{seed}/pairs" in results}
-    known = {"training_seeds": list(plan.seeds), **run.facts(problem)}
-    trained = {letter: trainings(results, letter, plan.seeds) for letter in plan.groups}
-    return table.table(collect(results, plan), plan.seeds, trained, loop, known)
+def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
+    """The table of all tasks' results; the base's scores are the same for all training seeds."""
+    seeds = plan.seeds
+    scores = {x: [results[f"{seed if x != 'i' else seeds[0]}/{x}"]["scores"] for seed in seeds] for x in plan.groups}
+    trained = {x: [results[f"{seed}/{x}"]["trainings"] if x != "i" else {} for seed in seeds] for x in plan.groups}
+    loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
+    return table.table(scores, seeds, trained, loop, {"training_seeds": list(seeds), **facts})

@@ -43,9 +43,8 @@ class CircularLoop:
     settings: CircularSettings
     store: ArtefactStore
     ranks: Ranks = SINGLE
-    progress: Callable[[str, int], Callable[[int], None]] = lambda title, total: lambda by: None  # (what, units in all) -> advance(by)
+    bars: bool = False  # show progress bars
     say: Callable[[str], None] = print  # status lineage and warnings of trainings
-    on_updates: Callable[[int], None] = lambda updates: None  # updates done since the last win rate, at each
     _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
 
     # Networks.
@@ -85,11 +84,12 @@ class CircularLoop:
         }
 
         def maker(folder: Path) -> Made:
-            advance = self.progress(f"pairs for {stage}", -(-len(self.problem.human_pairs(stage)) // self.ranks.world))
-            place, figures = make_in_chunks(
-                folder, self.problem, self.models(lineage), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
-                ranks=self.ranks, on_pair=advance,
-            )
+            total = -(-len(self.problem.human_pairs(stage)) // self.ranks.world)
+            with self._bar(f"pairs for {stage}", total) as bar:
+                place, figures = make_in_chunks(
+                    folder, self.problem, self.models(lineage), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
+                    ranks=self.ranks, on_pair=bar.update,
+                )
             return Made(products=[place], record=figures)
 
         return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
@@ -119,7 +119,7 @@ class CircularLoop:
             pairs, report = read()
             models = self.models(lineage)
             with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
-                held_out = _counted(self._held_out(stage, models), config.held_out_every, self.on_updates)
+                held_out = self._held_out(stage, models)
                 result = train_stage(
                     self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
                     say=self.say,
@@ -127,6 +127,9 @@ class CircularLoop:
             return Made(products=[result.weights], record={**training_record(result, folder), "pairs": len(pairs), "weighing": report})
 
         return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
+
+    def _bar(self, title: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
 
     def _held_out(self, stage: str, models: Mapping[str, torch.nn.Module]) -> HeldOut | None:
         """The win rate against the networks that this training starts from, all other stages alike."""
@@ -147,7 +150,8 @@ class CircularLoop:
         def maker(folder: Path) -> Made:
             del folder
             total = judging.per_condition * len(self.problem.held_out_conditions)
-            return Made(products=[], record=judge(self.problem, self.models(lineage), judging, self.progress("judging", total)))
+            with self._bar("judging", total) as bar:
+                return Made(products=[], record=judge(self.problem, self.models(lineage), judging, bar.update))
 
         names = ", ".join(k for k, v in lineage.items() if v) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
@@ -205,19 +209,6 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
             "(--loop-pairs)."
         )
     return kept, report
-
-
-def _counted(held_out: HeldOut | None, updates: int, on_updates: Callable[[int], None]) -> Callable | None:
-    """The same win rate, which says that it was measured."""
-    if held_out is None:
-        return None
-
-    def measured(model: torch.nn.Module) -> float:
-        rate = held_out(model)
-        on_updates(updates)
-        return rate
-
-    return measured
 
 
 def weights_of(training: Artefact) -> Path:

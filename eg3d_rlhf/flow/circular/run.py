@@ -1,11 +1,9 @@
 """A run of Circular-DPO from its settings to its folder: the loop, one stage alone, or the ablation."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from tqdm import tqdm
 
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
@@ -77,14 +75,13 @@ def work(settings: CircularRun, problem: Problem, run: Run, device: str, workers
 
 def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     folder, ranks = run.folder, run.ranks
-    with Bars(enabled=ranks.main) as bars:
-        loop = loop_of(settings, problem, settings.circular.seed, ranks, progress=bars)
-        if settings.stage is not None:
-            tuned = loop.from_people(settings.stage)
-            lineage = {settings.stage: (tuned,)}
-            steps = [{"round": 1, "step": "people", "stage": settings.stage, "artefact": tuned.folder.name, **tuned.record}]
-        else:
-            lineage, steps = circular_loop.run(loop, lambda step: say(describe(step)) if ranks.main else None)
+    loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)
+    if settings.stage is not None:
+        tuned = loop.from_people(settings.stage)
+        lineage = {settings.stage: (tuned,)}
+        steps = [{"round": 1, "step": "people", "stage": settings.stage, "artefact": tuned.folder.name, **tuned.record}]
+    else:
+        lineage, steps = circular_loop.run(loop, lambda step: say(describe(step)) if ranks.main else None)
     ranks.barrier()
     leave()  # the others need not wait for the table
     if not ranks.main:
@@ -94,8 +91,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     run.write(RESULT, result)
     print(f"Weights in {', '.join(str(folder / name) for name in weights.values())}.")
     if settings.summary and problem.final is not None:
-        with Bars(enabled=True) as bars:
-            _summarise(loop_of(settings, problem, settings.circular.seed, progress=bars), lineage, steps, settings, folder)
+        _summarise(loop_of(settings, problem, settings.circular.seed, bars=True), lineage, steps, settings, folder)
 
 
 def _summarise(loop: CircularLoop, lineage: Lineage, steps: Sequence[Mapping], run: CircularRun, folder: Path) -> None:
@@ -134,28 +130,3 @@ def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Pat
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         link(file, target / file.relative_to(source))
     return stage
-
-
-class Bars:
-    """Progress bars by title; called as CircularLoop.progress."""
-
-    def __init__(self, enabled: bool):
-        self._enabled, self._open = enabled, None
-
-    def __call__(self, title: str, total: int) -> Callable[[int], None]:
-        """A new bar in place of the last."""
-        self.close()
-        self._open = tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self._enabled)
-        return self._open.update
-
-    def close(self) -> None:
-        """End the last bar."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.close()

@@ -8,7 +8,7 @@ import pytest
 
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
-from eg3d_rlhf.flow.circular.ablation import Ablation, collect, trainings
+from eg3d_rlhf.flow.circular.ablation import Ablation, tabled
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop
 from eg3d_rlhf.flow.circular.table import GROUPS, AblationPlan, Judging, judge, letters, spread
@@ -69,7 +69,7 @@ def whole(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(circular_loop, "train_stage", counted)
     handler = Ablation(plan=plan, loop_of=loop_of)
-    results = run_tasks(plan.tasks(), lambda report: handler, [], 1, folder)
+    results = run_tasks(plan.tasks(), lambda: handler, [], 1, folder)
     yield results, plan, calls, handler
     patch.undo()
 
@@ -86,7 +86,7 @@ def test_groups_train_what_they_should_and_share_it(whole):
     assert looped == {(kept, True), (all_changed, True), (kept, False)} and kept < all_changed
 
     def content(letter):
-        return {stage: row["artefact"] for stage, row in trainings(results, letter, [0])[0].items()}
+        return {stage: row["artefact"] for stage, row in (results[f"0/{letter}"]["trainings"] if letter != "i" else {}).items()}
 
     a, b, c, d = (content(letter) for letter in "abcd")
     assert a["voxels"] == b["voxels"] == d["voxels"] == content("g")["voxels"] == content("h")["voxels"]
@@ -98,16 +98,13 @@ def test_groups_train_what_they_should_and_share_it(whole):
 def test_doing_it_again_finds_everything(whole):
     results, plan, calls, handler = whole
     before = len(calls)
-    again = run_tasks(plan.tasks(), lambda report: handler, [], 1, None)
+    again = run_tasks(plan.tasks(), lambda: handler, [], 1, None)
     assert len(calls) == before and again["0/a"]["scores"] == results["0/a"]["scores"]
 
 
 def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     results, plan, _, _ = whole
-    trained = {letter: trainings(results, letter, plan.seeds) for letter in plan.groups}
-    facts = {"training_seeds": list(plan.seeds)}
-    loop = {str(seed): results[f"{seed}/pairs"] for seed in plan.seeds}
-    paths = table.write(table.table(collect(results, plan), plan.seeds, trained, loop, facts), tmp_path)
+    paths = table.write(tabled(results, plan, {}), tmp_path)
     assert [path.name for path in paths] == ["ablation.json", "ablation.md", "ablation.png"]
     data = json.loads(paths[0].read_text())
     assert set(data["groups"]) == set(GROUPS) and data["conditions"] == len(HELD_OUT) and data["noises"] == 3

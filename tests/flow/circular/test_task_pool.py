@@ -1,6 +1,7 @@
 """Tasks that need one another, here and on worker processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,18 +13,18 @@ from eg3d_rlhf.flow.circular.task_pool import run_tasks
 NEEDS = {"c": ["a", "b"], "a": [], "b": ["a"], "d": []}
 
 
-def recording(folder, report):
+def recording(folder):
     """A handler that writes when a task began and ended, and by whom it was done."""
 
     def handle(name):
         (folder / f"{name}.begun").write_text(str(time.monotonic()))
         if name == "wrong":
             raise ValueError("expected a right task, got wrong. Correct it.")
+        if name == "death":
+            os.kill(os.getpid(), signal.SIGKILL)
         if name == "bug":
             raise KeyError("bug")
         print(f"doing {name}")
-        report(0.25)
-        report(0.5)
         return {"task": name, "process": os.getpid()}
 
     return handle
@@ -31,15 +32,9 @@ def recording(folder, report):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_runs_after_its_needs(tmp_path, workers):
-    order, progress = [], dict.fromkeys(NEEDS, 0.0)
-
-    def on_progress(name, units):
-        assert name not in order
-        progress[name] += units
-
+    order = []
     logs = tmp_path / "logs"
-    results = run_tasks(NEEDS, recording, [tmp_path], workers, logs, lambda name, result: order.append(name), on_progress)
-    assert progress == dict.fromkeys(NEEDS, 0.75)
+    results = run_tasks(NEEDS, recording, [tmp_path], workers, logs, lambda name, result: order.append(name))
     assert {name: result["task"] for name, result in results.items()} == {name: name for name in NEEDS}
     assert order.index("a") < order.index("b") < order.index("c")
     processes = {result["process"] for result in results.values()}
@@ -60,6 +55,11 @@ def test_a_bug_brings_its_traceback(tmp_path):
         run_tasks({"bug": [], "a": []}, recording, [tmp_path], 2, tmp_path / "logs")
 
 
+def test_a_worker_that_dies_is_no_bug(tmp_path):
+    with pytest.raises(ValueError, match="death: expected a result, got the end of its process .* Run the same again"):
+        run_tasks({"death": []}, recording, [tmp_path], 2, tmp_path / "logs")
+
+
 def test_needs_must_be_tasks_without_circles(tmp_path):
     with pytest.raises(ValueError, match="got needs without a task: z"):
         run_tasks({"a": ["z"]}, recording, [tmp_path], 1, tmp_path)
@@ -72,7 +72,7 @@ import sys, time
 from pathlib import Path
 from eg3d_rlhf.flow.circular.task_pool import run_tasks
 
-def slow(folder, report):
+def slow(folder):
     import os
     def handle(name):
         (Path(folder) / f"{name}.pid").write_text(str(os.getpid()))
