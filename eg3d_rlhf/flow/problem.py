@@ -113,27 +113,37 @@ def with_pairs(problem: Problem, folder: Path) -> Problem:
     if not names:
         expected = ", ".join(stage.name for stage in problem.pipeline.stages)
         raise FileNotFoundError(f"--pairs: expected a folder for each stage ({expected}) in {folder}, got none. Check the path.")
-    read = {name: read_pairs(folder / name, stage_of(problem.pipeline, name))[0] for name in names}
-    _check_alike(read)
-
-    def human_pairs(stage: str) -> list[PreferencePair]:
-        stage_of(problem.pipeline, stage)
-        if stage not in read:
-            raise ValueError(f"--pairs: expected pairs of stage {stage!r} in {folder}, got those of {', '.join(read)} alone. Add them.")
-        return read[stage]
-
+    human_pairs = read_stages({name: folder / name for name in names}, problem.pipeline)
     hashes = {name: pairs_hash(folder / name) for name in names}
     return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "pairs": hashes})
 
 
-def _check_alike(read: Mapping[str, Sequence[PreferencePair]]) -> None:
-    """Stages must speak of the same assets, since the loop samples on what a stage's preferred asset leaves to the next."""
+def read_stages(
+    folders: Mapping[str, Path], pipeline: Pipeline, check: Callable[[Path, str, Mapping], None] = lambda folder, stage, meta: None
+) -> Callable[[str], list[PreferencePair]]:
+    """People's pairs from a folder for each stage; the result gives those of a stage by its name.
+
+    Args: check: refuses what is of another pipeline, from the folder, the stage and what the writer had to say.
+    Raises: ValueError where the pairs are not of the same assets: the loop samples on what a stage's preferred one leaves to the next.
+    """
+    read: dict[str, list[PreferencePair]] = {}
+    for stage, folder in folders.items():
+        read[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
+        check(folder, stage, meta)
     (first, pairs), *others = read.items()
     expected = {(pair.id, pair.condition) for pair in pairs}
     for stage, own in others:
         odd = sorted({(pair.id, pair.condition) for pair in own} ^ expected)
         if odd:
             raise ValueError(
-                f"--pairs: expected the same pairs at stages {first!r} and {stage!r}, got {len(odd)} that one of them lacks, "
+                f"pairs: expected the same pairs at stages {first!r} and {stage!r}, got {len(odd)} that one of them lacks, "
                 f"{odd[0][0]!r} first. Make both from the same assets."
             )
+
+    def of_stage(stage: str) -> list[PreferencePair]:
+        stage_of(pipeline, stage)
+        if stage not in read:
+            raise ValueError(f"pairs: expected pairs of stage {stage!r}, got those of {', '.join(read)} alone. Add them.")
+        return read[stage]
+
+    return of_stage

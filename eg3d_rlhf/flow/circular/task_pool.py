@@ -98,7 +98,8 @@ def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path
             except expected as error:
                 raise ValueError(f"{name}: {str(error).strip()}") from None
             except Exception as error:
-                raise RuntimeError(f"{name}: {str(error.__cause__).strip('\n\"')}") from None  # its cause is the traceback over there
+                over_there = str(error.__cause__).strip('"\n')  # the traceback
+                raise RuntimeError(f"{name}: {over_there}") from None
             order.done(name)
             on_done(name, results[name])
 

@@ -8,6 +8,7 @@ L tokens of a condition, E their size.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,35 @@ from torch.utils.checkpoint import checkpoint
 TIME_SCALE = 1000  # the networks read 1000 t
 TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
 MAX_PERIOD = 10000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """What the JSON files of TRELLIS's transformers call args, as far as all have it."""
+
+    resolution: int
+    model_channels: int
+    num_blocks: int
+    num_heads: int | None = None  # or model_channels / num_head_channels
+    num_head_channels: int = 64
+    mlp_ratio: float = 4
+    pe_mode: str = "ape"
+    use_fp16: bool = False  # type of the blocks as built; files bring their own
+    use_checkpoint: bool = False  # compute blocks again in the backward pass
+    qk_rms_norm: bool = False
+
+    def __post_init__(self):
+        who = type(self).__name__
+        if self.pe_mode != "ape":
+            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
+        if self.model_channels % self.heads:
+            got = f"{self.model_channels} / {self.heads}"
+            raise ValueError(f"{who}: expected model_channels to divide by heads, got {got}. Correct the model's JSON file.")
+
+    @property
+    def heads(self) -> int:
+        """Of every attention."""
+        return self.num_heads or self.model_channels // self.num_head_channels
 
 
 class Layout(Protocol):

@@ -14,6 +14,7 @@ FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  #
 SAMPLERS = {STRUCTURE: "sparse_structure_sampler", LATENT: "slat_sampler"}
 STRUCTURE_DECODER, GAUSSIAN_DECODER = "sparse_structure_decoder", "slat_decoder_gs"
 STRUCTURE_ENCODER, LATENT_ENCODER = "sparse_structure_encoder", "slat_encoder"
+NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # besides the flows, by a whole pipeline
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}  # pipeline.json leaves them out
 WEIGHTS = (".safetensors", ".pt")
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}

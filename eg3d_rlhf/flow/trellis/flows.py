@@ -16,6 +16,7 @@ from eg3d_rlhf.flow.trellis.blocks import (
     DenseLayout,
     ModulatedBlock,
     TimeEmbedder,
+    TransformerConfig,
     convert_torso,
     modulation,
     position_embedding,
@@ -28,39 +29,31 @@ from eg3d_rlhf.shapes import check_shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
+class FlowConfig(TransformerConfig):
     """What a flow's JSON file calls args, as far as both flows have it."""
 
-    resolution: int
     in_channels: int
-    model_channels: int
     cond_channels: int
     out_channels: int
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
     patch_size: int = 2  # edge of a token, in the latents' cells
-    pe_mode: str = "ape"
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
     share_mod: bool = False
-    qk_rms_norm: bool = False
     qk_rms_norm_cross: bool = False
 
     def __post_init__(self):
-        who = type(self).__name__
-        if self.pe_mode != "ape":
-            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
-        if self.resolution % self.patch_size or self.model_channels % self.heads:
-            raise ValueError(
-                f"{who}: expected patch_size to divide resolution and heads model_channels, got {self.resolution} / {self.patch_size} "
-                f"and {self.model_channels} / {self.heads}. Correct the model's JSON file."
-            )
+        super().__post_init__()
+        if self.resolution % self.patch_size:
+            got = f"{self.resolution} / {self.patch_size}"
+            raise ValueError(f"{type(self).__name__}: expected patch_size to divide resolution, got {got}. Correct the model's JSON file.")
 
-    @property
-    def heads(self) -> int:
-        return self.num_heads or self.model_channels // self.num_head_channels
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's."""
+        return nn.ModuleList(
+            ModulatedBlock(
+                self.model_channels, self.cond_channels, self.heads, self.mlp_ratio, share_mod=self.share_mod,
+                qk_rms_norm=self.qk_rms_norm, qk_rms_norm_cross=self.qk_rms_norm_cross,
+            )
+            for _ in range(self.num_blocks)
+        )
 
 
 class StructureFlowConfig(FlowConfig):
@@ -82,13 +75,7 @@ class StructureFlow(nn.Module):
             self.adaLN_modulation = modulation(channels)
         self.register_buffer("pos_emb", position_embedding(coords, channels))
         self.input_layer = nn.Linear(config.in_channels * cells, channels)
-        self.blocks = nn.ModuleList(
-            ModulatedBlock(
-                channels, config.cond_channels, config.heads, config.mlp_ratio, share_mod=config.share_mod,
-                qk_rms_norm=config.qk_rms_norm, qk_rms_norm_cross=config.qk_rms_norm_cross,
-            )
-            for _ in range(config.num_blocks)
-        )
+        self.blocks = config.blocks()
         self.out_layer = nn.Linear(channels, config.out_channels * cells)
         if config.use_fp16:
             convert_torso(self.blocks, torch.float16)
@@ -160,13 +147,7 @@ class LatentFlow(nn.Module):
             self.adaLN_modulation = modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, outer)
         self.input_blocks = nn.ModuleList(_input_blocks(config))
-        self.blocks = nn.ModuleList(
-            ModulatedBlock(
-                channels, config.cond_channels, config.heads, config.mlp_ratio, share_mod=config.share_mod,
-                qk_rms_norm=config.qk_rms_norm, qk_rms_norm_cross=config.qk_rms_norm_cross,
-            )
-            for _ in range(config.num_blocks)
-        )
+        self.blocks = config.blocks()
         self.out_blocks = nn.ModuleList(_out_blocks(config))
         self.out_layer = nn.Linear(outer, config.out_channels)
         if config.use_fp16:

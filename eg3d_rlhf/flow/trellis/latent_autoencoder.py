@@ -19,6 +19,7 @@ from eg3d_rlhf.flow.trellis.blocks import (
     LayerNorm32,
     Layout,
     SelfAttention,
+    TransformerConfig,
     convert_torso,
     position_embedding,
     run_block,
@@ -31,37 +32,19 @@ ATTENTION = ("swin", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig:
+class SwinConfig(TransformerConfig):
     """What encoder and decoder have in common of what their JSON files call args."""
 
-    resolution: int
-    model_channels: int
     latent_channels: int
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
     attn_mode: str = "swin"  # in windows, or "full": among all voxels of a sample
     window_size: int = 8  # voxels per axis
-    pe_mode: str = "ape"
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
-    qk_rms_norm: bool = False
 
     def __post_init__(self):
-        who = type(self).__name__
-        if self.pe_mode != "ape":
-            raise ValueError(f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released model.")
+        super().__post_init__()
         if self.attn_mode not in ATTENTION or self.window_size < 2:
             got = f"{self.attn_mode!r} and {self.window_size}"
+            who = type(self).__name__
             raise ValueError(f"{who}: expected attn_mode {' or '.join(ATTENTION)} and window_size >= 2, got {got}. Correct the JSON file.")
-        if self.model_channels % self.heads:
-            got = f"{self.model_channels} / {self.heads}"
-            raise ValueError(f"{who}: expected model_channels to divide by heads, got {got}. Correct the model's JSON file.")
-
-    @property
-    def heads(self) -> int:
-        return self.num_heads or self.model_channels // self.num_head_channels
 
 
 class SwinBlock(nn.Module):

@@ -20,6 +20,7 @@ from eg3d_rlhf.flow.trellis.files import (
     GAUSSIAN_DECODER,
     LATENT,
     LATENT_ENCODER,
+    NEEDED,
     STRUCTURE,
     STRUCTURE_DECODER,
     STRUCTURE_ENCODER,
@@ -200,7 +201,7 @@ def load_pipeline(
     if unknown:
         raise ValueError(f"weights: expected stages among {', '.join(FLOWS)}, got {', '.join(unknown)}. Name a stage of this pipeline.")
     stems = {stage: find_model(file, model, also) for stage, model in FLOWS.items()}
-    for name in (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER) if whole else ():
+    for name in NEEDED if whole else ():
         find_model(file, name, also)
     flows = {stage: _flow(stem, (weights or {}).get(stage), dtype, device, sampled) for stage, stem in stems.items()}
 

@@ -11,32 +11,19 @@ Shape letters: N assets, P pairs, F features, K cells per axis.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash, read_pairs
-from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash
+from eg3d_rlhf.flow.problem import Problem, read_stages
 from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
 from eg3d_rlhf.flow.trellis.conditions import read_conditions
-from eg3d_rlhf.flow.trellis.files import (
-    FLOWS,
-    GAUSSIAN_DECODER,
-    LATENT,
-    STRUCTURE,
-    STRUCTURE_DECODER,
-    STRUCTURE_ENCODER,
-    PipelineFile,
-    find_model,
-    find_weights,
-    read_json,
-    read_pipeline,
-)
+from eg3d_rlhf.flow.trellis.files import FLOWS, LATENT, NEEDED, PipelineFile, find_model, find_weights, read_json, read_pipeline
 from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, CONVENTION, normalization
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.preferences.preference_loss import preference_loss
@@ -73,8 +60,8 @@ def trellis_problem(
     )
     for stage in pipeline.stages:
         stage.model.recompute = recompute
-    read = PairSource(folders, pipeline)
-    named = _check_same({stage: read(stage) for stage in folders})
+    read = read_stages(folders, pipeline, partial(_check_origin, pipeline))
+    named = sorted({pair.condition for stage in folders for pair in read(stage)})
     tokens.of(named)
     trained, held = _divided(named, held_out, seed)
 
@@ -128,45 +115,16 @@ def _beside(folders: Mapping[str, Path]) -> Path:
     return found
 
 
-class PairSource:
-    """Reads the pairs of a stage once, and checks that they are this pipeline's."""
-
-    def __init__(self, folders: Mapping[str, Path], pipeline: TrellisPipeline):
-        self._folders, self._pipeline = folders, pipeline
-        self._read = lru_cache(maxsize=None)(self._load)
-
-    def __call__(self, stage: str) -> list[PreferencePair]:
-        """All pairs of a stage. Raises: ValueError for a stage without pairs, or pairs of another convention or pipeline."""
-        return self._read(stage)
-
-    def _load(self, name: str) -> list[PreferencePair]:
-        stage = stage_of(self._pipeline, name)
-        if name not in self._folders:
-            raise ValueError(f"pairs: expected pairs of stage {name!r}, got those of {', '.join(self._folders)} alone. Import them too.")
-        folder = self._folders[name]
-        pairs, meta = read_pairs(folder, stage)
-        if meta.get("convention") != CONVENTION:
-            got = meta.get("convention")
-            raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Import the assets again with this program.")
-        expected = normalization(self._pipeline.file, name)
-        if meta.get("normalization") != expected:
-            raise ValueError(
-                f"{folder}: expected latents normalised as {self._pipeline.file.root.name}/pipeline.json says, got those of another model. "
-                "Import the assets again for this one."
-            )
-        return pairs
-
-
-def _check_same(pairs: Mapping[str, Sequence[PreferencePair]]) -> list[str]:
-    """The conditions of the pairs, once the stages are seen to have the same pairs."""
-    named = {stage: {p.id: p.condition for p in found} for stage, found in pairs.items()}
-    if len(named) == 2 and named[STRUCTURE] != named[LATENT]:
-        differing = sorted(set(named[STRUCTURE].items()) ^ set(named[LATENT].items()))
+def _check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
+    """Refuse pairs of another convention or pipeline."""
+    got = meta.get("convention")
+    if got != CONVENTION:
+        raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Import the assets again with this program.")
+    if meta.get("normalization") != normalization(pipeline.file, stage):
         raise ValueError(
-            f"pairs: expected the same pairs at both stages, got {len(differing)} that only one has, such as {differing[0][0]!r}. "
-            "Import both from one list."
+            f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got those of another model. Import "
+            "the assets again for this one."
         )
-    return sorted({condition for found in named.values() for condition in found.values()})
 
 
 def _divided(names: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
@@ -179,7 +137,7 @@ def _divided(names: Sequence[str], share: float, seed: int) -> tuple[list[str], 
 def file_hashes(file: PipelineFile, also: Sequence[Path], weights: Mapping[str, Path], whole: bool) -> dict[str, str]:
     """SHA-256 of pipeline.json and of every model's files, by name."""
     models = {stage: find_model(file, model, also) for stage, model in FLOWS.items()}
-    for name in (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER) if whole else ():
+    for name in NEEDED if whole else ():
         models[name] = find_model(file, name, also)
     paths = {"pipeline.json": file.root / "pipeline.json"}
     for name, stem in models.items():

@@ -126,8 +126,8 @@ def test_time_reaches_the_output_as_a_thousandfold():
     [
         (dict(pe_mode="rope"), "expected pe_mode 'ape', got 'rope'"),
         (dict(patch_size=4), "expected patch_size 2\\^\\(number of io_block_channels\\)"),
-        (dict(num_heads=5), "expected patch_size to divide resolution and heads model_channels"),
-        (dict(resolution=7), "patch_size to divide resolution .* got 7 / 2"),
+        (dict(num_heads=5), "expected model_channels to divide by heads"),
+        (dict(resolution=7), "patch_size to divide resolution, got 7 / 2"),
         (dict(sparse_conv="dense"), "expected one of auto, torch, spconv"),
     ],
 )

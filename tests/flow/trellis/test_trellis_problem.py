@@ -150,7 +150,7 @@ def rewrite(folder, stage, change=lambda pairs: pairs, **meta):
 
 def test_mismatched_pair_files_are_refused(trellis_root, copied):
     rewrite(copied, LATENT, lambda pairs: pairs[:-1])
-    with pytest.raises(ValueError, match="expected the same pairs at both stages, got 1 that only one has, such as"):
+    with pytest.raises(ValueError, match="expected the same pairs at stages 'structure' and 'latent', got 1 that one of them lacks"):
         trellis_problem(trellis_root, [copied])
     path = next((copied / STRUCTURE).glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-8])
