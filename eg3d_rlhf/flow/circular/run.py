@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from tqdm import tqdm
+
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
 from eg3d_rlhf.flow.circular.ablation import ablate
