@@ -117,6 +117,11 @@ class Objects:
 
 def build(s: Settings, folder: Path, ranks: Ranks = SINGLE, warm_start: bool = True) -> Objects:
     """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
+    if s.reward.reward != "none" and s.reward.reward_ckpt is None:
+        raise ValueError(
+            f"--reward-ckpt: expected a reward for --cfg={s.net.cfg} --reward={s.reward.reward}, got nothing: the bundled one knows heads "
+            "alone. Name one, such as tools/train_reward.py writes."
+        )
     device = ranks.device if ranks.world > 1 else choose_device(s.run.device)
     dataset = open_dataset(s, ranks)
     nets = open_networks(s, dataset.resolution, warm_start and ranks.main).to(device)

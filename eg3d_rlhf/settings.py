@@ -179,12 +179,7 @@ def resolve(flags: Mapping) -> Settings:
             observations.known(reward)
         if init == "scratch":
             raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
-        if "reward_ckpt" not in given and (cfg, reward) != ("heads64", "sigma"):
-            raise ValueError(
-                f"--reward-ckpt: expected a reward for --cfg={cfg} --reward={reward}, got nothing: the bundled one knows heads alone. "
-                "Name one, such as tools/train_reward.py writes."
-            )
-        if given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
+        if (cfg, reward) == ("heads64", "sigma") and given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
             given.setdefault("reward_watch", str(bundled.WATCH))
     if Path(init).is_dir():  # its newest network now, which a resume will look for
         with naming("--init"):

@@ -146,11 +146,12 @@ def test_a_reward_of_another_box_is_refused_and_one_of_another_generator_told(pa
 
 def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, tiny_networks, tmp_path):
     """Fault: --cfg=ffhq --reward=sigma took the bundled reward of heads."""
-    flags = ["--cfg=ffhq", f"--data={tiny_data}", f"--init={tiny_networks}", "--reward=sigma", f"--outdir={tmp_path}", "--dry-run"]
+    flags = ["--cfg=ffhq", f"--data={tiny_data}", f"--init={tiny_networks}", "--reward=sigma", f"--outdir={tmp_path}"]
     result = tiny_runs.run(*flags)
     assert result.exit_code == 2 and result.stderr.startswith("Error: --reward-ckpt: expected a reward for --cfg=ffhq --reward=sigma, got")
-    named = tiny_runs.run(*flags, "--reward-ckpt=mine.safetensors")
-    assert named.exit_code == 0 and json.loads(named.stdout)["reward_watch"] is None
+    for more, expected in (((), None), (("--reward-ckpt=mine.safetensors",), "mine.safetensors")):
+        settings = json.loads(tiny_runs.run(*flags, *more, "--dry-run").stdout)
+        assert settings["reward_ckpt"] == expected and settings["reward_watch"] is None
 
 
 def test_the_bundled_rewards_fit_the_bundled_generator_without_a_word(capsys):
