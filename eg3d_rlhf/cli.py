@@ -5,6 +5,7 @@ import hashlib
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -35,8 +36,8 @@ class GroupedCommand(click.Command):
     """
 
     def __init__(self, *args, **kwargs):
-        settings = {"token_normalize_func": _with_dashes, **(kwargs.pop("context_settings", None) or {})}
-        super().__init__(*args, context_settings=settings, **kwargs)
+        kwargs["context_settings"] = {"token_normalize_func": _with_dashes, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section per group, in order of first appearance."""
@@ -113,7 +114,7 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
 def _click_type(hint: type, knob: Knob) -> click.ParamType | type:
     if knob.choices is not None:
         return click.Choice(knob.choices)
-    limits = {"min": knob.low if knob.above is None else knob.above, "max": knob.high if knob.below is None else knob.below}
+    limits: dict[str, Any] = {"min": knob.low if knob.above is None else knob.above, "max": knob.high if knob.below is None else knob.below}
     if hint in (int, float) and set(limits.values()) != {None}:
         kind = click.IntRange if hint is int else click.FloatRange
         return kind(**limits, min_open=knob.above is not None, max_open=knob.below is not None)

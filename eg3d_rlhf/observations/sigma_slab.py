@@ -30,7 +30,7 @@ class SigmaSlab(Observation):
     kind: ClassVar[str] = "sigma"
 
     @classmethod
-    def of(
+    def of(  # type: ignore[override]  # its keywords are its own
         cls, generator: "Generator", *, resolution: int = _RESOLUTION, crop: tuple[float, float, float, float, float, float] | None = None
     ) -> Self:
         """Args: resolution: grid points per axis of the whole cube; crop: shares trimmed from each face (x, x, y, y, z, z), the paper's."""

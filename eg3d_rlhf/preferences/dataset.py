@@ -104,7 +104,8 @@ def anchor_seeds(
     count: int = 1000, fractions: Sequence[float] = (0.70, 0.15, 0.15), start: int = ANCHORS, exclude: Iterable[int] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Seeds of the anchors per split, `count` consecutive ones from `start` on; seeds in `exclude` (labelled ones) are skipped."""
-    taken, seeds, candidate = set(exclude), [], start
+    taken, candidate = set(exclude), start
+    seeds: list[int] = []
     while len(seeds) < count:
         if candidate not in taken:
             seeds.append(candidate)

@@ -72,7 +72,10 @@ class Preference:
 class LabelSource(Protocol):
     """Where a training's labels come from."""
 
-    grows: bool  # whether another reading may find more, so that a run keeps those of the moment
+    @property
+    def grows(self) -> bool:
+        """Whether another reading may find more, so that a run keeps those of the moment."""
+        ...
 
     @property
     def name(self) -> str:

@@ -42,7 +42,7 @@ def preference_loss(
         got = f"{list(delta.shape)}, got {list(weight.shape)}"
         raise ValueError(f"preference_loss: expected a weight per pair, {got}. Give one each.")
     inside = weight is not None and weight_mode == "inside"
-    scaled = weight * delta if inside else delta
+    scaled = weight * delta if weight is not None and inside else delta
     z = beta * scaled - margin if margin else beta * scaled
     if kind == "ipo":
         loss = (scaled - 1 / (2 * beta)).square()

@@ -86,7 +86,7 @@ def height_map(sigma: np.ndarray, body: np.ndarray, coordinates: np.ndarray) -> 
     Args: `sigma` [A, U, V] raw density, `body` [A, U, V] bool component, `coordinates` [A] increasing world coordinates.
     """
     count, spacing = body.shape[0], coordinates[1] - coordinates[0]
-    hit = body.any(axis=0)  # [U, V]
+    hit = np.asarray(body.any(axis=0))  # [U, V]
     first = count - 1 - body[::-1].argmax(axis=0)  # index of the sample just inside
     outer = np.minimum(first + 1, count - 1)
     inside_value = np.take_along_axis(sigma, first[None], 0)[0]
@@ -134,8 +134,8 @@ def roughness(view: HeightMap, spacing: tuple[float, float], region: np.ndarray)
     curvature = 0.5 * (_flux_difference(view.height, slope_v, spacing[0], 0) + _flux_difference(view.height, slope_u, spacing[1], 1))
     curvature = np.clip(curvature, -CURVATURE_CAP, CURVATURE_CAP)
     valid = _inner(smooth, 1)
-    window = tuple(2 * round(CURVATURE_WINDOW / step / 2) + 1 for step in spacing)
-    deviation = np.abs(curvature - _window_mean(curvature, valid, window))
+    u, v = (2 * round(CURVATURE_WINDOW / step / 2) + 1 for step in spacing)
+    deviation = np.abs(curvature - _window_mean(curvature, valid, (u, v)))
     kept = np.sort(deviation[valid & region])
     return float(kept[: round(TRIM * kept.size)].mean()) if kept.size >= 9 else 0.0
 

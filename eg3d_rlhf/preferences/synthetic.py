@@ -5,6 +5,7 @@ Shape letters: S = seeds, P = pairs, N = samples in a batch; a cube is [D=z, H=y
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Annotation:
 
     def preferences(self, generator: str) -> list[Preference]:
         """The labels in the open format; `generator` is the sampled network's hash. No time: equal options give equal bytes."""
-        common = {"generator": generator, "psi": self.options.psi, "annotator": ANNOTATOR}
+        common: dict[str, Any] = {"generator": generator, "psi": self.options.psi, "annotator": ANNOTATOR}
         return [
             Preference(winner=label.winner, loser=label.loser, clean=label.winner if label.clean else label.loser, **common)
             for label in self.labels

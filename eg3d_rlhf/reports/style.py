@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 ROLES = {  # Okabe and Ito's palette, by what is shown
     "before": "#0072B2", "after": "#D55E00", "control": "#009E73", "reward": "#CC79A7", "held-out": "#56B4E9", "noise": "#999999",
@@ -27,7 +28,7 @@ def theme(name: str = "light") -> Iterator[None]:
     from cycler import cycler
 
     ink, grid = _INK[name], _GRID[name]
-    settings = {
+    settings: dict[Any, Any] = {
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": ink, "axes.labelcolor": ink,
         "axes.edgecolor": grid, "xtick.color": ink, "ytick.color": ink, "axes.grid": True, "grid.color": grid, "grid.linewidth": 0.6,
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=CYCLE),

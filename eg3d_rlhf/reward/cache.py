@@ -92,12 +92,14 @@ class ObservationCache:
     def _put(self, row: int, drawn: torch.Tensor, rows: int) -> None:
         if self._kept is None or len(self._kept) < rows:
             self._grow(rows, drawn.shape[1:])
+        assert self._kept is not None
         self._kept[row : row + len(drawn)] = drawn.to("cpu", torch.float16)
 
     def _exchange(self, old: int, missing: Sequence[int], ranks: Ranks) -> None:
         """Add up the rows from `old` on, each of which one rank has drawn."""
         if self._kept is None or len(self._kept) < old + len(missing):  # nothing to draw here: one, for its shape
             self._grow(old + len(missing), self._source(missing[:1]).shape[1:])
+        assert self._kept is not None
         for rows in self._kept[old : old + len(missing)].split(64):
             ranks.sum_(rows, "exchange observations")
 
@@ -109,6 +111,7 @@ class ObservationCache:
 
     def take(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> torch.Tensor:
         """Observations of seeds that `fill` has drawn, float32 [N, ...]."""
+        assert self._kept is not None
         return self._kept[[self._row[seed] for seed in seeds]].to(device, torch.float32)
 
     def save(self) -> None:

@@ -85,7 +85,8 @@ class RewardArch:
         if unknown or "feature_maps" not in values:
             found = f"unknown fields {unknown}" if unknown else "no feature_maps"
             raise ValueError(f"RewardArch.from_dict: expected fields {sorted(names)}, got {found}. Is the file from a later version?")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**kwargs)
 
 
 PAPER = RewardArch(feature_maps=(8, 16, 32, 64, 128, 256))
@@ -152,6 +153,11 @@ class StridedConv3d(nn.Module):
     In eval mode the features of the slab and of its mirror image are averaged, so that a score does not depend on handedness; in training
     mode one of them is used (the training data are flipped at random instead) and features are dropped with probability `dropout`.
     """
+
+    slab_mean: torch.Tensor
+    slab_scale: torch.Tensor
+    difference_mean: torch.Tensor
+    difference_scale: torch.Tensor
 
     def __init__(self, channels: int, shape: Sequence[int], dropout: float):
         super().__init__()

@@ -128,7 +128,7 @@ class RewardEnsemble(nn.Module):
 
     def __init__(self, members: Sequence[RewardNetwork]):
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members: Sequence[RewardNetwork] = nn.ModuleList(members)  # type: ignore[assignment]  # it holds nothing else
 
     @classmethod
     def of(cls, networks: Sequence[RewardNetwork]) -> "RewardEnsemble":

@@ -51,7 +51,7 @@ class RewardRun:
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(replace(self, labels=None)).items()}
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(replace(self, labels=None)).items()}  # type: ignore[arg-type]
         return {**values, "network": values["network"] or "bundled", **self.labels.to_dict()}
 
 
@@ -194,8 +194,9 @@ def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks
 
         options = replace(run.train, seed=run.train.seed + MEMBER_STRIDE * member)
         state_file = run.out / (f"state-{member + 1}.pt" if member else "state.pt")
-        hooks = {"on_step": lambda: advance(1), "on_epoch": on_epoch}
-        state = train_reward(data, options, device=run.device, state_file=state_file, ranks=ranks, **hooks)
+        state = train_reward(
+            data, options, device=run.device, state_file=state_file, ranks=ranks, on_step=lambda: advance(1), on_epoch=on_epoch
+        )
         states.append(state)
     return states
 

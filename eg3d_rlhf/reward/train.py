@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -248,7 +249,7 @@ def _step(
         out = state.model(observed, reconstruct=options.weights.reconstruction > 0)
         terms = loss(out, better, worse, pair_logits=state.model.pair_logits, observed=observed, epoch=state.epoch, generator=generator)
     state.optimizer.zero_grad(set_to_none=True)
-    (sum(terms.values()) * share.weight).backward()
+    cast(torch.Tensor, sum(terms.values()) * share.weight).backward()
     count = len(share.rows)
     correct = (out.scalar[:count] > out.scalar[count : 2 * count]).float().mean()
     figures = {**{name: float(value.detach()) for name, value in terms.items()}, "correct": float(correct)}
@@ -269,7 +270,7 @@ def _batch(items: Sequence[Preference], share: Share, data: TrainData, options: 
     observed = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
     row = torch.arange(count)
     better, worse = [row], [row + count]
-    if data.anchors:
+    if data.anchors and data.anchor_store is not None:
         drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
         observed = torch.cat([observed, data.anchor_store.take(drawn, device)])
         better += [row + 2 * count, row + 2 * count]

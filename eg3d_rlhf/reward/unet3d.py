@@ -102,11 +102,11 @@ class Upsampler(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
-        self.upsample = nn.Module()  # only a name level of the state dict
-        self.upsample.conv_transposed = nn.ConvTranspose3d(channels_in, channels_out, kernel_size=3, stride=2, padding=1, bias=False)
+        convolution = nn.ConvTranspose3d(channels_in, channels_out, kernel_size=3, stride=2, padding=1, bias=False)
+        self.upsample = nn.ModuleDict({"conv_transposed": convolution})  # a name level of the state dict
 
     def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:  # [N, C_in, d, h, w] -> [N, C_out, *size]
-        return F.interpolate(self.upsample.conv_transposed(x), size=tuple(size), mode="nearest")
+        return F.interpolate(self.upsample["conv_transposed"](x), size=tuple(size), mode="nearest")
 
 
 class Decoder(nn.Module):
@@ -149,6 +149,7 @@ class UNet3d(nn.Module):
         self.conv1d_for_recon = nn.Conv1d(1, 1, kernel_size=1)
         self.conv3d_for_recon = nn.Conv3d(1, 1, kernel_size=1)
         nn.init.ones_(self.conv3d_for_recon.weight)
+        assert self.conv3d_for_recon.bias is not None
         nn.init.uniform_(self.conv3d_for_recon.bias, -0.005, 0.005)
 
     def forward(self, x: torch.Tensor) -> UNetMaps:

@@ -44,6 +44,8 @@ class RewardConfig:
 class RewardPhaseState(torch.nn.Module):
     """What the phase carries through a checkpoint: the frozen reference, the shaping's constants and the clip bounds."""
 
+    bounds: torch.Tensor
+
     def __init__(self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float]):
         super().__init__()
         self.G_ref = G_ref
