@@ -8,7 +8,7 @@ from typing import Any
 from eg3d_rlhf import bundled, observations, pickles
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.pickles import options
+from eg3d_rlhf.pickles.rebuild import neural_rendering_resolution
 from eg3d_rlhf.rlhf.phase import REWARD, RewardConfig
 from training import storage
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, check_knobs, knob
@@ -211,7 +211,7 @@ def network_facts(source: str | None) -> dict:
             snapshot = pickles.read(path)
             plans = pickles.plan(snapshot)
             G, D = plans["G_ema"].kwargs, plans["D"].kwargs if "D" in plans else None
-            rendered = options.neural_rendering_resolution(snapshot.networks["G_ema"])
+            rendered = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             meta = storage.read_meta(path, "network")
             G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta["neural_rendering_resolution"]

@@ -10,13 +10,97 @@ Example:
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
-from eg3d_rlhf.pickles import describe  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, file_hash, option  # noqa: E402
+from eg3d_rlhf.generators import find_network, load_networks, ws_of_seeds  # noqa: E402
+from eg3d_rlhf.pickles.machine import brief_text  # noqa: E402
+from eg3d_rlhf.pickles.records import admitted  # noqa: E402
+from eg3d_rlhf.pickles.snapshot import survey  # noqa: E402
+from training import networks  # noqa: E402
+
+
+def describe_file(source: str | Path | None) -> dict[str, Any]:
+    """The file alone: path, bytes, SHA-256, and for a pickle its protocol and every global that it asks for, admitted or not."""
+    path = find_network(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a network file, got nothing there. Check the path.")
+    found: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+    if path.suffix.lower() == ".pkl":
+        asked = survey(path)
+        found["protocol"] = asked.protocol
+        found["globals"] = {brief_text(name, 200): count for name, count in sorted(asked.asked.items())}
+        found["refused"] = [brief_text(name, 200) for name in sorted(asked.asked) if not admitted(name)]
+        if asked.stopped is not None:
+            found["listing_stopped"] = asked.stopped
+    return found
+
+
+def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
+    """The networks in the file.
+
+    Args:
+        seeds: latents for the statistics of w.
+    Raises: as `load_networks`.
+    """
+    nets = load_networks(find_network(source))
+    G = nets.G_ema
+    planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
+    return {
+        "networks": {n: describe_module(m) for n in ("G", "D", "G_ema") if (m := getattr(nets, n)) is not None},
+        "generator": {
+            "z_dim": G.z_dim, "c_dim": G.c_dim, "w_dim": G.w_dim, "num_ws": G.num_ws, "img_resolution": G.img_resolution,
+            "neural_rendering_resolution": G.neural_rendering_resolution, "planes": planes,
+            "superresolution": type(G.superresolution).__name__, "rendering_kwargs": G.rendering_kwargs,
+        },
+        "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
+        "psi": psi_statistics(nets, seeds),
+        "training_set": nets.training_set, "cur_nimg": nets.cur_nimg,
+    }
+
+
+def describe_module(module: torch.nn.Module) -> dict[str, Any]:
+    """Class, tensors, numbers of parameters and of buffer elements, elements that are not finite, hash of the state."""
+    state, parameters = module.state_dict(), dict(module.named_parameters())
+    return {
+        "class": type(module).__name__, "tensors": len(state), "parameters": sum(p.numel() for p in parameters.values()),
+        "buffers": sum(v.numel() for k, v in state.items() if k not in parameters),
+        "not_finite": sum(int((~torch.isfinite(v)).sum()) for v in state.values()), "hash": networks.state_hash(module),
+    }
+
+
+def psi_statistics(nets: networks.Networks, seeds: int) -> dict[str, float]:
+    """How far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg), conditioned on the frontal camera.
+
+    Returns: w_avg_norm; w_norm_mean, distance_mean, distance_std of |w| and |w - w_avg| over the seeds; centre_error = |mean w - w_avg|,
+        small against distance_mean where w_avg is the mean for this camera; component_std, the mean deviation of a component of w.
+    """
+    w_avg = nets.G_ema.backbone.mapping.w_avg
+    w = ws_of_seeds(nets.G_ema, range(seeds))[:, 0]  # [N, W]
+    distance = (w - w_avg).norm(dim=1)
+    return {
+        "seeds": seeds, "w_avg_norm": float(w_avg.norm()), "w_norm_mean": float(w.norm(dim=1).mean()),
+        "distance_mean": float(distance.mean()), "distance_std": float(distance.std(unbiased=False)),
+        "centre_error": float((w.mean(dim=0) - w_avg).norm()), "component_std": float(w.std(dim=0, unbiased=False).mean()),
+    }
+
+
+def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
+    """A description as indented lines of text."""
+    out = []
+    for key, value in description.items():
+        if isinstance(value, dict) and value:
+            out += [f"{'  ' * indent}{key}:", *lines(value, indent + 1)]
+        elif isinstance(value, float):
+            out.append(f"{'  ' * indent}{key}: {value:.6g}")
+        else:
+            out.append(f"{'  ' * indent}{key}: {value}")
+    return out
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -25,14 +109,14 @@ from eg3d_rlhf.pickles import describe  # noqa: E402
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @option("--globals-only", is_flag=True, help="Print the file's facts and the names it asks for; build no network.")
 def main(file: Path | None, seeds: int, as_json: bool, globals_only: bool) -> None:
-    found = describe.describe_file(file)
+    found = describe_file(file)
     if not as_json:
-        click.echo("\n".join(describe.lines(found)))
+        click.echo("\n".join(lines(found)))
     if not globals_only:
-        networks = describe.describe_networks(file, seeds)
-        found.update(networks)
+        built = describe_networks(file, seeds)
+        found.update(built)
         if not as_json:
-            click.echo("\n".join(describe.lines(networks)))
+            click.echo("\n".join(lines(built)))
     if as_json:
         click.echo(json.dumps(found, indent=1))
 

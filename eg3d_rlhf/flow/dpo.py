@@ -12,8 +12,8 @@ import torch
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import Batch, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage
-from eg3d_rlhf.preferences.preference_loss import AGGREGATIONS, WEIGHT_MODES, aggregate, check_options, preference_loss
-from eg3d_rlhf.preferences.preference_loss import KINDS as PREFERENCE_KINDS
+from eg3d_rlhf.preferences.losses import AGGREGATIONS, WEIGHT_MODES, aggregate, check_options, preference_loss
+from eg3d_rlhf.preferences.losses import KINDS as PREFERENCE_KINDS
 from training.config import check_knobs, knob
 from training.phases import derive_seed
 

@@ -1,8 +1,8 @@
 """EG3D's own pickles, read without running them: `load` gives networks, `read` the records, `survey` the names that a file asks for.
 
 Loaded the usual way such a file executes the source text that it carries. Here it is a stream of opcodes for a small machine (machine.py)
-that knows the names of eg3d.md, section 9, each standing for an inert record (records.py); the torch streams inside are parsed, not loaded
-(tensors.py); networks are rebuilt from the stated constructor arguments (options.py, rebuild.py).
+that knows the names of eg3d.md, section 9, each standing for an inert record, and parses the torch streams inside (records.py); networks
+are rebuilt from the stated constructor arguments (rebuild.py).
 """
 
 from eg3d_rlhf.pickles.rebuild import load, plan, rebuild

@@ -1,19 +1,194 @@
-"""Networks from a snapshot: the architecture from its constructor arguments, the tensors copied name by name."""
+"""Networks from a snapshot: the architecture from its constructor arguments, checked by name and value; the tensors copied name by name."""
 
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from eg3d_rlhf.pickles import options
-from eg3d_rlhf.pickles.snapshot import Snapshot, read, refusing, tensors
-from eg3d_rlhf.pickles.tensors import TensorRecord
-from eg3d_rlhf.pickles.values import Refusal, brief, brief_text
+from eg3d_rlhf.pickles.machine import Refusal, brief, brief_text
+from eg3d_rlhf.pickles.records import ModuleRecord, TensorRecord
+from eg3d_rlhf.pickles.snapshot import Snapshot, plain, read, refusing, tensors
 from training import networks, storage
 from training.discriminator import DualDiscriminator
+from training.rendering.renderer import generate_planes
+from training.superresolution import MODULES
 from training.triplane import TriPlaneGenerator
+
+LAYOUTS = ("eg3d", "fixed")
+G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # by position
+D_NAMES = ("c_dim", "img_resolution", "img_channels")
+
+
+def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: type(v) is int and low <= v <= high, f"a whole number of {low} to {high}"
+
+
+def _maybe(check: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: v is None or check[0](v), f"{check[1]} or None"
+
+
+def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: any(type(v) is type(w) and v == w for w in values), " or ".join(repr(v) for v in values)
+
+
+NUMBER = (lambda v: type(v) in (int, float) and abs(v) < 1e9, "a number")
+FLAG = _one_of(True, False)
+SIZE, CHANNELS = _whole(1, 1 << 16), _whole(1, 1 << 24)
+MODCONV = _one_of(True, False, "inference_only")
+FILTER = (lambda v: v == [1, 3, 3, 1], "[1, 3, 3, 1]")
+HALF = _whole(0, 32)
+MAPPING = {
+    "num_layers": _whole(1, 64), "embed_features": _maybe(SIZE), "layer_features": _maybe(SIZE), "lr_multiplier": NUMBER,
+    "w_avg_beta": _maybe(NUMBER), "activation": _one_of("lrelu", "relu", "linear", "swish"),
+}
+BLOCK = {
+    "fused_modconv_default": MODCONV, "use_noise": FLAG, "fp16_channels_last": FLAG, "architecture": _one_of("skip"),
+    "resample_filter": FILTER, "activation": _one_of("lrelu"),
+}
+SYNTHESIS = {"channel_base": CHANNELS, "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": _maybe(NUMBER), **BLOCK}
+G_OPTIONS = {
+    "z_dim": SIZE, "c_dim": _whole(0, 1 << 16), "w_dim": SIZE, "img_resolution": _whole(4, 8192), "img_channels": _one_of(3),
+    "sr_num_fp16_res": HALF, "mapping_kwargs": {**MAPPING, "w_avg_beta": NUMBER}, "sr_kwargs": SYNTHESIS, **SYNTHESIS,
+}
+D_OPTIONS = {
+    "c_dim": _whole(0, 1 << 16), "img_resolution": _whole(4, 8192), "img_channels": _one_of(3), "channel_base": CHANNELS,
+    "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": _maybe(NUMBER), "cmap_dim": _maybe(SIZE), "disc_c_noise": NUMBER,
+    "architecture": _one_of("resnet"), "mapping_kwargs": MAPPING,
+    "block_kwargs": {
+        "freeze_layers": _whole(0, 64), "fp16_channels_last": FLAG, "activation": _one_of("lrelu"), "resample_filter": FILTER,
+    },
+    "epilogue_kwargs": {"mbstd_group_size": _maybe(SIZE), "mbstd_num_channels": _whole(0, 64), "activation": _one_of("lrelu")},
+}
+FIXED = ("architecture", "resample_filter")  # one value is admitted, ours is built in
+BUILT_IN_ACTIVATION = ("sr_kwargs", "block_kwargs", "epilogue_kwargs", "")  # where ours takes no `activation`
+
+POSITIVE = (lambda v: type(v) in (int, float) and 0 < v < 1e6, "a number above 0")
+RENDERING = {  # needed to render; others are kept as they are
+    "c_gen_conditioning_zero": FLAG, "superresolution_noise_mode": _one_of("none", "random", "const"), "sr_antialias": FLAG,
+    "box_warp": POSITIVE, "depth_resolution": _whole(1, 4096), "clamp_mode": _one_of("softplus"),
+    "ray_start": (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'"),
+    "ray_end": (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'"),
+    "superresolution_module": (lambda v: isinstance(v, str) and v.rpartition(".")[2] in MODULES, f"one of {', '.join(MODULES)}"),
+}
+OPTIONAL_RENDERING = {
+    "depth_resolution_importance": _whole(0, 4096), "decoder_lr_mul": POSITIVE, "c_scale": NUMBER, "disparity_space_sampling": FLAG,
+    "white_back": FLAG, "density_noise": NUMBER, "avg_camera_radius": POSITIVE,
+    "avg_camera_pivot": (lambda v: isinstance(v, list) and len(v) == 3 and all(NUMBER[0](x) for x in v), "three numbers"),
+}
+
+
+def check(values: dict, table: dict, where: str) -> None:
+    """Every name known, every value plausible. Raises: Refusal naming the first that is not."""
+    for name, value in values.items():
+        title = f"{where}{brief_text(name)}"
+        if name not in table:
+            raise Refusal(f"the unknown constructor argument {title}")
+        rule = table[name]
+        if isinstance(rule, dict):
+            if not isinstance(value, dict):
+                raise Refusal(f"{title} = {brief(value)} instead of a dictionary")
+            check(value, rule, f"{title}.")
+        elif not rule[0](value):
+            raise Refusal(f"{title} = {brief(value)} instead of {rule[1]}")
+
+
+def _arguments(module: ModuleRecord, names: tuple[str, ...]) -> dict:
+    """_init_args by their names, and _init_kwargs."""
+    args, kwargs = plain(module.state.get("_init_args", ())), plain(module.state.get("_init_kwargs", {}))
+    if not isinstance(args, list) or not isinstance(kwargs, dict) or len(args) > len(names):
+        raise Refusal(f"constructor arguments that are {brief(args)} and {brief(kwargs)}")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _required(values: dict, names: tuple[str, ...], who: str) -> None:
+    missing = [n for n in names if n not in values]
+    if missing:
+        raise Refusal(f"{who} without {', '.join(missing)}")
+
+
+def _ours(values: dict, where: str = "") -> dict:
+    """Without the arguments whose only admitted value is built in here."""
+    built_in = FIXED + (("activation",) if where in BUILT_IN_ACTIVATION else ())
+    return {k: _ours(v, k) if isinstance(v, dict) else v for k, v in values.items() if k not in built_in}
+
+
+def generator_kwargs(module: ModuleRecord) -> dict:
+    """Arguments of our TriPlaneGenerator, with the plane layout that the renderer carries.
+
+    Raises: Refusal for another class, unknown names, implausible values, foreign plane axes.
+    """
+    if module.class_name != "TriPlaneGenerator":
+        raise Refusal(f"a generator of class {brief(module.class_name)} instead of 'TriPlaneGenerator'")
+    kwargs = _arguments(module, G_NAMES)
+    rendering = plain(module.state.get("rendering_kwargs", kwargs.get("rendering_kwargs", {})))
+    kwargs.pop("rendering_kwargs", None)
+    _required(kwargs, G_NAMES, "a generator")
+    check(kwargs, G_OPTIONS, "")
+    if not isinstance(rendering, dict):
+        raise Refusal(f"rendering_kwargs that are {brief(rendering)}")
+    _required(rendering, tuple(k for k in RENDERING if k != "clamp_mode"), "rendering_kwargs")
+    known = {**RENDERING, **OPTIONAL_RENDERING}
+    check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
+    return {**_ours(kwargs), "rendering_kwargs": rendering, "plane_layout": plane_layout(module)}
+
+
+def discriminator_kwargs(module: ModuleRecord) -> dict:
+    """Arguments of our DualDiscriminator. Raises: Refusal."""
+    kwargs = _arguments(module, D_NAMES)
+    _required(kwargs, D_NAMES, "a discriminator")
+    check(kwargs, D_OPTIONS, "")
+    return _ours(kwargs)
+
+
+def plane_layout(module: ModuleRecord) -> str:
+    """'eg3d' or 'fixed', from renderer.plane_axes. Raises: Refusal for other axes, or none."""
+    modules = module.state.get("_modules")
+    renderer = modules.get("renderer") if isinstance(modules, dict) else None
+    state = renderer.state if isinstance(renderer, ModuleRecord) else None
+    axes = state.get("plane_axes") if state is not None else None
+    if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
+        raise Refusal("a generator whose renderer carries no plane_axes [3, 3, 3]")
+    value = axes.tensor().to(torch.float32)
+    for layout in LAYOUTS:
+        if torch.equal(value, generate_planes(layout)):
+            return layout
+    raise Refusal(f"plane_axes of neither layout ({', '.join(LAYOUTS)})")
+
+
+def neural_rendering_resolution(module: ModuleRecord) -> int:
+    """As the generator last rendered; EG3D's default is 64. Raises: Refusal."""
+    value = module.state.get("neural_rendering_resolution", 64)
+    if type(value) is not int or not 1 <= value <= 4096:
+        raise Refusal(f"neural_rendering_resolution = {brief(value)} instead of a whole number of 1 to 4096")
+    return value
+
+
+def label_std(module: ModuleRecord) -> list[float] | None:
+    """The buffer dataset_label_std that training adds to G, if it is there. Raises: Refusal."""
+    buffers = module.state.get("_buffers")
+    value = buffers.get("dataset_label_std") if isinstance(buffers, dict) else None
+    if value is None:
+        return None
+    if not isinstance(value, TensorRecord) or len(value.shape) != 1 or value.nbytes > 1 << 16:
+        raise Refusal("a dataset_label_std that is no vector")
+    return plain([float(v) for v in value.tensor()])
+
+
+def augmentation(module: ModuleRecord) -> dict:
+    """ADA: {'class_name', 'options', 'p'}. Raises: Refusal."""
+    buffers = module.state.get("_buffers")
+    p = buffers.get("p") if isinstance(buffers, dict) else None
+    if not isinstance(p, TensorRecord) or p.shape != ():
+        raise Refusal("an augment_pipe without its probability p")
+    value = float(p.tensor())
+    if not math.isfinite(value):
+        raise Refusal(f"an augment_pipe with p = {value}")
+    return {"class_name": module.class_name, "options": plain(module.state.get("_init_kwargs", {})), "p": value}
+
 
 SLACK = 1 << 24  # bytes by which tensors may outweigh the file: small ones may share a storage
 
@@ -53,7 +228,7 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     with refusing(snapshot.who):
         for name, module in (("G", G), ("G_ema", G_ema)):
             if module is not None:
-                module.neural_rendering_resolution = options.neural_rendering_resolution(snapshot.networks[name])
+                module.neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
         training_set = _training_set(snapshot)
     for module in (G, D):
         if module is not None:
@@ -80,7 +255,7 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
         if D is not None and D.class_name != "DualDiscriminator":
             print(f"Warning: {snapshot.who}: D of class {brief(D.class_name)} ignored; only a DualDiscriminator is read.", file=sys.stderr)
         elif D is not None:
-            kwargs = options.discriminator_kwargs(D)
+            kwargs = discriminator_kwargs(D)
             if freeze_layers is not None:
                 kwargs["block_kwargs"] = {**kwargs.get("block_kwargs", {}), "freeze_layers": freeze_layers}
             plans["D"] = Plan(DualDiscriminator, kwargs, tensors(D, "D"))
@@ -94,10 +269,10 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
 
 def _generator(snapshot: Snapshot, name: str) -> Plan:
     module = snapshot.networks[name]
-    options.neural_rendering_resolution(module)
+    neural_rendering_resolution(module)
     found = tensors(module, name)
     found.pop("dataset_label_std", None)
-    return Plan(TriPlaneGenerator, options.generator_kwargs(module), found)
+    return Plan(TriPlaneGenerator, generator_kwargs(module), found)
 
 
 def _check_shapes(one: Plan, who: str) -> None:
@@ -129,11 +304,11 @@ def _training_set(snapshot: Snapshot) -> dict:
     described: dict = {"name": Path(path).stem if isinstance(path, str) else "", "resolution": stated.get("resolution")}
     if stated:
         described["options"] = stated
-    std = options.label_std(snapshot.networks["G_ema"])
+    std = label_std(snapshot.networks["G_ema"])
     if std is not None:
         described["label_std"] = std
     if snapshot.augment_pipe is not None:
-        described["augment"] = options.augmentation(snapshot.augment_pipe)
+        described["augment"] = augmentation(snapshot.augment_pipe)
     return described
 
 

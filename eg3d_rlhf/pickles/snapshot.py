@@ -7,10 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from eg3d_rlhf.pickles.machine import Machine
-from eg3d_rlhf.pickles.records import ModuleRecord, SnapshotRules, SurveyRules
-from eg3d_rlhf.pickles.tensors import TensorRecord
-from eg3d_rlhf.pickles.values import Budget, LongText, Refusal, brief, brief_text
+from eg3d_rlhf.pickles.machine import Budget, LongText, Machine, Refusal, brief, brief_text
+from eg3d_rlhf.pickles.records import ModuleRecord, SnapshotRules, SurveyRules, TensorRecord
 
 MAX_DEPTH = 24  # modules in modules, lists in lists
 MAX_NODES = 20_000  # modules and tensors of one network, or values of one option

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf import pickles
+from eg3d_rlhf.pickles.machine import MAX_OPCODES
 from eg3d_rlhf.pickles.snapshot import survey_data
-from eg3d_rlhf.pickles.values import MAX_OPCODES
 from tests.pickles import writer as w
 from tests.pickles.writer import Built, Call, New, PersistentId, SnapshotWriter, dumps, ref, storage_bytes, tensor_of
 

@@ -12,9 +12,9 @@ import torch
 
 import torch_utils
 from eg3d_rlhf import generators, pickles
-from eg3d_rlhf.pickles.stock import convert, foreign_sizes
 from tests.compat.reference import ROOT, Draws, relative_error
 from tests.pickles.writer import SnapshotWriter, dumps, ref, stock_networks, tensor
+from tools.convert import convert, foreign_sizes
 from training import networks
 
 FILES = sorted((ROOT / "eg3d_pickle").glob("snapshot_*.pkl"))

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eg3d_rlhf.preferences.losses import bradley_terry_loss, margin_loss
-from eg3d_rlhf.preferences.preference_loss import AGGREGATIONS, KINDS, aggregate, preference_loss
+from eg3d_rlhf.preferences.losses import AGGREGATIONS, KINDS, aggregate, bradley_terry_loss, margin_loss, preference_loss
 
 OPTIONS = {"sigmoid": {"label_smoothing": 0.1, "margin": 0.3}, "robust": {"label_smoothing": 0.2}, "hinge": {"margin": -0.2}, "ipo": {}}
 

@@ -37,7 +37,7 @@ from eg3d_rlhf.flow.toy.shapes import (
     neighbours,
     targets,
 )
-from eg3d_rlhf.preferences.preference_loss import preference_loss
+from eg3d_rlhf.preferences.losses import preference_loss
 
 RIGHT_COLOUR = 0.15  # largest error of a channel that ChooserOracle lets pass
 

@@ -26,7 +26,7 @@ from eg3d_rlhf.flow.trellis.conditions import read_conditions
 from eg3d_rlhf.flow.trellis.files import FLOWS, LATENT, NEEDED, PipelineFile, find_model, find_weights, read_json, read_pipeline
 from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, CONVENTION, normalization
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
-from eg3d_rlhf.preferences.preference_loss import preference_loss
+from eg3d_rlhf.preferences.losses import preference_loss
 
 
 def trellis_problem(
