@@ -115,8 +115,9 @@ class Objects:
         return self.loop.subject.nets
 
 
-def build(s: Settings, folder: Path, ranks: Ranks = SINGLE, warm_start: bool = True) -> Objects:
+def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
     """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
+    ranks = files.ranks
     if s.reward.reward != "none" and s.reward.reward_ckpt is None:
         raise ValueError(
             f"--reward-ckpt: expected a reward for --cfg={s.net.cfg} --reward={s.reward.reward}, got nothing: the bundled one knows heads "
@@ -131,7 +132,6 @@ def build(s: Settings, folder: Path, ranks: Ranks = SINGLE, warm_start: bool = T
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, watch, evaluation = GanPhases(nets.G, nets.D, s.gan, augment).phases(), None, None
-    files = Run(folder, s.to_dict(), input_files(s), ranks=ranks)
     if s.reward.reward != "none":
         with naming("--reward-ckpt"):
             reward = load_reward(s.reward.reward_ckpt, device)
@@ -167,10 +167,10 @@ def start_or_continue(s: Settings, outdir: Path, ranks: Ranks = SINGLE) -> Path:
 def run(s: Settings, folder: Path, ranks: Ranks = SINGLE) -> Path:
     """Train with the settings in `folder`, then summarise a reward run. Returns it, or the next free one where it was taken."""
     started = time.time()
-    objects = build(s, folder, ranks)
-    folder = claim(folder, ranks)
-    objects.loop.files = Run(folder, s.to_dict(), input_files(s), ranks=ranks)
-    with objects.loop.files as files:
+    files = Run(folder, s.to_dict(), input_files(s), ranks=ranks)
+    objects = build(s, files)
+    folder = files.folder = claim(folder, ranks)  # only now, so that a mistake leaves no folder behind
+    with files:
         files.begin()
         if ranks.main:
             where = f"{objects.loop.device}" + (f", {ranks.world} processes" if ranks.world > 1 else "")
@@ -190,8 +190,7 @@ def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks
         s = s if kimg is None else s.changed(kimg=kimg)
         files.settings, files.inputs = s.to_dict(), input_files(s)
         files.resume(free=None)  # the settings come from the checkpoint
-        objects = build(s, folder, ranks, warm_start=False)  # as do the weights
-        objects.loop.files = files
+        objects = build(s, files, warm_start=False)  # as do the weights
         objects.loop.resume(source, previous)
         if objects.evaluation is not None:
             objects.evaluation.watch.restore(folder / "stats.jsonl")

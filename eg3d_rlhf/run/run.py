@@ -55,16 +55,16 @@ class Run:
         self.last_checkpoint: Path | None = None
         self.lines = 0  # of stats.jsonl
         self._say = say or (lambda line: print(line, flush=True))
-        self._lock = run_lock(folder, enabled=ranks.main and folder.is_dir())
+        self._lock = contextlib.ExitStack()
         self._request = StopRequest()
         self._start = (0.0, time.monotonic())
 
     def __enter__(self) -> "Run":
-        self._lock.__enter__()
+        self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
         return self
 
     def __exit__(self, *exc) -> None:
-        self._lock.__exit__(*exc)
+        self._lock.close()
 
     # Beginning, and going on.
 

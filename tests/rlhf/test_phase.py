@@ -14,6 +14,7 @@ from eg3d_rlhf.generators import latents, load_generator, of
 from eg3d_rlhf.observations.sigma_slab import SigmaSlab
 from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms
+from eg3d_rlhf.run.run import Run
 from eg3d_rlhf.seeds import CALIBRATION
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, state, train_flags
@@ -44,7 +45,7 @@ def runs(settings, tmp_path_factory):
     found = {}
     for name, values in flags.items():
         s = settings(*values)
-        experiment_run = experiment.build(s, folder / name)
+        experiment_run = experiment.build(s, Run(folder / name, {}))
         experiment_run.loop.run()
         found[name] = (experiment_run, folder / name)
     return found
@@ -80,7 +81,7 @@ def test_the_reference_never_changes(runs, tiny_networks):
 
 
 def test_the_reward_phase_moves_g_alone(settings, tmp_path):
-    loop = experiment.build(settings("REWARD"), tmp_path).loop
+    loop = experiment.build(settings("REWARD"), Run(tmp_path, {})).loop
     nets, phase = loop.subject.nets, loop.phases[-1]
     before_G, before_D, before_ema = state(nets.G), state(nets.D), state(nets.G_ema)
     loop.subject.begin(0)
@@ -218,7 +219,7 @@ def test_a_latent_is_its_seeds_alone():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"lambda_r": -1}, "lambda_r must be >= 0, got -1"), ({"lambda_sigma": float("nan")}, "lambda_sigma must be >= 0, got nan"),
+        ({"lambda_r": -1}, "lambda_r must be >= 0, got -1"), ({"lambda_sigma": float("nan")}, "lambda_sigma: expected a finite number"),
         ({"reward_shaping": "cubic"}, "--reward-shaping: expected one of"), ({"reward_clip": "2,1"}, "--reward-clip: expected LOW,HIGH"),
     ],
 )
@@ -247,7 +248,7 @@ def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp
     objects, straight = runs["ten"]
     s = gan_settings.Settings.of({**objects.loop.options, "init": str(tmp_path / "other.safetensors")})
     tiny_runs.networks.save(tmp_path / "other.safetensors", tiny_runs.build_networks(seed=9))
-    resumed = experiment.build(s, tmp_path / "run").loop
+    resumed = experiment.build(s, Run(tmp_path / "run", {})).loop
     before = state_hash(resumed.phases[-1].state.G_ref)
     shutil.copytree(straight, tmp_path / "run")
     resumed.resume(tmp_path / "run")
