@@ -127,17 +127,12 @@ def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[l
     return names, [derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)]
 
 
-def held_out_win_rate(
-    pipeline: Pipeline, reward: AssetReward, conditions: Sequence[str], seeds: Sequence[int], models: Models, against: torch.Tensor,
-    batch: int = 16, stages_given: Mapping[str, Sequence[Voxels]] | None = None,
-) -> float:
-    """Share of assets that beat the scores `against` [N] of the other generator's on the same conditions and seeds; ties count half."""
-    return float(wins(scores(pipeline, reward, conditions, seeds, models, batch, stages_given), against).mean())
-
-
 @dataclass(kw_only=True)
 class HeldOut:
-    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with the network."""
+    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with the network.
+
+    It is the share of assets that beat those of the other generator on the same conditions and seeds; ties count half.
+    """
 
     pipeline: Pipeline
     stage: str  # which stage the network is of
@@ -157,4 +152,4 @@ class HeldOut:
             self._scores = scores(*what, self.against, self.batch)
             self._given = voxels_for(self.pipeline, self.stage, self.conditions, self.seeds, self.others, self.batch)
         models = {**self.others, self.stage: model}
-        return held_out_win_rate(*what, models, self._scores, self.batch, {self.stage: self._given})
+        return float(wins(scores(*what, models, self.batch, {self.stage: self._given}), self._scores).mean())

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.flow.sparse import Latent, SparseSample
 from eg3d_rlhf.flow.stage import FlowStage
 from training.storage import read_tensors, write_atomic, write_tensors
@@ -106,7 +107,7 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], meta: dict,
     for i, tensors in enumerate(tqdm(_shards(unique, shard_bytes), desc="pairs", unit="shard", leave=False, disable=None)):
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
-        shards[path.name] = _sha256(path)
+        shards[path.name] = file_hash(path)
     rows = [
         {**{name: _plain(getattr(p, name)) for name in COLUMNS}, "preferred": names[id(p.preferred)], "rejected": names[id(p.rejected)]}
         for p in pairs
@@ -117,7 +118,7 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], meta: dict,
         "format": FORMAT, "stage": stages[0], "pairs": len(pairs), "shards": shards, "records": hashlib.sha256(records).hexdigest(),
         "meta": meta,
     }  # fmt: skip
-    content["hash"] = _content_hash(content)
+    content["hash"] = json_hash(content)
     write_atomic(folder / "meta.json", (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
     return content["hash"]
 
@@ -184,14 +185,12 @@ def _plain(value):
     return dict(value) if not isinstance(value, (str, float, int, type(None))) else value
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def json_hash(values: Mapping) -> str:
+    """SHA-256 of JSON values, whatever their order.
 
-
-def _content_hash(content: dict) -> str:
-    kept = {k: v for k, v in content.items() if k != "hash"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _read_description(folder: Path) -> dict:
@@ -200,7 +199,7 @@ def _read_description(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder}: expected a folder of pairs, got no meta.json in it. Check the path, or finish writing it.")
     try:
         content = json.loads(path.read_text())
-        sound = content["format"] == FORMAT and content["hash"] == _content_hash(content)
+        sound = content["format"] == FORMAT and content["hash"] == json_hash({k: v for k, v in content.items() if k != "hash"})
     except (ValueError, KeyError, TypeError):
         sound = False
     if not sound:
@@ -224,7 +223,7 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a shard of {len(content['shards'])}, got nothing there. Restore the folder.")
-        if _sha256(path) != expected:
+        if file_hash(path) != expected:
             raise ValueError(f"{path}: expected the bytes that meta.json speaks of, got others. It is damaged or from another folder.")
         tensors.update(read_tensors(path, "pairs")[0])
     found: dict[str, Latent] = {}

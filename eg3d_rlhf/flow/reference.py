@@ -4,7 +4,6 @@ Shape letters as in sparse.py; P pairs.
 """
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import nn
 
 from eg3d_rlhf.flow.dpo import PairDraw
 from eg3d_rlhf.flow.lora import adapted_layers, adapters_off, lora_parameters
+from eg3d_rlhf.flow.pairs import json_hash
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sampler import evaluating
 from eg3d_rlhf.flow.sparse import Batch, feats_of, with_feats
@@ -29,9 +29,6 @@ Row = tuple[float, float, float]  # time, error of the preferred, error of the r
 
 class Reference(Protocol):
     """The frozen side of a preference loss."""
-
-    def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
-        """v at times t [N] in 0..1; without gradient."""
 
     def errors(self, path: FlowPath, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
         """Flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw; without gradient.
@@ -53,7 +50,7 @@ class FrozenModel:
             _refuse_shared(type(self).__name__, self._model, self._policy)
 
     def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
-        """See Reference."""
+        """v at times t [N] in 0..1; without gradient."""
         self._check()
         with torch.no_grad(), evaluating(self._model):
             return self._model(x_t, t, cond)
@@ -85,7 +82,7 @@ class AdapterOff(FrozenModel):
         _refuse_trainable("AdapterOff", ((name, p) for name, p in self._model.named_parameters() if id(p) not in adapters))
 
     def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
-        """See Reference."""
+        """v of the base."""
         with adapters_off(self._model):
             return super().velocity(x_t, t, cond)
 
@@ -129,16 +126,9 @@ class CachedErrors:
 
     def __init__(self, reference: Reference | None, identity: Mapping, folder: str | Path | None = None, ranks: Ranks = SINGLE):
         self._reference, self._identity, self._rank = reference, json.loads(json.dumps(identity)), ranks.rank
-        digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = None if folder is None else Path(folder) / f"reference-{digest}"
+        self._folder = None if folder is None else Path(folder) / f"reference-{json_hash(self._identity)[:16]}"
         self._epochs: dict[int, dict[str, Row]] = {}  # by epoch and id
         self._unsaved: set[int] = set()
-
-    def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
-        """The reference's own; not kept."""
-        if self._reference is None:
-            raise ValueError("CachedErrors: expected a reference to compute velocities with, got none. Give the network.")
-        return self._reference.velocity(x_t, t, cond)
 
     def errors(self, path: FlowPath, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
         """See Reference.

@@ -87,6 +87,13 @@ def collate(latents: Sequence[Latent]) -> Batch:
     return SparseBatch.join(latents) if isinstance(latents[0], SparseSample) else torch.stack(list(latents))
 
 
+def to_cpu(latent: Latent) -> Latent:
+    """A latent to keep: on the CPU, without gradient."""
+    if isinstance(latent, SparseSample):
+        return SparseSample(latent.coords.cpu(), latent.feats.detach().cpu())
+    return latent.detach().cpu()
+
+
 def separate(batch: Batch) -> list[Latent]:
     """Inverse of collate."""
     return batch.samples() if isinstance(batch, SparseBatch) else list(batch)

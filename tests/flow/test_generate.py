@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.flow.generate import HeldOut, crossed, generate, held_out_win_rate, scores, stage_noise, voxels_for, wins
+from eg3d_rlhf.flow.generate import HeldOut, crossed, generate, scores, stage_noise, voxels_for, wins
 from tests.flow.tiny_flow import NAMES, LinearFlow, TinyPipeline, likes_target
 
 
@@ -93,7 +93,7 @@ def test_held_out_compares_asset_by_asset():
     rate = held_out(better)
     assert rate > 0.6
     base = scores(pipeline, likes_target, names, seeds)
-    assert rate == held_out_win_rate(pipeline, likes_target, names, seeds, {"voxels": better}, base, batch=5)
+    assert rate == float(wins(scores(pipeline, likes_target, names, seeds, {"voxels": better}, batch=5), base).mean())
     ahead = HeldOut(
         pipeline=pipeline, stage="structure", reward=likes_target, conditions=names, seeds=seeds, others={"voxels": better},
         against={"voxels": better},

@@ -193,8 +193,6 @@ def test_kept_errors_of_other_draws_are_never_used(tmp_path):
         cache.errors(of.path, drawn(of, seed=1)[0], keys)
     with pytest.raises(ValueError, match="CachedErrors: expected those of pair p0 in epoch 0, got none. Give the reference"):
         CachedErrors(None, {"seed": 1}, tmp_path).errors(of.path, draw, keys)
-    with pytest.raises(ValueError, match="expected a reference to compute velocities with"):
-        CachedErrors(None, {}).velocity(*inputs(False))
 
 
 def test_damaged_and_not_finite_errors_are_refused(tmp_path):

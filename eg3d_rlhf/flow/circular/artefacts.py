@@ -8,13 +8,13 @@
 An artefact without done.json is unfinished: its maker is called again, on the same folder.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.flow.pairs import json_hash
 from eg3d_rlhf.run.process import run_lock
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
@@ -45,14 +45,6 @@ class Made:
 Maker = Callable[[Path], Made]  # given the folder; may find there what an earlier, interrupted call left
 
 
-def fingerprint(inputs: Mapping) -> str:
-    """SHA-256 of JSON values, whatever their order.
-
-    Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
-    """
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 class ArtefactStore:
     """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints."""
 
@@ -62,7 +54,7 @@ class ArtefactStore:
 
     def name(self, kind: str, inputs: Mapping) -> str:
         """Folder name of an artefact."""
-        return f"{kind}-{fingerprint({'format': FORMAT, **inputs})[:DIGITS]}"
+        return f"{kind}-{json_hash({'format': FORMAT, **inputs})[:DIGITS]}"
 
     def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
         """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
@@ -96,7 +88,7 @@ class ArtefactStore:
             self.ranks.barrier()
             if self.ranks.main:
                 files = {path.relative_to(folder).as_posix(): file_hash(path) for path in _files(made.products)}
-                done = {"files": files, "content": fingerprint(files), "record": made.record}
+                done = {"files": files, "content": json_hash(files), "record": made.record}
                 write_atomic(folder / DONE, _text(done))
             return self.ranks.broadcast(done)
 
@@ -109,7 +101,7 @@ class ArtefactStore:
             files = dict(done["files"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"artefact {folder}: expected {INPUTS} and {DONE} whole, got: {error}. Delete the folder.") from None
-        if fingerprint(stated) != fingerprint(inputs):
+        if json_hash(stated) != json_hash(inputs):
             raise ValueError(f"artefact {folder}: expected the inputs that its name stands for, got others. Delete the folder.")
         for name, expected in files.items():
             path = folder / name

@@ -23,7 +23,7 @@ import torch
 from eg3d_rlhf.flow.generate import Models, generate
 from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.flow.problem import Problem
-from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
+from eg3d_rlhf.flow.sparse import collate, to_cpu
 from eg3d_rlhf.flow.stage import FlowStage, Voxels, stage_of
 from eg3d_rlhf.flow.weights import same_structure
 from training.config import check_knobs, knob
@@ -117,13 +117,6 @@ def _gap(problem: Problem, stage: str, pairs: Sequence[PreferencePair]) -> list[
 def _check_rewards(rewards: Sequence[torch.Tensor]) -> None:
     if not all(bool(values.isfinite().all()) for values in rewards):
         raise ValueError(f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}. Correct the reward.")
-
-
-def to_cpu(latent: Latent) -> Latent:
-    """A latent to keep."""
-    if isinstance(latent, SparseSample):
-        return SparseSample(latent.coords.cpu(), latent.feats.detach().cpu())
-    return latent.detach().cpu()
 
 
 def _marked(pair: PreferencePair) -> PreferencePair:

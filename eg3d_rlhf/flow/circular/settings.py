@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -96,10 +95,6 @@ class CircularSettings:
             lora = replace(lora, targets=stage.lora_targets)
         return replace(config, lora=lora, seed=self.seed)
 
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CircularRun:
@@ -132,7 +127,7 @@ class CircularRun:
     def facts(self, problem: Problem) -> dict:
         """What a reader of a table needs besides it."""
         return {
-            "problem": dict(problem.identity), "settings": self.circular.to_dict(), "judging": asdict(self.judging), "versions": versions(),
+            "problem": dict(problem.identity), "settings": asdict(self.circular), "judging": asdict(self.judging), "versions": versions(),
         }
 
 
@@ -162,9 +157,7 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
 
 
 def _value(hint: object, value: object, who: str) -> object:
-    if value is None:
-        return None
-    for option in _options(hint):
+    for option in (hint, *typing.get_args(hint)) if value is not None else ():
         if dataclasses.is_dataclass(option):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{who}: expected settings by name, got {value!r}. Start a new run.")
@@ -172,7 +165,3 @@ def _value(hint: object, value: object, who: str) -> object:
         if typing.get_origin(option) is tuple:
             return tuple(value)
     return value
-
-
-def _options(hint: object) -> tuple:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -12,6 +12,7 @@ from torch import nn
 
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.toy.shapes import R
+from eg3d_rlhf.flow.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 
 PATCH = 2  # places per axis of one token of the structure
 FREQUENCIES = 32  # of the embedding of the time
@@ -60,38 +61,16 @@ class Packing:
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
-class SelfAttention(nn.Module):
-    """Every token of a sample looks at all of them."""
+class PaddedLayout(DenseLayout):
+    """Tokens [N, L, C], of which only those of `keep` [N, 1, 1, L] are there; None: all."""
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.Linear(width, width)
+    def __init__(self, keep: torch.Tensor | None):
+        self.keep = keep
 
-    def forward(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        """[N, L, C], [N, 1, 1, L] where there is a token -> [N, L, C]."""
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, H, L, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Every token looks at the tokens of its sample's condition."""
-
-    def __init__(self, width: int, heads: int, condition: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width)
-        self.to_kv = nn.Linear(condition, 2 * width)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """[N, L, C], [N, T, E] -> [N, L, C]."""
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, H, L, D]
-        k, v = self.to_kv(cond).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [N, H, T, D]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """All [N, L, H, D]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.keep).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -101,7 +80,7 @@ class Block(nn.Module):
         super().__init__()
         C = size.width
         self.self_attn = SelfAttention(C, size.heads)
-        self.cross_attn = CrossAttention(C, size.heads, size.condition)
+        self.cross_attn = CrossAttention(C, size.condition, size.heads)
         self.norm = nn.LayerNorm(C)
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(approximate="tanh"), nn.Linear(2 * C, C))
         self.modulation = nn.Parameter(torch.randn(6 * C) * 0.02)  # added to what all blocks share
@@ -109,8 +88,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         """[N, L, C], [N, 6 C], [N, T, E] -> [N, L, C]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(6, dim=2)  # each [N, 1, C]
-        x = x + gate_1 * self.self_attn(torch.addcmul(shift_1, _norm(x), 1 + scale_1), keep)
-        x = x + self.cross_attn(self.norm(x), cond)
+        x = x + gate_1 * self.self_attn(torch.addcmul(shift_1, _norm(x), 1 + scale_1), PaddedLayout(keep))
+        x = x + self.cross_attn(self.norm(x), cond, PaddedLayout(keep))
         return x + gate_2 * self.mlp(torch.addcmul(shift_2, _norm(x), 1 + scale_2))
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from eg3d_rlhf.flow.generate import stage_noise
 from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.flow.sampler import sample
-from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate
+from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, read_ply, write_ply
 from eg3d_rlhf.flow.trellis.conditions import Conditions, read_array, read_embedding, write_conditions
@@ -158,17 +158,13 @@ def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline)
         latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
     if "asset" in record:
         encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
-        latents.update({stage: _on_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents})
+        latents.update({stage: to_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents})
     for stage, latent in latents.items():
         who = str(record.get(stage, record.get("asset")))
         stage_of(pipeline, stage).check(who, latent)
         if not torch.isfinite(feats_of(collate([latent]))).all():
             raise ValueError(f"{who}: expected finite latents, got others. Encode the asset again, or leave it out.")
     return Candidate(name=name, condition=condition, rank=float(rank), latents=latents)
-
-
-def _on_cpu(latent: Latent) -> Latent:
-    return SparseSample(latent.coords.cpu(), latent.feats.cpu()) if isinstance(latent, SparseSample) else latent.cpu()
 
 
 def read_structure(path: Path) -> torch.Tensor:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from eg3d_rlhf.flow.circular.artefacts import DONE, ArtefactStore, Made, fingerprint
+from eg3d_rlhf.flow.circular.artefacts import DONE, ArtefactStore, Made
+from eg3d_rlhf.flow.pairs import json_hash
 
 
 class Maker:
@@ -69,8 +70,8 @@ def test_changed_products_and_inputs_are_refused(tmp_path):
 
 
 def test_fingerprints_are_of_json_alone():
-    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
+    assert json_hash({"a": 1, "b": (2, 3)}) == json_hash({"b": [2, 3], "a": 1})
     with pytest.raises(TypeError):
-        fingerprint({"a": object()})
+        json_hash({"a": object()})
     with pytest.raises(ValueError):
-        fingerprint({"a": float("nan")})
+        json_hash({"a": float("nan")})
