@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from eg3d_rlhf.flow.pairs import PreferencePair, _content_hash, pairs_hash, read_pairs, write_pairs
+from eg3d_rlhf.flow.pairs import PreferencePair, json_hash, pairs_hash, read_pairs, write_pairs
 from eg3d_rlhf.flow.sparse import SparseSample
 from tests.flow.closed_forms import PerChannel, dense, pair_of, stage_of, voxels
 
@@ -129,7 +129,7 @@ def forge(folder, change) -> None:
     (folder / "pairs.jsonl").write_bytes(data)
     content = json.loads((folder / "meta.json").read_text())
     content["records"] = hashlib.sha256(data).hexdigest()
-    content["hash"] = _content_hash(content)
+    content["hash"] = json_hash({k: v for k, v in content.items() if k != "hash"})
     (folder / "meta.json").write_text(json.dumps(content))
 
 
