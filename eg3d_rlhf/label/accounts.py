@@ -104,8 +104,8 @@ def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnota
     """The annotator of that name, made if there is none, to whom no token leads: local work and imports."""
     known = find(c, name)
     if known is None:
-        record = {"name": name, "role": role, "created": now, "revoked": None}
-        known = StoredAnnotator(id=c.execute(insert(annotators).returning(annotators.c.id), record).scalar_one(), **record)
+        record = {"name": name, "role": role, "created": now}
+        known = _annotator(c.execute(insert(annotators).returning(annotators), record).one())
     return known
 
 

@@ -89,7 +89,8 @@ def select(judged: Judged, pairs: np.ndarray, count: int, diversity: float) -> S
     """
     doubt, features = disagreement(judged.scores, pairs), pair_features(judged.embeddings, pairs)
     nearest, free = np.full(len(pairs), np.inf), np.ones(len(pairs), dtype=bool)
-    chosen, distances = [], []
+    chosen: list[int] = []
+    distances: list[float] = []
     for _ in range(count):
         if not free.any():
             raise ValueError(f"active selection: expected {count} disjoint pairs, found {len(chosen)} among {len(pairs)}. Raise the pool.")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, Row, Table, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -193,7 +194,8 @@ class _Import:
     def _add_row(self, record: dict) -> None:
         """Let a row of a campaign wait for writing, unless the store has it."""
         kind, campaign = record["record"], record["campaign"]
-        kept, linked = KEPT[kind], {}
+        kept = KEPT[kind]
+        linked: dict[str, Any] = {}
         for column, other in kept.links.items():
             name = record.get(_field(column)) if kept.table.c[column].nullable else record[_field(column)]
             linked[column] = None if name is None else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
@@ -229,7 +231,7 @@ class _Import:
         return self.ids[kind, campaign]
 
     def _write(self) -> None:
-        if self.waiting:
+        if self.waiting and self.kind is not None:
             ids = insert_all(self.c, KEPT[self.kind[0]].table, list(self.waiting.values()))
             self._known(*self.kind).update(zip(self.waiting, ids, strict=True))
             self.waiting = {}

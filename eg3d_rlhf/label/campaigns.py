@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
@@ -103,8 +104,8 @@ def _identity(shape: Shape) -> tuple:
 def shape_of(row: Row, prefix: str = "") -> Shape:
     """The shape in a row's columns; null is nan."""
     columns = row._mapping
-    values = {name: columns[prefix + name] for name in FIELDS}
-    return Shape(**{k: math.nan if v is None else v for k, v in values.items()})
+    values: dict[str, Any] = {name: math.nan if columns[prefix + name] is None else columns[prefix + name] for name in FIELDS}
+    return Shape(**values)
 
 
 def settings_to_json(settings: CampaignSettings) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -101,11 +102,11 @@ def _request(
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
     pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PAIRING if name != "rewards"})
     with naming("--network"):
-        source = None if network is None else find_network(network).resolve()
+        source = find_network(network).resolve() if network else None
         if source is not None and not source.is_file():
             raise FileNotFoundError(f"expected a network file or a run folder, got nothing at {network}. Check the path.")
     settings = {name: flags[name] for name in SETTINGS}
-    request = Request(name=campaign, network=source and str(source), after=after, pairing=pairing, settings=settings)
+    request = Request(name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings)
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given | ({"strategy"} if chosen else set())
 
@@ -121,8 +122,8 @@ def _dry_run(db: str, request: Request, server: ServerFlags, wanted: dict, given
     if _existing(db):
         with open_store(db, create=False) as store:
             found = store.campaign(request.name)
-            resumed = found is not None
-            wanted = check_resumed(found, wanted, given) if resumed else wanted
+            if found is not None:
+                resumed, wanted = True, dict(check_resumed(found, wanted, given))
     kept = {"db": without_password(db), "access_log": str(server.access_log)}
     return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **server.to_dict(), **kept}
 
@@ -257,7 +258,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str |
         raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
     with open_store(_url(db), create=True) as store:
         if source.suffix == ".csv":
-            count = import_ranked_seeds(store, source, campaign, **({"annotator": annotator} if annotator else {}))
+            count = import_ranked_seeds(store, source, campaign, annotator or "imported")
         else:
             count = import_judgements(store, source)
     click.echo(f"{source}: {count} judgements imported")
@@ -281,12 +282,11 @@ def status(as_json: bool, db: str | None) -> None:
 
 
 def _campaign_status(store: Store, campaign: StoredCampaign) -> dict:
-    counts, last, name = {}, None, campaign.settings.name
-    for row in store.judgements(name):
-        counts[row.annotator] = counts.get(row.annotator, 0) + 1
-        last = row.received_at
+    name = campaign.settings.name
+    rows = list(store.judgements(name))
+    counts, last = Counter(row.annotator for row in rows), rows[-1].received_at if rows else None
     return {
-        "name": name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs, "judgements": sum(counts.values()),
+        "name": name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs, "judgements": len(rows),
         "annotators": counts, "created": _date(campaign.created), "last": last and _date(last),
     }
 

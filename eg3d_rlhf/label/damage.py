@@ -25,7 +25,7 @@ class Body:
     """What is damaged."""
 
     sigma: np.ndarray  # raw density [X, Y, Z]
-    axes: tuple[np.ndarray, np.ndarray, np.ndarray]  # world coordinates x [X], y [Y], z [Z], evenly spaced
+    axes: tuple[np.ndarray, ...]  # world coordinates x [X], y [Y], z [Z], evenly spaced
     level: float  # raw density of the surface
     surface: np.ndarray  # its vertices [V, 3], world coordinates
     rng: np.random.Generator
@@ -93,7 +93,7 @@ DAMAGES: dict[str, tuple[Callable[[Body], np.ndarray], str]] = {  # name: functi
 }
 
 
-def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, np.ndarray, np.ndarray], level: float, surface: np.ndarray, seed: int):
+def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int):
     """The density [X, Y, Z] after damage `name`; equal arguments give equal values.
 
     Args: as the fields of `Body`; `seed` of the shape decides where the damage is.

@@ -80,7 +80,7 @@ def undo(c: Connection, campaign_id: int, annotator_id: int, key: str, assignmen
             raise ConflictError(f"undo: expected a new key, got {key!r}, which an answer has used. Send another key.")
         return c.execute(select(a.c.token).where(a.c.id == before.assignment_id)).scalar()
     if assignment is not None:
-        found = _assignment(c, campaign_id, annotator_id, assignment)
+        found: Row | None = _assignment(c, campaign_id, annotator_id, assignment)
     else:
         found = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
     target = found if found is not None and found.answered is not None else None

@@ -230,9 +230,10 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
         if server.exposed and server.certificate is None and server.proxy is None:
             click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
 
-    at = {"certificate": server.certificate, "key": server.key, "proxy": server.proxy}
     try:
-        serve(options, server.host, server.port, **at, on_listening=listening)
+        serve(
+            options, server.host, server.port, certificate=server.certificate, key=server.key, proxy=server.proxy, on_listening=listening
+        )
     except KeyboardInterrupt:
         click.echo(f"stopped; every {what} is kept, the same command goes on")
 

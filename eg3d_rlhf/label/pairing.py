@@ -99,6 +99,7 @@ def plan(
     report = {**asdict(options), "rewards": list(options.rewards)}
     rng = np.random.default_rng(options.seed)
     draw = shape_of(options, generator)
+    seeds: Sequence[Sequence[int]]
     if options.strategy == "active":
         if ensemble is None:
             raise ValueError("plan: expected an ensemble of rewards for the active strategy, got none. Hand one in.")

@@ -40,7 +40,7 @@ def labels_source(source: str | Path) -> str | Path:
 
 def source_stem(source: str | Path) -> str:
     """A short name: the file's or database's, without its ending."""
-    text = source.split("?")[0] if is_store_url(source) else str(source)
+    text = str(source).split("?")[0] if is_store_url(source) else str(source)
     return Path(text).stem
 
 

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -202,7 +203,7 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
 
 def _strengths(comparisons: list[Comparison], name: Callable[[Shape], str], limits: QualityLimits) -> list[dict]:
     """Strengths, best first, of shapes that met at least two others; the most compared where there are too many."""
-    partners: dict[Shape, set[Shape]] = defaultdict(set)
+    partners: dict[Any, set] = defaultdict(set)  # by shape
     times: Counter = Counter()
     for c in comparisons:
         partners[c.winner].add(c.loser)

@@ -8,8 +8,9 @@ import hashlib
 import math
 import secrets
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from eg3d_rlhf.label import campaigns
 from eg3d_rlhf.label.database import Lock, insert_all
@@ -37,7 +38,7 @@ def import_ranked_seeds(
     name = campaign or path.stem
     extra = {"origin": ORIGIN, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     settings = CampaignSettings(name=name, repeat_share=0, swap_share=0, gold_every=0, extra=extra)
-    known = {"generator": generator, "source": "", "psi": psi, "level": math.nan, "resolution": 0, "triangles": 0}
+    known: dict[str, Any] = {"generator": generator, "source": "", "psi": psi, "level": math.nan, "resolution": 0, "triangles": 0}
     planned = [PlannedPair(first=Shape(seed=pref.winner, **known), second=Shape(seed=pref.loser, **known)) for pref in labels]
     who = store.annotator_without_token(annotator)
     with store.writing((Lock.SCHEMA, 1)) as c:
@@ -53,7 +54,7 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> int:
     Filters as `LabelFilters`. Returns the number of rows. Raises: ValueError when none is left.
     """
     chosen = LabelFilters(**filters)
-    kept = [row for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators)) if row.preferred is not None]
+    kept = [row for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators)) if row.choice in (Choice.LEFT, Choice.RIGHT)]
     if not kept:
         raise ValueError("export_ranked_seeds: expected at least one preference, got none that passes the filters. Ask for less.")
     found = {row.campaign for row in kept}
@@ -61,8 +62,8 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> int:
     numbered = only is not None and only.settings.extra.get("origin") == ORIGIN
     lines = [",".join(HEADER)]
     for number, row in enumerate(kept):
-        other = row.right if row.preferred is row.left else row.left
-        lines.append(f"{row.sequence - 1 if numbered else number},{row.preferred.seed},{other.seed}")
+        first, second = (row.left, row.right) if row.choice is Choice.LEFT else (row.right, row.left)
+        lines.append(f"{row.sequence - 1 if numbered else number},{first.seed},{second.seed}")
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return len(kept)
 
@@ -90,7 +91,7 @@ def _answer_all(c: Connection, mine: dict, ids: list[int], numbers: list[int], n
          "first_is_left": left, "leased": now}
         for pair, number, left in zip(ids, numbers, first_left, strict=True)
     ])  # fmt: skip
-    insert_all(c, judgements, [
+    c.execute(insert(judgements), [
         {**mine, "key": f"{campaign}-{number}", "type": "choice", "choice": (Choice.LEFT if left else Choice.RIGHT).value,
          "assignment_id": assigned, "milliseconds": 0, "views": "[]", "received_at": now, "page_version": "import"}
         for assigned, number, left in zip(given, numbers, first_left, strict=True)

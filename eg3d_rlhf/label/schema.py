@@ -1,4 +1,4 @@
-"""Tables of the store.
+"""Tables of the store, and how a database is led to them: made whole when new, step by step when older, in one transaction.
 
 | table       | holds                                                                                  | changes                       |
 | ----------- | -------------------------------------------------------------------------------------- | ----------------------------- |
@@ -14,10 +14,13 @@ A place of a pair is held by an assignment of kind 'pair' while `released` is nu
 has places, a second assignment of a pair to one annotator, a second use of a key, and taking a judgement back twice.
 """
 
+import time
+
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Connection,
     Double,
     ForeignKey,
     Index,
@@ -26,10 +29,14 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    inspect,
+    select,
     text,
 )
 
-VERSION = 2  # of this description; migrations.py leads there from earlier ones
+from eg3d_rlhf.label.database import Database, Lock
+
+VERSION = 2  # of this description; STEPS lead there from earlier ones
 
 metadata = MetaData()
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up in INTEGER PRIMARY KEY alone
@@ -43,13 +50,8 @@ def _to(table: str, name: str | None = None, null: bool = False) -> Column:
     return Column(name or f"{table[:-1]}_id", Id, ForeignKey(f"{table}.id"), nullable=null)
 
 
-def _unique(name: str, *columns, where: str | None = None) -> Index:
-    condition = {"sqlite_where": text(where), "postgresql_where": text(where)} if where else {}
-    return Index(name, *columns, unique=True, **condition)
-
-
-def _partial(name: str, *columns, where: str) -> Index:
-    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+def _partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
 
 
 schema_versions = Table(
@@ -104,7 +106,7 @@ assignments = Table(
     Column("answered", Id),  # judgement that counts
     Column("undone", Double),  # when its answer was last taken back, until it is answered again
     UniqueConstraint("campaign_id", "annotator_id", "sequence"),
-    _unique("assignments_once", "annotator_id", "pair_id", where="kind IN ('pair', 'training')"),
+    _partial("assignments_once", "annotator_id", "pair_id", where="kind IN ('pair', 'training')", unique=True),
     _partial("assignments_open", "campaign_id", "leased", where="answered IS NULL AND released IS NULL"),
     Index("assignments_pair", "pair_id"),
 )  # fmt: skip
@@ -123,3 +125,83 @@ judgements = Table(
     Index("judgements_when", "campaign_id", "annotator_id", "received_at"),
     Index("judgements_assignment", "assignment_id"),
 )  # fmt: skip
+
+REFUSAL = "judgements are append-only: take one back with a further record"
+
+SQLITE_TRIGGERS = (
+    f"CREATE TRIGGER judgements_no_update BEFORE UPDATE ON judgements BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+    f"CREATE TRIGGER judgements_no_delete BEFORE DELETE ON judgements BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+    "CREATE TRIGGER judgements_no_replace BEFORE INSERT ON judgements WHEN EXISTS (SELECT 1 FROM judgements WHERE id = NEW.id"  # OR REPLACE
+    " OR (annotator_id = NEW.annotator_id AND key = NEW.key) OR takes_back = NEW.takes_back)"
+    f" BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+)
+POSTGRES_TRIGGERS = (
+    "CREATE FUNCTION judgements_refuse() RETURNS trigger LANGUAGE plpgsql AS"
+    f" $$ BEGIN RAISE EXCEPTION '{REFUSAL}' USING ERRCODE = 'integrity_constraint_violation'; END $$",
+    "CREATE TRIGGER judgements_no_change BEFORE UPDATE OR DELETE ON judgements FOR EACH ROW EXECUTE FUNCTION judgements_refuse()",
+    "CREATE TRIGGER judgements_no_truncate BEFORE TRUNCATE ON judgements FOR EACH STATEMENT EXECUTE FUNCTION judgements_refuse()",
+)
+
+STEPS: dict[int, tuple[str, ...]] = {  # for both databases, {id} and {real} being their types; never edited once released
+    # logins that survive a restart; the page's version with each judgement; shapes damaged on purpose; when an answer was undone
+    2: (
+        "CREATE TABLE sessions (id_hash TEXT NOT NULL PRIMARY KEY, annotator_id {id} NOT NULL REFERENCES annotators (id),"
+        " created {real} NOT NULL, expires {real} NOT NULL)",
+        "CREATE INDEX ix_sessions_expires ON sessions (expires)",
+        "ALTER TABLE judgements ADD COLUMN page_version TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE shapes ADD COLUMN degradation TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE assignments ADD COLUMN undone {real}",
+    ),
+}
+SQLITE_STEPS: dict[int, tuple[str, ...]] = {2: SQLITE_TRIGGERS[2:]}  # INSERT OR REPLACE is no way round the triggers
+
+
+def migrate(database: Database, create: bool) -> int:
+    """Bring the schema to VERSION; returns the version it was at, 0 for a new database.
+
+    Raises: ValueError for a database of a later version, one of something else, and an empty one unless `create`.
+    """
+    with database.read() as connection:
+        if _version(connection, database, create) == VERSION:
+            return VERSION
+    with database.write((Lock.SCHEMA, 0)) as connection:
+        found = _version(connection, database, create)  # another process may have been faster
+        if found == 0:
+            metadata.create_all(connection, checkfirst=False)
+            _run(connection, SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS)
+            _record(connection, VERSION)
+        for version in range(max(found, 1) + 1, VERSION + 1) if found else ():
+            types = {"id": "INTEGER", "real": "DOUBLE"} if database.sqlite else {"id": "BIGINT", "real": "DOUBLE PRECISION"}
+            _run(connection, tuple(statement.format(**types) for statement in STEPS[version]))
+            _run(connection, SQLITE_STEPS[version] if database.sqlite else ())
+            _record(connection, version)
+    return found
+
+
+def _version(connection: Connection, database: Database, create: bool) -> int:
+    tables = set(inspect(connection).get_table_names())
+    if "schema_versions" not in tables:
+        foreign = sorted(tables & set(metadata.tables))
+        if foreign:
+            raise ValueError(
+                f"store {database.name}: expected a labelling store, got tables {', '.join(foreign)} without a schema version. "
+                "Name another database."
+            )
+        if not create:
+            raise ValueError(f"store {database.name}: expected a labelling store, got a database without one. Check the URL.")
+        return 0
+    found = max(connection.execute(select(schema_versions.c.version)).scalars(), default=0)
+    if found > VERSION:
+        raise ValueError(f"store {database.name}: expected schema version {VERSION} or earlier, got {found}. Update this program.")
+    if found == 0:
+        raise ValueError(f"store {database.name}: expected a schema version, got none recorded. Restore the database from a copy.")
+    return found
+
+
+def _run(connection: Connection, statements: tuple[str, ...]) -> None:
+    for statement in statements:
+        connection.exec_driver_sql(statement)
+
+
+def _record(connection: Connection, version: int) -> None:
+    connection.execute(schema_versions.insert().values(version=version, applied=time.time()))

@@ -22,7 +22,7 @@ from eg3d_rlhf.label.entities import (
     StoredCampaign,
     Submitted,
 )
-from eg3d_rlhf.label.migrations import migrate
+from eg3d_rlhf.label.schema import migrate
 
 
 class Store(Accounts):

@@ -35,7 +35,7 @@ class MeanInterval(NamedTuple):
     hi: float
 
 
-def _check_counts(who: str, successes: int, n: int) -> None:
+def _check_counts(who: str, successes: float, n: int) -> None:
     if n < 0 or successes < 0 or successes > n:
         raise ValueError(f"{who}: expected 0 <= successes <= n, got successes={successes}, n={n}. Pass counts, not rates.")
 
@@ -52,7 +52,7 @@ def _finite_vector(who: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
     """Interval of a proportion that stays inside [0, 1] and works for small n and for rates of 0 or 1.
 
     Wilson (1927): with z the two-sided normal quantile and p = successes / n,

@@ -6,6 +6,7 @@ Letters: U units (pairs of shapes), K categories of answer, B bootstrap resample
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
@@ -63,7 +64,7 @@ def _kappa_of_table(counts: np.ndarray, n: int, confidence: float) -> Agreement:
 
 
 def krippendorff_alpha(
-    units: Sequence[Mapping[Hashable, Hashable]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    units: Sequence[Mapping[Any, Hashable]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Agreement:
     """Krippendorff's alpha for nominal answers; an annotator may have left units out.
 

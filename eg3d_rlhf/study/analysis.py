@@ -51,15 +51,15 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
             f"study {design.name}: expected {design.trials} answered trials{until}, got {answered}. Wait for them, as designed; --interim "
             "shows what there is and marks the report."
         )
-    kept, plan = found.kept(), {"confidence": design.confidence, "resamples": design.resamples}
+    kept = found.kept()
     other = "excluded" if design.ties == "half" else "half"
     return {
         "design": design.to_dict(), "interim": not over, "answered": answered, "late": found.late,
         "reported": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
-        "result": estimate(kept, design.ties, **plan),
+        "result": estimate(kept, design.ties, design.confidence, design.resamples),
         "sensitivity": {
-            "without exclusions": estimate(found.trials, design.ties, **plan, bootstrap=False),
-            f"ties {other}": estimate(kept, other, **plan, bootstrap=False),
+            "without exclusions": estimate(found.trials, design.ties, design.confidence),
+            f"ties {other}": estimate(kept, other, design.confidence),
             "sides weighted equally": _side_adjusted(kept, design.ties),
         },
         "sides": _sides(kept, design.ties), "annotators": _annotators(design, found), "exclusions": _exclusions(found),
@@ -104,28 +104,32 @@ def score(row: JudgementRow, ties: str) -> float:
     return float((row.choice == Choice.LEFT) != row.first_is_left)
 
 
-def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 4000, bootstrap: bool = True) -> dict:
-    """Win rate with every interval and test that the design names; figures are None without a trial that counts."""
+def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
+    """Win rate with every interval and test that the design names; figures are None without a trial that counts.
+
+    Args: resamples: of the bootstraps; 0: none.
+    """
     scores = np.array([score(r, ties) for r in rows])  # [N]
     choices = Counter(r.choice for r in rows)
     decided = [s for s, r in zip(scores, rows, strict=True) if r.choice in (Choice.LEFT, Choice.RIGHT)]
     wins = int(sum(decided))
-    out = {
+    out: dict = {
         "n": int(np.sum(~np.isnan(scores))), "b_wins": wins, "a_wins": len(decided) - wins, "ties": choices[Choice.TIE],
         "skips": choices[Choice.SKIP], "annotators": len({r.annotator for r in rows}), "latents": len({r.pair for r in rows}),
         "confidence": confidence, "p_exact": binomial_test(wins, len(decided)) if decided else None,
     }  # fmt: skip
     if not out["n"]:
         return {**out, **dict.fromkeys(("win_rate", "interval", "wilson", "p_clustered", "design_effect", "degrees_of_freedom"))}
-    groups = [np.unique([getattr(r, name) for r in rows], return_inverse=True)[1] for name in ("annotator", "pair")]
-    found = win_rate(scores, *groups, confidence=confidence)
+    annotator, latent = (np.unique([getattr(r, name) for r in rows], return_inverse=True)[1] for name in ("annotator", "pair"))
+    found = win_rate(scores, annotator, latent, confidence)
     out |= {
         "win_rate": float(found.rate[0]), "interval": _pair(found.clustered), "wilson": _pair(found.wilson),
         "p_clustered": float(found.p_clustered[0]), "design_effect": float(found.design_effect[0]),
         "degrees_of_freedom": int(found.degrees[0]),
     }  # fmt: skip
-    if bootstrap:
-        drawn = {over: cluster_bootstrap(scores, *groups, over, confidence, resamples) for over in ("annotators", "latents", "both")}
+    if resamples:
+        kinds = ("annotators", "latents", "both")
+        drawn = {over: cluster_bootstrap(scores, annotator, latent, over, confidence, resamples) for over in kinds}
         out["bootstrap"] = {over: None if bounds is None else list(bounds) for over, bounds in drawn.items()}
     return out
 
@@ -157,10 +161,10 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
 
 def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     """How the sides fell and what they did: the win rate with b on either side; None where there is none."""
-    out = {"b_left": sum(not r.first_is_left for r in rows), "n": len(rows)}
+    out: dict = {"b_left": sum(not r.first_is_left for r in rows), "n": len(rows)}
     out["p_random"] = binomial_test(out["b_left"], out["n"])
-    for name, left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
-        scores = np.array([score(r, ties) for r in rows if r.first_is_left != left])
+    for name, b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
+        scores = np.array([score(r, ties) for r in rows if r.first_is_left != b_left])
         out[name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
     decided = [r for r in rows if r.choice in (Choice.LEFT, Choice.RIGHT)]
     left = sum(r.choice == Choice.LEFT for r in decided)

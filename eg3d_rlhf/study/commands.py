@@ -162,7 +162,7 @@ def beside(command: click.Command) -> click.Command:
     clone = copy.copy(command)
     clone.params = [copy.copy(p) for p in command.params]
     for parameter in clone.params:
-        if parameter.name == "db":
+        if isinstance(parameter, click.Option) and parameter.name == "db":
             parameter.show_default = "the study's"
     return clone
 

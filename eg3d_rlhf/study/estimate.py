@@ -5,7 +5,7 @@ counts half, NaN for a trial that does not count.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import ndtri
@@ -17,8 +17,8 @@ _CELLS = 2_000_000  # resampled values held at once
 class Bounds(NamedTuple):
     """Ends of an interval, [S] each or two numbers."""
 
-    lo: np.ndarray
-    hi: np.ndarray
+    lo: Any
+    hi: Any
 
 
 @dataclass(frozen=True, kw_only=True)

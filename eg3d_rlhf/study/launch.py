@@ -92,7 +92,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None] = lambda 
         raise ValueError(f"--label-a, --label-b: expected two names to tell them apart, got {sides['a'].label!r} twice. Give them.")
     with flagged(flags):
         return StudyDesign(
-            name=name, **sides, trials=trials, annotators=flags["annotators"],
+            name=name, a=sides["a"], b=sides["b"], trials=trials, annotators=flags["annotators"],
             annotators_per_pair=power_options(flags).annotators_per_pair, confidence=round(1 - flags["alpha"], 12),
             exclusions=rules, power=size.to_dict() if size else {}, **{flag: flags[flag] for flag in FREE},
         )  # fmt: skip
@@ -104,8 +104,8 @@ def flagged(flags: Mapping) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()
-        raise ValueError(f"--{name.replace('_', '-')}{rest}" if name in flags else str(error)) from error
+        name = re.split(r"\W", str(error), maxsplit=1)[0]
+        raise ValueError(f"--{name.replace('_', '-')}{str(error)[len(name):]}" if name in flags else str(error)) from error
 
 
 def label_of(source: str | None) -> str:

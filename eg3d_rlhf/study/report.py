@@ -94,7 +94,7 @@ def page(report: dict) -> str:
     environment.filters |= {
         "percent": lambda share: "none" if share is None else percent(share), "p_value": p_value,
         "interval": lambda ends: "" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}",
-        "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",  # pixels
+        "x": _pixels,
     }  # fmt: skip
     settings = {k: v for k, v in report["design"].items() if k not in ("plan", "latent_seeds", "hash")}
     for side in ("a", "b"):
@@ -105,6 +105,11 @@ def page(report: dict) -> str:
     return environment.get_template("report.html").render(
         report, settings=settings, style=style, histogram_counts=[places[i] for i in range(BINS)]
     )
+
+
+def _pixels(share: float, more: float = 0) -> str:
+    """Where a share 0..1 lies on the figures' common axis."""
+    return f"{210 + 390 * share + more:.1f}"
 
 
 def write(report: dict, folder: Path) -> tuple[Path, Path]:

@@ -28,8 +28,10 @@ def create_app(options: AppOptions) -> FastAPI:
         raise ValueError(f"create_app: expected a campaign of the store, got {options.campaign!r}. Make it with tools/label.py.")
     files = read_static(options.static)
     identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
-    parts = {"identities": identities, "shapes": PreparedShapes(options, campaign), "files": files, "page_version": version_of(files)}
-    context = Context(options=options, campaign=campaign, **parts)
+    context = Context(
+        options=options, campaign=campaign, identities=identities, shapes=PreparedShapes(options, campaign), files=files,
+        page_version=version_of(files),
+    )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 
-from fastapi.responses import RedirectResponse
+from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -252,7 +252,7 @@ class Gate:
 
     def _refusal(self, refusal: Refusal, scope: Scope) -> ASGIApp:
         """The response: a person without a session is sent to the login page."""
-        response = refusal.response()
+        response: Response = refusal.response()
         if refusal.status == 401:
             headers = Headers(scope=scope)
             page = scope["method"] == "GET" and scope["path"] in ("/", "/admin") and "authorization" not in headers

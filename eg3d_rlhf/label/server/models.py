@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from eg3d_rlhf.label.entities import SKIP_REASONS, Choice
+from eg3d_rlhf.label.entities import Choice
 
 NAME = r"^\w(?:[\w .@+-]{0,78}[\w.@+-])?$"  # of an annotator: letters and digits of any script, and a few signs between them
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # keys and tokens
@@ -24,7 +24,7 @@ class Judgement(Sent):
     key: Word  # the page's own name for this answer: sent again, nothing changes
     assignment: Word
     choice: Literal["left", "right", "tie", "skip"]
-    reason: Literal[SKIP_REASONS] | None = None
+    reason: Literal["broken", "identical", "unsure", "other"] | None = None  # entities.SKIP_REASONS
     milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]
     views: Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]], Field(max_length=64)]
     answered_at: Annotated[float, Field(ge=0, le=1e11)]

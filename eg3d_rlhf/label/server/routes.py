@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -24,7 +24,8 @@ from eg3d_rlhf.label.server.options import AppOptions
 from eg3d_rlhf.label.server.prepared_shapes import PreparedShapes
 from eg3d_rlhf.label.store import Store
 
-_ERRORS = {status: {"model": models.Error} for status in (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)}
+_REFUSED = (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)
+_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": models.Error} for status in _REFUSED}
 IMMUTABLE = "private, max-age=31536000, immutable"
 KEEP = 3.0  # seconds for which a quality report is not computed again
 
