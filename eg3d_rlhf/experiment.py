@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.cli import choose_device, naming
+from eg3d_rlhf.evaluation.summary import Evaluation, finish
 from eg3d_rlhf.generators import find_network, load_networks, of
 from eg3d_rlhf.reward.reward import check_reward, load_reward
-from eg3d_rlhf.rlhf.evaluate import Evaluation, finish
 from eg3d_rlhf.rlhf.measures import make_watch
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
 from eg3d_rlhf.run.run import Run, begun_by_this_launch, claim, next_free
@@ -147,7 +147,7 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             known = {**s.to_dict(), "hashes": files.hashes()}
             before = copy.deepcopy(nets.G_ema).eval().requires_grad_(False)
-            evaluation = Evaluation(settings=known, before=before, dataset=dataset, reward=reward, device=device)
+            evaluation = Evaluation(settings=known, before=of(before), reward=reward)
             watch = evaluation.watch = make_watch(known, reward, before, second)
         if s.reward.terms.lambda_r > 0:
             terms = RewardTerms(nets.G, nets.G_ema, reward, s.reward.terms)

@@ -65,24 +65,24 @@ class Comparison:
 
     before: LoadedGenerator
     after: LoadedGenerator
-    control: LoadedGenerator | None
-    run: Path | None  # folders with network-snapshot-*
-    control_run: Path | None
+    control: LoadedGenerator | None = None
+    run: Path | None = None  # folders with network-snapshot-*
+    control_run: Path | None = None
     reward: Reward
-    reward_hash: str
-    held_out: Reward | None  # second reward, never used in tuning
-    held_out_hash: str
+    reward_hash: str = ""
+    held_out: Reward | None = None  # second reward, never used in tuning
+    held_out_hash: str = ""
     data: str  # dataset as in train.py --data, '' where none is known
-    mirror: bool  # whether the run doubled the data by mirroring
-    psi: float
-    batch: int  # slabs or images at once
-    seed: int
-    n: int  # latents
-    images: int  # per distance
-    device: torch.device
-    inception: str | None
-    lpips: Path | None
-    identity: Path | None
+    mirror: bool = False  # whether the run doubled the data by mirroring
+    psi: float = Sources.psi
+    batch: int = Sources.batch  # shapes or images at once
+    seed: int = Sources.seed
+    n: int = Sources.n  # latents
+    images: int = Sources.images  # per distance
+    device: torch.device = Sources.device
+    inception: str | None = None
+    lpips: Path | None = None
+    identity: Path | None = None
     memory: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # scores that were computed already
 
     @property

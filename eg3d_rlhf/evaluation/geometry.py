@@ -4,7 +4,7 @@ A reward reads slabs on each sample's own scale, so the density's raw scale is f
 Letters: N latents, D, H, W grid points, V vertices, F faces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,10 +71,12 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
     return _with(c, compare(c, seeds, values, VIEW_MEASURES, lower_is_better), meaning)
 
 
-def view_measures(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> MultiViewMeasures:
+def view_measures(
+    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], on_batch: Callable[[int], object] | None = None
+) -> MultiViewMeasures:
     """How well neighbouring views of each latent agree."""
     views = spec_for(generator.generator, **VIEWS)
-    return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2))
+    return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2), on_batch=on_batch)
 
 
 def _with(c: Comparison, finding: Finding, *notes: str) -> Finding:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, span
-from eg3d_rlhf.field import render_each
+from eg3d_rlhf.field import Field, render_each
 from eg3d_rlhf.generators import LoadedGenerator, camera, latents
 from eg3d_rlhf.metrics import feature_sets
 from eg3d_rlhf.metrics.features import load_features
@@ -63,12 +63,18 @@ def jobs(c: Comparison) -> list[Job]:
     ]
 
 
-def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
-    """Features [M, F] of up to REALS_PER_FAKE * images reals drawn by --seed, and the dataset."""
+def open_data(c: Comparison) -> ImageFolderDataset:
+    """The dataset, with cameras. Raises: ValueError where its images are not of the generator's size."""
     dataset = ImageFolderDataset(resolve_dataset(c.data), use_labels=True, xflip=c.mirror, c_dim=25)
     if dataset.resolution != c.before.generator.img_resolution:
         size = c.before.generator.img_resolution
         raise ValueError(f"--data: expected images of {size} pixels as the generator's, got {dataset.resolution}. Resize the data.")
+    return dataset
+
+
+def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
+    """Features [M, F] of up to REALS_PER_FAKE * images reals drawn by --seed, and the dataset."""
+    dataset = open_data(c)
     chosen = np.random.RandomState(c.seed).permutation(len(dataset))[: REALS_PER_FAKE * c.images]
     parts = []
     for start in range(0, len(chosen), 64):
@@ -151,7 +157,15 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
 def views(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float = 0.0, jitter: int | None = None) -> Iterator[torch.Tensor]:
     """Images [<= batch, 3, R, R] of seeds. Args: jitter: seed of the ray jitter of every batch; None: the first of its latents."""
     for start, field in zip(range(0, len(seeds), c.batch), c.fields(generator, seeds), strict=True):
-        yield render_each(field, [camera(generator.generator, yaw=yaw)], seed=seeds[start] if jitter is None else jitter)[0].image
+        yield image_from(generator, field, yaw, seeds[start] if jitter is None else jitter)
+
+
+@torch.no_grad()
+def image_from(generator: LoadedGenerator, field: Field, yaw: float, jitter: int) -> torch.Tensor:
+    """Images [N, 3, R, R] of a field; torch's own state stays. Not `render_each`: EG3D's pose sampler draws first, then the rays do."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(jitter)
+        return field.render(camera(generator.generator, yaw=yaw)).image
 
 
 def _cells(seen: torch.Tensor) -> np.ndarray:

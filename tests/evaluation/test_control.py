@@ -8,7 +8,7 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.rlhf.evaluate import control_figures
+from eg3d_rlhf.evaluation.summary import control_figures
 from eg3d_rlhf.settings import Settings, input_files
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from eg3d_rlhf.evaluation.summary import rows
 from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reports.summary import rows
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 RECORD = {
