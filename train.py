@@ -20,8 +20,7 @@ from eg3d_rlhf import experiment, settings
 from eg3d_rlhf.cli import MODES, GroupedCommand, choose_device, option, options_of, user_errors
 from eg3d_rlhf.plugins import load_plugins
 from eg3d_rlhf.rlhf.phase import REWARD
-from eg3d_rlhf.run.run import next_free as next_run_dir  # noqa: F401 (also found here)
-from training.config import DATA, GAN, NET, OPT, RUN  # noqa: F401 (titles of --help, also found here)
+from training.config import DATA, GAN, NET, OPT, RUN
 from training.distributed import process_group
 
 EG3D = "Accepted for EG3D's sake"
@@ -106,7 +105,7 @@ def mode_of(args: list[str]) -> tuple[str, list[str]]:
 @option("--workers", group=EG3D, type=click.IntRange(min=0), help="Ignored: images are read by the training process.")
 @option("--nobench", group=EG3D, type=bool, help="Ignored: convolution benchmarking is off.")
 @option("--c-noise", group=EG3D, type=float, help="Ignored, as in EG3D; see --disc-c-noise.")
-@option("--resume-blur", group=EG3D, type=bool, help="Ignored: --resume continues every fade, --init starts them anew.")
+@option("--resume-blur", group=EG3D, type=bool, help="Ignored: --resume continues every fade; with --init there is none by default.")
 @option("--sr-first-cutoff", group=EG3D, type=int, help="Ignored, as in EG3D.")
 @option("--sr-first-stopband", group=EG3D, type=float, help="Ignored, as in EG3D.")
 def main(**flags) -> None:

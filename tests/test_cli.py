@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf import experiment
+from eg3d_rlhf.run.run import next_free
 from eg3d_rlhf.settings import resolve
 from tests import tiny_runs
 
@@ -233,8 +234,8 @@ def test_clicks_own_errors_exit_with_2():
 def test_runs_are_numbered(tmp_path):
     for name in ("00000-a", "00007-b", "notes", "123-c"):
         (tmp_path / name).mkdir()
-    assert train.next_run_dir(tmp_path, "x").name == "00008-x"
-    assert train.next_run_dir(tmp_path / "new", "x").name == "00000-x"
+    assert next_free(tmp_path, "x").name == "00008-x"
+    assert next_free(tmp_path / "new", "x").name == "00000-x"
 
 
 def test_flags_that_existing_networks_cannot_follow_are_named():

@@ -82,7 +82,7 @@ class LoopConfig:
     """The training loop, whatever it trains."""
 
     kimg: float = knob(25000.0, "Length.", OPT, metavar="KIMG", above=0)
-    batch: int = knob(4, "Images per iteration.", OPT, low=1)
+    batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="by preset, else required")
     batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch")
     tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0)
     snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0)
@@ -105,7 +105,7 @@ class LoopConfig:
 class GanConfig:
     """The GAN game: losses, what fades with the images seen, optimisers, moving average, augmentation."""
 
-    gamma: float = knob(10.0, "R1 weight.", GAN, low=0)
+    gamma: float = knob(10.0, "R1 weight.", GAN, low=0, shown="by preset, else required")
     aug: str = knob("noaug", "Augmentation of D's inputs.", GAN, choices=("noaug", "ada", "fixed"))
     p: float = knob(0.2, "Probability for --aug=fixed.", GAN, low=0, high=1)
     target: float = knob(0.6, "Target of sign(D(real)) for --aug=ada.", GAN, low=0, high=1)
