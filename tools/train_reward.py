@@ -18,15 +18,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of  # noqa: E402
 from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem  # noqa: E402
 from eg3d_rlhf.reward.networks import preset as find_preset  # noqa: E402
 from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training  # noqa: E402
-from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes  # noqa: E402
+from eg3d_rlhf.reward.train import StoppedError, TrainOptions, default_options, with_changes  # noqa: E402
 from training.distributed import process_group  # noqa: E402
 
 POSITIVE = click.IntRange(min=1)
-WEIGHT = click.FloatRange(min=0)
 BY_PRESET = "by preset"
 STORE = "Labels of a store"
 
@@ -54,15 +53,15 @@ def print_report(report: dict, out: Path) -> None:
     click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {out / 'reward.safetensors'}")
 
 
-def resolve(out, labels, observation, preset, device, seed, options: dict) -> RewardRun:
+def resolve(out, labels, observation, preset, device, options: dict) -> RewardRun:
     """Command-line values -> the run, with the preset's defaults for what was not given."""
     names = set(RewardRun.__dataclass_fields__)
     source = label_source(labels, LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__}))
     given = {k: v for k, v in options.items() if k in names and v is not None}
     defaults = default_options(preset, observation)
-    train = with_changes(defaults, seed=seed, **{k: v for k, v in options.items() if k not in names})
+    train = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
     reading = {**find_preset(preset, observation).observe, **given}
-    out = out or Path("runs") / f"reward-{source_stem(labels)}-{train.preset}-s{seed}"
+    out = out or Path("runs") / f"reward-{source_stem(labels)}-{train.preset}-s{train.seed}"
     return RewardRun(out=out, labels=source, observation=observation, device=str(choose_device(device)), train=train, **reading)
 
 
@@ -96,23 +95,10 @@ def resolve(out, labels, observation, preset, device, seed, options: dict) -> Re
         help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma.")
 @option("--members", group="Network", metavar="INT", type=POSITIVE, default=1,
         help="Train so many networks from different seeds and average their scores.")
-@option("--epochs", group="Training", metavar="INT", type=POSITIVE, default=None, show_default=BY_PRESET, help="Passes, at most.")
-@option("--patience", group="Training", metavar="EPOCHS", type=POSITIVE, default=None, show_default=BY_PRESET,
-        help="Stop after so many epochs without a better validation accuracy.")
-@option("--batch", group="Training", metavar="PAIRS", type=POSITIVE, default=None, show_default=BY_PRESET, help="Pairs per step.")
-@option("--lr", group="Training", metavar="FLOAT", type=click.FloatRange(0, 1, min_open=True), default=None, show_default=BY_PRESET,
-        help="Adam's learning rate.")
+@options_of(TrainOptions, everywhere=BY_PRESET)
 @option("--cosine/--no-cosine", group="Training", default=None, show_default=BY_PRESET, help="Let the learning rate fall to 0.")
-@option("--weight-decay", group="Training", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="L2 inside Adam.")
-@option("--anchors", group="Training", metavar="SEEDS", type=click.IntRange(min=0), default=None, show_default=BY_PRESET,
-        help="High-quality anchors (psi 0.25) that should beat every labelled shape.")
 @option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
         help="Augment what is read at random: slabs are flipped left-right.")
-@option("--pairs", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="Pair head.")
-@option("--scalar", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="Margin of the reward.")
-@option("--bradley-terry", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None, show_default=BY_PRESET, help="Strengths.")
-@option("--reconstruction", group="Loss weights", metavar="FLOAT", type=WEIGHT, default=None,
-        show_default=BY_PRESET, help="L1 between slab and reconstruction.")
 @option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
         show_default="runs/reward-<labels>-<preset>-s<seed>", help="Folder to write.")
 @option("--cache", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
@@ -122,10 +108,9 @@ def resolve(out, labels, observation, preset, device, seed, options: dict) -> Re
 @option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
 @option("--timeout", group="Run", metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
         help="With torchrun: how long processes wait for each other before the run ends with an error.")
-@option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Initialisation, order, anchors, flips.")
 @option("--dry-run", group="Run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def main(out, labels, observation, preset, device, timeout, seed, dry_run, **options) -> None:
-    run = resolve(out, labels, observation, preset, device, seed, options)
+def main(out, labels, observation, preset, device, timeout, dry_run, **options) -> None:
+    run = resolve(out, labels, observation, preset, device, options)
     if dry_run:
         click.echo(json.dumps(run.to_dict(), indent=1))
         return

@@ -3,6 +3,7 @@
 Importing this needs no database package; reading a store does.
 """
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
-from eg3d_rlhf.preferences.labels import FileLabels, LabelSource, Preference, write_labels
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 
 if TYPE_CHECKING:
     from eg3d_rlhf.label.store import Store
@@ -99,36 +100,11 @@ class LabelFilters:
         return {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
 
 
-@dataclass(frozen=True)
-class StoreLabels:
-    """Labels of a store; see `eg3d_rlhf.preferences.labels.LabelSource`."""
-
-    url: str
-    filters: LabelFilters = LabelFilters()
-    grows: bool = True
-
-    @property
-    def name(self) -> str:
-        """The URL without its password."""
-        return without_password(self.url)
-
-    def read(self) -> list[Preference]:
-        """Those that pass the filters now. Raises: see `read_preferences`."""
-        return read_preferences(self.url, self.filters)
-
-    def files(self) -> dict[str, Path]:
-        """None that stay as they are."""
-        return {}
-
-    def to_dict(self) -> dict:
-        """See `LabelSource`."""
-        return {"labels": self.name, "filters": asdict(self.filters)}
-
-
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
     """Labels by the name of their file or the URL of their store. Raises: ValueError when a file is to be filtered."""
     if is_store_url(source):
-        return StoreLabels(str(source), filters or LabelFilters())
+        name, filters = without_password(str(source)), filters or LabelFilters()
+        return LabelSource(name, functools.partial(read_preferences, str(source), filters), {"labels": name, "filters": asdict(filters)})
     given = [name for name, value in asdict(filters or LabelFilters()).items() if value != getattr(LabelFilters(), name)]
     if given:
         flags = ", ".join("--" + {"annotators": "annotator"}.get(name, name).replace("_", "-") for name in given)
@@ -136,7 +112,7 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
             f"{flags}: expected a store in --labels, got the file {Path(source).name}. Leave {'it' if len(given) == 1 else 'them'} out, or "
             "write --labels=sqlite:///labels.db."
         )
-    return FileLabels(Path(source))
+    return LabelSource.of_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:

@@ -15,15 +15,15 @@ Other fields are kept in `extra` and written back. Readers stream; writers repla
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
 from training.storage import write_atomic
 
@@ -69,55 +69,19 @@ class Preference:
         return {**{k: v for k, v in known.items() if v is not None and not (k == "tie" and not v)}, **self.extra}
 
 
-class LabelSource(Protocol):
-    """Where a training's labels come from."""
-
-    @property
-    def grows(self) -> bool:
-        """Whether another reading may find more, so that a run keeps those of the moment."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What to call them; without secrets."""
-        ...
-
-    def read(self) -> list[Preference]:
-        """The labels of the moment. Raises: OSError, ValueError."""
-        ...
-
-    def files(self) -> dict[str, Path]:
-        """Files that they come from, by role."""
-        ...
-
-    def to_dict(self) -> dict:
-        """'labels' and 'filters' of a run's settings, as JSON values."""
-        ...
-
-
 @dataclass(frozen=True)
-class FileLabels:
-    """Labels of a .jsonl or .csv file."""
+class LabelSource:
+    """Where a training's labels come from: a file, or what grows while the training runs, so that a run keeps those of the moment."""
 
-    path: Path
-    grows: bool = False
+    name: str  # what to call them; without secrets
+    read: Callable[[], list[Preference]]  # the labels of the moment; raises OSError, ValueError
+    settings: Mapping  # 'labels' and 'filters' of a run's settings, as JSON values
+    file: Path | None = None  # None: they may grow
 
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.path.name
-
-    def read(self) -> list[Preference]:
-        """All of them. Raises: see `load_labels`."""
-        return load_labels(self.path)
-
-    def files(self) -> dict[str, Path]:
-        """The file."""
-        return {"labels": self.path}
-
-    def to_dict(self) -> dict:
-        """See `LabelSource`."""
-        return {"labels": str(self.path), "filters": None}
+    @classmethod
+    def of_file(cls, path: Path) -> "LabelSource":
+        """All labels of a .jsonl or .csv file; see `load_labels`."""
+        return cls(path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path)
 
 
 def read_labels(path: str | Path) -> Iterator[Preference]:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from training.config import check_knobs, knob
+
+TERMS = "Loss weights"  # title of their flags
 KINDS = ("sigmoid", "hinge", "ipo", "robust")
 WEIGHT_MODES = ("inside", "outside")
 AGGREGATIONS = ("mean", "drdpo")
@@ -152,17 +155,15 @@ def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> tor
 class LossWeights:
     """Weights of the terms, defaults the paper's; 0 leaves the term out."""
 
-    pairs: float = 1.0  # cross-entropy of the pair head
-    scalar: float = 1e-3  # margin loss of the reward itself
-    bradley_terry: float = 1e-3
-    strength: float = 1e-8  # norm of the strengths, without gradient
-    reconstruction: float = 1e-2
-    drawn_from_epoch: int = 3  # from this epoch on (0-based) one presentation order is drawn per pair
+    pairs: float = knob(1.0, "Cross-entropy of the pair head.", TERMS, low=0)
+    scalar: float = knob(1e-3, "Margin of the reward itself.", TERMS, low=0)
+    bradley_terry: float = knob(1e-3, "Strengths.", TERMS, low=0)
+    strength: float = knob(1e-8, "Norm of the strengths, without gradient.", TERMS, low=0, flag=False)
+    reconstruction: float = knob(1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0)
+    drawn_from_epoch: int = knob(3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False)
 
     def __post_init__(self):
-        for name in ("pairs", "scalar", "bradley_terry", "strength", "reconstruction", "drawn_from_epoch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"LossWeights.{name} must be >= 0, got {getattr(self, name)}")
+        check_knobs(self)
 
 
 class PreferenceLoss:

@@ -11,7 +11,7 @@ from eg3d_rlhf.cli import ASSETS
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.observations import Observation, observation_of
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
-from eg3d_rlhf.preferences.labels import FileLabels, LabelSource, Preference, labels_hash, load_labels, write_labels
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds
 from eg3d_rlhf.reward.evaluation import Network, collect_curves, evaluate, fit_temperature, margins, plot_curves, score_seeds
 from eg3d_rlhf.reward.networks import RewardEnsemble
@@ -33,7 +33,7 @@ class RewardRun:
 
     out: Path  # folder for everything written
     network: Path | None = None  # generator; None = the bundled one
-    labels: LabelSource = FileLabels(BUNDLED_LABELS)  # noqa: RUF009 (frozen)
+    labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
     observation: str = "sigma"  # kind of what the reward reads
     resolution: int | None = None  # of the observation: grid points per axis of the whole cube before the crop, pixels; None = its own
     crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
@@ -51,8 +51,8 @@ class RewardRun:
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(replace(self, labels=None)).items()}  # type: ignore[arg-type]
-        return {**values, "network": values["network"] or "bundled", **self.labels.to_dict()}
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
+        return {**values, "network": values["network"] or "bundled", **self.labels.settings}
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     if ranks.broadcast((run.out / "state.pt").exists()) and not run.resume:
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
     labels = read_labels(run.labels, run.out if run.resume else None, ranks)
-    refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={run.labels.to_dict()['labels']}")
+    refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={run.labels.settings['labels']}")
     generator = load_generator(run.network, run.device)
     psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
     observation = observation_of(run.observation, generator.generator, resolution=run.resolution, crop=run.crop)
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
-    inputs = {"network": generator.path, **run.labels.files()}
+    inputs = {"network": generator.path, **({} if run.labels.file is None else {"labels": run.labels.file})}
     with Run(run.out, run.to_dict(), inputs, ranks=ranks) as record:
         if run.resume and ranks.broadcast(bool(begun)):
             record.resume(free=None)  # the state's file knows its options
         else:
             record.begin()
-        if ranks.main and run.labels.grows and not (run.out / KEPT).is_file():
+        if ranks.main and run.labels.file is None and not (run.out / KEPT).is_file():
             write_labels(run.out / KEPT, labels)
         return _run_locked(run, record, labels, generator, observation, psi, listen, ranks)
 
@@ -100,7 +100,7 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
 
     Raises: as the source.
     """
-    if not source.grows:
+    if source.file is not None:
         return source.read()
     if resumed is not None and (resumed / KEPT).is_file():
         return load_labels(resumed / KEPT)

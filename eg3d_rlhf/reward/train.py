@@ -26,9 +26,12 @@ from eg3d_rlhf.reward.cache import ObservationCache
 from eg3d_rlhf.reward.evaluation import log_loss, margins, shared_scores
 from eg3d_rlhf.reward.networks import RewardNetwork, preset, readers_of
 from eg3d_rlhf.run.process import StopRequest
+from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.rounds import RowDraws, sum_over_ranks
 from training.storage import checksum, write_atomic
+
+TRAINING = "Training"  # title of its flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +39,20 @@ class TrainOptions:
     """Everything that decides a training run besides its data; the defaults are those of the small preset."""
 
     preset: str = "small"  # architecture, see eg3d_rlhf.reward.networks.preset
-    epochs: int = 10  # passes over the training pairs, at most; >= 1
-    patience: int = 5  # epochs without a better validation accuracy before stopping; >= 1
-    batch: int = 16  # pairs per step
-    lr: float = 2e-3  # Adam's learning rate at the start
+    epochs: int = knob(10, "Passes, at most.", TRAINING, low=1)
+    patience: int = knob(5, "Stop after so many epochs without a better validation accuracy.", TRAINING, metavar="EPOCHS", low=1)
+    batch: int = knob(16, "Pairs per step.", TRAINING, metavar="PAIRS", low=1)
+    lr: float = knob(2e-3, "Adam's learning rate at the start.", TRAINING, above=0, high=1)
     cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
-    weight_decay: float = 1e-4  # L2, inside Adam
+    weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0)
     decoupled: bool = False  # AdamW: decay apart from the gradient
-    anchors: int = 0  # x_HQ seeds at psi 0.25, one per item; 0 trains on the labelled pairs alone
+    anchors: int = knob(0, "High-quality anchors (psi 0.25) that should beat every labelled shape.", TRAINING, metavar="SEEDS", low=0)
     mirror: bool = True  # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
-    seed: int = 0  # initialisation, order, anchors, flips
     weights: LossWeights = field(default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0))
+    seed: int = knob(0, "Initialisation, order, anchors, flips.", "Run", low=0, shown="0")
 
     def __post_init__(self):
-        for name, least in (("epochs", 1), ("patience", 1), ("batch", 1), ("weight_decay", 0), ("anchors", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"TrainOptions.{name}: expected at least {least}, got {getattr(self, name)}. Raise it.")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"TrainOptions.lr: expected a positive number, got {self.lr}. Use 1e-5 for 'paper', 2e-3 for small presets.")
+        check_knobs(self)
 
 
 def default_options(name: str | None = None, kind: str = "sigma") -> TrainOptions:

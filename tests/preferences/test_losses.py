@@ -48,5 +48,5 @@ def test_reconstruction_ignores_affine_maps_and_survives_a_constant():
 
 
 def test_negative_weights_are_refused():
-    with pytest.raises(ValueError, match="LossWeights.scalar must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="scalar must be >= 0, got -1"):
         losses.LossWeights(scalar=-1)
