@@ -11,6 +11,7 @@ import inspect
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -44,10 +45,11 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
     """Plain containers and tensors: 'G', 'D', 'G_ema' (state dicts), 'G_kwargs', 'D_kwargs' (EG3D's constructor arguments), 'plane_axes'
     [3, 3, 3], 'neural_rendering_resolution', 'training_set' (JSON-able)."""
     sr = {k: v for k, v in (nets.G_kwargs.get("sr_kwargs") or {}).items() if k not in ("input_resolution", "block_channels")}
+    G_ema: Any = nets.G_ema
     content: dict = {
         "G_kwargs": {**{k: v for k, v in nets.G_kwargs.items() if k not in OURS}, "sr_kwargs": sr}, "D_kwargs": nets.D_kwargs,
-        "plane_axes": nets.G_ema.renderer.plane_axes.detach().cpu().clone(), "training_set": nets.training_set,
-        "neural_rendering_resolution": nets.G_ema.neural_rendering_resolution,
+        "plane_axes": G_ema.renderer.plane_axes.detach().cpu().clone(), "training_set": nets.training_set,
+        "neural_rendering_resolution": G_ema.neural_rendering_resolution,
     }
     std = nets.training_set.get("label_std")
     for name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):

@@ -80,8 +80,9 @@ def psi_statistics(nets: networks.Networks, seeds: int) -> dict[str, float]:
     Returns: w_avg_norm; w_norm_mean, distance_mean, distance_std of |w| and |w - w_avg| over the seeds; centre_error = |mean w - w_avg|,
         small against distance_mean where w_avg is the mean for this camera; component_std, the mean deviation of a component of w.
     """
-    w_avg = nets.G_ema.backbone.mapping.w_avg
-    w = ws_of_seeds(nets.G_ema, range(seeds))[:, 0]  # [N, W]
+    G_ema: Any = nets.G_ema
+    w_avg = G_ema.backbone.mapping.w_avg
+    w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
     distance = (w - w_avg).norm(dim=1)
     return {
         "seeds": seeds, "w_avg_norm": float(w_avg.norm()), "w_norm_mean": float(w.norm(dim=1).mean()),
