@@ -53,7 +53,8 @@ def print_table(parts, findings, page: Path) -> None:
     total = data["difference"]
     click.echo(f"{'sum':<18} {total['mean']:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
     click.echo("\n".join(running.first_sentences(parts, findings)))
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/, data/{PAGE}")
+    turned = f", data/{PAGE}" if "surface" in findings else ""
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/{turned}")
 
 
 def introduction(study: Study) -> str:

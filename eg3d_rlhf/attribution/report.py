@@ -55,21 +55,23 @@ def jobs(study: Study) -> list[Job]:
         Job(key="redrawn-reward", title="The same with a reward of random weights", compute=partial(redrawn_reward, study),
             inputs={**shared, "orders": CHECK_ORDERS, "draws": s.draws, "checked": s.checked},
             plots={"rank-correlation": plots.plot_redrawn}),
-        Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral),
+        *([Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)] if study.reads_slabs else []),
     ]
 
 
 def regions(study: Study, folder: Path) -> Finding:
     """The partition, and that of the whole head where it has one, on meshes of the first latents from three sides; voxels per region."""
     c, kind = study.c, KINDS.get(str(study.settings.regions), "your masks")
-    rows, pictures = _counts(study), draw_regions(study, folder, "regions.png")
+    rows, pictures = _counts(study), draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
     empty = [row["region"] for row in rows if row["most"] == 0]
     says = [
         f"{len(rows)} regions from {kind}; where two overlap, the first in the table wins. Every voxel of the slab belongs to one.",
         "The partition is a choice: a value says what a region contributes, and another partition divides the same difference otherwise.",
     ]
     says += [f"Empty, and so without any influence: {', '.join(empty)}."] if empty else []
-    says += [] if pictures else ["No latent drawn here has a surface, so there is no picture."]
+    if not pictures:
+        missing = "No latent drawn here has a surface" if study.reads_slabs else "The reward reads no slab"
+        says.append(f"{missing}, so there is no picture.")
     if study.settings.regions == LANDMARKS:
         head = study.of_the_head()
         rows = [{"partition": name, **row} for name, part in (("regions", study), ("whole head", head)) for row in _counts(part)]

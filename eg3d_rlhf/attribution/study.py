@@ -22,7 +22,7 @@ from eg3d_rlhf.attribution.cross_checks import (
     shuffled_change,
 )
 from eg3d_rlhf.attribution.landmarks import back_project, fitted_landmarks, head_partition, landmark_partition, read_landmarks
-from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks
+from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks, region_shape
 from eg3d_rlhf.attribution.scoring import fast_score
 from eg3d_rlhf.attribution.shapley import METHODS, Attribution, CoalitionValues, Score, check_gap, shapley
 from eg3d_rlhf.cli import naming
@@ -86,8 +86,17 @@ class Study:
         """Of the slabs that the reward reads. Raises: ValueError where it reads something else."""
         observation = self.c.reward.observation
         if not isinstance(observation, SigmaSlab):
-            raise ValueError(f"--reward-ckpt: expected a reward that reads slabs, got one that reads {observation.kind}. Name another.")
+            shape = list(region_shape(observation.shape))
+            raise ValueError(
+                f"--regions={self.settings.regions}: expected a reward that reads slabs, got one that reads {observation.kind}. Name "
+                f"integer labels of shape {shape} with --regions=FILE."
+            )
         return observation.spec
+
+    @property
+    def reads_slabs(self) -> bool:
+        """Whether the reward reads slabs: only they have places, on a surface or about landmarks."""
+        return isinstance(self.c.reward.observation, SigmaSlab)
 
     @cached_property
     def score(self) -> Score:
@@ -96,22 +105,22 @@ class Study:
 
     @cached_property
     def slabs(self) -> dict[str, torch.Tensor]:
-        """Normalised slabs [N, 1, D, H, W] by role, before and after tuning."""
+        """What the reward reads by role, before and after tuning: normalised slabs [N, 1, D, H, W], or another observation."""
         return {role: torch.cat(list(self.c.observed(g, self.seeds))) for role, g in (("before", self.c.before), ("after", self.c.after))}
 
     @cached_property
     def partitions(self) -> list[Partition]:
         """One partition per latent; all have the same names. Raises: ValueError naming the flag."""
-        s, spec = self.settings, self.spec
+        s = self.settings
         if s.regions == BOXES:
-            found = [face_partition(spec)] * len(self.seeds)
+            found = [face_partition(self.spec)] * len(self.seeds)
         elif s.regions in (LANDMARKS, HEAD):
             divide = landmark_partition if s.regions == LANDMARKS else head_partition
             with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
-                found = [divide(points, spec) for points in self.landmarks]
+                found = [divide(points, self.spec) for points in self.landmarks]
         else:
             with naming("--regions"):
-                found = [read_masks(s.regions, spec.shape)] * len(self.seeds)
+                found = [read_masks(s.regions, region_shape(self.c.reward.observation.shape))] * len(self.seeds)
         count = len(found[0].names)
         if s.method == "exact" and count > MOST_EXACT:
             raise ValueError(f"--method=exact: expected at most {MOST_EXACT} regions, got {count}. Use --method=antithetic.")

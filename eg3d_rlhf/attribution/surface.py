@@ -42,7 +42,7 @@ def region_colour(index: int) -> Colour:
 def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
     """Fractional slab indices [V, 3] (z, y, x) of world positions; of a skewed lattice those of the straight one, under a voxel off."""
     first = np.array([start for start, _ in spec.index_ranges], dtype=np.float64)
-    xyz = (vertices / spec.box_warp + 0.5) * (spec.resolution - 1) - first
+    xyz = ((vertices - np.array(spec.centre, dtype=vertices.dtype)) / spec.box_warp + 0.5) * (spec.resolution - 1) - first
     return xyz[:, ::-1]
 
 

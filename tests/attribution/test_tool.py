@@ -1,14 +1,21 @@
 """tools/attribute.py from end to end: a network against itself, and settings that are refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf import bundled
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.observations import known
+from eg3d_rlhf.plugins import VARIABLE
+from eg3d_rlhf.reward.networks import build_network
+from eg3d_rlhf.reward.reward import Reward
 from tools.attribute import main
 
 pytest.importorskip("captum")
@@ -50,15 +57,45 @@ def test_no_change_attributes_nothing(tmp_path):
     assert (tmp_path / "data" / "shapley.json").stat().st_mtime_ns == before  # nothing is computed again
 
 
-@pytest.mark.long
-def test_the_whole_head_stands_beside_the_landmarks(tmp_path):
-    """Both partitions divide the same difference, and both are drawn."""
-    changed = tmp_path / "changed.safetensors"
+@pytest.fixture
+def changed(tmp_path):
+    """The bundled generator with another density."""
+    path = tmp_path / "changed.safetensors"
     tensors = load_file(bundled.GENERATOR)
     name = next(n for n in tensors if n.startswith("G_ema.") and n.endswith("decoder.net.2.weight"))
-    tensors[name][0, ::2] *= 1.2  # another density
+    tensors[name][0, ::2] *= 1.2
     with safe_open(bundled.GENERATOR, "pt") as file:
-        save_file(tensors, changed, file.metadata())
+        save_file(tensors, path, file.metadata())
+    return path
+
+
+def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_path, changed, monkeypatch):
+    """Boxes, landmarks and the surface are places of a slab: refused by name, or left out."""
+    monkeypatch.setenv(VARIABLE, str(Path(__file__).parents[1] / "reward" / "frontal_depth.py"))
+    torch.manual_seed(0)
+    observation = known("frontal-depth").of(load_generator().generator)
+    reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(tmp_path / "depth.safetensors")
+    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", "--draws=2", "--checked=1"]
+    flags.append(f"--out={tmp_path / 'out'}")
+    refused = CliRunner().invoke(main, [*flags, "--regions=boxes"])
+    assert refused.exit_code == 2, refused.output
+    assert "--regions=boxes: expected a reward that reads slabs, got one that reads frontal-depth" in refused.output
+    assert "labels of shape [16, 16] with --regions=FILE" in refused.output
+    np.save(tmp_path / "halves.npy", np.repeat([[0, 1]], 8, axis=1).repeat(16, axis=0))
+    (tmp_path / "halves.json").write_text('["left", "right"]')
+    result = CliRunner().invoke(main, [*flags, f"--regions={tmp_path / 'halves.npy'}"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    folder = tmp_path / "out" / "data"
+    data = json.loads((folder / "shapley.json").read_text())["data"]
+    assert data["names"] == ["left", "right"] and data["largest_relative_gap"] < 0.01
+    assert np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=0.02) != 0
+    assert all(entry["complete"] for entry in json.loads((folder / "methods.json").read_text())["data"]["integrated"])
+    assert not (folder / "surface.json").exists()
+
+
+@pytest.mark.long
+def test_the_whole_head_stands_beside_the_landmarks(tmp_path, changed):
+    """Both partitions divide the same difference, and both are drawn."""
     arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path / 'out'}"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""A generator family that the package has never heard of goes through the public tools."""
+"""A generator family that the package has never heard of goes through the public tools: labelled, scored, exported, evaluated."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import torch
 import trimesh
 from click.testing import CliRunner
 
-from eg3d_rlhf import plugins
+from eg3d_rlhf import bundled, plugins
 from eg3d_rlhf.field import RenderOptions
 from eg3d_rlhf.generators import FAMILIES, load_generator, ws_of_seeds
 from eg3d_rlhf.label.drawing import ShapeDrawer
@@ -19,15 +19,20 @@ from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preparation import prepare
 from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.media.rendering import camera
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reward.model import RewardArch, RewardModel
+from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.label.mesh_reader import decode_mesh
-from tools import export_mesh, gen_samples
+from tools import evaluate, export_mesh, gen_samples, label_synthetic
 from training import networks
 from training.rendering.cameras import mirror_label
 
 PLUGIN = Path(__file__).with_name("mirrored.py")
 SCALE, CENTRE = 1.25, (0.05, -0.03, 0.02)
 PSI = 0.7
+PARTS = ("reward-shift", "surfaces")
+MORE = ("view-consistency", "sigma-statistics", "canonical-depth", "reward-strips", "diversity", "over-optimisation")
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +134,45 @@ def test_its_shapes_are_prepared_for_labelling(foreign, tmp_path):
         vertices, _ = decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
         assert (np.abs(vertices - CENTRE) <= SCALE / 2 + 1e-3).all() and np.ptp(vertices, axis=0).min() > 0.3
         assert cache.render(shape) is not None
+
+def test_pairs_of_it_are_labelled(foreign, tmp_path):
+    out = tmp_path / "labels.jsonl"
+    run(label_synthetic, f"--network={foreign[0]}", "--pairs=4", "--resolution=24", f"--out={out}")
+    assert len(out.read_text().splitlines()) == 4
+    assert json.loads(out.with_suffix(".meta.json").read_text())["generator"] == load_generator(foreign[0]).hash
+
+
+@pytest.fixture(scope="module")
+def reward(pair, tmp_path_factory):
+    """File of an untrained reward that reads slabs of the foreign generator, mirrored ones of the one inside."""
+    torch.manual_seed(3)
+    arch = RewardArch(
+        feature_maps=(8, 16), patch=2, input_scale=0.02, pooling="grid", trunk=(16, 16), embedding=16, heads=(8, 8), groups=4,
+        final_cells=(2, 2, 2), bottleneck_cells=(1, 1, 1),
+    )
+    observation = SigmaSlab.of(pair[0], resolution=24)
+    return Reward(observation, RewardModel(arch)).save(tmp_path_factory.mktemp("reward") / "mirrored.safetensors")
+
+
+def test_a_reward_made_for_its_box_scores_it_and_the_bundled_one_is_refused(pair, reward):
+    generator, inner, ws = pair
+    own, bundled_reward = load_reward(reward), load_reward(bundled.REWARD)
+    check_reward(own, generator)
+    slab = SigmaSlab.of(inner, resolution=24).observe(inner.field(ws)).flip(-1)  # the crop is the same on both sides of x
+    torch.testing.assert_close(own.score(generator.field(ws)), own.score_observed(slab), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected a generator with box_warp 1.0, got 1.25; with centre"):
+        check_reward(bundled_reward, generator)
+
+
+@pytest.mark.parametrize("parts", [PARTS, pytest.param(MORE, marks=pytest.mark.long)], ids=["few", "many"])
+def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
+    """Another density in the network inside stands for tuning."""
+    nets = networks.load(foreign[0])
+    nets.G_ema.inner.decoder.net[2].weight[0, ::2] *= 1.2
+    networks.save(after := tmp_path / "after.safetensors", nets)
+    flags = [f"--before={foreign[0]}", f"--after={after}", "--n=16", f"--out={tmp_path / 'out'}"]
+    run(evaluate, *flags, f"--reward-ckpt={reward}", f"--only={','.join(parts)}")
+    for part in parts:
+        assert json.loads((tmp_path / "out" / "data" / f"{part}.json").read_text())["rows"], part
+    refused = CliRunner().invoke(evaluate.main, [*flags, f"--reward-ckpt={bundled.REWARD}"])
+    assert refused.exit_code == 2 and "box_warp 1.0, got 1.25" in refused.output
