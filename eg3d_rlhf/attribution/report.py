@@ -45,6 +45,7 @@ def jobs(study: Study) -> list[Job]:
         Job(key="whole-head", title="The whole head in eight parts", compute=partial(whole_head, study), inputs=shared,
             plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
     ] if s.regions == LANDMARKS else []
+    places = [Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)] if study.reads_slabs else []
     return [
         Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
         Job(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study), inputs=shared,
@@ -55,7 +56,7 @@ def jobs(study: Study) -> list[Job]:
         Job(key="redrawn-reward", title="The same with a reward of random weights", compute=partial(redrawn_reward, study),
             inputs={**shared, "orders": CHECK_ORDERS, "draws": s.draws, "checked": s.checked},
             plots={"rank-correlation": plots.plot_redrawn}),
-        *([Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)] if study.reads_slabs else []),
+        *places,
     ]
 
 
