@@ -45,7 +45,7 @@ def jobs(study: Study) -> list[Job]:
         Job(key="whole-head", title="The whole head in eight parts", compute=partial(whole_head, study), inputs=shared,
             plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
     ] if s.regions == LANDMARKS else []
-    places = [Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)] if study.reads_slabs else []
+    places = [Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)] * study.reads_slabs
     return [
         Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
         Job(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study), inputs=shared,
