@@ -10,25 +10,9 @@ from click.core import ParameterSource
 
 from eg3d_rlhf.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.archive import export_judgements, import_judgements
 from eg3d_rlhf.label.entities import CampaignSettings, StoredCampaign
-from eg3d_rlhf.label.launch import (
-    DB,
-    PAIRING,
-    SETTINGS,
-    Request,
-    ServerFlags,
-    check_annotators,
-    check_resumed,
-    filled,
-    given_flags,
-    open_store,
-    plan_campaign,
-    refuse_flags_before,
-    serve_campaign,
-    server_options,
-    sqlite_file,
-)
 from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.preferences import export_labels, without_password
 from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
@@ -58,11 +42,11 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
 @options_of(CampaignSettings)
 @option("--show-render/--no-show-render", default=False, group="Pairs", help="Whether the RGB picture may be asked for.")
-@option("--db", metavar="URL", default=DB, help="Database: sqlite:///FILE or postgresql://user@host/database.")
+@option("--db", metavar="URL", default=launch.DB, help="Database: sqlite:///FILE or postgresql://user@host/database.")
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-@server_options("access.jsonl beside the database")
+@launch.server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
     ctx: click.Context, db: str, campaign: str, network: str | None, after: str | None, rewards: tuple, dry_run: bool, **flags
@@ -77,12 +61,12 @@ def main(
     """
     ctx.obj = db
     if ctx.invoked_subcommand is not None:
-        refuse_flags_before(ctx, "db")
+        launch.refuse_flags_before(ctx, "db")
         return
     request, given = _request(ctx, campaign, network, after, rewards, flags)
     wanted = request.to_json()
-    path = sqlite_file(db)
-    server = ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
+    path = launch.sqlite_file(db)
+    server = launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
     if dry_run:
         click.echo(json.dumps(_dry_run(db, request, server, wanted, given), indent=1, default=str))
         return
@@ -91,66 +75,66 @@ def main(
 
 def _request(
     ctx: click.Context, campaign: str, network: str | None, after: str | None, rewards: tuple, flags: dict
-) -> tuple[Request, set[str]]:
+) -> tuple[launch.Request, set[str]]:
     """What is to be planned, and which of its flags are on the command line."""
-    given = given_flags(ctx)
+    given = launch.given_flags(ctx)
     chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
     if len(set(chosen)) > 1:
         raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
-    flags = filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
+    flags = launch.filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
-    pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PAIRING if name != "rewards"})
+    pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in launch.PAIRING if name != "rewards"})
     with naming("--network"):
         source = find_network(network).resolve() if network else None
         if source is not None and not source.is_file():
             raise FileNotFoundError(f"expected a network file or a run folder, got nothing at {network}. Check the path.")
-    settings = {name: flags[name] for name in SETTINGS}
-    request = Request(name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings)
+    settings = {name: flags[name] for name in launch.SETTINGS}
+    request = launch.Request(name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings)
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given | ({"strategy"} if chosen else set())
 
 
 def _existing(db: str) -> bool:
-    path = sqlite_file(db)
+    path = launch.sqlite_file(db)
     return path is None or path.is_file()
 
 
-def _dry_run(db: str, request: Request, server: ServerFlags, wanted: dict, given: set[str]) -> dict:
+def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:
     """What would be done; nothing is written."""
     resumed = False
     if _existing(db):
-        with open_store(db, create=False) as store:
+        with launch.open_store(db, create=False) as store:
             found = store.campaign(request.name)
             if found is not None:
-                resumed, wanted = True, dict(check_resumed(found, wanted, given))
+                resumed, wanted = True, dict(launch.check_resumed(found, wanted, given))
     kept = {"db": without_password(db), "access_log": str(server.access_log)}
     return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **server.to_dict(), **kept}
 
 
-def _start(db: str, request: Request, server: ServerFlags, wanted: dict, given: set[str]) -> None:
+def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> None:
     """Plan or resume, then serve until interrupted."""
     planned = None
     if not _existing(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
-            check_annotators(None, server.host, MAKE)
-        planned = plan_campaign(None, request, click.echo)
-    with open_store(db, create=True) as store:
+            launch.check_annotators(None, server.host, MAKE)
+        planned = launch.plan_campaign(None, request, click.echo)
+    with launch.open_store(db, create=True) as store:
         if server.exposed:
-            check_annotators(store, server.host, MAKE)
+            launch.check_annotators(store, server.host, MAKE)
         campaign = store.campaign(request.name)
         if campaign is None:
-            settings, pairs = planned or plan_campaign(store, request, click.echo)
+            settings, pairs = planned or launch.plan_campaign(store, request, click.echo)
             store.create_campaign(settings, pairs)
             click.echo(f"campaign {request.name!r}: {len(pairs)} pairs planned")
         else:
-            check_resumed(campaign, wanted, given)
+            launch.check_resumed(campaign, wanted, given)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements so far")
-        serve_campaign(store, db, request.name, server, lambda address: _announcement(address, server), "judgement")
+        launch.serve_campaign(store, db, request.name, server, lambda address: _announcement(address, server), "judgement")
 
 
-def _announcement(address: str, server: ServerFlags) -> list[str]:
+def _announcement(address: str, server: launch.ServerFlags) -> list[str]:
     exposed = ["other machines can reach this server: everybody needs a token (add-annotator NAME)"] if server.exposed else []
     return [f"label at {address}  (Ctrl-C stops)", *exposed]
 
@@ -158,11 +142,11 @@ def _announcement(address: str, server: ServerFlags) -> list[str]:
 def database(function):
     """The option --db, here or before the sub-command."""
     text = "Database: sqlite:///FILE or postgresql://user@host/database."
-    return option("--db", metavar="URL", default=None, show_default=DB, help=text)(function)
+    return option("--db", metavar="URL", default=None, show_default=launch.DB, help=text)(function)
 
 
 def _url(db: str | None) -> str:
-    return db or click.get_current_context().obj or DB
+    return db or click.get_current_context().obj or launch.DB
 
 
 @click.command("add-annotator", cls=GroupedCommand)
@@ -171,7 +155,7 @@ def _url(db: str | None) -> str:
 @database
 def add_annotator(name: str, admin: bool, db: str | None) -> None:
     """Make an annotator and print the token, this once; only its hash is stored."""
-    with open_store(_url(db), create=True) as store:
+    with launch.open_store(_url(db), create=True) as store:
         token = store.add_annotator(name, "admin" if admin else "annotator")
     click.echo(f"token of {name}; it is not shown again:", err=True)
     click.echo(token)
@@ -182,7 +166,7 @@ def add_annotator(name: str, admin: bool, db: str | None) -> None:
 @database
 def revoke(name: str, db: str | None) -> None:
     """Withdraw an annotator's token and end the sessions; the judgements stay."""
-    with open_store(_url(db), create=False) as store:
+    with launch.open_store(_url(db), create=False) as store:
         store.revoke_annotator(name)
     click.echo(f"{name}: token revoked")
 
@@ -192,7 +176,7 @@ def revoke(name: str, db: str | None) -> None:
 @database
 def annotators(as_json: bool, db: str | None) -> None:
     """List annotators, roles and revocations."""
-    with open_store(_url(db), create=False) as store:
+    with launch.open_store(_url(db), create=False) as store:
         found = store.annotators()
     rows = [{"name": a.name, "role": a.role, "created": _date(a.created), "revoked": a.revoked and _date(a.revoked)} for a in found]
     if as_json:
@@ -223,7 +207,7 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
         used = [p.opts[0] for p in ctx.command.params if p.name in given]
         if used:
             raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
-    with open_store(_url(db), create=False) as store:
+    with launch.open_store(_url(db), create=False) as store:
         if kind == "judgements":
             export_judgements(store, out, campaign)
         elif kind == "labels":
@@ -256,7 +240,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str |
         raise ValueError(f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it.")
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
-    with open_store(_url(db), create=True) as store:
+    with launch.open_store(_url(db), create=True) as store:
         if source.suffix == ".csv":
             count = import_ranked_seeds(store, source, campaign, annotator or "imported")
         else:
@@ -269,7 +253,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str |
 @database
 def status(as_json: bool, db: str | None) -> None:
     """Show campaigns, pairs, judgements and annotators."""
-    with open_store(_url(db), create=False) as store:
+    with launch.open_store(_url(db), create=False) as store:
         found = [_campaign_status(store, campaign) for campaign in store.campaigns()]
         known = store.annotators()
     if as_json:

@@ -16,114 +16,99 @@ has places, a second assignment of a pair to one annotator, a second use of a ke
 
 import time
 
-from sqlalchemy import (
-    BigInteger,
-    CheckConstraint,
-    Column,
-    Connection,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    UniqueConstraint,
-    inspect,
-    select,
-    text,
-)
+import sqlalchemy as sa
 
 from eg3d_rlhf.label.database import Database, Lock
 
 VERSION = 2  # of this description; STEPS lead there from earlier ones
 
-metadata = MetaData()
-Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up in INTEGER PRIMARY KEY alone
+metadata = sa.MetaData()
+Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up in INTEGER PRIMARY KEY alone
 
 
-def _key() -> Column:
-    return Column("id", Id, primary_key=True)
+def _key() -> sa.Column:
+    return sa.Column("id", Id, primary_key=True)
 
 
-def _to(table: str, name: str | None = None, null: bool = False) -> Column:
-    return Column(name or f"{table[:-1]}_id", Id, ForeignKey(f"{table}.id"), nullable=null)
+def _to(table: str, name: str | None = None, null: bool = False) -> sa.Column:
+    return sa.Column(name or f"{table[:-1]}_id", Id, sa.ForeignKey(f"{table}.id"), nullable=null)
 
 
-def _partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
-    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
+def _partial(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
+    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
-schema_versions = Table(
+schema_versions = sa.Table(
     "schema_versions", metadata,
-    Column("version", Integer, primary_key=True, autoincrement=False), Column("applied", Double, nullable=False),
+    sa.Column("version", sa.Integer, primary_key=True, autoincrement=False), sa.Column("applied", sa.Double, nullable=False),
 )  # fmt: skip
 
-campaigns = Table(
+campaigns = sa.Table(
     "campaigns", metadata,
-    _key(), Column("name", Text, nullable=False, unique=True), Column("settings", Text, nullable=False),
-    Column("created", Double, nullable=False),
+    _key(), sa.Column("name", sa.Text, nullable=False, unique=True), sa.Column("settings", sa.Text, nullable=False),
+    sa.Column("created", sa.Double, nullable=False),
 )  # fmt: skip
 
-shapes = Table(
+shapes = sa.Table(
     "shapes", metadata,
-    _key(), _to("campaigns"), Column("position", Integer, nullable=False), Column("asset", Text, nullable=False, unique=True),
-    Column("generator", Text, nullable=False), Column("source", Text, nullable=False), Column("seed", BigInteger, nullable=False),
-    Column("psi", Double), Column("level", Double),  # null: not known
-    Column("resolution", Integer, nullable=False), Column("triangles", Integer, nullable=False),
-    Column("degradation", Text, nullable=False, server_default=text("''")),
-    UniqueConstraint("campaign_id", "position"),
+    _key(), _to("campaigns"), sa.Column("position", sa.Integer, nullable=False), sa.Column("asset", sa.Text, nullable=False, unique=True),
+    sa.Column("generator", sa.Text, nullable=False), sa.Column("source", sa.Text, nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False), sa.Column("psi", sa.Double), sa.Column("level", sa.Double),  # null: not known
+    sa.Column("resolution", sa.Integer, nullable=False), sa.Column("triangles", sa.Integer, nullable=False),
+    sa.Column("degradation", sa.Text, nullable=False, server_default=sa.text("''")),
+    sa.UniqueConstraint("campaign_id", "position"),
 )  # fmt: skip
 
-pairs = Table(
+pairs = sa.Table(
     "pairs", metadata,
-    _key(), _to("campaigns"), Column("position", Integer, nullable=False), _to("shapes", "first_id"), _to("shapes", "second_id"),
-    Column("kind", Text, nullable=False), Column("expected", Text), Column("explanation", Text, nullable=False),
-    Column("places", Integer, nullable=False), Column("taken", Integer, nullable=False, server_default=text("0")),
-    UniqueConstraint("campaign_id", "position"),
-    CheckConstraint("taken >= 0 AND taken <= places", name="pairs_places"),
+    _key(), _to("campaigns"), sa.Column("position", sa.Integer, nullable=False), _to("shapes", "first_id"), _to("shapes", "second_id"),
+    sa.Column("kind", sa.Text, nullable=False), sa.Column("expected", sa.Text), sa.Column("explanation", sa.Text, nullable=False),
+    sa.Column("places", sa.Integer, nullable=False), sa.Column("taken", sa.Integer, nullable=False, server_default=sa.text("0")),
+    sa.UniqueConstraint("campaign_id", "position"),
+    sa.CheckConstraint("taken >= 0 AND taken <= places", name="pairs_places"),
     _partial("pairs_open", "campaign_id", "position", where="kind = 'pair' AND taken < places"),
 )  # fmt: skip
 
-annotators = Table(
+annotators = sa.Table(
     "annotators", metadata,
-    _key(), Column("name", Text, nullable=False, unique=True), Column("role", Text, nullable=False),
-    Column("token_hash", Text, unique=True), Column("created", Double, nullable=False), Column("revoked", Double),
+    _key(), sa.Column("name", sa.Text, nullable=False, unique=True), sa.Column("role", sa.Text, nullable=False),
+    sa.Column("token_hash", sa.Text, unique=True), sa.Column("created", sa.Double, nullable=False), sa.Column("revoked", sa.Double),
 )  # fmt: skip
 
-sessions = Table(
+sessions = sa.Table(
     "sessions", metadata,
-    Column("id_hash", Text, primary_key=True), _to("annotators"), Column("created", Double, nullable=False),
-    Column("expires", Double, nullable=False, index=True),
+    sa.Column("id_hash", sa.Text, primary_key=True), _to("annotators"), sa.Column("created", sa.Double, nullable=False),
+    sa.Column("expires", sa.Double, nullable=False, index=True),
 )  # fmt: skip
 
-assignments = Table(
+assignments = sa.Table(
     "assignments", metadata,
-    _key(), Column("token", Text, nullable=False, unique=True), _to("campaigns"), _to("annotators"), _to("pairs"),
-    Column("sequence", Integer, nullable=False), Column("kind", Text, nullable=False), Column("first_is_left", Integer, nullable=False),
-    Column("leased", Double, nullable=False),  # last time the annotator was seen with it
-    Column("released", Double),  # when its place was given to others
-    Column("answered", Id),  # judgement that counts
-    Column("undone", Double),  # when its answer was last taken back, until it is answered again
-    UniqueConstraint("campaign_id", "annotator_id", "sequence"),
+    _key(), sa.Column("token", sa.Text, nullable=False, unique=True), _to("campaigns"), _to("annotators"), _to("pairs"),
+    sa.Column("sequence", sa.Integer, nullable=False), sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("first_is_left", sa.Integer, nullable=False),
+    sa.Column("leased", sa.Double, nullable=False),  # last time the annotator was seen with it
+    sa.Column("released", sa.Double),  # when its place was given to others
+    sa.Column("answered", Id),  # judgement that counts
+    sa.Column("undone", sa.Double),  # when its answer was last taken back, until it is answered again
+    sa.UniqueConstraint("campaign_id", "annotator_id", "sequence"),
     _partial("assignments_once", "annotator_id", "pair_id", where="kind IN ('pair', 'training')", unique=True),
     _partial("assignments_open", "campaign_id", "leased", where="answered IS NULL AND released IS NULL"),
-    Index("assignments_pair", "pair_id"),
+    sa.Index("assignments_pair", "pair_id"),
 )  # fmt: skip
 
-judgements = Table(
+judgements = sa.Table(
     "judgements", metadata,
-    _key(), _to("campaigns"), _to("annotators"), Column("key", Text, nullable=False),
-    Column("type", Text, nullable=False),  # 'choice' or 'undo'
+    _key(), _to("campaigns"), _to("annotators"), sa.Column("key", sa.Text, nullable=False),
+    sa.Column("type", sa.Text, nullable=False),  # 'choice' or 'undo'
     _to("assignments", null=True),  # null: an undo that found nothing
-    Column("choice", Text), Column("reason", Text), Column("milliseconds", BigInteger), Column("views", Text),
-    Column("answered_at", Double), Column("received_at", Double, nullable=False),
+    sa.Column("choice", sa.Text), sa.Column("reason", sa.Text), sa.Column("milliseconds", sa.BigInteger), sa.Column("views", sa.Text),
+    sa.Column("answered_at", sa.Double), sa.Column("received_at", sa.Double, nullable=False),
     _to("judgements", "takes_back", null=True),
-    Column("page_version", Text, nullable=False, server_default=text("''")),
-    UniqueConstraint("annotator_id", "key"), UniqueConstraint("takes_back"),
-    CheckConstraint("(type = 'choice') = (choice IS NOT NULL)", name="judgements_type"),
-    Index("judgements_when", "campaign_id", "annotator_id", "received_at"),
-    Index("judgements_assignment", "assignment_id"),
+    sa.Column("page_version", sa.Text, nullable=False, server_default=sa.text("''")),
+    sa.UniqueConstraint("annotator_id", "key"), sa.UniqueConstraint("takes_back"),
+    sa.CheckConstraint("(type = 'choice') = (choice IS NOT NULL)", name="judgements_type"),
+    sa.Index("judgements_when", "campaign_id", "annotator_id", "received_at"),
+    sa.Index("judgements_assignment", "assignment_id"),
 )  # fmt: skip
 
 REFUSAL = "judgements are append-only: take one back with a further record"
@@ -178,8 +163,8 @@ def migrate(database: Database, create: bool) -> int:
     return found
 
 
-def _version(connection: Connection, database: Database, create: bool) -> int:
-    tables = set(inspect(connection).get_table_names())
+def _version(connection: sa.Connection, database: Database, create: bool) -> int:
+    tables = set(sa.inspect(connection).get_table_names())
     if "schema_versions" not in tables:
         foreign = sorted(tables & set(metadata.tables))
         if foreign:
@@ -190,7 +175,7 @@ def _version(connection: Connection, database: Database, create: bool) -> int:
         if not create:
             raise ValueError(f"store {database.name}: expected a labelling store, got a database without one. Check the URL.")
         return 0
-    found = max(connection.execute(select(schema_versions.c.version)).scalars(), default=0)
+    found = max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=0)
     if found > VERSION:
         raise ValueError(f"store {database.name}: expected schema version {VERSION} or earlier, got {found}. Update this program.")
     if found == 0:
@@ -198,10 +183,10 @@ def _version(connection: Connection, database: Database, create: bool) -> int:
     return found
 
 
-def _run(connection: Connection, statements: tuple[str, ...]) -> None:
+def _run(connection: sa.Connection, statements: tuple[str, ...]) -> None:
     for statement in statements:
         connection.exec_driver_sql(statement)
 
 
-def _record(connection: Connection, version: int) -> None:
+def _record(connection: sa.Connection, version: int) -> None:
     connection.execute(schema_versions.insert().values(version=version, applied=time.time()))

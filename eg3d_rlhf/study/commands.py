@@ -8,17 +8,8 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
+from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.commands import LabelGroup, add_annotator, annotators, revoke
-from eg3d_rlhf.label.launch import (
-    ServerFlags,
-    check_annotators,
-    filled,
-    given_flags,
-    open_store,
-    refuse_flags_before,
-    serve_campaign,
-    server_options,
-)
 from eg3d_rlhf.label.preferences import without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.study import report as reports
@@ -60,7 +51,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int, de
 def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
     with flagged(options):
-        size = sample_size(power_options(filled(options, PowerOptions)))
+        size = sample_size(power_options(launch.filled(options, PowerOptions)))
     record = size.to_dict()
     if n is not None:
         record["power_of_n"] = {"n": n, "power": exact_power(n, size.options.true_rate, size.options.alpha)}
@@ -82,7 +73,7 @@ def power(n: int | None, as_json: bool, **options) -> None:
 def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """Studies with a known truth: how often each interval covers it, and how often each finds a difference."""
     with flagged(options):
-        resolved = SimulationOptions(**filled(options, SimulationOptions))
+        resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
     found = coverage(resolved, bootstrap_studies)
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -110,7 +101,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option("--db", metavar="URL", default=None, show_default="study.db in the folder", help="Database of the answers.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
-@server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
+@launch.server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
 @click.pass_context
 def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
     """Compare two generators blind: designs the study, serves it and prints the address; then `report`.
@@ -119,23 +110,23 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     Example:
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
-    flags = filled(flags, StudyDesign, PowerOptions)
+    flags = launch.filled(flags, StudyDesign, PowerOptions)
     folder, name = Folder(outdir, db), name or outdir.resolve().name
     ctx.obj, ctx.meta["folder"] = folder.url, folder
     if ctx.invoked_subcommand is not None:
-        refuse_flags_before(ctx, "outdir", "db")
+        launch.refuse_flags_before(ctx, "outdir", "db")
         return
-    server = ServerFlags.of(flags, outdir)
+    server = launch.ServerFlags.of(flags, outdir)
     if dry_run:
         click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))
         return
     make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     if server.exposed:
-        with open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
-            check_annotators(known, server.host, make)
-    design, _ = prepare(folder, name, flags, given_flags(ctx), lambda text: click.echo(text, err=True))
-    with open_store(folder.url, create=False) as store:
-        serve_campaign(store, folder.url, design.name, server, lambda address: _announcement(address, design, make), "answer")
+        with launch.open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
+            launch.check_annotators(known, server.host, make)
+    design, _ = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
+    with launch.open_store(folder.url, create=False) as store:
+        launch.serve_campaign(store, folder.url, design.name, server, lambda address: _announcement(address, design, make), "answer")
 
 
 def _announcement(address: str, design: StudyDesign, make: str) -> list[str]:
@@ -143,7 +134,7 @@ def _announcement(address: str, design: StudyDesign, make: str) -> list[str]:
     return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
 
 
-def _dry_run(folder: Folder, name: str, flags: dict, server: ServerFlags) -> dict:
+def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags) -> dict:
     """What would be done; nothing is written."""
     new = not folder.design.exists()
     if new:

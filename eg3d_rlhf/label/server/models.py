@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from eg3d_rlhf.label.entities import Choice
+from eg3d_rlhf.label.entities import Choice, Progress
 
 NAME = r"^\w(?:[\w .@+-]{0,78}[\w.@+-])?$"  # of an annotator: letters and digits of any script, and a few signs between them
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # keys and tokens
@@ -76,15 +76,6 @@ class Session(BaseModel):
     page_version: str
     skip_reasons: list[str]
     exposed: bool
-
-
-class Progress(BaseModel):
-    """How far an annotator is."""
-
-    done: int
-    total: int
-    training_left: int
-    last_hour: int
 
 
 class Preparing(BaseModel):
