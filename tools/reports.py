@@ -74,14 +74,16 @@ def run(name: str, command: list[str]) -> float:
 
 def train_missing(runs: Path, kimg: float, seed: int) -> tuple[dict[str, Path], float]:
     """Both runs' folders, trained where missing, and the seconds that took."""
-    seconds, found = 0.0, {}
+    found: dict[str, Path] = {}
+    seconds = 0.0
     for role in RUNS:
         command = training_command(runs, role, kimg, seed)
         if command is not None:
             seconds += run(f"{role} run", command)
-        found[role], done = last_run(runs / f"{role}-s{seed}", kimg)
-        if not done:
-            raise ValueError(f"{role} run: expected {kimg:g} thousand images, got fewer in {found[role]}. Run the same command to go on.")
+        folder, done = last_run(runs / f"{role}-s{seed}", kimg)
+        if folder is None or not done:
+            raise ValueError(f"{role} run: expected {kimg:g} thousand images, got fewer in {folder}. Run the same command to go on.")
+        found[role] = folder
     return found, seconds
 
 

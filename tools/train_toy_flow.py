@@ -41,6 +41,7 @@ def make(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
         if isinstance(training, RewardTraining):
+            network: torch.nn.Module
             network, found = train_reward(training, on_step)
         else:
             network, found = train_base(part, training, on_step), {}

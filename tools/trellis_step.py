@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -93,8 +94,9 @@ def measure(size: Size) -> dict:
     add_lora(stage.model, LoraConfig(rank=size.rank), size.seed)
     trained = lora_parameters(stage.model)
     config = TrainConfig(steps=size.steps, batch=size.pairs, warmup=0)
-    arguments = (RandomConditions(), stage, make_pairs(size, stage), config, stage.model, trained, AdapterOff(stage.model), SINGLE)
-    updates = Updates(*arguments)
+    pairs = make_pairs(size, stage)
+    conditions: Any = RandomConditions()  # all that an update asks of a pipeline
+    updates = Updates(conditions, stage, pairs, config, stage.model, trained, AdapterOff(stage.model), SINGLE)
     if size.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     built, rows, seconds, busy = time.perf_counter(), [], [], []
@@ -114,13 +116,14 @@ def measure(size: Size) -> dict:
 
 def build_stage(size: Size) -> FlowStage:
     """The flow with random weights, on its device."""
-    common = dict(
+    common: dict[str, Any] = dict(
         resolution=size.points, in_channels=CHANNELS, out_channels=CHANNELS, model_channels=size.width, cond_channels=EMBEDDING,
         num_blocks=size.blocks, num_head_channels=HEAD, qk_rms_norm=True, use_checkpoint=True,
     )
     with torch.device(size.device):
         if size.stage == "structure":
-            model, torso = StructureFlow(StructureFlowConfig(patch_size=1, **common)), ("blocks",)
+            model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common))
+            torso: tuple[str, ...] = ("blocks",)
         else:
             model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), sparse_conv=size.backend, **common))
             torso = ("input_blocks", "blocks", "out_blocks")
@@ -189,8 +192,8 @@ def line(row: dict) -> str:
 @option("--width", metavar="INT", type=click.IntRange(HEAD), default=1024, help="Likewise; a multiple of 64.", group="Smaller models")
 @option("--json", "as_json", is_flag=True, help="Print JSON.", group="Output")
 def main(stages: str, pairs: str, as_json: bool, device: str, **settings) -> None:
-    numbers = [int(n) if n.strip().isdigit() and int(n) > 0 else None for n in pairs.split(",")]
-    if None in numbers:
+    numbers = [int(n) if n.strip().isdigit() else 0 for n in pairs.split(",")]
+    if 0 in numbers:
         raise ValueError(f"--pairs: expected positive numbers with commas between them, got {pairs!r}. Use 1,2,4,8, say.")
     found = []
     for stage in STAGES if stages == "all" else (stages,):

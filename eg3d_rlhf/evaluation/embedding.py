@@ -89,7 +89,7 @@ def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _rank_rows(rewards: np.ndarray, axes: dict[str, np.ndarray]) -> list[dict]:
-    rows = []
+    rows: list[dict] = []
     for name, positions in axes.items():
         if np.ptp(rewards) == 0 or np.ptp(positions) == 0:
             rows.append({"axis": name, "spearman": None, "lo": None, "hi": None})
@@ -177,7 +177,7 @@ def _apart(role: str, f: dict) -> str:
 def shapes(c: Comparison, folder: Path) -> Finding:
     """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the second, ..."""
     seeds = c.seeds()
-    parts = {role: [] for role in ROLES}
+    parts: dict[str, list[torch.Tensor]] = {role: [] for role in ROLES}
     for role in ROLES:
         generator = c.generators()[role].generator
         for field in c.fields(c.generators()[role], seeds):
@@ -186,9 +186,9 @@ def shapes(c: Comparison, folder: Path) -> Finding:
     rows = -(-len(pictures) // COLUMNS)
     sheet = np.ones((rows * COLUMNS, PIXELS, PIXELS), dtype=np.float32)
     sheet[: len(pictures)] = pictures
-    sheet = sheet.reshape(rows, COLUMNS, PIXELS, PIXELS).transpose(0, 2, 1, 3).reshape(rows * PIXELS, COLUMNS * PIXELS)
+    page = sheet.reshape(rows, COLUMNS, PIXELS, PIXELS).transpose(0, 2, 1, 3).reshape(rows * PIXELS, COLUMNS * PIXELS)
     name = f"{SHAPES}.jpg"
-    PIL.Image.fromarray((sheet * 255).round().astype(np.uint8)).save(folder / name, quality=80, optimize=True)
+    PIL.Image.fromarray((page * 255).round().astype(np.uint8)).save(folder / name, quality=80, optimize=True)
     data = {"file": name, "pixels": PIXELS, "columns": COLUMNS, "rows": rows, "seeds": list(seeds), "roles": list(ROLES)}
     return Finding(facts=c.facts(seeds, ROLES), data=data, pictures={"shapes before and after": name})
 

@@ -5,6 +5,7 @@ Letters: N latents, T networks in order of training, the first the one before.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ def _networks(c: Comparison) -> list[tuple[float | None, LoadedGenerator | Path]
 def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     """Changes of every measure in units of its deviation before, over distance, with the point of divergence."""
     seeds, networks = c.seeds(), _networks(c)
-    start, values, distances = None, {}, []
+    values: dict[str, Any] = {}
+    start, distances = None, []
     for _, source in networks:
         generator = c.load(source) if isinstance(source, Path) else source
         sigma = densities(c, generator, seeds)

@@ -8,6 +8,7 @@ Letters: N latents, T snapshots.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,15 +122,14 @@ def ranks(c: Comparison, _folder: Path) -> Finding:
     """Spearman's rho of the rewards at two truncations of the same latents."""
     seeds, found, scores = c.seeds(), {}, {}
     for role in ("before", "after"):
-        pair = [c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS]
-        scores[role] = [values.tolist() for values in pair]
-        found[role] = spearman(*pair)._asdict()
+        high_scores, low_scores = (c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS)
+        scores[role] = [high_scores.tolist(), low_scores.tolist()]
+        found[role] = spearman(high_scores, low_scores)._asdict()
     high, low = RANK_PSIS
     rows = [{"role": role, "spearman": r["mean"], "lo": r["lo"], "hi": r["hi"]} for role, r in found.items()]
-    before, after = (found[role] for role in ("before", "after"))
+    before, after = (span(r["mean"], r["lo"], r["hi"], ".3f") for r in (found["before"], found["after"]))
     says = [
-        f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {span(*before.values(), '.3f')}, after "
-        f"{span(*after.values(), '.3f')}.",
+        f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {before}, after {after}.",
         "Both share the latent, so agreement is expected; what is missing to 1 is order that truncation changes.",
     ]
     facts = c.facts(seeds, ROLES, RANK_INTERVAL, psi=None)
@@ -146,7 +146,8 @@ def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
 
 def trajectories(c: Comparison, _folder: Path) -> Finding:
     """Rewards over snapshots and per-latent slopes."""
-    seeds, data, rows = c.seeds(), {"roles": {}}, []
+    data: dict[str, Any] = {"roles": {}}
+    seeds, rows = c.seeds(), []
     start = c.scores(c.before, seeds).double().numpy()
     for role in ("after", "control"):
         kept = [(kimg, path) for kimg, path in c.snapshots(role) if kimg > 0]

@@ -6,6 +6,7 @@ Letters: N latents, D, H, W grid points, R pixels per edge.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -31,7 +32,8 @@ RESOLUTION, PIXELS = 128, 128  # grid points per edge of the cube; pixels per ed
 
 def jobs(c: Comparison) -> list[Job]:
     """Best and worst by reward, chosen seeds, orbit."""
-    size, shown = {"resolution": RESOLUTION, "pixels": PIXELS}, list(c.seeds(SHOWN, JUDGE))
+    shown = list(c.seeds(SHOWN, JUDGE))
+    size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS}
     return [
         c.job("reward-strips", "Best and worst shapes by reward", reward_strips, roles=("before", "after", "reward"), n=c.n, k=K, **size),
         c.job("same-latents", "The same latents before and after", same_latents, roles=(*ROLES, "reward"), seeds=shown, **size),

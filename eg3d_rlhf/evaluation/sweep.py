@@ -6,6 +6,7 @@ Letters: N latents, S seeds.
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,9 +104,9 @@ def _images(c: Comparison, after: LoadedGenerator) -> dict:
 
 def pareto(values: np.ndarray) -> np.ndarray:
     """Which of points [N, M] none other equals or beats everywhere and beats somewhere; more is better; [N] bool."""
-    at_least = (values[None] >= values[:, None]).all(axis=2)  # [i, j]: j is nowhere worse than i
-    better = (values[None] > values[:, None]).any(axis=2)
-    return ~(at_least & better).any(axis=1)
+    at_least = np.all(values[None] >= values[:, None], axis=2)  # [i, j]: j is nowhere worse than i
+    better = np.any(values[None] > values[:, None], axis=2)
+    return ~np.any(at_least & better, axis=1)
 
 
 def gather(found: Mapping[Cell, Finding]) -> list[dict]:
@@ -114,8 +115,10 @@ def gather(found: Mapping[Cell, Finding]) -> list[dict]:
     for setting in dict.fromkeys(cell.setting for cell in found):
         own = {cell: one for cell, one in found.items() if cell.setting == setting}
         first = next(iter(own))
-        row = {"setting": setting, "lambda_r": first.lambda_r, "lambda_sigma": first.lambda_sigma if first.lambda_r else None,
-               "seeds": [cell.seed for cell in own], "measures": {}}
+        row: dict[str, Any] = {
+            "setting": setting, "lambda_r": first.lambda_r, "lambda_sigma": first.lambda_sigma if first.lambda_r else None,
+            "seeds": [cell.seed for cell in own], "measures": {},
+        }
         for name in next(iter(own.values())).data["measures"]:
             steps = [one.data["measures"][name] for one in own.values()]
             each = [step["mean"] for step in steps]

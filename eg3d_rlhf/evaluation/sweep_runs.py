@@ -113,14 +113,15 @@ def train_all(cells: Sequence[Cell], t: Training, tell: Callable[[Cell], None] =
                 future.cancel()
             group.stop()
             raise
-    return {cell: finished(t, cell) for cell in cells}
+    return {cell: path for cell in cells if (path := finished(t, cell)) is not None}
 
 
 class _Group:
     """Running trainings, to be stopped together."""
 
     def __init__(self) -> None:
-        self._lock, self._running, self._stopped = threading.Lock(), set(), False
+        self._running: set[subprocess.Popen] = set()
+        self._lock, self._stopped = threading.Lock(), False
 
     def run(self, command: list[str], log: Path, threads: int) -> int | None:
         """Run to the end; returns the exit status, None where the group was stopped before."""

@@ -223,8 +223,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: in
 def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Networks:
     """As `load`, of a snapshot that was read."""
     plans = plan(snapshot, freeze_layers)
-    built = {name: p.build() for name, p in plans.items()}
-    G, D, G_ema = (built.get(name) for name in ("G", "D", "G_ema"))
+    built: dict[str, Any] = {name: p.build() for name, p in plans.items()}
+    G, D, G_ema = built.get("G"), built.get("D"), built["G_ema"]
     with refusing(snapshot.who):
         for name, module in (("G", G), ("G_ema", G_ema)):
             if module is not None:
@@ -246,7 +246,7 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
     with refusing(snapshot.who):
         if "G_ema" not in snapshot.networks:
             raise Refusal("a file without G_ema")
-        plans = {name: _generator(snapshot, name) for name in ("G_ema", "G") if name in snapshot.networks}
+        plans: dict[str, Plan] = {name: _generator(snapshot, name) for name in ("G_ema", "G") if name in snapshot.networks}
         if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
             ours, theirs = plans["G_ema"].kwargs, plans["G"].kwargs
             differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))

@@ -154,7 +154,7 @@ class ModuleRecord:
     """A module: the name of its class and its attributes, uninterpreted."""
 
     class_name: str
-    state: dict | None  # None until the stream gives it
+    state: Any  # a dict; None until the stream gives it
 
 
 @dataclasses.dataclass(eq=False)

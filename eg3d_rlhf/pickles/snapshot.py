@@ -94,14 +94,13 @@ class refusing:
     def __enter__(self) -> "refusing":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Refusal):
             where = f" (byte {self.machine.position})" if self.machine is not None else ""
             raise ValueError(
                 f"{self.who}: expected a network pickle of EG3D, got {error}{where}. "
                 "Nothing in it was run; get the file again from its source, or name another."
             ) from None
-        return False
 
 
 def _mapped(path: str | Path) -> memoryview:

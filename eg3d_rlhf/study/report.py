@@ -7,7 +7,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -91,11 +91,12 @@ def page(report: dict) -> str:
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share), "p_value": p_value,
         "interval": lambda ends: "" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}",
         "x": _pixels,
     }  # fmt: skip
+    environment.filters |= filters
     settings = {k: v for k, v in report["design"].items() if k not in ("plan", "latent_seeds", "hash")}
     for side in ("a", "b"):
         settings[side] = {**settings[side], "source": Path(settings[side]["source"]).name or "bundled"}
