@@ -45,7 +45,7 @@ MAPPING = {
     "num_layers": _whole(1, 64), "embed_features": _maybe(SIZE), "layer_features": _maybe(SIZE), "lr_multiplier": NUMBER,
     "w_avg_beta": _maybe(NUMBER), "activation": _one_of("lrelu", "relu", "linear", "swish"),
 }
-BLOCK = {
+BLOCK: dict[str, Any] = {
     "fused_modconv_default": MODCONV, "use_noise": FLAG, "fp16_channels_last": FLAG, "architecture": _one_of("skip"),
     "resample_filter": FILTER, "activation": _one_of("lrelu"),
 }

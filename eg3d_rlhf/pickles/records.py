@@ -85,7 +85,7 @@ class StorageRules(Rules):
 
     def persistent(self, pid: Any) -> Any:
         """('storage', class, key, location, count, view), with view None. The location is where it once was; we read to the CPU."""
-        kinds = (str, Global, str, str, int, type(None))
+        kinds: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if not isinstance(pid, tuple) or len(pid) != 6 or not all(isinstance(v, k) for v, k in zip(pid, kinds, strict=True)):
             raise Refusal(f"a storage id that is {brief(pid)}")
         if pid[0] != "storage" or isinstance(pid[4], bool) or pid[4] < 0:
