@@ -1,6 +1,10 @@
 """What the documentation promises: links that lead somewhere, files and test files that exist, tools that are all named."""
 
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -30,3 +34,27 @@ def test_every_page_and_picture_is_shown_somewhere():
 def test_every_tool_is_in_the_list_of_tools():
     text = (REPO / "docs" / "tools.md").read_text()
     assert [p.stem for p in sorted((REPO / "tools").glob("*.py")) if p.stem != "__init__" and f"`{p.stem}`" not in text] == []
+
+
+def test_the_mode_worked_through_in_extending_runs(tmp_path):
+    text = (REPO / "docs" / "extending.md").read_text()
+    block = text[text.index("    import dataclasses") : text.index("`python train.py --mode=count")]
+    (tmp_path / "count.py").write_text(textwrap.dedent(block))
+    environment = {**os.environ, "EG3D_RLHF_PLUGINS": "count.py"}
+    command = [sys.executable, str(REPO / "train.py"), "--mode=count", "--steps=3"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "runs" / "00000-count" / "stats.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_walks_name_what_is_there():
+    walks = (REPO / "docs" / "extending.md").read_text().split("## Two walks\n")[1].split("\n**")
+    steps = [re.findall(r"^\d\. .*(?:\n   .*)*", walk, re.M) for walk in walks if walk.strip()]
+    assert [len(walk) <= 6 for walk in steps] == [True, True]
+    for step in sum(steps, []):
+        path = REPO / re.search(r"`([\w/]+\.py)`", step)[1]
+        for name in re.findall(r"`([A-Za-z_.]+)`", step):
+            if name.endswith(".py") or name.startswith("reward."):
+                continue
+            last = name.split(".")[-1]
+            assert re.search(rf"\b(def|class) {last}\b|^    {last}: ", path.read_text(), re.M), (name, path)

@@ -1,0 +1,65 @@
+"""What the README shows runs as written: its lines of Python, and its recipe for a released checkpoint on small stand-ins."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from eg3d_rlhf.reward.release import write_example
+from tests import tiny_runs
+from tests.pickles.writer import SnapshotWriter, stock_networks
+
+# Flags that make a line small, and the names of run folders that follow from them.
+SMALL = {
+    "import_reward.py": ["--seeds=0"],
+    "train.py": ["--kimg=0.002", "--batch=2", "--tick=0.001", "--no-summary", "--device=cpu"],
+    "evaluate.py": ["--only=reward-shift", "--n=16", "--images=16", "--out=report"],
+    "attribute.py": [
+        "--n=2", "--method=permutation", "--permutations=2", "--steps=2", "--gap-bound=1000", "--draws=2", "--checked=1", "--out=why",
+    ],
+}
+
+
+def block(repo, title: str, language: str) -> str:
+    """The first code block of a language below a heading of the README."""
+    section = (repo / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.search(rf"```{language}\n(.*?)```", section, re.S)[1]
+
+
+def test_the_lines_of_python_run(repo, tmp_path, monkeypatch, capsys):
+    (tmp_path / "assets").symlink_to(repo / "assets")
+    monkeypatch.chdir(tmp_path)
+    source = block(repo, "In Python", "python")
+    exec(compile(source.replace("resolution=128", "resolution=32"), "README.md", "exec"), {})
+    assert len(source.splitlines()) <= 11 and capsys.readouterr().out.startswith("tensor([")
+    assert (tmp_path / "head.ply").stat().st_size > 1000
+
+
+def recipe(repo) -> list[list[str]]:
+    return [shlex.split(line, comments=True) for line in block(repo, "A released checkpoint", "bash").splitlines()]
+
+
+def command_of(words: list[str], repo) -> list[str]:
+    """What a line of the recipe runs here: two processes for eight, small settings."""
+    words = [word.replace("batch16", "batch2").replace("nproc-per-node=8", "nproc-per-node=2") for word in words]
+    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", words[1]]
+    script, *flags = words[1:] if words[0] == "python" else words[2:]
+    return [*start, str(repo / script), *flags, *SMALL.get(os.path.basename(script), [])]
+
+
+@pytest.mark.long
+def test_the_recipe_for_a_released_checkpoint_runs(repo, tmp_path):
+    nets = stock_networks()
+    (tmp_path / "ffhq512-128.pkl").write_bytes(SnapshotWriter().snapshot(nets))
+    tiny_runs.write_dataset(tmp_path / "FFHQ_512.zip", nets.G.img_resolution)
+    write_example(tmp_path / "release")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words in recipe(repo):
+        command = command_of(words, repo)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "report" / "index.html").exists() and (tmp_path / "why" / "index.html").exists()
+    assert list((tmp_path / "runs" / "eight").glob("*/network-snapshot-*.safetensors"))
