@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,10 +51,12 @@ def open_networks(s: Settings, resolution: int, warm_start: bool = True) -> netw
     G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
     torch.manual_seed(derive_seed(s.loop.seed, "init"))
     nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
+    G: Any = nets.G
     if s.net.sphere_init > 0 and warm_start:
-        fit_sphere(nets.G, s.net.sphere_init, seed=derive_seed(s.loop.seed, "sphere"))
-        nets.G_ema.load_state_dict(nets.G.state_dict())
-    nets.G.neural_rendering_resolution = nets.G_ema.neural_rendering_resolution = s.gan.nrr_initial
+        fit_sphere(G, s.net.sphere_init, seed=derive_seed(s.loop.seed, "sphere"))
+        nets.G_ema.load_state_dict(G.state_dict())
+    G.neural_rendering_resolution = s.gan.nrr_initial
+    nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
     return nets
 
 
@@ -61,16 +64,16 @@ def _loaded(s: Settings, resolution: int) -> networks.Networks:
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    if nets.G is None or nets.D is None:
+    G: Any = nets.G
+    D: Any = nets.D
+    if G is None or D is None or nets.D_kwargs is None:
         raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
-    if nets.G.img_resolution != resolution:
-        raise ValueError(
-            f"--data: expected images of {nets.G.img_resolution} pixels for --init={s.net.init}, got {resolution}. Resize the data."
-        )
+    if G.img_resolution != resolution:
+        raise ValueError(f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}. Resize them.")
     if s.net.start == "G_ema":  # with a short moving average the raw G would soon replace the pretrained average
-        nets.G.load_state_dict(nets.G_ema.state_dict())
-    if s.net.mbstd_group is not None and nets.D.b4.mbstd is not None:  # no weight: D's groups are the run's
-        nets.D.b4.mbstd.group_size = s.net.mbstd_group
+        G.load_state_dict(nets.G_ema.state_dict())
+    if s.net.mbstd_group is not None and D.b4.mbstd is not None:  # no weight: D's groups are the run's
+        D.b4.mbstd.group_size = s.net.mbstd_group
         nets.D_kwargs["epilogue_kwargs"] = {**nets.D_kwargs.get("epilogue_kwargs", {}), "mbstd_group_size": s.net.mbstd_group}
     return nets
 
@@ -80,21 +83,23 @@ def check_fit(s: Settings, nets: networks.Networks, world: int = 1) -> None:
 
     Raises: ValueError naming the flag.
     """
+    G: Any = nets.G
+    D: Any = nets.D
     batch, part = s.loop.batch, s.loop.batch_gpu
     if batch % (world * (part or 1)):
         raise ValueError(f"--batch: expected a multiple of {world} processes x --batch-gpu={part or 1}, got {batch}. Change one of them.")
-    size, std = part or batch // world, nets.D.b4.mbstd
+    size, std = part or batch // world, D.b4.mbstd
     group = min(std.group_size or size, size) if std is not None else 1
     if size % group:
         flag = "--batch-gpu" if part else "--batch"
         raise ValueError(f"{flag}: expected a multiple of D's minibatch-std group of {group}, got {size}. Change it or --mbstd-group.")
-    conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
+    conditioned = not G.rendering_kwargs["c_gen_conditioning_zero"]
     if conditioned != s.gan.gen_pose_cond:
         kind = "conditioned on the camera" if conditioned else "that ignores the camera"
         raise ValueError(
             f"--gen-pose-cond: expected {conditioned} for a generator {kind}, got {s.gan.gen_pose_cond}. Change the flag or leave it out."
         )
-    rendered, module = max(s.gan.nrr_initial, s.gan.nrr_final or 0), nets.G.superresolution
+    rendered, module = max(s.gan.nrr_initial, s.gan.nrr_final or 0), G.superresolution
     if module.only_enlarges and rendered > module.input_resolution:
         raise ValueError(
             f"--nrr-initial, --nrr-final: expected at most {module.input_resolution} pixels for {type(module).__name__}, got {rendered}. "
@@ -107,18 +112,15 @@ class Objects:
     """Everything that a run consists of."""
 
     loop: TrainingLoop
+    nets: networks.Networks  # that it trains
     evaluation: Evaluation | None  # before/after comparison of a reward run
-
-    @property
-    def nets(self) -> networks.Networks:
-        """What is trained."""
-        return self.loop.subject.nets
 
 
 def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
     """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
     ranks = files.ranks
-    if s.reward.reward != "none" and s.reward.reward_ckpt is None:
+    wanted = s.reward.reward_ckpt
+    if s.reward.reward != "none" and wanted is None:
         raise ValueError(
             f"--reward-ckpt: expected a reward for --cfg={s.net.cfg} --reward={s.reward.reward}, got nothing: the bundled one knows heads "
             "alone. Name one, such as tools/train_reward.py writes."
@@ -127,14 +129,16 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
     dataset = open_dataset(s, ranks)
     nets = open_networks(s, dataset.resolution, warm_start and ranks.main).to(device)
     check_fit(s, nets, ranks.world)
-    augment = None
+    G, D = nets.G, nets.D
+    assert G is not None and D is not None
+    augment: Any = None
     if s.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases, watch, evaluation = GanPhases(nets.G, nets.D, s.gan, augment).phases(), None, None
-    if s.reward.reward != "none":
+    phases, watch, evaluation = GanPhases(G, D, s.gan, augment).phases(), None, None
+    if s.reward.reward != "none" and wanted is not None:
         with naming("--reward-ckpt"):
-            reward = load_reward(s.reward.reward_ckpt, device)
+            reward = load_reward(wanted, device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
         if reward.observation.kind != s.reward.reward:
@@ -150,10 +154,11 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
             evaluation = Evaluation(settings=known, before=of(before), reward=reward)
             watch = evaluation.watch = make_watch(known, reward, before, second)
         if s.reward.terms.lambda_r > 0:
-            terms = RewardTerms(nets.G, nets.G_ema, reward, s.reward.terms)
-            phases.append(reward_phase(terms, lazy_adam(nets.G, s.reward.rlr)))
+            terms = RewardTerms(G, nets.G_ema, reward, s.reward.terms)
+            phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks)
-    return Objects(TrainingLoop(gan, phases, s.loop, files, options=s.to_dict(), on_tick=watch, ranks=ranks), evaluation)
+    loop = TrainingLoop(gan, phases, s.loop, files, options=s.to_dict(), on_tick=watch, ranks=ranks)
+    return Objects(loop, nets, evaluation)
 
 
 def start_or_continue(s: Settings, outdir: Path, ranks: Ranks = SINGLE) -> Path:
@@ -188,11 +193,11 @@ def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks
     with Run(folder, {}, ranks=ranks) as files:
         s = Settings.recorded(ranks.broadcast(checkpoint.read(source, previous)[1]["options"] if ranks.main else None))
         s = s if kimg is None else s.changed(kimg=kimg)
-        files.settings, files.inputs = s.to_dict(), input_files(s)
+        files.settings, files.inputs = s.to_dict(), {**input_files(s)}
         files.resume(free=None)  # the settings come from the checkpoint
         objects = build(s, files, warm_start=False)  # as do the weights
         objects.loop.resume(source, previous)
-        if objects.evaluation is not None:
+        if objects.evaluation is not None and objects.evaluation.watch is not None:
             objects.evaluation.watch.restore(folder / "stats.jsonl")
         _finish(objects, s, started)
     return folder

@@ -35,11 +35,12 @@ class Gan:
         self, nets: networks.Networks, dataset: ImageFolderDataset, config: GanConfig, loop: LoopConfig, *,
         augment_pipe: torch.nn.Module | None = None, ranks: Ranks = SINGLE,
     ):
+        assert nets.G is not None and nets.D is not None
         self.nets, self.dataset, self.config, self.loop = nets, dataset, config, loop
         self.augment_pipe, self.ranks = augment_pipe, ranks
         self.device = next(nets.G.parameters()).device
         self.layout = Layout(loop.batch, ranks, loop.batch_gpu)
-        self.moving = nets.G  # its w_avg moves in forward passes
+        self.moving: torch.nn.Module = nets.G  # its w_avg moves in forward passes
         self.ada_stats = Collector()
         self.collectors = {"ada_stats": self.ada_stats}
         self._fetched: tuple[torch.Tensor, torch.Tensor] | None = None  # images of the next iteration
