@@ -27,6 +27,7 @@ import click
 from eg3d_rlhf.cli import GroupedCommand, option
 from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
+from eg3d_rlhf.label.store import Store
 from training.storage import write_atomic
 
 _RECENT = 50  # shapes over which the pace is taken
@@ -166,16 +167,11 @@ def end_with_parent(parent: int) -> None:
 
 def _planned(url: str, campaign: str) -> tuple[Sequence[Shape], bool]:
     """The shapes of a campaign in order, and whether their pictures are wanted."""
-    from eg3d_rlhf.label.store import Store
-
-    store = Store.open(url, create=False)
-    try:
+    with Store.open(url, create=False) as store:
         stored = store.campaign(campaign)
         if stored is None:
             raise ValueError(f"--campaign: expected the name of a campaign in the database, got {campaign!r}. Make it with tools/label.py.")
         return [shape for _, shape in store.shapes(stored.id)], stored.settings.show_render
-    finally:
-        store.close()
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

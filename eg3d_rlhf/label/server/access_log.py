@@ -23,7 +23,7 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -47,10 +47,8 @@ class Entry:
 
     def fields(self) -> dict:
         """The entry's part of the line."""
-        names = ("request", "address", "method", "route", "status", "bytes", "annotator", "by", "refused")
-        found = {name: getattr(self, name) for name in names}
-        found["milliseconds"] = round(1000 * (time.perf_counter() - self.began), 1)
-        return {k: v for k, v in found.items() if k != "refused" or v is not None}
+        found = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
+        return {k: v for k, v in found.items() if k != "began" and (k != "refused" or v is not None)}
 
 
 class AccessLog:

@@ -20,20 +20,7 @@ from eg3d_rlhf.label.server.routes import Admin, Context, Who
 
 SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
 LOGIN_COOKIE = "login"
-STYLE = """
-:root { color-scheme: light dark; font: 1.1rem/1.5 system-ui, sans-serif }
-main { max-width: 24rem; margin: 15vh auto; padding: 0 1rem }
-label, input, button { display: block; width: 100%; box-sizing: border-box; font: inherit }
-input, button { padding: .6rem; margin: .3rem 0 1rem }
-[role=alert] { color: light-dark(#a40000, #ff9c9c) }
-"""
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Log in</title>
-<style>{style}</style></head><body><main><h1>Log in</h1>{message}<form method="post" action="/login">
-<input type="hidden" name="csrf" value="{csrf}"><label for="token">Your token</label>
-<input id="token" name="token" type="password" autocomplete="current-password" required autofocus><button>Log in</button>
-</form></main></body></html>
-"""
+STYLE, PAGE = ((Path(__file__).parent / name).read_text() for name in ("login.css", "login.html"))
 
 
 @dataclass(frozen=True)
