@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from eg3d_rlhf import bundled
-from eg3d_rlhf.field import LEVEL
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.label import active
 from eg3d_rlhf.label.damage import DAMAGES
@@ -40,7 +39,7 @@ class PairingOptions:
     seed: int = knob(0, "Decides pairs, order, sides, repeats.", _TITLE, low=0, high=MAX_SEED)
     first_seed: int = knob(10_000, "Shapes are seeds from here on.", _TITLE, low=0, high=MAX_SEED)  # the bundled labels are about 0..3999
     psi: float = knob(1.0, "Truncation.", _TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",))
-    level: float = knob(LEVEL, "Raw density of the surface.", _TITLE)
+    level: float | None = knob(None, "Raw density of the surface.", _TITLE, shown="the generator's own")
     resolution: int = knob(128, "Grid points per axis.", _TITLE, metavar="POINTS", low=16, high=512)
     triangles: int = knob(30_000, "Per shape, about.", _TITLE, low=100, high=10**6)
     gold: int | None = knob(None, "Pairs with a known answer.", _TITLE, low=0, high=10**5, shown="one for 25, at least 4")
@@ -52,8 +51,8 @@ class PairingOptions:
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        if not np.isfinite(self.level):
-            raise ValueError(f"PairingOptions: expected a finite level, got {self.level}. Use {LEVEL:g}.")
+        if self.level is not None and not np.isfinite(self.level):
+            raise ValueError(f"PairingOptions: expected a finite level, got {self.level}. Leave it out for the generator's own.")
         if self.first_seed + self.seeds > MAX_SEED:
             raise ValueError(f"PairingOptions: expected seeds up to {MAX_SEED}, got first_seed={self.first_seed}. Use a smaller one.")
         refuse_held_out(range(self.first_seed, self.first_seed + self.seeds), f"--first-seed={self.first_seed}, {self.seeds} seeds")
@@ -96,6 +95,7 @@ def plan(
     """
     if results and options.strategy != "tournament":
         raise ValueError(f"plan: expected earlier results for a tournament only, got strategy {options.strategy!r}. Use 'tournament'.")
+    options = options if options.level is not None else replace(options, level=generator.generator.level)
     report = {**asdict(options), "rewards": list(options.rewards)}
     rng = np.random.default_rng(options.seed)
     draw = shape_of(options, generator)
@@ -123,8 +123,9 @@ def plan(
 def shape_of(options: PairingOptions, generator: LoadedGenerator) -> Callable[[int], Shape]:
     """The shape of a seed, as the options draw it; the bundled generator is known by its place, wherever that is."""
     source = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
+    level = generator.generator.level if options.level is None else options.level
     return lambda seed: Shape(
-        generator=generator.hash, source=source, seed=int(seed), psi=float(options.psi), level=float(options.level),
+        generator=generator.hash, source=source, seed=int(seed), psi=float(options.psi), level=float(level),
         resolution=options.resolution, triangles=options.triangles,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import Preference
 from tests.label.shapes import numbered
 
-GENERATOR = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, G=None)  # neither random pairs nor tournaments look at it
+GENERATOR = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, generator=SimpleNamespace(level=10.0))  # neither random pairs nor tournaments look at it
 
 
 def plan_pairs(*args) -> list:
@@ -46,7 +46,7 @@ def test_shapes_are_drawn_as_the_options_say():
 
 
 def test_another_networks_place_is_kept(tmp_path):
-    elsewhere = SimpleNamespace(hash="d" * 64, path=tmp_path / "x.safetensors", G=None)
+    elsewhere = SimpleNamespace(hash="d" * 64, path=tmp_path / "x.safetensors", generator=SimpleNamespace(level=10.0))
     assert plan_pairs(PairingOptions(pairs=1), elsewhere)[0].first.source == str(tmp_path / "x.safetensors")
 
 
@@ -155,3 +155,10 @@ def test_a_plan_goes_through_the_store_unchanged(tmp_path):
         stored = [shape for _, shape in store.shapes(campaign)]
     expected = dict.fromkeys(shape for pair in pairs for shape in (pair.first, pair.second))
     assert stored == list(expected) and {shape.degradation for shape in stored} == {"", *DAMAGES}
+
+
+def test_the_level_is_the_generators_own_unless_one_is_named():
+    other = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, generator=SimpleNamespace(level=7.5))
+    for named, level in ((None, 7.5), (12.0, 12.0)):
+        found = plan(PairingOptions(pairs=2, level=named), other)
+        assert {side.level for pair in found.pairs for side in (pair.first, pair.second)} == {level} and found.report["level"] == level
