@@ -15,7 +15,7 @@ from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import Preference
 from tests.label.shapes import numbered
 
-GENERATOR = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, generator=SimpleNamespace(level=10.0))  # neither random pairs nor tournaments look at it
+GENERATOR = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, generator=SimpleNamespace(level=10.0))
 
 
 def plan_pairs(*args) -> list:
