@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eg3d_rlhf.cli import GroupedCommand, choose_device  # noqa: E402
 from eg3d_rlhf.evaluation import embedding, flags  # noqa: E402
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
+from eg3d_rlhf.reports import interactive  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
-from eg3d_rlhf.reports import points_view  # noqa: E402
 from eg3d_rlhf.reports.page import data_uri, write_page  # noqa: E402
 
 LAYOUTS = {"umap": "UMAP", "principal": "principal axes"}
@@ -41,13 +41,13 @@ def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) ->
     findings = running.run(parts, out, fresh=fresh, quiet=quiet)
     found, sheet = findings[embedding.MAP].data, findings[embedding.SHAPES].data
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
-    interactive = points_view.section(found["points"], [(name, LAYOUTS[name]) for name in found["layouts"]], sprite)
+    chart = interactive.points_section(found["points"], [(name, LAYOUTS[name]) for name in found["layouts"]], sprite)
     introduction = (
         f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before and after tuning. Points at the "
         "end of the page show their shapes."
     )
     words = [findings[key].says[0] for key in (embedding.MAP, embedding.APART)]
-    write_page(out / "index.html", embedding.TITLE, introduction, parts[:2], findings, words, interactive)
+    write_page(out / "index.html", embedding.TITLE, introduction, parts[:2], findings, words, chart)
     return findings
 
 

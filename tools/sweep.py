@@ -22,7 +22,7 @@ from eg3d_rlhf import bundled  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option  # noqa: E402
 from eg3d_rlhf.evaluation import flags, sweep  # noqa: E402
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
-from eg3d_rlhf.evaluation.sweep_runs import Cell, Training, begun, finished, grid, train_all  # noqa: E402
+from eg3d_rlhf.evaluation.sweep import Cell, Training, begun, finished, grid, train_all  # noqa: E402
 from eg3d_rlhf.generators import find_network  # noqa: E402
 from eg3d_rlhf.reports import jobs as running  # noqa: E402
 from eg3d_rlhf.reports.page import write_page  # noqa: E402

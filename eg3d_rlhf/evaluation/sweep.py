@@ -1,9 +1,18 @@
 """A sweep over the weights of the reward and of density consistency: what each setting gains in reward and pays in distance and geometry.
 
+One cell for each pair of weights and seed, each a real run of train.py, resumable; measured against the network before tuning.
 Letters: N latents, S seeds.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from eg3d_rlhf.evaluation import images, overoptimisation
-from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.comparison import Comparison, snapshots
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP
-from eg3d_rlhf.evaluation.sweep_runs import Cell
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.resampling import kernel_change_interval
@@ -22,6 +30,7 @@ from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interva
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file, seed_range
 from eg3d_rlhf.rlhf.consistency import density_l1
+from training import checkpoint
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
@@ -34,6 +43,127 @@ LABELS = {
 }
 GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # of the front: more is better, or less
 SEEDS_INTERVAL = "95 % t interval over training seeds where there are two or more, else over latents"
+LOG = "train.log"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Cell:
+    """One run of the grid."""
+
+    lambda_r: float  # reward weight, >= 0
+    lambda_sigma: float  # density consistency weight, >= 0; 0 is the run without that term
+    seed: int
+
+    @property
+    def setting(self) -> str:
+        """The weights, as reports name them."""
+        return "control (λ_r = 0)" if self.lambda_r == 0 else f"λ_r = {self.lambda_r:g}, λ_σ = {self.lambda_sigma:g}"
+
+    @property
+    def name(self) -> str:
+        """The cell as part of a file name."""
+        return f"r{self.lambda_r:g}-sigma{self.lambda_sigma:g}-s{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all cells share, and where they lie."""
+
+    folder: Path  # holds one folder for each cell
+    script: Path  # train.py
+    kimg: float  # length of a cell
+    flags: Sequence[str] = ()  # further flags of train.py
+    hashes: dict = field(default_factory=dict)  # SHA-256 of the files behind the flags: other files are other cells
+    workers: int = 1  # cells trained at the same time
+
+    def home(self, cell: Cell) -> Path:
+        """Folder of a cell: its name, and eight digits over all that shapes its run."""
+        text = json.dumps({"kimg": self.kimg, "flags": list(self.flags), "hashes": self.hashes}, sort_keys=True)
+        return self.folder / f"{cell.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+    """Every combination, the cells of a seed together; λ_r = 0 once for each seed, since such a run has no reward phase.
+
+    Raises: ValueError for a negative weight or an empty list.
+    """
+    for flag, values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
+        if not values or min(values) < 0:
+            raise ValueError(f"{flag}: expected one or more values >= 0, got {list(values)}. Write them with commas: 0,1,10.")
+    cells = [Cell(lambda_r=r, lambda_sigma=s if r else 0.0, seed=seed) for seed in seeds for r in lambda_r for s in lambda_sigma]
+    return list(dict.fromkeys(cells))
+
+
+def finished(t: Training, cell: Cell) -> Path | None:
+    """The network of a cell whose run has reached its length."""
+    for run in _runs(t, cell):
+        for kimg, path in snapshots(run)[::-1]:
+            if round(kimg * 1000) >= round(t.kimg * 1000):
+                return path
+    return None
+
+
+def begun(t: Training, cell: Cell) -> Path | None:
+    """The newest run of a cell that can be continued."""
+    return next((run for run in _runs(t, cell) if checkpoint.available(run)), None)
+
+
+def _runs(t: Training, cell: Cell) -> list[Path]:
+    return sorted((path for path in t.home(cell).glob("[0-9]*-*") if path.is_dir()), reverse=True)
+
+
+def command(t: Training, cell: Cell) -> list[str]:
+    """The command line that trains a cell, or goes on where it was interrupted."""
+    start = [sys.executable, str(t.script)]
+    run = begun(t, cell)
+    if run is not None:
+        return [*start, f"--resume={run}", "--resume-previous"]
+    weights = [f"--lambda-r={cell.lambda_r:g}", f"--lambda-sigma={cell.lambda_sigma:g}", f"--seed={cell.seed}", f"--kimg={t.kimg:g}"]
+    return [*start, "--reward=sigma", *weights, "--no-summary", f"--outdir={t.home(cell)}", *t.flags]
+
+
+def train_all(cells: Sequence[Cell], t: Training, tell: Callable[[Cell], None] = lambda cell: None) -> dict[Cell, Path]:
+    """Train what is not finished; returns every cell's network.
+
+    An interrupt, or the failure of one cell, asks the others to stop; they write a checkpoint first.
+    Args: tell: called for each cell when it is done.
+    Raises: ValueError naming the cell that failed, its last line and its log.
+    """
+    waiting, running = [cell for cell in cells if finished(t, cell) is None], {}
+    for cell in set(cells) - set(waiting):
+        tell(cell)
+    try:
+        while waiting or running:
+            while waiting and len(running) < t.workers:
+                cell = waiting.pop(0)
+                running[cell] = _start(cell, t)
+            time.sleep(0.05)
+            for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                _check(cell, t, running.pop(cell).returncode)
+                tell(cell)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+    return {cell: path for cell in cells if (path := finished(t, cell)) is not None}
+
+
+def _start(cell: Cell, t: Training) -> subprocess.Popen:
+    log = t.home(cell) / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // t.workers))
+    with log.open("ab") as out:
+        return subprocess.Popen(command(t, cell), stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads})
+
+
+def _check(cell: Cell, t: Training, status: int) -> None:
+    """Raise ValueError where a cell has not reached its length."""
+    if finished(t, cell) is None:
+        log = t.home(cell) / LOG
+        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        how = "was stopped" if status in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {status}"
+        raise ValueError(f"cell {cell.name}: expected a finished run, but it {how}: {last} See {log}; the same command goes on from there.")
 
 
 def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:

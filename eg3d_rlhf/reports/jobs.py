@@ -84,11 +84,15 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def columns(rows: Sequence[Mapping]) -> list[str]:
+    """All columns of all lines of a table, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def csv_text(rows: Sequence[Mapping]) -> str:
-    """A table as CSV with a header: all columns of all lines, in order of first appearance."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    """A table as CSV with a header."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

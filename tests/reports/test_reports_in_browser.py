@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.evaluation import embedding, report
-from eg3d_rlhf.evaluation.sweep_runs import Cell
+from eg3d_rlhf.evaluation.sweep import Cell
 from eg3d_rlhf.reports import jobs as running
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.page import write_page
