@@ -176,9 +176,10 @@ def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None
     Differentiable in: errors, weight.
     """
     if config.needs_reference:
-        options = {"weight_mode": config.weight_mode, "label_smoothing": config.label_smoothing, "margin": config.margin}
-        delta = errors.delta(config.loser_weight, config.clamp)
-        loss = preference_loss(delta, config.kind, config.beta, weight=weight, **options)
+        loss = preference_loss(
+            errors.delta(config.loser_weight, config.clamp), config.kind, config.beta, weight=weight, weight_mode=config.weight_mode,
+            label_smoothing=config.label_smoothing, margin=config.margin,
+        )
     else:
         loss = errors.preferred if config.kind == "sft" else errors.preferred - config.loser_weight * errors.rejected
         loss = loss if weight is None else weight * loss

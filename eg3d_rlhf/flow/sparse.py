@@ -84,7 +84,8 @@ def collate(latents: Sequence[Latent]) -> Batch:
     if len({isinstance(x, SparseSample) for x in latents}) != 1:
         got = sorted({type(x).__name__ for x in latents}) or "none"
         raise ValueError(f"collate: expected latents of one kind, got {got}. Batch the stages apart, and one sample at least.")
-    return SparseBatch.join(latents) if isinstance(latents[0], SparseSample) else torch.stack(list(latents))
+    sparse = [x for x in latents if isinstance(x, SparseSample)]
+    return SparseBatch.join(sparse) if sparse else torch.stack([x for x in latents if isinstance(x, torch.Tensor)])
 
 
 def to_cpu(latent: Latent) -> Latent:
@@ -96,7 +97,7 @@ def to_cpu(latent: Latent) -> Latent:
 
 def separate(batch: Batch) -> list[Latent]:
     """Inverse of collate."""
-    return batch.samples() if isinstance(batch, SparseBatch) else list(batch)
+    return [*batch.samples()] if isinstance(batch, SparseBatch) else [*batch]
 
 
 def count(batch: Batch) -> int:

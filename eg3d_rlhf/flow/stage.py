@@ -4,9 +4,9 @@ Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,7 @@ from eg3d_rlhf.flow.path import FlowPath, opposite
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, collate, count, separate
 from eg3d_rlhf.shapes import check_shape
 
+Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
 Voxels = torch.Tensor | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32; None at the first stage
 
 
@@ -91,14 +92,12 @@ class FlowStage:
             raise ValueError(f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check the grid.")
 
 
-class Asset(Protocol):
-    """What the last stage decodes to and rewards look at; its kind is the pipeline's own affair."""
-
-
 class Pipeline(Protocol):
     """An ordered generator of two stages or more."""
 
-    stages: Sequence[FlowStage]
+    @property
+    def stages(self) -> Sequence[FlowStage]:
+        """In order."""
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
         """Tokens [N, T, E] of conditions by name, for a stage."""
@@ -112,7 +111,7 @@ class Pipeline(Protocol):
     def decode(self, x_0: Batch) -> list[Asset]:
         """The finished assets of the last stage's latents. Not differentiable."""
 
-    def encode(self, assets: Sequence[Asset]) -> list[dict[str, Latent]]:
+    def encode(self, assets: Sequence[Asset]) -> Sequence[Mapping[str, Latent]]:
         """Per asset the latent of every stage, by the stage's name. Not differentiable."""
 
 

@@ -41,9 +41,9 @@ class Ablation:
             lineage = self._trained(loop, what, part[0])
             return {stage: _training(line[-1]) for stage, line in lineage.items()}
         group = GROUPS[what]
-        lineage = self._lines(loop, group)
-        judged = loop.judged(lineage, self.plan.judging)
-        trained = {stage: _training(line[-1]) for stage, line in lineage.items()}
+        networks = self._lines(loop, group)
+        judged = loop.judged(networks, self.plan.judging)
+        trained = {stage: _training(line[-1]) for stage, line in networks.items()}
         return {"scores": judged.record, "trainings": trained, "reused": judged.reused}
 
     def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -200,7 +201,7 @@ def _loop(flags: Mapping, loop: TrainConfig, human: TrainConfig, defaults: Circu
     """The loop's loss is people's with the loop's own anchors."""
     own = defaults.loop.dpo
     beta = human.dpo.beta * own.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
-    anchors = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
+    anchors: dict[str, Any] = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
     anchors |= _some(flags, {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
     loss = own if not human.dpo.needs_reference else human.dpo
     return replace(loop, dpo=replace(loss, **anchors), **_some(flags, {"loop_lr": "lr", "loop_steps": "steps"}))

@@ -162,10 +162,10 @@ def say(line: str) -> None:
     tqdm.write(line)
 
 
-def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, **hooks: Callable) -> CircularLoop:
-    """The steps of a run for a training seed; hooks: of CircularLoop."""
+def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False) -> CircularLoop:
+    """The steps of a run for a training seed."""
     store = ArtefactStore(Path(run.artefacts), ranks, say)
-    return CircularLoop(problem=problem, settings=run.circular.with_seed(seed), store=store, ranks=ranks, say=say, **hooks)
+    return CircularLoop(problem=problem, settings=run.circular.with_seed(seed), store=store, ranks=ranks, say=say, bars=bars)
 
 
 def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
@@ -200,8 +200,7 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
 
     Raises: NoPairsError where none is left.
     """
-    options = {"tau": weighing.tau, "use_w1": weighing.use_w1, "use_w2": weighing.use_w2, "w2_norm": weighing.w2_norm}
-    kept, report = weigh(with_roles(pairs, weighing.roles), **options)
+    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.tau, weighing.use_w1, weighing.use_w2, weighing.w2_norm)
     if not kept:
         dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
         raise NoPairsError(

@@ -131,15 +131,16 @@ def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePa
 
 
 def _turned(pair: PreferencePair) -> PreferencePair:
-    swapped = {"preferred": pair.rejected, "rejected": pair.preferred}
-    rewards = {"reward_preferred": pair.reward_rejected, "reward_rejected": pair.reward_preferred}
-    return replace(pair, **swapped, **rewards, provenance={**pair.provenance, "turned": True})
+    return replace(
+        pair, preferred=pair.rejected, rejected=pair.preferred, provenance={**pair.provenance, "turned": True},
+        reward_preferred=pair.reward_rejected, reward_rejected=pair.reward_preferred,
+    )
 
 
 def make_in_chunks(
     folder: Path, problem: Problem, models_op: Models, config: LoopPairsConfig, seed: int, *, stage: str, models_unop: Models,
     ranks: Ranks = SINGLE, on_pair: Callable[[int], None] | None = None,
-) -> tuple[Path, dict]:
+) -> tuple[Path, Mapping]:
     """`make_loop_pairs` of all human pairs into folder/pairs, resumable: ranks make chunks in turn and keep each as it is done.
 
     Returns: that folder and figures of the pairs.

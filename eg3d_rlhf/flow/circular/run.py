@@ -80,7 +80,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)
     if settings.stage is not None:
         tuned = loop.from_people(settings.stage)
-        lineage = {settings.stage: (tuned,)}
+        lineage: Lineage = {settings.stage: (tuned,)}
         steps = [{"round": 1, "step": "people", "stage": settings.stage, "artefact": tuned.folder.name, **tuned.record}]
     else:
         lineage, steps = circular_loop.run(loop, lambda step: say(describe(step)) if ranks.main else None)
@@ -99,10 +99,10 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
 def _summarise(loop: CircularLoop, lineage: Lineage, steps: Sequence[Mapping], run: CircularRun, folder: Path) -> None:
     """The finished generator, and that with the last stage alone tuned, against the base: a table of one training seed."""
     last = loop.problem.pipeline.stages[-1].name
-    compared = {"d": {last: lineage[last]}} if last in lineage else {}
+    compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
     compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
     scores = {letter: [loop.judged(own, run.judging).record] for letter, own in {**compared, "i": {}}.items()}
-    trained = {letter: [{}] for letter in scores}
+    trained: dict[str, list[dict]] = {letter: [{}] for letter in scores}
     pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
     known = {"training_seeds": [run.circular.seed], **run.facts(loop.problem)}
     data = table.table(scores, [run.circular.seed], trained, {str(run.circular.seed): pairs} if pairs else {}, known)

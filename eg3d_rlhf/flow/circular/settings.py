@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
@@ -59,8 +59,7 @@ def anchored(config: TrainConfig) -> TrainConfig:
 
 def supervised(config: TrainConfig) -> TrainConfig:
     """Plain flow matching on the preferred ones, trained otherwise alike."""
-    kept = {"noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout}
-    return replace(config, dpo=DpoConfig(kind="sft", **kept))
+    return replace(config, dpo=DpoConfig(kind="sft", noise=config.dpo.noise, condition_dropout=config.dpo.condition_dropout))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class CircularRun:
     @property
     def plan(self) -> AblationPlan:
         """The ablation's."""
-        return AblationPlan(groups=self.groups, seeds=self.training_seeds, judging=self.judging)
+        return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
 
     @property
     def name(self) -> str:
@@ -156,7 +155,7 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
     return kind(**{name: _value(hints[name], value, f"{who}.{name}") for name, value in values.items()})
 
 
-def _value(hint: object, value: object, who: str) -> object:
+def _value(hint: Any, value: Any, who: str) -> Any:
     for option in (hint, *typing.get_args(hint)) if value is not None else ():
         if dataclasses.is_dataclass(option):
             if not isinstance(value, Mapping):

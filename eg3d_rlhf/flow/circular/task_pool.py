@@ -15,16 +15,17 @@ from concurrent.futures.process import BrokenProcessPool
 from graphlib import CycleError, TopologicalSorter
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-Handler = Callable[[str], object]  # task's name -> result
+Handler = Callable[[str], Any]  # task's name -> result
 Setup = Callable[..., Handler]  # (*arguments) -> a worker's handler; pickled by name, so it belongs at a module's top level
 _worker: dict = {}  # of this process: setup and arguments, then the handler
 
 
 def run_tasks(
     needs: Mapping[str, Sequence[str]], setup: Setup, arguments: Sequence, workers: int, logs: Path,
-    on_done: Callable[[str, object], None] = lambda name, result: None, expected: tuple[type[Exception], ...] = (ValueError, OSError),
-) -> dict[str, object]:
+    on_done: Callable[[str, Any], None] = lambda name, result: None, expected: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> dict[str, Any]:
     """Run every task after those that it needs, the first listed first; returns their results by name.
 
     Args:
@@ -62,7 +63,8 @@ class _Order:
         missing = sorted({before for names in needs.values() for before in names} - set(needs))
         if missing:
             raise ValueError(f"run_tasks: expected tasks that need each other, got needs without a task: {', '.join(missing)}. Add them.")
-        self._graph, self._places, self._ready = TopologicalSorter(needs), list(needs), []
+        self._graph, self._places = TopologicalSorter(needs), list(needs)
+        self._ready: list[str] = []
         try:
             self._graph.prepare()
         except CycleError as error:
@@ -79,8 +81,8 @@ class _Order:
             yield self._ready.pop(0)
 
 
-def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path, on_done, expected) -> dict[str, object]:
-    results: dict[str, object] = {}
+def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path, on_done, expected) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     running: dict[Future, str] = {}
     while True:
         for name in order if len(running) < workers else ():
@@ -115,7 +117,7 @@ def _begin(setup: Setup, arguments: tuple, logs: Path, count, parent: Connection
     _worker.update(setup=setup, arguments=arguments)
 
 
-def _work(name: str) -> object:
+def _work(name: str) -> Any:
     if "handler" not in _worker:
         _worker["handler"] = _worker["setup"](*_worker["arguments"])
     return _worker["handler"](name)

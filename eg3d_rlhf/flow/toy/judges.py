@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import nn
 
 from eg3d_rlhf.flow.pairs import PreferencePair
-from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.flow.sparse import separate
 from eg3d_rlhf.flow.toy.pipeline import ToyAsset, make_assets
 from eg3d_rlhf.flow.toy.shapes import (
     COLOURS,
@@ -187,8 +187,7 @@ def human_pairs(stage: str, conditions: Sequence[str], per_condition: int, seed:
     for condition in conditions:
         own = zlib.crc32(f"{seed} {condition}".encode())
         judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(own))
-        both = [judged.preferred.latents(stage), judged.rejected.latents(stage)]
-        both = [batch.samples() if isinstance(batch, SparseBatch) else list(batch) for batch in both]
+        both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
         for i, (preferred, rejected) in enumerate(zip(*both, strict=True)):
             name = f"{condition.replace(' ', '-')}-{seed}-{i:03d}"
             origin = {"seed": seed, "number": i}

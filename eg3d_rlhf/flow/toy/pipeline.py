@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sparse import Latent, SparseBatch
+from eg3d_rlhf.flow.sparse import Latent, SparseBatch, separate
 from eg3d_rlhf.flow.stage import FlowStage, Sampling, Voxels
 from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow
 from eg3d_rlhf.flow.toy.shapes import CHANNELS, COLOURS, KEPT, SHAPES, Drafts, R, classes, neighbours
@@ -31,15 +31,12 @@ class ToyPipeline:
 
     def __init__(self, structure: StructureFlow, voxels: VoxelFlow, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
-        shared = {"resolution": R, "path": PATH}
-        sampling = {name: Sampling(steps=8, cfg_strength=w, cfg_interval=(0.5, 1.0), rescale_t=1.0) for name, w in GUIDANCE.items()}
-        self.stages = (
+        self.stages = tuple(
             FlowStage(
-                name=STRUCTURE, model=structure.to(self.device), channels=1, sparse=False, sampling=sampling[STRUCTURE], **shared
-            ),
-            FlowStage(
-                name=VOXELS, model=voxels.to(self.device), channels=CHANNELS, sparse=True, sampling=sampling[VOXELS], **shared
-            ),
+                name=name, model=model.to(self.device), channels=channels, resolution=R, sparse=name == VOXELS, path=PATH,
+                sampling=Sampling(steps=8, cfg_strength=GUIDANCE[name], cfg_interval=(0.5, 1.0), rescale_t=1.0),
+            )
+            for name, model, channels in ((STRUCTURE, structure, 1), (VOXELS, voxels, CHANNELS))
         )
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
@@ -79,7 +76,7 @@ class ToyPipeline:
         for asset in assets:
             kept = torch.full((R, R, R, 1), KEPT)
             draft = Drafts(asset.occupancy[None], torch.cat([asset.colours, kept], dim=-1)[None])
-            found.append({STRUCTURE: draft.latents(STRUCTURE)[0], VOXELS: draft.latents(VOXELS).samples()[0]})
+            found.append({stage: separate(draft.latents(stage))[0] for stage in (STRUCTURE, VOXELS)})
         return found
 
 

@@ -17,7 +17,9 @@ PLY_FIELDS = (
     *("x", "y", "z", "nx", "ny", "nz"), *(f"f_dc_{i}" for i in range(3)), "opacity", *(f"scale_{i}" for i in range(3)),
     *(f"rot_{i}" for i in range(4)),
 )
-SHAPES = {"means": ["G", 3], "features_dc": ["G", 3], "scales": ["G", 3], "rotations": ["G", 4], "opacities": ["G"]}
+SHAPES: dict[str, list[int | str]] = {
+    "means": ["G", 3], "features_dc": ["G", 3], "scales": ["G", 3], "rotations": ["G", 4], "opacities": ["G"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)

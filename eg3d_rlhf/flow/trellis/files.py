@@ -134,16 +134,16 @@ def find_weights(stem: Path) -> Path | None:
 def _places(file: PipelineFile, value: str, also: Sequence[Path]):
     yield file.root / value
     owner, repo, *rest = [*Path(value).parts, "", ""]
-    rest = "/".join(part for part in rest if part)
+    below = "/".join(part for part in rest if part)
     for folder in map(Path, also):
         yield from (folder / value, folder / Path(value).name)
-    if not rest:
+    if not below:
         return
     for folder in (file.root.parent, *map(Path, also)):
-        yield from (folder / repo / rest, folder / owner / repo / rest, folder / rest)
+        yield from (folder / repo / below, folder / owner / repo / below, folder / below)
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub")
     for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
-        yield snapshot / rest
+        yield snapshot / below
 
 
 def _with_ending(stem: Path, ending: str) -> Path:

@@ -4,6 +4,7 @@ convolutions at full resolution.
 Shape letters as in blocks.py; R grid points per axis, p patch size, G = R / p, T = G^3 tokens.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -191,21 +192,21 @@ class LatentFlow(nn.Module):
 
 def _input_blocks(config: LatentFlowConfig) -> list[SparseResBlock]:
     """Per resolution, finest first: blocks that keep it, then one that halves it."""
-    common = dict(time_channels=config.model_channels, backend=config.sparse_conv)
+    block = functools.partial(SparseResBlock, time_channels=config.model_channels, backend=config.sparse_conv)
     found = []
     for channels, following in itertools.pairwise((*config.io_channels, config.model_channels)):
-        found += [SparseResBlock(channels, channels, **common) for _ in range(config.num_io_res_blocks - 1)]
-        found.append(SparseResBlock(channels, following, resample="down", **common))
+        found += [block(channels, channels) for _ in range(config.num_io_res_blocks - 1)]
+        found.append(block(channels, following, resample="down"))
     return found
 
 
 def _out_blocks(config: LatentFlowConfig) -> list[SparseResBlock]:
     """Per resolution, coarsest first: one block that doubles it, then blocks that keep it."""
-    common = dict(time_channels=config.model_channels, backend=config.sparse_conv)
+    block = functools.partial(SparseResBlock, time_channels=config.model_channels, backend=config.sparse_conv)
     width = 2 if config.use_skip_connection else 1
     found, before = [], config.model_channels
     for channels in reversed(config.io_channels):
-        found.append(SparseResBlock(width * before, channels, resample="up", **common))
-        found += [SparseResBlock(width * channels, channels, **common) for _ in range(config.num_io_res_blocks - 1)]
+        found.append(block(width * before, channels, resample="up"))
+        found += [block(width * channels, channels) for _ in range(config.num_io_res_blocks - 1)]
         before = channels
     return found

@@ -61,7 +61,8 @@ class TrellisPipeline:
     ):
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
         self.file, self.tokens, self.device, self.encoding = file, conditions, device, encoding or Encoding()
-        self._parts, self._loaded = parts, {}
+        self._parts = parts
+        self._loaded: dict[str, nn.Module] = {}
         self._image_encoder: ImageEncoder | None = None
         self.stages = [self._stage(name, flows[name]) for name in (STRUCTURE, LATENT)]
         channels = self.stages[1].channels

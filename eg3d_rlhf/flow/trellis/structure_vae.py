@@ -83,7 +83,7 @@ class Up(nn.Module):
 
 
 def _levels(config: StructureVAEConfig, change: type[nn.Module]) -> nn.ModuleList:
-    blocks = []
+    blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
         blocks += [ResBlock(channels) for _ in range(config.num_res_blocks)]
         if i + 1 < len(config.channels):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def _added(a: Mapping, b: dict) -> dict:
     """Sums of numbers, and of lists of them, in nested values."""
     if not a:
         return b
-    plus = {dict: _added, list: lambda x, y: [p + q for p, q in zip(x, y, strict=True)]}
+    plus: dict[type, Callable] = {dict: _added, list: lambda x, y: [p + q for p, q in zip(x, y, strict=True)]}
     return {k: plus[type(v)](a[k], v) if type(v) in plus else a[k] + v for k, v in b.items()}
 
 

@@ -156,6 +156,7 @@ class _Training:
         self.progress = Progress()
         self.lines: list[dict] = []  # of stats.jsonl
         self.warnings: dict[str, str] = {}  # by name
+        self.named_steps = [0]  # updates whose parameters the states on the disk name
 
     def _cache(self, reference: Reference) -> CachedErrors:
         config = self.config
@@ -212,7 +213,7 @@ class _Training:
     def _win_rate(self) -> float:
         """Measure, and keep the parameters if it is the best so far."""
         rate = None
-        if self.ranks.main:
+        if self.ranks.main and self.held_out is not None:
             with self._measured():
                 rate = float(self.held_out(self.policy))
         rate = self.ranks.broadcast(rate)
@@ -288,7 +289,7 @@ class _Training:
                 average.copy_(tensors[f"ema.{name}"])
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.progress, self.warnings, lines = Progress(**meta["progress"]), dict(meta["warnings"]), meta["lines"]
-        self.named_steps = [self.progress.kept_step]  # updates whose parameters the states on the disk name
+        self.named_steps = [self.progress.kept_step]
         self.run.go_on(self.progress.step, lines)
         self.run.write(WARNINGS, self.warnings)
         self.lines = read_lines(self.run.folder / STATS) if self.ranks.main else []

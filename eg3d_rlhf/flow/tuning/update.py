@@ -6,7 +6,7 @@ Shape letters as in sparse.py; P pairs, B time bins.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -90,7 +90,7 @@ class Updates:
 
     def __init__(
         self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, policy: torch.nn.Module,
-        parameters: Sequence[torch.nn.Parameter], reference: Reference | None, ranks: Ranks,
+        parameters: Iterable[torch.nn.Parameter], reference: Reference | None, ranks: Ranks,
     ):
         self.pipeline, self.stage, self.config, self.ranks = pipeline, stage, config, ranks
         self.policy, self.parameters, self.reference = policy, list(parameters), reference
@@ -192,8 +192,8 @@ def by_draw(items: Sequence[Item]) -> Iterator[tuple[int, list[PreferencePair]]]
 def preferred_half(draw: PairDraw) -> PairDraw:
     """The preferred ones alone."""
     count = len(draw.t) // 2
-    halves = {name: collate(separate(getattr(draw, name))[:count]) for name in ("x_0", "eps", "x_t")}
-    return replace(draw, **halves, t=draw.t[:count], cond=draw.cond[:count])
+    x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
+    return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=draw.cond[:count])
 
 
 def mass_of(losses: torch.Tensor, config: DpoConfig) -> torch.Tensor:
