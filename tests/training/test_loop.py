@@ -4,10 +4,12 @@
 import pytest
 import torch
 
+from eg3d_rlhf.run.run import Run
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, build_loop, build_networks, state
 from training.augment import AugmentPipe
 from training.config import LoopConfig
+from training.loop import TrainingLoop
 from training.phases import Loss, LossNotFiniteError, Phase, derive_seed, lazy_adam
 
 
@@ -271,3 +273,67 @@ def test_seeds_depend_on_every_part():
 def test_loop_settings_are_checked(values, text):
     with pytest.raises(ValueError, match=text):
         LoopConfig(**values)
+
+
+class Slope:
+    """A subject without a GAN: one weight, fitted to 3 by noisy samples."""
+
+    def __init__(self):
+        self.device, self.collectors, self.net = torch.device("cpu"), {}, torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+        self.net.weight.zero_()
+        self.moving, self.seen = self.net, 0
+
+    def modules(self):
+        return {"net": self.net}
+
+    def meta(self):
+        return {"seen": self.seen}
+
+    def restore(self, meta):
+        self.seen = meta["seen"]
+
+    def begin(self, cur_nimg, folder=None): ...
+
+    def fetch(self): ...
+
+    def batch_for(self, phase, cur_nimg):
+        def rows(turn):
+            torch.manual_seed(derive_seed(phase, cur_nimg))
+            return torch.randn([4, 1])
+
+        return rows
+
+    def observe(self, name, values): ...
+
+    def after_step(self, cur_nimg, batch_idx):
+        self.seen += 1
+
+    def report(self, stats):
+        return {"weight": f"{float(self.net.weight):.2f}"}
+
+    def snapshot(self, folder, cur_nimg):
+        (folder / f"weight-{cur_nimg}.txt").write_text(str(float(self.net.weight)))
+
+
+def slope_loop(folder, kimg: float) -> TrainingLoop:
+    subject = Slope()
+
+    def losses(x):
+        error = (subject.net(x) - 3 * x).square().squeeze(1)
+        yield Loss(error, {"error": error})
+
+    phases = [Phase(name="Slope", module=subject.net, optimizer=lazy_adam(subject.net, 0.1), losses=losses)]
+    return TrainingLoop(subject, phases, LoopConfig(kimg=kimg, tick=0.2, batch=4), Run(folder, {}))
+
+
+def test_the_loop_trains_what_is_no_gan_and_resumes_it_exactly(tmp_path, capsys):
+    straight, stopped = slope_loop(tmp_path / "straight", 0.8), slope_loop(tmp_path / "stopped", 0.4)
+    straight.run()
+    stopped.run()
+    resumed = slope_loop(tmp_path / "stopped", 0.8)
+    resumed.resume()
+    resumed.run()
+    assert float(straight.subject.net.weight) == pytest.approx(3, abs=0.1) and resumed.subject.seen == 200
+    assert_same(straight.subject.net.state_dict(), resumed.subject.net.state_dict())
+    assert (tmp_path / "straight" / "stats.jsonl").read_text() == (tmp_path / "stopped" / "stats.jsonl").read_text()
+    assert "weight 3.0" in capsys.readouterr().out and (tmp_path / "straight" / "weight-800.txt").is_file()
