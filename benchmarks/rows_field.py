@@ -18,7 +18,7 @@ from eg3d_rlhf.generators import load_generator, of
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_checks import largest_part, vertex_normals
 from eg3d_rlhf.sigma.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
-from eg3d_rlhf.sigma.slab import DecoderWeights, plane_features, sigma_from_planes, sigma_grid
+from eg3d_rlhf.sigma.slab import DecoderWeights, plane_features, sigma_from_planes
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.rendering.renderer import generate_planes
 from training.triplane import TriPlaneGenerator
@@ -113,7 +113,7 @@ def from_planes(device: str, tiny: bool, size: str, cube: bool, train: bool, lay
 
 def _generator(device: str, tiny: bool, size: str) -> TriPlaneGenerator:
     """G in eval mode."""
-    return load_generator(None, device).G if size == "bundled" and not tiny else configurations.build(tiny, device)[0].G_ema
+    return load_generator(None, device).generator.module if size == "bundled" and not tiny else configurations.build(tiny, device)[0].G_ema
 
 
 def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
@@ -124,7 +124,7 @@ def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
 
     def run() -> Outcome:
         with torch.no_grad():
-            return Outcome({"sigma": sigma_grid(G, ws, spec)})
+            return Outcome({"sigma": of(G).field(ws).density_grid(spec)})
 
     return Case(fast=run)
 
@@ -152,12 +152,13 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
 @torch.no_grad()
 def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions) -> Mesh:
     """The whole volume, then what `export_mesh` does with a surface."""
-    spec = SlabSpec.cube(options.resolution, float(G.rendering_kwargs["box_warp"]))
-    vertices, faces = extract_mesh(sigma_grid(G, ws, spec)[0], spec, options.level)
+    field = of(G).field(ws)
+    spec = SlabSpec.of(field.bounds, options.resolution)
+    vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)
     found = len(faces)
     vertices, faces, components = largest_part(vertices, faces)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
-    check_mesh(mesh, of(G).field(ws), options, found, components)
+    check_mesh(mesh, field, options, found, components)
     return mesh
 
 

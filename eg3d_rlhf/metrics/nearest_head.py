@@ -6,7 +6,7 @@ Shape letters: N shapes, K starts, P surface points, S shape parameters, V rays 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,10 +52,6 @@ class HeadFit:
     uncovered: np.ndarray  # mean distance, beyond one voxel, from the nearest head's visible points to the shape's; same range
     distance: np.ndarray  # surface + uncovered
     shape: np.ndarray  # [N, S] fitted parameters, -1..1
-
-    def to_dict(self) -> dict[str, list]:
-        """Plain JSON lists."""
-        return {name: values.tolist() for name, values in asdict(self).items()}
 
 
 class HeadPose(NamedTuple):

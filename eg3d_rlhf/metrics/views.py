@@ -7,7 +7,7 @@ World: x right, y up, z to the camera; cameras are OpenCV's (x right, y down, z 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,10 +166,6 @@ class MultiViewMeasures:
     depth: np.ndarray  # mean depth disagreement of matched pixels, as a fraction of the camera distance, 0..0.037 at radius 2.7
     normal: np.ndarray  # mean angle between matched surface normals, degrees, 0..180
     covisible: np.ndarray  # matched share of the foreground pixels, 0..1
-
-    def to_dict(self) -> dict[str, list[float]]:
-        """Plain JSON lists."""
-        return {name: values.tolist() for name, values in asdict(self).items()}
 
 
 def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:

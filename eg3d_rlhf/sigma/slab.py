@@ -8,7 +8,7 @@ Letters: N batch, L layers of ws, K planes, C channels, J hidden units, D, H, W 
 
 import warnings
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,15 +33,6 @@ class DecoderWeights(NamedTuple):
     b_sigma: torch.Tensor  # []
 
 
-def sigma_grid(G: Any, ws: torch.Tensor, spec: SlabSpec, impl: str = "auto", noise_mode: str = "const") -> torch.Tensor:
-    """Being replaced by `Generator.field(ws).density_grid(spec)`."""
-    from eg3d_rlhf.generators.eg3d import PlaneField
-
-    if isinstance(G, torch.nn.Module) or not hasattr(G, "field"):
-        return PlaneField(G, ws, noise_mode).density_grid(spec, impl)
-    return G.field(ws, noise_mode).density_grid(spec)
-
-
 def sigma_from_planes(
     planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, spec: SlabSpec, box_warp: float = 1.0, impl: str = "auto"
 ) -> torch.Tensor:
@@ -53,10 +44,10 @@ def sigma_from_planes(
     Args: planes [N, K, C, rows, columns]; plane_axes [K, 3, 3]; box_warp: side of the cube that the planes span, world units.
     Returns: sigma_raw [N, D, H, W].
     Differentiable in planes and weights.
-    Raises: ValueError, see `sigma_grid`.
+    Raises: ValueError, for an unknown impl, or 'separable' with planes that are not axis-aligned or a skewed lattice.
     """
     if impl not in _IMPLS:
-        raise ValueError(f"sigma_grid: expected impl in {_IMPLS}, got {impl!r}. Use 'auto'.")
+        raise ValueError(f"density_grid: expected impl in {_IMPLS}, got {impl!r}. Use 'auto'.")
     check_shape("sigma_from_planes(plane_axes)", plane_axes, ("K", 3, 3), "Pass G.renderer.plane_axes.")
     check_shape("sigma_from_planes(planes)", planes, ("N", plane_axes.shape[0], "C", "H", "W"), "Pass the output of G.planes.")
     if planes.dtype not in (torch.float32, torch.float64):
@@ -64,13 +55,13 @@ def sigma_from_planes(
     weights = DecoderWeights(*(weight.to(planes.dtype) for weight in weights))
     straight = spec.lattice == "straight"
     if impl == "separable" and not straight:
-        raise ValueError(f"sigma_grid: expected a straight lattice for impl='separable', got {spec.lattice!r}. Use impl='auto'.")
+        raise ValueError(f"density_grid: expected a straight lattice for impl='separable', got {spec.lattice!r}. Use impl='auto'.")
     pairs = projection_axes(plane_axes) if straight and impl != "pointwise" else None
     if pairs is not None:
         return _separable(planes, pairs, weights, spec, box_warp)
     if impl == "separable":
         raise ValueError(
-            f"sigma_grid: expected axis-aligned planes for impl='separable', got plane_axes {plane_axes.tolist()}. Use impl='auto'."
+            f"density_grid: expected axis-aligned planes for impl='separable', got plane_axes {plane_axes.tolist()}. Use impl='auto'."
         )
     if impl == "auto" and straight:
         _warn_not_separable()
@@ -82,7 +73,7 @@ def sigma_from_planes(
 @cache
 def _warn_not_separable() -> None:
     """Once per process."""
-    warnings.warn("sigma_grid: the planes are not axis-aligned, so every point is decoded on its own (slower).", stacklevel=4)
+    warnings.warn("density_grid: the planes are not axis-aligned, so every point is decoded on its own (slower).", stacklevel=4)
 
 
 def _separable(
@@ -171,8 +162,3 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
     constant = span == 0
     scaled = (sigma - low) / torch.where(constant, torch.ones_like(span), span) * value_max
     return torch.where(constant, torch.zeros_like(scaled), scaled)
-
-
-def sample_slab(G: Any, ws: torch.Tensor, spec: SlabSpec, noise_mode: str = "const") -> torch.Tensor:
-    """Being replaced by `SigmaSlab(spec).observe(field)`."""
-    return normalise_slab(sigma_grid(G, ws, spec, noise_mode=noise_mode), spec.value_max).unsqueeze(1)

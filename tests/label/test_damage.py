@@ -11,7 +11,6 @@ from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.label.damage import DAMAGES, damage
 from eg3d_rlhf.preferences.annotator import Calibration, utility
 from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 RADIUS, SIDE = 0.25, 64
@@ -82,10 +81,10 @@ def test_no_room_and_unknown_names_are_told():
 def test_the_programmatic_annotator_always_prefers_the_undamaged_shape(count, name):
     if not bundled.GENERATOR.exists():
         pytest.skip("needs assets/generator.safetensors; restore assets/ from the repository")
-    G, calibration = load_generator().G, Calibration.from_dict(json.loads(bundled.ANNOTATION.read_text())["calibration"])
+    generator, calibration = load_generator().generator, Calibration.from_dict(json.loads(bundled.ANNOTATION.read_text())["calibration"])
     spec = SlabSpec.cube(64)
     axes = tuple(axis.double().numpy() for axis in spec.axes())
-    cubes = sigma_grid(G, ws_of_seeds(G, range(10_000, 10_000 + count)), spec).detach().numpy()  # [N, D, H, W]
+    cubes = generator.field(ws_of_seeds(generator, range(10_000, 10_000 + count))).density_grid(spec).detach().numpy()  # [N, D, H, W]
     for seed, cube in enumerate(cubes, 10_000):
         sigma = np.ascontiguousarray(cube.transpose(2, 1, 0))
         surface, _ = extract_mesh(cube, spec, 10.0)

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
+from eg3d_rlhf.generators.eg3d import PlaneField
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
 from eg3d_rlhf.sigma.slab import DecoderWeights
 from training.rendering.renderer import generate_planes
 
@@ -35,3 +37,13 @@ class StandIn:
     def planes(self, ws, noise_mode):
         self.noise_modes.append(noise_mode)
         return torch.einsum("nlk,kpchw->npchw", ws, self.basis)
+
+
+def sigma_grid(G, ws, spec, impl="auto", noise_mode="const"):
+    """Raw density [N, D, H, W] of ws on a grid."""
+    return PlaneField(G, ws, noise_mode).density_grid(spec, impl)
+
+
+def sample_slab(G, ws, spec):
+    """What a reward reads of ws, [N, 1, D, H, W]."""
+    return SigmaSlab(spec).observe(PlaneField(G, ws))

@@ -14,9 +14,8 @@ from eg3d_rlhf.sigma.field_mesh import OUTSIDE, FieldGrid
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_checks import compact, count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, export_mesh, save_mesh, write_mrc
-from eg3d_rlhf.sigma.slab import sigma_grid
 from eg3d_rlhf.sigma.spec import SlabSpec
-from tests.sigma.stand_in import StandIn
+from tests.sigma.stand_in import StandIn, sigma_grid
 
 CENTRE, RADIUS, POINTS = np.array([0.05, -0.1, 0.02]), 0.3, 48
 AXES = SlabSpec.cube(POINTS).axes()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.slab import sample_slab, sigma_at, sigma_grid
+from eg3d_rlhf.sigma.slab import sigma_at
 from eg3d_rlhf.sigma.spec import SlabSpec
-from tests.sigma.stand_in import StandIn
+from tests.sigma.stand_in import StandIn, sample_slab, sigma_grid
 
 SMALL = {"resolution": 20, "crop": (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)}
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from eg3d_rlhf.sigma.slab import _warn_not_separable, normalise_slab, sample_slab, sigma_at, sigma_grid
+from eg3d_rlhf.sigma.slab import _warn_not_separable, normalise_slab, sigma_at
 from eg3d_rlhf.sigma.spec import SlabSpec
-from tests.sigma.stand_in import StandIn
+from tests.sigma.stand_in import StandIn, sample_slab, sigma_grid
 from training.triplane import TriPlaneGenerator
 
 SPEC = SlabSpec(resolution=20)
@@ -69,7 +69,7 @@ def test_oblique_planes_fall_back_with_one_warning(stand_in):
 
 
 def test_user_errors(stand_in):
-    with pytest.raises(ValueError, match="sigma_grid: expected impl in .* got 'fast'"):
+    with pytest.raises(ValueError, match="density_grid: expected impl in .* got 'fast'"):
         sigma_grid(stand_in, latents(), SPEC, impl="fast")
     with pytest.raises(ValueError, match=r"field\(ws\): expected"):
         sigma_grid(stand_in, latents()[0], SPEC)
