@@ -18,7 +18,7 @@ class Accounts:
     """Who may answer: the part of the store that knows annotators and sessions."""
 
     def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database, self._clock = database, clock
+        self.database, self.clock = database, clock
         self._local: StoredAnnotator | None = None
 
     def add_annotator(self, name: str, role: str = "annotator") -> str:
@@ -31,30 +31,30 @@ class Accounts:
         if role not in ROLES:
             raise ValueError(f"annotator {name}: expected a role of {', '.join(ROLES)}, got {role!r}. Choose one of them.")
         token = secrets.token_urlsafe(24)
-        with self._database.write((Lock.SCHEMA, 2)) as c:
+        with self.database.write((Lock.SCHEMA, 2)) as c:
             if name == LOCAL or find(c, name) is not None:
                 raise ValueError(f"annotator: expected a new name, got {name!r}, which is in use. Choose another.")
-            c.execute(insert(annotators).values(name=name, role=role, token_hash=secret_hash(token), created=self._clock()))
+            c.execute(insert(annotators).values(name=name, role=role, token_hash=secret_hash(token), created=self.clock()))
         return token
 
     def revoke_annotator(self, name: str) -> None:
         """Withdraw the token and end the sessions; judgements stay. Raises: ValueError for an unknown name."""
-        with self._database.write((Lock.SCHEMA, 2)) as c:
+        with self.database.write((Lock.SCHEMA, 2)) as c:
             found = find(c, name)
             if found is None or name == LOCAL:
                 raise ValueError(f"annotator: expected one with a token, got {name!r}. `annotators` lists them.")
             if found.revoked is None:
-                c.execute(update(annotators).where(annotators.c.id == found.id).values(revoked=self._clock()))
+                c.execute(update(annotators).where(annotators.c.id == found.id).values(revoked=self.clock()))
             c.execute(delete(sessions).where(sessions.c.annotator_id == found.id))
 
     def annotators(self) -> list[StoredAnnotator]:
         """All, oldest first."""
-        with self._database.read() as c:
+        with self.database.read() as c:
             return listed(c)
 
     def authenticate(self, token: str) -> StoredAnnotator | None:
         """Whoever has this token, unless it was revoked."""
-        with self._database.read() as c:
+        with self.database.read() as c:
             return _one(c.execute(select(annotators).where(annotators.c.token_hash == secret_hash(token), annotators.c.revoked.is_(None))))
 
     def local_annotator(self) -> StoredAnnotator:
@@ -65,28 +65,28 @@ class Accounts:
 
     def annotator_without_token(self, name: str, role: str = "annotator") -> StoredAnnotator:
         """The annotator of that name, made if new, with no token: for imports."""
-        with self._database.write((Lock.SCHEMA, 2)) as c:
-            return find_or_add(c, name, role, self._clock())
+        with self.database.write((Lock.SCHEMA, 2)) as c:
+            return find_or_add(c, name, role, self.clock())
 
     def open_session(self, annotator_id: int, seconds: float) -> str:
         """A login of so many seconds; returns the random id for the cookie. Sessions that have ended are cleared away."""
-        session_id, now = secrets.token_urlsafe(32), self._clock()
+        session_id, now = secrets.token_urlsafe(32), self.clock()
         record = {"id_hash": secret_hash(session_id), "annotator_id": annotator_id, "created": now, "expires": now + seconds}
-        with self._database.write() as c:
+        with self.database.write() as c:
             c.execute(delete(sessions).where(sessions.c.expires <= now))
             c.execute(insert(sessions), record)
         return session_id
 
     def session(self, session_id: str) -> StoredAnnotator | None:
         """Whose login it is, while it lasts and the token is not revoked."""
-        own = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self._clock(), annotators.c.revoked.is_(None))
+        own = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self.clock(), annotators.c.revoked.is_(None))
         query = select(annotators).join(sessions, sessions.c.annotator_id == annotators.c.id).where(*own)
-        with self._database.read() as c:
+        with self.database.read() as c:
             return _one(c.execute(query))
 
     def close_session(self, session_id: str) -> None:
         """Log out; unknown ones are no error."""
-        with self._database.write() as c:
+        with self.database.write() as c:
             c.execute(delete(sessions).where(sessions.c.id_hash == secret_hash(session_id)))
 
 

@@ -47,7 +47,7 @@ DEFAULTS = {"degradation": "", "page_version": "", "taken": 0}  # of fields that
 
 def export_judgements(store: Store, path: str | Path, campaign: str | None = None) -> Path:
     """Write one campaign, or all. Returns the path. Raises: ValueError for an unknown campaign."""
-    with store.reading() as c:
+    with store.database.read() as c:
         query = select(campaigns).order_by(campaigns.c.id)
         found = list(c.execute(query if campaign is None else query.where(campaigns.c.name == campaign)))
         if campaign is not None and not found:
@@ -91,8 +91,8 @@ def import_judgements(store: Store, path: str | Path) -> int:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"import_judgements: expected an exported file, got none at {path}. Check the path.")
-    with store.writing((Lock.SCHEMA, 1), (Lock.SCHEMA, 2)) as c:
-        reading, line = _Import(c, store.now()), 0
+    with store.database.write((Lock.SCHEMA, 1), (Lock.SCHEMA, 2)) as c:
+        reading, line = _Import(c, store.clock()), 0
         try:
             for line, record in _numbered_records(path):
                 try:

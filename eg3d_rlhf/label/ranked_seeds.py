@@ -41,8 +41,8 @@ def import_ranked_seeds(
     known: dict[str, Any] = {"generator": generator, "source": "", "psi": psi, "level": math.nan, "resolution": 0, "triangles": 0}
     planned = [PlannedPair(first=Shape(seed=pref.winner, **known), second=Shape(seed=pref.loser, **known)) for pref in labels]
     who = store.annotator_without_token(annotator)
-    with store.writing((Lock.SCHEMA, 1)) as c:
-        now = store.now()
+    with store.database.write((Lock.SCHEMA, 1)) as c:
+        now = store.clock()
         campaign_id, ids = campaigns.create(c, settings, planned, now)
         _answer_all(c, {"campaign_id": campaign_id, "annotator_id": who.id}, ids, numbers, now)
     return len(labels)

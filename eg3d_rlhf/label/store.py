@@ -2,9 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-
-from sqlalchemy import Connection
 
 from eg3d_rlhf.label import campaigns, judgements
 from eg3d_rlhf.label.accounts import Accounts
@@ -26,7 +23,10 @@ from eg3d_rlhf.label.schema import migrate
 
 
 class Store(Accounts):
-    """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on the disk."""
+    """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on the disk.
+
+    Imports and exports read and write the tables themselves, through `database`; `clock` gives seconds since 1970.
+    """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
         super().__init__(database, clock)
@@ -50,7 +50,7 @@ class Store(Accounts):
 
     def close(self) -> None:
         """Close all connections."""
-        self._database.close()
+        self.database.close()
 
     def __enter__(self) -> "Store":
         return self
@@ -62,18 +62,18 @@ class Store(Accounts):
 
     def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
         """Store a plan; returns the campaign's id. Raises: ValueError as `campaigns.create`."""
-        with self._database.write((Lock.SCHEMA, 1)) as c:
-            return campaigns.create(c, settings, pairs, self._clock())[0]
+        with self.database.write((Lock.SCHEMA, 1)) as c:
+            return campaigns.create(c, settings, pairs, self.clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """The campaign of that name, or the newest."""
-        with self._database.read() as c:
+        with self.database.read() as c:
             found = campaigns.listed(c, name)
         return found[-1] if found else None
 
     def campaigns(self) -> list[StoredCampaign]:
         """All, oldest first."""
-        with self._database.read() as c:
+        with self.database.read() as c:
             return campaigns.listed(c)
 
     def shape_of_asset(self, campaign_id: int, asset: str) -> Shape | None:
@@ -104,8 +104,8 @@ class Store(Accounts):
         """
         judgements.check_answer(answer)
         plan = self._plan(campaign_id)
-        with self._database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return judgements.submit(c, plan, annotator_id, answer, self._clock())
+        with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
+            return judgements.submit(c, plan, annotator_id, answer, self.clock())
 
     def undo(self, campaign_id: int, annotator_id: int, key: str, assignment: str | None = None) -> str | None:
         """Take back the annotator's last counting answer, or that of `assignment`, with a further record; idempotent by key.
@@ -114,41 +114,27 @@ class Store(Accounts):
         Raises: LookupError for a foreign assignment; ConflictError when the key was an answer's; ValueError for an unfit key.
         """
         judgements.check_text("key", key)
-        with self._database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return judgements.undo(c, campaign_id, annotator_id, key, assignment, self._clock())
+        with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
+            return judgements.undo(c, campaign_id, annotator_id, key, assignment, self.clock())
 
     def progress(self, campaign_id: int, annotator_id: int) -> Progress:
         """How far the annotator is."""
         plan = self._plan(campaign_id)
-        with self._database.read() as c:
-            return read_progress(c, plan, annotator_id, self._clock(), self._free_pairs)
+        with self.database.read() as c:
+            return read_progress(c, plan, annotator_id, self.clock(), self._free_pairs)
 
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
     ) -> Iterator[JudgementRow]:
         """Choices in order of receipt."""
-        return judgements.read_judgements(self._database, campaign, annotators, include_undone)
-
-    # --- for imports and exports
-
-    def reading(self) -> AbstractContextManager[Connection]:
-        """A connection to read the tables with."""
-        return self._database.read()
-
-    def writing(self, *locks: tuple[Lock, int]) -> AbstractContextManager[Connection]:
-        """A transaction to write the tables with."""
-        return self._database.write(*locks)
-
-    def now(self) -> float:
-        """The store's clock, seconds since 1970."""
-        return self._clock()
+        return judgements.read_judgements(self.database, campaign, annotators, include_undone)
 
     # --- what does not change
 
     def _plan(self, campaign_id: int) -> Plan:
         plan = self._plans.get(campaign_id)
         if plan is None:
-            with self._database.read() as c:
+            with self.database.read() as c:
                 plan = self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
         return plan
 
@@ -157,4 +143,4 @@ class Store(Accounts):
             self._names.update({known.id: known.name for known in self.annotators()})
         if annotator_id not in self._names:
             raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
-        return Issuer(self._database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self._clock)
+        return Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock)

@@ -40,8 +40,8 @@ def judge(served: Served) -> None:
     """Simulated answers of some evenings; the shapes' worth is made up."""
     rng, store = random.Random(1), served.store
     worth = {seed: place / 2 for place, seed in enumerate(SEEDS)}
-    now = [store._clock() - 9000.0]
-    store._clock = lambda: now[0]
+    now = [store.clock() - 9000.0]
+    store.clock = lambda: now[0]
     shapes = dict(store.shapes(served.campaign))
     for name, sharpness in PEOPLE.items():
         who = store.annotator_without_token(name)

@@ -114,7 +114,7 @@ def test_tables_that_do_not_fit_leave_nothing_behind(store, tmp_path, text, word
 @pytest.fixture
 def judged(store):
     """Two annotators, 4 pairs and 2 gold pairs each: ann is right on gold, bob is not and fast; a tie, a skip, an undo, an open pair."""
-    clock = store._clock
+    clock = store.clock
     settings = CampaignSettings(name="heads", annotators_per_pair=2, gold_every=2, repeat_share=0, swap_share=0)
     campaign = store.create_campaign(settings, plan(5, gold=2))
     for name in ("ann", "bob"):

@@ -178,7 +178,7 @@ def test_undo_is_a_further_record_and_the_pair_comes_back_first(store, work):
     kept = [(row.assignment, row.choice, row.undone) for row in store.judgements(include_undone=True)]
     assert kept == [(tokens[0], "left", False), (tokens[1], "left", True), (tokens[2], "left", True), (tokens[1], "tie", False)]
     assert [row.choice for row in store.judgements()] == ["left", "tie"]
-    with store.reading() as c:
+    with store.database.read() as c:
         assert c.execute(text("SELECT type, takes_back FROM judgements ORDER BY id")).all() == [
             ("choice", None), ("choice", None), ("choice", None), ("undo", 3), ("undo", 2), ("choice", None),
         ]  # fmt: skip
@@ -222,7 +222,7 @@ def test_progress_counts_trials(store, work, clock):
 def test_the_database_refuses_to_change_judgements(store, work, statement):
     campaign, ann = work
     answered(store, campaign, ann, 2)
-    with pytest.raises(DBAPIError, match="append-only"), store.writing() as c:
+    with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
         c.execute(text(statement))
     assert [row.choice for row in store.judgements()] == ["left", "left"]
 
@@ -240,7 +240,7 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
 
 
 def test_postgresql_refuses_to_truncate(postgres_url):
-    with Store.open(postgres_url) as store, pytest.raises(DBAPIError, match="append-only"), store.writing() as c:
+    with Store.open(postgres_url) as store, pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
         c.execute(text("TRUNCATE judgements CASCADE"))
 
 
@@ -283,7 +283,7 @@ def test_sessions_end_and_survive_a_restart(store, database_url, clock):
         clock.now += 300
         assert again.session(other) is None
         store.open_session(ann.id, 1)
-        with again.reading() as c:
+        with again.database.read() as c:
             assert c.execute(text("SELECT count(*) FROM sessions")).scalar() == 1  # those that ended are cleared away
 
 
@@ -304,6 +304,6 @@ def test_the_local_annotator_has_no_token(store):
 
 
 def test_sqlite_writes_through_to_the_disk(tmp_path):
-    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store, store.reading() as c:
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store, store.database.read() as c:
         found = {name: c.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}

@@ -44,7 +44,7 @@ def assert_each_pair_so_often(store, places):
     pairs = [row for row in rows if row.kind is Kind.PAIR]
     assert set(Counter(row.pair for row in pairs).values()) == {places}
     assert max(Counter((row.annotator, row.pair) for row in pairs).values()) == 1
-    with store.reading() as c:
+    with store.database.read() as c:
         assert c.execute(text("SELECT count(*) FROM pairs WHERE kind = 'pair' AND taken <> places")).scalar() == 0
     return rows
 
@@ -173,7 +173,7 @@ def test_a_submission_takes_well_under_100_ms_for_fifty_annotators(database_url,
 def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeypatch):
     with Store.open(postgres_url) as store:
         store.create_campaign(CampaignSettings(name="c"), plan(2))
-        with Store.open(postgres_url) as other, other.writing() as c:
+        with Store.open(postgres_url) as other, other.database.write() as c:
             others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
             assert c.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
         monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)

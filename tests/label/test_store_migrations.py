@@ -118,9 +118,9 @@ def test_version_1_is_led_to_the_present_with_its_judgements(old_url):
         (shown,) = store.assignments(campaign, ann)
         store.submit(campaign, ann, answer(shown, "k2", page_version="2"))
         assert store.undo(campaign, ann, "u") == shown.token and store.session(store.open_session(ann, 10)).name == "ann"
-        with pytest.raises(DBAPIError, match="append-only"), store.writing() as c:
+        with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
             c.execute(text("UPDATE judgements SET page_version = 'x'"))
-        with store.reading() as c:
+        with store.database.read() as c:
             assert list(c.execute(text("SELECT version FROM schema_versions ORDER BY version")).scalars()) == list(range(1, VERSION + 1))
     with Store.open(old_url) as again:
         assert len(list(again.judgements(include_undone=True))) == 2
@@ -160,7 +160,7 @@ def test_opening_twice_at_once_makes_one_schema(database_url):
 
 def test_a_later_version_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path / 'l.db'}"
-    with Store.open(url) as store, store.writing() as c:
+    with Store.open(url) as store, store.database.write() as c:
         c.execute(text(f"INSERT INTO schema_versions VALUES ({VERSION + 1}, 0)"))
     with pytest.raises(ValueError, match=f"version {VERSION} or earlier, got {VERSION + 1}. Update"):
         Store.open(url)

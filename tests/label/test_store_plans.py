@@ -22,7 +22,7 @@ def test_no_table_is_read_whole(tmp_path, name):
         store.create_campaign(CampaignSettings(name="c"), plan(6))
         text = str(HOT[name].compile(dialect=sqlite.dialect(paramstyle="named")))
         values = dict.fromkeys(re.findall(r":(\w+)", text), 1)
-        with store.reading() as c:
+        with store.database.read() as c:
             steps = [row[3] for row in c.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
     scans = [step for step in steps if re.match(r"SCAN (pairs|assignments|judgements|shapes|annotators|a|j)\b", step)]
     assert steps and scans == []
