@@ -12,8 +12,8 @@ from eg3d_rlhf.cli import choose_device, naming
 from eg3d_rlhf.evaluation.summary import Evaluation, finish
 from eg3d_rlhf.generators import find_network, load_networks, of
 from eg3d_rlhf.reward.reward import check_reward, load_reward
-from eg3d_rlhf.rlhf.measures import make_watch
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
+from eg3d_rlhf.rlhf.watch import make_watch
 from eg3d_rlhf.run.run import Run, begun_by_this_launch, claim, next_free
 from eg3d_rlhf.settings import Settings, input_files
 from training import checkpoint, networks

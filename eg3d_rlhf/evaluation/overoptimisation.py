@@ -18,8 +18,8 @@ from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
-from eg3d_rlhf.rlhf.consistency import density_l1
-from eg3d_rlhf.rlhf.measures import JUDGE_RESOLUTION, annotator_calibration
+from eg3d_rlhf.rlhf.phase import density_l1
+from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"

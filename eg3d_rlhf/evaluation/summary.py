@@ -26,8 +26,7 @@ from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.rlhf.measures import annotator_calibration, utilities
-from eg3d_rlhf.rlhf.watch import Watch
+from eg3d_rlhf.rlhf.watch import Watch, annotator_calibration, utilities
 from eg3d_rlhf.seeds import GEOMETRY, IMAGES, JUDGE
 from eg3d_rlhf.settings import control_differs
 from eg3d_rlhf.sigma.mesh import extract_mesh

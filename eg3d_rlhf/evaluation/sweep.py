@@ -29,7 +29,7 @@ from eg3d_rlhf.metrics.resampling import kernel_change_interval
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interval
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file, seed_range
-from eg3d_rlhf.rlhf.consistency import density_l1
+from eg3d_rlhf.rlhf.phase import density_l1
 from training import checkpoint
 
 TITLE = "Sweep of the reward's and the consistency term's weight"

@@ -1,6 +1,6 @@
 """The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean |sigma_G - sigma_ref| (+ front growth).
 
-o is what the reward observes. Letters: N batch, Z z_dim, K c_dim, L num_ws, W w_dim.
+o is what the reward observes. Letters: N batch, Z z_dim, K c_dim, L num_ws, W w_dim; D, H, W grid points along z, y, x.
 """
 
 import copy
@@ -11,7 +11,6 @@ import torch
 
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
 from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.rlhf import consistency
 from eg3d_rlhf.rlhf.shaping import SHAPINGS, Shaping, clip_bounds, make_shaping, parse_clip
 from eg3d_rlhf.seeds import CALIBRATION
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -109,14 +108,34 @@ class RewardTerms:
         sigma = density(self.generator)
         with torch.no_grad():
             sigma_ref = density(self.reference)
-        distance = consistency.density_l1(sigma, sigma_ref)
+        distance = density_l1(sigma, sigma_ref)
         loss = config.lambda_sigma * distance
         stats = {"RLHF/consistency": distance}
         if config.lambda_front > 0:
-            growth = consistency.front_growth(sigma, sigma_ref, self.generator.level)
+            growth = front_growth(sigma, sigma_ref, self.generator.level)
             loss = loss + config.lambda_front * growth
             stats["RLHF/front_growth"] = growth
         return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
+
+
+def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of raw densities (sigma-reward.md, section 4). sigma, sigma_ref [N, D, H, W] -> [N]."""
+    return (sigma - sigma_ref).abs().mean(dim=[1, 2, 3])
+
+
+def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10.0) -> torch.Tensor:
+    """Mean positive growth of density in front of the reference surface.
+
+    A voxel is in front where neither it nor any voxel between it and the camera side (+z) reaches `level` in the reference.
+
+    Args:
+        sigma, sigma_ref: [N, D, H, W] raw; level: isosurface level.
+    Returns: [N]. Differentiable in sigma.
+    """
+    reached = (sigma_ref >= level).flip(1).cummax(dim=1).values.flip(1)
+    front = ~reached
+    growth = torch.relu(sigma - sigma_ref) * front
+    return growth.sum(dim=[1, 2, 3]) / front.sum(dim=[1, 2, 3]).clamp_min(1)
 
 
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:

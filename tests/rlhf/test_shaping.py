@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.rlhf.consistency import density_l1, front_growth
+from eg3d_rlhf.rlhf.phase import density_l1, front_growth
 from eg3d_rlhf.rlhf.shaping import SHAPINGS, ReferenceWins, clip_bounds, make_shaping, parse_clip
 
 
