@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.torch_utils.compilers import needs_cpp
+from torch_utils import build
 from torch_utils.ops.ray_march import importance_depths, ray_march
 
 BOTH = ["ref", pytest.param("compiled", marks=needs_cpp)]
@@ -154,6 +155,7 @@ def test_shapes_are_checked():
 
 @needs_cpp
 def test_is_registered_as_torch_expects():
+    assert build.available("ray_march", "cpu")
     densities, depths = case()
     torch.library.opcheck(torch.ops.eg3d_rlhf.ray_march, (densities.clone().requires_grad_(), depths))
     grads = torch.randn_like(densities), torch.randn(len(densities)), torch.randn(len(densities))

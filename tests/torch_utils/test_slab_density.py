@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.torch_utils.compilers import needs_cpp
+from torch_utils import build
 from torch_utils.ops import slab_density as module
 from torch_utils.ops.implementations import implementation
 from torch_utils.ops.slab_density import slab_density, slab_density_ref
@@ -79,6 +80,7 @@ def test_same_bits_every_time_and_non_contiguous_maps_are_fine():
 
 @needs_cpp
 def test_torch_sees_a_proper_operator():
+    assert build.available("slab_density", "cpu")
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     flat = [m.detach().reshape(m.shape[0], m.shape[1], -1).requires_grad_() for m in maps]
     torch.library.opcheck(torch.ops.eg3d_rlhf.slab_density.default, (*flat, None, w, b, [3, 4, 5]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.torch_utils.compilers import needs_cpp
+from torch_utils import build
 from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import DecoderWeights, merge_planes, projection_axes, triplane_decode
 from training.rendering.renderer import generate_planes
@@ -221,6 +222,7 @@ def test_shapes_are_checked():
 @needs_cpp
 @pytest.mark.parametrize("colours", [0, 3])
 def test_is_registered_as_torch_expects(colours):
+    assert build.available("triplane_decode", "cpu")
     planes, points, _, weights = case(n=1, points=20, colours=colours)
     leaves = [t.requires_grad_() for t in (merge_planes(planes, ((0, 1), (0, 2), (2, 1))).sums.detach(), *weights)]
     torch.library.opcheck(torch.ops.eg3d_rlhf.triplane_decode, (leaves[0], [0, 1, 0, 2, 2, 1], points, *leaves[1:]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.torch_utils.compilers import needs_cpp
+from torch_utils import build
 from torch_utils.ops.upfirdn2d import setup_filter, upfirdn2d
 
 FAST = ["torch", pytest.param("compiled", marks=needs_cpp)]
@@ -69,6 +70,7 @@ def test_strided_images_are_fine_and_bits_are_the_same_every_time():
 @needs_cpp
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_torch_sees_a_proper_operator(memory_format):
+    assert build.available("upfirdn2d", "cpu")
     x, f = noise(2, 3, 6, 7).to(memory_format=memory_format).requires_grad_(), taps("binomial")
     torch.library.opcheck(torch.ops.eg3d_rlhf.upfirdn2d.default, (x, f, [2, 1], [1, 3], [2, 1, -1, 3], False, 1.5))
     whole = torch.compile(lambda x: upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1)), fullgraph=True, backend="aot_eager")
