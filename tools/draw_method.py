@@ -22,6 +22,7 @@ from eg3d_rlhf import bundled  # noqa: E402
 from eg3d_rlhf.cli import GroupedCommand, naming, option  # noqa: E402
 from eg3d_rlhf.field import Field  # noqa: E402
 from eg3d_rlhf.generators import load_generator, ws_of_seeds  # noqa: E402
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab  # noqa: E402
 from eg3d_rlhf.reports import style  # noqa: E402
 from eg3d_rlhf.reports.shape_view import shade  # noqa: E402
 from eg3d_rlhf.reward.reward import load_reward  # noqa: E402
@@ -68,6 +69,7 @@ def main(run: Path, out: Path):
         axes[0].imshow(np.vstack([picture(high), picture(low)]), cmap="gray", vmin=0, vmax=1, aspect="equal")
         axes[0].text(0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control"))
         axes[0].text(0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after"))
+        assert isinstance(reward.observation, SigmaSlab)  # the bundled reward's
         side, slab = low.bounds.side / 2, reward.observation.spec
         cube = low.density_grid(SlabSpec.of(low.bounds, 160))[0]  # [D, H, W]
         axes[1].imshow(cube[:, :, 80].T.flip(0).clamp(-10, 60), extent=(-side, side, -side, side), cmap="magma")  # side view: z right, y up
