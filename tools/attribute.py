@@ -35,13 +35,7 @@ from training.storage import write_atomic  # noqa: E402
 def resolved(study: Study, out: Path) -> dict:
     """Settings as JSON values."""
     c, s = study.c, study.settings
-    files = {role: {"file": str(g.path), "hash": g.hash} for role, g in (("before", c.before), ("after", c.after))}
-    return {
-        **files, "reward": c.reward_hash, "data": c.data, "method": s.method, "regions": str(s.regions),
-        "landmarks": s.landmarks and str(s.landmarks), "permutations": s.permutations, "steps": s.steps, "most_steps": s.most_steps,
-        "gap_bound": s.gap_bound, "draws": s.draws, "checked": s.checked, "psi": c.psi, "n": c.n, "batch": c.batch, "seed": c.seed,
-        "device": str(c.device), "out": str(out),
-    }
+    return {**c.resolved(), **vars(s), "regions": str(s.regions), "landmarks": s.landmarks and str(s.landmarks), "out": str(out)}
 
 
 def print_table(parts, findings, page: Path) -> None:

@@ -26,15 +26,6 @@ from eg3d_rlhf.reports.page import data_uri, write_page  # noqa: E402
 LAYOUTS = {"umap": "UMAP", "principal": "principal axes"}
 
 
-def resolved(c: Comparison, out: Path) -> dict:
-    """Settings as JSON values."""
-    files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in c.generators().items()}
-    return {
-        **files, "reward": c.reward_hash, "psi": c.psi, "n": c.n, "batch": c.batch, "seed": c.seed, "device": str(c.device),
-        "umap": embedding.umap_version(), "out": str(out),
-    }
-
-
 def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:
     """Compute what is missing and write the page; returns the findings."""
     parts = embedding.jobs(c)
@@ -61,7 +52,7 @@ def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) ->
 def main(out, fresh, dry_run, device, **sources) -> None:
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:
-        click.echo(json.dumps(resolved(c, out), indent=1))
+        click.echo(json.dumps({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)}, indent=1))
         return
     findings = write(c, out, fresh)
     for row in findings[embedding.MAP].data["ranks"]:

@@ -26,13 +26,9 @@ from training.storage import write_atomic  # noqa: E402
 
 def resolved(c: Comparison, out: Path, keys: list[str]) -> dict:
     """Settings as JSON values."""
-    files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in c.generators().items()}
-    return {
-        **files, "run": c.run and str(c.run), "control_run": c.control_run and str(c.control_run), "reward": c.reward_hash,
-        "reward_watch": c.held_out_hash or None, "data": c.data, "mirror": c.mirror, "psi": c.psi, "n": c.n, "images": c.images,
-        "batch": c.batch, "seed": c.seed, "device": str(c.device), "inception": c.inception, "lpips": c.lpips and str(c.lpips),
-        "identity": c.identity and str(c.identity), "out": str(out), "parts": keys,
-    }
+    more = {name: getattr(c, name) and str(getattr(c, name)) for name in ("run", "control_run", "inception", "lpips", "identity")}
+    return {**c.resolved(), **more, "reward_watch": c.held_out_hash or None, "mirror": c.mirror, "images": c.images, "out": str(out),
+            "parts": keys}
 
 
 def print_table(parts, findings, page: Path) -> None:

@@ -168,6 +168,12 @@ class Comparison:
         """What a job depends on: hashes of `roles` (all where none are named), truncation, seed, device, and `more`."""
         return {"networks": self.networks(*roles), "psi": self.psi, "seed": self.seed, "device": self.device.type, **more}
 
+    def resolved(self) -> dict:
+        """Settings that every command states, as JSON values."""
+        files = {role: {"file": str(generator.path), "hash": generator.hash} for role, generator in self.generators().items()}
+        return {**files, "reward": self.reward_hash, "data": self.data, "psi": self.psi, "n": self.n, "batch": self.batch,
+                "seed": self.seed, "device": str(self.device)}
+
     def job(
         self, key: str, title: str, compute: Callable[["Comparison", Path], Finding], plots: Mapping[str, Callable] | None = None,
         roles: Sequence[str] = (), version: int = 1, **more,

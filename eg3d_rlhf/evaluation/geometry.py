@@ -72,7 +72,7 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
 
 
 def view_measures(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], on_batch: Callable[[int], object] | None = None
+    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], on_batch: Callable[[int], None] | None = None
 ) -> MultiViewMeasures:
     """How well neighbouring views of each latent agree."""
     views = spec_for(generator.generator, **VIEWS)
@@ -100,7 +100,8 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
     if len(kept) < 2:
         why = "Fewer than two latents have a surface in every network, so nothing can be compared. Check the checkpoints, or raise --n."
         return Finding(facts=c.facts(seeds, ROLES), data={"measures": {}, "seeds": [], "absent": why}, says=[why, *notes])
-    arrays = {role: {name: np.array([found[i][name] for i in kept]) for name in SURFACE_MEASURES} for role, found in values.items()}
+    measured = {role: [one for i in kept if (one := found[i]) is not None] for role, found in values.items()}
+    arrays = {role: {name: np.array([one[name] for one in found]) for name in SURFACE_MEASURES} for role, found in measured.items()}
     return _with(c, compare(c, [seeds[i] for i in kept], arrays, SURFACE_MEASURES, lower_is_better), *notes)
 
 
@@ -147,7 +148,7 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
 def sigma_values(c: Comparison, generator: LoadedGenerator, seeds: range) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Counts [bins] of positive values over all samples, and SIGMA_MEASURES [N]."""
     spec, level = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION), generator.generator.level
-    counts, values = np.zeros(len(EDGES) - 1, dtype=np.int64), {name: [] for name in SIGMA_MEASURES}
+    counts, values = np.zeros(len(EDGES) - 1, dtype=np.int64), {name: list[np.ndarray]() for name in SIGMA_MEASURES}
     for field in c.fields(generator, seeds):
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
         counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]

@@ -171,7 +171,8 @@ def image_from(generator: LoadedGenerator, field: Field, yaw: float, jitter: int
 def _cells(seen: torch.Tensor) -> np.ndarray:
     """[N, cells] of observations [N, ...]; slabs [N, 1, D, H, W] are averaged where they are larger than SLAB_CELLS."""
     if seen.ndim == 5:
-        seen = functional.adaptive_avg_pool3d(seen, [min(edge, SLAB_CELLS) for edge in seen.shape[2:]])
+        depth, height, width = (min(edge, SLAB_CELLS) for edge in seen.shape[2:])
+        seen = functional.adaptive_avg_pool3d(seen, (depth, height, width))
     return seen.flatten(1).cpu().numpy()
 
 
@@ -186,7 +187,7 @@ def spread(c: Comparison, _folder: Path) -> Finding:
         cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])
         for name, items in (("image features", features), (shapes, cells)):
             found[name][role] = feature_sets.pairwise_distances(items)
-    rows = []
+    rows: list[dict] = []
     for name, roles in found.items():
         for role, matrix in roles.items():
             mean, lo, hi = feature_sets.mean_pairwise(matrix)
@@ -255,6 +256,7 @@ def appearance_drift(c: Comparison, _folder: Path) -> Finding:
 
 def identity_drift(c: Comparison, _folder: Path) -> Finding:
     """Cosine similarity of the named network's embeddings, frontal view."""
+    assert c.identity is not None  # the job is made where it is named
     embed = load_identity(c.identity, c.device)
     data, rows, facts = _drift(c, {"cosine similarity": lambda a, b: (embed(a) * embed(b)).sum(dim=1)}, 0.0)
     meaning = "What counts as identity is what this network was trained to tell apart; outside its domain the figure means little."

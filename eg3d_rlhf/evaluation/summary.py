@@ -80,7 +80,7 @@ def reward_shift(c: Comparison) -> dict:
 def blind_pairs(c: Comparison) -> dict:
     """Share of held-out latents whose tuned shape the noise-free judge prefers; an exact tie counts half."""
     calibration = annotator_calibration()
-    before, tuned = both(c, lambda generator: utilities(generator.generator, c.ws(generator, JUDGE.all), calibration))
+    before, tuned = both(c, lambda generator: utilities(generator.generator.module, c.ws(generator, JUDGE.all), calibration))
     wins, ties = int((tuned > before).sum()), int((tuned == before).sum())
     low, high = wilson_interval(wins + ties // 2, len(before))
     return {

@@ -129,7 +129,8 @@ def train_all(cells: Sequence[Cell], t: Training, tell: Callable[[Cell], None] =
     Args: tell: called for each cell when it is done.
     Raises: ValueError naming the cell that failed, its last line and its log.
     """
-    waiting, running = [cell for cell in cells if finished(t, cell) is None], {}
+    waiting = [cell for cell in cells if finished(t, cell) is None]
+    running: dict[Cell, subprocess.Popen] = {}
     for cell in set(cells) - set(waiting):
         tell(cell)
     try:
