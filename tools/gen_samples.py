@@ -7,42 +7,23 @@ Example:
     python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
 """
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import click
-import numpy as np
-import PIL.Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, render, tile  # noqa: E402
-from eg3d_rlhf.media.sampling import (
-    StageBar,  # noqa: E402
-    parse_seeds,  # noqa: E402
-    sampling_flags,  # noqa: E402
-)
-from eg3d_rlhf.sigma.mesh_export import (  # noqa: E402
-    BORDER,
-    MeshOptions,  # noqa: E402
-    save_shape,
-    shape_suffix,
-)
+from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, png, render, tile  # noqa: E402
+from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags  # noqa: E402
+from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix  # noqa: E402
 from training.storage import write_atomic  # noqa: E402
 
 YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture, uint8 [H, W, 3], atomically."""
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(picture).save(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
 
 
 def warn_without_effect(**given) -> None:
@@ -89,7 +70,7 @@ def main(outdir, network, seeds, psi, cutoff, noise_mode, fov_deg, shapes, shape
     labels = [camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(numbers, unit="seed", desc="samples"):
         ws = conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        write_png(outdir / f"seed{seed:04d}.png", tile(render(generator, ws, labels, seed, noise_mode), len(labels)))
+        write_atomic(outdir / f"seed{seed:04d}.png", png(tile(render(generator, ws, labels, seed, noise_mode), len(labels))))
         if shapes:
             with StageBar(f"seed {seed} ") as bar:
                 save_shape(outdir / f"seed{seed:04d}{suffix}", generator.field(ws, noise_mode), surface, bar)

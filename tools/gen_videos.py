@@ -22,18 +22,9 @@ from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa:
 from eg3d_rlhf.field import RenderOptions  # noqa: E402
 from eg3d_rlhf.generators import load_generator  # noqa: E402
 from eg3d_rlhf.media.rendering import CAMERAS, MODES, cameras_of  # noqa: E402
-from eg3d_rlhf.media.sampling import (
-    StageBar,  # noqa: E402
-    parse_seeds,  # noqa: E402
-    sampling_flags,  # noqa: E402
-)
+from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags  # noqa: E402
 from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4  # noqa: E402
-from eg3d_rlhf.sigma.mesh_export import (  # noqa: E402
-    BORDER,
-    MeshOptions,  # noqa: E402
-    save_shape,
-    shape_suffix,
-)
+from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix  # noqa: E402
 
 
 def parse_grid(text: str) -> tuple[int, int]:

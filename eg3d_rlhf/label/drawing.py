@@ -3,7 +3,6 @@
 Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
 """
 
-import io
 import warnings
 from collections import OrderedDict
 
@@ -13,7 +12,7 @@ from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_
 from eg3d_rlhf.label.damage import damage
 from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.shape_files import compress, encode_mesh
-from eg3d_rlhf.media.rendering import camera, cameras_of, render
+from eg3d_rlhf.media.rendering import camera, cameras_of, png, render
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh
 from eg3d_rlhf.sigma.mesh_checks import compact, decimate, face_volumes, parts
@@ -89,14 +88,10 @@ class ShapeDrawer:
 
     def picture(self, shape: Shape) -> bytes:
         """The frontal rendering as PNG; that of a damaged shape shows the latent undamaged, as the image is not drawn from the mesh."""
-        import PIL.Image
-
         generator = self.generator(shape).generator
         with implementation("torch"):
             (pixels,) = render(generator, ws_of_seeds(generator, [shape.seed], shape.psi), [camera(cameras_of(generator))])
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(pixels).save(buffer, format="png")
-        return buffer.getvalue()
+        return png(pixels)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
         """The generator of a shape.

@@ -4,6 +4,7 @@ Letters: L, W = layers and width of ws; H, B = rows and columns of a picture.
 """
 
 import dataclasses
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -77,6 +78,15 @@ def render(
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """[3, H, B] in -1..1 to uint8 [H, B, 3], as EG3D maps it: x * 127.5 + 128, clamped and cut off."""
     return (image.permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture, uint8 [H, B, 3], as a PNG file."""
+    import PIL.Image
+
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def distances(out: Rendering) -> np.ndarray:
