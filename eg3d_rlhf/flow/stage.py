@@ -68,6 +68,7 @@ class FlowStage:
         if not self.sparse:
             return volume
         self._check_voxels(f"FlowStage.noise of {self.name!r}", places)
+        assert places is not None
         places = places.cpu().int()
         x, y, z = places.long().unbind(1)
         return SparseSample(places, volume[:, x, y, z].T.contiguous())
@@ -78,7 +79,7 @@ class FlowStage:
         if isinstance(latent, SparseSample) != self.sparse:
             expected, got = ("voxels", "a dense grid") if self.sparse else ("a dense grid", "voxels")
             raise ValueError(f"{who}: expected {expected}, got {got}. {what}")
-        if not self.sparse:
+        if not isinstance(latent, SparseSample):
             return check_shape(who, latent, [self.channels, *[self.resolution] * 3], what)
         check_shape(f"{who}, features", latent.feats, ["v", self.channels], what)
         self._check_voxels(who, latent.coords)
@@ -105,11 +106,11 @@ class Pipeline(Protocol):
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
         """The empty condition's tokens, [n, T, E]."""
 
-    def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
-        """The gap behind a stage: what its latents leave to the next, per sample. Not differentiable."""
+    def advance(self, stage: str, x_0: Any) -> list[Voxels]:
+        """The gap behind a stage: what its latents, a Batch of its kind, leave to the next, per sample. Not differentiable."""
 
-    def decode(self, x_0: Batch) -> list[Asset]:
-        """The finished assets of the last stage's latents. Not differentiable."""
+    def decode(self, x_0: Any) -> list[Asset]:
+        """The finished assets of the last stage's latents, a Batch of its kind. Not differentiable."""
 
     def encode(self, assets: Sequence[Asset]) -> Sequence[Mapping[str, Latent]]:
         """Per asset the latent of every stage, by the stage's name. Not differentiable."""
@@ -142,7 +143,7 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: torch.Tensor, seed: int
     """
     x_0 = x_0.to(cond.device)
     latents = separate(x_0)
-    eps = stage.noise([seed + i for i in range(len(latents))], [x.coords if stage.sparse else None for x in latents])
+    eps = stage.noise([seed + i for i in range(len(latents))], [x.coords if isinstance(x, SparseSample) else None for x in latents])
     eps, t = eps.to(cond.device), torch.linspace(0.1, 0.9, count(x_0), device=cond.device)
     x_t = stage.path.mix(x_0, t, eps)
     own = stage.path.errors(stage.model(x_t, t, cond), x_0, eps).mean()

@@ -16,7 +16,7 @@ from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.flow.stage import FlowStage
-from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs, parts
+from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, RewardTraining, human_pairs, parts
 from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow
 from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS, ToyPipeline
 from eg3d_rlhf.flow.toy.shapes import CONDITIONS, HELD_OUT, TRAINED, draw_drafts
@@ -130,7 +130,7 @@ def load_toy(device: str | torch.device = "cpu", folder: Path = FOLDER) -> ToyPi
     return ToyPipeline(load_network(STRUCTURE, folder), load_network(VOXELS, folder), device)
 
 
-def describe(training: object, **found: float) -> dict:
+def describe(training: BaseTraining | RewardTraining, **found: float) -> dict:
     """What a stored network says of its making."""
     return {"training": asdict(training), **found}
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Latent, SparseBatch, separate
 from eg3d_rlhf.flow.stage import FlowStage, Sampling, Voxels
-from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow
 from eg3d_rlhf.flow.toy.shapes import CHANNELS, COLOURS, KEPT, SHAPES, Drafts, R, classes, neighbours
 
 STRUCTURE, VOXELS = "structure", "voxels"
@@ -29,7 +28,7 @@ class ToyAsset:
 class ToyPipeline:
     """See stage.Pipeline. Conditions are two tokens, one of the shape's class and one of the colour's; assets live on the CPU."""
 
-    def __init__(self, structure: StructureFlow, voxels: VoxelFlow, device: str | torch.device = "cpu"):
+    def __init__(self, structure: torch.nn.Module, voxels: torch.nn.Module, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         self.stages = tuple(
             FlowStage(
