@@ -15,6 +15,9 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+
+# isort: split
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 

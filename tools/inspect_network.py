@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+
+# isort: split
+import torch  # noqa: E402
 
 from eg3d_rlhf.cli import GroupedCommand, file_hash, option  # noqa: E402
 from eg3d_rlhf.generators import find_network, load_networks, ws_of_seeds  # noqa: E402
