@@ -54,19 +54,17 @@ class ObservationCache:
     """
 
     def __init__(self, source: Source, cache: Path | None = None):
-        self._source = source
-        self._cache = cache
-        self._row: dict[int, int] = {}
-        self._kept: torch.Tensor | None = None  # float16 [rows, ...]
+        self._source, self._cache = source, cache
+        self._kept: dict[int, torch.Tensor] = {}  # seed -> float16 [...]
         if cache is not None and cache.is_file():
             try:
                 stored = safetensors.torch.load_file(cache)
-                self._kept, self._row = stored["observed"], {seed: row for row, seed in enumerate(stored["seeds"].tolist())}
+                self._kept = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(f"ObservationCache({cache.name}): expected a cache, got: {error}. Delete the file.") from error
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._kept)
 
     def fill(
         self, seeds: Iterable[int], batch: int = 16, on_drawn: Callable[[int], None] | None = None, ranks: Ranks = SINGLE
@@ -75,47 +73,37 @@ class ObservationCache:
 
         `on_drawn` hears how many were added here. Returns the number drawn.
         """
-        if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._row))}) > 1:
-            self._row, self._kept = {}, None  # the machines' caches differ
-        missing = [seed for seed in dict.fromkeys(seeds) if seed not in self._row]
-        old = len(self)
-        parts = [(start, missing[start : start + batch]) for start in range(0, len(missing), batch)]
-        for start, part in parts[ranks.rank :: ranks.world]:
-            self._put(old + start, self._source(part), old + len(missing))
+        if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._kept))}) > 1:
+            self._kept = {}  # the machines' caches differ
+        missing = [seed for seed in dict.fromkeys(seeds) if seed not in self._kept]
+        drawn: dict[int, torch.Tensor] = {}
+        for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][ranks.rank :: ranks.world]:
+            drawn.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))
             if on_drawn:
                 on_drawn(len(part))
         if ranks.world > 1 and missing:
-            self._exchange(old, missing, ranks)
-        self._row.update(zip(missing, range(old, old + len(missing)), strict=True))
+            drawn = self._exchanged(missing, drawn, ranks)
+        self._kept.update((seed, drawn[seed]) for seed in missing)
         return len(missing)
 
-    def _put(self, row: int, drawn: torch.Tensor, rows: int) -> None:
-        if self._kept is None or len(self._kept) < rows:
-            self._grow(rows, drawn.shape[1:])
-        assert self._kept is not None
-        self._kept[row : row + len(drawn)] = drawn.to("cpu", torch.float16)
-
-    def _exchange(self, old: int, missing: Sequence[int], ranks: Ranks) -> None:
-        """Add up the rows from `old` on, each of which one rank has drawn."""
-        if self._kept is None or len(self._kept) < old + len(missing):  # nothing to draw here: one, for its shape
-            self._grow(old + len(missing), self._source(missing[:1]).shape[1:])
-        assert self._kept is not None
-        for rows in self._kept[old : old + len(missing)].split(64):
+    def _exchanged(self, seeds: Sequence[int], drawn: dict[int, torch.Tensor], ranks: Ranks) -> dict[int, torch.Tensor]:
+        """Those of all seeds, each of which one rank has drawn."""
+        shape = next(iter(drawn.values())).shape if drawn else self._source(seeds[:1]).shape[1:]  # nothing drawn here: one, for its shape
+        found: dict[int, torch.Tensor] = {}
+        nothing = torch.zeros(shape, dtype=torch.float16)
+        for start in range(0, len(seeds), 64):
+            part = seeds[start : start + 64]
+            rows = torch.stack([drawn.get(seed, nothing) for seed in part])
             ranks.sum_(rows, "exchange observations")
-
-    def _grow(self, rows: int, shape: torch.Size) -> None:
-        grown = torch.zeros(rows, *shape, dtype=torch.float16)
-        if self._kept is not None:
-            grown[: len(self._kept)] = self._kept
-        self._kept = grown
+            found.update(zip(part, rows, strict=True))
+        return found
 
     def take(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> torch.Tensor:
         """Observations of seeds that `fill` has drawn, float32 [N, ...]."""
-        assert self._kept is not None
-        return self._kept[[self._row[seed] for seed in seeds]].to(device, torch.float32)
+        return torch.stack([self._kept[seed] for seed in seeds]).to(device, torch.float32)
 
     def save(self) -> None:
         """Write the cache file, if there is one, atomically."""
-        if self._cache is not None and self._kept is not None:
-            seeds = torch.tensor(list(self._row), dtype=torch.int64)
-            write_atomic(self._cache, safetensors.torch.save({"seeds": seeds, "observed": self._kept[: len(seeds)].contiguous()}))
+        if self._cache is not None and self._kept:
+            stored = {"seeds": torch.tensor(list(self._kept), dtype=torch.int64), "observed": torch.stack(list(self._kept.values()))}
+            write_atomic(self._cache, safetensors.torch.save(stored))
