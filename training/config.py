@@ -151,9 +151,7 @@ class NetworkConfig:
     """Which networks: a preset's, or those of a file."""
 
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
-    init: str = knob(
-        "scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch"
-    )
+    init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch")
     start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"))
     sphere_init: float = knob(0.0, "From scratch, start from a solid sphere; 0: off.", NET, metavar="RADIUS", low=0)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)

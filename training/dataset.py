@@ -38,14 +38,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        resolution: int | None = None,
-        use_labels: bool = True,
-        max_size: int | None = None,
-        xflip: bool = False,
-        random_seed: int = 0,
-        c_dim: int | None = None,
+        self, path: str | Path, resolution: int | None = None, use_labels: bool = True, max_size: int | None = None, xflip: bool = False,
+        random_seed: int = 0, c_dim: int | None = None,
     ):
         if max_size is not None and max_size < 1:
             raise ValueError(f"ImageFolderDataset: max_size must be >= 1 or None, got {max_size}.")

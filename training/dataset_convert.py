@@ -247,10 +247,7 @@ def convert_dataset(
     entries = files.images[: options.max_images]
     rows, count, enlarged, cropped, first = [], 0, 0, 0, None
     files.close()
-    with (
-        writer(dest, Path(source), overwrite) as write,
-        contextlib.closing(_converted(files, entries, options, workers)) as converted,
-    ):
+    with (writer(dest, Path(source), overwrite) as write, contextlib.closing(_converted(files, entries, options, workers)) as converted):
         for i, image in enumerate(converted):
             first = first or image.shape
             _check_shape(image.shape, first, entries[i], where)

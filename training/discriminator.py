@@ -47,17 +47,8 @@ class DiscriminatorBlock(torch.nn.Module):
     """Residual block that halves the resolution; the first one starts with `fromrgb`."""
 
     def __init__(
-        self,
-        in_channels: int,
-        tmp_channels: int,
-        out_channels: int,
-        resolution: int,
-        img_channels: int,
-        first_layer_idx: int,
-        conv_clamp: float | None = None,
-        use_fp16: bool = False,
-        fp16_channels_last: bool = False,
-        freeze_layers: int = 0,
+        self, in_channels: int, tmp_channels: int, out_channels: int, resolution: int, img_channels: int, first_layer_idx: int,
+        conv_clamp: float | None = None, use_fp16: bool = False, fp16_channels_last: bool = False, freeze_layers: int = 0,
     ):
         super().__init__()
         self.in_channels, self.resolution, self.img_channels = in_channels, resolution, img_channels
@@ -93,12 +84,7 @@ class DiscriminatorEpilogue(torch.nn.Module):
     """Minibatch standard deviation, one convolution, two linear layers, and the projection on the embedded label."""
 
     def __init__(
-        self,
-        in_channels: int,
-        cmap_dim: int,
-        resolution: int,
-        mbstd_group_size: int | None = 4,
-        mbstd_num_channels: int = 1,
+        self, in_channels: int, cmap_dim: int, resolution: int, mbstd_group_size: int | None = 4, mbstd_num_channels: int = 1,
         conv_clamp: float | None = None,
     ):
         super().__init__()
@@ -123,19 +109,9 @@ class DualDiscriminator(torch.nn.Module):
     """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022, section 4.3)."""
 
     def __init__(
-        self,
-        c_dim: int,
-        img_resolution: int,
-        img_channels: int,
-        channel_base: int = 32768,
-        channel_max: int = 512,
-        num_fp16_res: int = 4,
-        conv_clamp: float | None = 256,
-        cmap_dim: int | None = None,
-        disc_c_noise: float = 0.0,
-        block_kwargs: dict | None = None,
-        mapping_kwargs: dict | None = None,
-        epilogue_kwargs: dict | None = None,
+        self, c_dim: int, img_resolution: int, img_channels: int, channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 4,
+        conv_clamp: float | None = 256, cmap_dim: int | None = None, disc_c_noise: float = 0.0, block_kwargs: dict | None = None,
+        mapping_kwargs: dict | None = None, epilogue_kwargs: dict | None = None,
     ):
         super().__init__()
         self.c_dim, self.img_resolution = c_dim, img_resolution
@@ -157,9 +133,7 @@ class DualDiscriminator(torch.nn.Module):
             setattr(self, f"b{res}", block)
             layer_idx += block.num_layers
         if c_dim > 0:
-            self.mapping = MappingNetwork(
-                z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {})
-            )
+            self.mapping = MappingNetwork(z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {}))
         self.b4 = DiscriminatorEpilogue(width[4], cmap_dim=cmap_dim, resolution=4, conv_clamp=conv_clamp, **(epilogue_kwargs or {}))
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 

@@ -125,10 +125,7 @@ class GanPhases:
     def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
         raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode)
         raw = gan_loss.blur(raw, sched.blur_sigma)  # the fake raw image is not blurred: EG3D's behaviour, kept
-        return {
-            "image": batch.real_img.detach().requires_grad_(requires_grad),
-            "image_raw": raw.detach().requires_grad_(requires_grad),
-        }
+        return {"image": batch.real_img.detach().requires_grad_(requires_grad), "image_raw": raw.detach().requires_grad_(requires_grad)}
 
     def g_main(self, batch: Batch) -> Iterator[Loss]:
         """Non-saturating generator loss."""

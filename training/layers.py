@@ -28,12 +28,7 @@ class FullyConnectedLayer(torch.nn.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: str = "linear",
-        lr_multiplier: float = 1.0,
+        self, in_features: int, out_features: int, bias: bool = True, activation: str = "linear", lr_multiplier: float = 1.0,
         bias_init: float = 0.0,
     ):
         super().__init__()
@@ -74,16 +69,8 @@ class Conv2dLayer(torch.nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        bias: bool = True,
-        activation: str = "linear",
-        up: int = 1,
-        down: int = 1,
-        conv_clamp: float | None = None,
-        trainable: bool = True,
+        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, activation: str = "linear", up: int = 1,
+        down: int = 1, conv_clamp: float | None = None, trainable: bool = True,
     ):
         super().__init__()
         self.activation, self.up, self.down, self.conv_clamp = activation, up, down, conv_clamp
@@ -139,17 +126,8 @@ class MappingNetwork(torch.nn.Module):
     """
 
     def __init__(
-        self,
-        z_dim: int,
-        c_dim: int,
-        w_dim: int,
-        num_ws: int | None,
-        num_layers: int = 8,
-        embed_features: int | None = None,
-        layer_features: int | None = None,
-        activation: str = "lrelu",
-        lr_multiplier: float = 0.01,
-        w_avg_beta: float | None = 0.998,
+        self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, embed_features: int | None = None,
+        layer_features: int | None = None, activation: str = "lrelu", lr_multiplier: float = 0.01, w_avg_beta: float | None = 0.998,
     ):
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim, self.num_ws = z_dim, c_dim, w_dim, num_ws
@@ -165,11 +143,7 @@ class MappingNetwork(torch.nn.Module):
             setattr(self, f"fc{i}", FullyConnectedLayer(size_in, size_out, activation=activation, lr_multiplier=lr_multiplier))
 
     def forward(
-        self,
-        z: torch.Tensor | None,
-        c: torch.Tensor | None,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
+        self, z: torch.Tensor | None, c: torch.Tensor | None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> torch.Tensor:
         """Map latents to ws.

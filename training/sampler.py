@@ -31,13 +31,7 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
     """
 
     def __init__(
-        self,
-        dataset,
-        rank: int = 0,
-        num_replicas: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        window_size: float = 0.5,
+        self, dataset, rank: int = 0, num_replicas: int = 1, shuffle: bool = True, seed: int = 0, window_size: float = 0.5,
         start_index: int = 0,
     ):
         if len(dataset) == 0:

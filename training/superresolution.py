@@ -26,19 +26,9 @@ class SuperresolutionHybrid(torch.nn.Module):
     antialias_allowed = True
 
     def __init__(
-        self,
-        channels: int,
-        img_resolution: int,
-        sr_num_fp16_res: int,
-        sr_antialias: bool = True,
-        num_fp16_res: int = 4,
-        conv_clamp: float | None = None,
-        channel_base: int | None = None,
-        channel_max: int | None = None,
-        w_dim: int = 512,
-        input_resolution: int | None = None,
-        block_channels: tuple[int, int] | None = None,
-        **block_kwargs,
+        self, channels: int, img_resolution: int, sr_num_fp16_res: int, sr_antialias: bool = True, num_fp16_res: int = 4,
+        conv_clamp: float | None = None, channel_base: int | None = None, channel_max: int | None = None, w_dim: int = 512,
+        input_resolution: int | None = None, block_channels: tuple[int, int] | None = None, **block_kwargs
     ):
         super().__init__()
         del num_fp16_res, conv_clamp, channel_base, channel_max  # accepted for EG3D's call; without effect there too
@@ -73,9 +63,7 @@ class SuperresolutionHybrid(torch.nn.Module):
                 f"{type(self).__name__}: expected a rendering of at most {size} pixels, got {x.shape[-1]}. "
                 "Lower the neural rendering resolution."
             )
-        return torch.nn.functional.interpolate(
-            x, size=(size, size), mode="bilinear", align_corners=False, antialias=self.sr_antialias
-        )
+        return torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=self.sr_antialias)
 
     def forward(self, rgb: torch.Tensor, x: torch.Tensor, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
         """rgb [N, 3, r, r], x [N, C, r, r], ws [N, L, W] -> image [N, 3, R, R]. Differentiable in all three."""

@@ -17,15 +17,8 @@ class SynthesisLayer(torch.nn.Module):
     """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        w_dim: int,
-        resolution: int,
-        up: int = 1,
-        use_noise: bool = True,
-        conv_clamp: float | None = None,
-        channels_last: bool = False,
+        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, up: int = 1, use_noise: bool = True,
+        conv_clamp: float | None = None, channels_last: bool = False,
     ):
         super().__init__()
         self.resolution, self.up, self.use_noise, self.conv_clamp = resolution, up, use_noise, conv_clamp
@@ -85,19 +78,9 @@ class SynthesisBlock(torch.nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        w_dim: int,
-        resolution: int,
-        img_channels: int,
-        is_last: bool = False,
-        upsample: bool = True,
-        conv_clamp: float | None = 256,
-        use_fp16: bool = False,
-        fp16_channels_last: bool = False,
-        fused_modconv_default: bool | str = True,
-        use_noise: bool = True,
+        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int, is_last: bool = False,
+        upsample: bool = True, conv_clamp: float | None = 256, use_fp16: bool = False, fp16_channels_last: bool = False,
+        fused_modconv_default: bool | str = True, use_noise: bool = True,
     ):
         super().__init__()
         self.in_channels, self.w_dim, self.resolution, self.img_channels = in_channels, w_dim, resolution, img_channels
@@ -119,14 +102,8 @@ class SynthesisBlock(torch.nn.Module):
         return convolution_layout(device, self.resolution, self.conv1.weight.shape[0])
 
     def forward(
-        self,
-        x: torch.Tensor | None,
-        img: torch.Tensor | None,
-        ws: torch.Tensor,
-        force_fp32: bool = False,
-        fused_modconv: bool | None = None,
-        noise_mode: str = "random",
-        **_unused,
+        self, x: torch.Tensor | None, img: torch.Tensor | None, ws: torch.Tensor, force_fp32: bool = False,
+        fused_modconv: bool | None = None, noise_mode: str = "random", **_unused
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [N, C, R/2, R/2] or None, img [N, I, R/2, R/2] or None, ws [N, num_conv + num_torgb, W] -> (x, img) at R."""
         w_iter = iter(ws.unbind(dim=1))
@@ -154,14 +131,8 @@ class SynthesisNetwork(torch.nn.Module):
     """Blocks b4 ... b{img_resolution}; block r reads its ws at an offset that advances by the number of its convolutions."""
 
     def __init__(
-        self,
-        w_dim: int,
-        img_resolution: int,
-        img_channels: int,
-        channel_base: int = 32768,
-        channel_max: int = 512,
-        num_fp16_res: int = 4,
-        **block_kwargs,
+        self, w_dim: int, img_resolution: int, img_channels: int, channel_base: int = 32768, channel_max: int = 512, num_fp16_res: int = 4,
+        **block_kwargs
     ):
         super().__init__()
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
@@ -198,14 +169,8 @@ class Generator(torch.nn.Module):
     """Backbone: mapping and synthesis under the names that checkpoints use."""
 
     def __init__(
-        self,
-        z_dim: int,
-        c_dim: int,
-        w_dim: int,
-        img_resolution: int,
-        img_channels: int,
-        mapping_kwargs: dict | None = None,
-        **synthesis_kwargs,
+        self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int, mapping_kwargs: dict | None = None,
+        **synthesis_kwargs
     ):
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, c_dim, w_dim, img_resolution, img_channels

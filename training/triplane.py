@@ -57,22 +57,10 @@ class TriPlaneGenerator(torch.nn.Module):
     """
 
     def __init__(
-        self,
-        z_dim: int,
-        c_dim: int,
-        w_dim: int,
-        img_resolution: int,
-        img_channels: int,
-        sr_num_fp16_res: int = 0,
-        mapping_kwargs: dict | None = None,
-        rendering_kwargs: dict | None = None,
-        sr_kwargs: dict | None = None,
-        plane_resolution: int = 256,
-        plane_channels: int = 32,
-        plane_layout: str = "eg3d",
-        decoder_hidden_dim: int = 64,
-        neural_rendering_resolution: int = 64,
-        **synthesis_kwargs,
+        self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int, sr_num_fp16_res: int = 0,
+        mapping_kwargs: dict | None = None, rendering_kwargs: dict | None = None, sr_kwargs: dict | None = None,
+        plane_resolution: int = 256, plane_channels: int = 32, plane_layout: str = "eg3d", decoder_hidden_dim: int = 64,
+        neural_rendering_resolution: int = 64, **synthesis_kwargs
     ):
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
@@ -107,11 +95,7 @@ class TriPlaneGenerator(torch.nn.Module):
         return self.backbone.num_ws
 
     def mapping(
-        self,
-        z: torch.Tensor,
-        c: torch.Tensor,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
+        self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> torch.Tensor:
         """z [N, Z], conditioning camera c [N, K] -> ws [N, L, W].
@@ -129,14 +113,8 @@ class TriPlaneGenerator(torch.nn.Module):
         return planes.unflatten(1, (3, self.plane_channels))
 
     def synthesis(
-        self,
-        ws: torch.Tensor,
-        c: torch.Tensor,
-        neural_rendering_resolution: int | None = None,
-        update_emas: bool = False,
-        cache_backbone: bool = False,
-        use_cached_backbone: bool = False,
-        **synthesis_kwargs,
+        self, ws: torch.Tensor, c: torch.Tensor, neural_rendering_resolution: int | None = None, update_emas: bool = False,
+        cache_backbone: bool = False, use_cached_backbone: bool = False, **synthesis_kwargs
     ) -> dict[str, torch.Tensor]:
         """Render from a camera.
 
@@ -191,15 +169,8 @@ class TriPlaneGenerator(torch.nn.Module):
         return self.sample_mixed(coordinates, directions, ws, **synthesis_kwargs)
 
     def sample_mixed(
-        self,
-        coordinates: torch.Tensor,
-        directions: torch.Tensor | None,
-        ws: torch.Tensor,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-        update_emas: bool = False,
-        sigma_only: bool = False,
-        **synthesis_kwargs,
+        self, coordinates: torch.Tensor, directions: torch.Tensor | None, ws: torch.Tensor, truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None, update_emas: bool = False, sigma_only: bool = False, **synthesis_kwargs
     ) -> dict[str, torch.Tensor]:
         """Colour and raw density at points [N, P, 3] -> {'rgb': [N, P, D], 'sigma': [N, P, 1]}; without 'rgb' where sigma_only.
 

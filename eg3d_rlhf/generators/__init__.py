@@ -69,9 +69,7 @@ class Generator(Protocol):
         """Whether the mapping reads the camera."""
         ...
 
-    def mapping(
-        self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
-    ) -> torch.Tensor:
+    def mapping(self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
         """z [N, Z], conditioning camera c [N, 25] -> ws [N, L, W]."""
         ...
 
@@ -190,9 +188,7 @@ def camera(generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, foc
 
 
 @torch.no_grad()
-def ws_of_seeds(
-    generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14
-) -> torch.Tensor:
+def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14) -> torch.Tensor:
     """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable."""
     generator = of(generator)
     z = latents(seeds, generator.z_dim).to(device_of(generator))

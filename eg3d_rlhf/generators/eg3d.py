@@ -163,9 +163,7 @@ class EG3D:
         """Whether the mapping reads the camera."""
         return not self.module.rendering_kwargs["c_gen_conditioning_zero"]
 
-    def mapping(
-        self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
-    ) -> torch.Tensor:
+    def mapping(self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
         """See `Generator`."""
         return self.module.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
 

@@ -177,15 +177,8 @@ class PreferenceLoss:
         self.weights = weights
 
     def __call__(
-        self,
-        output,
-        better: torch.Tensor,
-        worse: torch.Tensor,
-        *,
-        pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        observed: torch.Tensor,
-        epoch: int,
-        generator: torch.Generator,
+        self, output, better: torch.Tensor, worse: torch.Tensor, *, pair_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        observed: torch.Tensor, epoch: int, generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
         """Args: `output` a RewardOutput over N samples; `better`, `worse` int64 indices into them; `pair_logits` the model's pair head."""
         w = self.weights

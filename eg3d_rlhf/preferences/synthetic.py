@@ -99,9 +99,7 @@ def seed_cubes(generator: Generator, seeds: Sequence[int], options: AnnotationOp
         yield from sigma.cpu().numpy()
 
 
-def annotate(
-    generator: Generator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None
-) -> Annotation:
+def annotate(generator: Generator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None) -> Annotation:
     """Judge 2 P seeds, pair them at random, and draw one noisy label per pair.
 
     Args: `on_seed` is told each judgement, for a progress bar.
@@ -122,7 +120,5 @@ def annotate(
     rng = np.random.default_rng(options.seed)
     pairs = disjoint_pairs(options.pairs, rng)
     temperature = solve_temperature(utilities, pairs, options.flip_rate)
-    labels = [
-        PairLabel(seeds[label.winner], seeds[label.loser], label.clean) for label in label_pairs(utilities, pairs, temperature, rng)
-    ]
+    labels = [PairLabel(seeds[label.winner], seeds[label.loser], label.clean) for label in label_pairs(utilities, pairs, temperature, rng)]
     return Annotation(options=options, labels=labels, utilities=utilities, temperature=temperature, calibration=calibration)

@@ -48,9 +48,7 @@ class Run:
         say: prints the status lines.
     """
 
-    def __init__(
-        self, folder: Path, settings: Mapping, inputs: Mapping[str, str | Path] | None = None, *, ranks: Ranks = SINGLE, say=None
-    ):
+    def __init__(self, folder: Path, settings: Mapping, inputs: Mapping[str, str | Path] | None = None, *, ranks: Ranks = SINGLE, say=None):
         self.folder, self.settings, self.inputs, self.ranks = folder, dict(settings), dict(inputs or {}), ranks
         self.last_checkpoint: Path | None = None
         self.lines = 0  # of stats.jsonl

@@ -247,12 +247,7 @@ def _check(shape, appearance, cam2world, intrinsics, background: str) -> None:
 
 @torch.no_grad()
 def render_heads(
-    shape: torch.Tensor,
-    appearance: torch.Tensor,
-    cam2world: torch.Tensor,
-    intrinsics: torch.Tensor,
-    resolution: int,
-    supersample: int = 2,
+    shape: torch.Tensor, appearance: torch.Tensor, cam2world: torch.Tensor, intrinsics: torch.Tensor, resolution: int, supersample: int = 2,
     background: str = "white",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Render heads by sphere tracing.

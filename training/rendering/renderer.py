@@ -8,13 +8,7 @@ import torch
 from torch_utils.ops import implementations
 from torch_utils.ops.ray_march import importance_depths
 from torch_utils.ops.triplane_decode import (
-    MergedPlanes,
-    Pairs,
-    merge_planes,
-    project_onto_planes,
-    projection_axes,
-    sample_planes_channels_first,
-    triplane_decode,
+    MergedPlanes, Pairs, merge_planes, project_onto_planes, projection_axes, sample_planes_channels_first, triplane_decode
 )
 from training.rendering.cameras import ray_limits_box
 from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, sample_stratified, uniform_draws
@@ -66,11 +60,7 @@ class ImportanceRenderer(torch.nn.Module):
         self._known_axes: tuple[torch.Tensor | None, int, Pairs | None] = (None, 0, None)
 
     def forward(
-        self,
-        planes: torch.Tensor,
-        decoder: torch.nn.Module,
-        ray_origins: torch.Tensor,
-        ray_directions: torch.Tensor,
+        self, planes: torch.Tensor, decoder: torch.nn.Module, ray_origins: torch.Tensor, ray_directions: torch.Tensor,
         rendering_options: dict,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Render.
