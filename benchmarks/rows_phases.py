@@ -51,7 +51,7 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     loop = _demo_loop(s, device)
     gan, n = loop.subject, s.loop.batch
     modules = (gan.nets.G, gan.nets.D, gan.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
-    images = torch.rand([n, 3, *gan.dataset.image_shape[1:]], generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images = torch.rand([n, 3, gan.dataset.resolution, gan.dataset.resolution], generator=torch.Generator().manual_seed(1)) * 2 - 1
     labels = torch.stack([torch.from_numpy(gan.dataset.get_label(i)) for i in range(n)])
     gan._fetched = images.to(device), labels.to(device)  # what its data reader would have brought
     loop.step()  # an iteration in the midst of a run: Adam has its moments

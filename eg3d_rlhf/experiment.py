@@ -21,7 +21,7 @@ from training.augment import AugmentPipe
 from training.config import networks_for
 from training.dataset import ImageFolderDataset
 from training.distributed import SINGLE, Ranks, leave
-from training.gan import Gan
+from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
@@ -65,46 +65,14 @@ def _loaded(s: Settings, resolution: int) -> networks.Networks:
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
     G: Any = nets.G
-    D: Any = nets.D
-    if G is None or D is None or nets.D_kwargs is None:
+    if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
     if G.img_resolution != resolution:
         raise ValueError(f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}. Resize them.")
     if s.net.start == "G_ema":  # with a short moving average the raw G would soon replace the pretrained average
         G.load_state_dict(nets.G_ema.state_dict())
-    if s.net.mbstd_group is not None and D.b4.mbstd is not None:  # no weight: D's groups are the run's
-        D.b4.mbstd.group_size = s.net.mbstd_group
-        nets.D_kwargs["epilogue_kwargs"] = {**nets.D_kwargs.get("epilogue_kwargs", {}), "mbstd_group_size": s.net.mbstd_group}
+    networks.set_mbstd_group(nets, s.net.mbstd_group)  # D's groups are the run's
     return nets
-
-
-def check_fit(s: Settings, nets: networks.Networks, world: int = 1) -> None:
-    """Settings that only the networks and the number of processes can judge.
-
-    Raises: ValueError naming the flag.
-    """
-    G: Any = nets.G
-    D: Any = nets.D
-    batch, part = s.loop.batch, s.loop.batch_gpu
-    if batch % (world * (part or 1)):
-        raise ValueError(f"--batch: expected a multiple of {world} processes x --batch-gpu={part or 1}, got {batch}. Change one of them.")
-    size, std = part or batch // world, D.b4.mbstd
-    group = min(std.group_size or size, size) if std is not None else 1
-    if size % group:
-        flag = "--batch-gpu" if part else "--batch"
-        raise ValueError(f"{flag}: expected a multiple of D's minibatch-std group of {group}, got {size}. Change it or --mbstd-group.")
-    conditioned = not G.rendering_kwargs["c_gen_conditioning_zero"]
-    if conditioned != s.gan.gen_pose_cond:
-        kind = "conditioned on the camera" if conditioned else "that ignores the camera"
-        raise ValueError(
-            f"--gen-pose-cond: expected {conditioned} for a generator {kind}, got {s.gan.gen_pose_cond}. Change the flag or leave it out."
-        )
-    rendered, module = max(s.gan.nrr_initial, s.gan.nrr_final or 0), G.superresolution
-    if module.only_enlarges and rendered > module.input_resolution:
-        raise ValueError(
-            f"--nrr-initial, --nrr-final: expected at most {module.input_resolution} pixels for {type(module).__name__}, got {rendered}. "
-            "Lower them."
-        )
 
 
 @dataclasses.dataclass
@@ -128,7 +96,7 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
     device = ranks.device if ranks.world > 1 else choose_device(s.run.device)
     dataset = open_dataset(s, ranks)
     nets = open_networks(s, dataset.resolution, warm_start and ranks.main).to(device)
-    check_fit(s, nets, ranks.world)
+    check_fit(nets, s.gan, s.loop, ranks.world)
     G, D = nets.G, nets.D
     assert G is not None and D is not None
     augment: Any = None

@@ -83,32 +83,25 @@ class Field(Protocol):
     @property
     def bounds(self) -> Bounds:
         """The cube that the shapes fill."""
-        ...
 
     @property
     def level(self) -> float:
         """Raw density of the surface."""
-        ...
 
     def __len__(self) -> int:
         """N."""
-        ...
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
         """Raw density [N, P] at world points [P, 3], the same for all shapes, or [N, P, 3]."""
-        ...
 
     def density_grid(self, grid: "SlabSpec") -> torch.Tensor:
         """Raw density [N, D, H, W] at the points of a grid; z, y, x rise with the index."""
-        ...
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """Colour [N, P, 3] in 0..1 at world points [P, 3]."""
-        ...
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """What cameras [N or 1, 25] see. Ray jitter is drawn from torch's global generator."""
-        ...
 
 
 @runtime_checkable
@@ -117,7 +110,6 @@ class SeparableField(Field, Protocol):
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> "SeparableDensity | None":
         """The maps of one shape (N = 1) at the product of world coordinates x [X], y [Y], z [Z]; None where there is no such form."""
-        ...
 
 
 @torch.no_grad()

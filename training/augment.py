@@ -7,7 +7,7 @@ Matrices are homogeneous and act on column vectors from the left; an entry is a 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -84,18 +84,18 @@ class _Draws:
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """U[0, 1), shape [N, *shape]."""
-        value = torch.rand([self.n, *shape], device=self.device)
-        return value if self.percentile is None else torch.full_like(value, float(self.percentile))
+        return self._or_percentile(torch.rand([self.n, *shape], device=self.device), lambda p: p)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """N(0, 1), shape [N, *shape]."""
-        value = torch.randn([self.n, *shape], device=self.device)
-        return value if self.percentile is None else torch.full_like(value, float(torch.erfinv(self.percentile * 2 - 1)))
+        return self._or_percentile(torch.randn([self.n, *shape], device=self.device), lambda p: torch.erfinv(p * 2 - 1))
 
     def half_normal(self, *shape: int) -> torch.Tensor:
         """|N(0, 1)|, shape [N, *shape]."""
-        value = torch.randn([self.n, *shape], device=self.device).abs()
-        return value if self.percentile is None else torch.full_like(value, float(torch.erfinv(self.percentile)))
+        return self._or_percentile(torch.randn([self.n, *shape], device=self.device).abs(), torch.erfinv)
+
+    def _or_percentile(self, drawn: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return drawn if self.percentile is None else torch.full_like(drawn, float(quantile(self.percentile)))
 
     def gated(self, value: torch.Tensor, probability: torch.Tensor, neutral: float) -> torch.Tensor:
         """`value` [N, ...] for the samples whose gate opens, `neutral` for the others."""
@@ -135,12 +135,18 @@ class AugmentPipe(torch.nn.Module):
         if o.brightness > 0 or o.contrast > 0 or o.lumaflip > 0 or o.hue > 0 or o.saturation > 0:
             images = _recolour(images, self._draw_colour(images, draws))
         if o.imgfilter > 0:
-            images = self._filter_bands(images, self._draw_band_gains(draws))
+            images = self._filter_bands(images, draws)
         if o.noise > 0:
             sigma = draws.gated(draws.half_normal(1, 1, 1) * o.noise_std, o.noise * self.p, 0)
             images = images + torch.randn(images.shape, device=images.device) * sigma
         if o.cutout > 0:
-            images = images * self._draw_cutout_mask(images, draws)
+            height, width = images.shape[2:]
+            size = draws.gated(torch.full([draws.n, 2, 1, 1, 1], float(o.cutout_size), device=draws.device), o.cutout * self.p, 0)
+            centre = draws.uniform(2, 1, 1, 1)
+            x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
+            y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
+            outside = ((x - centre[:, 0]).abs() >= size[:, 0] / 2) | ((y - centre[:, 1]).abs() >= size[:, 1] / 2)  # [N, 1, H, W]
+            images = images * outside.to(images.dtype)
         return images
 
     def _draw_geometry(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
@@ -201,14 +207,14 @@ class AugmentPipe(torch.nn.Module):
         """Affine maps of RGB. Returns [N, 4, 4]."""
         o, p = self.options, self.p
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
-        c = scale3d(1, 1, 1, like)
-        grey, eye = grey_projector(like), torch.eye(4, device=like.device)
+        v, eye = like.new_tensor([1, 1, 1, 0]) / _R3, torch.eye(4, device=like.device)
+        grey, c = torch.outer(v, v), affine3d(1, 0, like)  # the projector onto the homogeneous grey axis
         if o.brightness > 0:
             b = draws.gated(draws.normal() * o.brightness_std, o.brightness * p, 0)
-            c = translate3d(b, b, b, like) @ c
+            c = affine3d(1, b, like) @ c
         if o.contrast > 0:
             s = draws.gated((draws.normal() * o.contrast_std).exp2(), o.contrast * p, 1)
-            c = scale3d(s, s, s, like) @ c
+            c = affine3d(s, 0, like) @ c
         if o.lumaflip > 0:
             c = (eye - 2 * grey * draws.gated((draws.uniform(1, 1) * 2).floor(), o.lumaflip * p, 0)) @ c
         if o.hue > 0 and images.shape[1] > 1:
@@ -218,9 +224,12 @@ class AugmentPipe(torch.nn.Module):
             c = (grey + (eye - grey) * s) @ c
         return c
 
-    def _draw_band_gains(self, draws: _Draws) -> torch.Tensor:
-        """Amplitude of each band, scaled so that an image with a natural (1/f) spectrum keeps its power. Returns [N, 4]."""
-        o = self.options
+    def _filter_bands(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
+        """Amplify bands: a separable FIR filter of its own for each sample, borders mirrored. Returns [N, C, H, W].
+
+        Each band's amplitude is scaled so that an image with a natural (1/f) spectrum keeps its power.
+        """
+        o, (n, channels, height, width) = self.options, images.shape
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13  # share of each octave; the lowest holds the mean
         gains = torch.ones([draws.n, 4], device=draws.device)
         for band, strength in enumerate(o.imgfilter_bands):
@@ -228,11 +237,6 @@ class AugmentPipe(torch.nn.Module):
             drawn = draws.gated((draws.normal() * o.imgfilter_std).exp2(), o.imgfilter * self.p * strength, 1)
             t[:, band] = drawn if strength > 0 else 1
             gains = gains * t / (power * t.square()).sum(dim=1, keepdim=True).sqrt()
-        return gains
-
-    def _filter_bands(self, images: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """Amplify bands: a separable FIR filter of its own for each sample, borders mirrored. gains [N, 4] -> [N, C, H, W]."""
-        n, channels, height, width = images.shape
         kernel = (gains @ self.Hz_fbank).repeat_interleave(channels, dim=0).to(images.dtype)  # [N*C, 43], one per plane
         reach = self.Hz_fbank.shape[1] // 2
         if min(height, width) <= reach:
@@ -241,19 +245,6 @@ class AugmentPipe(torch.nn.Module):
         planes = F.conv2d(planes, kernel[:, None, None, :], groups=n * channels)
         planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
         return planes.reshape(n, channels, height, width)
-
-    def _draw_cutout_mask(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """0 inside a square of side cutout_size at a uniform centre, 1 outside. Returns [N, 1, H, W]."""
-        o = self.options
-        height, width = images.shape[2:]
-        size = torch.full([draws.n, 2, 1, 1, 1], float(o.cutout_size), device=draws.device)
-        size = draws.gated(size, o.cutout * self.p, 0)
-        centre = draws.uniform(2, 1, 1, 1)
-        x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
-        y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
-        outside_x = (x - centre[:, 0]).abs() >= size[:, 0] / 2
-        outside_y = (y - centre[:, 1]).abs() >= size[:, 1] / 2
-        return (outside_x | outside_y).to(images.dtype)
 
 
 def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
@@ -301,14 +292,9 @@ def rotate2d(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return matrix([[c, -s, 0], [s, c, 0], [0, 0, 1]], like)
 
 
-def translate3d(x: Entry, y: Entry, z: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Shift by (x, y, z). Returns [N, 4, 4]."""
-    return matrix([[1, 0, 0, x], [0, 1, 0, y], [0, 0, 1, z], [0, 0, 0, 1]], like)
-
-
-def scale3d(x: Entry, y: Entry, z: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Scale about the origin. Returns [N, 4, 4]."""
-    return matrix([[x, 0, 0, 0], [0, y, 0, 0], [0, 0, z, 0], [0, 0, 0, 1]], like)
+def affine3d(scale: Entry, shift: Entry, like: torch.Tensor) -> torch.Tensor:
+    """Scale about the origin and shift, alike along all axes. Returns [N, 4, 4]."""
+    return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], like)
 
 
 def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -319,12 +305,6 @@ def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     c, s = theta.cos(), theta.sin()
     same, plus, minus = (1 + 2 * c) / 3, (1 - c) / 3 + s / _R3, (1 - c) / 3 - s / _R3
     return matrix([[same, minus, plus, 0], [plus, same, minus, 0], [minus, plus, same, 0], [0, 0, 0, 1]], like)
-
-
-def grey_projector(like: torch.Tensor) -> torch.Tensor:
-    """vv' of the homogeneous grey axis v = (1,1,1,0)/sqrt 3. Returns [4, 4]."""
-    v = like.new_tensor([1, 1, 1, 0]) / _R3
-    return torch.outer(v, v)
 
 
 def octave_filter_bank(bands: int = 4) -> np.ndarray:

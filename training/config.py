@@ -9,10 +9,9 @@ import operator
 import types
 import typing
 
-from training.gan_loss import REG_TYPES
-
 RUN, DATA, NET = "Run", "Data", "Networks"  # titles under which --help lists flags
 GAN, OPT = "GAN losses and schedule", "Optimisation"
+REG_TYPES = ("l1", "monotonic-detach", "monotonic-fixed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

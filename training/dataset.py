@@ -1,8 +1,10 @@
-"""Training images with camera labels, in EG3D's dataset format.
+"""Training images with camera labels, in EG3D's dataset format, and the endless order in which they are drawn.
 
 Shape letters: n images before mirroring, C channels, R resolution, L numbers per label.
 """
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from training.dataset_files import LABELS_FILE, ImageFiles, label_array
 from training.rendering.cameras import LABEL_NUMBERS, mirror_label
 
 CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory
+_DRAWS = 1 << 12  # random numbers drawn at once
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
@@ -25,16 +28,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     on wrong poses); labels are required and checked unless use_labels is False.
 
     Args:
-        path: folder or .zip.
-        resolution: required image size in pixels; None takes the first image's.
-        use_labels: False gives labels of length 0.
-        max_size: at most this many images, a random subset in file order; None for all.
+        path: folder or .zip; resolution: required image size in pixels; None takes the first image's.
+        use_labels: False gives labels of length 0; c_dim: required label length L, e.g. 25 for cameras; None accepts any.
+        max_size: at most this many images, a random subset (of random_seed) in file order; None for all.
         xflip: append a horizontally mirrored copy of every image.
-        random_seed: of the subset.
-        c_dim: required label length L, e.g. 25 for cameras; None accepts any.
-
-    Raises:
-        ValueError: naming file, entry and remedy for anything that is missing, damaged or inconsistent.
+    Raises: ValueError naming file, entry and remedy for anything that is missing, damaged or inconsistent.
     """
 
     def __init__(
@@ -44,7 +42,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if max_size is not None and max_size < 1:
             raise ValueError(f"ImageFolderDataset: max_size must be >= 1 or None, got {max_size}.")
         self._files = ImageFiles(Path(path))
-        self._labels = self._read_labels(c_dim) if use_labels else None
+        self._labels = None  # float32 [n, L]
+        if use_labels:
+            where, stored = f"dataset {path}: {LABELS_FILE}", self._files.read_labels()
+            if stored is None and c_dim:
+                raise ValueError(f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add them, or train without labels.')
+            if stored is not None:
+                labels = label_array(stored, self._files.images, where, c_dim)
+                self._labels = np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
         n = len(self._files.images)
         self._shape = self._files.read_image(self._files.images[0]).shape
         if resolution is not None and resolution != self._shape[1]:
@@ -59,17 +64,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._raw_index = np.tile(keep, 2) if xflip else keep
         self._flipped = np.arange(len(self._raw_index)) >= len(keep)
         self._cache = self._known = None
-
-    def _read_labels(self, c_dim: int | None) -> np.ndarray | None:
-        """float32 [n, L], or None when the set says that it has no labels."""
-        where = f"dataset {self._files.path}: {LABELS_FILE}"
-        stored = self._files.read_labels()
-        if stored is None:
-            if c_dim:
-                raise ValueError(f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add them, or train without labels.')
-            return None
-        labels = label_array(stored, self._files.images, where, c_dim)
-        return np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
 
     def __getstate__(self):
         return {**self.__dict__, "_cache": None, "_known": None}
@@ -88,12 +82,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             self._known = np.zeros(len(self._cache), bool)
         if self._cache is not None and self._known[raw]:
             return self._cache[raw]
-        entry = self._files.images[raw]
-        image = self._files.read_image(entry)
+        image = self._files.read_image(self._files.images[raw])
         if image.shape != self._shape:
+            where, first = f"dataset {self._files.path}: entry {self._files.images[raw]!r}", self._files.images[0]
             raise ValueError(
-                f"dataset {self._files.path}: entry {entry!r}: expected {list(self._shape)} (channels, height, width) as in "
-                f"{self._files.images[0]!r}, got {list(image.shape)}. All images must have one size and kind."
+                f"{where}: expected {list(self._shape)} (channels, height, width) as in {first!r}, got {list(image.shape)}. "
+                "All images must have one size and kind."
             )
         if self._cache is not None:
             self._cache[raw] = image
@@ -123,16 +117,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._files.close()
 
     @property
-    def name(self) -> str:
-        """Name of the folder or file without extension."""
-        return self._files.path.stem
-
-    @property
-    def image_shape(self) -> list[int]:
-        """[C, R, R]."""
-        return list(self._shape)
-
-    @property
     def num_channels(self) -> int:
         """C: 1 or 3."""
         return self._shape[0]
@@ -143,21 +127,64 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._shape[1]
 
     @property
-    def label_shape(self) -> list[int]:
-        """[L]."""
-        return [self.label_dim]
-
-    @property
     def label_dim(self) -> int:
         """L; 0 without labels."""
         return 0 if self._labels is None else self._labels.shape[1]
 
     @property
-    def has_labels(self) -> bool:
-        """Whether labels have any numbers."""
-        return self.label_dim > 0
-
-    @property
     def label_std(self) -> np.ndarray:
         """Standard deviation [L] of each number over the stored labels of the whole set (before subset and mirroring)."""
         return np.zeros(0, np.float32) if self._labels is None else self._labels.std(axis=0)
+
+
+class InfiniteSampler(torch.utils.data.Sampler[int]):
+    """Endless sampler with EG3D's windowed shuffle.
+
+    An initial permutation of 0 .. n-1 is walked cyclically. At position k, with i = k mod n, the entry order[i] is yielded if
+    k mod num_replicas == rank; then it is swapped with the entry r places earlier (cyclically), r uniform in [0, window), so that an image
+    comes back after at least (1 - window) n other positions. Every rank walks all positions, hence the same draws.
+
+    Deviates: `start_index` (EG3D restarts from position 0) and an argument check; the order itself is EG3D's.
+
+    Args:
+        dataset: anything with a length, not 0.
+        rank, num_replicas: this process and their number; 0 <= rank < num_replicas.
+        shuffle: False walks 0 .. n-1 in order.
+        seed: of the numpy RandomState.
+        window_size: window as a fraction of n, in [0, 1]; a window under 2 places disables reshuffling.
+        start_index: position at which to begin, counted over all ranks: the images consumed before a resumed run. The positions before it
+            are replayed without yielding (well under a microsecond each), so the order continues exactly.
+
+    Raises: ValueError on an empty dataset or values outside those ranges.
+    """
+
+    def __init__(
+        self, dataset, rank: int = 0, num_replicas: int = 1, shuffle: bool = True, seed: int = 0, window_size: float = 0.5,
+        start_index: int = 0,
+    ):
+        if len(dataset) == 0:
+            raise ValueError("InfiniteSampler: expected at least one image, got an empty dataset. Check the path and max_size.")
+        if not (0 <= rank < num_replicas and 0 <= window_size <= 1 and start_index >= 0):
+            raise ValueError(
+                "InfiniteSampler: expected 0 <= rank < num_replicas, 0 <= window_size <= 1 and start_index >= 0, got "
+                f"rank={rank}, num_replicas={num_replicas}, window_size={window_size}, start_index={start_index}."
+            )
+        super().__init__()
+        self.length, self.rank, self.num_replicas, self.start_index = len(dataset), rank, num_replicas, start_index
+        self.shuffle, self.seed, self.window_size = shuffle, seed, window_size
+
+    def __iter__(self) -> Iterator[int]:
+        n, order, random = self.length, np.arange(self.length), np.random.RandomState(self.seed)
+        window = int(np.rint(n * self.window_size)) if self.shuffle else 0
+        if self.shuffle:
+            random.shuffle(order)
+        order, back = order.tolist(), iter(())
+        for position in itertools.count():
+            i = position % n
+            if position >= self.start_index and position % self.num_replicas == self.rank:
+                yield order[i]
+            if window >= 2:
+                if position % _DRAWS == 0:  # many at once give the same numbers as one by one
+                    back = iter(random.randint(window, size=_DRAWS).tolist())
+                j = (i - next(back)) % n
+                order[i], order[j] = order[j], order[i]

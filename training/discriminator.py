@@ -115,15 +115,11 @@ class DualDiscriminator(torch.nn.Module):
     ):
         super().__init__()
         self.c_dim, self.img_resolution = c_dim, img_resolution
-        self.img_channels = img_channels * 2
-        self.disc_c_noise = disc_c_noise
+        self.img_channels, self.disc_c_noise = img_channels * 2, disc_c_noise
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
-        if cmap_dim is None:
-            cmap_dim = width[4]
-        if c_dim == 0:
-            cmap_dim = 0
+        cmap_dim = 0 if c_dim == 0 else width[4] if cmap_dim is None else cmap_dim
         layer_idx = 0
         for res in self.block_resolutions:
             block = DiscriminatorBlock(

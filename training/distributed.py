@@ -127,11 +127,6 @@ class Ranks:
 SINGLE = Ranks()
 
 
-def launched() -> bool:
-    """Whether torchrun (or another launcher that sets its variables) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def launch_identity() -> str | None:
     """What all attempts of one torchrun share: its --rdzv-id where one was given, else machine and process of the launcher."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -151,7 +146,7 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
         device: 'cuda' or 'cpu'; minutes: how long one exchange may take before the run ends with an error.
     Raises: ValueError for incomplete variables or too few GPUs; PeerLostError.
     """
-    if not launched():
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():  # neither torchrun nor another launcher that sets them
         yield SINGLE
         return
     try:

@@ -14,13 +14,39 @@ import torch
 from torch_utils.training_stats import Collector
 from training import networks
 from training.config import GanConfig, LoopConfig
-from training.dataset import ImageFolderDataset
+from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.distributed import SINGLE, Ranks
 from training.gan_phases import Batch
-from training.image_grid import save_fakes, save_grid
+from training.image_grid import save_grid
 from training.phases import derive_seed
 from training.rounds import Layout
-from training.sampler import InfiniteSampler
+
+
+def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, world: int = 1) -> None:
+    """Settings that only the networks and the number of processes can judge.
+
+    Raises: ValueError naming the flag.
+    """
+    batch, part, std, module = loop.batch, loop.batch_gpu, nets.D.b4.mbstd, nets.G.superresolution
+    if batch % (world * (part or 1)):
+        raise ValueError(f"--batch: expected a multiple of {world} processes x --batch-gpu={part or 1}, got {batch}. Change one of them.")
+    size = part or batch // world
+    group = min(std.group_size or size, size) if std is not None else 1
+    if size % group:
+        flag = "--batch-gpu" if part else "--batch"
+        raise ValueError(f"{flag}: expected a multiple of D's minibatch-std group of {group}, got {size}. Change it or --mbstd-group.")
+    conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
+    if conditioned != config.gen_pose_cond:
+        kind = "conditioned on the camera" if conditioned else "that ignores the camera"
+        raise ValueError(
+            f"--gen-pose-cond: expected {conditioned} for a generator {kind}, got {config.gen_pose_cond}. Change the flag or leave it out."
+        )
+    rendered = max(config.nrr_initial, config.nrr_final or 0)
+    if module.only_enlarges and rendered > module.input_resolution:
+        raise ValueError(
+            f"--nrr-initial, --nrr-final: expected at most {module.input_resolution} pixels for {type(module).__name__}, got {rendered}. "
+            "Lower them."
+        )
 
 
 class Gan:
@@ -108,7 +134,15 @@ class Gan:
     def after_step(self, cur_nimg: int, batch_idx: int) -> None:
         """Move the average and, in its turn, the augmentation. Args: images before the iteration; iterations with it."""
         self._update_ema(cur_nimg)
-        self._update_ada(batch_idx)
+        config, pipe = self.config, self.augment_pipe
+        if pipe is None or config.aug != "ada" or batch_idx % config.ada_interval:
+            return
+        mean = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
+        self.ada_stats.flush()
+        if mean is not None:
+            step = math.copysign(1, mean - config.target) if mean != config.target else 0.0
+            step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
+            pipe.p.copy_((pipe.p + step).clamp_min(0))
 
     @torch.no_grad()
     def _update_ema(self, cur_nimg: int) -> None:
@@ -123,17 +157,6 @@ class Gan:
             average.copy_(current)
         G_ema.neural_rendering_resolution = G.neural_rendering_resolution
         G_ema.rendering_kwargs = copy.copy(G.rendering_kwargs)
-
-    def _update_ada(self, batch_idx: int) -> None:
-        config, pipe = self.config, self.augment_pipe
-        if pipe is None or config.aug != "ada" or batch_idx % config.ada_interval:
-            return
-        mean = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
-        self.ada_stats.flush()
-        if mean is not None:
-            step = math.copysign(1, mean - config.target) if mean != config.target else 0.0
-            step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
-            pipe.p.copy_((pipe.p + step).clamp_min(0))
 
     # Files.
 
@@ -152,5 +175,11 @@ class Gan:
         self.nets.cur_nimg = cur_nimg
         networks.save(folder / f"network-snapshot-{tag}.safetensors", self.nets)
 
+    @torch.no_grad()
     def _fakes(self, folder: Path, tag: str) -> None:
-        save_fakes(self.nets.G_ema, *self._grid, self.config.grid[0], folder, tag)
+        """fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png (near is bright), with constant noise."""
+        parts = [self.nets.G_ema(z=z, c=c, noise_mode="const") for z, c in zip(*(x.split(8) for x in self._grid), strict=True)]
+        for name, end in (("image", ""), ("image_raw", "_raw"), ("image_depth", "_depth")):
+            x = torch.cat([part[name].cpu() for part in parts])
+            x, span = (x, (-1, 1)) if end != "_depth" else (-x, (float(-x.max()), float(-x.min())))
+            save_grid(x, span, self.config.grid[0], folder / f"fakes{tag}{end}.png")

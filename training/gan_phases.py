@@ -1,18 +1,74 @@
-"""The four phases of EG3D's GAN game as generators of named, unreduced losses.
+"""The four phases of EG3D's GAN game as generators of named, unreduced losses; the loss terms are pure functions of tensors.
 
-Shapes: N batch, Z z_dim, K c_dim, R final and r raw resolution.
+Shapes: N batch, Z z_dim, K c_dim, C channels, R final and r raw resolution, P points.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from training import gan_loss
+from torch_utils.ops import upfirdn2d
 from training.config import GanConfig
 from training.discriminator import filtered_resizing
 from training.phases import Loss, Phase, lazy_adam
+
+
+def logistic_loss(logits: torch.Tensor, real: bool) -> torch.Tensor:
+    """softplus(-D) where the images should pass for `real`, as the generator's (non-saturating, Goodfellow et al. 2014) and D's real ones,
+    else softplus(D). logits [N, 1] -> [N]."""
+    return torch.nn.functional.softplus(-logits if real else logits).squeeze(1)
+
+
+def r1_penalty(real_logits: torch.Tensor, *fed: torch.Tensor) -> torch.Tensor:
+    """Squared gradient norm of D at real images (Mescheder et al. 2018), summed over pixels and over all `fed` tensors.
+
+    Args:
+        real_logits: [N, 1]; fed: the tensors that the discriminator was given, after blur and augmentation, each [N, C, H, W].
+    Returns: [N]. Differentiable in the discriminator's parameters (second order).
+    """
+    gradients = torch.autograd.grad(outputs=[real_logits.sum()], inputs=list(fed), create_graph=True, only_inputs=True)
+    return sum(g.square().sum(dim=[1, 2, 3]) for g in gradients)
+
+
+def density_l1(sigma: torch.Tensor) -> torch.Tensor:
+    """Mean |sigma(x) - sigma(x + e)| of raw densities.
+
+    Args:
+        sigma: [N, 2P, 1], the points in the first half and their perturbed copies in the second.
+    Returns: [N].
+    """
+    first, second = sigma.chunk(2, dim=1)
+    return (first - second).abs().mean(dim=[1, 2])
+
+
+def density_monotonic(sigma: torch.Tensor, detach_front: bool) -> torch.Tensor:
+    """Mean relu(sigma(front) - sigma(behind)): density should not fall from front to back.
+
+    Args:
+        sigma: [N, 2P, 1], front points first, the points one voxel behind them second; detach_front: gradient to the points behind only.
+    Returns: [N].
+    """
+    front, behind = sigma.chunk(2, dim=1)
+    if detach_front:
+        front = front.detach()
+    return torch.relu(front - behind).mean(dim=[1, 2])
+
+
+def blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian-like blur exp2(-(k/sigma)^2), |k| <= floor(3 sigma), zero-padded; nothing below a third of a pixel.
+
+    Args:
+        image: [N, C, H, W]; sigma: pixels.
+    Returns: as image. Differentiable in image.
+    """
+    radius = math.floor(sigma * 3)
+    if radius <= 0:
+        return image
+    taps = torch.arange(-radius, radius + 1, device=image.device).div(sigma).square().neg().exp2()
+    return upfirdn2d.filter2d(image, taps / taps.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +169,7 @@ class GanPhases:
         self, img: dict[str, torch.Tensor], c: torch.Tensor, blur_sigma: float, mixed: bool = True
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits [N, 1] and the tensors that were fed to D (blurred, augmented), for R1; `mixed` allows reduced precision."""
-        image, raw = gan_loss.blur(img["image"], blur_sigma), img["image_raw"]
+        image, raw = blur(img["image"], blur_sigma), img["image_raw"]
         if self.augment_pipe is not None:
             size = image.shape[-1]
             both = self.augment_pipe(torch.cat([image, filtered_resizing(raw, size)], dim=1))
@@ -124,14 +180,14 @@ class GanPhases:
 
     def _real(self, batch: Batch, sched: Schedule, requires_grad: bool) -> dict[str, torch.Tensor]:
         raw = filtered_resizing(batch.real_img, sched.neural_rendering_resolution, self.config.filter_mode)
-        raw = gan_loss.blur(raw, sched.blur_sigma)  # the fake raw image is not blurred: EG3D's behaviour, kept
+        raw = blur(raw, sched.blur_sigma)  # the fake raw image is not blurred: EG3D's behaviour, kept
         return {"image": batch.real_img.detach().requires_grad_(requires_grad), "image_raw": raw.detach().requires_grad_(requires_grad)}
 
     def g_main(self, batch: Batch) -> Iterator[Loss]:
         """Non-saturating generator loss."""
         sched = schedule(self.config, batch.cur_nimg)
         logits, _ = self.run_D(self.run_G(batch, sched), batch.gen_c, sched.blur_sigma)
-        loss = gan_loss.generator_loss(logits)
+        loss = logistic_loss(logits, real=True)
         yield Loss(loss, {"Loss/scores/fake": logits, "Loss/signs/fake": logits.sign(), "Loss/G/loss": loss})
 
     def g_reg(self, batch: Batch) -> Iterator[Loss]:
@@ -143,12 +199,12 @@ class GanPhases:
             l1_distance = box_warp / 256
             front = torch.rand([ws.shape[0], 2000, 3], device=ws.device) * 2 - 1
             behind = front + torch.tensor([0.0, 0.0, -box_warp / 256], device=ws.device)
-            loss = gan_loss.density_monotonic(self._sigma_raw(ws, front, behind), detach_front=config.reg_type == "monotonic-detach")
+            loss = density_monotonic(self._sigma_raw(ws, front, behind), detach_front=config.reg_type == "monotonic-detach")
             yield Loss(loss * 10, {"density_reg_monotonic_unscaled": loss})
             ws = self._density_ws(batch)  # the graph of the first is gone once its loss has run backward
         points = torch.rand([ws.shape[0], 1000, 3], device=ws.device) * 2 - 1
         perturbed = points + torch.randn_like(points) * l1_distance
-        loss = gan_loss.density_l1(self._sigma_raw(ws, points, perturbed))
+        loss = density_l1(self._sigma_raw(ws, points, perturbed))
         yield Loss(loss * config.density_reg, {"density_reg_l1_unscaled": loss})
 
     def _density_ws(self, batch: Batch) -> torch.Tensor:
@@ -169,10 +225,10 @@ class GanPhases:
         with torch.no_grad():
             fake = self.run_G(batch, sched, update_emas=True)
         logits, _ = self.run_D(fake, batch.gen_c, sched.blur_sigma)
-        fake_loss = gan_loss.discriminator_fake_loss(logits)
+        fake_loss = logistic_loss(logits, real=False)
         yield Loss(fake_loss, {"Loss/scores/fake": logits, "Loss/signs/fake": logits.sign()})
         logits, _ = self.run_D(self._real(batch, sched, requires_grad=False), batch.real_c, sched.blur_sigma)
-        loss = gan_loss.discriminator_real_loss(logits)
+        loss = logistic_loss(logits, real=True)
         stats = {"Loss/scores/real": logits, "Loss/signs/real": logits.sign(), "Loss/D/loss": fake_loss.detach() + loss}
         yield Loss(loss, stats)
 
@@ -180,7 +236,7 @@ class GanPhases:
         """R1, taken at the tensors that D is fed."""
         sched = schedule(self.config, batch.cur_nimg)
         logits, fed = self.run_D(self._real(batch, sched, requires_grad=True), batch.real_c, sched.blur_sigma, mixed=False)
-        penalty = gan_loss.r1_penalty(logits, *fed)
+        penalty = r1_penalty(logits, *fed)
         loss = penalty * (self.config.gamma / 2)
         stats = {"Loss/scores/real": logits, "Loss/signs/real": logits.sign(), "Loss/r1_penalty": penalty, "Loss/D/reg": loss}
         yield Loss(loss, stats)

@@ -21,19 +21,3 @@ def save_grid(images: np.ndarray | torch.Tensor, value_range: tuple[float, float
     canvas[:n] = x
     canvas = canvas.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
     PIL.Image.fromarray(canvas[:, :, 0] if c == 1 else canvas).save(path)
-
-
-@torch.no_grad()
-def render_fakes(G: torch.nn.Module, z: torch.Tensor, c: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:
-    """Images of latents z [N, Z] from cameras c [N, 25] with constant noise: 'image', 'image_raw', 'image_depth' on the CPU."""
-    parts = [G(z=zi, c=ci, noise_mode="const") for zi, ci in zip(z.split(batch), c.split(batch), strict=True)]
-    return {key: torch.cat([p[key].cpu() for p in parts]) for key in ("image", "image_raw", "image_depth")}
-
-
-def save_fakes(G: torch.nn.Module, z: torch.Tensor, c: torch.Tensor, columns: int, folder: Path, tag: str) -> None:
-    """fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png (near is bright)."""
-    fakes = render_fakes(G, z, c)
-    save_grid(fakes["image"], (-1, 1), columns, folder / f"fakes{tag}.png")
-    save_grid(fakes["image_raw"], (-1, 1), columns, folder / f"fakes{tag}_raw.png")
-    depth = -fakes["image_depth"]
-    save_grid(depth, (float(depth.min()), float(depth.max())), columns, folder / f"fakes{tag}_depth.png")

@@ -32,13 +32,10 @@ class FullyConnectedLayer(torch.nn.Module):
         bias_init: float = 0.0,
     ):
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.activation = activation
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) / lr_multiplier)
         self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
+        self.weight_gain, self.bias_gain = lr_multiplier / math.sqrt(in_features), lr_multiplier
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Weight as it multiplies the input. Returns [O, I]."""
@@ -79,16 +76,11 @@ class Conv2dLayer(torch.nn.Module):
         self.act_gain = bias_act.activation_funcs[activation].def_gain
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
         weight = torch.randn([out_channels, in_channels, kernel_size, kernel_size])
-        offset = torch.zeros([out_channels]) if bias else None
-        if trainable:
-            self.weight = torch.nn.Parameter(weight)
-            self.bias = torch.nn.Parameter(offset) if bias else None
-        else:  # freeze-D: the same names as buffers, so that the state dict does not change
-            self.register_buffer("weight", weight)
-            if bias:
-                self.register_buffer("bias", offset)
-            else:
-                self.bias = None
+        for name, value in (("weight", weight), ("bias", torch.zeros([out_channels]) if bias else None)):
+            if trainable:
+                self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
+            else:  # freeze-D: the same names as buffers, so that the state dict does not change
+                self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         """x [N, C, H, W] -> [N, O, H*up/down, W*up/down]."""

@@ -69,6 +69,7 @@ class TrainingLoop:
         self.cur_nimg, self.batch_idx, self.cur_tick = 0, 0, 0
         self.next_tick: int | None = None  # images at which the tick under way ends
         self.stats = Collector()
+        self.collectors = {"stats": self.stats, **subject.collectors}
         self.stopped: str | None = None  # name of the signal that ended the run early
 
     # One iteration.
@@ -198,12 +199,9 @@ class TrainingLoop:
             assert found.setdefault(name, phase.optimizer) is phase.optimizer, f"{phase.name}: another {name}; set own_optimizer"
         return found
 
-    def _collectors(self) -> dict[str, Collector]:
-        return {"stats": self.stats, **self.subject.collectors}
-
     def save_checkpoint(self) -> Path:
         """Write the resumable state of this moment, on rank 0; all ranks take part. Returns its path."""
-        every = self.ranks.gather({name: collector.state() for name, collector in self._collectors().items()})
+        every = self.ranks.gather({name: collector.state() for name, collector in self.collectors.items()})
         tensors = {f"{name}.{k}": v for name, m in self._modules().items() for k, v in m.state_dict().items()}
         for name, optimizer in self._optimizers().items():
             tensors.update(checkpoint.optimizer_tensors(name, optimizer))
@@ -223,19 +221,14 @@ class TrainingLoop:
             checkpoint.restore_optimizer(name, optimizer, tensors)
         self.cur_nimg, self.batch_idx, self.cur_tick = meta["cur_nimg"], meta["batch_idx"], meta["cur_tick"]
         self.next_tick = meta.get("next_tick")  # files of earlier versions were written at ticks only
-        self._restore_stats(meta)
+        # Each rank's own sums, so that the order of additions stays; another number of ranks shares those of the old ones.
+        every = meta.get("rank_stats") or [{name: meta[name] for name in self.collectors}]  # earlier versions had one rank
+        for name, collector in self.collectors.items():
+            sums = {key: [0.0, 0.0, 0.0] for key in every[0][name]}
+            for state in every[self.ranks.rank :: self.ranks.world]:
+                sums = {key: [a + b for a, b in zip(value, state[name].get(key, [0.0] * 3), strict=True)] for key, value in sums.items()}
+            collector.restore(sums)
         self.subject.restore(meta)
         self.files.go_on(self.cur_nimg / 1000, meta["stats_lines"])
         if self.ranks.main:
             print(f"Resumed from {self.files.last_checkpoint} at {self.cur_nimg} images.", file=sys.stderr)
-
-    def _restore_stats(self, meta: dict) -> None:
-        """Each rank's own sums, so that the order of additions stays; another number of ranks shares those of the old ones."""
-        collectors = self._collectors()
-        every = meta.get("rank_stats") or [{name: meta[name] for name in collectors}]  # earlier versions had one rank
-        mine = every[self.ranks.rank :: self.ranks.world] or [{name: {} for name in collectors}]
-        for name, collector in collectors.items():
-            zero = {key: [0.0, 0.0, 0.0] for key in every[0][name]}
-            for state in (one[name] for one in mine):
-                zero = {key: [a + b for a, b in zip(value, state.get(key, [0.0] * 3), strict=True)] for key, value in zero.items()}
-            collector.restore(zero)

@@ -15,34 +15,16 @@ EG3D = "eg3d"  # architecture of the files that name none
 RENDERED = "neural_rendering_resolution"  # in the header of networks that have one
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What a network file's name of an architecture stands for."""
-
-    name: str
-    G: type[torch.nn.Module]  # built from the file's G_kwargs
-    D: type[torch.nn.Module] | None  # built from its D_kwargs; None where there is no discriminator
+# By the name in a network file: G and D, built from its G_kwargs and D_kwargs; D is None where there is no discriminator.
+ARCHITECTURES: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module] | None]] = {EG3D: (TriPlaneGenerator, DualDiscriminator)}
 
 
-ARCHITECTURES = {EG3D: Architecture(EG3D, TriPlaneGenerator, DualDiscriminator)}
-
-
-def register(architecture: Architecture) -> None:
-    """Make an architecture known by its name."""
-    ARCHITECTURES[architecture.name] = architecture
-
-
-def architecture(name: str) -> Architecture:
-    """The architecture called `name`. Raises: ValueError naming those that are known."""
+def architecture(name: str) -> tuple[type[torch.nn.Module], type[torch.nn.Module] | None]:
+    """G and D of the architecture called `name`. Raises: ValueError naming those that are known."""
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(f"network: expected an architecture of {known}, got {name!r}. Name the plugin that brings it (docs/extending.md).")
     return ARCHITECTURES[name]
-
-
-def architecture_of(path: str | Path) -> str:
-    """The architecture that a network file names. Raises: as `training.storage.read_meta`."""
-    return storage.read_meta(path, "network").get("architecture", EG3D)
 
 
 @dataclasses.dataclass
@@ -68,9 +50,8 @@ class Networks:
 
 def build(G_kwargs: dict, D_kwargs: dict, training_set: dict, name: str = EG3D) -> Networks:
     """Fresh networks of the architecture called `name`; the moving average starts as a copy of G."""
-    kind = architecture(name)
-    G = kind.G(**G_kwargs)
-    D = kind.D(**D_kwargs)
+    make_G, make_D = architecture(name)
+    G, D = make_G(**G_kwargs), make_D(**D_kwargs)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     G, D = G.train().requires_grad_(False), D.train().requires_grad_(False)
     return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set, architecture=name)
@@ -99,30 +80,28 @@ def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: in
     Raises: FileNotFoundError, ValueError (truncated, foreign, other architecture).
     """
     tensors, meta = storage.read_tensors(path, "network")
-    kind = architecture(meta.get("architecture", EG3D))
-    G_ema = kind.G(**meta["G_kwargs"])
-    storage.load_strict(G_ema, _part(tensors, "G_ema."), f"{path} (G_ema)")
-    G = D = None
-    if any(k.startswith("G.") for k in tensors):
-        G = kind.G(**meta["G_kwargs"])
-        storage.load_strict(G, _part(tensors, "G."), f"{path} (G)")
-        G.train().requires_grad_(False)
-    if any(k.startswith("D.") for k in tensors):
-        if freeze_layers is not None:
-            meta["D_kwargs"]["block_kwargs"] = {**meta["D_kwargs"].get("block_kwargs", {}), "freeze_layers": freeze_layers}
-        D = kind.D(**meta["D_kwargs"])
-        storage.load_strict(D, _part(tensors, "D."), f"{path} (D)")
-        D.train().requires_grad_(False)
-    for module in (G, G_ema):
-        if module is not None and RENDERED in meta:
-            module.neural_rendering_resolution = meta[RENDERED]
-    G_ema.eval().requires_grad_(False)
-    networks = Networks(G, D, G_ema, meta["G_kwargs"], meta["D_kwargs"], meta["training_set"], meta["cur_nimg"], kind.name)
+    name = meta.get("architecture", EG3D)
+    make_G, make_D = architecture(name)
+    if freeze_layers is not None and any(k.startswith("D.") for k in tensors):
+        meta["D_kwargs"]["block_kwargs"] = {**meta["D_kwargs"].get("block_kwargs", {}), "freeze_layers": freeze_layers}
+    modules: dict[str, torch.nn.Module | None] = {}
+    for part, make, kwargs in (("G_ema", make_G, meta["G_kwargs"]), ("G", make_G, meta["G_kwargs"]), ("D", make_D, meta["D_kwargs"])):
+        own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        modules[part] = module = make(**kwargs) if own or part == "G_ema" else None
+        if module is not None:
+            storage.load_strict(module, own, f"{path} ({part})")
+            module.train(part != "G_ema").requires_grad_(False)
+            if part != "D" and RENDERED in meta:
+                module.neural_rendering_resolution = meta[RENDERED]
+    networks = Networks(**modules, **{k: meta[k] for k in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")}, architecture=name)
     return networks.to(device)
 
 
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def set_mbstd_group(networks: Networks, group: int | None) -> None:
+    """Let D's minibatch-std layer, which has no weights, take groups of so many samples; None leaves it as it is."""
+    if group is not None and networks.D.b4.mbstd is not None:
+        networks.D.b4.mbstd.group_size = group
+        networks.D_kwargs["epilogue_kwargs"] = {**networks.D_kwargs.get("epilogue_kwargs", {}), "mbstd_group_size": group}
 
 
 def state_hash(module: torch.nn.Module) -> str:

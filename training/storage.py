@@ -12,8 +12,9 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-FORMAT_KEY = "eg3d_rlhf"
+HEADER_KEY = "eg3d_rlhf"
 CHECKSUM_KEY = "sha256"
+FORMAT = 1  # of the files that are written; those without a number are of format 1, later ones are refused
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -33,19 +34,13 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             f"{path}: expected to write {len(data)} bytes, got: {reason}. What was there is whole. Make room or choose another folder."
         ) from error
     finally:
-        _discard(temporary)
+        with contextlib.suppress(OSError):  # nothing more can be done in a folder that is gone or read-only
+            temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _discard(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # nothing more can be done in a folder that is gone or read-only
-        pass
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -57,9 +52,9 @@ def remove_temporaries(folder: Path) -> None:
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Save tensors and a JSON-able description as one file of the given kind ('network', 'checkpoint', 'reward', ...)."""
     plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared storage
-    content = {"kind": kind, "meta": meta}
+    content = {"format": FORMAT, "kind": kind, "meta": meta}
     described = json.dumps({**content, CHECKSUM_KEY: checksum(plain, content)}, sort_keys=True)
-    write_atomic(path, save(plain, metadata={FORMAT_KEY: described}))
+    write_atomic(path, save(plain, metadata={HEADER_KEY: described}))
 
 
 def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
@@ -82,7 +77,8 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
 def read_tensors(path: str | Path, kind: str | None = None, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and description; files of earlier versions have no checksum to compare with.
 
-    Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, a foreign file, or one of another kind.
+    Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, a foreign file, one of another kind, or one that a
+    later version wrote.
     """
     with _opened(path, kind) as (file, content):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -107,28 +103,22 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{what}, got a truncated or foreign one ({error}). Restore it or name another file.") from None
     with opened as file:
-        described = (file.metadata() or {}).get(FORMAT_KEY)
+        described = (file.metadata() or {}).get(HEADER_KEY)
         if described is None:
             raise ValueError(f"{what}, got safetensors without this project's header. Name a file that train.py or a tool wrote.")
-        content = _description(described)
-        if content is None:
+        try:
+            content = json.loads(described)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or not isinstance(content.get("format", 1), int):
+            content = {}
+        if content.get("format", 1) > FORMAT:
+            raise ValueError(f"{what}, got one of format {content['format']}. It was written by a later version: use a later package.")
+        if not {"kind", "meta"} <= content.keys():
             raise ValueError(f"{what}, got one whose header is damaged. Restore it or name another file.")
         if kind is not None and content["kind"] != kind:
             raise ValueError(f"{what}, got one of kind {content['kind']!r}. Name a {kind} file.")
         yield file, content
-
-
-def _description(text: str) -> dict | None:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) and {"kind", "meta"} <= content.keys() else None
-
-
-def _printable(name: str) -> str:
-    """A name out of a file, fit for a terminal: control characters escaped, cut at 120 characters."""
-    return name[:120].encode("unicode_escape").decode("ascii")
 
 
 def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: str) -> None:
@@ -141,8 +131,8 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], who: 
     shapes = [f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}" for k in misshapen]
     fitting = {k: v for k, v in tensors.items() if k not in misshapen}
     missing, unexpected = (sorted(set(names) - set(misshapen)) for names in module.load_state_dict(fitting, strict=False))
-    problems = [
-        f"{title}: {', '.join(_printable(n) for n in names[:8])}{' ...' if len(names) > 8 else ''}"
+    problems = [  # names out of a file are made fit for a terminal: cut, control characters escaped
+        f"{title}: {', '.join(n[:120].encode('unicode_escape').decode() for n in names[:8])}{' ...' if len(names) > 8 else ''}"
         for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes)) if names
     ]
     if problems:

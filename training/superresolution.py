@@ -33,8 +33,8 @@ class SuperresolutionHybrid(torch.nn.Module):
         super().__init__()
         del num_fp16_res, conv_clamp, channel_base, channel_max  # accepted for EG3D's call; without effect there too
         self.input_resolution = input_resolution or self.default_input_resolution
-        if img_resolution != self.input_resolution * self.factor_of_input():
-            expected = self.input_resolution * self.factor_of_input()
+        expected = self.input_resolution * (4 if self.first_block_upsamples else 2)
+        if img_resolution != expected:
             raise ValueError(
                 f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. "
                 f"Use data of {expected} pixels, or name another module with --sr-module."
@@ -48,11 +48,6 @@ class SuperresolutionHybrid(torch.nn.Module):
         self.block1 = SynthesisBlock(wide, narrow, resolution=resolution0 * 2, is_last=True, **kwargs)
         if self.has_resample_filter:
             self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
-
-    @classmethod
-    def factor_of_input(cls) -> int:
-        """Final resolution over input resolution."""
-        return 4 if cls.first_block_upsamples else 2
 
     def _resize(self, x: torch.Tensor) -> torch.Tensor:
         size = self.input_resolution
@@ -80,14 +75,9 @@ class SuperresolutionHybrid8X(SuperresolutionHybrid):
     its hash, under which labels refer to the generator, stays as well.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_filter_as_in_file)
-
-
-def _filter_as_in_file(module: torch.nn.Module, state_dict: dict, prefix: str, *_unused) -> None:
-    """Count the filter among the module's state where the file does."""
-    module.register_buffer("resample_filter", module.resample_filter, persistent=f"{prefix}resample_filter" in state_dict)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
+        self.register_buffer("resample_filter", self.resample_filter, persistent=f"{prefix}resample_filter" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
 
 class SuperresolutionHybrid8XDC(SuperresolutionHybrid):
@@ -117,12 +107,8 @@ class SuperresolutionHybridDeepfp32(SuperresolutionHybrid4X):
     antialias_allowed = False
 
 
-MODULES = {
-    cls.__name__: cls
-    for cls in (
-        SuperresolutionHybrid8X, SuperresolutionHybrid8XDC, SuperresolutionHybrid4X, SuperresolutionHybrid2X, SuperresolutionHybridDeepfp32,
-    )
-}
+_ALL = SuperresolutionHybrid8X, SuperresolutionHybrid8XDC, SuperresolutionHybrid4X, SuperresolutionHybrid2X, SuperresolutionHybridDeepfp32
+MODULES = {cls.__name__: cls for cls in _ALL}
 
 
 def module_by_name(name: str) -> type[SuperresolutionHybrid]:

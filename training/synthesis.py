@@ -98,9 +98,6 @@ class SynthesisBlock(torch.nn.Module):
         self.conv1 = SynthesisLayer(out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer)
         self.torgb = ToRGBLayer(out_channels, img_channels, **layer)
 
-    def _layout(self, device: torch.device) -> torch.memory_format:
-        return convolution_layout(device, self.resolution, self.conv1.weight.shape[0])
-
     def forward(
         self, x: torch.Tensor | None, img: torch.Tensor | None, ws: torch.Tensor, force_fp32: bool = False,
         fused_modconv: bool | None = None, noise_mode: str = "random", **_unused
@@ -109,7 +106,8 @@ class SynthesisBlock(torch.nn.Module):
         w_iter = iter(ws.unbind(dim=1))
         half = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
-        memory_format = torch.channels_last if self.channels_last and half else self._layout(ws.device)
+        layout = convolution_layout(ws.device, self.resolution, self.conv1.weight.shape[0])
+        memory_format = torch.channels_last if self.channels_last and half else layout
         if fused_modconv is None:
             fused_modconv = self.fused_modconv_default
         if fused_modconv == "inference_only":
@@ -121,7 +119,7 @@ class SynthesisBlock(torch.nn.Module):
             x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
         x = self.conv1(x, next(w_iter), **kwargs)
         if img is not None and self.upsample:
-            img = upfirdn2d.upsample2d(img.to(memory_format=self._layout(img.device)), self.resample_filter)
+            img = upfirdn2d.upsample2d(img.to(memory_format=layout), self.resample_filter)
         y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32)
         y = y if ws.device.type == "cpu" else y.contiguous()
         return x, (y if img is None else img + y)
@@ -152,12 +150,9 @@ class SynthesisNetwork(torch.nn.Module):
 
     def forward(self, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
         """ws [N, num_ws, W] -> image or planes [N, img_channels, R, R]."""
-        expected = [self.num_ws, self.w_dim]
-        if list(ws.shape[1:]) != expected:
+        if list(ws.shape[1:]) != [self.num_ws, self.w_dim]:
             raise ValueError(f"SynthesisNetwork: expected ws of shape [N, {self.num_ws}, {self.w_dim}], got {list(ws.shape)}.")
-        ws = ws.to(torch.float32)
-        x = img = None
-        start = 0
+        ws, x, img, start = ws.to(torch.float32), None, None, 0
         for res in self.block_resolutions:
             block = getattr(self, f"b{res}")
             x, img = block(x, img, ws.narrow(1, start, block.num_conv + block.num_torgb), **block_kwargs)

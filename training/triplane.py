@@ -45,8 +45,8 @@ class OSGDecoder(torch.nn.Module):
 
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Effective weights of the density path: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma []; differentiable."""
-        first, last = self.net[0], self.net[2]
-        return first.effective_weight(), first.effective_bias(), last.effective_weight()[0], last.effective_bias()[0]
+        weights = self.weights()
+        return weights.w0, weights.b0, weights.w1[0], weights.b1[0]
 
 
 class TriPlaneGenerator(torch.nn.Module):
@@ -79,14 +79,9 @@ class TriPlaneGenerator(torch.nn.Module):
             channels=plane_channels, img_resolution=img_resolution, sr_num_fp16_res=sr_num_fp16_res,
             sr_antialias=self.rendering_kwargs["sr_antialias"], w_dim=w_dim, **(sr_kwargs or {}),
         )
-        self.decoder = OSGDecoder(
-            plane_channels,
-            {
-                "decoder_lr_mul": self.rendering_kwargs.get("decoder_lr_mul", 1),
-                "decoder_output_dim": plane_channels,
-                "decoder_hidden_dim": decoder_hidden_dim,
-            },
-        )
+        lr_mul = self.rendering_kwargs.get("decoder_lr_mul", 1)
+        options = {"decoder_lr_mul": lr_mul, "decoder_output_dim": plane_channels, "decoder_hidden_dim": decoder_hidden_dim}
+        self.decoder = OSGDecoder(plane_channels, options)
         self._last_planes: torch.Tensor | None = None
 
     @property
@@ -126,18 +121,14 @@ class TriPlaneGenerator(torch.nn.Module):
             'image_opacity' [N, 1, r, r] (sum of the weights; not in EG3D).
         """
         del update_emas
-        if neural_rendering_resolution is None:
-            neural_rendering_resolution = self.neural_rendering_resolution
-        else:
+        if neural_rendering_resolution is not None:
             self.neural_rendering_resolution = neural_rendering_resolution
-        if use_cached_backbone and self._last_planes is not None:
-            planes = self._last_planes
-        else:
-            planes = self.planes(ws, **synthesis_kwargs)
+        planes = self._last_planes if use_cached_backbone else None
+        planes = self.planes(ws, **synthesis_kwargs) if planes is None else planes
         if cache_backbone:
             self._last_planes = planes
         sr_kwargs = {k: v for k, v in synthesis_kwargs.items() if k != "noise_mode"}
-        return self.render(planes, ws, c, neural_rendering_resolution, self.rendering_kwargs, **sr_kwargs)
+        return self.render(planes, ws, c, self.neural_rendering_resolution, self.rendering_kwargs, **sr_kwargs)
 
     def render(
         self, planes: torch.Tensor, ws: torch.Tensor, c: torch.Tensor, resolution: int, options: dict, **sr_kwargs

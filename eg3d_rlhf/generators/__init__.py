@@ -17,8 +17,7 @@ import torch
 from eg3d_rlhf import bundled, pickles
 from eg3d_rlhf.field import Bounds, CameraFamily, Field
 from eg3d_rlhf.plugins import load_plugins
-from training import networks
-from training.rendering.cameras import FFHQ_FOCAL as FFHQ_FOCAL
+from training import networks, storage
 
 
 @runtime_checkable
@@ -28,12 +27,10 @@ class Generator(Protocol):
     @property
     def architecture(self) -> str:
         """Name of the family."""
-        ...
 
     @property
     def module(self) -> torch.nn.Module:
         """The network itself: its parameters, its state, its training mode."""
-        ...
 
     @property
     def z_dim(self) -> int: ...
@@ -47,35 +44,28 @@ class Generator(Protocol):
     @property
     def img_resolution(self) -> int:
         """Pixels per edge of the final image."""
-        ...
 
     @property
     def bounds(self) -> Bounds:
         """Of its fields."""
-        ...
 
     @property
     def level(self) -> float:
         """Raw density of the surface."""
-        ...
 
     @property
     def cameras(self) -> CameraFamily:
         """Where it was trained to be seen from."""
-        ...
 
     @property
     def conditioned(self) -> bool:
         """Whether the mapping reads the camera."""
-        ...
 
     def mapping(self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
         """z [N, Z], conditioning camera c [N, 25] -> ws [N, L, W]."""
-        ...
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
         """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.field.NOISE_MODES`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +84,7 @@ FAMILIES: dict[str, Family] = {}
 def register(family: Family) -> Family:
     """Make a family known by its name and by the type of its networks."""
     FAMILIES[family.name] = family
-    networks.register(networks.Architecture(family.name, family.module, family.discriminator))
+    networks.ARCHITECTURES[family.name] = family.module, family.discriminator
     return family
 
 
@@ -148,7 +138,7 @@ def load_networks(path: str | Path, device: str | torch.device = "cpu", freeze_l
     """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
-    if networks.architecture_of(path) not in networks.ARCHITECTURES:
+    if storage.read_meta(path, "network").get("architecture", networks.EG3D) not in networks.ARCHITECTURES:
         load_plugins()
     return networks.load(path, device, freeze_layers)
 

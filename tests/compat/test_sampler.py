@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from training.sampler import InfiniteSampler
+from training.dataset import InfiniteSampler
 
 
 def _first(count, n=17, **options):

@@ -25,7 +25,7 @@ from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.label.mesh_reader import decode_mesh
 from tools import evaluate, export_mesh, gen_samples, label_synthetic
-from training import networks
+from training import networks, storage
 from training.rendering.cameras import mirror_label
 
 PLUGIN = Path(__file__).with_name("mirrored.py")
@@ -74,7 +74,7 @@ def inside(points: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_file_names_its_family_and_the_plugin_brings_it(foreign, pair):
-    assert networks.architecture_of(foreign[0]) == pair[0].architecture == "mirrored"
+    assert storage.read_meta(foreign[0])["architecture"] == pair[0].architecture == "mirrored"
     assert (pair[0].bounds.side, pair[0].bounds.centre) == (SCALE * pair[1].bounds.side, CENTRE)
 
 

@@ -1,5 +1,6 @@
 """What may go wrong under a run: each ends with one clear line and exit code 2, or as asked, and nothing is lost."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import train
 from eg3d_rlhf.run.process import LOCK, StopRequest, run_lock
@@ -236,14 +238,24 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused(straight, tmp_path):
 
 
 def test_files_without_a_checksum_are_still_read(tmp_path):
-    import json
-
-    from safetensors.torch import save
-
     described = json.dumps({"kind": "checkpoint", "meta": {"x": 1}})
-    (tmp_path / "old.safetensors").write_bytes(save({"a": torch.ones(2)}, metadata={storage.FORMAT_KEY: described}))
+    (tmp_path / "old.safetensors").write_bytes(save({"a": torch.ones(2)}, metadata={storage.HEADER_KEY: described}))
     tensors, meta = storage.read_tensors(tmp_path / "old.safetensors", "checkpoint")
     assert tensors["a"].tolist() == [1, 1] and meta == {"x": 1}
+
+
+def test_files_of_the_first_format_keep_their_checksum_and_later_formats_are_refused(tmp_path, monkeypatch):
+    tensors, content, path = {"a": torch.ones(2)}, {"kind": "checkpoint", "meta": {"x": 1}}, tmp_path / "a.safetensors"
+    described = json.dumps({**content, storage.CHECKSUM_KEY: storage.checksum(tensors, content)})  # as it was before there was a number
+    path.write_bytes(save(tensors, metadata={storage.HEADER_KEY: described}))
+    assert storage.read_tensors(path, "checkpoint")[1] == {"x": 1}
+    with monkeypatch.context() as later:
+        later.setattr(storage, "FORMAT", storage.FORMAT + 1)
+        storage.write_tensors(path, "checkpoint", tensors, {"x": 1})
+        assert storage.read_tensors(path, "checkpoint")[1] == {"x": 1}
+    for read in (storage.read_tensors, storage.read_meta):
+        with pytest.raises(ValueError, match=r"a.safetensors: got one of format 2. .* later version: use a later"):
+            read(path, "checkpoint")
 
 
 # Reduced precision.

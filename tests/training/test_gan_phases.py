@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests import tiny_runs
-from training import gan_loss
-from training.config import GanConfig
+from training import gan_phases
+from training.config import REG_TYPES, GanConfig
 from training.gan_phases import GanPhases, schedule
 
 
@@ -58,7 +58,7 @@ def phases_of(**gan) -> GanPhases:
 
 
 @pytest.mark.parametrize("phase", ["g_main", "g_reg", "d_main", "d_reg"])
-@pytest.mark.parametrize("reg_type", gan_loss.REG_TYPES)
+@pytest.mark.parametrize("reg_type", REG_TYPES)
 def test_style_mixing_runs_in_every_phase(tiny_data, phase, reg_type):
     phases = phases_of(style_mixing_prob=1.0, reg_type=reg_type)
     phases.G.requires_grad_(phase[0] == "g")
@@ -120,9 +120,9 @@ def test_swapping_conditions_on_the_neighbours_camera(tiny_data):
 def test_r1_is_the_squared_gradient_at_both_images():
     image, raw = (torch.rand([2, 3, 4, 4], requires_grad=True) for _ in range(2))
     logits = (2 * image.sum(dim=[1, 2, 3]) + 3 * raw.square().sum(dim=[1, 2, 3]))[:, None]
-    penalty = gan_loss.r1_penalty(logits, image, raw)
+    penalty = gan_phases.r1_penalty(logits, image, raw)
     torch.testing.assert_close(penalty, 48 * 4 + 36 * raw.square().sum(dim=[1, 2, 3]))
-    assert torch.allclose(gan_loss.r1_penalty((2 * image.sum(dim=[1, 2, 3]))[:, None], image), torch.full([2], 192.0))
+    assert torch.allclose(gan_phases.r1_penalty((2 * image.sum(dim=[1, 2, 3]))[:, None], image), torch.full([2], 192.0))
 
 
 def test_r1_weight_is_half_gamma(tiny_data):
@@ -139,28 +139,27 @@ def test_r1_weight_is_half_gamma(tiny_data):
 def test_logistic_losses():
     logits = torch.tensor([[-3.0], [0.0], [5.0]])
     softplus = torch.tensor([math.log1p(math.exp(v)) for v in (-3.0, 0.0, 5.0)])
-    torch.testing.assert_close(gan_loss.discriminator_fake_loss(logits), softplus)
-    torch.testing.assert_close(gan_loss.generator_loss(-logits), softplus)
-    torch.testing.assert_close(gan_loss.discriminator_real_loss(-logits), softplus)
+    torch.testing.assert_close(gan_phases.logistic_loss(logits, real=False), softplus)
+    torch.testing.assert_close(gan_phases.logistic_loss(-logits, real=True), softplus)
 
 
 def test_density_terms():
     sigma = torch.tensor([[1.0, 2.0, 5.0, 0.0], [0.0, 0.0, 1.0, 1.0]])[:, :, None]  # points 0, 1 against 2, 3
-    assert gan_loss.density_l1(sigma).tolist() == [3.0, 1.0]
-    assert gan_loss.density_monotonic(sigma, detach_front=False).tolist() == [1.0, 0.0]
+    assert gan_phases.density_l1(sigma).tolist() == [3.0, 1.0]
+    assert gan_phases.density_monotonic(sigma, detach_front=False).tolist() == [1.0, 0.0]
     for detach in (False, True):
         leaf = sigma.clone().requires_grad_()
-        gan_loss.density_monotonic(leaf, detach_front=detach).sum().backward()
+        gan_phases.density_monotonic(leaf, detach_front=detach).sum().backward()
         assert leaf.grad[0, :, 0].tolist() == [0.0, 0.0 if detach else 0.5, 0.0, -0.5]
 
 
 def test_blur_keeps_constants_inside_and_vanishes_below_a_third_of_a_pixel():
     image = torch.rand([1, 3, 32, 32])
-    assert gan_loss.blur(image, 0.3) is image
-    flat = gan_loss.blur(torch.ones_like(image), 2.0)
+    assert gan_phases.blur(image, 0.3) is image
+    flat = gan_phases.blur(torch.ones_like(image), 2.0)
     torch.testing.assert_close(flat[:, :, 6:-6, 6:-6], torch.ones([1, 3, 20, 20]))
     impulse = torch.zeros([1, 1, 17, 17])
     impulse[0, 0, 8, 8] = 1
     taps = [2 ** -((k / 1.5) ** 2) for k in range(-4, 5)]
     expected = torch.tensor([[a * b for b in taps] for a in taps]) / sum(taps) ** 2
-    torch.testing.assert_close(gan_loss.blur(impulse, 1.5)[0, 0, 4:13, 4:13], expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gan_phases.blur(impulse, 1.5)[0, 0, 4:13, 4:13], expected, rtol=1e-5, atol=1e-7)

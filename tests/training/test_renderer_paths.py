@@ -6,10 +6,11 @@ import torch
 from tests import tiny_runs
 from torch_utils.ops import implementations
 from torch_utils.ops.implementations import implementation
+from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering import renderer as renderer_module
 from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler, RaySampler
-from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, sample_pdf
-from training.rendering.renderer import ImportanceRenderer, sample_from_planes
+from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance
+from training.rendering.renderer import ImportanceRenderer
 from training.triplane import OSGDecoder
 
 FAST = ("auto", "torch")
@@ -118,8 +119,8 @@ def test_density_only_queries(impl):
         alone = renderer.run_model(planes, decoder, points, None, options, sigma_only=True)
     assert set(both) == {"rgb", "sigma"} and set(alone) == {"sigma"}
     torch.testing.assert_close(alone["sigma"], both["sigma"], atol=1e-5, rtol=1e-5)
-    features = sample_from_planes(renderer.plane_axes, planes, points, options["box_warp"])
-    expected = decoder(features)
+    features = sample_planes_channels_first(renderer.plane_axes, planes, points, options["box_warp"])
+    expected = decoder(features.transpose(2, 3))
     torch.testing.assert_close(both["sigma"], expected["sigma"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(both["rgb"], expected["rgb"], atol=1e-5, rtol=1e-5)
 
@@ -152,7 +153,6 @@ def test_the_parts_remain_callable():
     assert weights.shape == mids.shape == (2, 3, 7, 1)
     fine = sample_importance(depths, weights, 5)
     assert fine.shape == (2, 3, 5, 1) and fine.min() >= depths.min() and fine.max() <= depths.max()
-    assert sample_pdf(torch.linspace(0, 1, 6).expand(4, 6), torch.rand(4, 4), 9).shape == (4, 9)
     rgb, depth, w = MipRayMarcher2()(torch.rand(2, 3, 8, 4), densities, depths, {})
     assert rgb.shape == (2, 3, 4) and depth.shape == (2, 3, 1) and torch.equal(w, weights)
 

@@ -56,14 +56,6 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.cat([top, bottom], dim=1)
 
 
-def _gaussian(mean: float, stddev: float, batch_size: int, device) -> torch.Tensor:
-    return torch.randn((batch_size, 1), device=device) * stddev + mean
-
-
-def _uniform(mean: float, stddev: float, batch_size: int, device) -> torch.Tensor:
-    return (torch.rand((batch_size, 1), device=device) * 2 - 1) * stddev + mean
-
-
 class LookAtPoseSampler:
     """Normally distributed poses on a sphere about the origin, looking at any point.
 
@@ -76,35 +68,29 @@ class LookAtPoseSampler:
         horizontal_mean, vertical_mean, lookat_position, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
     ) -> torch.Tensor:
         """cam2world [N, 4, 4]; angles and deviations in radians (see `camera_position`), lookat_position [3] in world units."""
-        h = _gaussian(horizontal_mean, horizontal_stddev, batch_size, device)
-        v = _gaussian(vertical_mean, vertical_stddev, batch_size, device)
-        target = torch.as_tensor(lookat_position, dtype=torch.float32, device=device)
-        return look_at(camera_position(h, v, radius), target)
+        h = torch.randn((batch_size, 1), device=device) * horizontal_stddev + horizontal_mean
+        v = torch.randn((batch_size, 1), device=device) * vertical_stddev + vertical_mean
+        return look_at(camera_position(h, v, radius), torch.as_tensor(lookat_position, dtype=torch.float32, device=device))
 
 
 class GaussianCameraPoseSampler:
     """Normally distributed poses on a sphere, looking at the origin. EG3D's name and argument order; draws as LookAtPoseSampler."""
 
     @staticmethod
-    def sample(
-        horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
-    ) -> torch.Tensor:
+    def sample(horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"):
         """cam2world [N, 4, 4]; angles and deviations in radians."""
-        h = _gaussian(horizontal_mean, horizontal_stddev, batch_size, device)
-        v = _gaussian(vertical_mean, vertical_stddev, batch_size, device)
-        return look_at(camera_position(h, v, radius), torch.zeros(3, device=device))
+        spread = horizontal_stddev, vertical_stddev, radius, batch_size, device
+        return LookAtPoseSampler.sample(horizontal_mean, vertical_mean, (0, 0, 0), *spread)
 
 
 class UniformCameraPoseSampler:
     """Poses uniform in [mean - stddev, mean + stddev] on a sphere, looking at the origin. The yaw is drawn before the pitch."""
 
     @staticmethod
-    def sample(
-        horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"
-    ) -> torch.Tensor:
+    def sample(horizontal_mean, vertical_mean, horizontal_stddev=0, vertical_stddev=0, radius=1, batch_size=1, device="cpu"):
         """cam2world [N, 4, 4]; angles in radians, the "stddev" arguments are half-widths (EG3D's naming)."""
-        h = _uniform(horizontal_mean, horizontal_stddev, batch_size, device)
-        v = _uniform(vertical_mean, vertical_stddev, batch_size, device)
+        h = (torch.rand((batch_size, 1), device=device) * 2 - 1) * horizontal_stddev + horizontal_mean
+        v = (torch.rand((batch_size, 1), device=device) * 2 - 1) * vertical_stddev + vertical_mean
         return look_at(camera_position(h, v, radius), torch.zeros(3, device=device))
 
 
@@ -161,10 +147,8 @@ def mirror_pose(cam2world: torch.Tensor) -> torch.Tensor:
 
 def mirror_label(c: torch.Tensor) -> torch.Tensor:
     """Camera labels [N, 25] of the horizontally mirrored images: the pose mirrored, skew negated, cx -> 1 - cx."""
-    cam2world, intrinsics = unpack_label(c)
-    k = intrinsics.clone()
-    k[:, 0, 1] = -k[:, 0, 1]
-    k[:, 0, 2] = 1 - k[:, 0, 2]
+    cam2world, k = unpack_label(c.clone())
+    k[:, 0, 1], k[:, 0, 2] = -k[:, 0, 1], 1 - k[:, 0, 2]
     return pack_label(mirror_pose(cam2world), k)
 
 

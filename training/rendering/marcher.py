@@ -139,17 +139,8 @@ def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int) -
         n, m, s, _ = depths.shape
         z = depths.reshape(n * m, s)
         mids = 0.5 * (z[:, :-1] + z[:, 1:])  # [B, S-1]
-        return sample_pdf(mids, smooth_weights(weights.reshape(n * m, s - 1)), count).reshape(n, m, count, 1)
-
-
-def sample_pdf(bins: torch.Tensor, weights: torch.Tensor, count: int, eps: float = 1e-5) -> torch.Tensor:
-    """Inverse-transform sampling of a piecewise-constant density.
-
-    Args:
-        bins: [B, K+2] edges, of which the last is never reached; weights: [B, K]; count: F samples per row.
-    Returns: [B, F]. Draws once from torch's global generator.
-    """
-    return invert_density(bins, weights, uniform_draws(weights, count), eps)
+        weights = smooth_weights(weights.reshape(n * m, s - 1))
+        return invert_density(mids, weights, uniform_draws(weights, count), 1e-5).reshape(n, m, count, 1)
 
 
 def uniform_draws(rays: torch.Tensor, count: int) -> torch.Tensor:

@@ -8,12 +8,15 @@ import torch
 from torch_utils.ops import implementations
 from torch_utils.ops.ray_march import importance_depths
 from torch_utils.ops.triplane_decode import (
-    MergedPlanes, Pairs, merge_planes, project_onto_planes, projection_axes, sample_planes_channels_first, triplane_decode
+    MergedPlanes,
+    Pairs,
+    merge_planes,
+    projection_axes,
+    sample_planes_channels_first,
+    triplane_decode,
 )
 from training.rendering.cameras import ray_limits_box
 from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, sample_stratified, uniform_draws
-
-__all__ = ["ImportanceRenderer", "generate_planes", "project_onto_planes", "sample_from_planes", "sample_planes_channels_first"]
 
 _CPU_SAMPLES = 1 << 16  # samples of one pass that are decoded at once on a CPU where no gradient is asked for: 8 MB of 32 colours
 
@@ -36,18 +39,6 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
         raise ValueError(f"plane_layout: expected one of {', '.join(_AXES)}, got {layout!r}.")
     eye = torch.eye(3)
     return torch.stack([eye[["xyz".index(a) for a in axes]] for axes in _AXES[layout]])
-
-
-def sample_from_planes(
-    plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float = 1.0
-) -> torch.Tensor:
-    """As `sample_planes_channels_first`, in the order that decoders take: [N, 3, P, C]."""
-    return sample_planes_channels_first(plane_axes, plane_features, coordinates, box_warp).transpose(2, 3)
-
-
-def needs_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether a result of these tensors would be recorded for a backward pass."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class ImportanceRenderer(torch.nn.Module):
@@ -101,7 +92,10 @@ class ImportanceRenderer(torch.nn.Module):
         fine_count = options.get("depth_resolution_importance", 0)
         noisy = options.get("density_noise", 0) > 0
         u = None if noisy or fine_count == 0 else uniform_draws(depths.flatten(0, 1), fine_count).reshape(n, m, fine_count)
-        count = m if noisy or needs_gradient(planes, origins, directions, *decoder.parameters()) else self._rays_at_once(depths, n)
+        count = m  # rays of each sample that are rendered together: on a CPU so few that their colours keep reusing the same memory
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (planes, origins, directions, *decoder.parameters()))
+        if depths.device.type == "cpu" and not noisy and not recorded:
+            count = max(1, min(m, _CPU_SAMPLES // (n * s)))
         sums, ranges = [], []
         for start in range(0, m, count):
             rays = slice(start, start + count)
@@ -119,12 +113,6 @@ class ImportanceRenderer(torch.nn.Module):
         rgb, depth_sum, total = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
         rgb, depth = self.ray_marcher.finish(rgb, depth_sum, total, (low.amin(), high.amax()), options)
         return rgb, depth, total
-
-    @staticmethod
-    def _rays_at_once(depths: torch.Tensor, batch: int) -> int:
-        """Rays of each sample that are rendered together: on a CPU so few that their colours keep reusing the same memory."""
-        rays = depths.shape[1]
-        return rays if depths.device.type != "cpu" else max(1, min(rays, _CPU_SAMPLES // (batch * depths.shape[2])))
 
     @staticmethod
     def _ray_limits(origins: torch.Tensor, directions: torch.Tensor, options: dict) -> tuple:
@@ -175,13 +163,8 @@ class ImportanceRenderer(torch.nn.Module):
 
     def merge(self, planes: torch.Tensor) -> MergedPlanes | None:
         """Planes [N, 3, C, H, W] as fast look-ups read them; None where they are not axis-aligned."""
-        pairs = self._projection()
-        return None if pairs is None else merge_planes(planes, pairs)
-
-    def _projection(self) -> Pairs | None:
-        """`projection_axes` of the plane axes, computed once for each tensor (on a GPU it waits for the device)."""
         known, version, pairs = self._known_axes
-        if known is not self.plane_axes or version != self.plane_axes._version:
+        if known is not self.plane_axes or version != self.plane_axes._version:  # once for each tensor: on a GPU it waits for the device
             pairs = projection_axes(self.plane_axes)
             self._known_axes = (self.plane_axes, self.plane_axes._version, pairs)
-        return pairs
+        return None if pairs is None else merge_planes(planes, pairs)
