@@ -7,6 +7,7 @@ that the stream and the tensor streams inside it share: opcodes, and bytes that 
 import dataclasses
 import struct
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 MAX_OPCODES = 1_000_000  # a published snapshot has about 40,000
@@ -24,25 +25,17 @@ class Refusal(ValueError):
 class Budget:
     """What may still be spent on one file."""
 
-    decoded: int  # bytes that texts may become; the file's size
-    opcodes: int = MAX_OPCODES
+    decoded: int  # bytes that texts may become; the file's size. One text named over and over spends them, too
+    opcodes: int = MAX_OPCODES  # or as much work as so many
     texts: int = MAX_TEXT  # bytes of short texts
 
-    def work(self, steps: int = 1) -> None:
-        """Spend opcodes, or as much work as so many. Raises: Refusal where none are left."""
-        self.opcodes -= steps
+    def spend(self, *, opcodes: int = 0, decoded: int = 0, texts: int = 0) -> None:
+        """Take from what is left. Raises: Refusal where none is."""
+        self.opcodes, self.decoded, self.texts = self.opcodes - opcodes, self.decoded - decoded, self.texts - texts
         if self.opcodes < 0:
             raise Refusal(f"more than {MAX_OPCODES} opcodes")
-
-    def decode(self, size: int) -> None:
-        """Spend bytes. Raises: Refusal where none are left, as when one text is named over and over."""
-        self.decoded -= size
         if self.decoded < 0:
             raise Refusal("more decoded bytes than the file holds")
-
-    def read_text(self, size: int) -> None:
-        """Spend bytes of short texts. Raises: Refusal where none are left."""
-        self.texts -= size
         if self.texts < 0:
             raise Refusal(f"more than {MAX_TEXT} bytes of text")
 
@@ -107,16 +100,33 @@ def members(items: list) -> list:
     return items
 
 
+def fill(target: dict, *, items: list) -> dict:
+    """`target` with keys and values in turn. Raises: Refusal."""
+    if len(items) % 2:
+        raise Refusal("a key without its value")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not is_key(key):
+            raise Refusal(f"a dictionary key that is {brief(key)}")
+        target[key] = value
+    return target
+
+
 class Rules:
-    """What the records of a stream mean. Every method raises Refusal for what it does not admit; these admit nothing."""
+    """What the records of a stream mean. Every method raises Refusal for what it does not admit; these admit nothing.
+
+    Args: budget: shared by all streams of a file; asked: counts the names asked for.
+    """
 
     inside = ""  # where, in messages
+
+    def __init__(self, budget: Budget, asked: Counter):
+        self.budget, self.asked = budget, asked
 
     def find(self, name: Global) -> Global:
         """A name, if admitted."""
         raise Refusal(f"the global {brief(name)}{self.inside}")
 
-    def reduce(self, function: Any, args: tuple, budget: Budget) -> Any:
+    def reduce(self, function: Any, args: tuple) -> Any:
         """The record of a call."""
         raise Refusal(f"a call of {brief(function)}{self.inside}")
 
@@ -124,7 +134,7 @@ class Rules:
         """The record of an object without state."""
         raise Refusal(f"an object of {brief(cls)}{self.inside}")
 
-    def build(self, record: Any, state: Any, budget: Budget) -> None:
+    def build(self, record: Any, state: Any) -> None:
         """Give a record its state."""
         raise Refusal(f"a state for {brief(record)}{self.inside}")
 
@@ -137,11 +147,11 @@ class Machine:
     """One run over one stream.
 
     Args:
-        data: the stream; start: its first byte; rules: see `Rules`; budget: shared with other runs; asked: counts the names asked for.
+        data: the stream; start: its first byte; rules: see `Rules`.
     """
 
-    def __init__(self, data: memoryview, start: int, rules: Rules, budget: Budget, asked: Counter):
-        self.data, self.position, self.rules, self.budget, self.asked = data, start, rules, budget, asked
+    def __init__(self, data: memoryview, start: int, rules: Rules):
+        self.data, self.position, self.rules = data, start, rules
         self.stack: list = []
         self.below: list[list] = []  # stacks under the open marks
         self.memo: dict[int, Any] = {}
@@ -155,7 +165,7 @@ class Machine:
         if not 2 <= self.protocol <= 5:
             raise Refusal(f"pickle protocol {self.protocol}")
         while True:
-            self.budget.work()
+            self.rules.budget.spend(opcodes=1)
             code = self.u1()
             if code == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.below:
@@ -173,16 +183,12 @@ class Machine:
         left = len(self.data) - self.position
         if size > left:
             raise Refusal("the end of the file" if size <= 8 else f"a claim of {size} bytes where {left} are left")
-        start = self.position
         self.position += size
-        return self.data[start : self.position]
+        return self.data[self.position - size : self.position]
 
     def u1(self) -> int:
         """One byte."""
-        if self.position >= len(self.data):
-            raise Refusal("the end of the file")
-        self.position += 1
-        return self.data[self.position - 1]
+        return self.take(1)[0]
 
     def number(self, form: str) -> Any:
         """One number of struct's format."""
@@ -204,7 +210,7 @@ class Machine:
         view = self.take(size)
         if size > LONG_TEXT:
             return LongText(view)
-        self.budget.read_text(size)
+        self.rules.budget.spend(texts=size)
         return decode(bytes(view))
 
     def integer(self, size: int) -> int:
@@ -245,13 +251,6 @@ class Machine:
         self.below.append(self.stack)
         self.stack = []
 
-    def discard(self) -> None:
-        """POP, which also closes an empty mark."""
-        if self.stack:
-            del self.stack[-1]
-        else:
-            self.pop_to_mark()
-
     # Containers.
 
     def tuple_of(self, count: int) -> None:
@@ -260,41 +259,10 @@ class Machine:
             raise Refusal("an opcode without its operands")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
-    def set_items(self, items: list) -> None:
-        """Pairs into the dictionary on top."""
-        target = self.top(dict)
-        if len(items) % 2:
-            raise Refusal("a key without its value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not is_key(key):
-                raise Refusal(f"a dictionary key that is {brief(key)}")
-            target[key] = value
-
-    def set_item(self) -> None:
-        """SETITEM."""
-        value, key = self.pop(), self.pop()
-        self.set_items([key, value])
-
-    def make_dict(self) -> None:
-        """DICT."""
-        items = self.pop_to_mark()
-        self.push({})
-        self.set_items(items)
-
-    def append(self) -> None:
-        """APPEND."""
-        value = self.pop()
-        self.top(list).append(value)
-
-    def extend(self) -> None:
-        """APPENDS."""
-        items = self.pop_to_mark()
-        self.top(list).extend(items)
-
-    def add_items(self) -> None:
-        """ADDITEMS."""
-        items = self.pop_to_mark()
-        self.top(set).update(members(items))
+    def extend(self, items: list, kind: type) -> None:
+        """Items into the list or the set on top."""
+        target = self.top(kind)
+        target.extend(items) if kind is list else target.update(members(items))
 
     # Memo.
 
@@ -315,43 +283,18 @@ class Machine:
         if max(len(module), len(name)) > MAX_NAME:
             raise Refusal(f"a name of more than {MAX_NAME} characters")
         wanted = Global(module, name)
-        self.asked[wanted.path] += 1
+        self.rules.asked[wanted.path] += 1
         self.push(self.rules.find(wanted))
-
-    def global_line(self) -> None:
-        """GLOBAL."""
-        module = self.line()
-        self.find(module, self.line())
-
-    def global_stack(self) -> None:
-        """STACK_GLOBAL."""
-        name, module = self.pop(str), self.pop(str)
-        self.find(module, name)
-
-    def reduce(self) -> None:
-        """REDUCE."""
-        args, function = self.pop(tuple), self.pop()
-        self.push(self.rules.reduce(function, args, self.budget))
-
-    def new(self) -> None:
-        """NEWOBJ."""
-        args, cls = self.pop(tuple), self.pop()
-        self.push(self.rules.new(cls, args))
-
-    def build(self) -> None:
-        """BUILD."""
-        state = self.pop()
-        self.rules.build(self.top(), state, self.budget)
 
     def frame(self) -> None:
         """FRAME: the stream is in memory already; only its claim is checked."""
-        size, left = self.number("<Q"), len(self.data) - self.position
-        if size > left:
+        if (size := self.number("<Q")) > (left := len(self.data) - self.position):
             raise Refusal(f"a frame of {size} bytes where {left} are left")
 
 
-OPERATIONS = {
-    0x95: Machine.frame, 0x28: Machine.mark, 0x30: Machine.discard, 0x31: lambda m: m.pop_to_mark(), 0x32: lambda m: m.push(m.top()),
+OPERATIONS: dict[int, Callable[[Machine], object]] = {  # arguments are evaluated as written: the topmost value first
+    0x95: Machine.frame, 0x28: Machine.mark, 0x32: lambda m: m.push(m.top()),
+    0x30: lambda m: m.stack.pop() if m.stack else m.pop_to_mark(), 0x31: lambda m: m.pop_to_mark(),  # POP also closes an empty mark
     0x4E: lambda m: m.push(None), 0x88: lambda m: m.push(True), 0x89: lambda m: m.push(False),
     0x4A: lambda m: m.push(m.number("<i")), 0x4B: lambda m: m.push(m.u1()), 0x4D: lambda m: m.push(m.number("<H")),
     0x8A: lambda m: m.push(m.integer(m.u1())), 0x8B: lambda m: m.push(m.integer(m.number("<i"))), 0x47: lambda m: m.push(m.number(">d")),
@@ -360,11 +303,16 @@ OPERATIONS = {
     0x96: lambda m: m.push(m.take(m.number("<Q"))),  # BYTEARRAY8
     0x29: lambda m: m.push(()), 0x74: lambda m: m.push(tuple(m.pop_to_mark())), 0x85: lambda m: m.tuple_of(1),
     0x86: lambda m: m.tuple_of(2), 0x87: lambda m: m.tuple_of(3),
-    0x5D: lambda m: m.push([]), 0x6C: lambda m: m.push(m.pop_to_mark()), 0x61: Machine.append, 0x65: Machine.extend,
-    0x7D: lambda m: m.push({}), 0x64: Machine.make_dict, 0x73: Machine.set_item, 0x75: lambda m: m.set_items(m.pop_to_mark()),
-    0x8F: lambda m: m.push(set()), 0x90: Machine.add_items, 0x91: lambda m: m.push(frozenset(members(m.pop_to_mark()))),
+    0x5D: lambda m: m.push([]), 0x6C: lambda m: m.push(m.pop_to_mark()),
+    0x61: lambda m: m.extend([m.pop()], list), 0x65: lambda m: m.extend(m.pop_to_mark(), list),
+    0x7D: lambda m: m.push({}), 0x64: lambda m: m.push(fill({}, items=m.pop_to_mark())),
+    0x73: lambda m: fill(items=[m.pop(), m.pop()][::-1], target=m.top(dict)),
+    0x75: lambda m: fill(items=m.pop_to_mark(), target=m.top(dict)), 0x8F: lambda m: m.push(set()),
+    0x90: lambda m: m.extend(m.pop_to_mark(), set), 0x91: lambda m: m.push(frozenset(members(m.pop_to_mark()))),
     0x71: lambda m: m.put(m.u1()), 0x72: lambda m: m.put(m.number("<I")), 0x94: lambda m: m.put(len(m.memo)),
     0x68: lambda m: m.get(m.u1()), 0x6A: lambda m: m.get(m.number("<I")),
-    0x63: Machine.global_line, 0x93: Machine.global_stack, 0x52: Machine.reduce, 0x81: Machine.new, 0x62: Machine.build,
+    0x63: lambda m: m.find(m.line(), m.line()), 0x93: lambda m: m.find(name=m.pop(str), module=m.pop(str)),
+    0x52: lambda m: m.push(m.rules.reduce(args=m.pop(tuple), function=m.pop())),
+    0x81: lambda m: m.push(m.rules.new(args=m.pop(tuple), cls=m.pop())), 0x62: lambda m: m.rules.build(state=m.pop(), record=m.top()),
     0x51: lambda m: m.push(m.rules.persistent(m.pop())),  # BINPERSID
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # by po
 D_NAMES = ("c_dim", "img_resolution", "img_channels")
 
 
-def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+Check = tuple[Callable[[Any], bool], str]  # whether a value is admitted; what is, in words
+
+
+def _whole(low: int, high: int) -> Check:
     return lambda v: type(v) is int and low <= v <= high, f"a whole number of {low} to {high}"
 
 
-def _maybe(check: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+def _maybe(check: Check) -> Check:
     return lambda v: v is None or check[0](v), f"{check[1]} or None"
 
 
-def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
+def _one_of(*values: Any) -> Check:
     return lambda v: any(type(v) is type(w) and v == w for w in values), " or ".join(repr(v) for v in values)
 
 
@@ -66,12 +69,12 @@ D_OPTIONS = {
 FIXED = ("architecture", "resample_filter")  # one value is admitted, ours is built in
 BUILT_IN_ACTIVATION = ("sr_kwargs", "block_kwargs", "epilogue_kwargs", "")  # where ours takes no `activation`
 
+RAY_LIMIT = (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'")
 POSITIVE = (lambda v: type(v) in (int, float) and 0 < v < 1e6, "a number above 0")
 RENDERING = {  # needed to render; others are kept as they are
     "c_gen_conditioning_zero": FLAG, "superresolution_noise_mode": _one_of("none", "random", "const"), "sr_antialias": FLAG,
     "box_warp": POSITIVE, "depth_resolution": _whole(1, 4096), "clamp_mode": _one_of("softplus"),
-    "ray_start": (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'"),
-    "ray_end": (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'"),
+    "ray_start": RAY_LIMIT, "ray_end": RAY_LIMIT,
     "superresolution_module": (lambda v: isinstance(v, str) and v.rpartition(".")[2] in MODULES, f"one of {', '.join(MODULES)}"),
 }
 OPTIONAL_RENDERING = {
@@ -96,18 +99,19 @@ def check(values: dict, table: dict, where: str) -> None:
             raise Refusal(f"{title} = {brief(value)} instead of {rule[1]}")
 
 
-def _arguments(module: ModuleRecord, names: tuple[str, ...]) -> dict:
-    """_init_args by their names, and _init_kwargs."""
+def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
+    """_init_args by their names, and _init_kwargs; all of `names` are among them."""
     args, kwargs = plain(module.state.get("_init_args", ())), plain(module.state.get("_init_kwargs", {}))
     if not isinstance(args, list) or not isinstance(kwargs, dict) or len(args) > len(names):
         raise Refusal(f"constructor arguments that are {brief(args)} and {brief(kwargs)}")
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return _with({**dict(zip(names, args, strict=False)), **kwargs}, names, who)
 
 
-def _required(values: dict, names: tuple[str, ...], who: str) -> None:
+def _with(values: dict, names: Iterable[str], who: str) -> dict:
     missing = [n for n in names if n not in values]
     if missing:
         raise Refusal(f"{who} without {', '.join(missing)}")
+    return values
 
 
 def _ours(values: dict, where: str = "") -> dict:
@@ -123,33 +127,28 @@ def generator_kwargs(module: ModuleRecord) -> dict:
     """
     if module.class_name != "TriPlaneGenerator":
         raise Refusal(f"a generator of class {brief(module.class_name)} instead of 'TriPlaneGenerator'")
-    kwargs = _arguments(module, G_NAMES)
-    rendering = plain(module.state.get("rendering_kwargs", kwargs.get("rendering_kwargs", {})))
-    kwargs.pop("rendering_kwargs", None)
-    _required(kwargs, G_NAMES, "a generator")
+    kwargs = _arguments(module, G_NAMES, "a generator")
+    stated = kwargs.pop("rendering_kwargs", {})
+    rendering = plain(module.state.get("rendering_kwargs", stated))
     check(kwargs, G_OPTIONS, "")
     if not isinstance(rendering, dict):
         raise Refusal(f"rendering_kwargs that are {brief(rendering)}")
-    _required(rendering, tuple(k for k in RENDERING if k != "clamp_mode"), "rendering_kwargs")
+    _with(rendering, [k for k in RENDERING if k != "clamp_mode"], "rendering_kwargs")
     known = {**RENDERING, **OPTIONAL_RENDERING}
     check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
     return {**_ours(kwargs), "rendering_kwargs": rendering, "plane_layout": plane_layout(module)}
 
 
-def discriminator_kwargs(module: ModuleRecord) -> dict:
-    """Arguments of our DualDiscriminator. Raises: Refusal."""
-    kwargs = _arguments(module, D_NAMES)
-    _required(kwargs, D_NAMES, "a discriminator")
-    check(kwargs, D_OPTIONS, "")
-    return _ours(kwargs)
+def _inside(module: ModuleRecord, part: str, name: str) -> Any:
+    """A buffer or module of a module, or None."""
+    children = module.state.get(part)
+    return children.get(name) if isinstance(children, dict) else None
 
 
 def plane_layout(module: ModuleRecord) -> str:
     """'eg3d' or 'fixed', from renderer.plane_axes. Raises: Refusal for other axes, or none."""
-    modules = module.state.get("_modules")
-    renderer = modules.get("renderer") if isinstance(modules, dict) else None
-    state = renderer.state if isinstance(renderer, ModuleRecord) else None
-    axes = state.get("plane_axes") if state is not None else None
+    renderer = _inside(module, "_modules", "renderer")
+    axes = renderer.state.get("plane_axes") if isinstance(renderer, ModuleRecord) and renderer.state is not None else None
     if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
         raise Refusal("a generator whose renderer carries no plane_axes [3, 3, 3]")
     value = axes.tensor().to(torch.float32)
@@ -165,29 +164,6 @@ def neural_rendering_resolution(module: ModuleRecord) -> int:
     if type(value) is not int or not 1 <= value <= 4096:
         raise Refusal(f"neural_rendering_resolution = {brief(value)} instead of a whole number of 1 to 4096")
     return value
-
-
-def label_std(module: ModuleRecord) -> list[float] | None:
-    """The buffer dataset_label_std that training adds to G, if it is there. Raises: Refusal."""
-    buffers = module.state.get("_buffers")
-    value = buffers.get("dataset_label_std") if isinstance(buffers, dict) else None
-    if value is None:
-        return None
-    if not isinstance(value, TensorRecord) or len(value.shape) != 1 or value.nbytes > 1 << 16:
-        raise Refusal("a dataset_label_std that is no vector")
-    return plain([float(v) for v in value.tensor()])
-
-
-def augmentation(module: ModuleRecord) -> dict:
-    """ADA: {'class_name', 'options', 'p'}. Raises: Refusal."""
-    buffers = module.state.get("_buffers")
-    p = buffers.get("p") if isinstance(buffers, dict) else None
-    if not isinstance(p, TensorRecord) or p.shape != ():
-        raise Refusal("an augment_pipe without its probability p")
-    value = float(p.tensor())
-    if not math.isfinite(value):
-        raise Refusal(f"an augment_pipe with p = {value}")
-    return {"class_name": module.class_name, "options": plain(module.state.get("_init_kwargs", {})), "p": value}
 
 
 SLACK = 1 << 24  # bytes by which tensors may outweigh the file: small ones may share a storage
@@ -224,18 +200,14 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     """As `load`, of a snapshot that was read."""
     plans = plan(snapshot, freeze_layers)
     built: dict[str, Any] = {name: p.build() for name, p in plans.items()}
-    G, D, G_ema = built.get("G"), built.get("D"), built["G_ema"]
     with refusing(snapshot.who):
-        for name, module in (("G", G), ("G_ema", G_ema)):
-            if module is not None:
-                module.neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
+        for name in built.keys() - {"D"}:
+            built[name].neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
         training_set = _training_set(snapshot)
-    for module in (G, D):
-        if module is not None:
-            module.train().requires_grad_(False)
-    G_ema.eval().requires_grad_(False)
+    for name, module in built.items():
+        module.train(name != "G_ema").requires_grad_(False)
     D_kwargs = plans["D"].kwargs if "D" in plans else None
-    return networks.Networks(G, D, G_ema, plans["G_ema"].kwargs, D_kwargs, training_set)
+    return networks.Networks(built.get("G"), built.get("D"), built["G_ema"], plans["G_ema"].kwargs, D_kwargs, training_set)
 
 
 def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
@@ -246,7 +218,13 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
     with refusing(snapshot.who):
         if "G_ema" not in snapshot.networks:
             raise Refusal("a file without G_ema")
-        plans: dict[str, Plan] = {name: _generator(snapshot, name) for name in ("G_ema", "G") if name in snapshot.networks}
+        plans: dict[str, Plan] = {}
+        for name in ("G_ema", "G"):
+            if (module := snapshot.networks.get(name)) is not None:
+                neural_rendering_resolution(module)
+                found = tensors(module, name)
+                found.pop("dataset_label_std", None)
+                plans[name] = Plan(TriPlaneGenerator, generator_kwargs(module), found)
         if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
             ours, theirs = plans["G_ema"].kwargs, plans["G"].kwargs
             differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
@@ -255,7 +233,9 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
         if D is not None and D.class_name != "DualDiscriminator":
             print(f"Warning: {snapshot.who}: D of class {brief(D.class_name)} ignored; only a DualDiscriminator is read.", file=sys.stderr)
         elif D is not None:
-            kwargs = discriminator_kwargs(D)
+            kwargs = _arguments(D, D_NAMES, "a discriminator")
+            check(kwargs, D_OPTIONS, "")
+            kwargs = _ours(kwargs)
             if freeze_layers is not None:
                 kwargs["block_kwargs"] = {**kwargs.get("block_kwargs", {}), "freeze_layers": freeze_layers}
             plans["D"] = Plan(DualDiscriminator, kwargs, tensors(D, "D"))
@@ -265,14 +245,6 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
     for name, one in plans.items():
         _check_shapes(one, f"{snapshot.who} ({name})")
     return plans
-
-
-def _generator(snapshot: Snapshot, name: str) -> Plan:
-    module = snapshot.networks[name]
-    neural_rendering_resolution(module)
-    found = tensors(module, name)
-    found.pop("dataset_label_std", None)
-    return Plan(TriPlaneGenerator, generator_kwargs(module), found)
 
 
 def _check_shapes(one: Plan, who: str) -> None:
@@ -299,16 +271,23 @@ def _check_shapes(one: Plan, who: str) -> None:
 
 
 def _training_set(snapshot: Snapshot) -> dict:
-    stated: dict = dict(snapshot.training_set)
+    """What the file says of the dataset: see `load`. Raises: Refusal."""
+    stated = snapshot.training_set
     path = stated.get("path")
     described: dict = {"name": Path(path).stem if isinstance(path, str) else "", "resolution": stated.get("resolution")}
     if stated:
-        described["options"] = stated
-    std = label_std(snapshot.networks["G_ema"])
+        described["options"] = dict(stated)
+    std = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")  # which training adds to G
     if std is not None:
-        described["label_std"] = std
-    if snapshot.augment_pipe is not None:
-        described["augment"] = augmentation(snapshot.augment_pipe)
+        if not isinstance(std, TensorRecord) or len(std.shape) != 1 or std.nbytes > 1 << 16:
+            raise Refusal("a dataset_label_std that is no vector")
+        described["label_std"] = plain([float(v) for v in std.tensor()])
+    if snapshot.augment_pipe is not None:  # ADA
+        p = _inside(snapshot.augment_pipe, "_buffers", "p")
+        if not isinstance(p, TensorRecord) or p.shape != ():
+            raise Refusal("an augment_pipe without its probability p")
+        if not math.isfinite(value := float(p.tensor())):
+            raise Refusal(f"an augment_pipe with p = {value}")
+        options = plain(snapshot.augment_pipe.state.get("_init_kwargs", {}))
+        described["augment"] = {"class_name": snapshot.augment_pipe.class_name, "options": options, "p": value}
     return described
-
-

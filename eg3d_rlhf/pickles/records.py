@@ -10,6 +10,7 @@ import dataclasses
 import math
 import struct
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,6 @@ class StorageRecord:
 
     dtype: torch.dtype
     data: memoryview
-
-    @property
-    def count(self) -> int:
-        """Elements."""
-        return len(self.data) // self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +96,7 @@ def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRec
     """
     position, values = 0, []
     for _ in range(5):
-        machine = Machine(data, position, StorageRules(), budget, asked)
+        machine = Machine(data, position, StorageRules(budget, asked))
         values.append(machine.run())
         position = machine.position
     magic, version, system, storage, keys = values
@@ -118,24 +114,6 @@ def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRec
         claim = f"{storage.count} and {count} elements of {storage.dtype.itemsize} bytes"
         raise Refusal(f"a tensor stream that claims {claim} and holds {len(body)} bytes")
     return StorageRecord(storage.dtype, body)
-
-
-def view_storage(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRecord:
-    """The view that a stream claims.
-
-    Raises: Refusal unless all indices lie in the storage and no element is used twice over (a stride of 0 makes gigabytes from one number).
-    """
-    if not isinstance(storage, StorageRecord):
-        raise Refusal(f"a tensor on {brief(storage)}")
-    if not isinstance(shape, tuple) or not isinstance(stride, tuple) or not len(shape) == len(stride) <= MAX_DIMENSIONS:
-        raise Refusal(f"a tensor of shape {brief(shape)} and stride {brief(stride)}")
-    if not all(type(v) is int and 0 <= v < 1 << 62 for v in (offset, *shape, *stride)):
-        raise Refusal("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
-    count = math.prod(shape)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else offset
-    if count > storage.count or last >= max(storage.count, 1):
-        raise Refusal(f"a tensor of {count} elements, the last at {last}, in a storage of {storage.count}")
-    return TensorRecord(storage, offset, shape, stride)
 
 
 PLAIN_MODULES = {
@@ -168,13 +146,13 @@ class DtypeRecord:
 class SnapshotRules(Rules):
     """Rules of a snapshot's outer stream. `asked` also counts the names of the tensor streams."""
 
-    def __init__(self, asked: Counter):
-        self.asked = asked
-        self.calls = {
+    def __init__(self, budget: Budget, asked: Counter):
+        super().__init__(budget, asked)
+        self.calls: dict[str, Callable[[tuple], Any]] = {
             "torch_utils.persistence._reconstruct_persistent_obj": self._module,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
-            "torch.storage._load_from_bytes": self._storage,
+            "torch.storage._load_from_bytes": lambda args: read_storage(_only(args, memoryview, "storage"), self.budget, self.asked),
             "numpy.dtype": self._dtype,
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy._core.multiarray.scalar": self._scalar,
@@ -189,14 +167,14 @@ class SnapshotRules(Rules):
             raise Refusal(f"the global {brief(name)}, which no network needs")
         return name
 
-    def reduce(self, function: Any, args: tuple, budget: Budget) -> Any:
+    def reduce(self, function: Any, args: tuple) -> Any:
         """What the call stands for."""
         path = function.path if isinstance(function, Global) else ""
         if path in DICTIONARIES:
             return self.new(function, args)
         if path not in self.calls:
-            return super().reduce(function, args, budget)
-        return self.calls[path](args, budget)
+            return super().reduce(function, args)
+        return self.calls[path](args)
 
     def new(self, cls: Any, args: tuple) -> Any:
         """A module without state, or a dictionary."""
@@ -209,46 +187,58 @@ class SnapshotRules(Rules):
             raise Refusal(f"a new object of {brief(cls)}")
         return ModuleRecord(cls.name, None)
 
-    def build(self, record: Any, state: Any, budget: Budget) -> None:
+    def build(self, record: Any, state: Any) -> None:
         """The state of a module (once), or of a scalar type."""
-        if isinstance(record, ModuleRecord) and record.state is None and _is_state(state, budget):
+        if isinstance(record, ModuleRecord) and record.state is None and self._is_state(state):
             record.state = state
         elif isinstance(record, DtypeRecord) and isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", "|", ">"):
             record.order = ">" if state[1] == ">" else "<"
         else:
             raise Refusal(f"a state of {brief(state)} for {brief(record)}")
 
-    # Calls: arguments, budget -> record.
+    def _is_state(self, value: Any) -> bool:
+        self.budget.spend(opcodes=len(value) if isinstance(value, dict) else 0)
+        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
 
-    def _module(self, args: tuple, budget: Budget) -> ModuleRecord:
+    # Calls: arguments -> record.
+
+    def _module(self, args: tuple) -> ModuleRecord:
         meta = _only(args, dict, "module")
-        if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str) or not _is_state(meta.get("state"), budget):
+        if meta.get("type") != "class" or not isinstance(meta.get("class_name"), str) or not self._is_state(meta.get("state")):
             raise Refusal("a module description without type, class_name or state")
         return ModuleRecord(meta["class_name"], meta["state"])
 
-    def _tensor(self, args: tuple, budget: Budget) -> TensorRecord:
-        del budget
+    def _tensor(self, args: tuple) -> TensorRecord:
+        """The view that a stream claims.
+
+        Refused unless all indices lie in the storage and no element is used twice over (a stride of 0 makes gigabytes from one number).
+        """
         if not 6 <= len(args) <= 7:
             raise Refusal(f"a tensor of {len(args)} arguments")
-        return view_storage(*args[:4])
+        storage, offset, shape, stride = args[:4]
+        if not isinstance(storage, StorageRecord):
+            raise Refusal(f"a tensor on {brief(storage)}")
+        if not isinstance(shape, tuple) or not isinstance(stride, tuple) or not len(shape) == len(stride) <= MAX_DIMENSIONS:
+            raise Refusal(f"a tensor of shape {brief(shape)} and stride {brief(stride)}")
+        if not all(type(v) is int and 0 <= v < 1 << 62 for v in (offset, *shape, *stride)):
+            raise Refusal("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
+        count, elements = math.prod(shape), len(storage.data) // storage.dtype.itemsize
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else offset
+        if count > elements or last >= max(elements, 1):
+            raise Refusal(f"a tensor of {count} elements, the last at {last}, in a storage of {elements}")
+        return TensorRecord(storage, offset, shape, stride)
 
-    def _parameter(self, args: tuple, budget: Budget) -> TensorRecord:
-        del budget
+    def _parameter(self, args: tuple) -> TensorRecord:
         if len(args) != 3 or not isinstance(args[0], TensorRecord):
             raise Refusal("a parameter without its tensor")
         return args[0]
 
-    def _storage(self, args: tuple, budget: Budget) -> Any:
-        return read_storage(_only(args, memoryview, "storage"), budget, self.asked)
-
-    def _dtype(self, args: tuple, budget: Budget) -> DtypeRecord:
-        del budget
+    def _dtype(self, args: tuple) -> DtypeRecord:
         if not args or not isinstance(args[0], str) or args[0] not in SCALARS:
             raise Refusal(f"a scalar type that is {brief(args[0] if args else None)}")
         return DtypeRecord(args[0])
 
-    def _scalar(self, args: tuple, budget: Budget) -> float | int | bool:
-        del budget
+    def _scalar(self, args: tuple) -> float | int | bool:
         if len(args) != 2 or not isinstance(args[0], DtypeRecord) or not isinstance(args[1], memoryview):
             raise Refusal("a scalar without its type and bytes")
         form = args[0].order + SCALARS[args[0].code]
@@ -256,26 +246,25 @@ class SnapshotRules(Rules):
             raise Refusal(f"a scalar of {len(args[1])} bytes")
         return struct.unpack(form, args[1])[0]
 
-    def _bytes(self, args: tuple, budget: Budget) -> memoryview:
+    def _bytes(self, args: tuple) -> memoryview:
         if len(args) != 2 or not isinstance(args[0], (str, LongText)) or args[1] not in ("latin1", "latin-1"):
             raise Refusal("bytes in another encoding than latin1")
-        size = len(args[0].utf8) if isinstance(args[0], LongText) else len(args[0])
-        budget.decode(size)
-        text = decode(bytes(args[0].utf8)) if isinstance(args[0], LongText) else args[0]
+        text = args[0]
+        self.budget.spend(decoded=len(text.utf8) if isinstance(text, LongText) else len(text))
+        text = decode(bytes(text.utf8)) if isinstance(text, LongText) else text
         try:
             return memoryview(text.encode("latin-1"))
         except UnicodeEncodeError:
             raise Refusal("bytes with values above 255") from None
 
-    def _empty_bytes(self, args: tuple, budget: Budget) -> memoryview:
-        del budget
+    def _empty_bytes(self, args: tuple) -> memoryview:
         if args != ():
             raise Refusal("arguments for empty bytes")
         return memoryview(b"")
 
-    def _set(self, args: tuple, budget: Budget) -> set:
+    def _set(self, args: tuple) -> set:
         items = _only(args, list, "set")
-        budget.work(len(items))
+        self.budget.spend(opcodes=len(items))
         return set(members(items))
 
 
@@ -286,10 +275,10 @@ class SurveyRules(SnapshotRules):
         """Any name."""
         return name
 
-    def reduce(self, function: Any, args: tuple, budget: Budget) -> Any:
+    def reduce(self, function: Any, args: tuple) -> Any:
         """As a snapshot's where that is possible."""
         try:
-            return super().reduce(function, args, budget)
+            return super().reduce(function, args)
         except Refusal:
             return ModuleRecord("?", None)
 
@@ -300,7 +289,7 @@ class SurveyRules(SnapshotRules):
         except Refusal:
             return ModuleRecord("?", None)
 
-    def build(self, record: Any, state: Any, budget: Budget) -> None:
+    def build(self, record: Any, state: Any) -> None:
         """Ignored."""
 
     def persistent(self, pid: Any) -> Any:
@@ -314,17 +303,10 @@ def admitted(path: str) -> bool:
     if module in ("torch", "torch.cuda"):
         return name in DTYPES
     try:
-        SnapshotRules(Counter()).find(Global(module, name))
+        SnapshotRules(Budget(0), Counter()).find(Global(module, name))
     except Refusal:
         return False
     return True
-
-
-def _is_state(value: Any, budget: Budget) -> bool:
-    if not isinstance(value, dict):
-        return False
-    budget.work(len(value))
-    return all(isinstance(k, str) for k in value)
 
 
 def _only(args: tuple, kind: type, what: str) -> Any:

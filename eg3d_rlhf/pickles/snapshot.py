@@ -1,9 +1,11 @@
 """A snapshot of EG3D as records: what it holds, what it asked for, and the tensors of its modules by state-dict name."""
 
+import contextlib
 import dataclasses
 import math
 import mmap
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +42,19 @@ def read(path: str | Path) -> Snapshot:
 def parse(data: memoryview, who: str) -> Snapshot:
     """As `read`, of bytes."""
     asked: Counter = Counter()
-    machine = Machine(data, 0, SnapshotRules(asked), Budget(decoded=len(data)), asked)
+    machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), asked))
     with refusing(who, machine):
         root = machine.run()
         if isinstance(root, ModuleRecord):  # a generator by itself
             root = {"G_ema": root}
         if not isinstance(root, dict):
             raise Refusal(f"{brief(root)} instead of a dictionary")
-        networks = {}
-        for name in NETWORKS:
-            if root.get(name) is not None:
-                networks[name] = _module(root[name], name)
-        augment = root.get("augment_pipe")
-        augment = None if augment is None else _module(augment, "augment_pipe")
+        found = {name: _module(root[name], name) for name in (*NETWORKS, "augment_pipe") if root.get(name) is not None}
+        augment = found.pop("augment_pipe", None)
         training_set = plain(root.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
             raise Refusal("training_set_kwargs that are not a dictionary")
-        return Snapshot(who, len(data), machine.protocol, networks, augment, training_set, dict(asked))
+        return Snapshot(who, len(data), machine.protocol, found, augment, training_set, dict(asked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def survey(path: str | Path) -> Survey:
 def survey_data(data: memoryview) -> Survey:
     """As `survey`, of bytes."""
     asked: Counter = Counter()
-    machine = Machine(data, 0, SurveyRules(asked), Budget(decoded=len(data)), asked)
+    machine = Machine(data, 0, SurveyRules(Budget(decoded=len(data)), asked))
     stopped = None
     try:
         machine.run()
@@ -85,22 +83,17 @@ def survey_data(data: memoryview) -> Survey:
     return Survey(machine.protocol, dict(asked), stopped)
 
 
-class refusing:
+@contextlib.contextmanager
+def refusing(who: str, machine: Machine | None = None) -> Iterator[None]:
     """Turn a Refusal into the user's line: file, what was found and where."""
-
-    def __init__(self, who: str, machine: Machine | None = None):
-        self.who, self.machine = who, machine
-
-    def __enter__(self) -> "refusing":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Refusal):
-            where = f" (byte {self.machine.position})" if self.machine is not None else ""
-            raise ValueError(
-                f"{self.who}: expected a network pickle of EG3D, got {error}{where}. "
-                "Nothing in it was run; get the file again from its source, or name another."
-            ) from None
+    try:
+        yield
+    except Refusal as refusal:
+        where = f" (byte {machine.position})" if machine is not None else ""
+        raise ValueError(
+            f"{who}: expected a network pickle of EG3D, got {refusal}{where}. "
+            "Nothing in it was run; get the file again from its source, or name another."
+        ) from None
 
 
 def _mapped(path: str | Path) -> memoryview:
@@ -133,9 +126,7 @@ def plain(value: Any) -> Any:
             raise Refusal(f"options of more than {MAX_NODES} values or {MAX_DEPTH} levels")
         if value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= MAX_OPTION):
             return value
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise Refusal(f"an option that is {value}")
+        if isinstance(value, float) and math.isfinite(value):
             return value
         if isinstance(value, (list, tuple)):
             return [convert(v, depth + 1) for v in value]
@@ -167,27 +158,21 @@ def tensors(module: ModuleRecord, name: str) -> dict[str, TensorRecord]:
         hidden = state.get("_non_persistent_buffers_set", set())
         if not isinstance(hidden, (set, frozenset)):
             raise Refusal(f"{brief(hidden)} as names of buffers")
-        for part in ("_parameters", "_buffers"):
-            children = _children(state, part)
+        for part in ("_parameters", "_buffers", "_modules"):
+            children = state.get(part, {})
+            few = isinstance(children, dict) and len(children) <= MAX_NODES
+            if not few or not all(isinstance(k, str) and len(k) <= MAX_KEY for k in children):
+                raise Refusal(f"{part} that are not a dictionary of names")
             count += len(children)
-            for key, value in children:
+            for key, value in children.items():
                 if value is None or (part == "_buffers" and key in hidden):
                     continue
-                if not isinstance(value, TensorRecord):
+                if part == "_modules":
+                    collect(value, f"{prefix}{key}.", depth + 1)
+                elif not isinstance(value, TensorRecord):
                     raise Refusal(f"{brief(value)} as the tensor {brief_text(prefix + key)}")
-                found[prefix + key] = value
-        children = _children(state, "_modules")
-        count += len(children)
-        for key, value in children:
-            if value is not None:
-                collect(value, f"{prefix}{key}.", depth + 1)
+                else:
+                    found[prefix + key] = value
 
     collect(module, "", 0)
     return found
-
-
-def _children(state: dict, part: str) -> list[tuple[str, Any]]:
-    children = state.get(part, {})
-    if not isinstance(children, dict) or len(children) > MAX_NODES or not all(isinstance(k, str) and len(k) <= MAX_KEY for k in children):
-        raise Refusal(f"{part} that are not a dictionary of names")
-    return list(children.items())
