@@ -1,30 +1,35 @@
-"""Giving out assignments in short transactions, and how far an annotator is with hers.
+"""What an annotator is shown next, giving that out in short transactions, and how far she is.
+
+The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, then
+trials: one gold check at a hashed place of every `gold_every` trials, repeats and swapped repeats as their shares fall due, otherwise a new
+pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and lets
+annotators meet on the same pairs; the order within it is each annotator's own.
 
 A place of a pair is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place
 while the annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her
 return if it is still free. An answer that arrives later than that is kept all the same.
 """
 
+import hashlib
 import math
 import secrets
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, and_, bindparam, func, insert, literal, not_, or_, select, update
 
 from eg3d_rlhf.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.label.database import Database, Lock
-from eg3d_rlhf.label.entities import AssignedPair, Kind, Progress
-from eg3d_rlhf.label.scheduling import WINDOW, Next, Ready, Scheduler, Shown
+from eg3d_rlhf.label.entities import AssignedPair, Choice, Kind, Progress
 from eg3d_rlhf.label.schema import assignments as a
 from eg3d_rlhf.label.schema import judgements as j
 from eg3d_rlhf.label.schema import pairs
 
+WINDOW = 64  # pairs to choose from
 LEASE_SECONDS = 30 * 60
 RENEW_SECONDS = 60  # leases younger than this are left alone, which saves a write
 RELEASE_AT_ONCE = 500
-HOUR = 3600
+Ready = Callable[[StoredPair], bool]
 PAIR, TRAINING = Kind.PAIR.value, Kind.TRAINING.value
 
 # built once: building a statement takes longer than running it
@@ -61,6 +66,86 @@ ONLY_RECENT = select(literal(0).label("had"), RECENT.label("recent"))
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """An assignment of the annotator's past, or one to be made."""
+
+    pair: StoredPair
+    sequence: int
+    kind: Kind
+    first_is_left: bool
+    choice: str | None = None  # that counts; None: not answered
+
+
+@dataclass
+class Scheduler:
+    """Decides for one annotator, given what she has been shown."""
+
+    plan: Plan
+    annotator: str  # name
+    history: list[Trial]  # by sequence
+    last: int  # highest sequence ever used
+    ready: Ready
+
+    def __post_init__(self):
+        self.settings = self.plan.campaign.settings
+
+    def uniform(self, *what) -> float:
+        """A number in [0, 1) that the campaign's seed, the annotator and `what` decide."""
+        text = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *what))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
+
+    def next(self, window: Sequence[StoredPair]) -> Trial | None:
+        """The next assignment, given the pairs with room that this annotator has not had; None when there is nothing to show."""
+        sequence = self.last + 1
+        trials = [s for s in self.history if s.kind is not Kind.TRAINING]
+        if not trials:
+            had = {s.pair.id for s in self.history}
+            lesson = next((pair for pair in self.plan.training if pair.id not in had and self.ready(pair)), None)
+            if lesson is not None:
+                return self._on_sides(lesson, sequence, Kind.TRAINING)
+        limit = self.settings.trials_per_annotator
+        if not window or (limit is not None and len(trials) >= limit):
+            return None
+        return self._gold(trials, sequence) or self._again(trials, sequence) or self._on_sides(
+            min(window, key=lambda pair: self.uniform("order", pair.position)), sequence, Kind.PAIR
+        )
+
+    def _on_sides(self, pair: StoredPair, sequence: int, kind: Kind) -> Trial:
+        return Trial(pair=pair, sequence=sequence, kind=kind, first_is_left=self.uniform(sequence, "side") < 0.5)
+
+    def _gold(self, trials: list[Trial], sequence: int) -> Trial | None:
+        every = self.settings.gold_every
+        if every == 0:
+            return None
+        block, place = divmod(len(trials), every)
+        if place != int(self.uniform("gold", block) * every):
+            return None
+        had = [s.pair.id for s in trials if s.kind is Kind.GOLD]
+        ready = [pair for pair in self.plan.gold if self.ready(pair) and (every > 1 or pair.id not in had)]
+        if not ready:
+            return None
+        rare = min(ready, key=lambda pair: (had.count(pair.id), self.uniform("which gold", pair.position)))
+        return self._on_sides(rare, sequence, Kind.GOLD)
+
+    def _again(self, trials: list[Trial], sequence: int) -> Trial | None:
+        """A repeat or a swap when its share is due: how much it is behind, against a hashed threshold, so that it cannot be foreseen.
+
+        Of the annotator's own judgements of pairs, at least `repeat_gap` trials ago, that have not been repeated.
+        """
+        for kind, share in ((Kind.REPEAT, self.settings.repeat_share), (Kind.SWAP, self.settings.swap_share)):
+            due = share * (len(trials) + 1) - sum(s.kind is kind for s in trials)
+            if share == 0 or due <= self.uniform(sequence, kind.value):
+                continue
+            repeated = {s.pair.id for s in trials if s.kind in (Kind.REPEAT, Kind.SWAP)}
+            answered = [s for s in trials if s.kind is Kind.PAIR and s.choice not in (None, Choice.SKIP) and s.pair.id not in repeated]
+            before = [s for s in answered if s.sequence < sequence - self.settings.repeat_gap and self.ready(s.pair)]
+            if before:
+                chosen = before[int(self.uniform(sequence, "which") * len(before))]
+                return Trial(pair=chosen.pair, sequence=sequence, kind=kind, first_is_left=chosen.first_is_left != (kind is Kind.SWAP))
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Past:
     """What decides the annotator's next assignments, and a stamp that differs when any of it has changed."""
 
@@ -78,7 +163,7 @@ class Issuer:
     plan: Plan
     annotator_id: int
     annotator: str  # name
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float]
 
     def __post_init__(self):
         self.campaign_id = self.plan.campaign.id
@@ -101,7 +186,12 @@ class Issuer:
                     self._issue(c, count, window, past if tuple(c.execute(STAMP, self.me).one()) == past.stamp else self._past(ready, c))
                     found = list(c.execute(OPEN_ONES, self.me))
         order = sorted(found, key=lambda row: (-(row.undone or 0), row.sequence))  # the last undone first, then the oldest
-        return [self._assigned(row) for row in order[:count]]
+        shown = []
+        for row in order[:count]:
+            pair = self.plan.pairs[row.pair_id]
+            left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
+            shown.append(AssignedPair(token=row.token, left=left, right=right, training=row.kind == Kind.TRAINING))
+        return shown
 
     def window(self, c: Connection, ready: Ready) -> list[StoredPair]:
         """The first WINDOW prepared pairs of the plan with room that the annotator has not had."""
@@ -116,7 +206,11 @@ class Issuer:
         return window[:WINDOW]
 
     def _issue(self, c: Connection, count: int, window: list[StoredPair], past: "_Past") -> None:
-        """Renew leases, take back lost places, and make assignments until `count` are open."""
+        """Renew leases, take back lost places, and make assignments until `count` are open.
+
+        The window was read before the lock was held. Where others have taken a pair of it since, it is read again, once: trying on through
+        what many of them have left, statement by statement, would keep everybody else waiting.
+        """
         now = self.clock()
         if past.open:
             c.execute(RENEW, {**self.me, "now": now, "before": now - RENEW_SECONDS})
@@ -124,24 +218,21 @@ class Issuer:
         if back:
             c.execute(update(a).where(a.c.id.in_(back)).values(released=None, leased=now))
             past = self._past(past.scheduler.ready, c)
-        self._issue_from(c, past.scheduler, window, count - past.open)
-
-    def _issue_from(self, c: Connection, scheduler: Scheduler, window: list[StoredPair], missing: int) -> None:
-        """Make up to `missing` assignments.
-
-        The window was read before the lock was held. Where others have taken a pair of it since, it is read again, once: trying on through
-        what many of them have left, statement by statement, would keep everybody else waiting.
-        """
-        window, fresh = list(window), False
+        scheduler, missing, fresh = past.scheduler, count - past.open, False
         while missing > 0 and (given := scheduler.next(window)):
-            if given.kind is Kind.PAIR and not take_place(c, given.pair.id):
-                window = [pair for pair in window if pair is not given.pair] if fresh else self.window(c, scheduler.ready)
-                fresh = True
-                continue
             if given.kind is Kind.PAIR:
-                window.remove(given.pair)
-            self._insert(c, given)
-            scheduler.shown(given)
+                if not take_place(c, given.pair.id):
+                    window = [pair for pair in window if pair is not given.pair] if fresh else self.window(c, scheduler.ready)
+                    fresh = True
+                    continue
+                window = [pair for pair in window if pair is not given.pair]
+            c.execute(MAKE, {
+                "token": secrets.token_urlsafe(18), "campaign_id": self.campaign_id, "annotator_id": self.annotator_id,
+                "pair_id": given.pair.id, "sequence": given.sequence, "kind": given.kind.value,
+                "first_is_left": int(given.first_is_left), "leased": self.clock(),
+            })  # fmt: skip
+            scheduler.history.append(given)
+            scheduler.last = given.sequence
             missing -= 1
 
     def _past(self, ready: Ready, c: Connection | None = None) -> "_Past":
@@ -152,7 +243,8 @@ class Issuer:
         stamp = tuple(c.execute(STAMP, self.me).one())  # before the rows: what comes in between is noticed
         rows = list(c.execute(PAST, self.me))
         history = [
-            Shown(pair=r.pair_id, sequence=r.sequence, kind=Kind(r.kind), first_is_left=bool(r.first_is_left), choice=r.choice)
+            Trial(pair=self.plan.pairs[r.pair_id], sequence=r.sequence, kind=Kind(r.kind), first_is_left=bool(r.first_is_left),
+                  choice=r.choice)
             for r in rows if r.answered is not None or _open(r)
         ]  # fmt: skip
         scheduler = Scheduler(self.plan, self.annotator, history, rows[-1].sequence if rows else 0, ready)
@@ -172,18 +264,6 @@ class Issuer:
                 c.execute(update(a).where(a.c.id == row.id).values(released=now, undone=None))
                 c.execute(GIVE_BACK, {"pair": row.pair_id})
         return len(rows)
-
-    def _insert(self, c: Connection, given: Next) -> None:
-        c.execute(MAKE, {
-            "token": secrets.token_urlsafe(18), "campaign_id": self.campaign_id, "annotator_id": self.annotator_id,
-            "pair_id": given.pair.id, "sequence": given.sequence, "kind": given.kind.value,
-            "first_is_left": int(given.first_is_left), "leased": self.clock(),
-        })  # fmt: skip
-
-    def _assigned(self, row: Row) -> AssignedPair:
-        pair = self.plan.pairs[row.pair_id]
-        left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
-        return AssignedPair(token=row.token, left=left, right=right, training=row.kind == Kind.TRAINING)
 
 
 def _open(row: Row) -> bool:
@@ -220,7 +300,7 @@ def read_progress(c: Connection, plan: Plan, annotator_id: int, now: float, free
     settings = plan.campaign.settings
     free = free_pairs.count(c, plan.campaign.id, now)
     shared = settings.annotators_per_pair > 1 or free <= FreePairs.MANY  # else pairs with room are ones that nobody was shown
-    left = c.execute(HAD_AND_RECENT if shared else ONLY_RECENT, {**me, "since": now - HOUR}).one()
+    left = c.execute(HAD_AND_RECENT if shared else ONLY_RECENT, {**me, "since": now - 3600}).one()
     training = counts.pop(TRAINING, None)
     shown, done = sum(row.shown for row in counts.values()), sum(row.answered for row in counts.values())
     checks = 1 / settings.gold_every if settings.gold_every and plan.gold else 0

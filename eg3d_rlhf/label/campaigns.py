@@ -57,7 +57,8 @@ def create(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
     Raises: ValueError for a name in use, no pairs, pairs that cannot be shown, and held-out seeds, of which nothing may learn.
     """
     _check(c, settings, planned)
-    record = {"name": settings.name, "settings": settings_to_json(settings), "created": now}
+    text = json.dumps({**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True)
+    record = {"name": settings.name, "settings": text, "created": now}
     campaign_id = c.execute(insert(campaigns).returning(campaigns.c.id), record).scalar_one()
     order = list(dict.fromkeys(_identity(shape) for pair in planned for shape in (pair.first, pair.second)))
     rows = [
@@ -108,13 +109,8 @@ def shape_of(row: Row, prefix: str = "") -> Shape:
     return Shape(**values)
 
 
-def settings_to_json(settings: CampaignSettings) -> str:
-    """JSON text."""
-    return json.dumps({**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True)
-
-
 def settings_from_json(text: str) -> CampaignSettings:
-    """The settings of `settings_to_json`."""
+    """The settings of a row of campaigns."""
     values = json.loads(text)
     return CampaignSettings(**{**values, "mode": Mode(values["mode"])})
 

@@ -6,21 +6,20 @@ from collections import Counter
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from eg3d_rlhf.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.label import launch
-from eg3d_rlhf.label.archive import export_judgements, import_judgements
-from eg3d_rlhf.label.entities import CampaignSettings, StoredCampaign
+from eg3d_rlhf.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.label.entities import CampaignSettings
 from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.preferences import export_labels, without_password
-from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
-from eg3d_rlhf.label.store import Store
 
 MAKE = "python tools/label.py add-annotator NAME"
-KINDS = ("labels", "judgements", "ranked-seeds")
+KINDS = {"labels": (".jsonl", ".csv"), "judgements": (".jsonl",), "ranked-seeds": (".csv",)}  # with the files' suffixes
+DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
+database = option("--db", metavar="URL", default=None, show_default=launch.DB, help=DATABASE)  # here or before the sub-command
 
 
 class LabelGroup(GroupedCommand, click.Group):
@@ -42,7 +41,7 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
 @options_of(CampaignSettings)
 @option("--show-render/--no-show-render", default=False, group="Pairs", help="Whether the RGB picture may be asked for.")
-@option("--db", metavar="URL", default=launch.DB, help="Database: sqlite:///FILE or postgresql://user@host/database.")
+@option("--db", metavar="URL", default=launch.DB, help=DATABASE)
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
@@ -95,15 +94,10 @@ def _request(
     return request, given | ({"strategy"} if chosen else set())
 
 
-def _existing(db: str) -> bool:
-    path = launch.sqlite_file(db)
-    return path is None or path.is_file()
-
-
 def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:
     """What would be done; nothing is written."""
     resumed = False
-    if _existing(db):
+    if launch.store_exists(db):
         with launch.open_store(db, create=False) as store:
             found = store.campaign(request.name)
             if found is not None:
@@ -115,7 +109,7 @@ def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wante
 def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> None:
     """Plan or resume, then serve until interrupted."""
     planned = None
-    if not _existing(db):  # whatever is wrong comes to light before a database is made
+    if not launch.store_exists(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
             launch.check_annotators(None, server.host, MAKE)
         planned = launch.plan_campaign(None, request, click.echo)
@@ -137,12 +131,6 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
 def _announcement(address: str, server: launch.ServerFlags) -> list[str]:
     exposed = ["other machines can reach this server: everybody needs a token (add-annotator NAME)"] if server.exposed else []
     return [f"label at {address}  (Ctrl-C stops)", *exposed]
-
-
-def database(function):
-    """The option --db, here or before the sub-command."""
-    text = "Database: sqlite:///FILE or postgresql://user@host/database."
-    return option("--db", metavar="URL", default=None, show_default=launch.DB, help=text)(function)
 
 
 def _url(db: str | None) -> str:
@@ -189,8 +177,8 @@ def annotators(as_json: bool, db: str | None) -> None:
 
 @click.command("export", cls=GroupedCommand)
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
-@option("--kind", type=click.Choice(KINDS), default="labels", help="Labels in the open form (.jsonl, .csv), all judgements without loss "
-        "(.jsonl), or a table of ranked seeds (.csv).")
+@option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
+        help="Labels in the open form (.jsonl, .csv), all judgements without loss (.jsonl), or a table of ranked seeds (.csv).")
 @option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
 @option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
 @option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")
@@ -201,10 +189,10 @@ def annotators(as_json: bool, db: str | None) -> None:
 @click.pass_context
 def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str | None, **filters) -> None:
     """Write labels or judgements to FILE."""
-    _check_suffix(out, kind)
+    if out.suffix not in KINDS[kind]:
+        raise ValueError(f"FILE: expected a name with {' or '.join(KINDS[kind])} for --kind={kind}, got {out.name}. Rename it.")
     if kind == "judgements":
-        given = {name for name in filters if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-        used = [p.opts[0] for p in ctx.command.params if p.name in given]
+        used = [p.opts[0] for p in ctx.command.params if p.name in launch.given_flags(ctx) & set(filters)]
         if used:
             raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
     with launch.open_store(_url(db), create=False) as store:
@@ -215,12 +203,6 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
         else:
             export_ranked_seeds(store, out, campaign=campaign, **filters)
     click.echo(f"{out}: {_records(out)} written")
-
-
-def _check_suffix(out: Path, kind: str) -> None:
-    allowed = {"labels": (".jsonl", ".csv"), "judgements": (".jsonl",), "ranked-seeds": (".csv",)}[kind]
-    if out.suffix not in allowed:
-        raise ValueError(f"FILE: expected a name with {' or '.join(allowed)} for --kind={kind}, got {out.name}. Rename it.")
 
 
 def _records(path: Path) -> str:
@@ -254,8 +236,15 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str |
 def status(as_json: bool, db: str | None) -> None:
     """Show campaigns, pairs, judgements and annotators."""
     with launch.open_store(_url(db), create=False) as store:
-        found = [_campaign_status(store, campaign) for campaign in store.campaigns()]
         known = store.annotators()
+        found: list[dict] = []
+        for campaign in store.campaigns():
+            rows = list(store.judgements(campaign.settings.name))
+            found.append({
+                "name": campaign.settings.name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs, "judgements": len(rows),
+                "annotators": Counter(row.annotator for row in rows), "created": _date(campaign.created),
+                "last": _date(rows[-1].received_at) if rows else None,
+            })  # fmt: skip
     if as_json:
         click.echo(json.dumps({"campaigns": found, "annotators": len(known)}, indent=1, ensure_ascii=False))
         return
@@ -263,16 +252,6 @@ def status(as_json: bool, db: str | None) -> None:
         work = f"{row['pairs']} pairs, {row['judgements']} judgements of {len(row['annotators'])} annotators"
         click.echo(f"{row['name']}: {row['mode']}, {work}, made {row['created']}, last answer {row['last'] or 'none'}")
     click.echo(f"{len(found)} campaigns, {len(known)} annotators")
-
-
-def _campaign_status(store: Store, campaign: StoredCampaign) -> dict:
-    name = campaign.settings.name
-    rows = list(store.judgements(name))
-    counts, last = Counter(row.annotator for row in rows), rows[-1].received_at if rows else None
-    return {
-        "name": name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs, "judgements": len(rows),
-        "annotators": counts, "created": _date(campaign.created), "last": last and _date(last),
-    }
 
 
 def _date(seconds: float) -> str:

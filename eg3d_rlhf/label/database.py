@@ -35,24 +35,33 @@ class Database:
     def __init__(self, url: str, create: bool):
         self.url = parse_url(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
-        if self.sqlite:
-            _check_file(self.url, create)
+        path = Path(self.url.database or "")
+        if self.sqlite and not create and not path.is_file():
+            raise FileNotFoundError(f"store: expected a database at {path}, got nothing there. Check the path, or label some pairs first.")
+        if self.sqlite and create and not path.parent.is_dir():
+            raise FileNotFoundError(f"store: expected a folder {path.parent} for {path.name}, got none. Make it, or name another.")
         self.engine = _engine(self.url, self.sqlite)
         # single statements need no BEGIN and ROLLBACK around them, which are messages to the server
         self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._turn = threading.Lock()
-        self._connect_once()
+        try:
+            with self.read():
+                pass
+        except DatabaseError as error:
+            self.close()
+            reason = str(error.orig).strip().splitlines()[0]
+            if self.sqlite and "not a database" in reason:
+                raise ValueError(f"store {self.name}: expected an SQLite database, got a file of another kind. Name another.") from None
+            raise OSError(f"store {self.name}: expected to connect, got: {reason}. Check the address and your rights.") from None
 
     @property
     def name(self) -> str:
         """The URL without its password, for messages."""
         return self.url.render_as_string(hide_password=True)
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A consistent look on SQLite; on PostgreSQL each statement sees what is committed. Leaves nothing behind."""
-        with self._reader.connect() as connection:
-            yield connection
+    def read(self) -> Connection:
+        """A consistent look on SQLite; on PostgreSQL each statement sees what is committed. Leaves nothing behind where it ends."""
+        return self._reader.connect()
 
     @contextlib.contextmanager
     def write(self, *locks: tuple[Lock, int]) -> Iterator[Connection]:
@@ -69,17 +78,6 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
-
-    def _connect_once(self) -> None:
-        try:
-            with self.read():
-                pass
-        except DatabaseError as error:
-            self.close()
-            reason = str(error.orig).strip().splitlines()[0]
-            if self.sqlite and "not a database" in reason:
-                raise ValueError(f"store {self.name}: expected an SQLite database, got a file of another kind. Name another.") from None
-            raise OSError(f"store {self.name}: expected to connect, got: {reason}. Check the address and your rights.") from None
 
 
 def insert_all(c: Connection, table: Table, rows: Sequence[Mapping]) -> list[int]:
@@ -108,14 +106,6 @@ def parse_url(url: str) -> URL:
     if backend != "sqlite":
         raise ValueError(f"store: expected SQLite or PostgreSQL, got {backend}. Write the URL as {EXAMPLES}.")
     return parsed.set(drivername="sqlite")
-
-
-def _check_file(url: URL, create: bool) -> None:
-    path = Path(url.database or "")  # checked by parse_url
-    if not create and not path.is_file():
-        raise FileNotFoundError(f"store: expected a database at {path}, got nothing there. Check the path, or label some pairs first.")
-    if create and not path.parent.is_dir():
-        raise FileNotFoundError(f"store: expected a folder {path.parent} for {path.name}, got none. Make it, or name another.")
 
 
 def _engine(url: URL, sqlite: bool) -> Engine:

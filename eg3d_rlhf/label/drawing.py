@@ -1,15 +1,22 @@
 """From a shape's record to what the browser gets: the mesh, and the picture of the same latent.
 
+Also damage that nobody can overlook, done to a density on purpose: one side of every pair whose answer must be known. It moves the surface
+alone and is measured by the surface's own size, so it looks alike for any generator, whatever its densities are.
+
 Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
 """
 
+import functools
 import warnings
-from collections import OrderedDict
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_of_seeds
-from eg3d_rlhf.label.damage import damage
 from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.shape_files import compress, encode_mesh
 from eg3d_rlhf.media.rendering import camera, cameras_of, png, render
@@ -22,6 +29,11 @@ from torch_utils.ops.implementations import implementation
 _SLACK = 1.1  # times the wanted triangles that a mesh may have
 _PASSES = 5  # of decimation, each of which stops where edges are too costly
 _DUST = 16  # triangles; smaller parts are left out
+_PLACES, _FEWEST = 6, 3  # lumps or bites, and how few will do
+_TRIED = 2000  # places looked at for lumps
+_LUMP, _BITE = 0.075, 0.10  # their radii, in sizes of the body
+_GRAIN, _REACH = 0.07, 0.03  # of the roughness: width of its bumps and the standard deviation of the displacement, in sizes
+_STEEP = 1e3  # slope of the density at the new surface, in levels per world unit
 _HELD = 2  # generators in memory: the two of a study
 
 
@@ -79,8 +91,7 @@ class ShapeDrawer:
     """Draws shapes; keeps the generators that it used last."""
 
     def __init__(self, device: str = "cpu"):
-        self._device = device
-        self._loaded: OrderedDict[tuple[str, str], LoadedGenerator] = OrderedDict()
+        self._load = functools.lru_cache(_HELD)(lambda source: load_generator(source or None, device))
 
     def mesh(self, shape: Shape) -> bytes:
         """The mesh in the browser's format, compressed. Raises as `surface` and `generator`."""
@@ -98,16 +109,108 @@ class ShapeDrawer:
 
         Raises: FileNotFoundError; ValueError where the file holds other weights than when the campaign was made.
         """
-        key = (shape.source, shape.generator)
-        if key not in self._loaded:
-            loaded = load_generator(shape.source or None, self._device)
-            if loaded.hash != shape.generator:
-                raise ValueError(
-                    f"ShapeDrawer: expected weights {shape.generator[:12]}... in {loaded.path.name}, got {loaded.hash[:12]}... "
-                    "Restore the file that the campaign was made with."
-                )
-            self._loaded[key] = loaded
-            if len(self._loaded) > _HELD:
-                self._loaded.popitem(last=False)
-        self._loaded.move_to_end(key)
-        return self._loaded[key]
+        loaded = self._load(shape.source)
+        if loaded.hash != shape.generator:
+            raise ValueError(
+                f"ShapeDrawer: expected weights {shape.generator[:12]}... in {loaded.path.name}, got {loaded.hash[:12]}... "
+                "Restore the file that the campaign was made with."
+            )
+        return loaded
+
+
+@dataclass(frozen=True)
+class Body:
+    """What is damaged."""
+
+    sigma: np.ndarray  # raw density [X, Y, Z]
+    axes: tuple[np.ndarray, ...]  # world coordinates x [X], y [Y], z [Z], evenly spaced
+    level: float  # raw density of the surface
+    surface: np.ndarray  # its vertices [V, 3], world coordinates
+    rng: np.random.Generator
+
+    @property
+    def size(self) -> float:
+        """Mean extent of the surface over the three axes, world units."""
+        return float(np.ptp(self.surface, axis=0).mean())
+
+    def front(self) -> np.ndarray:
+        """The third of the vertices nearest to the camera [V', 3], in random order; +z looks at it."""
+        ahead = self.surface[self.surface[:, 2] >= np.quantile(self.surface[:, 2], 2 / 3)]
+        return self.rng.permutation(ahead)
+
+    def distance(self, centres: np.ndarray) -> np.ndarray:
+        """Distance [X, Y, Z] from every grid point to the nearest of centres [.., 3]."""
+        x, y, z = np.ix_(*self.axes)
+        squares = [(x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2 for a, b, c in centres]
+        return np.sqrt(np.minimum.reduce(squares))
+
+    def signed(self, distance: np.ndarray) -> np.ndarray:
+        """A density that crosses the level where a distance is 0 and rises with it."""
+        return self.level + _STEEP * max(abs(self.level), 1.0) * distance
+
+
+def floaters(body: Body) -> np.ndarray:
+    """Round lumps that hang in the air in front of the surface."""
+    radius, near = _LUMP * body.size, body.front()[:_TRIED]
+    low, high = (np.array([axis[i] for axis in body.axes]) for i in (0, -1))
+    direction = body.rng.normal(size=near.shape)
+    direction[:, 2] = abs(direction[:, 2])
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    centres = near + body.rng.uniform(1.5, 2.5, (len(near), 1)) * radius * direction
+    index = (centres - low) / (high - low) * (np.array(body.sigma.shape) - 1)
+    outside = ndimage.map_coordinates(body.sigma, index.T, order=1, mode="nearest") < body.level
+    free = outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
+    margin = radius + 0.12 * (high - low)  # the outermost parts of the cube may be trimmed
+    free &= np.all((centres > low + margin) & (centres < high - margin), axis=1)
+    found = _scattered("floaters", centres[free], 2.5 * radius)
+    return np.maximum(body.sigma, body.signed(radius - body.distance(found)))
+
+
+def holes(body: Body) -> np.ndarray:
+    """Round bites out of the side that looks at the camera."""
+    radius = _BITE * body.size
+    found = _scattered("holes", body.front(), 2 * radius)
+    return np.minimum(body.sigma, body.signed(body.distance(found) - radius))
+
+
+def rough(body: Body) -> np.ndarray:
+    """A surface full of bumps: every point takes the density of a place nearby."""
+    step = np.array([axis[1] - axis[0] for axis in body.axes])
+    at = np.indices(body.sigma.shape, dtype=np.float32)
+    for axis in range(3):
+        noise = body.rng.standard_normal(body.sigma.shape, dtype=np.float32)
+        noise = ndimage.gaussian_filter(noise, (_GRAIN * body.size / 2 / step).tolist(), mode="wrap")
+        at[axis] += noise * np.float32(_REACH * body.size / step[axis] / noise.std())
+    return ndimage.map_coordinates(body.sigma, at, order=1, mode="nearest")
+
+
+DAMAGES: dict[str, tuple[Callable[[Body], np.ndarray], str]] = {  # name: function, what a person sees
+    "floaters": (floaters, "lumps float loose in front of it"),
+    "holes": (holes, "pieces are bitten out of its front"),
+    "rough": (rough, "its surface is all bumps"),
+}
+
+
+def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int):
+    """The density [X, Y, Z] after damage `name`; equal arguments give equal values.
+
+    Args: as the fields of `Body`; `seed` of the shape decides where the damage is.
+    Raises: ValueError for an unknown name, or where the surface leaves no room for the damage.
+    """
+    if name not in DAMAGES:
+        raise ValueError(f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this version.")
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return DAMAGES[name][0](Body(sigma, axes, level, surface, rng)).astype(np.float32)
+
+
+def _scattered(name: str, places: np.ndarray, least: float) -> np.ndarray:
+    """The first places [.., 3] that keep a distance of `least` from those before."""
+    found: list[np.ndarray] = []
+    for place in places:
+        if all(np.linalg.norm(place - other) >= least for other in found):
+            found.append(place)
+            if len(found) == _PLACES:
+                break
+    if len(found) < _FEWEST:
+        raise ValueError(f"damage({name}): expected room for {_FEWEST} places, got {len(found)}. Choose another seed, psi or level.")
+    return np.array(found)

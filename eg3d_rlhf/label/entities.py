@@ -52,7 +52,7 @@ class Shape:
     level: float  # raw density of the surface
     resolution: int  # grid points per axis of the cube
     triangles: int  # decimated to about so many
-    degradation: str = ""  # damage done on purpose, one of eg3d_rlhf.label.damage.DAMAGES; '' is none. Gold and training pairs have it
+    degradation: str = ""  # damage done on purpose, one of eg3d_rlhf.label.drawing.DAMAGES; '' is none. Gold and training pairs have it
 
     # the file of a shape is cached under eg3d_rlhf.label.shape_files.shape_key(shape)
 

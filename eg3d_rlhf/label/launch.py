@@ -12,9 +12,8 @@ from click.core import ParameterSource
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash, naming, option, together
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
-from eg3d_rlhf.label.active import Ensemble, Judged
 from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, PlannedPair, StoredCampaign
-from eg3d_rlhf.label.pairing import PairingOptions, plan
+from eg3d_rlhf.label.pairing import Ensemble, Judged, PairingOptions, plan
 from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
 from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.server.app import serve
@@ -141,6 +140,12 @@ def check_annotators(store: Store | None, host: str, make: str) -> None:
 def sqlite_file(url: str) -> Path | None:
     """The file of an SQLite URL; None for other databases."""
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+
+def store_exists(url: str) -> bool:
+    """Whether there is a store at a URL; one on a server counts as there."""
+    path = sqlite_file(url)
+    return path is None or path.is_file()
 
 
 @contextmanager

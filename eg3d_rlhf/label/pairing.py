@@ -5,7 +5,13 @@ the training round first, a gold pair after every so many. A tournament compares
 turned into strengths: its first rounds are drawn without knowing anything; later ones are Swiss, where shapes of about equal standing meet,
 nobody twice. With fewer pairs than shapes, the upper part of the table goes on, as in a knockout.
 
-Letters: P pairs, S shapes, R rounds.
+The pairs that teach most are those over which a small ensemble of rewards disagrees, spread over the shapes there are. The disagreement
+over a pair is the standard deviation, over the members, of the probability that the first shape is better (Christiano et al. 2017, arXiv
+1706.03741, 2.2.4: queries by the variance across an ensemble), P = sigmoid((r_a - r_b) / T), T the member's temperature. By itself that
+picks the same doubt over and over, so pairs are chosen one by one, by disagreement and by their distance to the nearest pair already chosen
+in the space of the rewards' embeddings (greedy max-min).
+
+Letters: P pairs, S shapes or seeds, R rounds, K members, M entries of all embeddings, C candidate pairs.
 """
 
 from collections import defaultdict
@@ -13,11 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from scipy.special import expit
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.label import active
-from eg3d_rlhf.label.damage import DAMAGES
+from eg3d_rlhf.label.drawing import DAMAGES
 from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.annotator import disjoint_pairs
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
@@ -26,6 +32,8 @@ from training.config import check_knobs, knob
 
 STRATEGIES = ("random", "active", "tournament")
 _TITLE = "Pairs"  # of the flags
+_BATCH = 16  # seeds judged at once
+_MATCHINGS = 4  # random pairings of all seeds that candidates come from
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
 
@@ -76,6 +84,36 @@ class PairingOptions:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What an ensemble makes of seeds."""
+
+    scores: np.ndarray  # [K, S], in units of each member's temperature
+    embeddings: np.ndarray  # [S, M]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Pairs in the order in which they were chosen, and why."""
+
+    pairs: np.ndarray  # [P, 2], indices of seeds
+    disagreement: np.ndarray  # [P]
+    distance: np.ndarray  # [P] to the nearest pair chosen before; infinite for the first
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Rewards that were handed in, on the shapes of one generator; this module knows neither rewards nor generators."""
+
+    judge: Callable[[Sequence[int]], Judged]  # of a few seeds at a time
+    size: int  # K
+    described: list[dict]  # of every file of rewards, for the campaign's record
+
+    def __post_init__(self):
+        if self.size < 2:
+            raise ValueError(f"active selection: expected at least 2 rewards, got {self.size}. Name another file as well.")
+
+
+@dataclass(frozen=True)
 class Plan:
     """The pairs of a campaign in order, and how they came about (JSON values)."""
 
@@ -84,13 +122,11 @@ class Plan:
 
 
 def plan(
-    options: PairingOptions, generator: LoadedGenerator, results: Sequence[Preference] = (), ensemble: active.Ensemble | None = None,
-    tell: active.Tell | None = None,
+    options: PairingOptions, generator: LoadedGenerator, results: Sequence[Preference] = (), ensemble: Ensemble | None = None
 ) -> Plan:
     """The pairs of a campaign.
 
-    Args: results: of a tournament's earlier rounds, for the next one; ensemble: the rewards of the active strategy; tell: hears how many
-        seeds they have judged.
+    Args: results: of a tournament's earlier rounds, for the next one; ensemble: the rewards of the active strategy.
     Raises: ValueError, FileNotFoundError.
     """
     if results and options.strategy != "tournament":
@@ -103,10 +139,15 @@ def plan(
     if options.strategy == "active":
         if ensemble is None:
             raise ValueError("plan: expected an ensemble of rewards for the active strategy, got none. Hand one in.")
-        seeds, more = _active(options, ensemble, rng, tell)
+        seeds, more = _active(options, ensemble, rng)
         report |= more
     elif results:
-        _check_origin(results, generator, options)
+        for result in results:
+            if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
+                raise ValueError(
+                    f"plan: expected results for generator {generator.hash[:12]} at psi {options.psi:g}, got {str(result.generator)[:12]} "
+                    f"at psi {result.psi}. Plan the next round with the network and psi of the one before."
+                )
         seeds = swiss_round(results, options.pairs, rng)
     else:
         table = _first_rounds(options, rng) if options.strategy == "tournament" else disjoint_pairs(options.pairs, rng)
@@ -164,15 +205,13 @@ def _first_rounds(options: PairingOptions, rng: np.random.Generator) -> np.ndarr
     return round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
 
 
-def _active(
-    options: PairingOptions, ensemble: active.Ensemble, rng: np.random.Generator, tell: active.Tell | None
-) -> tuple[list[list[int]], dict]:
+def _active(options: PairingOptions, ensemble: Ensemble, rng: np.random.Generator) -> tuple[list[list[int]], dict]:
     """Pairs of seeds chosen by an ensemble, and for the report who chose, among what, and what sets the chosen pairs apart."""
     seeds = range(options.first_seed, options.first_seed + options.compared)
-    judged = active.judge(ensemble, seeds, tell)
-    table = active.candidates(len(seeds), rng)
-    chosen = active.select(judged, table, options.pairs, options.diversity)
-    doubt = active.disagreement(judged.scores, table)
+    judged = judge(ensemble, seeds)
+    table = candidates(len(seeds), rng)
+    chosen = select(judged, table, options.pairs, options.diversity)
+    doubt = disagreement(judged.scores, table)
     pairs = (chosen.pairs + options.first_seed).tolist()
     return pairs, {
         "rewards": ensemble.described, "candidates": len(table), "disagreement_candidates": float(doubt.mean()),
@@ -181,15 +220,6 @@ def _active(
             for pair, d, r in zip(pairs, chosen.disagreement, chosen.distance, strict=True)
         ],
     }  # fmt: skip
-
-
-def _check_origin(results: Sequence[Preference], generator: LoadedGenerator, options: PairingOptions) -> None:
-    for result in results:
-        if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
-            raise ValueError(
-                f"plan: expected results for generator {generator.hash[:12]} at psi {options.psi:g}, got {str(result.generator)[:12]} "
-                f"at psi {result.psi}. Plan the next round with the network and psi of the one before."
-            )
 
 
 def round_robin(shapes: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
@@ -256,3 +286,59 @@ def _swapped(first: int, second: int, found: list[tuple[int, int]], met: set[fro
                 del found[i]
                 return swap
     return [(first, second)]
+
+
+def judge(ensemble: Ensemble, seeds: Sequence[int]) -> Judged:
+    """Scores and embeddings of seeds, in batches."""
+    parts = [ensemble.judge(seeds[start : start + _BATCH]) for start in range(0, len(seeds), _BATCH)]
+    return Judged(np.concatenate([part.scores for part in parts], axis=1), np.concatenate([part.embeddings for part in parts]))
+
+
+def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Standard deviation [C] over the members of P(first better) for pairs [C, 2], from scores [K, S]. Swapping a pair changes nothing."""
+    return expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
+
+
+def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Where pairs [C, 2] lie, whichever shape comes first: middle and distance of the standardised embeddings, [C, 2 M]."""
+    spread = embeddings.std(axis=0)
+    standard = np.divide(embeddings - embeddings.mean(axis=0), spread, out=np.zeros_like(embeddings), where=spread > 0)
+    a, b = standard[pairs[:, 0]], standard[pairs[:, 1]]
+    return np.concatenate([(a + b) / 2, np.abs(a - b) / 2], axis=1) / np.sqrt(2 * embeddings.shape[1])
+
+
+def candidates(seeds: int, rng: np.random.Generator) -> np.ndarray:
+    """Candidate pairs [C, 2] of 0..S-1, ordered within the pair: several random pairings of all seeds, without repeats."""
+    rows = [rng.permutation(seeds)[: seeds - seeds % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
+    return np.unique(np.sort(np.concatenate(rows), axis=1), axis=0)
+
+
+def select(judged: Judged, pairs: np.ndarray, count: int, diversity: float) -> Selection:
+    """`count` of the candidate pairs [C, 2], no seed in two of them.
+
+    Each step takes the pair with the greatest (1 - diversity) * disagreement + diversity * distance, both in shares of the greatest among
+    the candidates left; distance is that to the nearest pair chosen so far, and counts from the second step on.
+    Args: diversity 0 (disagreement alone) .. 1 (after the first pair, distance alone).
+    Raises: ValueError where the candidates do not hold so many disjoint pairs.
+    """
+    doubt, features = disagreement(judged.scores, pairs), pair_features(judged.embeddings, pairs)
+    nearest, free = np.full(len(pairs), np.inf), np.ones(len(pairs), dtype=bool)
+    chosen: list[int] = []
+    distances: list[float] = []
+    for _ in range(count):
+        if not free.any():
+            raise ValueError(f"active selection: expected {count} disjoint pairs, found {len(chosen)} among {len(pairs)}. Raise the pool.")
+        worth = (1 - diversity) * _share(doubt, free)
+        if chosen:
+            worth += diversity * _share(nearest, free)
+        best = int(np.where(free, worth, -np.inf).argmax())
+        chosen.append(best)
+        distances.append(nearest[best])
+        nearest = np.minimum(nearest, np.linalg.norm(features - features[best], axis=1))
+        free &= ~np.isin(pairs, pairs[best]).any(axis=1)
+    return Selection(pairs[chosen], doubt[chosen], np.array(distances))
+
+
+def _share(values: np.ndarray, free: np.ndarray) -> np.ndarray:
+    greatest = values[free].max()
+    return values / greatest if greatest > 0 else np.zeros_like(values)

@@ -81,23 +81,19 @@ class LabelFilters:
         """The judgements that count, in their order."""
         rows = [row for row in rows if not row.undone and (row.mode == Mode.LABEL or row.campaign == self.campaign)]
         rows = [row for row in rows if self.campaign in (None, row.campaign) and (not self.annotators or row.annotator in self.annotators)]
-        trusted = self._trusted(rows)
+        trusted = {row.annotator for row in rows}
+        if self.least_gold_accuracy is not None:  # those whose gold checks suffice, over all their checks in these rows
+            hits: dict[str, list[bool]] = defaultdict(list)
+            for row in rows:
+                if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
+                    hits[row.annotator].append(row.choice == row.expected)
+            trusted = {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
         kinds = COMPARED[:1] if self.drop_repeats else COMPARED
         return [
             row for row in rows
             if row.kind in kinds and row.choice is not Choice.SKIP and row.annotator in trusted
             and row.milliseconds >= self.min_milliseconds and row.received_at >= self.start
         ]  # fmt: skip
-
-    def _trusted(self, rows: list[JudgementRow]) -> set[str]:
-        """Annotators whose gold checks suffice, over all their checks in these rows."""
-        if self.least_gold_accuracy is None:
-            return {row.annotator for row in rows}
-        hits: dict[str, list[bool]] = defaultdict(list)
-        for row in rows:
-            if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
-                hits[row.annotator].append(row.choice == row.expected)
-        return {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
@@ -116,7 +112,7 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
 
 
 def to_preference(row: JudgementRow) -> Preference:
-    """A judgement of a pair in the open label format, its provenance in `extra`.
+    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so that CSV holds them too.
 
     Raises: ValueError for pairs that the format cannot name: two generators or truncations, one seed twice, shapes damaged on purpose.
     """
@@ -127,9 +123,16 @@ def to_preference(row: JudgementRow) -> Preference:
             "apart. Name another campaign, or export the judgements whole."
         )
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+    known = {
+        "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value,
+        "side": {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice), "left_seed": left.seed, "milliseconds": row.milliseconds,
+        "views": " ".join(row.views), "answered_at": row.answered_at, "page_version": row.page_version,
+        "level": None if math.isnan(left.level) else left.level, "resolution": left.resolution, "triangles": left.triangles,
+    }  # fmt: skip
     return Preference(
         winner=winner.seed, loser=loser.seed, generator=left.generator or None, psi=None if math.isnan(left.psi) else left.psi,
-        annotator=row.annotator, time=row.received_at, tie=row.choice is Choice.TIE, extra=_provenance(row),
+        annotator=row.annotator, time=row.received_at, tie=row.choice is Choice.TIE,
+        extra={k: v for k, v in known.items() if v is not None},
     )  # fmt: skip
 
 
@@ -138,28 +141,25 @@ def _drawn(shape: Shape) -> tuple:
     return tuple(None if isinstance(v, float) and math.isnan(v) else v for v in values)
 
 
-def _provenance(row: JudgementRow) -> dict:
-    """JSON types; texts and numbers alone, so that CSV holds them too."""
-    shape = row.left
-    side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
-    known = {
-        "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value, "side": side,
-        "left_seed": row.left.seed, "milliseconds": row.milliseconds, "views": " ".join(row.views), "answered_at": row.answered_at,
-        "page_version": row.page_version, "level": None if math.isnan(shape.level) else shape.level, "resolution": shape.resolution,
-        "triangles": shape.triangles,
-    }  # fmt: skip
-    return {k: v for k, v in known.items() if v is not None}
-
-
 def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
     """Labels of a store in order of receipt.
 
     Raises: ValueError for an unknown campaign or annotator, a study, and pairs that the label format cannot name.
     """
     chosen = filters or LabelFilters()
-    _check_names(store, chosen)
-    rows = chosen.keep(store.judgements(chosen.campaign, chosen.annotators))
-    return [to_preference(row) for row in rows]
+    if chosen.campaign is not None:
+        campaign = store.campaign(chosen.campaign)
+        if campaign is None:
+            known = ", ".join(found.settings.name for found in store.campaigns()) or "none"
+            raise ValueError(f"campaign: expected one of the store's ({known}), got {chosen.campaign!r}. Name one of them.")
+        if campaign.settings.mode is not Mode.LABEL:
+            raise ValueError(f"campaign {chosen.campaign}: expected one that collects preferences, got a study. Name another.")
+    names = {annotator.name for annotator in store.annotators()}
+    unknown = sorted(set(chosen.annotators) - names)
+    if unknown:
+        listed = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others.")
+    return [to_preference(row) for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators))]
 
 
 def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
@@ -182,18 +182,3 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
     """Write .jsonl or .csv in the open label format, with everything known of each judgement as further fields. Returns the path."""
     return write_labels(path, preferences_of(store, LabelFilters(**filters)))
-
-
-def _check_names(store: "Store", filters: LabelFilters) -> None:
-    if filters.campaign is not None:
-        campaign = store.campaign(filters.campaign)
-        if campaign is None:
-            known = ", ".join(found.settings.name for found in store.campaigns()) or "none"
-            raise ValueError(f"campaign: expected one of the store's ({known}), got {filters.campaign!r}. Name one of them.")
-        if campaign.settings.mode is not Mode.LABEL:
-            raise ValueError(f"campaign {filters.campaign}: expected one that collects preferences, got a study. Name another.")
-    names = {annotator.name for annotator in store.annotators()}
-    unknown = sorted(set(filters.annotators) - names)
-    if unknown:
-        listed = ", ".join(sorted(names)) or "none"
-        raise ValueError(f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others.")

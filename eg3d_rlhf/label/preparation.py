@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -88,7 +88,8 @@ def prepare(
     """
     distinct = {shape_key(shape): shape for shape in shapes}
     failed = {key for key, shape in distinct.items() if cache.failure(shape)}
-    missing = [key for key, shape in distinct.items() if key not in failed and not _ready(cache, shape, renders)]
+    drawn = {key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))}
+    missing = [key for key in distinct if key not in failed and key not in drawn]
     seconds: deque[float] = deque(maxlen=_RECENT)
 
     def report(left: int) -> None:
@@ -108,10 +109,6 @@ def prepare(
             failed.add(key)
         seconds.append(time.monotonic() - start)
         report(len(missing) - number)
-
-
-def _ready(cache: ShapeCache, shape: Shape, renders: bool) -> bool:
-    return cache.mesh(shape) is not None and (not renders or cache.render(shape) is not None)
 
 
 def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> str | None:
@@ -165,15 +162,6 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
-def _planned(url: str, campaign: str) -> tuple[Sequence[Shape], bool]:
-    """The shapes of a campaign in order, and whether their pictures are wanted."""
-    with Store.open(url, create=False) as store:
-        stored = store.campaign(campaign)
-        if stored is None:
-            raise ValueError(f"--campaign: expected the name of a campaign in the database, got {campaign!r}. Make it with tools/label.py.")
-        return [shape for _, shape in store.shapes(stored.id)], stored.settings.show_render
-
-
 @click.command(cls=GroupedCommand, help=__doc__)
 @option("--url", metavar="URL", required=True, envvar=URL_VARIABLE, show_envvar=True, help="Database of the labelling application.")
 @option("--campaign", metavar="NAME", required=True, help="Campaign whose shapes are drawn.")
@@ -194,8 +182,13 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
     shapes.remove_leftovers()
     writer = _ProgressWriter(progress_file(shapes, url, campaign), campaign)
     try:
-        planned, renders = _planned(url, campaign)
-        prepare(planned, shapes, ShapeDrawer(), renders, writer)
+        with Store.open(url, create=False) as store:
+            stored = store.campaign(campaign)
+            if stored is None:
+                wrong = f"--campaign: expected the name of a campaign in the database, got {campaign!r}."
+                raise ValueError(f"{wrong} Make it with tools/label.py.")
+            planned = [shape for _, shape in store.shapes(stored.id)]
+        prepare(planned, shapes, ShapeDrawer(), stored.settings.show_render, writer)
     except Exception as error:
         writer.fail(error)
         raise
@@ -235,15 +228,12 @@ class Preparation:
                 self._file.unlink()  # what an earlier worker said is no longer so
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
+            flags = [f"--campaign={self.campaign}", f"--cache={self.cache.folder}", f"--nice={self.nice}", f"--parent={os.getpid()}"]
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
+                    [sys.executable, "-m", "eg3d_rlhf.label.preparation", *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True, env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
                 )  # fmt: skip
-
-    def _command(self) -> list[str]:
-        flags = [f"--campaign={self.campaign}", f"--cache={self.cache.folder}", f"--nice={self.nice}", f"--parent={os.getpid()}"]
-        return [sys.executable, "-m", "eg3d_rlhf.label.preparation", *flags]
 
     def stop(self) -> None:
         """End the worker, by force where it does not heed."""

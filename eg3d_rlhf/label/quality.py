@@ -46,15 +46,6 @@ def side_free(row: JudgementRow) -> str:
     return "first" if (row.choice == Choice.LEFT) == row.first_is_left else "second"
 
 
-def first_answers(rows: Iterable[JudgementRow]) -> dict[int, dict[str, str]]:
-    """Per pair each annotator's first answer to it, skips aside; gold pairs aside, as everybody should agree on those."""
-    answers: dict[int, dict[str, str]] = defaultdict(dict)
-    for row in counting(rows):
-        if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
-            answers[row.pair].setdefault(row.annotator, side_free(row))
-    return dict(answers)
-
-
 def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = None) -> dict:
     """All figures as JSON types; None where there is nothing to say.
 
@@ -77,18 +68,19 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
     }
 
 
-def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLimits | None = None) -> dict:
+def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLimits) -> dict:
     """One annotator's figures from her counting rows, with flags in words."""
-    limits = limits or QualityLimits()
     choices = Counter(r.choice for r in rows)
     left, right = choices[Choice.LEFT], choices[Choice.RIGHT]
     seconds = [r.milliseconds / 1000 for r in rows if r.choice != Choice.SKIP and r.milliseconds > 0]
     gold = [r for r in rows if r.kind == Kind.GOLD and r.expected is not None and r.choice != Choice.SKIP]
+    gaps = [b - a for a, b in itertools.pairwise(sorted(r.received_at for r in rows))]
+    worked = [gap for gap in gaps if gap <= limits.break_seconds]
     out = {
         "name": name, "judgements": len(rows), "ties": choices[Choice.TIE], "skips": choices[Choice.SKIP],
         "skip_reasons": dict(Counter(r.reason or "other" for r in rows if r.choice == Choice.SKIP)),
         "median_seconds": statistics.median(seconds) if seconds else None,
-        "per_hour": _per_hour([r.received_at for r in rows], limits.break_seconds),
+        "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,
         **_share("left_share", left, left + right), "left_right_n": left + right, "left_p": binomial_test(left, left + right),
         **_consistency("self_consistency", rows, Kind.REPEAT), **_consistency("swap_consistency", rows, Kind.SWAP),
         **_share("gold_accuracy", sum(r.choice == r.expected for r in gold), len(gold), "gold_n", "gold_ci95"),
@@ -98,7 +90,10 @@ def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLi
 
 def agreement(rows: Iterable[JudgementRow]) -> dict:
     """Cohen's kappa of every two annotators who share pairs, and Krippendorff's alpha of all, over left out sides: first, second, tie."""
-    answers = first_answers(rows)
+    answers: dict[int, dict[str, str]] = defaultdict(dict)  # to each pair, by annotator; gold aside, on which all should agree
+    for row in counting(rows):
+        if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
+            answers[row.pair].setdefault(row.annotator, side_free(row))
     shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for given in answers.values():
         for a, b in itertools.combinations(sorted(given), 2):
@@ -116,7 +111,8 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
     if not rows:
         return []
     start, end = min(r.received_at for r in rows), max(r.received_at for r in rows)
-    width = next(w for w in _widths() if (end - start) / w < bins - 1)
+    widths = itertools.chain((60, 300, 900, 3600, 4 * 3600), itertools.count(86400, 86400))  # minutes, hours and days, in seconds
+    width = next(w for w in widths if (end - start) / w < bins - 1)
     filled: dict[int, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         filled[int(row.received_at // width)].append(row)
@@ -130,23 +126,10 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
     ]  # fmt: skip
 
 
-def _widths() -> Iterable[int]:
-    """Minutes, hours and days, in seconds."""
-    yield from (60, 300, 900, 3600, 4 * 3600)
-    yield from (86400 * k for k in itertools.count(1))
-
-
 def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: str | None = None) -> dict:
     """A share with its count and Wilson interval, None where nothing was counted."""
     bounds = list(wilson_interval(hits, n)) if n else None
     return {name: hits / n if n else None, interval or f"{name}_ci95": bounds, **({n_name: n} if n_name else {})}
-
-
-def _per_hour(times: list[float], longest: float) -> float | None:
-    """Judgements per hour of work, breaks aside."""
-    gaps = [b - a for a, b in itertools.pairwise(sorted(times))]
-    worked = [g for g in gaps if g <= longest]
-    return 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None
 
 
 def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:

@@ -153,13 +153,14 @@ def migrate(database: Database, create: bool) -> int:
         found = _version(connection, database, create)  # another process may have been faster
         if found == 0:
             metadata.create_all(connection, checkfirst=False)
-            _run(connection, SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS)
-            _record(connection, VERSION)
-        for version in range(max(found, 1) + 1, VERSION + 1) if found else ():
+            steps: dict[int, tuple[str, ...]] = {VERSION: SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS}
+        else:
             types = {"id": "INTEGER", "real": "DOUBLE"} if database.sqlite else {"id": "BIGINT", "real": "DOUBLE PRECISION"}
-            _run(connection, tuple(statement.format(**types) for statement in STEPS[version]))
-            _run(connection, SQLITE_STEPS[version] if database.sqlite else ())
-            _record(connection, version)
+            steps = {version: tuple(line.format(**types) for line in STEPS[version]) for version in range(found + 1, VERSION + 1)}
+        for version, statements in steps.items():
+            for statement in (*statements, *(SQLITE_STEPS[version] if found and database.sqlite else ())):
+                connection.exec_driver_sql(statement)
+            connection.execute(schema_versions.insert().values(version=version, applied=time.time()))
     return found
 
 
@@ -181,12 +182,3 @@ def _version(connection: sa.Connection, database: Database, create: bool) -> int
     if found == 0:
         raise ValueError(f"store {database.name}: expected a schema version, got none recorded. Restore the database from a copy.")
     return found
-
-
-def _run(connection: sa.Connection, statements: tuple[str, ...]) -> None:
-    for statement in statements:
-        connection.exec_driver_sql(statement)
-
-
-def _record(connection: sa.Connection, version: int) -> None:
-    connection.execute(schema_versions.insert().values(version=version, applied=time.time()))

@@ -16,7 +16,6 @@ appears whole or not at all. Meshes are little-endian, compressed with gzip:
 
 import gzip
 import hashlib
-import io
 import json
 import struct
 import time
@@ -36,7 +35,6 @@ MAGIC = b"SHP1"
 _HEADER = struct.Struct("<4sII3f3f")
 _STEPS = 65535  # quantisation steps along each axis
 _SHORT = 65536  # vertices up to which an index is a uint16
-_COMPRESSION = 9
 
 
 def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
@@ -48,7 +46,13 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     Raises: ValueError for an empty mesh, for coordinates that are not finite, or for indices out of range.
     """
     vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
-    _check(vertices, faces)
+    for name, values in (("vertices", vertices), ("faces", faces)):
+        if values.ndim != 2 or values.shape[1] != 3 or len(values) == 0:
+            raise ValueError(f"mesh: expected {name} [.., 3], at least one, got {list(values.shape)}. Pass a mesh that holds a surface.")
+    if not np.isfinite(vertices).all():
+        raise ValueError("mesh: expected finite positions, got NaN or infinity. Check the generator's weights.")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f"mesh: expected indices 0..{len(vertices) - 1}, got {faces.min()}..{faces.max()}. Pass the mesh's own vertices.")
     least = vertices.min(axis=0).astype("<f4")
     extent = (vertices.max(axis=0) - least).astype("<f4")
     scaled = np.divide(vertices - least, extent, out=np.zeros_like(vertices), where=extent > 0)
@@ -60,20 +64,7 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
 
 def compress(data: bytes) -> bytes:
     """gzip without a time or a name, so that equal data give equal bytes."""
-    buffer = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", compresslevel=_COMPRESSION, fileobj=buffer, mtime=0) as file:
-        file.write(data)
-    return buffer.getvalue()
-
-
-def _check(vertices: np.ndarray, faces: np.ndarray) -> None:
-    for name, values in (("vertices", vertices), ("faces", faces)):
-        if values.ndim != 2 or values.shape[1] != 3 or len(values) == 0:
-            raise ValueError(f"mesh: expected {name} [.., 3], at least one, got {list(values.shape)}. Pass a mesh that holds a surface.")
-    if not np.isfinite(vertices).all():
-        raise ValueError("mesh: expected finite positions, got NaN or infinity. Check the generator's weights.")
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(f"mesh: expected indices 0..{len(vertices) - 1}, got {faces.min()}..{faces.max()}. Pass the mesh's own vertices.")
+    return gzip.compress(data, 9, mtime=0)
 
 
 def shape_key(shape: Shape) -> str:

@@ -1,14 +1,20 @@
 """The store of the labelling application: campaigns, annotators, assignments and append-only judgements in SQLite or PostgreSQL."""
 
+import hashlib
+import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from sqlalchemy import Connection, Select, delete, insert, select, update
+
 from eg3d_rlhf.label import campaigns, judgements
-from eg3d_rlhf.label.accounts import Accounts
 from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
 from eg3d_rlhf.label.campaigns import Plan
 from eg3d_rlhf.label.database import Database, Lock
 from eg3d_rlhf.label.entities import (
+    LOCAL,
+    ROLES,
     Answer,
     AssignedPair,
     CampaignSettings,
@@ -16,20 +22,24 @@ from eg3d_rlhf.label.entities import (
     PlannedPair,
     Progress,
     Shape,
+    StoredAnnotator,
     StoredCampaign,
     Submitted,
 )
-from eg3d_rlhf.label.schema import migrate
+from eg3d_rlhf.label.schema import annotators, migrate, sessions
+
+NAME = re.compile(r"\w[\w .@+-]{0,79}")
+KNOWN = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
 
 
-class Store(Accounts):
+class Store:
     """Thread-safe; several processes may use one database. Whatever a method has returned from writing is on the disk.
 
     Imports and exports read and write the tables themselves, through `database`; `clock` gives seconds since 1970.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
-        super().__init__(database, clock)
+        self.database, self.clock = database, clock
         self._plans: dict[int, Plan] = {}  # a campaign never changes
         self._free_pairs = FreePairs()
         self._names: dict[int, str] = {}
@@ -83,6 +93,69 @@ class Store(Accounts):
     def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
         """Asset tokens and shapes, each once, in order of the plan."""
         return list(self._plan(campaign_id).shapes.items())
+
+    # --- annotators: tokens and session ids are random, given out once, and stored as SHA-256 only
+
+    def add_annotator(self, name: str, role: str = "annotator") -> str:
+        """A new annotator; returns the token, which is shown this once.
+
+        Raises: ValueError for a name in use, one that cannot be shown safely, and unknown roles.
+        """
+        if not NAME.fullmatch(name) or name != name.strip():
+            raise ValueError(f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}. Choose another.")
+        if role not in ROLES:
+            raise ValueError(f"annotator {name}: expected a role of {', '.join(ROLES)}, got {role!r}. Choose one of them.")
+        token = secrets.token_urlsafe(24)
+        with self.database.write((Lock.SCHEMA, 2)) as c:
+            if name == LOCAL or find(c, name) is not None:
+                raise ValueError(f"annotator: expected a new name, got {name!r}, which is in use. Choose another.")
+            c.execute(insert(annotators).values(name=name, role=role, token_hash=secret_hash(token), created=self.clock()))
+        return token
+
+    def revoke_annotator(self, name: str) -> None:
+        """Withdraw the token and end the sessions; judgements stay. Raises: ValueError for an unknown name."""
+        with self.database.write((Lock.SCHEMA, 2)) as c:
+            found = find(c, name)
+            if found is None or name == LOCAL:
+                raise ValueError(f"annotator: expected one with a token, got {name!r}. `annotators` lists them.")
+            if found.revoked is None:
+                c.execute(update(annotators).where(annotators.c.id == found.id).values(revoked=self.clock()))
+            c.execute(delete(sessions).where(sessions.c.annotator_id == found.id))
+
+    def annotators(self) -> list[StoredAnnotator]:
+        """All, oldest first."""
+        with self.database.read() as c:
+            return [StoredAnnotator(**row._mapping) for row in c.execute(KNOWN.order_by(annotators.c.id))]
+
+    def authenticate(self, token: str) -> StoredAnnotator | None:
+        """Whoever has this token, unless it was revoked."""
+        with self.database.read() as c:
+            return _one(c, KNOWN.where(annotators.c.token_hash == secret_hash(token), annotators.c.revoked.is_(None)))
+
+    def annotator_without_token(self, name: str, role: str = "annotator") -> StoredAnnotator:
+        """The annotator of that name, made if new, to whom no token leads: for imports, and LOCAL, who sits at this machine."""
+        with self.database.write((Lock.SCHEMA, 2)) as c:
+            return find_or_add(c, name, role, self.clock())
+
+    def open_session(self, annotator_id: int, seconds: float) -> str:
+        """A login of so many seconds; returns the random id for the cookie. Sessions that have ended are cleared away."""
+        session_id, now = secrets.token_urlsafe(32), self.clock()
+        record = {"id_hash": secret_hash(session_id), "annotator_id": annotator_id, "created": now, "expires": now + seconds}
+        with self.database.write() as c:
+            c.execute(delete(sessions).where(sessions.c.expires <= now))
+            c.execute(insert(sessions), record)
+        return session_id
+
+    def session(self, session_id: str) -> StoredAnnotator | None:
+        """Whose login it is, while it lasts and the token is not revoked."""
+        own = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self.clock(), annotators.c.revoked.is_(None))
+        with self.database.read() as c:
+            return _one(c, KNOWN.join(sessions, sessions.c.annotator_id == annotators.c.id).where(*own))
+
+    def close_session(self, session_id: str) -> None:
+        """Log out; unknown ones are no error."""
+        with self.database.write() as c:
+            c.execute(delete(sessions).where(sessions.c.id_hash == secret_hash(session_id)))
 
     # --- work
 
@@ -144,3 +217,24 @@ class Store(Accounts):
         if annotator_id not in self._names:
             raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
         return Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock)
+
+
+def secret_hash(secret: str) -> str:
+    """SHA-256 hex. The secrets are 192 random bits and more: a slow hash would add nothing."""
+    return hashlib.sha256(secret.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def find(c: Connection, name: str) -> StoredAnnotator | None:
+    """By name."""
+    return _one(c, KNOWN.where(annotators.c.name == name))
+
+
+def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnotator:
+    """The annotator of that name, made if there is none, to whom no token leads: local work and imports."""
+    record = {"name": name, "role": role, "created": now}
+    return find(c, name) or StoredAnnotator(**c.execute(insert(annotators).returning(*KNOWN.selected_columns), record).one()._mapping)
+
+
+def _one(c: Connection, query: Select) -> StoredAnnotator | None:
+    row = c.execute(query).first()
+    return None if row is None else StoredAnnotator(**row._mapping)

@@ -1,6 +1,9 @@
 """The analysis that the design prescribes: from judgements to win rates, tests, annotators and exclusions, as JSON types.
 
-Letters: N trials.
+What is known about a win rate follows from scores alone; the same code serves one study and a thousand simulated ones. A score is 1 where b
+was preferred, 0 where a was, 0.5 for a tie that counts half, NaN for a trial that does not count.
+
+Letters: S studies, N trials, A annotators, L latents, R resamples.
 """
 
 import statistics
@@ -10,12 +13,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
+from scipy.special import ndtri
+from scipy.stats import t as student
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode
-from eg3d_rlhf.label.quality import agreement
-from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
+from eg3d_rlhf.label.quality import agreement, side_free
+from eg3d_rlhf.metrics.statistics import Interval, binomial_test, wilson_interval
 from eg3d_rlhf.study.design import StudyDesign, stopped
-from eg3d_rlhf.study.estimate import cluster_bootstrap, win_rate
+
+_CELLS = 2_000_000  # resampled values held at once
+_LEAST = 0.05  # of the variance of independent trials: no design is so lucky
 
 
 @dataclass
@@ -53,6 +60,8 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
         )
     kept = found.kept()
     other = "excluded" if design.ties == "half" else "half"
+    sides = _sides(kept, design.ties)
+    both = (sides["win_rate_b_left"], sides["win_rate_b_right"])
     return {
         "design": design.to_dict(), "interim": not over, "answered": answered, "late": found.late,
         "reported": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
@@ -60,9 +69,9 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
         "sensitivity": {
             "without exclusions": estimate(found.trials, design.ties, design.confidence),
             f"ties {other}": estimate(kept, other, design.confidence),
-            "sides weighted equally": _side_adjusted(kept, design.ties),
+            "sides weighted equally": {"n": len(kept), "win_rate": None if None in both else sum(both) / 2},
         },
-        "sides": _sides(kept, design.ties), "annotators": _annotators(design, found), "exclusions": _exclusions(found),
+        "sides": sides, "annotators": _annotators(design, found), "exclusions": _exclusions(found),
         "agreement": agreement(kept), "pairs": _pairs(kept, design.ties),
     }  # fmt: skip
 
@@ -97,11 +106,7 @@ def is_fast(row: JudgementRow, milliseconds: int) -> bool:
 
 def score(row: JudgementRow, ties: str) -> float:
     """1 where b (the pair's second shape) was preferred, 0 where a was; ties by the rule; NaN where the trial does not count."""
-    if row.choice == Choice.SKIP:
-        return np.nan
-    if row.choice == Choice.TIE:
-        return 0.5 if ties == "half" else np.nan
-    return float((row.choice == Choice.LEFT) != row.first_is_left)
+    return {"first": 0.0, "second": 1.0, "tie": 0.5 if ties == "half" else np.nan, "skip": np.nan}[side_free(row)]
 
 
 def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
@@ -123,7 +128,8 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
     annotator, latent = (np.unique([getattr(r, name) for r in rows], return_inverse=True)[1] for name in ("annotator", "pair"))
     found = win_rate(scores, annotator, latent, confidence)
     out |= {
-        "win_rate": float(found.rate[0]), "interval": _pair(found.clustered), "wilson": _pair(found.wilson),
+        "win_rate": float(found.rate[0]), "interval": [float(end[0]) for end in found.clustered],
+        "wilson": [float(end[0]) for end in found.wilson],
         "p_clustered": float(found.p_clustered[0]), "design_effect": float(found.design_effect[0]),
         "degrees_of_freedom": int(found.degrees[0]),
     }  # fmt: skip
@@ -132,10 +138,6 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         drawn = {over: cluster_bootstrap(scores, annotator, latent, over, confidence, resamples) for over in kinds}
         out["bootstrap"] = {over: None if bounds is None else list(bounds) for over, bounds in drawn.items()}
     return out
-
-
-def _pair(bounds) -> list[float]:
-    return [float(bounds.lo[0]), float(bounds.hi[0])]
 
 
 def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
@@ -169,12 +171,6 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     decided = [r for r in rows if r.choice in (Choice.LEFT, Choice.RIGHT)]
     left = sum(r.choice == Choice.LEFT for r in decided)
     return {**out, "left_share": left / len(decided) if decided else None, "left_ci": list(wilson_interval(left, len(decided)))}
-
-
-def _side_adjusted(rows: Sequence[JudgementRow], ties: str) -> dict:
-    sides = _sides(rows, ties)
-    both = (sides["win_rate_b_left"], sides["win_rate_b_right"])
-    return {"n": sides["n"], "win_rate": None if None in both else sum(both) / 2}
 
 
 def _annotators(design: StudyDesign, found: Sorted) -> list[dict]:
@@ -216,3 +212,100 @@ def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
             scores[row.left.seed].append(value)
     out = [{"seed": seed, "win_rate": sum(values) / len(values), "n": len(values)} for seed, values in scores.items()]
     return sorted(out, key=lambda p: (-p["win_rate"], -p["n"] if p["win_rate"] > 0.5 else p["n"], p["seed"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    """Win rates of S studies; arrays [S]."""
+
+    n: np.ndarray  # trials that count
+    rate: np.ndarray  # mean score
+    wilson: tuple[np.ndarray, np.ndarray]  # ends, as if all trials were independent
+    clustered: tuple[np.ndarray, np.ndarray]  # ends; allows for annotators and latents; the interval to quote
+    p_clustered: np.ndarray  # two-sided, against 0.5; below 1 - confidence just where `clustered` leaves 0.5 out
+    design_effect: np.ndarray  # variance over that of independent trials
+    degrees: np.ndarray  # of freedom of the t quantile
+
+
+def wilson(rate: np.ndarray, n: np.ndarray, quantile: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of a rate with (effective) sample size n, for any quantile. See eg3d_rlhf.metrics.statistics.wilson_interval."""
+    scale = 1 + quantile**2 / n
+    centre = (rate + quantile**2 / (2 * n)) / scale
+    half = quantile * np.sqrt(rate * (1 - rate) / n + quantile**2 / (4 * n**2)) / scale
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def win_rate(scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, confidence: float = 0.95) -> WinRate:
+    """Win rate with an interval that allows for trials sharing annotators and latents.
+
+    Two-way clustered variance (Cameron, Gelbach and Miller 2011): V = V_annotators + V_latents - V_trials, each times G / (G - 1). The
+    interval is Wilson's with effective size rate (1 - rate) / V and the t quantile with min(A, L) - 1 degrees of freedom: the variance is
+    known no better than from so many clusters. With one annotator V_annotators is left out: it then speaks of that annotator alone.
+
+    Args: scores [S, N], NaN where a trial does not count; annotator, latent [N] numbers from 0.
+    """
+    scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    counted = ~np.isnan(scores)
+    n = counted.sum(axis=1).astype(np.float64)
+    if (n == 0).any():
+        raise ValueError("win_rate: expected at least one trial that counts, got none. Collect answers first.")
+    rate = np.where(counted, scores, 0).sum(axis=1) / n
+    residual = np.where(counted, scores - rate[:, None], 0)  # [S, N]
+    variance, clusters = {}, {}
+    for name, groups in (("annotator", annotator), ("latent", latent), ("trial", None)):
+        variance[name], clusters[name] = _cluster_variance(residual, counted, n, groups)
+    own = variance["trial"]
+    several = clusters["annotator"] > 1
+    total = np.where(several, variance["annotator"], own) + variance["latent"] - own
+    total = np.maximum(total, _LEAST * own)  # V can be 0 or below by chance
+    degrees = np.maximum(1, np.minimum(np.where(several, clusters["annotator"], n), clusters["latent"]) - 1)
+    spread = rate * (1 - rate)
+    effective = np.where(total > 0, spread / np.where(total > 0, total, 1), n)
+    statistic = np.abs(rate - 0.5) / np.sqrt(0.25 / np.where(effective > 0, effective, n))
+    effective = np.where(effective > 0, effective, n)
+    return WinRate(
+        n=n, rate=rate, wilson=wilson(rate, n, float(ndtri(0.5 + confidence / 2))),
+        clustered=wilson(rate, effective, student.ppf(0.5 + confidence / 2, degrees)),
+        p_clustered=2 * student.sf(statistic, degrees), degrees=degrees,
+        design_effect=np.where(own > 0, total / np.where(own > 0, own, 1), 1.0),
+    )  # fmt: skip
+
+
+def _cluster_variance(residual: np.ndarray, counted: np.ndarray, n: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Variance of the mean from sums of residuals over clusters, and how many clusters have trials; [S] each."""
+    if groups is None:
+        sums, present = residual, n
+    else:
+        member = np.zeros((len(groups), int(np.max(groups)) + 1))  # [N, G]
+        member[np.arange(len(groups)), groups] = 1
+        sums, present = residual @ member, ((counted @ member) > 0).sum(axis=1).astype(np.float64)
+    correction = present / np.maximum(present - 1, 1)
+    return (sums**2).sum(axis=1) / n**2 * correction, present
+
+
+def cluster_bootstrap(
+    scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, over: str, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> Interval | None:
+    """Percentile bootstrap of one study's win rate over whole clusters; None where there is one cluster only.
+
+    `over`: 'annotators', 'latents', or 'both' (Owen's pigeonhole bootstrap, 2007: both resampled, trials weighted by the product; wider
+    than needed where trials differ more than clusters do). Args: scores [N] and the rest as in `win_rate`.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    keep = ~np.isnan(scores)
+    sides = {"annotators": [annotator], "latents": [latent], "both": [annotator, latent]}[over]
+    groups = [np.unique(side[keep], return_inverse=True)[1] for side in sides]
+    counts = [int(g.max()) + 1 for g in groups]
+    if min(counts) < 2:
+        return None
+    rng, rates, values = np.random.default_rng(seed), [], scores[keep]
+    chunk = max(1, _CELLS // len(values))
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        weights = np.ones((size, len(values)))  # [R, N]
+        for group, count in zip(groups, counts, strict=True):
+            weights *= rng.multinomial(count, np.full(count, 1 / count), size=size)[:, group]
+        total = weights.sum(axis=1)
+        rates.append((weights @ values)[total > 0] / total[total > 0])  # with both, no trial may be left
+    lo, hi = np.quantile(np.concatenate(rates), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(float(lo), float(hi))

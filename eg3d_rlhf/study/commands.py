@@ -3,21 +3,192 @@
 import contextlib
 import copy
 import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option, options_of
+from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.commands import LabelGroup, add_annotator, annotators, revoke
+from eg3d_rlhf.label.entities import JudgementRow, Kind
+from eg3d_rlhf.label.launch import open_store
 from eg3d_rlhf.label.preferences import without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
+from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.study import report as reports
-from eg3d_rlhf.study.design import StudyDesign, read_design
-from eg3d_rlhf.study.launch import Folder, flagged, make_design, planned_trials, power_options, prepare, study_rows
-from eg3d_rlhf.study.power import PowerOptions, SimulationOptions, coverage, exact_power, sample_size
+from eg3d_rlhf.study.analysis import sort_rows
+from eg3d_rlhf.study.design import (
+    ExclusionRules,
+    StudyDesign,
+    campaign_settings,
+    contender,
+    read_design,
+    stopped,
+    study_pairs,
+    write_design,
+)
+from eg3d_rlhf.study.power import PowerOptions, SampleSize, SimulationOptions, coverage, exact_power, sample_size
+from training.config import knobs_of
 
 OUTDIR = Path("runs/study")
+RULES, POWER, OWN = (tuple(field.name for field, _, _ in knobs_of(kind)) for kind in (ExclusionRules, PowerOptions, StudyDesign))
+FREE = tuple(name for name in OWN if name not in RULES)  # go into the design as they are
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a study lives."""
+
+    path: Path
+    db: str | None = None  # store's URL; None: an SQLite file in the folder
+
+    @property
+    def design(self) -> Path:
+        """The design file."""
+        return self.path / "design.json"
+
+    @property
+    def url(self) -> str:
+        """The store's URL."""
+        return self.db or f"sqlite:///{self.path / 'study.db'}"
+
+    @property
+    def has_store(self) -> bool:
+        """Whether there is a store; one on a server counts as there."""
+        return launch.store_exists(self.url)
+
+
+def power_options(flags: Mapping) -> PowerOptions:
+    """What the flags say about the power calculation."""
+    per_pair = flags["annotators_per_pair"] or min(2, flags["annotators"])
+    return PowerOptions(annotators=flags["annotators"], annotators_per_pair=per_pair, **{name: flags[name] for name in POWER})
+
+
+def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> tuple[int, SampleSize | None]:
+    """The number of trials: --n, or what the power calculation asks for; warns where --n falls short of it."""
+    try:
+        size = sample_size(power_options(flags))
+    except ValueError as error:
+        if flags["n"] is None:
+            raise
+        warn(f"--n={flags['n']}: the power calculation finds no number that would do ({error})")
+        return flags["n"], None
+    if flags["n"] is not None and flags["n"] < size.trials:
+        warn(f"--n={flags['n']}: {size.trials} trials would show a win rate of {flags['true_rate']:g} with power {flags['power']:g}")
+    return flags["n"] or size.trials, size
+
+
+def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
+    """The design that the flags describe; loads both generators for their hashes.
+
+    Raises: ValueError, OSError naming the flag.
+    """
+    with flagged(flags):
+        trials, size = planned_trials(flags, warn)
+        rules = ExclusionRules(**{rule: flags[rule] for rule in RULES})
+    sides = {}
+    for side in ("a", "b"):
+        with naming(f"--{side}"):
+            own = "bundled" if flags[side] is None else Path(flags[side]).stem or str(flags[side])
+            sides[side] = contender(flags[f"label_{side}"] or own, load_generator(flags[side]))
+    if sides["a"].generator == sides["b"].generator:
+        raise ValueError("--a, --b: expected two different generators, got the same weights twice. Name another network for --b.")
+    if sides["a"].label == sides["b"].label:
+        raise ValueError(f"--label-a, --label-b: expected two names to tell them apart, got {sides['a'].label!r} twice. Give them.")
+    with flagged(flags):
+        return StudyDesign(
+            name=name, a=sides["a"], b=sides["b"], trials=trials, annotators_per_pair=power_options(flags).annotators_per_pair,
+            confidence=round(1 - flags["alpha"], 12), exclusions=rules, power=asdict(size) if size else {},
+            **{flag: flags[flag] for flag in FREE},
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def flagged(flags: Mapping) -> Iterator[None]:
+    """An error that begins with a setting's name is given the name of its flag."""
+    try:
+        yield
+    except ValueError as error:
+        name = re.split(r"\W", str(error), maxsplit=1)[0]
+        raise ValueError(f"--{name.replace('_', '-')}{str(error)[len(name):]}" if name in flags else str(error)) from error
+
+
+def prepare(folder: Folder, name: str, flags: Mapping, given: set[str], tell: Callable[[str], None]) -> StudyDesign:
+    """The study of a folder, made if there is none.
+
+    The design file comes first, then the campaign, which keeps the design's hash; neither is ever written again.
+    Raises: ValueError where the design was altered, flags contradict it, the generators changed, or the study is over.
+    """
+    new = not folder.design.exists()
+    if new and folder.has_store:
+        with open_store(folder.url, create=False) as store:
+            if store.campaign(name) is not None:
+                raise ValueError(
+                    f"{folder.design}: expected the design of study {name!r}, which has a campaign, got no file. Restore it, or choose "
+                    "another --name."
+                )
+    if new:
+        write_design(folder.design, make_design(name, flags, tell))
+    with open_store(folder.url, create=True) as store:
+        design = checked_design(folder, store, name if "name" in given or new else None)
+        check_given(design, flags, given)
+        for side in ("a", "b"):
+            with naming(f"--{side}"):
+                reports.load_contender(getattr(design, side))
+        if store.campaign(design.name) is None:
+            store.create_campaign(campaign_settings(design), study_pairs(design))
+        answered = len(sort_rows(design, list(store.judgements(design.name))).trials)
+    if stopped(design, answered):
+        raise ValueError(
+            f"study {design.name}: expected an open study, got one whose stopping rule is met ({answered} of {design.trials} trials). "
+            f"Make the report: python tools/study.py report --outdir={folder.path}"
+        )
+    tell(f"study {design.name!r}: {answered} of {design.trials} trials answered; design {folder.design}, hash {design.hash[:16]}")
+    return design
+
+
+def checked_design(folder: Folder, store: Store, name: str | None = None) -> StudyDesign:
+    """The folder's design, held against the hash that the store's campaign keeps."""
+    design = read_design(folder.design)
+    if name is not None and design.name != name:
+        raise ValueError(f"--name: expected {design.name!r}, the study in {folder.path}, got {name!r}. A new one needs another --outdir.")
+    campaign = store.campaign(design.name)
+    if campaign is not None:
+        read_design(folder.design, str(campaign.settings.extra.get("design_hash")))
+    return design
+
+
+def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
+    """Flags on the command line must say what the design says: it cannot be changed by them."""
+    stored = {
+        **{flag: getattr(design, flag) for flag in FREE}, **asdict(design.exclusions), "n": design.trials,
+        "annotators_per_pair": design.annotators_per_pair, "label_a": design.a.label, "label_b": design.b.label,
+        **{name: design.power.get("options", {}).get(name) for name in POWER if design.power}, "alpha": round(1 - design.confidence, 12),
+    }  # fmt: skip
+    for flag in sorted(given & set(stored)):
+        if flags[flag] != stored[flag]:
+            raise ValueError(
+                f"--{flag.replace('_', '-')}: expected {stored[flag]}, as the study was designed, got {flags[flag]}. Leave the flag out to "
+                "go on with that study, or design a new one in another --outdir."
+            )
+    for side in ("a", "b"):
+        if side in given:
+            with naming(f"--{side}"):
+                reports.load_contender(replace(getattr(design, side), source=flags[side]))
+
+
+def study_rows(folder: Folder) -> tuple[StudyDesign, list[JudgementRow]]:
+    """The design and the judgements of a folder. Raises: ValueError, FileNotFoundError."""
+    read_design(folder.design)
+    with open_store(folder.url, create=False) as store:
+        design = checked_design(folder, store)
+        if store.campaign(design.name) is None:
+            raise ValueError(f"study {design.name}: expected its campaign in {folder.url}, got none. Name its database with --db.")
+        return design, [r for r in store.judgements(design.name) if r.kind in (Kind.PAIR, Kind.GOLD)]
 
 
 @click.command("report", cls=GroupedCommand)
@@ -52,9 +223,9 @@ def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
     with flagged(options):
         size = sample_size(power_options(launch.filled(options, PowerOptions)))
-    record = size.to_dict()
+    record = asdict(size)
     if n is not None:
-        record["power_of_n"] = {"n": n, "power": exact_power(n, size.options.true_rate, size.options.alpha)}
+        record["power_of_n"] = {"n": n, "power": float(exact_power(n, size.options.true_rate, size.options.alpha))}
     if as_json:
         click.echo(json.dumps(record, indent=1))
         return
@@ -124,7 +295,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     if server.exposed:
         with launch.open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
             launch.check_annotators(known, server.host, make)
-    design, _ = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
+    design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with launch.open_store(folder.url, create=False) as store:
         launch.serve_campaign(store, folder.url, design.name, server, lambda address: _announcement(address, design, make), "answer")
 
@@ -137,9 +308,8 @@ def _announcement(address: str, design: StudyDesign, make: str) -> list[str]:
 def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags) -> dict:
     """What would be done; nothing is written."""
     new = not folder.design.exists()
-    if new:
-        planned_trials(flags, lambda text: click.echo(f"Warning: {text}", err=True))
-    design = make_design(name, flags) if new else read_design(folder.design)
+    made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
+    design = made or read_design(folder.design)
     content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
     return {
         "action": "design" if new else "resume", "outdir": str(folder.path), "db": without_password(folder.url),

@@ -11,7 +11,7 @@ import numpy as np
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.label.damage import DAMAGES
+from eg3d_rlhf.label.drawing import DAMAGES
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.pairing import known_answers
 from eg3d_rlhf.preferences.labels import MAX_SEED
@@ -97,7 +97,11 @@ class StudyDesign:
             raise ValueError("gold_every must be 0 (none) or >= 2, got 1. Use 10.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}.")
-        if self.until is not None and not _has_offset(self.until):
+        try:
+            known = self.until is None or datetime.fromisoformat(self.until).tzinfo is not None
+        except ValueError:
+            known = False
+        if not known:
             raise ValueError(f"until must be an ISO 8601 time with its offset from UTC, got {self.until!r}. Write 2030-01-31T18:00+00:00.")
 
     @property
@@ -136,13 +140,6 @@ class StudyDesign:
         return self.to_dict()["hash"]
 
 
-def _has_offset(text: str) -> bool:
-    try:
-        return datetime.fromisoformat(text).tzinfo is not None
-    except ValueError:
-        return False
-
-
 def content_hash(content: dict) -> str:
     """sha256 hex of canonical JSON, the hash itself aside."""
     bare = {k: v for k, v in content.items() if k != "hash"}
@@ -179,12 +176,7 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
             f"{path}: expected the design with hash {(recorded or found)[:12]}..., got another content: it was altered after the study was "
             "designed. Restore it from a copy, or design a new study under another name."
         )
-    return _parse(content)
-
-
-def _parse(content: dict) -> StudyDesign:
-    known = {f.name for f in fields(StudyDesign)}
-    values = {k: v for k, v in content.items() if k in known}
+    values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
     values |= {"a": Contender(**content["a"]), "b": Contender(**content["b"]), "exclusions": ExclusionRules(**content["exclusions"])}
     return StudyDesign(**{**values, "plan": tuple(content["plan"])})
 
@@ -210,10 +202,13 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     seeds, spare = design.seeds()
     trials = [PlannedPair(first=shape_of(design, design.a, seed), second=shape_of(design, design.b, seed)) for seed in seeds]
     rng = np.random.default_rng([design.seed, 1])
-    training = known_answers([_alternating(design, i, spare[i]) for i in range(TRAINING_PAIRS)], Kind.TRAINING, rng)
+    training = known_answers([shape_of(design, design.a, seed) for seed in spare[:TRAINING_PAIRS]], Kind.TRAINING, rng)
     checks = spare[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
-    gold = known_answers([_alternating(design, i, seed) for i, seed in enumerate(checks)], Kind.GOLD, rng)
-    return [*training, *_interleaved(trials, gold, design.gold_every)]
+    sides = (design.a, design.b)
+    gold = known_answers([shape_of(design, sides[i // len(DAMAGES) % 2], seed) for i, seed in enumerate(checks)], Kind.GOLD, rng)
+    starts = range(0, len(trials), design.gold_every or len(trials))  # gold as densely as it will be asked for
+    mixed = [pair for i, start in enumerate(starts) for pair in (*gold[i : i + 1], *trials[start : start + starts.step])]
+    return [*training, *mixed, *gold[len(starts) :]]
 
 
 def campaign_settings(design: StudyDesign) -> CampaignSettings:
@@ -231,18 +226,3 @@ def shape_of(design: StudyDesign, of: Contender, seed: int) -> Shape:
         generator=of.generator, source=of.source, seed=seed, psi=design.psi, level=design.level, resolution=design.resolution,
         triangles=design.triangles,
     )  # fmt: skip
-
-
-def _alternating(design: StudyDesign, number: int, seed: int) -> Shape:
-    """A shape of either contender: each kind of damage falls to both in turn."""
-    return shape_of(design, (design.a, design.b)[number // len(DAMAGES) % 2], seed)
-
-
-def _interleaved(trials: list[PlannedPair], gold: list[PlannedPair], every: int) -> list[PlannedPair]:
-    """Gold pairs spread among the trials as densely as they will be asked for; those left over at the end."""
-    out, waiting = [], list(gold)
-    for i, pair in enumerate(trials):
-        if waiting and i % every == 0:
-            out.append(waiting.pop(0))
-        out.append(pair)
-    return out + waiting

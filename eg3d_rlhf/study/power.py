@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit, ndtri
 from scipy.stats import binom
 
-from eg3d_rlhf.study.estimate import cluster_bootstrap, win_rate
+from eg3d_rlhf.study.analysis import cluster_bootstrap, win_rate
 from training.config import check_knobs, knob
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
@@ -59,24 +59,16 @@ class SampleSize:
     trials: int  # with ties and clustering, a multiple of annotators_per_pair
     per_annotator: int
 
-    def to_dict(self) -> dict:
-        """Plain JSON types."""
-        return asdict(self)
 
+def exact_power(n, true_rate: float, alpha: float = 0.05):
+    """Chance [..] that the two-sided exact binomial test of n [..] decided trials rejects 0.5 when the win rate is true_rate.
 
-def exact_power(n: int, true_rate: float, alpha: float = 0.05) -> float:
-    """Chance that the two-sided exact binomial test of n decided trials rejects 0.5 when the win rate is true_rate.
-
-    Under 0.5 the distribution is symmetric, so the test rejects at k <= c and k >= n - c with the largest c for which 2 P(K <= c) <= alpha.
+    Under 0.5 the distribution is symmetric, so the test rejects at k <= c and k >= n - c with the largest c for which 2 P(K <= c) <= alpha;
+    never where not even c = 0 will do.
     """
-    c = _critical(np.array([n]), alpha)[0]
-    return 0.0 if c < 0 else float(binom.cdf(c, n, true_rate) + binom.sf(n - c - 1, n, true_rate))
-
-
-def _critical(n: np.ndarray, alpha: float) -> np.ndarray:
-    """Largest c [..] with 2 P(K <= c) <= alpha for K ~ Binomial(n, 1/2); -1 where not even c = 0 will do."""
     c = binom.ppf(alpha / 2, n, 0.5).astype(np.int64)  # smallest with P >= alpha / 2
-    return np.where(binom.cdf(c, n, 0.5) <= alpha / 2, c, c - 1)
+    c = np.where(binom.cdf(c, n, 0.5) <= alpha / 2, c, c - 1)
+    return np.where(c < 0, 0.0, binom.cdf(c, n, true_rate) + binom.sf(n - c - 1, n, true_rate))
 
 
 def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) -> int:
@@ -89,10 +81,7 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
         raise ValueError(f"decided_trials: expected a true rate that can be told from 0.5, got {true_rate}. Name a larger difference.")
     upper = max(64, int(roughly))
     while True:
-        n = np.arange(1, upper + 1)
-        c = _critical(n, alpha)
-        reached = np.where(c < 0, 0.0, binom.cdf(c, n, true_rate) + binom.sf(n - c - 1, n, true_rate)) >= power
-        short = np.flatnonzero(~reached)
+        short = np.flatnonzero(~(exact_power(np.arange(1, upper + 1), true_rate, alpha) >= power))
         if len(short) == 0 or short[-1] < upper // 2:  # the teeth are short against a doubling of n
             return int(short[-1]) + 2 if len(short) else 1
         upper *= 2
@@ -119,7 +108,7 @@ def sample_size(options: PowerOptions) -> SampleSize:
     trials = math.ceil(effective / (1 - options.tie_share))
     trials += -trials % r
     return SampleSize(
-        options=options, decided=decided, attained=exact_power(decided, options.true_rate, options.alpha),
+        options=options, decided=decided, attained=float(exact_power(decided, options.true_rate, options.alpha)),
         design_effect=effective / decided, trials=trials, per_annotator=math.ceil(trials / k),
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 Letters: N latents.
 """
 
-import base64
 import io
 import json
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.label.entities import JudgementRow
+from eg3d_rlhf.reports.page import data_uri
 from eg3d_rlhf.study.analysis import analyse
 from eg3d_rlhf.study.design import Contender, StudyDesign
 from training.storage import write_atomic
@@ -35,19 +35,13 @@ def compute(
     Raises: as `analyse` and `load_contender`.
     """
     analysis = analyse(design, rows, interim, now)
-    shown = end_pairs(analysis["pairs"], pictures)
+    best, worst = analysis["pairs"], analysis["pairs"][::-1]  # shown are those that went most for b and for a
+    shown = {"best": [p for p in best if p["win_rate"] > 0.5][:pictures], "worst": [p for p in worst if p["win_rate"] < 0.5][:pictures]}
     if any(shown.values()):
         seeds = sorted({p["seed"] for pairs in shown.values() for p in pairs})
         drawn = {side: draw(design, getattr(design, side), seeds, device) for side in ("a", "b")}
         shown = {end: [{**p, **{side: drawn[side][p["seed"]] for side in drawn}} for p in pairs] for end, pairs in shown.items()}
     return {**analysis, "conclusions": conclusions(analysis), "pictures": shown if any(shown.values()) else None}
-
-
-def end_pairs(pairs: Sequence[dict], count: int) -> dict[str, list[dict]]:
-    """The pairs that went most for b and most for a, at most `count` each; a pair is in neither if it went for neither."""
-    best = [p for p in pairs if p["win_rate"] > 0.5][:count]
-    worst = [p for p in reversed(pairs) if p["win_rate"] < 0.5][:count]
-    return {"best": best, "worst": worst}
 
 
 def load_contender(of: Contender, device: str = "cpu") -> LoadedGenerator:
@@ -63,6 +57,7 @@ def load_contender(of: Contender, device: str = "cpu") -> LoadedGenerator:
 
 def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str = "cpu") -> dict[int, str]:
     """Shaded pictures of latents, PNG data addresses by seed; camera, light, level and crop are the same for every generator."""
+    import PIL.Image
     import torch
 
     from eg3d_rlhf.reports.shape_view import shade
@@ -73,17 +68,11 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
     for seed in seeds:
         with torch.no_grad():
             sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)  # [1, D, H, W]
-        out[seed] = png_uri(shade(sigma, YAW, PICTURE, design.level)[0, 0].numpy())
+        grey = shade(sigma, YAW, PICTURE, design.level)[0, 0].numpy()  # [H, W] in 0..1
+        buffer = io.BytesIO()
+        PIL.Image.fromarray((grey.clip(0, 1) * 255).round().astype("uint8")).save(buffer, format="png", optimize=True)
+        out[seed] = data_uri(buffer.getvalue(), "image/png")
     return out
-
-
-def png_uri(values) -> str:
-    """A grey picture [H, W] in 0..1 as a data: address."""
-    import PIL.Image
-
-    buffer = io.BytesIO()
-    PIL.Image.fromarray((values.clip(0, 1) * 255).round().astype("uint8")).save(buffer, format="png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def page(report: dict) -> str:
@@ -94,7 +83,7 @@ def page(report: dict) -> str:
     filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share), "p_value": p_value,
         "interval": lambda ends: "" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}",
-        "x": _pixels,
+        "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",  # where a share 0..1 lies on the figures' common axis
     }  # fmt: skip
     environment.filters |= filters
     settings = {k: v for k, v in report["design"].items() if k not in ("plan", "latent_seeds", "hash")}
@@ -106,11 +95,6 @@ def page(report: dict) -> str:
     return environment.get_template("report.html").render(
         report, settings=settings, style=style, histogram_counts=[places[i] for i in range(BINS)]
     )
-
-
-def _pixels(share: float, more: float = 0) -> str:
-    """Where a share 0..1 lies on the figures' common axis."""
-    return f"{210 + 390 * share + more:.1f}"
 
 
 def write(report: dict, folder: Path) -> tuple[Path, Path]:
@@ -204,7 +188,7 @@ def _doubts(analysis: dict) -> list[str]:
     if analysis["exclusions"] and all_in["win_rate"] is not None:
         lo, hi = all_in["interval"]
         out.append(f"With nobody excluded the win rate is {percent(all_in['win_rate'])} ({percent(lo)} to {percent(hi)}).")
-        if _verdict(all_in["interval"]) != _verdict(result["interval"]):
+        if len({(low > 0.5) - (high < 0.5) for low, high in (all_in["interval"], result["interval"])}) > 1:
             out.append("That leads to another conclusion: the result rests on the exclusions.")
     if sides["p_random"] < 0.001:
         out.append(f"b was on the left in {sides['b_left']} of {sides['n']} trials, which random sides hardly give: look into it.")
@@ -214,7 +198,3 @@ def _doubts(analysis: dict) -> list[str]:
             "either generator; it moves the win rate towards one half."
         )
     return out
-
-
-def _verdict(interval: list[float]) -> int:
-    return (interval[0] > 0.5) - (interval[1] < 0.5)

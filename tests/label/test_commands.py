@@ -93,8 +93,8 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
     assert options.preparation is not None and options.access_log.name == "access.jsonl"
     with Store.open(db, create=False) as store:
         shapes = store.shapes(1)
-        pair = store.assignments(1, store.local_annotator().id)[0]
-        store.submit(1, store.local_annotator().id, Answer(key="k", assignment=pair.token, choice=Choice.LEFT))
+        pair = store.assignments(1, store.annotator_without_token("local", "admin").id)[0]
+        store.submit(1, store.annotator_without_token("local", "admin").id, Answer(key="k", assignment=pair.token, choice=Choice.LEFT))
     again, (options, _, _) = planned()
     assert "taken up again, 12 pairs, 1 judgements so far" in again.stdout
     with Store.open(db, create=False) as store:
@@ -122,7 +122,7 @@ def test_a_resumed_campaign_keeps_its_flags(planned):
 def test_a_tournament_goes_on_from_its_results(planned, db):
     planned("--tournament", "--pairs=8", "--rounds=2", "--campaign=first")
     with Store.open(db, create=False) as store:
-        me = store.local_annotator().id
+        me = store.annotator_without_token("local", "admin").id
         number = 0
         while pairs := store.assignments(1, me):
             store.submit(1, me, Answer(key=f"k{(number := number + 1)}", assignment=pairs[0].token, choice=Choice.LEFT))
@@ -162,7 +162,7 @@ def test_annotators_come_and_go(db):
 def test_export_and_import(planned, db, tmp_path):
     planned("--pairs=5", "--training=0", "--gold=0")
     with Store.open(db, create=False) as store:
-        me = store.local_annotator().id
+        me = store.annotator_without_token("local", "admin").id
         for number in range(5):
             pair = store.assignments(1, me)[0]
             store.submit(1, me, Answer(key=f"k{number}", assignment=pair.token, choice=Choice.LEFT, milliseconds=100 * number))

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.label.damage import DAMAGES, damage
+from eg3d_rlhf.label.drawing import DAMAGES, damage
 from eg3d_rlhf.preferences.annotator import Calibration, utility
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.label.archive import export_judgements, import_judgements
+from eg3d_rlhf.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.label.preferences import (
     LabelFilters,
@@ -23,7 +23,6 @@ from eg3d_rlhf.label.preferences import (
     source_stem,
     without_password,
 )
-from eg3d_rlhf.label.ranked_seeds import export_ranked_seeds, import_ranked_seeds
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.reward.run import read_labels
@@ -170,7 +169,7 @@ def test_filters(judged, case):
 def test_repeats_can_be_dropped(store):
     settings = CampaignSettings(name="c", gold_every=0, repeat_share=0.25, swap_share=0.25, repeat_gap=1)
     campaign = store.create_campaign(settings, plan(12))
-    who = store.local_annotator().id
+    who = store.annotator_without_token("local", "admin").id
     k = 0
     while shown := store.assignments(campaign, who):
         store.submit(campaign, who, answer(shown[0], f"k{(k := k + 1)}"))
@@ -191,7 +190,7 @@ def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
 def test_a_study_is_no_source_of_labels(store):
     other = shape(0, generator="b" * 64)
     campaign = store.create_campaign(CampaignSettings(name="s", mode=Mode.STUDY, gold_every=0), [PlannedPair(first=shape(0), second=other)])
-    who = store.local_annotator().id
+    who = store.annotator_without_token("local", "admin").id
     store.submit(campaign, who, answer(store.assignments(campaign, who)[0], "k"))
     assert preferences_of(store) == []
     with pytest.raises(ValueError, match="got a study"):
@@ -201,7 +200,7 @@ def test_a_study_is_no_source_of_labels(store):
 def test_pairs_that_seeds_cannot_name_are_refused(store):
     pairs = [PlannedPair(first=shape(0), second=shape(1, psi=1.0))]
     campaign = store.create_campaign(CampaignSettings(name="c", gold_every=0), pairs)
-    who = store.local_annotator().id
+    who = store.annotator_without_token("local", "admin").id
     store.submit(campaign, who, answer(store.assignments(campaign, who)[0], "k"))
     with pytest.raises(ValueError, match="seeds alone do not tell apart"):
         preferences_of(store)
@@ -341,7 +340,7 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
     drawn = {"generator": load_generator(tiny_networks).hash}
     pairs = [PlannedPair(first=shape(2 * i, **drawn), second=shape(2 * i + 1, **drawn)) for i in range(20)]
     campaign = store.create_campaign(CampaignSettings(name="c", gold_every=0, repeat_share=0, swap_share=0), pairs)
-    who = store.local_annotator().id
+    who = store.annotator_without_token("local", "admin").id
     while shown := store.assignments(campaign, who):
         store.submit(campaign, who, answer(shown[0], shown[0].token))
     url, out = f"sqlite:///{tmp_path / 'labels.db'}", tmp_path / "run"

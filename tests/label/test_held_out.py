@@ -6,10 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.label import commands
-from eg3d_rlhf.label.archive import export_judgements, import_judgements
+from eg3d_rlhf.label.archive import export_judgements, import_judgements, import_ranked_seeds
 from eg3d_rlhf.label.entities import CampaignSettings, Mode
 from eg3d_rlhf.label.pairing import PairingOptions
-from eg3d_rlhf.label.ranked_seeds import import_ranked_seeds
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.seeds import HELD_OUT
 from tests.label.plans import plan

@@ -10,8 +10,7 @@ import pytest
 from scipy import stats
 
 from eg3d_rlhf.label.entities import Mode
-from eg3d_rlhf.label.server.options import Limits
-from eg3d_rlhf.label.server.prepared_shapes import padded
+from eg3d_rlhf.label.server.options import Limits, padded
 from eg3d_rlhf.label.shape_files import ShapeCache, shape_key
 from tests.label import serving
 from tests.label.serving import FIRST_SEED, GENEROUS, NAMES, answer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf import bundled
-from eg3d_rlhf.label.damage import DAMAGES
+from eg3d_rlhf.label.drawing import DAMAGES
 from eg3d_rlhf.label.entities import CampaignSettings, Kind
 from eg3d_rlhf.label.pairing import PairingOptions, known_answers, plan, spread
 from eg3d_rlhf.label.store import Store

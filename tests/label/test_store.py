@@ -230,7 +230,7 @@ def test_the_database_refuses_to_change_judgements(store, work, statement):
 def test_sqlite_refuses_from_other_programs_too(tmp_path):
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
         campaign = store.create_campaign(CampaignSettings(name="c"), plan(3))
-        answered(store, campaign, store.local_annotator().id, 1)
+        answered(store, campaign, store.annotator_without_token("local", "admin").id, 1)
     with sqlite3.connect(tmp_path / "l.db") as other:
         for statement in ("UPDATE judgements SET choice = 'tie'", "DELETE FROM judgements",
                           "INSERT OR REPLACE INTO judgements SELECT * FROM judgements"):  # fmt: skip
@@ -297,8 +297,8 @@ def test_no_secret_is_in_the_database(tmp_path):
 
 
 def test_the_local_annotator_has_no_token(store):
-    local = store.local_annotator()
-    assert (local.name, local.role, store.local_annotator()) == ("local", "admin", local)
+    local = store.annotator_without_token("local", "admin")
+    assert (local.name, local.role, store.annotator_without_token("local", "admin")) == ("local", "admin", local)
     with pytest.raises(ValueError, match="expected one with a token"):
         store.revoke_annotator("local")
 

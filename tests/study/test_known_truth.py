@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.metrics.statistics import wilson_interval
-from eg3d_rlhf.study.estimate import cluster_bootstrap, win_rate
+from eg3d_rlhf.study.analysis import cluster_bootstrap, win_rate
 from eg3d_rlhf.study.power import SimulationOptions, allocation, centre, coverage, simulate
 
 
@@ -82,7 +82,7 @@ def test_without_clusters_the_interval_is_wilsons_with_t():
     scores = np.array([1.0] * 14 + [0.0] * 6)
     alone = np.arange(20)
     found = win_rate(scores, alone, alone)
-    assert (found.wilson.lo[0], found.wilson.hi[0]) == pytest.approx(tuple(wilson_interval(14, 20)))
+    assert (found.wilson[0][0], found.wilson[1][0]) == pytest.approx(tuple(wilson_interval(14, 20)))
     assert found.design_effect[0] == pytest.approx(1) and found.degrees[0] == 19
 
 
@@ -91,26 +91,26 @@ def test_copying_every_trial_of_an_annotator_gives_no_new_knowledge():
     scores, annotator = rng.integers(0, 2, 40).astype(float), np.arange(40)
     once = win_rate(scores, annotator, np.arange(40))
     twice = win_rate(np.repeat(scores, 5), np.repeat(annotator, 5), np.arange(200))
-    assert twice.clustered.lo[0] == pytest.approx(once.clustered.lo[0], abs=2e-3) and twice.wilson.lo[0] > once.wilson.lo[0] + 0.05
+    assert twice.clustered[0][0] == pytest.approx(once.clustered[0][0], abs=2e-3) and twice.wilson[0][0] > once.wilson[0][0] + 0.05
 
 
 def test_exchanging_the_generators_mirrors_everything():
     trials = simulate(SimulationOptions(studies=5))
     there = win_rate(trials.scores, trials.annotator, trials.latent)
     back = win_rate(1 - trials.scores, trials.annotator, trials.latent)
-    assert np.allclose(back.rate, 1 - there.rate) and np.allclose(back.clustered.lo, 1 - there.clustered.hi)
+    assert np.allclose(back.rate, 1 - there.rate) and np.allclose(back.clustered[0], 1 - there.clustered[1])
     assert np.allclose(back.p_clustered, there.p_clustered)
 
 
 def test_the_p_value_and_the_interval_agree():
     found = win_rate(*(lambda t: (t.scores, t.annotator, t.latent))(simulate(SimulationOptions(preference=0.57, studies=500))))
-    excluded = (found.clustered.lo > 0.5) | (found.clustered.hi < 0.5)
+    excluded = (found.clustered[0] > 0.5) | (found.clustered[1] < 0.5)
     assert ((found.p_clustered < 0.05) == excluded).all() and 0.1 < excluded.mean() < 0.9
 
 
 def test_a_clean_sweep_has_an_interval_too():
     found = win_rate(np.ones(30), np.arange(30) % 3, np.arange(30))
-    assert found.rate[0] == 1 and 0.3 < found.clustered.lo[0] < 1 and found.clustered.hi[0] == 1
+    assert found.rate[0] == 1 and 0.3 < found.clustered[0][0] < 1 and found.clustered[1][0] == 1
     with pytest.raises(ValueError, match="got none"):
         win_rate(np.full(4, np.nan), np.arange(4), np.arange(4))
 
@@ -120,7 +120,7 @@ def test_trials_that_do_not_count_change_nothing():
     scores, counts = trials.scores[0], ~np.isnan(trials.scores[0])
     with_gaps = win_rate(scores, trials.annotator, trials.latent)
     without = win_rate(scores[counts], trials.annotator[counts], np.unique(trials.latent[counts], return_inverse=True)[1])
-    assert with_gaps.clustered.lo[0] == pytest.approx(without.clustered.lo[0], rel=1e-12) and with_gaps.n[0] == counts.sum()
+    assert with_gaps.clustered[0][0] == pytest.approx(without.clustered[0][0], rel=1e-12) and with_gaps.n[0] == counts.sum()
 
 
 def test_one_cluster_cannot_be_resampled_and_a_seed_fixes_the_rest():

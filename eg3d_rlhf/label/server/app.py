@@ -1,21 +1,31 @@
-"""The application: its routes behind the gate, and the process that serves it."""
+"""The application: its pages and routes behind the gate, log-in and log-out, and the process that serves it."""
 
 import contextlib
+import gzip
+import hashlib
+import html
+import mimetypes
+import secrets
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
 
-from eg3d_rlhf.label.server.access_log import AccessLog
-from eg3d_rlhf.label.server.errors import add_handlers
-from eg3d_rlhf.label.server.gate import Gate
-from eg3d_rlhf.label.server.identity import Identities
-from eg3d_rlhf.label.server.options import AppOptions, Limits, is_loopback
-from eg3d_rlhf.label.server.pages import pages, read_static, version_of
-from eg3d_rlhf.label.server.prepared_shapes import PreparedShapes
-from eg3d_rlhf.label.server.routes import Context, admin_api, label_api
+from eg3d_rlhf.label.server.gate import FORGET, AccessLog, Gate, policy_of_style
+from eg3d_rlhf.label.server.identity import COOKIE, Identities, csrf_token
+from eg3d_rlhf.label.server.models import Refusal, add_handlers, note
+from eg3d_rlhf.label.server.options import AppOptions, Limits, PreparedShapes, is_loopback
+from eg3d_rlhf.label.server.routes import Admin, Context, Who, admin_api, label_api
+
+SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
+LOGIN_COOKIE = "login"
+STYLE, PAGE = ((Path(__file__).parent / name).read_text() for name in ("login.css", "login.html"))
 
 
 def create_app(options: AppOptions) -> FastAPI:
@@ -30,7 +40,7 @@ def create_app(options: AppOptions) -> FastAPI:
     identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
     context = Context(
         options=options, campaign=campaign, identities=identities, shapes=PreparedShapes(options, campaign), files=files,
-        page_version=version_of(files),
+        page_version=hashlib.sha256("".join(f"{name}{files[name].etag}" for name in sorted(files)).encode()).hexdigest()[:12],
     )  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -102,3 +112,124 @@ def serve(
         if options.preparation is not None:
             options.preparation.stop()
         server.close()
+
+
+@dataclass(frozen=True)
+class StaticFile:
+    """A file of the page, kept in memory."""
+
+    data: bytes
+    packed: bytes  # gzip
+    kind: str  # media type
+    etag: str
+
+
+def read_static(folder: Path) -> dict[str, StaticFile]:
+    """The files that are served, by name: those of `folder` itself with a suffix of SUFFIXES.
+
+    Raises: ValueError where the pages are missing.
+    """
+    found = {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.suffix in SUFFIXES and p.is_file()}
+    missing = sorted({"index.html", "admin.html"} - set(found))
+    if missing:
+        raise ValueError(f"{folder}: expected {' and '.join(missing)}, got {len(found)} other files. Install the package again.")
+    files = {}
+    for name, data in found.items():
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind = "text/javascript" if name.endswith(".js") else kind
+        files[name] = StaticFile(data, gzip.compress(data, mtime=0), kind, f'"{hashlib.sha256(data).hexdigest()[:20]}"')
+    return files
+
+
+def pages(context: Context) -> APIRouter:
+    """The router."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/health")
+    async def health() -> dict:
+        return {"status": "ok"}
+
+    @router.get("/")
+    async def index(request: Request) -> Response:
+        return _file(context.files["index.html"], request)
+
+    @router.get("/admin")
+    async def admin(request: Request, who: Admin) -> Response:
+        return _file(context.files["admin.html"], request)
+
+    @router.get("/static/{name}")
+    async def static(name: str, request: Request) -> Response:
+        if name not in context.files:
+            raise Refusal(404, "No such file.", "Check the address.")
+        return _file(context.files[name], request)
+
+    @router.get("/login")
+    async def login_page(request: Request) -> Response:
+        return _login_page(request)
+
+    @router.post("/login")
+    async def login(request: Request) -> Response:
+        token = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
+        address = request.client.host if request.client else ""
+        seconds = context.options.limits.session_seconds
+        try:
+            known = await run_in_threadpool(context.identities.by_token, token, address)
+        except Refusal as refusal:
+            note(request, refusal)
+            return _login_page(request, refusal)
+        session = await run_in_threadpool(context.store.open_session, known.id, seconds)
+        response = RedirectResponse("/", 303)
+        _set_cookie(response, request, COOKIE, session, int(seconds))
+        response.delete_cookie(LOGIN_COOKIE, path="/login")
+        return response
+
+    @router.post("/logout")
+    async def logout(who: Who) -> Response:
+        if who.session:
+            await run_in_threadpool(context.store.close_session, who.session)
+        response = JSONResponse({"closed": bool(who.session)}) if who.by == "token" else RedirectResponse("/login", 303)
+        response.headers.append("Set-Cookie", FORGET)
+        return response
+
+    return router
+
+
+def _file(file: StaticFile, request: Request) -> Response:
+    headers = {"ETag": file.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    if request.headers.get("if-none-match") == file.etag:
+        return Response(None, 304, headers)
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(file.packed, media_type=file.kind, headers={**headers, "Content-Encoding": "gzip"})
+    return Response(file.data, media_type=file.kind, headers=headers)
+
+
+def _form_token(body: bytes, cookie: str) -> str:
+    """The token of a log-in form whose CSRF field fits the cookie.
+
+    Raises: Refusal 400, 403.
+    """
+    try:
+        fields = parse_qs(body.decode("ascii"), keep_blank_values=True, strict_parsing=True, max_num_fields=4, errors="strict")
+    except ValueError:
+        raise Refusal(400, "Expected a form with token and csrf.", "Use the log-in page.") from None
+    if sorted(fields) != ["csrf", "token"] or any(len(values) != 1 for values in fields.values()):
+        raise Refusal(400, "Expected a form with token and csrf, each once.", "Use the log-in page.")
+    if not cookie or not secrets.compare_digest(csrf_token(cookie, "login").encode(), fields["csrf"][0].encode()):
+        raise Refusal(403, "This form is not from the log-in page, or its cookie is gone.", "Load /login again, with cookies allowed.")
+    return fields["token"][0].strip()
+
+
+def _login_page(request: Request, refusal: Refusal | None = None) -> Response:
+    cookie = secrets.token_urlsafe(24)
+    message = f"<p role=alert>{html.escape(f'{refusal.error} {refusal.remedy}')}</p>" if refusal else ""
+    page = PAGE.format(style=STYLE, message=message, csrf=csrf_token(cookie, "login"))
+    response = HTMLResponse(page, refusal.status if refusal else 200, refusal.headers if refusal else None)
+    response.headers["Content-Security-Policy"] = policy_of_style(STYLE)
+    response.headers["Referrer-Policy"] = "same-origin"  # under no-referrer a form is sent with 'Origin: null'
+    _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
+    return response
+
+
+def _set_cookie(response: Response, request: Request, name: str, value: str, seconds: int, path: str = "/") -> None:
+    https = request.url.scheme == "https"
+    response.set_cookie(name, value, max_age=seconds, path=path, secure=https, httponly=True, samesite="strict")

@@ -1,24 +1,51 @@
-"""The gate before the application: every request passes all checks here, so that no route can forget one, and gets its headers here."""
+"""The gate before the application: every request passes all checks here, so that no route can forget one, and gets its headers here.
+
+Access log: one JSON object a line for each request; no token, session, CSRF value, body or query ever enters it.
+
+Fields:
+    time          ISO 8601, UTC, milliseconds
+    event         'request'; 'start' with mode, exposed and version when a server starts
+    request       8 random hex digits, also sent as the header X-Request-Id
+    address       of the client
+    method        GET, POST, ...
+    route         template of the route, as '/api/shapes/{asset}'; of an unknown address its path, long words replaced by '*'
+    status        of the response; 0 where the client left before it began
+    milliseconds  from the request's head to the response's last byte
+    bytes         of the response's body
+    annotator     name, or null where nobody is known
+    by            'token', 'session', 'local' or null: how she is known
+    refused       short reason of a refusal, else absent
+
+A file is continued as FILE.1 ... FILE.5 at 20 MB each.
+"""
 
 import asyncio
 import base64
+import datetime
 import hashlib
 import hmac
+import json
+import logging
 import re
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eg3d_rlhf.label.server.access_log import AccessLog, Entry, masked
-from eg3d_rlhf.label.server.errors import LOGGER, Refusal, failed, too_many
 from eg3d_rlhf.label.server.identity import COOKIE, Buckets, Identities, Identity, address_key
+from eg3d_rlhf.label.server.models import LOGGER, REMEDIES, Refusal, too_many
 from eg3d_rlhf.label.server.options import LOOPBACK, AppOptions, Limits
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 PAGES = ("/", "/login", "/admin")  # a link on another site may lead here
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
+_LONG_WORD = re.compile(r"[^/]{16,}")  # of an unknown path: what might be a token
 _CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
 OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}  # all that answers without a token when exposed
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
@@ -42,14 +69,6 @@ def policy_of_style(style: str) -> str:
     """Content-Security-Policy of a page without script whose one <style> element holds exactly `style`."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'sha256-{digest}'; {_COMMON}"
-
-
-def add_headers(headers: MutableHeaders, https: bool) -> None:
-    """Add what a response does not set itself."""
-    for name, value in FIXED.items():
-        headers.setdefault(name, value)
-    if https:
-        headers.setdefault("Strict-Transport-Security", "max-age=31536000")
 
 
 def check_host(headers: Headers, exposed: bool) -> None:
@@ -91,37 +110,8 @@ def check_same_origin(headers: Headers, scheme: str) -> None:
         raise Refusal(403, "Another site sent this.", "Send it from the application's own page.")
 
 
-def check_csrf(expected: str, got: str) -> None:
-    """Raises: Refusal 403 unless both are equal."""
-    if not hmac.compare_digest(expected.encode(), got.encode("utf-8", "replace")):
-        raise Refusal(403, "Expected the X-CSRF-Token of this session.", "Ask for /api/session and send its 'csrf' as X-CSRF-Token.")
-
-
 class Disconnected(Exception):
     """The client left before its request was complete."""
-
-
-def check_headers(headers: Headers, limits: Limits) -> None:
-    """Refuse headers that are too large; the HTTP parser does so only where they arrive in several reads.
-
-    Raises: Refusal 431.
-    """
-    if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:
-        raise Refusal(431, f"Expected headers of at most {limits.headers} bytes.", "Send less.", _CLOSE)
-
-
-def check_length(headers: Headers, limits: Limits) -> None:
-    """Refuse a declared length that is wrong or too large, before a byte of the body is read.
-
-    Raises: Refusal 400, 413.
-    """
-    lengths = headers.getlist("content-length")
-    if not lengths:
-        return
-    if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
-        raise Refusal(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
-    if int(lengths[0][:20]) > limits.body:
-        raise _too_large(limits)
 
 
 async def read_body(receive: Receive, limits: Limits) -> bytes:
@@ -146,22 +136,52 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
         raise Refusal(408, "The request took too long to arrive.", "Send it again.", _CLOSE) from None
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out `body` once, then what the client does."""
-    handed = False
-
-    async def received() -> Message:
-        nonlocal handed
-        if not handed:
-            handed = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return received
-
-
 def _too_large(limits: Limits) -> Refusal:
     return Refusal(413, f"Expected a body of at most {limits.body} bytes.", "Send less.", _CLOSE)
+
+
+@dataclass
+class Entry:
+    """One request as it proceeds."""
+
+    address: str
+    method: str
+    route: str
+    request: str = field(default_factory=lambda: secrets.token_hex(4))
+    status: int = 0
+    bytes: int = 0
+    annotator: str | None = None
+    by: str | None = None
+    refused: str | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def fields(self) -> dict:
+        """The entry's part of the line."""
+        found = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
+        return {k: v for k, v in found.items() if k != "began" and (k != "refused" or v is not None)}
+
+
+class AccessLog:
+    """Writes the lines; without a path, drops them."""
+
+    def __init__(self, path: Path | None):
+        self._logger = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._logger = logging.Logger(f"access:{path}")  # not registered: nobody else's settings reach it
+            self._logger.addHandler(RotatingFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True))
+
+    def write(self, event: str, fields: dict) -> None:
+        """One line."""
+        if self._logger is None:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self._logger.info("%s", json.dumps({"time": now, "event": event, **fields}))
+
+    def close(self) -> None:
+        """Close the file."""
+        for handler in self._logger.handlers if self._logger else ():
+            handler.close()
 
 
 class Gate:
@@ -182,21 +202,33 @@ class Gate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         address = (scope.get("client") or ("", 0))[0]
-        entry = Entry(address, scope["method"][:16], masked(scope["path"]))
+        entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:
             try:
-                body = await self._admit(scope, receive, entry)
-                await self.app(scope, replay(body, receive), send)
+                body = [await self._admit(scope, receive, entry)]
+
+                async def replay() -> Message:
+                    """Hand out the body once, then what the client does."""
+                    return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
+
+                await self.app(scope, replay, send)
             except Refusal as refusal:
                 entry.refused = refusal.error
-                await self._refusal(refusal, scope)(scope, receive, send)
+                response: Response = refusal.response()
+                if refusal.status == 401:  # a person without a session is sent to the login page
+                    headers = Headers(scope=scope)
+                    page = scope["method"] == "GET" and scope["path"] in ("/", "/admin") and "authorization" not in headers
+                    response = RedirectResponse("/login", 303) if page else response
+                    if f"{COOKIE}=" in headers.get("cookie", ""):
+                        response.headers.append("Set-Cookie", FORGET)
+                await response(scope, receive, send)
         except Disconnected:
             entry.refused = "disconnected"
         except Exception:
             LOGGER.exception("request %s failed", entry.request)
             if entry.status == 0:
-                await failed().response()(scope, receive, send)
+                await Refusal(500, "The server made a mistake.", REMEDIES[500]).response()(scope, receive, send)
         finally:
             route = scope.get("route")
             entry.route = getattr(route, "path", entry.route)
@@ -210,17 +242,24 @@ class Gate:
             raise Refusal(414, f"Expected an address of at most {limits.url} bytes.", "Ask for less.")
         if not path.isprintable():
             raise Refusal(400, "Expected printable characters in the address.", "Correct the address.")
-        check_headers(headers, limits)
+        if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:  # the parser looks only where they come in parts
+            raise Refusal(431, f"Expected headers of at most {limits.headers} bytes.", "Send less.", _CLOSE)
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
-        check_length(headers, limits)
+        lengths = headers.getlist("content-length")  # looked at before a byte of the body is read
+        if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
+            raise Refusal(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
+        if lengths and int(lengths[0][:20]) > limits.body:
+            raise _too_large(limits)
         identity = await self._identify(headers, method, path, entry)
         scope.setdefault("state", {})["identity"] = identity
         if method not in SAFE_METHODS:
             if identity is None or identity.by != "token":
                 check_same_origin(headers, scope["scheme"])
             if identity is not None and identity.by != "token" and path != "/login":
-                check_csrf(identity.csrf, headers.get("x-csrf-token", ""))
+                if not hmac.compare_digest(identity.csrf.encode(), headers.get("x-csrf-token", "").encode("utf-8", "replace")):
+                    remedy = "Ask for /api/session and send its 'csrf' as X-CSRF-Token."
+                    raise Refusal(403, "Expected the X-CSRF-Token of this session.", remedy)
             _check_type(headers, path)
         body = await read_body(receive, limits)
         if b"\0" in body:  # in UTF-8, neither JSON nor a form has one; JSON in UTF-16 has
@@ -250,17 +289,6 @@ class Gate:
                           {"WWW-Authenticate": "Bearer"})
         return identity
 
-    def _refusal(self, refusal: Refusal, scope: Scope) -> ASGIApp:
-        """The response: a person without a session is sent to the login page."""
-        response: Response = refusal.response()
-        if refusal.status == 401:
-            headers = Headers(scope=scope)
-            page = scope["method"] == "GET" and scope["path"] in ("/", "/admin") and "authorization" not in headers
-            response = RedirectResponse("/login", 303) if page else response
-            if f"{COOKIE}=" in headers.get("cookie", ""):
-                response.headers.append("Set-Cookie", FORGET)
-        return response
-
 
 def _check_type(headers: Headers, path: str) -> None:
     """Bodies are JSON under /api, a form at /login.
@@ -284,7 +312,8 @@ def _recorded(send: Send, entry: Entry, https: bool) -> Send:
             entry.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = entry.request
-            add_headers(headers, https)
+            for name, value in (FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})).items():
+                headers.setdefault(name, value)  # where the response does not set it itself
         elif message["type"] == "http.response.body":
             entry.bytes += len(message.get("body", b""))
         await send(message)

@@ -15,8 +15,8 @@ from typing import TypeVar
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
-from eg3d_rlhf.label.entities import Mode, StoredAnnotator
-from eg3d_rlhf.label.server.errors import Refusal, too_many
+from eg3d_rlhf.label.entities import LOCAL, Mode, StoredAnnotator
+from eg3d_rlhf.label.server.models import Refusal, too_many
 from eg3d_rlhf.label.server.options import AppOptions
 
 COOKIE = "session"
@@ -136,7 +136,7 @@ class Identities:
         self.store, self.exposed, self.blind = options.store, options.exposed, mode is Mode.STUDY
         self.guesses = Guesses(options.limits.guesses, options.limits.all_guesses)
         self._secret = options.secret or kept_secret(options.cache.folder / "server.key")
-        self._local = None if options.exposed else self.store.local_annotator()
+        self._local = None if options.exposed else self.store.annotator_without_token(LOCAL, "admin")
 
     def find(self, headers: Headers, address: str) -> Identity | None:
         """The identity, or None. A wrong bearer token is refused, never ignored.
@@ -144,7 +144,9 @@ class Identities:
         Raises: Refusal 401, 429.
         """
         if "authorization" in headers:
-            return self._identity(self.by_token(_bearer(headers), address), "token")
+            scheme, _, token = headers["authorization"].partition(" ")
+            bearer = token.strip() if scheme.lower() == "bearer" and len(headers.getlist("authorization")) == 1 else ""
+            return self._identity(self.by_token(bearer, address), "token")
         session = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
         annotator = self.store.session(session) if _plausible(session) else None
         if annotator is not None:
@@ -172,11 +174,6 @@ class Identities:
         # In a blind study not even the person at this machine sees results without an admin's token.
         admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
         return Identity(annotator, by, admin, csrf, session)
-
-
-def _bearer(headers: Headers) -> str:
-    scheme, _, token = headers["authorization"].partition(" ")
-    return token.strip() if scheme.lower() == "bearer" and len(headers.getlist("authorization")) == 1 else ""
 
 
 def _plausible(token: str) -> bool:

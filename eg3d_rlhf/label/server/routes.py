@@ -18,10 +18,9 @@ from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError
 from eg3d_rlhf.label.preferences import export_labels
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.server import models
-from eg3d_rlhf.label.server.errors import Refusal
 from eg3d_rlhf.label.server.identity import Identities, Identity
-from eg3d_rlhf.label.server.options import AppOptions
-from eg3d_rlhf.label.server.prepared_shapes import PreparedShapes
+from eg3d_rlhf.label.server.models import Refusal
+from eg3d_rlhf.label.server.options import AppOptions, PreparedShapes
 from eg3d_rlhf.label.store import Store
 
 _REFUSED = (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)
@@ -38,8 +37,8 @@ class Context:
     campaign: StoredCampaign
     identities: Identities
     shapes: PreparedShapes
-    files: dict  # name -> pages.StaticFile
-    page_version: str
+    files: dict  # name -> app.StaticFile
+    page_version: str  # changes with any file of the page; judgements name it
 
     @property
     def store(self) -> Store:
@@ -74,8 +73,7 @@ Admin = Annotated[Identity, Depends(admin_of)]
 def label_api(context: Context) -> APIRouter:
     """The router."""
     router = APIRouter(prefix="/api", responses=_ERRORS)
-    _session(router, context)
-    _assignments(router, context)
+    _work(router, context)
     _shapes(router, context)
     _judgements(router, context)
     return router
@@ -91,7 +89,7 @@ def _judge(context: Context, who: Identity) -> None:
         raise Refusal(403, "Admins see results, so they cannot take part in a blind study.", "Use an annotator's token.")
 
 
-def _session(router: APIRouter, context: Context) -> None:
+def _work(router: APIRouter, context: Context) -> None:
     @router.get("/session", response_model=models.Session)
     def session(who: Who):
         """The page's session."""
@@ -102,8 +100,6 @@ def _session(router: APIRouter, context: Context) -> None:
             "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
         })  # fmt: skip
 
-
-def _assignments(router: APIRouter, context: Context) -> None:
     @router.get("/assignments", response_model=models.Assignments)
     def assignments(who: Who, count: Annotated[int, Query(ge=1, le=10)] = 3):
         """The next pairs; those that are open come first. None and not waiting: finished."""
@@ -135,7 +131,7 @@ def _shapes(router: APIRouter, context: Context) -> None:
     @router.get("/renders/{asset}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def render(asset: models.AssetPath, who: Who) -> Response:
         """The picture of a shape, where the campaign shows it; never in a study."""
-        shape = context.shapes.shape(asset) if context.campaign.settings.show_render and not context.blind else None
+        shape = context.shapes.shapes.get(asset) if context.campaign.settings.show_render and not context.blind else None
         path = context.options.cache.render(shape) if shape is not None else None
         if path is None:
             raise Refusal(404, "No such picture.", "Pictures are shown where the campaign allows them.")
@@ -179,12 +175,18 @@ def _judgements(router: APIRouter, context: Context) -> None:
 def admin_api(context: Context) -> APIRouter:
     """The router; every route of it needs an admin."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)], responses=_ERRORS)
-    report = _Report(context)
+    lock, until = threading.Lock(), 0.0
+    kept: dict = {}
 
     @router.get("/quality")
     def quality() -> dict:
         """Quality of annotators and answers, and how far the shapes are."""
-        return {**report.get(), "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
+        nonlocal kept, until
+        with lock:  # one thread at a time computes it, and it is kept for a moment: it may take longer than a submission may wait
+            if (began := time.monotonic()) >= until:
+                kept = quality_report(context.store.judgements(context.campaign.settings.name, include_undone=True))
+                until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - began))
+        return {**kept, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
 
     @router.get("/openapi.json", include_in_schema=False)
     def description(request: Request) -> JSONResponse:
@@ -199,8 +201,7 @@ def _annotators(router: APIRouter, context: Context) -> None:
     @router.get("/annotators", response_model=list[models.AnnotatorLine])
     def annotators():
         """All annotators, revoked ones included."""
-        found = context.store.annotators()
-        return [{"name": a.name, "role": a.role, "created": a.created, "revoked": a.revoked} for a in found]
+        return context.store.annotators()
 
     @router.post("/annotators", status_code=201, response_model=models.NewToken)
     def add(body: models.NewAnnotator):
@@ -236,22 +237,3 @@ def _export(router: APIRouter, context: Context) -> None:
             raise
         kind = "text/csv" if format == "csv" else "application/x-ndjson"
         return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
-
-
-class _Report:
-    """The quality report, computed by one thread at a time and kept for a moment: it may take longer than a submission may wait."""
-
-    def __init__(self, context: Context):
-        self._context, self._lock = context, threading.Lock()
-        self._found: dict = {}
-        self._until = 0.0
-
-    def get(self) -> dict:
-        """The report."""
-        with self._lock:
-            if time.monotonic() >= self._until:
-                began = time.monotonic()
-                rows = self._context.store.judgements(self._context.campaign.settings.name, include_undone=True)
-                self._found = quality_report(rows)
-                self._until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - began))
-            return self._found
