@@ -11,31 +11,23 @@ Example:
 
 import html
 import json
-import sys
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.attribution import report  # noqa: E402
-from eg3d_rlhf.attribution.cross_checks import BOUND, MOST_STEPS, STEPS  # noqa: E402
-from eg3d_rlhf.attribution.shapley import METHODS  # noqa: E402
-from eg3d_rlhf.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study  # noqa: E402
-from eg3d_rlhf.attribution.surface import PAGE  # noqa: E402
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.evaluation import flags  # noqa: E402
-from eg3d_rlhf.evaluation.comparison import Sources, load_comparison  # noqa: E402
-from eg3d_rlhf.reports import jobs as running  # noqa: E402
-from eg3d_rlhf.reports.page import write_page  # noqa: E402
-from training.storage import write_atomic  # noqa: E402
-
-
-def resolved(study: Study, out: Path) -> dict:
-    """Settings as JSON values."""
-    c, s = study.c, study.settings
-    return {**c.resolved(), **vars(s), "regions": str(s.regions), "landmarks": s.landmarks and str(s.landmarks), "out": str(out)}
+from eg3d_rlhf.attribution import report
+from eg3d_rlhf.attribution.cross_checks import BOUND, MOST_STEPS, STEPS
+from eg3d_rlhf.attribution.shapley import METHODS
+from eg3d_rlhf.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
+from eg3d_rlhf.attribution.surface import PAGE
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.evaluation import flags
+from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
+from eg3d_rlhf.reports import jobs as running
+from eg3d_rlhf.reports.page import write_page
+from training.storage import write_atomic
 
 
 def print_table(parts, findings, page: Path) -> None:
@@ -107,7 +99,8 @@ def main(out, fresh, dry_run, device, regions, landmarks, method, permutations, 
     settings = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD) else Path(regions), **how)
     study = Study(c, settings, progress=tqdm.write)
     if dry_run:
-        click.echo(json.dumps(resolved(study, out), indent=1))
+        paths = {"regions": str(settings.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
+        click.echo(json.dumps({**c.resolved(), **vars(settings), **paths}, indent=1))
         return
     parts = report.jobs(study)
     findings = running.run(parts[:1], out, fresh=fresh)

@@ -13,12 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import ASSETS, GroupedCommand, option  # noqa: E402
-from training.storage import write_atomic  # noqa: E402
+from eg3d_rlhf.cli import ASSETS, GroupedCommand, option
+from training.storage import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATOR_KIMG = 18  # stopped early on purpose: heads, hair and eyes stand, their shapes are split, dented and rough

@@ -15,42 +15,22 @@ Example:
 """
 
 import json
-import sys
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf import bundled  # noqa: E402
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
-from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.metrics.evaluation import MetricOptions, append_records, evaluate, training_options  # noqa: E402
-from eg3d_rlhf.metrics.features import load_features  # noqa: E402
-from eg3d_rlhf.run.run import OPTIONS  # noqa: E402
-from training.dataset import ImageFolderDataset  # noqa: E402
-from training.synthetic_heads import resolve_dataset  # noqa: E402
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.metrics.evaluation import MetricOptions, append_records, evaluate, training_options
+from eg3d_rlhf.metrics.features import load_features
+from eg3d_rlhf.run.run import OPTIONS
+from training.dataset import ImageFolderDataset
+from training.synthetic_heads import resolve_dataset
 
 BUNDLED_DATA = "synthetic:heads64"
-
-
-def data_of(network: Path, data: str | None, mirror: bool | None) -> tuple[str, bool]:
-    """Set and mirroring: as given, else those that the network was trained with.
-
-    Raises: ValueError where nothing says which set.
-    """
-    options = training_options(network)
-    known = data or options.get("data") or (BUNDLED_DATA if network == bundled.GENERATOR else None)
-    if known is None:
-        raise ValueError(f"--data: expected a dataset, got none, and {network.name} has no {OPTIONS} beside it. Name the set.")
-    return str(known), bool(options.get("mirror", False)) if mirror is None else mirror
-
-
-def open_data(data: str, mirror: bool, verbose: bool) -> ImageFolderDataset:
-    """The set with its cameras."""
-    with naming("--data"):
-        return ImageFolderDataset(resolve_dataset(data, progress=verbose), c_dim=25, xflip=mirror)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -80,7 +60,11 @@ def main(
     target = choose_device(device)
     with naming("--network"):
         generator = load_generator(network, target)
-    data, mirror = data_of(generator.path, data, mirror)
+    trained = training_options(generator.path)
+    data = data or trained.get("data") or (BUNDLED_DATA if generator.path == bundled.GENERATOR else None)
+    if data is None:
+        raise ValueError(f"--data: expected a dataset, got none, and {generator.path.name} has no {OPTIONS} beside it. Name the set.")
+    data, mirror = str(data), bool(trained.get("mirror", False)) if mirror is None else mirror
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
     if dry_run:
         settings = {"network": generator.path.name, "data": data, "mirror": mirror, "inception": inception and str(inception)}
@@ -89,7 +73,8 @@ def main(
         return
     with naming("--inception"):
         features = load_features(inception, target)
-    dataset = open_data(data, mirror, verbose)
+    with naming("--data"):
+        dataset = ImageFolderDataset(resolve_dataset(data, progress=verbose), c_dim=25, xflip=mirror)
 
     def bar(total: int, title: str):
         return tqdm(total=total, desc=title, unit="image", disable=not verbose).update

@@ -9,24 +9,18 @@ Example:
 
 import inspect
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
+import _repository  # noqa: F401
 import click
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
-
-# isort: split
-import torch  # noqa: E402
-
-from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
-from eg3d_rlhf.generators import find_network, load_networks  # noqa: E402
-from training import networks, storage  # noqa: E402
-from training.superresolution import module_by_name  # noqa: E402
-from training.triplane import TriPlaneGenerator  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.generators import find_network, load_networks
+from training import networks, storage
+from training.superresolution import module_by_name
+from training.triplane import TriPlaneGenerator
 
 OURS = ("plane_resolution", "plane_channels", "plane_layout", "decoder_hidden_dim", "neural_rendering_resolution")
 SUFFIXES = (".safetensors", ".pt", ".pth")

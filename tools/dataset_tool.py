@@ -17,32 +17,17 @@ Example:
 import json
 import os
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, naming, option  # noqa: E402
-from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset  # noqa: E402
-from training.dataset_files import ImageFiles  # noqa: E402
-from training.synthetic_heads import resolve_dataset  # noqa: E402
-
-
-def parse_resolution(text: str | None) -> tuple[int, int] | None:
-    """'512x256' -> (512, 256).
-
-    Raises: ValueError for anything else.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", text)
-    if match is None:
-        raise ValueError(f"--resolution: expected WxH such as 512x512, got {text!r}. Correct it.")
-    return int(match[1]), int(match[2])
+from eg3d_rlhf.cli import GroupedCommand, naming, option
+from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
+from training.dataset_files import ImageFiles
+from training.synthetic_heads import resolve_dataset
 
 
 def cores() -> int:
@@ -68,9 +53,11 @@ def main(
     source: str, dest: Path, max_images: int | None, transform: str | None, resolution: str | None, mirror: bool, labels: str,
     workers: int | None, overwrite: bool, dry_run: bool,
 ) -> None:
-    options = ConvertOptions(
-        transform=transform, resolution=parse_resolution(resolution), max_images=max_images, mirror=mirror, labels=labels
-    )
+    sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
+    if resolution is not None and sides is None:
+        raise ValueError(f"--resolution: expected WxH such as 512x512, got {resolution!r}. Correct it.")
+    size = sides and (int(sides[1]), int(sides[2]))
+    options = ConvertOptions(transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels)
     with naming("--source"):
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)

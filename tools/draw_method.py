@@ -8,28 +8,22 @@ Example:
 """
 
 import json
-import sys
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
+import numpy as np
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
-
-# isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from eg3d_rlhf import bundled  # noqa: E402
-from eg3d_rlhf.cli import GroupedCommand, naming, option  # noqa: E402
-from eg3d_rlhf.field import Field  # noqa: E402
-from eg3d_rlhf.generators import load_generator, ws_of_seeds  # noqa: E402
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab  # noqa: E402
-from eg3d_rlhf.reports import style  # noqa: E402
-from eg3d_rlhf.reports.shape_view import shade  # noqa: E402
-from eg3d_rlhf.reward.reward import load_reward  # noqa: E402
-from eg3d_rlhf.sigma.spec import SlabSpec  # noqa: E402
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import GroupedCommand, naming, option
+from eg3d_rlhf.field import Field
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.shape_view import shade
+from eg3d_rlhf.reward.reward import load_reward
+from eg3d_rlhf.sigma.spec import SlabSpec
 
 POOL = range(210_000, 210_040)  # latents among which the shown ones are looked for
 PSI = 0.7

@@ -9,19 +9,17 @@ Example:
 """
 
 import json
-import sys
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device  # noqa: E402
-from eg3d_rlhf.evaluation import embedding, flags  # noqa: E402
-from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
-from eg3d_rlhf.reports import interactive  # noqa: E402
-from eg3d_rlhf.reports import jobs as running  # noqa: E402
-from eg3d_rlhf.reports.page import data_uri, write_page  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device
+from eg3d_rlhf.evaluation import embedding, flags
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.reports import interactive
+from eg3d_rlhf.reports import jobs as running
+from eg3d_rlhf.reports.page import data_uri, write_page
 
 LAYOUTS = {"umap": "UMAP", "principal": "principal axes"}
 

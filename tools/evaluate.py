@@ -9,32 +9,16 @@ Example:
 """
 
 import json
-import sys
-from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.evaluation import flags, report  # noqa: E402
-from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
-from eg3d_rlhf.reports import jobs as running  # noqa: E402
-from eg3d_rlhf.reports.page import write_page  # noqa: E402
-from training.storage import write_atomic  # noqa: E402
-
-
-def resolved(c: Comparison, out: Path, keys: list[str]) -> dict:
-    """Settings as JSON values."""
-    more = {name: getattr(c, name) and str(getattr(c, name)) for name in ("run", "control_run", "inception", "lpips", "identity")}
-    return {**c.resolved(), **more, "reward_watch": c.held_out_hash or None, "mirror": c.mirror, "images": c.images, "out": str(out),
-            "parts": keys}
-
-
-def print_table(parts, findings, page: Path) -> None:
-    """First sentence of every part, and where the page is."""
-    click.echo("\n".join(running.first_sentences(parts, findings)))
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/")
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.evaluation import flags, report
+from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
+from eg3d_rlhf.reports import jobs as running
+from eg3d_rlhf.reports.page import write_page
+from training.storage import write_atomic
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -59,14 +43,17 @@ def main(out, only, fresh, dry_run, device, inception, **sources) -> None:
     c = load_comparison(Sources(device=choose_device(device), inception=inception and str(inception), **sources))
     parts = report.select(report.all_jobs(c), only)
     if dry_run:
-        click.echo(json.dumps(resolved(c, out, [job.key for job in parts]), indent=1))
+        more = {name: getattr(c, name) and str(getattr(c, name)) for name in ("run", "control_run", "inception", "lpips", "identity")}
+        more |= {"reward_watch": c.held_out_hash or None, "mirror": c.mirror, "images": c.images, "out": str(out)}
+        click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
         return
     report.check_files(c)
     findings = running.run(parts, out, fresh=fresh)
     words = report.summary(c, findings)
     write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
     page = write_page(out / "index.html", report.TITLE, report.introduction(c), parts, findings, words)
-    print_table(parts, findings, page)
+    click.echo("\n".join(running.first_sentences(parts, findings)))
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/")
 
 
 if __name__ == "__main__":

@@ -12,24 +12,15 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
-from eg3d_rlhf.generators import load_generator, ws_of_seeds  # noqa: E402
-from eg3d_rlhf.media.sampling import StageBar  # noqa: E402
-from eg3d_rlhf.sigma.mesh_export import MeshOptions, MeshReport, check_out, export_mesh  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.media.sampling import StageBar
+from eg3d_rlhf.sigma.mesh_export import MeshOptions, check_mesh_suffix, export_mesh
 
 DEFAULTS = MeshOptions()
-
-
-def _summary(out: Path, report: MeshReport) -> str:
-    """The report in one line."""
-    parts = f"{report.components} of {report.components_extracted} parts"
-    tight = "watertight" if report.watertight else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
-    normals = "normals outward" if report.outward else "normals NOT outward"
-    return f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume {report.volume:.4g}"
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -58,10 +49,11 @@ def _summary(out: Path, report: MeshReport) -> str:
 def main(out: Path, network: Path | None, seed: int, psi: float, cutoff: int, noise_mode: str, device: str, dry_run: bool, **settings):
     options = MeshOptions(**settings)
     with naming("--out"):
-        check_out(out)
+        check_mesh_suffix(out, "export_mesh")
+    latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": noise_mode}
     if dry_run:
-        latent = {"network": str(network or "bundled"), "seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": noise_mode}
-        click.echo(json.dumps({"out": str(out), **latent, "device": device, **asdict(options)}, indent=1))
+        given = {"out": str(out), "network": str(network or "bundled"), **latent, "device": device, **asdict(options)}
+        click.echo(json.dumps(given, indent=1))
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device))
@@ -74,9 +66,11 @@ def main(out: Path, network: Path | None, seed: int, psi: float, cutoff: int, no
         bar("writing", 0, 1)
         mesh.save(out)
         bar("writing", 1, 1)
-    latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": noise_mode}
     report.write(out.with_name(out.name + ".json"), network=generator.hash, **latent, options=asdict(options))
-    click.echo(_summary(out, report))
+    parts = f"{report.components} of {report.components_extracted} parts"
+    tight = "watertight" if report.watertight else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
+    normals = "normals outward" if report.outward else "normals NOT outward"
+    click.echo(f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume {report.volume:.4g}")
     if not report.watertight:
         sys.exit(1)
 

@@ -8,29 +8,19 @@ Example:
 """
 
 import json
-import sys
-from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
-from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, png, render, tile  # noqa: E402
-from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags  # noqa: E402
-from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix  # noqa: E402
-from training.storage import write_atomic  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, png, render, tile
+from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags
+from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix
+from training.storage import write_atomic
 
 YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians
-
-
-def warn_without_effect(**given) -> None:
-    """Name EG3D's options that were given and change nothing here."""
-    for flag, value in given.items():
-        if value is not None:
-            click.echo(f"Warning: --{flag} has no effect here, as in EG3D for these networks.", err=True)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -54,7 +44,9 @@ def main(outdir, network, seeds, psi, cutoff, noise_mode, fov_deg, shapes, shape
         numbers = parse_seeds(seeds)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
-    warn_without_effect(**{"class": class_idx, "reload_modules": reload_modules})
+    for flag, value in (("class", class_idx), ("reload_modules", reload_modules)):
+        if value is not None:
+            click.echo(f"Warning: --{flag} has no effect here, as in EG3D for these networks.", err=True)
     surface = MeshOptions(resolution=shape_res, level=shape_level, border=shape_border, component="all")
     if dry_run:
         settings = {

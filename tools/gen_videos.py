@@ -9,41 +9,20 @@ Example:
 """
 
 import json
-import sys
-from dataclasses import asdict
-from pathlib import Path
+import re
+from dataclasses import asdict, replace
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
-from eg3d_rlhf.field import RenderOptions  # noqa: E402
-from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.rendering import CAMERAS, MODES, cameras_of  # noqa: E402
-from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags  # noqa: E402
-from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4  # noqa: E402
-from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix  # noqa: E402
-
-
-def parse_grid(text: str) -> tuple[int, int]:
-    """'4x3' -> (4, 3): cells across and down.
-
-    Raises: ValueError for anything else.
-    """
-    width, x, height = text.lower().partition("x")
-    if not (x and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"expected WxH such as 4x3, got {text!r}. Give cells across and down.")
-    return int(width), int(height)
-
-
-def write_shapes(folder: Path, film: Film, suffix: str, surface: MeshOptions) -> None:
-    """The shape of every frame, of the grid's first cell."""
-    for index in tqdm(range(film.count), unit="shape", desc=f"{folder.name}/"):
-        with StageBar(f"frame {index} ") as bar:
-            field = film.generator.field(film.ws(index)[0], film.options.noise_mode)
-            save_shape(folder / f"{index:04d}_shape{suffix}", field, surface, bar)
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.field import RenderOptions
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.media.rendering import CAMERAS, MODES, cameras_of
+from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags
+from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4
+from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -76,14 +55,17 @@ def main(outdir, network, seeds, interpolate, grid, cfg, sample_mult, nrr, fps, 
     with naming("--seeds"):
         numbers = parse_seeds(seeds)
     with naming("--grid"):
-        options = FilmOptions(grid=parse_grid(grid), **film)
+        cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
+        if cells is None:
+            raise ValueError(f"expected WxH such as 4x3, got {grid!r}. Give cells across and down.")
+        options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
     if reload_modules is not None:
         click.echo("Warning: --reload_modules has no effect here, as in EG3D.", err=True)
     groups = {"interpolation": numbers} if interpolate else {str(seed): [seed] for seed in numbers}
     if not interpolate and options.keyframes is None:
-        options = FilmOptions(**{**asdict(options), "keyframes": 1})
+        options = replace(options, keyframes=1)
     with naming("--seeds"):
         counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
     if dry_run:
@@ -95,6 +77,7 @@ def main(outdir, network, seeds, interpolate, grid, cfg, sample_mult, nrr, fps, 
         click.echo(json.dumps(settings, indent=1))
         return
     check_mp4(outdir / "interpolation.mp4")
+    surface = MeshOptions(resolution=shape_res, border=BORDER, component="all")
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     cameras, look = cameras_of(generator, **CAMERAS.get(cfg, {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
@@ -102,8 +85,10 @@ def main(outdir, network, seeds, interpolate, grid, cfg, sample_mult, nrr, fps, 
         frames = Film(generator, group, cameras, options, look)
         path = write_mp4(outdir / f"{name}.mp4", tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"), fps, bitrate)
         click.echo(f"{path}: {frames.count} frames")
-        if shapes:
-            write_shapes(outdir / f"{name}_shapes", frames, suffix, MeshOptions(resolution=shape_res, border=BORDER, component="all"))
+        for index in tqdm(range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes):  # first cell
+            with StageBar(f"frame {index} ") as bar:
+                shape = generator.field(frames.ws(index)[0], options.noise_mode)
+                save_shape(outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape, surface, bar)
 
 
 if __name__ == "__main__":

@@ -10,32 +10,21 @@ Example:
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option  # noqa: E402
-from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.media.sampling import parse_seeds  # noqa: E402
-from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, compare_lattices, import_release, write_example  # noqa: E402
-from eg3d_rlhf.reward.reward import Reward, check_reward  # noqa: E402
-from eg3d_rlhf.sigma.spec import LATTICES  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.media.sampling import parse_seeds
+from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, compare_lattices, import_release, write_example
+from eg3d_rlhf.reward.reward import Reward, check_reward
+from eg3d_rlhf.sigma.spec import LATTICES
 
 EXAMPLE = "synthetic:reward"
-
-
-def seeds_of(text: str) -> list[int]:
-    """'0,2-5' -> [0, 2, 3, 4, 5]; 'none' -> [].
-
-    Raises: ValueError for anything else.
-    """
-    with naming("--seeds"):
-        return [] if text == "none" else parse_seeds(text)
 
 
 def read(source: str, *how) -> Reward:
@@ -45,16 +34,6 @@ def read(source: str, *how) -> Reward:
             return import_release(source, *how)
         with tempfile.TemporaryDirectory() as folder:
             return import_release(write_example(folder), *how)
-
-
-def score(reward: Reward, network: Path | None, seeds: list[int], psi: float, cutoff: int, device: str) -> list[LatticeScores]:
-    """Both scores of every seed, under a progress bar."""
-    target = choose_device(device)
-    with naming("--network"):
-        generator = load_generator(network, target).generator
-        check_reward(reward, generator)
-    with tqdm(total=len(seeds), desc="scoring on both lattices", unit="seed") as bar:
-        return compare_lattices(reward.to(target), generator, seeds, psi, cutoff, on_seed=lambda scores: bar.update())
 
 
 def print_scores(results: list[LatticeScores]) -> None:
@@ -88,7 +67,8 @@ def main(
     source: str, out: Path, config: Path | None, weights: str, transform: str, lattice: str, network: Path | None, seeds: str, psi: float,
     cutoff: int, device: str, dry_run: bool,
 ) -> None:
-    chosen = seeds_of(seeds)
+    with naming("--seeds"):
+        chosen = [] if seeds == "none" else parse_seeds(seeds)
     reward = read(source, config, weights, transform, lattice)
     if dry_run:
         click.echo(json.dumps(reward.describe(), indent=1))
@@ -97,8 +77,14 @@ def main(
         path = reward.save(out)
     parameters = sum(p.numel() for p in reward.parameters())
     click.echo(f"{path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x), {lattice} lattice")
-    if chosen:
-        print_scores(score(reward, network, chosen, psi, cutoff, device))
+    if not chosen:
+        return
+    target = choose_device(device)
+    with naming("--network"):
+        generator = load_generator(network, target).generator
+        check_reward(reward, generator)
+    with tqdm(total=len(chosen), desc="scoring on both lattices", unit="seed") as bar:
+        print_scores(compare_lattices(reward.to(target), generator, chosen, psi, cutoff, on_seed=lambda scores: bar.update()))
 
 
 if __name__ == "__main__":

@@ -8,25 +8,19 @@ Example:
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import _repository  # noqa: F401
 import click
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
-
-# isort: split
-import torch  # noqa: E402
-
-from eg3d_rlhf.cli import GroupedCommand, file_hash, option  # noqa: E402
-from eg3d_rlhf.generators import find_network, load_networks, ws_of_seeds  # noqa: E402
-from eg3d_rlhf.pickles.machine import brief_text  # noqa: E402
-from eg3d_rlhf.pickles.records import admitted  # noqa: E402
-from eg3d_rlhf.pickles.snapshot import survey  # noqa: E402
-from training import networks  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.generators import find_network, load_networks, ws_of_seeds
+from eg3d_rlhf.pickles.machine import brief_text
+from eg3d_rlhf.pickles.records import admitted
+from eg3d_rlhf.pickles.snapshot import survey
+from training import networks
 
 
 def describe_file(source: str | Path | None) -> dict[str, Any]:
@@ -46,21 +40,15 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
 
 
 def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
-    """The networks in the file.
-
-    Args:
-        seeds: latents for the statistics of w.
-    Raises: as `load_networks`.
-    """
+    """The networks in the file, with statistics of w over `seeds` latents. Raises: as `load_networks`."""
     nets = load_networks(find_network(source))
     G = nets.G_ema
     planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
     return {
         "networks": {n: describe_module(m) for n in ("G", "D", "G_ema") if (m := getattr(nets, n)) is not None},
         "generator": {
-            "z_dim": G.z_dim, "c_dim": G.c_dim, "w_dim": G.w_dim, "num_ws": G.num_ws, "img_resolution": G.img_resolution,
-            "neural_rendering_resolution": G.neural_rendering_resolution, "planes": planes,
-            "superresolution": type(G.superresolution).__name__, "rendering_kwargs": G.rendering_kwargs,
+            **{name: getattr(G, name) for name in ("z_dim", "c_dim", "w_dim", "num_ws", "img_resolution", "neural_rendering_resolution")},
+            "planes": planes, "superresolution": type(G.superresolution).__name__, "rendering_kwargs": G.rendering_kwargs,
         },
         "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "psi": psi_statistics(nets, seeds),
@@ -99,12 +87,9 @@ def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
     """A description as indented lines of text."""
     out = []
     for key, value in description.items():
-        if isinstance(value, dict) and value:
-            out += [f"{'  ' * indent}{key}:", *lines(value, indent + 1)]
-        elif isinstance(value, float):
-            out.append(f"{'  ' * indent}{key}: {value:.6g}")
-        else:
-            out.append(f"{'  ' * indent}{key}: {value}")
+        nested = isinstance(value, dict) and value
+        out.append(f"{'  ' * indent}{key}:" + ("" if nested else f" {value:.6g}" if isinstance(value, float) else f" {value}"))
+        out += lines(value, indent + 1) if nested else []
     return out
 
 

@@ -8,45 +8,20 @@ Example:
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
-
-# isort: split
-import torch  # noqa: E402
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option  # noqa: E402
-from eg3d_rlhf.generators import load_generator  # noqa: E402
-from eg3d_rlhf.preferences.annotator import UtilityResult  # noqa: E402
-from eg3d_rlhf.preferences.labels import write_labels  # noqa: E402
-from eg3d_rlhf.preferences.synthetic import Annotation, AnnotationOptions, annotate  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.preferences.annotator import UtilityResult
+from eg3d_rlhf.preferences.labels import write_labels
+from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 
 DEFAULTS = AnnotationOptions()
-
-
-def _annotate(network: Path | None, options: AnnotationOptions, device: torch.device) -> tuple[Annotation, str]:
-    """Load the generator and judge it under a progress bar; also returns the generator's hash."""
-    generator = load_generator(network, device)
-    with tqdm(total=2 * options.pairs, unit="seed", desc="judging") as bar:
-
-        def on_seed(result: UtilityResult) -> None:
-            bar.update()
-            bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
-
-        return annotate(generator.generator, options, on_seed), generator.hash
-
-
-def _write(out: Path, annotation: Annotation, generator_hash: str) -> None:
-    write_labels(out, annotation.preferences(generator_hash))
-    meta = {"generator": generator_hash, **annotation.summary()}
-    out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -73,10 +48,18 @@ def main(out: Path, network: Path | None, device: str, dry_run: bool, **settings
     if dry_run:
         click.echo(json.dumps({"out": str(out), "network": str(network or "bundled"), "device": device, **asdict(options)}, indent=1))
         return
-    annotation, generator_hash = _annotate(network, options, choose_device(device))
-    _write(out, annotation, generator_hash)
-    flipped = annotation.summary()["flipped"]
-    click.echo(f"{out}: {options.pairs} labels, {flipped} against the noise-free order, temperature {annotation.temperature:.4g}")
+    generator = load_generator(network, choose_device(device))
+    with tqdm(total=2 * options.pairs, unit="seed", desc="judging") as bar:
+
+        def on_seed(result: UtilityResult) -> None:
+            bar.update()
+            bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
+
+        annotation = annotate(generator.generator, options, on_seed)
+    write_labels(out, annotation.preferences(generator.hash))
+    meta = {"generator": generator.hash, **annotation.summary()}
+    out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    click.echo(f"{out}: {options.pairs} labels, {meta['flipped']} against the noise-free order, temperature {annotation.temperature:.4g}")
 
 
 if __name__ == "__main__":

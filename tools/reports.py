@@ -17,14 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf import bundled  # noqa: E402
-from eg3d_rlhf.cli import GroupedCommand, file_hash, option  # noqa: E402
-from eg3d_rlhf.evaluation.comparison import settings_of, snapshots  # noqa: E402
-from training import checkpoint  # noqa: E402
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.evaluation.comparison import settings_of, snapshots
+from training import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
@@ -72,21 +71,6 @@ def run(name: str, command: list[str]) -> float:
     return time.time() - started
 
 
-def train_missing(runs: Path, kimg: float, seed: int) -> tuple[dict[str, Path], float]:
-    """Both runs' folders, trained where missing, and the seconds that took."""
-    found: dict[str, Path] = {}
-    seconds = 0.0
-    for role in RUNS:
-        command = training_command(runs, role, kimg, seed)
-        if command is not None:
-            seconds += run(f"{role} run", command)
-        folder, done = last_run(runs / f"{role}-s{seed}", kimg)
-        if folder is None or not done:
-            raise ValueError(f"{role} run: expected {kimg:g} thousand images, got fewer in {folder}. Run the same command to go on.")
-        found[role] = folder
-    return found, seconds
-
-
 @click.command(cls=GroupedCommand, help=__doc__)
 @option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports"),
         help="Folder to write; holds both runs and a folder for each report.")
@@ -104,8 +88,14 @@ def main(out, only, kimg, seed, dry_run) -> None:
         folders = {role: last_run(runs / f"{role}-s{seed}", kimg)[0] or runs / f"{role}-s{seed}" for role in RUNS}
         click.echo(json.dumps({**planned, **report_commands(out, folders, seed, chosen)}, indent=1))
         return
-    folders, seconds = train_missing(runs, kimg, seed)
-    times = {"runs": seconds}
+    times, folders = {"runs": 0.0}, {}
+    for role in RUNS:
+        if (command := training_command(runs, role, kimg, seed)) is not None:
+            times["runs"] += run(f"{role} run", command)
+        folder, done = last_run(runs / f"{role}-s{seed}", kimg)
+        if folder is None or not done:
+            raise ValueError(f"{role} run: expected {kimg:g} thousand images, got fewer in {folder}. Run the same command to go on.")
+        folders[role] = folder
     for name, command in report_commands(out, folders, seed, chosen).items():
         times[name] = run(name, command)
     click.echo("\n" + ", ".join(f"{name} {spent:.0f} s" for name, spent in times.items()) + f"; in all {sum(times.values()):.0f} s on "

@@ -13,20 +13,19 @@ import shlex
 import sys
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf import bundled  # noqa: E402
-from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option  # noqa: E402
-from eg3d_rlhf.evaluation import flags, sweep  # noqa: E402
-from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison  # noqa: E402
-from eg3d_rlhf.evaluation.sweep import Cell, Training, begun, finished, grid, train_all  # noqa: E402
-from eg3d_rlhf.generators import find_network  # noqa: E402
-from eg3d_rlhf.reports import jobs as running  # noqa: E402
-from eg3d_rlhf.reports.page import write_page  # noqa: E402
-from eg3d_rlhf.run.process import sigterm_interrupts  # noqa: E402
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option
+from eg3d_rlhf.evaluation import flags, sweep
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.evaluation.sweep import Cell, Training, begun, finished, grid, train_all
+from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.reports import jobs as running
+from eg3d_rlhf.reports.page import write_page
+from eg3d_rlhf.run.process import sigterm_interrupts
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -37,17 +36,6 @@ def numbers(flag: str, text: str, kind: type = float) -> list:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the list.") from None
-
-
-def training_of(out: Path, before: Path | None, reward_ckpt: Path | None, data: str | None, kimg: float, device: str, flags: str,
-                workers: int) -> Training:
-    """What the cells share, with the hashes of the files that they start from."""
-    given = [f"--device={device}", *shlex.split(flags)]
-    given += [f"--init={find_network(before)}"] if before is not None else []
-    given += [f"--reward-ckpt={reward_ckpt}"] if reward_ckpt is not None else []
-    given += [f"--data={data}"] if data is not None else []
-    hashes = {"init": file_hash(find_network(before)), "reward": file_hash(reward_ckpt or bundled.REWARD)}
-    return Training(folder=out / "cells", script=TRAIN, kimg=kimg, flags=given, hashes=hashes, workers=workers)
 
 
 def write(c: Comparison, networks: dict[Cell, Path], out: Path, fresh: bool = False, quiet: bool = False):
@@ -61,15 +49,6 @@ def write(c: Comparison, networks: dict[Cell, Path], out: Path, fresh: bool = Fa
     )
     write_page(out / "index.html", sweep.TITLE, introduction, [job], front, front[sweep.KEY].says[:1])
     return front[sweep.KEY]
-
-
-def print_table(finding) -> None:
-    """One line for each setting; the front is named."""
-    goals = list(sweep.GOALS)
-    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in goals) + "  front")
-    for row in finding.data["rows"]:
-        cells = [f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["measures"][name] for name in goals)]
-        click.echo(f"{row['setting']:<26} " + " ".join(f"{text:>28}" for text in cells) + f"  {'on the front' if row['on_front'] else '-'}")
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -92,7 +71,11 @@ def main(
 ) -> None:
     lists = numbers("--lambda-r", lambda_r), numbers("--lambda-sigma", lambda_sigma), numbers("--seeds", seeds, int)
     cells, where = grid(*lists), choose_device(device)
-    t = training_of(out, before, reward_ckpt, data, kimg, device, train_flags, workers)
+    network = find_network(before)
+    given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
+    words = [f"--device={device}", *shlex.split(train_flags), *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+    hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
+    t = Training(folder=out / "cells", script=TRAIN, kimg=kimg, flags=words, hashes=hashes, workers=workers)
     states = {cell.name: "finished" if finished(t, cell) else "begun" if begun(t, cell) else "new" for cell in cells}
     if dry_run:
         shared = {"kimg": kimg, "train_flags": list(t.flags), "hashes": t.hashes, "workers": workers, "device": str(where), **sampling}
@@ -109,7 +92,11 @@ def main(
     c = load_comparison(Sources(
         before=before, after=first, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=t.folder, **sampling
     ))
-    print_table(write(c, networks, out, fresh))
+    front = write(c, networks, out, fresh)
+    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in sweep.GOALS) + "  front")
+    for row in front.data["rows"]:
+        texts = [f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["measures"][name] for name in sweep.GOALS)]
+        click.echo(f"{row['setting']:<26} " + " ".join(f"{text:>28}" for text in texts) + f"  {'on the front' if row['on_front'] else '-'}")
     click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")
 
 

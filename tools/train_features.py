@@ -5,27 +5,19 @@ Example:
     python tools/train_features.py --check-only --check-data=synthetic:heads64@n=256
 """
 
+import itertools
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
-from eg3d_rlhf.metrics.feature_training import AdequacyRow, FeatureTraining, adequacy, factors, read_images, train_features  # noqa: E402
-from eg3d_rlhf.metrics.features import DEFAULT_ASSET, HeadFactorFeatures, load_features  # noqa: E402
-from training.synthetic_heads import load_truth, resolve_dataset  # noqa: E402
-
-
-def print_table(rows: list[AdequacyRow]) -> None:
-    """One line per damage: strength -> distance."""
-    for row in rows:
-        cells = "  ".join(f"{strength:g}: {distance:8.3f}" for strength, distance in zip(row.strengths, row.distances, strict=True))
-        click.echo(f"{row.damage:8s} [{row.unit:10s}]  {cells}  {'rises' if row.monotone else 'DOES NOT RISE'}")
+from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.metrics.feature_training import FeatureTraining, adequacy, factors, read_images, train_features
+from eg3d_rlhf.metrics.features import DEFAULT_ASSET, HeadFactorFeatures, load_features
+from training.synthetic_heads import load_truth, resolve_dataset
 
 
 def _train(data: str, options: FeatureTraining) -> HeadFactorFeatures:
@@ -66,7 +58,10 @@ def main(out: Path, data: str, check_data: str, epochs: int, seed: int, check_on
         variance = network.record["explained_variance"]
         click.echo(f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to {out}")
     click.echo(f"Fréchet distance to the other half of {check_data}, by damage:")
-    print_table(adequacy(network, read_images(resolve_dataset(check_data))))
+    for row in adequacy(network, read_images(resolve_dataset(check_data))):
+        cells = "  ".join(f"{strength:g}: {distance:8.3f}" for strength, distance in zip(row.strengths, row.distances, strict=True))
+        rises = all(a < b for a, b in itertools.pairwise(row.distances))
+        click.echo(f"{row.damage:8s} [{row.unit:10s}]  {cells}  {'rises' if rises else 'DOES NOT RISE'}")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,19 @@ Example:
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of  # noqa: E402
-from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem  # noqa: E402
-from eg3d_rlhf.reward.networks import preset as find_preset  # noqa: E402
-from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training  # noqa: E402
-from eg3d_rlhf.reward.train import StoppedError, TrainOptions, default_options, with_changes  # noqa: E402
-from training.distributed import process_group  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
+from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem
+from eg3d_rlhf.reward.networks import preset as find_preset
+from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
+from eg3d_rlhf.reward.train import StoppedError, TrainOptions, default_options, with_changes
+from training.distributed import process_group
 
 POSITIVE = click.IntRange(min=1)
 BY_PRESET = "by preset"
@@ -41,16 +39,6 @@ def print_epoch(record: dict) -> None:
 def open_bar(total: int, what: str):
     """A progress bar with remaining time on stderr; returns its advance."""
     return tqdm(total=total, desc=what, unit="step" if what == "training" else "shape", dynamic_ncols=True).update
-
-
-def print_report(report: dict, out: Path) -> None:
-    """What was learnt, in three lines."""
-    for name, title in (("labels", "test pairs ordered as labelled"), ("clean", "test pairs ordered as without label noise")):
-        if name in report["test"]:
-            r = report["test"][name]
-            low, high = r["interval_95"]
-            click.echo(f"{title}: {r['correct']}/{r['n']} = {r['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {out / 'reward.safetensors'}")
 
 
 def resolve(out, labels, observation, preset, device, options: dict) -> RewardRun:
@@ -124,8 +112,14 @@ def main(out, labels, observation, preset, device, timeout, dry_run, **options) 
             if ranks.main:
                 click.echo(f"{str(stopped).capitalize()}; whole epochs are kept. Continue with --resume --out={run.out}")
             return
-        if report is not None:
-            print_report(report, run.out)
+    if report is None:
+        return
+    for name, title in (("labels", "test pairs ordered as labelled"), ("clean", "test pairs ordered as without label noise")):
+        if name in report["test"]:
+            r = report["test"][name]
+            low, high = r["interval_95"]
+            click.echo(f"{title}: {r['correct']}/{r['n']} = {r['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {run.out / 'reward.safetensors'}")
 
 
 if __name__ == "__main__":

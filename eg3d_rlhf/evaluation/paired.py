@@ -65,7 +65,7 @@ def _compared(values: Mapping[str, np.ndarray], unit: str) -> dict:
     entry = {"unit": unit, "n": int(known.sum()), "values": {role: v.tolist() for role, v in found.items()}, "means": {}, "paired": {}}
     if known.sum() >= 2:
         entry["means"] = {role: bootstrap_mean_interval(v)._asdict() for role, v in found.items()}
-        entry["paired"] = {role: paired_summary(found["before"], v).to_dict() for role, v in found.items() if role != "before"}
+        entry["paired"] = {role: paired_summary(found["before"], v)._asdict() for role, v in found.items() if role != "before"}
     return entry
 
 

@@ -64,8 +64,8 @@ def shift(c: Comparison, _folder: Path) -> Finding:
     seeds = c.seeds()
     scores = {role: c.scores(generator, seeds).double().numpy() for role, generator in c.generators().items()}
     later = [role for role in scores if role != "before"]
-    paired = {role: paired_summary(scores["before"], scores[role]).to_dict() for role in later}
-    lines = {role: fit_line(scores["before"], scores[role]).to_dict() for role in later}
+    paired = {role: paired_summary(scores["before"], scores[role])._asdict() for role in later}
+    lines = {role: fit_line(scores["before"], scores[role])._asdict() for role in later}
     rows = [
         {"seed": seed, **{role: float(values[i]) for role, values in scores.items()},
          **{f"delta_{role}": float(scores[role][i] - scores["before"][i]) for role in later}}

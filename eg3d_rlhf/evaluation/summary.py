@@ -131,7 +131,7 @@ def geometry(c: Comparison) -> dict:
     for name, (before, tuned) in values.items():
         rows.append({
             "name": name, "before": float(before.mean()), "after": float(tuned.mean()), "better": bool(tuned.mean() <= before.mean()),
-            "paired": paired_summary(before, tuned).to_dict(),
+            "paired": paired_summary(before, tuned)._asdict(),
         })
     return {"geometry": rows, "geometry_n": GEOMETRY.count}
 

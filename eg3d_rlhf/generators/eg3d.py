@@ -103,7 +103,7 @@ class PlaneField:
         planes = self._wide(self.planes)
         axes = [axis.to(planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
         weights = self._weights(planes.dtype)
-        maps = pair_maps(planes[0], self._pairs, axes, weights.w0, weights.b0)
+        maps = [m[0] for m in pair_maps(planes, self._pairs, axes, weights.w0, weights.b0)]
         return SeparableDensity(maps, weights.w_sigma, weights.b_sigma, (len(x), len(y), len(z)))
 
     @staticmethod

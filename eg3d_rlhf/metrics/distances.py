@@ -173,22 +173,16 @@ def draw_subsets(n: int, m: int, subsets: int = SUBSETS, size: int = SUBSET_SIZE
         yield random.choice(n, taken, replace=False), random.choice(m, taken, replace=False)
 
 
-def average_over(features_1: np.ndarray, features_2: np.ndarray, draws: Iterable[tuple[np.ndarray, np.ndarray]]) -> KernelEstimate:
-    """Kernel distances of given subsets of features [N, F] and [M, F].
-
-    Raises: ValueError for no subsets, or as `kernel_distance`.
-    """
-    values, size = [], 0
-    for first, second in draws:
-        values.append(kernel_distance(features_1[first], features_2[second]))
-        size = len(first)
-    if not values:
-        raise ValueError("average_over: expected at least one subset, got none. Raise the number of subsets.")
-    return KernelEstimate(mean=float(np.mean(values)), std=float(np.std(values)), subsets=len(values), size=size)
-
-
 def kernel_inception_distance(
-    features_1: np.ndarray, features_2: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
+    features_1: np.ndarray, features_2: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0,
+    draws: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> KernelEstimate:
-    """The published estimate from features [N, F] and [M, F]; repeatable for equal arguments. Lower is better."""
-    return average_over(features_1, features_2, draw_subsets(len(features_1), len(features_2), subsets, size, seed))
+    """The published estimate from features [N, F] and [M, F]; repeatable for equal arguments. Lower is better.
+
+    Args: draws: subsets to take in place of random ones. Raises: ValueError for no subsets, or as `kernel_distance`.
+    """
+    chosen = list(draw_subsets(len(features_1), len(features_2), subsets, size, seed) if draws is None else draws)
+    if not chosen:
+        raise ValueError("average_over: expected at least one subset, got none. Raise the number of subsets.")
+    values = [kernel_distance(features_1[first], features_2[second]) for first, second in chosen]
+    return KernelEstimate(mean=float(np.mean(values)), std=float(np.std(values)), subsets=len(values), size=len(chosen[0][0]))

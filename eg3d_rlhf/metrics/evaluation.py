@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.generators import Generator, LoadedGenerator, device_of, latents
-from eg3d_rlhf.metrics.distances import FeatureStatistics, collect, kernel_inception_distance
+from eg3d_rlhf.metrics.distances import collect, kernel_inception_distance
 from eg3d_rlhf.metrics.features import HeadFactorFeatures, InceptionFeatures
 from eg3d_rlhf.run.run import recorded
 from training.dataset import ImageFolderDataset
@@ -28,7 +28,6 @@ METRICS: dict[str, tuple[str, int | None]] = {  # name: formula, images (None: a
 }
 
 Network = HeadFactorFeatures | InceptionFeatures
-OnImages = Callable[[int], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +54,6 @@ class MetricOptions:
     def images(self) -> int:
         """Fakes to draw; the metrics of one call share them."""
         return self.n or FULL
-
-
-def result_name(metric: str, network: Network) -> str:
-    """'fid50k_full' under Inception; under our own features 'frechet_offline50k_full': such a figure must not pass for an FID."""
-    if isinstance(network, InceptionFeatures):
-        return metric
-    return f"{METRICS[metric][0]}_offline{metric[3:]}"
 
 
 def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tensor]:
@@ -91,7 +83,7 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
 
 
 def evaluate(
-    generator: LoadedGenerator, dataset: ImageFolderDataset, network: Network, options: MetricOptions, bar: Callable[[int, str], OnImages]
+    generator: LoadedGenerator, dataset: ImageFolderDataset, network: Network, options: MetricOptions, bar: Callable[[int, str], Any]
 ) -> list[dict]:
     """One record per metric: {'results': {name: value}, 'metric', 'features', 'images', 'reals', 'seed', 'snapshot', 'total_time', ...}.
 
@@ -110,23 +102,20 @@ def evaluate(
     fake = collect(network, fake_batches(generator.generator, cameras, options), bar(options.images, "features of generated images"))
     records = []
     for metric in options.metrics:
-        name = result_name(metric, network)
-        results = _distance(METRICS[metric][0], name, real, fake, options.seed)
+        formula, name = METRICS[metric][0], metric
+        if not isinstance(network, InceptionFeatures):  # a figure under our own features must not pass for an FID
+            name = f"{formula}_offline{metric[3:]}"
+        if formula == "frechet":
+            results = {name: fake[0].distance(real[0])}
+        else:
+            estimate = kernel_inception_distance(real[1], fake[1], seed=options.seed)
+            results = {name: estimate.mean, f"{name}_std": estimate.std}
         records.append({
             "results": results, "metric": name, "features": network.name, "dimensions": network.dim, "images": options.images,
             "reals": len(dataset), "seed": options.seed, "snapshot": generator.path.name, "snapshot_sha256": generator.hash,
             "timestamp": time.time(), "total_time": time.time() - started,
         })
     return records
-
-
-def _distance(
-    formula: str, name: str, real: tuple[FeatureStatistics, np.ndarray], fake: tuple[FeatureStatistics, np.ndarray], seed: int
-) -> dict[str, float]:
-    if formula == "frechet":
-        return {name: fake[0].distance(real[0])}
-    estimate = kernel_inception_distance(real[1], fake[1], seed=seed)
-    return {name: estimate.mean, f"{name}_std": estimate.std}
 
 
 def training_options(network: Path) -> dict:

@@ -33,7 +33,6 @@ CLEAN_SHARE = 0.4  # of every batch left undamaged; the others get one or two ki
 
 def blur(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian blur with standard deviation sigma [N] in pixels; borders repeat."""
-    del generator
     radius = max(1, math.ceil(3 * float(sigma.max())))
     steps = torch.arange(-radius, radius + 1, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (steps / sigma.clamp_min(1e-3)[:, None]) ** 2)
@@ -51,7 +50,6 @@ def noise(images: Tensor, deviation: Tensor, generator: torch.Generator) -> Tens
 
 def colour(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
     """Red gained and blue lost by `amount` [N] (signed), clipped to [-1, 1]."""
-    del generator
     tint = torch.tensor([1.0, 0.0, -1.0])[:, None, None] * amount[:, None, None, None]
     return (images + tint).clamp(-1, 1)
 
@@ -64,7 +62,6 @@ def _warp(images: Tensor, matrices: Tensor) -> Tensor:
 
 def shift(images: Tensor, pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Move right by `pixels` [N] (signed, may be fractional)."""
-    del generator
     matrices = torch.eye(2, 3).repeat(len(images), 1, 1)
     matrices[:, 0, 2] = -2 * pixels / images.shape[-1]
     return _warp(images, matrices)
@@ -72,7 +69,6 @@ def shift(images: Tensor, pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def squeeze(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
     """Narrow the content horizontally to 1 - amount of its width (negative widens)."""
-    del generator
     matrices = torch.eye(2, 3).repeat(len(images), 1, 1)
     matrices[:, 0, 0] = 1 / (1 - amount)
     return _warp(images, matrices)
@@ -157,12 +153,6 @@ def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     return images, strengths
 
 
-def _initial_net(seed: int) -> HeadFactorNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return HeadFactorNet()
-
-
 @torch.no_grad()
 def _finish(net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice, record: dict) -> HeadFactorFeatures:
     """Standardise the features over the training part and write explained variances of the held-out part into the record."""
@@ -194,7 +184,9 @@ def train_features(
     held_out = slice(len(images) - max(1, round(options.held_out * len(images))), len(images))
     images = to_resolution(images.float(), RESOLUTION).round().to(torch.uint8) if images.shape[-1] != RESOLUTION else images
     centre, spread = true_factors[: held_out.start].mean(dim=0), true_factors[: held_out.start].std(dim=0).clamp_min(1e-6)
-    net, generator = _initial_net(options.seed), torch.Generator().manual_seed(options.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        net, generator = HeadFactorNet(), torch.Generator().manual_seed(options.seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=options.learning_rate)
     per_epoch = max(1, held_out.start // options.batch)
     steps = options.epochs * per_epoch
@@ -226,11 +218,6 @@ class AdequacyRow:
     unit: str
     strengths: tuple[float, ...]  # rising; the first is 0
     distances: tuple[float, ...]
-
-    @property
-    def monotone(self) -> bool:
-        """Does the distance rise at every step?"""
-        return all(a < b for a, b in zip(self.distances, self.distances[1:], strict=False))
 
 
 @torch.no_grad()

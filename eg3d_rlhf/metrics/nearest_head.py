@@ -99,13 +99,6 @@ def posed_sdf(points: Tensor, pose: HeadPose) -> Tensor:
     return scale * head_sdf((points - pose.shift[:, None]) / scale[..., None], pose.shape)
 
 
-def _starts(count: int, options: FitOptions, like: Tensor) -> Tensor:
-    """Initial shapes [count * K, S], the same K for every shape; the first is the average head."""
-    drawn = np.random.default_rng(options.seed).standard_normal((options.starts, SHAPE_COUNT)) * STARTS_STDDEV
-    drawn[0] = 0.0
-    return torch.from_numpy(drawn).clamp(-1, 1).to(like).repeat(count, 1)
-
-
 def fit_heads(points: Tensor, options: FitOptions) -> tuple[HeadPose, Tensor]:
     """Nearest heads to point sets [N, P, 3]: Adam on the mean robust |sdf| from several starts, the best start per set.
 
@@ -113,7 +106,9 @@ def fit_heads(points: Tensor, options: FitOptions) -> tuple[HeadPose, Tensor]:
     Returns the poses (B = N) and the mean capped |sdf| of each, [N].
     """
     sets = points.repeat_interleave(options.starts, dim=0)  # [N*K, P, 3]
-    shape = _starts(len(points), options, points)
+    drawn = np.random.default_rng(options.seed).standard_normal((options.starts, SHAPE_COUNT)) * STARTS_STDDEV
+    drawn[0] = 0.0  # the average head
+    shape = torch.from_numpy(drawn).clamp(-1, 1).to(points).repeat(len(points), 1)  # [N*K, S], the same K for every shape
     free = torch.cat([shape, shape.new_zeros(len(shape), 4)], dim=1).requires_grad_()  # [N*K, S+4], every column in [-1, 1]
 
     optimiser = torch.optim.Adam([free], lr=options.learning_rate)

@@ -17,7 +17,7 @@ Shape letters: N fakes, M reals, F features, B resamples.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -91,9 +91,8 @@ def frechet_change_interval(
 
     Latents are drawn in pairs, so what both have in common cancels: narrower than the difference of two intervals.
     """
-    before, real = _features("frechet_change_interval", features_before, features_real)
-    after, _ = _features("frechet_change_interval", features_after, features_real)
-    return _interval(_Change(_Frechet(before, real), _Frechet(after, real)), resamples, seed, confidence)
+    before, after = (_Frechet(*_features("frechet_change_interval", x, features_real)) for x in (features_before, features_after))
+    return _interval(_Change(before, after), resamples, seed, confidence)
 
 
 def kernel_change_interval(
@@ -101,9 +100,8 @@ def kernel_change_interval(
     confidence: float = 0.95,
 ) -> DistanceInterval:
     """Kernel distance after minus before; see `frechet_change_interval` and `kernel_interval`."""
-    before, real = _features("kernel_change_interval", features_before, features_real)
-    after, _ = _features("kernel_change_interval", features_after, features_real)
-    return _interval(_Change(_Kernel(before, real), _Kernel(after, real)), resamples, seed, confidence)
+    before, after = (_Kernel(*_features("kernel_change_interval", x, features_real)) for x in (features_before, features_after))
+    return _interval(_Change(before, after), resamples, seed, confidence)
 
 
 def _features(who: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,15 +139,9 @@ def _interval(statistic: _Statistic, resamples: int, seed: int, confidence: floa
         return DistanceInterval(centre, centre - half, centre + half, measured, bias)
     steady = (1 + statistic.allowance) * influence / max(statistic.with_bias(), 1e-300)
     own = linear / max(centre, math.sqrt(linear + constant), 1e-300)  # below one deviation the share of `linear` is not known
-    ends = _ends(centre, max(steady, own), constant + noise, z)
-    return DistanceInterval(measured - bias, *ends, measured, bias)
-
-
-def _ends(centre: float, slope: float, constant: float, z: float) -> tuple[float, float]:
-    """Ends theta of |centre - theta| = z sqrt(constant + slope theta)."""
-    middle = centre + z**2 * slope / 2
-    half = math.sqrt(max(middle**2 - centre**2 + z**2 * constant, 0.0))
-    return min(middle - half, centre), middle + half
+    middle = centre + z**2 * max(steady, own) / 2  # ends theta of |centre - theta| = z sqrt(constant + noise + slope theta)
+    half = math.sqrt(max(middle**2 - centre**2 + z**2 * (constant + noise), 0.0))
+    return DistanceInterval(centre, min(middle - half, centre), middle + half, measured, bias)
 
 
 def _linear(draws: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> np.ndarray:
@@ -185,11 +177,11 @@ class _Frechet:
         """With T = C_1^-1/2 (C_1^1/2 C_2 C_1^1/2)^1/2 C_1^-1/2, the map that carries one Gaussian to the other: the derivative of d in C_1
         is I - T, in the mean 2 (m_1 - m_2); for the other set T^-1 and the other sign.
         """
-        (m_1, c_1), (m_2, c_2) = (_moments(part, np.ones(len(part))) for part in (self.fake, self.real))
-        return _gaussian_influence(self.fake, m_1, m_2, c_1, c_2), _gaussian_influence(self.real, m_2, m_1, c_2, c_1)
+        fake, real = (_moments(part, np.ones(len(part))) for part in (self.fake, self.real))
+        return _gaussian_influence(self.fake, *fake, *real), _gaussian_influence(self.real, *real, *fake)
 
 
-def _gaussian_influence(x: np.ndarray, m_1: np.ndarray, m_2: np.ndarray, c_1: np.ndarray, c_2: np.ndarray) -> np.ndarray:
+def _gaussian_influence(x: np.ndarray, m_1: np.ndarray, c_1: np.ndarray, m_2: np.ndarray, c_2: np.ndarray) -> np.ndarray:
     root, inverse = _powers(c_1)
     transport = inverse @ _powers(root @ c_2 @ root)[0] @ inverse
     offset = x - m_1
@@ -246,38 +238,29 @@ class _Kernel:
         return _kernel_influence(self.fake, self.real), _kernel_influence(self.real, self.fake)
 
 
-def _gram_blocks(a: np.ndarray, b: np.ndarray, use: Callable[[slice, np.ndarray], None]) -> None:
+def _gram_blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     step = max(1, _BLOCK_CELLS // len(b))
     for start in range(0, len(a), step):
         rows = slice(start, min(start + step, len(a)))
-        use(rows, (a[rows] @ b.T / a.shape[1] + 1.0) ** 3)
+        yield rows, (a[rows] @ b.T / a.shape[1] + 1.0) ** 3
 
 
 def _weighted_sum(a: np.ndarray, b: np.ndarray, w: np.ndarray, v: np.ndarray, self_pairs: bool = True) -> np.ndarray:
     """Sums [B] of w_i v_j k(a_i, b_j); without i = j where `self_pairs` is false."""
     total = np.zeros(len(w))
-
-    def add(rows: slice, gram: np.ndarray) -> None:
+    for rows, gram in _gram_blocks(a, b):
         if not self_pairs:
             gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)] = 0.0
-        total.__iadd__(((w[:, rows] @ gram) * v).sum(axis=1))
-
-    _gram_blocks(a, b, add)
+        total += ((w[:, rows] @ gram) * v).sum(axis=1)
     return total
 
 
 def _kernel_influence(own: np.ndarray, other: np.ndarray) -> np.ndarray:
-    within, across = np.zeros(len(own)), np.zeros(len(own))
-
-    def own_rows(rows: slice, gram: np.ndarray) -> None:
-        within[rows] = (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)]) / (len(own) - 1)
-
-    def other_rows(rows: slice, gram: np.ndarray) -> None:
-        across[rows] = gram.mean(axis=1)
-
-    _gram_blocks(own, own, own_rows)
-    _gram_blocks(own, other, other_rows)
-    values = 2 * (within - across)
+    within = np.concatenate([
+        (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)]) / (len(own) - 1)
+        for rows, gram in _gram_blocks(own, own)
+    ])
+    values = 2 * (within - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(own, other)]))
     return values - values.mean()
 
 

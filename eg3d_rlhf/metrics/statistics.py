@@ -6,7 +6,6 @@ Letters: N items, T times.
 """
 
 import math
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -132,8 +131,7 @@ def t_mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval
     return MeanInterval(float(sample.mean()), float(sample.mean()) - half, float(sample.mean()) + half)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairedSummary:
+class PairedSummary(NamedTuple):
     """Before/after differences of the same items, in the unit of the measurement unless said otherwise."""
 
     n: int  # pairs
@@ -150,10 +148,6 @@ class PairedSummary:
     positive_hi: float
     sign_p: float  # two-sided exact sign test on the untied pairs, 0..1
     confidence: float
-
-    def to_dict(self) -> dict[str, float]:
-        """The same fields as plain JSON numbers."""
-        return asdict(self)
 
 
 def paired_summary(before: ArrayLike, after: ArrayLike, confidence: float = 0.95, seed: int = 0, resamples: int = 10_000) -> PairedSummary:
@@ -177,8 +171,7 @@ def paired_summary(before: ArrayLike, after: ArrayLike, confidence: float = 0.95
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
     """y = intercept + slope * x, with the interval of the slope."""
 
     slope: float
@@ -186,10 +179,6 @@ class Line:
     hi: float
     intercept: float
     n: int
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain JSON numbers."""
-        return asdict(self)
 
 
 def _pair(who: str, x: ArrayLike, y: ArrayLike, least: int) -> tuple[np.ndarray, np.ndarray]:

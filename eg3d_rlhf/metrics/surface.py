@@ -45,7 +45,9 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     """
     vertices, faces = _check("topology", vertices, faces)
     partner = _partners(faces)  # [C] half-edge, -1 where open
-    point, points = _glue(partner)
+    here = np.flatnonzero(partner >= 0)
+    there = partner[here]  # runs the other way: its start is our end
+    point, points = _connected([(here, _next(there)), (_next(here), there)], len(partner))  # the point [C] that each corner is
     surface, surfaces = _surfaces(partner)
     first = surface[0::3]  # [F] surface of each face
     opened, paired = partner < 0, partner >= 0
@@ -93,12 +95,15 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     used = double**2 > _SLIVER * squared.max(axis=1) ** 2
     faces_used, sides, squared, normal, double = faces[used], sides[used], squared[used], normal[used], double[used]
     cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double[:, None]  # at corner i, between sides i - 1 and i
-    laplace, area = np.zeros_like(vertices), np.zeros(len(vertices))
+    obtuse, laplace, area = (cot < 0).any(axis=1), np.zeros_like(vertices), np.zeros(len(vertices))
     for i in range(3):  # side i lies opposite corner i + 2
         a, b, pull = faces_used[:, i], faces_used[:, (i + 1) % 3], cot[:, (i + 2) % 3, None] * sides[:, i]
         _add(laplace, a, -pull)
         _add(laplace, b, pull)
-        area += np.bincount(a, weights=_corner_area(i, cot, squared, double), minlength=len(vertices))
+        before = (i + 2) % 3  # side i joins corners i and i + 1, side i + 2 joins i + 2 and i
+        voronoi = (squared[:, before] * cot[:, (i + 1) % 3] + squared[:, i] * cot[:, before]) / 8
+        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double / 4, double / 8), voronoi)  # half or a quarter where the face is obtuse
+        area += np.bincount(a, weights=mixed, minlength=len(vertices))
     direction = np.zeros_like(vertices)
     for i in range(3):
         _add(direction, faces_used[:, i], normal)
@@ -108,14 +113,6 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     known = (area > 0) & ~rim
     length = np.linalg.norm(laplace, axis=1) * np.where((laplace * direction).sum(axis=1) < 0, -1.0, 1.0)
     return np.where(known, length / (4 * np.where(known, area, 1.0)), np.nan), np.where(known, area, 0.0)
-
-
-def _corner_area(i: int, cot: np.ndarray, squared: np.ndarray, double: np.ndarray) -> np.ndarray:
-    """Mixed Voronoi area [F] of corner i in each face: half or a quarter of the face where the face is obtuse."""
-    after, before = (i + 1) % 3, (i + 2) % 3  # side i joins corners i and i + 1, side i + 2 joins i + 2 and i
-    voronoi = (squared[:, before] * cot[:, after] + squared[:, i] * cot[:, before]) / 8
-    obtuse = (cot < 0).any(axis=1)
-    return np.where(obtuse, np.where(cot[:, i] < 0, double / 4, double / 8), voronoi)
 
 
 def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
@@ -160,13 +157,6 @@ def _connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(count, count))
     number, labels = connected_components(graph, directed=False)
     return labels.astype(np.int64), int(number)
-
-
-def _glue(partner: np.ndarray) -> tuple[np.ndarray, int]:
-    """The point [C] that each corner is, and how many points there are: corners joined across the edges of two faces."""
-    here = np.flatnonzero(partner >= 0)
-    there = partner[here]  # runs the other way: its start is our end
-    return _connected([(here, _next(there)), (_next(here), there)], len(partner))
 
 
 def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:

@@ -77,10 +77,15 @@ class SurfaceBuilder:
         Raises: ValueError for NaN or infinity.
         """
         values, corners = self._crossed(layer, np.argwhere(bricks) * self._size)
-        if len(values):
-            self._append(first, len(layer), *self._march(values, corners))
-        else:
+        if len(values) == 0:
             assert len(self._border[0]) == 0, "layers disagree in their shared plane"
+            return
+        vertices, faces, counts = marching_cubes(values, self._level)  # seams are still double
+        start = np.floor(vertices)
+        along = np.subtract(vertices, start, out=vertices)  # places on the vertices' grid edges
+        start = start.astype(np.int64)
+        start[:, 1:] += np.repeat(corners, counts, axis=0)
+        self._append(first, len(layer), start, along, faces)
 
     def _crossed(self, layer: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prepared values [B, planes, S + 1, S + 1] and corners [B, 2] of those bricks that the surface passes through."""
@@ -92,17 +97,11 @@ class SurfaceBuilder:
         crossed = (values.min(axis=(1, 2, 3)) < self._level) & (values.max(axis=(1, 2, 3)) > self._level)
         return values[crossed], corners[crossed]
 
-    def _march(self, values: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First points [V, 3] of the vertices' grid edges in the layer, places on them [V, 3] and faces [F, 3]; seams are still double."""
-        vertices, faces, counts = marching_cubes(values, self._level)
-        start = np.floor(vertices)
-        along = np.subtract(vertices, start, out=vertices)
-        start = start.astype(np.int64)
-        start[:, 1:] += np.repeat(corners, counts, axis=0)
-        return start, along, faces
-
     def _append(self, first: int, planes: int, start: np.ndarray, along: np.ndarray, faces: np.ndarray) -> None:
-        """Number the vertices, one per grid edge and those in the first plane as the layer before did, and keep what is new."""
+        """Number the vertices, one per grid edge and those in the first plane as the layer before did, and keep what is new.
+
+        start, along: [V, 3] first points of their grid edges in the layer, and places on them.
+        """
         keys = ((start[:, 0] * self._sides[0] + start[:, 1]) * self._sides[1] + start[:, 2]) * 3 + along.argmax(axis=1)
         if len(self._lookup) < planes * self._plane_keys:
             self._lookup = np.full(planes * self._plane_keys, -1, dtype=np.int32)
@@ -142,6 +141,7 @@ def extract_mesh_blockwise(
     level: float = LEVEL,
     planes: int | None = None,
     progress: Progress | None = None,
+    between: Callable[[], tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The surface sigma = level, the same as `extract_mesh` gives for the whole volume; closed at the volume's border.
 
@@ -153,63 +153,33 @@ def extract_mesh_blockwise(
         level: raw density of the surface.
         planes: x indices per block; about 32 MiB of them when None.
         progress: called with ("density", x indices done, X).
+        between: gives the least and greatest density that the level must lie between, once all is sampled; those sampled when None.
 
     Returns: vertices [V, 3] float32 in world coordinates, faces [F, 3] int32 wound counter-clockwise seen from outside.
     Raises: ValueError when sigma is not finite or the level is not crossed, or an axis has fewer than 2 points.
     """
-    builder, low, high = mesh_blocks(sample, axes, level, planes, progress)
-    check_crossed(low, high, level)
-    return builder.finish()
-
-
-def mesh_blocks(
-    sample: Callable[[slice], torch.Tensor | np.ndarray], axes: Sequence[torch.Tensor | np.ndarray], level: float,
-    planes: int | None = None, progress: Progress | None = None,
-) -> tuple[SurfaceBuilder, float, float]:
-    """What `extract_mesh_blockwise` makes of its blocks, and the least and greatest density in them."""
     coordinates = [np.asarray(axis, dtype=np.float64) for axis in axes]
-    count = len(coordinates[0])
     if min(len(axis) for axis in coordinates) < 2:
         raise ValueError(f"extract_mesh: expected at least 2 points per axis, got {[len(axis) for axis in coordinates]}. Sample more.")
-    step = planes or block_planes(len(coordinates[1]) * len(coordinates[2]))
-    mesher = _DenseMesher(coordinates, float(level))
+    count, rows, columns = (len(axis) for axis in coordinates)
+    builder, low, high = SurfaceBuilder(coordinates, float(level)), np.inf, -np.inf
+    layer = np.full((BRICK + 1, padded(rows), padded(columns)), outside_value(level), dtype=np.float32)  # each begins with the last's end
+    first = filled = 0  # grid point along x of the layer's first plane, 0 = outside; planes that follow it
+    step = planes or block_planes(rows * columns)
     for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        values = sample(part)
-        mesher.add(values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values), last=part.stop == count)
+        values = np.asarray(sample(slice(start, min(start + step, count))))
+        least, greatest = float(values.min()), float(values.max())
+        check_finite(least, greatest)
+        low, high = min(low, least), max(high, greatest)
+        for plane in values:
+            filled += 1
+            layer[filled, 1 : rows + 1, 1 : columns + 1] = plane
+            if filled == BRICK:
+                builder.add(first, layer, touched_bricks(layer, level))
+                layer[0], filled, first = layer[-1], 0, first + BRICK
         if progress is not None:
-            progress("density", part.stop, count)
-    return mesher.builder, mesher.low, mesher.high
-
-
-class _DenseMesher:
-    """Hands blocks of grid planes to a `SurfaceBuilder` in layers, each with the last plane of the one before."""
-
-    def __init__(self, coordinates: Sequence[np.ndarray], level: float):
-        self.level, self.low, self.high = level, np.inf, -np.inf
-        self.builder = SurfaceBuilder(coordinates, level)
-        sides = [padded(len(axis)) for axis in coordinates[1:]]
-        self._layer = np.full((BRICK + 1, *sides), outside_value(level), dtype=np.float32)  # planes 0.._filled of the next layer
-        self._first, self._filled = 0, 0  # grid point along x of the layer's first plane, 0 = outside
-
-    def add(self, values: np.ndarray, last: bool) -> None:
-        """Mesh as many of the planes `values` [x, Y, Z] as make whole layers; all, and the step to the outside, after the last."""
-        low, high = float(values.min()), float(values.max())
-        check_finite(low, high)
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        _, rows, columns = values.shape
-        done = 0
-        while done < len(values):
-            take = min(BRICK - self._filled, len(values) - done)
-            planes = slice(self._filled + 1, self._filled + 1 + take)
-            self._layer[planes, 1 : rows + 1, 1 : columns + 1] = values[done : done + take]
-            self._filled, done = self._filled + take, done + take
-            if self._filled == BRICK:
-                self._mesh(self._layer)
-                self._layer[0], self._filled, self._first = self._layer[-1], 0, self._first + BRICK
-        if last:
-            self._layer[self._filled + 1] = outside_value(self.level)
-            self._mesh(self._layer[: self._filled + 2])
-
-    def _mesh(self, layer: np.ndarray) -> None:
-        self.builder.add(self._first, layer, touched_bricks(layer, self.level))
+            progress("density", start + len(values), count)
+    layer[filled + 1] = outside_value(level)
+    builder.add(first, layer[: filled + 2], touched_bricks(layer[: filled + 2], level))
+    check_crossed(*(between() if between else (low, high)), level)
+    return builder.finish()

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.field import Field, SeparableField
-from eg3d_rlhf.sigma.chunked_mesh import BRICK, Progress, SurfaceBuilder, bricks_along, mesh_blocks, padded
+from eg3d_rlhf.sigma.chunked_mesh import BRICK, Progress, SurfaceBuilder, bricks_along, extract_mesh_blockwise, padded
 from eg3d_rlhf.sigma.mesh import check_crossed, check_finite, outside_value
-from eg3d_rlhf.sigma.separable import SeparableDensity, sigma_from_maps
+from eg3d_rlhf.sigma.separable import SeparableDensity
 from eg3d_rlhf.sigma.spec import SlabSpec
+from torch_utils.ops.slab_density import slab_density
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as EG3D's shape extraction sets it
 _ROUNDING = 2.0**-17  # of sum |w| softplus: 64 rounding errors of float32, for the difference between a bound and the density itself
@@ -51,39 +52,32 @@ class FieldGrid:
         if len(field) != 1:
             raise ValueError(f"FieldGrid: expected a field of one shape, got {len(field)}. Take them one by one.")
         self.axes: Sequence[torch.Tensor] = SlabSpec.of(field.bounds, resolution).axes()
-        self._trim = int(border * resolution)
-        self.inside = slice(self._trim, resolution - self._trim)  # grid points along each axis that are not trimmed
-        if resolution - 2 * self._trim < 2:
+        self.trim = int(border * resolution)  # points from each face that hold `OUTSIDE`
+        self.inside = slice(self.trim, resolution - self.trim)  # grid points along each axis that are not trimmed
+        if resolution - 2 * self.trim < 2:
             raise ValueError(f"FieldGrid: expected at least 2 points inside the border, got a border of {border:g} on {resolution} points.")
 
-    @property
-    def trimmed(self) -> bool:
-        """Whether points at the border hold `OUTSIDE`."""
-        return self._trim > 0
-
-    def separable(self) -> SeparableDensity | None:
-        """The density of the points that are not trimmed, as maps; None where the planes have no such form."""
-        return self._maps(*(axis[self.inside] for axis in self.axes))
-
     @torch.no_grad()
-    def _maps(self, *axes: torch.Tensor) -> SeparableDensity | None:
-        return self.field.separable(*axes) if isinstance(self.field, SeparableField) else None
+    def separable(self, *axes: torch.Tensor) -> SeparableDensity | None:
+        """The density at x, y, z, else of the points that are not trimmed, as maps; None where the planes have no such form."""
+        x, y, z = axes or (axis[self.inside] for axis in self.axes)
+        return self.field.separable(x, y, z) if isinstance(self.field, SeparableField) else None
 
     @torch.no_grad()
     def _block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Raw density [X, Y, Z] on the CPU at the product of world coordinates x [X], y [Y], z [Z]."""
-        density = self._maps(x, y, z)
+        density = self.separable(x, y, z)
         if density is None:
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1).reshape(-1, 3)
             block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
         else:
-            block = sigma_from_maps(density.maps, density.w, density.b, density.shape).cpu()
+            block = slab_density(density.maps, density.w, density.b, density.shape).cpu()
         self.low, self.high = min(self.low, float(block.min())), max(self.high, float(block.max()))
         return block
 
     def __call__(self, x: slice) -> torch.Tensor:
         """Raw density [x, Y, Z] of the grid points with these x indices."""
-        low, high = self._trim, self.resolution - self._trim
+        low, high = self.inside.start, self.inside.stop
         start, stop = max(x.start, low), min(x.stop, high)
         if low == 0:
             return self._block(self.axes[0][x], *self.axes[1:])
@@ -105,15 +99,13 @@ def extract_field_mesh(grid: FieldGrid, level: float, progress: Progress | None 
     Raises: ValueError when sigma is not finite or the level is not crossed.
     """
     density = grid.separable()
-    if density is None or density.w.device.type != "cpu" or (grid.trimmed and level <= OUTSIDE):
-        builder, _, _ = mesh_blocks(grid, grid.axes, level, progress=progress)
-        check_crossed(grid.low, grid.high, level)
-        return builder.finish()
+    if density is None or density.w.device.type != "cpu" or (grid.trim and level <= OUTSIDE):
+        return extract_mesh_blockwise(grid, grid.axes, level, progress=progress, between=lambda: (grid.low, grid.high))
     bounds = bound_bricks(density, level)
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
     builder = SurfaceBuilder(axes, float(level))
     with _worker_threads() as pool:
-        sampler = _LayerSampler(density, OUTSIDE if grid.trimmed else outside_value(level), pool)
+        sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
         for number, wanted in enumerate(bounds.undecided):
             builder.add(number * BRICK, sampler.layer(number, wanted), wanted)
             if progress is not None:
@@ -158,8 +150,8 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickB
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
     x, y, z = (bricks_along(n, size) for n in density.shape)
     shape = (x, y, z)
-    upper = sigma_from_maps([torch.cat(pair, dim=1) for pair in zip(high, low, strict=True)], w, density.b, shape)
-    lower = sigma_from_maps([torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape)
+    upper = slab_density([torch.cat(pair, dim=1) for pair in zip(high, low, strict=True)], w, density.b, shape)
+    lower = slab_density([torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape)
     reach = sum(m.abs().amax(dim=(0, 2, 3)) for m in (*low, *high))  # [J], no less than any |h_j|
     slack = _ROUNDING * (float((density.w.abs() * (reach + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0))
     whole = np.ones((), dtype=bool)

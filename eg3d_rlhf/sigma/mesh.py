@@ -38,7 +38,14 @@ def extract_mesh(
         raise ValueError(
             f"extract_mesh: expected sigma [D, H, W] with sides >= 2, got {list(volume.shape)}. Pass one sample, without a batch axis."
         )
-    coordinates = _coordinates(axes, volume.shape)
+    coordinates = [np.asarray(axis, dtype=np.float64) for axis in (axes.axes() if isinstance(axes, SlabSpec) else axes)]
+    got, wanted = [len(axis) for axis in reversed(coordinates)], list(volume.shape)
+    if got != wanted:
+        raise ValueError(f"extract_mesh: expected axes for a volume [D, H, W] = {wanted}, got {got}. Pass the spec it was sampled with.")
+    if any(np.any(np.diff(axis) <= 0) for axis in coordinates):
+        raise ValueError(
+            "extract_mesh: expected increasing coordinates on every axis, got a decreasing step. Flip the axis together with sigma."
+        )
     block = prepare_density(volume.transpose(2, 1, 0), level)  # [W, H, D], so vertices come as (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
     vertices, faces, _ = marching_cubes([np.pad(block, 1, constant_values=outside_value(level))], level)
@@ -93,21 +100,6 @@ def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarr
     along = np.subtract(vertices, start, out=vertices)
     np.clip(along, _MARGIN, 1 - _MARGIN, out=along, where=along > 0)
     return np.add(start, along, out=start), faces, counts
-
-
-def _coordinates(axes: SlabSpec | Sequence[torch.Tensor | np.ndarray], shape: tuple[int, ...]) -> list[np.ndarray]:
-    """x [W], y [H], z [D] as float64, checked against the volume's shape (D, H, W)."""
-    coordinates = [np.asarray(axis, dtype=np.float64) for axis in (axes.axes() if isinstance(axes, SlabSpec) else axes)]
-    got = tuple(len(axis) for axis in reversed(coordinates))
-    if got != tuple(shape):
-        raise ValueError(
-            f"extract_mesh: expected axes for a volume [D, H, W] = {list(shape)}, got {list(got)}. Pass the spec it was sampled with."
-        )
-    if any(np.any(np.diff(axis) <= 0) for axis in coordinates):
-        raise ValueError(
-            "extract_mesh: expected increasing coordinates on every axis, got a decreasing step. Flip the axis together with sigma."
-        )
-    return coordinates
 
 
 def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndarray:

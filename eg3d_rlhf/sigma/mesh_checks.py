@@ -35,8 +35,11 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
     """Count the half-edges of faces [F, 3] that keep the mesh from being closed and consistently oriented."""
     graph = half_edges(faces, int(faces.max(initial=-1)) + 1)
     shared = 3 * len(faces) - graph.nnz
-    if shared == 0 and _symmetric(graph):
-        return EdgeCounts(0, 0)
+    reverse = graph.T.tocsr()
+    graph.sort_indices()
+    reverse.sort_indices()
+    if shared == 0 and np.array_equal(graph.indptr, reverse.indptr) and np.array_equal(graph.indices, reverse.indices):
+        return EdgeCounts(0, 0)  # every edge also runs the other way
     start, end = (faces[:, columns].astype(np.uint64).reshape(-1) for columns in ([0, 1, 2], [1, 2, 0]))
     forward, backward = (start << np.uint64(32)) | end, np.sort((end << np.uint64(32)) | start)
     partner = np.searchsorted(backward, forward).clip(max=max(len(backward) - 1, 0))
@@ -49,14 +52,6 @@ def half_edges(faces: np.ndarray, vertices: int) -> "csr_array":
 
     ends = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
     return coo_array((np.ones(len(ends), dtype=np.int8), (faces.reshape(-1), ends)), shape=(vertices, vertices)).tocsr()
-
-
-def _symmetric(graph: "csr_array") -> bool:
-    """Whether every edge also runs the other way."""
-    reverse = graph.T.tocsr()
-    graph.sort_indices()
-    reverse.sort_indices()
-    return np.array_equal(graph.indptr, reverse.indptr) and np.array_equal(graph.indices, reverse.indices)
 
 
 def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
@@ -155,15 +150,11 @@ def _decimate_part(vertices: np.ndarray, faces: np.ndarray, wanted: float) -> tu
             break
         new_vertices, new_faces = fast_simplification.simplify(vertices, faces, target_count=int(wanted))
         new_vertices, new_faces = compact(new_vertices.astype(np.float32), new_faces.astype(np.int32))
-        if len(new_faces) and (not closed or _survives_a_file(new_vertices, new_faces)):
+        kept = len(new_faces) > 0 and (not closed or count_edges(new_faces).watertight)
+        if kept and not (closed and len(np.unique(new_vertices, axis=0)) < len(new_vertices)):  # a reader may merge vertices at one place
             return new_vertices, new_faces
         wanted *= _MORE
     return vertices, faces
-
-
-def _survives_a_file(vertices: np.ndarray, faces: np.ndarray) -> bool:
-    """Whether the mesh is closed, also for a reader that merges vertices at one place."""
-    return count_edges(faces).watertight and len(np.unique(vertices, axis=0)) == len(vertices)
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -121,7 +121,7 @@ class Mesh:
     colors: np.ndarray | None = None  # [V, 3] uint8
 
     def save(self, path: str | Path) -> Path:
-        """Write as .ply, .obj or .glb; see `save_mesh`."""
+        """See `save_mesh`."""
         return save_mesh(path, self.vertices, self.faces, self.colors, self.normals)
 
 
@@ -142,10 +142,9 @@ class MeshReport:
     normals_down_density: float  # share of probed vertices along whose normal the density falls, 0..1
     bounds: list[list[float]]  # lowest and highest x, y, z, world units
 
-    def write(self, path: str | Path, **more) -> Path:
+    def write(self, path: str | Path, **more) -> None:
         """Write as JSON, with further entries."""
         write_atomic(path, (json.dumps({**asdict(self), **more}, indent=1) + "\n").encode())
-        return Path(path)
 
 
 def export_mesh(field: Field, options: MeshOptions, progress: Progress | None = None) -> tuple[Mesh, MeshReport]:
@@ -218,11 +217,6 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
         if progress is not None:
             progress("colours", start + len(part), len(vertices))
     return colors
-
-
-def check_out(path: str | Path) -> Path:
-    """The path of a mesh to write; ValueError for a suffix that names no mesh format."""
-    return check_mesh_suffix(path, "export_mesh")
 
 
 def shape_suffix(name: str) -> str:

@@ -17,7 +17,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from torch_utils.ops.slab_density import slab_density
-from torch_utils.ops.triplane_decode import projection_axes as projection_axes  # where callers of this module look for it
 
 
 def _interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
@@ -39,20 +38,13 @@ def _interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, 
 def pair_maps(
     planes: torch.Tensor, pairs: Sequence[tuple[int, int]], axes: Sequence[torch.Tensor], w0: torch.Tensor, b0: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Hidden pre-activations as one map per unordered pair of coordinates, whose broadcast sum is h [X, J, Y, Z].
+    """Hidden pre-activations as one map per unordered pair of coordinates, whose broadcast sum is h [N, X, J, Y, Z].
 
-    Args: planes [K, C, P, Q]; pairs from `projection_axes`; axes: x [X], y [Y], z [Z] in plane units (world * 2/box_warp), on the CPU;
+    Args: planes [N, K, C, P, Q]; pairs from `projection_axes`; axes: x [X], y [Y], z [Z] in plane units (world * 2/box_warp), on the CPU;
     w0 [J, C], b0 [J].
-    Returns: maps [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], those that occur.
+    Returns: maps [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z], those that occur.
     Differentiable in planes, w0 and b0.
     """
-    return [maps[0] for maps in batched_pair_maps(planes[None], pairs, axes, w0, b0)]
-
-
-def batched_pair_maps(
-    planes: torch.Tensor, pairs: Sequence[tuple[int, int]], axes: Sequence[torch.Tensor], w0: torch.Tensor, b0: torch.Tensor
-) -> list[torch.Tensor]:
-    """`pair_maps` of several samples: planes [N, K, C, P, Q] -> maps [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z]."""
     merged = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
     features = _SampledPlanes.apply(planes, tuple(pairs), merged, tuple(axis.to(planes.dtype) for axis in axes))
     maps = []
@@ -100,13 +92,6 @@ class _SampledPlanes(torch.autograd.Function):
         return out, None, None, None
 
 
-def sigma_from_maps(
-    maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: tuple[int, int, int], chunk: int | None = None
-) -> torch.Tensor:
-    """sigma_raw [X, Y, Z] = sum_j w[j] softplus(sum of maps)[j] + b, softplus with beta 1; see `torch_utils.ops.slab_density`."""
-    return slab_density(maps, w, b, shape, chunk=chunk)
-
-
 @dataclass(frozen=True)
 class SeparableDensity:
     """Raw density on a grid as maps of two coordinates each."""
@@ -127,4 +112,4 @@ class SeparableDensity:
             if m.shape[3] > 1:  # slices: a list of indices would be gathered value by value
                 m = torch.cat([m[..., run] for run in z], dim=3) if len(z) > 1 else m[..., z[0]]
             maps.append(m)
-        return sigma_from_maps(maps, self.w, self.b, shape)
+        return slab_density(maps, self.w, self.b, shape)

@@ -14,11 +14,12 @@ import torch
 from torch.nn import functional as F
 
 from eg3d_rlhf.shapes import check_shape
-from eg3d_rlhf.sigma.separable import batched_pair_maps, projection_axes, sigma_from_maps
+from eg3d_rlhf.sigma.separable import pair_maps
 from eg3d_rlhf.sigma.spec import SlabSpec
 from torch_utils.ops import implementations
+from torch_utils.ops.slab_density import slab_density
 from torch_utils.ops.triplane_decode import DecoderWeights as BothLayers
-from torch_utils.ops.triplane_decode import MergedPlanes, triplane_decode
+from torch_utils.ops.triplane_decode import MergedPlanes, projection_axes, triplane_decode
 
 _IMPLS = ("auto", "separable", "pointwise")
 _POINT_CHUNK = 1 << 17  # points decoded at once where no gradient is asked for
@@ -82,12 +83,12 @@ def _separable(
     """[N, D, H, W] through the pair maps."""
     axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
     depth, height, width = spec.shape
-    maps = batched_pair_maps(planes, pairs, axes, weights.w0, weights.b0)
+    maps = pair_maps(planes, pairs, axes, weights.w0, weights.b0)
     if all(m.shape[1] == width for m in maps):  # every map has an x axis: the samples lie one behind the other along x
-        sigma = sigma_from_maps([m.flatten(0, 1) for m in maps], weights.w_sigma, weights.b_sigma, (len(planes) * width, height, depth))
+        sigma = slab_density([m.flatten(0, 1) for m in maps], weights.w_sigma, weights.b_sigma, (len(planes) * width, height, depth))
         return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
     shape = (width, height, depth)
-    volumes = [sigma_from_maps([m[n] for m in maps], weights.w_sigma, weights.b_sigma, shape).permute(2, 1, 0) for n in range(len(planes))]
+    volumes = [slab_density([m[n] for m in maps], weights.w_sigma, weights.b_sigma, shape).permute(2, 1, 0) for n in range(len(planes))]
     return torch.stack(volumes)  # [N, D, H, W], contiguous
 
 

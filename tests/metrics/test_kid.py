@@ -9,7 +9,6 @@ from torch import nn
 
 from eg3d_rlhf.metrics.distances import (
     FeatureStatistics,
-    average_over,
     collect,
     draw_subsets,
     frechet_distance,
@@ -66,7 +65,7 @@ def test_kid_equals_torchmetrics_on_the_same_subsets():
     mean, std = (float(value) for value in metric.compute())
     torch.manual_seed(5)
     draws = [(torch.randperm(300)[:50].numpy(), torch.randperm(260)[:50].numpy()) for _ in range(7)]
-    ours = average_over(features(detector, real)[1], features(detector, fake)[1], draws)
+    ours = kernel_inception_distance(features(detector, real)[1], features(detector, fake)[1], draws=draws)
     assert ours.mean == pytest.approx(mean, rel=RELATIVE) and ours.std == pytest.approx(std, rel=1e-2)
     assert (ours.subsets, ours.size) == (7, 50)
 

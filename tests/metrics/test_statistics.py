@@ -58,7 +58,7 @@ def test_paired_summary_counts_and_negates():
     assert summary.sign_p == pytest.approx(stats.binomtest(3, 4).pvalue)
     swapped = paired_summary(after, before)
     assert (swapped.mean, swapped.positive, swapped.sign_p) == (-summary.mean, summary.negative, summary.sign_p)
-    assert all(isinstance(value, int | float) for value in summary.to_dict().values())
+    assert all(isinstance(value, int | float) for value in summary._asdict().values())
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eg3d_rlhf.sigma.separable import pair_maps, projection_axes, sigma_from_maps
+from eg3d_rlhf.sigma.separable import pair_maps
 from eg3d_rlhf.sigma.slab import DecoderWeights, sigma_from_planes
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.sigma.stand_in import random_planes, random_weights
+from torch_utils.ops.slab_density import slab_density
+from torch_utils.ops.triplane_decode import projection_axes
 from training.rendering.renderer import generate_planes
 
 SPEC = SlabSpec(resolution=24, crop=(0.1, 0.2, 0.0, 0.3, 0.25, 0.15))  # [D, H, W] of three different sizes
@@ -95,7 +97,7 @@ def test_gradcheck(pairs, chunk):
     maps = random_maps((3, 2, 4, 2), pairs, torch.float64)
     w = torch.randn(2, dtype=torch.float64, requires_grad=True)
     b = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w, b, *maps: sigma_from_maps(maps, w, b, (3, 4, 2), chunk), (w, b, *maps))
+    assert torch.autograd.gradcheck(lambda w, b, *maps: slab_density(maps, w, b, (3, 4, 2), chunk=chunk), (w, b, *maps))
 
 
 @pytest.mark.parametrize("pairs", PAIR_SETS)
@@ -112,7 +114,7 @@ def test_maps_against_plain_autograd(pairs, scale, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        sigma = sigma_from_maps(maps, w, b, (6, 7, 4), chunk=150)
+        sigma = slab_density(maps, w, b, (6, 7, 4), chunk=150)
         grads = torch.autograd.grad(sigma, [w, b, *maps], cotangent)
         assert torch.get_num_threads() == threads
     finally:
@@ -126,7 +128,7 @@ def test_only_the_gradients_asked_for():
     maps = random_maps((3, 2, 4, 2), ("xy", "yz"), torch.float32)
     maps[0].requires_grad_(False)
     w, b = torch.randn(2), torch.zeros(())
-    sigma_from_maps(maps, w, b, (3, 4, 2)).sum().backward()
+    slab_density(maps, w, b, (3, 4, 2)).sum().backward()
     assert maps[0].grad is None
     assert maps[1].grad is not None
 
@@ -134,19 +136,19 @@ def test_only_the_gradients_asked_for():
 def test_chunks_do_not_change_the_values():
     maps = random_maps((6, 5, 7, 4), ("xy", "xz", "yz"), torch.float32)
     w, b = torch.randn(5), torch.zeros(())
-    values = [sigma_from_maps(maps, w, b, (6, 7, 4), chunk) for chunk in (1, 37, 140, 300, 10**6)]
+    values = [slab_density(maps, w, b, (6, 7, 4), chunk=chunk) for chunk in (1, 37, 140, 300, 10**6)]
     for other in values[1:]:
         torch.testing.assert_close(other, values[0], rtol=1e-6, atol=1e-6)
 
 
 def test_pair_maps_merge_the_repeated_plane_of_released_checkpoints():
-    planes, weights = random_planes(1, 2, 8, 8)[0], random_weights(2, 3)
+    planes, weights = random_planes(1, 2, 8, 8), random_weights(2, 3)
     axes = [axis * 2 for axis in SPEC.axes()]
     depth, height, width = SPEC.shape
 
     def shapes(layout):
         maps = pair_maps(planes, projection_axes(generate_planes(layout)), axes, weights.w0, weights.b0)
-        return [tuple(m.shape) for m in maps]
+        return [tuple(m.shape[1:]) for m in maps]
 
     assert shapes("eg3d") == [(width, 3, height, 1), (width, 3, 1, depth)]
     assert shapes("fixed") == [(width, 3, height, 1), (width, 3, 1, depth), (1, 3, height, depth)]
