@@ -94,7 +94,8 @@ def test_a_campaign_is_prepared_in_another_process(campaign, tmp_path):
 
 def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_path, monkeypatch):
     work = Preparation("sqlite:///none.db", "first", tmp_path / "cache")
-    monkeypatch.setattr(work, "_command", lambda: [sys.executable, "-c", "import sys; sys.exit('out of memory')"])
+    start, dies = subprocess.Popen, [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: start(dies, **how))
     work.start()
     pids = set()
     for _ in range(6):
