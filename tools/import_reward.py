@@ -10,6 +10,7 @@ Example:
 """
 
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -20,29 +21,9 @@ from tqdm import tqdm
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.media.sampling import parse_seeds
-from eg3d_rlhf.reward.release import WEIGHTS, LatticeScores, compare_lattices, import_release, write_example
-from eg3d_rlhf.reward.reward import Reward, check_reward
+from eg3d_rlhf.reward.release import WEIGHTS, compare_lattices, import_release, write_example
+from eg3d_rlhf.reward.reward import check_reward
 from eg3d_rlhf.sigma.spec import LATTICES
-
-EXAMPLE = "synthetic:reward"
-
-
-def read(source: str, *how) -> Reward:
-    """The released reward that SOURCE names."""
-    with naming("SOURCE"):
-        if source != EXAMPLE:
-            return import_release(source, *how)
-        with tempfile.TemporaryDirectory() as folder:
-            return import_release(write_example(folder), *how)
-
-
-def print_scores(results: list[LatticeScores]) -> None:
-    """One line per seed, and the mean."""
-    click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
-    for r in results:
-        click.echo(f"{r.seed:8d}  {r.straight:12.6f}  {r.skewed:12.6f}  {r.difference:+12.6f}")
-    straight, skewed = (sum(getattr(r, name) for r in results) / len(results) for name in LATTICES)
-    click.echo(f"{'mean':>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -69,7 +50,8 @@ def main(
 ) -> None:
     with naming("--seeds"):
         chosen = [] if seeds == "none" else parse_seeds(seeds)
-    reward = read(source, config, weights, transform, lattice)
+    with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
+        reward = import_release(write_example(folder) if source == "synthetic:reward" else source, config, weights, transform, lattice)
     if dry_run:
         click.echo(json.dumps(reward.describe(), indent=1))
         return
@@ -84,7 +66,11 @@ def main(
         generator = load_generator(network, target).generator
         check_reward(reward, generator)
     with tqdm(total=len(chosen), desc="scoring on both lattices", unit="seed") as bar:
-        print_scores(compare_lattices(reward.to(target), generator, chosen, psi, cutoff, on_seed=lambda scores: bar.update()))
+        found = compare_lattices(reward.to(target), generator, chosen, psi, cutoff, on_seed=lambda scores: bar.update())
+    click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
+    means = (statistics.fmean(r.straight for r in found), statistics.fmean(r.skewed for r in found))
+    for name, straight, skewed in (*found, ("mean", *means)):
+        click.echo(f"{name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def reward_ensemble(pairing: PairingOptions, generator: LoadedGenerator) -> Ense
     @torch.no_grad()
     def judge(seeds: Sequence[int]) -> Judged:
         observed = {observation: draw(seeds) for observation, draw in sources.items()}
-        seen = [one.embed(observed[one.observation]) for one in members]
-        scores = [one.score_embedding(e) / one.temperature for one, e in zip(members, seen, strict=True)]
+        seen = [one.network.embed(observed[one.observation]) for one in members]
+        scores = [one.network.score_embedding(e) / one.temperature for one, e in zip(members, seen, strict=True)]
         return Judged(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
 
     return Ensemble(judge, len(members), described)

@@ -5,7 +5,7 @@ Shape letters: P pairs.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +22,17 @@ from training.distributed import SINGLE, Ranks
 Network = RewardNetwork | RewardEnsemble
 
 
-def score_seeds(model: Network, store: ObservationCache, seeds: Sequence[int], batch: int = 32) -> dict[int, float]:
-    """Reward of every seed. Pass a model in eval mode where it has dropout."""
-    device = next(model.parameters()).device
-    unique = list(dict.fromkeys(seeds))
-    scores: dict[int, float] = {}
-    with torch.no_grad():
-        for start in range(0, len(unique), batch):
-            part = unique[start : start + batch]
-            scores.update(zip(part, model.score(store.take(part, device)).tolist(), strict=True))
-    return scores
-
-
-def shared_scores(
-    model: Network, store: ObservationCache, seeds: Sequence[int], ranks: Ranks = SINGLE, batch: int = 32
+def score_seeds(
+    model: Network, store: ObservationCache, seeds: Iterable[int], ranks: Ranks = SINGLE, batch: int = 32
 ) -> dict[int, float]:
-    """`score_seeds`, batch by batch in turn over the ranks; every rank gets all scores."""
-    unique = list(dict.fromkeys(seeds))
-    parts = [unique[i : i + batch] for i in range(0, len(unique), batch)][ranks.rank :: ranks.world]
-    mine = {seed: score for part in parts for seed, score in score_seeds(model, store, part, batch).items()}
-    scores = {int(seed): score for part in ranks.gather(list(mine.items())) for seed, score in part}
+    """Reward of every seed, batch by batch in turn over the ranks; every rank gets all. Pass a model in eval mode where it has dropout."""
+    device, unique = next(model.parameters()).device, list(dict.fromkeys(seeds))
+    mine: list[tuple[int, float]] = []
+    with torch.no_grad():
+        for start in range(ranks.rank * batch, len(unique), ranks.world * batch):
+            part = unique[start : start + batch]
+            mine += zip(part, model.score(store.take(part, device)).tolist(), strict=True)
+    scores = {int(seed): score for part in ranks.gather(mine) for seed, score in part}
     return {seed: scores[seed] for seed in unique}
 
 
@@ -106,15 +97,10 @@ def evaluate(model: Network, store: ObservationCache, labels: Sequence[Preferenc
 
 def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> dict:
     """One series per quantity over epochs. `context` is stated under the figure: n, seed, preset, generator."""
-    return {
-        "epoch": [r["epoch"] + 1 for r in history],
-        "train_accuracy": [r["train_accuracy"] for r in history],
-        "val_accuracy": [r["val_accuracy"] for r in history],
-        "val_log_loss": [r["val_log_loss"] for r in history],
-        "loss": {name: [r["loss"][name] for r in history] for name in history[0]["loss"]},
-        "best_epoch": best_epoch + 1,
-        "context": context,
-    }
+    named = {name: [r[name] for r in history] for name in ("train_accuracy", "val_accuracy", "val_log_loss")}
+    losses = {name: [r["loss"][name] for r in history] for name in history[0]["loss"]}
+    epochs = [r["epoch"] + 1 for r in history]
+    return {"epoch": epochs, **named, "loss": losses, "best_epoch": best_epoch + 1, "context": context}
 
 
 def plot_curves(json_path: Path, png_path: Path) -> Path:

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.preferences.losses import LossWeights
-from eg3d_rlhf.reward.networks import Preset, RewardNetwork, RewardOutput, register
-from eg3d_rlhf.reward.unet3d import UNet3d, UNetMaps
+from eg3d_rlhf.reward.networks import Preset, RewardNetwork, register
+from eg3d_rlhf.reward.unet3d import UNet3d
 from eg3d_rlhf.shapes import check_shape
 
 _FLOOR = 0.3  # smallest voxel deviation, as a share of the mean one: keeps empty voxels from being blown up
-POOLINGS = ("slice_max", "grid")
-EXTRACTORS = ("unet3d", "strided")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +42,9 @@ class RewardArch:
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
 
     def __post_init__(self):
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"RewardArch.pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}. Choose one of them.")
-        if self.extractor not in EXTRACTORS:
-            raise ValueError(f"RewardArch.extractor: expected one of {', '.join(EXTRACTORS)}, got {self.extractor!r}. Choose one of them.")
+        for name, known in (("pooling", ("slice_max", "grid")), ("extractor", ("unet3d", "strided"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"RewardArch.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}. Choose one of them.")
         if self.extractor == "strided" and len(self.slab_shape) != 3:
             raise ValueError(f"RewardArch.slab_shape: expected (D, H, W) for the strided extractor, got {self.slab_shape}. Name the slab.")
         if not 0 <= self.dropout < 1:
@@ -62,7 +59,7 @@ class RewardArch:
     def feature_size(self) -> int:
         """Length of the pooled feature vector, the trunk's input."""
         if self.extractor == "strided":
-            return strided_feature_size(self.feature_maps[0], self.slab_shape)
+            return 4 * self.feature_maps[0] * math.prod(-(-(n // 2) // 4) for n in self.slab_shape)  # flattened
         if self.pooling == "slice_max":
             return self.pool_size
         cells = [a * b * c for a, b, c in (self.final_cells, self.bottleneck_cells)]
@@ -110,21 +107,13 @@ def slice_windows(slices: int, bins: int) -> torch.Tensor:
     return torch.minimum(first[:, None] + torch.arange(width), last[:, None])
 
 
-def slice_max(x: torch.Tensor) -> torch.Tensor:
-    """Largest response per depth slice, over channels, rows and columns: [N, C, D, H, W] -> [N, D].
-
-    Differentiable in: x, each slice's gradient going to one voxel (channel first, then position).
-    """
-    return x.max(dim=1).values.flatten(2).max(dim=2).values
-
-
 def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """The paper's global feature: the slice profile stretched to `bins` values, [N, C, D, H, W] -> [N, bins].
+    """The paper's global feature: the profile of slices along z, stretched to `bins` values, [N, C, D, H, W] -> [N, bins].
 
     Equals AdaptiveMaxPool3d((bins, 1, 1)) of the channel maximum, gradients included: an entry that straddles two slices takes the
     larger and passes its gradient there. At 129 slices it holds at most 129 distinct values, so no pool of 8192 cells is run.
     """
-    profile = slice_max(x)  # [N, D]
+    profile = x.max(dim=1).values.flatten(2).max(dim=2).values  # [N, D], the largest response per depth slice
     windows = slice_windows(profile.shape[1], bins).to(x.device)  # [bins, K]
     return profile[:, windows].max(dim=2).values
 
@@ -136,12 +125,6 @@ def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
     """
     means = F.adaptive_avg_pool3d(x, cells)
     return torch.cat([means.flatten(1), F.adaptive_max_pool3d(x, cells).flatten(1)], dim=1)
-
-
-def strided_feature_size(channels: int, shape: Sequence[int]) -> int:
-    """Length of the flattened features of `StridedConv3d`."""
-    sides = [math.ceil(math.ceil((n // 2) / 2) / 2) for n in shape]
-    return 4 * channels * math.prod(sides)
 
 
 class StridedConv3d(nn.Module):
@@ -230,43 +213,36 @@ class RewardModel(RewardNetwork):
         if self.arch.extractor == "strided":
             self.extractor.calibrate(take())
 
-    def _maps(self, slab: torch.Tensor) -> UNetMaps:
-        check_shape("RewardModel(slab)", slab, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
-        least = self.arch.smallest_side
-        if min(slab.shape[2:]) < least:
+    def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final maps of the U-Net [N, C, D/p, H/p, W/p], and the features pooled from them and the coarsest ones."""
+        arch = self.arch
+        if min(slab.shape[2:]) < arch.smallest_side:
             raise ValueError(
-                f"RewardModel(slab): expected sides of at least {least} voxels, got {list(slab.shape[2:])}. "
+                f"RewardModel(slab): expected sides of at least {arch.smallest_side} voxels, got {list(slab.shape[2:])}. "
                 "Raise the slab's resolution or use fewer feature_maps."
             )
-        return self.Conv3DModule(to_patches(slab * self.arch.input_scale if self.arch.input_scale != 1 else slab, self.arch.patch))
-
-    def _pool(self, maps: UNetMaps) -> torch.Tensor:
-        response = maps.final[:, self.arch.recon_channels :]  # [N, C, D, H, W]
-        if self.arch.pooling == "slice_max":
-            return slice_max_feature(response, self.arch.pool_size)
-        cells = (self.arch.final_cells, self.arch.bottleneck_cells)
-        return torch.cat([grid_feature(response, cells[0]), grid_feature(maps.bottleneck, cells[1])], dim=1)
-
-    def _reconstruct(self, maps: UNetMaps, size: torch.Size) -> torch.Tensor:
-        strongest = maps.final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
-        out = self.Conv3DModule.conv3d_for_recon(strongest)  # [N, 1, D/p, H/p, W/p]
-        if self.arch.patch > 1:
-            out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
-        return out[:, :, : size[2], : size[3], : size[4]]
+        final, bottleneck = self.Conv3DModule(to_patches(slab * arch.input_scale if arch.input_scale != 1 else slab, arch.patch))
+        response = final[:, arch.recon_channels :]
+        if arch.pooling == "slice_max":
+            return final, slice_max_feature(response, arch.pool_size)
+        return final, torch.cat([grid_feature(response, arch.final_cells), grid_feature(bottleneck, arch.bottleneck_cells)], dim=1)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
         """Global feature vector before the trunk: slab [N, 1, D, H, W] in [0, 100] -> [N, arch.feature_size]."""
-        if self.arch.extractor == "strided":
-            check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
-            return self.extractor(observed)
-        return self._pool(self._maps(observed))
+        check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
+        return self.extractor(observed) if self.arch.extractor == "strided" else self._pooled(observed)[1]
 
-    def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
-        """Everything the training losses read: slab [N, 1, D, H, W] in [0, 100] -> RewardOutput."""
-        if not reconstruct or self.arch.extractor == "strided":
-            return super().forward(observed, reconstruct)
-        maps = self._maps(observed)
-        return self._output(self.MLP(self._pool(maps)), self._reconstruct(maps, observed.shape))
+    def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `RewardNetwork`: slab [N, 1, D, H, W] -> features, reconstruction [N, 1, D, H, W]."""
+        if self.arch.extractor == "strided":
+            return super().reconstruct(observed)
+        check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
+        final, features = self._pooled(observed)
+        out = self.Conv3DModule.conv3d_for_recon(final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values)
+        if self.arch.patch > 1:
+            out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
+        d, h, w = observed.shape[2:]
+        return features, out[:, :, :d, :h, :w]
 
 
 def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:

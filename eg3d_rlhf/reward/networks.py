@@ -107,13 +107,14 @@ class RewardNetwork(nn.Module):
         forward, backward = self.pair_logits(first, second), self.pair_logits(second, first)
         return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
 
+    def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features` and what is read, as a decoder makes it of them. Raises: ValueError where there is none."""
+        raise ValueError("reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --reconstruction=0.")
+
     def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
         """Everything the training losses read: [N, ...] -> RewardOutput. Raises: ValueError where it cannot reconstruct."""
-        if reconstruct:
-            raise ValueError("reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --reconstruction=0.")
-        return self._output(self.embed(observed))
-
-    def _output(self, embedding: torch.Tensor, reconstruction: torch.Tensor | None = None) -> RewardOutput:
+        features, reconstruction = self.reconstruct(observed) if reconstruct else (self.features(observed), None)
+        embedding = self.MLP(features)
         return RewardOutput(
             embedding=embedding, scalar=self.score_embedding(embedding),
             log_strength=self.scalar_rwd_head_BT(embedding).squeeze(1), reconstruction=reconstruction,

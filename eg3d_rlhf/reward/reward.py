@@ -28,7 +28,6 @@ from training.networks import state_hash
 from training.storage import write_atomic
 
 _FORMAT, _VERSION = "eg3d-rlhf reward", 2  # files of version 1 read slabs, and say 'arch', 'spec' and 'meta'
-_OLD_UPSAMPLING = "upsampling.upsample.weight"
 
 
 class Reward(nn.Module):
@@ -51,18 +50,6 @@ class Reward(nn.Module):
     def score_observed(self, observed: torch.Tensor) -> torch.Tensor:
         """The reward of what the observation gave, [N, ...] -> [N]."""
         return self.network.score(observed)
-
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
-        """What the heads read: [N, ...] -> [N, M]."""
-        return self.network.embed(observed)
-
-    def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The reward of embeddings [N, M] -> [N]."""
-        return self.network.score_embedding(embedding)
-
-    def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Logit [P] that the first of two embeddings [P, M] is better; swapping them negates it."""
-        return self.network.pair_margin(first, second)
 
     @property
     def temperature(self) -> float:
@@ -117,9 +104,9 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Reward:
     path = Path(path)
     if path.suffix == ".safetensors":
         observation, description, provenance = _read_description(path.with_suffix(".json"))
-        state = _read_safetensors(path)
     else:
-        observation, description, provenance, state = SigmaSlab(), PAPER.to_dict(), {}, read_torch(path)
+        observation, description, provenance = SigmaSlab(), PAPER.to_dict(), {}
+    state = read_state(path)
     try:
         reward = Reward(observation, build_network(observation.kind, description), provenance)
     except ValueError as error:
@@ -153,10 +140,10 @@ def check_reward(reward: Reward, generator: Generator, who: str = "reward") -> N
 
 def check_state(who: str, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError naming every missing, unexpected and misshapen entry of `state` for `model` (the first eight of each)."""
-    old = [name for name in state if name.endswith(_OLD_UPSAMPLING)]
-    if old:
+    old = next((name for name in state if name.endswith("upsampling.upsample.weight")), None)
+    if old is not None:
         raise ValueError(
-            f"{who}: expected '...upsample.conv_transposed.weight', got '{old[0]}'. These weights were trained with pytorch-3dunet 1.8.1 "
+            f"{who}: expected '...upsample.conv_transposed.weight', got '{old}'. These weights were trained with pytorch-3dunet 1.8.1 "
             "or older, whose upsampling computes other numbers; renaming the key would change the scores. Use weights trained with 1.8.2 "
             "or later."
         )
@@ -196,24 +183,19 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
         raise ValueError(f"{who}: expected observation, network and provenance, got no such {error}. Copy the file again.") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, or a published state dict of any other; nothing in it is executed.
+
+    Raises: FileNotFoundError, ValueError.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"load_reward: expected a file, got none at {path}. Check the path.")
+    own = path.suffix == ".safetensors"
     try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"load_reward({path.name}): expected safetensors, got: {error}. Truncated or foreign? Copy it again.") from error
-
-
-def read_torch(path: Path) -> dict[str, torch.Tensor]:
-    """A published state dict (.pt), weights only: nothing in the file is executed. Raises FileNotFoundError, ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"load_reward: expected a file, got none at {path}. Check the path.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"load_reward({path.name}): expected a state dict, got: {reason}. Truncated or foreign? Copy it again.") from error
+        state = safetensors.torch.load_file(path) if own else torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        kind, reason = "safetensors" if own else "a state dict", next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"load_reward({path.name}): expected {kind}, got: {reason}. Truncated or foreign? Copy it again.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"load_reward({path.name}): expected a dict of tensors, got {type(state).__name__}. Export the weights alone.")

@@ -159,25 +159,22 @@ def collect_observations(
     run: RewardRun, splits: Splits, generator: LoadedGenerator, observation: Observation, psi: float, listen: Listener, ranks: Ranks
 ) -> TrainData:
     """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache."""
+
+    def filled(seeds: Iterable[int], psi: float, what: str) -> ObservationCache:
+        unique = list(dict.fromkeys(seeds))
+        cache = None if run.cache is None else run.cache / cache_name(generator.hash, observation, psi, run.cutoff)
+        store = ObservationCache(observe_seeds(generator.generator, observation, psi=psi, cutoff=run.cutoff), cache)
+        if store.fill(unique, run.slab_batch, listen.bar(-(-len(unique) // ranks.world), what), ranks) and ranks.main:
+            store.save()
+        return store
+
     seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
     anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=seeds)["train"] if run.train.anchors else ()
-    store = _filled(run, generator, observation, psi, seeds, "shapes", listen, ranks)
-    anchor_store = _filled(run, generator, observation, ANCHOR_PSI, anchors, "anchors", listen, ranks) if anchors else None
+    store = filled(seeds, psi, "shapes")
+    anchor_store = filled(anchors, ANCHOR_PSI, "anchors") if anchors else None
     return TrainData(
         train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store, observation=observation
     )
-
-
-def _filled(
-    run: RewardRun, generator: LoadedGenerator, observation: Observation, psi: float, seeds: Iterable[int], what: str, listen: Listener,
-    ranks: Ranks,
-) -> ObservationCache:
-    unique = list(dict.fromkeys(seeds))
-    cache = None if run.cache is None else run.cache / cache_name(generator.hash, observation, psi, run.cutoff)
-    store = ObservationCache(observe_seeds(generator.generator, observation, psi=psi, cutoff=run.cutoff), cache)
-    if store.fill(unique, run.slab_batch, listen.bar(-(-len(unique) // ranks.world), what), ranks) and ranks.main:
-        store.save()
-    return store
 
 
 def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks: Ranks) -> list[TrainState]:
@@ -194,10 +191,9 @@ def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks
 
         options = replace(run.train, seed=run.train.seed + MEMBER_STRIDE * member)
         state_file = run.out / (f"state-{member + 1}.pt" if member else "state.pt")
-        state = train_reward(
+        states.append(train_reward(
             data, options, device=run.device, state_file=state_file, ranks=ranks, on_step=lambda: advance(1), on_epoch=on_epoch
-        )
-        states.append(state)
+        ))
     return states
 
 

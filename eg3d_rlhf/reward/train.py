@@ -23,7 +23,7 @@ from eg3d_rlhf.observations.sigma_slab import SigmaSlab
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss
 from eg3d_rlhf.reward.cache import ObservationCache
-from eg3d_rlhf.reward.evaluation import log_loss, margins, shared_scores
+from eg3d_rlhf.reward.evaluation import log_loss, margins, score_seeds
 from eg3d_rlhf.reward.networks import RewardNetwork, preset, readers_of
 from eg3d_rlhf.run.process import StopRequest
 from training.config import check_knobs, knob
@@ -98,10 +98,6 @@ class Share:
         """The entries of these items among values drawn for B blocks of `count` items, [B * count] -> [B * len(rows)]."""
         return drawn.reshape(-1, self.count)[:, self.rows].reshape(-1)
 
-    def draws(self):
-        """Inside: dropout and drawn orders as these items meet them in the whole step."""
-        return contextlib.nullcontext() if self.ranks.world == 1 else RowDraws(self.rows, self.count, blocks=True)
-
     def update(self, model: torch.nn.Module, figures: dict[str, float], stop: bool) -> tuple[dict[str, float], bool]:
         """Sum gradients over ranks; returns the step's mean figures and whether any rank was asked to stop.
 
@@ -130,31 +126,10 @@ class TrainState:
     ranks: Ranks = SINGLE  # this process among those of the run
     request: StopRequest = field(default_factory=StopRequest)
 
-    @property
-    def best_record(self) -> dict:
-        """The best epoch's record."""
-        return self.history[self.best_epoch]
-
-
-def new_state(options: TrainOptions, device: str | torch.device = "cpu", kind: str = "sigma") -> TrainState:
-    """A freshly initialised model and optimiser; torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        model = readers_of(kind).build(preset(options.preset, kind).network)
-    model.to(device)
-    family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
-    return TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay))
-
 
 def train_reward(
-    data: TrainData,
-    options: TrainOptions,
-    *,
-    device: str | torch.device = "cpu",
-    state_file: Path | None = None,
-    on_step: Callable[[], None] | None = None,
-    on_epoch: Callable[[dict], None] | None = None,
-    ranks: Ranks = SINGLE,
+    data: TrainData, options: TrainOptions, *, device: str | torch.device = "cpu", state_file: Path | None = None,
+    on_step: Callable[[], None] | None = None, on_epoch: Callable[[dict], None] | None = None, ranks: Ranks = SINGLE,
 ) -> TrainState:
     """Train until `epochs` or `patience` run out; returns the state with the best epoch's weights in the model.
 
@@ -168,32 +143,30 @@ def train_reward(
     """
     if not data.train or not data.val:
         raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
-    state = new_state(options, device, data.observation.kind)
-    state.ranks = ranks
-    state.model.calibrate(lambda: data.store.take([seed for label in data.train for seed in (label.winner, label.loser)], device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = readers_of(data.observation.kind).build(preset(options.preset, data.observation.kind).network).to(device)
+    family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
+    state = TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay), ranks=ranks)
+    model.calibrate(lambda: data.store.take([seed for label in data.train for seed in (label.winner, label.loser)], device))
     if state_file is not None and ranks.broadcast(state_file.is_file()):
         _load_state(state_file, state, options)
-    ranks.broadcast_((*state.model.parameters(), *state.model.buffers()))
+    ranks.broadcast_((*model.parameters(), *model.buffers()))
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
         with state.request:
             record = _epoch(state, data, options, on_step)
         state.history.append(record)
         state.epoch += 1
-        if state.best_epoch < 0 or _rank(record) > _rank(state.best_record):
+        if record is max(state.history, key=lambda one: (one["val_accuracy"], -one["val_log_loss"])):  # the first of equal ones
             state.best_epoch = record["epoch"]
-            state.best = {k: v.detach().clone() for k, v in state.model.state_dict().items()}
+            state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         if state_file is not None and ranks.main:
             _save_state(state_file, state, options)
         if on_epoch:
             on_epoch(record)
-    state.model.load_state_dict(state.best)
-    state.model.eval().requires_grad_(False)
+    model.load_state_dict(state.best)
+    model.eval().requires_grad_(False)
     return state
-
-
-def _rank(record: dict) -> tuple[float, float]:
-    """Higher is better: validation accuracy, then validation log loss."""
-    return record["val_accuracy"], -record["val_log_loss"]
 
 
 def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: Callable[[], None] | None) -> dict:
@@ -202,12 +175,23 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
     rng = np.random.default_rng([options.seed, state.epoch])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     steps = math.ceil(len(data.train) / options.batch)
+    sums: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
         torch.manual_seed(int(rng.integers(2**62)))
-        sums = _train_steps(state, data, options, steps, rng, generator, on_step)
+        state.model.train()
+        order = rng.permutation(len(data.train))
+        for step in range(steps):
+            if options.cosine:
+                done = (state.epoch + step / steps) / options.epochs
+                state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * done))
+            items = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
+            for name, value in _step(state, items, data, options, rng, generator).items():
+                sums[name] = sums.get(name, 0.0) + value * len(items) / len(order)
+            if on_step:
+                on_step()
     correct = sums.pop("correct")
     state.model.eval()
-    scores = shared_scores(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)], state.ranks)
+    scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)], state.ranks)
     margin = margins(scores, data.val)
     return {
         "epoch": state.epoch, "seconds": time.monotonic() - began, "lr": state.optimizer.param_groups[0]["lr"], "loss": sums,
@@ -215,36 +199,15 @@ def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: C
     }  # fmt: skip
 
 
-def _train_steps(state: TrainState, data: TrainData, options: TrainOptions, steps: int, rng, generator, on_step) -> dict[str, float]:
-    """One pass of updates; returns mean loss terms and, as `correct`, the share ordered as labelled."""
-    state.model.train()
-    order = rng.permutation(len(data.train))
-    sums: dict[str, float] = {}
-    for step in range(steps):
-        if options.cosine:
-            done = (state.epoch + step / steps) / options.epochs
-            state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * done))
-        items = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
-        for name, value in _step(state, items, data, options, rng, generator).items():
-            sums[name] = sums.get(name, 0.0) + value * len(items) / len(order)
-        if on_step:
-            on_step()
-    return sums
-
-
 def _step(
-    state: TrainState,
-    items: Sequence[Preference],
-    data: TrainData,
-    options: TrainOptions,
-    rng: np.random.Generator,
+    state: TrainState, items: Sequence[Preference], data: TrainData, options: TrainOptions, rng: np.random.Generator,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """One update on a batch of pairs; returns its weighted loss terms and, as `correct`, the share ordered as labelled."""
     share = Share(len(items), state.ranks)
     observed, better, worse = _batch(items, share, data, options, rng, next(state.model.parameters()).device)
     loss = PreferenceLoss(options.weights)
-    with share.draws():
+    with contextlib.nullcontext() if state.ranks.world == 1 else RowDraws(share.rows, share.count, blocks=True):  # as in the whole step
         out = state.model(observed, reconstruct=options.weights.reconstruction > 0)
         terms = loss(out, better, worse, pair_logits=state.model.pair_logits, observed=observed, epoch=state.epoch, generator=generator)
     state.optimizer.zero_grad(set_to_none=True)

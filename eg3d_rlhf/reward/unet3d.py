@@ -8,47 +8,27 @@ Shape letters: N samples, C channels, D, H, W = z, y, x (see eg3d_rlhf/shapes.py
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-class ChannelGate(nn.Module):
-    """cSE: one gate per channel, g = sigmoid(fc2(relu(fc1(mean over z, y, x)))); reduction ratio 1."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.fc1 = nn.Linear(channels, channels)
-        self.fc2 = nn.Linear(channels, channels)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:  # [N, C, D, H, W] -> [N, C, 1, 1, 1]
-        squeezed = h.mean(dim=(2, 3, 4))  # [N, C]
-        return torch.sigmoid(self.fc2(F.relu(self.fc1(squeezed))))[:, :, None, None, None]
-
-
-class SpatialGate(nn.Module):
-    """sSE: one gate per voxel, s = sigmoid(1x1x1 convolution to one channel)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv3d(channels, 1, kernel_size=1)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:  # [N, C, D, H, W] -> [N, 1, D, H, W]
-        return torch.sigmoid(self.conv(h))
-
-
 class ScSE(nn.Module):
-    """Concurrent gates joined by the elementwise maximum: out = max(h * g, h * s)."""
+    """Concurrent gates joined by the elementwise maximum: out = max(h * g, h * s).
+
+    cSE: one gate per channel, g = sigmoid(fc2(relu(fc1(mean over z, y, x)))); reduction ratio 1.
+    sSE: one gate per voxel, s = sigmoid(1x1x1 convolution to one channel).
+    """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.cSE = ChannelGate(channels)
-        self.sSE = SpatialGate(channels)
+        self.cSE = nn.ModuleDict({name: nn.Linear(channels, channels) for name in ("fc1", "fc2")})
+        self.sSE = nn.ModuleDict({"conv": nn.Conv3d(channels, 1, kernel_size=1)})
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:  # [N, C, D, H, W] -> same
-        return torch.maximum(h * self.cSE(h), h * self.sSE(h))
+        g = torch.sigmoid(self.cSE["fc2"](F.relu(self.cSE["fc1"](h.mean(dim=(2, 3, 4))))))[:, :, None, None, None]  # [N, C, 1, 1, 1]
+        return torch.maximum(h * g, h * torch.sigmoid(self.sSE["conv"](h)))
 
 
 class NormConv(nn.Module):
@@ -121,13 +101,6 @@ class Decoder(nn.Module):
         return self.basic_module(skip + self.upsampling(x, skip.shape[2:]))
 
 
-class UNetMaps(NamedTuple):
-    """What the U-Net returns: `final` [N, C_final, D, H, W] at the input's size, `bottleneck` [N, C_last, d, h, w]."""
-
-    final: torch.Tensor
-    bottleneck: torch.Tensor
-
-
 class UNet3d(nn.Module):
     """The U-Net, its final 1x1x1 convolution, and the scalar affine that turns its first channels into a reconstruction.
 
@@ -152,8 +125,8 @@ class UNet3d(nn.Module):
         assert self.conv3d_for_recon.bias is not None
         nn.init.uniform_(self.conv3d_for_recon.bias, -0.005, 0.005)
 
-    def forward(self, x: torch.Tensor) -> UNetMaps:
-        """x [N, C_in, D, H, W], each side at least 2^(levels - 1) -> UNetMaps."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, C_in, D, H, W], each side at least 2^(levels - 1) -> maps [N, C_out, D, H, W], and the coarsest [N, C_last, d, h, w]."""
         skips = []
         for encoder in self.encoders:
             x = encoder(x)
@@ -161,4 +134,4 @@ class UNet3d(nn.Module):
         bottleneck = skips.pop()
         for decoder in self.decoders:
             x = decoder(x, skips.pop())
-        return UNetMaps(self.final_conv(x), bottleneck)
+        return self.final_conv(x), bottleneck

@@ -1,6 +1,7 @@
 """The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean |sigma_G - sigma_ref| (+ front growth).
 
-o is what the reward observes. Letters: N batch, Z z_dim, K c_dim, L num_ws, W w_dim; D, H, W grid points along z, y, x.
+o is what the reward observes, shape one of `SHAPINGS`, and the clip acts as a trust region.
+Letters: N batch, M reference samples, E embedding; observed [N, ...] is what the reward reads; D, H, W grid points along z, y, x.
 """
 
 import copy
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
+from eg3d_rlhf.reward.evaluation import Network
 from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.rlhf.shaping import SHAPINGS, Shaping, clip_bounds, make_shaping, parse_clip
 from eg3d_rlhf.seeds import CALIBRATION
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.config import check_knobs, knob
@@ -19,7 +20,118 @@ from training.gan_phases import Batch
 from training.phases import Loss, Phase
 
 REWARD = "Reward fine-tuning"  # title of its flags
+SHAPINGS = ("none", "standardised", "softplus", "reference")
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
+
+
+class Shaping(torch.nn.Module):
+    """Turns what a reward reads into the quantity that the reward phase maximises. This one is the score itself."""
+
+    def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """observed [N, ...], places [N] of the samples in the whole run -> shaped [N], raw score [N]. Differentiable in observed."""
+        del places
+        score = network.score(observed)
+        return self.shaped(score), score
+
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """[N] -> [N], of scores alone."""
+        return score
+
+
+class Standardised(Shaping):
+    """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10) (sigma-reward.md, section 4)."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, initial_scores: torch.Tensor):
+        """initial_scores: [M] scores of the untuned generator."""
+        super().__init__()
+        mean, std = initial_scores.mean(), initial_scores.std()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
+
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """See `Shaping`."""
+        return (score - self.mean) * self.scale
+
+
+class NegativeSoftplus(Shaping):
+    """-softplus(-2 r): saturates for good samples, linear for bad ones."""
+
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """See `Shaping`."""
+        return -torch.nn.functional.softplus(-2 * score)
+
+
+class ReferenceWins(Shaping):
+    """Mean probability, by the pairs head, of winning against `comparisons` reference samples, in both orders.
+
+    The references are embeddings of samples of the untuned generator. The run's sample i meets references i * comparisons, and those after
+    it, cyclically: whichever rank or accumulation round it falls to.
+    """
+
+    references: torch.Tensor
+
+    def __init__(self, references: torch.Tensor, comparisons: int = 4):
+        """references: [M, E] embeddings."""
+        super().__init__()
+        self.comparisons = comparisons
+        self.register_buffer("references", references)
+        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))  # unused: checkpoints of earlier versions hold it
+
+    def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Shaping`."""
+        embedding = network.embed(observed)  # [N, E]
+        score = network.score_embedding(embedding)
+        count = self.comparisons
+        index = (places[:, None] * count + torch.arange(count, device=places.device)).flatten() % len(self.references)  # [N * count]
+        margin = network.pair_margin(embedding.repeat_interleave(count, dim=0), self.references[index])  # [N * count]
+        return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
+
+
+def make_shaping(name: str, initial_scores: torch.Tensor, references: torch.Tensor) -> Shaping:
+    """The shaping called `name`; its state comes from the untuned generator's scores [M] and embeddings [M, E].
+
+    Raises: ValueError for an unknown name.
+    """
+    match name:
+        case "none":
+            return Shaping()
+        case "standardised":
+            return Standardised(initial_scores)
+        case "softplus":
+            return NegativeSoftplus()
+        case "reference":
+            return ReferenceWins(references)
+    raise ValueError(f"--reward-shaping: expected one of {', '.join(SHAPINGS)}, got {name!r}.")
+
+
+def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
+    """Bounds of the trust region.
+
+    Args:
+        spec: 'LOW,HIGH', 'none', or 'iqr': the quartiles of the untuned generator's shaped rewards, widened by 1.5 interquartile ranges.
+        initial_shaped: [M].
+    Raises: ValueError for anything else.
+    """
+    if spec == "iqr":
+        low, high = torch.quantile(initial_shaped.float(), torch.tensor([0.25, 0.75], device=initial_shaped.device)).tolist()
+        return low - 1.5 * (high - low), high + 1.5 * (high - low)
+    return parse_clip(spec)
+
+
+def parse_clip(spec: str) -> tuple[float, float]:
+    """'LOW,HIGH' to numbers; infinite for the names that `clip_bounds` resolves later."""
+    if spec in ("none", "iqr"):
+        return -float("inf"), float("inf")
+    try:
+        low, high = (float(part) for part in spec.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
+    return low, high
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,30 +179,29 @@ class RewardTerms:
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.reference = of(G_ref)
         self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
-        scores, shaped, shaping = self._calibrate(self.reference)
-        self.state = RewardPhaseState(G_ref, shaping, clip_bounds(config.reward_clip, shaped))
-        self.initial_scores = scores
+        with torch.no_grad():
+            shaping, bounds = self._calibrate()
+        self.state = RewardPhaseState(G_ref, shaping, bounds)
 
-    @torch.no_grad()
-    def _calibrate(self, reference: Generator) -> tuple[torch.Tensor, torch.Tensor, Shaping]:
-        device, observe = device_of(reference), self.reward.observation.observe
-        z = latents(CALIBRATION.all, reference.z_dim).to(device)
-        seen = []
-        for part in z.split(16):
+    def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
+        """The shaping and its bounds, from the scores of the reference."""
+        reference, network, seen = self.reference, self.reward.network, []
+        device = device_of(reference)
+        for part in latents(CALIBRATION.all, reference.z_dim).to(device).split(16):
             ws = reference.mapping(part, camera(reference, n=len(part)), truncation_cutoff=CUTOFF)
-            seen.append(observe(reference.field(ws)))
-        embeddings = torch.cat([self.reward.embed(s) for s in seen])
-        scores = torch.cat([self.reward.score_observed(s) for s in seen])
-        shaping = make_shaping(self.config.reward_shaping, scores, embeddings).to(device)
-        shaped = torch.cat([shaping(self.reward, s, torch.arange(len(s), device=device))[0] for s in seen])
-        return scores, shaped, shaping
+            seen.append(self.reward.observation.observe(reference.field(ws)))
+        embeddings = torch.cat([network.embed(s) for s in seen])
+        self.initial_scores = torch.cat([network.score(s) for s in seen])
+        shaping = make_shaping(self.config.reward_shaping, self.initial_scores, embeddings).to(device)
+        shaped = torch.cat([shaping(network, s, torch.arange(len(s), device=device))[0] for s in seen])
+        return shaping, clip_bounds(self.config.reward_clip, shaped)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
         """The reward on the batch's latents, then the anchors on fresh ones; each runs backward on its own."""
         config = self.config
         ws = self.generator.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
         observed = self.reward.observation.observe(self.generator.field(ws))
-        shaped, score = self.state.shaping(self.reward, observed, batch.places)
+        shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
         low, high = self.state.bounds.tolist()
         loss = -config.lambda_r * shaped.clamp(low, high)
         clipped = ((shaped < low) | (shaped > high)).float()

@@ -7,6 +7,7 @@ Letters: N latents, L num_ws, W w_dim.
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,10 @@ class Watch:
         return fields
 
     def _alarm(self, nimg: int, stats: dict) -> list[str]:
-        """Note an alarm where the statistics call for one; returns what has fallen."""
-        moments = {name: stats[f"Watch/{name}"] for name in self.measures}
-        fallen = over_optimised({name: (m["mean"], m["std"] / np.sqrt(max(m["num"] - 1, 1))) for name, m in moments.items()})
+        """Note an alarm where measures fell by more than two standard errors while the first one rose; returns what has fallen."""
+        (_, reward), *others = ((name, stats[f"Watch/{name}"]) for name in self.measures)
+        errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
+        fallen = [name for name, m in others if reward["mean"] > 0 > m["mean"] and m["mean"] < -2 * errors[name]]
         if fallen:
             self.alarms.append({"nimg": nimg, "fallen": fallen})
         return fallen
@@ -68,19 +70,6 @@ class Watch:
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
             stats = json.loads(line)
             self._alarm(stats["nimg"], stats)
-
-
-def over_optimised(deltas: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the measures that fell by more than two standard errors while the first one rose.
-
-    Args:
-        deltas: name -> (mean change, standard error); the first entry is the optimised reward.
-    """
-    (reward, _), *others = deltas.values()
-    names = list(deltas)[1:]
-    if reward <= 0:
-        return []
-    return [name for name, (mean, error) in zip(names, others, strict=True) if mean < -2 * error and mean < 0]
 
 
 def annotator_calibration(path: Path = bundled.ANNOTATION) -> Calibration:
@@ -108,10 +97,8 @@ def utilities(G: torch.nn.Module, ws: torch.Tensor, calibration: Calibration, ba
 
 def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
     """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
-    measures: dict[str, Measure] = {"reward": lambda G, ws: rewards(G, ws, reward)}
-    if second is not None:
-        measures["second"] = lambda G, ws: rewards(G, ws, second)
+    named = {"reward": reward, "second": second}
+    measures: dict[str, Measure] = {name: partial(rewards, reward=one) for name, one in named.items() if one is not None}
     if settings["data"].startswith("synthetic:"):
-        calibration = annotator_calibration()
-        measures["utility"] = lambda G, ws: utilities(G, ws, calibration)
+        measures["utility"] = partial(utilities, calibration=annotator_calibration())
     return Watch(measures, G_ref)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.preferences import losses
-from eg3d_rlhf.reward.model import PAPER, RewardArch, RewardModel, slice_max
+from eg3d_rlhf.reward.model import PAPER, RewardArch, RewardModel, slice_max_feature
 from eg3d_rlhf.reward.networks import MLP, RewardOutput
 
 OUTPUT_TOLERANCE = 2e-5  # relative; observed float32 deviation at most 4e-6
@@ -132,7 +132,7 @@ def test_reduced_network_stages_and_outputs_match(folder, file, dtype):
                 close(value[0, :, ::step, ::step, ::step], d[f"{prefix}{item}_{key}"], tolerance)
                 if f"{prefix}{item}_{key}_sum" in d.files:
                     close([value.double().sum(), value.double().abs().sum()], d[f"{prefix}{item}_{key}_sum"], tolerance)
-            close(slice_max(stages["final_conv"][:, 4:]), d[f"{prefix}{item}_slice_max"], tolerance)
+            close(slice_max_feature(stages["final_conv"][:, 4:], slab.shape[2]), d[f"{prefix}{item}_slice_max"], tolerance)
             close(model.features(slab), d[f"{prefix}{item}_global"], tolerance)
             close(out.embedding, d[f"{prefix}{item}_feat"], tolerance)
             close(out.scalar, d[f"{prefix}{item}_scalar"], tolerance)

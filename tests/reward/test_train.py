@@ -63,7 +63,7 @@ def test_learns_which_blob_is_larger_in_seconds():
     low, high = report["clean"]["interval_95"]
     assert low < report["clean"]["accuracy"] < high
     assert report["labels"]["accuracy"] == pytest.approx(report["clean"]["accuracy"] - report["label_noise"], abs=0.08)
-    assert state.best_record["val_accuracy"] == max(r["val_accuracy"] for r in state.history)
+    assert state.history[state.best_epoch]["val_accuracy"] == max(r["val_accuracy"] for r in state.history)
     swapped = [Preference(winner=p.loser, loser=p.winner) for p in test]
     scores = {s: float(state.model.score(store.take([s]))) for p in test for s in (p.winner, p.loser)}
     np.testing.assert_array_equal(margins(scores, test), -margins(scores, swapped))

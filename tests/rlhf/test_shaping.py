@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.rlhf.phase import density_l1, front_growth
-from eg3d_rlhf.rlhf.shaping import SHAPINGS, ReferenceWins, clip_bounds, make_shaping, parse_clip
+from eg3d_rlhf.rlhf.phase import SHAPINGS, ReferenceWins, clip_bounds, density_l1, front_growth, make_shaping, parse_clip
 
 
 class LinearReward:
@@ -20,7 +19,7 @@ class LinearReward:
     def score_embedding(self, embedding):
         return embedding[:, 0]
 
-    def score_observed(self, slab):
+    def score(self, slab):
         return self.score_embedding(self.embed(slab))
 
     def pair_margin(self, first, second):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.rlhf.watch import Watch, over_optimised
+from eg3d_rlhf.rlhf.watch import Watch
 from tests import tiny_runs
 
 
@@ -24,8 +24,12 @@ from tests import tiny_runs
         ({"reward": (1.0, 0.1)}, []),
     ],
 )
-def test_over_optimised(deltas, fallen):
-    assert over_optimised(deltas) == fallen
+def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
+    watch = Watch({name: lambda G, ws: np.zeros(4) for name in deltas}, tiny_runs.build_networks().G_ema, seeds=range(4))
+    stats = {f"Watch/{name}": {"num": 2, "mean": mean, "std": error} for name, (mean, error) in deltas.items()}
+    (tmp_path / "stats.jsonl").write_text(json.dumps({"nimg": 120, **stats}))
+    watch.restore(tmp_path / "stats.jsonl")
+    assert watch.alarms == ([{"nimg": 120, "fallen": fallen}] if fallen else [])
 
 
 def scripted_watch(values: list[tuple[list[float], list[float]]]) -> Watch:
