@@ -108,8 +108,7 @@ def sigma_at(
     Returns: sigma_raw [N, P].
     Differentiable in planes, weights and points.
     """
-    implementations.check_impl("sigma_at", impl)
-    ref = impl == "ref" or (impl == "auto" and implementations.current() == "ref")
+    ref = implementations.current(impl, "sigma_at") == "ref"
     pairs = None if ref else projection_axes(plane_axes) if merged is None else merged.pairs
     if pairs is None:
         return _sigma_at_ref(planes, plane_axes, weights, points, box_warp)

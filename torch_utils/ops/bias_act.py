@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import COMPILED_DTYPES, choose, dense, like_layout
+from torch_utils.ops.implementations import COMPILED_DTYPES, choose, define, dense, like_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,19 +43,6 @@ activation_funcs: dict[str, Activation] = {
 _CODES = {name: code for code, name in enumerate(activation_funcs)}  # `act` of the compiled ops
 _NAMES = list(activation_funcs)
 _PIECEWISE = ("linear", "relu", "lrelu")  # slope * (x + b), the slope readable off the result
-
-# The compiled ops. x is dense, contiguous or channels-last, and so is what comes out; act is the place in activation_funcs (0 linear,
-# 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish); gain > 0; clamp < 0 does not clamp; dim names B's axis also
-# where there is no bias. The last two exist for acts 0, 1, 2 and are each other's adjoint. slope(out) = gain * (act 1: 1 or 0, act 2:
-# 1 or alpha, by the sign of out, 0 counting as negative), and 0 where |out| >= clamp.
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-_LIB.define("bias_act(Tensor x, Tensor? b, int dim, int act, float alpha, float gain, float clamp) -> Tensor")
-_LIB.define(  # (slope(out) * grad, its sum over all axes but dim: [B], or [0] without with_bias)
-    "bias_act_backward(Tensor grad, Tensor out, int dim, int act, float alpha, float gain, float clamp, bool with_bias) -> (Tensor, Tensor)"
-)
-_LIB.define(  # slope(out) * (x + b)
-    "bias_act_slope(Tensor x, Tensor? b, Tensor out, int dim, int act, float alpha, float gain, float clamp) -> Tensor"
-)
 
 
 def bias_act(
@@ -135,21 +122,6 @@ def _bias_act_torch(
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
-@torch.library.register_fake("eg3d_rlhf::bias_act", lib=_LIB)
-def _(x, b, dim, act, alpha, gain, clamp):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("eg3d_rlhf::bias_act_backward", lib=_LIB)
-def _(grad, out, dim, act, alpha, gain, clamp, with_bias):
-    return torch.empty_like(grad), grad.new_empty(grad.shape[dim] if with_bias else 0)
-
-
-@torch.library.register_fake("eg3d_rlhf::bias_act_slope", lib=_LIB)
-def _(x, b, out, dim, act, alpha, gain, clamp):
-    return torch.empty_like(x)
-
-
 def _save(ctx, inputs, output) -> None:
     x, b, *ctx.rest = inputs
     ctx.has_bias = b is not None
@@ -164,45 +136,31 @@ def _gradients(ctx, grad):
     dim, act, alpha, gain, clamp = ctx.rest
     need_x, need_b = ctx.needs_input_grad[:2]
     if _NAMES[act] not in _PIECEWISE:
-        return *_smooth_gradients(*ctx.saved_tensors, grad, *ctx.rest), *[None] * 5
+        x, b = ctx.saved_tensors  # through torch: differentiable again, at the price of its passes over memory
+        value, slope = _SLOPES[_NAMES[act]](x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)]))
+        grad = grad * gain * slope
+        if clamp >= 0:
+            grad = grad * (value * gain).detach().abs().le(clamp)
+        return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
     grad = like_layout(grad, ctx.saved_tensors[0]) if ctx.saved_tensors else dense(grad)
     out = ctx.saved_tensors[0] if ctx.saved_tensors else grad.detach()
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, out, *ctx.rest, ctx.has_bias and need_b)
     return grad_x if need_x else None, grad_b if ctx.has_bias and need_b else None, *[None] * 5
 
 
-def _smooth_gradients(x, b, grad, dim, act, alpha, gain, clamp):
-    """Through torch: differentiable again, at the price of its passes over memory."""
-    z = x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
-    value, slope = _SLOPES[_NAMES[act]](z)
-    grad = grad * gain * slope
-    if clamp >= 0:
-        grad = grad * (value * gain).detach().abs().le(clamp)
-    return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim])
-
-
-def _elu_slopes(scale: float, alpha: float) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    def both(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        below = alpha * z.clamp(max=0).exp()
-        return scale * torch.where(z > 0, z, below - alpha), scale * torch.where(z > 0, torch.ones_like(z), below)
-
-    return both
-
-
-def _swish_slopes(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    s = z.sigmoid()
-    return z * s, s * (1 + z * (1 - s))
+def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    below = alpha * z.clamp(max=0).exp()
+    return scale * torch.where(z > 0, z, below - alpha), scale * torch.where(z > 0, torch.ones_like(z), below)
 
 
 _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {  # value and derivative at z
     "tanh": lambda z: ((t := z.tanh()), 1 - t.square()),
     "sigmoid": lambda z: ((s := z.sigmoid()), s * (1 - s)),
-    "elu": _elu_slopes(1.0, 1.0),
-    "selu": _elu_slopes(1.0507009873554805, 1.6732632423543772),
+    "elu": lambda z: _elu(z, 1.0, 1.0),
+    "selu": lambda z: _elu(z, 1.0507009873554805, 1.6732632423543772),
     "softplus": lambda z: (F.softplus(z), z.sigmoid()),
-    "swish": _swish_slopes,
+    "swish": lambda z: (z * (s := z.sigmoid()), s * (1 + z * (1 - s))),
 }
-torch.library.register_autograd("eg3d_rlhf::bias_act", _gradients, setup_context=_save, lib=_LIB)
 
 
 def _save_backward(ctx, inputs, output) -> None:
@@ -214,9 +172,6 @@ def _gradients_backward(ctx, grad_x, grad_b):
     (out,) = ctx.saved_tensors
     grad_b = grad_b.contiguous() if ctx.with_bias else None
     return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, out), grad_b, out, *ctx.rest), *[None] * 7
-
-
-torch.library.register_autograd("eg3d_rlhf::bias_act_backward", _gradients_backward, setup_context=_save_backward, lib=_LIB)
 
 
 def _save_slope(ctx, inputs, output) -> None:
@@ -231,4 +186,21 @@ def _gradients_slope(ctx, grad):
     return grad_x, grad_b if ctx.has_bias else None, *[None] * 6
 
 
-torch.library.register_autograd("eg3d_rlhf::bias_act_slope", _gradients_slope, setup_context=_save_slope, lib=_LIB)
+# The compiled ops. x is dense, contiguous or channels-last, and so is what comes out; act is the place in activation_funcs (0 linear,
+# 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish); gain > 0; clamp < 0 does not clamp; dim names B's axis also
+# where there is no bias. The last two exist for acts 0, 1, 2 and are each other's adjoint. slope(out) = gain * (act 1: 1 or 0, act 2:
+# 1 or alpha, by the sign of out, 0 counting as negative), and 0 where |out| >= clamp.
+define(
+    "bias_act(Tensor x, Tensor? b, int dim, int act, float alpha, float gain, float clamp) -> Tensor",
+    lambda x, *rest: torch.empty_like(x), _gradients, _save,
+)
+define(  # (slope(out) * grad, its sum over all axes but dim: [B], or [0] without with_bias)
+    "bias_act_backward(Tensor grad, Tensor out, int dim, int act, float alpha, float gain, float clamp, bool with_bias) "
+    "-> (Tensor, Tensor)",
+    lambda grad, out, dim, *rest: (torch.empty_like(grad), grad.new_empty(grad.shape[dim] if rest[-1] else 0)),
+    _gradients_backward, _save_backward,
+)
+define(  # slope(out) * (x + b)
+    "bias_act_slope(Tensor x, Tensor? b, Tensor out, int dim, int act, float alpha, float gain, float clamp) -> Tensor",
+    lambda x, *rest: torch.empty_like(x), _gradients_slope, _save_slope,
+)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils.ops.conv3x3 import conv3x3
-from torch_utils.ops.implementations import check_impl, current, is_channels_last
-from torch_utils.ops.upfirdn2d import Scale, _parse_padding, same_size_padding, upfirdn2d
+from torch_utils.ops.implementations import current, is_channels_last
+from torch_utils.ops.upfirdn2d import Pads, Scale, _parse_padding, same_size_padding, upfirdn2d
 
 
 def conv2d_resample(
@@ -53,8 +53,7 @@ def conv2d_resample(
     pads = _parse_padding(padding)
     pads = same_size_padding(f, pads, up=up) if up > 1 else pads
     pads = same_size_padding(f, pads, down=down) if down > 1 else pads
-    check_impl("conv2d_resample", impl)
-    impl = current() if impl == "auto" else impl
+    impl = current(impl, "conv2d_resample")
 
     if up == 1 and down == 1:
         return _convolve(x, w, pads, 1, groups, flip_weight, impl)
@@ -73,9 +72,7 @@ def conv2d_resample(
     return upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl) if down > 1 else x
 
 
-def _convolve(
-    x: torch.Tensor, w: torch.Tensor, pads: tuple[int, int, int, int], stride: int, groups: int, flip_weight: bool, impl: str
-) -> torch.Tensor:
+def _convolve(x: torch.Tensor, w: torch.Tensor, pads: Pads, stride: int, groups: int, flip_weight: bool, impl: str) -> torch.Tensor:
     """Strided convolution with any padding: x [N, I, H, W], w [O, I/G, K, K] -> [N, O, H', W']."""
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
@@ -100,9 +97,7 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def _transposed(
-    x: torch.Tensor, w: torch.Tensor, up: int, pads: tuple[int, int, int, int], groups: int, flip_weight: bool
-) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+def _transposed(x: torch.Tensor, w: torch.Tensor, up: int, pads: Pads, groups: int, flip_weight: bool) -> tuple[torch.Tensor, Pads]:
     """Zero-insertion and KxK convolution as one transposed convolution, whose borders replace padding.
 
     Returns: the image, and the padding (before, after along x, then y) that is left to the low-pass.

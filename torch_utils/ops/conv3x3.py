@@ -14,7 +14,7 @@ Shapes: N batch, I input and O output channels, H x W pixels.
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import choose
+from torch_utils.ops.implementations import alike, choose, define
 
 _LANES = 16  # channels that the transformations take at a time
 _LEAST_CHANNELS = 32  # where the transformations, whose work is per channel, cost more than the saved products
@@ -23,11 +23,6 @@ _LEAST_PIXELS = 32 * 32  # where transforming the kernel is no longer small besi
 # one thread of a Zen 4, is 0.8 to 1.0 with 16 tiles, 1.2 with 32 (64 and 512 channels) and 1.1 to 1.5 with 64 (32 to 512 channels).
 _LEAST_TILES = 32
 _LEAST_SAVING = 3  # tiles of 2x2 that one of 4x4 replaces, 4 where all are full: 0.8 with 2.25, 1.0 with 2.8, 1.2 with 3.1 of them
-
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-# x and the result channels-last, padding 0..2, w [O, I, 3, 3] contiguous; or, transposed, [I, O, 3, 3] and read back to front; tile 2 or 4
-_LIB.define("conv3x3(Tensor x, Tensor w, int padding, bool transposed, int tile) -> Tensor")
-_LIB.define("conv3x3_weight(Tensor x, Tensor grad, int padding, int tile) -> Tensor")  # d<conv3x3(x, w, padding, False, tile), grad>/dw
 
 
 def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "auto") -> torch.Tensor:
@@ -48,7 +43,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
             "Use conv2d_resample for other kernels."
         )
     lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
-    applies = lanes and x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64) and x.numel() > 0
+    applies = lanes and alike(x, w)
     dropped = min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS or x.shape[2] * x.shape[3] < _LEAST_PIXELS or x.dtype == torch.float64
     if choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", dropped) == "compiled":
         tile = _tile(len(x), x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2)
@@ -62,22 +57,13 @@ def _tile(n: int, h: int, w: int) -> int:
     return 4 if fours >= _LEAST_TILES and twos >= _LEAST_SAVING * fours else 2
 
 
-def _empty(n: int, c: int, h: int, w: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty([n, h, w, c], dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
-
-
-@torch.library.register_fake("eg3d_rlhf::conv3x3", lib=_LIB)
-def _(x, w, padding, transposed, tile):
-    return _empty(x.shape[0], w.shape[1 if transposed else 0], x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2, x)
-
-
-@torch.library.register_fake("eg3d_rlhf::conv3x3_weight", lib=_LIB)
-def _(x, grad, padding, tile):
-    return x.new_empty([grad.shape[1], x.shape[1], 3, 3])
-
-
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _fake(x, w, padding, transposed, tile):
+    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    return x.new_empty([len(x), height, width, w.shape[1 if transposed else 0]]).permute(0, 3, 1, 2)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -110,5 +96,9 @@ def _gradients_weight(ctx, grad_w):
     return grad_x, torch.ops.eg3d_rlhf.conv3x3(x, grad_w, p, False, ctx.tile) if need_grad else None, None, None
 
 
-torch.library.register_autograd("eg3d_rlhf::conv3x3", _gradients, setup_context=_save, lib=_LIB)
-torch.library.register_autograd("eg3d_rlhf::conv3x3_weight", _gradients_weight, setup_context=_save_weight, lib=_LIB)
+# x and the result channels-last, padding 0..2, w [O, I, 3, 3] contiguous; or, transposed, [I, O, 3, 3] and read back to front; tile 2 or 4
+define("conv3x3(Tensor x, Tensor w, int padding, bool transposed, int tile) -> Tensor", _fake, _gradients, _save)
+define(  # d<conv3x3(x, w, padding, False, tile), grad>/dw
+    "conv3x3_weight(Tensor x, Tensor grad, int padding, int tile) -> Tensor",
+    lambda x, grad, padding, tile: x.new_empty([grad.shape[1], x.shape[1], 3, 3]), _gradients_weight, _save_weight,
+)

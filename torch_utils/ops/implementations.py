@@ -7,30 +7,50 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from torch_utils import build
 
-COMPILED_DTYPES = (  # what the compiled image ops take: [on a CPU, on CUDA]
-    (torch.float32, torch.float64),
-    (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-)
+FLOATS = (torch.float32, torch.float64)  # what the compiled ops take
+COMPILED_DTYPES = (FLOATS, (*FLOATS, torch.float16, torch.bfloat16))  # what the image ops take: [on a CPU, on CUDA]
 _CHANNELS_LAST_FROM = 64  # pixels per edge
 _FEW_CHANNELS, _FEW_FROM = 64, 32  # up to so many channels, from so many pixels per edge on: weights are small there
 IMPLS = ("auto", "compiled", "torch", "ref")
 _auto = "auto"
+_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
 
 
-def check_impl(who: str, impl: str) -> None:
-    """Refuse an unknown `impl`.
+def define(schema: str, fake: Callable | None = None, gradients: Callable | None = None, save: Callable | None = None) -> None:
+    """Make a compiled op known to torch as torch.ops.eg3d_rlhf.<name>; its library brings the kernels.
 
-    Raises: ValueError for a name that is not in `IMPLS`.
+    Args: schema: "name(Tensor x, ...) -> ..."; fake: makes empty results of empty inputs, for torch.compile;
+        gradients(ctx, *grads), after save(ctx, inputs, output): for autograd; see torch.library.
+    """
+    _LIB.define(schema)
+    name = "eg3d_rlhf::" + schema.partition("(")[0]
+    if fake is not None:
+        torch.library.register_fake(name, fake, lib=_LIB)
+    if gradients is not None:
+        torch.library.register_autograd(name, gradients, setup_context=save, lib=_LIB)
+
+
+def alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether tensors are of one dtype, float32 or float64, on one device, and the first not empty: what most compiled ops take."""
+    same = all(t.dtype == first.dtype and t.device == first.device for t in others)
+    return same and first.dtype in FLOATS and first.numel() > 0
+
+
+def current(impl: str = "auto", who: str = "implementation") -> str:
+    """`impl`, or what "auto" means here: "auto", or the name given to the enclosing `implementation` block.
+
+    Raises: ValueError, which names `who`, for an `impl` that is not in `IMPLS`.
     """
     if impl not in IMPLS:
         known = ", ".join(IMPLS)
         raise ValueError(f'{who}: expected impl to be one of {known}, got {impl!r}. Use "auto" unless you compare implementations.')
+    return _auto if impl == "auto" else impl
 
 
 @contextlib.contextmanager
@@ -40,17 +60,11 @@ def implementation(impl: str) -> Iterator[None]:
     Holds for the whole process. A backward pass uses what its forward used.
     """
     global _auto
-    check_impl("implementation", impl)
-    before, _auto = _auto, impl
+    before, _auto = _auto, impl if impl == "auto" else current(impl)
     try:
         yield
     finally:
         _auto = before
-
-
-def current() -> str:
-    """What "auto" means here: "auto", or the name given to the enclosing `implementation` block."""
-    return _auto
 
 
 def choose(who: str, impl: str, op: str, device_type: str, applies: bool = True, dropped: bool = False) -> str:
@@ -63,9 +77,7 @@ def choose(who: str, impl: str, op: str, device_type: str, applies: bool = True,
         dropped: the compiled op loses against plain torch here, so "auto" does not take it.
     Raises: ValueError for an unknown `impl`, and for "compiled" where that does not apply or cannot be built.
     """
-    check_impl(who, impl)
-    if impl == "auto":
-        impl = current()
+    impl = current(impl, who)
     if impl in ("torch", "ref"):
         return impl
     if impl == "auto" and (dropped or not applies):

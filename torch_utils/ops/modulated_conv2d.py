@@ -8,7 +8,7 @@ import math
 import torch
 
 from torch_utils.ops.conv2d_resample import conv2d_resample
-from torch_utils.ops.implementations import check_impl, current
+from torch_utils.ops.implementations import current
 
 
 def modulated_conv2d(
@@ -38,8 +38,7 @@ def modulated_conv2d(
     Returns: [N, O, H*up/down, W*up/down]. Differentiable in x, weight, styles, noise.
     Raises: ValueError for an unknown `impl`.
     """
-    check_impl("modulated_conv2d", impl)
-    impl = current() if impl == "auto" else impl
+    impl = current(impl, "modulated_conv2d")
     if x.dtype == torch.float16 and demodulate:  # keep the sum of squares inside half's range; demodulation cancels both factors
         largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)

@@ -11,18 +11,9 @@ Shapes: B rays, S samples along a ray, F fine samples.
 
 import torch
 
-from torch_utils.ops.implementations import choose
-
-_FLOATS = (torch.float32, torch.float64)
+from torch_utils.ops.implementations import alike, choose, define
 
 _CUDA_SAMPLES = 512  # samples along a ray that the CUDA kernels take
-
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-_LIB.define("ray_march(Tensor densities, Tensor depths) -> (Tensor, Tensor, Tensor)")
-_LIB.define(
-    "ray_march_backward(Tensor grad_sample_weights, Tensor grad_depth_sum, Tensor grad_total, Tensor densities, Tensor depths) -> Tensor"
-)
-_LIB.define("importance_depths(Tensor densities, Tensor depths, Tensor u) -> Tensor")
 
 
 def ray_march(densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,10 +24,8 @@ def ray_march(densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto")
     Differentiable in densities and depths, to any order (compiled: once in densities; everything else through plain torch).
     Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.
     """
-    _check("ray_march", densities, depths)
-    fixed = not (depths.requires_grad and torch.is_grad_enabled())
-    chosen = choose("ray_march", impl, "ray_march", densities.device.type, _alike(densities, depths) and fixed)
-    if chosen == "compiled":
+    applies = _check("ray_march", densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
+    if choose("ray_march", impl, "ray_march", densities.device.type, applies) == "compiled":
         return torch.ops.eg3d_rlhf.ray_march(densities.contiguous(), depths.contiguous())
     return ray_march_ref(densities, depths)
 
@@ -72,10 +61,10 @@ def importance_depths(densities: torch.Tensor, depths: torch.Tensor, u: torch.Te
     Returns: [B, F] in the order of u, detached.
     Raises: ValueError for shapes that do not fit, S < 2, or an unknown `impl`.
     """
-    _check("importance_depths", densities, depths)
+    applies = _check("importance_depths", densities, depths, u)
     if u.ndim != 2 or len(u) != len(depths):
         raise ValueError(f"importance_depths: expected u [{len(depths)}, F], got {list(u.shape)}. Draw one row for each ray.")
-    chosen = choose("importance_depths", impl, "ray_march", densities.device.type, _alike(densities, depths, u))
+    chosen = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
     with torch.no_grad():
         if chosen == "compiled":
             return torch.ops.eg3d_rlhf.importance_depths(densities.detach().contiguous(), depths.detach().contiguous(), u.contiguous())
@@ -111,38 +100,14 @@ def invert_density(bins: torch.Tensor, weights: torch.Tensor, u: torch.Tensor, e
     return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
 
 
-def _check(who: str, densities: torch.Tensor, depths: torch.Tensor) -> None:
+def _check(who: str, densities: torch.Tensor, depths: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the compiled op covers them. Raises: ValueError for shapes that do not fit."""
     if densities.ndim != 2 or densities.shape != depths.shape or densities.shape[1] < 2:
         raise ValueError(
             f"{who}: expected densities and depths [B, S] with S >= 2, got {list(densities.shape)} and {list(depths.shape)}. "
             "Flatten the rays, and take two samples or more."
         )
-
-
-def _alike(*tensors: torch.Tensor) -> bool:
-    first = tensors[0]
-    if first.device.type == "cuda" and first.shape[-1] > _CUDA_SAMPLES:
-        return False
-    return first.dtype in _FLOATS and first.numel() > 0 and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-
-
-@torch.library.register_fake("eg3d_rlhf::ray_march", lib=_LIB)
-def _(densities, depths):
-    return torch.empty_like(densities), densities.new_empty(len(densities)), densities.new_empty(len(densities))
-
-
-@torch.library.register_fake("eg3d_rlhf::ray_march_backward", lib=_LIB)
-def _(grad_sample_weights, grad_depth_sum, grad_total, densities, depths):
-    return torch.empty_like(densities)
-
-
-@torch.library.register_fake("eg3d_rlhf::importance_depths", lib=_LIB)
-def _(densities, depths, u):
-    return torch.empty_like(u)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    return alike(densities, depths, *others) and (densities.device.type != "cuda" or densities.shape[1] <= _CUDA_SAMPLES)
 
 
 def _gradients(ctx, *grads):
@@ -152,4 +117,13 @@ def _gradients(ctx, *grads):
     return torch.ops.eg3d_rlhf.ray_march_backward(*(g.contiguous() for g in grads), densities, depths), None
 
 
-torch.library.register_autograd("eg3d_rlhf::ray_march", _gradients, setup_context=_save, lib=_LIB)
+define(
+    "ray_march(Tensor densities, Tensor depths) -> (Tensor, Tensor, Tensor)",
+    lambda densities, depths: (torch.empty_like(densities), *(densities.new_empty(len(densities)) for _ in range(2))), _gradients,
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+define(
+    "ray_march_backward(Tensor grad_sample_weights, Tensor grad_depth_sum, Tensor grad_total, Tensor densities, Tensor depths) -> Tensor",
+    lambda *tensors: torch.empty_like(tensors[3]),
+)
+define("importance_depths(Tensor densities, Tensor depths, Tensor u) -> Tensor", lambda densities, depths, u: torch.empty_like(u))

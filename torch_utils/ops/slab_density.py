@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from torch_utils.ops.implementations import choose
+from torch_utils.ops.implementations import alike, choose, define
 
 _T = TypeVar("_T")
 
@@ -25,9 +25,6 @@ _CPU_CHUNK = 1 << 17  # elements of one buffer, 512 KiB in float32: two of them 
 _CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to fill the device
 _EXP_RANGE = 85.0  # |h| bound under which exp(h) and all its partial products are normal float32 numbers
 
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-_LIB.define("slab_density(Tensor? xy, Tensor? xz, Tensor? yz, Tensor w, Tensor b, int[] shape) -> Tensor")
-_LIB.define("slab_density_backward(Tensor grad, Tensor? xy, Tensor? xz, Tensor? yz, Tensor w) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def slab_density(
@@ -49,17 +46,21 @@ def slab_density(
     Differentiable in maps, w and b, once ("ref": to any order).
     Raises: ValueError for maps that do not fit, or an unknown `impl`.
     """
-    shape = tuple(int(n) for n in shape)
-    slots = _slots(maps, w, shape)
-    alike = all(m.dtype == w.dtype and m.device == w.device for m in (*maps, b))
-    applies = alike and w.dtype in (torch.float32, torch.float64) and min(shape) > 1  # at one point an axis, shapes do not tell maps apart
+    x, y, z = shape = tuple(int(n) for n in shape)
+    kinds = {(x, len(w), y, 1): ("xy", 3), (x, len(w), 1, z): ("xz", 2), (1, len(w), y, z): ("yz", 0)}  # name, axis of length 1
+    found = [kinds.get(tuple(m.shape)) for m in maps]
+    if not maps or None in found or (len(set(found)) != len(found) and min(shape) > 1):
+        raise ValueError(
+            f"slab_density: expected maps [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] for X, Y, Z = {list(shape)} and J = {len(w)}, "
+            f"each at most once, got {[list(m.shape) for m in maps]}. Build them with pair_maps."
+        )
+    applies = alike(w, *maps, b) and min(shape) > 1  # at one point an axis, shapes do not tell maps apart
     chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
     if chosen == "ref":
         return slab_density_ref(maps, w, b, shape)
     if chosen == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
-    x, y, z = shape
-    flat = {name: m.reshape(s).contiguous() for name, m, s in zip(slots, maps, (_flat_shape(n, w, x, y, z) for n in slots), strict=True)}
+    flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(found, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape))
 
 
@@ -67,34 +68,6 @@ def slab_density_ref(maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Ten
     """The definition: every pre-activation at once, [X, J, Y, Z]."""
     hidden = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
-
-
-def _slots(maps: Sequence[torch.Tensor], w: torch.Tensor, shape: tuple[int, int, int]) -> list[str]:
-    """Which of "xy", "xz", "yz" each map is."""
-    x, y, z = shape
-    kinds = {(x, len(w), y, 1): "xy", (x, len(w), 1, z): "xz", (1, len(w), y, z): "yz"}
-    found = [kinds.get(tuple(m.shape)) for m in maps]
-    if not maps or None in found or (len(set(found)) != len(found) and min(shape) > 1):
-        raise ValueError(
-            f"slab_density: expected maps [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] for X, Y, Z = {list(shape)} and J = {len(w)}, "
-            f"each at most once, got {[list(m.shape) for m in maps]}. Build them with pair_maps."
-        )
-    return found
-
-
-def _flat_shape(slot: str, w: torch.Tensor, x: int, y: int, z: int) -> tuple[int, int, int]:
-    """A map's shape without its axis of length 1."""
-    return {"xy": (x, len(w), y), "xz": (x, len(w), z), "yz": (len(w), y, z)}[slot]
-
-
-@torch.library.register_fake("eg3d_rlhf::slab_density", lib=_LIB)
-def _(xy, xz, yz, w, b, shape):
-    return w.new_empty(shape)
-
-
-@torch.library.register_fake("eg3d_rlhf::slab_density_backward", lib=_LIB)
-def _(grad, xy, xz, yz, w):
-    return (torch.empty_like(w), *(w.new_empty(0) if m is None else torch.empty_like(m) for m in (xy, xz, yz)))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -111,7 +84,14 @@ def _gradients(ctx, grad):
     return *(g if there else None for g, there in zip(grad_maps, ctx.present, strict=True)), grad_w, grad.sum(), None
 
 
-torch.library.register_autograd("eg3d_rlhf::slab_density", _gradients, setup_context=_save, lib=_LIB)
+define(
+    "slab_density(Tensor? xy, Tensor? xz, Tensor? yz, Tensor w, Tensor b, int[] shape) -> Tensor",
+    lambda xy, xz, yz, w, b, shape: w.new_empty(shape), _gradients, _save,
+)
+define(
+    "slab_density_backward(Tensor grad, Tensor? xy, Tensor? xz, Tensor? yz, Tensor w) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, xy, xz, yz, w: (torch.empty_like(w), *(w.new_empty(0) if m is None else torch.empty_like(m) for m in (xy, xz, yz))),
+)
 
 
 def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
@@ -238,8 +218,9 @@ def _volume_gradients(
                 own_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
             if any(need_maps):
                 slope = volume.sigmoid_(block, scratch=spare).mul_(part[:, None])  # [x, J, y, Z]
-                for target in (m for m in own if m is not None):
-                    _accumulate(_cut(target, x, y), slope)
+                for target in (_cut(m, x, y) for m in own if m is not None):  # the sum over the axes along which it was broadcast
+                    summed = [axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1]
+                    target += slope.sum(dim=summed, keepdim=True) if summed else slope
         return own_w, own
 
     results = volume.parts(work)
@@ -249,9 +230,3 @@ def _volume_gradients(
                 total += partial
     grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
     return sum(own_w for own_w, _ in results) if need_w else None, grad_maps
-
-
-def _accumulate(target: torch.Tensor, values: torch.Tensor) -> None:
-    """target += values, summed over the axes along which target was broadcast."""
-    summed = [axis for axis in range(values.ndim) if target.shape[axis] == 1 and values.shape[axis] > 1]
-    target += values.sum(dim=summed, keepdim=True) if summed else values

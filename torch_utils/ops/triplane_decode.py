@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from torch_utils.ops import grid_sample_gradfix
-from torch_utils.ops.implementations import choose
+from torch_utils.ops.implementations import alike, choose, define
 
 Pairs = tuple[tuple[int, int], ...]  # per plane (width axis, height axis), 0 = x, 1 = y, 2 = z
 
@@ -24,13 +24,6 @@ _POINT_CHUNK = 1 << 14  # points of the torch path at once where no gradient is 
 _SCALE, _SHIFT = 1 + 2 * 0.001, 0.001  # colours reach slightly beyond 0..1
 
 _CUDA_CHANNELS, _CUDA_PLANES, _CUDA_UNITS = 32, 8, 128  # what the CUDA kernels' shared memory holds in float32
-
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-_LIB.define("triplane_decode(Tensor planes, int[] axes, Tensor points, Tensor w0, Tensor b0, Tensor w1, Tensor b1) -> (Tensor, Tensor)")
-_LIB.define(
-    "triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor points, Tensor w0, Tensor b0, "
-    "Tensor w1, Tensor b1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 class MergedPlanes(NamedTuple):
@@ -144,10 +137,8 @@ def triplane_decode(
     if pairs is None and merged is None:
         pairs = projection_axes(plane_axes)
     aligned = merged is not None or pairs is not None
-    alike = all(t.dtype == planes.dtype and t.device == planes.device for t in (points, *weights))
     fixed = not (points.requires_grad and torch.is_grad_enabled())
-    applies = aligned and alike and fixed and planes.dtype in (torch.float32, torch.float64) and points.numel() > 0
-    applies = applies and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
+    applies = aligned and fixed and alike(points, planes, *weights) and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
     chosen = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
     if chosen == "ref" or not aligned:
         axes = plane_axes if isinstance(plane_axes, torch.Tensor) else _axes_of(plane_axes, points)
@@ -221,17 +212,6 @@ def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tens
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
 
 
-@torch.library.register_fake("eg3d_rlhf::triplane_decode", lib=_LIB)
-def _(planes, axes, points, w0, b0, w1, b1):
-    n, p, _ = points.shape
-    return points.new_empty(n, p, w1.shape[0] - 1), points.new_empty(n, p, 1)
-
-
-@torch.library.register_fake("eg3d_rlhf::triplane_decode_backward", lib=_LIB)
-def _(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1):
-    return tuple(torch.empty_like(t) for t in (planes, w0, b0, w1, b1))
-
-
 def _save(ctx, inputs, output) -> None:
     planes, axes, *rest = inputs
     ctx.save_for_backward(planes, *rest)
@@ -252,4 +232,14 @@ def _gradients(ctx, grad_features, grad_sigma):
     return grad_planes, None, None, *grad_weights
 
 
-torch.library.register_autograd("eg3d_rlhf::triplane_decode", _gradients, setup_context=_save, lib=_LIB)
+_WEIGHTS = "Tensor w0, Tensor b0, Tensor w1, Tensor b1"
+define(
+    f"triplane_decode(Tensor planes, int[] axes, Tensor points, {_WEIGHTS}) -> (Tensor, Tensor)",
+    lambda planes, axes, points, w0, b0, w1, b1: tuple(points.new_empty(*points.shape[:2], n) for n in (w1.shape[0] - 1, 1)),
+    _gradients, _save,
+)
+define(
+    f"triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor points, {_WEIGHTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_features, grad_sigma, planes, axes, points, *weights: tuple(torch.empty_like(t) for t in (planes, *weights)),
+)

@@ -10,15 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import COMPILED_DTYPES, choose, dense, is_channels_last
+from torch_utils.ops.implementations import COMPILED_DTYPES, choose, define, dense, like_layout
 
 Scale = int | Sequence[int]
+Pair = tuple[int, int]  # (x, y)
+Pads = tuple[int, int, int, int]  # (x_before, x_after, y_before, y_after)
 SEPARABLE_FROM = 8  # shorter 1-D filters become their outer product: one small 2-D pass is cheaper than two
-
-# x is contiguous or channels-last and the result lies alike; f [K] or [KH, KW] of x's dtype and device, contiguous; up, down (x, y);
-# padding (x_before, x_after, y_before, y_after), any sign; the result is never empty.
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-_LIB.define("upfirdn2d(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor")
 
 
 def setup_filter(
@@ -106,21 +103,13 @@ def upfirdn2d(
     return torch.ops.eg3d_rlhf.upfirdn2d(dense(x), f.to(x.dtype).contiguous(), up, down, padding, flip_filter, float(gain))
 
 
-def _padded_size(x: torch.Tensor, up: tuple[int, int], padding: tuple[int, int, int, int]) -> tuple[int, int]:
+def _padded_size(x: torch.Tensor, up: Pair, padding: Pads) -> Pair:
     """(width, height) in pixels after zero-insertion and padding."""
     x0, x1, y0, y1 = padding
     return x.shape[3] * up[0] + x0 + x1, x.shape[2] * up[1] + y0 + y1
 
 
-def upfirdn2d_ref(
-    x: torch.Tensor,
-    f: torch.Tensor,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> torch.Tensor:
+def upfirdn2d_ref(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float) -> torch.Tensor:
     """The definition, one step after the other: insert zeros, pad or crop, filter every channel, keep every down-th pixel."""
     n, channels, height, width = x.shape
     x0, x1, y0, y1 = padding
@@ -135,15 +124,7 @@ def upfirdn2d_ref(
     return x[:, :, :: down[1], :: down[0]]
 
 
-def _upfirdn2d_torch(
-    x: torch.Tensor,
-    f: torch.Tensor,
-    up: tuple[int, int],
-    down: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    flip_filter: bool,
-    gain: float,
-) -> torch.Tensor:
+def _upfirdn2d_torch(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float) -> torch.Tensor:
     """upfirdn2d in plain torch: one depthwise convolution, or two for 1-D taps."""
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
     if f.ndim == 2:
@@ -152,9 +133,7 @@ def _upfirdn2d_torch(
     return _filter_pass(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)  # along H
 
 
-def _filter_pass(
-    x: torch.Tensor, f: torch.Tensor, up: tuple[int, int], down: tuple[int, int], padding: tuple[int, int, int, int], flip_filter: bool
-) -> torch.Tensor:
+def _filter_pass(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool) -> torch.Tensor:
     """upfirdn2d for taps [KH, KW] of x's dtype.
 
     Without zero-insertion it is a strided depthwise correlation. With it, a depthwise transposed convolution: its full
@@ -178,29 +157,21 @@ def _filter_pass(
     return x if down == (1, 1) else x[:, :, :: down[1], :: down[0]]
 
 
-def _adjoint(
-    size: tuple[int, int], out: tuple[int, int], f: torch.Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int]
-) -> list[int]:
-    """Padding with which upfirdn2d, its factors swapped and its filter flipped, is the transpose: out (width, height) -> size."""
-    pads = []
-    for axis, k in enumerate(filter_size(f)):
-        before = padding[2 * axis]
-        pads += [k - 1 - before, (size[axis] - 1) * up[axis] - out[axis] * down[axis] + 1 + before]
-    return pads
-
-
-@torch.library.register_fake("eg3d_rlhf::upfirdn2d", lib=_LIB)
-def _(x, f, up, down, padding, flip_filter, gain):
+def _fake(x, f, up, down, padding, flip_filter, gain):
     kw, kh = filter_size(f)
     width, height = _padded_size(x, up, padding)
     shape = [x.shape[0], x.shape[1], (height - kh) // down[1] + 1, (width - kw) // down[0] + 1]
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+    return like_layout(x.new_empty(shape), x)
 
 
 def _save(ctx, inputs, output) -> None:
+    """`ctx.padding`: that with which upfirdn2d, its factors swapped and its filter flipped, is the transpose."""
     x, f, ctx.up, ctx.down, padding, ctx.flip_filter, ctx.gain = inputs
     ctx.save_for_backward(f)
-    ctx.padding = _adjoint((x.shape[3], x.shape[2]), (output.shape[3], output.shape[2]), f, ctx.up, ctx.down, padding)
+    ctx.padding = []
+    for axis, k in enumerate(filter_size(f)):
+        before, size, out = padding[2 * axis], x.shape[3 - axis], output.shape[3 - axis]
+        ctx.padding += [k - 1 - before, (size - 1) * ctx.up[axis] - out * ctx.down[axis] + 1 + before]
 
 
 def _gradients(ctx, grad):
@@ -209,7 +180,11 @@ def _gradients(ctx, grad):
     return grad, None, None, None, None, None, None
 
 
-torch.library.register_autograd("eg3d_rlhf::upfirdn2d", _gradients, setup_context=_save, lib=_LIB)
+# x is contiguous or channels-last and the result lies alike; f [K] or [KH, KW] of x's dtype and device, contiguous; up, down (x, y);
+# padding (x_before, x_after, y_before, y_after), any sign; the result is never empty.
+define(
+    "upfirdn2d(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip_filter, float gain) -> Tensor", _fake, _gradients, _save
+)
 
 
 def filter2d(
@@ -223,12 +198,7 @@ def filter2d(
 
 
 def upsample2d(
-    x: torch.Tensor,
-    f: torch.Tensor | None,
-    up: Scale = 2,
-    padding: Scale = 0,
-    flip_filter: bool = False,
-    gain: float = 1,
+    x: torch.Tensor, f: torch.Tensor | None, up: Scale = 2, padding: Scale = 0, flip_filter: bool = False, gain: float = 1,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Enlarge an image by whole factors, keeping its mean; `padding` adds to the pads that give exactly up*H x up*W.
@@ -241,12 +211,7 @@ def upsample2d(
 
 
 def downsample2d(
-    x: torch.Tensor,
-    f: torch.Tensor | None,
-    down: Scale = 2,
-    padding: Scale = 0,
-    flip_filter: bool = False,
-    gain: float = 1,
+    x: torch.Tensor, f: torch.Tensor | None, down: Scale = 2, padding: Scale = 0, flip_filter: bool = False, gain: float = 1,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Shrink an image by whole factors; `padding` adds to the pads that give exactly H/down x W/down.
@@ -256,7 +221,7 @@ def downsample2d(
     return upfirdn2d(x, f, down=down, padding=same_size_padding(f, padding, down=down), flip_filter=flip_filter, gain=gain, impl=impl)
 
 
-def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1, down: Scale = 1) -> tuple[int, int, int, int]:
+def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1, down: Scale = 1) -> Pads:
     """`padding` and what makes the result exactly up / down times as large as the image, where one of the two is 1."""
     pads = _parse_padding(padding)
     added = []
@@ -265,12 +230,12 @@ def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1,
     return pads[0] + added[0], pads[1] + added[1], pads[2] + added[2], pads[3] + added[3]
 
 
-def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
+def filter_size(f: torch.Tensor | None) -> Pair:
     """(width, height) in taps of a prepared filter; (1, 1) for None."""
     return (1, 1) if f is None else (f.shape[-1], f.shape[0])
 
 
-def _parse_scaling(scaling: Scale) -> tuple[int, int]:
+def _parse_scaling(scaling: Scale) -> Pair:
     """One factor or (x, y) -> (x, y)."""
     sx, sy = (scaling, scaling) if isinstance(scaling, int) else scaling
     if not (isinstance(sx, int) and isinstance(sy, int) and sx >= 1 and sy >= 1):
@@ -278,7 +243,7 @@ def _parse_scaling(scaling: Scale) -> tuple[int, int]:
     return sx, sy
 
 
-def _parse_padding(padding: Scale) -> tuple[int, int, int, int]:
+def _parse_padding(padding: Scale) -> Pads:
     """One pad, (x, y) or all four -> (x_before, x_after, y_before, y_after)."""
     pads = [padding] * 2 if isinstance(padding, int) else list(padding)
     if len(pads) == 2:

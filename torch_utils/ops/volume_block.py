@@ -16,16 +16,14 @@ Shapes: N batch, C input and O output channels, D, H, W.
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops.implementations import choose
+from torch_utils.ops.implementations import choose, define
 
 _LANES = 8  # output channels at a time
 _LEAST_WIDTH = 4
-_OP = "volume_block"
-_LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
-_LIB.define("volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu, Tensor(a!) y) -> Tensor")
-_LIB.define("volume_up(Tensor skip, Tensor x, Tensor w, Tensor(a!) y) -> Tensor")
-_LIB.define("volume_gate(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor(a!) y, bool pool) -> Tensor")
-_LIB.define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> Tensor")
+define("volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu, Tensor(a!) y) -> Tensor")
+define("volume_up(Tensor skip, Tensor x, Tensor w, Tensor(a!) y) -> Tensor")
+define("volume_gate(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor(a!) y, bool pool) -> Tensor")
+define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> Tensor")
 # F(4, 3): transformed taps of the kernel along y
 _TAPS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
 
@@ -34,7 +32,7 @@ def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
     applies = plain and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
-    return choose("volume_block", impl, _OP, given[0].device.type, applies) == "compiled"
+    return choose("volume_block", impl, "volume_block", given[0].device.type, applies) == "compiled"
 
 
 def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
