@@ -53,15 +53,10 @@ class Recipe:
     device_type: str  # "cpu" or "cuda"
     commands: tuple[tuple[str, ...], ...]  # in order; {out} stands for the library, {obj} for an object file
 
-    @property
-    def source(self) -> Path:
-        """The file that is compiled."""
-        return SOURCES / (self.op + SUFFIX[self.device_type])
-
     def folder(self) -> Path:
         """Where library and log lie; its name changes with whatever the result depends on."""
         digest = hashlib.sha256(repr((self.commands, torch.__version__, _compiler_version(self.commands[0][0]), _processor())).encode())
-        for path in [self.source, *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]:
+        for path in [SOURCES / (self.op + SUFFIX[self.device_type]), *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]:
             digest.update(path.name.encode() + path.read_bytes())
         return cache_dir() / f"{self.op}-{self.device_type}-{digest.hexdigest()[:16]}"
 
@@ -87,8 +82,8 @@ def available(op: str, device_type: str) -> bool:
 
     Tries at most once per process and never raises.
     """
-    found = _loaded.get((op, device_type))
-    found = _load(op, device_type) if found is None else found
+    key = (op, device_type)
+    found = _loaded[key] if key in _loaded else _load(*key)
     if found and device_type == "cuda":
         from torch_utils import cuda_check  # imports the ops, which import this
 
@@ -140,10 +135,7 @@ def recipe(op: str, device_type: str) -> Recipe:
     cxx = compiler("cpu")
     if device_type == "cpu":
         flags = ["-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
-        if platform.system() == "Darwin":
-            flags += ["-undefined", "dynamic_lookup"]
-        else:
-            flags += ["-march=native", "-fopenmp"]
+        flags += ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
         return Recipe(op, device_type, ((cxx, *flags, *common, source, "-o", "{out}", *torch_libraries),))
     nvcc = compiler("cuda")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
@@ -151,7 +143,9 @@ def recipe(op: str, device_type: str) -> Recipe:
     flags = ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
     compile_ = (nvcc, *flags, *targets, *common, "-c", source, "-o", "{obj}")
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
-    libraries = [f"-L{folder}" for folder in _cuda_library_folders(toolkit)]
+    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [toolkit, Path("/usr/local/cuda")]
+    folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]  # one has libcudart_static.a
+    libraries = [f"-L{folder}" for folder in folders if folder.is_dir()]
     link = (cxx, "-shared", "{obj}", "-o", "{out}", *torch_libraries, *libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread")
     return Recipe(op, device_type, (compile_, link))
 
@@ -169,30 +163,19 @@ def build(op: str, device_type: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):  # released by the system when its holder dies
-            if not library.exists():  # another process may have been faster
-                _compile(todo, folder, log)
+            if library.exists():  # another process was faster
+                return library
+            names = {"{out}": "building.so", "{obj}": "building.o"}
+            with open(log, "w") as output:
+                for words in todo.commands:
+                    command = [names.get(word, word) for word in words]
+                    print("$", shlex.join(command), file=output, flush=True)
+                    if subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT).returncode:
+                        raise BuildError(f"The build failed; see {log}.")
+            os.replace(folder / "building.so", library)  # it appears under its name only when it is whole
     except OSError as error:
         raise BuildError(f"{folder}: {error.strerror or error}. Set EG3D_RLHF_CACHE to a folder that can be written.") from error
     return library
-
-
-def _compile(todo: Recipe, folder: Path, log: Path) -> None:
-    """Run the commands; the library appears under its name only when it is whole."""
-    names = {"{out}": "building.so", "{obj}": "building.o"}
-    with open(log, "w") as output:
-        for words in todo.commands:
-            command = [names.get(word, word) for word in words]
-            print("$", shlex.join(command), file=output, flush=True)
-            if subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT).returncode:
-                raise BuildError(f"The build failed; see {log}.")
-    os.replace(folder / "building.so", folder / f"{todo.op}.so")
-
-
-def _cuda_library_folders(toolkit: Path) -> list[Path]:
-    """Folders of the toolkit that may hold libcudart_static.a."""
-    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates += [toolkit, Path("/usr/local/cuda")]
-    return [folder / sub for folder in candidates for sub in ("lib64", "lib", "targets/x86_64-linux/lib") if (folder / sub).is_dir()]
 
 
 @functools.cache
@@ -217,16 +200,15 @@ def _processor() -> str:
 def main() -> int:
     """Build all ops for this machine's compilers and say how it went; 1 where something that should build did not."""
     failed = 0
-    for device_type in SUFFIX:
-        for op in ops(device_type):
-            try:
-                path = build(op, device_type)
-                print(f"{op:20s} {device_type:5s} {path}", flush=True)
-            except BuildError as error:
-                missing = "was not found" in str(error)
-                failed += not missing or device_type == "cpu"
-                print(f"{op:20s} {device_type:5s} {'not built' if missing else 'FAILED'}: {error}", flush=True)
-    return 1 if failed else 0
+    for device_type, op in [(kind, name) for kind in SUFFIX for name in ops(kind)]:
+        try:
+            outcome = str(build(op, device_type))
+        except BuildError as error:
+            missing = "was not found" in str(error)
+            failed |= not missing or device_type == "cpu"
+            outcome = f"{'not built' if missing else 'FAILED'}: {error}"
+        print(f"{op:20s} {device_type:5s} {outcome}", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch.utils._python_dispatch import _disable_current_modes  # torch.compile asks while it runs everything on fake tensors
 
+from torch_utils.ops.bias_act import activation_funcs, bias_act_ref
+from torch_utils.ops.ray_march import interval_weights, invert_density, ray_march_ref, smooth_weights
+from torch_utils.ops.slab_density import slab_density_ref
+from torch_utils.ops.triplane_decode import _decode_torch
+from torch_utils.ops.upfirdn2d import upfirdn2d_ref
+
 Pair = tuple[torch.Tensor, torch.Tensor]  # what the op gives, what plain torch gives
 Check = Callable[[torch.device], Iterable[Pair]]
 
 TOLERANCE = 1e-3  # relative to the largest value: a hundred times the ops' rounding, far below what a wrong index does
+_ops = torch.ops.eg3d_rlhf
 _results: dict[tuple[str, torch.device], bool] = {}
 _lock = threading.RLock()
 
@@ -27,24 +34,17 @@ def passes(op: str, device: torch.device) -> bool:
         fails. Leaves the random generators and the state of autograd alone.
     Raises: KeyError for an op that has no check.
     """
-    device = _with_index(torch.device(device))
-    found = _results.get((op, device))
-    if found is None and not torch.compiler.is_compiling() and not _capturing(device):
-        with _lock:
-            if (op, device) not in _results:
-                _results[op, device] = _try(op, CHECKS[op], device)
-            return _results[op, device]
-    return bool(found)
-
-
-def _with_index(device: torch.device) -> torch.device:
+    device = torch.device(device)
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = op, device
+    if key not in _results and (torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())):
+        return False
+    if key not in _results:
+        with _lock:
+            if key not in _results:
+                _results[key] = _try(op, CHECKS[op], device)
+    return _results[key]
 
 
 def _try(op: str, check: Check, device: torch.device) -> bool:
@@ -95,40 +95,34 @@ def _with_gradients(
 
 
 def _slab_density(device: torch.device) -> Iterator[Pair]:
-    from torch_utils.ops.slab_density import slab_density_ref
-
     shape, units = (9, 35, 34), 5
     sizes = (shape[0], units, shape[1]), (shape[0], units, shape[2]), (units, shape[1], shape[2]), (units,), ()
     inputs = [_numbers(device, *size, scale=3.0, seed=i) for i, size in enumerate(sizes)]
-    op = torch.ops.eg3d_rlhf
 
     def backward(grad, xy, xz, yz, w, b):
-        grad_w, *maps = op.slab_density_backward(grad, xy, xz, yz, w)
+        grad_w, *maps = _ops.slab_density_backward(grad, xy, xz, yz, w)
         return [*maps, grad_w]
 
     def plain(xy, xz, yz, w, b):
         return (slab_density_ref([xy[:, :, :, None], xz[:, :, None], yz[None]], w, b, shape),)
 
-    yield from _with_gradients(lambda *t: (op.slab_density(*t, list(shape)),), backward, plain, inputs, range(4), device)
+    yield from _with_gradients(lambda *t: (_ops.slab_density(*t, list(shape)),), backward, plain, inputs, range(4), device)
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
-    from torch_utils.ops.triplane_decode import _decode_torch
-
     pairs, units = ((0, 1), (0, 2), (2, 1)), 18
-    op = torch.ops.eg3d_rlhf
     for channels, colours in ((32, 32), (16, 0)):
         sizes = (2, 3, 7, 9, channels), (2, 150, 3), (units, channels), (units,), (1 + colours, units), (1 + colours,)
         inputs = [_numbers(device, *size, scale=1.1, seed=i) for i, size in enumerate(sizes)]
         axes = [axis for pair in pairs for axis in pair]
 
         def compiled(planes, *rest):
-            return op.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
+            return _ops.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
 
         def backward(*tensors):
             *cotangents, planes, points, w0, b0, w1, b1 = tensors
             grad_features = cotangents[0] if colours else points.new_empty(2, 150, 0)  # noqa: B023
-            return op.triplane_decode_backward(grad_features, cotangents[-1], planes, axes, points, w0, b0, w1, b1)  # noqa: B023
+            return _ops.triplane_decode_backward(grad_features, cotangents[-1], planes, axes, points, w0, b0, w1, b1)  # noqa: B023
 
         def plain(planes, points, *weights):
             return _decode_torch(planes, pairs, points, *weights)[0 if colours else 1 :]  # noqa: B023
@@ -137,44 +131,36 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
 
 
 def _ray_march(device: torch.device) -> Iterator[Pair]:
-    from torch_utils.ops.ray_march import interval_weights, invert_density, ray_march_ref, smooth_weights
-
     rays, samples, fine = 9, 45, 37
-    op = torch.ops.eg3d_rlhf
     densities, depths = _numbers(device, rays, samples, scale=4.0), 2.5 + _numbers(device, rays, samples, scale=0.5, seed=1)
-    yield from _with_gradients(op.ray_march, lambda *t: (op.ray_march_backward(*t),), ray_march_ref, [densities, depths], (0,), device)
+    yield from _with_gradients(_ops.ray_march, lambda *t: (_ops.ray_march_backward(*t),), ray_march_ref, [densities, depths], (0,), device)
     ascending, u = depths.sort(dim=1).values, 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
     weights, mids = interval_weights(densities.double(), ascending.double())
-    yield op.importance_depths(densities, ascending, u), invert_density(mids, smooth_weights(weights), u.double())
+    yield _ops.importance_depths(densities, ascending, u), invert_density(mids, smooth_weights(weights), u.double())
 
 
 def _bias_act(device: torch.device) -> Iterator[Pair]:
-    from torch_utils.ops.bias_act import activation_funcs, bias_act_ref
-
-    op = torch.ops.eg3d_rlhf
     x, v, b = _numbers(device, 3, 5, 7, 11, scale=3.0), _numbers(device, 3, 5, 7, 11, seed=1), _numbers(device, 5, seed=2)
     for layout in (torch.contiguous_format, torch.channels_last):
         x, v = x.contiguous(memory_format=layout), v.contiguous(memory_format=layout)
         for act, name in enumerate(activation_funcs):
             rest = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
-            out = op.bias_act(x, b, *rest)
+            out = _ops.bias_act(x, b, *rest)
             yield out, bias_act_ref(x.double(), b.double(), 1, activation_funcs[name], *rest[2:])
             if name in ("linear", "relu", "lrelu"):
                 below = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
                 slope = 1.5 * torch.where(out > 0, 1.0, below).double() * (out.abs() < 2.0)
-                yield from zip(op.bias_act_backward(v, out, *rest, True), (slope * v, (slope * v).sum((0, 2, 3))), strict=True)
-                yield op.bias_act_slope(v, b, out, *rest), slope * (v + b[:, None, None])
+                yield from zip(_ops.bias_act_backward(v, out, *rest, True), (slope * v, (slope * v).sum((0, 2, 3))), strict=True)
+                yield _ops.bias_act_slope(v, b, out, *rest), slope * (v + b[:, None, None])
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
-    from torch_utils.ops.upfirdn2d import upfirdn2d_ref
-
     x, square, line = _numbers(device, 2, 3, 37, 41), _numbers(device, 4, 3, seed=1), _numbers(device, 7, seed=2)
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for f in (square, line):
             for up, down, pad in ((1, 1, (1, 2, 1, 2)), (2, 1, (2, 5, 2, 1)), (1, 2, (3, 1, 1, 1)), (3, 2, (4, -1, 0, 6))):
                 sizes = ((up, up), (down, down), pad)
-                actual = torch.ops.eg3d_rlhf.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)
+                actual = _ops.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)
                 yield actual, upfirdn2d_ref(image.double(), f.double(), *sizes, False, 1.5)
 
 
