@@ -32,26 +32,22 @@ def settings(*flags: str) -> Settings:
 
 def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
     """Fresh networks of the full size (512 pixels, rendered at 128), or tiny ones (32 pixels, rendered at 8), and their GAN settings."""
-    s = settings(*FULL_FLAGS)
     if tiny:
         gan = GanConfig(gamma=1.0, nrr_initial=8)
-        nets = _tiny_networks(gan)
+        G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
+        G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
+        G["sr_kwargs"]["block_channels"] = [8, 8]
+        G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=8)
+        torch.manual_seed(0)
+        nets = networks.build(G, D, {"name": "tiny", "resolution": 32})
     else:
+        s = settings(*FULL_FLAGS)
         gan, nets = s.gan, experiment.open_networks(s, 512)
     nets.to(device)
     torch.manual_seed(0)
-    for G in (nets.G, nets.G_ema):
-        shape_as_head(G)
+    for module in (nets.G, nets.G_ema):
+        shape_as_head(module)
     return nets, gan
-
-
-def _tiny_networks(gan: GanConfig) -> networks.Networks:
-    G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
-    G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
-    G["sr_kwargs"]["block_channels"] = [8, 8]
-    G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=8)
-    torch.manual_seed(0)
-    return networks.build(G, D, {"name": "tiny", "resolution": 32})
 
 
 @torch.no_grad()

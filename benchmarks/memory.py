@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.rows import Case, Row
+from benchmarks.rows import Row
 
 REPO = Path(__file__).resolve().parents[1]
-
-
 LOOKS_APART_S = 0.001
 SLACK = 8 * 2**20  # bytes between a mark just restarted and the resident memory read after it
 
@@ -28,42 +26,32 @@ class PeakMeter:
 
     def __init__(self, device: str):
         self._device = device
-        self._watch: _Watch | None = None
+        self._watch: threading.Thread | None = None
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
-        self._before = resident_bytes("VmRSS")
+        self._before = self._peak = resident_bytes("VmRSS")
         if not restart_mark():
-            self._watch = _Watch()
+            self._done = threading.Event()
+            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(LOOKS_APART_S):
+            self._peak = max(self._peak, resident_bytes("VmRSS"))
 
     def extra_bytes(self) -> int:
         """Bytes at the peak beyond those at the beginning, >= 1. Ends the measurement."""
         if self._device == "cuda":
             torch.cuda.synchronize()
             return max(torch.cuda.max_memory_allocated() - self._before, 1)
-        peak = resident_bytes("VmHWM") if self._watch is None else self._watch.stop()
-        return max(peak - self._before, 1)
-
-
-class _Watch:
-    """The largest resident memory that a thread of its own has seen."""
-
-    def __init__(self):
-        self._peak = resident_bytes("VmRSS")
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        while not self._done.wait(LOOKS_APART_S):
-            self._peak = max(self._peak, resident_bytes("VmRSS"))
-
-    def stop(self) -> int:
+        if self._watch is None:
+            return max(resident_bytes("VmHWM") - self._before, 1)
         self._done.set()
-        self._thread.join()
-        return max(self._peak, resident_bytes("VmRSS"))
+        self._watch.join()
+        return max(self._peak - self._before, resident_bytes("VmRSS") - self._before, 1)
 
 
 def restart_mark() -> bool:
@@ -88,17 +76,8 @@ def resident_bytes(field: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def extra_bytes(case: Case, path: str, device: str) -> int:
-    """Peak while `case` runs one path once, in this process."""
-    case.prepare()
-    torch.manual_seed(0)
-    meter = PeakMeter(device)
-    case.call(path)
-    return meter.extra_bytes()
-
-
 def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> int:
-    """As above, in a fresh process that has warmed up on a tiny case.
+    """Peak while the row's case runs one path once, in a fresh process that has warmed up on a tiny case.
 
     Raises: RuntimeError with what the process wrote on stderr.
     """
@@ -115,10 +94,14 @@ def main(name: str, size: str, device: str, path: str, threads: str, tiny: str) 
 
     torch.set_num_threads(int(threads))
     (row,) = (row for row in all_rows() if (row.name, row.size) == (name, size))
-    warm = row.make(device, True)
-    warm.prepare()
-    warm.call(path)
-    print(extra_bytes(row.make(device, tiny == "1"), path, device))
+    for small in (True, tiny == "1"):
+        case = row.make(device, small)
+        case.prepare()
+        torch.manual_seed(0)
+        meter = PeakMeter(device)
+        case.call(path)
+        used = meter.extra_bytes()
+    print(used)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Results as JSON and Markdown, and their comparison with older ones. Nothing in them names a host or a path."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,29 +23,24 @@ LEGEND = (
     "(range) the extremes of the rounds' own ratios where there are few. Errors: largest absolute of the outputs; of gradients, relative",
     "to the largest. Memory: peak beyond the inputs, each path in a process of its own (references of minutes in their first round).",
 )
-_KEYS = ("name", "size", "device")
 _DRAWS = 2000  # of the bootstrap
 _BOOTSTRAP_FROM = 6  # rounds; with fewer the range of the rounds' own ratios is all that can be said
 
 
 def machine(device: str) -> dict[str, str | int | float]:
     """The machine in words."""
+    cpuinfo = Path("/proc/cpuinfo")  # the processor's model, from the kernel where that says so
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     info: dict[str, str | int | float] = {
-        "system": platform.system(), "architecture": platform.machine(), "processor": _processor(), "cores": os.cpu_count() or 1,
+        "system": platform.system(), "architecture": platform.machine(),
+        "processor": models[0] if models else platform.processor() or "unknown", "cores": os.cpu_count() or 1,
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         info["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     if device == "cuda":
         info["gpu"] = torch.cuda.get_device_name()
     return info
-
-
-def _processor() -> str:
-    """Its model, from the kernel where that says so."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def versions(device: str) -> dict[str, str]:
@@ -75,13 +71,10 @@ def sources() -> str:
 
 def header(device: str, quick: bool) -> dict:
     """The record without its rows."""
-    head = {"machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device)}
-    return {**head, "compiled_ops": compiled_ops(device), "sources": sources(), "quick": quick, "rows": []}
-
-
-def summary(values: list[float]) -> dict[str, float | list[float]]:
-    """Median, extremes and all values."""
-    return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values), "all_s": values}
+    return {
+        "machine": machine(device), "threads": torch.get_num_threads(), "versions": versions(device), "compiled_ops": compiled_ops(device),
+        "sources": sources(), "quick": quick, "rows": [],
+    }
 
 
 def ratio(reference: list[float], fast: list[float]) -> float:
@@ -120,16 +113,13 @@ def row_record(
         "ratio": ratio(walls[REFERENCE], walls[FAST]), "ratio_low": low, "ratio_high": high, "ratio_interval": kind,
         "processor_ratio": ratio(times[REFERENCE]["processor"], times[FAST]["processor"]) if device == "cpu" else None,
     }
-    for path in walls:
-        spread = summary(walls[path])
-        record |= {f"{path}_s": spread["median_s"], f"{path}_min_s": spread["min_s"], f"{path}_max_s": spread["max_s"]}
-        record[f"{path}_all_s"] = spread["all_s"]
-        record[f"{path}_processor_s"] = summary(times[path]["processor"])["median_s"]
-    record |= {"max_abs_error": agreement.max_abs_error, "relative_error": agreement.relative_error}
-    record["gradient_error"] = agreement.gradient_error
+    for path, values in walls.items():
+        record |= {f"{path}_s": statistics.median(values), f"{path}_min_s": min(values), f"{path}_max_s": max(values)}
+        record |= {f"{path}_all_s": values, f"{path}_processor_s": statistics.median(times[path]["processor"])}
+    record |= dataclasses.asdict(agreement)
     megabytes = {path: memory[path] / _MB if path in memory else None for path in (FAST, REFERENCE)}
     record |= {"extra_memory_mb": megabytes[FAST], "reference_extra_memory_mb": megabytes[REFERENCE]}
-    target = row.target_on(device)
+    target = row.target if device == "cpu" else None  # they were set for CPUs
     record["target"] = None if target is None else {"at_least": target.at_least, "aim": target.aim}
     if target is not None and target.memory_mb_below is not None:
         record["target"]["extra_memory_mb_below"] = target.memory_mb_below
@@ -139,7 +129,7 @@ def row_record(
 
 def key(record: dict) -> tuple[str, str, str]:
     """What identifies a row of a file."""
-    return tuple(record[name] for name in _KEYS)
+    return record["name"], record["size"], record["device"]
 
 
 def read(path: Path) -> dict:
@@ -182,17 +172,16 @@ def markdown(report: dict) -> str:
         lines += [f"Not compiled here, so plain torch: {', '.join(missing)}.", ""]
     if report["quick"]:
         lines += ["Quick run on tiny inputs: it shows that everything works, not how fast it is.", ""]
-    titles = ["row", "size", "device", "reference s", "fast s", "ratio", "interval", "error", "gradient error", "extra MB (reference)"]
-    titles += ["at least / aim", "met"]
     others = sorted({name for record in report["rows"] for name in record.get("others", {})})
-    titles += [f"{name} s" for name in others]
+    titles = ["row", "size", "device", "reference s", "fast s", "ratio", "interval", "error", "gradient error", "extra MB (reference)"]
+    titles += ["at least / aim", "met", *(f"{name} s" for name in others)]
     lines += ["| " + " | ".join(titles) + " |", "| " + " | ".join(["---"] * len(titles)) + " |"]
-    lines += ["| " + " | ".join([*_cells(record), *_other_cells(record, others)]) + " |" for record in report["rows"]]
+    lines += ["| " + " | ".join(_cells(record, others)) + " |" for record in report["rows"]]
     return "\n".join([*lines, "", *LEGEND, ""])
 
 
-def _cells(record: dict) -> list[str]:
-    """A row's cells."""
+def _cells(record: dict, others: list[str]) -> list[str]:
+    """A row's cells: of `others`, the further columns, the medians, or that one could not run."""
     def spread(path: str) -> str:
         return f"{record[f'{path}_s']:.3g} [{record[f'{path}_min_s']:.3g}, {record[f'{path}_max_s']:.3g}]"
 
@@ -207,10 +196,5 @@ def _cells(record: dict) -> list[str]:
         f"{record['ratio_low']:.2f} to {record['ratio_high']:.2f}{kind}", number(record["max_abs_error"], ".1e"),
         number(record["gradient_error"], ".1e"), "" if record["extra_memory_mb"] is None else memory,
         "" if target is None else f"{target['at_least']:g} / {target['aim']:g}", {True: "yes", False: "no", None: ""}[record["met"]],
+        *(f"{found:.3g}" if isinstance(found := record.get("others", {}).get(name, ""), float) else found and "failed" for name in others),
     ]
-
-
-def _other_cells(record: dict, names: list[str]) -> list[str]:
-    """Medians of the further columns; what went wrong where one could not run."""
-    others = record.get("others", {})
-    return ["" if name not in others else (f"{others[name]:.3g}" if isinstance(others[name], float) else "failed") for name in names]

@@ -5,6 +5,7 @@ Each op is called as `call(impl, *tensors)`, so that the further columns of --to
 
 import functools
 from collections.abc import Callable
+from functools import partial as part
 
 import torch
 
@@ -19,13 +20,9 @@ EG3D_PAIRS = ((0, 1), (0, 2), (2, 0))  # coordinates that the planes of released
 Call = Callable[..., tuple[torch.Tensor, ...]]  # (impl, *tensors) -> outputs
 
 
-def _always(device: str, train: bool) -> bool:
-    return True
-
-
 def op_case(
     device: str, tiny: bool, make: Callable[[Callable, bool], tuple[Call, list[torch.Tensor], int]], train: bool,
-    compile_torch: Callable[[str, bool], bool] = _always,
+    compile_torch: Callable[[str, bool], bool] = lambda device, train: True,
 ) -> Case:
     """Both implementations on the same tensors.
 
@@ -53,13 +50,13 @@ def op_case(
 
     @functools.cache
     def compiled(impl: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-        return torch.compile(functools.partial(call, impl), dynamic=False)
+        return torch.compile(part(call, impl), dynamic=False)
 
-    others = {"torch": lambda: run(functools.partial(call, "torch")), "compiled_reference": lambda: run(compiled("ref"))}
+    others = {"torch": lambda: run(part(call, "torch")), "compiled_reference": lambda: run(compiled("ref"))}
     if compile_torch(device, train):
         others["compiled_torch"] = lambda: run(compiled("torch"))
     return Case(
-        reference=lambda: run(functools.partial(call, "ref")), fast=lambda: run(functools.partial(call, "auto")), others=others,
+        reference=lambda: run(part(call, "ref")), fast=lambda: run(part(call, "auto")), others=others,
     )
 
 
@@ -69,20 +66,12 @@ def _bias_act(normal, tiny: bool):
     return lambda impl, x, b: (bias_act(x, b, act="lrelu", clamp=256, impl=impl),), [normal(1, c, r, r), normal(c)], 2
 
 
-def _enlarge(normal, tiny: bool):
-    """The tri-plane image on its way from 128 to 256 texels, 2x per axis."""
-    c, r = (4, 8) if tiny else (96, 128)
+def _upfirdn2d(normal, tiny: bool, channels: int, side: int, **resampling):
+    """One of the two ways in which images meet the low-pass filter."""
+    c, r = (4, 8 + side % 2) if tiny else (channels, side)
     x = normal(1, c, r, r)
     f = setup_filter([1, 3, 3, 1], device=x.device)
-    return lambda impl, x: (upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4, impl=impl),), [x], 1
-
-
-def _smooth(normal, tiny: bool):
-    """The low-pass filter after a transposed convolution."""
-    c, r = (4, 9) if tiny else (128, 257)
-    x = normal(1, c, r, r)
-    f = setup_filter([1, 3, 3, 1], device=x.device)
-    return lambda impl, x: (upfirdn2d(x, f, padding=1, gain=4, impl=impl),), [x], 1
+    return lambda impl, x: (upfirdn2d(x, f, gain=4, impl=impl, **resampling),), [x], 1
 
 
 def _slab_density(normal, tiny: bool):
@@ -129,24 +118,28 @@ def _importance_depths(normal, tiny: bool):
     return lambda impl, densities, depths, u: (importance_depths(densities, depths, u, impl=impl),), [2 * normal(*u.shape), depths, u], 0
 
 
+def _one_piece(device: str, train: bool) -> bool:
+    return train or device == "cuda"
+
+
 def _rows(name: str, make, seconds: float, train: bool = True, **kwargs) -> list[Row]:
     return [
         Row(
             name=f"op {name}, {'forward + backward' if backward else 'forward'}", size="full",
-            make=functools.partial(op_case, make=make, train=backward, **kwargs), seconds=seconds * (3 if backward else 1),
+            make=part(op_case, make=make, train=backward, **kwargs), seconds=seconds * (3 if backward else 1),
         )
         for backward in ((False, True) if train else (False,))
     ]
 
 
-def _decode_rows(name: str, colors: int, seconds: float) -> list[Row]:
-    make = functools.partial(_triplane_decode, colors=colors)
-    return _rows(name, make, seconds, compile_torch=lambda device, train: train or device == "cuda")
-
-
+# The tri-plane image on its way from 128 to 256 texels, 2x per axis; the low-pass filter after a transposed convolution.
+_ENLARGE = part(_upfirdn2d, channels=96, side=128, up=2, padding=(2, 1, 2, 1))
+_SMOOTH = part(_upfirdn2d, channels=128, side=257, padding=1)
 ROWS = [
-    *_rows("bias_act", _bias_act, 0.03), *_rows("upfirdn2d, enlarging", _enlarge, 0.1), *_rows("upfirdn2d, smoothing", _smooth, 0.1),
+    *_rows("bias_act", _bias_act, 0.03),
+    *_rows("upfirdn2d, enlarging", _ENLARGE, 0.1), *_rows("upfirdn2d, smoothing", _SMOOTH, 0.1),
     *_rows("slab_density", _slab_density, 0.8, compile_torch=lambda device, train: device == "cuda"),
-    *_decode_rows("triplane_decode", 32, 0.9), *_decode_rows("triplane_decode, density only", 0, 0.6),
+    *_rows("triplane_decode", part(_triplane_decode, colors=32), 0.9, compile_torch=_one_piece),
+    *_rows("triplane_decode, density only", part(_triplane_decode, colors=0), 0.6, compile_torch=_one_piece),
     *_rows("ray_march", _ray_march, 0.1), *_rows("importance_depths", _importance_depths, 0.1, train=False),
 ]

@@ -4,14 +4,14 @@ import fnmatch
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import median
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import memory, report
-from benchmarks.report import summary
 from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, DisagreementError, Outcome, Row, check, compare
 
 LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
@@ -63,10 +63,9 @@ class Session:
                 what = f"[{i + 1}/{len(todo)}] {row.name} ({row.size}, {options.device})"
                 bar.set_description_str(what)
                 try:
-                    record = run_row(row, options)
-                    results["rows"].append(record)
+                    results["rows"].append(run_row(row, options))
                     report.write(options.out, options.stem, results)
-                    outcome = f"{record['ratio']:.2f}x"
+                    outcome = f"{results['rows'][-1]['ratio']:.2f}x"
                 except DisagreementError as error:
                     self.failures.append(f"{row.name} ({row.size}, {options.device}): the paths disagree: {error}")
                     outcome = "DISAGREES"
@@ -121,20 +120,22 @@ def run_row(row: Row, options: Options) -> dict:
     times: dict[str, dict[str, list[float]]] = {}
     memory_used: dict[str, int] = {}
     errors: dict[str, str] = {}
-    found, count, turn = None, options.repeats or 2, 0
-    while turn < count:
+    found: list[Agreement] = []  # of each round
+    count = options.repeats or 2
+    while len(found) < count:
         outcomes: dict[str, Outcome] = {}
-        for name in names:
-            if name in errors:
-                continue
-            meter = memory.PeakMeter(device) if turn == 0 and name == REFERENCE and _meters_first_round(row, options) else None
+        for name in [name for name in names if name not in errors]:
+            meter = memory.PeakMeter(device) if not found and name == REFERENCE and _meters_first_round(row, options) else None
             _timed(case, name, device, times, outcomes, errors)
             if meter is not None:
                 memory_used[REFERENCE] = meter.extra_bytes()
-        found = _worse(found, _agree(row, case, outcomes, FAST, device))
-        _check_others(row, case, outcomes, device, errors)
-        turn += 1
-        if turn == 1 and options.repeats is None:
+        found.append(_agree(row, case, outcomes, FAST, device))
+        for name in outcomes.keys() - set(PATHS):  # times of a further column that computes something else are not shown
+            try:
+                _agree(row, case, outcomes, name, device)
+            except DisagreementError as error:
+                errors[name] = f"disagrees: {error}"
+        if len(found) == 1 and options.repeats is None:
             taken = sum(values["wall"][0] for values in times.values())
             count = 2 if options.quick else rounds(taken, options.budget, MOST_ROUNDS)
     del outcomes
@@ -143,10 +144,12 @@ def run_row(row: Row, options: Options) -> dict:
             if path not in memory_used:
                 memory_used[path] = options.meter(row, device, path, options.quick)
     measured = {name: times[name] for name in PATHS}
-    record = report.row_record(row, device, measured, found, memory_used, judged=not options.quick)
+    deviations = {entry.name: [getattr(one, entry.name) for one in found] for entry in fields(Agreement)}
+    worst = Agreement(**{name: None if None in values else max(values) for name, values in deviations.items()})
+    record = report.row_record(row, device, measured, worst, memory_used, judged=not options.quick)
     if options.torch_compile and len(names) > len(PATHS):
-        record["others"] = {n: errors[n] if n in errors else summary(times[n]["wall"])["median_s"] for n in case.others}
-        record["others_processor"] = {n: summary(times[n]["processor"])["median_s"] for n in case.others if n not in errors}
+        record["others"] = {n: errors[n] if n in errors else median(times[n]["wall"]) for n in case.others}
+        record["others_processor"] = {n: median(times[n]["processor"]) for n in case.others if n not in errors}
     return record
 
 
@@ -200,26 +203,6 @@ def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device
     found = (case.compare or compare)(outcomes[name], outcomes[REFERENCE])
     check(found, *row.tolerances(device))
     return found
-
-
-def _check_others(row: Row, case: Case, outcomes: dict[str, Outcome], device: str, errors: dict[str, str]) -> None:
-    """Times of a further column that computes something else are not shown."""
-    for name in outcomes.keys() - set(PATHS):
-        try:
-            _agree(row, case, outcomes, name, device)
-        except DisagreementError as error:
-            errors[name] = f"disagrees: {error}"
-
-
-def _worse(first: Agreement | None, second: Agreement) -> Agreement:
-    """The larger deviation of two rounds, entry by entry."""
-    if first is None:
-        return second
-    gradient = None if second.gradient_error is None else max(first.gradient_error, second.gradient_error)
-    return Agreement(
-        max_abs_error=max(first.max_abs_error, second.max_abs_error), relative_error=max(first.relative_error, second.relative_error),
-        gradient_error=gradient,
-    )
 
 
 def _meters_first_round(row: Row, options: Options) -> bool:
