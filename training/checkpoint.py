@@ -1,5 +1,6 @@
 """Resumable state: everything that a run needs to continue exactly, in one atomic file, the last two kept."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -66,13 +67,11 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
         if not source.exists():
             raise FileNotFoundError(f"--resume: expected a run folder or checkpoint file, got nothing at {source}. Check the path.")
         candidates = [source, *[p for p in available(source.parent)[::-1] if p.name < source.name]]
-    for i, path in enumerate(candidates):
+    for path, older in itertools.pairwise([*candidates, None]):
         try:
-            tensors, meta = storage.read_tensors(path, "checkpoint")
-            return tensors, meta, path
+            return *storage.read_tensors(path, "checkpoint"), path
         except ValueError as error:
-            if not fall_back or i + 1 == len(candidates):
-                older = candidates[i + 1].name if i + 1 < len(candidates) else None
-                hint = f" Add --resume-previous to continue from {older}." if older and not fall_back else ""
+            if not fall_back or older is None:
+                hint = f" Add --resume-previous to continue from {older.name}." if older and not fall_back else ""
                 raise ValueError(f"--resume: {error}{hint}") from None
     raise AssertionError("unreachable")

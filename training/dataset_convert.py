@@ -8,14 +8,16 @@ Shape letters: H, W = rows and columns of an image, C channels.
 
 import concurrent.futures
 import contextlib
+import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from training.dataset_files import LABELS_FILE, ImageFiles, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
-_ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
+ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
 _CHUNK = 8  # images per task of a worker
 
 
@@ -79,8 +81,7 @@ def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int
 
 def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Image.Image:
     """Crop, resize (Lanczos), and for center-crop-wide set the picture on a black square of its width."""
-    box = crop_box(options, *image.size)
-    image = image.crop(box)
+    image = image.crop(crop_box(options, *image.size))
     if options.resolution is not None and image.size != options.resolution:
         image = image.resize(options.resolution, PIL.Image.Resampling.LANCZOS)
     if options.transform != "center-crop-wide":
@@ -109,70 +110,61 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
     return np.concatenate([label[:POSE_NUMBERS], k.reshape(-1)])
 
 
-def _png(image: PIL.Image.Image) -> bytes:
+def png(image: PIL.Image.Image) -> bytes:
+    """A picture as the bytes of an uncompressed PNG."""
     buffer = io.BytesIO()
-    image.save(buffer, format="png", compress_level=0, optimize=False)
+    image.save(buffer, format="png", compress_level=0)
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """One image as a worker returns it."""
-
-    png: tuple[bytes, ...]  # the image, and its mirror where asked for
-    source: tuple[int, int]  # (W, H) before
-    shape: tuple[int, int, int]  # (C, H, W) after
+_work: Callable | None = None  # in a worker process: handed over once, not with every task
 
 
-_worker: tuple[ImageFiles, ConvertOptions] | None = None  # in a worker process: handed over once, not with every task
+def _start_worker(work: Callable) -> None:
+    global _work
+    _work = work
+    torch.set_num_threads(1)
 
 
-def _start_worker(files: ImageFiles, options: ConvertOptions) -> None:
-    global _worker
-    _worker = files, options
+def _run_task(task: object) -> object:
+    assert _work is not None
+    return _work(task)
 
 
-def _convert_in_worker(entries: list[str]) -> list[_Ready]:
-    assert _worker is not None
-    files, options = _worker
-    return _convert(files, entries, options)
+def in_order(work: Callable, tasks: Sequence, workers: int, killed: str) -> Iterator:
+    """work(task) of every task in order, from worker processes that run at most a few tasks ahead of what is taken.
+
+    Raises: ValueError saying `killed` where a worker died.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from map(work, tasks)
+        return
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
+        pending: deque[concurrent.futures.Future] = deque()
+        try:
+            for task in tasks:
+                pending.append(pool.submit(_run_task, task))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ValueError(killed) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _convert(files: ImageFiles, entries: list[str], options: ConvertOptions) -> list[_Ready]:
-    """The work of one task."""
+def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
+    """Of each entry: PNGs of the image and, where asked for, its mirror; size (W, H) before; shape (C, H, W) after."""
     ready = []
     for entry in entries:
         source = files.decode(entry)
         image = transform_image(source, options)
-        png = [_png(image)]
-        if options.mirror:
-            png.append(_png(image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)))
-        ready.append(_Ready(tuple(png), source.size, (len(image.getbands()), image.height, image.width)))
+        images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
+        ready.append(([png(one) for one in images], source.size, (len(image.getbands()), image.height, image.width)))
     return ready
-
-
-def _converted(files: ImageFiles, entries: list[str], options: ConvertOptions, workers: int) -> Iterator[_Ready]:
-    """All images in order; workers run at most a few tasks ahead of what is taken."""
-    chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
-    workers = min(workers, len(chunks))
-    if workers <= 1:
-        for chunk in chunks:
-            yield from _convert(files, chunk, options)
-        return
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (files, options)) as pool:
-        pending: deque[concurrent.futures.Future] = deque()
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(_convert_in_worker, chunk))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise ValueError("dataset_tool: expected the workers to live, got one killed. Free memory or use --workers=1.") from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
@@ -180,14 +172,11 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
 
     Raises: ValueError when only some images have one, or any is malformed; see `label_array`.
     """
-    if options.labels == "drop" or LABELS_FILE not in files.entries:
-        return None
-    stored = files.read_labels()
+    stored = None if options.labels == "drop" or LABELS_FILE not in files.entries else files.read_labels()
     if stored is None:
         return None
-    names = files.images[: options.max_images]
+    names, where = files.images[: options.max_images], f"dataset {files.path}: {LABELS_FILE}"
     stored = stored[: len(names)]
-    where = f"dataset {files.path}: {LABELS_FILE}"
     values = label_array(stored, names, where, None)
     if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
@@ -207,14 +196,6 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
     if not isinstance(label, list):
         return [label, label]
     return [label, mirror_label(torch.tensor([label], dtype=torch.float64))[0].tolist()]
-
-
-def _enlarged(options: ConvertOptions, width: int, height: int) -> bool:
-    """Whether resizing has to invent pixels."""
-    if options.resolution is None:
-        return False
-    left, top, right, bottom = crop_box(options, width, height)
-    return right - left < options.resolution[0] or bottom - top < options.resolution[1]
 
 
 def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry: str, where: str) -> None:
@@ -242,27 +223,27 @@ def convert_dataset(
     `dest` is left as it was.
     """
     files, dest = ImageFiles(Path(source)), Path(dest)
-    where = f"dataset {files.path}"
-    labels = read_labels(files, options)
-    entries = files.images[: options.max_images]
-    rows, count, enlarged, cropped, first = [], 0, 0, 0, None
+    labels, entries, target = read_labels(files, options), files.images[: options.max_images], options.resolution
+    rows, enlarged, cropped, first = [], 0, 0, None
     files.close()
-    with (writer(dest, Path(source), overwrite) as write, contextlib.closing(_converted(files, entries, options, workers)) as converted):
-        for i, image in enumerate(converted):
-            first = first or image.shape
-            _check_shape(image.shape, first, entries[i], where)
-            outputs = [None] * len(image.png) if labels is None else _output_labels(labels[i], options, image.source)
-            for png, label in zip(image.png, outputs, strict=True):
-                name = f"{count // 1000:05d}/img{count:08d}.png"
-                write(name, png)
-                rows.append([name, label])
-                count += 1
-            enlarged += _enlarged(options, *image.source)
+    chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
+    killed = "dataset_tool: expected the workers to live, got one killed. Free memory or use --workers=1."
+    converted = in_order(functools.partial(_convert, files, options), chunks, workers, killed)
+    with writer(dest, Path(source), overwrite) as write, contextlib.closing(converted):
+        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(converted)):
+            first = first or shape
+            _check_shape(shape, first, entries[i], f"dataset {files.path}")
+            outputs = [None] * len(images) if labels is None else _output_labels(labels[i], options, size)
+            for image, label in zip(images, outputs, strict=True):
+                rows.append([f"{len(rows) // 1000:05d}/img{len(rows):08d}.png", label])
+                write(rows[-1][0], image)
+            left, top, right, bottom = crop_box(options, *size)
+            enlarged += target is not None and (right - left < target[0] or bottom - top < target[1])
             cropped += labels is not None and outputs[0] is not labels[i]
             on_image(1)
         write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
     length = 0 if labels is None else len(labels[0]) if isinstance(labels[0], list) else 1
-    return Converted(images=count, shape=first, labels=length, enlarged=enlarged, cropped_labels=cropped)
+    return Converted(images=len(rows), shape=first, labels=length, enlarged=enlarged, cropped_labels=cropped)
 
 
 @contextlib.contextmanager
@@ -286,7 +267,7 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
     try:
         if to_zip:
             with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-                yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), data)
+                yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, dest)

@@ -118,7 +118,7 @@ class Gan:
         def rows(turn: int) -> Batch:
             torch.manual_seed(seed)  # every round draws what follows the latents of the whole batch
             z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
-            real = (x[layout.local_rows(turn)].contiguous() for x in self._fetched)
+            real = (x[turn :: layout.here].contiguous() for x in self._fetched)  # of the rows that this rank has
             gen_z, gen_c, other_c = (x[layout.rows(turn)].contiguous() for x in (z, c, swap_c))
             return Batch(*real, gen_z, gen_c, cur_nimg, other_c, range(layout.batch)[layout.rows(turn)])
 

@@ -109,10 +109,6 @@ class Layout:
         """Rows of the whole batch in this rank's round `turn`."""
         return slice(self.ranks.rank + turn * self.ranks.world, None, self.total)
 
-    def local_rows(self, turn: int) -> slice:
-        """The same, among the rows that this rank has."""
-        return slice(turn, None, self.here)
-
     def draws(self, turn: int):
         """Inside: random numbers of those rows; with one round in all, plain draws."""
         if self.total == 1:

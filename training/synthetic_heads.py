@@ -9,15 +9,13 @@ frontal.
 Shape letters: n images, R resolution, S shape and A appearance parameters.
 """
 
+import functools
 import hashlib
-import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
+from training.dataset_convert import ZIP_DATE, in_order, png
 from training.heads.family import draw_parameters
 from training.heads.render import BACKGROUNDS, render_heads
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
@@ -35,7 +34,6 @@ FORMAT_VERSION = 1  # raise it whenever the same options would give other files
 
 _GROUP = 32  # images rendered together; groups are fixed so that results do not depend on scheduling
 _MAX_PROCESSES = 16
-_ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +76,7 @@ class HeadsTruth:
 def parse_name(name: str) -> HeadsOptions:
     """Options of a dataset name such as `synthetic:heads64@n=500,seed=3`.
 
-    Raises:
-        ValueError: when the name does not follow the grammar or a value is out of range.
+    Raises: ValueError when the name does not follow the grammar or a value is out of range.
     """
     match = re.fullmatch(r"synthetic:heads(\d+)(?:@(.+))?", name)
     if match is None:
@@ -113,33 +110,13 @@ def head_parameters(options: HeadsOptions, indices: range) -> tuple[np.ndarray, 
     return np.stack(shapes), np.stack(appearances), pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
 
 
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(image).save(buffer, format="png", compress_level=0)
-    return buffer.getvalue()
-
-
 def _render_group(options: HeadsOptions, group: int) -> tuple[list[bytes], np.ndarray]:
     """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one full group."""
     shape, appearance, labels = map(torch.from_numpy, head_parameters(options, range(group * _GROUP, (group + 1) * _GROUP)))
     poses, intrinsics = labels[:, :16].reshape(-1, 4, 4), labels[:, 16:].reshape(-1, 3, 3)
     image, depth = render_heads(shape, appearance, poses, intrinsics, options.resolution, background=options.background)
     pixels = (image * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()  # [n, R, R, 3]
-    return [_png(p) for p in pixels], (depth - FFHQ_RADIUS).numpy().astype(np.float16)
-
-
-def _single_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def _rendered_groups(options: HeadsOptions, count: int, processes: int):
-    """The groups in order, computed here or in worker processes."""
-    if processes <= 1:
-        yield from (_render_group(options, group) for group in range(count))
-        return
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_single_thread) as pool:
-        yield from pool.map(_render_group, [options] * count, range(count))
+    return [png(PIL.Image.fromarray(p)) for p in pixels], (depth - FFHQ_RADIUS).numpy().astype(np.float16)
 
 
 def write_heads(options: HeadsOptions, path: Path, processes: int | None = None, progress: bool = True) -> None:
@@ -148,14 +125,14 @@ def write_heads(options: HeadsOptions, path: Path, processes: int | None = None,
     Both are written under temporary names and renamed when complete, the zip last: a zip that exists is whole.
 
     Args:
-        options: the set.
-        path: target, ends in .zip.
+        path: target, ends in .zip; progress: show a progress bar with the remaining time.
         processes: workers; None uses the available cores. The bytes do not depend on it.
-        progress: show a progress bar with the remaining time.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = math.ceil(options.n / _GROUP)
-    processes = min(processes or available, _MAX_PROCESSES, count)
+    processes = min(processes or available, _MAX_PROCESSES)
+    killed = "synthetic heads: expected the workers to live, got one killed. Free memory and start again."
+    groups = in_order(functools.partial(_render_group, options), range(count), processes, killed)
     shape, appearance, labels = head_parameters(options, range(options.n))
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
     depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
@@ -166,15 +143,15 @@ def write_heads(options: HeadsOptions, path: Path, processes: int | None = None,
             zipfile.ZipFile(parts[".zip"], "w", zipfile.ZIP_STORED) as archive,
             tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
         ):
-            for group, (images, offsets) in enumerate(_rendered_groups(options, count, processes)):
+            for group, (images, offsets) in enumerate(groups):
                 first = group * _GROUP
                 used = min(_GROUP, options.n - first)
                 depth[first : first + used] = offsets[:used]
                 for name, image in zip(names[first : first + used], images[:used], strict=True):
-                    archive.writestr(zipfile.ZipInfo(name, _ZIP_DATE), image)
+                    archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), image)
                 bar.update(used)
             rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
-            archive.writestr(zipfile.ZipInfo("dataset.json", _ZIP_DATE), json.dumps({"labels": rows}))
+            archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": rows}))
         np.savez(parts[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth)
         os.replace(parts[".npz"], path.with_suffix(".npz"))
         os.replace(parts[".zip"], path)
@@ -183,24 +160,17 @@ def write_heads(options: HeadsOptions, path: Path, processes: int | None = None,
             part.unlink(missing_ok=True)
 
 
-def default_cache() -> Path:
-    """$EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf."""
-    return Path(os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
-
-
 def resolve_dataset(name: str | Path, cache_dir: Path | None = None, processes: int | None = None, progress: bool = True) -> Path:
     """Path of a dataset: itself for a folder or zip; for a `synthetic:` name the cached zip, rendered first if it is not there.
 
     Args:
-        name: path or dataset name. cache_dir: default `default_cache()`. processes, progress: as in `write_heads`.
-
-    Raises:
-        ValueError: when a synthetic name does not follow the grammar.
+        name: path or dataset name; cache_dir: None is $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf; processes, progress: as in `write_heads`.
+    Raises: ValueError when a synthetic name does not follow the grammar.
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
     options = parse_name(str(name))
-    path = Path(cache_dir or default_cache()) / f"{options.stem()}.zip"
+    path = Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf") / f"{options.stem()}.zip"
     if not (path.exists() and path.with_suffix(".npz").exists()):
         write_heads(options, path, processes, progress)
     return path
@@ -209,8 +179,7 @@ def resolve_dataset(name: str | Path, cache_dir: Path | None = None, processes: 
 def load_truth(path: Path) -> HeadsTruth:
     """Parameters, labels and depth of a set by the path that `resolve_dataset` returned.
 
-    Raises:
-        ValueError: when the .npz beside the zip is missing.
+    Raises: ValueError when the .npz beside the zip is missing.
     """
     source = Path(path).with_suffix(".npz")
     if not source.exists():

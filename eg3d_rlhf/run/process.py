@@ -78,12 +78,8 @@ class StopRequest:
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """A with-statement inside which SIGTERM raises KeyboardInterrupt, as SIGINT does; main thread alone."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame) -> None:
-    raise KeyboardInterrupt

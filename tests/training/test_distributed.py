@@ -115,7 +115,7 @@ def test_rounds_cover_the_batch_once_and_keep_minibatch_std_groups():
     assert {frozenset(r) for r in rows} == groups
     for r, one in enumerate(world):
         mine = list(range(24))[r::3]
-        assert [mine[one.local_rows(turn)] for turn in range(2)] == rows[2 * r : 2 * r + 2]
+        assert [mine[turn :: one.here] for turn in range(2)] == rows[2 * r : 2 * r + 2]
     for batch, ranks, size in ((6, Ranks(world=4), None), (8, Ranks(world=2), 3), (2, Ranks(world=3), None)):
         with pytest.raises(ValueError, match="--batch: expected a multiple of"):
             Layout(batch, ranks, size)

@@ -47,18 +47,10 @@ APPEARANCE_COUNT = len(APPEARANCE_NAMES)
 _SKIN_RAMP = np.array([[0.34, 0.20, 0.14], [0.55, 0.35, 0.24], [0.76, 0.53, 0.39], [0.90, 0.70, 0.56], [0.96, 0.80, 0.69]])
 _HAIR = np.array([[0.06, 0.05, 0.05], [0.17, 0.10, 0.06], [0.33, 0.19, 0.10], [0.55, 0.28, 0.12], [0.80, 0.62, 0.33], [0.62, 0.60, 0.58]])
 _IRIS = np.array([[0.24, 0.13, 0.06], [0.36, 0.24, 0.10], [0.24, 0.42, 0.28], [0.25, 0.45, 0.65], [0.42, 0.48, 0.52]])
-_SHAPE_STDDEV = 0.5
 
 
 def _jitter(rng: np.random.Generator, colour: np.ndarray, amount: float) -> np.ndarray:
     return np.clip(colour * (1 + amount * rng.standard_normal()) + 0.5 * amount * rng.standard_normal(3) * colour, 0.02, 1.0)
-
-
-def _draw_shape(rng: np.random.Generator) -> np.ndarray:
-    values = np.clip(rng.standard_normal(SHAPE_COUNT) * _SHAPE_STDDEV, -1, 1)
-    for name in ("hair_length", "hair_volume"):
-        values[SHAPE_NAMES.index(name)] = rng.uniform(-1, 1)
-    return values
 
 
 def _draw_appearance(rng: np.random.Generator) -> np.ndarray:
@@ -81,10 +73,10 @@ def draw_parameters(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     Shape parameters are normal with deviation 0.5 clipped to [-1, 1], except the two of the hair, which are uniform. Skin follows a
     ramp of measured-looking tones, hair and irises are drawn from a small palette with jitter, lips follow the skin.
 
-    Args:
-        rng: source of every draw; the order of the draws is fixed.
-
-    Returns:
-        shape [S] and appearance [A], float32.
+    Args: rng: source of every draw; the order of the draws is fixed.
+    Returns: shape [S] and appearance [A], float32.
     """
-    return _draw_shape(rng).astype(np.float32), _draw_appearance(rng).astype(np.float32)
+    shape = np.clip(rng.standard_normal(SHAPE_COUNT) * 0.5, -1, 1)
+    for name in ("hair_length", "hair_volume"):
+        shape[SHAPE_NAMES.index(name)] = rng.uniform(-1, 1)
+    return shape.astype(np.float32), _draw_appearance(rng).astype(np.float32)

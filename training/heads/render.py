@@ -31,7 +31,7 @@ _RECOMPACT = 0.75  # gather the active rays anew when fewer than this share of t
 
 def union_field(g: HeadGeometry) -> Field:
     """The signed distance of heads with dimensions `head_geometry(shape)` as a function of separate coordinates."""
-    columns = max(1, CHUNK // g.heads)
+    columns = max(1, CHUNK // len(g.eye_x))
 
     def field(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         pieces = zip(x.split(columns, dim=1), y.split(columns, dim=1), z.split(columns, dim=1), strict=True)
@@ -66,12 +66,9 @@ def march(
     influence one another, so the result does not depend on how they are batched.
 
     Args:
-        field: signed distance.
-        origins: [N, 3]. directions: [N, P, 3] unit. start: [N, P] distances at which to begin. far: [N, 1] distance beyond the bust.
+        origins: [N, 3]; directions: [N, P, 3] unit; start: [N, P] distances at which to begin; far: [N, 1] distance beyond the bust.
         spread: radius of the cone per unit distance; 0 traces the ray itself.
-
-    Returns:
-        [N, P] distances; inf for rays (or whole cones) that miss.
+    Returns: [N, P] distances; inf for rays (or whole cones) that miss.
     """
     t = start.clone()
     active = t < far
@@ -84,7 +81,7 @@ def march(
         if count == 0:
             break
         if columns is None or count < _RECOMPACT * columns.shape[1]:
-            columns = _active_columns(active, count)
+            columns = _columns(active, count)
             along = [directions[..., i].gather(1, columns) for i in range(3)]
         now, before, length, lanes = (v.gather(1, columns) for v in (t, last, step, active))
         room = field(*(torch.addcmul(o[:, i], now, along[i]) for i in range(3))) - spread * now
@@ -100,9 +97,9 @@ def march(
     return t if spread else t.masked_fill(active & (last > _GRAZING), torch.inf)
 
 
-def _active_columns(active: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices [N, count] of each row's active columns; shorter rows are filled up with other, inactive columns."""
-    return active.to(torch.uint8).topk(count, dim=1, sorted=False).indices
+def _columns(true: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices [N, count] of each row's true columns; shorter rows are filled up with others."""
+    return true.to(torch.uint8).topk(count, dim=1, sorted=False).indices
 
 
 def cone_starts(field: Field, cam2world: torch.Tensor, intrinsics: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,8 +219,7 @@ def _colour_rays(field: Field, origins, directions, t, g, a) -> torch.Tensor:
     image = t.new_zeros((*t.shape, 3))
     if count == 0:
         return image
-    hits = hit.to(torch.uint8).topk(count, dim=1, sorted=False).indices  # [N, K]
-    for columns in hits.split(max(1, CHUNK // len(t)), dim=1):
+    for columns in _columns(hit, count).split(max(1, CHUNK // len(t)), dim=1):
         distance = t.gather(1, columns).unsqueeze(-1)
         valid = distance.isfinite()
         index = columns.unsqueeze(-1).expand(-1, -1, 3)
@@ -231,18 +227,6 @@ def _colour_rays(field: Field, origins, directions, t, g, a) -> torch.Tensor:
         colours = _shade(field, *(p.contiguous() for p in points.unbind(-1)), g, a).clamp(0, 1)
         image.scatter_(1, index, colours * valid)
     return image
-
-
-def _check(shape, appearance, cam2world, intrinsics, background: str) -> None:
-    n = len(shape)
-    got = [list(tensor.shape) for tensor in (appearance, cam2world, intrinsics)]
-    if got != [[n, APPEARANCE_COUNT], [n, 4, 4], [n, 3, 3]]:
-        raise ValueError(
-            f"render_heads: expected appearance [{n}, {APPEARANCE_COUNT}], cam2world [{n}, 4, 4] and intrinsics [{n}, 3, 3], got {got}. "
-            "Give every head one row of each."
-        )
-    if background not in BACKGROUNDS:
-        raise ValueError(f"render_heads: expected background to be one of {BACKGROUNDS}, got {background!r}.")
 
 
 @torch.no_grad()
@@ -253,20 +237,22 @@ def render_heads(
     """Render heads by sphere tracing.
 
     Args:
-        shape: [N, S] in [-1, 1]. appearance: [N, A]; names and ranges in `heads.family`.
-        cam2world: [N, 4, 4], OpenCV camera axes. intrinsics: [N, 3, 3], normalised by the image size.
-        resolution: R, pixels.
-        supersample: rays per pixel along each axis.
+        shape: [N, S] in [-1, 1]; appearance: [N, A]; names and ranges in `heads.family`.
+        cam2world: [N, 4, 4], OpenCV camera axes; intrinsics: [N, 3, 3], normalised by the image size.
+        resolution: R, pixels; supersample: rays per pixel along each axis.
         background: "white", or "flat" for the head's own background colour.
-
-    Returns:
-        image [N, 3, R, R] in [0, 1] (box-filtered), and depth [N, R, R]: Euclidean distance along the unit ray through the pixel's
+    Returns: image [N, 3, R, R] in [0, 1] (box-filtered), and depth [N, R, R]: Euclidean distance along the unit ray through the pixel's
         centre, inf where it misses. Not differentiable; use `head_sdf` for gradients.
-
-    Raises:
-        ValueError: on wrong shapes or an unknown background.
+    Raises: ValueError on wrong shapes or an unknown background.
     """
-    _check(shape, appearance, cam2world, intrinsics, background)
+    n, got = len(shape), [list(tensor.shape) for tensor in (appearance, cam2world, intrinsics)]
+    if got != [[n, APPEARANCE_COUNT], [n, 4, 4], [n, 3, 3]]:
+        raise ValueError(
+            f"render_heads: expected appearance [{n}, {APPEARANCE_COUNT}], cam2world [{n}, 4, 4] and intrinsics [{n}, 3, 3], got {got}. "
+            "Give every head one row of each."
+        )
+    if background not in BACKGROUNDS:
+        raise ValueError(f"render_heads: expected background to be one of {BACKGROUNDS}, got {background!r}.")
     g, a = head_geometry(shape), dict(zip(APPEARANCE_NAMES, appearance.unsqueeze(-1).unbind(1), strict=True))
     field = union_field(g)
     start, far = cone_starts(field, cam2world, intrinsics, resolution)

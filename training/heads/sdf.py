@@ -38,7 +38,7 @@ class HeadGeometry:
     brow_z: torch.Tensor
     brow_bend: torch.Tensor  # lowering of the painted eyebrow
     eye_x: torch.Tensor
-    eye_y: float
+    eye_y: float = 0.012
     eye_z: torch.Tensor
     eye_radius: torch.Tensor
     socket: Radii
@@ -57,76 +57,57 @@ class HeadGeometry:
     mane_y: torch.Tensor
     window: Radii  # the opening for the face
 
-    @property
-    def heads(self) -> int:
-        """N."""
-        return len(self.eye_x)
 
+def head_geometry(shape: torch.Tensor) -> HeadGeometry:
+    """Dimensions of the heads with parameters shape [N, S], each in [-1, 1]. Differentiable in shape.
 
-def _radii(x, y, z, like: torch.Tensor) -> Radii:
-    return tuple(1 / (like * 0 + r) for r in (x, y, z))
-
-
-def named_shape(shape: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Columns of shape [N, S] by name, each [N, 1] so that it broadcasts against points [N, P].
-
-    Raises:
-        ValueError: when the trailing dimension is not S.
+    Raises: ValueError when the trailing dimension is not S.
     """
     if shape.ndim != 2 or shape.shape[1] != SHAPE_COUNT:
         raise ValueError(
             f"named_shape: expected shape parameters [N, {SHAPE_COUNT}], got {list(shape.shape)}. "
             "heads.family.SHAPE_NAMES lists them in order."
         )
-    return dict(zip(SHAPE_NAMES, shape.unsqueeze(-1).unbind(1), strict=True))
+    s = dict(zip(SHAPE_NAMES, shape.unsqueeze(-1).unbind(1), strict=True))  # each [N, 1], so that it broadcasts against points [N, P]
 
+    def radii(x: float | torch.Tensor, y: float | torch.Tensor, z: float | torch.Tensor) -> Radii:
+        return tuple(1 / (torch.zeros_like(wide) + r) for r in (x, y, z))
 
-def _face(s: dict[str, torch.Tensor], wide: torch.Tensor, deep: torch.Tensor) -> dict:
-    one = torch.ones_like(wide)
+    wide, tall, deep = (1 + k * s[name] for k, name in ((0.09, "head_width"), (0.08, "head_height"), (0.08, "head_depth")))
+    thick = 0.020 + 0.012 * s["hair_volume"]
+    bottom = 0.145 + 0.125 * s["hair_length"]  # depth of the mane's lower end below y = 0
     chin, brow = 0.02 * s["chin"], 0.008 * s["brow"]
     nose, ears = 1 + 0.25 * s["nose_width"], 1 + 0.25 * s["ears"]
     full = 0.0105 + 0.0035 * s["lips"]
     reach = 0.022 * s["nose_length"]
-    return {
-        "jaw": _radii(0.108 * wide * (1 + 0.16 * s["jaw_width"]), 0.142 + 0.5 * chin, 0.112, one),
-        "jaw_y": JAW_Y - 0.4 * chin,
-        "chin_y": -0.160 - chin,
-        "chin_z": 0.118 + 0.5 * chin,
-        "cheek_x": 0.066 * wide,
-        "cheek_radius": 0.036 + 0.010 * s["cheeks"],
-        "brow_z": 0.142 + brow,
-        "brow_bend": 0.5 * brow,
-        "eye_x": 0.060 * (1 + 0.05 * s["head_width"]) + 0.009 * s["eye_spacing"],
-        "eye_y": 0.012,
-        "eye_z": 0.121 + 0.010 * s["head_depth"],
-        "eye_radius": 0.0315 * (1 + 0.14 * s["eye_size"]),
-        "socket": _radii(0.040, 0.026, 0.030 + 0.4 * brow, one),
-        "lid_opening": _radii(0.033, 0.0185 * (1 + 0.25 * s["eye_size"]), 0.035, one),
-        "nose_reach": 0.052 + reach,
-        "nose_scale": nose,
-        "wing": 0.0125 * nose,
-        "wing_z": 0.160 + 0.5 * reach,
-        "ear": _radii(0.013, 0.048 * ears, 0.030 * ears, one),
-        "ear_x": 0.138 * wide - 0.0025,
-        "neck_radius": 0.074 * (1 + 0.16 * s["neck_width"]),
-        "upper_lip": _radii(0.043, full, 0.017, one),
-        "lower_lip": _radii(0.038, 1.2 * full, 0.018, one),
-    }
-
-
-def head_geometry(shape: torch.Tensor) -> HeadGeometry:
-    """Dimensions of the heads with parameters shape [N, S], each in [-1, 1]. Differentiable in shape."""
-    s = named_shape(shape)
-    wide, tall, deep = (1 + k * s[name] for k, name in ((0.09, "head_width"), (0.08, "head_height"), (0.08, "head_depth")))
-    thick = 0.020 + 0.012 * s["hair_volume"]
-    bottom = 0.145 + 0.125 * s["hair_length"]  # depth of the mane's lower end below y = 0
     return HeadGeometry(
-        skull=_radii(0.145 * wide, 0.160 * tall, 0.178 * deep, wide),
-        cap=_radii(0.145 * wide + thick, 0.160 * tall + thick, 0.176 * deep + thick, wide),
-        mane=_radii(0.150 * wide + thick, 0.5 * (0.20 + bottom), 0.110 + thick, wide),
+        skull=radii(0.145 * wide, 0.160 * tall, 0.178 * deep),
+        cap=radii(0.145 * wide + thick, 0.160 * tall + thick, 0.176 * deep + thick),
+        mane=radii(0.150 * wide + thick, 0.5 * (0.20 + bottom), 0.110 + thick),
         mane_y=0.5 * (0.06 - bottom),
-        window=_radii(0.128 * wide, 0.222 * tall, 0.190, wide),
-        **_face(s, wide, deep),
+        window=radii(0.128 * wide, 0.222 * tall, 0.190),
+        jaw=radii(0.108 * wide * (1 + 0.16 * s["jaw_width"]), 0.142 + 0.5 * chin, 0.112),
+        jaw_y=JAW_Y - 0.4 * chin,
+        chin_y=-0.160 - chin,
+        chin_z=0.118 + 0.5 * chin,
+        cheek_x=0.066 * wide,
+        cheek_radius=0.036 + 0.010 * s["cheeks"],
+        brow_z=0.142 + brow,
+        brow_bend=0.5 * brow,
+        eye_x=0.060 * (1 + 0.05 * s["head_width"]) + 0.009 * s["eye_spacing"],
+        eye_z=0.121 + 0.010 * s["head_depth"],
+        eye_radius=0.0315 * (1 + 0.14 * s["eye_size"]),
+        socket=radii(0.040, 0.026, 0.030 + 0.4 * brow),
+        lid_opening=radii(0.033, 0.0185 * (1 + 0.25 * s["eye_size"]), 0.035),
+        nose_reach=0.052 + reach,
+        nose_scale=nose,
+        wing=0.0125 * nose,
+        wing_z=0.160 + 0.5 * reach,
+        ear=radii(0.013, 0.048 * ears, 0.030 * ears),
+        ear_x=0.138 * wide - 0.0025,
+        neck_radius=0.074 * (1 + 0.16 * s["neck_width"]),
+        upper_lip=radii(0.043, full, 0.017),
+        lower_lip=radii(0.038, 1.2 * full, 0.018),
     )
 
 
@@ -190,13 +171,6 @@ def _skin(x, ax, y, z, g: HeadGeometry) -> torch.Tensor:
     return _union(d, _norm(x, 0.35 * below, z + 0.030 + 0.15 * below) - g.neck_radius, 0.035)
 
 
-def _lips(ax, y, z, g: HeadGeometry) -> torch.Tensor:
-    square = ax * ax
-    bend = y + 0.108 - 2.1 * square
-    front = z - 0.146 + 7.0 * square
-    return torch.minimum(_ellipsoid(ax, bend - 0.0075, front, g.upper_lip), _ellipsoid(ax, bend + 0.0095, front, g.lower_lip))
-
-
 def _hair(x, y, z, g: HeadGeometry) -> torch.Tensor:
     hair = _union(_ellipsoid(x, y - 0.070, z + 0.032, g.cap), _ellipsoid(x, y - g.mane_y, z + 0.062, g.mane), 0.05)
     hair = _intersection(hair, -_ellipsoid(x, y + 0.105, z - 0.160, g.window), 0.02)
@@ -214,12 +188,13 @@ def head_parts(points: torch.Tensor, shape: torch.Tensor) -> HeadParts:
 def parts_at(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, g: HeadGeometry) -> HeadParts:
     """`head_parts` for separate coordinates, each [N, P], and prepared dimensions: what the renderer's inner loop calls."""
     ax = torch.sqrt(x * x + 1e-8)  # |x|, smooth at the plane of symmetry
-    cut = FLOOR - y
+    cut, square = FLOOR - y, ax * ax
+    bend, front = y + 0.108 - 2.1 * square, z - 0.146 + 7.0 * square  # of the lips
     torso = _norm(x * (1 / 0.36), (y + 0.445) * (1 / 0.165), (z + 0.035) * (1 / 0.135)) - 1
     return HeadParts(
         skin=torch.maximum(_skin(x, ax, y, z, g), cut),
         eyes=_norm(ax - g.eye_x, y - g.eye_y, z - g.eye_z) - g.eye_radius,
-        lips=_lips(ax, y, z, g),
+        lips=torch.minimum(_ellipsoid(ax, bend - 0.0075, front, g.upper_lip), _ellipsoid(ax, bend + 0.0095, front, g.lower_lip)),
         hair=_hair(x, y, z, g),
         shirt=torch.maximum(0.135 * torso, cut),
     )
@@ -228,14 +203,8 @@ def parts_at(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, g: HeadGeometry)
 def head_sdf(points: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     """Signed-distance-like values of heads: negative inside, positive outside, zero on the surface.
 
-    Args:
-        points: [N, P, 3] world coordinates.
-        shape: [N, S] shape parameters, each in [-1, 1] (`family.SHAPE_NAMES`).
-
-    Returns:
-        [N, P] in world units. Differentiable in points and shape (almost everywhere: parts meet in min and max).
-
-    Raises:
-        ValueError: on wrong shapes.
+    Args: points: [N, P, 3] world coordinates; shape: [N, S] shape parameters, each in [-1, 1] (`family.SHAPE_NAMES`).
+    Returns: [N, P] in world units. Differentiable in points and shape (almost everywhere: parts meet in min and max).
+    Raises: ValueError on wrong shapes.
     """
     return head_parts(points, shape).union()
