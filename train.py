@@ -40,9 +40,9 @@ class ModeCommand(GroupedCommand):
             mode, args = mode_of(list(args))
             command = self.command_of(mode)
         try:
-            return super().make_context(info_name, args, parent, **extra) if command is self else command.make_context(
-                info_name, args, parent, **extra
-            )
+            if command is self:
+                return super().make_context(info_name, args, parent, **extra)
+            return command.make_context(info_name, args, parent, **extra)
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
             others = [other for other in MODES if other != mode and name in self.flags_of(other)]
@@ -120,7 +120,8 @@ def main(**flags) -> None:
     resolved = None
     if flags["resume"] is None:
         resolved = settings.resolve(flags)
-        if ignored := settings.without_effect(flags, resolved):
+        ignored = ["--" + name.replace("_", "-") for name in settings.FRESH if flags[name] is not None]
+        if ignored and resolved.net.init != "scratch":
             print(f"Warning: {', '.join(ignored)} ignored: the networks of --init={resolved.net.init} are as they are.", file=sys.stderr)
         if flags["dry_run"]:
             click.echo(json.dumps(resolved.to_dict(), indent=2, sort_keys=True))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 
-from training.config import Knob, knobs_of
+from training.config import knobs_of
 
 MODES: dict[str, str | click.Command] = {}  # of train.py: by name, a command or 'module:name' of one; plugins may add theirs
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -105,20 +105,16 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
         own = f"{own:g}" if isinstance(own, float) else own
         shown = "; ".join(str(one) for one in (own, defaults.get(name) if knob.shown is None else None) if one is not None)
         text = f"{knob.help}  [default: {shown}]" if shown else knob.help
-        kind = _click_type(hint, knob)
+        kind: click.ParamType | type = click.Path(path_type=Path) if hint is Path else hint
+        low, high = knob.low if knob.above is None else knob.above, knob.high if knob.below is None else knob.below
+        if knob.choices is not None:
+            kind = click.Choice(knob.choices)
+        elif hint in (int, float) and (low, high) != (None, None):
+            limited: Any = click.IntRange if hint is int else click.FloatRange
+            kind = limited(low, high, min_open=knob.above is not None, max_open=knob.below is not None)
         metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
         made.append(option(*names, group=knob.group, metavar=metavar, type=kind, default=None, show_default=False, help=text))
     return together(*made)
-
-
-def _click_type(hint: type, knob: Knob) -> click.ParamType | type:
-    if knob.choices is not None:
-        return click.Choice(knob.choices)
-    limits: dict[str, Any] = {"min": knob.low if knob.above is None else knob.above, "max": knob.high if knob.below is None else knob.below}
-    if hint in (int, float) and set(limits.values()) != {None}:
-        kind = click.IntRange if hint is int else click.FloatRange
-        return kind(**limits, min_open=knob.above is not None, max_open=knob.below is not None)
-    return click.Path(path_type=Path) if hint is Path else hint
 
 
 def choose_device(name: str) -> torch.device:

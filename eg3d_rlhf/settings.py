@@ -220,15 +220,10 @@ def network_facts(source: str | None) -> dict:
     return {"nrr_initial": rendered, "gen_pose_cond": conditioned, "mbstd_group": group}
 
 
-_FRESH = (  # what only fresh networks can follow
+FRESH = (  # what only fresh networks can follow
     "cbase", "cmax", "plane_layout", "map_depth", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
     "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "sphere_init",
 )
-
-
-def without_effect(flags: Mapping, settings: Settings) -> list[str]:
-    """Flags that were given and that the networks of --init do not follow."""
-    return [] if settings.task == SCRATCH else ["--" + name.replace("_", "-") for name in _FRESH if flags.get(name) is not None]
 
 
 def input_files(s: Settings) -> dict[str, Path]:

@@ -194,7 +194,7 @@ def _mirrored(points: torch.Tensor) -> torch.Tensor:
 
 def _frontal(g: HeadGeometry) -> torch.Tensor:
     """x and y [N, L, 2] of the landmarks from the places of the family's parts; indices as in landmarks.py."""
-    n, zero = g.heads, torch.zeros_like(g.eye_x)
+    n, zero = len(g.eye_x), torch.zeros_like(g.eye_x)
     jaw_x, jaw_y = 1 / g.jaw[0], 1 / g.jaw[1]
     degrees = np.interp(range(33), [0, 8, 24, 32], [150, 180, 360, 390]).tolist()  # ear, jaw, jaw, ear
     contour = _arc(torch.cat([zero, g.jaw_y], dim=1), (0.97 * jaw_x, jaw_y), degrees)

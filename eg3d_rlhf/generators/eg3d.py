@@ -66,12 +66,11 @@ class PlaneField:
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """See `Field`: the decoder's first three outputs, before super-resolution."""
-        parts = [self._colours(chunk.to(self.planes)).clamp(0, 1) for chunk in points.split(_POINT_CHUNK)]
+        parts = [self._colours(chunk.to(self.planes).expand(len(self), -1, -1)).clamp(0, 1) for chunk in points.split(_POINT_CHUNK)]
         return torch.cat(parts, dim=1) if parts else self.planes.new_zeros(len(self), 0, 3)
 
     def _colours(self, points: torch.Tensor) -> torch.Tensor:
-        """Colours [N, P, 3] at world points [P, 3]; only what becomes an image is decoded, where that can be had."""
-        points = points.expand(len(self), -1, -1)
+        """Colours [N, P, 3] at world points [N, P, 3]; only what becomes an image is decoded, where that can be had."""
         if implementations.current() == "ref" or self._merged is None or not hasattr(self._G.decoder, "weights"):
             return self._decoded(points)["rgb"][..., :3]
         planes = self._wide(self.planes)
@@ -139,12 +138,7 @@ class EG3D:
 
     def __init__(self, module: TriPlaneGenerator):
         self.module = module
-        self.z_dim, self.w_dim, self.img_resolution = module.z_dim, module.w_dim, module.img_resolution
-
-    @property
-    def num_ws(self) -> int:
-        """Layers of ws."""
-        return self.module.num_ws
+        self.z_dim, self.w_dim, self.num_ws, self.img_resolution = module.z_dim, module.w_dim, module.num_ws, module.img_resolution
 
     @property
     def bounds(self) -> Bounds:

@@ -42,13 +42,9 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], confidenc
     table = np.zeros((len(index), len(index)))
     for a, b in zip(first, second, strict=True):
         table[index[a], index[b]] += 1
-    return _kappa_of_table(table, n, confidence)
-
-
-def _kappa_of_table(counts: np.ndarray, n: int, confidence: float) -> Agreement:
     if n == 0:
         return Agreement(value=None, lo=None, hi=None, n=0)
-    p = counts / n  # [K, K]
+    p = table / n  # [K, K]
     rows, columns = p.sum(axis=1), p.sum(axis=0)
     observed, expected = float(np.trace(p)), float(rows @ columns)
     if expected > 1 - 1e-12:

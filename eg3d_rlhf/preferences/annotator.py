@@ -118,11 +118,8 @@ def calibrate(sigmas: Iterable[np.ndarray], box_warp: float = 1.0) -> Calibratio
         raise ValueError(f"calibrate: expected at least 4 cubes with a surface at raw sigma 10, got {len(records)}. Pass more samples.")
     low, median, high = np.quantile([[record[name] for name in FEATURES] for record in records], [0.25, 0.5, 0.75], axis=0)  # [F] each
     spread = (high - low) / 1.349
-    return Calibration(
-        median={name: float(median[i]) for i, name in enumerate(FEATURES)},
-        scale={name: max(float(spread[i]), MIN_SCALE[name]) for i, name in enumerate(FEATURES)},
-        samples=len(records),
-    )
+    scale = {name: max(float(width), MIN_SCALE[name]) for name, width in zip(FEATURES, spread, strict=True)}
+    return Calibration(median=dict(zip(FEATURES, median.tolist(), strict=True)), scale=scale, samples=len(records))
 
 
 class PairLabel(NamedTuple):

@@ -55,20 +55,19 @@ def bradley_terry(comparisons: Iterable[Comparison], prior_sd: float = 2.0, conf
     i = np.array([index[c.winner] for c in comparisons])
     j = np.array([index[c.loser] for c in comparisons])
     tie = np.array([c.tie for c in comparisons])
-    regularised = not _strongly_connected(len(items), i, j, tie)
+    n = len(items)
+    edges = coo_matrix((np.ones(len(i) + tie.sum()), (np.r_[i, j[tie]], np.r_[j, i[tie]])), shape=(n, n))
+    regularised = connected_components(edges, directed=True, connection="strong")[0] > 1
     ridge = 1 / prior_sd**2 if regularised else 0.0
-    theta, eta, information = _newton(len(items), i, j, tie, ridge)
-    covariance = _strength_covariance(information, len(items), ridge)
+    theta, eta, information = _newton(n, i, j, tie, ridge)
+    centre = np.eye(n) - 1 / n  # strengths vary about their mean
+    inverse = np.linalg.inv(information + (0.0 if ridge else 1.0) * _mean_zero(n, len(information) > n))[:n, :n]
+    covariance = centre @ inverse @ centre
     half = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
     return Strengths(
         items=items, strength=theta, lo=theta - half, hi=theta + half, covariance=covariance,
         tie_weight=math.exp(eta) if tie.any() else 0.0, regularised=regularised,
     )  # fmt: skip
-
-
-def _strongly_connected(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray) -> bool:
-    edges = coo_matrix((np.ones(len(i) + tie.sum()), (np.r_[i, j[tie]], np.r_[j, i[tie]])), shape=(n, n))
-    return connected_components(edges, directed=True, connection="strong")[0] == 1
 
 
 def _newton(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float) -> tuple[np.ndarray, float, np.ndarray]:
@@ -140,14 +139,6 @@ def _derivatives(x, n, i, j, tie, ridge, logits, total):
     hessian[n, n] = (draw * (1 - draw)).sum() + _ETA_PRIOR
     hessian[np.arange(n), np.arange(n)] += ridge
     return gradient, hessian
-
-
-def _strength_covariance(information: np.ndarray, n: int, ridge: float) -> np.ndarray:
-    """Covariance [N, N] of the strengths about their mean."""
-    ties = len(information) > n
-    inverse = np.linalg.inv(information + (0.0 if ridge else 1.0) * _mean_zero(n, ties))[:n, :n]
-    centre = np.eye(n) - 1 / n
-    return centre @ inverse @ centre
 
 
 @dataclass(frozen=True, kw_only=True)

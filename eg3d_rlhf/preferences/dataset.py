@@ -1,5 +1,6 @@
 """From labels to training, validation and test pairs that share no seed; anchor seeds. Latents of seeds: eg3d_rlhf.generators.latents."""
 
+import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,17 +44,13 @@ def split_by_seed(labels: Sequence[Preference], fractions: Sequence[float] = (0.
     rng = np.random.default_rng(seed)
     usable = [label for label in labels if not label.tie]
     home = _assign(usable, fractions, rng)
-    found: dict[int, list[Preference]] = {0: [], 1: [], 2: []}
-    for label in usable:
-        if home[label.winner] == home[label.loser]:
-            found[home[label.winner]].append(label)
-    empty = [name for name, part, share in zip(SPLITS, found.values(), fractions, strict=True) if share > 0 and not part]
+    train, val, test = (tuple(label for label in usable if home[label.winner] == home[label.loser] == split) for split in range(3))
+    empty = [name for name, part, share in zip(SPLITS, (train, val, test), fractions, strict=True) if share > 0 and not part]
     if empty:
         raise ValueError(
             f"split_by_seed: expected labels in every split, got none in {', '.join(empty)} from {len(usable)} usable labels. "
             "Label more pairs with new seeds."
         )
-    train, val, test = (tuple(part) for part in found.values())
     kept = len(train) + len(val) + len(test)
     return Splits(train=train, val=val, test=test, dropped=len(usable) - kept, ties=len(labels) - len(usable))
 
@@ -104,12 +101,8 @@ def anchor_seeds(
     count: int = 1000, fractions: Sequence[float] = (0.70, 0.15, 0.15), start: int = ANCHORS, exclude: Iterable[int] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Seeds of the anchors per split, `count` consecutive ones from `start` on; seeds in `exclude` (labelled ones) are skipped."""
-    taken, candidate = set(exclude), start
-    seeds: list[int] = []
-    while len(seeds) < count:
-        if candidate not in taken:
-            seeds.append(candidate)
-        candidate += 1
+    taken = set(exclude)
+    seeds = list(itertools.islice((seed for seed in itertools.count(start) if seed not in taken), count))
     edges = [0, *(int(round(edge * count)) for edge in np.cumsum(fractions))]
     return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
 

@@ -119,7 +119,12 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(record) + "\n" for record in records)
     else:
-        text = _csv_text(records)
+        extra = sorted({key for record in records for key in record} - set(FIELDS))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, [*FIELDS, *extra], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        text = buffer.getvalue()
     write_atomic(path, text.encode())
     return path
 
@@ -130,15 +135,6 @@ def labels_hash(labels: Iterable[Preference]) -> str:
     for label in labels:
         digest.update((json.dumps(label.to_dict(), sort_keys=True) + "\n").encode())
     return digest.hexdigest()
-
-
-def _csv_text(records: list[dict]) -> str:
-    extra = sorted({key for record in records for key in record} - set(FIELDS))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*FIELDS, *extra], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -183,14 +179,21 @@ def _parse(record: Mapping) -> Preference:
     if missing:
         raise ValueError(f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.")
     winner, loser = _seed(record["winner"], "winner"), _seed(record["loser"], "loser")
-    psi = record.get("psi")
-    if psi is not None:
-        psi = _number(psi, "psi")
+    psi, tie, clean = record.get("psi"), record.get("tie", False), record.get("clean")
+    try:
+        psi = None if psi is None else float(psi)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected psi to be a number, got {psi!r}. Correct it or leave it out.") from None
+    tied = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
+    if tied is None:
+        raise ValueError(f"expected tie to be true or false, got {tie!r}. Correct it or leave it out.")
+    if str(clean).lower() in ("true", "false"):
+        clean = winner if str(clean).lower() == "true" else loser
+    generator, annotator = (None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator"))
     return Preference(
-        winner=winner, loser=loser, psi=psi, time=_time(record.get("time")), tie=_truth(record.get("tie", False), "tie"),
-        generator=_text(record.get("generator")), annotator=_text(record.get("annotator")),
-        clean=_clean(record.get("clean"), winner, loser), extra={k: v for k, v in record.items() if k not in FIELDS},
-    )  # fmt: skip
+        winner=winner, loser=loser, psi=psi, time=_time(record.get("time")), tie=tied, generator=generator, annotator=annotator,
+        clean=None if clean is None else _seed(clean, "clean"), extra={k: v for k, v in record.items() if k not in FIELDS},
+    )
 
 
 def _seed(value, name: str) -> int:
@@ -200,32 +203,6 @@ def _seed(value, name: str) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise ValueError(f"expected {name} to be an integer seed, got {value!r}. Write the latent's integer seed.") from None
-
-
-def _number(value, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected {name} to be a number, got {value!r}. Correct it or leave it out.") from None
-
-
-def _truth(value, name: str) -> bool:
-    found = value if isinstance(value, bool) else _TRUTH.get(str(value).lower())
-    if found is None:
-        raise ValueError(f"expected {name} to be true or false, got {value!r}. Correct it or leave it out.")
-    return found
-
-
-def _clean(value, winner: int, loser: int) -> int | None:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
-    if isinstance(value, bool):
-        return winner if value else loser
-    return None if value is None else _seed(value, "clean")
-
-
-def _text(value) -> str | None:
-    return None if value is None else str(value)
 
 
 def _time(value) -> str | float | None:

@@ -70,17 +70,12 @@ def aggregate(losses: torch.Tensor, kind: str = "mean", beta: float = 1.0) -> to
     "mean"; or "drdpo": -beta log mean exp(-loss / beta), which listens less to pairs that the policy finds hard, as wrong labels are
     (Wu et al. 2024, Dr. DPO, equation 10); beta -> infinity is the mean.
     """
-    check_aggregation("aggregate", kind, beta)
+    if kind not in AGGREGATIONS or not (math.isfinite(beta) and beta > 0):
+        got = f"{kind!r} and {beta}"
+        raise ValueError(f"aggregate: expected one of {', '.join(AGGREGATIONS)} and beta > 0, got {got}. Correct them.")
     if kind == "mean":
         return losses.mean()
     return -beta * (torch.logsumexp(-losses / beta, 0) - math.log(len(losses)))
-
-
-def check_aggregation(who: str, kind: str, beta: float) -> None:
-    """Raise ValueError, in the name of `who`, for arguments that `aggregate` cannot use."""
-    if kind not in AGGREGATIONS or not (math.isfinite(beta) and beta > 0):
-        got = f"{kind!r} and {beta}"
-        raise ValueError(f"{who}: expected one of {', '.join(AGGREGATIONS)} and beta > 0, got {got}. Correct them.")
 
 
 def check_options(who: str, kind: str, beta: float, weight_mode: str, label_smoothing: float, margin: float) -> None:
@@ -121,21 +116,11 @@ def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
 
 
 def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(r_better - r_worse) on rewards [P] -> [P]."""
-    return preference_loss(better - worse)
+    """-log sigmoid(better - worse), [P] -> [P], of rewards, or of *log* strengths.
 
-
-def bradley_terry_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """-log(l_better / (l_better + l_worse)) from *log* strengths [P] -> [P].
-
-    Deviates: computed as -log sigmoid of the logarithms' difference, the same value without overflow of exp.
+    Of strengths it is -log(l_better / (l_better + l_worse)). Deviates: computed from the logarithms' difference, without overflow of exp.
     """
     return preference_loss(better - worse)
-
-
-def strength_norm(log_strength: torch.Tensor) -> torch.Tensor:
-    """L2 norm of all strengths of a batch, log strengths [N] -> []. Detached as in the paper's code: a figure to log, no gradient."""
-    return log_strength.detach().exp().norm()
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
@@ -192,9 +177,9 @@ class PreferenceLoss:
         if w.scalar:
             terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
         if w.bradley_terry:
-            terms["bradley_terry"] = w.bradley_terry * bradley_terry_loss(output.log_strength[better], output.log_strength[worse]).mean()
-        if w.strength:
-            terms["strength"] = w.strength * strength_norm(output.log_strength)
+            terms["bradley_terry"] = w.bradley_terry * margin_loss(output.log_strength[better], output.log_strength[worse]).mean()
+        if w.strength:  # L2 norm of all strengths of the batch; detached as in the paper's code: a figure to log, no gradient
+            terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
         if w.reconstruction and output.reconstruction is not None:
             terms["reconstruction"] = w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
         return terms

@@ -103,13 +103,6 @@ def _inner(valid: np.ndarray, steps: int) -> np.ndarray:
     return ndimage.binary_erosion(valid, structure=np.ones((3, 3), bool), iterations=steps)
 
 
-def _window_mean(values: np.ndarray, valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Mean of the valid values in a box around each sample; 0 where there are none."""
-    weight = ndimage.uniform_filter(valid.astype(np.float64), size, mode="constant")
-    total = ndimage.uniform_filter(np.where(valid, values, 0.0), size, mode="constant")
-    return total / np.maximum(weight, 1e-9)
-
-
 def _flux_difference(height: np.ndarray, cross_slope: np.ndarray, step: float, axis: int) -> np.ndarray:
     """d/du (z_u / sqrt(1 + |grad z|^2)) along `axis` from half-step slopes, so that even alternating samples count; edges are 0."""
     height, cross_slope = np.moveaxis(height, axis, 0), np.moveaxis(cross_slope, axis, 0)
@@ -135,7 +128,9 @@ def roughness(view: HeightMap, spacing: tuple[float, float], region: np.ndarray)
     curvature = np.clip(curvature, -CURVATURE_CAP, CURVATURE_CAP)
     valid = _inner(smooth, 1)
     u, v = (2 * round(CURVATURE_WINDOW / step / 2) + 1 for step in spacing)
-    deviation = np.abs(curvature - _window_mean(curvature, valid, (u, v)))
+    weight = ndimage.uniform_filter(valid.astype(np.float64), (u, v), mode="constant")
+    mean = ndimage.uniform_filter(np.where(valid, curvature, 0.0), (u, v), mode="constant") / np.maximum(weight, 1e-9)
+    deviation = np.abs(curvature - mean)  # from the mean of the valid samples around each
     kept = np.sort(deviation[valid & region])
     return float(kept[: round(TRIM * kept.size)].mean()) if kept.size >= 9 else 0.0
 

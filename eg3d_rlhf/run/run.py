@@ -209,23 +209,20 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
 
     Raises: OSError naming the folder that cannot be made.
     """
-    return Path(ranks.broadcast(str(_claimed(folder)) if ranks.main else None))
-
-
-def _claimed(folder: Path) -> Path:
     launch = launch_identity()
-    while True:
+    while ranks.main:
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:
             found = _NUMBERED.fullmatch(folder.name)
             if found is None or launch is not None and _launch_of(folder) == launch:
-                return folder
+                break
             folder = next_free(folder.parent, found.group(2))
         except OSError as error:
             reason = error.strerror or error
             raise OSError(f"--outdir: expected to make {folder}, got: {reason}. Choose a folder that can be written.") from error
+    return Path(ranks.broadcast(str(folder)))
 
 
 def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eg3d_rlhf.preferences.losses import AGGREGATIONS, KINDS, aggregate, bradley_terry_loss, margin_loss, preference_loss
+from eg3d_rlhf.preferences.losses import AGGREGATIONS, KINDS, aggregate, margin_loss, preference_loss
 
 OPTIONS = {"sigmoid": {"label_smoothing": 0.1, "margin": 0.3}, "robust": {"label_smoothing": 0.2}, "hinge": {"margin": -0.2}, "ipo": {}}
 
@@ -22,14 +22,13 @@ def log_sigmoid(z: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0, -z)
 
 
-@pytest.mark.parametrize("loss", [margin_loss, bradley_terry_loss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reward_losses_are_softplus_to_the_last_bit(loss, dtype):
+def test_reward_losses_are_softplus_to_the_last_bit(dtype):
     g = torch.Generator().manual_seed(2)
     scale = torch.logspace(-6, 3, 4000, dtype=dtype)
     values = [scale * torch.randn(4000, generator=g, dtype=dtype) for _ in range(2)]
     got, expected = [], []
-    for results, function in ((got, loss), (expected, lambda better, worse: F.softplus(worse - better))):
+    for results, function in ((got, margin_loss), (expected, lambda better, worse: F.softplus(worse - better))):
         better, worse = (v.clone().requires_grad_() for v in values)
         terms = function(better, worse)
         terms.mean().backward()
