@@ -22,10 +22,9 @@ from sqlalchemy import Connection, Row, Table, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from eg3d_rlhf.label.campaigns import create, settings_from_json
-from eg3d_rlhf.label.database import Lock, insert_all
+from eg3d_rlhf.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
 from eg3d_rlhf.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.preferences import LabelFilters
-from eg3d_rlhf.label.schema import annotators, assignments, campaigns, judgements, pairs, shapes
 from eg3d_rlhf.label.store import KNOWN, NAME, Store, find_or_add
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.seeds import refuse_held_out
@@ -84,12 +83,8 @@ def _records(c: Connection, campaign: Row) -> Iterator[dict]:
         called[kind] = {row.id: row._mapping[kept.name] for row in rows}
         for row in rows:
             plain = {k: v for k, v in row._mapping.items() if k != "id" and not k.endswith("_id") and k not in STATE}
-            linked = {_field(column): called[other].get(row._mapping[column]) for column, other in kept.links.items()}
+            linked = {column.removesuffix("_id"): called[other].get(row._mapping[column]) for column, other in kept.links.items()}
             yield {"record": kind, "campaign": campaign.name, **plain, **linked}
-
-
-def _field(column: str) -> str:
-    return column.removesuffix("_id")
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
@@ -101,14 +96,25 @@ def import_judgements(store: Store, path: str | Path) -> int:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"import_judgements: expected an exported file, got none at {path}. Check the path.")
-    with store.database.write((Lock.SCHEMA, 1), (Lock.SCHEMA, 2)) as c:
+    locks = (Lock.SCHEMA, 1), (Lock.SCHEMA, 2)
+    with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as c:
         reading, line = _Import(c, store.clock()), 0
         try:
-            for line, record in _numbered_records(path):
+            for line, text in enumerate(file, 1):
                 try:
-                    reading.add(record)
+                    record = json.loads(text)
+                    kind = record["record"]
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{path.name}, line {line}: expected an exported record, got {text[:40]!r}. Export again.") from None
+                if line == 1 and (kind != "format" or record.get("version") != FORMAT):
+                    raise ValueError(f"{path.name}, line 1: expected format {FORMAT}, got {text[:60]!r}. Export with this program.")
+                try:
+                    if line > 1:
+                        reading.add(record)
                 except ValueError as error:
                     raise ValueError(f"{path.name}, line {line}: {error}") from None
+            if line == 0:
+                raise ValueError(f"{path.name}: expected an exported file, got an empty one. Export again.")
             reading.settle()
         except IntegrityError as error:
             reason = str(error.orig).strip().splitlines()[0]
@@ -116,24 +122,6 @@ def import_judgements(store: Store, path: str | Path) -> int:
                 f"{path.name}, up to line {line}: the store has something else in its place ({reason}). Import into another store."
             ) from None
     return reading.new
-
-
-def _numbered_records(path: Path) -> Iterator[tuple[int, dict]]:
-    """Records and their lines, the first line's format checked and left out."""
-    count = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for count, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                kind = record["record"]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path.name}, line {count}: expected an exported record, got {line[:40]!r}. Export again.") from None
-            if count > 1:
-                yield count, record
-            elif kind != "format" or record.get("version") != FORMAT:
-                raise ValueError(f"{path.name}, line 1: expected format {FORMAT}, got {line[:60]!r}. Export with this program.")
-    if count == 0:
-        raise ValueError(f"{path.name}: expected an exported file, got an empty one. Export again.")
 
 
 class _Import:
@@ -207,7 +195,7 @@ class _Import:
         kept = KEPT[kind]
         linked: dict[str, Any] = {}
         for column, other in kept.links.items():
-            name = record.get(_field(column)) if kept.table.c[column].nullable else record[_field(column)]
+            name = record.get(column.removesuffix("_id")) if kept.table.c[column].nullable else record[column.removesuffix("_id")]
             linked[column] = None if name is None else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
         name = (linked["annotator_id"], record[kept.name]) if kind == "judgement" else record[kept.name]
         if (kind, campaign) != self.kind:

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Row, and_, bindparam, func, insert, literal, not_, or_, select, update
 
 from eg3d_rlhf.label.campaigns import Plan, StoredPair
-from eg3d_rlhf.label.database import Database, Lock
+from eg3d_rlhf.label.database import Database, Lock, pairs
+from eg3d_rlhf.label.database import assignments as a
+from eg3d_rlhf.label.database import judgements as j
 from eg3d_rlhf.label.entities import AssignedPair, Choice, Kind, Progress
-from eg3d_rlhf.label.schema import assignments as a
-from eg3d_rlhf.label.schema import judgements as j
-from eg3d_rlhf.label.schema import pairs
 
 WINDOW = 64  # pairs to choose from
 LEASE_SECONDS = 30 * 60

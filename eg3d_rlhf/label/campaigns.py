@@ -10,9 +10,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
-from eg3d_rlhf.label.database import insert_all
+from eg3d_rlhf.label.database import campaigns, insert_all, pairs, shapes
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape, StoredCampaign
-from eg3d_rlhf.label.schema import campaigns, pairs, shapes
 from eg3d_rlhf.seeds import refuse_held_out
 
 FIELDS = tuple(Shape.__dataclass_fields__)

@@ -1,23 +1,41 @@
-"""Opening a database by URL, and the two kinds of transaction the store uses: reading, and writing one at a time.
+"""Opening a database by URL, the two kinds of transaction the store uses (reading, and writing one at a time), and its tables.
 
 SQLite: write-ahead log, `synchronous=FULL` (a commit is on the disk), foreign keys, BEGIN IMMEDIATE for writing. Writers of one process
 queue for a lock, because SQLite's own waiting is a sleep; writers of other processes wait for up to BUSY_SECONDS.
 PostgreSQL: READ COMMITTED; writers take advisory locks, held until the commit, in the order in which they are named.
+
+A database is led to the tables in one transaction: they are made whole when it is new, step by step when it is older.
+
+| table       | holds                                                                                  | changes                       |
+| ----------- | -------------------------------------------------------------------------------------- | ----------------------------- |
+| campaigns   | settings, as JSON                                                                      | never                         |
+| shapes      | one row per shape of a campaign, with its asset token                                  | never                         |
+| pairs       | the plan; `taken` counts the places given away of the `places` there are               | taken                         |
+| annotators  | names, roles, hashes of tokens                                                         | revoked                       |
+| sessions    | hashes of login cookies                                                                | rows come and go              |
+| assignments | who is shown which pair, in which order, on which sides, and which judgement counts    | answered, undone, leased, ... |
+| judgements  | what arrived: choices, and undos that take one back; triggers refuse any change        | never                         |
+
+A place of a pair is held by an assignment of kind 'pair' while `released` is null. The database itself refuses a pair more often than it
+has places, a second assignment of a pair to one annotator, a second use of a key, and taking a judgement back twice.
 """
 
 import contextlib
 import enum
+import functools
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import sqlalchemy as sa
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, func, insert, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DatabaseError, DisconnectionError
 
 BUSY_SECONDS = 30
 IDLE_SECONDS = 5.0
+VERSION = 2  # of the tables; STEPS lead there from earlier ones
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
 
@@ -150,3 +168,149 @@ def _prepare_connection(connection: sqlite3.Connection, _record) -> None:
 
 def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("immediate") else "BEGIN")
+
+
+metadata = sa.MetaData()
+Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up in INTEGER PRIMARY KEY alone
+
+
+def _key() -> sa.Column:
+    return sa.Column("id", Id, primary_key=True)
+
+
+def _to(table: str, name: str | None = None, null: bool = False) -> sa.Column:
+    return sa.Column(name or f"{table[:-1]}_id", Id, sa.ForeignKey(f"{table}.id"), nullable=null)
+
+
+def _column(kind, name: str, null: bool = False, **more) -> sa.Column:
+    return sa.Column(name, kind, nullable=null, **more)
+
+
+def _partial(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
+    return sa.Index(name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+
+
+_text, _real, _int = (functools.partial(_column, kind) for kind in (sa.Text, sa.Double, sa.Integer))
+
+schema_versions = sa.Table("schema_versions", metadata, _int("version", primary_key=True, autoincrement=False), _real("applied"))
+campaigns = sa.Table("campaigns", metadata, _key(), _text("name", unique=True), _text("settings"), _real("created"))
+shapes = sa.Table(
+    "shapes", metadata,
+    _key(), _to("campaigns"), _int("position"), _text("asset", unique=True), _text("generator"), _text("source"),
+    _column(sa.BigInteger, "seed"), _real("psi", null=True), _real("level", null=True),  # null: not known
+    _int("resolution"), _int("triangles"), _text("degradation", server_default=sa.text("''")),
+    sa.UniqueConstraint("campaign_id", "position"),
+)  # fmt: skip
+pairs = sa.Table(
+    "pairs", metadata,
+    _key(), _to("campaigns"), _int("position"), _to("shapes", "first_id"), _to("shapes", "second_id"), _text("kind"),
+    _text("expected", null=True), _text("explanation"), _int("places"), _int("taken", server_default=sa.text("0")),
+    sa.UniqueConstraint("campaign_id", "position"),
+    sa.CheckConstraint("taken >= 0 AND taken <= places", name="pairs_places"),
+    _partial("pairs_open", "campaign_id", "position", where="kind = 'pair' AND taken < places"),
+)  # fmt: skip
+annotators = sa.Table(
+    "annotators", metadata,
+    _key(), _text("name", unique=True), _text("role"), _text("token_hash", null=True, unique=True), _real("created"),
+    _real("revoked", null=True),
+)  # fmt: skip
+sessions = sa.Table(
+    "sessions", metadata, sa.Column("id_hash", sa.Text, primary_key=True), _to("annotators"), _real("created"), _real("expires", index=True)
+)
+assignments = sa.Table(
+    "assignments", metadata,
+    _key(), _text("token", unique=True), _to("campaigns"), _to("annotators"), _to("pairs"), _int("sequence"), _text("kind"),
+    _int("first_is_left"),
+    _real("leased"),  # last time the annotator was seen with it
+    _real("released", null=True),  # when its place was given to others
+    sa.Column("answered", Id),  # judgement that counts
+    _real("undone", null=True),  # when its answer was last taken back, until it is answered again
+    sa.UniqueConstraint("campaign_id", "annotator_id", "sequence"),
+    _partial("assignments_once", "annotator_id", "pair_id", where="kind IN ('pair', 'training')", unique=True),
+    _partial("assignments_open", "campaign_id", "leased", where="answered IS NULL AND released IS NULL"),
+    sa.Index("assignments_pair", "pair_id"),
+)  # fmt: skip
+judgements = sa.Table(
+    "judgements", metadata,
+    _key(), _to("campaigns"), _to("annotators"), _text("key"), _text("type"),  # 'choice' or 'undo'
+    _to("assignments", null=True),  # null: an undo that found nothing
+    _text("choice", null=True), _text("reason", null=True), _column(sa.BigInteger, "milliseconds", null=True), _text("views", null=True),
+    _real("answered_at", null=True), _real("received_at"), _to("judgements", "takes_back", null=True),
+    _text("page_version", server_default=sa.text("''")),
+    sa.UniqueConstraint("annotator_id", "key"), sa.UniqueConstraint("takes_back"),
+    sa.CheckConstraint("(type = 'choice') = (choice IS NOT NULL)", name="judgements_type"),
+    sa.Index("judgements_when", "campaign_id", "annotator_id", "received_at"),
+    sa.Index("judgements_assignment", "assignment_id"),
+)  # fmt: skip
+
+REFUSAL = "judgements are append-only: take one back with a further record"
+
+SQLITE_TRIGGERS = (
+    f"CREATE TRIGGER judgements_no_update BEFORE UPDATE ON judgements BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+    f"CREATE TRIGGER judgements_no_delete BEFORE DELETE ON judgements BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+    "CREATE TRIGGER judgements_no_replace BEFORE INSERT ON judgements WHEN EXISTS (SELECT 1 FROM judgements WHERE id = NEW.id"  # OR REPLACE
+    " OR (annotator_id = NEW.annotator_id AND key = NEW.key) OR takes_back = NEW.takes_back)"
+    f" BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+)
+POSTGRES_TRIGGERS = (
+    "CREATE FUNCTION judgements_refuse() RETURNS trigger LANGUAGE plpgsql AS"
+    f" $$ BEGIN RAISE EXCEPTION '{REFUSAL}' USING ERRCODE = 'integrity_constraint_violation'; END $$",
+    "CREATE TRIGGER judgements_no_change BEFORE UPDATE OR DELETE ON judgements FOR EACH ROW EXECUTE FUNCTION judgements_refuse()",
+    "CREATE TRIGGER judgements_no_truncate BEFORE TRUNCATE ON judgements FOR EACH STATEMENT EXECUTE FUNCTION judgements_refuse()",
+)
+
+STEPS: dict[int, tuple[str, ...]] = {  # for both databases, {id} and {real} being their types; never edited once released
+    # logins that survive a restart; the page's version with each judgement; shapes damaged on purpose; when an answer was undone
+    2: (
+        "CREATE TABLE sessions (id_hash TEXT NOT NULL PRIMARY KEY, annotator_id {id} NOT NULL REFERENCES annotators (id),"
+        " created {real} NOT NULL, expires {real} NOT NULL)",
+        "CREATE INDEX ix_sessions_expires ON sessions (expires)",
+        "ALTER TABLE judgements ADD COLUMN page_version TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE shapes ADD COLUMN degradation TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE assignments ADD COLUMN undone {real}",
+    ),
+}
+SQLITE_STEPS: dict[int, tuple[str, ...]] = {2: SQLITE_TRIGGERS[2:]}  # INSERT OR REPLACE is no way round the triggers
+
+
+def migrate(database: Database, create: bool) -> int:
+    """Bring the schema to VERSION; returns the version it was at, 0 for a new database.
+
+    Raises: ValueError for a database of a later version, one of something else, and an empty one unless `create`.
+    """
+    with database.read() as connection:
+        if _version(connection, database, create) == VERSION:
+            return VERSION
+    with database.write((Lock.SCHEMA, 0)) as connection:
+        found = _version(connection, database, create)  # another process may have been faster
+        if found == 0:
+            metadata.create_all(connection, checkfirst=False)
+            steps: dict[int, tuple[str, ...]] = {VERSION: SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS}
+        else:
+            types = {"id": "INTEGER", "real": "DOUBLE"} if database.sqlite else {"id": "BIGINT", "real": "DOUBLE PRECISION"}
+            steps = {version: tuple(line.format(**types) for line in STEPS[version]) for version in range(found + 1, VERSION + 1)}
+        for version, statements in steps.items():
+            for statement in (*statements, *(SQLITE_STEPS[version] if found and database.sqlite else ())):
+                connection.exec_driver_sql(statement)
+            connection.execute(schema_versions.insert().values(version=version, applied=time.time()))
+    return found
+
+
+def _version(connection: sa.Connection, database: Database, create: bool) -> int:
+    tables = set(sa.inspect(connection).get_table_names())
+    if "schema_versions" not in tables:
+        foreign = sorted(tables & set(metadata.tables))
+        if foreign:
+            raise ValueError(
+                f"store {database.name}: expected a labelling store, got tables {', '.join(foreign)} without a schema version. "
+                "Name another database."
+            )
+        if not create:
+            raise ValueError(f"store {database.name}: expected a labelling store, got a database without one. Check the URL.")
+        return 0
+    found = max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=0)
+    if found > VERSION:
+        raise ValueError(f"store {database.name}: expected schema version {VERSION} or earlier, got {found}. Update this program.")
+    if found == 0:
+        raise ValueError(f"store {database.name}: expected a schema version, got none recorded. Restore the database from a copy.")
+    return found

@@ -7,11 +7,10 @@ from sqlalchemy import Connection, Row, Select, and_, bindparam, insert, select,
 
 from eg3d_rlhf.label.assignments import MINE, take_place
 from eg3d_rlhf.label.campaigns import FIELDS, Plan, settings_from_json, shape_of
-from eg3d_rlhf.label.database import Database
+from eg3d_rlhf.label.database import Database, annotators, campaigns, pairs, shapes
+from eg3d_rlhf.label.database import assignments as a
+from eg3d_rlhf.label.database import judgements as j
 from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, JudgementRow, Kind, Submitted
-from eg3d_rlhf.label.schema import annotators, campaigns, pairs, shapes
-from eg3d_rlhf.label.schema import assignments as a
-from eg3d_rlhf.label.schema import judgements as j
 
 MAX_TEXT, MAX_VIEWS, MAX_MILLISECONDS = 200, 64, 2**53
 PAGE = 2000  # judgements read at once

@@ -150,7 +150,13 @@ def plan(
                 )
         seeds = swiss_round(results, options.pairs, rng)
     else:
-        table = _first_rounds(options, rng) if options.strategy == "tournament" else disjoint_pairs(options.pairs, rng)
+        if options.strategy != "tournament":
+            table = disjoint_pairs(options.pairs, rng)
+        elif options.compared > options.rounds:  # the first pairs of a round robin, round by round
+            table = round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
+        else:
+            least = options.rounds * (options.rounds // 2) + 1
+            raise ValueError(f"plan: expected at least {least} pairs for {options.rounds} rounds, got {options.pairs}. Plan fewer rounds.")
         seeds = (table + options.first_seed).tolist()
     pairs = [PlannedPair(first=draw(a), second=draw(b)) for a, b in seeds]
     taken = {seed for pair in seeds for seed in pair}
@@ -195,14 +201,6 @@ def spread(pairs: Sequence[PlannedPair], gold: Sequence[PlannedPair]) -> list[Pl
         out.append(pair)
         out += gold[(number - 1) * len(gold) // len(pairs) : number * len(gold) // len(pairs)]
     return out
-
-
-def _first_rounds(options: PairingOptions, rng: np.random.Generator) -> np.ndarray:
-    """The first P pairs [P, 2] of a round robin, round by round."""
-    if options.compared <= options.rounds:
-        least = options.rounds * (options.rounds // 2) + 1
-        raise ValueError(f"plan: expected at least {least} pairs for {options.rounds} rounds, got {options.pairs}. Plan fewer rounds.")
-    return round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
 
 
 def _active(options: PairingOptions, ensemble: Ensemble, rng: np.random.Generator) -> tuple[list[list[int]], dict]:

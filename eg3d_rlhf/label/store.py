@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Select, delete, insert, select, update
 from eg3d_rlhf.label import campaigns, judgements
 from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
 from eg3d_rlhf.label.campaigns import Plan
-from eg3d_rlhf.label.database import Database, Lock
+from eg3d_rlhf.label.database import Database, Lock, annotators, migrate, sessions
 from eg3d_rlhf.label.entities import (
     LOCAL,
     ROLES,
@@ -26,7 +26,6 @@ from eg3d_rlhf.label.entities import (
     StoredCampaign,
     Submitted,
 )
-from eg3d_rlhf.label.schema import annotators, migrate, sessions
 
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 KNOWN = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
@@ -85,10 +84,6 @@ class Store:
         """All, oldest first."""
         with self.database.read() as c:
             return campaigns.listed(c)
-
-    def shape_of_asset(self, campaign_id: int, asset: str) -> Shape | None:
-        """What an asset token stands for."""
-        return self._plan(campaign_id).shapes.get(asset)
 
     def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
         """Asset tokens and shapes, each once, in order of the plan."""

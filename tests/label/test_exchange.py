@@ -122,7 +122,7 @@ def judged(store):
         for k in range(6):
             clock.now += 60
             shown = store.assignments(campaign, who.id)[0]
-            left, right = (store.shape_of_asset(campaign, asset) for asset in (shown.left, shown.right))
+            left, right = (dict(store.shapes(campaign))[asset] for asset in (shown.left, shown.right))
             better = Choice.LEFT if left.seed < right.seed else Choice.RIGHT
             worse = Choice.RIGHT if better is Choice.LEFT else Choice.LEFT
             choice = {0: Choice.TIE, 1: Choice.SKIP}.get(k, better if who.name == "ann" else worse)

@@ -61,7 +61,7 @@ def test_a_campaign_comes_back_as_it_was_made(store, database_url):
         assert [s.seed for _, s in again.shapes(campaign)] == list(range(10))
         assert again.shapes(campaign) == store.shapes(campaign) and again.campaign("other") is None
         asset, drawn = again.shapes(campaign)[3]
-        assert again.shape_of_asset(campaign, asset) == drawn == shape(3) and again.shape_of_asset(campaign, "x") is None
+        assert dict(again.shapes(campaign))[asset] == drawn == shape(3) and "x" not in dict(again.shapes(campaign))
 
 
 def test_a_shape_of_several_pairs_is_stored_once(store):
@@ -96,7 +96,7 @@ def test_a_judgement_carries_everything(store, work, clock):
     clock.now += 10
     result = store.submit(campaign, ann, sent)
     row = list(store.judgements("first", ["ann"]))[-1]
-    left, right = (store.shape_of_asset(campaign, asset) for asset in (shown.left, shown.right))
+    left, right = (dict(store.shapes(campaign))[asset] for asset in (shown.left, shown.right))
     assert (row.id, row.assignment, row.annotator, row.campaign, row.mode) == (result.judgement, shown.token, "ann", "first", "label")
     assert (row.left, row.right, row.preferred, row.choice) == (left, right, right, Choice.RIGHT)
     assert (row.milliseconds, row.views, row.answered_at, row.received_at) == (812, ("front", "orbit"), 1.5, clock.now)
@@ -108,7 +108,7 @@ def test_training_says_what_was_right(store, work):
     campaign, ann = work
     shown = store.assignments(campaign, ann)[0]
     assert shown.training
-    right = Choice.LEFT if store.shape_of_asset(campaign, shown.left).seed == 0 else Choice.RIGHT
+    right = Choice.LEFT if dict(store.shapes(campaign))[shown.left].seed == 0 else Choice.RIGHT
     wrong = Choice.RIGHT if right is Choice.LEFT else Choice.LEFT
     for n, (choice, correct) in enumerate([(right, True), (wrong, False), (Choice.TIE, False), (Choice.SKIP, None)]):
         result = store.submit(campaign, ann, answer(shown, f"k{n}", choice))

@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
-from eg3d_rlhf.label import schema
+from eg3d_rlhf.label import database
+from eg3d_rlhf.label.database import VERSION
 from eg3d_rlhf.label.entities import CampaignSettings, Choice
-from eg3d_rlhf.label.schema import VERSION
 from eg3d_rlhf.label.store import Store
 from tests.label.plans import HASH, answer, plan
 
@@ -138,7 +138,7 @@ def test_an_upgraded_database_equals_a_new_one(old_url, request, tmp_path):
 
 
 def test_a_failed_step_leaves_the_old_version_whole(old_url, monkeypatch):
-    monkeypatch.setitem(schema.STEPS, 2, (*schema.STEPS[2], "CREATE TABLE campaigns (id INTEGER)"))
+    monkeypatch.setitem(database.STEPS, 2, (*database.STEPS[2], "CREATE TABLE campaigns (id INTEGER)"))
     with pytest.raises(DBAPIError):
         Store.open(old_url)
     assert "sessions" not in described(old_url)

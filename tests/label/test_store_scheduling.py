@@ -44,7 +44,7 @@ def work_through(store, campaign, who, most=10_000, choice=Choice.LEFT, ready=No
 
 
 def seeds(shown, store, campaign):
-    return [tuple(store.shape_of_asset(campaign, side).seed for side in (a.left, a.right)) for a in shown]
+    return [tuple(dict(store.shapes(campaign))[side].seed for side in (a.left, a.right)) for a in shown]
 
 
 def test_order_and_sides_follow_from_seed_and_name(tmp_path):

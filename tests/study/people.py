@@ -59,7 +59,7 @@ class Person:
             given = store.assignments(campaign_id, who, 1)
             if not given:
                 break
-            left, right = (store.shape_of_asset(campaign_id, asset) for asset in (given[0].left, given[0].right))
+            left, right = (dict(store.shapes(campaign_id))[asset] for asset in (given[0].left, given[0].right))
             answer = Answer(
                 key=given[0].token, assignment=given[0].token, choice=self.choose(left, right, design),
                 milliseconds=self.milliseconds, answered_at=time.time(), page_version="test",
