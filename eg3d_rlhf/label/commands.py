@@ -19,7 +19,8 @@ from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS = {"labels": (".jsonl", ".csv"), "judgements": (".jsonl",), "ranked-seeds": (".csv",)}  # with the files' suffixes
 DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-database = option("--db", metavar="URL", default=None, show_default=launch.DB, help=DATABASE)  # here or before the sub-command
+database = option("--db", metavar="URL", default=None, show_default=launch.DB, help=DATABASE,  # here or before the sub-command
+                  callback=lambda ctx, _, given: given or ctx.obj or launch.DB)
 
 
 class LabelGroup(GroupedCommand, click.Group):
@@ -125,25 +126,17 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
             launch.check_resumed(campaign, wanted, given)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements so far")
-        launch.serve_campaign(store, db, request.name, server, lambda address: _announcement(address, server), "judgement")
-
-
-def _announcement(address: str, server: launch.ServerFlags) -> list[str]:
-    exposed = ["other machines can reach this server: everybody needs a token (add-annotator NAME)"] if server.exposed else []
-    return [f"label at {address}  (Ctrl-C stops)", *exposed]
-
-
-def _url(db: str | None) -> str:
-    return db or click.get_current_context().obj or launch.DB
+        more = ["other machines can reach this server: everybody needs a token (add-annotator NAME)"] if server.exposed else []
+        launch.serve_campaign(store, db, request.name, server, lambda address: [f"label at {address}  (Ctrl-C stops)", *more], "judgement")
 
 
 @click.command("add-annotator", cls=GroupedCommand)
 @click.argument("name")
 @option("--admin", is_flag=True, help="May also see results and name annotators.")
 @database
-def add_annotator(name: str, admin: bool, db: str | None) -> None:
+def add_annotator(name: str, admin: bool, db: str) -> None:
     """Make an annotator and print the token, this once; only its hash is stored."""
-    with launch.open_store(_url(db), create=True) as store:
+    with launch.open_store(db, create=True) as store:
         token = store.add_annotator(name, "admin" if admin else "annotator")
     click.echo(f"token of {name}; it is not shown again:", err=True)
     click.echo(token)
@@ -152,9 +145,9 @@ def add_annotator(name: str, admin: bool, db: str | None) -> None:
 @click.command("revoke", cls=GroupedCommand)
 @click.argument("name")
 @database
-def revoke(name: str, db: str | None) -> None:
+def revoke(name: str, db: str) -> None:
     """Withdraw an annotator's token and end the sessions; the judgements stay."""
-    with launch.open_store(_url(db), create=False) as store:
+    with launch.open_store(db, create=False) as store:
         store.revoke_annotator(name)
     click.echo(f"{name}: token revoked")
 
@@ -162,9 +155,9 @@ def revoke(name: str, db: str | None) -> None:
 @click.command("annotators", cls=GroupedCommand)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @database
-def annotators(as_json: bool, db: str | None) -> None:
+def annotators(as_json: bool, db: str) -> None:
     """List annotators, roles and revocations."""
-    with launch.open_store(_url(db), create=False) as store:
+    with launch.open_store(db, create=False) as store:
         found = store.annotators()
     rows = [{"name": a.name, "role": a.role, "created": _date(a.created), "revoked": a.revoked and _date(a.revoked)} for a in found]
     if as_json:
@@ -187,7 +180,7 @@ def annotators(as_json: bool, db: str | None) -> None:
 @option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
 @database
 @click.pass_context
-def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str | None, **filters) -> None:
+def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, **filters) -> None:
     """Write labels or judgements to FILE."""
     if out.suffix not in KINDS[kind]:
         raise ValueError(f"FILE: expected a name with {' or '.join(KINDS[kind])} for --kind={kind}, got {out.name}. Rename it.")
@@ -195,20 +188,16 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
         used = [p.opts[0] for p in ctx.command.params if p.name in launch.given_flags(ctx) & set(filters)]
         if used:
             raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
-    with launch.open_store(_url(db), create=False) as store:
+    with launch.open_store(db, create=False) as store:
         if kind == "judgements":
             export_judgements(store, out, campaign)
         elif kind == "labels":
             export_labels(store, out, campaign=campaign, **filters)
         else:
             export_ranked_seeds(store, out, campaign=campaign, **filters)
-    click.echo(f"{out}: {_records(out)} written")
-
-
-def _records(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        count = sum(1 for _ in file) - (path.suffix == ".csv")
-    return f"{count} line{'s' if count != 1 else ''}"
+    with out.open(encoding="utf-8") as file:
+        count = sum(1 for _ in file) - (out.suffix == ".csv")
+    click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")
 
 
 @click.command("import", cls=GroupedCommand)
@@ -216,13 +205,13 @@ def _records(path: Path) -> str:
 @option("--campaign", metavar="NAME", default=None, show_default="the file's name", help="Of ranked seeds: campaign to make.")
 @option("--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged.")
 @database
-def import_(source: Path, campaign: str | None, annotator: str | None, db: str | None) -> None:
+def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
     """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
     if source.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it.")
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
-    with launch.open_store(_url(db), create=True) as store:
+    with launch.open_store(db, create=True) as store:
         if source.suffix == ".csv":
             count = import_ranked_seeds(store, source, campaign, annotator or "imported")
         else:
@@ -233,9 +222,9 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str |
 @click.command("status", cls=GroupedCommand)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @database
-def status(as_json: bool, db: str | None) -> None:
+def status(as_json: bool, db: str) -> None:
     """Show campaigns, pairs, judgements and annotators."""
-    with launch.open_store(_url(db), create=False) as store:
+    with launch.open_store(db, create=False) as store:
         known = store.annotators()
         found: list[dict] = []
         for campaign in store.campaigns():

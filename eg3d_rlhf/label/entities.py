@@ -139,11 +139,6 @@ class JudgementRow:
     page_version: str
     undone: bool  # taken back later: does not count
 
-    @property
-    def preferred(self) -> Shape | None:
-        """The shape that was chosen; None for ties and skips."""
-        return {Choice.LEFT: self.left, Choice.RIGHT: self.right}.get(self.choice)
-
 
 ROLES = ("annotator", "admin")
 LOCAL = "local"  # whoever sits at the machine that the server runs on

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, insert, select, update
 
 from eg3d_rlhf.label.assignments import MINE, take_place
 from eg3d_rlhf.label.campaigns import FIELDS, Plan, settings_from_json, shape_of
@@ -124,7 +124,17 @@ def read_judgements(
     database: Database, campaign: str | None = None, names: Sequence[str] = (), include_undone: bool = False
 ) -> Iterator[JudgementRow]:
     """Choices of a campaign (None: of all) by some annotators (none named: all), those taken back only on request."""
-    query = _query()
+    first, second = shapes.alias("first"), shapes.alias("second")
+    named = [first.c[name].label(f"first_{name}") for name in FIELDS] + [second.c[name].label(f"second_{name}") for name in FIELDS]
+    columns = (
+        j.c.id, j.c.choice, j.c.reason, j.c.milliseconds, j.c.views, j.c.answered_at, j.c.received_at, j.c.page_version, a.c.token,
+        a.c.sequence, a.c.kind, a.c.first_is_left, a.c.answered, a.c.pair_id, pairs.c.expected, annotators.c.name.label("annotator"),
+        campaigns.c.name.label("campaign"), campaigns.c.settings, *named,
+    )  # fmt: skip
+    joined = j.join(a, and_(a.c.id == j.c.assignment_id, j.c.type == "choice")).join(pairs, pairs.c.id == a.c.pair_id)
+    joined = joined.join(first, first.c.id == pairs.c.first_id).join(second, second.c.id == pairs.c.second_id)
+    joined = joined.join(annotators, annotators.c.id == j.c.annotator_id).join(campaigns, campaigns.c.id == j.c.campaign_id)
+    query = select(*columns).select_from(joined)
     query = query.where(campaigns.c.name == campaign) if campaign is not None else query
     query = query.where(annotators.c.name.in_(list(names))) if names else query
     query = query if include_undone else query.where(a.c.answered == j.c.id)
@@ -138,20 +148,6 @@ def read_judgements(
         if len(page) < PAGE:
             return
         last = page[-1].id
-
-
-def _query() -> Select:
-    first, second = shapes.alias("first"), shapes.alias("second")
-    named = [first.c[name].label(f"first_{name}") for name in FIELDS] + [second.c[name].label(f"second_{name}") for name in FIELDS]
-    columns = (
-        j.c.id, j.c.choice, j.c.reason, j.c.milliseconds, j.c.views, j.c.answered_at, j.c.received_at, j.c.page_version, a.c.token,
-        a.c.sequence, a.c.kind, a.c.first_is_left, a.c.answered, a.c.pair_id, pairs.c.expected, annotators.c.name.label("annotator"),
-        campaigns.c.name.label("campaign"), campaigns.c.settings, *named,
-    )  # fmt: skip
-    joined = j.join(a, and_(a.c.id == j.c.assignment_id, j.c.type == "choice")).join(pairs, pairs.c.id == a.c.pair_id)
-    joined = joined.join(first, first.c.id == pairs.c.first_id).join(second, second.c.id == pairs.c.second_id)
-    joined = joined.join(annotators, annotators.c.id == j.c.annotator_id).join(campaigns, campaigns.c.id == j.c.campaign_id)
-    return select(*columns).select_from(joined)
 
 
 def _row(row: Row, modes: dict[str, str]) -> JudgementRow:

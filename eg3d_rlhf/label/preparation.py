@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -137,18 +137,14 @@ class _ProgressWriter:
     """Writes the progress now and then, and at once when it is finished."""
 
     def __init__(self, path: Path, campaign: str):
-        self._path, self._last = path, -float("inf")
+        self.path, self._last = path, -float("inf")
         self.progress = ShapeProgress(campaign=campaign)
 
     def __call__(self, fields: dict) -> None:
         self.progress = ShapeProgress(campaign=self.progress.campaign, **fields)
         if self.progress.finished or time.monotonic() - self._last >= _WRITE_EVERY:
-            self.progress.write(self._path)
+            self.progress.write(self.path)
             self._last = time.monotonic()
-
-    def fail(self, error: Exception) -> None:
-        """Write that the worker gives up."""
-        ShapeProgress(**{**asdict(self.progress), "error": str(error).strip() or type(error).__name__}).write(self._path)
 
 
 def end_with_parent(parent: int) -> None:
@@ -190,7 +186,7 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
             planned = [shape for _, shape in store.shapes(stored.id)]
         prepare(planned, shapes, ShapeDrawer(), stored.settings.show_render, writer)
     except Exception as error:
-        writer.fail(error)
+        replace(writer.progress, error=str(error).strip() or type(error).__name__).write(writer.path)
         raise
 
 

@@ -162,7 +162,12 @@ class Store:
         `ready(asset)`: issue only pairs both of whose shapes are prepared. Fewer or none when the annotator is done or must wait.
         """
         prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
-        return self._issuer(campaign_id, annotator_id).assignments(count, prepared)
+        if annotator_id not in self._names:
+            self._names.update({known.id: known.name for known in self.annotators()})
+        if annotator_id not in self._names:
+            raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
+        issuer = Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock)
+        return issuer.assignments(count, prepared)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
         """Record an answer. A key that was used before changes nothing and gives the first result.
@@ -205,13 +210,6 @@ class Store:
             with self.database.read() as c:
                 plan = self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
         return plan
-
-    def _issuer(self, campaign_id: int, annotator_id: int) -> Issuer:
-        if annotator_id not in self._names:
-            self._names.update({known.id: known.name for known in self.annotators()})
-        if annotator_id not in self._names:
-            raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
-        return Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock)
 
 
 def secret_hash(secret: str) -> str:

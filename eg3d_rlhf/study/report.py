@@ -118,7 +118,7 @@ def conclusions(analysis: dict) -> list[str]:
         )
     if result["win_rate"] is None:
         return [*out, "No trial counts, so nothing can be said about the two generators. The exclusions below say why."]
-    return [*out, *_main(result, design), *_tests(result), *_reach(result), *_doubts(analysis)]
+    return [*out, *_main(result, design), *_doubts(analysis)]
 
 
 def percent(value: float) -> str:
@@ -147,12 +147,8 @@ def _main(result: dict, design: dict) -> list[str]:
             f"The interval contains one half: this study does not show that either is preferred. It rules out that {b} is preferred in "
             f"more than {percent(hi)} or in less than {percent(lo)} of such trials; it does not show that the two are equal."
         )
-    return [first, second]
-
-
-def _tests(result: dict) -> list[str]:
     if result["p_exact"] is None:
-        return ["Every trial was a tie, so there is nothing to test."]
+        return [first, second, "Every trial was a tie, so there is nothing to test."]
     text = f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half: {p_value(result['p_exact'])}"
     effect = result["design_effect"]
     if effect > 1.2:
@@ -162,10 +158,12 @@ def _tests(result: dict) -> list[str]:
         )
     else:
         text += f"; allowing for annotators and latents: {p_value(result['p_clustered'])}."
-    return [text]
+    return [first, second, text]
 
 
-def _reach(result: dict) -> list[str]:
+def _doubts(analysis: dict) -> list[str]:
+    """How far the result reaches, and what speaks against it."""
+    result, sides = analysis["result"], analysis["sides"]
     out, (lo, hi) = [], result["interval"]
     if result["annotators"] == 1:
         out.append("One annotator answered: the result speaks of that annotator's taste and of nobody else's.")
@@ -179,11 +177,6 @@ def _reach(result: dict) -> list[str]:
             "The interval happens to be narrower than Wilson's for independent trials, because the annotators agreed more than chance "
             f"makes likely; who prefers caution reads Wilson's, {percent(wide_lo)} to {percent(wide_hi)}."
         )
-    return out
-
-
-def _doubts(analysis: dict) -> list[str]:
-    out, result, sides = [], analysis["result"], analysis["sides"]
     all_in = analysis["sensitivity"]["without exclusions"]
     if analysis["exclusions"] and all_in["win_rate"] is not None:
         lo, hi = all_in["interval"]

@@ -142,7 +142,7 @@ def test_labels_say_what_was_judged(judged):
     for label, row in zip(labels, rows, strict=True):
         assert (label.generator, label.psi, label.annotator, label.time) == (HASH, 0.7, row.annotator, row.received_at)
         assert label.tie == (row.choice is Choice.TIE) and {label.winner, label.loser} == {row.left.seed, row.right.seed}
-        assert label.tie or label.winner == row.preferred.seed
+        assert label.tie or label.winner == (row.right if row.choice == Choice.RIGHT else row.left).seed
         assert label.extra["judgement"] == row.id and label.extra["milliseconds"] == row.milliseconds
 
 

@@ -98,7 +98,7 @@ def test_a_judgement_carries_everything(store, work, clock):
     row = list(store.judgements("first", ["ann"]))[-1]
     left, right = (dict(store.shapes(campaign))[asset] for asset in (shown.left, shown.right))
     assert (row.id, row.assignment, row.annotator, row.campaign, row.mode) == (result.judgement, shown.token, "ann", "first", "label")
-    assert (row.left, row.right, row.preferred, row.choice) == (left, right, right, Choice.RIGHT)
+    assert (row.left, row.right, row.choice) == (left, right, Choice.RIGHT)
     assert (row.milliseconds, row.views, row.answered_at, row.received_at) == (812, ("front", "orbit"), 1.5, clock.now)
     assert (row.page_version, row.kind, row.sequence, row.undone, row.expected, row.reason) == ("7", Kind.PAIR, 2, False, None, None)
     assert row.first_is_left == (left.seed % 2 == 0)

@@ -113,7 +113,7 @@ def test_version_1_is_led_to_the_present_with_its_judgements(old_url):
     with Store.open(old_url) as store:
         (row,) = store.judgements()
         assert (row.annotator, row.left.seed, row.right.seed, row.choice, row.page_version) == ("ann", 1, 0, Choice.RIGHT, "")
-        assert row.preferred.seed == 0 and row.left.degradation == ""
+        assert (row.left if row.choice == Choice.LEFT else row.right).seed == 0 and row.left.degradation == ""
         campaign, ann = store.campaign("old").id, store.annotators()[0].id
         (shown,) = store.assignments(campaign, ann)
         store.submit(campaign, ann, answer(shown, "k2", page_version="2"))
