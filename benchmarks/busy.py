@@ -7,13 +7,12 @@ OMP_WAIT_POLICY is passive unless the user sets it (torch_utils/__init__.py); th
 not measured: a demo would take half an hour.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -24,24 +23,17 @@ DEMO = (str(Path(__file__).parents[1] / "train.py"), "--reward=sigma", "--lambda
 CASES = (("quiet, OMP_WAIT_POLICY=passive", "passive", False), ("quiet, active", "active", False), ("busy, passive", "passive", True))
 
 
-@contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """So many processes that do nothing but count."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
 def measure(command: Sequence[str], policy: str, beside: int) -> float:
     """Seconds that a command takes beside so many busy processes. Raises: ValueError where it fails."""
-    with busy(beside):
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+    try:
         started = time.monotonic()
         done = subprocess.run(command, env={**os.environ, "OMP_WAIT_POLICY": policy}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         seconds = time.monotonic() - started
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
     if done.returncode:
         last = done.stdout.decode(errors="replace").strip().splitlines()[-1:]
         got = f"exit code {done.returncode}: {''.join(last)}"

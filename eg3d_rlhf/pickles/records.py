@@ -6,6 +6,7 @@ list of keys), the number of elements (int64) and their bytes, little-endian. Cl
 allocated.
 """
 
+import contextlib
 import dataclasses
 import math
 import struct
@@ -277,17 +278,15 @@ class SurveyRules(SnapshotRules):
 
     def reduce(self, function: Any, args: tuple) -> Any:
         """As a snapshot's where that is possible."""
-        try:
+        with contextlib.suppress(Refusal):
             return super().reduce(function, args)
-        except Refusal:
-            return ModuleRecord("?", None)
+        return ModuleRecord("?", None)
 
     def new(self, cls: Any, args: tuple) -> Any:
         """As a snapshot's where that is possible."""
-        try:
+        with contextlib.suppress(Refusal):
             return super().new(cls, args)
-        except Refusal:
-            return ModuleRecord("?", None)
+        return ModuleRecord("?", None)
 
     def build(self, record: Any, state: Any) -> None:
         """Ignored."""
@@ -302,11 +301,9 @@ def admitted(path: str) -> bool:
     module, _, name = path.rpartition(".")
     if module in ("torch", "torch.cuda"):
         return name in DTYPES
-    try:
-        SnapshotRules(Budget(0), Counter()).find(Global(module, name))
-    except Refusal:
-        return False
-    return True
+    with contextlib.suppress(Refusal):
+        return bool(SnapshotRules(Budget(0), Counter()).find(Global(module, name)))
+    return False
 
 
 def _only(args: tuple, kind: type, what: str) -> Any:

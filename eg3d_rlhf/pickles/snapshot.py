@@ -66,13 +66,12 @@ class Survey:
     stopped: str | None  # why the listing ended early
 
 
-def survey(path: str | Path) -> Survey:
-    """List every global of a pickle, admitted or not, without looking any up. Raises: FileNotFoundError, ValueError for an empty file."""
-    return survey_data(_mapped(path))
+def survey(source: str | Path | memoryview) -> Survey:
+    """List every global of a pickle, a path or bytes, admitted or not, without looking any up.
 
-
-def survey_data(data: memoryview) -> Survey:
-    """As `survey`, of bytes."""
+    Raises: FileNotFoundError, ValueError for an empty file.
+    """
+    data = source if isinstance(source, memoryview) else _mapped(source)
     asked: Counter = Counter()
     machine = Machine(data, 0, SurveyRules(Budget(decoded=len(data)), asked))
     stopped = None

@@ -17,7 +17,6 @@ import torch
 
 from eg3d_rlhf import pickles
 from eg3d_rlhf.pickles.machine import MAX_OPCODES
-from eg3d_rlhf.pickles.snapshot import survey_data
 from tests.pickles import writer as w
 from tests.pickles.writer import Built, Call, New, PersistentId, SnapshotWriter, dumps, ref, storage_bytes, tensor_of
 
@@ -235,7 +234,7 @@ def main(marker: str, share: str = "1") -> None:
             started = time.process_time()
             try:
                 outcome = attempt(data, "FILE")
-                survey_data(memoryview(data))
+                pickles.survey(memoryview(data))
             except Exception as error:  # a bug: the test shows it
                 outcome = f"{type(error).__name__}: {error}"
             outcomes[name] = [outcome, time.process_time() - started]

@@ -40,8 +40,7 @@ activation_funcs: dict[str, Activation] = {
     "softplus": Activation(func=lambda x, alpha: F.softplus(x)),
     "swish": Activation(func=lambda x, alpha: F.silu(x), def_gain=_SQRT2),
 }
-_CODES = {name: code for code, name in enumerate(activation_funcs)}  # `act` of the compiled ops
-_NAMES = list(activation_funcs)
+_NAMES = list(activation_funcs)  # the place is `act` of the compiled ops
 _PIECEWISE = ("linear", "relu", "lrelu")  # slope * (x + b), the slope readable off the result
 
 
@@ -83,13 +82,11 @@ def bias_act(
     chosen = choose("bias_act", impl, "bias_act", x.device.type, applies)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
-    if chosen == "ref":
-        return bias_act_ref(x, b, dim, spec, alpha, gain, clamp)
-    if chosen == "torch":
-        return _bias_act_torch(x, b, dim, spec, alpha, gain, clamp)
+    if chosen != "compiled":
+        return (bias_act_ref if chosen == "ref" else _bias_act_torch)(x, b, dim, spec, alpha, gain, clamp)
     dim = dim if b is not None else min(1, x.ndim - 1)
     b = None if b is None else b.to(x.dtype).contiguous()
-    return torch.ops.eg3d_rlhf.bias_act(dense(x), b, dim, _CODES[act], alpha, gain, -1.0 if clamp is None else float(clamp))
+    return torch.ops.eg3d_rlhf.bias_act(dense(x), b, dim, _NAMES.index(act), alpha, gain, -1.0 if clamp is None else float(clamp))
 
 
 def bias_act_ref(

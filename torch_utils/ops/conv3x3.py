@@ -47,7 +47,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
     dropped = min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS or x.shape[2] * x.shape[3] < _LEAST_PIXELS or x.dtype == torch.float64
     if choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", dropped) == "compiled":
         tile = _tile(len(x), x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2)
-        return torch.ops.eg3d_rlhf.conv3x3(_dense(x), w.contiguous(), padding, False, tile)
+        return torch.ops.eg3d_rlhf.conv3x3(x.contiguous(memory_format=torch.channels_last), w.contiguous(), padding, False, tile)
     return F.conv2d(x, w, padding=padding)
 
 
@@ -55,10 +55,6 @@ def _tile(n: int, h: int, w: int) -> int:
     """Side of the tiles, 2 or 4, in which n images of h x w results are fastest; the gradients take the same."""
     twos, fours = (n * -(-h // m) * -(-w // m) for m in (2, 4))
     return 4 if fours >= _LEAST_TILES and twos >= _LEAST_SAVING * fours else 2
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _fake(x, w, padding, transposed, tile):
@@ -74,7 +70,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, grad):
     x, w = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[:2]
-    grad, p = _dense(grad), ctx.padding
+    grad, p = grad.contiguous(memory_format=torch.channels_last), ctx.padding
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, w, 2 - p, not ctx.transposed, ctx.tile) if need_x else None
     grad_w = None
     if need_w:  # transposed, the kernel leads from grad to x

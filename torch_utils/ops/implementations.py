@@ -15,8 +15,6 @@ from torch_utils import build
 
 FLOATS = (torch.float32, torch.float64)  # what the compiled ops take
 COMPILED_DTYPES = (FLOATS, (*FLOATS, torch.float16, torch.bfloat16))  # what the image ops take: [on a CPU, on CUDA]
-_CHANNELS_LAST_FROM = 64  # pixels per edge
-_FEW_CHANNELS, _FEW_FROM = 64, 32  # up to so many channels, from so many pixels per edge on: weights are small there
 IMPLS = ("auto", "compiled", "torch", "ref")
 _auto = "auto"
 _LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
@@ -112,10 +110,9 @@ def like_layout(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def convolution_layout(device: torch.device, resolution: int, channels: int) -> torch.memory_format:
     """The layout in which convolutions of `channels` channels of `resolution` x `resolution` pixels, and what lies between, are fastest.
 
-    On a CPU channels-last from 64 pixels on (few channels: 32): oneDNN's transposed convolutions are twice as fast there, and the compiled
-    ones need no copies. Below, weights outweigh pixels, and their reordering would cost more. The reference implementation is contiguous
-    throughout.
+    On a CPU channels-last from 64 pixels on (32 with up to 64 channels, whose weights are small): oneDNN's transposed convolutions are
+    twice as fast there, and the compiled ones need no copies. Below, weights outweigh pixels, and their reordering would cost more. The
+    reference implementation is contiguous throughout.
     """
-    least = _FEW_FROM if channels <= _FEW_CHANNELS else _CHANNELS_LAST_FROM
-    fast = device.type == "cpu" and current() != "ref" and resolution >= least
+    fast = device.type == "cpu" and current() != "ref" and resolution >= (32 if channels <= 64 else 64)
     return torch.channels_last if fast else torch.contiguous_format

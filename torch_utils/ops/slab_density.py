@@ -26,7 +26,6 @@ _CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to fill the device
 _EXP_RANGE = 85.0  # |h| bound under which exp(h) and all its partial products are normal float32 numbers
 
 
-
 def slab_density(
     maps: Sequence[torch.Tensor],
     w: torch.Tensor,

@@ -141,8 +141,10 @@ def triplane_decode(
     applies = aligned and fixed and alike(points, planes, *weights) and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
     chosen = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
     if chosen == "ref" or not aligned:
-        axes = plane_axes if isinstance(plane_axes, torch.Tensor) else _axes_of(plane_axes, points)
-        return triplane_decode_ref(planes, axes, points, box_warp, weights)
+        if not isinstance(plane_axes, torch.Tensor):  # a basis whose `projection_axes` these are
+            order = torch.tensor([(width, height, 3 - width - height) for width, height in plane_axes], device=points.device)
+            plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[order]
+        return triplane_decode_ref(planes, plane_axes, points, box_warp, weights)
     merged = merged or merge_planes(planes, pairs)
     scaled = (points * (2 / box_warp)).contiguous()
     weights = weights._replace(w0=weights.w0 / merged.count)  # the mean over planes
@@ -182,22 +184,13 @@ def _check(planes: torch.Tensor, points: torch.Tensor, weights: DecoderWeights) 
         )
 
 
-def _axes_of(pairs: Pairs, like: torch.Tensor) -> torch.Tensor:
-    """A basis [K, 3, 3] whose `projection_axes` are `pairs`."""
-    order = [(width, height, 3 - width - height) for width, height in pairs]
-    return torch.eye(3, dtype=like.dtype, device=like.device)[torch.tensor(order, device=like.device)]
-
-
-def _decode_torch(
-    sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, w0: torch.Tensor, b0: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode_torch(sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`triplane_decode` of merged planes [N, K', H, W, C] at points [N, P, 3] in plane units; the mean over planes is in w0."""
-    tensors = (sums, points, w0, b0, w1, b1)
-    if points.device.type != "cpu" or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1)
-    parts = [_decode_torch_chunk(sums, pairs, part, w0, b0, w1, b1) for part in points.split(_POINT_CHUNK, dim=1)]
-    features, sigma = zip(*parts, strict=True)
-    return torch.cat(features, dim=1), torch.cat(sigma, dim=1)
+    if points.device.type != "cpu" or (torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))):
+        return _decode_torch_chunk(sums, pairs, points, *weights)
+    parts = [_decode_torch_chunk(sums, pairs, part, *weights) for part in points.split(_POINT_CHUNK, dim=1)]
+    features, sigma = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return features, sigma
 
 
 def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:

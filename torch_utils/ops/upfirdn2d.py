@@ -96,10 +96,8 @@ def upfirdn2d(
             )
     applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
     chosen = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
-    if chosen == "ref":
-        return upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
-    if chosen == "torch":
-        return _upfirdn2d_torch(x, f, up, down, padding, flip_filter, gain)
+    if chosen != "compiled":
+        return (upfirdn2d_ref if chosen == "ref" else _upfirdn2d_torch)(x, f, up, down, padding, flip_filter, gain)
     return torch.ops.eg3d_rlhf.upfirdn2d(dense(x), f.to(x.dtype).contiguous(), up, down, padding, flip_filter, float(gain))
 
 

@@ -48,11 +48,6 @@ def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
     return w.detach().flatten(2).unflatten(1, (-1, _LANES)).permute(1, 0, 3, 2).contiguous()
 
 
-def _sums(y: torch.Tensor) -> torch.Tensor:
-    flat = y.flatten(2)
-    return torch.stack([flat.sum(dim=2, dtype=torch.float64), flat.double().square().sum(dim=2)], dim=2)
-
-
 def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """`out`, checked, or new memory."""
     if out is None:
@@ -64,7 +59,8 @@ def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
 
 def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     y = y if out is None else out.copy_(y)
-    return y, _sums(y)
+    flat = y.flatten(2)
+    return y, torch.stack([flat.sum(dim=2, dtype=torch.float64), flat.double().square().sum(dim=2)], dim=2)
 
 
 def volume_conv(
