@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.model import RewardArch, RewardModel
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.sigma.spec import SlabSpec

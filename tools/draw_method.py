@@ -19,7 +19,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import GroupedCommand, naming, option
 from eg3d_rlhf.field import Field
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.reward import load_reward

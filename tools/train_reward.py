@@ -20,10 +20,9 @@ from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.reward.networks import preset as find_preset
 from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
-from eg3d_rlhf.reward.train import StoppedError, TrainOptions, default_options, with_changes
+from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes
 from training.distributed import process_group
 
-POSITIVE = click.IntRange(min=1)
 BY_PRESET = "by preset"
 STORE = "Labels of a store"
 
@@ -54,22 +53,14 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--network", group="Data", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
-        help="Generator that drew the labelled seeds: a network file or a run folder.")
 @option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=BUNDLED_LABELS, show_default="the bundled labels",
         help="Labels, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
 @option("--observation", group="Data", metavar="KIND", default="sigma", help="What the reward reads of a shape; sigma is the density slab.")
-@option("--resolution", group="Data", metavar="POINTS", type=click.IntRange(16, 512), default=None,
-        show_default="of a slab, 48 for heads, 256 for paper, else 64", help="Of the observation: grid points per axis, before the crop.")
 @option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
         show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
-@option("--psi", group="Data", metavar="FLOAT", type=click.FloatRange(0, 2), default=None, show_default="the labels', else 1",
-        help="Truncation of the labelled shapes.")
-@option("--cutoff", group="Data", metavar="LAYERS", type=click.IntRange(min=0), default=14, help="Layers that truncation reaches.")
 @option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator.")
 @option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
         help="Shares of the labels per split.")
-@option("--split-seed", group="Data", metavar="INT", type=click.IntRange(min=0), default=0, help="Which labels are held out.")
 @option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign.")
 @option("--annotator", "annotators", group=STORE, metavar="NAME", multiple=True, help="Annotator; may be given several times.",
         show_default="all")
@@ -81,9 +72,7 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
         help="Received from then on: ISO 8601, or seconds since 1970.")
 @option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
         help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma.")
-@option("--members", group="Network", metavar="INT", type=POSITIVE, default=1,
-        help="Train so many networks from different seeds and average their scores.")
-@options_of(TrainOptions, everywhere=BY_PRESET)
+@options_of(RewardRun, everywhere=BY_PRESET)
 @option("--cosine/--no-cosine", group="Training", default=None, show_default=BY_PRESET, help="Let the learning rate fall to 0.")
 @option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
         help="Augment what is read at random: slabs are flipped left-right.")
@@ -91,7 +80,6 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
         show_default="runs/reward-<labels>-<preset>-s<seed>", help="Folder to write.")
 @option("--cache", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=None,
         show_default="RAM alone", help="Keep what is drawn here between runs.")
-@option("--slab-batch", group="Run", metavar="INT", type=POSITIVE, default=16, help="Shapes drawn at once.")
 @option("--resume", group="Run", is_flag=True, help="Continue the run in --out.")
 @option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute.")
 @option("--timeout", group="Run", metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,

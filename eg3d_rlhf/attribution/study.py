@@ -28,7 +28,7 @@ from eg3d_rlhf.attribution.shapley import METHODS, Attribution, CoalitionValues,
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.canonical_depth import depth_maps
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 BOXES, LANDMARKS, HEAD = "boxes", "landmarks", "head"

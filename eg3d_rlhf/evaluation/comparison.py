@@ -16,6 +16,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash, naming
 from eg3d_rlhf.field import Field
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
+from eg3d_rlhf.observations import Observation
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
 from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.run.run import OPTIONS, recorded
@@ -150,11 +151,11 @@ class Comparison:
             rewards = {self.reward_hash: self.reward} | ({} if self.held_out is None else {self.held_out_hash: self.held_out})
             found: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
             for field in self.fields(generator, seeds, psi):
-                seen: dict[str, torch.Tensor] = {}  # what both rewards read is observed once
+                seen: dict[Observation, torch.Tensor] = {}  # what both rewards read is observed once
                 for digest, reward in rewards.items():
-                    kind = reward.observation.digest()
+                    kind = reward.observation
                     if kind not in seen:
-                        seen[kind] = reward.observation.observe(field)
+                        seen[kind] = kind.observe(field)
                     found[digest].append(reward.score_observed(seen[kind]).cpu())
             self.memory.update({(digest, *case): torch.cat(parts) for digest, parts in found.items()})
         return self.memory[asked]

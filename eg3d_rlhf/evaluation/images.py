@@ -26,7 +26,7 @@ from eg3d_rlhf.metrics.resampling import (
     kernel_interval,
 )
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file
 from eg3d_rlhf.seeds import IMAGES

@@ -1,16 +1,15 @@
-"""What rewards read of a field, and the registry of its kinds.
+"""What rewards read of a field, the registry of its kinds, and ours: the σ slab of arXiv 2606.27305. Plugins bring others, see
+docs/extending.md.
 
-An observation is one file of this folder, or a plugin's (see docs/extending.md). A reward's file stores it and owns it: nobody else decides
-what the reward is shown. Which networks read a kind is said in `eg3d_rlhf.reward.networks`.
+A reward's file stores its observation and owns it: nobody else decides what the reward is shown. Which networks read a kind is said in
+`eg3d_rlhf.reward.networks`.
 
-Letters: N shapes; [N, ...] is what is observed of them.
+Letters: N shapes; [N, ...] is what is observed of them; D, H, W = grid points along z, y, x.
 """
 
 import abc
 import dataclasses
-import hashlib
 import inspect
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -19,6 +18,8 @@ import torch
 
 from eg3d_rlhf.field import Field
 from eg3d_rlhf.plugins import load_plugins
+from eg3d_rlhf.sigma.slab import normalise_slab
+from eg3d_rlhf.sigma.spec import SlabSpec
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
@@ -65,14 +66,8 @@ class Observation(abc.ABC):
         except TypeError as error:
             raise ValueError(f"observation {cls.kind}: expected its own fields, got: {error}. Is the file from a later version?") from error
 
-    def digest(self) -> str:
-        """Hex SHA-256 of the canonical JSON: equal across processes and machines for equal observations."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
 
 OBSERVATIONS: dict[str, type[Observation]] = {}
-
-
 Kind = TypeVar("Kind", bound=type[Observation])
 
 
@@ -112,4 +107,49 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
     return cls.of(generator, **given)
 
 
-from eg3d_rlhf.observations import sigma_slab as sigma_slab  # noqa: E402 (registers it)
+@register
+@dataclasses.dataclass(frozen=True)
+class SigmaSlab(Observation):
+    """Slabs [N, 1, D, H, W] in [0, value_max] at the points of `spec`: raw density on a box of grid points, each shape on its own scale."""
+
+    spec: SlabSpec = SlabSpec()
+    kind: ClassVar[str] = "sigma"
+
+    @classmethod
+    def of(  # type: ignore[override]  # its keywords are its own
+        cls, generator: "Generator", *, resolution: int = 64, crop: tuple[float, float, float, float, float, float] | None = None
+    ) -> Self:
+        """Args: resolution: grid points per axis of the whole cube; crop: shares trimmed from each face (x, x, y, y, z, z), the paper's.
+
+        64 points and the paper's crop leave a slab of 33 x 36 x 32.
+        """
+        return cls(SlabSpec.of(generator.bounds, resolution, crop=SlabSpec.crop if crop is None else tuple(crop)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(1, D, H, W)."""
+        return (1, *self.spec.shape)
+
+    def observe(self, field: Field) -> torch.Tensor:
+        """See `Observation`. A constant slab gives zeros with zero gradient."""
+        return normalise_slab(field.density_grid(self.spec), self.spec.value_max).unsqueeze(1)
+
+    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Left and right are exchanged with probability one half."""
+        mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
+        return torch.where(mirrored[:, None, None, None, None], observed.flip(-1), observed)
+
+    def misfits(self, generator: "Generator") -> list[str]:
+        """The scene cube must be the generator's."""
+        bounds = generator.bounds
+        pairs = (("box_warp", self.spec.box_warp, bounds.side), ("centre", self.spec.centre, bounds.centre))
+        return [f"{name} {mine}, got {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Observation`."""
+        return {"kind": self.kind, **self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """See `Observation`."""
+        return cls(SlabSpec.from_dict(values))

@@ -27,21 +27,24 @@ from eg3d_rlhf.preferences.annotator import (
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.seeds import refuse_held_out
 from eg3d_rlhf.sigma.spec import SlabSpec
+from training.config import knob
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationOptions:
     """What is sampled and how noisy the judgement is."""
 
-    pairs: int = 2000  # P; 2 P seeds are used, each in one pair
-    first_seed: int = 0  # seeds are first_seed .. first_seed + 2 P - 1
-    psi: float = 1.0  # truncation
-    cutoff: int = 14  # ws that truncation reaches
-    resolution: int = 64  # samples per edge of the judged cube
-    flip_rate: float = 0.10  # expected share of labels against the noise-free order, [0, 0.5)
-    calibrate: int = 0  # cubes to calibrate the annotator on (the first seeds); 0 keeps its fixed calibration
-    seed: int = 0  # of the pairing and the label noise
-    batch: int = 16  # latents synthesised at once
+    pairs: int = knob(2000, "Pairs; a seed is used once.", "Samples", low=1)  # P
+    first_seed: int = knob(0, "First of the 2 * pairs seeds.", "Samples", low=0)
+    psi: float = knob(1.0, "Truncation.", "Samples", low=0)
+    cutoff: int = knob(14, "ws that truncation reaches.", "Samples", low=0)
+    resolution: int = knob(64, "Edge of the judged cube.", "Judgement", metavar="VOXELS", low=16, high=256)
+    flip_rate: float = knob(0.10, "Expected share of labels against the noise-free order.", "Judgement", metavar="0..0.5", low=0, below=0.5)
+    calibrate: int = knob(
+        0, "Calibrate the annotator on so many of the seeds; 0 keeps its fixed calibration.", "Judgement", metavar="CUBES", low=0
+    )
+    seed: int = knob(0, "Seed of pairing and noise.", "Judgement", low=0)
+    batch: int = knob(16, "Latents synthesised at once.", "General", low=1)
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.first_seed < 0 or self.batch < 1 or self.resolution < 16:

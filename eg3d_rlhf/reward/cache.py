@@ -81,22 +81,16 @@ class ObservationCache:
             drawn.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))
             if on_drawn:
                 on_drawn(len(part))
-        if ranks.world > 1 and missing:
-            drawn = self._exchanged(missing, drawn, ranks)
+        if ranks.world > 1 and missing:  # each was drawn on one rank; where none was drawn here, one is, for its shape
+            shape = next(iter(drawn.values())).shape if drawn else self._source(missing[:1]).shape[1:]
+            nothing = torch.zeros(shape, dtype=torch.float16)
+            for start in range(0, len(missing), 64):
+                part = missing[start : start + 64]
+                rows = torch.stack([drawn.get(seed, nothing) for seed in part])
+                ranks.sum_(rows, "exchange observations")
+                drawn.update(zip(part, rows, strict=True))
         self._kept.update((seed, drawn[seed]) for seed in missing)
         return len(missing)
-
-    def _exchanged(self, seeds: Sequence[int], drawn: dict[int, torch.Tensor], ranks: Ranks) -> dict[int, torch.Tensor]:
-        """Those of all seeds, each of which one rank has drawn."""
-        shape = next(iter(drawn.values())).shape if drawn else self._source(seeds[:1]).shape[1:]  # nothing drawn here: one, for its shape
-        found: dict[int, torch.Tensor] = {}
-        nothing = torch.zeros(shape, dtype=torch.float16)
-        for start in range(0, len(seeds), 64):
-            part = seeds[start : start + 64]
-            rows = torch.stack([drawn.get(seed, nothing) for seed in part])
-            ranks.sum_(rows, "exchange observations")
-            found.update(zip(part, rows, strict=True))
-        return found
 
     def take(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> torch.Tensor:
         """Observations of seeds that `fill` has drawn, float32 [N, ...]."""

@@ -257,11 +257,10 @@ def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
     return cut.permute(0, 2, 4, 6, 1, 3, 5).reshape(n, patch**3, d // patch, h // patch, w // patch)
 
 
-_BRIEF = LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0)
 PRESETS = {
     "heads": Preset(  # about 0.1 M parameters, the whole bundled head with room in front of it: slabs of 27 x 37 x 38
         network=HEADS.to_dict(),
-        train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True, "weights": _BRIEF},
+        train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True},
         observe={"resolution": 48, "crop": (0.12, 0.12, 0.05, 0.20, 0.20, 0.25)},
     ),
     "paper": Preset(  # 12,686,699 parameters, slabs 129 x 141 x 128

@@ -26,7 +26,7 @@ import torch
 
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.generators import Generator, ws_of_seeds
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.model import PAPER, RewardArch, RewardModel
 from eg3d_rlhf.reward.reward import Reward, check_state, read_state
 from eg3d_rlhf.sigma.spec import LATTICES, SlabSpec
@@ -90,7 +90,14 @@ def import_release(
     source = Path(source)
     file = source / weights if source.is_dir() else source
     state = read_state(file)
-    config = Path(config) if config is not None else find_config(file.parent)
+    names = [name for name in CONFIG_NAMES if (file.parent / name).is_file()]
+    if config is None and not names:
+        found = f"got neither in {file.parent}. Name it with --config."
+        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} beside the weights, {found}")
+    if config is None and len({read_config(file.parent / name) for name in names}) == 2:  # both may be there if they say the same
+        found = f"got two that disagree ({' and '.join(names)}). Name one with --config."
+        raise ValueError(f"import_release: expected one configuration, {found}")
+    config = file.parent / names[0] if config is None else Path(config)
     settings = read_config(config, transform)
     arch = arch_from_state(state, settings)
     model = RewardModel(arch)
@@ -107,22 +114,6 @@ def import_release(
         "config": config.name, "config_sha256": file_hash(config), "transform": transform, "trained_on_lattice": "skewed",
     }
     return Reward(SigmaSlab(spec), model, provenance).eval().requires_grad_(False)
-
-
-def find_config(folder: Path) -> Path:
-    """release_config.yaml or run_config.yaml in a folder; both may be there if they say the same.
-
-    Raises: FileNotFoundError; ValueError when they disagree.
-    """
-    found = [folder / name for name in CONFIG_NAMES if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"import_release: expected {' or '.join(CONFIG_NAMES)} beside the weights, got neither in {folder}. Name it with --config."
-        )
-    if len(found) == 2 and read_config(found[0]) != read_config(found[1]):
-        names = " and ".join(CONFIG_NAMES)
-        raise ValueError(f"import_release: expected one configuration, got two that disagree ({names}). Name one with --config.")
-    return found[0]
 
 
 def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) -> RewardArch:

@@ -20,8 +20,7 @@ from torch import nn
 from eg3d_rlhf import observations
 from eg3d_rlhf.field import Field
 from eg3d_rlhf.generators import Generator
-from eg3d_rlhf.observations import Observation
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import Observation, SigmaSlab
 from eg3d_rlhf.reward.model import PAPER
 from eg3d_rlhf.reward.networks import RewardEnsemble, RewardNetwork, build_network
 from training.networks import state_hash

@@ -1,7 +1,7 @@
 """A whole reward training: labels and a generator in; a stored reward, its test figures and its learning curves out."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
 from eg3d_rlhf.run.run import Run, recorded
 from eg3d_rlhf.seeds import refuse_held_out
+from training.config import knob
 from training.distributed import SINGLE, Ranks, launch_identity, leave
 from training.storage import write_atomic
 
@@ -32,19 +33,24 @@ class RewardRun:
     """What a run reads and where it writes; `train` decides the rest."""
 
     out: Path  # folder for everything written
-    network: Path | None = None  # generator; None = the bundled one
+    network: Path | None = knob(
+        None, "Generator of the labelled seeds: a network file or a run folder.", "Data", metavar="FILE", shown="the bundled generator"
+    )
     labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
     observation: str = "sigma"  # kind of what the reward reads
-    resolution: int | None = None  # of the observation: grid points per axis of the whole cube before the crop, pixels; None = its own
+    resolution: int | None = knob(
+        None, "Of the observation: grid points per axis of the whole cube, before the crop; pixels.", "Data", metavar="POINTS", low=16,
+        high=512, shown="of a slab, 48 for heads, 256 for paper, else 64",
+    )
     crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
-    psi: float | None = None  # truncation of the labelled shapes; None = what the labels state, else 1
-    cutoff: int = 14  # layers that truncation reaches
+    psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1")
+    cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14")
     any_generator: bool = False  # accept labels made with another generator
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
-    split_seed: int = 0  # which labels are held out; apart from train.seed so that runs with several seeds share a test split
+    split_seed: int = knob(0, "Which labels are held out, whatever --seed is.", "Data", low=0, shown="0")
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
-    slab_batch: int = 16  # shapes observed at once
-    members: int = 1  # networks trained apart, from seeds MEMBER_STRIDE apart, whose scores are averaged (RewardEnsemble)
+    slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, shown="16")
+    members: int = knob(1, "Train so many networks from different seeds and average their scores.", "Network", low=1, shown="1")
     resume: bool = False  # continue the state in `out`
     device: str = "cpu"
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -80,7 +86,16 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     labels = read_labels(run.labels, run.out if run.resume else None, ranks)
     refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={run.labels.settings['labels']}")
     generator = load_generator(run.network, run.device)
-    psi = check_origin(labels, generator.hash, run.psi, run.any_generator)
+    named = None if run.any_generator else common_value(labels, "generator")
+    if named is not None and named != generator.hash:
+        raise ValueError(
+            f"labels: expected judgements of generator {generator.hash[:12]}..., got labels of {named[:12]}.... "
+            "Pass the labels' --network, or --any-generator if the seeds mean the same shapes."
+        )
+    stated = common_value(labels, "psi")
+    if run.psi is not None and stated is not None and abs(run.psi - stated) > 1e-6:
+        raise ValueError(f"--psi: expected the labels' own {stated}, got {run.psi}. Leave it out.")
+    psi = next((value for value in (run.psi, stated) if value is not None), 1.0)
     observation = observation_of(run.observation, generator.generator, resolution=run.resolution, crop=run.crop)
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
@@ -136,23 +151,6 @@ def _run_locked(
     record.write("curves.json", collect_curves(states[0].history, states[0].best_epoch, context))
     plot_curves(run.out / "curves.json", run.out / "curves.png")
     return report
-
-
-def check_origin(labels: Sequence[Preference], generator_hash: str, psi: float | None, any_generator: bool) -> float:
-    """Truncation to draw the shapes at, after checking that labels and generator belong together.
-
-    Raises: ValueError when labels name another generator, disagree among themselves, or state another psi than the one asked for.
-    """
-    named = None if any_generator else common_value(labels, "generator")
-    if named is not None and named != generator_hash:
-        raise ValueError(
-            f"labels: expected judgements of generator {generator_hash[:12]}..., got labels of {named[:12]}.... "
-            "Pass the labels' --network, or --any-generator if the seeds mean the same shapes."
-        )
-    stated = common_value(labels, "psi")
-    if psi is not None and stated is not None and abs(psi - stated) > 1e-6:
-        raise ValueError(f"--psi: expected the labels' own {stated}, got {psi}. Leave it out.")
-    return next((value for value in (psi, stated) if value is not None), 1.0)
 
 
 def collect_observations(

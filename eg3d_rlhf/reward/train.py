@@ -18,8 +18,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from eg3d_rlhf.observations import Observation
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import Observation, SigmaSlab
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss
 from eg3d_rlhf.reward.cache import ObservationCache

@@ -6,7 +6,7 @@ Letters: N batch, M reference samples, E embedding; observed [N, ...] is what th
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -20,7 +20,6 @@ from training.gan_phases import Batch
 from training.phases import Loss, Phase
 
 REWARD = "Reward fine-tuning"  # title of its flags
-SHAPINGS = ("none", "standardised", "softplus", "reference")
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
 
 
@@ -90,39 +89,25 @@ class ReferenceWins(Shaping):
         return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
 
 
-def make_shaping(name: str, initial_scores: torch.Tensor, references: torch.Tensor) -> Shaping:
-    """The shaping called `name`; its state comes from the untuned generator's scores [M] and embeddings [M, E].
-
-    Raises: ValueError for an unknown name.
-    """
-    match name:
-        case "none":
-            return Shaping()
-        case "standardised":
-            return Standardised(initial_scores)
-        case "softplus":
-            return NegativeSoftplus()
-        case "reference":
-            return ReferenceWins(references)
-    raise ValueError(f"--reward-shaping: expected one of {', '.join(SHAPINGS)}, got {name!r}.")
+SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], Shaping]] = {  # from the untuned generator's scores [M], embeddings [M, E]
+    "none": lambda scores, embeddings: Shaping(),
+    "standardised": lambda scores, embeddings: Standardised(scores),
+    "softplus": lambda scores, embeddings: NegativeSoftplus(),
+    "reference": lambda scores, embeddings: ReferenceWins(embeddings),
+}
 
 
-def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
+def clip_bounds(spec: str, initial_shaped: torch.Tensor | None = None) -> tuple[float, float]:
     """Bounds of the trust region.
 
     Args:
         spec: 'LOW,HIGH', 'none', or 'iqr': the quartiles of the untuned generator's shaped rewards, widened by 1.5 interquartile ranges.
-        initial_shaped: [M].
+        initial_shaped: [M]; None: not known yet, so that 'iqr' is infinite.
     Raises: ValueError for anything else.
     """
-    if spec == "iqr":
+    if spec == "iqr" and initial_shaped is not None:
         low, high = torch.quantile(initial_shaped.float(), torch.tensor([0.25, 0.75], device=initial_shaped.device)).tolist()
         return low - 1.5 * (high - low), high + 1.5 * (high - low)
-    return parse_clip(spec)
-
-
-def parse_clip(spec: str) -> tuple[float, float]:
-    """'LOW,HIGH' to numbers; infinite for the names that `clip_bounds` resolves later."""
     if spec in ("none", "iqr"):
         return -float("inf"), float("inf")
     try:
@@ -142,14 +127,14 @@ class RewardConfig:
     lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
     lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0)
     reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
-    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
+    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=tuple(SHAPINGS))
     anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
     truncation_psi: float = 1.0  # of the samples that are scored
     anchor_psi: float = 0.7  # of the samples that are held to the reference
 
     def __post_init__(self):
         check_knobs(self)
-        parse_clip(self.reward_clip)
+        clip_bounds(self.reward_clip)
 
 
 class RewardPhaseState(torch.nn.Module):
@@ -192,7 +177,7 @@ class RewardTerms:
             seen.append(self.reward.observation.observe(reference.field(ws)))
         embeddings = torch.cat([network.embed(s) for s in seen])
         self.initial_scores = torch.cat([network.score(s) for s in seen])
-        shaping = make_shaping(self.config.reward_shaping, self.initial_scores, embeddings).to(device)
+        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings).to(device)
         shaped = torch.cat([shaping(network, s, torch.arange(len(s), device=device))[0] for s in seen])
         return shaping, clip_bounds(self.config.reward_clip, shaped)
 

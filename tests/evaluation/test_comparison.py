@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison, newest_control, snapshots
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.reward import Reward, load_reward
 from eg3d_rlhf.run.run import OPTIONS
 from tests.evaluation import comparisons

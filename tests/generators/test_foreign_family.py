@@ -19,7 +19,7 @@ from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preparation import prepare
 from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.media.rendering import camera
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.model import RewardArch, RewardModel
 from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec

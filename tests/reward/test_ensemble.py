@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.model import HEADS, RewardModel
 from eg3d_rlhf.reward.networks import RewardEnsemble
 from eg3d_rlhf.reward.reward import Reward, load_reward

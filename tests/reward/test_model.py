@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward import model as networks_of_slabs
 from eg3d_rlhf.reward.model import RewardArch, RewardModel, slice_max_feature, slice_windows
 from eg3d_rlhf.reward.reward import Reward, check_state, load_reward

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.cache import observe_seeds
 from eg3d_rlhf.reward.model import PAPER, RewardModel
 from eg3d_rlhf.reward.release import EXAMPLE_ARCH, ReleaseConfig, compare_lattices, import_release, read_config, resolve, write_example

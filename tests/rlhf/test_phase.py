@@ -11,7 +11,7 @@ import train
 from eg3d_rlhf import bundled, experiment
 from eg3d_rlhf import settings as gan_settings
 from eg3d_rlhf.generators import latents, load_generator, of
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.rlhf.phase import RewardConfig, RewardTerms
 from eg3d_rlhf.run.run import Run

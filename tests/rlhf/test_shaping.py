@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.rlhf.phase import SHAPINGS, ReferenceWins, clip_bounds, density_l1, front_growth, make_shaping, parse_clip
+from eg3d_rlhf.rlhf.phase import SHAPINGS, ReferenceWins, RewardConfig, clip_bounds, density_l1, front_growth
 
 
 class LinearReward:
@@ -32,7 +32,7 @@ def slabs(*means: float) -> torch.Tensor:
 
 def shape(name: str, initial: list[float], *means: float) -> list[float]:
     scores = torch.tensor(initial)
-    shaping = make_shaping(name, scores, torch.stack([scores, torch.ones_like(scores)], dim=1))
+    shaping = SHAPINGS[name](scores, torch.stack([scores, torch.ones_like(scores)], dim=1))
     shaped, score = shaping(LinearReward(), slabs(*means), torch.arange(len(means)))
     assert score.tolist() == pytest.approx(list(means))
     return shaped.tolist()
@@ -61,7 +61,7 @@ def test_softplus_saturates_above_and_is_linear_below():
     got = shape("softplus", [0.0, 1.0], -20.0, 0.0, 0.5, 20.0)
     assert got == pytest.approx([-40.0, -math.log(2), -math.log1p(math.exp(-1)), 0.0], abs=1e-6)
     x = slabs(-30.0, 30.0).requires_grad_()
-    make_shaping("softplus", torch.zeros(2), torch.zeros(2, 2))(LinearReward(), x, torch.arange(2))[0].sum().backward()
+    SHAPINGS["softplus"](torch.zeros(2), torch.zeros(2, 2))(LinearReward(), x, torch.arange(2))[0].sum().backward()
     assert x.grad.flatten(1).sum(dim=1).tolist() == pytest.approx([2.0, 0.0], abs=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_reference_wins_is_the_mean_win_probability_over_cyclic_references():
 
 def test_reference_wins_has_a_gradient_in_the_slab():
     x = slabs(0.3).requires_grad_()
-    shaped, _ = make_shaping("reference", torch.zeros(2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]))(LinearReward(), x, torch.arange(1))
+    shaped, _ = SHAPINGS["reference"](torch.zeros(2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]))(LinearReward(), x, torch.arange(1))
     shaped.sum().backward()
     expected = np.mean([p * (1 - p) for p in (1 / (1 + math.exp(r - 0.3)) for r in (0, 1, 0, 1))])
     assert float(x.grad.sum()) == pytest.approx(expected, rel=1e-5)
@@ -89,8 +89,8 @@ def test_reference_wins_has_a_gradient_in_the_slab():
 
 def test_unknown_shaping():
     with pytest.raises(ValueError, match="--reward-shaping: expected one of none, standardised, softplus, reference, got 'cubic'"):
-        make_shaping("cubic", torch.zeros(2), torch.zeros(2, 2))
-    assert SHAPINGS == ("none", "standardised", "softplus", "reference")
+        RewardConfig(reward_shaping="cubic")
+    assert tuple(SHAPINGS) == ("none", "standardised", "softplus", "reference")
 
 
 def test_clip_bounds():
@@ -107,7 +107,7 @@ def test_clip_bounds():
 @pytest.mark.parametrize("spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan"])
 def test_clip_mistakes(spec):
     with pytest.raises(ValueError, match="--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
-        parse_clip(spec)
+        clip_bounds(spec)
 
 
 def test_density_l1_is_the_mean_absolute_difference():

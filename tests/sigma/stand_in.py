@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from eg3d_rlhf.generators.eg3d import PlaneField
-from eg3d_rlhf.observations.sigma_slab import SigmaSlab
+from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.sigma.slab import DecoderWeights
 from training.rendering.renderer import generate_planes
 

@@ -37,7 +37,8 @@ def free_port() -> int:
 
 def start(code: str, *flags: str, world: int = 2, repo: Path = Path(train.__file__).parent) -> list[subprocess.Popen]:
     """The processes that torchrun would start, without its own."""
-    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = {**os.environ, "PYTHONPATH": f"{repo}:{repo / 'tools'}", "OMP_NUM_THREADS": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(world)} for i in range(world)]
     return [subprocess.Popen([sys.executable, "-c", code, *flags], env={**env, **rank}, **pipes) for rank in ranks]
