@@ -30,19 +30,6 @@ from eg3d_rlhf.reports.page import write_page
 from training.storage import write_atomic
 
 
-def print_table(parts, findings, page: Path) -> None:
-    """Mean value per region, the first sentence of every part, and where the page is."""
-    data = findings["shapley"].data
-    click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
-    for name, mean in sorted(zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]):
-        click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
-    total = data["difference"]
-    click.echo(f"{'sum':<18} {total['mean']:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
-    click.echo("\n".join(running.first_sentences(parts, findings)))
-    turned = f", data/{PAGE}" if "surface" in findings else ""
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/{turned}")
-
-
 def introduction(study: Study) -> str:
     """What is attributed, in a paragraph."""
     c = study.c
@@ -110,7 +97,14 @@ def main(out, fresh, dry_run, device, regions, landmarks, method, permutations, 
     words = summary(findings)
     write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
     page = write_page(out / "index.html", report.TITLE, introduction(study), parts, findings, words, viewer(out))
-    print_table(parts, findings, page)
+    data = findings["shapley"].data
+    click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
+    for name, mean in sorted(zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]):
+        click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
+    total, turned = data["difference"]["mean"], f", data/{PAGE}" if "surface" in findings else ""
+    click.echo(f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
+    click.echo("\n".join(running.first_sentences(parts, findings)))
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/{turned}")
 
 
 if __name__ == "__main__":

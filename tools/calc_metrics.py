@@ -52,10 +52,7 @@ BUNDLED_DATA = "synthetic:heads64"
 @option("--verbose", metavar="BOOL", type=bool, default=True, help="Show progress.")
 @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where generator and features run.")
 @option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def main(
-    network: Path | None, data: str | None, mirror: bool | None, inception: Path | None, metrics: str, n: int | None, seed: int, batch: int,
-    outdir: Path | None, verbose: bool, device: str, dry_run: bool,
-) -> None:
+def main(network, data, mirror, inception, metrics, n, seed, batch, outdir, verbose, device, dry_run) -> None:
     options = MetricOptions(metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch)
     target = choose_device(device)
     with naming("--network"):

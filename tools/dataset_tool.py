@@ -30,11 +30,6 @@ from training.dataset_files import ImageFiles
 from training.synthetic_heads import resolve_dataset
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @click.command(cls=GroupedCommand, help=__doc__)
 @option("--source", metavar="PATH|NAME", required=True, help="Folder (searched recursively), zip, or synthetic:heads<R>@n=...")
 @option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Zip to write, or a new or empty folder.")
@@ -49,10 +44,7 @@ def cores() -> int:
         help="Processes; no effect on the result.")
 @option("--overwrite", is_flag=True, help="Replace a zip that exists.")
 @option("--dry-run", is_flag=True, help="Check the source's list and the settings, print them as JSON and stop.")
-def main(
-    source: str, dest: Path, max_images: int | None, transform: str | None, resolution: str | None, mirror: bool, labels: str,
-    workers: int | None, overwrite: bool, dry_run: bool,
-) -> None:
+def main(source, dest, max_images, transform, resolution, mirror, labels, workers, overwrite, dry_run) -> None:
     sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and sides is None:
         raise ValueError(f"--resolution: expected WxH such as 512x512, got {resolution!r}. Correct it.")
@@ -61,7 +53,8 @@ def main(
     with naming("--source"):
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
-    count, workers = min(count, max_images or count), workers or cores()
+    count = min(count, max_images or count)
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if dry_run:
         click.echo(json.dumps({"source": str(path), "dest": str(dest), "images": count, "workers": workers, **asdict(options)}, indent=1))
         return

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.rendering import FFHQ_FOV, camera, cameras_of, conditioned_ws, png, render, tile
-from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags
+from eg3d_rlhf.media.rendering import FFHQ_FOV, StageBar, camera, cameras_of, conditioned_ws, parse_seeds, png, render, sampling_flags, tile
 from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix
 from training.storage import write_atomic
 

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.field import RenderOptions
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.rendering import CAMERAS, MODES, cameras_of
-from eg3d_rlhf.media.sampling import StageBar, parse_seeds, sampling_flags
+from eg3d_rlhf.media.rendering import CAMERAS, MODES, StageBar, cameras_of, parse_seeds, sampling_flags
 from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4
 from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.sampling import parse_seeds
+from eg3d_rlhf.media.rendering import parse_seeds
 from eg3d_rlhf.reward.release import WEIGHTS, compare_lattices, import_release, write_example
 from eg3d_rlhf.reward.reward import check_reward
 from eg3d_rlhf.sigma.spec import LATTICES

@@ -5,12 +5,9 @@ Example:
     python tools/label.py --network=runs/00001-x --pairs=1000
 """
 
-import sys
-from pathlib import Path
+import _repository  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.label.commands import main  # noqa: E402
+from eg3d_rlhf.label.commands import main
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,9 @@ Example:
     python tools/study.py --a=before --b=after --n=300 --annotators=6
 """
 
-import sys
-from pathlib import Path
+import _repository  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.study.commands import main  # noqa: E402
+from eg3d_rlhf.study.commands import main
 
 if __name__ == "__main__":
     main()

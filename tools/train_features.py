@@ -16,23 +16,8 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, option
 from eg3d_rlhf.metrics.feature_training import FeatureTraining, adequacy, factors, read_images, train_features
-from eg3d_rlhf.metrics.features import DEFAULT_ASSET, HeadFactorFeatures, load_features
+from eg3d_rlhf.metrics.features import DEFAULT_ASSET, load_features
 from training.synthetic_heads import load_truth, resolve_dataset
-
-
-def _train(data: str, options: FeatureTraining) -> HeadFactorFeatures:
-    path = resolve_dataset(data)
-    images, targets = read_images(path), factors(load_truth(path))
-    with tqdm(unit="step", desc="features") as bar:
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            bar.total = steps
-            bar.update(step - bar.n)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-        network = train_features(images, targets, options, on_step)
-    network.record["data"] = data
-    return network
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -53,7 +38,17 @@ def main(out: Path, data: str, check_data: str, epochs: int, seed: int, check_on
     if check_only:
         network = load_features(out)
     else:
-        network = _train(data, options)
+        path = resolve_dataset(data)
+        images, targets = read_images(path), factors(load_truth(path))
+        with tqdm(unit="step", desc="features") as bar:
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                bar.total = steps
+                bar.update(step - bar.n)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+            network = train_features(images, targets, options, on_step)
+        network.record["data"] = data
         network.save(out)
         variance = network.record["explained_variance"]
         click.echo(f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to {out}")

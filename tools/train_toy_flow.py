@@ -6,25 +6,19 @@ Example:
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import _repository  # noqa: F401
 import click
+import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
-
-# isort: split
-import torch  # noqa: E402
-
-from eg3d_rlhf.cli import GroupedCommand, option  # noqa: E402
-from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, describe, save_network, train_base  # noqa: E402
-from eg3d_rlhf.flow.toy.judges import RewardTraining, train_reward  # noqa: E402
-from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, describe, save_network, train_base
+from eg3d_rlhf.flow.toy.judges import RewardTraining, train_reward
+from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS
 
 PARTS = (STRUCTURE, VOXELS, "reward")
 

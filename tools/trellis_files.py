@@ -5,12 +5,9 @@ Example:
     python tools/trellis_files.py export --pipeline=TRELLIS-text-large --structure=runs/00000-x/structure --out=tuned
 """
 
-import sys
-from pathlib import Path
+import _repository  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eg3d_rlhf.flow.trellis.commands import main  # noqa: E402
+from eg3d_rlhf.flow.trellis.commands import main
 
 if __name__ == "__main__":
     main()

@@ -20,30 +20,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import _repository  # noqa: F401
 import click
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch_utils  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
-
-# isort: split
-import torch  # noqa: E402
-
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option, versions  # noqa: E402
-from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters  # noqa: E402
-from eg3d_rlhf.flow.pairs import PreferencePair  # noqa: E402
-from eg3d_rlhf.flow.reference import AdapterOff  # noqa: E402
-from eg3d_rlhf.flow.sparse import SparseSample  # noqa: E402
-from eg3d_rlhf.flow.stage import FlowStage  # noqa: E402
-from eg3d_rlhf.flow.trellis.blocks import convert_torso  # noqa: E402
-from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig  # noqa: E402  # noqa: E402
-from eg3d_rlhf.flow.trellis.models import return_freed_memory  # noqa: E402
-from eg3d_rlhf.flow.trellis.sparse_conv import BACKENDS, Kernel  # noqa: E402
-from eg3d_rlhf.flow.tuning.update import (
-    TrainConfig,  # noqa: E402
-    Updates,  # noqa: E402
-)
-from training.distributed import SINGLE  # noqa: E402
+from eg3d_rlhf.cli import GroupedCommand, choose_device, option, versions
+from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.reference import AdapterOff
+from eg3d_rlhf.flow.sparse import SparseSample
+from eg3d_rlhf.flow.stage import FlowStage
+from eg3d_rlhf.flow.trellis.blocks import convert_torso
+from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
+from eg3d_rlhf.flow.trellis.models import return_freed_memory
+from eg3d_rlhf.flow.trellis.sparse_conv import BACKENDS, Kernel
+from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
+from training.distributed import SINGLE
 
 STAGES = ("structure", "latent")
 CHANNELS, TOKENS, EMBEDDING = 8, 77, 768  # of a latent; of CLIP's text

@@ -36,7 +36,7 @@ GROUPS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("right cheek", (*range(23, 31), 59, 74, 82)),
     ("chin and jaw", tuple(range(9, 24))),
 )
-CONTOUR, BROWS, EYES = tuple(range(33)), tuple(range(33, 51)), tuple(range(60, 76))
+CONTOUR, BROWS = tuple(range(33)), tuple(range(33, 51))
 _FRONT = 0.45  # world z from which rays look for the surface
 _STEPS = 80  # of the sphere tracing
 _LEAST_POINTS = 16

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.attribution import plots
 from eg3d_rlhf.attribution.cross_checks import BOUND, agreement, rank_correlation
 from eg3d_rlhf.attribution.landmarks import BACKGROUND
 from eg3d_rlhf.attribution.regions import OTHER
 from eg3d_rlhf.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
-from eg3d_rlhf.attribution.surface import by_region, labels_at, picture, region_colour, surface, write_pictures
+from eg3d_rlhf.attribution.surface import SHOWN, YAWS, by_region, labels_at, picture, region_colour, surface, write_pictures
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, span
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
+from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.sigma.mesh import extract_mesh
 
@@ -25,8 +25,7 @@ KINDS = {
     BOXES: "fixed boxes of the slab", LANDMARKS: "boxes about each latent's landmarks", HEAD: "the whole head, divided about its landmarks",
 }
 ROLES = ("before", "after", "reward")
-_DRAWN = 3  # latents in the picture of the regions
-_YAWS = (0.0, 0.6, 1.57)
+_COLOURS = {"Shapley": "#0072B2", "Integrated Gradients": "#D55E00", "occlusion": "#009E73", "noise": "#999999"}
 
 
 def jobs(study: Study) -> list[Job]:
@@ -42,20 +41,20 @@ def jobs(study: Study) -> list[Job]:
     shared = {**base, "method": s.method, "permutations": s.permutations, "gap_bound": s.gap_bound}
     integral = {**shared, "orders": CHECK_ORDERS, "steps": s.steps, "most_steps": s.most_steps}
     head = [
-        Job(key="whole-head", title="The whole head in eight parts", compute=partial(whole_head, study), inputs=shared,
-            plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
+        Job(key="whole-head", title="The whole head in eight parts", compute=lambda folder: shapley(study.of_the_head(), folder),
+            inputs=shared, plots={"regions": plot_regions, "latents": plot_latents}),
     ] if s.regions == LANDMARKS else []
     places = [Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)] * study.reads_slabs
     return [
         Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
         Job(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study), inputs=shared,
-            plots={"regions": plots.plot_regions, "latents": plots.plot_latents}),
+            plots={"regions": plot_regions, "latents": plot_latents}),
         *head,
         Job(key="methods", title="Do other methods agree?", compute=partial(methods, study), inputs=integral,
-            plots={"means": plots.plot_methods, "rank-correlation": plots.plot_agreement}),
+            plots={"means": plot_methods, "rank-correlation": plot_agreement}),
         Job(key="redrawn-reward", title="The same with a reward of random weights", compute=partial(redrawn_reward, study),
             inputs={**shared, "orders": CHECK_ORDERS, "draws": s.draws, "checked": s.checked},
-            plots={"rank-correlation": plots.plot_redrawn}),
+            plots={"rank-correlation": plot_redrawn}),
         *places,
     ]
 
@@ -93,13 +92,13 @@ def _counts(study: Study) -> list[dict]:
 def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") -> dict[str, str]:
     """A partition on the meshes of the first latents: the picture's name by its caption; nothing where no latent has a surface."""
     drawn = []
-    for i, seed in enumerate(study.seeds[:_DRAWN]):
+    for i, seed in enumerate(study.seeds[:SHOWN]):
         try:
             vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec, study.level)
         except ValueError:  # a sample without a surface has nothing to draw on
             continue
         colours = by_region(labels_at(vertices, study.partitions[i], study.spec))
-        drawn.append([picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in _YAWS])
+        drawn.append([picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in YAWS])
     if not drawn:
         return {}
     write_pictures(folder / name, drawn)
@@ -107,14 +106,8 @@ def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") 
     return {f"{where}: front, half turned, side; colours as in the table, grey: outside the slab.": name}
 
 
-def whole_head(study: Study, folder: Path) -> Finding:
-    """Shapley values of the parts of the whole head, most of which lie outside the face's landmarks."""
-    return shapley(study.of_the_head(), folder)
-
-
 def shapley(study: Study, folder: Path) -> Finding:
     """Shapley values per latent and region, their means with intervals, and the efficiency gaps."""
-    del folder
     found, names, c = study.shapley, study.names, study.c
     values = np.stack([a.values for a in found])
     means = [bootstrap_mean_interval(column)._asdict() for column in values.T]
@@ -165,7 +158,6 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
 
 def methods(study: Study, folder: Path) -> Finding:
     """Mean attribution by four methods, completeness of the integral, and rank correlations between methods."""
-    del folder
     found, names, c = study.methods, study.names, study.c
     means = {method: [bootstrap_mean_interval(column)._asdict() for column in values.T] for method, values in found.items()}
     pairs = agreement(found)
@@ -173,11 +165,19 @@ def methods(study: Study, folder: Path) -> Finding:
         {"seed": seed, "region": name, **{method: float(values[n, i]) for method, values in found.items()}}
         for n, seed in enumerate(study.seeds) for i, name in enumerate(names)
     ]
-    ig = [
+    ig: list[dict] = [
         {"seed": seed, "steps": g.steps, "gap": g.gap, "share": g.tried[-1][1], "complete": g.complete, "tried": [list(t) for t in g.tried]}
         for seed, g in zip(study.seeds, study.integrated, strict=True)
     ]
-    says = [_ig_says(study, ig), *_pair_says(pairs)]
+    complete = sum(entry["complete"] for entry in ig)
+    worst, steps = max(entry["share"] for entry in ig), [entry["steps"] for entry in ig]
+    text = (
+        f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete} of {len(ig)} latents (largest gap "
+        f"{worst:.2%}) with {min(steps)} to {max(steps)} steps; the count rose from {study.settings.steps} by itself for "
+        f"{sum(len(entry['tried']) > 1 for entry in ig)}."
+    )
+    text += "" if complete == len(ig) else " The others stay incomplete: raise --most-steps, or read them with that doubt."
+    says = [text, *_pair_says(pairs)]
     says.append(
         "Noise has each region's change shuffled among its voxels: the same amount of change without its shape. A method that agrees with "
         "it as well as with the others measures how much a region changed, not what became of it. Occlusion counts only the last step into "
@@ -185,17 +185,6 @@ def methods(study: Study, folder: Path) -> Finding:
     )
     data = {"names": list(names), "means": means, "agreement": pairs, "integrated": ig}
     return Finding(facts=c.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"), data=data, rows=rows, says=says)
-
-
-def _ig_says(study: Study, ig: list[dict]) -> str:
-    complete = sum(entry["complete"] for entry in ig)
-    worst, steps = max(entry["share"] for entry in ig), [entry["steps"] for entry in ig]
-    more = sum(len(entry["tried"]) > 1 for entry in ig)
-    text = (
-        f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete} of {len(ig)} latents (largest gap "
-        f"{worst:.2%}) with {min(steps)} to {max(steps)} steps; the count rose from {study.settings.steps} by itself for {more}."
-    )
-    return text if complete == len(ig) else text + " The others stay incomplete: raise --most-steps, or read them with that doubt."
 
 
 def _interval(mean: dict) -> str:
@@ -221,7 +210,6 @@ def _pair_says(pairs: list[dict]) -> list[str]:
 
 def redrawn_reward(study: Study, folder: Path) -> Finding:
     """Rank correlation of attributions by the trained reward and by rewards with re-drawn weights."""
-    del folder
     s, c = study.settings, study.c
     count = min(s.checked, len(study.seeds))
     trained = np.stack([a.values for a in study.shapley[:count]])
@@ -258,3 +246,91 @@ def _redrawn_says(data: dict) -> list[str]:
         size = _interval(data["mean_of_sizes"])
         says.append(f"Sizes without signs correlate by {size}: any network reacts more where more changed, so this need not be near zero.")
     return says
+
+
+def _order(means: list[dict]) -> np.ndarray:
+    """Regions by mean, the largest last, since bars are drawn upwards."""
+    return np.argsort([m["mean"] for m in means])
+
+
+def _bar_size(count: int) -> tuple[float, float]:
+    return (6.4, 0.9 + 0.34 * count)
+
+
+def plot_regions(data: dict):
+    """Mean Shapley value per region with its interval."""
+    drawn, axes = style.figure(size=_bar_size(len(data["names"])))
+    order = _order(data["means"])
+    means = [data["means"][i] for i in order]
+    middle = np.array([m["mean"] for m in means])
+    spread = [middle - [m["lo"] for m in means], [m["hi"] for m in means] - middle]
+    colours = [style.colour("after") if v > 0 else style.colour("before") for v in middle]
+    axes.barh([data["names"][i] for i in order], middle, xerr=spread, color=colours, error_kw={"ecolor": "#777777", "elinewidth": 1.2})
+    axes.axvline(0, color=style.colour("noise"), linewidth=1)
+    axes.set(xlabel="mean contribution to the change of the reward", title=f"Shapley values ({data['method']})")
+    return drawn
+
+
+def plot_latents(data: dict):
+    """Every latent's value per region."""
+    drawn, axes = style.figure(size=_bar_size(len(data["names"])))
+    order = _order(data["means"])
+    values = np.asarray(data["values"])
+    offsets = np.linspace(-0.28, 0.28, len(values))
+    for row, region in enumerate(order):
+        error = None if data["errors"] is None else [latent[region] for latent in data["errors"]]
+        axes.errorbar(values[:, region], row + offsets, xerr=error, fmt="o", markersize=3, color=style.colour("before"), elinewidth=0.8)
+    axes.axvline(0, color=style.colour("noise"), linewidth=1)
+    axes.set_yticks(range(len(order)), [data["names"][i] for i in order])
+    axes.set(xlabel="contribution to the change of the reward", title="One point per latent")
+    return drawn
+
+
+def plot_methods(data: dict):
+    """Mean attribution per region by every method."""
+    count = len(data["names"])
+    drawn, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))
+    order = _order(data["means"]["Shapley"])
+    thick = 0.8 / len(data["means"])
+    for k, (method, means) in enumerate(data["means"].items()):
+        places = np.arange(count) + 0.4 - thick * (k + 0.5)
+        axes.barh(places, [means[i]["mean"] for i in order], height=thick, color=_COLOURS.get(method, "#777777"), label=method)
+    axes.axvline(0, color=style.colour("noise"), linewidth=1)
+    axes.set_yticks(range(count), [data["names"][i] for i in order])
+    axes.set(xlabel="mean attribution", title="Four methods")
+    axes.legend(fontsize=7)
+    return drawn
+
+
+def plot_agreement(data: dict):
+    """Mean rank correlation between methods, per latent."""
+    pairs = [p for p in data["agreement"] if p["spearman"]["mean"] is not None]
+    drawn, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
+    for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):
+        means = [p[kind]["mean"] for p in pairs]
+        middle = np.array([m["mean"] for m in means])
+        spread = [middle - [m["lo"] for m in means], [m["hi"] for m in means] - middle]
+        axes.errorbar(middle, np.arange(len(pairs)) + shift, xerr=spread, fmt="o", markersize=4, color=colour, label=kind)
+    axes.axvline(0, color=style.colour("noise"), linewidth=1)
+    axes.set_yticks(range(len(pairs)), [f"{p['first']} / {p['second']}" for p in pairs])
+    axes.set(xlim=(-1.05, 1.05), xlabel="rank correlation, mean over latents", title="Agreement of methods")
+    axes.legend(fontsize=7)
+    return drawn
+
+
+def plot_redrawn(data: dict):
+    """Rank correlation with each reward of random weights, and the mean with its interval."""
+    drawn, axes = style.figure(size=(6.4, 2.2))
+    for row, (key, mean) in enumerate((("by_draw", "mean"), ("sizes", "mean_of_sizes"))):
+        axes.plot(data[key], [row] * len(data[key]), "o", markersize=4, alpha=0.5, color=style.colour("noise"))
+        if data[mean] is not None:
+            m = data[mean]
+            axes.errorbar([m["mean"]], [row + 0.18], xerr=[[m["mean"] - m["lo"]], [m["hi"] - m["mean"]]], fmt="D",
+                          color=style.colour("reward"), label=None if row else "mean, 95 % interval")
+    axes.axvline(0, color=style.colour("noise"), linewidth=1)
+    axes.set_yticks([0, 1], ["with signs", "sizes alone"])
+    axes.set(xlim=(-1.05, 1.05), ylim=(-0.5, 1.6), xlabel="Spearman correlation with the trained reward's attribution, one point per draw",
+             title="Re-drawn weights")
+    if data["mean"] is not None:
+        axes.legend(fontsize=7)
+    return drawn

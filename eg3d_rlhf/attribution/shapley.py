@@ -125,8 +125,7 @@ def exact(value: Value, regions: int) -> np.ndarray:
         raise ValueError(
             f"--method=exact: expected 1 to {MOST_EXACT} regions, got {regions}, for 2^{regions} evaluations. Use --method=antithetic."
         )
-    coalitions = all_coalitions(regions)
-    return exact_from_table(value(coalitions).numpy())
+    return exact_from_table(value(all_coalitions(regions)).numpy())
 
 
 def exact_from_table(table: np.ndarray) -> np.ndarray:
@@ -142,19 +141,21 @@ def exact_from_table(table: np.ndarray) -> np.ndarray:
     return out
 
 
-def permutation(value: Value, regions: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard errors [R] of marginal contributions along `samples` random orders (Castro et al. 2009)."""
-    orders = _orders(regions, samples, seed)
-    return _mean_and_error(marginals(value, orders))
+def sampled(value: Value, regions: int, samples: int, seed: int, antithetic: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard errors [R] of marginal contributions along `samples` random orders (Castro et al. 2009).
 
-
-def antithetic(value: Value, regions: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same from `samples` orders in pairs, each with its reverse (Mitchell et al. 2022, section 4.1); errors from the pairs' means."""
-    if samples % 2:
+    Args: antithetic: orders in pairs, each with its reverse (Mitchell et al. 2022, section 4.1); errors from the pairs' means.
+    """
+    if antithetic and samples % 2:
         raise ValueError(f"--permutations: expected an even number of permutations for antithetic pairs, got {samples}. Add one.")
-    orders = _orders(regions, samples // 2, seed)
-    along = marginals(value, np.concatenate([orders, orders[:, ::-1]]))  # [P, R]
-    return _mean_and_error((along[: len(orders)] + along[len(orders) :]) / 2)
+    count = samples // 2 if antithetic else samples
+    if count < 2:
+        raise ValueError(f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {count}. Errors need a spread.")
+    rng = np.random.default_rng(seed)
+    orders = np.stack([rng.permutation(regions) for _ in range(count)])
+    along = marginals(value, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders)  # [P, R]
+    along = (along[:count] + along[count:]) / 2 if antithetic else along
+    return along.mean(axis=0), along.std(axis=0, ddof=1) / math.sqrt(count)
 
 
 def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
@@ -167,17 +168,6 @@ def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
     return np.take_along_axis(np.diff(values, axis=1), joined, axis=1)
 
 
-def _orders(regions: int, samples: int, seed: int) -> np.ndarray:
-    if samples < 2:
-        raise ValueError(f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {samples}. Errors need a spread.")
-    rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(regions) for _ in range(samples)])
-
-
-def _mean_and_error(along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return along.mean(axis=0), along.std(axis=0, ddof=1) / math.sqrt(len(along))
-
-
 def shapley(value: Value, regions: int, difference: float, method: str = "exact", samples: int = 64, seed: int = 0) -> Attribution:
     """Shapley values by one of METHODS with their efficiency gap.
 
@@ -185,12 +175,10 @@ def shapley(value: Value, regions: int, difference: float, method: str = "exact"
     """
     if method not in METHODS:
         raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}. Choose one of them.")
-    errors = None
     if method == "exact":
-        values = exact(value, regions)
+        values, errors = exact(value, regions), None
     else:
-        sample = permutation if method == "permutation" else antithetic
-        values, errors = sample(value, regions, samples, seed)
+        values, errors = sampled(value, regions, samples, seed, method == "antithetic")
     return Attribution(method=method, values=values, errors=errors, gap=float(values.sum() - difference), difference=difference)
 
 

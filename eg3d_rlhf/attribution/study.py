@@ -11,16 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.attribution.cross_checks import (
-    BOUND,
-    MOST_STEPS,
-    STEPS,
-    IntegratedGradients,
-    integrated_gradients,
-    occlusion,
-    redrawn,
-    shuffled_change,
-)
+from eg3d_rlhf.attribution import cross_checks
 from eg3d_rlhf.attribution.landmarks import back_project, fitted_landmarks, head_partition, landmark_partition, read_landmarks
 from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks, region_shape
 from eg3d_rlhf.attribution.scoring import fast_score
@@ -44,9 +35,9 @@ class Settings:
     regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
     landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
     permutations: int = 64  # of the sampled methods
-    steps: int = STEPS  # of the integral, at first
-    most_steps: int = MOST_STEPS
-    gap_bound: float = BOUND  # largest efficiency gap, as a share of the reward difference
+    steps: int = cross_checks.STEPS  # of the integral, at first
+    most_steps: int = cross_checks.MOST_STEPS
+    gap_bound: float = cross_checks.BOUND  # largest efficiency gap, as a share of the reward difference
     draws: int = 8  # rewards with re-drawn weights
     checked: int = 2  # latents behind that check
 
@@ -182,10 +173,6 @@ class Study:
             self._values[i] = made
         return made
 
-    def _shapley(self, values: CoalitionValues, i: int) -> Attribution:
-        s = self.settings
-        return shapley(values, values.regions, values.difference(), s.method, s.permutations, self.c.seed * 1000 + i)
-
     def _checked(self, values: CoalitionValues, i: int) -> np.ndarray:
         """Shapley values for a comparison: exact where that is cheap, else from CHECK_ORDERS antithetic orders."""
         exactly = 1 << values.regions <= CHECK_ORDERS * values.regions
@@ -195,39 +182,39 @@ class Study:
     @cached_property
     def shapley(self) -> list[Attribution]:
         """Shapley values per latent. Raises: ValueError where an efficiency gap is above the bound."""
-        found = []
+        found, s = [], self.settings
         for i, seed in enumerate(self.seeds):
-            found.append(self._shapley(self.values(i), i))
-            a = found[-1]
+            values = self.values(i)
+            found.append(a := shapley(values, values.regions, values.difference(), s.method, s.permutations, self.c.seed * 1000 + i))
             self.progress(f"seed {seed}: reward difference {a.difference:+.4f}, efficiency gap {a.gap:+.2e} ({a.relative_gap:.1e} of it)")
-        check_gap(found, self.seeds, self.settings.gap_bound)
+        check_gap(found, self.seeds, s.gap_bound)
         return found
 
     @cached_property
-    def integrated(self) -> list[IntegratedGradients]:
+    def integrated(self) -> list[cross_checks.IntegratedGradients]:
         """Integrated Gradients per latent."""
         s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
         return [
-            integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
+            cross_checks.integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
             for x, y, a in zip(before, after, self.shapley, strict=True)
         ]
 
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
         """Attributions [N, R] by method."""
-        regions = len(self.names)
         noisy = []
         for i, partition in enumerate(self.partitions):
-            slab = shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
+            slab = cross_checks.shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
             noisy.append(self._checked(self.values(i, tuned=slab), i))
         integrated = [p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)]
+        occluded = [cross_checks.occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
         return {
             "Shapley": np.stack([a.values for a in self.shapley]), "Integrated Gradients": np.stack(integrated),
-            "occlusion": np.stack([occlusion(self.values(i), regions) for i in range(len(self.seeds))]), "noise": np.stack(noisy),
+            "occlusion": np.stack(occluded), "noise": np.stack(noisy),
         }
 
     def redrawn(self, draw: int) -> np.ndarray:
         """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
-        score = fast_score(redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1))
+        score = fast_score(cross_checks.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1))
         count = min(self.settings.checked, len(self.seeds))
         return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

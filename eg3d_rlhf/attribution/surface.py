@@ -29,7 +29,8 @@ GREY: Colour = (160, 160, 160)
 LOWERS, NEUTRAL, RAISES = (0, 114, 178), (235, 235, 235), (213, 94, 0)
 _SPLATS = 64  # points per face of a picture
 _LIGHT = np.array([0.35, 0.5, 0.8]) / np.linalg.norm([0.35, 0.5, 0.8])
-SHOWN = 3  # latents on the page
+SHOWN = 3  # latents on the page and in pictures
+YAWS = (0.0, 0.6, 1.57)  # radians, of the views in a picture
 PAGE = "surface-attribution.html"
 _SCALE = 0.99  # quantile of |attribution| on a surface that takes the full colour
 
@@ -128,9 +129,11 @@ def surface(study: Study, folder: Path) -> Finding:
             scale = float(np.quantile(np.abs(values), _SCALE))
             layers = _layers(study, i, vertices, values, scale)
             meshes.append(ColouredMesh(name=f"seed {seed}, {role}", vertices=vertices, faces=faces, layers=layers))
-            rows.append({"seed": seed, "mesh": role, "vertices": len(vertices), "full_colour": scale, **_ends(vertices, values)})
+            ends = {"highest": vertices[values.argmax()], "lowest": vertices[values.argmin()]}
+            places = {f"{name} {axis}": round(float(v), 4) for name, vertex in ends.items() for axis, v in zip("xyz", vertex, strict=True)}
+            rows.append({"seed": seed, "mesh": role, "vertices": len(vertices), "full_colour": scale, **places})
             if role == "after":
-                drawn.append([picture(vertices, faces, layers[0].colours, yaw, half=half) for yaw in (0.0, 0.6, 1.57)])
+                drawn.append([picture(vertices, faces, layers[0].colours, yaw, half=half) for yaw in YAWS])
     says = [
         "Orange raises the reward, blue lowers it: the sum of Integrated Gradients over the 3 x 3 x 3 voxels about a vertex. Each mesh has "
         "its own scale (full colour in the table), so colours compare places of a head, not heads.",
@@ -157,13 +160,6 @@ def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scal
         Layer(name="regions", colours=by_region(labels), legend=names),
         Layer(name="shape alone", colours=np.full((len(vertices), 3), 225, dtype=np.uint8), legend=()),
     ]
-
-
-def _ends(vertices: np.ndarray, values: np.ndarray) -> dict:
-    """The vertices with the largest and the smallest attribution."""
-    most, least = int(values.argmax()), int(values.argmin())
-    where = {"highest": most, "lowest": least}
-    return {f"{name} {axis}": round(float(vertices[k, j]), 4) for name, k in where.items() for j, axis in enumerate("xyz")}
 
 
 def _short(value: float) -> str:

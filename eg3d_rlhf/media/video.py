@@ -6,7 +6,7 @@ Letters: K keyframes, T frames, N grid cells, L, W = layers and width of ws.
 import importlib.util
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from eg3d_rlhf.field import OWN, CameraFamily, RenderOptions
 from eg3d_rlhf.media.rendering import MODES, camera, conditioned_ws, render, shade_depth, tile
 
 YAW_RANGE, PITCH_RANGE, PITCH_MEAN = 0.35, 0.25, -0.05  # radians, of EG3D's gen_videos
+_SAME_BYTES = ["-f", "mp4", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"]  # each time
 _WRAPS = 2  # copies of the keyframes before and after, so that the cubic closes smoothly
 
 
@@ -130,6 +131,8 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
     Raises: ValueError for another suffix, no frames, or where imageio-ffmpeg is missing; OSError where ffmpeg fails.
     """
     path = check_mp4(path)
+    import imageio_ffmpeg
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = None
@@ -137,7 +140,11 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
         for frame in frames:
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
             if writer is None:
-                writer = _ffmpeg(temporary, (frame.shape[1], frame.shape[0]), fps, bitrate)
+                writer = imageio_ffmpeg.write_frames(
+                    str(temporary), (frame.shape[1], frame.shape[0]), fps=fps, codec="libx264", bitrate=bitrate, macro_block_size=2,
+                    ffmpeg_log_level="error", output_params=_SAME_BYTES,
+                )
+                writer.send(None)
             try:
                 writer.send(np.ascontiguousarray(frame))
             except OSError as error:
@@ -164,15 +171,3 @@ def check_mp4(path: str | Path) -> Path:
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ValueError("write_mp4: expected the package imageio-ffmpeg, got none. Install it with pip.")
     return path
-
-
-def _ffmpeg(path: Path, size: tuple[int, int], fps: float, bitrate: str) -> Generator[None, np.ndarray | None, None]:
-    """imageio-ffmpeg's writer, ready for frames of `size` (columns, rows)."""
-    import imageio_ffmpeg
-
-    exact = ["-f", "mp4", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"]
-    writer = imageio_ffmpeg.write_frames(
-        str(path), size, fps=fps, codec="libx264", bitrate=bitrate, macro_block_size=2, ffmpeg_log_level="error", output_params=exact
-    )
-    writer.send(None)
-    return writer

@@ -130,12 +130,9 @@ def training_options(network: Path) -> dict:
     return {name: values[name] for name in ("data", "mirror") if name in values}
 
 
-def append_records(folder: Path, records: list[dict]) -> list[Path]:
-    """Add each record as a line of <folder>/metric-<name>.jsonl, EG3D's file names; returns the files."""
-    paths = []
+def append_records(folder: Path, records: list[dict]) -> None:
+    """Add each record as a line of <folder>/metric-<name>.jsonl, EG3D's file names."""
     for record in records:
         path = folder / f"metric-{record['metric']}.jsonl"
         before = path.read_text() if path.is_file() else ""
         write_atomic(path, (before + json.dumps(record) + "\n").encode())
-        paths.append(path)
-    return paths

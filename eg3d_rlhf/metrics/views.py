@@ -142,10 +142,10 @@ def inner_foreground(foreground: Tensor, steps: int = 1) -> Tensor:
     return kept
 
 
-def match_views(views: Views, target: int, source: int, hidden_margin: float) -> Match:
+def match_views(views: Views, target: int, source: int) -> Match:
     """Carry every pixel of view `target` into view `source` through its depth.
 
-    A point counts as hidden, and is left out, when it lies more than `hidden_margin` (world units) *behind* what the source sees there;
+    A point counts as hidden, and is left out, when it lies more than HIDDEN_MARGIN (world units) *behind* what the source sees there;
     a point that floats in front of the source's surface stays in, since the source should have seen it.
     """
     points = views.points[:, target]  # [N, R, R, 3]
@@ -155,7 +155,7 @@ def match_views(views: Views, target: int, source: int, hidden_margin: float) ->
     maps = torch.stack([views.depth[:, source], solid.float()], dim=1)  # [N, 2, R, R]
     seen, inside = sample_map(maps, grid).unbind(dim=1)
     visible = inner_foreground(views.foreground[:, target]) & (inside > 0.999) & (grid.abs() < 1).all(dim=-1)
-    return Match(grid, distance, seen, visible & (distance - seen < hidden_margin))
+    return Match(grid, distance, seen, visible & (distance - seen < HIDDEN_MARGIN))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +180,6 @@ def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Ten
     length = normal.norm(dim=1, keepdim=True)
     known = inner_foreground(foreground) & (length[:, 0] > 1e-12)
     return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), known
-
-
-def _photometric(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
-    warped = sample_map(views.image[:, source], match.grid)
-    return (warped - views.image[:, target]).abs().mean(dim=1), match.visible
-
-
-def _depth(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
-    # capped on the near side too, so that one far floater weighs no more than the largest gap that is not taken for occlusion
-    return (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN) / match.distance.clamp_min(1e-6), match.visible
 
 
 def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
@@ -220,18 +210,19 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
     normal: angle between the normals of the two depth maps at X, both in world axes.
     A latent with almost nothing to match (empty, or all haze below the opacity threshold) gets the worst value of each.
     """
-    matches = [(t, s, match_views(views, t, s, HIDDEN_MARGIN)) for t, s in spec.pairs]
-
-    def measure(error: Callable[[Views, int, int, Match], tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
-        return _mean_over_pairs([error(views, *entry) for entry in matches], worst)
-
-    matched = sum((m.visible.sum(dim=(1, 2)) for _, _, m in matches), torch.tensor(0))
-    foreground = sum((views.foreground[:, t].sum(dim=(1, 2)) for t, _, _ in matches), torch.tensor(0))
+    photometric, depth, normal = [], [], []
+    matched = foreground = torch.tensor(0)
+    for t, s in spec.pairs:
+        match = match_views(views, t, s)
+        photometric.append(((sample_map(views.image[:, s], match.grid) - views.image[:, t]).abs().mean(dim=1), match.visible))
+        gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)  # also near: one far floater weighs no more than an occlusion
+        depth.append((gap / match.distance.clamp_min(1e-6), match.visible))
+        normal.append(_normal(views, t, s, match))
+        matched = matched + match.visible.sum(dim=(1, 2))
+        foreground = foreground + views.foreground[:, t].sum(dim=(1, 2))
     return MultiViewMeasures(
-        photometric=measure(_photometric, WORST_COLOUR),
-        depth=measure(_depth, HIDDEN_MARGIN / spec.cameras.radius),
-        normal=measure(_normal, WORST_NORMAL),
-        covisible=(matched / foreground.clamp_min(1)).double().cpu().numpy(),
+        photometric=_mean_over_pairs(photometric, WORST_COLOUR), depth=_mean_over_pairs(depth, HIDDEN_MARGIN / spec.cameras.radius),
+        normal=_mean_over_pairs(normal, WORST_NORMAL), covisible=(matched / foreground.clamp_min(1)).double().cpu().numpy(),
     )
 
 

@@ -27,25 +27,23 @@ def bricks_along(points: int, size: int = BRICK) -> int:
     return -(-(points + 1) // size)
 
 
-def padded(points: int, size: int = BRICK) -> int:
+def padded(points: int) -> int:
     """Grid points of those bricks, the outside included."""
-    return bricks_along(points, size) * size + 1
+    return bricks_along(points) * BRICK + 1
 
 
-def touched_bricks(layer: np.ndarray, level: float, size: int = BRICK) -> np.ndarray:
+def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
     """Which bricks of a layer [planes, padded Y, padded Z] hold values on both sides of the level, or on it: bool [along y, along z]."""
     band = LEVEL_BAND * max(abs(level), 1.0)
-    low, high = layer.min(axis=0), layer.max(axis=0)
-    for axis in (0, 1):
-        low, high = _pooled(low, axis, size, np.minimum), _pooled(high, axis, size, np.maximum)
-    return (low < level + band) & (high > level - band)
-
-
-def _pooled(values: np.ndarray, axis: int, size: int, extreme: np.ufunc) -> np.ndarray:
-    """The extreme of every brick's points along one axis; the last point of a brick is the first of the next."""
-    starts = np.arange(0, values.shape[axis] - 1, size)
-    inside = extreme.reduceat(np.delete(values, -1, axis), starts, axis=axis)
-    return extreme(inside, values.take(starts + size, axis=axis))
+    found = []
+    for extreme in (np.minimum, np.maximum):
+        values = extreme.reduce(layer, axis=0)
+        for axis in (0, 1):  # the last point of a brick is the first of the next
+            starts = np.arange(0, values.shape[axis] - 1, BRICK)
+            inside = extreme.reduceat(np.delete(values, -1, axis), starts, axis=axis)
+            values = extreme(inside, values.take(starts + BRICK, axis=axis))
+        found.append(values)
+    return (found[0] < level + band) & (found[1] > level - band)
 
 
 class SurfaceBuilder:
@@ -54,12 +52,11 @@ class SurfaceBuilder:
     Args:
         axes: increasing world coordinates x [X], y [Y], z [Z].
         level: raw density of the surface.
-        size: S, cells along a brick's edge in y and z.
     """
 
-    def __init__(self, axes: Sequence[np.ndarray], level: float, size: int = BRICK):
-        self._axes, self._level, self._size = axes, level, size
-        self._sides = tuple(padded(len(axis), size) for axis in axes[1:])  # padded Y, Z
+    def __init__(self, axes: Sequence[np.ndarray], level: float):
+        self._axes, self._level = axes, level
+        self._sides = tuple(padded(len(axis)) for axis in axes[1:])  # padded Y, Z
         self._plane_keys = 3 * self._sides[0] * self._sides[1]
         self._lookup = np.empty(0, dtype=np.int32)  # number of the vertex on each grid edge of a layer, -1 where there is none
         self._border = (np.empty(0, np.int64), np.empty(0, np.int32))  # edges in the shared plane, and their vertices' numbers
@@ -76,7 +73,7 @@ class SurfaceBuilder:
             bricks: bool [bricks along y, bricks along z]; the surface passes through no other.
         Raises: ValueError for NaN or infinity.
         """
-        values, corners = self._crossed(layer, np.argwhere(bricks) * self._size)
+        values, corners = self._crossed(layer, np.argwhere(bricks) * BRICK)
         if len(values) == 0:
             assert len(self._border[0]) == 0, "layers disagree in their shared plane"
             return
@@ -89,7 +86,7 @@ class SurfaceBuilder:
 
     def _crossed(self, layer: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prepared values [B, planes, S + 1, S + 1] and corners [B, 2] of those bricks that the surface passes through."""
-        width = self._size + 1
+        width = BRICK + 1
         if len(corners) == 0:
             return np.empty((0, len(layer), width, width), np.float32), corners
         windows = np.lib.stride_tricks.sliding_window_view(layer, (width, width), axis=(1, 2))  # [planes, y, z, S + 1, S + 1]
@@ -136,12 +133,8 @@ def block_planes(points_per_plane: int) -> int:
 
 
 def extract_mesh_blockwise(
-    sample: Callable[[slice], torch.Tensor | np.ndarray],
-    axes: Sequence[torch.Tensor | np.ndarray],
-    level: float = LEVEL,
-    planes: int | None = None,
-    progress: Progress | None = None,
-    between: Callable[[], tuple[float, float]] | None = None,
+    sample: Callable[[slice], torch.Tensor | np.ndarray], axes: Sequence[torch.Tensor | np.ndarray], level: float = LEVEL,
+    planes: int | None = None, progress: Progress | None = None, between: Callable[[], tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The surface sigma = level, the same as `extract_mesh` gives for the whole volume; closed at the volume's border.
 

@@ -11,9 +11,8 @@ same form on the grid of bricks, with 2 J hidden units. Nothing is guessed: the 
 Letters: X, Y, Z = grid points along x, y, z; P points; J hidden units; S = cells along a brick's edge.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -103,13 +102,17 @@ def extract_field_mesh(grid: FieldGrid, level: float, progress: Progress | None 
         return extract_mesh_blockwise(grid, grid.axes, level, progress=progress, between=lambda: (grid.low, grid.high))
     bounds = bound_bricks(density, level)
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
-    builder = SurfaceBuilder(axes, float(level))
-    with _worker_threads() as pool:
-        sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
-        for number, wanted in enumerate(bounds.undecided):
-            builder.add(number * BRICK, sampler.layer(number, wanted), wanted)
-            if progress is not None:
-                progress("density", min((number + 1) * BRICK, len(axes[0])), len(axes[0]))
+    builder, threads = SurfaceBuilder(axes, float(level)), torch.get_num_threads()
+    torch.set_num_threads(1)  # in each of as many threads: thousands of small operations would spend their time in barriers
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
+            for number, wanted in enumerate(bounds.undecided):
+                builder.add(number * BRICK, sampler.layer(number, wanted), wanted)
+                if progress is not None:
+                    progress("density", min((number + 1) * BRICK, len(axes[0])), len(axes[0]))
+    finally:
+        torch.set_num_threads(threads)
     if not ((bounds.any_below or sampler.low < level) and (bounds.any_above or sampler.high > level)):
         for x in range(grid.resolution):  # no surface but caps was found: which densities are there?
             grid(slice(x, x + 1))
@@ -177,18 +180,6 @@ def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tupl
             torch.maximum(greatest, high.index_select(dim, index), out=greatest)
         low, high = least, greatest
     return low, high
-
-
-@contextlib.contextmanager
-def _worker_threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, each with serial operations: thousands of small ones would spend their time in barriers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(before) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
 
 
 class _LayerSampler:

@@ -93,13 +93,8 @@ def _separable(
 
 
 def sigma_at(
-    planes: torch.Tensor,
-    plane_axes: torch.Tensor,
-    weights: DecoderWeights,
-    points: torch.Tensor,
-    box_warp: float = 1.0,
-    impl: str = "auto",
-    merged: MergedPlanes | None = None,
+    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float = 1.0,
+    impl: str = "auto", merged: MergedPlanes | None = None,
 ) -> torch.Tensor:
     """Raw density at arbitrary points.
 
@@ -111,21 +106,13 @@ def sigma_at(
     ref = implementations.current(impl, "sigma_at") == "ref"
     pairs = None if ref else projection_axes(plane_axes) if merged is None else merged.pairs
     if pairs is None:
-        return _sigma_at_ref(planes, plane_axes, weights, points, box_warp)
+        inputs = (planes, points, *weights)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            return _decode_points(planes, plane_axes, weights, points, box_warp)
+        return torch.cat([_decode_points(planes, plane_axes, weights, part, box_warp) for part in points.split(_POINT_CHUNK)], dim=1)
     both = BothLayers(weights.w0, weights.b0, weights.w_sigma[None], weights.b_sigma[None])
     points = points.expand(len(planes), -1, -1)
     return triplane_decode(planes, pairs if merged is None else plane_axes, points, box_warp, both, impl, merged)[1].squeeze(2)
-
-
-def _sigma_at_ref(
-    planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float
-) -> torch.Tensor:
-    """The slow, obvious form of everything in this file: without gradients in chunks, with gradients all at once."""
-    inputs = (planes, points, *weights)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _decode_points(planes, plane_axes, weights, points, box_warp)
-    parts = [_decode_points(planes, plane_axes, weights, part, box_warp) for part in points.split(_POINT_CHUNK)]
-    return torch.cat(parts, dim=1)
 
 
 def plane_features(planes: torch.Tensor, plane_axes: torch.Tensor, points: torch.Tensor, box_warp: float) -> torch.Tensor:
@@ -140,7 +127,7 @@ def plane_features(planes: torch.Tensor, plane_axes: torch.Tensor, points: torch
 def _decode_points(
     planes: torch.Tensor, plane_axes: torch.Tensor, weights: DecoderWeights, points: torch.Tensor, box_warp: float
 ) -> torch.Tensor:
-    """[N, P] of `_sigma_at_ref`, all points at once."""
+    """[N, P], all points at once: the slow, obvious form of everything in this file."""
     features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
     return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
 

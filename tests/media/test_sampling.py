@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eg3d_rlhf.media.sampling import MOST_SEEDS, parse_seeds
+from eg3d_rlhf.media.rendering import MOST_SEEDS, parse_seeds
 
 
 def test_numbers_and_ranges_in_the_order_given():
