@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, option
-from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, describe, save_network, train_base
+from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, save_network, train_base
 from eg3d_rlhf.flow.toy.judges import RewardTraining, train_reward
 from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS
 
@@ -41,7 +41,7 @@ def make(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
             network, found = train_base(part, training, on_step), {}
     last = losses[-max(len(losses) // 20, 1) :]
     found = {"loss": sum(last) / len(last), **found}
-    path = save_network(part, network, describe(training, **found), out)
+    path = save_network(part, network, {"training": asdict(training), **found}, out)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
     click.echo(f"{part}: {figures}, {time.monotonic() - started:.0f} s, saved to {path}")
 

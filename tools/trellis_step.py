@@ -31,8 +31,8 @@ from eg3d_rlhf.flow.reference import AdapterOff
 from eg3d_rlhf.flow.sparse import SparseSample
 from eg3d_rlhf.flow.stage import FlowStage
 from eg3d_rlhf.flow.trellis.blocks import convert_torso
+from eg3d_rlhf.flow.trellis.files import return_freed_memory
 from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.flow.trellis.models import return_freed_memory
 from eg3d_rlhf.flow.trellis.sparse_conv import BACKENDS, Kernel
 from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
 from training.distributed import SINGLE

@@ -12,7 +12,7 @@ import torch
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import Batch, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage
-from eg3d_rlhf.preferences.losses import AGGREGATIONS, WEIGHT_MODES, aggregate, check_options, preference_loss
+from eg3d_rlhf.preferences.losses import AGGREGATIONS, WEIGHT_MODES, check_options, preference_loss
 from eg3d_rlhf.preferences.losses import KINDS as PREFERENCE_KINDS
 from training.config import check_knobs, knob
 from training.phases import derive_seed
@@ -46,9 +46,6 @@ class DpoConfig:
         check_knobs(self)
         if self.needs_reference:
             check_options("DpoConfig", self.kind, self.beta, self.weight_mode, self.label_smoothing, self.margin)
-        self._refuse_unused()
-
-    def _refuse_unused(self) -> None:
         common = ("label_smoothing", "margin", "clamp")
         unused = {"sft": (*common, "loser_weight", "sft_weight"), "dro": common}
         for name in unused.get(self.kind, ()):
@@ -66,11 +63,6 @@ PRESETS = {  # what public code trains with, in this package's beta
     "flow_grpo": DpoConfig(beta=0.5 * 100),
     "flowdpo": DpoConfig(beta=2.0 * 1000, noise="independent", clamp=100.0),  # beta 2, T 1000
 }
-
-
-def beta_T(beta: float, T: float) -> float:  # noqa: N802 (the paper's letters)
-    """The one number of DpoConfig.beta from a paper's beta and number of steps T, which only ever occur as their product."""
-    return beta * T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,44 +94,30 @@ def draw_pairs(
         )
     if len(cond) != len(pairs):
         raise ValueError(f"draw_pairs(cond): expected tokens for each of {len(pairs)} pairs, got {len(cond)}. Give one row per pair.")
-    x_0 = collate([p.preferred for p in pairs] + [p.rejected for p in pairs])
-    eps = stage.noise(*_noise_of(pairs, config, seed, epoch))
+    latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
+    x_0, seeds = collate(latents), [derive_seed(seed, p.id, epoch, "noise") for p in pairs]
+    others = seeds if config.noise == "shared" else [derive_seed(seed, p.id, epoch, "noise of the rejected") for p in pairs]
+    eps = stage.noise(seeds + others, [x.coords if isinstance(x, SparseSample) else None for x in latents])
     t = torch.cat([stage.path.times(1, _generator(seed, p, epoch, "time")) for p in pairs]).repeat(2).to(device)
     x_0, eps, cond = x_0.to(device), eps.to(device), cond.to(device)
     if config.condition_dropout:
-        cond = _drop(cond, no_cond, [_generator(seed, p, epoch, "condition") for p in pairs], config.condition_dropout)
-    return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=cond.repeat(2, 1, 1), weight=_weights(pairs, device))
+        if no_cond is None:
+            raise ValueError("draw_pairs(no_cond): expected the empty condition's tokens with condition_dropout, got None. Give them.")
+        drawn = torch.stack([torch.rand([], generator=_generator(seed, p, epoch, "condition")) for p in pairs])  # [P]
+        cond = torch.where((drawn < config.condition_dropout).to(cond.device)[:, None, None], no_cond.to(cond), cond)
+    weighed, weight = [p.w2 is not None for p in pairs], None
+    if any(weighed):
+        if not all(weighed):
+            missing = pairs[weighed.index(False)].id
+            raise ValueError(f"draw_pairs: expected w2 on all pairs or on none, got none on {missing}. Weigh the whole set at once.")
+        weight = torch.tensor([p.w2 for p in pairs], device=device)
+        if all(p.provenance.get("w2_norm") == "batch" for p in pairs):  # weigh was asked to leave the mean to the batch
+            weight = weight / weight.mean()
+    return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=cond.repeat(2, 1, 1), weight=weight)
 
 
 def _generator(seed: int, pair: PreferencePair, epoch: int, what: str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, what))
-
-
-def _noise_of(pairs: Sequence[PreferencePair], config: DpoConfig, seed: int, epoch: int) -> tuple[list[int], list]:
-    """Seeds and voxels for FlowStage.noise, 2P each."""
-    latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
-    seeds = [derive_seed(seed, p.id, epoch, "noise") for p in pairs]
-    others = seeds if config.noise == "shared" else [derive_seed(seed, p.id, epoch, "noise of the rejected") for p in pairs]
-    return seeds + others, [x.coords if isinstance(x, SparseSample) else None for x in latents]
-
-
-def _drop(cond: torch.Tensor, no_cond: torch.Tensor | None, generators: list[torch.Generator], share: float) -> torch.Tensor:
-    if no_cond is None:
-        raise ValueError("draw_pairs(no_cond): expected the empty condition's tokens with condition_dropout, got None. Give them.")
-    dropped = torch.stack([torch.rand([], generator=g) < share for g in generators])  # [P]
-    return torch.where(dropped.to(cond.device)[:, None, None], no_cond.to(cond), cond)
-
-
-def _weights(pairs: Sequence[PreferencePair], device: torch.device | str) -> torch.Tensor | None:
-    """w2 of the pairs, [P]; divided by their mean where weights.weigh was asked to leave that to the batch."""
-    have = [p.w2 is not None for p in pairs]
-    if not any(have):
-        return None
-    if not all(have):
-        missing = pairs[have.index(False)].id
-        raise ValueError(f"draw_pairs: expected w2 on all pairs or on none, got none on {missing}. Weigh the whole set at once.")
-    weight = torch.tensor([p.w2 for p in pairs], device=device)
-    return weight / weight.mean() if all(p.provenance.get("w2_norm") == "batch" for p in pairs) else weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +162,6 @@ def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None
         loss = errors.preferred if config.kind == "sft" else errors.preferred - config.loser_weight * errors.rejected
         loss = loss if weight is None else weight * loss
     return loss + config.sft_weight * errors.preferred if config.sft_weight else loss
-
-
-def reduce(losses: torch.Tensor, config: DpoConfig) -> torch.Tensor:
-    """One number of a batch's losses, [P] -> []."""
-    return aggregate(losses, config.aggregation, config.drdpo_beta)
 
 
 def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,18 +1,99 @@
 """Finished assets from conditions and seeds, through all stages; and how often one generator's are preferred to another's.
 
-Shape letters as in stage.py; N assets.
+Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, with guidance on an interval of times:
+
+    x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null where lo <= t <= hi, v_cond elsewhere
+
+Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t).
+Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance on an interval;
+Esser et al. 2024, equation 23, for the mapping.
+
+Shape letters as in sparse.py and stage.py; N assets.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.flow.sampler import sample
-from eg3d_rlhf.flow.sparse import Batch
-from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Pipeline, Voxels, stage_of
+from eg3d_rlhf.flow.sparse import Batch, count, feats_of, with_feats
+from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Pipeline, Sampling, Voxels, stage_of
 from training.phases import derive_seed
+
+
+def times(sampling: Sampling) -> list[float]:
+    """The steps + 1 times from 1 down to 0.
+
+    >>> times(Sampling(steps=2, rescale_t=3.0))
+    [1.0, 0.75, 0.0]
+    """
+    r = sampling.rescale_t
+    return [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1).tolist()]
+
+
+def sample(
+    stage: FlowStage, noise: Batch, cond: torch.Tensor, no_cond: torch.Tensor | None, sampling: Sampling | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Batch:
+    """Latents x_0 from noise, without gradient; the model runs in eval mode and gets its modes back.
+
+    Args:
+        noise: N samples, moved to the device of `cond`; cond: [N, T, E]; no_cond: [N, T, E] or [1, T, E], or None where guidance is off.
+        sampling: None takes the stage's own; on_step: called with 1 after every step, as a progress bar's update.
+    Raises: ValueError for conditions that do not fit, or latents that are not finite.
+    """
+    x = noise
+    for x, _ in trajectory(stage, noise, cond, no_cond, sampling):  # noqa: B007 (the last one is the result)
+        if on_step is not None:
+            on_step(1)
+    if not torch.isfinite(feats_of(x)).all():
+        raise ValueError(
+            f"sample: expected finite latents of stage {stage.name!r}, got NaN or infinite ones. Check its weights and the conditions."
+        )
+    return x
+
+
+def trajectory(
+    stage: FlowStage, noise: Batch, cond: torch.Tensor, no_cond: torch.Tensor | None, sampling: Sampling | None = None
+) -> Iterator[tuple[Batch, Batch]]:
+    """After each step of `sample`: x at the step's end, and the x_0 that its velocity spoke of."""
+    sampling = sampling or stage.sampling
+    if len(cond) != count(noise):
+        raise ValueError(f"sample(cond): expected tokens for each of {count(noise)} samples, got {len(cond)}. Give one row per sample.")
+    w, (low, high) = sampling.cfg_strength, sampling.cfg_interval
+    if w and (no_cond is None or len(no_cond) not in (1, len(cond))):
+        got = "None" if no_cond is None else len(no_cond)
+        raise ValueError(
+            f"sample(no_cond): expected the empty condition's tokens, once or {len(cond)} times, got {got}. Give them, or no cfg_strength."
+        )
+    x, points = noise.to(cond.device), times(sampling)
+    no_cond = no_cond.expand_as(cond) if no_cond is not None and len(no_cond) == 1 else no_cond
+    for t, until in zip(points[:-1], points[1:], strict=True):
+        with torch.no_grad(), evaluating(stage.model):
+            at = torch.full([count(x)], t, device=cond.device)
+            v = stage.model(x, at, cond)
+            if w and low <= t <= high:
+                v = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(stage.model(x, at, no_cond)))
+            estimate = stage.path.data(x, at, v)
+            x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
+        yield x, estimate
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, then every module's own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
 
 Models = Mapping[str, torch.nn.Module]  # by stage name; stages that are not named keep their own
 
@@ -36,14 +117,22 @@ def generate(
         on_batch: called with the number of assets just finished.
     Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
     """
-    start = _first_stage(pipeline, conditions, seeds, models or {}, stages_given or {})
-    *before, last = _stages(pipeline, models)[start:]
-    given = (stages_given or {}).get(pipeline.stages[start].name, [None] * len(seeds))
+    names, stages_given = [stage.name for stage in pipeline.stages], stages_given or {}
+    if len(conditions) != len(seeds):
+        raise ValueError(f"generate: expected a seed per condition, got {len(seeds)} for {len(conditions)}. Give one each.")
+    for name in (*(models or {}), *stages_given):
+        stage_of(pipeline, name)
+    if len(stages_given) > 1:
+        raise ValueError(f"generate: expected one stage to begin at, got {', '.join(stages_given)}. Name the later one alone.")
+    first, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
+    if len(given) != len(seeds):
+        raise ValueError(f"generate({first}): expected what the stage before leaves to {len(seeds)} assets, got {len(given)}.")
+    *before, last = _stages(pipeline, models)[names.index(first) :]
     found: list[Asset] = []
     for i in range(0, len(seeds), batch):
         part = slice(i, i + batch)
         places = _through(pipeline, before, conditions[part], seeds[part], given[part])
-        found += pipeline.decode(_latents(pipeline, last, conditions[part], seeds[part], places))
+        found += pipeline.decode(stage_latents(pipeline, last, conditions[part], seeds[part], places))
         if on_batch:
             on_batch(len(seeds[part]))
     return found
@@ -63,29 +152,14 @@ def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
     return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
 
 
-def _first_stage(pipeline: Pipeline, conditions, seeds, models: Models, stages_given: Mapping[str, Sequence[Voxels]]) -> int:
-    """Where to begin, after checking the arguments."""
-    if len(conditions) != len(seeds):
-        raise ValueError(f"generate: expected a seed per condition, got {len(seeds)} for {len(conditions)}. Give one each.")
-    for name in (*models, *stages_given):
-        stage_of(pipeline, name)
-    if len(stages_given) > 1:
-        raise ValueError(f"generate: expected one stage to begin at, got {', '.join(stages_given)}. Name the later one alone.")
-    for name, given in stages_given.items():
-        if len(given) != len(seeds):
-            raise ValueError(f"generate({name}): expected what the stage before leaves to {len(seeds)} assets, got {len(given)}.")
-        return [s.name for s in pipeline.stages].index(name)
-    return 0
-
-
 def _through(pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]) -> Sequence[Voxels]:
     """What these stages, in turn, leave to the next."""
     for stage in stages:
-        given = pipeline.advance(stage.name, _latents(pipeline, stage, conditions, seeds, given))
+        given = pipeline.advance(stage.name, stage_latents(pipeline, stage, conditions, seeds, given))
     return given
 
 
-def _latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
+def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
     """x_0 of one stage."""
     device = next(stage.model.parameters()).device
     cond = pipeline.conditions(conditions, stage.name).to(device)

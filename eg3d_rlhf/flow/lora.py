@@ -89,7 +89,13 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     A is uniform within 1 / sqrt(in) (He et al. 2015, as linear layers start), drawn on the CPU from `seed` in the order of the layers.
     Raises: ValueError for a target that is not there, or is no plain linear layer; for a model that has adapters.
     """
-    names = _target_names(model, config.targets)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [n for n in modules if any(matches(n, t) for t in config.targets)]
+    missing = [t for t in config.targets if not any(matches(n, t) for n in names)]
+    if missing:
+        there = ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
+        who = f"add_lora({type(model).__name__})"
+        raise ValueError(f"{who}: expected layers named {', '.join(missing)}, got linear layers named {there}. Name targets among these.")
     layers = attach(model, names, config.rank, config.alpha, config.dropout)
     generator = torch.Generator().manual_seed(seed)
     for layer in dict.fromkeys(layers.values()):
@@ -105,8 +111,7 @@ def attach(model: nn.Module, names: Iterable[str], rank: int, alpha: float, drop
         raise ValueError(
             f"add_lora: expected a network without adapters, got one with {len(adapted_layers(model))}. Merge them first (merged_state)."
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = list(names)
+    modules, names = dict(model.named_modules(remove_duplicate=False)), list(names)
     odd = [f"{n} ({type(modules[n]).__name__})" for n in names if not _is_linear(modules[n])]
     if odd:
         raise ValueError(f"add_lora: expected linear layers on plain tensors, got {', '.join(odd[:4])}. Choose other targets.")
@@ -123,17 +128,6 @@ def attach(model: nn.Module, names: Iterable[str], rank: int, alpha: float, drop
 def _is_linear(module: nn.Module) -> bool:
     """Whether it computes W x + b of tensors; subclasses may take other inputs."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def _target_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = [n for n in modules if any(matches(n, t) for t in targets)]
-    missing = [t for t in targets if not any(matches(n, t) for n in names)]
-    if missing:
-        there = ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
-        who = f"add_lora({type(model).__name__})"
-        raise ValueError(f"{who}: expected layers named {', '.join(missing)}, got linear layers named {there}. Name targets among these.")
-    return names
 
 
 def matches(name: str, target: str) -> bool:
@@ -153,8 +147,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters' tensors: X.lora_A.weight, X.lora_B.weight."""
-    parts = {name: (layer.lora_A.weight, layer.lora_B.weight) for name, layer in adapted_layers(model).items()}
-    return {f"{name}.lora_{part}.weight": w.detach() for name, both in parts.items() for part, w in zip("AB", both, strict=True)}
+    layers = adapted_layers(model).items()
+    return {f"{name}.{part}.weight": getattr(layer, part).weight.detach() for name, layer in layers for part in ("lora_A", "lora_B")}
 
 
 @contextlib.contextmanager

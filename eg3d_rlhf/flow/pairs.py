@@ -36,7 +36,7 @@ class PreferencePair:
     source: str = "human"
     reward_preferred: float | None = None  # scores of the finished assets, where a reward has seen them
     reward_rejected: float | None = None
-    w1: float | None = None  # filter: kept where above the threshold; see weights.py
+    w1: float | None = None  # filter: kept where above the threshold; see circular/loop_pairs.py
     w2: float | None = None  # weight, mean 1 over the kept pairs
     provenance: Mapping = field(default_factory=dict)  # seeds, hashes of networks and files that it came from; JSON types
 
@@ -49,29 +49,21 @@ class PreferencePair:
             if value is not None and not (math.isfinite(value) and (name != "w2" or value >= 0)):
                 expected = "a number >= 0" if name == "w2" else "a finite number"
                 raise ValueError(f"{who}, {name}: expected {expected} or None, got {value}. Drop the pair, or score it again.")
+        forms = []
         for name in ("preferred", "rejected"):
-            _check_latent(f"{who}, {name}", getattr(self, name))
-        a, b = (_form(x) for x in (self.preferred, self.rejected))
-        if a != b:
-            raise ValueError(f"{who}: expected two latents of one form, got {a} and {b}. Pair latents of one stage.")
-
-
-def _check_latent(who: str, latent: Latent) -> None:
-    values = latent.feats if isinstance(latent, SparseSample) else latent
-    if not torch.isfinite(values).all():
-        bad = int((~torch.isfinite(values)).sum())
-        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} numbers NaN or infinite. Drop the pair.")
-    if isinstance(latent, SparseSample):
-        x, y, z = latent.coords.long().unbind(1)
-        twice = len(latent.coords) - len(torch.unique((x << 42) + (y << 21) + z))
-        if twice:
-            raise ValueError(f"{who}: expected every voxel once, got {twice} repeated. Merge their features, or drop the pair.")
-
-
-def _form(latent: Latent) -> str:
-    if isinstance(latent, SparseSample):
-        return f"voxels of {latent.feats.shape[1]} channels"
-    return f"a grid {list(latent.shape)}"
+            latent = getattr(self, name)
+            sparse = isinstance(latent, SparseSample)
+            values = latent.feats if sparse else latent
+            bad = int((~torch.isfinite(values)).sum())
+            if bad:
+                got = f"{bad} of {values.numel()} numbers NaN or infinite"
+                raise ValueError(f"{who}, {name}: expected finite latents, got {got}. Drop the pair.")
+            twice = len(latent.coords) - len(torch.unique(latent.places)) if sparse else 0
+            if twice:
+                raise ValueError(f"{who}, {name}: expected every voxel once, got {twice} repeated. Merge their features, or drop the pair.")
+            forms.append(f"voxels of {values.shape[1]} channels" if sparse else f"a grid {list(values.shape)}")
+        if forms[0] != forms[1]:
+            raise ValueError(f"{who}: expected two latents of one form, got {forms[0]} and {forms[1]}. Pair latents of one stage.")
 
 
 def check_unique(who: str, pairs: Iterable[PreferencePair]) -> None:
@@ -102,14 +94,16 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], meta: dict,
     (folder / "meta.json").unlink(missing_ok=True)
     for old in folder.glob("latents-*.safetensors"):
         old.unlink()
-    names, unique = _named(pairs)
-    shards = {}
-    for i, tensors in enumerate(tqdm(_shards(unique, shard_bytes), desc="pairs", unit="shard", leave=False, disable=None)):
+    unique = {id(latent): latent for p in pairs for latent in (p.preferred, p.rejected)}
+    names = {key: f"{i:06d}" for i, key in enumerate(unique)}
+    shards, parts = {}, _shards({names[key]: latent for key, latent in unique.items()}, shard_bytes)
+    for i, tensors in enumerate(tqdm(parts, desc="pairs", unit="shard", leave=False, disable=None)):
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
         shards[path.name] = file_hash(path)
     rows = [
-        {**{name: _plain(getattr(p, name)) for name in COLUMNS}, "preferred": names[id(p.preferred)], "rejected": names[id(p.rejected)]}
+        {**{name: getattr(p, name) for name in COLUMNS}, "provenance": dict(p.provenance),
+         **{name: names[id(getattr(p, name))] for name in LATENTS}}
         for p in pairs
     ]
     records = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows).encode()
@@ -134,10 +128,20 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     wanted = stage.name if isinstance(stage, FlowStage) else stage
     if wanted is not None and content["stage"] != wanted:
         raise ValueError(f"{folder}: expected pairs of stage {wanted!r}, got pairs of {content['stage']!r}. Name that stage's folder.")
-    rows = _read_rows(folder, content)
-    latents = _read_latents(folder, content)
-    pairs = [_pair(folder, row, latents) for row in rows]
-    check_unique(f"{folder / 'pairs.jsonl'}", pairs)
+    path = folder / "pairs.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the list of {content['pairs']} pairs, got nothing there. Restore the folder.")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != content["records"]:
+        raise ValueError(f"{path}: expected the list that meta.json speaks of, got other bytes. Restore the folder.")
+    rows, latents = [json.loads(line) for line in data.splitlines()], _read_latents(folder, content)
+    try:
+        pairs = [PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: expected a pair's columns and latents, got {error} wrong. Write it again.") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    check_unique(f"{path}", pairs)
     foreign = next((p for p in pairs if p.stage != content["stage"]), None)
     if foreign is not None:
         raise ValueError(f"{folder}: expected pairs of stage {content['stage']!r} alone, got {foreign.id} of {foreign.stage!r}. Divide it.")
@@ -151,18 +155,6 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
 def pairs_hash(folder: str | Path) -> str:
     """The hash that write_pairs returned, without reading the pairs."""
     return _read_description(Path(folder))["hash"]
-
-
-def _named(pairs: Sequence[PreferencePair]) -> tuple[dict[int, str], dict[str, Latent]]:
-    """A name for every latent, by its identity, and each latent once."""
-    names: dict[int, str] = {}
-    unique: dict[str, Latent] = {}
-    for pair in pairs:
-        for latent in (pair.preferred, pair.rejected):
-            if id(latent) not in names:
-                names[id(latent)] = f"{len(names):06d}"
-                unique[names[id(latent)]] = latent
-    return names, unique
 
 
 def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -179,10 +171,6 @@ def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.T
         part.update({key: t.detach().cpu() for key, t in tensors.items()})
         size += more
     yield part
-
-
-def _plain(value):
-    return dict(value) if not isinstance(value, (str, float, int, type(None))) else value
 
 
 def json_hash(values: Mapping) -> str:
@@ -207,16 +195,6 @@ def _read_description(folder: Path) -> dict:
     return content
 
 
-def _read_rows(folder: Path, content: dict) -> list[dict]:
-    path = folder / "pairs.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the list of {content['pairs']} pairs, got nothing there. Restore the folder.")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != content["records"]:
-        raise ValueError(f"{path}: expected the list that meta.json speaks of, got other bytes. Restore the folder.")
-    return [json.loads(line) for line in data.splitlines()]
-
-
 def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
     tensors: dict[str, torch.Tensor] = {}
     for name, expected in tqdm(sorted(content["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None):
@@ -226,20 +204,6 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
         if file_hash(path) != expected:
             raise ValueError(f"{path}: expected the bytes that meta.json speaks of, got others. It is damaged or from another folder.")
         tensors.update(read_tensors(path, "pairs")[0])
-    found: dict[str, Latent] = {}
-    for name in sorted(tensors):
-        stem, _, part = name.partition(".")
-        if part == "coords":
-            found[stem] = SparseSample(tensors[name], tensors[f"{stem}.feats"])
-        elif not part:
-            found[stem] = tensors[name]
-    return found
-
-
-def _pair(folder: Path, row: dict, latents: dict[str, Latent]) -> PreferencePair:
-    try:
-        return PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: expected a pair's columns and latents, got {error} wrong. Write it again.") from None
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    dense = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    return dense | {stem: SparseSample(tensors[f"{stem}.coords"], tensors[f"{stem}.feats"])
+                    for stem, _, part in (name.partition(".") for name in tensors) if part == "coords"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eg3d_rlhf.flow.sparse import Batch, error_per_sample, feats_of, spread, with_feats
+from eg3d_rlhf.flow.sparse import Batch, feats_of, mean_per_sample, spread, with_feats
 
 SCHEDULES = ("logit-normal", "uniform")
 
@@ -59,7 +59,7 @@ class FlowPath:
 
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
-        return error_per_sample(v, self.velocity(x_0, eps))
+        return mean_per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)
 
 
 def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
@@ -76,5 +76,4 @@ class Opposite(torch.nn.Module):
 
     def forward(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
         """Arguments and result as any stage's model."""
-        v = self.model(x_t, 1 - t, cond)
-        return with_feats(v, -feats_of(v))
+        return opposite(t, self.model(x_t, 1 - t, cond))[1]

@@ -40,7 +40,6 @@ class Problem:
 
 
 TOY = "toy"
-DTYPES = ("float32", "float16", "bfloat16")
 _what = functools.partial(knob, group="What is trained")
 
 
@@ -54,7 +53,7 @@ class ProblemSource:
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(None, "Embeddings of TRELLIS's conditions.", metavar="FILE|DIR", shown="beside the pairs")
     also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
-    dtype: str = _what("float32", "In which TRELLIS's flows are held.", choices=DTYPES)
+    dtype: str = _what("float32", "In which TRELLIS's flows are held.", choices=("float32", "float16", "bfloat16"))
     held_out: float = _what(0.2, "Share of TRELLIS's conditions that is never trained on.", above=0, below=1)
     flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0)
@@ -62,7 +61,8 @@ class ProblemSource:
 
     def __post_init__(self):
         if self.pipeline == TOY:
-            extra = [f"--{name.replace('_', '-')}" for name in TRELLIS_ONLY if getattr(self, name) != getattr(type(self), name)]
+            others = [f for f in fields(self) if f.name not in ("pipeline", "pairs", "seed")]
+            extra = [f"--{f.name.replace('_', '-')}" for f in others if getattr(self, f.name) != f.default]
             if extra:
                 raise ValueError(f"{', '.join(extra)}: belongs to --pipeline=DIR, and would have no effect on the toy. Leave it out.")
         elif self.pairs is None:
@@ -73,35 +73,27 @@ class ProblemSource:
         check_knobs(self)
 
 
-TRELLIS_ONLY = tuple(f.name for f in fields(ProblemSource) if f.name not in ("pipeline", "pairs", "seed"))
-
-
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
     """Read networks and pairs; pairs of a stage are made or read once.
 
     Raises: ValueError or OSError for what is missing or does not fit.
     """
-    problem = _toy(source, device) if source.pipeline == TOY else _trellis(source, device)
+    if source.pipeline == TOY:
+        from eg3d_rlhf.flow.toy.bundled import toy_problem
+
+        problem = toy_problem(source.seed, device)
+        problem = problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
+    else:
+        from eg3d_rlhf.flow.trellis.pipeline import Encoding
+        from eg3d_rlhf.flow.trellis.problem import trellis_problem
+
+        weights = {stage: Path(file) for stage, _, file in (text.partition("=") for text in source.flow_weights)}
+        problem = trellis_problem(
+            Path(source.pipeline), Path(source.pairs), conditions=None if source.conditions is None else Path(source.conditions),
+            also=[Path(folder) for folder in source.also], dtype=getattr(torch, source.dtype), device=device, seed=source.seed,
+            held_out=source.held_out, weights=weights, encoding=Encoding(share=source.voxel_share, views=source.views),
+        )
     return replace(problem, human_pairs=functools.cache(problem.human_pairs))
-
-
-def _trellis(source: ProblemSource, device: str | torch.device) -> Problem:
-    from eg3d_rlhf.flow.trellis.pipeline import Encoding
-    from eg3d_rlhf.flow.trellis.problem import trellis_problem
-
-    weights = {stage: Path(file) for stage, _, file in (text.partition("=") for text in source.flow_weights)}
-    return trellis_problem(
-        Path(source.pipeline), Path(source.pairs), conditions=None if source.conditions is None else Path(source.conditions),
-        also=[Path(folder) for folder in source.also], dtype=getattr(torch, source.dtype), device=device, seed=source.seed,
-        held_out=source.held_out, weights=weights, encoding=Encoding(share=source.voxel_share, views=source.views),
-    )
-
-
-def _toy(source: ProblemSource, device: str | torch.device) -> Problem:
-    from eg3d_rlhf.flow.toy.bundled import toy_problem
-
-    problem = toy_problem(source.seed, device)
-    return problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
 
 
 def with_pairs(problem: Problem, folder: Path) -> Problem:

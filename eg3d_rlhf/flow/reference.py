@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.flow.dpo import PairDraw
+from eg3d_rlhf.flow.generate import evaluating
 from eg3d_rlhf.flow.lora import adapted_layers, adapters_off, lora_parameters
 from eg3d_rlhf.flow.pairs import json_hash
 from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sampler import evaluating
 from eg3d_rlhf.flow.sparse import Batch, feats_of, with_feats
 from training.distributed import SINGLE, Ranks
 from training.storage import read_tensors, write_tensors
@@ -46,8 +46,15 @@ class FrozenModel:
 
     def _check(self) -> None:
         _refuse_trainable(type(self).__name__, self._model.named_parameters())
-        if self._policy is not None:
-            _refuse_shared(type(self).__name__, self._model, self._policy)
+        policy = [] if self._policy is None else self._policy.named_parameters()
+        trained = {place: name for name, p in policy if p.requires_grad for place in _places(p)}
+        names = [trained[place] for p in self._model.parameters() for place in _places(p) if place in trained]
+        if names:
+            shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            raise ValueError(
+                f"{type(self).__name__}: expected parameters apart from those that are trained, got a reference that would train with the "
+                f"policy ({shown}). Use FrozenCopy."
+            )
 
     def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
         """v at times t [N] in 0..1; without gradient."""
@@ -94,17 +101,6 @@ def _refuse_trainable(who: str, parameters: Iterable[tuple[str, nn.Parameter]]) 
         raise ValueError(f"{who}: expected frozen parameters, got a reference that would train ({shown}). Freeze it, or use FrozenCopy.")
 
 
-def _refuse_shared(who: str, model: nn.Module, policy: nn.Module) -> None:
-    trained = {place: name for name, p in policy.named_parameters() if p.requires_grad for place in _places(p)}
-    names = [trained[place] for p in model.parameters() for place in _places(p) if place in trained]
-    if names:
-        shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        raise ValueError(
-            f"{who}: expected parameters apart from those that are trained, got a reference that would train with the policy ({shown}). "
-            "Use FrozenCopy."
-        )
-
-
 def _places(p: nn.Parameter) -> list[int]:
     """What two tensors of the same memory have in common; nothing for those without memory."""
     start = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
@@ -136,35 +132,34 @@ class CachedErrors:
         Raises: ValueError for kept errors of other times (the draws differ, and so must the identity), for errors that are not finite, and
         for errors that are missing where there is no reference.
         """
-        for key, t in zip(keys, draw.t.chunk(2)[0].tolist(), strict=True):
+        times = draw.t.chunk(2)[0].tolist()
+        for key, t in zip(keys, times, strict=True):
             row = self._find(key)
             if row is not None and row[0] != t:
                 raise ValueError(
                     f"CachedErrors: expected pair {key[0]} at t = {row[0]:.6f} in epoch {key[1]}, got {t:.6f}. "
                     "Other seeds or schedules want another identity."
                 )
-        missing = [key for key in keys if self._find(key) is None]
-        if missing:
-            self._compute(path, draw, keys, missing[0])
+        missing = next((key for key in keys if self._find(key) is None), None)
+        if missing is not None:
+            if self._reference is None:
+                raise ValueError(f"CachedErrors: expected those of pair {missing[0]} in epoch {missing[1]}, got none. Give the reference.")
+            fresh = self._reference.errors(path, draw, keys).chunk(2)
+            for key, *found in zip(keys, times, fresh[0].tolist(), fresh[1].tolist(), strict=True):
+                if not all(map(math.isfinite, found)):
+                    got = f"{found[1:]} at {key[0]}"
+                    raise ValueError(f"CachedErrors: expected finite errors of the reference, got {got}. Check its weights.")
+                self._epochs[key[1]].setdefault(key[0], tuple(found))
+                self._unsaved.add(key[1])
         rows = torch.tensor([self._find(key) for key in keys], dtype=torch.float64).float()  # [P, 3]
         return rows[:, 1:].T.flatten().to(draw.t.device)  # [2P]
-
-    def _compute(self, path: FlowPath, draw: PairDraw, keys: Sequence[DrawKey], missing: DrawKey) -> None:
-        if self._reference is None:
-            raise ValueError(f"CachedErrors: expected those of pair {missing[0]} in epoch {missing[1]}, got none. Give the reference.")
-        fresh = self._reference.errors(path, draw, keys).chunk(2)
-        for key, *row in zip(keys, draw.t.chunk(2)[0].tolist(), fresh[0].tolist(), fresh[1].tolist(), strict=True):
-            if not all(map(math.isfinite, row)):
-                raise ValueError(f"CachedErrors: expected finite errors of the reference, got {row[1:]} at {key[0]}. Check its weights.")
-            self._epochs[key[1]].setdefault(key[0], tuple(row))
-            self._unsaved.add(key[1])
 
     def _find(self, key: DrawKey) -> Row | None:
         """What is kept of a draw; its epoch is read from the disk at first."""
         name, epoch = key
         if epoch not in self._epochs:
             self._epochs[epoch] = {}
-            for file in sorted(self._folder.glob(f"{_stem(epoch)}-*.safetensors")) if self._folder else []:
+            for file in sorted(self._folder.glob(f"epoch-{epoch:06d}-*.safetensors")) if self._folder else []:
                 tensors, meta = read_tensors(file, KIND)
                 if meta["identity"] != self._identity:
                     raise ValueError(f"{file}: expected errors of this reference and these draws, got others. Delete the file.")
@@ -179,9 +174,5 @@ class CachedErrors:
             kept = self._epochs[epoch]
             meta = {"identity": self._identity, "epoch": epoch, "ids": list(kept)}
             rows = torch.tensor(list(kept.values()), dtype=torch.float64).float()  # [pairs, 3]
-            write_tensors(self._folder / f"{_stem(epoch)}-{self._rank}.safetensors", KIND, {"rows": rows}, meta)
+            write_tensors(self._folder / f"epoch-{epoch:06d}-{self._rank}.safetensors", KIND, {"rows": rows}, meta)
         self._unsaved.clear()
-
-
-def _stem(epoch: int) -> str:
-    return f"epoch-{epoch:06d}"

@@ -24,6 +24,12 @@ class SparseSample:
         check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
         check_shape("SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel.")
 
+    @property
+    def places(self) -> torch.Tensor:
+        """[v] int64: one number per voxel, in the order of its indices."""
+        x, y, z = self.coords.long().unbind(1)
+        return (x << 42) + (y << 21) + z
+
 
 @dataclass(frozen=True)
 class SparseBatch:
@@ -132,8 +138,3 @@ def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     rows = values.mean(1)  # [V]
     sums = rows.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, rows.double())  # thousands of rows: no error adds up
     return (sums / batch.lengths).to(rows.dtype)
-
-
-def error_per_sample(a: Batch, b: Batch) -> torch.Tensor:
-    """Mean squared difference of two batches on the same grid or voxels -> [N]. Differentiable in: both."""
-    return mean_per_sample((feats_of(a) - feats_of(b)).square(), a)

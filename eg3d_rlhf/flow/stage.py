@@ -62,16 +62,15 @@ class FlowStage:
         """
         shape = [self.channels, *[self.resolution] * 3]
         volumes = {seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in set(seeds)}
-        return collate([self._read(volumes[seed], places) for seed, places in zip(seeds, given, strict=True)])
-
-    def _read(self, volume: torch.Tensor, places: Voxels) -> Latent:
         if not self.sparse:
-            return volume
-        self._check_voxels(f"FlowStage.noise of {self.name!r}", places)
-        assert places is not None
-        places = places.cpu().int()
-        x, y, z = places.long().unbind(1)
-        return SparseSample(places, volume[:, x, y, z].T.contiguous())
+            return collate([volumes[seed] for seed, _ in zip(seeds, given, strict=True)])
+        found: list[Latent] = []
+        for seed, places in zip(seeds, given, strict=True):
+            self._check_voxels(f"FlowStage.noise of {self.name!r}", places)
+            assert places is not None
+            x, y, z = places.cpu().long().unbind(1)
+            found.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous()))
+        return collate(found)
 
     def check(self, who: str, latent: Latent) -> None:
         """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""

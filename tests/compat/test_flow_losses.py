@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.flow.dpo import DpoConfig, PairErrors, pair_loss, reduce
+from eg3d_rlhf.flow.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.flow.generate import sample, trajectory
 from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sampler import sample, trajectory
 from eg3d_rlhf.flow.sparse import SparseBatch, feats_of, spread, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
 
@@ -46,7 +46,7 @@ def test_dso_preference_loss(recorded, name, beta):
     r = recorded(name)
     errors = PairErrors.split(r["dpo_mse_theta"], r["dpo_mse_ref"])
     config = DpoConfig(beta=0.5 * beta)
-    torch.testing.assert_close(reduce(pair_loss(errors, config), config), r[f"dso_dpo_beta{beta}"].reshape([]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pair_loss(errors, config).mean(), r[f"dso_dpo_beta{beta}"].reshape([]), rtol=1e-5, atol=1e-6)
 
 
 @STRUCTURE
@@ -54,7 +54,7 @@ def test_dso_preference_loss(recorded, name, beta):
 def test_dso_losses_without_a_reference(recorded, name, kind):
     r = recorded(name)
     config = DpoConfig(kind=kind)
-    loss = reduce(pair_loss(PairErrors.split(r["dpo_mse_theta"]), config), config)
+    loss = pair_loss(PairErrors.split(r["dpo_mse_theta"]), config).mean()
     torch.testing.assert_close(loss, r[f"dso_{kind}"].reshape([]), rtol=1e-5, atol=1e-6)
 
 

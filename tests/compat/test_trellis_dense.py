@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from eg3d_rlhf.flow.generate import trajectory
 from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sampler import trajectory
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
 from eg3d_rlhf.flow.trellis.flows import StructureFlow, StructureFlowConfig, from_patches, to_patches
 from eg3d_rlhf.flow.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig, grid_of, voxels_of

@@ -8,10 +8,9 @@ import torch
 
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop, run, weighed
-from eg3d_rlhf.flow.generate import scores, wins
+from eg3d_rlhf.flow.generate import scores, times, wins
 from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.policies import tuned_model
-from eg3d_rlhf.flow.sampler import times
 from eg3d_rlhf.flow.sparse import feats_of, with_feats
 from eg3d_rlhf.flow.toy.bundled import TOY_DEFAULTS, toy_problem
 from eg3d_rlhf.flow.tuning.train import train_stage

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from eg3d_rlhf.flow.generate import trajectory
 from eg3d_rlhf.flow.path import FlowPath, Opposite, opposite
-from eg3d_rlhf.flow.sampler import trajectory
 from eg3d_rlhf.flow.sparse import SparseBatch, feats_of, mean_per_sample, spread, with_feats
 from tests.flow import closed_forms
 

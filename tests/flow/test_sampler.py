@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from eg3d_rlhf.flow.generate import sample, times, trajectory
 from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sampler import sample, times, trajectory
 from eg3d_rlhf.flow.sparse import collate
 from eg3d_rlhf.flow.stage import Sampling
 from tests.flow.closed_forms import PLAIN, Field, PerChannel, dense, stage_of, tokens, voxels

@@ -8,7 +8,6 @@ from eg3d_rlhf.flow.sparse import (
     SparseSample,
     collate,
     count,
-    error_per_sample,
     feats_of,
     mean_per_sample,
     separate,
@@ -16,6 +15,11 @@ from eg3d_rlhf.flow.sparse import (
     with_feats,
 )
 from tests.flow.closed_forms import dense, voxels
+
+
+def errors(a, b):
+    return mean_per_sample((feats_of(a) - feats_of(b)).square(), a)
+
 
 SAMPLES = [voxels(i, v) for i, v in enumerate((1, 40, 7, 23))]
 
@@ -33,19 +37,19 @@ def test_joining_and_parting_are_inverse():
 def test_errors_of_a_sample_do_not_depend_on_the_others():
     """Bit for bit, in any company and any place."""
     noisy = [SparseSample(s.coords, s.feats + 0.1 * torch.randn_like(s.feats)) for s in SAMPLES]
-    together = error_per_sample(collate(SAMPLES), collate(noisy))
+    together = errors(collate(SAMPLES), collate(noisy))
     for i, (a, b) in enumerate(zip(SAMPLES, noisy, strict=True)):
-        alone = error_per_sample(collate([a]), collate([b]))
+        alone = errors(collate([a]), collate([b]))
         assert torch.equal(together[i : i + 1], alone)
         torch.testing.assert_close(alone[0], (a.feats - b.feats).square().mean())
-    turned = error_per_sample(collate(SAMPLES[::-1]), collate(noisy[::-1]))
+    turned = errors(collate(SAMPLES[::-1]), collate(noisy[::-1]))
     assert torch.equal(turned.flip(0), together)
 
 
 def test_a_large_sample_does_not_outweigh_a_small_one():
     batch = collate([voxels(0, 2), voxels(1, 60)])
     other = batch.with_feats(batch.feats + torch.tensor([3.0, 1.0])[batch.sample, None])
-    torch.testing.assert_close(error_per_sample(batch, other), torch.tensor([9.0, 1.0]))
+    torch.testing.assert_close(errors(batch, other), torch.tensor([9.0, 1.0]))
 
 
 def test_gradients_stay_within_their_sample():

@@ -21,7 +21,6 @@ from training.storage import write_atomic
 
 INPUTS, DONE = "inputs.json", "done.json"
 FORMAT = 1  # goes up when equal inputs come to mean other results
-DIGITS = 16  # of the hash in a folder's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +33,9 @@ class Artefact:
     reused: bool  # found, not made
 
 
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """What a maker returns."""
-
-    products: Iterable[Path]  # files and folders inside the artefact's, without times or places in them: equal inputs, equal bytes
-    record: Mapping  # JSON
-
-
-Maker = Callable[[Path], Made]  # given the folder; may find there what an earlier, interrupted call left
+# Given the folder, in which it may find what an earlier, interrupted call left; returns files and folders inside it, without times or
+# places in them (equal inputs, equal bytes), and a record, JSON.
+Maker = Callable[[Path], tuple[Iterable[Path], Mapping]]
 
 
 class ArtefactStore:
@@ -52,17 +45,13 @@ class ArtefactStore:
         self.root, self.ranks, self._tell = root, ranks, tell
         self._seen: dict[str, Artefact] = {}  # checked in this process, by name
 
-    def name(self, kind: str, inputs: Mapping) -> str:
-        """Folder name of an artefact."""
-        return f"{kind}-{json_hash({'format': FORMAT, **inputs})[:DIGITS]}"
-
     def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
         """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
 
         Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for the progress line.
         Raises: ValueError where the folder holds other inputs, or products that are not those it was finished with; what the maker raises.
         """
-        name = self.name(kind, inputs)
+        name = f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}"
         if name in self._seen:
             return self._seen[name]
         folder = self.root / name
@@ -73,24 +62,22 @@ class ArtefactStore:
         if self.ranks.main:
             self._tell(f"{title or name}: {'found in' if reused else 'going on in' if folder.exists() else 'into'} {folder}")
         if not reused:
-            done = self._make(folder, inputs, maker)
+            if self.ranks.main:
+                folder.mkdir(parents=True, exist_ok=True)
+            self.ranks.barrier()
+            with run_lock(folder, enabled=self.ranks.main):
+                if self.ranks.main:
+                    write_atomic(folder / INPUTS, _text(inputs))
+                products, record = maker(folder)
+                self.ranks.barrier()
+                if self.ranks.main:
+                    paths = {file for path in products for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+                    files = {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(paths)}
+                    done = {"files": files, "content": json_hash(files), "record": record}
+                    write_atomic(folder / DONE, _text(done))
+                done = self.ranks.broadcast(done)
         self._seen[name] = Artefact(folder=folder, content=done["content"], record=done["record"], reused=reused)
         return self._seen[name]
-
-    def _make(self, folder: Path, inputs: Mapping, maker: Maker) -> dict:
-        if self.ranks.main:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.ranks.barrier()
-        with run_lock(folder, enabled=self.ranks.main):
-            if self.ranks.main:
-                write_atomic(folder / INPUTS, _text(inputs))
-            made, done = maker(folder), None
-            self.ranks.barrier()
-            if self.ranks.main:
-                files = {path.relative_to(folder).as_posix(): file_hash(path) for path in _files(made.products)}
-                done = {"files": files, "content": json_hash(files), "record": made.record}
-                write_atomic(folder / DONE, _text(done))
-            return self.ranks.broadcast(done)
 
     def _finished(self, folder: Path, inputs: Mapping) -> dict | None:
         """done.json of a finished artefact, after checking that it is what it says."""
@@ -112,11 +99,6 @@ class ArtefactStore:
                     "again."
                 )
         return done
-
-
-def _files(products: Iterable[Path]) -> list[Path]:
-    found = [file for path in products for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
-    return sorted(set(found))
 
 
 def _text(values: Mapping) -> bytes:

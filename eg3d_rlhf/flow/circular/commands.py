@@ -15,7 +15,7 @@ from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.circular.run import read_run, resume, start
 from eg3d_rlhf.flow.circular.settings import Choosing, CircularRun, CircularSettings, Weighing, default_settings
 from eg3d_rlhf.flow.circular.table import TABLE, Judging, letters
-from eg3d_rlhf.flow.dpo import PRESETS, DpoConfig, beta_T
+from eg3d_rlhf.flow.dpo import PRESETS, DpoConfig
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.problem import TOY, ProblemSource
 from eg3d_rlhf.flow.tuning.train import StoppedError
@@ -84,11 +84,6 @@ table_flags = together(
 )
 
 
-LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
-ABLATION_ONLY = ("seeds", "workers")
-WITH_RESUME = ("resume", "device", "workers", "timeout", "dry_run")
-
-
 def flag(name: str) -> str:
     """As users write it."""
     return "--" + name.replace("_", "-")
@@ -100,11 +95,11 @@ def check(flags: Mapping, given: set[str]) -> None:
     Args: given: names of the flags that were written. Raises: ValueError naming them.
     """
     if flags["resume"] is not None:
-        extra = sorted(given - set(WITH_RESUME))
+        extra = sorted(given - {"resume", "device", "workers", "timeout", "dry_run"})
         if extra:
             raise ValueError(f"{', '.join(map(flag, extra))}: expected the run's own with --resume, got others. Leave out.")
         return
-    _belongs(given, ABLATION_ONLY, flags["ablate"] is not None, "--ablate")
+    _belongs(given, ("seeds", "workers"), flags["ablate"] is not None, "--ablate")
     _belongs(given, ("no_summary",), flags["ablate"] is None, "a run without --ablate")
     _belongs(given, ("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
     loop_only = [parameter.name for parameter in circular_dpo.params if getattr(parameter, "group", None) == LOOP]
@@ -115,7 +110,7 @@ def check(flags: Mapping, given: set[str]) -> None:
         for name in {"rounds", "w1", "w2"} & given:
             raise ValueError(f"{flag(name)}: expected the groups of --ablate to decide, got {flags[name]}. Leave it out.")
     if flags["tune"] == "full":
-        _belongs(given, LORA_FIELDS, False, "--tune=lora")
+        _belongs(given, ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), False, "--tune=lora")
     if flags["beta_t"] is not None and flags["beta"] is None:
         raise ValueError("--beta-t: expected --beta beside it, got none. Both are multiplied.")
     if flags["choose_noises"] == 0:
@@ -150,12 +145,26 @@ def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
 def settings(flags: Mapping, defaults: CircularSettings) -> CircularSettings:
     """The defaults with what the flags change."""
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    human = replace(human, dpo=_loss(flags, human.dpo))
+    loss = _given(DpoConfig, flags)
+    if flags["beta"] is not None:
+        loss["beta"] *= flags["beta_t"] or 1.0
+    human = replace(human, dpo=replace(PRESETS[flags["preset"]] if flags["preset"] is not None else human.dpo, **loss))
     sft = replace(sft, dpo=replace(sft.dpo, noise=human.dpo.noise, condition_dropout=human.dpo.condition_dropout))
     pairs = replace(defaults.loop_pairs, **_given(LoopPairsConfig, flags), **_some(flags, {"judge_batch": "batch"}))
+    own = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
+    beta = human.dpo.beta * own.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
+    anchors: dict[str, Any] = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
+    anchors |= _some(flags, {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
+    loop = replace(loop, dpo=replace(human.dpo if human.dpo.needs_reference else own, **anchors),
+                   **_some(flags, {"loop_lr": "lr", "loop_steps": "steps"}))
+    choosing = defaults.choosing
+    if flags["choose_noises"] == 0:
+        choosing = None
+    elif choosing is not None or flags["choose_noises"] is not None:
+        choosing = replace(choosing or Choosing(), **_given(Choosing, flags))
     return replace(
-        defaults, human=human, loop=_loop(flags, loop, human, defaults), sft=sft, loop_pairs=pairs,
-        weighing=replace(defaults.weighing, **_given(Weighing, flags)), choosing=_choosing(flags, defaults.choosing),
+        defaults, human=human, loop=loop, sft=sft, loop_pairs=pairs,
+        weighing=replace(defaults.weighing, **_given(Weighing, flags)), choosing=choosing,
         rounds=flags["rounds"] or defaults.rounds, seed=flags["seed"],
     )
 
@@ -171,49 +180,15 @@ def _some(flags: Mapping, names: Mapping[str, str]) -> dict:
 
 def _training(flags: Mapping, config: TrainConfig) -> TrainConfig:
     """All but the loss."""
-    given = _given(TrainConfig, flags)
+    given, adapters, lora = _given(TrainConfig, flags), _given(LoraConfig, flags), config.lora
     if flags["amp"] is not None:
         given["bf16"] = flags["amp"] == "bf16"
-    return replace(config, lora=_lora(flags, config.lora), **given)
-
-
-def _loss(flags: Mapping, dpo: DpoConfig) -> DpoConfig:
-    """Of people's pairs."""
-    given = _given(DpoConfig, flags)
-    if flags["beta"] is not None:
-        given["beta"] = beta_T(flags["beta"], flags["beta_t"] or 1.0)
-    return replace(PRESETS[flags["preset"]] if flags["preset"] is not None else dpo, **given)
-
-
-def _lora(flags: Mapping, lora: LoraConfig | None) -> LoraConfig | None:
-    tune = flags["tune"] or ("full" if lora is None else "lora")
-    given = _given(LoraConfig, flags)
     if flags["lora_targets"] is not None:
-        given["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
-    if tune == "full":
-        if given:
-            raise ValueError(f"{', '.join(flag('lora_' + name) for name in given)}: belongs to --tune=lora. Add that, or leave it out.")
-        return None
-    return replace(lora or LoraConfig(), **given)
-
-
-def _loop(flags: Mapping, loop: TrainConfig, human: TrainConfig, defaults: CircularSettings) -> TrainConfig:
-    """The loop's loss is people's with the loop's own anchors."""
-    own = defaults.loop.dpo
-    beta = human.dpo.beta * own.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
-    anchors: dict[str, Any] = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
-    anchors |= _some(flags, {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
-    loss = own if not human.dpo.needs_reference else human.dpo
-    return replace(loop, dpo=replace(loss, **anchors), **_some(flags, {"loop_lr": "lr", "loop_steps": "steps"}))
-
-
-def _choosing(flags: Mapping, choosing: Choosing | None) -> Choosing | None:
-    if flags["choose_noises"] == 0 or (choosing is None and flags["choose_noises"] is None):
-        return None
-    return replace(choosing or Choosing(), **_given(Choosing, flags))
-
-
-STOPPED = 130  # exit status
+        adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
+    full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
+    if full and adapters:
+        raise ValueError(f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or leave it out.")
+    return replace(config, lora=None if full else replace(lora or LoraConfig(), **adapters), **given)
 
 
 @click.command("train.py --mode=circular-dpo", cls=GroupedCommand, context_settings={
@@ -256,4 +231,4 @@ def circular_dpo(context: click.Context, **given) -> None:
     except (StoppedError, KeyboardInterrupt) as stopped:
         why = f": {stopped}" if str(stopped) else "."
         click.echo(f"Stopped{why} The same command, or --resume=RUN, goes on from there.", err=True)
-        sys.exit(STOPPED)
+        sys.exit(130)

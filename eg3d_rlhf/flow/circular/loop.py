@@ -8,14 +8,14 @@ A further round does the same again, with the networks of the round before as st
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.flow.circular.artefacts import Artefact, ArtefactStore, Made
-from eg3d_rlhf.flow.circular.loop_pairs import make_in_chunks, stage_behind, with_roles
+from eg3d_rlhf.flow.circular.artefacts import Artefact, ArtefactStore
+from eg3d_rlhf.flow.circular.loop_pairs import make_in_chunks, stage_behind, weigh, with_roles
 from eg3d_rlhf.flow.circular.settings import CircularRun, CircularSettings, Weighing
 from eg3d_rlhf.flow.circular.table import Judging, judge
 from eg3d_rlhf.flow.generate import HeldOut, crossed
@@ -23,9 +23,8 @@ from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.flow.policies import tuned_model, with_models
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.stage import stage_of
-from eg3d_rlhf.flow.tuning.train import FREE, StageResult, train_stage
+from eg3d_rlhf.flow.tuning.train import FREE, train_stage
 from eg3d_rlhf.flow.tuning.update import TrainConfig
-from eg3d_rlhf.flow.weights import weigh
 from training.distributed import SINGLE, Ranks
 
 Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
@@ -83,14 +82,14 @@ class CircularLoop:
             "un_op": self._named(un_op),
         }
 
-        def maker(folder: Path) -> Made:
+        def maker(folder: Path) -> tuple[list[Path], Mapping]:
             total = -(-len(self.problem.human_pairs(stage)) // self.ranks.world)
             with self._bar(f"pairs for {stage}", total) as bar:
                 place, figures = make_in_chunks(
                     folder, self.problem, self.models(lineage), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
                     ranks=self.ranks, on_pair=bar.update,
                 )
-            return Made(products=[place], record=figures)
+            return [place], figures
 
         return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
 
@@ -108,64 +107,58 @@ class CircularLoop:
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]], what: str,
     ) -> Artefact:
         config = self.settings.training(config, stage_of(self.problem.pipeline, stage))
-        choosing = self.settings.choosing if self.problem.chooser is not None else None
+        chooser = self.problem.chooser
+        choosing = self.settings.choosing if chooser is not None else None
         inputs = {
             "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lineage), "pairs": source,
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
             "choosing": None if choosing is None else asdict(choosing),
         }
 
-        def maker(folder: Path) -> Made:
+        def maker(folder: Path) -> tuple[list[Path], Mapping]:
             pairs, report = read()
             models = self.models(lineage)
             with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
-                held_out = self._held_out(stage, models)
+                held_out = None
+                if choosing is not None and chooser is not None:  # against the networks that this starts from, all other stages alike
+                    conditions, seeds = crossed(self.problem.held_out_conditions, choosing.per_condition, choosing.seed)
+                    held_out = HeldOut(
+                        pipeline=self.problem.pipeline, stage=stage, reward=chooser, conditions=conditions, seeds=seeds,
+                        others={k: v for k, v in models.items() if k != stage}, against=dict(models), batch=choosing.batch,
+                    )
                 result = train_stage(
                     self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
                     say=self.say,
                 )
-            return Made(products=[result.weights], record={**training_record(result, folder), "pairs": len(pairs), "weighing": report})
+            rates = [[line["step"], line["win_rate"]] for line in result.stats if line.get("win_rate") is not None]
+            last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
+            return [result.weights], {
+                "weights": result.weights.relative_to(folder).as_posix(), "kept_step": result.kept_step,
+                "warnings": list(result.warnings), "win_rates": rates, "last": last, "pairs": len(pairs), "weighing": report,
+            }
 
         return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
 
     def _bar(self, title: str, total: int) -> tqdm:
         return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
 
-    def _held_out(self, stage: str, models: Mapping[str, torch.nn.Module]) -> HeldOut | None:
-        """The win rate against the networks that this training starts from, all other stages alike."""
-        choosing = self.settings.choosing
-        if choosing is None or self.problem.chooser is None:
-            return None
-        conditions, seeds = crossed(self.problem.held_out_conditions, choosing.per_condition, choosing.seed)
-        others = {k: v for k, v in models.items() if k != stage}
-        return HeldOut(
-            pipeline=self.problem.pipeline, stage=stage, reward=self.problem.chooser, conditions=conditions, seeds=seeds, others=others,
-            against=dict(models), batch=choosing.batch,
-        )
-
     def judged(self, lineage: Lineage, judging: Judging) -> Artefact:
         """Scores of the held-out conditions' assets by every judge; the record holds them."""
         inputs = {"step": "judge", "problem": self.problem.identity, "networks": self._named(lineage), "judging": asdict(judging)}
 
-        def maker(folder: Path) -> Made:
+        def maker(folder: Path) -> tuple[list[Path], Mapping]:
             del folder
-            total = judging.per_condition * len(self.problem.held_out_conditions)
-            with self._bar("judging", total) as bar:
-                return Made(products=[], record=judge(self.problem, self.models(lineage), judging, bar.update))
+            with self._bar("judging", judging.per_condition * len(self.problem.held_out_conditions)) as bar:
+                return [], judge(self.problem, self.models(lineage), judging, bar.update)
 
         names = ", ".join(k for k, v in lineage.items() if v) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
 
 
-def say(line: str) -> None:
-    """Print above a progress bar."""
-    tqdm.write(line)
-
-
 def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False) -> CircularLoop:
     """The steps of a run for a training seed."""
-    store = ArtefactStore(Path(run.artefacts), ranks, say)
-    return CircularLoop(problem=problem, settings=run.circular.with_seed(seed), store=store, ranks=ranks, say=say, bars=bars)
+    store = ArtefactStore(Path(run.artefacts), ranks, tqdm.write)
+    return CircularLoop(problem=problem, settings=replace(run.circular, seed=seed), store=store, ranks=ranks, say=tqdm.write, bars=bars)
 
 
 def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
@@ -213,12 +206,3 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
 def weights_of(training: Artefact) -> Path:
     """Where a finished training keeps its weights."""
     return training.folder / training.record["weights"]
-
-
-def training_record(result: StageResult, folder: Path) -> dict:
-    """What is worth knowing of a training, JSON."""
-    rates = [[line["step"], line["win_rate"]] for line in result.stats if line.get("win_rate") is not None]
-    return {
-        "weights": result.weights.relative_to(folder).as_posix(), "kept_step": result.kept_step, "warnings": list(result.warnings),
-        "win_rates": rates, "last": next((line for line in reversed(result.stats) if line.get("pairs")), None),
-    }

@@ -1,4 +1,5 @@
-"""Pairs that the loop makes for a stage out of the stage behind it: how a preference crosses the gap that no gradient crosses.
+"""Pairs that the loop makes for a stage out of the stage behind it: how a preference crosses the gap that no gradient crosses; which of
+them are kept, and how much each counts.
 
 For each human pair (Circular-DPO, section 4.2 and appendix C.3), with i the stage to be trained:
     1. the gap behind stage i is crossed with the preferred asset's own latent, for both sides alike;
@@ -6,14 +7,20 @@ For each human pair (Circular-DPO, section 4.2 and appendix C.3), with i the sta
        behind, where there are any, are the same for both;
     3. both are decoded to assets, scored, and encoded back: their latents of stage i are the new pair, op preferred.
 They differ at stage i only where decoding changed what encoding sees; pairs that do not are marked in `provenance`, since with shared noise
-they have loss log 2 and no gradient.
+they have loss log 2 and no gradient. Of the others w1 filters and w2 weighs (equations 10-14):
 
+    w1 = G_preferred - G_rejected,  G = 2^P - 1,  P_i = 2 C_i / (n (n - 1)),  C_i the comparisons that candidate i of n wins by reward
+    w2 = sigmoid(r_preferred - r_rejected) / its mean over the pairs that are kept
+
+With one reward and a threshold of 0, w1 keeps a pair exactly where its reward gap is positive, whatever the other candidates.
 Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in algorithm 1 and equation 11, un-op is the
-reference's sample.
+reference's sample. The paper attributes w2 to Dr. DPO, whose weights come from the policy's own losses; that is preference_loss.aggregate.
 """
 
+import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,11 +28,10 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.flow.generate import Models, generate
-from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs, write_pairs
+from eg3d_rlhf.flow.pairs import PreferencePair, check_unique, read_pairs, write_pairs
 from eg3d_rlhf.flow.problem import Problem
-from eg3d_rlhf.flow.sparse import collate, to_cpu
-from eg3d_rlhf.flow.stage import FlowStage, Voxels, stage_of
-from eg3d_rlhf.flow.weights import same_structure
+from eg3d_rlhf.flow.sparse import SparseSample, collate, to_cpu
+from eg3d_rlhf.flow.stage import FlowStage, stage_of
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -87,7 +93,8 @@ def make_loop_pairs(
 
 @torch.no_grad()
 def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], pairs, config: LoopPairsConfig, seed: int) -> list:
-    given = _gap(problem, stage, pairs)
+    device = next(stage_of(problem.pipeline, stage).model.parameters()).device
+    given = problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
     rows = [(pair, places, k) for pair, places in zip(pairs, given, strict=True) for k in range(config.per_pair)]
     conditions = [pair.condition for pair, _, _ in rows]
     seeds = [derive_seed("loop", seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
@@ -97,44 +104,28 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
         assets = generate(problem.pipeline, conditions, seeds, models, config.batch, stages_given)
         rewards.append(problem.reward(assets, conditions).detach().float().cpu())
         latents.append([to_cpu(encoded[stage]) for encoded in problem.pipeline.encode(assets)])
-    _check_rewards(rewards)
-    return [
-        _marked(PreferencePair(
+    if not all(bool(values.isfinite().all()) for values in rewards):
+        raise ValueError(f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}. Correct the reward.")
+    found = [
+        PreferencePair(
             id=f"{pair.id}/{k}", condition=pair.condition, stage=stage, preferred=op, rejected=un_op, source="loop",
             reward_preferred=float(rewards[0][n]), reward_rejected=float(rewards[1][n]),
             provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
-        ))
+        )
         for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
     ]
-
-
-def _gap(problem: Problem, stage: str, pairs: Sequence[PreferencePair]) -> list[Voxels]:
-    """What the preferred assets' own latents leave to the stage behind."""
-    device = next(stage_of(problem.pipeline, stage).model.parameters()).device
-    return problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
-
-
-def _check_rewards(rewards: Sequence[torch.Tensor]) -> None:
-    if not all(bool(values.isfinite().all()) for values in rewards):
-        raise ValueError(f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}. Correct the reward.")
-
-
-def _marked(pair: PreferencePair) -> PreferencePair:
-    return replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)})
+    return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in found]
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
     """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
     if roles not in ("op", "reward"):
         raise ValueError(f"roles: expected op or reward, got {roles!r}. Choose one.")
-    return [_turned(pair) if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs]
-
-
-def _turned(pair: PreferencePair) -> PreferencePair:
-    return replace(
-        pair, preferred=pair.rejected, rejected=pair.preferred, provenance={**pair.provenance, "turned": True},
-        reward_preferred=pair.reward_rejected, reward_rejected=pair.reward_preferred,
-    )
+    return [
+        replace(pair, preferred=pair.rejected, rejected=pair.preferred, provenance={**pair.provenance, "turned": True},
+                reward_preferred=pair.reward_rejected, reward_rejected=pair.reward_preferred)
+        if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs
+    ]
 
 
 def make_in_chunks(
@@ -153,9 +144,7 @@ def make_in_chunks(
             if on_pair:
                 on_pair(len(part))
             continue
-        made = make_loop_pairs(
-            problem, models_op, config, seed, stage=stage, models_unop=models_unop, pairs=part, on_pair=on_pair
-        )
+        made = make_loop_pairs(problem, models_op, config, seed, stage=stage, models_unop=models_unop, pairs=part, on_pair=on_pair)
         unfinished = place.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
         write_pairs(unfinished, made, {"seed": seed, "chunk": number})
@@ -181,3 +170,102 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
         "op_rewarded_where_changed": float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None,
         "reward_gap_mean": float(gaps.mean()), "reward_gap_std": float(gaps.std(correction=0)),
     }
+
+
+W2_NORMS = ("dataset", "batch", "none")
+EQUAL = 1e-5  # of the largest value: latents that differ by less are one structure, encoded twice
+
+
+def win_shares(rewards: torch.Tensor) -> torch.Tensor:
+    """P of each candidate, rewards [n] -> [n] float64 that sum to 1; an equal reward is half a win for both.
+
+    >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
+    tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
+    """
+    n = len(rewards)
+    if n < 2 or not torch.isfinite(rewards).all():
+        raise ValueError(f"win_shares: expected finite rewards of two candidates or more, got {rewards.tolist()}. Check the reward.")
+    wins = (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards).double()
+    return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # less the half win against itself
+
+
+def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """w1 of pairs among candidates, [P] float64.
+
+    Args: rewards [n] of all candidates of one condition; preferred, rejected [P] int64 indices into them.
+    """
+    gains = torch.exp2(win_shares(rewards)) - 1
+    return gains[preferred] - gains[rejected]
+
+
+def w2(gaps: torch.Tensor, kept: torch.Tensor, norm: str = "dataset") -> torch.Tensor:
+    """sigmoid of the reward gaps, [P] -> [P] float64; "dataset": over its mean where `kept` [P] bool, so that the mean there is 1.
+
+    "none" and "batch" leave it as it is; draw_pairs divides the latter's by the mean of each batch.
+    """
+    if norm not in W2_NORMS:
+        raise ValueError(f"w2: expected norm one of {', '.join(W2_NORMS)}, got {norm!r}. Choose one.")
+    weights = torch.sigmoid(gaps.double())
+    return weights / weights[kept].mean() if norm == "dataset" and kept.any() else weights
+
+
+def same_structure(pair: PreferencePair) -> bool:
+    """Whether both latents are one, so that there is nothing to learn; what `provenance` says under "same_structure" goes first."""
+    if pair.provenance.get(SAME) is not None:
+        return bool(pair.provenance[SAME])
+    a, b = pair.preferred, pair.rejected
+    if isinstance(a, SparseSample):
+        if len(a.coords) != len(b.coords):
+            return False
+        a_order, b_order = torch.argsort(a.places), torch.argsort(b.places)
+        if not torch.equal(a.coords[a_order], b.coords[b_order]):
+            return False
+        a, b = a.feats[a_order], b.feats[b_order]
+    return bool((a - b).abs().max() <= EQUAL * a.abs().max())
+
+
+def weigh(
+    pairs: Sequence[PreferencePair], tau: float = 0.0, use_w1: bool = True, use_w2: bool = True, w2_norm: str = "dataset"
+) -> tuple[list[PreferencePair], dict]:
+    """The pairs that are kept, with w1 and w2 filled, and a report of how many were dropped and why.
+
+    Pairs of one structure go first, then, with `use_w1`, those with w1 <= tau; both ends of all pairs of a condition are its candidates.
+    Without `use_w1` the column w1 is filled and drops nothing; without `use_w2` the column w2 stays empty and all pairs count alike.
+    Raises: ValueError for pairs without finite rewards where these are needed.
+    """
+    if not math.isfinite(tau):
+        raise ValueError(f"weigh: expected a finite tau, got {tau}. 0 keeps what the reward prefers.")
+    check_unique("weigh", pairs)
+    differing = [p for p in pairs if not same_structure(p)]
+    scored = bool(pairs) and all(p.reward_preferred is not None and p.reward_rejected is not None for p in pairs)
+    if pairs and (use_w1 or use_w2) and not scored:
+        unscored = next(p for p in pairs if p.reward_preferred is None or p.reward_rejected is None)
+        raise ValueError(f"weigh: expected both rewards on every pair, got none on {unscored.id}. Score the assets first.")
+    values: dict[str, float] = {}
+    groups: dict[str, list[PreferencePair]] = defaultdict(list)
+    for pair in pairs if scored else ():
+        groups[pair.condition].append(pair)
+    for group in groups.values():
+        rewards = torch.tensor([p.reward_preferred for p in group] + [p.reward_rejected for p in group], dtype=torch.float64)
+        first, second = torch.arange(len(rewards)).chunk(2)
+        values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)
+    kept = [p for p in differing if not use_w1 or values[p.id] > tau]
+    weights: list[float | None] = [None] * len(kept)
+    if use_w2 and kept:
+        gaps = torch.tensor([p.reward_preferred - p.reward_rejected for p in kept], dtype=torch.float64)
+        weights = w2(gaps, torch.ones(len(kept), dtype=torch.bool), w2_norm).tolist()
+    note = {"w2_norm": w2_norm} if use_w2 else {}
+    columns = [replace(p, w1=values.get(p.id), w2=w, provenance={**p.provenance, **note}) for p, w in zip(kept, weights, strict=True)]
+    report = {
+        "pairs": len(pairs), "kept": len(kept),
+        "dropped": {"same_structure": len(pairs) - len(differing), "w1": len(differing) - len(kept)},
+        "tau": tau if use_w1 else None, "w2_norm": w2_norm if use_w2 else None,
+        "w1": _summary([values[p.id] for p in differing] if scored else []),
+        "w2": _summary([w for w in weights if w is not None]),
+        "reward_gap": _summary([p.reward_preferred - p.reward_rejected for p in kept] if scored else []),
+    }  # fmt: skip
+    return columns, report
+
+
+def _summary(values: Sequence[float]) -> dict[str, float] | None:
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None

@@ -1,21 +1,31 @@
-"""A run of Circular-DPO from its settings to its folder: the loop, one stage alone, or the ablation."""
+"""A run of Circular-DPO from its settings to its folder: the loop, one stage alone, or the nine groups of the paper's table 2, trained with
+several seeds and judged on the same noises.
+
+Groups of a seed share what they have in common: (a), (b), (d), (g) and (h) the last stage, (a), (g) and (h) the loop's pairs, (b) and (c)
+the first stage. Names go by stage: the paper's "step 1" in (c) is the first stage, while the method's first step trains the last.
+With more than two stages, "first" stands for all stages before the last.
+"""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
-from eg3d_rlhf.flow.circular.ablation import ablate
 from eg3d_rlhf.flow.circular.artefacts import Artefact
-from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, loop_of, say, weights_of
+from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of, weights_of
 from eg3d_rlhf.flow.circular.settings import CircularRun, from_dict
+from eg3d_rlhf.flow.circular.table import BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
+from eg3d_rlhf.flow.circular.task_pool import run_tasks
 from eg3d_rlhf.flow.policies import link, save_policy
-from eg3d_rlhf.flow.problem import Problem
+from eg3d_rlhf.flow.problem import Problem, open_problem
 from eg3d_rlhf.flow.stage import stage_of
+from eg3d_rlhf.flow.tuning.train import StoppedError
 from eg3d_rlhf.run.run import OPTIONS, Run, claim, next_free, recorded
 from training.distributed import SINGLE, Ranks, leave
 
@@ -35,12 +45,14 @@ def read_run(folder: Path) -> tuple[CircularRun, dict]:
 
 def start(settings: CircularRun, outdir: Path, desc: str | None, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
     """A new run in `outdir`; returns its folder. Its problem is opened first, so that a mistake leaves no folder behind."""
-    problem = settings.problem(device)
+    problem = open_problem(settings.source, device)
     if settings.stage is not None:
         stage_of(problem.pipeline, settings.stage)
     if settings.groups is not None and problem.final is None:
         raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
-    folder = claim(next_free(outdir, settings.name + (f"-{desc}" if desc else "")), ranks)
+    what = f"ablation-{''.join(settings.groups)}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
+    name = f"{MODE}-{Path(settings.source.pipeline).name}-{what}"
+    folder = claim(next_free(outdir, name + (f"-{desc}" if desc else "")), ranks)
     with Run(folder, {"mode": MODE, "run": asdict(settings), "problem": dict(problem.identity)}, ranks=ranks) as run:
         run.begin()
         return work(settings, problem, run, device, workers)
@@ -52,7 +64,7 @@ def resume(folder: Path, device: str, workers: int, ranks: Ranks = SINGLE) -> Pa
     Raises: ValueError for a folder of another kind, or where networks or pairs that it started from have changed.
     """
     settings, written = read_run(folder)
-    problem = settings.problem(device)
+    problem = open_problem(settings.source, device)
     with Run(folder, {"mode": MODE, "run": written, "problem": dict(problem.identity)}, ranks=ranks) as run:
         run.resume()
         return work(settings, problem, run, device, workers)
@@ -83,7 +95,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         lineage: Lineage = {settings.stage: (tuned,)}
         steps = [{"round": 1, "step": "people", "stage": settings.stage, "artefact": tuned.folder.name, **tuned.record}]
     else:
-        lineage, steps = circular_loop.run(loop, lambda step: say(describe(step)) if ranks.main else None)
+        lineage, steps = circular_loop.run(loop, lambda step: tqdm.write(describe(step)) if ranks.main else None)
     ranks.barrier()
     leave()  # the others need not wait for the table
     if not ranks.main:
@@ -93,21 +105,17 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     run.write(RESULT, result)
     print(f"Weights in {', '.join(str(folder / name) for name in weights.values())}.")
     if settings.summary and problem.final is not None:
-        _summarise(loop_of(settings, problem, settings.circular.seed, bars=True), lineage, steps, settings, folder)
-
-
-def _summarise(loop: CircularLoop, lineage: Lineage, steps: Sequence[Mapping], run: CircularRun, folder: Path) -> None:
-    """The finished generator, and that with the last stage alone tuned, against the base: a table of one training seed."""
-    last = loop.problem.pipeline.stages[-1].name
-    compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
-    compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
-    scores = {letter: [loop.judged(own, run.judging).record] for letter, own in {**compared, "i": {}}.items()}
-    trained: dict[str, list[dict]] = {letter: [{}] for letter in scores}
-    pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
-    known = {"training_seeds": [run.circular.seed], **run.facts(loop.problem)}
-    data = table.table(scores, [run.circular.seed], trained, {str(run.circular.seed): pairs} if pairs else {}, known)
-    table.write(data, folder, "summary")
-    print(table.markdown(data))
+        # The finished generator, and that with the last stage alone tuned, against the base: a table of one training seed.
+        seed, last = settings.circular.seed, problem.pipeline.stages[-1].name
+        loop = loop_of(settings, problem, seed, bars=True)
+        compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
+        compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
+        scores = {letter: [loop.judged(own, settings.judging).record] for letter, own in {**compared, "i": {}}.items()}
+        pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
+        known = {"training_seeds": [seed], **settings.facts(problem)}
+        data = table.table(scores, [seed], {letter: [{}] for letter in scores}, {str(seed): pairs} if pairs else {}, known)
+        table.write(data, folder, "summary")
+        print(table.markdown(data))
 
 
 def describe(step: Mapping) -> str:
@@ -132,3 +140,113 @@ def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Pat
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         link(file, target / file.relative_to(source))
     return stage
+
+
+@dataclass(kw_only=True)
+class Ablation:
+    """The tasks of a plan, done with the steps of a loop; `loop_of` makes it for a training seed."""
+
+    plan: AblationPlan
+    loop_of: Callable[[int], CircularLoop]
+
+    def __call__(self, task: str) -> dict:
+        """Do one task; returns JSON: the scores of a group, what is known of a step."""
+        seed, what, *part = task.split("/")
+        loop = self.loop_of(int(seed))
+        if what == "pairs":
+            _, pairs = self._looped(loop, None)
+            return {stage: {**artefact.record, "reused": artefact.reused} for stage, artefact in pairs.items()}
+        if part:
+            lineage = self._trained(loop, what, part[0])
+            return {stage: _training(line[-1]) for stage, line in lineage.items()}
+        group = GROUPS[what]
+        networks: Lineage
+        if group.first == LOOP:
+            networks = self._looped(loop, group)[0]
+        else:
+            networks = self._trained(loop, group.last, "last") if group.last != BASE else {}
+            networks |= self._trained(loop, group.first, "first") if group.first != BASE else {}
+        judged = loop.judged(networks, self.plan.judging)
+        trained = {stage: _training(line[-1]) for stage, line in networks.items()}
+        return {"scores": judged.record, "trainings": trained, "reused": judged.reused}
+
+    def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
+        """The last stage, or those before it, each trained from the base."""
+        names = [stage.name for stage in loop.problem.pipeline.stages]
+        chosen = names[-1:] if part == "last" else names[:-1]
+        return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
+
+    def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
+        """The loop's networks and pairs; without a group, up to the pairs that all groups share."""
+        lineage = self._trained(loop, PEOPLE, "last")
+        pairs: dict[str, Artefact] = {}
+        for name in reversed([stage.name for stage in loop.problem.pipeline.stages][:-1]):
+            pairs[name] = loop.pairs(name, lineage)
+            if group is None:
+                break
+            weighing = replace(loop.settings.weighing, use_w1=group.use_w1, use_w2=group.use_w2)
+            try:
+                lineage[name] = (loop.from_loop(name, pairs[name], lineage, weighing),)
+            except NoPairsError as error:  # the group is then what it is without this training; its table says so
+                loop.say(f"Warning: {error}")
+        return lineage, pairs
+
+
+def _training(artefact: Artefact) -> dict:
+    return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
+
+
+def cost(task: str, plan: AblationPlan, steps: Mapping[str, int], conditions: int, pairs: int) -> float:
+    """Rough work of a task, in training updates, for the bar's time left.
+
+    Args: steps: updates by PEOPLE, LOOP and SUPERVISED; conditions: held-out ones; pairs: human ones.
+    """
+    _, what, *part = task.split("/")
+    assets = plan.judging.per_condition * conditions / 4  # an asset costs about as much as a quarter of an update
+    if part:
+        return steps[what]
+    if what == "pairs":
+        return pairs / 2
+    return assets + (steps[LOOP] if GROUPS[what].first == LOOP else 0)
+
+
+def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
+    """What a process does tasks with; on one thread where it is not alone."""
+    if not alone:
+        torch.set_num_threads(1)
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open_problem(run.source, device)))
+
+
+def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, workers: int) -> None:
+    """Train and judge all groups on worker processes, and write the table."""
+    plan, tasks = run.plan, run.plan.tasks()
+    steps = {PEOPLE: run.circular.human.steps, LOOP: run.circular.loop.steps, SUPERVISED: run.circular.sft.steps}
+    pairs = len(problem.human_pairs(problem.pipeline.stages[-1].name))
+    units = {task: round(cost(task, plan, steps, len(problem.held_out_conditions), pairs)) for task in tasks}
+    print(f"{len(tasks)} tasks on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
+    with tqdm(total=sum(units.values()), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05) as bar:
+
+        def done(name: str, result: Mapping) -> None:
+            bar.set_description(f"ablation, done {name}", refresh=False)
+            reused = result["reused"] if "reused" in result else all(one["reused"] for one in result.values())
+            if reused:  # which says nothing of the time that others take
+                bar.total -= units[name]
+                bar.refresh()
+            else:
+                bar.update(units[name])
+
+        expected = (ValueError, OSError, StoppedError)
+        results = run_tasks(tasks, handler_of, (run, device, workers == 1), workers, folder / "logs", done, expected)
+    data = tabled(results, plan, run.facts(problem))
+    for path in table.write(data, folder):
+        print(f"Written: {path}")
+    print(table.markdown(data))
+
+
+def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
+    """The table of all tasks' results; the base's scores are the same for all training seeds."""
+    seeds = plan.seeds
+    scores = {x: [results[f"{seed if x != 'i' else seeds[0]}/{x}"]["scores"] for seed in seeds] for x in plan.groups}
+    trained = {x: [results[f"{seed}/{x}"]["trainings"] if x != "i" else {} for seed in seeds] for x in plan.groups}
+    loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
+    return table.table(scores, seeds, trained, loop, {"training_seeds": list(seeds), **facts})

@@ -5,20 +5,17 @@ import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from eg3d_rlhf.cli import versions
-from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.flow.circular.loop_pairs import W2_NORMS, LoopPairsConfig
 from eg3d_rlhf.flow.circular.table import TABLE, AblationPlan, Judging
 from eg3d_rlhf.flow.dpo import DpoConfig
-from eg3d_rlhf.flow.problem import TOY, Problem, ProblemSource, open_problem
+from eg3d_rlhf.flow.problem import TOY, Problem, ProblemSource
 from eg3d_rlhf.flow.stage import FlowStage
 from eg3d_rlhf.flow.tuning.update import TrainConfig
-from eg3d_rlhf.flow.weights import W2_NORMS
 from training.config import check_knobs, knob
 
-ROLES = ("op", "reward")
 _loop = functools.partial(knob, group="The loop")
 
 
@@ -30,7 +27,7 @@ class Weighing:
     use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2")
     tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
     w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS)
-    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.", choices=ROLES)
+    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.", choices=("op", "reward"))
 
     def __post_init__(self):
         check_knobs(self)
@@ -83,10 +80,6 @@ class CircularSettings:
         if not self.loop.dpo.needs_reference:
             raise ValueError(f"CircularSettings.loop: expected a loss of two sides, got {self.loop.dpo.kind!r}. Use sigmoid, say.")
 
-    def with_seed(self, seed: int) -> "CircularSettings":
-        """The same run with other draws."""
-        return replace(self, seed=seed)
-
     def training(self, config: TrainConfig, stage: FlowStage) -> TrainConfig:
         """A step's training at a stage: this run's seed, and adapters on the stage's own layers unless others were asked for."""
         lora = config.lora
@@ -112,16 +105,6 @@ class CircularRun:
     def plan(self) -> AblationPlan:
         """The ablation's."""
         return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
-
-    @property
-    def name(self) -> str:
-        """For the run folder."""
-        what = f"ablation-{''.join(self.groups)}" if self.groups else f"stage-{self.stage}" if self.stage else "loop"
-        return f"circular-dpo-{Path(self.source.pipeline).name}-{what}"
-
-    def problem(self, device: str) -> Problem:
-        """Read networks and pairs."""
-        return open_problem(self.source, device)
 
     def facts(self, problem: Problem) -> dict:
         """What a reader of a table needs besides it."""
@@ -152,15 +135,13 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{who}: expected settings of this version, got unknown ones: {', '.join(unknown)}. Start a new run.")
-    return kind(**{name: _value(hints[name], value, f"{who}.{name}") for name, value in values.items()})
-
-
-def _value(hint: Any, value: Any, who: str) -> Any:
-    for option in (hint, *typing.get_args(hint)) if value is not None else ():
-        if dataclasses.is_dataclass(option):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{who}: expected settings by name, got {value!r}. Start a new run.")
-            return from_dict(option, value, who)
-        if typing.get_origin(option) is tuple:
-            return tuple(value)
-    return value
+    made = dict(values)
+    for name, value in values.items():
+        for option in (hints[name], *typing.get_args(hints[name])) if value is not None else ():
+            if dataclasses.is_dataclass(option):
+                if not isinstance(value, Mapping):
+                    raise ValueError(f"{who}.{name}: expected settings by name, got {value!r}. Start a new run.")
+                made[name] = from_dict(option, value, f"{who}.{name}")
+            elif typing.get_origin(option) is tuple:
+                made[name] = tuple(value)
+    return kind(**made)

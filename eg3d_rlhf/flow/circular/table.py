@@ -78,10 +78,6 @@ class Judging:
     def __post_init__(self):
         check_knobs(self)
 
-    def noises(self, condition: str) -> list[int]:
-        """Seeds [S] of a condition's assets."""
-        return [derive_seed("table", self.seed, condition, k) % 2**31 for k in range(self.per_condition)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class AblationPlan:
@@ -112,15 +108,11 @@ class AblationPlan:
                 tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:
             for seed in self.seeds if letter != "i" else self.seeds[:1]:
-                tasks[f"{seed}/{letter}"] = self._needs(seed, GROUPS[letter])
+                group, first = GROUPS[letter], GROUPS[letter].first
+                needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
+                needs += [f"{seed}/pairs" if first == LOOP else f"{seed}/{first}/first"] if first != BASE else []
+                tasks[f"{seed}/{letter}"] = needs
         return tasks
-
-    @staticmethod
-    def _needs(seed: int, group: Group) -> list[str]:
-        needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
-        if group.first == LOOP:
-            return [*needs, f"{seed}/pairs"]
-        return needs + ([f"{seed}/{group.first}/first"] if group.first != BASE else [])
 
 
 def judge(problem: Problem, models: Models, judging: Judging, on_asset: Callable[[int], None] | None = None) -> dict:
@@ -140,13 +132,15 @@ def judge(problem: Problem, models: Models, judging: Judging, on_asset: Callable
     for i in range(0, len(names), block):
         part = names[i : i + block]
         conditions = [name for name in part for _ in range(S)]
-        seeds = [seed for name in part for seed in judging.noises(name)]
+        seeds = [derive_seed("table", judging.seed, name, k) % 2**31 for name in part for k in range(S)]
         assets = generate(problem.pipeline, conditions, seeds, models, judging.batch)
         values = {name: one(assets, conditions) for name, one in judges.items() if one is not None}
         if problem.parts is not None:
             values |= problem.parts(assets, conditions)
         for name, value in values.items():
-            found.setdefault(name, []).extend(_rows(name, value, S))
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"judge: expected finite scores of {name}, got {value.tolist()}. Correct that judge.")
+            found.setdefault(name, []).extend(value.detach().double().cpu().view(-1, S).tolist())
         encoded = problem.pipeline.encode(assets)
         for stage, out in spreads.items():  # encoded latents of the last stage may be dear, and are not needed
             out += [spread([one[stage] for one in encoded[k * S : (k + 1) * S]]) for k in range(len(part))]
@@ -154,12 +148,6 @@ def judge(problem: Problem, models: Models, judging: Judging, on_asset: Callable
             on_asset(len(assets))
     spreads["score"] = torch.tensor(found["final"], dtype=torch.float64).std(1).tolist()
     return {"conditions": names, "scores": found, "spread": spreads}
-
-
-def _rows(name: str, values: torch.Tensor, S: int) -> list[list[float]]:
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"judge: expected finite scores of {name}, got {values.tolist()}. Correct that judge.")
-    return values.detach().double().cpu().view(-1, S).tolist()
 
 
 def spread(latents: Sequence[Latent]) -> float:
@@ -189,33 +177,29 @@ def table(
         scores: by group, a `judging.judge` for each training seed; trained: by group and seed, what is known of its trainings.
         loop: figures of the loop's pairs by training seed; facts: what a reader of the file needs besides.
     """
-    arrays = {letter: _arrays(rows) for letter, rows in scores.items()}
-    base = arrays["i"]
-    groups = {}
+    arrays = {  # each [K, C, S]
+        letter: {name: np.array([row["scores"][name] for row in rows]) for name in rows[0]["scores"]} for letter, rows in scores.items()
+    }
+    spreads = {
+        letter: {stage: float(np.mean([row["spread"][stage] for row in rows])) for stage in rows[0]["spread"]}
+        for letter, rows in scores.items()
+    }
+    base, groups = arrays["i"], {}
     for letter, own in arrays.items():
+        start, ends = spreads["i"], spreads[letter]
         judged = {name: rate(own[name], base[name], seeds) for name in own}
         groups[letter] = {
             "title": GROUPS[letter].title, **judged["final"], "score_mean": float(own["final"].mean()),
             "judges": {name: judged[name] for name in JUDGES if name in judged},
             "parts": {name: judged[name] for name in own if name not in JUDGES},
-            "spread": _spread(scores[letter], scores["i"]), "trainings": list(trained[letter]),
+            "spread": {  # as a share of the base's, too: a collapsed generator is near 0
+                stage: {"mean": mean, "of_base": mean / start[stage] if start[stage] > 0 else None} for stage, mean in ends.items()
+            },
+            "trainings": list(trained[letter]),
         }
     pairwise = {f"{x}_vs_{y}": rate(arrays[x]["final"], arrays[y]["final"], seeds) for x, y in combinations(sorted(arrays), 2)}
     C, S = base["final"].shape[1:]
     return {"groups": groups, "pairwise": pairwise, "loop": dict(loop), "conditions": C, "noises": S, "interval": INTERVAL, **facts}
-
-
-def _arrays(rows: Sequence[Mapping]) -> dict[str, np.ndarray]:
-    return {name: np.array([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}  # [K, C, S]
-
-
-def _spread(rows: Sequence[Mapping], base: Sequence[Mapping]) -> dict[str, dict[str, float | None]]:
-    """Per stage, how far assets of one condition differ, and as a share of the base's: a collapsed generator is near 0."""
-    found = {}
-    for stage in rows[0]["spread"]:
-        own, start = (float(np.mean([row["spread"][stage] for row in one])) for one in (rows, base))
-        found[stage] = {"mean": own, "of_base": own / start if start > 0 else None}
-    return found
 
 
 def markdown(data: Mapping) -> str:
@@ -224,21 +208,35 @@ def markdown(data: Mapping) -> str:
     stages = list(data["groups"]["i"]["spread"])
     head = ["group", "what is trained", "win rate against base", *[f"seed {s}" for s in data["training_seeds"]]]
     head += [f"{name} alone" for name in parts] + ["chooser", "reward"] + [f"spread, {stage}" for stage in stages]
-    lines = ["# Circular-DPO against its base", "", _facts(data), "", _row(head), _row(["---"] * len(head))]
+    rows = []
     for letter, group in data["groups"].items():
         cells = [f"({letter})", group["title"], shown(group), *[f"{one['win_rate']:.3f}" for one in group["seeds"]]]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
         cells += [f"{group['judges'][name]['win_rate']:.3f}" if name in group["judges"] else "" for name in ("chooser", "reward")]
         shares = [group["spread"][stage]["of_base"] for stage in stages]
         cells += ["" if share is None else f"{share:.2f}" for share in shares]
-        lines.append(_row(cells))
-    lines += ["", "## Pair by pair", "", "Share of assets of the first that the final judge prefers to the second's, same noises.", ""]
-    head = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
-    lines += [_row(head), _row(["---"] * len(head))]
+        rows.append(cells)
+    facts = (
+        f"{data['conditions']} held-out conditions x {data['noises']} noises x {len(data['training_seeds'])} training seeds; ties count "
+        f"half. Brackets: {data['interval']}. The final judge labelled nothing, trained nothing and chose nothing; \"chooser\" chose "
+        "checkpoints, \"reward\" scored the loop's pairs. Spread: how far assets of one condition differ, as a share of the base's."
+    )
+    lines = ["# Circular-DPO against its base", "", facts, "", *_table(head, rows), "", "## Pair by pair", ""]
+    lines += ["Share of assets of the first that the final judge prefers to the second's, same noises.", ""]
+    head, rows = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]], []
     for name, one in data["pairwise"].items():
         x, y = name.split("_vs_")
-        lines.append(_row([f"({x}) against ({y})", shown(one), *[f"{s['win_rate']:.3f}" for s in one["seeds"]]]))
-    return "\n".join(lines) + "\n" + _loop(data["loop"])
+        rows.append([f"({x}) against ({y})", shown(one), *[f"{s['win_rate']:.3f}" for s in one["seeds"]]])
+    lines += _table(head, rows)
+    if data["loop"]:
+        rows = []
+        for seed, stages in data["loop"].items():
+            for stage, one in stages.items():
+                better = "" if one.get("op_rewarded_where_changed") is None else f"{one['op_rewarded_where_changed']:.2f}"
+                rows.append([seed, stage, one["pairs"], f"{one['changed_structure']:.2f}", better, f"{one['reward_gap_mean']:.3g}"])
+        head = ["seed", "stage", "pairs", "structure changed", "of these, op rewarded more", "mean reward gap"]
+        lines += ["", "## The loop's pairs", "", *_table(head, rows)]
+    return "\n".join(lines) + "\n"
 
 
 def shown(one: Mapping) -> str:
@@ -246,31 +244,8 @@ def shown(one: Mapping) -> str:
     return f"{one['win_rate']:.3f} [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]"
 
 
-def _facts(data: Mapping) -> str:
-    return (
-        f"{data['conditions']} held-out conditions x {data['noises']} noises x {len(data['training_seeds'])} training seeds; ties count "
-        f"half. Brackets: {data['interval']}. The final judge labelled nothing, trained nothing and chose nothing; \"chooser\" chose "
-        "checkpoints, \"reward\" scored the loop's pairs. Spread: how far assets of one condition differ, as a share of the base's."
-    )
-
-
-def _loop(loop: Mapping) -> str:
-    if not loop:
-        return ""
-    head = ["seed", "stage", "pairs", "structure changed", "of these, op rewarded more", "mean reward gap"]
-    rows = ["", "## The loop's pairs", "", _row(head), _row(["---"] * len(head))]
-    for seed, stages in loop.items():
-        for stage, one in stages.items():
-            better = one.get("op_rewarded_where_changed")
-            rows.append(_row([
-                seed, stage, one["pairs"], f"{one['changed_structure']:.2f}", "" if better is None else f"{better:.2f}",
-                f"{one['reward_gap_mean']:.3g}",
-            ]))
-    return "\n".join(rows) + "\n"
-
-
-def _row(cells: Sequence) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def _table(head: list[str], rows: list[list]) -> list[str]:
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def plot(data: Mapping):

@@ -109,7 +109,12 @@ def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path
 def _begin(setup: Setup, arguments: tuple, logs: Path, count, parent: Connection) -> None:
     """A worker's start."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+
+    def end_with_parent() -> None:
+        parent.poll(None)  # the other end is closed, or its process is gone
+        os.kill(os.getpid(), signal.SIGTERM)  # inside a training: a checkpoint first
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with count.get_lock():
         number = count.value
         count.value += 1
@@ -121,8 +126,3 @@ def _work(name: str) -> Any:
     if "handler" not in _worker:
         _worker["handler"] = _worker["setup"](*_worker["arguments"])
     return _worker["handler"](name)
-
-
-def _end_with(parent: Connection) -> None:
-    parent.poll(None)  # the other end is closed, or its process is gone
-    os.kill(os.getpid(), signal.SIGTERM)  # inside a training: a checkpoint first

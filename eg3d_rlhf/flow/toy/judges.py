@@ -23,20 +23,7 @@ from torch import nn
 
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import separate
-from eg3d_rlhf.flow.toy.pipeline import ToyAsset, make_assets
-from eg3d_rlhf.flow.toy.shapes import (
-    COLOURS,
-    SHAPES,
-    TRAINED,
-    Defects,
-    Drafts,
-    R,
-    canonical_shapes,
-    classes,
-    draw_drafts,
-    neighbours,
-    targets,
-)
+from eg3d_rlhf.flow.toy import pipeline as toy
 from eg3d_rlhf.preferences.losses import preference_loss
 
 RIGHT_COLOUR = 0.15  # largest error of a channel that ChooserOracle lets pass
@@ -51,10 +38,10 @@ class _Views:
     colour_error: torch.Tensor  # [N, P, 3], 0 where nothing is filled
 
     @classmethod
-    def of(cls, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> "_Views":
+    def of(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
         if len(assets) != len(conditions) or not assets:
             raise ValueError(f"oracle: expected as many conditions as assets, got {len(conditions)} and {len(assets)}. Give one each.")
-        shapes, colours = targets(conditions)
+        shapes, colours = toy.targets(conditions)
         filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
         painted = torch.stack([asset.colours for asset in assets])
         return cls(filled, shapes.flatten(2).float(), (painted - colours).flatten(1, 3) * filled[..., None])
@@ -78,10 +65,10 @@ class _Oracle(ABC):
     """Geometry plus colour."""
 
     @abstractmethod
-    def parts(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """The scores "geometry" and "colour", each [N] float32."""
 
-    def __call__(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32: the sum of both."""
         found = self.parts(assets, conditions)
         return found["geometry"] + found["colour"]
@@ -90,7 +77,7 @@ class _Oracle(ABC):
 class LabelOracle(_Oracle):
     """Geometry 4 IoU, colour -4 RMSE."""
 
-    def parts(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """See _Oracle."""
         views = _Views.of(assets, conditions)
         iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
@@ -100,10 +87,10 @@ class LabelOracle(_Oracle):
 class ChooserOracle(_Oracle):
     """Geometry -2 mean distance in voxels, there and back; colour the share of voxels within RIGHT_COLOUR in every channel."""
 
-    def parts(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """See _Oracle."""
         views = _Views.of(assets, conditions)
-        to_shape = _distances_to_shapes()[classes(conditions)[0]]  # [N, K, P]
+        to_shape = _distances_to_shapes()[toy.classes(conditions)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
         there = torch.einsum("np,nkp->nk", views.filled, to_shape) / views.filled.sum(1, keepdim=True)
         back = torch.einsum("np,nkp->nk", to_asset, views.wanted) / views.wanted.sum(2)
@@ -114,36 +101,26 @@ class ChooserOracle(_Oracle):
 class FinalOracle(_Oracle):
     """Geometry Dice + symmetry - 0.03 for every part beyond the first; colour -3 mean absolute error."""
 
-    def parts(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """See _Oracle."""
         views = _Views.of(assets, conditions)
         dice = (2 * views.overlap / views.sizes).amax(1)
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
-        more = torch.tensor([_parts(asset.occupancy) - 1 for asset in assets])
+        more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])  # parts that hang together by faces
         colour = -3 * views.mean(views.colour_error.abs().mean(2))
         return {"geometry": dice + views.mean(mirrored.float()) - 0.03 * more, "colour": colour}
-
-
-def parts(assets: Sequence[ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-    """Sub-scores of the final oracle: "geometry" and "colour", each [N]."""
-    return FinalOracle().parts(assets, conditions)
 
 
 @functools.cache
 def _distances_to_shapes() -> torch.Tensor:
     """Distance of every place to every shape, [shapes, K, R^3], in voxels; 0 inside."""
-    shapes = canonical_shapes()
+    shapes = toy.canonical_shapes()
     return torch.stack([_distance(shape) for shape in shapes.flatten(0, 1)]).unflatten(0, shapes.shape[:2])
 
 
 def _distance(filled: torch.Tensor) -> torch.Tensor:
     """[R^3]: from every place to the nearest filled one."""
-    return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(R**3)
-
-
-def _parts(filled: torch.Tensor) -> int:
-    """Number of parts that hang together by faces."""
-    return ndimage.label(filled.numpy())[1]
+    return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(toy.R**3)
 
 
 TEMPERATURE = 0.2  # of the annotator, in units of LabelOracle's score
@@ -154,27 +131,27 @@ class Judged:
     """P pairs of one condition each, the better draft first."""
 
     conditions: tuple[str, ...]
-    preferred: Drafts
-    rejected: Drafts
-    assets: tuple[list[ToyAsset], list[ToyAsset]]  # preferred, rejected
+    preferred: toy.Drafts
+    rejected: toy.Drafts
+    assets: tuple[list[toy.ToyAsset], list[toy.ToyAsset]]  # preferred, rejected
     agrees: torch.Tensor  # [P] bool: whether the annotator said what the oracle thinks
 
 
-def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects: Defects | None = None) -> Judged:
+def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None) -> Judged:
     """One pair per condition.
 
     P(first is called better) = sigmoid((s_first - s_second) / TEMPERATURE), s LabelOracle's (Bradley and Terry 1952).
     """
-    drafts = [draw_drafts(conditions, generator, defects) for _ in range(2)]
-    assets = [make_assets(one) for one in drafts]
+    drafts = [toy.draw_drafts(conditions, generator, defects) for _ in range(2)]
+    assets = [toy.make_assets(one) for one in drafts]
     oracle = LabelOracle()
     gap = oracle(assets[0], conditions) - oracle(assets[1], conditions)
     first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
 
-    def chosen(take: torch.Tensor) -> tuple[Drafts, list[ToyAsset]]:
+    def chosen(take: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
         grids = take.view(-1, 1, 1, 1)
         a, b = drafts
-        picked = Drafts(torch.where(grids, a.structure, b.structure), torch.where(grids[..., None], a.features, b.features))
+        picked = toy.Drafts(torch.where(grids, a.structure, b.structure), torch.where(grids[..., None], a.features, b.features))
         return picked, [x if one else y for one, x, y in zip(take.tolist(), *assets, strict=True)]
 
     (preferred, better), (rejected, worse) = chosen(first), chosen(~first)
@@ -189,10 +166,9 @@ def human_pairs(stage: str, conditions: Sequence[str], per_condition: int, seed:
         judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(own))
         both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
         for i, (preferred, rejected) in enumerate(zip(*both, strict=True)):
-            name = f"{condition.replace(' ', '-')}-{seed}-{i:03d}"
-            origin = {"seed": seed, "number": i}
             pairs.append(PreferencePair(
-                id=name, condition=condition, stage=stage, preferred=preferred, rejected=rejected, provenance=origin,
+                id=f"{condition.replace(' ', '-')}-{seed}-{i:03d}", condition=condition, stage=stage, preferred=preferred,
+                rejected=rejected, provenance={"seed": seed, "number": i},
             ))  # fmt: skip
     return pairs
 
@@ -208,40 +184,35 @@ class LearnedReward(nn.Module):
 
     def __init__(self, hidden: int = 32):
         super().__init__()
-        self.colour = nn.Embedding(len(COLOURS), R * 3)  # of every class by height
+        self.colour = nn.Embedding(len(toy.COLOURS), toy.R * 3)  # of every class by height
         nn.init.constant_(self.colour.weight, 0.5)
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
-        sizes = [FEATURES + 2 + len(SHAPES), hidden, hidden]
+        sizes = [FEATURES + 2 + len(toy.SHAPES), hidden, hidden]
         layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.GELU())]
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
-
-    def fit_scale(self, volumes: torch.Tensor) -> None:
-        """Take mean and deviation of the features from these volumes."""
-        features = _features(volumes)
-        self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-3)
 
     def score(self, volumes: torch.Tensor, shapes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
         """[N, 4, R, R, R] and class numbers [N] -> [N]. Not differentiable in the volumes' occupancy."""
         filled, painted = volumes[:, :1], volumes[:, 1:]
-        learned = self.colour(colours).view(-1, 3, 1, 1, R)
+        learned = self.colour(colours).view(-1, 3, 1, 1, toy.R)
         error = ((painted - learned).square() * filled).flatten(2).sum(2) / filled.flatten(1).sum(1, keepdim=True)  # [N, 3]
         off = torch.stack([error.mean(1), error.mean(1).sqrt()], dim=1) * 4
         features = (_features(volumes) - self.mean) / self.std
-        return self.head(torch.cat([features, off, F.one_hot(shapes, len(SHAPES)).float()], dim=1)).squeeze(1)
+        return self.head(torch.cat([features, off, F.one_hot(shapes, len(toy.SHAPES)).float()], dim=1)).squeeze(1)
 
     @torch.no_grad()
-    def forward(self, assets: Sequence[ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
+    def forward(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32; see AssetReward."""
         device = self.mean.device
-        return self.score(volumes_of(assets).to(device), *(one.to(device) for one in classes(conditions))).cpu()
+        return self.score(volumes_of(assets).to(device), *(one.to(device) for one in toy.classes(conditions))).cpu()
 
 
 def _features(volumes: torch.Tensor) -> torch.Tensor:
     """[N, 4, R, R, R] -> [N, 15]: number of voxels; shares of them with 0 to 6 filled neighbours; empty places with 2 to 6 filled ones;
     share without a mirror image; roughness of the colour."""
     filled = volumes[:, 0]
-    beside, n = neighbours(filled), filled.sum((1, 2, 3))
+    beside, n = toy.neighbours(filled), filled.sum((1, 2, 3))
     full = [((beside == k) * filled).sum((1, 2, 3)) / n for k in range(7)]
     empty = [((beside == k) * (1 - filled)).sum((1, 2, 3)) / n for k in range(2, 7)]
     alone = ((1 - filled.flip(1)) * filled).sum((1, 2, 3)) / n
@@ -250,7 +221,7 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
     return torch.stack([n, *full, *empty, alone, rough], dim=1)
 
 
-def volumes_of(assets: Sequence[ToyAsset]) -> torch.Tensor:
+def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
     """Assets as the network reads them, [N, 4, R, R, R]."""
     return torch.stack([torch.cat([a.occupancy[None].float(), a.colours.permute(3, 0, 1, 2)]) for a in assets])
 
@@ -277,14 +248,16 @@ def train_reward(training: RewardTraining, on_step: Callable[[int, int, float], 
     Args: on_step: called with (step, steps, loss).
     """
     generator = torch.Generator().manual_seed(training.seed)
-    judged = [_draw(n, generator) for n in (training.pairs, training.held_out)]
+    names = [[toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)]
+    judged = [judge_drafts(conditions, generator) for conditions in names]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = LearnedReward()
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=0.05)
     better, worse = (volumes_of(assets) for assets in judged[0].assets)
-    network.fit_scale(torch.cat([better, worse]))
-    shapes, colours = classes(judged[0].conditions)
+    features = _features(torch.cat([better, worse]))
+    network.mean, network.std = features.mean(0), features.std(0).clamp(min=1e-3)
+    shapes, colours = toy.classes(judged[0].conditions)
     step, steps = 0, training.epochs * (-(-training.pairs // training.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(training.epochs):
@@ -305,7 +278,3 @@ def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
     """Share of pairs ordered as the annotator said, and as the labelling oracle thinks."""
     ordered = network(judged.assets[0], judged.conditions) > network(judged.assets[1], judged.conditions)
     return {"labels": float(ordered.float().mean()), "clean": float((ordered == judged.agrees).float().mean())}
-
-
-def _draw(n: int, generator: torch.Generator) -> Judged:
-    return judge_drafts([TRAINED[i % len(TRAINED)] for i in range(n)], generator)

@@ -1,14 +1,19 @@
-"""TRELLIS's finished assets: Gaussians in a cube of side 1 about the origin, their files, and the voxels that they fill.
+"""TRELLIS's finished assets: Gaussians in a cube of side 1 about the origin, their files, and the voxels that they fill; their images in
+plain PyTorch, slow, exact, on any device; and what the encoder of the second stage reads off these.
 
-Shape letters: G Gaussians, v voxels, R voxels per axis.
+Shape letters: G Gaussians, R voxels per axis, S pixels per side, P pixels of a tile, K Gaussians that reach it, v voxels, E entries of a
+feature.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from eg3d_rlhf.flow.trellis.conditions import IMAGE_SIZE, ImageEncoder
 from eg3d_rlhf.shapes import check_shape
 from training.storage import write_atomic
 
@@ -104,3 +109,115 @@ def read_ply(path: Path) -> SplatAsset:
         means=columns("x", "y", "z"), features_dc=columns("f_dc_0", "f_dc_1", "f_dc_2"), scales=scales,
         rotations=torch.nn.functional.normalize(rotations, dim=1), opacities=columns("opacity")[:, 0].sigmoid(),
     )
+
+
+TILE = 14  # pixels per side
+BLUR = 0.1  # pixels^2 added to every Gaussian's variance on screen; its opacity is lowered to match (Yu et al. 2024, Mip-Splatting)
+REACH = 3  # standard deviations beyond which a Gaussian is cut off
+NEAR = 0.1
+MAX_ALPHA = 0.99
+
+
+@dataclass(frozen=True)
+class View:
+    """A pinhole camera; x to the right, y down, z forward."""
+
+    rotation: torch.Tensor  # [3, 3], world to camera
+    position: torch.Tensor  # [3], of the camera in the world
+    focal: float  # in sides of the image
+
+    def camera(self, xyz: torch.Tensor) -> torch.Tensor:
+        """Points [G, 3] as the camera has them."""
+        return (xyz - self.position.to(xyz)) @ self.rotation.to(xyz).T
+
+    def project(self, xyz: torch.Tensor) -> torch.Tensor:
+        """Points [G, 3] -> [G, 2] on the image, 0..1 from its upper left corner."""
+        seen = self.camera(xyz)
+        return self.focal * seen[:, :2] / seen[:, 2:] + 0.5
+
+
+def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
+    """Cameras spread evenly over a sphere, looking at its centre, z up; fov in degrees."""
+    found = []
+    for i in range(count):
+        height, turn = 1 - (2 * i + 1) / count, i * math.pi * (3 - math.sqrt(5))
+        ring = math.sqrt(1 - height**2)
+        position = torch.tensor([ring * math.cos(turn), ring * math.sin(turn), height])
+        forward = -position
+        up = torch.tensor([0.0, 0.0, 1.0]) if abs(height) < 0.999 else torch.tensor([0.0, 1.0, 0.0])
+        right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=0)
+        rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
+        found.append(View(rotation, radius * position, 0.5 / math.tan(math.radians(fov) / 2)))
+    return found
+
+
+@torch.no_grad()
+def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
+    """An image over black, [3, S, S] of 0..1. Not differentiable."""
+    means, conics, alphas, reach, order = _on_screen(asset, view, size)
+    colours = asset.colours[order]
+    low, high = means - reach[:, None], means + reach[:, None]  # [G, 2], boxes on screen
+    image = means.new_zeros(3, size, size)
+    for top in range(0, size, TILE):
+        row = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
+        for left in range(0, size, TILE):
+            near = row[(low[row, 0] < left + TILE) & (high[row, 0] > left)]
+            if len(near):
+                y, x = (torch.arange(start, min(start + TILE, size), device=means.device) + 0.5 for start in (top, left))
+                tile = _tile(torch.cartesian_prod(y, x).flip(1), means[near], conics[near], alphas[near], colours[near])
+                image[:, top : top + TILE, left : left + TILE] = tile.T.unflatten(1, (len(y), len(x)))
+    return image
+
+
+def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, ...]:
+    """Centres, inverse covariances and reach in pixels, opacities, and the order from front to back of those in front of the camera."""
+    seen = view.camera(asset.means.float())
+    order = seen[:, 2].argsort()
+    order = order[seen[order, 2] > NEAR]
+    (x, y, z), f = seen[order].unbind(1), view.focal * size
+    zero = torch.zeros_like(z)
+    jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)  # of the projection
+    axes = jacobian @ view.rotation.to(seen) @ _rotations(asset.rotations[order].float()) * asset.scales[order, None].float()
+    sharp = axes @ axes.mT  # [G, 2, 2]
+    covariance = sharp + BLUR * torch.eye(2, device=seen.device)
+    determinant = covariance.det()
+    a, b, d = covariance[:, 0, 0], covariance[:, 0, 1], covariance[:, 1, 1]
+    conics = torch.stack([d, -b, a], 1) / determinant[:, None]
+    largest = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
+    alphas = asset.opacities[order].float() * (sharp.det().clamp_min(0) / determinant).sqrt()
+    means = torch.stack([f * x / z, f * y / z], 1) + size / 2
+    return means, conics, alphas, REACH * largest.sqrt(), order
+
+
+def _tile(pixels: torch.Tensor, means: torch.Tensor, conics: torch.Tensor, alphas: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Colours [P, 3] of pixels [P, 2] behind Gaussians in order."""
+    dx, dy = (pixels[:, None] - means).unbind(-1)  # [P, K] each
+    a, b, d = conics.unbind(1)
+    alpha = (alphas * torch.exp(-0.5 * (a * dx * dx + d * dy * dy) - b * dx * dy)).clamp_max(MAX_ALPHA)
+    passed = torch.cumprod(1 - alpha, 1)
+    left = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
+    return (alpha * left) @ colours
+
+
+def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
+    """[G, 4] -> [G, 3, 3]."""
+    w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]
+    return torch.stack(rows, 1).view(-1, 3, 3)
+
+
+@torch.no_grad()
+def voxel_features(asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150) -> torch.Tensor:
+    """[v, E] float32: features of the patches that a voxel's centre falls on, interpolated, mean over views, hidden or not."""
+    centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
+    total: torch.Tensor | None = None
+    for view in views_around(views):
+        patches = encoder.patches(render(asset, view, IMAGE_SIZE)[None])  # [1, E, 37, 37]
+        places = (2 * view.project(centres) - 1).to(patches)[None, :, None]  # [1, v, 1, 2]
+        seen = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
+        total = seen if total is None else total + seen
+    return total / views

@@ -2,6 +2,11 @@
 
 Tokens are [N, T, C] on a dense grid and [V, C] on voxels. What a block needs to know of the difference is a `Layout`.
 
+On voxels attention is within each sample, within windows of each sample, and to each sample's condition. Groups of tokens have lengths of
+their own. Groups of one length are attended to in one call of torch's fused attention, which keeps no matrix of weights; hence no padding,
+no mask, and memory linear in the number of voxels. Which rows go together depends on the coordinates alone and is kept in the batch's
+cache.
+
 Shape letters: N samples, T tokens or voxels of a dense batch, V voxels of a sparse one, C channels, H heads, D channels of a head,
 L tokens of a condition, E their size.
 """
@@ -15,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from eg3d_rlhf.flow.sparse import SparseBatch
 
 TIME_SCALE = 1000  # the networks read 1000 t
 TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
@@ -63,17 +70,26 @@ class Layout(Protocol):
         """Attention from tokens [..., H, D] to their sample's condition, k and v [N, L, H, D]."""
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v: q [N, T, H, D], k and v [N, L, H, D] -> [N, T, H, D]; keep [N, 1, 1, L]. Differentiable in: q, k, v."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
+
+
 class DenseLayout:
-    """Tokens [N, T, C]."""
+    """Tokens [N, T, C], of which only those of `keep` [N, 1, 1, T] are there; None: all."""
+
+    def __init__(self, keep: torch.Tensor | None = None):
+        self.keep = keep
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(1)
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return attend(q, k, v, self.keep)
 
-    cross_attention = self_attention
+    def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v)
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -140,16 +156,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(channels, 3 * channels)
-        if qk_rms_norm:
-            self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) for _ in range(2))
+        self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.Linear(channels, channels)
-        self.normed = qk_rms_norm
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [..., H, D]
-        if self.normed:
-            q, k = self.q_rms_norm(q), self.k_rms_norm(k)
-        return self.to_out(layout.self_attention(q, k, v).flatten(-2))
+        return self.to_out(layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v).flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -160,17 +172,13 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.to_q = nn.Linear(channels, channels)
         self.to_kv = nn.Linear(cond_channels, 2 * channels)
-        if qk_rms_norm:
-            self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) for _ in range(2))
+        self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.Linear(channels, channels)
-        self.normed = qk_rms_norm
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor, layout: Layout) -> torch.Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [..., H, D]
         k, v = self.to_kv(cond).unflatten(-1, (2, self.heads, -1)).unbind(-3)  # [N, L, H, D]
-        if self.normed:
-            q, k = self.q_rms_norm(q), self.k_rms_norm(k)
-        return self.to_out(layout.cross_attention(q, k, v).flatten(-2))
+        return self.to_out(layout.cross_attention(self.q_rms_norm(q), self.k_rms_norm(k), v).flatten(-2))
 
 
 class ModulatedBlock(nn.Module):
@@ -226,3 +234,80 @@ def torso_dtype(blocks: nn.Module) -> torch.dtype:
         if isinstance(part, (nn.Linear, nn.Conv3d)):
             return part.weight.dtype
     return torch.float32
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of a batch, put in order such that groups are contiguous."""
+
+    runs: tuple[tuple[int, int], ...]  # (number of groups, rows of each), one entry per stretch of groups of one length
+    order: torch.Tensor | None = None  # [V] rows in that order; None: as they are
+    inverse: torch.Tensor | None = None  # [V] where each row went
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each run."""
+        return [count * length for count, length in self.runs]
+
+
+class SparseLayout:
+    """The `Layout` of blocks.py for tokens [V, C] of a sparse batch.
+
+    With a window, self-attention stays within windows of that many voxels per axis, whose borders `shift` moves back.
+    """
+
+    def __init__(self, batch: SparseBatch, window: int | None = None, shift: int = 0):
+        self.batch, self.window, self.shift = batch, window, shift
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """[N, C] -> [V, C]."""
+        return values[self.batch.sample]
+
+    def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """All [V, H, D] -> [V, H, D]."""
+        groups = samples(self.batch) if self.window is None else windows(self.batch, self.window, self.shift)
+        parts = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
+        out = torch.cat([attend(*part).flatten(0, 1) for part in parts])
+        return out if groups.inverse is None else out[groups.inverse]
+
+    def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [V, H, D], k and v [N, L, H, D] -> [V, H, D]."""
+        groups = samples(self.batch)
+        counts = [count for count, _ in groups.runs]
+        parts = zip(_runs(q, groups), k.split(counts), v.split(counts), strict=True)
+        return torch.cat([attend(*part).flatten(0, 1) for part in parts])
+
+
+def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
+    """[V, H, D] -> per run [groups, rows of each, H, D]."""
+    ordered = x if groups.order is None else x[groups.order]
+    return [part.unflatten(0, run) for part, run in zip(ordered.split(groups.sizes), groups.runs, strict=True)]
+
+
+def samples(batch: SparseBatch) -> Groups:
+    """One group per sample; the rows are in order already."""
+    if "samples" not in batch.cache:
+        runs: list[tuple[int, int]] = []
+        for length in batch.lengths.tolist():
+            if runs and runs[-1][1] == length:
+                runs[-1] = (runs[-1][0] + 1, length)
+            else:
+                runs.append((1, length))
+        batch.cache["samples"] = Groups(tuple(runs))
+    return batch.cache["samples"]
+
+
+def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
+    """One group per window that has voxels: those of a sample with one value of (coordinate + shift) // window on every axis."""
+    name = f"windows {window} {shift}"
+    if name not in batch.cache:
+        cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
+        side = int(cells.max()) + 1
+        codes = ((batch.sample * side + cells[:, 0]) * side + cells[:, 1]) * side + cells[:, 2]
+        _, group, lengths = torch.unique(codes, return_inverse=True, return_counts=True)
+        order = torch.argsort(lengths[group] * len(lengths) + group, stable=True)  # short windows first
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        length, count = (x.tolist() for x in torch.unique(lengths, return_counts=True))
+        batch.cache[name] = Groups(tuple(zip(count, length, strict=True)), order, inverse)
+    return batch.cache[name]

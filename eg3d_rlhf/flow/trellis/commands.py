@@ -1,20 +1,73 @@
-"""Command line of TRELLIS's files: pairs from what people have, embeddings of conditions, tuned flows back in the stock layout."""
+"""Command line of TRELLIS's files: pairs from what people have, embeddings of conditions, tuned flows in the stock layout."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
+import torch
 from PIL import Image
+from safetensors.torch import save
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
-from eg3d_rlhf.flow.policies import tuned_model
+from eg3d_rlhf.flow.lora import merge_rounding, merged_state
+from eg3d_rlhf.flow.policies import link, tuned_model
 from eg3d_rlhf.flow.trellis.conditions import ImageEncoder, TextEncoder, read_conditions, write_conditions
-from eg3d_rlhf.flow.trellis.export import export
-from eg3d_rlhf.flow.trellis.files import read_pipeline
+from eg3d_rlhf.flow.trellis.files import FLOWS, base_state, find_model, find_weights, load_model, read_pipeline, with_ending
 from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, RANKING, SCHEMES, STANDS, Imported, draw_to, read_dso, read_ranking, write_import
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.flow.trellis.problem import file_hashes, hash_of
+from training.storage import write_atomic
+
+
+def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path] = ()) -> dict:
+    """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of `root`.
+
+    Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
+    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references.
+
+    Args: tuned: by stage, a folder or file of weights in any layout that policies.tuned_model reads.
+    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}; rounding: share of the update that merging loses.
+    Raises: FileNotFoundError or ValueError for stages, files or a folder that do not fit.
+    """
+    file, out = read_pipeline(root), Path(out)
+    unknown = sorted(set(tuned) - set(FLOWS))
+    if unknown or not tuned:
+        raise ValueError(f"export: expected weights of stages among {', '.join(FLOWS)}, got {', '.join(unknown) or 'none'}. Name a stage.")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"export: expected a new folder, got {out} with files in it. Name another.")
+    models, done, kept, elsewhere = dict(file.models), {}, [], []
+    sources: dict[str, Path] = {}  # by stem
+    stages = {FLOWS[stage]: stage for stage in tuned}
+    for name in tqdm(file.models, desc="export", unit="model", leave=False, disable=None):
+        try:
+            stem = find_model(file, name, also)
+        except FileNotFoundError:
+            if name in stages or (file.root / file.models[name]).parent.is_dir():
+                raise
+            elsewhere.append(name)
+            continue
+        if sources.setdefault(stem.name, stem) != stem:
+            raise ValueError(f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename one.")
+        target = out / "ckpts" / stem.name
+        link(with_ending(stem, ".json"), with_ending(target, ".json"))
+        if name in stages:
+            weights, merged = tuned[stages[name]], with_ending(target, ".safetensors")  # in the base's types
+            types = {name: tensor.dtype for name, tensor in base_state(find_weights(stem)).items()}
+            state = merged_state(tuned_model(load_model(stem, dtype=torch.float32), weights))
+            state = {name: tensor.detach().cpu().to(types[name]).contiguous().clone() for name, tensor in state.items()}
+            write_atomic(merged, save(state, metadata={"format": "pt"}))
+            done[stages[name]] = {"file": merged.name, "rounding": merge_rounding(tuned_model(load_model(stem), weights))}
+        else:
+            weights = find_weights(stem)
+            link(weights, with_ending(target, weights.suffix))
+            kept.append(name)
+        models[name] = f"ckpts/{stem.name}"
+    content = {**file.content, "args": {**file.content["args"], "models": models}}
+    write_atomic(out / "pipeline.json", (json.dumps(content, indent=4) + "\n").encode())
+    return {"tuned": done, "kept": kept, "elsewhere": elsewhere}
+
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ANY = click.Path(path_type=Path)

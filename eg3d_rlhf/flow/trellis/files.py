@@ -1,5 +1,7 @@
-"""TRELLIS's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded."""
+"""TRELLIS's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded or run."""
 
+import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -7,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from eg3d_rlhf.flow.policies import read_state, split_state
 from eg3d_rlhf.flow.stage import Sampling
+from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
+from eg3d_rlhf.flow.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
+from eg3d_rlhf.flow.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig
+from training.storage import load_strict
 
 STRUCTURE, LATENT = "structure", "latent"  # names of the stages
 FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
@@ -119,7 +129,7 @@ def find_model(file: PipelineFile, model: str, also: Sequence[Path] = ()) -> Pat
         folders += [place.parent for value in decoders for place in _places(file, value, also)]
         places += [folder / USUAL_STEMS[model] for folder in folders]
     for place in places:
-        if _with_ending(place, ".json").is_file() and find_weights(place) is not None:
+        if with_ending(place, ".json").is_file() and find_weights(place) is not None:
             return place
     looked = ", ".join(dict.fromkeys(str(p) for p in places)) or "no place: pipeline.json does not name it"
     endings = " or ".join(WEIGHTS)
@@ -128,7 +138,7 @@ def find_model(file: PipelineFile, model: str, also: Sequence[Path] = ()) -> Pat
 
 def find_weights(stem: Path) -> Path | None:
     """The weights of a model, where there are any."""
-    return next((p for ending in WEIGHTS if (p := _with_ending(stem, ending)).is_file()), None)
+    return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
 def _places(file: PipelineFile, value: str, also: Sequence[Path]):
@@ -146,5 +156,96 @@ def _places(file: PipelineFile, value: str, also: Sequence[Path]):
         yield snapshot / below
 
 
-def _with_ending(stem: Path, ending: str) -> Path:
-    return stem.with_name(stem.name + ending)  # with_suffix would cut names that have dots
+def with_ending(stem: Path, ending: str) -> Path:
+    """with_suffix would cut names that have dots."""
+    return stem.with_name(stem.name + ending)
+
+
+ARCHITECTURES = {  # TRELLIS's names of classes; it also writes them with "Elastic" in front, which changes nothing here
+    "SparseStructureFlowModel": (StructureFlow, StructureFlowConfig),
+    "SparseStructureEncoder": (StructureEncoder, StructureVAEConfig),
+    "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig),
+    "SLatFlowModel": (LatentFlow, LatentFlowConfig),
+    "SLatEncoder": (LatentEncoder, LatentEncoderConfig),
+    "SLatGaussianDecoder": (GaussianDecoder, GaussianDecoderConfig),
+}
+
+
+def build_model(content: Mapping, who: str) -> nn.Module:
+    """An untrained model of what a JSON file describes: {"name": class, "args": {...}}.
+
+    Raises: ValueError for another class, or arguments that it does not have.
+    """
+    name, args = content.get("name"), content.get("args")
+    entry = ARCHITECTURES.get(str(name).removeprefix("Elastic"))
+    if entry is None or not isinstance(args, Mapping):
+        raise ValueError(f"{who}: expected a name among {', '.join(ARCHITECTURES)} and args, got {name!r}. Name a file of TRELLIS.")
+    model, config = entry
+    fields, missing = dataclasses.fields(config), dataclasses.MISSING
+    foreign = sorted(set(args) - {field.name for field in fields})
+    needed = sorted(f.name for f in fields if f.default is missing and f.default_factory is missing and f.name not in args)
+    if foreign or needed:
+        raise ValueError(f"{who}: expected the args of {name}, got unknown {foreign}, missing {needed}. Name a file of TRELLIS.")
+    return model(config(**args))
+
+
+def load_model(
+    stem: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A model from <stem>.json and its weights, in evaluation mode.
+
+    Args:
+        stem: path without ending; weights: another file for them, as a training checkpoint (.pt).
+        dtype: of the layers that TRELLIS has in half precision, others are float32; None keeps the types of the file.
+
+    Raises: FileNotFoundError; ValueError for files that do not fit each other, and for weights that are not finite.
+    """
+    json_file = with_ending(stem, ".json")
+    weights = weights or find_weights(stem)
+    if not json_file.is_file() or weights is None:
+        raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
+    state, content = base_state(weights), read_json(json_file)
+    model = empty_model(content, str(json_file))
+    types = {name: tensor.dtype for name, tensor in state.items()}
+    if dtype is not None:
+        half = empty_model({**content, "args": {**content["args"], "use_fp16": True}}, str(json_file)).state_dict()
+        halved = {name for name, tensor in half.items() if tensor.dtype == torch.float16}  # what TRELLIS has in half precision
+        types = {name: dtype if name in halved else torch.float32 for name in types}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in types and tensor.is_floating_point():
+            tensor.data = tensor.data.to(types[name])
+    model = model.to_empty(device=device)
+    load_strict(model, state, str(weights))
+    return model.eval()
+
+
+def base_state(path: Path) -> dict[str, torch.Tensor]:
+    """Named tensors of a model by itself, from a safetensors file or a training checkpoint.
+
+    Raises: FileNotFoundError; ValueError for a damaged file, adapters, or weights that are not finite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: expected a file, got none at {path}. Check the path.")
+    state, adapters = split_state(read_state(Path(path)), Path(path).name)
+    if adapters:
+        raise ValueError(f"{path}: expected the weights of a model, got adapters. Give them as tuned weights of their base.")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def empty_model(content: Mapping, who: str) -> nn.Module:
+    """`build_model` without memory for weights, on the meta device."""
+    with torch.device("meta"):
+        return build_model(content, who)
+
+
+def return_freed_memory() -> bool:
+    """Have glibc return every freed tensor of 1 MiB or more to the system, from now on in this process. False where there is no glibc.
+
+    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept between a network's blocks
+    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(-3, 1 << 20))  # M_MMAP_THRESHOLD of glibc's malloc.h; bytes

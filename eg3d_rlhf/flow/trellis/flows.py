@@ -13,24 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.trellis.blocks import (
-    DenseLayout,
-    ModulatedBlock,
-    TimeEmbedder,
-    TransformerConfig,
-    convert_torso,
-    modulation,
-    position_embedding,
-    run_block,
-    torso_dtype,
-)
-from eg3d_rlhf.flow.trellis.sparse_attention import SparseLayout
+from eg3d_rlhf.flow.trellis import blocks
 from eg3d_rlhf.flow.trellis.sparse_conv import Kernel, SparseResBlock
 from eg3d_rlhf.shapes import check_shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(TransformerConfig):
+class FlowConfig(blocks.TransformerConfig):
     """What a flow's JSON file calls args, as far as both flows have it."""
 
     in_channels: int
@@ -49,7 +38,7 @@ class FlowConfig(TransformerConfig):
     def blocks(self) -> nn.ModuleList:
         """The transformer's."""
         return nn.ModuleList(
-            ModulatedBlock(
+            blocks.ModulatedBlock(
                 self.model_channels, self.cond_channels, self.heads, self.mlp_ratio, share_mod=self.share_mod,
                 qk_rms_norm=self.qk_rms_norm, qk_rms_norm_cross=self.qk_rms_norm_cross,
             )
@@ -71,28 +60,28 @@ class StructureFlow(nn.Module):
         channels, cells = config.model_channels, config.patch_size**3
         grid = torch.arange(config.resolution // config.patch_size)
         coords = torch.cartesian_prod(grid, grid, grid)  # [T, 3]
-        self.t_embedder = TimeEmbedder(channels)
+        self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
-            self.adaLN_modulation = modulation(channels)
-        self.register_buffer("pos_emb", position_embedding(coords, channels))
+            self.adaLN_modulation = blocks.modulation(channels)
+        self.register_buffer("pos_emb", blocks.position_embedding(coords, channels))
         self.input_layer = nn.Linear(config.in_channels * cells, channels)
         self.blocks = config.blocks()
         self.out_layer = nn.Linear(channels, config.out_channels * cells)
         if config.use_fp16:
-            convert_torso(self.blocks, torch.float16)
+            blocks.convert_torso(self.blocks, torch.float16)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
         check_shape("StructureFlow.x_t", x_t, ["N", config.in_channels, *[config.resolution] * 3], "Give latents of this model's size.")
         check_shape("StructureFlow.cond", cond, [len(x_t), "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
-        dtype, layout = torso_dtype(self.blocks), DenseLayout()
+        dtype, layout = blocks.torso_dtype(self.blocks), blocks.DenseLayout()
         time = self.t_embedder(t)
         if config.share_mod:
             time = self.adaLN_modulation(time)
         h = self.input_layer(to_patches(x_t.float(), config.patch_size)) + self.pos_emb
         h, time, cond = h.to(dtype), time.to(dtype), cond.to(dtype)
         for block in self.blocks:
-            h = run_block(block, h, time, cond, layout, recompute=self.recompute)
+            h = blocks.run_block(block, h, time, cond, layout, recompute=self.recompute)
         h = F.layer_norm(h.to(x_t.dtype), h.shape[-1:])
         return from_patches(self.out_layer(h.to(self.out_layer.weight.dtype)), config.patch_size).to(x_t.dtype)
 
@@ -143,70 +132,46 @@ class LatentFlow(nn.Module):
         self.recompute = config.use_checkpoint
         channels = config.model_channels
         outer = config.io_channels[0] if config.io_channels else channels
-        self.t_embedder = TimeEmbedder(channels)
+        self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
-            self.adaLN_modulation = modulation(channels)
+            self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, outer)
-        self.input_blocks = nn.ModuleList(_input_blocks(config))
+        block = functools.partial(SparseResBlock, time_channels=channels, backend=config.sparse_conv)
+        kept, width = config.num_io_res_blocks - 1, 2 if config.use_skip_connection else 1
+        self.input_blocks = nn.ModuleList()  # per resolution, finest first: blocks that keep it, then one that halves it
+        for own, coarser in itertools.pairwise((*config.io_channels, channels)):
+            self.input_blocks.extend([block(own, own) for _ in range(kept)] + [block(own, coarser, resample="down")])
         self.blocks = config.blocks()
-        self.out_blocks = nn.ModuleList(_out_blocks(config))
+        self.out_blocks = nn.ModuleList()  # coarsest first: one block that doubles it, then blocks that keep it
+        for coarser, own in itertools.pairwise((channels, *reversed(config.io_channels))):
+            self.out_blocks.append(block(width * coarser, own, resample="up"))
+            self.out_blocks.extend([block(width * own, own) for _ in range(kept)])
         self.out_layer = nn.Linear(outer, config.out_channels)
         if config.use_fp16:
-            convert_torso((self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel))
+            blocks.convert_torso((self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel))
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
         config = self.config
         check_shape("LatentFlow.x_t", x_t.feats, ["V", config.in_channels], "Give latents of this model's size.")
         check_shape("LatentFlow.cond", cond, [x_t.size, "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
-        dtype = torso_dtype(self.blocks)
+        dtype = blocks.torso_dtype(self.blocks)
         time = self.t_embedder(t)
         shared = self.adaLN_modulation(time) if config.share_mod else time
         time, shared, cond = time.to(dtype), shared.to(dtype), cond.to(dtype)
         h = x_t.with_feats(self.input_layer(x_t.feats.float()).to(dtype))
-        h, skips, finer = self._halve(h, time)
-        feats, layout = h.feats + position_embedding(h.coords[:, 1:], config.model_channels).to(dtype), SparseLayout(h)
-        for block in self.blocks:
-            feats = run_block(block, feats, shared, cond, layout, recompute=self.recompute)
-        feats = self._double(h.with_feats(feats), time, skips, finer).feats
-        feats = F.layer_norm(feats.to(x_t.feats.dtype), feats.shape[-1:])
-        return x_t.with_feats(self.out_layer(feats.to(self.out_layer.weight.dtype)).to(x_t.feats.dtype))
-
-    def _halve(self, h: SparseBatch, time: torch.Tensor) -> tuple[SparseBatch, list[torch.Tensor], list[SparseBatch]]:
-        """Through the input blocks; also the features behind each, and the batch before each halving."""
-        skips, finer = [], []
+        skips, finer = [], []  # the features behind each input block, and the batch before each halving
         for block in self.input_blocks:
             if block.resample:
                 finer.append(h)
-            h = run_block(block, h, time, recompute=self.recompute)
+            h = blocks.run_block(block, h, time, recompute=self.recompute)
             skips.append(h.feats)
-        return h, skips, finer
-
-    def _double(self, h: SparseBatch, time: torch.Tensor, skips: list[torch.Tensor], finer: list[SparseBatch]) -> SparseBatch:
-        """Through the output blocks, each of which sees its input block's features beside its own."""
-        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
-            if self.config.use_skip_connection:
+        feats, layout = h.feats + blocks.position_embedding(h.coords[:, 1:], config.model_channels).to(dtype), blocks.SparseLayout(h)
+        for block in self.blocks:
+            feats = blocks.run_block(block, feats, shared, cond, layout, recompute=self.recompute)
+        h = h.with_feats(feats)
+        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):  # which sees its input block's features beside its own
+            if config.use_skip_connection:
                 h = h.with_feats(torch.cat([h.feats, skip], 1))
-            h = run_block(block, h, time, finer.pop() if block.resample else None, recompute=self.recompute)
-        return h
-
-
-def _input_blocks(config: LatentFlowConfig) -> list[SparseResBlock]:
-    """Per resolution, finest first: blocks that keep it, then one that halves it."""
-    block = functools.partial(SparseResBlock, time_channels=config.model_channels, backend=config.sparse_conv)
-    found = []
-    for channels, following in itertools.pairwise((*config.io_channels, config.model_channels)):
-        found += [block(channels, channels) for _ in range(config.num_io_res_blocks - 1)]
-        found.append(block(channels, following, resample="down"))
-    return found
-
-
-def _out_blocks(config: LatentFlowConfig) -> list[SparseResBlock]:
-    """Per resolution, coarsest first: one block that doubles it, then blocks that keep it."""
-    block = functools.partial(SparseResBlock, time_channels=config.model_channels, backend=config.sparse_conv)
-    width = 2 if config.use_skip_connection else 1
-    found, before = [], config.model_channels
-    for channels in reversed(config.io_channels):
-        found.append(block(width * before, channels, resample="up"))
-        found += [block(width * channels, channels) for _ in range(config.num_io_res_blocks - 1)]
-        before = channels
-    return found
+            h = blocks.run_block(block, h, time, finer.pop() if block.resample else None, recompute=self.recompute)
+        feats = F.layer_norm(h.feats.to(x_t.feats.dtype), h.feats.shape[-1:])
+        return x_t.with_feats(self.out_layer(feats.to(self.out_layer.weight.dtype)).to(x_t.feats.dtype))

@@ -13,26 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.flow.trellis.blocks import (
-    FeedForward,
-    LayerNorm32,
-    Layout,
-    SelfAttention,
-    TransformerConfig,
-    convert_torso,
-    position_embedding,
-    run_block,
-    torso_dtype,
-)
-from eg3d_rlhf.flow.trellis.sparse_attention import SparseLayout
+from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.flow.trellis import blocks
 from eg3d_rlhf.shapes import check_shape
 
 ATTENTION = ("swin", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig(TransformerConfig):
+class SwinConfig(blocks.TransformerConfig):
     """What encoder and decoder have in common of what their JSON files call args."""
 
     latent_channels: int
@@ -52,11 +41,11 @@ class SwinBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_rms_norm: bool):
         super().__init__()
-        self.norm1, self.norm2 = LayerNorm32(channels), LayerNorm32(channels)
-        self.attn = SelfAttention(channels, heads, qk_rms_norm)
-        self.mlp = FeedForward(channels, mlp_ratio)
+        self.norm1, self.norm2 = blocks.LayerNorm32(channels), blocks.LayerNorm32(channels)
+        self.attn = blocks.SelfAttention(channels, heads, qk_rms_norm)
+        self.mlp = blocks.FeedForward(channels, mlp_ratio)
 
-    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: blocks.Layout) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), layout)
         return x + self.mlp(self.norm2(x))
 
@@ -74,18 +63,18 @@ class SwinTransformer(nn.Module):
         )
         self.out_layer = nn.Linear(config.model_channels, out_channels)
         if config.use_fp16:
-            convert_torso(self.blocks, torch.float16)
+            blocks.convert_torso(self.blocks, torch.float16)
 
     def transform(self, x: SparseBatch) -> SparseBatch:
         """Input layer, positions, blocks, norm, output layer. Differentiable in: feats and parameters."""
         who, config = type(self).__name__, self.config
         check_shape(f"{who}.feats", x.feats, ["V", self.input_layer.in_features], "Give features of the kind that it was trained on.")
-        h = self.input_layer(x.feats.float()) + position_embedding(x.coords[:, 1:], config.model_channels)
-        h = h.to(torso_dtype(self.blocks))
+        h = self.input_layer(x.feats.float()) + blocks.position_embedding(x.coords[:, 1:], config.model_channels)
+        h = h.to(blocks.torso_dtype(self.blocks))
         window = config.window_size if config.attn_mode == "swin" else None
-        layouts = [SparseLayout(x, window, shift) for shift in (0, config.window_size // 2)]
+        layouts = [blocks.SparseLayout(x, window, shift) for shift in (0, config.window_size // 2)]
         for i, block in enumerate(self.blocks):
-            h = run_block(block, h, layouts[i % 2], recompute=self.recompute)
+            h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
         h = F.layer_norm(h.float(), h.shape[-1:])
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
 
@@ -107,10 +96,6 @@ class LatentEncoder(SwinTransformer):
         """Mean and logarithm of the variance. Differentiable in: feats and parameters."""
         mean, logvar = self.transform(x).feats.chunk(2, -1)
         return x.with_feats(mean), x.with_feats(logvar)
-
-    def encode(self, x: SparseBatch) -> SparseBatch:
-        """Latents as the flow's data are made of, not normalised yet: the mean."""
-        return self(x)[0]
 
 
 LAYOUT = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}  # numbers per Gaussian, in the order of the output
@@ -143,15 +128,6 @@ class GaussianSettings:
                 f"{who}: expected num_gaussians >= 1, 0 < opacity_bias < 1, scaling_bias > 0 and voxel_size > 0, got {self}. {advice}"
             )
 
-    @classmethod
-    def read(cls, values: Mapping) -> "GaussianSettings":
-        """From the file's names."""
-        renamed = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
-        try:
-            return cls(**{renamed.get(name, name): value for name, value in values.items()})
-        except TypeError as error:
-            raise ValueError(f"GaussianSettings: expected the names of representation_config, got {sorted(values)}: {error}.") from error
-
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianDecoderConfig(SwinConfig):
@@ -161,7 +137,11 @@ class GaussianDecoderConfig(SwinConfig):
 
     @property
     def gaussians(self) -> GaussianSettings:
-        return GaussianSettings.read(self.representation_config)
+        values, renamed = self.representation_config, {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
+        try:
+            return GaussianSettings(**{renamed.get(name, name): value for name, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"GaussianSettings: expected the names of representation_config, got {sorted(values)}: {error}.") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,21 +192,20 @@ class GaussianDecoder(SwinTransformer):
         self.register_buffer("offset_perturbation", perturbation(settings))
 
     def forward(self, x: SparseBatch) -> list[Gaussians]:
-        return [self._gaussians(sample) for sample in self.transform(x).samples()]
-
-    def _gaussians(self, sample: SparseSample) -> Gaussians:
         """xyz = voxel's centre + tanh(offset + perturbation) voxel_size / (2 resolution)."""
-        s, count = self.settings, self.settings.num_gaussians
-        parts = sample.feats.split([count * size for size in LAYOUT.values()], 1)
-        raw = {name: part.unflatten(1, (count, -1)) * s.lr[name] for name, part in zip(LAYOUT, parts, strict=True)}  # [V, K, size]
-        offset = raw["_xyz"] + self.offset_perturbation if s.perturb_offset else raw["_xyz"]
-        reach = 0.5 * s.voxel_size / self.config.resolution
-        centre = (sample.coords + 0.5) / self.config.resolution  # [V, 3]
-        flat = {name: part.flatten(0, 1) for name, part in raw.items()}
-        return Gaussians(
-            xyz=(centre[:, None] + offset.tanh() * reach).flatten(0, 1), features_dc=flat["_features_dc"][:, None],
-            scaling=flat["_scaling"], rotation=flat["_rotation"], opacity=flat["_opacity"], settings=s,
-        )
+        s, count, found = self.settings, self.settings.num_gaussians, []
+        for sample in self.transform(x).samples():
+            parts = sample.feats.split([count * size for size in LAYOUT.values()], 1)
+            raw = {name: part.unflatten(1, (count, -1)) * s.lr[name] for name, part in zip(LAYOUT, parts, strict=True)}  # [V, K, size]
+            offset = raw["_xyz"] + self.offset_perturbation if s.perturb_offset else raw["_xyz"]
+            reach = 0.5 * s.voxel_size / self.config.resolution
+            centre = (sample.coords + 0.5) / self.config.resolution  # [V, 3]
+            flat = {name: part.flatten(0, 1) for name, part in raw.items()}
+            found.append(Gaussians(
+                xyz=(centre[:, None] + offset.tanh() * reach).flatten(0, 1), features_dc=flat["_features_dc"][:, None],
+                scaling=flat["_scaling"], rotation=flat["_rotation"], opacity=flat["_opacity"], settings=s,
+            ))
+        return found
 
 
 def perturbation(settings: GaussianSettings) -> torch.Tensor:

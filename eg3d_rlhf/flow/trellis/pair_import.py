@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
 
@@ -27,9 +27,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from eg3d_rlhf.flow.generate import stage_noise
+from eg3d_rlhf.flow.generate import stage_latents
 from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.flow.sampler import sample
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, read_ply, write_ply
@@ -97,7 +96,9 @@ def pair_up(
     stages = [stage for stage in (STRUCTURE, LATENT) if candidates and all(stage in c.latents for c in candidates)]
     found: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, group in groups.items():
-        chosen = _chosen(group, scheme)
+        ranks = sorted({c.rank for c in group})
+        wanted = {"all": combinations(ranks, 2), "adjacent": pairwise(ranks), "extremes": [(ranks[0], ranks[-1])]}[scheme]
+        chosen = [(a, b) for high, low in wanted if high < low for a in group if a.rank == high for b in group if b.rank == low]
         if limit is not None and len(chosen) > limit:
             chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
         for better, worse in chosen:
@@ -109,13 +110,6 @@ def pair_up(
     if not any(found.values()):
         raise ValueError(f"pairs: expected assets of unequal rank under one condition, got none among {len(candidates)}. Check the ranks.")
     return found
-
-
-def _chosen(group: Sequence[Candidate], scheme: str) -> list[tuple[Candidate, Candidate]]:
-    """(better, worse) by a scheme."""
-    ranks = sorted({c.rank for c in group})
-    wanted = {"all": combinations(ranks, 2), "adjacent": zip(ranks, ranks[1:], strict=False), "extremes": [(ranks[0], ranks[-1])]}[scheme]
-    return [(a, b) for high, low in wanted if high < low for a in group if a.rank == high for b in group if b.rank == low]
 
 
 def read_ranking(
@@ -154,7 +148,10 @@ def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline)
     if STRUCTURE in record:
         latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
     if LATENT in record:
-        sample = read_sparse(folder / record[LATENT])
+        coords, feats = (read_array(folder / record[LATENT], key) for key in ("coords", "feats"))
+        if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
+            coords = coords[:, 1:]  # of a batch of one
+        sample = SparseSample(coords.int().contiguous(), feats.float())
         latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
     if "asset" in record:
         encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
@@ -173,14 +170,6 @@ def read_structure(path: Path) -> torch.Tensor:
     return found[0] if found.ndim == 5 and len(found) == 1 else found
 
 
-def read_sparse(path: Path) -> SparseSample:
-    """Latents on voxels from a file of coords and feats, as they are."""
-    coords, feats = read_array(path, "coords"), read_array(path, "feats").float()
-    if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
-        coords = coords[:, 1:]  # of a batch of one
-    return SparseSample(coords.int().contiguous(), feats)
-
-
 def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limit: int | None = None, seed: int = 0) -> Imported:
     """Pairs of the first stage from DSO's samples: an asset that stands (tilt below `stands` degrees) is preferred to one that falls.
 
@@ -192,7 +181,14 @@ def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limi
         raise FileNotFoundError(f"DSO samples: expected model_info.npz at or below {root}, got none. Name the folder of the samples.")
     candidates, tokens, left_out = [], {}, 0
     for table in tables:
-        angles = _angles(table)
+        try:
+            with np.load(table) as file:
+                columns = [file[name].reshape(-1) for name in ("image_ids", "glb_ids", "angles")]
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{table}: expected plain arrays image_ids, glb_ids and angles, got: {error}. Write them so.") from None
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError(f"{table}: expected three arrays of one length, got {[len(c) for c in columns]}. Write the table again.")
+        angles = {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
         prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
         for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
             image, sample = re.fullmatch(r"(.+)_sparse_sample_(.+)\.pt", path.name).groups()
@@ -215,18 +211,6 @@ def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limi
     return Imported(pairs=pairs, conditions=conditions, report=report)
 
 
-def _angles(path: Path) -> dict[tuple[str, str], float]:
-    """Tilt by image and sample."""
-    try:
-        with np.load(path) as file:
-            columns = [file[name].reshape(-1) for name in ("image_ids", "glb_ids", "angles")]
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: expected plain arrays image_ids, glb_ids and angles, got: {error}. Write them so.") from None
-    if len({len(column) for column in columns}) != 1:
-        raise ValueError(f"{path}: expected three arrays of one length, got {[len(c) for c in columns]}. Write the table again.")
-    return {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
-
-
 def _plain(number: object) -> str:
     """One spelling for 7, "007" and "7"."""
     text = number.decode() if isinstance(number, bytes) else str(number)
@@ -236,23 +220,14 @@ def _plain(number: object) -> str:
 RANKING, IDENTITY = "ranking.jsonl", "drawn_from.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """One asset with the latents that it came from."""
+def draw(pipeline: TrellisPipeline, condition: str, seed: int) -> tuple[dict[str, Latent], SplatAsset]:
+    """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage, as the flows see them.
 
-    latents: dict[str, Latent]  # by stage, as the flows see them
-    asset: SplatAsset
-
-
-def draw(pipeline: TrellisPipeline, condition: str, seed: int) -> Drawn:
-    """The asset of a condition and a seed, as flow.generate draws it. Raises: ValueError for a structure without a voxel."""
-    given, latents, x_0 = [None], {}, None
-    for stage in pipeline.stages:
-        cond, no_cond = pipeline.conditions([condition], stage.name), pipeline.no_condition(1, stage.name)
-        x_0 = sample(stage, stage_noise(stage, [seed], given).to(pipeline.device), cond, no_cond)
-        (latents[stage.name],) = separate(x_0)
-        given = pipeline.advance(stage.name, x_0) if stage is not pipeline.stages[-1] else given
-    return Drawn(latents=latents, asset=pipeline.decode(x_0)[0])
+    Raises: ValueError for a structure without a voxel.
+    """
+    structure = stage_latents(pipeline, pipeline.stages[0], [condition], [seed], [None])
+    latent = stage_latents(pipeline, pipeline.stages[1], [condition], [seed], pipeline.advance(STRUCTURE, structure))
+    return {STRUCTURE: structure[0], LATENT: separate(latent)[0]}, pipeline.decode(latent)[0]
 
 
 def draw_to(
@@ -264,14 +239,24 @@ def draw_to(
     Assets that an interrupted call left are kept. Args: identity: JSON, hashes of all files that they come from.
     Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost.
     """
-    _claim(folder, identity)
+    path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
+    other = path.is_file() and path.read_text() != text
+    if other or (folder / RANKING).exists():
+        got = "assets of other networks or conditions" if other else f"{RANKING}, maybe with ranks"
+        raise ValueError(f"draw: expected a new folder or an interrupted one, got {folder} with {got}. Name another.")
+    write_atomic(path, text.encode())
     lines = []
     for c, condition in enumerate(conditions):
         for seed in seeds:
             stem = f"{c:05d}-{seed}"
-            if not (folder / f"{stem}.ply").exists():  # written last
-                _write(folder, stem, pipeline, draw(pipeline, condition, seed))
             files = {stage: f"{stem}-{stage}.safetensors" for stage in (STRUCTURE, LATENT)}
+            if not (folder / f"{stem}.ply").exists():  # written last
+                latents, asset = draw(pipeline, condition, seed)
+                latent = latents[LATENT]
+                write_atomic(folder / files[STRUCTURE], save({"mean": latents[STRUCTURE].cpu().contiguous()}))
+                tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
+                write_atomic(folder / files[LATENT], save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+                write_ply(folder / f"{stem}.ply", asset)
             lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": f"{stem}.ply"}))
             if on_asset:
                 on_asset()
@@ -279,18 +264,3 @@ def draw_to(
     return folder / RANKING
 
 
-def _claim(folder: Path, identity: Mapping) -> None:
-    path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
-    other = path.is_file() and path.read_text() != text
-    if other or (folder / RANKING).exists():
-        got = "assets of other networks or conditions" if other else f"{RANKING}, maybe with ranks"
-        raise ValueError(f"draw: expected a new folder or an interrupted one, got {folder} with {got}. Name another.")
-    write_atomic(path, text.encode())
-
-
-def _write(folder: Path, stem: str, pipeline: TrellisPipeline, drawn: Drawn) -> None:
-    structure, latent = drawn.latents[STRUCTURE], drawn.latents[LATENT]
-    tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
-    write_atomic(folder / f"{stem}-structure.safetensors", save({"mean": structure.cpu().contiguous()}))
-    write_atomic(folder / f"{stem}-latent.safetensors", save({name: t.cpu().contiguous() for name, t in tensors.items()}))
-    write_ply(folder / f"{stem}.ply", drawn.asset)

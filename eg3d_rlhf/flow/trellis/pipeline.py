@@ -13,24 +13,9 @@ from torch import nn
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.flow.stage import FlowStage, Voxels
-from eg3d_rlhf.flow.trellis.assets import SplatAsset, voxels_filled
+from eg3d_rlhf.flow.trellis import files
+from eg3d_rlhf.flow.trellis.assets import SplatAsset, voxel_features, voxels_filled
 from eg3d_rlhf.flow.trellis.conditions import Conditions, ImageEncoder
-from eg3d_rlhf.flow.trellis.files import (
-    FLOWS,
-    GAUSSIAN_DECODER,
-    LATENT,
-    LATENT_ENCODER,
-    NEEDED,
-    STRUCTURE,
-    STRUCTURE_DECODER,
-    STRUCTURE_ENCODER,
-    PipelineFile,
-    find_model,
-    read_json,
-    read_pipeline,
-)
-from eg3d_rlhf.flow.trellis.models import empty_model, load_model, return_freed_memory
-from eg3d_rlhf.flow.trellis.render import voxel_features
 from eg3d_rlhf.flow.trellis.structure_vae import grid_of, voxels_of
 
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
@@ -56,7 +41,7 @@ class TrellisPipeline:
     """
 
     def __init__(
-        self, file: PipelineFile, flows: Mapping[str, nn.Module], conditions: Conditions | None, parts: Callable[[str], nn.Module],
+        self, file: files.PipelineFile, flows: Mapping[str, nn.Module], conditions: Conditions | None, parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu", encoding: Encoding | None = None,
     ):
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
@@ -64,7 +49,7 @@ class TrellisPipeline:
         self._parts = parts
         self._loaded: dict[str, nn.Module] = {}
         self._image_encoder: ImageEncoder | None = None
-        self.stages = [self._stage(name, flows[name]) for name in (STRUCTURE, LATENT)]
+        self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
         channels = self.stages[1].channels
         if len(file.mean) != channels:
             raise ValueError(f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}. Correct it.")
@@ -77,7 +62,7 @@ class TrellisPipeline:
                 f"{f' of {self.tokens.encoder}' if self.tokens.encoder else ''}. Embed them with {self.file.encoder}."
             )
         return FlowStage(
-            name=name, model=model, channels=config.in_channels, resolution=config.resolution, sparse=name == LATENT,
+            name=name, model=model, channels=config.in_channels, resolution=config.resolution, sparse=name == files.LATENT,
             path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
         )
 
@@ -92,10 +77,10 @@ class TrellisPipeline:
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
         """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
-        if stage != STRUCTURE:
-            raise ValueError(f"advance: expected stage {STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
+        if stage != files.STRUCTURE:
+            raise ValueError(f"advance: expected stage {files.STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
         _check_finite("advance", x_0)
-        decoder = self.part(STRUCTURE_DECODER)
+        decoder = self.part(files.STRUCTURE_DECODER)
         found = []
         for one in x_0:  # one by one: 64^3 x 128 floats each
             logits = decoder(one[None].to(self.device, torch.float32))
@@ -106,7 +91,7 @@ class TrellisPipeline:
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
         """Latents of the last stage -> assets."""
         _check_finite("decode", x_0)
-        decoder = self.part(GAUSSIAN_DECODER)
+        decoder = self.part(files.GAUSSIAN_DECODER)
         found = []
         for sample in x_0.samples():
             latent = SparseSample(sample.coords, self.unnormalised(sample.feats.float()))
@@ -121,25 +106,19 @@ class TrellisPipeline:
         return [AssetLatents(self, asset) for asset in assets]
 
     @torch.no_grad()
-    def encode_structure(self, voxels: torch.Tensor) -> torch.Tensor:
-        """Voxels [v, 3] -> the structure's latent [C, R, R, R], the mean of the encoder's distribution."""
-        encoder = self.part(STRUCTURE_ENCODER)
-        size = self.stages[1].resolution
-        return encoder(grid_of([voxels], size).to(self.device))[0][0]
-
-    @torch.no_grad()
-    def encode_latent(self, asset: SplatAsset, voxels: torch.Tensor) -> SparseSample:
-        """The second stage's latent of an asset on these voxels, normalised.
+    def encode_stage(self, asset: SplatAsset, stage: str) -> Latent:
+        """An asset's latent of one stage: the mean of the encoder's distribution, the second stage's normalised.
 
         Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
         """
-        encoder = self.part(LATENT_ENCODER)
+        voxels, size = self.voxels(asset), self.stages[1].resolution
+        if stage == files.STRUCTURE:
+            return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
+        encoder = self.part(files.LATENT_ENCODER)
         if self._image_encoder is None:
             self._image_encoder = ImageEncoder(self.encoding.image_model, self.device)
-        features = voxel_features(
-            asset.to(self.device), voxels.to(self.device), self._image_encoder, self.stages[1].resolution, self.encoding.views
-        )
-        latent = encoder.encode(SparseBatch.join([SparseSample(voxels.to(self.device), features)]))
+        features = voxel_features(asset.to(self.device), voxels.to(self.device), self._image_encoder, size, self.encoding.views)
+        latent, _ = encoder(SparseBatch.join([SparseSample(voxels.to(self.device), features)]))
         return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
@@ -168,16 +147,14 @@ class AssetLatents(Mapping[str, Latent]):
         self._pipeline, self._asset, self._found = pipeline, asset, {}
 
     def __getitem__(self, stage: str) -> Latent:
-        if stage not in (STRUCTURE, LATENT):
+        if stage not in (files.STRUCTURE, files.LATENT):
             raise KeyError(stage)
         if stage not in self._found:
-            voxels = self._pipeline.voxels(self._asset)
-            encode = self._pipeline.encode_structure
-            self._found[stage] = encode(voxels) if stage == STRUCTURE else self._pipeline.encode_latent(self._asset, voxels)
+            self._found[stage] = self._pipeline.encode_stage(self._asset, stage)
         return self._found[stage]
 
     def __iter__(self) -> Iterator[str]:
-        return iter((STRUCTURE, LATENT))
+        return iter((files.STRUCTURE, files.LATENT))
 
     def __len__(self) -> int:
         return 2
@@ -197,29 +174,26 @@ def load_pipeline(
         whole: refuse at once if a decoder or the structure's encoder is missing, rather than when it is needed.
     Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
     """
-    file = read_pipeline(root)
-    unknown = sorted(set(weights or {}) - set(FLOWS))
+    file = files.read_pipeline(root)
+    unknown = sorted(set(weights or {}) - set(files.FLOWS))
     if unknown:
-        raise ValueError(f"weights: expected stages among {', '.join(FLOWS)}, got {', '.join(unknown)}. Name a stage of this pipeline.")
-    stems = {stage: find_model(file, model, also) for stage, model in FLOWS.items()}
-    for name in NEEDED if whole else ():
-        find_model(file, name, also)
-    flows = {stage: _flow(stem, (weights or {}).get(stage), dtype, device, sampled) for stage, stem in stems.items()}
-
+        got = ", ".join(unknown)
+        raise ValueError(f"weights: expected stages among {', '.join(files.FLOWS)}, got {got}. Name a stage of this pipeline.")
+    stems = {stage: files.find_model(file, model, also) for stage, model in files.FLOWS.items()}
+    for name in files.NEEDED if whole else ():
+        files.find_model(file, name, also)
+    flows = {
+        stage: files.load_model(stem, weights=(weights or {}).get(stage), dtype=dtype, device=device) if sampled
+        else files.empty_model(files.read_json(path := files.with_ending(stem, ".json")), str(path))
+        for stage, stem in stems.items()
+    }
     if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows.values()) > LARGE:
-        return_freed_memory()
+        files.return_freed_memory()
 
-    def part(name: str) -> nn.Module:
-        return load_model(find_model(file, name, also), dtype=torch.float32, device=device)
-
-    return TrellisPipeline(file, flows, conditions, part, device, encoding)
-
-
-def _flow(stem: Path, weights: Path | None, dtype: torch.dtype | None, device: str | torch.device, sampled: bool) -> nn.Module:
-    if sampled:
-        return load_model(stem, weights=weights, dtype=dtype, device=device)
-    path = stem.with_name(stem.name + ".json")
-    return empty_model(read_json(path), str(path))
+    return TrellisPipeline(
+        file, flows, conditions, lambda name: files.load_model(files.find_model(file, name, also), dtype=torch.float32, device=device),
+        device, encoding,
+    )
 
 
 def _check_finite(who: str, x_0: Batch) -> None:

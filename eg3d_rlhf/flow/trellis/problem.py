@@ -21,9 +21,9 @@ from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash
 from eg3d_rlhf.flow.problem import Problem, read_stages
 from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.flow.trellis import files
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
 from eg3d_rlhf.flow.trellis.conditions import read_conditions
-from eg3d_rlhf.flow.trellis.files import FLOWS, LATENT, NEEDED, PipelineFile, find_model, find_weights, read_json, read_pipeline
 from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, CONVENTION, normalization
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.preferences.losses import preference_loss
@@ -52,25 +52,28 @@ def trellis_problem(
     root = Path(root)
     given = [pairs] if isinstance(pairs, Path) else list(pairs)
     folders = _folders(given or [root / "pairs"])
-    tokens_file = Path(conditions or _beside(folders))
-    tokens = read_conditions(tokens_file, zero_null=read_pipeline(root).kind == "image")
-    both = set(folders) == set(FLOWS)
-    pipeline = load_pipeline(
-        root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both
-    )
+    places = [folder.parent / CONDITIONS for folder in folders.values()]
+    tokens_file = Path(conditions or next((path for path in places if path.is_file()), ""))
+    if conditions is None and not tokens_file.is_file():
+        raise FileNotFoundError(f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name a file.")
+    tokens = read_conditions(tokens_file, zero_null=files.read_pipeline(root).kind == "image")
+    both = set(folders) == set(files.FLOWS)
+    pipeline = load_pipeline(root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both)
     for stage in pipeline.stages:
         stage.model.recompute = recompute
     read = read_stages(folders, pipeline, partial(_check_origin, pipeline))
     named = sorted({pair.condition for stage in folders for pair in read(stage)})
     tokens.of(named)
-    trained, held = _divided(named, held_out, seed)
+    order = sorted(named, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    count = min(max(1, round(held_out * len(order))), len(order) - 1)  # one is always trained
+    trained, held = order[count:], order[:count]
 
     def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
         kept = set(names)
         return [pair for pair in read(stage) if pair.condition in kept]
 
     def judge(title: str, names: Sequence[str]) -> RewardOfPairs:
-        return RewardOfPairs(pipeline, lambda: human_pairs(LATENT, names), title)
+        return RewardOfPairs(pipeline, lambda: human_pairs(files.LATENT, names), title)
 
     judged = both and bool(held)
     halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
@@ -91,27 +94,18 @@ def _folders(given: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in given:
         single = (path / "meta.json").is_file()
-        parts = [path] if single else [path / stage for stage in FLOWS if (path / stage).is_dir()]
+        parts = [path] if single else [path / stage for stage in files.FLOWS if (path / stage).is_dir()]
         if not parts:
-            stages = " or ".join(FLOWS)
+            stages = " or ".join(files.FLOWS)
             raise FileNotFoundError(f"pairs: expected a folder of pairs, or {stages} in it, got none at {path}. Import pairs first.")
         for part in parts:
-            stage = str(read_json(part / "meta.json").get("stage")) if single else part.name
+            stage = str(files.read_json(part / "meta.json").get("stage")) if single else part.name
             if stage in found:
                 raise ValueError(f"pairs: expected one folder for each stage, got {found[stage]} and {part} for {stage!r}. Drop one.")
             found[stage] = part
-    unknown = sorted(set(found) - set(FLOWS))
+    unknown = sorted(set(found) - set(files.FLOWS))
     if unknown:
-        raise ValueError(f"pairs: expected stages {' and '.join(FLOWS)}, got {', '.join(unknown)}. They are of another pipeline.")
-    return found
-
-
-def _beside(folders: Mapping[str, Path]) -> Path:
-    """The embeddings beside pairs."""
-    places = list(dict.fromkeys(folder.parent / CONDITIONS for folder in folders.values()))
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name a file.")
+        raise ValueError(f"pairs: expected stages {' and '.join(files.FLOWS)}, got {', '.join(unknown)}. They are of another pipeline.")
     return found
 
 
@@ -127,21 +121,13 @@ def _check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Map
         )
 
 
-def _divided(names: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Trained and held-out conditions; one is always trained."""
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    count = min(max(1, round(share * len(order))), len(order) - 1)
-    return order[count:], order[:count]
-
-
-def file_hashes(file: PipelineFile, also: Sequence[Path], weights: Mapping[str, Path], whole: bool) -> dict[str, str]:
+def file_hashes(file: files.PipelineFile, also: Sequence[Path], weights: Mapping[str, Path], whole: bool) -> dict[str, str]:
     """SHA-256 of pipeline.json and of every model's files, by name."""
-    models = {stage: find_model(file, model, also) for stage, model in FLOWS.items()}
-    for name in NEEDED if whole else ():
-        models[name] = find_model(file, name, also)
+    names = files.FLOWS | {name: name for name in files.NEEDED if whole}
+    models = {name: files.find_model(file, model, also) for name, model in names.items()}
     paths = {"pipeline.json": file.root / "pipeline.json"}
     for name, stem in models.items():
-        paths |= {f"{name}.json": stem.with_name(stem.name + ".json"), name: weights.get(name) or find_weights(stem)}
+        paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: weights.get(name) or files.find_weights(stem)}
     return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
 
 
@@ -209,18 +195,14 @@ class RewardOfPairs:
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32. Raises: ValueError where there is no pair to learn from."""
         if self._reward is None:
-            self._reward = self._fit()
+            pairs = self._pairs()
+            if not pairs:
+                got = "expected pairs of finished assets to learn from, got none"
+                raise ValueError(f"{self._title}: {got}. Import pairs of the last stage.")
+            known: dict[int, torch.Tensor] = {}
+            latents = {id(latent): latent for p in pairs for latent in (p.preferred, p.rejected)}
+            for key, latent in tqdm(latents.items(), desc=self._title, unit="asset", leave=False, disable=None):
+                known[key] = features(self._pipeline.decode(SparseBatch.join([latent]))[0])
+            preferred, rejected = (torch.stack([known[id(getattr(p, side))] for p in pairs]) for side in ("preferred", "rejected"))
+            self._reward = LinearReward(preferred, rejected, self._ridge)
         return self._reward(assets, conditions)
-
-    def _fit(self) -> LinearReward:
-        pairs = self._pairs()
-        if not pairs:
-            raise ValueError(f"{self._title}: expected pairs of finished assets to learn from, got none. Import pairs of the last stage.")
-        known: dict[int, torch.Tensor] = {}
-        latents = [latent for p in pairs for latent in (p.preferred, p.rejected)]
-        for latent in tqdm(latents, desc=self._title, unit="asset", leave=False, disable=None):
-            if id(latent) not in known:
-                (asset,) = self._pipeline.decode(SparseBatch.join([latent]))
-                known[id(latent)] = features(asset)
-        preferred, rejected = (torch.stack([known[id(getattr(p, side))] for p in pairs]) for side in ("preferred", "rejected"))
-        return LinearReward(preferred, rejected, self._ridge)

@@ -81,17 +81,15 @@ def check_backend(backend: str) -> None:
 
 
 def neighbours(x: SparseBatch) -> list[Pairs]:
-    """Per tap the pairs of voxels that it joins; found once per set of coordinates."""
-    if "neighbours" not in x.cache:
-        x.cache["neighbours"] = _find_neighbours(x.coords)
-    return x.cache["neighbours"]
+    """Per tap the pairs of voxels that it joins, in order of i, j, k; found once per set of coordinates.
 
-
-def _find_neighbours(coords: torch.Tensor) -> list[Pairs]:
-    """[V, 4] -> 27 pairs, in order of i, j, k. The second half mirrors the first: if u reads w at a tap, w reads u at the opposite one."""
-    places = coords.long()
+    The second half mirrors the first: if u reads w at a tap, w reads u at the opposite one.
+    """
+    if "neighbours" in x.cache:
+        return x.cache["neighbours"]
+    places = x.coords.long()
     side = int(places[:, 1:].max()) + 3  # a margin on either side: no neighbour is mistaken for one in the next row
-    strides = torch.tensor([side**3, side**2, side, 1], device=coords.device)
+    strides = torch.tensor([side**3, side**2, side, 1], device=places.device)
     codes = (places * strides).sum(1) + strides[1:].sum()
     known, rows = codes.sort()
     if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
@@ -103,8 +101,9 @@ def _find_neighbours(coords: torch.Tensor) -> list[Pairs]:
         at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
         written = (known[at] == wanted).nonzero().squeeze(1)
         found.append((written, rows[at[written]]))
-    itself = torch.arange(len(codes), device=coords.device)
-    return [*found, (itself, itself), *((read, written) for written, read in reversed(found))]
+    itself = torch.arange(len(codes), device=places.device)
+    x.cache["neighbours"] = [*found, (itself, itself), *((read, written) for written, read in reversed(found))]
+    return x.cache["neighbours"]
 
 
 def _chunks(pairs: list[Pairs]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -165,9 +164,6 @@ def _spconv(x: SparseBatch, feats: torch.Tensor, weight: torch.Tensor, bias: tor
     return torch.func.functional_call(layer, {"weight": weight}, (tensor,)).features + bias
 
 
-FACTOR = 2
-
-
 @dataclass(frozen=True)
 class Coarser:
     """What halving a set of coordinates gives."""
@@ -182,7 +178,7 @@ def coarser(x: SparseBatch) -> Coarser:
     """Coordinates // 2, each once; kept in the batch's cache."""
     if "coarser" not in x.cache:
         cells = x.coords.long()
-        cells[:, 1:] //= FACTOR
+        cells[:, 1:] //= 2
         side = int(cells[:, 1:].max()) + 1
         codes = ((cells[:, 0] * side + cells[:, 1]) * side + cells[:, 2]) * side + cells[:, 3]
         kept, row, counts = torch.unique(codes, return_inverse=True, return_counts=True)

@@ -3,6 +3,8 @@
 Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c its channels.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +35,6 @@ class StructureVAEConfig:
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError("StructureVAEConfig: expected channels, and in_channels or out_channels, got others. Correct the JSON file.")
 
-    @property
-    def factor(self) -> int:
-        """Voxels of the grid per point of the latent, along an axis."""
-        return 2 ** (len(self.channels) - 1)
-
 
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of a volume, in float32."""
@@ -59,15 +56,9 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class Down(nn.Module):
+def down(before: int, after: int) -> nn.Module:
     """Half the points per axis, by a convolution of 2^3."""
-
-    def __init__(self, before: int, after: int):
-        super().__init__()
-        self.conv = nn.Conv3d(before, after, 2, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x)
+    return nn.Sequential(OrderedDict(conv=nn.Conv3d(before, after, 2, stride=2)))
 
 
 class Up(nn.Module):
@@ -82,7 +73,7 @@ class Up(nn.Module):
         return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
-def _levels(config: StructureVAEConfig, change: type[nn.Module]) -> nn.ModuleList:
+def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module]) -> nn.ModuleList:
     blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
         blocks += [ResBlock(channels) for _ in range(config.num_res_blocks)]
@@ -99,7 +90,7 @@ class StructureEncoder(nn.Module):
         self.config = config
         first, last = config.channels[0], config.channels[-1]
         self.input_layer = nn.Conv3d(config.in_channels or 1, first, 3, padding=1)
-        self.blocks = _levels(config, Down)
+        self.blocks = _levels(config, down)
         self.middle_block = nn.Sequential(*[ResBlock(last) for _ in range(config.num_res_blocks_middle)])
         self.out_layer = nn.Sequential(ChannelNorm(last), nn.SiLU(), nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1))
         if config.use_fp16:

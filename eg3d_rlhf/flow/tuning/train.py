@@ -10,10 +10,9 @@ Everything that is drawn derives from (seed, pair, pass over the pairs, update) 
 bit, and neither passes per batch nor ranks change what is learned beyond rounding.
 """
 
-import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from eg3d_rlhf.flow.lora import add_lora
 from eg3d_rlhf.flow.pairs import PreferencePair, check_unique
 from eg3d_rlhf.flow.policies import save_policy, shared_copy
 from eg3d_rlhf.flow.reference import AdapterOff, CachedErrors, FrozenModel, Reference
-from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate
+from eg3d_rlhf.flow.sparse import SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.flow.tuning.monitor import signs
-from eg3d_rlhf.flow.tuning.progress import Progress, read_lines, shown
+from eg3d_rlhf.flow.tuning.progress import Progress, read_lines, shown, signs
 from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
 from eg3d_rlhf.run.run import STATS, Run, recorded
 from training import checkpoint
@@ -37,39 +35,16 @@ from training.storage import checksum, read_tensors, write_tensors
 WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
 FREE = ("batch_gpu", "checkpoint_every")  # settings that a resumed run may change
 KEPT = "kept parameters"
-CHECKED = 8  # preferred latents that the network's convention is checked on
-
-
-def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
-    """Refuse what cannot be trained on, before anything is written.
-
-    Raises: ValueError for no pairs, pairs of another stage, ids that occur twice, latents that the stage cannot have, and a network whose
-    data lie at t = 1.
-    """
-    who = f"train_stage({stage.name})"
-    if not pairs:
-        raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
-    check_unique(who, pairs)
-    for pair in pairs:
-        if pair.stage != stage.name:
-            raise ValueError(f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage on it.")
-        for side in ("preferred", "rejected"):
-            stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
-    device, some = next(stage.model.parameters()).device, pairs[:CHECKED]
-    cond = pipeline.conditions([pair.condition for pair in some], stage.name).to(device)
-    with torch.no_grad():
-        check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
 
 
 def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
     """Hashes of the network that training starts from and of the pairs."""
-    latents = {f"{p.id}/{side}/{k}": v for p in pairs for side in ("preferred", "rejected") for k, v in _tensors(getattr(p, side)).items()}
+    latents: dict[str, torch.Tensor] = {}
+    for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
+        tensors = {"coords": latent.coords, "feats": latent.feats} if isinstance(latent, SparseSample) else {"x": latent}
+        latents |= {f"{name}/{key}": value for key, value in tensors.items()}
     columns = [[p.id, p.condition, p.source, p.w2, p.provenance.get("w2_norm")] for p in pairs]
     return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
-
-
-def _tensors(latent: Latent) -> dict[str, torch.Tensor]:
-    return {"coords": latent.coords, "feats": latent.feats} if isinstance(latent, SparseSample) else {"x": latent}
 
 
 def policy_and_reference(stage: FlowStage, config: TrainConfig) -> tuple[torch.nn.Module, Reference | None]:
@@ -110,13 +85,24 @@ def train_stage(
             rate are kept, those before the first update among them. Without it the last ones are.
         out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
         say: prints the status lines.
-    Raises: ValueError for pairs, settings or folders that do not fit and for losses that are not finite; StoppedError after a signal.
+    Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
+        cannot have, and a network whose data lie at t = 1; for settings or folders that do not fit, and losses that are not finite;
+        StoppedError after a signal.
     """
-    stage, out = stage_of(pipeline, stage_name), Path(out)
-    check_pairs(pipeline, stage, pairs)
+    stage, out, who = stage_of(pipeline, stage_name), Path(out), f"train_stage({stage_name})"
+    if not pairs:
+        raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
+    check_unique(who, pairs)
+    for pair in pairs:
+        if pair.stage != stage.name:
+            raise ValueError(f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage on it.")
+        for side in ("preferred", "rejected"):
+            stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
+    device, some = next(stage.model.parameters()).device, pairs[:8]
+    cond = pipeline.conditions([pair.condition for pair in some], stage.name).to(device)
+    check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
-    device = next(stage.model.parameters()).device
     options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None}
     options |= ranks.broadcast(origin(stage, pairs) if ranks.main else None)
     with Run(out, options, ranks=ranks, say=say) as run, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -151,20 +137,19 @@ class _Training:
         self.named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         self.ranks.broadcast_(self.named.values())
         self.ema = {name: p.detach().clone() for name, p in self.named.items()} if config.ema is not None else {}
-        self.cache = self._cache(reference) if config.cache_reference and reference is not None else None
+        self.cache: CachedErrors | None = None
+        if config.cache_reference and reference is not None:
+            dpo = config.dpo
+            identity = {
+                **{name: run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(stage.path),
+                "noise": dpo.noise, "condition_dropout": dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
+            }  # fmt: skip
+            self.cache = CachedErrors(reference, identity, run.folder / "reference", run.ranks)
         self.updates = Updates(pipeline, stage, pairs, config, self.policy, self.named.values(), self.cache or reference, self.ranks)
         self.progress = Progress()
         self.lines: list[dict] = []  # of stats.jsonl
         self.warnings: dict[str, str] = {}  # by name
         self.named_steps = [0]  # updates whose parameters the states on the disk name
-
-    def _cache(self, reference: Reference) -> CachedErrors:
-        config = self.config
-        identity = {
-            **{name: self.run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(self.stage.path),
-            "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
-        }  # fmt: skip
-        return CachedErrors(reference, identity, self.run.folder / "reference", self.ranks)
 
     # The loop.
 
@@ -176,7 +161,10 @@ class _Training:
         with self.run.stoppable():
             while self.progress.step < self.config.steps and not self.progress.ended:
                 if self.ranks.any(self.run.stop_requested is not None)[0]:
-                    self._stop()
+                    self._checkpoint()
+                    signal = next(name for name in self.ranks.gather(self.run.stop_requested) if name is not None)
+                    after = f"stopped after update {self.progress.step}"
+                    raise StoppedError(f"{signal}: training of stage {self.stage.name!r} {after}; resume it.")
                 self._update()
         return self._finish()
 
@@ -188,7 +176,9 @@ class _Training:
             state = max(checkpoint.available(self.run.folder), default="none was written yet")
             raise LossNotFiniteError(f"{error} Last state: {state}.") from None
         progress.step += 1
-        self._average()
+        decay = min(config.ema or 0.0, progress.step / (9 + progress.step))  # it rises from 0.1: the first updates do not weigh for long
+        for name, average in self.ema.items():
+            average.lerp_(self.named[name].detach(), 1 - decay)
         last = progress.step == config.steps
         judged = self.held_out is not None and (last or progress.step % config.held_out_every == 0)
         if judged or last or progress.step % config.log_every == 0:
@@ -196,26 +186,18 @@ class _Training:
         if progress.step % config.checkpoint_every == 0 and not last:
             self._checkpoint()
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        """The moving average; its decay rises from 0.1, so that the first updates do not weigh on it for long."""
-        decay = min(self.config.ema or 0.0, self.progress.step / (9 + self.progress.step))
-        for name, average in self.ema.items():
-            average.lerp_(self.named[name], 1 - decay)
-
-    def _stop(self) -> None:
-        self._checkpoint()
-        signal = next(name for name in self.ranks.gather(self.run.stop_requested) if name is not None)
-        raise StoppedError(f"{signal}: training of stage {self.stage.name!r} stopped after update {self.progress.step}; resume it.")
-
     # Win rates and lines.
 
     def _win_rate(self) -> float:
         """Measure, and keep the parameters if it is the best so far."""
         rate = None
         if self.ranks.main and self.held_out is not None:
-            with self._measured():
+            own = {name: p.detach().clone() for name, p in self.named.items()} if self.ema else {}
+            self._load(self.ema)
+            try:
                 rate = float(self.held_out(self.policy))
+            finally:
+                self._load(own)
         rate = self.ranks.broadcast(rate)
         if not 0 <= rate <= 1:
             raise ValueError(f"train_stage({self.stage.name}): expected a held-out win rate from 0 to 1, got {rate}. Correct the judge.")
@@ -226,16 +208,6 @@ class _Training:
     def _values(self) -> dict[str, torch.Tensor]:
         """What is measured and kept: the moving average where there is one."""
         return {name: (self.ema or self.named)[name].detach() for name in self.named}
-
-    @contextlib.contextmanager
-    def _measured(self) -> Iterator[None]:
-        """Inside, the policy computes with `_values`."""
-        own = {name: p.detach().clone() for name, p in self.named.items()} if self.ema else {}
-        self._load(self.ema)
-        try:
-            yield
-        finally:
-            self._load(own)
 
     @torch.no_grad()
     def _load(self, values: dict[str, torch.Tensor]) -> None:

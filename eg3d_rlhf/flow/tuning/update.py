@@ -6,18 +6,19 @@ Shape letters as in sparse.py; P pairs, B time bins.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from eg3d_rlhf.flow.dpo import TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats, reduce
+from eg3d_rlhf.flow.dpo import TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.reference import Reference
 from eg3d_rlhf.flow.sparse import collate, feats_of, separate, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline
+from eg3d_rlhf.preferences.losses import aggregate
 from training.config import check_knobs, knob
 from training.distributed import Ranks
 from training.phases import LossNotFiniteError, derive_seed
@@ -71,13 +72,13 @@ class Order:
 
     def items(self, step: int) -> list[Item]:
         """Those of the whole batch; a batch may run over the end of a pass, or hold several where there are few pairs."""
-        places = range(step * self.config.batch, (step + 1) * self.config.batch)
-        return [self._item(*divmod(place, len(self.pairs))) for place in places]
-
-    def _item(self, epoch: int, place: int) -> Item:
-        if epoch not in self._orders:
-            self._orders = {epoch: np.random.default_rng([self.config.seed, epoch]).permutation(len(self.pairs))}
-        return epoch % self.config.draws if self.config.draws else epoch, self.pairs[self._orders[epoch][place]]
+        found, config = [], self.config
+        for number in range(step * config.batch, (step + 1) * config.batch):
+            epoch, place = divmod(number, len(self.pairs))
+            if epoch not in self._orders:
+                self._orders = {epoch: np.random.default_rng([config.seed, epoch]).permutation(len(self.pairs))}
+            found.append((epoch % config.draws if config.draws else epoch, self.pairs[self._orders[epoch][place]]))
+        return found
 
 
 class Updates:
@@ -86,6 +87,7 @@ class Updates:
     Args:
         policy: the network in training; parameters: of it, those that are trained; reference: None where the loss needs none.
         pairs: of the stage, checked; ranks: this process among those that train together.
+    Raises: ValueError where a batch cannot be divided over ranks and passes.
     """
 
     def __init__(
@@ -95,7 +97,13 @@ class Updates:
         self.pipeline, self.stage, self.config, self.ranks = pipeline, stage, config, ranks
         self.policy, self.parameters, self.reference = policy, list(parameters), reference
         self.device = self.parameters[0].device
-        self.order, self.layout = Order(pairs, config), layout_of(config, ranks)
+        size = config.batch_gpu or max(config.batch // ranks.world, 1)
+        if config.batch % (ranks.world * size):
+            raise ValueError(
+                f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} pairs per pass (batch_gpu), "
+                f"got {config.batch}. Change one."
+            )
+        self.order, self.layout = Order(pairs, config), Layout(config.batch, ranks, size)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
 
     def lr(self, step: int) -> float:
@@ -114,7 +122,9 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
         for turn in range(layout.here):
-            for epoch, pairs in by_draw(items[layout.rows(turn)]):
+            part = sorted(items[layout.rows(turn)], key=lambda item: item[0])  # two draws where a batch runs over the end of a pass
+            for epoch, group in itertools.groupby(part, key=lambda item: item[0]):
+                pairs = [pair for _, pair in group]
                 draw = self._draw(pairs, epoch, items)
                 torch.manual_seed(derive_seed(self.config.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch))
                 totals += self._pass(draw, pairs, epoch)
@@ -132,7 +142,11 @@ class Updates:
         if draw.weight is not None and all(pair.provenance.get("w2_norm") == "batch" for _, pair in items):
             weight = torch.tensor([pair.w2 for pair in pairs], device=self.device)
             draw = replace(draw, weight=weight / float(np.mean([pair.w2 for _, pair in items])))
-        return preferred_half(draw) if config.dpo.kind == "sft" else draw
+        if config.dpo.kind != "sft":
+            return draw
+        count = len(pairs)  # the preferred ones alone
+        x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
+        return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=draw.cond[:count])
 
     def _pass(self, draw: PairDraw, pairs: Sequence[PreferencePair], epoch: int) -> torch.Tensor:
         """Add the gradients of a part of the batch; returns [2 + len(BINNED) B]: mass, mass times loss, then the sums."""
@@ -144,13 +158,13 @@ class Updates:
         with autocast:
             v = self.policy(draw.x_t, draw.t, draw.cond)
         errors = path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
-        if config.kind == "sft":
-            found = PairErrors(preferred=errors, rejected=torch.zeros_like(errors))
-        else:
-            found = PairErrors.split(errors, ref)
+        sft = config.kind == "sft"
+        found = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
         losses = pair_loss(found, config, draw.weight)
-        mass = mass_of(losses.detach(), config)
-        loss = mass * reduce(losses, config)
+        mass = losses.new_tensor(float(len(losses)))
+        if config.aggregation == "drdpo":
+            mass = torch.exp(-(losses.detach() / config.drdpo_beta).clamp(max=80)).sum()  # float32 is 0 above some 90
+        loss = mass * aggregate(losses, config.aggregation, config.drdpo_beta)
         loss.backward()
         totals = torch.zeros(2 + len(BINNED) * TIME_BINS, device=self.device)
         totals[:2] = torch.stack([mass, loss.detach()])
@@ -181,37 +195,3 @@ class Updates:
             loss = -config.dpo.drdpo_beta * math.log(mass / len(items))
         bins = dict(zip(BINNED, np.reshape(sums, (-1, TIME_BINS)).tolist(), strict=True)) if self.reference is not None else {}
         return {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
-
-
-def by_draw(items: Sequence[Item]) -> Iterator[tuple[int, list[PreferencePair]]]:
-    """Pairs with equal numbers of draws together: two parts where a batch runs over the end of a pass, else one."""
-    for epoch, group in itertools.groupby(sorted(items, key=lambda item: item[0]), key=lambda item: item[0]):
-        yield epoch, [pair for _, pair in group]
-
-
-def preferred_half(draw: PairDraw) -> PairDraw:
-    """The preferred ones alone."""
-    count = len(draw.t) // 2
-    x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
-    return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=draw.cond[:count])
-
-
-def mass_of(losses: torch.Tensor, config: DpoConfig) -> torch.Tensor:
-    """What the loss of a part of a batch counts for, []: its number of pairs, or, of Dr. DPO, the sum of exp(-loss / beta)."""
-    if config.aggregation == "mean":
-        return losses.new_tensor(float(len(losses)))
-    return torch.exp(-(losses / config.drdpo_beta).clamp(max=80)).sum()  # float32 is 0 above some 90
-
-
-def layout_of(config: TrainConfig, ranks: Ranks) -> Layout:
-    """How a batch is divided over ranks and passes.
-
-    Raises: ValueError where it cannot be.
-    """
-    size = config.batch_gpu or max(config.batch // ranks.world, 1)
-    if config.batch % (ranks.world * size):
-        raise ValueError(
-            f"train_stage: expected a batch of a multiple of {ranks.world} processes x {size} pairs per pass (batch_gpu), "
-            f"got {config.batch}. Change one."
-        )
-    return Layout(config.batch, ranks, size)

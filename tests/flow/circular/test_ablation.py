@@ -8,9 +8,9 @@ import pytest
 
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
-from eg3d_rlhf.flow.circular.ablation import Ablation, tabled
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop
+from eg3d_rlhf.flow.circular.run import Ablation, tabled
 from eg3d_rlhf.flow.circular.table import GROUPS, AblationPlan, Judging, judge, letters, spread
 from eg3d_rlhf.flow.circular.task_pool import run_tasks
 from eg3d_rlhf.flow.tuning.train import train_stage
@@ -59,7 +59,7 @@ def whole(tmp_path_factory):
 
     def loop_of(seed):
         return CircularLoop(
-            problem=problem, settings=SETTINGS.with_seed(seed), store=ArtefactStore(folder), say=lambda line: None
+            problem=problem, settings=replace(SETTINGS, seed=seed), store=ArtefactStore(folder), say=lambda line: None
         )
 
     def counted(pipeline, stage, pairs, config, out, **options):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eg3d_rlhf.flow.circular.artefacts import DONE, ArtefactStore, Made
+from eg3d_rlhf.flow.circular.artefacts import DONE, ArtefactStore
 from eg3d_rlhf.flow.pairs import json_hash
 
 
@@ -22,7 +22,7 @@ class Maker:
             raise OSError("interrupted")
         (folder / "out").mkdir(exist_ok=True)
         (folder / "out" / "a.txt").write_text(self.text)
-        return Made(products=[folder / "out"], record={"seen": seen})
+        return [folder / "out"], {"seen": seen}
 
 
 def test_made_once_and_found_by_another_process(tmp_path):

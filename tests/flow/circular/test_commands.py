@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.flow.circular import commands
-from eg3d_rlhf.flow.circular import settings as circular_settings
+from eg3d_rlhf.flow.circular import run as circular_run
 from eg3d_rlhf.flow.circular.commands import resolve, settings
 from eg3d_rlhf.flow.circular.run import read_run
 from eg3d_rlhf.flow.circular.settings import CircularRun, CircularSettings, default_settings, from_dict
@@ -148,7 +148,7 @@ def test_settings_survive_json():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    monkeypatch.setattr(circular_settings, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(circular_run, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_settings", lambda pipeline: SETTINGS)
 
     def go(*flags: str):
@@ -209,7 +209,7 @@ def test_a_run_and_its_ablation_share_artefacts(tiny, tmp_path):
 def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch):
     tiny()
     folder = tmp_path / "00000-circular-dpo-toy-loop"
-    monkeypatch.setattr(circular_settings, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"}))
+    monkeypatch.setattr(circular_run, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"}))
     assert_one_line(run(f"--resume={folder}"), "expected the settings that it was begun with", "problem.problem else instead of tiny")
     options = folder / "training_options.json"
     options.write_text(json.dumps({"cfg": "heads64"}))

@@ -121,13 +121,22 @@ def test_three_stages_are_trained_one_after_the_other(tmp_path, trained):
     assert set(lines) == {"structure", "voxels", "detail"}
 
 
-def test_the_win_rate_of_a_step_compares_that_stage_alone(tmp_path):
+def test_the_win_rate_of_a_step_compares_that_stage_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(*args, held_out, **options):
+        seen.append(held_out)
+        return train_stage(*args, held_out=held_out, **options)
+
+    monkeypatch.setattr(circular_loop, "train_stage", watched)
     loop = loop_in(tmp_path)
     voxels = (loop.from_people("voxels"),)
     models = loop.models({"voxels": voxels})
-    held_out = loop._held_out("structure", models)
+    loop.from_people("structure", {"voxels": voxels})
+    held_out = seen[-1]
     assert held_out.others == models and held_out.against == models and len(held_out.seeds) == 4
-    assert loop_in(tmp_path, tiny_problem(chooser=None))._held_out("structure", {}) is None
+    loop_in(tmp_path, tiny_problem(chooser=None)).from_people("structure")
+    assert len(seen) == 3 and seen[-1] is None
     assert held_out(loop.problem.pipeline.stages[0].model) == 0.5  # the structure as it was, on the same noises: ties
 
 
@@ -156,7 +165,7 @@ def test_one_stage_needs_no_loop(tmp_path):
 
 def test_settings():
     stage = tiny_problem().pipeline.stages[0]
-    own = SETTINGS.with_seed(7).training(HUMAN, stage)
+    own = replace(SETTINGS, seed=7).training(HUMAN, stage)
     assert own.seed == 7 and own.lora.targets == ("to_q", "to_out")
     asked = replace(HUMAN, lora=LoraConfig(targets=("to_q",)))
     assert SETTINGS.training(asked, stage).lora.targets == ("to_q",)

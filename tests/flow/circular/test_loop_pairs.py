@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.circular import loop_pairs
-from eg3d_rlhf.flow.circular.loop_pairs import SAME, LoopPairsConfig, figures, make_in_chunks, make_loop_pairs, with_roles
+from eg3d_rlhf.flow.circular.loop_pairs import SAME, LoopPairsConfig, figures, make_in_chunks, make_loop_pairs, weigh, with_roles
 from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.sparse import SparseSample
-from eg3d_rlhf.flow.weights import weigh
 from tests.flow.tiny_problem import TinyAsset, full, tiny_problem
 
 CONFIG = LoopPairsConfig(per_pair=2, batch=8, chunk=5)

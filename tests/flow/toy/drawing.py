@@ -2,8 +2,7 @@
 
 import torch
 
-from eg3d_rlhf.flow.toy.pipeline import ToyAsset, make_assets
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS, Defects, draw_drafts, targets
+from eg3d_rlhf.flow.toy.pipeline import CONDITIONS, Defects, ToyAsset, draw_drafts, make_assets, targets
 
 PERFECT = Defects(floaters=0, holes=0, unrepaired=0, wrong=0, tint=0, noise=0)
 

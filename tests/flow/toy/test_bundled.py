@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eg3d_rlhf.flow.sampler import sample
-from eg3d_rlhf.flow.toy.bundled import FOLDER, NETWORKS, BaseTraining, load_network, load_toy, save_network, train_base
+from eg3d_rlhf.flow.generate import sample
+from eg3d_rlhf.flow.toy.bundled import FOLDER, NETWORKS, BaseTraining, load_network, save_network, toy_problem, train_base
 from eg3d_rlhf.flow.toy.judges import LabelOracle
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS, HELD_OUT
+from eg3d_rlhf.flow.toy.pipeline import CONDITIONS, HELD_OUT
 
 SHORT = BaseTraining(steps=16, batch=8, warm_up=2, ema=0.8)
 
@@ -52,7 +52,7 @@ def test_bundled_files_are_small():
 @pytest.fixture(scope="module")
 def made():
     """64 assets of the bundled generator: what the first stage left to each, the asset, what is encoded of it, its condition."""
-    toy, names = load_toy(), [*HELD_OUT, *HELD_OUT, *list(CONDITIONS)[:16]]
+    toy, names = toy_problem().pipeline, [*HELD_OUT, *HELD_OUT, *list(CONDITIONS)[:16]]
     first, second = toy.stages
     cond, none = toy.conditions(names, "structure"), toy.no_condition(64, "structure")
     given = toy.advance("structure", sample(first, first.noise(range(64), [None] * 64), cond, none))

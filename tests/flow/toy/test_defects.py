@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.toy.judges import LabelOracle
-from eg3d_rlhf.flow.toy.pipeline import make_assets
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS, Defects, R, draw_drafts, neighbours, targets
+from eg3d_rlhf.flow.toy.pipeline import CONDITIONS, Defects, R, draw_drafts, make_assets, neighbours, targets
 from tests.flow.toy.drawing import PERFECT, drawn
 
 NAMES = list(CONDITIONS)

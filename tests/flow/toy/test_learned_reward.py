@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.flow.toy.bundled import load_network
 from eg3d_rlhf.flow.toy.judges import RewardTraining, accuracy, judge_drafts, train_reward, volumes_of
-from eg3d_rlhf.flow.toy.shapes import TRAINED, Defects, R
+from eg3d_rlhf.flow.toy.pipeline import TRAINED, Defects, R
 from tests.flow.toy.drawing import drawn, perfect
 
 SHORT = RewardTraining(pairs=128, held_out=64, epochs=3, batch=32)

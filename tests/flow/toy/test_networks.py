@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.flow.toy.networks import Packing, StructureFlow, VoxelFlow, Width, surroundings
-from eg3d_rlhf.flow.toy.shapes import R
+from eg3d_rlhf.flow.toy.bundled import Packing, StructureFlow, VoxelFlow, Width, surroundings
+from eg3d_rlhf.flow.toy.pipeline import R
 
 SMALL = Width(width=16, blocks=2, heads=2)
 

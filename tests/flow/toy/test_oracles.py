@@ -6,9 +6,8 @@ import torch
 from scipy import stats
 from skimage.measure import label
 
-from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LabelOracle, parts
-from eg3d_rlhf.flow.toy.pipeline import ToyAsset
-from eg3d_rlhf.flow.toy.shapes import CONDITIONS, Defects
+from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LabelOracle
+from eg3d_rlhf.flow.toy.pipeline import CONDITIONS, Defects, ToyAsset
 from tests.flow.toy.drawing import PERFECT, drawn, perfect
 
 ORACLES = [LabelOracle(), ChooserOracle(), FinalOracle()]
@@ -70,7 +69,7 @@ def test_iou_and_dice_by_hand():
     symmetry = (filled & filled[::-1]).sum() / filled.sum()
     assert np.isclose(LabelOracle().parts(assets, names)["geometry"].item(), 4 * iou)
     pieces = label(filled, connectivity=1, return_num=True)[1]
-    assert np.isclose(parts(assets, names)["geometry"].item(), dice + symmetry - 0.03 * (pieces - 1))
+    assert np.isclose(FinalOracle().parts(assets, names)["geometry"].item(), dice + symmetry - 0.03 * (pieces - 1))
 
 
 def test_detached_voxels_are_parts_of_their_own():
@@ -78,7 +77,7 @@ def test_detached_voxels_are_parts_of_their_own():
     filled = asset.occupancy.clone()
     filled[0, 0, 7] = filled[7, 0, 7] = True  # symmetric, so only overlap and number of parts suffer
     n = int(asset.occupancy.sum())
-    found = parts([ToyAsset(filled, asset.colours)], ["red box"])["geometry"].item()
+    found = FinalOracle().parts([ToyAsset(filled, asset.colours)], ["red box"])["geometry"].item()
     assert np.isclose(found, 2 * n / (2 * n + 2) + 1 - 0.06, atol=1e-5)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from eg3d_rlhf.flow.toy.judges import LabelOracle, human_pairs, judge_drafts
-from eg3d_rlhf.flow.toy.shapes import TRAINED
+from eg3d_rlhf.flow.toy.pipeline import TRAINED
 
 
 def test_pairs_of_both_stages_are_of_the_same_assets():

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.flow.toy.networks import StructureFlow, VoxelFlow, Width
-from eg3d_rlhf.flow.toy.pipeline import ToyPipeline
-from eg3d_rlhf.flow.toy.shapes import CARVED, GROWING, KEPT, R
+from eg3d_rlhf.flow.toy.bundled import StructureFlow, VoxelFlow, Width
+from eg3d_rlhf.flow.toy.pipeline import CARVED, GROWING, KEPT, R, ToyPipeline
 from tests.flow.toy.drawing import drawn
 
 SMALL = Width(width=16, blocks=1, heads=2)

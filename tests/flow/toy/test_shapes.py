@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from eg3d_rlhf.flow.toy.shapes import (
+from eg3d_rlhf.flow.toy.pipeline import (
     COLOURS,
     CONDITIONS,
     HELD_OUT,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.trellis import conditions as encoders
-from eg3d_rlhf.flow.trellis.assets import SH_C0, SplatAsset, read_ply, voxels_filled, write_ply
-from eg3d_rlhf.flow.trellis.render import View, render, views_around, voxel_features
+from eg3d_rlhf.flow.trellis.assets import SH_C0, SplatAsset, View, read_ply, render, views_around, voxel_features, voxels_filled, write_ply
 
 
 def splats(means, colours=None, scales=0.02, opacities=0.5) -> SplatAsset:

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 
 from eg3d_rlhf.flow.lora import LoraConfig, add_lora
 from eg3d_rlhf.flow.policies import save_policy
-from eg3d_rlhf.flow.trellis.export import export
-from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE
-from eg3d_rlhf.flow.trellis.models import load_model
+from eg3d_rlhf.flow.trellis.commands import export
+from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, load_model
 from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
 from tests.flow.trellis.tiny_trellis import PIPELINE, tokens
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf.flow.stage import Sampling
 from eg3d_rlhf.flow.trellis import files
-from eg3d_rlhf.flow.trellis.models import load_model
+from eg3d_rlhf.flow.trellis.files import load_model
 from tests.flow.trellis.tiny_trellis import MODELS, PIPELINE
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.flow.trellis.sparse_attention import SparseLayout, samples, windows
+from eg3d_rlhf.flow.trellis.blocks import SparseLayout, samples, windows
 
 H, D = 2, 4
 

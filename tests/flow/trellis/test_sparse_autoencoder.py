@@ -10,7 +10,6 @@ from eg3d_rlhf.flow.trellis.latent_autoencoder import (
     GaussianDecoder,
     GaussianDecoderConfig,
     Gaussians,
-    GaussianSettings,
     LatentEncoder,
     LatentEncoderConfig,
     perturbation,
@@ -23,6 +22,10 @@ SETTINGS = {
     "scaling_activation": "softplus",
 }  # fmt: skip
 SMALL = dict(resolution=R, model_channels=12, latent_channels=3, num_blocks=2, num_heads=2, window_size=2)
+
+
+def gaussian_settings(**changes):
+    return GaussianDecoderConfig(representation_config={**SETTINGS, **changes}, **SMALL).gaussians
 
 
 def encoder(**changes):
@@ -42,7 +45,6 @@ def test_encodes_every_voxel_and_trains_every_parameter(changes):
     assert mean.feats.shape == logvar.feats.shape == (len(x.coords), 3) and mean.coords is x.coords
     (mean.feats.sum() + logvar.feats.square().sum()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    torch.testing.assert_close(model.encode(x).feats, mean.feats)
 
 
 def reached(blocks):
@@ -64,7 +66,7 @@ def test_every_other_block_sees_over_the_borders_of_windows():
 def test_zeros_mean_the_biases_of_the_file(activation):
     zeros = Gaussians(
         xyz=torch.full([1, 3], 0.5), features_dc=torch.zeros(1, 1, 3), scaling=torch.zeros(1, 3), rotation=torch.zeros(1, 4),
-        opacity=torch.zeros(1, 1), settings=GaussianSettings.read({**SETTINGS, "scaling_activation": activation}),
+        opacity=torch.zeros(1, 1), settings=gaussian_settings(scaling_activation=activation),
     )  # fmt: skip
     assert zeros.means.tolist() == [[0, 0, 0]] and zeros.rotations.tolist() == [[1, 0, 0, 0]]
     torch.testing.assert_close(zeros.scales, torch.full([1, 3], math.hypot(4e-3, 9e-4)))
@@ -82,7 +84,7 @@ def test_gaussians_stay_within_reach_of_their_voxel():
 
 
 def test_without_offsets_gaussians_lie_on_a_hammersley_set():
-    offsets = perturbation(GaussianSettings.read(SETTINGS)).tanh() * 1.5
+    offsets = perturbation(gaussian_settings()).tanh() * 1.5
     want = torch.tensor([[0, 0, 0], [1 / 4, 1 / 2, 1 / 3], [2 / 4, 1 / 4, 2 / 3], [3 / 4, 3 / 4, 1 / 9]])
     torch.testing.assert_close((offsets + 1) / 2, want, rtol=1e-5, atol=1e-6)
 

@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import torch
-from eg3d_rlhf.flow.trellis.models import return_freed_memory
+from eg3d_rlhf.flow.trellis.files import return_freed_memory
 
 def resident():
     return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))

@@ -107,11 +107,11 @@ def test_draw_rank_import(pipeline, trellis_root, tmp_path):
     assert imported.report["pairs"] == {"structure": 2, "latent": 2}
     pipeline = load_pipeline(trellis_root, given)
     pipeline.stages[0].model = tuned_model(pipeline.stages[0].model, tmp_path / "adapter")
-    drawn = draw(pipeline, "a tree", 1)
-    assert torch.equal(imported.pairs["structure"][1].preferred, drawn.latents["structure"])
-    assert torch.allclose(imported.pairs["latent"][1].preferred.feats, drawn.latents["latent"].feats, atol=1e-5)
+    latents, asset = draw(pipeline, "a tree", 1)
+    assert torch.equal(imported.pairs["structure"][1].preferred, latents["structure"])
+    assert torch.allclose(imported.pairs["latent"][1].preferred.feats, latents["latent"].feats, atol=1e-5)
     (same,) = generate(pipeline, ["a tree"], [1])
-    assert torch.equal(same.means, drawn.asset.means)
+    assert torch.equal(same.means, asset.means)
     assert torch.allclose(read_ply(path.parent / rows[3]["look_at"]).means, same.means)
     before = {p: p.stat().st_mtime_ns for p in path.parent.glob("*.ply")}
     refused = run("draw", *flags)

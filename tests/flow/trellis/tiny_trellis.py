@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from eg3d_rlhf.flow.trellis.conditions import NULL, Conditions
-from eg3d_rlhf.flow.trellis.models import build_model
+from eg3d_rlhf.flow.trellis.files import build_model
 
 NAMES = ("a red chair", "a blue chair", "a lamp", "a tree", "a house", "a boat")
 R, TOKENS, E = 8, 3, 6

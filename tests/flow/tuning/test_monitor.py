@@ -2,7 +2,7 @@
 
 import pytest
 
-from eg3d_rlhf.flow.tuning.monitor import PAIRS, recent, signs
+from eg3d_rlhf.flow.tuning.progress import PAIRS, recent, signs
 
 
 def lines(count, *, rates=None, **figures):
