@@ -45,7 +45,7 @@ class ModeCommand(GroupedCommand):
             return command.make_context(info_name, args, parent, **extra)
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
-            others = [other for other in MODES if other != mode and name in self.flags_of(other)]
+            others = [o for o in MODES if o != mode and any(name in p.opts + p.secondary_opts for p in self.command_of(o).params)]
             if not others:
                 raise
             with user_errors():
@@ -64,10 +64,6 @@ class ModeCommand(GroupedCommand):
             module, _, name = command.partition(":")
             command = getattr(importlib.import_module(module), name)
         return command
-
-    def flags_of(self, mode: str) -> set[str]:
-        """All spellings of a mode's flags."""
-        return {name for p in self.command_of(mode).params for name in p.opts + p.secondary_opts}
 
     def invoke(self, ctx: click.Context):
         """Run the command that parsed the arguments."""

@@ -1,6 +1,7 @@
 """What every command of the project shares: options in titled groups, one-line errors with exit code 2, start-up checks."""
 
 import contextlib
+import functools
 import hashlib
 import platform
 import sys
@@ -83,13 +84,7 @@ def option(*names: str, group: str = "General", **kwargs):
 
 def together(*decorators):
     """One decorator of several; their flags are listed in this order."""
-
-    def decorate(command):
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
+    return lambda command: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), command)
 
 
 def options_of(*kinds: type, everywhere: str | None = None, **defaults):

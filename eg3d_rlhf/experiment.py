@@ -46,25 +46,21 @@ def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
 
 def open_networks(s: Settings, resolution: int, warm_start: bool = True) -> networks.Networks:
     """Fresh networks, or those that --init names, for images of `resolution` pixels; `warm_start` fits fresh ones to the sphere."""
-    if s.net.init != "scratch":
-        return _loaded(s, resolution)
-    G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
-    torch.manual_seed(derive_seed(s.loop.seed, "init"))
-    nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
-    G: Any = nets.G
-    if s.net.sphere_init > 0 and warm_start:
-        fit_sphere(G, s.net.sphere_init, seed=derive_seed(s.loop.seed, "sphere"))
-        nets.G_ema.load_state_dict(G.state_dict())
-    G.neural_rendering_resolution = s.gan.nrr_initial
-    nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
-    return nets
-
-
-def _loaded(s: Settings, resolution: int) -> networks.Networks:
+    if s.net.init == "scratch":
+        G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
+        torch.manual_seed(derive_seed(s.loop.seed, "init"))
+        nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
+        G: Any = nets.G
+        if s.net.sphere_init > 0 and warm_start:
+            fit_sphere(G, s.net.sphere_init, seed=derive_seed(s.loop.seed, "sphere"))
+            nets.G_ema.load_state_dict(G.state_dict())
+        G.neural_rendering_resolution = s.gan.nrr_initial
+        nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
+        return nets
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    G: Any = nets.G
+    G = nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
     if G.img_resolution != resolution:

@@ -22,9 +22,7 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
         who: name of the caller and argument, e.g. "RewardModel.score(slab)".
         pattern: one entry per axis, an int (exact size) or a letter of the legend (any size >= 1, equal wherever it recurs).
         what_to_do: the remedy, one sentence.
-
-    Raises:
-        ValueError: not a tensor, another number of axes, or another size.
+    Raises: ValueError for what is no tensor, another number of axes, or another size.
     """
     expected = "[" + ", ".join(str(p) for p in pattern) + "]"
     if not isinstance(tensor, torch.Tensor):

@@ -154,7 +154,6 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         window_size: window as a fraction of n, in [0, 1]; a window under 2 places disables reshuffling.
         start_index: position at which to begin, counted over all ranks: the images consumed before a resumed run. The positions before it
             are replayed without yielding (well under a microsecond each), so the order continues exactly.
-
     Raises: ValueError on an empty dataset or values outside those ranges.
     """
 

@@ -24,9 +24,7 @@ class ImageFiles:
 
     Args:
         path: folder (searched recursively) or .zip file.
-
-    Raises:
-        ValueError: naming the file and the remedy when the path is missing, not a zip, damaged, or without images.
+    Raises: ValueError naming the file and the remedy when the path is missing, not a zip, damaged, or without images.
     """
 
     def __init__(self, path: Path):
@@ -80,8 +78,7 @@ class ImageFiles:
     def decode(self, entry: str) -> PIL.Image.Image:
         """An entry's picture, wholly read.
 
-        Raises:
-            ValueError: when the entry is damaged, too large, or not an 8-bit greyscale or RGB image.
+        Raises: ValueError when the entry is damaged, too large, or not an 8-bit greyscale or RGB image.
         """
         where, data = f"dataset {self.path}: entry {entry!r}", self.read(entry)
         try:
@@ -100,8 +97,7 @@ class ImageFiles:
     def read_image(self, entry: str) -> np.ndarray:
         """Pixels [C, H, W] uint8 of an entry, C = 1 or 3.
 
-        Raises:
-            ValueError: as `decode`, and when the image is not square.
+        Raises: ValueError as `decode`, and when the image is not square.
         """
         pixels = np.asarray(self.decode(entry))
         if pixels.shape[0] != pixels.shape[1]:
@@ -114,8 +110,7 @@ class ImageFiles:
     def read_labels(self) -> list | None:
         """One label per image in the order of `images`: numbers or ints as stored; None where dataset.json says "labels": null.
 
-        Raises:
-            ValueError: when dataset.json is missing, malformed, or lacks an image.
+        Raises: ValueError when dataset.json is missing, malformed, or lacks an image.
         """
         if LABELS_FILE not in self.entries:
             raise ValueError(
@@ -147,9 +142,7 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
     Args:
         labels: as stored, one per name. names: entry names for the messages. where: file for the messages.
         c_dim: required L, or None to accept any.
-
-    Raises:
-        ValueError: when lengths differ from c_dim or from each other, values are not finite numbers, or a 25-number label does not hold
+    Raises: ValueError when lengths differ from c_dim or from each other, values are not finite numbers, or a 25-number label does not hold
             a pose with a rotation; each message names the first such entry.
     """
     if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):

@@ -1,6 +1,6 @@
 """What the loop trains where it trains a GAN: networks, real images, batches, moving average, augmentation strength, snapshots.
 
-Letters: N batch, Z z_dim, K c_dim.
+Letters: N batch, Z z_dim, K c_dim, C channels, H x W pixels.
 """
 
 import copy
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 
 from torch_utils.training_stats import Collector
@@ -17,7 +18,6 @@ from training.config import GanConfig, LoopConfig
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.distributed import SINGLE, Ranks
 from training.gan_phases import Batch
-from training.image_grid import save_grid
 from training.phases import derive_seed
 from training.rounds import Layout
 
@@ -47,6 +47,19 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
             f"--nrr-initial, --nrr-final: expected at most {module.input_resolution} pixels for {type(module).__name__}, got {rendered}. "
             "Lower them."
         )
+
+
+def save_grid(images: np.ndarray | torch.Tensor, value_range: tuple[float, float], columns: int, path: str | Path) -> None:
+    """Write images [N, C, H, W] (C 1 or 3) as one PNG, `columns` to a row; `value_range` maps to black and white."""
+    x = np.asarray(images.detach().cpu() if isinstance(images, torch.Tensor) else images, dtype=np.float32)
+    low, high = value_range
+    x = np.clip(np.rint((x - low) * (255 / max(high - low, 1e-12))), 0, 255).astype(np.uint8)
+    n, c, h, w = x.shape
+    rows = -(-n // columns)
+    canvas = np.full([rows * columns, c, h, w], 255, dtype=np.uint8)
+    canvas[:n] = x
+    canvas = canvas.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    PIL.Image.fromarray(canvas[:, :, 0] if c == 1 else canvas).save(path)
 
 
 class Gan:

@@ -76,7 +76,6 @@ def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: in
     Args:
         freeze_layers: the first so many layers of D become buffers, under their own names (Freeze-D, Mo et al. 2020); None leaves D as it
             was when it was saved.
-
     Raises: FileNotFoundError, ValueError (truncated, foreign, other architecture).
     """
     tensors, meta = storage.read_tensors(path, "network")

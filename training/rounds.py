@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from training.distributed import Ranks
 
-_FACTORIES = {torch.rand, torch.randn}
-_LIKE = {torch.rand_like, torch.randn_like}
 _REFUSED = {
     torch.normal, torch.bernoulli, torch.randperm, torch.randint_like, torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.bernoulli_,
     torch.Tensor.random_, torch.Tensor.exponential_, torch.nn.functional.dropout2d, torch.nn.functional.dropout3d,
@@ -44,11 +42,11 @@ class RowDraws(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func in _FACTORIES:
+        if func in (torch.rand, torch.randn):
             size = kwargs.pop("size") if "size" in kwargs else args[0] if args and not isinstance(args[0], int) else args
             whole = self._whole(list(size))
             return func(list(size), **kwargs) if whole is None else self._keep(func(whole, **kwargs))
-        if func in _LIKE:
+        if func in (torch.rand_like, torch.randn_like):
             whole = self._whole(list(args[0].shape))
             return func(*args, **kwargs) if whole is None else self._keep(func(args[0].new_empty(whole), *args[1:], **kwargs))
         if func is torch.nn.functional.dropout:

@@ -18,7 +18,7 @@ from eg3d_rlhf.generators import LoadedGenerator, camera
 from eg3d_rlhf.metrics.views import lift
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
-from training.image_grid import save_grid
+from training.gan import save_grid
 
 SHARE = 0.25  # of the report's latents
 SHOWN = 8  # latents in the picture

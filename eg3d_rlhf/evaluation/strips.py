@@ -19,7 +19,7 @@ from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.seeds import JUDGE
 from eg3d_rlhf.sigma.spec import SlabSpec
-from training.image_grid import save_grid
+from training.gan import save_grid
 
 K = 5  # shapes in a top or bottom strip, as in the paper
 SHOWN = 6  # latents in the before/after strip, of seeds fixed before any result was seen

@@ -33,7 +33,7 @@ from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.mesh_export import save_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training import storage
-from training.image_grid import save_grid
+from training.gan import save_grid
 from training.networks import Networks, state_hash
 
 FAKES = 1600  # images per Fréchet distance

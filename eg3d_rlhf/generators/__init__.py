@@ -115,11 +115,6 @@ class LoadedGenerator:
         """The network itself."""
         return self.generator.module
 
-    @property
-    def config(self) -> dict:
-        """Constructor arguments of the network."""
-        return self.nets.G_kwargs
-
 
 def load_generator(source: str | Path | None = None, device: str | torch.device = "cpu") -> LoadedGenerator:
     """Load a network.

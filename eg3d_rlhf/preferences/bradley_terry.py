@@ -61,8 +61,7 @@ def bradley_terry(comparisons: Iterable[Comparison], prior_sd: float = 2.0, conf
     ridge = 1 / prior_sd**2 if regularised else 0.0
     theta, eta, information = _newton(n, i, j, tie, ridge)
     centre = np.eye(n) - 1 / n  # strengths vary about their mean
-    inverse = np.linalg.inv(information + (0.0 if ridge else 1.0) * _mean_zero(n, len(information) > n))[:n, :n]
-    covariance = centre @ inverse @ centre
+    covariance = centre @ np.linalg.inv(information)[:n, :n] @ centre
     half = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
     return Strengths(
         items=items, strength=theta, lo=theta - half, hi=theta + half, covariance=covariance,
@@ -71,7 +70,10 @@ def bradley_terry(comparisons: Iterable[Comparison], prior_sd: float = 2.0, conf
 
 
 def _newton(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float) -> tuple[np.ndarray, float, np.ndarray]:
-    """Damped Newton on (theta [N], eta = log nu): returns both and the negative Hessian [N + 1, N + 1] at the maximum."""
+    """Damped Newton on (theta [N], eta = log nu): returns both and the information [N or N + 1] squared at the maximum.
+
+    Without a prior the data say nothing of the direction in which all strengths move together; 1 / N is added along it.
+    """
     ties = bool(tie.any())
     decided = ~tie
     x = np.zeros(n + 1)
@@ -88,13 +90,12 @@ def _newton(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float)
         logits, total = parts(x)
         return (np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * ridge * (x[:n] ** 2).sum() - 0.5 * _ETA_PRIOR * ties * x[n] ** 2
 
-    value = objective(x)
+    value, used = objective(x), slice(0, n + ties)
+    together = (0.0 if ridge else 1.0) * np.pad(np.full((n, n), 1 / n), (0, int(ties)))
     for _ in range(_STEPS):
         gradient, hessian = _derivatives(x, n, i, j, tie, ridge, *parts(x))
         step = np.zeros_like(x)
-        used = slice(0, n + ties)
-        solvable = hessian[used, used] + (1.0 - bool(ridge)) * _mean_zero(n, ties)
-        step[used] = np.linalg.solve(solvable, gradient[used])
+        step[used] = np.linalg.solve(hessian[used, used] + together, gradient[used])
         scale = 1.0
         while scale > 1e-8 and objective(x + scale * step) < value:
             scale /= 2
@@ -104,17 +105,10 @@ def _newton(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float)
         if np.abs(scale * step).max() < _TOLERANCE:
             break
     _, hessian = _derivatives(x, n, i, j, tie, ridge, *parts(x))
-    return x[:n], float(x[n]), hessian[: n + ties, : n + ties]
+    return x[:n], float(x[n]), hessian[used, used] + together
 
 
 _ETA_PRIOR = 1e-9  # finite when every comparison is a tie; without effect elsewhere
-
-
-def _mean_zero(n: int, ties: bool) -> np.ndarray:
-    """Adds to the information along the direction in which all strengths move together, which the data say nothing of."""
-    out = np.zeros((n + ties, n + ties))
-    out[:n, :n] = 1 / n
-    return out
 
 
 def _derivatives(x, n, i, j, tie, ridge, logits, total):

@@ -14,6 +14,7 @@
 Other fields are kept in `extra` and written back. Readers stream; writers replace a file at once or not at all.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -208,10 +209,8 @@ def _seed(value, name: str) -> int:
 def _time(value) -> str | float | None:
     if value is None:
         return None
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         return float(value)
-    except (TypeError, ValueError):
-        pass
     try:
         datetime.fromisoformat(str(value))
     except ValueError:

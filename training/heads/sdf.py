@@ -8,7 +8,8 @@ surface, so sphere tracing takes steps of 0.8 times the value.
 Shape letters: N heads, P points, S shape parameters.
 """
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -123,10 +124,7 @@ class HeadParts:
 
     def union(self) -> torch.Tensor:
         """[N, P] signed distance of the whole bust."""
-        result = self.skin
-        for field in fields(self)[1:]:
-            result = torch.minimum(result, getattr(self, field.name))
-        return result
+        return functools.reduce(torch.minimum, (self.skin, self.eyes, self.lips, self.hair, self.shirt))
 
 
 def _norm(x, y, z) -> torch.Tensor:

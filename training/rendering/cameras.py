@@ -28,9 +28,7 @@ def camera_position(horizontal: torch.Tensor, vertical: torch.Tensor, radius: fl
         vertical: [N, 1] pitch parameter v in (0, pi); pi/2 is level, smaller looks from above. It is uniform in height, hence the polar
             angle phi equals v only at pi/2, where d phi / d v = 2/pi.
         radius: distance from the origin, world units.
-
-    Returns:
-        [N, 3] positions. Differentiable in horizontal and vertical inside the clamp [1e-5, pi - 1e-5].
+    Returns: [N, 3] positions. Differentiable in horizontal and vertical inside the clamp [1e-5, pi - 1e-5].
     """
     v = vertical.clamp(_PITCH_MARGIN, math.pi - _PITCH_MARGIN)
     phi = torch.arccos(1 - 2 * (v / math.pi))
@@ -44,8 +42,7 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Columns: right = -normalise(up x forward), down = forward x right, forward; then the position. The first two signs make the matrix
     OpenCV's (y down) while the world keeps y up.
 
-    Returns:
-        [N, 4, 4]. Differentiable in both arguments; singular when the view direction is vertical.
+    Returns: [N, 4, 4]. Differentiable in both arguments; singular when the view direction is vertical.
     """
     forward = torch.nn.functional.normalize(target - position, dim=-1)  # [N, 3]
     world_up = torch.tensor([0.0, 1.0, 0.0], dtype=position.dtype, device=position.device).expand_as(forward)
@@ -111,8 +108,7 @@ def FOV_to_intrinsics(fov_degrees: float, device="cpu") -> torch.Tensor:  # noqa
 def pack_label(cam2world: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
     """Camera label c [N, 25] from cam2world [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]: both row-major, pose first.
 
-    Raises:
-        ValueError: when the trailing dimensions are not 4x4 and 3x3.
+    Raises: ValueError when the trailing dimensions are not 4x4 and 3x3.
     """
     if cam2world.ndim != 3 or cam2world.shape[1:] != (4, 4) or intrinsics.shape[-2:] != (3, 3):
         raise ValueError(
@@ -126,8 +122,7 @@ def pack_label(cam2world: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tenso
 def unpack_label(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cam2world [N, 4, 4] and intrinsics [N, 3, 3] of labels c [N, 25].
 
-    Raises:
-        ValueError: when c does not have 25 columns.
+    Raises: ValueError when c does not have 25 columns.
     """
     if c.ndim != 2 or c.shape[1] != LABEL_NUMBERS:
         raise ValueError(
