@@ -44,7 +44,7 @@ def foreign(tmp_path_factory):
     plugins.load_plugins()
     G = inner.generator.module
     kwargs = {"scale": SCALE, "centre": CENTRE}
-    kwargs["inner"] = {**inner.config, "neural_rendering_resolution": G.neural_rendering_resolution}
+    kwargs["inner"] = {**inner.nets.G_kwargs, "neural_rendering_resolution": G.neural_rendering_resolution}
     network = sys.modules[PLUGIN.stem].MirroredNetwork(**kwargs).eval().requires_grad_(False)
     network.inner.load_state_dict(G.state_dict())
     path = tmp_path_factory.mktemp("foreign") / "mirrored.safetensors"
