@@ -84,7 +84,7 @@ def _request(
     flags = launch.filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
-    pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in launch.PAIRING if name != "rewards"})
+    pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"})
     with naming("--network"):
         source = find_network(network).resolve() if network else None
         if source is not None and not source.is_file():

@@ -23,7 +23,6 @@ from eg3d_rlhf.label.store import Store
 from training.config import knobs_of
 
 DB = "sqlite:///runs/labels/labels.db"
-PAIRING = tuple(field.name for field in fields(PairingOptions))
 SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 
@@ -156,10 +155,8 @@ def open_store(url: str, create: bool) -> Iterator[Store]:
         if create and path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         store = Store.open(url, create)
-    try:
+    with store:
         yield store
-    finally:
-        store.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 Importing this needs no database package; reading a store does.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -41,8 +42,7 @@ def labels_source(source: str | Path) -> str | Path:
 
 def source_stem(source: str | Path) -> str:
     """A short name: the file's or database's, without its ending."""
-    text = str(source).split("?")[0] if is_store_url(source) else str(source)
-    return Path(text).stem
+    return Path(str(source).split("?")[0] if is_store_url(source) else source).stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,8 @@ class LabelFilters:
         """`since` in seconds since 1970; minus infinity for None."""
         if self.since is None:
             return -math.inf
-        try:
+        with contextlib.suppress(ValueError):
             return float(self.since)
-        except ValueError:
-            pass
         try:
             return datetime.fromisoformat(str(self.since)).timestamp()
         except ValueError:

@@ -133,20 +133,6 @@ _PATIENCE = 5.0  # seconds that a worker has to end when it is asked to
 _RESTARTS = 3  # of a worker that died, without a shape in between
 
 
-class _ProgressWriter:
-    """Writes the progress now and then, and at once when it is finished."""
-
-    def __init__(self, path: Path, campaign: str):
-        self.path, self._last = path, -float("inf")
-        self.progress = ShapeProgress(campaign=campaign)
-
-    def __call__(self, fields: dict) -> None:
-        self.progress = ShapeProgress(campaign=self.progress.campaign, **fields)
-        if self.progress.finished or time.monotonic() - self._last >= _WRITE_EVERY:
-            self.progress.write(self.path)
-            self._last = time.monotonic()
-
-
 def end_with_parent(parent: int) -> None:
     """End this process at once when `parent` is no longer its parent. What it writes it writes whole, so it may be cut off anywhere."""
 
@@ -176,7 +162,16 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
     torch.set_num_threads(1)
     shapes = ShapeCache(cache)
     shapes.remove_leftovers()
-    writer = _ProgressWriter(progress_file(shapes, url, campaign), campaign)
+    file, progress, last = progress_file(shapes, url, campaign), ShapeProgress(campaign=campaign), -float("inf")
+
+    def tell(fields: dict) -> None:
+        """Write the progress now and then, and at once when it is finished."""
+        nonlocal progress, last
+        progress = ShapeProgress(campaign=campaign, **fields)
+        if progress.finished or time.monotonic() - last >= _WRITE_EVERY:
+            progress.write(file)
+            last = time.monotonic()
+
     try:
         with Store.open(url, create=False) as store:
             stored = store.campaign(campaign)
@@ -184,9 +179,9 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
                 wrong = f"--campaign: expected the name of a campaign in the database, got {campaign!r}."
                 raise ValueError(f"{wrong} Make it with tools/label.py.")
             planned = [shape for _, shape in store.shapes(stored.id)]
-        prepare(planned, shapes, ShapeDrawer(), stored.settings.show_render, writer)
+        prepare(planned, shapes, ShapeDrawer(), stored.settings.show_render, tell)
     except Exception as error:
-        replace(writer.progress, error=str(error).strip() or type(error).__name__).write(writer.path)
+        replace(progress, error=str(error).strip() or type(error).__name__).write(file)
         raise
 
 

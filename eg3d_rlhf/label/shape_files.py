@@ -14,6 +14,7 @@ appears whole or not at all. Meshes are little-endian, compressed with gzip:
 | F x 3 x uint16 or 32 | vertices of each triangle; uint16 where V <= 65536          |
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -110,11 +111,9 @@ class ShapeCache:
     def remove_leftovers(self) -> None:
         """Delete what writers that were killed left behind, an hour ago or earlier."""
         for path in self.folder.glob("*/.*.tmp"):
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another worker was faster
                 if time.time() - path.stat().st_mtime > _STALE:
                     path.unlink()
-            except FileNotFoundError:  # another worker was faster
-                pass
 
     def _path(self, shape: Shape, suffix: str) -> Path:
         key = shape_key(shape)

@@ -205,11 +205,10 @@ class Store:
     # --- what does not change
 
     def _plan(self, campaign_id: int) -> Plan:
-        plan = self._plans.get(campaign_id)
-        if plan is None:
+        if campaign_id not in self._plans:
             with self.database.read() as c:
-                plan = self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
-        return plan
+                self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
+        return self._plans[campaign_id]
 
 
 def secret_hash(secret: str) -> str:

@@ -35,11 +35,6 @@ class Sorted:
     annotators: dict[str, str] = field(default_factory=dict)  # left out: name -> reason
     fast: list[JudgementRow] = field(default_factory=list)  # single trials left out of annotators who stay
 
-    def kept(self) -> list[JudgementRow]:
-        """Trials of the primary result, skips among them."""
-        out = {r.id for r in self.fast}
-        return [r for r in self.trials if r.annotator not in self.annotators and r.id not in out]
-
 
 def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None) -> dict:
     """All figures of a study.
@@ -58,7 +53,8 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
             f"study {design.name}: expected {design.trials} answered trials{until}, got {answered}. Wait for them, as designed; --interim "
             "shows what there is and marks the report."
         )
-    kept = found.kept()
+    fast = {r.id for r in found.fast}
+    kept = [r for r in found.trials if r.annotator not in found.annotators and r.id not in fast]  # of the primary result, skips among them
     other = "excluded" if design.ties == "half" else "half"
     sides = _sides(kept, design.ties)
     both = (sides["win_rate_b_left"], sides["win_rate_b_right"])

@@ -19,18 +19,10 @@ from eg3d_rlhf.label.launch import open_store
 from eg3d_rlhf.label.preferences import without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.label.store import Store
+from eg3d_rlhf.study import design as designs
 from eg3d_rlhf.study import report as reports
 from eg3d_rlhf.study.analysis import sort_rows
-from eg3d_rlhf.study.design import (
-    ExclusionRules,
-    StudyDesign,
-    campaign_settings,
-    contender,
-    read_design,
-    stopped,
-    study_pairs,
-    write_design,
-)
+from eg3d_rlhf.study.design import ExclusionRules, StudyDesign, contender, read_design, stopped, write_design
 from eg3d_rlhf.study.power import PowerOptions, SampleSize, SimulationOptions, coverage, exact_power, sample_size
 from training.config import knobs_of
 
@@ -140,7 +132,7 @@ def prepare(folder: Folder, name: str, flags: Mapping, given: set[str], tell: Ca
             with naming(f"--{side}"):
                 reports.load_contender(getattr(design, side))
         if store.campaign(design.name) is None:
-            store.create_campaign(campaign_settings(design), study_pairs(design))
+            store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
         answered = len(sort_rows(design, list(store.judgements(design.name))).trials)
     if stopped(design, answered):
         raise ValueError(

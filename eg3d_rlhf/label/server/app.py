@@ -1,5 +1,6 @@
 """The application: its pages and routes behind the gate, log-in and log-out, and the process that serves it."""
 
+import base64
 import contextlib
 import gzip
 import hashlib
@@ -17,7 +18,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from eg3d_rlhf.label.server.gate import FORGET, AccessLog, Gate, policy_of_style
+from eg3d_rlhf.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
 from eg3d_rlhf.label.server.identity import COOKIE, Identities, csrf_token
 from eg3d_rlhf.label.server.models import Refusal, add_handlers, note
 from eg3d_rlhf.label.server.options import AppOptions, Limits, PreparedShapes, is_loopback
@@ -39,7 +40,8 @@ def create_app(options: AppOptions) -> FastAPI:
     files = read_static(options.static)
     identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
     context = Context(
-        options=options, campaign=campaign, identities=identities, shapes=PreparedShapes(options, campaign), files=files,
+        options=options, store=options.store, campaign=campaign, identities=identities, files=files,
+        shapes=PreparedShapes(options, campaign),
         page_version=hashlib.sha256("".join(f"{name}{files[name].etag}" for name in sorted(files)).encode()).hexdigest()[:12],
     )  # fmt: skip
 
@@ -170,16 +172,14 @@ def pages(context: Context) -> APIRouter:
     @router.post("/login")
     async def login(request: Request) -> Response:
         token = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
-        address = request.client.host if request.client else ""
-        seconds = context.options.limits.session_seconds
+        address, seconds = request.client.host if request.client else "", context.options.limits.session_seconds
         try:
             known = await run_in_threadpool(context.identities.by_token, token, address)
         except Refusal as refusal:
             note(request, refusal)
             return _login_page(request, refusal)
-        session = await run_in_threadpool(context.store.open_session, known.id, seconds)
         response = RedirectResponse("/", 303)
-        _set_cookie(response, request, COOKIE, session, int(seconds))
+        _set_cookie(response, request, COOKIE, await run_in_threadpool(context.store.open_session, known.id, seconds), int(seconds))
         response.delete_cookie(LOGIN_COOKIE, path="/login")
         return response
 
@@ -224,7 +224,8 @@ def _login_page(request: Request, refusal: Refusal | None = None) -> Response:
     message = f"<p role=alert>{html.escape(f'{refusal.error} {refusal.remedy}')}</p>" if refusal else ""
     page = PAGE.format(style=STYLE, message=message, csrf=csrf_token(cookie, "login"))
     response = HTMLResponse(page, refusal.status if refusal else 200, refusal.headers if refusal else None)
-    response.headers["Content-Security-Policy"] = policy_of_style(STYLE)
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()  # there is no script, and no other style
+    response.headers["Content-Security-Policy"] = f"default-src 'none'; style-src 'sha256-{digest}'; {COMMON_POLICY}"
     response.headers["Referrer-Policy"] = "same-origin"  # under no-referrer a form is sent with 'Origin: null'
     _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
     return response

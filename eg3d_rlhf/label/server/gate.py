@@ -20,9 +20,7 @@ A file is continued as FILE.1 ... FILE.5 at 20 MB each.
 """
 
 import asyncio
-import base64
 import datetime
-import hashlib
 import hmac
 import json
 import logging
@@ -49,10 +47,8 @@ _LONG_WORD = re.compile(r"[^/]{16,}")  # of an unknown path: what might be a tok
 _CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
 OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}  # all that answers without a token when exposed
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
-_COMMON = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-POLICY = (
-    f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; {_COMMON}"
-)
+COMMON_POLICY = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+POLICY = f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; {COMMON_POLICY}"
 FIXED = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -63,12 +59,6 @@ FIXED = {
     "Content-Security-Policy": POLICY,
     "Cache-Control": "no-store",
 }
-
-
-def policy_of_style(style: str) -> str:
-    """Content-Security-Policy of a page without script whose one <style> element holds exactly `style`."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'sha256-{digest}'; {_COMMON}"
 
 
 def check_host(headers: Headers, exposed: bool) -> None:

@@ -1,5 +1,6 @@
 """Who asks: a bearer token, a session cookie, or on loopback whoever sits at this machine; and how often one may."""
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -184,11 +185,8 @@ def _plausible(token: str) -> bool:
 def kept_secret(path: Path) -> bytes:
     """32 random bytes, kept in a file that only its owner reads, so that open pages survive a restart of the server."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(os.urandom(32))
-    except FileExistsError:
-        pass
+    with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.urandom(32))
     secret = path.read_bytes()
     if len(secret) != 32:
         raise ValueError(f"{path}: expected 32 bytes, got {len(secret)}. Delete the file; it is made again.")

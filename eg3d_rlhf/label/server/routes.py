@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
 from eg3d_rlhf.label.archive import export_judgements
-from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign
+from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, StoredCampaign
 from eg3d_rlhf.label.preferences import export_labels
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.server import models
@@ -34,21 +34,12 @@ class Context:
     """One server's parts."""
 
     options: AppOptions
+    store: Store
     campaign: StoredCampaign
     identities: Identities
     shapes: PreparedShapes
     files: dict  # name -> app.StaticFile
     page_version: str  # changes with any file of the page; judgements name it
-
-    @property
-    def store(self) -> Store:
-        """Where everything is kept."""
-        return self.options.store
-
-    @property
-    def blind(self) -> bool:
-        """Whether this is a study."""
-        return self.campaign.settings.mode is Mode.STUDY
 
 
 async def identity_of(request: Request) -> Identity:  # async: nothing to wait for, and no thread
@@ -70,22 +61,13 @@ Who = Annotated[Identity, Depends(identity_of)]
 Admin = Annotated[Identity, Depends(admin_of)]
 
 
-def label_api(context: Context) -> APIRouter:
-    """The router."""
-    router = APIRouter(prefix="/api", responses=_ERRORS)
-    _work(router, context)
-    _shapes(router, context)
-    _judgements(router, context)
-    return router
-
-
 def _progress(context: Context, who: Identity) -> dict:
     return asdict(context.store.progress(context.campaign.id, who.annotator.id))
 
 
 def _judge(context: Context, who: Identity) -> None:
     """Refuse, in a study, answers of those who can see results."""
-    if context.blind and who.admin:
+    if context.shapes.blind and who.admin:
         raise Refusal(403, "Admins see results, so they cannot take part in a blind study.", "Use an annotator's token.")
 
 
@@ -96,7 +78,7 @@ def _work(router: APIRouter, context: Context) -> None:
         settings = context.campaign.settings
         return JSONResponse({
             "annotator": who.annotator.name, "role": "admin" if who.admin else "annotator", "csrf": who.csrf, "mode": settings.mode.value,
-            "title": context.options.title, "show_render": settings.show_render and not context.blind,
+            "title": context.options.title, "show_render": settings.show_render and not context.shapes.blind,
             "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
         })  # fmt: skip
 
@@ -112,7 +94,10 @@ def _work(router: APIRouter, context: Context) -> None:
         return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "preparation": shapes.progress()})
 
 
-def _shapes(router: APIRouter, context: Context) -> None:
+def label_api(context: Context) -> APIRouter:
+    """The router."""
+    router = APIRouter(prefix="/api", responses=_ERRORS)
+    _work(router, context)
     binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
     @router.get("/shapes/{asset}", response_class=Response, responses={200: {"content": binary}, 304: {"description": "Not Modified"}})
@@ -131,11 +116,14 @@ def _shapes(router: APIRouter, context: Context) -> None:
     @router.get("/renders/{asset}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def render(asset: models.AssetPath, who: Who) -> Response:
         """The picture of a shape, where the campaign shows it; never in a study."""
-        shape = context.shapes.shapes.get(asset) if context.campaign.settings.show_render and not context.blind else None
+        shape = context.shapes.shapes.get(asset) if context.campaign.settings.show_render and not context.shapes.blind else None
         path = context.options.cache.render(shape) if shape is not None else None
         if path is None:
             raise Refusal(404, "No such picture.", "Pictures are shown where the campaign allows them.")
         return FileResponse(path, media_type="image/png", headers={"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE})
+
+    _judgements(router, context)
+    return router
 
 
 @contextmanager
@@ -193,7 +181,23 @@ def admin_api(context: Context) -> APIRouter:
         return JSONResponse(request.app.openapi())
 
     _annotators(router, context)
-    _export(router, context)
+
+    @router.get("/export", response_class=FileResponse, responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}})
+    def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
+        """Labels in the open form, as CSV or JSON lines, or all judgements without loss."""
+        name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
+        folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
+        path = Path(folder.name) / name
+        try:
+            (export_judgements if format == "judgements" else export_labels)(context.store, path, campaign=context.campaign.settings.name)
+        except BaseException as error:
+            folder.cleanup()
+            if isinstance(error, ValueError):  # a study holds no labels
+                raise Refusal(409, str(error), "Ask for format=judgements.") from None
+            raise
+        kind = "text/csv" if format == "csv" else "application/x-ndjson"
+        return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
+
     return router
 
 
@@ -219,21 +223,3 @@ def _annotators(router: APIRouter, context: Context) -> None:
         except (ValueError, LookupError) as error:
             raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
         return annotators()
-
-
-def _export(router: APIRouter, context: Context) -> None:
-    @router.get("/export", response_class=FileResponse, responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}})
-    def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
-        """Labels in the open form, as CSV or JSON lines, or all judgements without loss."""
-        name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
-        folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
-        path = Path(folder.name) / name
-        try:
-            (export_judgements if format == "judgements" else export_labels)(context.store, path, campaign=context.campaign.settings.name)
-        except BaseException as error:
-            folder.cleanup()
-            if isinstance(error, ValueError):  # a study holds no labels
-                raise Refusal(409, str(error), "Ask for format=judgements.") from None
-            raise
-        kind = "text/csv" if format == "csv" else "application/x-ndjson"
-        return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
