@@ -89,23 +89,12 @@ class FeatureStatistics:
         if batch.ndim != 2 or batch.shape[1] != self.dim:
             raise ValueError(f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use one network throughout.")
         if len(batch):
-            mean = batch.mean(axis=0)
-            self._merge(len(batch), mean, (batch - mean).T @ (batch - mean))
+            count, mean = len(batch), batch.mean(axis=0)
+            total, delta = self.count + count, mean - self._mean
+            self._scatter = self._scatter + (batch - mean).T @ (batch - mean) + np.outer(delta, delta) * (self.count * count / total)
+            self._mean = self._mean + delta * (count / total)
+            self.count = total
         return self
-
-    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """Add what another process collected. Returns self."""
-        if other.dim != self.dim:
-            raise ValueError(f"FeatureStatistics: expected {self.dim} features, got {other.dim}. Use one network throughout.")
-        if other.count:
-            self._merge(other.count, other._mean, other._scatter)
-        return self
-
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total, delta = self.count + count, mean - self._mean
-        self._scatter = self._scatter + scatter + np.outer(delta, delta) * (self.count * count / total)
-        self._mean = self._mean + delta * (count / total)
-        self.count = total
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean [F] and unbiased covariance [F, F]. Raises ValueError with fewer than two samples."""

@@ -40,8 +40,7 @@ def pairwise_distances(x: ArrayLike) -> np.ndarray:
 
 def mean_pairwise(distances: np.ndarray, confidence: float = 0.95) -> MeanInterval:
     """Mean over the pairs of different items of distances [N, N], with its jackknife interval (Arvesen 1969, for U-statistics)."""
-    whole, without = _leave_one_out(distances)
-    return _interval(whole, without, confidence)
+    return _interval(*_leave_one_out(distances), confidence)
 
 
 def pairwise_ratio(before: np.ndarray, after: np.ndarray, confidence: float = 0.95) -> MeanInterval:

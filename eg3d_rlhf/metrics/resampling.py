@@ -17,8 +17,8 @@ Shape letters: N fakes, M reals, F features, B resamples.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtri
@@ -38,24 +38,6 @@ class DistanceInterval(NamedTuple):
     hi: float
     measured: float  # from all samples as they are: what others report
     bias: float  # what the bootstrap says `measured` lies too high by
-
-
-class _Statistic(Protocol):
-    """A function of two weighted samples."""
-
-    sizes: tuple[int, int]  # N, M
-    biased: bool  # whether finite samples give too much on average
-    allowance: float  # share by which variances are enlarged
-
-    def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
-        """Values [B] for how often each item counts, [B, N] and [B, M]."""
-
-    @property
-    def with_bias(self) -> Callable[[], float] | None:
-        """The distance between the samples as they are, which is 0 for equal samples and no less for any; None of a difference."""
-
-    def influence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives with respect to the share of each item, [N] and [M], of mean 0."""
 
 
 def frechet_interval(
@@ -113,7 +95,7 @@ def _features(who: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray,
     return fake, real
 
 
-def _interval(statistic: _Statistic, resamples: int, seed: int, confidence: float) -> DistanceInterval:
+def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: int, confidence: float) -> DistanceInterval:
     """See the module. The linear part of every resample has mean 0, so the bias is taken without it, and without its noise."""
     if resamples < 50:
         raise ValueError(f"distance interval: expected resamples >= 50, got {resamples}. The variance needs that many.")
@@ -150,9 +132,9 @@ def _linear(draws: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> np.nda
 
 
 class _Frechet:
-    """Fréchet distance of weighted samples."""
+    """Fréchet distance of weighted samples; the other statistics have the same parts."""
 
-    biased = True
+    biased = True  # whether finite samples give too much on average
 
     def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
         if min(len(fake), len(real)) <= fake.shape[1]:
@@ -161,20 +143,22 @@ class _Frechet:
                 "or report the kernel distance, which needs no covariance."
             )
         self.fake, self.real, self.sizes = fake, real, (len(fake), len(real))
-        self.allowance = (fake.shape[1] / len(fake) + fake.shape[1] / len(real)) / 2
+        self.allowance = (fake.shape[1] / len(fake) + fake.shape[1] / len(real)) / 2  # share by which variances are enlarged
 
     def resampled(self, fake: np.ndarray, real: np.ndarray) -> np.ndarray:
-        """[B], one after the other."""
+        """Values [B] for how often each item counts, [B, N] and [B, M]; one after the other."""
         return np.array([
             frechet_distance(*_moments(self.fake, w), *_moments(self.real, v)) for w, v in zip(fake, real, strict=True)
         ])
 
     def with_bias(self) -> float:
-        """Of all samples, once each."""
+        """The distance between the samples as they are, once each: 0 for equal samples and no less for any."""
         return float(self.resampled(*(np.ones((1, size)) for size in self.sizes))[0])
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
-        """With T = C_1^-1/2 (C_1^1/2 C_2 C_1^1/2)^1/2 C_1^-1/2, the map that carries one Gaussian to the other: the derivative of d in C_1
+        """Derivatives with respect to the share of each item, [N] and [M], of mean 0.
+
+        With T = C_1^-1/2 (C_1^1/2 C_2 C_1^1/2)^1/2 C_1^-1/2, the map that carries one Gaussian to the other: the derivative of d in C_1
         is I - T, in the mean 2 (m_1 - m_2); for the other set T^-1 and the other sign.
         """
         fake, real = (_moments(part, np.ones(len(part))) for part in (self.fake, self.real))
@@ -269,7 +253,7 @@ class _Change:
 
     with_bias = None  # it is no squared distance
 
-    def __init__(self, before: _Statistic, after: _Statistic) -> None:
+    def __init__(self, before: _Frechet | _Kernel, after: _Frechet | _Kernel) -> None:
         if before.sizes != after.sizes:
             raise ValueError(f"change interval: expected as many items after as before, got {after.sizes[0]}, {before.sizes[0]}. Pair.")
         self.before, self.after, self.sizes, self.biased = before, after, before.sizes, before.biased

@@ -120,10 +120,6 @@ class Mesh:
     normals: np.ndarray  # [V, 3] float32, unit, outwards
     colors: np.ndarray | None = None  # [V, 3] uint8
 
-    def save(self, path: str | Path) -> Path:
-        """See `save_mesh`."""
-        return save_mesh(path, self.vertices, self.faces, self.colors, self.normals)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeshReport:
@@ -242,4 +238,4 @@ def save_shape(path: str | Path, field: Field, options: MeshOptions, progress: P
         grid = FieldGrid(field, options.resolution, options.border)
         return write_mrc(path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress)
     mesh, _ = export_mesh(field, options, progress)
-    return mesh.save(path)
+    return save_mesh(path, mesh.vertices, mesh.faces, mesh.colors, mesh.normals)

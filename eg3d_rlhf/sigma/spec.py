@@ -14,7 +14,6 @@ import torch
 
 from eg3d_rlhf.field import Bounds
 
-_AXES = ("x", "y", "z")
 LATTICES = ("straight", "skewed")
 _LATER = {"lattice", "centre"}  # fields that descriptions of the first version lack
 
@@ -66,7 +65,7 @@ class SlabSpec:
             object.__setattr__(self, name, float(value))
         if self.lattice not in LATTICES:
             raise ValueError(f"SlabSpec: expected a lattice of {', '.join(LATTICES)}, got {self.lattice!r}. Use 'straight'.")
-        for axis, (start, stop) in zip(_AXES, self.index_ranges, strict=True):
+        for axis, (start, stop) in zip("xyz", self.index_ranges, strict=True):
             if stop - start < 2:
                 raise ValueError(f"SlabSpec: expected at least 2 points on {axis}, got indices {start}:{stop}. Trim less of {axis}.")
 

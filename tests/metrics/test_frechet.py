@@ -46,8 +46,7 @@ def test_refuses_what_is_no_covariance():
 def test_streaming_equals_whole_set_at_any_split():
     x = np.random.RandomState(4).randn(57, 6) * 3 + 100
     whole = FeatureStatistics(6).update(x)
-    parts = FeatureStatistics(6).update(x[:1]).update(torch.from_numpy(x[1:20])).update(x[:0])
-    parts.merge(FeatureStatistics(6).update(x[20:])).merge(FeatureStatistics(6))
+    parts = FeatureStatistics(6).update(x[:1]).update(torch.from_numpy(x[1:20])).update(x[:0]).update(x[20:])
     for statistics in (whole, parts):
         mean, cov = statistics.moments()
         np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-12)
