@@ -22,7 +22,7 @@ from eg3d_rlhf.label.shape_files import compress, encode_mesh
 from eg3d_rlhf.media.rendering import camera, cameras_of, png, render
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh
-from eg3d_rlhf.sigma.mesh_checks import compact, decimate, face_volumes, parts
+from eg3d_rlhf.sigma.mesh import compact, decimate, face_volumes, parts
 from eg3d_rlhf.sigma.mesh_export import BORDER
 from torch_utils.ops.implementations import implementation
 

@@ -38,18 +38,6 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
     return mean, (cov + cov.T) / 2
 
 
-def _factor(cov: np.ndarray) -> np.ndarray:
-    """L [F, r] with L L^T = cov [F, F] of rank r: Cholesky with pivots (LAPACK pstrf), which needs no full rank."""
-    packed, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
-    factor = np.empty((len(cov), rank))
-    factor[pivots - 1] = np.tril(packed)[:, :rank]
-    scale = np.abs(np.diagonal(cov)).max(initial=0.0)
-    rest = np.abs(cov - factor @ factor.T).max(initial=0.0)  # what the factor leaves of an indefinite matrix
-    if rest > _PSD_TOLERANCE * scale + 1e-12:
-        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got one by {rest:.3g}. Check the moments.")
-    return factor
-
-
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """Squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
 
@@ -65,7 +53,13 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     mean_2, cov_2 = _check_moments(mean_2, cov_2)
     if mean_1.shape != mean_2.shape:
         raise ValueError(f"frechet_distance: expected features of one size, got {mean_1.size} and {mean_2.size}. Use one network for both.")
-    factor = _factor(cov_1)
+    packed, pivots, rank, _ = lapack.dpstrf(cov_1, lower=1)  # Cholesky with pivots, which needs no full rank
+    factor = np.empty((len(cov_1), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    scale = np.abs(np.diagonal(cov_1)).max(initial=0.0)
+    rest = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)  # what the factor leaves of an indefinite matrix
+    if rest > _PSD_TOLERANCE * scale + 1e-12:
+        raise ValueError(f"frechet_distance: expected a covariance (no negative eigenvalue), got one by {rest:.3g}. Check the moments.")
     product = factor.T @ cov_2 @ factor  # [r, r]
     values = np.linalg.eigvalsh((product + product.T) / 2)
     if values.size and values[0] < -_PSD_TOLERANCE * np.abs(values).max() - 1e-12:

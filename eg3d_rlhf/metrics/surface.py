@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eg3d_rlhf.sigma.mesh_checks import face_volumes
+from eg3d_rlhf.sigma.mesh import face_volumes
 
 _SLIVER = 1e-12  # squared twice-area over squared edge length below which a face has no direction
 

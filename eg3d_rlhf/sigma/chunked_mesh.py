@@ -73,7 +73,13 @@ class SurfaceBuilder:
             bricks: bool [bricks along y, bricks along z]; the surface passes through no other.
         Raises: ValueError for NaN or infinity.
         """
-        values, corners = self._crossed(layer, np.argwhere(bricks) * BRICK)
+        corners, width = np.argwhere(bricks) * BRICK, BRICK + 1
+        windows = np.lib.stride_tricks.sliding_window_view(layer, (width, width), axis=(1, 2))  # [planes, y, z, S + 1, S + 1]
+        values = windows[:, corners[:, 0], corners[:, 1]].transpose(1, 0, 2, 3)  # [B, planes, S + 1, S + 1]
+        if len(values):
+            values = prepare_density(values, self._level)
+            crossed = (values.min(axis=(1, 2, 3)) < self._level) & (values.max(axis=(1, 2, 3)) > self._level)
+            values, corners = values[crossed], corners[crossed]
         if len(values) == 0:
             assert len(self._border[0]) == 0, "layers disagree in their shared plane"
             return
@@ -83,16 +89,6 @@ class SurfaceBuilder:
         start = start.astype(np.int64)
         start[:, 1:] += np.repeat(corners, counts, axis=0)
         self._append(first, len(layer), start, along, faces)
-
-    def _crossed(self, layer: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prepared values [B, planes, S + 1, S + 1] and corners [B, 2] of those bricks that the surface passes through."""
-        width = BRICK + 1
-        if len(corners) == 0:
-            return np.empty((0, len(layer), width, width), np.float32), corners
-        windows = np.lib.stride_tricks.sliding_window_view(layer, (width, width), axis=(1, 2))  # [planes, y, z, S + 1, S + 1]
-        values = prepare_density(windows[:, corners[:, 0], corners[:, 1]].transpose(1, 0, 2, 3), self._level)
-        crossed = (values.min(axis=(1, 2, 3)) < self._level) & (values.max(axis=(1, 2, 3)) > self._level)
-        return values[crossed], corners[crossed]
 
     def _append(self, first: int, planes: int, start: np.ndarray, along: np.ndarray, faces: np.ndarray) -> None:
         """Number the vertices, one per grid edge and those in the first plane as the layer before did, and keep what is new.

@@ -16,7 +16,7 @@ import torch
 from eg3d_rlhf.field import Field
 from eg3d_rlhf.sigma.chunked_mesh import Progress, block_planes
 from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh
-from eg3d_rlhf.sigma.mesh_checks import count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
+from eg3d_rlhf.sigma.mesh import count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
 from training.storage import write_atomic
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")

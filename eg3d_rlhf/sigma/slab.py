@@ -59,7 +59,15 @@ def sigma_from_planes(
         raise ValueError(f"density_grid: expected a straight lattice for impl='separable', got {spec.lattice!r}. Use impl='auto'.")
     pairs = projection_axes(plane_axes) if straight and impl != "pointwise" else None
     if pairs is not None:
-        return _separable(planes, pairs, weights, spec, box_warp)
+        axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
+        depth, height, width = spec.shape
+        maps = pair_maps(planes, pairs, axes, weights.w0, weights.b0)
+        last = (weights.w_sigma, weights.b_sigma)
+        if all(m.shape[1] == width for m in maps):  # every map has an x axis: the samples lie one behind the other along x
+            sigma = slab_density([m.flatten(0, 1) for m in maps], *last, (len(planes) * width, height, depth))
+            return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
+        volumes = [slab_density([m[n] for m in maps], *last, (width, height, depth)).permute(2, 1, 0) for n in range(len(planes))]
+        return torch.stack(volumes)  # [N, D, H, W], contiguous
     if impl == "separable":
         raise ValueError(
             f"density_grid: expected axis-aligned planes for impl='separable', got plane_axes {plane_axes.tolist()}. Use impl='auto'."
@@ -75,21 +83,6 @@ def sigma_from_planes(
 def _warn_not_separable() -> None:
     """Once per process."""
     warnings.warn("density_grid: the planes are not axis-aligned, so every point is decoded on its own (slower).", stacklevel=4)
-
-
-def _separable(
-    planes: torch.Tensor, pairs: tuple[tuple[int, int], ...], weights: DecoderWeights, spec: SlabSpec, box_warp: float
-) -> torch.Tensor:
-    """[N, D, H, W] through the pair maps."""
-    axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
-    depth, height, width = spec.shape
-    maps = pair_maps(planes, pairs, axes, weights.w0, weights.b0)
-    if all(m.shape[1] == width for m in maps):  # every map has an x axis: the samples lie one behind the other along x
-        sigma = slab_density([m.flatten(0, 1) for m in maps], weights.w_sigma, weights.b_sigma, (len(planes) * width, height, depth))
-        return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
-    shape = (width, height, depth)
-    volumes = [slab_density([m[n] for m in maps], weights.w_sigma, weights.b_sigma, shape).permute(2, 1, 0) for n in range(len(planes))]
-    return torch.stack(volumes)  # [N, D, H, W], contiguous
 
 
 def sigma_at(

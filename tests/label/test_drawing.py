@@ -12,8 +12,7 @@ from scipy.ndimage import gaussian_filter
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.drawing import ShapeDrawer, surface, visible_parts, within_budget
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_checks import count_edges, decimate, face_volumes, parts
+from eg3d_rlhf.sigma.mesh import count_edges, decimate, extract_mesh, face_volumes, parts
 from tests.label.mesh_reader import decode_mesh
 from tests.label.shapes import SHAPE
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.metrics.surface import main_surface, mean_curvature, topology
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_checks import count_edges
+from eg3d_rlhf.sigma.mesh import count_edges, extract_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 

@@ -11,8 +11,7 @@ from scipy.spatial import cKDTree
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.sigma.field_mesh import OUTSIDE, FieldGrid
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_checks import compact, count_edges, decimate, face_volumes, largest_part, parts, vertex_normals
+from eg3d_rlhf.sigma.mesh import compact, count_edges, decimate, extract_mesh, face_volumes, largest_part, parts, vertex_normals
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, export_mesh, save_mesh, write_mrc
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.sigma.stand_in import StandIn, sigma_grid

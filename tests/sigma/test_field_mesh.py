@@ -9,8 +9,7 @@ from eg3d_rlhf.generators.eg3d import PlaneField as Field
 from eg3d_rlhf.sigma import field_mesh
 from eg3d_rlhf.sigma.chunked_mesh import BRICK, bricks_along, extract_mesh_blockwise, padded, touched_bricks
 from eg3d_rlhf.sigma.field_mesh import FieldGrid, bound_bricks, bounds_of_size, extract_field_mesh
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_checks import count_edges, parts, vertex_normals
+from eg3d_rlhf.sigma.mesh import count_edges, extract_mesh, parts, vertex_normals
 from eg3d_rlhf.sigma.separable import SeparableDensity
 from tests.sigma.stand_in import StandIn, random_planes
 from tests.sigma.test_chunked_mesh import assert_same_surface
