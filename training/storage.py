@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 HEADER_KEY = "eg3d_rlhf"
 CHECKSUM_KEY = "sha256"
-FORMAT = 1  # of the files that are written; those without a number are of format 1, later ones are refused
+FORMAT = 1  # of the files that are written; they say so from 2 on, so that equal contents keep their bytes; later ones are refused
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -52,7 +52,7 @@ def remove_temporaries(folder: Path) -> None:
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Save tensors and a JSON-able description as one file of the given kind ('network', 'checkpoint', 'reward', ...)."""
     plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared storage
-    content = {"format": FORMAT, "kind": kind, "meta": meta}
+    content = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
     described = json.dumps({**content, CHECKSUM_KEY: checksum(plain, content)}, sort_keys=True)
     write_atomic(path, save(plain, metadata={HEADER_KEY: described}))
 
