@@ -55,11 +55,8 @@ def viewer(out: Path) -> str:
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@flags.before()
-@flags.after()
-@flags.run("Run folder.")
-@flags.reward("Reward whose change is divided.")
-@flags.data("Procedural heads (synthetic:...) bring their own landmarks.")
+@flags.shared("before after run reward-ckpt data", reward_ckpt="Reward whose change is divided.",
+              data="Procedural heads (synthetic:...) bring their own landmarks.")
 @option("--regions", group="Regions", metavar="boxes|landmarks|head|FILE", default=None,
         show_default="landmarks for procedural heads or with --landmarks, else boxes",
         help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy, .npz; names in "
@@ -75,8 +72,8 @@ def viewer(out: Path) -> str:
         help="Refuse a larger efficiency gap, as a share of the reward difference.")
 @option("--draws", group="How", metavar="INT", type=click.IntRange(min=2), default=8, help="Rewards with re-drawn weights.")
 @option("--checked", group="How", metavar="LATENTS", type=click.IntRange(min=1), default=2, help="Latents that those rewards see.")
-@flags.samples(n=6, least=2)
-@flags.running("attribute", batch=16, at_once="Slabs at once; bounds memory.")
+@flags.shared("psi n seed out fresh batch device dry-run", n={"default": 6, "type": click.IntRange(min=2)},
+              out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.")
 def main(out, fresh, dry_run, device, regions, landmarks, method, permutations, steps, most_steps, gap_bound, draws, checked, **what):
     how = {"method": method, "permutations": permutations, "steps": steps, "most_steps": most_steps, "gap_bound": gap_bound, "draws": draws,
            "checked": checked, "landmarks": landmarks}

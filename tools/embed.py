@@ -17,11 +17,8 @@ import click
 from eg3d_rlhf.cli import GroupedCommand, choose_device
 from eg3d_rlhf.evaluation import embedding, flags
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.reports import interactive
 from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import data_uri, write_page
-
-LAYOUTS = {"umap": "UMAP", "principal": "principal axes"}
+from eg3d_rlhf.reports.page import data_uri, points_section, write_page
 
 
 def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:
@@ -30,7 +27,8 @@ def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) ->
     findings = running.run(parts, out, fresh=fresh, quiet=quiet)
     found, sheet = findings[embedding.MAP].data, findings[embedding.SHAPES].data
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
-    chart = interactive.points_section(found["points"], [(name, LAYOUTS[name]) for name in found["layouts"]], sprite)
+    titles = {"umap": "UMAP", "principal": "principal axes"}
+    chart = points_section(found["points"], [(name, titles[name]) for name in found["layouts"]], sprite)
     introduction = (
         f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before and after tuning. Points at the "
         "end of the page show their shapes."
@@ -41,12 +39,10 @@ def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) ->
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@flags.before()
-@flags.after("the newest tuned run in runs/")
-@flags.control("The same run with --lambda-r=0, for the test of separability.")
-@flags.reward("Reward whose feature is mapped.")
-@flags.samples(n_help="Latents, each in both networks.", seed_help="Other held-out latents, and UMAP, per seed.")
-@flags.running("embed")
+@flags.shared("before after control reward-ckpt psi n seed out fresh batch device dry-run", out={"default": "runs/reports/embed"},
+              after={"show_default": "the newest tuned run in runs/"}, reward_ckpt="Reward whose feature is mapped.",
+              control="The same run with --lambda-r=0, for the test of separability.",
+              n="Latents, each in both networks.", seed="Other held-out latents, and UMAP, per seed.")
 def main(out, fresh, dry_run, device, **sources) -> None:
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:

@@ -22,26 +22,21 @@ from training.storage import write_atomic
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@flags.before()
-@flags.after()
-@flags.run("Run folder with snapshots, for trajectories.")
-@flags.control()
-@flags.reward("Reward that tuned.")
-@flags.reward("Second reward, never used in tuning.", "--reward-watch")
-@flags.data("Images to measure distances to.")
-@option("--inception", group="Networks of yours", metavar="FILE", type=flags.PATH, default=None, show_default="the bundled features",
+@flags.shared("before after run control reward-ckpt reward-watch data", run="Run folder with snapshots, for trajectories.",
+              reward_ckpt="Reward that tuned.", data="Images to measure distances to.")
+@option("--inception", group="Networks of yours", metavar="FILE", type=click.Path(), default=None, show_default="the bundled features",
         help="TorchScript detector: net(uint8 images, return_features=True).")
 @option("--lpips", group="Networks of yours", metavar="FILE", type=flags.PATH, default=None, show_default="LPIPS is left out",
         help="TorchScript distance f(a, b) of image batches in [-1, 1].")
 @option("--identity", group="Networks of yours", metavar="FILE", type=flags.PATH, default=None, show_default="identity is left out",
         help="TorchScript embedding of image batches in [-1, 1].")
-@flags.samples()
-@flags.images()
+@flags.shared("psi n seed images")
 @option("--only", group="Run", metavar="KEYS", default=None, show_default="all", help="Parts to make, comma-separated; see --dry-run.")
-@flags.running("evaluate", printed="the resolved settings and parts")
-def main(out, only, fresh, dry_run, device, inception, **sources) -> None:
-    c = load_comparison(Sources(device=choose_device(device), inception=inception and str(inception), **sources))
-    parts = report.select(report.all_jobs(c), only)
+@flags.shared("out fresh batch device dry-run", out={"default": "runs/reports/evaluate"},
+              dry_run="Print the resolved settings and parts as JSON and stop.")
+def main(out, only, fresh, dry_run, device, **sources) -> None:
+    c = load_comparison(Sources(device=choose_device(device), **sources))
+    parts = report.select(c, only)
     if dry_run:
         more = {name: getattr(c, name) and str(getattr(c, name)) for name in ("run", "control_run", "inception", "lpips", "identity")}
         more |= {"reward_watch": c.held_out_hash or None, "mirror": c.mirror, "images": c.images, "out": str(out)}

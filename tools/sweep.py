@@ -52,9 +52,8 @@ def write(c: Comparison, networks: dict[Cell, Path], out: Path, fresh: bool = Fa
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@flags.before("Initial networks.")
-@flags.reward("Reward that tunes.", found="bundled")
-@flags.data("Images.", "train.py's default")
+@flags.shared("before reward-ckpt data", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
+              data={"help": "Images.", "show_default": "train.py's default"})
 @option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
 @option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
 @option("--seeds", group="Grid", metavar="LIST", default="0", help="Training seeds of every cell; two or more give intervals over runs.")
@@ -62,10 +61,10 @@ def write(c: Comparison, networks: dict[Cell, Path], out: Path, fresh: bool = Fa
 @option("--train-flags", group="Grid", metavar="FLAGS", default="", show_default="none",
         help="More flags of train.py, in one quoted string.")
 @option("--workers", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
-@flags.samples(n=32)
-@flags.images(128)
-@flags.running("sweep", fresh="Measure again; finished cells are not trained again.", printed="the cells and what is left to train",
-               out="Folder to write; holds the cells' runs too.")
+@flags.shared("psi n seed images out fresh batch device dry-run", n={"default": 32}, images={"default": 128},
+              out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
+              fresh="Measure again; finished cells are not trained again.",
+              dry_run="Print the cells and what is left to train as JSON and stop.")
 def main(
     before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, workers, out, fresh, device, dry_run, **sampling
 ) -> None:

@@ -17,8 +17,8 @@ from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition,
 from eg3d_rlhf.attribution.scoring import fast_score
 from eg3d_rlhf.attribution.shapley import METHODS, Attribution, CoalitionValues, Score, check_gap, shapley
 from eg3d_rlhf.cli import naming
-from eg3d_rlhf.evaluation.canonical_depth import depth_maps
 from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.geometry import depth_maps
 from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.sigma.spec import SlabSpec
 

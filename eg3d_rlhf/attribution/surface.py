@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from eg3d_rlhf.attribution.regions import Partition
 from eg3d_rlhf.attribution.study import Study
-from eg3d_rlhf.reports.interactive import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.reports.jobs import Finding
+from eg3d_rlhf.reports.page import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.storage import write_atomic

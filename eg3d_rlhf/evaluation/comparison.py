@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +25,24 @@ from eg3d_rlhf.seeds import IMAGES, LATENTS, HeldOut
 from eg3d_rlhf.settings import control_differs
 from training.storage import read_meta
 
-_KIMG = re.compile(r"network-snapshot-(\d{6})")
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a comparison is made of, besides its networks."""
+
+    psi: float = 0.7
+    batch: int = 16  # shapes or images at once
+    seed: int = 0
+    n: int = 100  # latents
+    images: int = 400  # per distance
+    device: torch.device = torch.device("cpu")
+    inception: str | None = None
+    lpips: Path | None = None
+    identity: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
+class Sources(Sampling):
     """What the user names; None is the default that `load_comparison` finds."""
 
     before: Path | None = None  # network file or run folder; the bundled generator
@@ -38,15 +52,6 @@ class Sources:
     reward_ckpt: Path | None = None  # the run's own, or the bundled one
     reward_watch: Path | None = None  # second reward; the run's own, or the bundled one beside the bundled reward
     data: str | None = None  # the run's own, or synthetic:heads64 for the bundled generator
-    psi: float = 0.7
-    batch: int = 16
-    seed: int = 0
-    n: int = 100
-    images: int = 400
-    device: torch.device = torch.device("cpu")
-    inception: str | None = None
-    lpips: Path | None = None
-    identity: Path | None = None
     runs_folder: Path = Path("runs")
 
     def __post_init__(self) -> None:
@@ -61,7 +66,7 @@ class Sources:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Sampling):
     """Loaded networks and the settings that all parts of a report share."""
 
     before: LoadedGenerator
@@ -75,15 +80,6 @@ class Comparison:
     held_out_hash: str = ""
     data: str  # dataset as in train.py --data, '' where none is known
     mirror: bool = False  # whether the run doubled the data by mirroring
-    psi: float = Sources.psi
-    batch: int = Sources.batch  # shapes or images at once
-    seed: int = Sources.seed
-    n: int = Sources.n  # latents
-    images: int = Sources.images  # per distance
-    device: torch.device = Sources.device
-    inception: str | None = None
-    lpips: Path | None = None
-    identity: Path | None = None
     memory: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # scores that were computed already
 
     @property
@@ -105,10 +101,7 @@ class Comparison:
 
     def snapshots(self, role: str) -> list[tuple[float, Path]]:
         """(kimg, file) of the run behind 'after' or 'control'; [] where there is no run."""
-        folders = {"after": self.run, "control": self.control_run}
-        if role not in folders:
-            raise ValueError(f"Comparison.snapshots: expected 'after' or 'control', got {role!r}.")
-        return snapshots(folders[role])
+        return snapshots({"after": self.run, "control": self.control_run}[role])
 
     def load(self, path: Path) -> LoadedGenerator:
         """A network file on the comparison's device."""
@@ -200,15 +193,13 @@ def load_comparison(s: Sources) -> Comparison:
     with naming("--after" if s.after is not None else "--run"):
         after_path = find_network(s.after or run)
     control_path = s.control or newest_control(s.runs_folder, run)
-    with naming("--before"):
-        before = load_generator(before_path, s.device)
-    with naming("--after"):
-        after = load_generator(after_path, s.device)
-        _check_pair(before, after)
-    with naming("--control"):
-        control = None if control_path is None else load_generator(control_path, s.device)
-        if control is not None:
-            _check_pair(before, control)
+    networks: dict[str, Any] = {}
+    for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
+        if path is not None:
+            with naming(f"--{role}"):
+                networks[role] = load_generator(path, s.device)
+                _check_pair(networks["before"], networks[role])
+    before = networks["before"]
     reward_path = _reward_path(s, run, before)
     with naming("--reward-ckpt"):
         reward = load_reward(reward_path, s.device)
@@ -216,14 +207,15 @@ def load_comparison(s: Sources) -> Comparison:
     held_out, held_out_hash = _held_out(s, run, reward_path)
     if held_out is not None:
         check_reward(held_out, before.generator, "--reward-watch")
-    for flag, path in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{flag}: expected a file, got nothing at {path}. Check the path.")
+    for flag, file in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"{flag}: expected a file, got nothing at {file}. Check the path.")
+    used = settings_of(run)
+    data = used.get("data") or ("synthetic:heads64" if before_path == bundled.GENERATOR else "")
     return Comparison(
-        before=before, after=after, control=control, run=run, control_run=_folder(control_path), reward=reward,
-        reward_hash=file_hash(reward_path), held_out=held_out, held_out_hash=held_out_hash,
-        data=_data(s, run, before_path), mirror=bool(settings_of(run).get("mirror", False)), psi=s.psi,
-        batch=s.batch, seed=s.seed, n=s.n, images=s.images, device=s.device, inception=s.inception, lpips=s.lpips, identity=s.identity,
+        **networks, run=run, control_run=_folder(control_path), reward=reward, reward_hash=file_hash(reward_path), held_out=held_out,
+        held_out_hash=held_out_hash, data=s.data if s.data is not None else str(data), mirror=bool(used.get("mirror", False)),
+        **{field.name: getattr(s, field.name) for field in dataclasses.fields(Sampling)},
     )
 
 
@@ -242,7 +234,8 @@ def _run(s: Sources, before: Path) -> Path | None:
         return s.run
     if s.after is not None:
         return _folder(s.after)
-    found = newest_tuned(s.runs_folder, file_hash(before))
+    known, init = ((run, recorded(run)) for run in _runs(s.runs_folder)), file_hash(before)
+    found = next((run for run, own in known if own["lambda_r"] > 0 and own.get("hashes", {}).get("init") == init), None)
     if found is None:
         raise ValueError(
             f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from {before.name}. "
@@ -297,12 +290,6 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None
     return found, file_hash(path)
 
 
-def _data(s: Sources, run: Path | None, before: Path) -> str:
-    if s.data is not None:
-        return s.data
-    used = settings_of(run).get("data")
-    return str(used) if used else "synthetic:heads64" if before == bundled.GENERATOR else ""
-
 
 # Runs, as their folders record them.
 
@@ -314,34 +301,20 @@ def settings_of(run: Path | None) -> dict:
 
 def snapshots(run: Path | None) -> list[tuple[float, Path]]:
     """(kimg, file) of a run's network snapshots in order of training; [] for no run."""
-    if run is None or not run.is_dir():
+    if run is None:
         return []
-    files = sorted(run.glob("network-snapshot-*.safetensors")) or sorted(run.glob("network-snapshot-*.pkl"))
-    return sorted((_kimg_of(path), path) for path in files)
-
-
-def _kimg_of(path: Path) -> float:
-    """Thousands of images after which a snapshot was written: from the file's description, or from the name of a pickle."""
-    if path.suffix != ".pkl":
-        return read_meta(path, "network")["cur_nimg"] / 1000
-    found = _KIMG.match(path.name)
-    if found is None:
-        raise ValueError(f"{path}: expected network-snapshot-<kimg>.pkl, got another name. Rename it.")
-    return float(found.group(1))
+    found = [(read_meta(path, "network")["cur_nimg"] / 1000, path) for path in run.glob("network-snapshot-*.safetensors")]
+    for path in [] if found else sorted(run.glob("network-snapshot-*.pkl")):  # an older run's pickles, whose names alone say when
+        if (name := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
+            raise ValueError(f"{path}: expected network-snapshot-<kimg>.pkl, got another name. Rename it.")
+        found.append((float(name.group(1)), path))
+    return sorted(found)
 
 
 def _runs(folder: Path) -> list[Path]:
     """Run folders with a snapshot and a recorded reward, newest first."""
-    if not folder.is_dir():
-        return []
-    found = [run for run in folder.iterdir() if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
+    found = [run for run in folder.glob("*") if recorded(run).get("reward") == "sigma" and any(run.glob("network-snapshot-*"))]
     return sorted(found, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
-
-
-def newest_tuned(folder: Path, init_hash: str) -> Path | None:
-    """The newest run with a snapshot in `folder` with lambda_r > 0 that began from the file with this SHA-256."""
-    known = ((run, recorded(run)) for run in _runs(folder))
-    return next((run for run, s in known if s["lambda_r"] > 0 and s.get("hashes", {}).get("init") == init_hash), None)
 
 
 def newest_control(folder: Path, tuned: Path | None) -> Path | None:

@@ -41,14 +41,9 @@ def jobs(c: Comparison) -> list[Job]:
     return [
         c.job(MAP, "Map of the reward's global feature", feature_map, layouts, (*ROLES, "reward"), n=c.n, umap=umap),
         c.job(APART, "Are tuned samples told apart from untuned ones?", separability, {"test": plot_test}, (*ROLES, "control", "reward"),
-              n=c.n, k=neighbours_for(c.n), permutations=PERMUTATIONS),
+              n=c.n, k=min(NEIGHBOURS, c.n // 2), permutations=PERMUTATIONS),
         c.job(SHAPES, "Shapes of the map", shapes, roles=ROLES, n=c.n, resolution=RESOLUTION, pixels=PIXELS, yaw=YAW),
     ]
-
-
-def neighbours_for(n: int) -> int:
-    """Neighbours that n latents allow."""
-    return min(NEIGHBOURS, n // 2)
 
 
 def umap_version() -> str | None:
@@ -88,17 +83,6 @@ def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
         return fitted.fit_transform(points.astype(np.float32)).astype(np.float64)
 
 
-def _rank_rows(rewards: np.ndarray, axes: dict[str, np.ndarray]) -> list[dict]:
-    rows: list[dict] = []
-    for name, positions in axes.items():
-        if np.ptp(rewards) == 0 or np.ptp(positions) == 0:
-            rows.append({"axis": name, "spearman": None, "lo": None, "hi": None})
-            continue
-        rho = spearman(positions, rewards)
-        rows.append({"axis": name, "spearman": rho.mean, "lo": rho.lo, "hi": rho.hi})
-    return rows
-
-
 def feature_map(c: Comparison, _folder: Path) -> Finding:
     """Positions of all samples under UMAP and on the untuned samples' principal axes; rank correlation of reward and axes."""
     seeds = c.seeds()
@@ -112,7 +96,10 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
         flat = positions["umap"]["before"]
         centre, main, _ = principal_axes(flat)
         along |= {"first axis of UMAP's layout": flat[:, 0], "main axis of UMAP's layout": (flat - centre) @ main[0]}
-    ranks = _rank_rows(found["before"][1], along)
+    ranks: list[dict] = []
+    for name, place in along.items():
+        rho = spearman(place, found["before"][1]) if np.ptp(found["before"][1]) and np.ptp(place) else (None, None, None)
+        ranks.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
     points = [
         {"role": role, "seed": seed, "reward": float(found[role][1][i]),
          **{f"{name}_{axis}": float(where[role][i, j]) for name, where in positions.items() for j, axis in enumerate("xy")}}
@@ -120,26 +107,17 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
     ]
     data = {"points": points, "ranks": ranks, "shares": shares.tolist(), "features": len(mean), "layouts": sorted(positions, reverse=True)}
     facts = c.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
-    return Finding(facts=facts, data=data, rows=[*ranks, *points], says=_map_says(ranks, shares, len(mean)))
-
-
-def _map_says(ranks: list[dict], shares: np.ndarray, size: int) -> list[str]:
-    says = []
-    for row in ranks:
-        if row["spearman"] is None:
-            says.append(f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these latents.")
-        else:
-            says.append(f"Spearman's rho of the reward with the {row['axis']}, untuned samples: "
-                        f"{span(row['spearman'], row['lo'], row['hi'])}.")
-    says += [
+    says = [
+        *(f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these latents." if row["spearman"] is None
+          else f"Spearman's rho of the reward with the {row['axis']}, untuned samples: {span(row['spearman'], row['lo'], row['hi'])}."
+          for row in ranks),
         "The sign of an axis is arbitrary: only the size of rho counts. The first principal axis holds "
-        f"{shares[0]:.0%} of the variance of {size:,} features.",
+        f"{shares[0]:.0%} of the variance of {len(mean):,} features.",
         "The reward is computed from this feature. A large rho says that what varies most in it is what the reward ranks by; it does not "
-        "say that the ranking is right.",
+        "say that the ranking is right.", NO_UMAP if umap_version() is None else
+        "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit and turn with the seed.",
     ]
-    if umap_version() is None:
-        return [*says, NO_UMAP]
-    return [*says, "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit and turn with the seed."]
+    return Finding(facts=facts, data=data, rows=[*ranks, *points], says=says)
 
 
 def separability(c: Comparison, _folder: Path) -> Finding:
@@ -147,42 +125,36 @@ def separability(c: Comparison, _folder: Path) -> Finding:
     seeds = c.seeds()
     before, _ = features(c, c.before, seeds)
     found = {
-        role: paired_separability(before, features(c, generator, seeds)[0], neighbours_for(len(seeds)), PERMUTATIONS, c.seed)
+        role: paired_separability(before, features(c, generator, seeds)[0], min(NEIGHBOURS, c.n // 2), PERMUTATIONS, c.seed)
         for role, generator in c.generators().items() if role != "before"
     }
     rows = [
         {"role": role, "share": f.share, "p": f.p, "k": f.k, "chance_97.5": float(np.quantile(f.chance, 0.975))}
         for role, f in found.items()
     ]
-    says = [_apart(role, found[role].to_dict()) for role in found]
-    says.append(
+    says = []
+    for role, f in found.items():
+        verdict = "not shown to be apart" if f.p >= 0.05 else "apart" if f.share > 0.9 else "partly apart"
+        sign = "<=" if f.p <= 1 / (1 + len(f.chance)) else "="
+        says.append(f"Before and {role}: {f.share:.1%} of a sample's {f.k} nearest neighbours come from its own network (50 % by chance; "
+                    f"p {sign} {f.p:.2g}): the two are {verdict}.")
+    says += [
         "Apart means that tuning moved samples further, as the reward sees them, than samples differ from each other. It does not say "
-        "in which direction, nor that the shapes are better."
-    )
-    if c.control is None:
-        says.append(NO_CONTROL)
+        "in which direction, nor that the shapes are better.", *([NO_CONTROL] if c.control is None else []),
+    ]
     facts = c.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
     return Finding(facts=facts, data={role: f.to_dict() for role, f in found.items()}, rows=rows, says=says)
-
-
-def _apart(role: str, f: dict) -> str:
-    verdict = "apart" if f["p"] < 0.05 and f["share"] > 0.9 else "partly apart" if f["p"] < 0.05 else "not shown to be apart"
-    return (
-        f"Before and {role}: {f['share']:.1%} of a sample's {f['k']} nearest neighbours come from its own network (50 % by chance; "
-        f"p {'<=' if f['p'] <= 1 / (1 + len(f['chance'])) else '='} {f['p']:.2g}): the two are {verdict}."
-    )
 
 
 @torch.no_grad()
 def shapes(c: Comparison, folder: Path) -> Finding:
     """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the second, ..."""
     seeds = c.seeds()
-    parts: dict[str, list[torch.Tensor]] = {role: [] for role in ROLES}
-    for role in ROLES:
-        generator = c.generators()[role].generator
-        for field in c.fields(c.generators()[role], seeds):
-            parts[role].append(shade(field.density_grid(SlabSpec.of(generator.bounds, RESOLUTION)), YAW, PIXELS, field.level))
-    pictures = torch.stack([torch.cat(parts[role]) for role in ROLES], dim=1).flatten(0, 2).numpy()  # [2N, R, R]
+    parts = [
+        torch.cat([shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
+                   for field in c.fields(generator, seeds)]) for generator in (c.before, c.after)
+    ]
+    pictures = torch.stack(parts, dim=1).flatten(0, 2).numpy()  # [2N, R, R]
     rows = -(-len(pictures) // COLUMNS)
     sheet = np.ones((rows * COLUMNS, PIXELS, PIXELS), dtype=np.float32)
     sheet[: len(pictures)] = pictures
@@ -193,54 +165,45 @@ def shapes(c: Comparison, folder: Path) -> Finding:
     return Finding(facts=c.facts(seeds, ROLES), data=data, pictures={"shapes before and after": name})
 
 
-def _scatter(axes, data: dict, layout: str):
-    """Untuned samples coloured by reward, tuned ones as crosses; returns what the colour bar needs."""
+def _scatter(axes, data: dict, layout: str) -> None:
+    """Untuned samples coloured by reward, tuned ones as crosses."""
     chosen = {role: [p for p in data["points"] if p["role"] == role] for role in ROLES}
     x, y = f"{layout}_x", f"{layout}_y"
     drawn = axes.scatter([p[x] for p in chosen["before"]], [p[y] for p in chosen["before"]], c=[p["reward"] for p in chosen["before"]],
                          s=14, label="before, coloured by reward")
     axes.scatter([p[x] for p in chosen["after"]], [p[y] for p in chosen["after"]], marker="x", s=14, linewidths=0.9,
                  color=style.colour("after"), label="after")
-    axes.legend(fontsize=7)
-    return drawn
+    axes.figure.colorbar(drawn, ax=axes, label="reward before")
 
 
-def plot_umap(data: dict):
+@style.plot(7, xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
+def plot_umap(axes, data: dict):
     """UMAP of both networks' features."""
-    drawn, axes = style.figure()
-    drawn.colorbar(_scatter(axes, data, "umap"), ax=axes, label="reward before")
-    axes.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
-    return drawn
+    _scatter(axes, data, "umap")
 
 
-def plot_principal(data: dict):
+@style.plot(7, title="Principal axes of the untuned samples")
+def plot_principal(axes, data: dict):
     """Both networks on the untuned samples' principal axes."""
-    drawn, axes = style.figure()
-    drawn.colorbar(_scatter(axes, data, "principal"), ax=axes, label="reward before")
-    axes.set(title="Principal axes of the untuned samples",
-             **{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")})
-    return drawn
+    _scatter(axes, data, "principal")
+    axes.set(**{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")})
 
 
-def plot_axis(data: dict):
+@style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
+def plot_axis(axes, data: dict):
     """Reward of untuned samples along the first principal axis."""
-    drawn, axes = style.figure()
     before = [p for p in data["points"] if p["role"] == "before"]
     axes.plot([p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before"))
     row = data["ranks"][0]
     rho = "" if row["spearman"] is None else f": rho {row['spearman']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
-    axes.set(xlabel="position on the first principal axis", ylabel="reward before", title=f"Reward along the main axis{rho}")
-    return drawn
+    axes.set(title=f"Reward along the main axis{rho}")
 
 
-def plot_test(data: dict):
+@style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
+def plot_test(axes, data: dict):
     """Observed shares beside those of random swaps."""
-    drawn, axes = style.figure()
     for role, found in data.items():
         axes.hist(found["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps")
         label = f"{role}: observed {found['share']:.3f}, p = {found['p']:.2g}"
         axes.axvline(found["share"], color=style.colour(role), linewidth=2, label=label)
-    axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network", ylabel="permutations",
-             title="Nearest-neighbour separability")
-    axes.legend(fontsize=7)
-    return drawn
+    axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")

@@ -1,76 +1,42 @@
-"""Flags that the commands of evidence share; each function returns a decorator as `eg3d_rlhf.cli.option` does."""
+"""Flags that the commands of evidence share."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from eg3d_rlhf.cli import option, together
 from eg3d_rlhf.evaluation.comparison import Sources
 
-DEFAULTS = Sources()
 PATH = click.Path(path_type=Path)
-OWN = "the run's own, else bundled"
+_WHAT, _SAMPLES, _RUN = ({"group": group, "default": None} for group in ("What", "Samples", "Run"))
+_NETWORK, _REWARD = {**_WHAT, "metavar": "FILE|RUN", "type": PATH}, {**_WHAT, "metavar": "FILE", "type": PATH}
+_SEED = {"metavar": "INT", "type": click.IntRange(min=0), "default": Sources.seed, "help": "Other held-out latents per seed."}
+_FLAGS: dict[str, dict[str, Any]] = {
+    "before": {**_NETWORK, "show_default": "the bundled generator", "help": "Generator before tuning."},
+    "after": {**_NETWORK, "show_default": "newest snapshot of --run", "help": "Tuned generator."},
+    "run": {**_WHAT, "metavar": "RUN", "type": PATH, "show_default": "that of --after, else the newest in runs/", "help": "Run folder."},
+    "control": {**_NETWORK, "show_default": "the matching run in runs/", "help": "The same run with --lambda-r=0."},
+    "reward-ckpt": {**_REWARD, "show_default": "the run's own, else bundled"},
+    "reward-watch": {**_REWARD, "show_default": "the run's own, else bundled", "help": "Second reward, never used in tuning."},
+    "data": {**_WHAT, "metavar": "ZIP|DIR|synthetic:heads64", "show_default": "the run's own"},
+    "psi": {**_SAMPLES, "metavar": "FLOAT", "type": click.FloatRange(0, 2, min_open=True), "default": Sources.psi, "help": "Truncation."},
+    "n": {**_SAMPLES, "metavar": "LATENTS", "type": click.IntRange(min=16), "default": Sources.n, "help": "Latents behind a figure."},
+    "seed": {**_SAMPLES, **_SEED},
+    "images": {**_SAMPLES, "metavar": "INT", "type": click.IntRange(min=16), "default": Sources.images, "help": "Images per distance."},
+    "out": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write."},
+    "fresh": {**_RUN, "is_flag": True, "default": False, "help": "Compute everything again."},
+    "batch": {**_RUN, "metavar": "INT", "type": click.IntRange(min=1), "default": Sources.batch, "help": "Samples at once; bounds memory."},
+    "device": {**_RUN, "type": click.Choice(["auto", "cpu", "cuda"]), "default": "auto", "help": "Where to compute."},
+    "dry-run": {**_RUN, "is_flag": True, "default": False, "help": "Print the resolved settings as JSON and stop."},
+}
 
 
-def before(help: str = "Generator before tuning."):
-    """--before."""
-    return option("--before", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator", help=help)
-
-
-def after(found: str = "newest snapshot of --run"):
-    """--after; `found` says what is taken where it is not given."""
-    return option("--after", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default=found, help="Tuned generator.")
-
-
-def run(help: str):
-    """--run."""
-    shown = "that of --after, else the newest in runs/"
-    return option("--run", group="What", metavar="RUN", type=PATH, default=None, show_default=shown, help=help)
-
-
-def control(help: str = "The same run with --lambda-r=0."):
-    """--control."""
-    shown = "the matching run in runs/"
-    return option("--control", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default=shown, help=help)
-
-
-def reward(help: str, name: str = "--reward-ckpt", found: str = OWN):
-    """--reward-ckpt, or a second reward of another `name`."""
-    return option(name, group="What", metavar="FILE", type=PATH, default=None, show_default=found, help=help)
-
-
-def data(help: str, found: str = "the run's own"):
-    """--data."""
-    return option("--data", group="What", metavar="ZIP|DIR|synthetic:heads64", default=None, show_default=found, help=help)
-
-
-def samples(
-    n: int = DEFAULTS.n, least: int = 16, n_help: str = "Latents behind a figure.", seed_help: str = "Other held-out latents per seed."
-):
-    """--psi, --n and --seed."""
-    positive = click.FloatRange(0, 2, min_open=True)
-    return together(
-        option("--psi", group="Samples", metavar="FLOAT", type=positive, default=DEFAULTS.psi, help="Truncation."),
-        option("--n", group="Samples", metavar="LATENTS", type=click.IntRange(min=least), default=n, help=n_help),
-        option("--seed", group="Samples", metavar="INT", type=click.IntRange(min=0), default=0, help=seed_help),
-    )
-
-
-def images(default: int = DEFAULTS.images):
-    """--images."""
-    return option("--images", group="Samples", metavar="INT", type=click.IntRange(min=16), default=default, help="Images per distance.")
-
-
-def running(
-    folder: str, batch: int = DEFAULTS.batch, fresh: str = "Compute everything again.", printed: str = "the resolved settings",
-    out: str = "Folder to write.", at_once: str = "Samples at once; bounds memory.",
-):
-    """--out, --fresh, --batch, --device and --dry-run."""
-    path = click.Path(path_type=Path, file_okay=False)
-    return together(
-        option("--out", group="Run", metavar="FOLDER", type=path, default=Path("runs/reports") / folder, help=out),
-        option("--fresh", group="Run", is_flag=True, help=fresh),
-        option("--batch", group="Run", metavar="INT", type=click.IntRange(min=1), default=batch, help=at_once),
-        option("--device", group="Run", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
-        option("-n", "--dry-run", group="Run", is_flag=True, help=f"Print {printed} as JSON and stop."),
-    )
+def shared(names: str, **changes: str | dict):
+    """The flags of these names, in this order, as a decorator. Args: changes: by flag, its help text or further arguments of its option."""
+    made = []
+    for name in names.split():
+        change = changes.get(name.replace("-", "_"), {})
+        short = ["-n"] if name == "dry-run" else []
+        made.append(option(*short, f"--{name}", **{**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}))
+    return together(*made)

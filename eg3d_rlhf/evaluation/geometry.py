@@ -1,27 +1,30 @@
-"""Geometry before and after, by measures that took no part in tuning: agreement of views, the extracted surface, the density itself.
+"""Geometry before and after, by measures that took no part in tuning: agreement of views, extracted surface, density, frontal depth.
 
 A reward reads slabs on each sample's own scale, so the density's raw scale is free: its statistics show whether tuning used that freedom.
-Letters: N latents, D, H, W grid points, V vertices, F faces.
+Letters: N latents, D, H, W grid points, V vertices, F faces, R pixels per edge.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, compare, lower_is_better, plot_changes, plot_values
-from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, compare, plot_changes, plot_values
+from eg3d_rlhf.field import Bounds, RenderOptions, render_each
+from eg3d_rlhf.generators import LoadedGenerator, camera
 from eg3d_rlhf.metrics.surface import main_surface, mean_curvature, topology
-from eg3d_rlhf.metrics.views import MultiViewMeasures, multi_view_measures, spec_for
+from eg3d_rlhf.metrics.views import MultiViewMeasures, lift, multi_view_measures, spec_for
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
+from training.gan import save_grid
 
-SHARE = 0.25  # of the report's latents; the rendered views are the most expensive part of it
+SHARE = 0.25  # of the report's latents for views, surfaces and depth; the rendered views are the most expensive part of it
 VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}  # radians from frontal; samples per ray in each of two passes
 RESOLUTION = 96  # grid points per edge of the cube that meshes come from
 RIM_STEPS = 2  # grid steps from the cube's faces within which curvature is not taken: a body is cut and capped there
@@ -37,6 +40,17 @@ SIGMA_RESOLUTION = 64  # grid points per edge of the whole cube
 EDGES = np.concatenate([[0.0], np.logspace(-1, 4, 51)])  # raw density; values above the last edge count in the last bin
 LARGEST, POSITIVE, SOLID = "largest σ", "positive σ", "solid σ"
 SIGMA_MEASURES = {LARGEST: "raw density", POSITIVE: "share of the cube", SOLID: "share of the cube above the surface's level"}
+SHOWN = 8  # latents in the picture
+LOOK = RenderOptions(resolution=64, samples=32)  # pixels per edge; samples per ray in each of two passes
+OPACITY = 0.5  # accumulated opacity from which a pixel is valid
+FACE = (-0.10, 0.10, -0.16, 0.18)  # x from, x to, y from, y to, as shares of the cube, from its centre
+NOSE = (-0.05, 0.05, -0.10, 0.0)
+CHEEKS = ((-0.09, -0.035, -0.08, -0.025), (0.035, 0.09, -0.08, -0.025))
+LEAST_PIXELS = 8  # in a window below which its measure is missing
+DEPTH_MEASURES = {
+    "valid pixels": "share of the image", "depth range of the face": "world units", "face relief": "world units",
+    "nose prominence": "world units",
+}
 
 
 def jobs(c: Comparison) -> list[Job]:
@@ -68,7 +82,7 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
         "radians. Views that agree show that depth, normals and colour belong to one shape, not that it is a good head: a smooth ball "
         "agrees too."
     )
-    return _with(c, compare(c, seeds, values, VIEW_MEASURES, lower_is_better), meaning)
+    return compare(c, seeds, values, VIEW_MEASURES, True, [meaning, *([NO_CONTROL] if c.control is None else [])])
 
 
 def view_measures(
@@ -77,11 +91,6 @@ def view_measures(
     """How well neighbouring views of each latent agree."""
     views = spec_for(generator.generator, **VIEWS)
     return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2), on_batch=on_batch)
-
-
-def _with(c: Comparison, finding: Finding, *notes: str) -> Finding:
-    """A finding that says more."""
-    return replace(finding, says=[*finding.says, *notes, *([NO_CONTROL] if c.control is None else [])])
 
 
 def surfaces(c: Comparison, _folder: Path) -> Finding:
@@ -95,14 +104,14 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
         "area's mean of |H| on the largest component away from the cube's faces; lower is smoother, which is not better without end. Holes "
         "count handles (genus) and rims; the mesher caps a body at the cube's faces, so a leak there is not seen.",
     ]
-    if lost:
-        notes.append(f"Left out, since one of the networks gives no surface there: seeds {', '.join(map(str, lost))}.")
+    notes += [f"Left out, since one of the networks gives no surface there: seeds {', '.join(map(str, lost))}."] if lost else []
     if len(kept) < 2:
         why = "Fewer than two latents have a surface in every network, so nothing can be compared. Check the checkpoints, or raise --n."
         return Finding(facts=c.facts(seeds, ROLES), data={"measures": {}, "seeds": [], "absent": why}, says=[why, *notes])
     measured = {role: [one for i in kept if (one := found[i]) is not None] for role, found in values.items()}
     arrays = {role: {name: np.array([one[name] for one in found]) for name in SURFACE_MEASURES} for role, found in measured.items()}
-    return _with(c, compare(c, [seeds[i] for i in kept], arrays, SURFACE_MEASURES, lower_is_better), *notes)
+    notes += [NO_CONTROL] if c.control is None else []
+    return compare(c, [seeds[i] for i in kept], arrays, SURFACE_MEASURES, True, notes)
 
 
 @torch.no_grad()
@@ -141,7 +150,7 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
         f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value has no best size: the reward "
         "rescales each slab by its own range, so a few very dense voxels shrink all else that it sees. A rise is a warning, not a fault."
     )
-    return _with(c, compare(c, seeds, values, SIGMA_MEASURES, **histogram), meaning)
+    return compare(c, seeds, values, SIGMA_MEASURES, notes=[meaning, *([NO_CONTROL] if c.control is None else [])], **histogram)
 
 
 @torch.no_grad()
@@ -158,9 +167,9 @@ def sigma_values(c: Comparison, generator: LoadedGenerator, seeds: range) -> tup
     return counts, {name: np.concatenate(parts) for name, parts in values.items()}
 
 
-def plot_histogram(data: dict):
+@style.plot()
+def plot_histogram(axes, data: dict):
     """Positive values as shares of all positive values of a network."""
-    drawn, axes = style.figure()
     edges = np.asarray(data["edges"])
     top = max(int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values())
     for role, counts in data["counts"].items():
@@ -170,18 +179,125 @@ def plot_histogram(data: dict):
     axes.axvline(data["level"], color=style.colour("noise"), linewidth=1)
     axes.set(xscale="log", xlabel="positive σ (first bin: all below 0.1; grey line: the surface)", ylabel="share of positive σ",
              title="Distribution of positive σ", xlim=(None, edges[min(top + 4, len(edges) - 1)]))
-    axes.legend()
-    return drawn
 
 
-def plot_largest(data: dict):
+@style.plot(7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample")
+def plot_largest(axes, data: dict):
     """Largest σ of each sample, sorted, per network."""
-    drawn, axes = style.figure()
     measure = data["measures"][LARGEST]
     for role, values in measure["values"].items():
         ordered, mean = np.sort(values), measure["means"][role]
         axes.plot(ordered, (np.arange(len(ordered)) + 1) / len(ordered), color=style.colour(role),
                   label=f"{role}: mean {mean['mean']:.0f} [{mean['lo']:.0f}, {mean['hi']:.0f}]")
-    axes.set(xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample")
-    axes.legend(fontsize=7)
+
+
+# The frontal depth map of each latent: how much relief a face has, and where tuning moved it.
+
+
+class DepthMaps(NamedTuple):
+    """Frontal maps of N latents."""
+
+    points: np.ndarray  # [N, R, R, 3] world positions along the pixels' rays
+    valid: np.ndarray  # [N, R, R] bool
+
+
+def depth_jobs(c: Comparison) -> list[Job]:
+    """Frontal depth."""
+    plots = {"measures": plot_values, "mean-change": plot_change}
+    return [c.job("canonical-depth", "Frontal depth: relief of the face", canonical_depth, plots, ROLES, version=2, n=latents(c),
+                  resolution=LOOK.resolution, shown=SHOWN)]
+
+
+def canonical_depth(c: Comparison, folder: Path) -> Finding:
+    """Valid pixels, depth range, relief and nose prominence per latent; the mean change of depth at each pixel; depth images."""
+    seeds, bounds = c.seeds(latents(c)), c.before.generator.bounds
+    maps = {role: depth_maps(c, generator, seeds) for role, generator in c.generators().items()}
+    values = {role: measures(found, bounds) for role, found in maps.items()}
+    change = {role: _change(maps["before"], maps[role]) for role in maps if role != "before"}
+    finding = compare(c, seeds, values, DEPTH_MEASURES, change=change)
+    z = np.concatenate([found.points[:SHOWN, :, :, 2] for found in maps.values()])
+    valid = np.concatenate([found.valid[:SHOWN] for found in maps.values()])
+    low, high = np.quantile(z[valid], [0.02, 0.998]) if valid.any() else (0.0, 1.0)
+    shade = np.where(valid, 0.15 + 0.85 * np.clip((z - low) / max(high - low, 1e-9), 0, 1), 0.0)
+    name = "canonical-depth.png"
+    save_grid(shade[:, None].repeat(2, axis=2).repeat(2, axis=3), (0, 1), min(SHOWN, len(seeds)), folder / name)
+    caption = (
+        f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows {', '.join(maps)}: near is bright, one scale for "
+        "all, black where nothing is hit."
+    )
+    missing = [measure for measure, entry in finding.data["measures"].items() if not entry["paired"]]
+    notes = [
+        *([f"Hardly any latent has {', '.join(missing)}. Are these aligned heads?"] if missing else []),
+        "These are diagnostics without a best value: a flattened face loses relief and nose, an exaggerated one gains them. "
+        + ("The programmatic judge also reads how far the nose stands out, so they are no evidence beside it." if c.synthetic else
+           "The windows of nose and cheeks suit aligned frontal heads alone."), *([NO_CONTROL] if c.control is None else []),
+    ]
+    return replace(finding, says=[*finding.says, *notes], pictures={caption: name})
+
+
+@torch.no_grad()
+def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> DepthMaps:
+    """World points behind the pixels of the frontal camera, with constant noise and the same ray jitter in every call."""
+    points, valid = [], []
+    label = camera(generator.generator)  # [1, 25]
+    pose, intrinsics = label[:, :16].reshape(1, 4, 4), label[0, 16:].reshape(3, 3)
+    for field in c.fields(generator, seeds):
+        (seen,) = render_each(field, [label], LOOK, c.seed)
+        depth, opacity = seen.depth.float(), seen.opacity.float()  # [n, 1, R, R]
+        solid = (opacity >= OPACITY) & depth.isfinite()
+        lifted = lift(torch.where(solid, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
+        points.append(lifted[:, 0].double().cpu().numpy())
+        valid.append(solid[:, 0].cpu().numpy())
+    return DepthMaps(np.concatenate(points), np.concatenate(valid))
+
+
+def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
+    """DEPTH_MEASURES [N] of depth maps; NaN where a window of the face holds too few pixels.
+
+    Depth range: 5th to 95th percentile of z in the window of the face. Relief: RMS of z about its best fit by a quadratic in x and y, which
+    takes the roundness of a head out, so that a flat or a balloon-like face has none. Nose prominence: 98th percentile of z in the nose's
+    window less the mean of the cheeks' 80th percentiles. Windows are fixed places of the cube where aligned heads have these parts.
+    """
+    found = {name: np.full(len(maps.valid), np.nan) for name in DEPTH_MEASURES}
+    found["valid pixels"] = maps.valid.mean(axis=(1, 2))
+    for i, (points, valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
+        face = points[valid & _window(points, FACE, bounds)]
+        if len(face) >= LEAST_PIXELS:
+            low, high = np.quantile(face[:, 2], [0.05, 0.95])
+            x, y, z = (face / bounds.side).T
+            terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+            bent = float(np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2)))
+            found["depth range of the face"][i], found["face relief"][i] = high - low, bent * bounds.side
+        nose, *cheeks = (points[valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS))
+        if min(len(part) for part in (nose, *cheeks)) >= LEAST_PIXELS:
+            found["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean([np.quantile(cheek, 0.8) for cheek in cheeks])
+    return found
+
+
+def _window(points: np.ndarray, box: tuple[float, float, float, float], bounds: Bounds) -> np.ndarray:
+    x, y = ((points[..., i] - bounds.centre[i]) / bounds.side for i in (0, 1))
+    return (x >= box[0]) & (x <= box[1]) & (y >= box[2]) & (y <= box[3])
+
+
+def _change(before: DepthMaps, after: DepthMaps) -> dict:
+    """Mean change of z [R, R] over the latents that are valid in both, in world units; None where fewer than half are."""
+    both = before.valid & after.valid
+    count = both.sum(axis=0)
+    total = np.where(both, after.points[..., 2] - before.points[..., 2], 0.0).sum(axis=0)
+    seen = count >= max(1, len(both) / 2)
+    mean = np.where(seen, total / np.maximum(count, 1), np.nan)
+    return {"mean": [[None if not np.isfinite(v) else round(float(v), 6) for v in row] for row in mean]}
+
+
+def plot_change(data: dict):
+    """Where, on average, the surface came nearer (red) or went back (blue)."""
+    roles = list(data["change"])
+    drawn, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))
+    fields = [np.array([[np.nan if v is None else v for v in row] for row in data["change"][role]["mean"]]) for role in roles]
+    top = max([float(np.nanmax(np.abs(f))) for f in fields if np.isfinite(f).any()], default=0.0) or 1e-6
+    for axis, role, values in zip(np.atleast_1d(axes), roles, fields, strict=True):
+        shown = axis.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
+        axis.set(xticks=[], yticks=[], title=f"{role}: mean change of depth")
+        axis.grid(False)
+        drawn.colorbar(shown, ax=axis, label="towards the camera, world units")
     return drawn

@@ -5,30 +5,23 @@ Letters: N images or latents, F features, R pixels.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, ROLES, span
 from eg3d_rlhf.field import Field, render_each
 from eg3d_rlhf.generators import LoadedGenerator, camera, latents
-from eg3d_rlhf.metrics import feature_sets
+from eg3d_rlhf.metrics import feature_sets, resampling
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips, psnr, ssim
-from eg3d_rlhf.metrics.resampling import (
-    METHOD,
-    SAFE_SAMPLES,
-    frechet_change_interval,
-    frechet_interval,
-    kernel_change_interval,
-    kernel_interval,
-)
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file
+from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.seeds import IMAGES
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
@@ -48,17 +41,17 @@ Pairwise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def jobs(c: Comparison) -> list[Job]:
     """Distances to the data, diversity, appearance drift, and identity drift where a network is named."""
-    roles, inception = ("before", "after", "control"), identity_of_file(c.inception)
+    inception = identity_of_file(c.inception)
     title, moved, identity = "Images against the data", {"similarity": plot_similarity}, "Does a latent keep its identity?"
     return [
-        c.job("image-distances", title, distances, {"distances": plot_distances, "precision-recall": plot_precision_recall}, roles,
+        c.job("image-distances", title, distances, {"distances": plot_distances, "precision-recall": plot_precision_recall}, ROLES,
               version=2, data=c.data, mirror=c.mirror, images=c.images, inception=inception)
         if c.data else c.absent("image-distances", title, "No dataset is known: name it with --data."),
         c.job("diversity", "Diversity: do samples still differ from each other?", spread, {"pairwise": plot_spread}, n=c.n,
               inception=inception),
-        c.job("appearance-drift", "Do images of the same latent look the same?", appearance_drift, moved, roles, n=c.n,
+        c.job("appearance-drift", "Do images of the same latent look the same?", appearance_drift, moved, ROLES, n=c.n,
               lpips=identity_of_file(c.lpips)),
-        c.job("identity-drift", identity, identity_drift, moved, roles, n=c.n, identity=identity_of_file(c.identity))
+        c.job("identity-drift", identity, identity_drift, moved, ROLES, n=c.n, identity=identity_of_file(c.identity))
         if c.identity is not None else c.absent("identity-drift", identity, NO_IDENTITY),
     ]
 
@@ -109,23 +102,23 @@ def distances(c: Comparison, _folder: Path) -> Finding:
     real, dataset = real_features(c, network)
     cameras = dataset.get_labels()
     fakes = {role: fake_features(c, generator, cameras, network) for role, generator in c.generators().items()}
-    measures = {"kernel": (kernel_interval, kernel_change_interval)}
+    measures = {"kernel": (resampling.kernel_interval, resampling.kernel_change_interval)}
     if min(c.images, len(real)) > network.dim:
-        measures = {"Fréchet": (frechet_interval, frechet_change_interval), **measures}
+        measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
     rows, changes = [], []
     for name, (single, paired) in measures.items():
         for role, features in fakes.items():
             rows.append({"distance": name, "role": role, **single(features, real, RESAMPLES, c.seed)._asdict()})
             if role != "before":
                 changes.append({"distance": name, "role": role, **paired(fakes["before"], features, real, RESAMPLES, c.seed)._asdict()})
-    shown = []
-    for role, features in fakes.items():
-        found = feature_sets.precision_recall(features, real[: c.images])
-        for name, interval in found.intervals().items():
-            shown.append({"measure": name, "role": role, "value": getattr(found, name), "lo": interval.lo, "hi": interval.hi})
+    counts = {role: feature_sets.precision_recall(features, real[: c.images]) for role, features in fakes.items()}
+    shown = [
+        {"measure": name, "role": role, "value": getattr(found, name), "lo": interval.lo, "hi": interval.hi}
+        for role, found in counts.items() for name, interval in found.intervals().items()
+    ]
     facts = c.facts(
-        c.seeds(c.images, IMAGES), ("before", "after", "control"), f"95 % {METHOD}, {RESAMPLES} resamples; Wilson for precision "
-        f"and recall", unit=f"images against {len(real):,} of the data, features {network.name}", psi=1.0,
+        c.seeds(c.images, IMAGES), ROLES, f"95 % {resampling.METHOD}, {RESAMPLES} resamples; Wilson for precision and recall",
+        unit=f"images against {len(real):,} of the data, features {network.name}", psi=1.0,
     )
     data = {"distances": rows, "changes": changes, "precision_recall": shown}
     return Finding(facts=facts, data=data, rows=[*rows, *({**r, "distance": f"{r['distance']}, change"} for r in changes), *shown],
@@ -141,15 +134,15 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
             f"{change['distance']} distance, {change['role']} minus before: {span(change['mean'], change['lo'], change['hi'], '+.4g')} on "
             f"{before['mean']:.4g}: images are {moved} the data."
         )
-    after = {r["measure"]: r for r in shown if r["role"] == "after"}
-    before = {r["measure"]: r for r in shown if r["role"] == "before"}
-    says += [f"{name.capitalize()} {before[name]['value']:.3f} -> {after[name]['value']:.3f}." for name in after]
+    old, new = ({r["measure"]: r["value"] for r in shown if r["role"] == role} for role in ("before", "after"))
+    says += [f"{name.capitalize()} {old[name]:.3f} -> {value:.3f}." for name, value in new.items()]
     reach = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
     says.append(f"Precision and recall count the data within {reach}, at this number of images only.")
     if not any(r["distance"] == "Fréchet" for r in rows):
         says.append(f"No Fréchet distance: it needs more images than the {dim} features. Raise --images.")
-    elif c.images < SAFE_SAMPLES * dim:
-        says.append(f"With under {SAFE_SAMPLES * dim:,} images the Fréchet distances stay too high, their change less so. Raise --images.")
+    elif c.images < resampling.SAFE_SAMPLES * dim:
+        few = f"With under {resampling.SAFE_SAMPLES * dim:,} images"
+        says.append(f"{few} the Fréchet distances stay too high, their change less so. Raise --images.")
     says.append("Distances under these features do not compare with published FIDs, unless --inception names the usual network.")
     return says
 
@@ -190,10 +183,9 @@ def spread(c: Comparison, _folder: Path) -> Finding:
     rows: list[dict] = []
     for name, roles in found.items():
         for role, matrix in roles.items():
-            mean, lo, hi = feature_sets.mean_pairwise(matrix)
             ratio = feature_sets.pairwise_ratio(roles["before"], matrix)
-            rows.append({"of": name, "role": role, "mean": mean, "lo": lo, "hi": hi, "ratio": ratio.mean, "ratio_lo": ratio.lo,
-                         "ratio_hi": ratio.hi})
+            rows.append({"of": name, "role": role, **feature_sets.mean_pairwise(matrix)._asdict(), "ratio": ratio.mean,
+                         "ratio_lo": ratio.lo, "ratio_hi": ratio.hi})
     says = []
     for row in (r for r in rows if r["role"] == "after"):
         kept = "less" if row["ratio_hi"] < 1 else "more" if row["ratio_lo"] > 1 else "neither shown more nor less"
@@ -202,7 +194,7 @@ def spread(c: Comparison, _folder: Path) -> Finding:
     if shapes == SLABS:
         says.append("Slabs are compared as the reward reads them, each on its own scale of 0 to 100.")
     says.append("A collapse would show as a ratio near 0; less diversity alone does not say whether faults or good variety went.")
-    return Finding(facts=c.facts(seeds, ("before", "after", "control"), feature_sets.METHOD), data={"rows": rows}, rows=rows, says=says)
+    return Finding(facts=c.facts(seeds, ROLES, feature_sets.METHOD), data={"rows": rows}, rows=rows, says=says)
 
 
 def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
@@ -210,34 +202,25 @@ def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: flo
     return torch.cat([images.float().clamp(-1, 1).cpu() for images in views(c, generator, seeds, yaw)])
 
 
-def _in_batches(c: Comparison, measure: Pairwise, first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
-    pairs = zip(first.split(c.batch), second.split(c.batch), strict=True)
-    return torch.cat([measure(a.to(c.device), b.to(c.device)).cpu() for a, b in pairs]).double().numpy()
-
-
-def _drift(c: Comparison, measures: dict[str, Pairwise], yaw: float) -> tuple[dict, list[dict], Facts]:
-    """Values per measure and pair of networks: data, rows, facts. 'other latent' pairs each image before with the next latent's."""
+def _drift(c: Comparison, measures: dict[str, Pairwise], yaw: float, meaning: str, *missing: str) -> Finding:
+    """Values per measure and pair of networks. 'other latent' pairs each image before with the next latent's."""
     seeds = c.seeds()
     images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
-    images["other latent"] = images["before"].roll(1, 0)
-    data = {
-        name: {role: _in_batches(c, measure, images["before"], other).tolist() for role, other in images.items() if role != "before"}
-        for name, measure in measures.items()
-    }
-    rows = [
-        {"measure": name, "against": role, **bootstrap_mean_interval(values)._asdict()} for name, roles in data.items()
-        for role, values in roles.items()
-    ]
-    return {"measures": data, "rows": rows}, rows, c.facts(seeds, ("before", "after", "control"), BOOTSTRAP)
-
-
-def _drift_says(rows: list[dict]) -> list[str]:
-    says = []
-    for name in dict.fromkeys(row["measure"] for row in rows):
-        found = {row["against"]: span(row["mean"], row["lo"], row["hi"], ".3f") for row in rows if row["measure"] == name}
-        beside = f"; control {found['control']}" if "control" in found else ""
-        says.append(f"{name}, before against after: {found['after']}{beside}; against another latent {found['other latent']}.")
-    return says
+    first = images.pop("before").split(c.batch)
+    images["other latent"] = torch.cat(first).roll(1, 0)
+    data, rows, says = {name: dict[str, list[float]]() for name in measures}, [], []
+    for name, measure in measures.items():
+        texts = {}
+        for role, other in images.items():
+            pairs = zip(first, other.split(c.batch), strict=True)
+            values = torch.cat([measure(a.to(c.device), b.to(c.device)).cpu() for a, b in pairs]).double()
+            data[name][role], interval = values.tolist(), bootstrap_mean_interval(values.numpy())
+            rows.append({"measure": name, "against": role, **interval._asdict()})
+            texts[role] = span(*interval, ".3f")
+        beside = f"; control {texts['control']}" if "control" in texts else ""
+        says.append(f"{name}, before against after: {texts['after']}{beside}; against another latent {texts['other latent']}.")
+    return Finding(facts=c.facts(seeds, ROLES, BOOTSTRAP), data={"measures": data, "rows": rows}, rows=rows,
+                   says=[*says, meaning, *missing])
 
 
 def appearance_drift(c: Comparison, _folder: Path) -> Finding:
@@ -245,60 +228,48 @@ def appearance_drift(c: Comparison, _folder: Path) -> Finding:
     measures: dict[str, Pairwise] = {"PSNR, dB": psnr, "SSIM": ssim}
     if c.lpips is not None:
         measures["LPIPS"] = load_lpips(c.lpips, c.device)
-    data, rows, facts = _drift(c, measures, YAW)
     missing = [*([NO_LPIPS] if c.lpips is None else []), *([NO_CONTROL] if c.control is None else [])]
     meaning = (
         "Drift is change, not harm: a better shape has to look different. The control says how much goes on without the reward; another "
         "latent says what no likeness at all looks like."
     )
-    return Finding(facts=facts, data=data, rows=rows, says=[*_drift_says(rows), meaning, *missing])
+    return _drift(c, measures, YAW, meaning, *missing)
 
 
 def identity_drift(c: Comparison, _folder: Path) -> Finding:
     """Cosine similarity of the named network's embeddings, frontal view."""
     assert c.identity is not None  # the job is made where it is named
     embed = load_identity(c.identity, c.device)
-    data, rows, facts = _drift(c, {"cosine similarity": lambda a, b: (embed(a) * embed(b)).sum(dim=1)}, 0.0)
     meaning = "What counts as identity is what this network was trained to tell apart; outside its domain the figure means little."
-    return Finding(facts=facts, data=data, rows=rows, says=[*_drift_says(rows), meaning])
+    return _drift(c, {"cosine similarity": lambda a, b: (embed(a) * embed(b)).sum(dim=1)}, 0.0, meaning)
 
 
-def _points(axis, rows: list, *columns: str) -> None:
-    """One point with its interval per row, named by role."""
-    for i, row in enumerate(rows):
-        style.interval(axis, i, row, row["role"], *columns)
-    axis.set_xticks(range(len(rows)), [row["role"] for row in rows])
-    axis.set_xlim(-0.5, len(rows) - 0.5)
+def _panels(rows: list[dict], of: str, value: str = "mean", **look: Any):
+    """One panel for each entry of the column `of`, with a point and its interval per row, named by role. Args: look: '{}' is the entry."""
+    names = list(dict.fromkeys(row[of] for row in rows))
+    drawn, axes = style.figure(columns=len(names))
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        own = [row for row in rows if row[of] == name]
+        for i, row in enumerate(own):
+            style.interval(axis, i, row, row["role"], value)
+        axis.set_xticks(range(len(own)), [row["role"] for row in own])
+        axis.set(xlim=(-0.5, len(own) - 0.5), **{key: v.format(name) if isinstance(v, str) else v for key, v in look.items()})
+    return drawn
 
 
 def plot_distances(data: dict):
     """Distances to the data with intervals."""
-    names = list(dict.fromkeys(row["distance"] for row in data["distances"]))
-    drawn, axes = style.figure(columns=len(names))
-    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
-        _points(axis, [row for row in data["distances"] if row["distance"] == name])
-        axis.set(ylabel=f"{name} distance, squared feature units", title=f"{name} distance to the data")
-    return drawn
+    return _panels(data["distances"], "distance", ylabel="{} distance, squared feature units", title="{} distance to the data")
 
 
 def plot_precision_recall(data: dict):
     """Precision and recall with intervals."""
-    drawn, axes = style.figure(columns=2)
-    for axis, name in zip(axes, ("precision", "recall"), strict=True):
-        _points(axis, [row for row in data["precision_recall"] if row["measure"] == name], "value")
-        axis.set(ylabel=f"{name}, share", title=name, ylim=(0, 1.02))
-    return drawn
+    return _panels(data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02))
 
 
 def plot_spread(data: dict):
     """Mean pairwise distances with intervals."""
-    names = list(dict.fromkeys(row["of"] for row in data["rows"]))
-    drawn, axes = style.figure(columns=len(names))
-    for axis, name in zip(axes, names, strict=True):
-        _points(axis, [row for row in data["rows"] if row["of"] == name])
-        axis.set(ylabel="mean pairwise RMS difference", title=f"Diversity of {name}")
-        axis.set_ylim(bottom=0)
-    return drawn
+    return _panels(data["rows"], "of", ylabel="mean pairwise RMS difference", title="Diversity of {}", ylim=(0, None))
 
 
 def plot_similarity(data: dict):

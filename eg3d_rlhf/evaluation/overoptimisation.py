@@ -5,7 +5,6 @@ Letters: N latents, T networks in order of training, the first the one before.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,34 +69,22 @@ def judged(c: Comparison, sigma: torch.Tensor) -> np.ndarray:
     return np.array([utility(cube.numpy(), calibration=calibration, box_warp=side).total for cube in sigma])
 
 
-def _measures(c: Comparison, generator: LoadedGenerator, seeds: range, sigma: torch.Tensor) -> dict[str, np.ndarray]:
-    found = {PROXY: c.scores(generator, seeds).double().numpy()}
-    if c.held_out is not None:
-        found[SECOND] = c.scores(generator, seeds, held_out=True).double().numpy()
-    if c.synthetic:
-        found[JUDGE] = judged(c, sigma)
-    return found
-
-
-def _networks(c: Comparison) -> list[tuple[float | None, LoadedGenerator | Path]]:
-    """(kimg, network) of before, the snapshots, and after where it is not the last of them."""
-    kept = [(kimg, path) for kimg, path in c.snapshots("after") if kimg > 0]
-    last = c.load(kept[-1][1]).hash if kept else None
-    return [(0.0, c.before), *kept, *([] if last == c.after.hash else [(None, c.after)])]
-
-
 def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     """Changes of every measure in units of its deviation before, over distance, with the point of divergence."""
-    seeds, networks = c.seeds(), _networks(c)
-    values: dict[str, Any] = {}
+    seeds, kept = c.seeds(), [(kimg, path) for kimg, path in c.snapshots("after") if kimg > 0]
+    last = c.load(kept[-1][1]).hash if kept else None
+    end: list[tuple[None, LoadedGenerator]] = [] if last == c.after.hash else [(None, c.after)]
+    networks: list[tuple[float | None, LoadedGenerator | Path]] = [(0.0, c.before), *kept, *end]  # (kimg, network)
+    known = {PROXY: True, SECOND: c.held_out is not None, JUDGE: c.synthetic}
+    values = {name: list[np.ndarray]() for name, here in known.items() if here}
     start, distances = None, []
     for _, source in networks:
         generator = c.load(source) if isinstance(source, Path) else source
         sigma = densities(c, generator, seeds)
         start = sigma if start is None else start
         distances.append(density_l1(sigma, start).double().numpy())
-        for name, found in _measures(c, generator, seeds, sigma).items():
-            values.setdefault(name, []).append(found)
+        for name, found in values.items():
+            found.append(judged(c, sigma) if name == JUDGE else c.scores(generator, seeds, held_out=name == SECOND).double().numpy())
     columns = {name: np.stack(found, axis=1) for name, found in values.items()}  # [N, T]
     curves, rows = {}, []
     for name, column in columns.items():
@@ -135,42 +122,29 @@ def independence(c: Comparison) -> str:
 
 
 def _says(c: Comparison, data: dict) -> list[str]:
-    says = []
+    ends = {name: curve["steps"][-1] for name, curve in data["curves"].items()}
+    says = [f"The {name} changes by {span(e['mean'], e['lo'], e['hi'], '+.2f')} of its deviations before." for name, e in ends.items()]
     for name, curve in data["curves"].items():
-        last = curve["steps"][-1]
-        says.append(f"The {name} changes by {span(last['mean'], last['lo'], last['hi'], '+.2f')} of its deviations before.")
-    for name, curve in data["curves"].items():
-        if name == PROXY:
-            continue
-        if curve["divergence"] is None:
+        if name != PROXY and curve["divergence"] is None:
             says.append(f"No divergence: the {name} is not shown to fall from its highest while the tuned reward rises.")
-        else:
+        elif name != PROXY:
             where = data["kimg"][curve["divergence"]]
             says.append(f"Divergence: the {name} falls from {'the end' if where is None else f'{where:g} kimg'} on (distance "
                         f"{data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop there, or raise --lambda-sigma.")
     says += [independence(c), "The distance is no KL divergence: these generators have no density to compare. It only orders the networks."]
-    if c.synthetic:
-        says.append(
-            "The judge is the formula whose noisy answers the labels are: it shows whether tuning reached what the reward should mean. "
-            "It is no second opinion; the geometry measures, which no label used, are."
-        )
-    else:
-        says.append("No programmatic judge: it applies to synthetic data alone. People's judgement is what settles this.")
-    return says
+    return [*says, (
+        "The judge is the formula whose noisy answers the labels are: it shows whether tuning reached what the reward should mean. "
+        "It is no second opinion; the geometry measures, which no label used, are."
+    ) if c.synthetic else "No programmatic judge: it applies to synthetic data alone. People's judgement is what settles this."]
 
 
-def plot_curves(data: dict):
+@style.plot(size=(9.4, 3.4), xlabel=DISTANCE, ylabel="mean change, deviations before", title="Over-optimisation")
+def plot_curves(axes, data: dict):
     """Every measure over distance, with the point of divergence."""
-    drawn, axes = style.figure(size=style.WIDE)
     colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), JUDGE: style.CYCLE[4]}
     x = data["distance"]
     for name, curve in data["curves"].items():
-        steps = curve["steps"]
-        axes.plot(x, [s["mean"] for s in steps], "o-", markersize=4, color=colours[name], label=name)
-        axes.fill_between(x, [s["lo"] for s in steps], [s["hi"] for s in steps], color=colours[name], alpha=0.2, linewidth=0)
+        style.band(axes, x, curve["steps"], colours[name], name, markersize=4)
         if curve["divergence"] is not None:
             axes.axvline(x[curve["divergence"]], color=colours[name], linestyle="--", linewidth=1.2, label=f"{name}: divergence")
     axes.axhline(0, color=style.colour("noise"), linewidth=1)
-    axes.set(xlabel=DISTANCE, ylabel="mean change, deviations before", title="Over-optimisation")
-    axes.legend()
-    return drawn

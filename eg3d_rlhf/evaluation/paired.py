@@ -3,7 +3,7 @@
 Letters: N latents.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +19,6 @@ NO_CONTROL = (
 )
 ROLES = ("before", "after", "control")
 Values = Mapping[str, Mapping[str, np.ndarray]]  # role -> measure -> [N]; NaN where a latent has no such measure
-Verdict = Callable[[str], str]  # 'lower' or 'higher' -> what that means
 
 
 def span(value: float, lo: float, hi: float, form: str = "+.3f") -> str:
@@ -32,65 +31,55 @@ def contains_zero(lo: float, hi: float) -> bool:
     return lo <= 0 <= hi
 
 
-def lower_is_better(moved: str) -> str:
-    """A verdict on a measure of faults."""
-    return f": {moved}, which is {'better' if moved == 'lower' else 'worse'}"
-
-
 def compare(
-    c: Comparison, seeds: Sequence[int], values: Values, units: Mapping[str, str], verdict: Verdict = lambda moved: "", **more
+    c: Comparison, seeds: Sequence[int], values: Values, units: Mapping[str, str], lower_is_better: bool = False,
+    notes: Sequence[str] = (), **more,
 ) -> Finding:
     """Means and paired changes of every measure, over the latents that have it in all networks.
 
-    Args: units: of the measures, in order; verdict: what a shown change means; more: further entries of the finding's data.
+    Args: units: of the measures, in order; lower_is_better: for measures of faults; notes: sentences after those of the measures; more:
+        further entries of the finding's data.
     """
-    measures = {name: _compared({role: np.asarray(v[name]) for role, v in values.items()}, unit) for name, unit in units.items()}
+    measures = {}
+    for name, unit in units.items():
+        known = np.all([np.isfinite(v[name]) for v in values.values()], axis=0)
+        found = {role: np.asarray(v[name])[known] for role, v in values.items()}
+        later = {role: v for role, v in found.items() if role != "before"}
+        enough = known.sum() >= 2
+        measures[name] = {
+            "unit": unit, "n": int(known.sum()), "values": {role: v.tolist() for role, v in found.items()},
+            "means": {role: bootstrap_mean_interval(v)._asdict() for role, v in found.items()} if enough else {},
+            "paired": {role: paired_summary(found["before"], v)._asdict() for role, v in later.items()} if enough else {},
+        }
+    columns = {f"{name} {role}": v[name] for name in units for role, v in values.items()}
     rows = [
-        {"seed": seed, **{f"{name} {role}": _number(v[name][i]) for name in units for role, v in values.items()}}
+        {"seed": seed, **{name: float(column[i]) if np.isfinite(column[i]) else None for name, column in columns.items()}}
         for i, seed in enumerate(seeds)
     ]
     return Finding(
         facts=c.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"), data={"measures": measures, "seeds": list(seeds), **more}, rows=rows,
-        says=[_sentence(name, entry, verdict) for name, entry in measures.items()],
+        says=[*(_sentence(name, entry, lower_is_better) for name, entry in measures.items()), *notes],
     )
 
 
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _compared(values: Mapping[str, np.ndarray], unit: str) -> dict:
-    known = np.all([np.isfinite(v) for v in values.values()], axis=0)
-    found = {role: v[known] for role, v in values.items()}
-    entry = {"unit": unit, "n": int(known.sum()), "values": {role: v.tolist() for role, v in found.items()}, "means": {}, "paired": {}}
-    if known.sum() >= 2:
-        entry["means"] = {role: bootstrap_mean_interval(v)._asdict() for role, v in found.items()}
-        entry["paired"] = {role: paired_summary(found["before"], v)._asdict() for role, v in found.items() if role != "before"}
-    return entry
-
-
-def _sentence(name: str, entry: Mapping, verdict: Verdict) -> str:
+def _sentence(name: str, entry: Mapping, lower_is_better: bool) -> str:
     """Before, after, the paired change, and the control's."""
     if not entry["paired"]:
         return f"{name}: not measured, since fewer than two latents have it in every network."
     means, change = entry["means"], entry["paired"]["after"]
+    shown = {role: span(p["mean"], p["mean_lo"], p["mean_hi"], "+.3g") for role, p in entry["paired"].items()}
     if contains_zero(change["mean_lo"], change["mean_hi"]):
         meaning = ": no change" if change["mean_lo"] == change["mean_hi"] == 0 else ": no change is shown"
     else:
-        meaning = verdict("lower" if change["mean_hi"] < 0 else "higher")
+        moved, judged = ("lower", "better") if change["mean_hi"] < 0 else ("higher", "worse")
+        meaning = f": {moved}, which is {judged}" if lower_is_better else ""
     ends = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
-    control = f"; control {_change(entry['paired']['control'])}" if "control" in entry["paired"] else ""
-    return f"{name} ({entry['unit']}): {ends}, paired {_change(change)}{meaning}{control}."
-
-
-def _change(paired: Mapping) -> str:
-    return span(paired["mean"], paired["mean_lo"], paired["mean_hi"], "+.3g")
+    control = f"; control {shown['control']}" if "control" in shown else ""
+    return f"{name} ({entry['unit']}): {ends}, paired {shown['after']}{meaning}{control}."
 
 
 def plot_values(data: dict):
     """Every latent's value of each measure per network, joined by lines, and the means with their intervals."""
-    if "absent" in data:
-        return _empty(data["absent"])
     count = len(data["measures"])
     columns, rows = min(3, count), -(-count // 3)
     drawn, axes = style.figure(columns=columns, rows=rows, size=(9.4, 2.9 * rows))
@@ -112,8 +101,6 @@ def plot_values(data: dict):
 
 def plot_changes(data: dict):
     """Paired changes with intervals, in deviations of the values before: left of zero is lower."""
-    if "absent" in data:
-        return _empty(data["absent"])
     names = list(data["measures"])
     drawn, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))
     roles = list(data["measures"][names[0]]["paired"])
@@ -122,20 +109,12 @@ def plot_changes(data: dict):
             measure = data["measures"][name]
             p, scale = measure["paired"][role], float(np.std(measure["values"]["before"]))
             scale = scale or float(np.std(measure["values"][role])) or 1.0
-            error = [[max(0.0, p["mean"] - p["mean_lo"]) / scale], [max(0.0, p["mean_hi"] - p["mean"]) / scale]]
-            axes.errorbar([p["mean"] / scale], [i + 0.18 * (j - (len(roles) - 1) / 2)], xerr=error, fmt="o", capsize=3, markersize=4,
+            axes.errorbar([p["mean"] / scale], [i + 0.18 * (j - (len(roles) - 1) / 2)],
+                          xerr=np.divide(style.errors(p, lo="mean_lo", hi="mean_hi"), scale), fmt="o", capsize=3, markersize=4,
                           color=style.colour(role), label=role if i == 0 else None)
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="paired change, in deviations between latents before", title="Change of the same latents (left is lower)")
     axes.legend()
-    return drawn
-
-
-def _empty(why: str):
-    """A figure that says why there is none."""
-    drawn, axes = style.figure(size=(9.4, 0.8))
-    axes.set_axis_off()
-    axes.text(0, 0.5, why, wrap=True, va="center")
     return drawn

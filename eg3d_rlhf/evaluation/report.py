@@ -1,27 +1,23 @@
 """The evaluation report: which parts it has, what it says first, and what its figures cannot say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from eg3d_rlhf.evaluation import canonical_depth, geometry, images, overoptimisation, rewards, strips
+from eg3d_rlhf.evaluation import geometry, images, overoptimisation, rewards, strips
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips
 from eg3d_rlhf.reports.jobs import Finding, Job
 from eg3d_rlhf.settings import control_differs
 
-MODULES = (rewards, images, geometry, overoptimisation, canonical_depth, strips)
+PARTS = (rewards.jobs, images.jobs, geometry.jobs, overoptimisation.jobs, geometry.depth_jobs, strips.jobs)
 TITLE = "Before and after tuning"
 
 
-def all_jobs(c: Comparison) -> list[Job]:
-    """Every part of the report."""
-    return [job for module in MODULES for job in module.jobs(c)]
-
-
-def select(jobs: Sequence[Job], keys: str | None) -> list[Job]:
-    """The jobs of a comma-separated list of keys, in the report's order; all for None. Raises: ValueError for an unknown key."""
+def select(c: Comparison, keys: str | None = None) -> list[Job]:
+    """The report's parts, or those of a comma-separated list of keys. Raises: ValueError for an unknown key."""
+    jobs = [job for part in PARTS for job in part(c)]
     if keys is None:
-        return list(jobs)
+        return jobs
     wanted = [key.strip() for key in keys.split(",") if key.strip()]
     known = [job.key for job in jobs]
     unknown = [key for key in wanted if key not in known]
@@ -42,11 +38,8 @@ def check_files(c: Comparison) -> None:
 
 def introduction(c: Comparison) -> str:
     """What is compared, in a paragraph."""
-    runs_of = {"after": c.run, "control": c.control_run}
-    named = []
-    for role, generator in c.generators().items():
-        run = runs_of.get(role)
-        named.append(f"{role} {generator.path.name}" + (f" of {run.name}" if run is not None else ""))
+    of = {role: f" of {run.name}" for role, run in (("after", c.run), ("control", c.control_run)) if run is not None}
+    named = [f"{role} {generator.path.name}{of.get(role, '')}" for role, generator in c.generators().items()]
     return (
         f"The same held-out latents through each generator: {', '.join(named)}{'; no control' if c.control is None else ''}. Every figure "
         "states its latents, networks and interval; its data can be downloaded below it."
@@ -58,28 +51,23 @@ def summary(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     return [f"Allowed: {text}" for text in _allowed(findings)] + [f"Not allowed: {text}" for text in _not_allowed(c, findings)]
 
 
-def _data(findings: Mapping[str, Finding], key: str) -> dict:
-    found = findings.get(key)
-    return {} if found is None or "absent" in found.data else dict(found.data)
-
-
 def _allowed(findings: Mapping[str, Finding]) -> list[str]:
     says = []
-    paired = _data(findings, "reward-shift").get("paired", {})
+    data = {key: finding.data for key, finding in findings.items()}
+    paired = data.get("reward-shift", {}).get("paired", {})
     if paired and paired["after"]["mean_lo"] > 0:
         alone = "control" in paired and abs(paired["control"]["mean"]) < 0.1 * paired["after"]["mean"]
         cause = "; the control moved by less than a tenth of that, so the reward phase did it" if alone else ""
         says.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
-    curves = _data(findings, "over-optimisation").get("curves", {})
-    for name, curve in curves.items():
+    for name, curve in data.get("over-optimisation", {}).get("curves", {}).items():
         if name != overoptimisation.PROXY and curve["steps"][-1]["lo"] > 0:
             end = "though it has passed its peak" if curve["divergence"] is not None else "without a point of divergence"
             part = "whose noisy answers the labels are" if name == overoptimisation.JUDGE else "which took no part in tuning"
             says.append(f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} deviations), {end}.")
-    for change in _data(findings, "image-distances").get("changes", []):
+    for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
             says.append(f"images moved {'away from' if change['lo'] > 0 else 'towards'} the data ({change['distance']} distance).")
-    for row in _data(findings, "diversity").get("rows", []):
+    for row in data.get("diversity", {}).get("rows", []):
         if row["role"] == "after" and (row["ratio_hi"] < 1 or row["ratio_lo"] > 1):
             kind = "less" if row["ratio_hi"] < 1 else "more"
             says.append(f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times).")
@@ -87,8 +75,8 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
 
 
 def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
-    says = ["that people prefer the tuned shapes: nobody was asked here. Compare them blind."]
-    says.append("any statement on other training seeds: there is one run for each setting, and intervals run over latents.")
+    says = ["that people prefer the tuned shapes: nobody was asked here. Compare them blind.",
+            "any statement on other training seeds: there is one run for each setting, and intervals run over latents."]
     if c.control is None:
         says.append("the cause of a change: without a control, further training alone may have made it.")
     elif c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run))):

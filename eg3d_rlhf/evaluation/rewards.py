@@ -8,22 +8,13 @@ Letters: N latents, T snapshots.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, contains_zero, span
-from eg3d_rlhf.metrics.statistics import (
-    LINE_INTERVAL,
-    RANK_INTERVAL,
-    bootstrap_mean_interval,
-    fit_line,
-    paired_summary,
-    slopes,
-    spearman,
-)
+from eg3d_rlhf.metrics import statistics
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Finding, Job
 
@@ -31,7 +22,6 @@ PSIS = (0.25, 0.5, 0.7, 1.0)
 ROLES = ("before", "after", "reward")
 RANK_PSIS = (0.7, 0.25)
 FEWEST = 3  # networks, the one before tuning among them, under a slope
-SPREAD = "range of the middle 95 % of latents' least-squares slopes"
 
 
 def jobs(c: Comparison) -> list[Job]:
@@ -63,21 +53,17 @@ def shift(c: Comparison, _folder: Path) -> Finding:
     """Paired deltas with their mean and share positive; line of final against initial reward."""
     seeds = c.seeds()
     scores = {role: c.scores(generator, seeds).double().numpy() for role, generator in c.generators().items()}
-    later = [role for role in scores if role != "before"]
-    paired = {role: paired_summary(scores["before"], scores[role])._asdict() for role in later}
-    lines = {role: fit_line(scores["before"], scores[role])._asdict() for role in later}
-    rows = [
-        {"seed": seed, **{role: float(values[i]) for role, values in scores.items()},
-         **{f"delta_{role}": float(scores[role][i] - scores["before"][i]) for role in later}}
-        for i, seed in enumerate(seeds)
-    ]
+    later = {role: values for role, values in scores.items() if role != "before"}
+    paired = {role: statistics.paired_summary(scores["before"], values)._asdict() for role, values in later.items()}
+    lines = {role: statistics.fit_line(scores["before"], values)._asdict() for role, values in later.items()}
+    columns = {**scores, **{f"delta_{role}": values - scores["before"] for role, values in later.items()}}
+    rows = [{"seed": seed, **{name: float(column[i]) for name, column in columns.items()}} for i, seed in enumerate(seeds)]
     data = {"scores": {role: values.tolist() for role, values in scores.items()}, "paired": paired, "lines": lines}
-    method = f"mean: {BOOTSTRAP}; share: Wilson; {LINE_INTERVAL}"
-    return Finding(facts=c.facts(seeds, ("before", "after", "control", "reward"), method), data=data, rows=rows,
-                   says=_shift_says(c, paired, lines))
+    facts = c.facts(seeds, ("before", "after", "control", "reward"), f"mean: {BOOTSTRAP}; share: Wilson; {statistics.LINE_INTERVAL}")
+    return Finding(facts=facts, data=data, rows=rows, says=_shift_says(paired, lines))
 
 
-def _shift_says(c: Comparison, paired: dict, lines: dict) -> list[str]:
+def _shift_says(paired: dict, lines: dict) -> list[str]:
     p, line = paired["after"], lines["after"]
     delta = span(p["mean"], p["mean_lo"], p["mean_hi"])
     says = [
@@ -95,8 +81,7 @@ def _shift_says(c: Comparison, paired: dict, lines: dict) -> list[str]:
     q = paired["control"]
     share = abs(q["mean"]) / max(abs(p["mean"]), 1e-12)
     moved = "no shift is shown" if contains_zero(q["mean_lo"], q["mean_hi"]) else "a small shift that training alone makes in this run"
-    control = span(q["mean"], q["mean_lo"], q["mean_hi"])
-    return [*says, f"In the control the mean change is {control}, {share:.1%} of the tuned one: "
+    return [*says, f"In the control the mean change is {span(q['mean'], q['mean_lo'], q['mean_hi'])}, {share:.1%} of the tuned one: "
             f"{moved if share < 0.1 else 'training alone moves this reward much, and the shift is not the reward phase alone'}."]
 
 
@@ -106,7 +91,7 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
     for role in ("before", "after"):
         for psi in PSIS:
             values = c.scores(c.generators()[role], seeds, psi).double().numpy()
-            mean, lo, hi = bootstrap_mean_interval(values)
+            mean, lo, hi = statistics.bootstrap_mean_interval(values)
             rows.append({"role": role, "psi": psi, "mean": mean, "lo": lo, "hi": hi, "std": float(values.std(ddof=1))})
     best = {role: max((r for r in rows if r["role"] == role), key=lambda r: r["mean"]) for role in ("before", "after")}
     says = [
@@ -114,8 +99,7 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
         f"{best['after']['psi']:g} ({best['after']['mean']:.2f}), of the truncations tried.",
         "Truncation pulls shapes towards the mean shape, so a reward that rises as ψ falls prefers typical shapes.",
     ]
-    facts = c.facts(seeds, ROLES, BOOTSTRAP, psi=None)
-    return Finding(facts=facts, data={"rows": rows}, rows=rows, says=says)
+    return Finding(facts=c.facts(seeds, ROLES, BOOTSTRAP, psi=None), data={"rows": rows}, rows=rows, says=says)
 
 
 def ranks(c: Comparison, _folder: Path) -> Finding:
@@ -124,7 +108,7 @@ def ranks(c: Comparison, _folder: Path) -> Finding:
     for role in ("before", "after"):
         high_scores, low_scores = (c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS)
         scores[role] = [high_scores.tolist(), low_scores.tolist()]
-        found[role] = spearman(high_scores, low_scores)._asdict()
+        found[role] = statistics.spearman(high_scores, low_scores)._asdict()
     high, low = RANK_PSIS
     rows = [{"role": role, "spearman": r["mean"], "lo": r["lo"], "hi": r["hi"]} for role, r in found.items()]
     before, after = (span(r["mean"], r["lo"], r["hi"], ".3f") for r in (found["before"], found["after"]))
@@ -132,21 +116,21 @@ def ranks(c: Comparison, _folder: Path) -> Finding:
         f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {before}, after {after}.",
         "Both share the latent, so agreement is expected; what is missing to 1 is order that truncation changes.",
     ]
-    facts = c.facts(seeds, ROLES, RANK_INTERVAL, psi=None)
-    return Finding(facts=facts, data={"scores": scores, "rho": found, "psis": RANK_PSIS}, rows=rows, says=says)
+    data = {"scores": scores, "rho": found, "psis": RANK_PSIS}
+    return Finding(facts=c.facts(seeds, ROLES, statistics.RANK_INTERVAL, psi=None), data=data, rows=rows, says=says)
 
 
 def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
     """Slopes per kimg of values [N, T]: their mean with bootstrap interval, and the range of the middle 95 %."""
-    found = slopes(times, values)
-    mean, lo, hi = bootstrap_mean_interval(found)
+    found = statistics.slopes(times, values)
+    mean, lo, hi = statistics.bootstrap_mean_interval(found)
     low, high = np.quantile(found, [0.025, 0.975])
     return {"slopes": found.tolist(), "mean": mean, "mean_lo": lo, "mean_hi": hi, "spread_lo": float(low), "spread_hi": float(high)}
 
 
 def trajectories(c: Comparison, _folder: Path) -> Finding:
     """Rewards over snapshots and per-latent slopes."""
-    data: dict[str, Any] = {"roles": {}}
+    roles: dict[str, dict] = {}
     seeds, rows = c.seeds(), []
     start = c.scores(c.before, seeds).double().numpy()
     for role in ("after", "control"):
@@ -155,69 +139,56 @@ def trajectories(c: Comparison, _folder: Path) -> Finding:
             continue
         times = np.array([0.0, *(kimg for kimg, _ in kept)])
         values = np.stack([start, *(c.scores(c.load(path), seeds).double().numpy() for _, path in kept)], axis=1)  # [N, T]
-        steps = [bootstrap_mean_interval(column)._asdict() for column in values.T]
-        data["roles"][role] = {"kimg": times.tolist(), "values": values.tolist(), "means": steps, **slope_summary(times, values)}
+        steps = [statistics.bootstrap_mean_interval(column)._asdict() for column in values.T]
+        roles[role] = {"kimg": times.tolist(), "values": values.tolist(), "means": steps, **slope_summary(times, values)}
         rows += [{"role": role, "kimg": float(t), **step} for t, step in zip(times, steps, strict=True)]
-    says = _trajectory_says(data["roles"])
-    facts = c.facts(seeds, ("before", "after", "control", "reward"), f"{SPREAD}; mean slope: {BOOTSTRAP}")
-    return Finding(facts=facts, data=data, rows=rows, says=says)
+    interval = f"range of the middle 95 % of latents' least-squares slopes; mean slope: {BOOTSTRAP}"
+    facts = c.facts(seeds, ("before", "after", "control", "reward"), interval)
+    return Finding(facts=facts, data={"roles": roles}, rows=rows, says=_trajectory_says(roles))
 
 
 def _trajectory_says(roles: dict) -> list[str]:
     says = []
-    for role, name in (("after", "tuned run"), ("control", "control")):
-        if role not in roles:
-            continue
-        r = roles[role]
+    for role, r in roles.items():
+        name = "tuned run" if role == "after" else role
         verdict = "contains" if contains_zero(r["spread_lo"], r["spread_hi"]) else "does not contain"
-        says.append(
-            f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in [{r['spread_lo']:+.2f}, {r['spread_hi']:+.2f}], "
-            f"which {verdict} zero; mean "
-            f"{span(r['mean'], r['mean_lo'], r['mean_hi'], '+.2f')}."
-        )
+        says.append(f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in [{r['spread_lo']:+.2f}, {r['spread_hi']:+.2f}"
+                    f"], which {verdict} zero; mean {span(r['mean'], r['mean_lo'], r['mean_hi'], '+.2f')}.")
     if "control" not in roles:
         return [*says, NO_CONTROL + " It needs snapshots, too: --snap=1."]
     tuned, control = roles["after"], roles["control"]
     if contains_zero(control["mean_lo"], control["mean_hi"]):
-        says.append("No drift of the control is shown, neither for single latents nor on average.")
-    else:
-        says.append(
-            f"On average the control does drift: its mean slope differs from zero, at {abs(control['mean'] / tuned['mean']):.1%} of the "
-            "tuned run's. Going on with GAN training moves more latents one way than the other, and a mean over many latents resolves "
-            "that. One run cannot show whether other training seeds drift the same way."
-        )
-    return says
+        return [*says, "No drift of the control is shown, neither for single latents nor on average."]
+    return [
+        *says, f"On average the control does drift: its mean slope differs from zero, at {abs(control['mean'] / tuned['mean']):.1%} of the "
+        "tuned run's. Going on with GAN training moves more latents one way than the other, and a mean over many latents resolves that. "
+        "One run cannot show whether other training seeds drift the same way.",
+    ]
 
 
-def plot_histograms(data: dict):
+@style.plot(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
+def plot_histograms(axes, data: dict):
     """Distribution of the reward per network."""
-    drawn, axes = style.figure()
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in data["scores"].values()]), bins=30)
     for role, values in data["scores"].items():
         axes.hist(values, bins=edges, histtype="step" if role == "control" else "stepfilled", alpha=1 if role == "control" else 0.6,
                   color=style.colour(role), label=role, linewidth=1.4)
-    axes.set(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
-    axes.legend()
-    return drawn
 
 
-def plot_deltas(data: dict):
+@style.plot(xlabel="latents, in order of the change", ylabel="change of the reward", title="Change per latent")
+def plot_deltas(axes, data: dict):
     """Every latent's change, in order."""
-    drawn, axes = style.figure()
     before = np.asarray(data["scores"]["before"])
     for role, p in data["paired"].items():
         delta = np.sort(np.asarray(data["scores"][role]) - before)
         axes.plot(np.arange(1, len(delta) + 1), delta, ".", markersize=3, color=style.colour(role),
                   label=f"{role}: {p['positive']}/{p['n']} rise")
     axes.axhline(0, color=style.colour("noise"), linewidth=1)
-    axes.set(xlabel="latents, in order of the change", ylabel="change of the reward", title="Change per latent")
-    axes.legend()
-    return drawn
 
 
-def plot_lines(data: dict):
+@style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
+def plot_lines(axes, data: dict):
     """Final against initial reward with the fitted lines."""
-    drawn, axes = style.figure()
     before = np.asarray(data["scores"]["before"])
     ends = np.array([before.min(), before.max()])
     for role, line in data["lines"].items():
@@ -225,22 +196,14 @@ def plot_lines(data: dict):
         axes.plot(ends, line["intercept"] + line["slope"] * ends, color=style.colour(role),
                   label=f"{role}: slope {line['slope']:.2f} [{line['lo']:.2f}, {line['hi']:.2f}]")
     axes.plot(ends, ends, "--", color=style.colour("noise"), linewidth=1, label="no change")
-    axes.set(xlabel="reward before", ylabel="reward after", title="Final against initial reward")
-    axes.legend(fontsize=7)
-    return drawn
 
 
-def plot_psi(data: dict):
+@style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
+def plot_psi(axes, data: dict):
     """Mean reward with interval over truncation."""
-    drawn, axes = style.figure()
     for role in dict.fromkeys(row["role"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["role"] == role]
-        x = [row["psi"] for row in rows]
-        axes.plot(x, [row["mean"] for row in rows], "o-", markersize=3, color=style.colour(role), label=role)
-        axes.fill_between(x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=style.colour(role), linewidth=0)
-    axes.set(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
-    axes.legend()
-    return drawn
+        style.band(axes, [row["psi"] for row in rows], rows, style.colour(role), role, markersize=3)
 
 
 def plot_ranks(data: dict):

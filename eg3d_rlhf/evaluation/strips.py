@@ -61,7 +61,7 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
         order = np.argsort(-scores, kind="stable")
         for which, chosen in (("highest", order[:k]), ("lowest", order[::-1][:k])):
             picked = [seeds[int(i)] for i in chosen]
-            views = shapes(c, generator, picked, (0.0, 0.5))  # [k, 2, 1, R, R]
+            views = shapes(c, generator, picked, YAWS)  # [k, 2, 1, R, R]
             name = f"reward-strips-{role}-{which}.png"
             save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
             listed = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in picked)
@@ -79,23 +79,20 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
 def same_latents(c: Comparison, folder: Path) -> Finding:
     """One row per network, every seed from YAWS."""
     seeds = list(c.seeds(SHOWN, JUDGE))
-    pictures, rows, scores = {}, [], {}
+    pictures = {}
     views = {role: shapes(c, generator, seeds, YAWS) for role, generator in c.generators().items()}  # [N, yaws, 1, R, R] each
-    for role, generator in c.generators().items():
-        scores[role] = c.scores(generator, seeds).double().numpy()
+    scores = {f"reward_{role}": c.scores(generator, seeds).double().tolist() for role, generator in c.generators().items()}
+    rows = [{"seed": seed, **dict(zip(scores, found, strict=True))} for seed, *found in zip(seeds, *scores.values(), strict=True)]
     for j, yaw in enumerate(YAWS):
         name = f"same-latents-{j}.png"
         save_grid(torch.cat([found[:, j] for found in views.values()]), (0, 1), len(seeds), folder / name)
         pictures[f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to right"] = name
-    for i, seed in enumerate(seeds):
-        rows.append({"seed": seed, **{f"reward_{role}": float(values[i]) for role, values in scores.items()}})
     says = [
         "Seeds were fixed before any result was seen, so these are ordinary samples and no selection. A few pictures show what kind of "
-        "change to expect; how often it happens is in the counted parts of this report.",
+        "change to expect; how often it happens is in the counted parts of this report.", *([NO_CONTROL] if c.control is None else []),
     ]
-    says += [] if c.control is not None else [NO_CONTROL]
-    facts = c.facts(seeds, (*ROLES, "reward"))
-    return Finding(facts=facts, data={"seeds": seeds, "yaws": list(YAWS)}, rows=rows, says=says, pictures=pictures)
+    data = {"seeds": seeds, "yaws": list(YAWS)}
+    return Finding(facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, pictures=pictures)
 
 
 def orbit(c: Comparison, folder: Path) -> Finding:
@@ -105,18 +102,14 @@ def orbit(c: Comparison, folder: Path) -> Finding:
     stills = np.linspace(-ORBIT_YAW, ORBIT_YAW, ORBIT_STILLS).tolist()
     both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]  # [frames + stills, 1, R, R] each
     save_grid(torch.cat([found[ORBIT_FRAMES:] for found in both]), (0, 1), ORBIT_STILLS, folder / "orbit.png")
-    frames = torch.cat([found[:ORBIT_FRAMES] for found in both], dim=3)  # [frames, 1, R, 2R]
-    _save_animation(frames[:, 0], folder / "orbit.apng")
-    moving = f"Seed {seed} swung through ±{ORBIT_YAW:g} radians {SWINGS} times; before left, after right"
-    strip = f"Seed {seed} from yaw {-ORBIT_YAW:+.1f} to {ORBIT_YAW:+.1f} radians; before above, after below"
+    frames = torch.cat([found[:ORBIT_FRAMES, 0] for found in both], dim=2)  # [frames, R, 2R]
+    first, *more = (PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy())
+    first.save(folder / "orbit.apng", format="PNG", save_all=True, append_images=more, duration=FRAME_MS, loop=SWINGS)  # stops after these
+    pictures = {
+        f"Seed {seed} swung through ±{ORBIT_YAW:g} radians {SWINGS} times; before left, after right": "orbit.apng",
+        f"Seed {seed} from yaw {-ORBIT_YAW:+.1f} to {ORBIT_YAW:+.1f} radians; before above, after below": "orbit.png",
+    }
     says = ["One latent, the first of the fixed seeds. It shows the surface in the round and proves nothing about the others."]
-    return Finding(
-        facts=c.facts([seed], ("before", "after")), data={"seed": seed, "yaws": yaws}, says=says,
-        pictures={moving: "orbit.apng", strip: "orbit.png"},
-    )
+    return Finding(facts=c.facts([seed], ("before", "after")), data={"seed": seed, "yaws": yaws}, says=says, pictures=pictures)
 
 
-def _save_animation(frames: torch.Tensor, path: Path) -> None:
-    """Frames [T, R, W] in 0..1 as an animated PNG that stops after SWINGS rounds."""
-    pictures = [PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy()]
-    pictures[0].save(path, format="PNG", save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=SWINGS)

@@ -5,7 +5,6 @@ Letters: N latents.
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from eg3d_rlhf.sigma.mesh_export import save_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training import storage
 from training.gan import save_grid
-from training.networks import Networks, state_hash
+from training.networks import state_hash
 
 FAKES = 1600  # images per Fréchet distance
 SHOWN, MESHES = 8, 3  # latents in the pictures, and those with meshes
@@ -51,23 +50,9 @@ class Evaluation:
     watch: Watch | None = None
 
 
-def comparison_of(e: Evaluation, nets: Networks, folder: Path) -> Comparison:
-    """Before and after a run that has just ended, as tools/evaluate.py would load them."""
-    before, after = (LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema)))
-    device = next(nets.G_ema.parameters()).device
-    return Comparison(
-        before=before, after=after, reward=e.reward, run=folder, data=e.settings["data"], mirror=e.settings["mirror"], device=device
-    )
-
-
-def both(c: Comparison, measure: Callable[[LoadedGenerator], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A measure before and after."""
-    return measure(c.before), measure(c.after)
-
-
 def reward_shift(c: Comparison) -> dict:
     """Rewards of the same latents before and after."""
-    before, tuned = both(c, lambda generator: c.scores(generator, c.seeds()).numpy())
+    before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))
     delta = tuned - before
     return {
         "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
@@ -79,8 +64,8 @@ def reward_shift(c: Comparison) -> dict:
 
 def blind_pairs(c: Comparison) -> dict:
     """Share of held-out latents whose tuned shape the noise-free judge prefers; an exact tie counts half."""
-    calibration = annotator_calibration()
-    before, tuned = both(c, lambda generator: utilities(generator.generator.module, c.ws(generator, JUDGE.all), calibration))
+    calibration, pair = annotator_calibration(), (c.before, c.after)
+    before, tuned = (utilities(generator.generator.module, c.ws(generator, JUDGE.all), calibration) for generator in pair)
     wins, ties = int((tuned > before).sum()), int((tuned == before).sum())
     low, high = wilson_interval(wins + ties // 2, len(before))
     return {
@@ -96,16 +81,13 @@ def frechet(c: Comparison) -> dict:
     for images in real_batches(dataset, 64):
         real.update(features(images.to(c.device)))
     chosen, cameras = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES), dataset.get_labels()
+    fakes = FeatureStatistics(features.dim), FeatureStatistics(features.dim)
     with tqdm(total=2 * FAKES, desc="images for the Fréchet distance", unit="image") as bar:
-
-        def distance(generator: LoadedGenerator) -> float:
-            fake = FeatureStatistics(features.dim)
+        for generator, fake in zip((c.before, c.after), fakes, strict=True):
             for images in images_of(c, generator, cameras, IMAGES.take(FAKES), chosen):
                 fake.update(features(images))
                 bar.update(len(images))
-            return fake.distance(real)
-
-        before, tuned = distance(c.before), distance(c.after)
+    before, tuned = (fake.distance(real) for fake in fakes)
     return {
         "frechet_before": before, "frechet_after": tuned, "frechet_ratio": tuned / before, "frechet_features": features.name,
         "frechet_images": FAKES,
@@ -127,13 +109,10 @@ def geometry(c: Comparison) -> dict:
                 measures["distance to the nearest head"] = fitted.distance
             for name, value in measures.items():
                 values.setdefault(name, []).append(value)
-    rows = []
-    for name, (before, tuned) in values.items():
-        rows.append({
-            "name": name, "before": float(before.mean()), "after": float(tuned.mean()), "better": bool(tuned.mean() <= before.mean()),
-            "paired": paired_summary(before, tuned)._asdict(),
-        })
-    return {"geometry": rows, "geometry_n": GEOMETRY.count}
+    return {"geometry_n": GEOMETRY.count, "geometry": [
+        {"name": name, "before": float(before.mean()), "after": float(tuned.mean()), "better": bool(tuned.mean() <= before.mean()),
+         "paired": paired_summary(before, tuned)._asdict()} for name, (before, tuned) in values.items()
+    ]}
 
 
 def control_figures(settings: dict, delta: float) -> dict:
@@ -155,18 +134,6 @@ def control_figures(settings: dict, delta: float) -> dict:
     return {"control_delta_mean": record["tuned_delta_mean"], "control_source": path.name}
 
 
-def reward_accuracy(meta: dict) -> dict:
-    """The reward's own record (its provenance) of its held-out accuracy, against the noise-free order where the labels held one."""
-    against = "noise-free order" if meta.get("test_accuracy_clean") else "labels"
-    found = meta.get("test_accuracy_clean") or meta.get("test_accuracy")
-    if found is None:
-        return {"reward_test_accuracy": None}
-    return {
-        "reward_test_accuracy": found["accuracy"], "reward_test_accuracy_ci95": found["interval_95"], "reward_test_n": found["n"],
-        "reward_test_against": against,
-    }
-
-
 def summarise(c: Comparison, e: Evaluation) -> dict:
     """All figures of a run, as JSON values, but the time that it took."""
     s, seeds = e.settings, c.seeds()
@@ -174,7 +141,12 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
         record |= blind_pairs(c) | frechet(c)
-    return record | geometry(c) | reward_accuracy(e.reward.provenance) | {
+    record |= {**geometry(c), "reward_test_accuracy": None}
+    clean = e.reward.provenance.get("test_accuracy_clean")  # against the noise-free order, where the labels held one
+    if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
+        record |= {"reward_test_accuracy": found["accuracy"], "reward_test_accuracy_ci95": found["interval_95"],
+                   "reward_test_n": found["n"], "reward_test_against": "noise-free order" if clean else "labels"}
+    return record | {
         "over_optimisation": e.watch.alarms if e.watch is not None else [], "seed": s["seed"],
         "device": str(c.device), "versions": versions(), "lambda_r": s["lambda_r"], "lambda_sigma": s["lambda_sigma"],
         "seeds": {"reward": [seeds[0], seeds[-1]], "judge": [JUDGE.all[0], JUDGE.all[-1]], "psi": c.psi},
@@ -184,21 +156,26 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
 def finish(e: Evaluation, loop, started: float) -> dict:
     """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the table."""
     print("Comparing before and after on held-out latents (about a minute on 2 cores).", flush=True)
-    folder = loop.files.folder
-    c = comparison_of(e, loop.subject.nets, folder)
+    folder, nets = loop.files.folder, loop.subject.nets
+    before, after = (LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema)))
+    c = Comparison(before=before, after=after, reward=e.reward, run=folder, data=e.settings["data"], mirror=e.settings["mirror"],
+                   device=next(nets.G_ema.parameters()).device)
     record = {**summarise(c, e), "images": loop.cur_nimg}
     record["seconds"] = time.time() - started
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
     write_pictures(c, folder)
-    print_summary(record, folder)
+    lines = [("what", "figure", "goal"), *rows(record)]
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    print("\n" + "\n".join(f"{what:<{widths[0]}}  {figure:<{widths[1]}}  {goal}" for what, figure, goal in lines))
+    print(f"\nWritten to {folder}: summary.json, shapes.png, images.png (top row before, bottom row after), meshes/*.ply")
     return record
 
 
 def rows(record: dict) -> list[tuple[str, str, str]]:
     """(what, figure, goal) lines of the table."""
-    out = [("reward before / after (mean ± std)", _pair(record["reward_before"], record["reward_after"]), "")]
+    spreads = [f"{found['mean']:.3f} ± {found['std']:.3f}" for found in (record["reward_before"], record["reward_after"])]
     positive = f"{record['reward_delta_positive']}/{record['reward_delta_n']}, mean {record['tuned_delta_mean']:+.3f}"
-    out.append(("positive reward deltas", positive, ">= 95/100"))
+    out = [("reward before / after (mean ± std)", " -> ".join(spreads), ""), ("positive reward deltas", positive, ">= 95/100")]
     if record.get("control_delta_mean") is not None:
         share = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
         text = f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift; {record['control_source']})"
@@ -223,20 +200,6 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     out.append(("over-optimisation watch", f"ALARM: {', '.join(fallen)} fell while the reward rose" if fallen else "quiet", "quiet"))
     out.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 720 s"))
     return out
-
-
-def _pair(before: dict, after: dict) -> str:
-    return f"{before['mean']:.3f} ± {before['std']:.3f} -> {after['mean']:.3f} ± {after['std']:.3f}"
-
-
-def print_summary(record: dict, run_dir: Path) -> None:
-    """Print the table and where the files are."""
-    lines = rows(record)
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    print()
-    for what, figure, goal in [("what", "figure", "goal"), *lines]:
-        print(f"{what:<{widths[0]}}  {figure:<{widths[1]}}  {goal}")
-    print(f"\nWritten to {run_dir}: summary.json, shapes.png, images.png (top row before, bottom row after), meshes/*.ply")
 
 
 @torch.no_grad()

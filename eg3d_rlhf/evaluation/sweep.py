@@ -5,6 +5,7 @@ Letters: N latents, S seeds.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.resampling import kernel_change_interval
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interval
 from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Facts, Finding, Job, identity_of_file, seed_range
+from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.rlhf.phase import density_l1
 from training import checkpoint
 
@@ -96,11 +97,8 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
 
 def finished(t: Training, cell: Cell) -> Path | None:
     """The network of a cell whose run has reached its length."""
-    for run in _runs(t, cell):
-        for kimg, path in snapshots(run)[::-1]:
-            if round(kimg * 1000) >= round(t.kimg * 1000):
-                return path
-    return None
+    found = (path for run in _runs(t, cell) for kimg, path in snapshots(run)[::-1] if round(kimg * 1000) >= round(t.kimg * 1000))
+    return next(found, None)
 
 
 def begun(t: Training, cell: Cell) -> Path | None:
@@ -131,13 +129,18 @@ def train_all(cells: Sequence[Cell], t: Training, tell: Callable[[Cell], None] =
     """
     waiting = [cell for cell in cells if finished(t, cell) is None]
     running: dict[Cell, subprocess.Popen] = {}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // t.workers))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
     for cell in set(cells) - set(waiting):
         tell(cell)
     try:
         while waiting or running:
             while waiting and len(running) < t.workers:
                 cell = waiting.pop(0)
-                running[cell] = _start(cell, t)
+                log = t.home(cell) / LOG
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with log.open("ab") as out:
+                    running[cell] = subprocess.Popen(command(t, cell), stdout=out, stderr=subprocess.STDOUT, env=environment)
             time.sleep(0.05)
             for cell in [cell for cell, process in running.items() if process.poll() is not None]:
                 _check(cell, t, running.pop(cell).returncode)
@@ -148,14 +151,6 @@ def train_all(cells: Sequence[Cell], t: Training, tell: Callable[[Cell], None] =
         for process in running.values():
             process.wait()
     return {cell: path for cell in cells if (path := finished(t, cell)) is not None}
-
-
-def _start(cell: Cell, t: Training) -> subprocess.Popen:
-    log = t.home(cell) / LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // t.workers))
-    with log.open("ab") as out:
-        return subprocess.Popen(command(t, cell), stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads})
 
 
 def _check(cell: Cell, t: Training, status: int) -> None:
@@ -169,25 +164,21 @@ def _check(cell: Cell, t: Training, status: int) -> None:
 
 def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
     """One job for each trained cell."""
-    made = []
-    for cell, path in networks.items():
-        hashes = {"before": c.before.hash, "cell": identity_of_file(path), "reward": c.reward_hash}
-        inputs = c.inputs("reward", "held-out", n=c.n, images=c.images, data=c.data, views=VIEWS, inception=identity_of_file(c.inception))
-        made.append(Job(
-            key=f"cell-{cell.name}", title=f"{cell.setting}, seed {cell.seed}", compute=partial(measure_cell, c, cell, path),
-            inputs={**inputs, "files": hashes},
-        ))
-    return made
+    shared: dict[str, Any] = {"n": c.n, "images": c.images, "data": c.data, "views": VIEWS, "inception": identity_of_file(c.inception)}
+    return [
+        c.job(f"cell-{cell.name}", f"{cell.setting}, seed {cell.seed}", partial(measure_cell, cell=cell, path=path),
+              roles=("reward", "held-out"), **shared,
+              files={"before": c.before.hash, "cell": identity_of_file(path), "reward": c.reward_hash})
+        for cell, path in networks.items()
+    ]
 
 
 def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
     """The front over the findings of `cell_jobs`."""
     found = {cell: findings[f"cell-{cell.name}"] for cell in cells}
-    inputs = {cell.name: one.data for cell, one in found.items()}
-    return Job(
-        key=KEY, title="Reward, distance and geometry", compute=partial(front, c, found), inputs=inputs,
-        plots={"reward-distance-geometry": plot_front, "other-measures": plot_others},
-    )
+    plots = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
+    return Job(key=KEY, title="Reward, distance and geometry", compute=partial(front, c, found), plots=plots,
+               inputs={cell.name: one.data for cell, one in found.items()})
 
 
 def _kept(c: Comparison, name: str, make):
@@ -198,7 +189,7 @@ def _kept(c: Comparison, name: str, make):
     return c.memory[case]
 
 
-def measure_cell(c: Comparison, cell: Cell, path: Path, _folder: Path) -> Finding:
+def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Finding:
     """Changes of every measure from before to one cell, per latent where the measure is."""
     seeds, after = c.seeds(), c.load(path)
     values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
@@ -211,10 +202,14 @@ def measure_cell(c: Comparison, cell: Cell, path: Path, _folder: Path) -> Findin
         values[JUDGE] = overoptimisation.judged(c, sigma) - _kept(c, "judge", lambda: overoptimisation.judged(c, start))
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
     steps = {name: bootstrap_mean_interval(v)._asdict() for name, v in values.items()}
-    if c.data and c.images:
-        steps[IMAGES] = _images(c, after)
-    networks = {"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash}
-    facts = Facts(n=len(seeds), seeds=seed_range(seeds), psi=c.psi, networks=networks, interval=BOOTSTRAP)
+    if c.data:
+        network = load_features(c.inception, c.device)
+        real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
+        fakes = partial(images.fake_features, c, cameras=dataset.get_labels(), network=network)
+        pair = _kept(c, "images", lambda: fakes(c.before)), fakes(after)
+        found = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
+        steps[IMAGES] = {"mean": found.mean, "lo": found.lo, "hi": found.hi}
+    facts = c.facts(seeds, interval=BOOTSTRAP, networks={"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash})
     rows = [{"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}} for i, seed in enumerate(seeds)]
     return Finding(facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows)
 
@@ -222,15 +217,6 @@ def measure_cell(c: Comparison, cell: Cell, path: Path, _folder: Path) -> Findin
 def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
     """Disagreement of normals between neighbouring views [N / 2], degrees."""
     return view_measures(c, generator, c.seeds(max(2, c.n // 2))).normal
-
-
-def _images(c: Comparison, after: LoadedGenerator) -> dict:
-    network = load_features(c.inception, c.device)
-    real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
-    cameras = dataset.get_labels()
-    before = _kept(c, "images", lambda: images.fake_features(c, c.before, cameras, network))
-    found = kernel_change_interval(before, images.fake_features(c, after, cameras, network), real, images.RESAMPLES, c.seed)
-    return {"mean": found.mean, "lo": found.lo, "hi": found.hi}
 
 
 def pareto(values: np.ndarray) -> np.ndarray:
@@ -242,20 +228,16 @@ def pareto(values: np.ndarray) -> np.ndarray:
 
 def gather(found: Mapping[Cell, Finding]) -> list[dict]:
     """One entry for each setting: mean over seeds with interval, and the seeds' values."""
-    rows = []
+    rows: list[dict] = []
     for setting in dict.fromkeys(cell.setting for cell in found):
         own = {cell: one for cell, one in found.items() if cell.setting == setting}
-        first = next(iter(own))
-        row: dict[str, Any] = {
-            "setting": setting, "lambda_r": first.lambda_r, "lambda_sigma": first.lambda_sigma if first.lambda_r else None,
-            "seeds": [cell.seed for cell in own], "measures": {},
-        }
-        for name in next(iter(own.values())).data["measures"]:
-            steps = [one.data["measures"][name] for one in own.values()]
-            each = [step["mean"] for step in steps]
-            interval = t_mean_interval(each)._asdict() if len(each) > 1 else steps[0]
-            row["measures"][name] = {**interval, "each": each}
-        rows.append(row)
+        cell, first = next(iter(own.items()))
+        measures = {}
+        for name, step in first.data["measures"].items():
+            each = [one.data["measures"][name]["mean"] for one in own.values()]
+            measures[name] = {**(t_mean_interval(each)._asdict() if len(each) > 1 else step), "each": each}
+        rows.append({"setting": setting, "lambda_r": cell.lambda_r, "lambda_sigma": cell.lambda_sigma if cell.lambda_r else None,
+                     "seeds": [cell.seed for cell in own], "measures": measures})
     means = np.array([[sign * row["measures"][name]["mean"] for name, sign in GOALS.items()] for row in rows])
     for row, kept in zip(rows, pareto(means), strict=True):
         row["on_front"] = bool(kept)
@@ -271,18 +253,19 @@ def front(c: Comparison, found: Mapping[Cell, Finding], _folder: Path) -> Findin
          **{f"{name}{end}": m[key] for name, m in row["measures"].items() for end, key in columns.items()}}
         for row in rows
     ]
-    seeds = c.seeds()
     networks = {"before": c.before.hash, "reward": c.reward_hash} | {cell.name: one.data["network"] for cell, one in found.items()}
-    facts = Facts(n=len(seeds), unit=f"latents for each of {len(found)} runs", seeds=seed_range(seeds), psi=c.psi, networks=networks,
-                  interval=SEEDS_INTERVAL)
-    return Finding(facts=facts, data={"rows": rows}, rows=table, says=_says(rows))
-
-
-def _says(rows: list[dict]) -> list[str]:
+    facts = c.facts(c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(found)} runs", networks=networks)
     kept = [row for row in rows if row["on_front"]]
-    says = [f"On the front, by means ({len(kept)} of {len(rows)} settings): " + "; ".join(row["setting"] for row in kept) + "."]
-    says.append("On the front: no other setting has at least this reward with no more distance and no more disagreement of normals.")
-    says += _without_consistency(rows)
+    says = [
+        f"On the front, by means ({len(kept)} of {len(rows)} settings): " + "; ".join(row["setting"] for row in kept) + ".",
+        "On the front: no other setting has at least this reward with no more distance and no more disagreement of normals.",
+    ]
+    for without, row in itertools.product(rows, rows):
+        if row["lambda_r"] and row["lambda_r"] == without["lambda_r"] and row["lambda_sigma"] and without["lambda_sigma"] == 0:
+            share = 1 - row["measures"][DISTANCE]["mean"] / max(without["measures"][DISTANCE]["mean"], 1e-12)
+            gain = row["measures"][REWARD]["mean"] / (without["measures"][REWARD]["mean"] or 1e-12)
+            says.append(f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} takes {share:.1%} off the distance of the run "
+                        f"without the consistency term, at {gain:.1%} of its reward.")
     if max(len(row["seeds"]) for row in rows) < 2:
         says.append("One training seed for each setting: the intervals run over latents, and do not tell how runs differ. Add --seeds.")
     says += [
@@ -291,31 +274,13 @@ def _says(rows: list[dict]) -> list[str]:
         "λ_σ / λ_r, and without the consistency term all λ_r > 0 train nearly alike.",
         "The distance is what the consistency term holds down; it orders how far a run went, not how good its shapes are.",
     ]
-    return says
-
-
-def _without_consistency(rows: list[dict]) -> list[str]:
-    says = []
-    for without in (row for row in rows if row["lambda_r"] and row["lambda_sigma"] == 0):
-        for row in rows:
-            if row["lambda_r"] != without["lambda_r"] or not row["lambda_sigma"]:
-                continue
-            share = 1 - row["measures"][DISTANCE]["mean"] / max(without["measures"][DISTANCE]["mean"], 1e-12)
-            gain = row["measures"][REWARD]["mean"] / (without["measures"][REWARD]["mean"] or 1e-12)
-            says.append(f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} takes {share:.1%} off the distance of the run "
-                        f"without the consistency term, at {gain:.1%} of its reward.")
-    return says
-
-
-def _errors(row: dict, name: str) -> list[list[float]]:
-    m = row["measures"][name]
-    return [[max(0.0, m["mean"] - m["lo"])], [max(0.0, m["hi"] - m["mean"])]]
+    return Finding(facts=facts, data={"rows": rows}, rows=table, says=says)
 
 
 def _panel(axes, rows: list[dict], x: str, y: str) -> None:
     for i, row in enumerate(rows):
         here, colour = row["measures"], style.CYCLE[i % len(style.CYCLE)]
-        axes.errorbar(here[x]["mean"], here[y]["mean"], xerr=_errors(row, x), yerr=_errors(row, y), color=colour, linewidth=1,
+        axes.errorbar(here[x]["mean"], here[y]["mean"], xerr=style.errors(here[x]), yerr=style.errors(here[y]), color=colour, linewidth=1,
                       marker="o" if i < len(style.CYCLE) else "s", markersize=6, markerfacecolor=colour if row["on_front"] else "none",
                       label=row["setting"] + (" (front)" if row["on_front"] else ""))
         if len(row["seeds"]) > 1:

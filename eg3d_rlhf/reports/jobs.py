@@ -34,12 +34,8 @@ class Facts:
 
     def line(self) -> str:
         """One line for below a figure."""
-        parts = [f"n = {self.n:,} {self.unit}"]
-        parts += [f"seeds {self.seeds}"] if self.seeds else []
-        parts += [f"ψ = {self.psi:g}"] if self.psi is not None else []
-        parts += [f"{role} {digest[:12]}" for role, digest in self.networks.items()]
-        parts += [self.interval] if self.interval else []
-        return " · ".join(parts)
+        parts = [f"n = {self.n:,} {self.unit}", self.seeds and f"seeds {self.seeds}", "" if self.psi is None else f"ψ = {self.psi:g}"]
+        return " · ".join(filter(None, [*parts, *(f"{role} {digest[:12]}" for role, digest in self.networks.items()), self.interval]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +51,6 @@ class Finding:
     def to_dict(self) -> dict:
         """Plain JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "Finding":
-        """The inverse of `to_dict`; further entries are ignored."""
-        known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
-        return cls(**{**known, "facts": Facts(**known["facts"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +110,10 @@ def stored(out: Path, job: Job) -> Finding | None:
         values = json.loads(data_file(out, job.key).read_text())
     except (OSError, ValueError):
         return None
-    if values.get("identity") != job.identity():
+    if values.get("identity") != job.identity() or not all((out / "data" / name).is_file() for name in values["pictures"].values()):
         return None
-    finding = Finding.from_dict(values)
-    return finding if all((out / "data" / name).is_file() for name in finding.pictures.values()) else None
+    known = {f.name: values[f.name] for f in dataclasses.fields(Finding)}
+    return Finding(**{**known, "facts": Facts(**known["facts"])})
 
 
 def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
@@ -150,26 +140,20 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
     return findings
 
 
-def draw(job: Job, out: Path) -> list[Path]:
-    """Draw the figures of a job from its JSON file: <out>/figures/<key>-<name>.svg, -dark.svg and .png. Returns the light SVGs."""
+def draw(job: Job, out: Path) -> None:
+    """Draw the figures of a job from its JSON file: <out>/figures/<key>-<name>.svg, -dark.svg and .png."""
     values = json.loads(data_file(out, job.key).read_text())["data"]
-    files = []
     for name, plot in job.plots.items():
         stem = out / "figures" / f"{job.key}-{name}"
         for theme, endings in (("light", (".svg", ".png")), ("dark", ("-dark.svg",))):
             with style.theme(theme):
-                drawn = plot(values)
+                drawn = (style.plot_absent if "absent" in values else plot)(values)
                 for ending in endings:
                     style.save(drawn, stem.with_name(stem.name + ending))
-        files.append(stem.with_name(stem.name + ".svg"))
-    return files
 
 
 def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> list[str]:
     """Lines for a terminal: each job's name and the first thing that its finding says, wrapped."""
     width = max(len(job.key) for job in jobs) + 2
-    shown = []
-    for job in jobs:
-        says = textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]
-        shown += [f"{name:<{width}}{line}" for name, line in zip([job.key, *[""] * len(says)], says, strict=False)]
-    return shown
+    says = [(job.key, textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]) for job in jobs]
+    return [f"{'' if i else key:<{width}}{line}" for key, lines in says for i, line in enumerate(lines)]

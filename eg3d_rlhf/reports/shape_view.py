@@ -9,9 +9,6 @@ from torch.nn import functional as F
 from eg3d_rlhf.field import LEVEL
 from training.rendering.cameras import LookAtPoseSampler, RaySampler, intrinsics_matrix
 
-_STEPS = 160
-_NEAR, _FAR = 2.1, 3.3
-
 
 @torch.no_grad()
 def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: float = LEVEL) -> torch.Tensor:
@@ -23,7 +20,7 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     """
     pose = LookAtPoseSampler.sample(torch.pi / 2 + yaw, torch.pi / 2 - 0.1, torch.zeros(3), radius=2.7)
     origins, directions = RaySampler()(pose, intrinsics_matrix(4.2647).reshape(1, 3, 3), resolution)
-    t = torch.linspace(_NEAR, _FAR, _STEPS)
+    t = torch.linspace(2.1, 3.3, 160)  # near to far
     points = origins[:, :, None] + t[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
     pictures = []
     for cube in sigma.cpu():
@@ -36,7 +33,8 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
         fraction = ((level - v0) / (v1 - v0).clamp_min(1e-6)).clamp(0, 1)
         depth = t[index - 1] + fraction * (t[1] - t[0])
         surface = origins[0] + depth[:, None] * directions[0]
-        normal = _gradient(cube, surface)
+        around = [_lookup(cube, surface - offset) - _lookup(cube, surface + offset) for offset in 0.012 * torch.eye(3)]
+        normal = F.normalize(torch.stack(around, dim=-1), dim=-1)  # outward: minus the density's central differences
         light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0)
         shading = 0.25 + 0.75 * (normal @ light).clamp_min(0)
         pictures.append(torch.where(hit, shading, torch.ones_like(shading)).reshape(1, resolution, resolution))
@@ -49,10 +47,3 @@ def _lookup(cube: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     grid = (points * 2).reshape(1, 1, 1, -1, 3)
     values = F.grid_sample((cube - outside)[None, None], grid, align_corners=True, padding_mode="zeros") + outside
     return values.reshape(points.shape[:-1])
-
-
-def _gradient(cube: torch.Tensor, points: torch.Tensor, step: float = 0.012) -> torch.Tensor:
-    """Unit outward normals [..., 3]: minus the density's central differences."""
-    offsets = torch.eye(3) * step
-    difference = torch.stack([_lookup(cube, points - o) - _lookup(cube, points + o) for o in offsets], dim=-1)
-    return F.normalize(difference, dim=-1)

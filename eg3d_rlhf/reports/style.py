@@ -1,8 +1,9 @@
 """One look for every figure: light and dark, colours that colour-blind readers can tell apart, SVG and PNG."""
 
 import contextlib
+import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,7 @@ ROLES = {  # Okabe and Ito's palette, by what is shown
     "before": "#0072B2", "after": "#D55E00", "control": "#009E73", "reward": "#CC79A7", "held-out": "#56B4E9", "noise": "#999999",
 }
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
-SINGLE, WIDE = (4.6, 3.2), (9.4, 3.4)  # inches
-_INK = {"light": "#1c1f24", "dark": "#e6e8eb"}
-_GRID = {"light": "#d9dce1", "dark": "#3a3f47"}
-THEMES = tuple(_INK)
+_THEMES = {"light": ("#1c1f24", "#d9dce1"), "dark": ("#e6e8eb", "#3a3f47")}  # of text, and of the grid
 
 
 @contextlib.contextmanager
@@ -22,12 +20,12 @@ def theme(name: str = "light") -> Iterator[None]:
 
     Raises: ValueError for an unknown theme.
     """
-    if name not in THEMES:
-        raise ValueError(f"theme: expected one of {', '.join(THEMES)}, got {name!r}.")
+    if name not in _THEMES:
+        raise ValueError(f"theme: expected one of {', '.join(_THEMES)}, got {name!r}.")
     import matplotlib
     from cycler import cycler
 
-    ink, grid = _INK[name], _GRID[name]
+    ink, grid = _THEMES[name]
     settings: dict[Any, Any] = {
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": ink, "axes.labelcolor": ink,
         "axes.edgecolor": grid, "xtick.color": ink, "ytick.color": ink, "axes.grid": True, "grid.color": grid, "grid.linewidth": 0.6,
@@ -44,9 +42,34 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=size or (SINGLE if columns == rows == 1 else (min(4.6 * columns, 9.4), 3.2 * rows)))
+    drawn = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))  # inches
     FigureCanvasAgg(drawn)
     return drawn, drawn.subplots(rows, columns)
+
+
+def plot(legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels):
+    """Make `draw(axes, data)` a plot of a finding's data on one pair of axes. Args: legend: its font size, None for none; size: inches."""
+
+    def decorate(draw: Callable) -> Callable:
+        @functools.wraps(draw)
+        def plotted(data: dict):
+            drawn, axes = figure(size=size)
+            draw(axes, data)
+            axes.set(**labels)
+            if legend is not None:
+                axes.legend(fontsize=legend)
+            return drawn
+
+        return plotted
+
+    return decorate
+
+
+@plot(None, size=(9.4, 0.8))
+def plot_absent(axes, data: dict):
+    """Why there is no figure."""
+    axes.set_axis_off()
+    axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 
 
 def colour(role: str) -> str:
@@ -54,10 +77,20 @@ def colour(role: str) -> str:
     return ROLES.get(role, "#777777")
 
 
-def interval(axis, x: float, row: Mapping, role: str, value: str = "mean", lo: str = "lo", hi: str = "hi", **look) -> None:
+def errors(row: Mapping, value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
+    """A row's interval as matplotlib's errorbar takes it."""
+    return [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
+
+
+def interval(axis, x: float, row: Mapping, role: str, value: str = "mean", **look) -> None:
     """One point of a row with its interval, in the colour of a role."""
-    error = [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
-    axis.errorbar([x], [row[value]], yerr=error, color=colour(role), **{"fmt": "o", "capsize": 4, **look})
+    axis.errorbar([x], [row[value]], yerr=errors(row, value), color=colour(role), **{"fmt": "o", "capsize": 4, **look})
+
+
+def band(axes, x: Sequence[float], rows: Sequence[Mapping], ink: str, label: str, **look) -> None:
+    """The means of rows over x, joined by lines, with their intervals as a band."""
+    axes.plot(x, [row["mean"] for row in rows], "o-", color=ink, label=label, **look)
+    axes.fill_between(x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=ink, linewidth=0)
 
 
 def save(drawn, path: Path) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.evaluation import canonical_depth as module
-from eg3d_rlhf.evaluation.canonical_depth import DepthMaps, measures
+from eg3d_rlhf.evaluation import geometry
+from eg3d_rlhf.evaluation.geometry import DepthMaps, measures
 from eg3d_rlhf.field import Bounds
 from eg3d_rlhf.reports import jobs
 
@@ -42,19 +42,19 @@ def test_measures_scale_with_the_cube():
 
 def test_a_missing_face_is_missing():
     found = measures(face(valid=np.zeros((80, 80), bool)), Bounds())
-    assert found["valid pixels"][0] == 0 and all(np.isnan(found[name][0]) for name in list(module.MEASURES)[1:])
+    assert found["valid pixels"][0] == 0 and all(np.isnan(found[name][0]) for name in list(geometry.DEPTH_MEASURES)[1:])
 
 
 def test_change_leaves_pixels_out_that_few_latents_hit():
     before, after = face(), face(nose=0.03)
     valid = np.ones((1, 80, 80), bool)
     valid[0, :40] = False
-    mean = np.array(module._change(before, DepthMaps(after.points, valid))["mean"], dtype=float)
+    mean = np.array(geometry._change(before, DepthMaps(after.points, valid))["mean"], dtype=float)
     assert np.isnan(mean[:40]).all() and np.nanmax(mean) == pytest.approx((after.points - before.points)[0, 40:, :, 2].max(), abs=1e-6)
 
 
 def test_a_generator_against_itself(unchanged, tmp_path):
-    (job,) = module.jobs(unchanged)
+    (job,) = geometry.depth_jobs(unchanged)
     finding = jobs.run([job], tmp_path, quiet=True)["canonical-depth"]
     change = finding.data["measures"]["valid pixels"]["paired"]["after"]
     assert change["mean"] == 0 and any("--control" in line for line in finding.says)
@@ -66,8 +66,8 @@ def test_without_any_face_the_part_says_so(unchanged, monkeypatch, tmp_path):
     def empty(c, generator, seeds):
         return DepthMaps(np.zeros((len(seeds), 16, 16, 3)), np.zeros((len(seeds), 16, 16), bool))
 
-    monkeypatch.setattr(module, "depth_maps", empty)
-    (job,) = module.jobs(unchanged)
+    monkeypatch.setattr(geometry, "depth_maps", empty)
+    (job,) = geometry.depth_jobs(unchanged)
     finding = jobs.run([job], tmp_path, quiet=True)["canonical-depth"]
     assert "Are these aligned heads?" in "\n".join(finding.says) and finding.data["measures"]["nose prominence"]["n"] == 0
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import embedding
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.metrics.feature_sets import neighbours, paired_separability
-from eg3d_rlhf.reports import interactive
 from eg3d_rlhf.reports import jobs as running
+from eg3d_rlhf.reports import page
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.networks import RewardEnsemble
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -145,7 +145,7 @@ def test_pictures_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, m
 
 
 def test_colours_end_where_the_scale_does():
-    assert interactive.shade_of(0.0) == "#440154" and interactive.shade_of(1.0) == "#fde725"
+    assert page.shade_of(0.0) == "#440154" and page.shade_of(1.0) == "#fde725"
 
 
 def test_the_tool_from_files_to_page(tiny_networks, tiny_reward, tiny_pair, tmp_path, quick_umap, monkeypatch):

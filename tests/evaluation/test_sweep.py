@@ -132,8 +132,8 @@ def test_several_seeds_give_an_interval_over_runs():
 
 def test_cells_are_measured_against_before(tiny_comparison, tiny_pair):
     c, path = tiny_comparison, sorted(tiny_pair[0].glob("network-snapshot-*"))[-1]
-    found = sweep.measure_cell(c, CELL, path, None)
-    own, unchanged = found.data["measures"], sweep.measure_cell(c, CELL, c.before.path, None).data["measures"]
+    found = sweep.measure_cell(c, None, CELL, path)
+    own, unchanged = found.data["measures"], sweep.measure_cell(c, None, CELL, c.before.path).data["measures"]
     delta = (c.scores(c.load(path), c.seeds()) - c.scores(c.before, c.seeds())).double().mean()
     assert own[sweep.REWARD]["mean"] == pytest.approx(float(delta)) and own[sweep.DISTANCE]["mean"] > 0
     assert {name: step["mean"] for name, step in unchanged.items()} == dict.fromkeys(unchanged, 0) and sweep.IMAGES in own

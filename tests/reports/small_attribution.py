@@ -11,8 +11,7 @@ from eg3d_rlhf.attribution.study import Settings, Study
 from eg3d_rlhf.attribution.surface import PAGE
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.interactive import ColouredMesh, Layer, mesh_page
-from eg3d_rlhf.reports.page import write_page
+from eg3d_rlhf.reports.page import ColouredMesh, Layer, mesh_page, write_page
 from tools import attribute
 
 

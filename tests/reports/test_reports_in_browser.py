@@ -42,7 +42,7 @@ def no_png():
 def pages(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
     """Folder with a page for each report, from tiny networks."""
     root, c = tmp_path_factory.mktemp("reports"), tiny_comparison
-    parts = report.select(report.all_jobs(c), PARTS)
+    parts = report.select(c, PARTS)
     findings = running.run(parts, root / "evaluate", quiet=True)
     write_page(root / "evaluate/index.html", report.TITLE, report.introduction(c), parts, findings, report.summary(c, findings))
     with pytest.MonkeyPatch.context() as patch:
