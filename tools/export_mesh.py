@@ -18,7 +18,7 @@ import click
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.media.rendering import StageBar
-from eg3d_rlhf.sigma.mesh_export import MeshOptions, check_mesh_suffix, export_mesh, save_mesh
+from eg3d_rlhf.sigma.mesh_export import MeshOptions, check_mesh_suffix, export_mesh
 
 DEFAULTS = MeshOptions()
 
@@ -64,7 +64,7 @@ def main(out: Path, network: Path | None, seed: int, psi: float, cutoff: int, no
         options = options if options.level is not None else replace(options, level=field.level)
         mesh, report = export_mesh(field, options, bar)
         bar("writing", 0, 1)
-        save_mesh(out, mesh.vertices, mesh.faces, mesh.colors, mesh.normals)
+        mesh.save(out)
         bar("writing", 1, 1)
     report.write(out.with_name(out.name + ".json"), network=generator.hash, **latent, options=asdict(options))
     parts = f"{report.components} of {report.components_extracted} parts"

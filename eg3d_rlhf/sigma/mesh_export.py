@@ -120,6 +120,10 @@ class Mesh:
     normals: np.ndarray  # [V, 3] float32, unit, outwards
     colors: np.ndarray | None = None  # [V, 3] uint8
 
+    def save(self, path: str | Path) -> Path:
+        """Write as .ply, .obj or .glb; see `save_mesh`."""
+        return save_mesh(path, self.vertices, self.faces, self.colors, self.normals)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshReport:
@@ -238,4 +242,4 @@ def save_shape(path: str | Path, field: Field, options: MeshOptions, progress: P
         grid = FieldGrid(field, options.resolution, options.border)
         return write_mrc(path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress)
     mesh, _ = export_mesh(field, options, progress)
-    return save_mesh(path, mesh.vertices, mesh.faces, mesh.colors, mesh.normals)
+    return mesh.save(path)
