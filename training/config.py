@@ -1,6 +1,6 @@
-"""Settings of a training run, and the presets that fill them.
+"""Settings of GAN training, a dataclass for each part, and the networks' arguments that follow from them.
 
-A preset is a table row: what differs between FFHQ, AFHQ, ShapeNet and the bundled 64-pixel heads.
+A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in eg3d_rlhf/settings.py.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """EG3D's family: tri-planes, a small decoder, volume rendering and super-resolution (Chan et al. 2022).
 
-The only file outside training/ that knows planes, decoder, renderer and rendering options.
+Outside training/ this file alone asks a network for its planes, decoder and renderer; arithmetic on planes is in eg3d_rlhf/sigma.
 
 Letters: N samples, K planes, C channels, L layers of ws, W w_dim, P points, X, Y, Z = grid points along x, y, z.
 """

@@ -61,7 +61,7 @@ def to_resolution(images: Tensor, resolution: int) -> Tensor:
 
 
 class HeadFactorFeatures:
-    """The bundled feature network; see FeatureNetwork in frechet.py for the protocol."""
+    """The bundled feature network; see FeatureNetwork in distances.py for the protocol."""
 
     dim = DIM
 

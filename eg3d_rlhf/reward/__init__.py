@@ -1,1 +1,1 @@
-"""The reward network on density slabs: architecture, files, training."""
+"""Rewards: networks on what an observation gives, their files, their training."""

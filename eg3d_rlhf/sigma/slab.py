@@ -1,4 +1,4 @@
-"""Raw density of a generator on a grid of world points, and the self-normalised slab that a reward reads.
+"""Raw density of feature planes on a grid of world points, and the self-normalised slab that a reward reads.
 
 Two implementations of one function: `separable` (2-D maps, see separable.py) and `pointwise` (every point on its own: the oracle, and the
 only way for planes that are not axis-aligned and for a skewed lattice).

@@ -145,7 +145,7 @@ class SimulationOptions:
 class SimulatedTrials:
     """Scores of many studies with one allocation."""
 
-    scores: np.ndarray  # [S, N], as eg3d_rlhf.study.estimate takes them
+    scores: np.ndarray  # [S, N], as eg3d_rlhf.study.analysis.win_rate takes them
     b_left: np.ndarray  # [S, N] bool
     chose_left: np.ndarray  # [S, N] bool; meaningless for ties
     annotator: np.ndarray  # [N]

@@ -36,7 +36,7 @@ def trellis_problem(
 ) -> Problem:
     """A problem from TRELLIS's files and people's pairs.
 
-    Conditions are divided by a hash of their names: a share is held out. Three judges of `learned_reward` are fitted to people's pairs of
+    Conditions are divided by a hash of their names: a share is held out. Three judges of `LinearReward` are fitted to people's pairs of
     different conditions: one half of the trained (w1 and w2), the other half (held-out win rate), the held-out (the final table).
     The same assets must be paired at both stages, where both are there.
 
