@@ -7,7 +7,7 @@ from typing import Any
 
 from eg3d_rlhf import bundled, observations, pickles
 from eg3d_rlhf.cli import naming
-from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.generators import find_network, known_architecture
 from eg3d_rlhf.pickles.rebuild import neural_rendering_resolution
 from eg3d_rlhf.rlhf.phase import REWARD, RewardConfig
 from training import storage
@@ -214,10 +214,11 @@ def network_facts(source: str | None) -> dict:
             rendered = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             meta = storage.read_meta(path, "network")
-            G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta["neural_rendering_resolution"]
+            known_architecture(meta)
+            G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta.get("neural_rendering_resolution")
     group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
     conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
-    return {"nrr_initial": rendered, "gen_pose_cond": conditioned, "mbstd_group": group}
+    return {"gen_pose_cond": conditioned, "mbstd_group": group, **({} if rendered is None else {"nrr_initial": rendered})}
 
 
 FRESH = (  # what only fresh networks can follow

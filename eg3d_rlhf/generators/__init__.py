@@ -133,9 +133,16 @@ def load_networks(path: str | Path, device: str | torch.device = "cpu", freeze_l
     """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
-    if storage.read_meta(path, "network").get("architecture", networks.EG3D) not in networks.ARCHITECTURES:
-        load_plugins()
+    known_architecture(storage.read_meta(path, "network"))
     return networks.load(path, device, freeze_layers)
+
+
+def known_architecture(meta: dict) -> None:
+    """See to it that the architecture which a network file's description names is known. Raises: ValueError naming those that are."""
+    name = meta.get("architecture", networks.EG3D)
+    if name not in networks.ARCHITECTURES:
+        load_plugins()
+    networks.architecture(name)
 
 
 def find_network(source: str | Path | None) -> Path:

@@ -11,6 +11,7 @@ import torch
 import trimesh
 from click.testing import CliRunner
 
+import train
 from eg3d_rlhf import bundled, plugins
 from eg3d_rlhf.field import RenderOptions
 from eg3d_rlhf.generators import FAMILIES, load_generator, ws_of_seeds
@@ -52,6 +53,16 @@ def foreign(tmp_path_factory):
     yield path, inner.generator
     patch.undo()
     del FAMILIES["mirrored"], networks.ARCHITECTURES["mirrored"]
+
+
+def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):
+    unheard = tmp_path / "unheard.safetensors"
+    storage.write_tensors(unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None})
+    lacks = {foreign[0]: "expected a network file with G, D and G_ema", unheard: "expected an architecture of eg3d, mirrored"}
+    for init, message in lacks.items():
+        result = CliRunner().invoke(train.main, [f"--init={init}", f"--data={tiny_data}", f"--outdir={tmp_path}"])
+        assert result.exit_code == 2 and result.stderr.startswith("Error: --init: ") and message in result.stderr.splitlines()[-1]
+        assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
