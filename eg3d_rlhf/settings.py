@@ -211,7 +211,7 @@ def network_facts(source: str | None) -> dict:
             snapshot = pickles.read(path)
             plans = pickles.plan(snapshot)
             G, D = plans["G_ema"].kwargs, plans["D"].kwargs if "D" in plans else None
-            rendered = neural_rendering_resolution(snapshot.networks["G_ema"])
+            rendered: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             meta = storage.read_meta(path, "network")
             known_architecture(meta)
