@@ -16,7 +16,8 @@ from scipy.special import expit
 from eg3d_rlhf.metrics.statistics import wilson_interval
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.reward.cache import ObservationCache
-from eg3d_rlhf.reward.networks import RewardEnsemble, RewardNetwork
+from eg3d_rlhf.reward.ensembles import RewardEnsemble
+from eg3d_rlhf.reward.networks import RewardNetwork
 from training.distributed import SINGLE, Ranks
 
 Network = RewardNetwork | RewardEnsemble

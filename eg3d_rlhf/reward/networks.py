@@ -1,11 +1,10 @@
-"""What all reward networks share: a trunk and three preference heads on a feature vector; ensembles; and which networks read what.
+"""What all reward networks share: a trunk and three preference heads on a feature vector; and which networks read what.
 
 A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`, made known by `register`.
 
-Letters: N samples, P pairs, M entries of a vector, E members; [N, ...] is what the network's observation gives.
+Letters: N samples, P pairs, M entries of a vector; [N, ...] is what the network's observation gives.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,52 +120,6 @@ class RewardNetwork(nn.Module):
         )
 
 
-class RewardEnsemble(nn.Module):
-    """Mean score of networks that were trained apart (Lakshminarayanan et al. 2017, arXiv 1612.01474): less variance than one.
-
-    Used like a RewardNetwork, for as many times the cost; not trained itself.
-    """
-
-    def __init__(self, members: Sequence[RewardNetwork]):
-        super().__init__()
-        self.members: Sequence[RewardNetwork] = nn.ModuleList(members)  # type: ignore[assignment]  # it holds nothing else
-
-    @classmethod
-    def of(cls, networks: Sequence[RewardNetwork]) -> "RewardEnsemble":
-        """Join copies of trained networks of one architecture."""
-        return cls([copy.deepcopy(network) for network in networks]).eval().requires_grad_(False)
-
-    def describe(self) -> dict[str, Any]:
-        """See `RewardNetwork`."""
-        return {**self.members[0].describe(), "members": len(self.members)}
-
-    def check(self, shape: Sequence[int]) -> None:
-        """See `RewardNetwork`."""
-        self.members[0].check(shape)
-
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Feature vectors of all members side by side."""
-        return torch.cat([member.features(observed) for member in self.members], dim=1)
-
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
-        """Embeddings of all members side by side: [N, ...] -> [N, E * M]."""
-        return torch.cat([member.embed(observed) for member in self.members], dim=1)
-
-    def score(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`."""
-        return torch.stack([member.score(observed) for member in self.members]).mean(dim=0)
-
-    def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The reward of embeddings [N, E * M] -> [N]."""
-        parts = zip(self.members, embedding.chunk(len(self.members), dim=1), strict=True)
-        return torch.stack([member.score_embedding(part) for member, part in parts]).mean(dim=0)
-
-    def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Mean order-free logit that `first` is better, from embeddings [P, E * M] each -> [P]. Swapping the pair negates it."""
-        parts = zip(self.members, first.chunk(len(self.members), dim=1), second.chunk(len(self.members), dim=1), strict=True)
-        return torch.stack([member.pair_margin(a, b) for member, a, b in parts]).mean(dim=0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """An architecture by name, with the settings that suit it."""
@@ -199,13 +152,6 @@ def readers_of(kind: str) -> Readers:
         names = ", ".join(READERS)
         raise ValueError(f"reward: expected an observation that some network reads ({names}), got {kind!r}. Register its network.")
     return READERS[kind]
-
-
-def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | RewardEnsemble:
-    """An untrained network, or several, as described. Raises: ValueError for other fields than the network's."""
-    build, values = readers_of(kind).build, dict(description)
-    members = values.pop("members", 1)
-    return build(values) if members == 1 else RewardEnsemble([build(values) for _ in range(members)])
 
 
 def preset(name: str | None = None, kind: str = "sigma") -> Preset:

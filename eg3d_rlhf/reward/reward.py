@@ -21,8 +21,9 @@ from eg3d_rlhf import observations
 from eg3d_rlhf.field import Field
 from eg3d_rlhf.generators import Generator
 from eg3d_rlhf.observations import Observation, SigmaSlab
+from eg3d_rlhf.reward.ensembles import RewardEnsemble, build_network
 from eg3d_rlhf.reward.model import PAPER
-from eg3d_rlhf.reward.networks import RewardEnsemble, RewardNetwork, build_network
+from eg3d_rlhf.reward.networks import RewardNetwork
 from training.networks import state_hash
 from training.storage import write_atomic
 

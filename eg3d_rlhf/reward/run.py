@@ -13,8 +13,8 @@ from eg3d_rlhf.observations import Observation, observation_of
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds
+from eg3d_rlhf.reward.ensembles import RewardEnsemble
 from eg3d_rlhf.reward.evaluation import Network, collect_curves, evaluate, fit_temperature, margins, plot_curves, score_seeds
-from eg3d_rlhf.reward.networks import RewardEnsemble
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
 from eg3d_rlhf.run.run import Run, recorded

@@ -11,7 +11,8 @@ from eg3d_rlhf.attribution.cross_checks import agreement, rank_correlation, redr
 from eg3d_rlhf.attribution.regions import face_partition
 from eg3d_rlhf.attribution.surface import by_region, diverging, labels_at, picture, slab_index, voxels_at
 from eg3d_rlhf.reports.page import ColouredMesh, Layer, mesh_page
-from eg3d_rlhf.reward.networks import build_network, preset
+from eg3d_rlhf.reward.ensembles import build_network
+from eg3d_rlhf.reward.networks import preset
 from eg3d_rlhf.sigma.mesh import extract_mesh
 from eg3d_rlhf.sigma.spec import SlabSpec
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.attribution.scoring import fast_score, group_affine
+from eg3d_rlhf.reward.ensembles import RewardEnsemble
 from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
-from eg3d_rlhf.reward.networks import RewardEnsemble
 
 
 def preset(name):

@@ -14,7 +14,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.observations import known
 from eg3d_rlhf.plugins import VARIABLE
-from eg3d_rlhf.reward.networks import build_network
+from eg3d_rlhf.reward.ensembles import build_network
 from eg3d_rlhf.reward.reward import Reward
 from tools.attribute import main
 

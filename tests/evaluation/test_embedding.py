@@ -14,7 +14,7 @@ from eg3d_rlhf.metrics.feature_sets import neighbours, paired_separability
 from eg3d_rlhf.reports import jobs as running
 from eg3d_rlhf.reports import page
 from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reward.networks import RewardEnsemble
+from eg3d_rlhf.reward.ensembles import RewardEnsemble
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tools import embed
 
