@@ -119,6 +119,8 @@ def main(**flags) -> None:
         ignored = ["--" + name.replace("_", "-") for name in settings.FRESH if flags[name] is not None]
         if ignored and resolved.net.init != "scratch":
             print(f"Warning: {', '.join(ignored)} ignored: the networks of --init={resolved.net.init} are as they are.", file=sys.stderr)
+        if resolved.reward.keeping.early_stop is not None and resolved.reward.terms.lambda_r == 0:
+            print("Warning: --early-stop ignored: with --lambda-r=0 the whole run is the control.", file=sys.stderr)
         if flags["dry_run"]:
             click.echo(json.dumps(resolved.to_dict(), indent=2, sort_keys=True))
             return

@@ -10,11 +10,12 @@ import torch
 
 from eg3d_rlhf.cli import choose_device, naming
 from eg3d_rlhf.evaluation.summary import Evaluation, finish
-from eg3d_rlhf.generators import find_network, load_networks, of
+from eg3d_rlhf.generators import KEPT, find_network, load_networks, of
 from eg3d_rlhf.reward.reward import check_reward, load_reward
+from eg3d_rlhf.rlhf.early_stop import EarlyStop
 from eg3d_rlhf.rlhf.phase import RewardTerms, reward_phase
-from eg3d_rlhf.rlhf.watch import make_watch
-from eg3d_rlhf.run.run import Run, begun_by_this_launch, claim, next_free
+from eg3d_rlhf.rlhf.watch import Watch, make_watch
+from eg3d_rlhf.run.run import STATS, Run, begun_by_this_launch, claim, next_free
 from eg3d_rlhf.settings import Settings, input_files
 from training import checkpoint, networks
 from training.augment import AugmentPipe
@@ -78,6 +79,7 @@ class Objects:
     loop: TrainingLoop
     nets: networks.Networks  # that it trains
     evaluation: Evaluation | None  # before/after comparison of a reward run
+    early_stop: EarlyStop | None = None  # which of its snapshots is kept
 
 
 def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
@@ -99,7 +101,7 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
     if s.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases, watch, evaluation = GanPhases(G, D, s.gan, augment).phases(), None, None
+    phases, watch, evaluation, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None
     if s.reward.reward != "none" and wanted is not None:
         with naming("--reward-ckpt"):
             reward = load_reward(wanted, device)
@@ -120,9 +122,23 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
         if s.reward.terms.lambda_r > 0:
             terms = RewardTerms(G, nets.G_ema, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
+            if s.reward.keeping.early_stop is not None:
+                early = EarlyStop(nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution).to(device)
+        if evaluation is not None:
+            evaluation.early_stop = early
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks)
-    loop = TrainingLoop(gan, phases, s.loop, files, options=s.to_dict(), on_tick=watch, ranks=ranks)
-    return Objects(loop, nets, evaluation)
+    carries = {} if early is None else {"early_stop": early}
+    loop = TrainingLoop(
+        gan, phases, s.loop, files, options=s.to_dict(), on_tick=observers(watch, early), ranks=ranks, carries=carries
+    )
+    return Objects(loop, nets, evaluation, early)
+
+
+def observers(watch: Watch | None, early: EarlyStop | None):
+    """What the loop calls at each tick: the watch, then the early stop, which reads what the watch has measured."""
+    if watch is None or early is None:
+        return watch
+    return lambda loop, stats: {**watch(loop, stats), **early.tick(loop, stats, watch.latest["second"])}
 
 
 def start_or_continue(s: Settings, outdir: Path, ranks: Ranks = SINGLE) -> Path:
@@ -162,7 +178,9 @@ def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks
         objects = build(s, files, warm_start=False)  # as do the weights
         objects.loop.resume(source, previous)
         if objects.evaluation is not None and objects.evaluation.watch is not None:
-            objects.evaluation.watch.restore(folder / "stats.jsonl")
+            objects.evaluation.watch.restore(folder / STATS)
+            if objects.early_stop is not None:
+                objects.early_stop.restore(folder / STATS)
         _finish(objects, s, started)
     return folder
 
@@ -171,6 +189,8 @@ def _finish(objects: Objects, s: Settings, started: float) -> None:
     objects.loop.run()
     if objects.loop.stopped is not None:
         return
+    if objects.early_stop is not None and objects.loop.ranks.main:
+        networks.save(objects.loop.files.folder / KEPT, objects.early_stop.networks(objects.nets))
     objects.loop.ranks.barrier()
     leave()  # the others need not wait for the evaluation
     if objects.evaluation is not None and not s.run.no_summary:

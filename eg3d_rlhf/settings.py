@@ -9,6 +9,7 @@ from eg3d_rlhf import bundled, observations, pickles
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.generators import find_network, known_architecture
 from eg3d_rlhf.pickles.rebuild import neural_rendering_resolution
+from eg3d_rlhf.rlhf.early_stop import EarlyStopConfig
 from eg3d_rlhf.rlhf.phase import REWARD, RewardConfig
 from training import storage
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, check_knobs, knob
@@ -46,6 +47,7 @@ class RewardSettings:
         None, "Second reward, never trained on, that must not fall while the first rises.", REWARD, metavar="FILE", shown="bundled"
     )
     terms: RewardConfig = RewardConfig()
+    keeping: EarlyStopConfig = EarlyStopConfig()
     rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0002")
     control: str | None = knob(
         None, "Summary of the lambda_r = 0 run to quote.", REWARD, metavar="RUN|FILE", shown="recorded in assets, where it is one"
@@ -181,6 +183,9 @@ def resolve(flags: Mapping) -> Settings:
             raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
         if (cfg, reward) == ("heads64", "sigma") and given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
             given.setdefault("reward_watch", str(bundled.WATCH))
+    if given.get("early_stop") is not None and given.get("reward_watch") is None:
+        lacking = "--reward" if reward == "none" else "--reward-watch"
+        raise ValueError(f"--early-stop: expected {lacking}, whose scores choose the snapshot, got none. Add it, or leave this out.")
     if Path(init).is_dir():  # its newest network now, which a resume will look for
         with naming("--init"):
             init = given["init"] = str(find_network(init))
@@ -239,6 +244,7 @@ def input_files(s: Settings) -> dict[str, Path]:
 # What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
 _NOT_THE_CONTROLS = {
     "lambda_r", "lambda_sigma", "lambda_front", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch", "rlr", "anchor_resolution",
+    "early_stop", "early_stop_distance",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
     "hashes", "task",
 }

@@ -5,7 +5,7 @@ further phase changes no draw of the others, and neither ranks nor accumulation 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,14 +56,17 @@ class TrainingLoop:
         options: the resolved configuration, stored in checkpoints.
         on_tick: called once per tick, on rank 0, with (loop, stats); returns fields to add to the status line.
         ranks: this process among those of the run; all build the same loop.
+        carries: further modules that checkpoints hold, by name.
     """
 
     def __init__(
         self, subject: Subject, phases: list[Phase], config: LoopConfig, files: Any, *, options: dict | None = None,
         on_tick: Callable[["TrainingLoop", dict], dict[str, str]] | None = None, ranks: Ranks = SINGLE,
+        carries: Mapping[str, torch.nn.Module] | None = None,
     ):
         self.subject, self.phases, self.config, self.files = subject, phases, config, files
         self.options, self.on_tick, self.ranks = options or {}, on_tick, ranks
+        self.carries = carries or {}
         self.device = subject.device
         self.layout = Layout(config.batch, ranks, config.batch_gpu)
         self.cur_nimg, self.batch_idx, self.cur_tick = 0, 0, 0
@@ -190,7 +193,7 @@ class TrainingLoop:
     # Checkpoints.
 
     def _modules(self) -> dict[str, torch.nn.Module]:
-        return {**self.subject.modules(), **{f"phase_{p.name}": p.state for p in self.phases if p.state is not None}}
+        return {**self.subject.modules(), **{f"phase_{p.name}": p.state for p in self.phases if p.state is not None}, **self.carries}
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         found: dict[str, torch.optim.Optimizer] = {}

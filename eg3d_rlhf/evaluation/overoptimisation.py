@@ -12,7 +12,7 @@ import torch
 from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, span
-from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.generators import KEPT, LoadedGenerator
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.reports import style
@@ -72,8 +72,11 @@ def judged(c: Comparison, sigma: torch.Tensor) -> np.ndarray:
 def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     """Changes of every measure in units of its deviation before, over distance, with the point of divergence."""
     seeds, kept = c.seeds(), [(kimg, path) for kimg, path in c.snapshots("after") if kimg > 0]
+    chosen = c.after.nets.cur_nimg / 1000 if c.after.path.name == KEPT else None  # by an early stop: one of the run's own
+    if chosen is not None and chosen not in dict(kept):
+        kept = sorted([*kept, (chosen, c.after.path)])
     last = c.load(kept[-1][1]).hash if kept else None
-    end: list[tuple[None, LoadedGenerator]] = [] if last == c.after.hash else [(None, c.after)]
+    end: list[tuple[None, LoadedGenerator]] = [] if last == c.after.hash or chosen is not None else [(None, c.after)]
     networks: list[tuple[float | None, LoadedGenerator | Path]] = [(0.0, c.before), *kept, *end]  # (kimg, network)
     known = {PROXY: True, SECOND: c.held_out is not None, JUDGE: c.synthetic}
     values = {name: list[np.ndarray]() for name, here in known.items() if here}

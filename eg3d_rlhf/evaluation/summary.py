@@ -25,6 +25,7 @@ from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.reward import Reward
+from eg3d_rlhf.rlhf.early_stop import EarlyStop
 from eg3d_rlhf.rlhf.watch import Watch, annotator_calibration, utilities
 from eg3d_rlhf.seeds import GEOMETRY, IMAGES, JUDGE
 from eg3d_rlhf.settings import control_differs
@@ -48,6 +49,7 @@ class Evaluation:
     before: Generator  # frozen, before tuning
     reward: Reward
     watch: Watch | None = None
+    early_stop: EarlyStop | None = None  # chose what is evaluated; None: the last networks are
 
 
 def reward_shift(c: Comparison) -> dict:
@@ -156,11 +158,12 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
 def finish(e: Evaluation, loop, started: float) -> dict:
     """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the table."""
     print("Comparing before and after on held-out latents (about a minute on 2 cores).", flush=True)
-    folder, nets = loop.files.folder, loop.subject.nets
+    folder, nets, early = loop.files.folder, loop.subject.nets, e.early_stop
+    nets = nets if early is None else early.networks(nets)
     before, after = (LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema)))
     c = Comparison(before=before, after=after, reward=e.reward, run=folder, data=e.settings["data"], mirror=e.settings["mirror"],
                    device=next(nets.G_ema.parameters()).device)
-    record = {**summarise(c, e), "images": loop.cur_nimg}
+    record = {**summarise(c, e), "images": loop.cur_nimg, "early_stop": None if early is None else early.record()}
     record["seconds"] = time.time() - started
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
     write_pictures(c, folder)
@@ -198,6 +201,9 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         out.append((f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85"))
     fallen = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
     out.append(("over-optimisation watch", f"ALARM: {', '.join(fallen)} fell while the reward rose" if fallen else "quiet", "quiet"))
+    if (kept := record.get("early_stop")) is not None:
+        text = f"after {kept['images']} of {kept['of']} images: second reward {kept['second']:+.3f}, distance {kept['distance']:.3f}"
+        out.append(("early stop kept the snapshot", text, ""))
     out.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 720 s"))
     return out
 

@@ -79,6 +79,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
+KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.rlhf.early_stop)
 
 
 def register(family: Family) -> Family:
@@ -120,8 +121,8 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     """Load a network.
 
     Args:
-        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder (its newest network snapshot),
-            or None for the bundled generator.
+        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder (the snapshot that it kept,
+            else its newest), or None for the bundled generator.
     Raises: FileNotFoundError, ValueError.
     """
     path = find_network(source)
@@ -153,6 +154,8 @@ def find_network(source: str | Path | None) -> Path:
         return bundled.GENERATOR
     path = Path(source)
     if path.is_dir():
+        if (path / KEPT).is_file():
+            return path / KEPT
         snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(path.glob("network-snapshot-*.pkl"))
         if not snapshots:
             raise FileNotFoundError(

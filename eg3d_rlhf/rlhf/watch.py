@@ -37,6 +37,7 @@ class Watch:
     def __init__(self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all):
         self.measures, self.seeds = measures, seeds
         self.initial = self._values(G_ref)
+        self.latest: dict[str, np.ndarray] = {}  # changes [N] at the last tick
         self.alarms: list[dict] = []
 
     def _values(self, G: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -47,7 +48,7 @@ class Watch:
         """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the status line."""
         fields = {}
         for name, values in self._values(loop.subject.nets.G_ema).items():
-            delta = values - self.initial[name]
+            delta = self.latest[name] = values - self.initial[name]
             stats[f"Watch/{name}"] = {"num": len(delta), "mean": float(delta.mean()), "std": float(delta.std())}
             fields[name] = f"{delta.mean():+.3f}"
         fallen = self._alarm(loop.cur_nimg, stats)
