@@ -107,6 +107,8 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
             reward = load_reward(wanted, device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+            if second is not None and second.is_member_of(reward):
+                raise ValueError("expected a reward that does not tune, got a member of --reward-ckpt. Train one on other labels.")
         if reward.observation.kind != s.reward.reward:
             kind = reward.observation.kind
             raise ValueError(f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass --reward={kind}.")

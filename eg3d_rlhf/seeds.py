@@ -44,7 +44,9 @@ GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
 IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 1600)", moved=True)
 WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
 CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
-HELD_OUT = (LATENTS, JUDGE, GEOMETRY, IMAGES, WATCH, CALIBRATION)
+SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning")
+BEST_OF_N = HeldOut("best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True)
+HELD_OUT = (LATENTS, JUDGE, GEOMETRY, IMAGES, WATCH, CALIBRATION, SCALES, BEST_OF_N)
 
 
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:

@@ -46,6 +46,8 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
     source = label_source(labels, LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__}))
     given = {k: v for k, v in options.items() if k in names and v is not None}
     defaults = default_options(preset, observation)
+    if options["bootstrap"] is None:
+        options["bootstrap"] = given.get("members", 1) > 1
     train = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
     reading = {**find_preset(preset, observation).observe, **given}
     out = out or Path("runs") / f"reward-{source_stem(labels)}-{train.preset}-s{train.seed}"
@@ -73,6 +75,10 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 @option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
         help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma.")
 @options_of(RewardRun, everywhere=BY_PRESET)
+@option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
+        help="Draw the training pairs with replacement, for each member by its own seed.")
+@option("--shared-start", group="Network", is_flag=True,
+        help="Train one network first, from which all members go on; --aggregate=warm does so anyway.")
 @option("--cosine/--no-cosine", group="Training", default=None, show_default=BY_PRESET, help="Let the learning rate fall to 0.")
 @option("--mirror/--no-mirror", group="Training", default=None, show_default=BY_PRESET,
         help="Augment what is read at random: slabs are flipped left-right.")

@@ -109,14 +109,13 @@ def independence(c: Comparison) -> str:
     if c.held_out is None:
         return NO_SECOND
     first, second = c.reward.provenance, c.held_out.provenance
-    labels = first.get("labels"), second.get("labels")
     text = "The held-out reward took no part in tuning this generator's weights"
     if settings_of(c.run).get("hashes", {}).get("reward") == c.held_out_hash:
         return "The run names the held-out reward as the one that it optimised: it is not held out. Name another with --reward-watch."
-    if None in labels:
+    if not (c.reward.labels and c.held_out.labels):
         return f"{text}; whether its labels are others than the tuned reward's is not recorded."
     seeds = "another seed" if first.get("seed") != second.get("seed") else "the same seed"
-    if labels[0] == labels[1]:
+    if c.reward.labels & c.held_out.labels:
         return (
             f"{text}, but it learnt from the same labels with {seeds}: it shares their faults, and a rise of both is weaker evidence than "
             "one of a reward with labels of its own. Train one on other labels and name it with --reward-watch."

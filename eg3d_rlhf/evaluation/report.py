@@ -81,7 +81,7 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
         says.append("the cause of a change: without a control, further training alone may have made it.")
     elif c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run))):
         says.append(f"a clean comparison with the control: its run also differs in {', '.join(other)}.")
-    if c.held_out is None or c.held_out.provenance.get("labels") == c.reward.provenance.get("labels"):
+    if c.held_out is None or c.held_out.labels == c.reward.labels or c.held_out.labels & c.reward.labels:
         says.append("freedom from over-optimisation in general: " + (
             "there is no second reward." if c.held_out is None else "the second reward learnt from the same labels as the first."))
     if c.synthetic:

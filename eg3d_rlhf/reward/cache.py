@@ -5,7 +5,7 @@ Shape letters: N seeds; [N, ...] is what the observation gives.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from eg3d_rlhf.generators import of, ws_of_seeds
 from eg3d_rlhf.observations import Observation
+from eg3d_rlhf.seeds import SCALES
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
@@ -34,6 +35,12 @@ def observe_seeds(generator: Any, observation: Observation, *, psi: float = 1.0,
             return observation.observe(generator.field(ws_of_seeds(generator, seeds, psi, cutoff)))
 
     return draw
+
+
+def untuned(generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16) -> Iterator[torch.Tensor]:
+    """Batches [N, ...] of what is seen of the untuned samples on which an ensemble's members are standardised."""
+    draw = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
+    return (draw(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
 
 
 def cache_name(generator: str, observation: Observation, psi: float, cutoff: int | None) -> str:

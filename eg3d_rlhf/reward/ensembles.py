@@ -61,6 +61,7 @@ KINDS = {
     "softmin": _Kind(soft_minimum, 0.5, "beta"),
 }  # fmt: skip
 AVERAGE = "warm"  # the average of the weights, which is a single network and not an ensemble (arXiv 2401.12187)
+CHOICES = (*KINDS, AVERAGE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Aggregate:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"--aggregate: expected one of {', '.join((*KINDS, AVERAGE))}, got {self.kind!r}. Choose one of them.")
+            raise ValueError(f"--aggregate: expected one of {', '.join(CHOICES)}, got {self.kind!r}. Choose one of them.")
         known = KINDS[self.kind]
         if self.strength is not None and not known.called:
             raise ValueError(f"--strength: expected none for --aggregate={self.kind}, got {self.strength}. Leave it out.")
@@ -209,6 +210,29 @@ def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
             if value.is_floating_point():
                 value.copy_(torch.stack([state[name].double() for state in states]).mean(dim=0))
     return average.eval().requires_grad_(False)
+
+
+def check_joining(kind: str | None, strength: float | None) -> None:
+    """Raise ValueError where `combine` would refuse the kind or the strength."""
+    if kind not in (None, AVERAGE):
+        Aggregate(kind, strength)
+    elif strength is not None:
+        raise ValueError(f"--strength: expected --aggregate=lcb, uwo or softmin with it, got {kind or 'none'}. Leave it out.")
+
+
+def combine(
+    networks: Sequence[RewardNetwork], kind: str | None, strength: float | None, observed: Iterable[torch.Tensor]
+) -> RewardNetwork | RewardEnsemble:
+    """Trained networks as one reward.
+
+    Args: kind: one of CHOICES, or None for the mean of raw scores; observed: batches [N, ...] of untuned samples, read for ensembles of
+        standardised members alone.
+    Raises: ValueError, see `Aggregate`, `Standard` and `average_weights`.
+    """
+    check_joining(kind, strength)
+    if kind == AVERAGE:
+        return average_weights(networks)
+    return RewardEnsemble.of(networks) if kind is None else RewardEnsemble.of(networks, Aggregate(kind, strength), observed)
 
 
 def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | RewardEnsemble:

@@ -34,7 +34,8 @@ class Reward(nn.Module):
     """Observation, network (or ensemble of networks) and provenance: everything that a score depends on.
 
     Args: provenance: JSON values; tools/train_reward.py writes generator (SHA-256 of its state), architecture, psi, truncation_cutoff,
-    labels (SHA-256), preset, seed, temperature, test_accuracy and test_accuracy_clean, score_mean and score_std.
+    labels (SHA-256; several with + between them), preset, seed, temperature, test_accuracy and test_accuracy_clean, score_mean and
+    score_std, and start (SHA-256) where members went on from one network.
     Raises: ValueError where the network cannot read the observation.
     """
 
@@ -56,11 +57,23 @@ class Reward(nn.Module):
         """Divisor of differences of scores that makes them log odds; 1 where training did not fit one."""
         return float(self.provenance.get("temperature") or 1.0)
 
+    @property
+    def labels(self) -> frozenset[str]:
+        """SHA-256 of the label sets that it learnt from; empty where that is not recorded."""
+        return frozenset((self.provenance.get("labels") or "").split("+")) - {""}
+
     def members(self) -> list["Reward"]:
         """The rewards of an ensemble one by one; itself where it is a single one."""
         if not isinstance(self.network, RewardEnsemble):
             return [self]
         return [Reward(self.observation, member, self.provenance) for member in self.network.members]
+
+    def is_member_of(self, other: "Reward") -> bool:
+        """Whether it is, or shares, a member of an ensemble."""
+        if not isinstance(other.network, RewardEnsemble):
+            return False
+        own, others = ({state_hash(one.network) for one in reward.members()} for reward in (self, other))
+        return bool(own & others)
 
     def arranged(self) -> "Reward":
         """Itself, with the weights of 3-D convolutions as they run fastest: a tenth faster, the same values."""

@@ -12,15 +12,17 @@ from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.observations import Observation, observation_of
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
-from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds
-from eg3d_rlhf.reward.ensembles import RewardEnsemble
+from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds, untuned
+from eg3d_rlhf.reward.ensembles import AVERAGE, CHOICES, check_joining, combine
 from eg3d_rlhf.reward.evaluation import Network, collect_curves, evaluate, fit_temperature, margins, plot_curves, score_seeds
+from eg3d_rlhf.reward.networks import RewardNetwork
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
 from eg3d_rlhf.run.run import Run, recorded
 from eg3d_rlhf.seeds import refuse_held_out
-from training.config import knob
+from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks, launch_identity, leave
+from training.networks import state_hash
 from training.storage import write_atomic
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
@@ -50,10 +52,25 @@ class RewardRun:
     split_seed: int = knob(0, "Which labels are held out, whatever --seed is.", "Data", low=0, shown="0")
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
     slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, shown="16")
-    members: int = knob(1, "Train so many networks from different seeds and average their scores.", "Network", low=1, shown="1")
+    members: int = knob(1, "Train so many networks with different seeds, and join them.", "Network", low=1, shown="1")
+    aggregate: str | None = knob(
+        None, "What members become. Their scores are standardised, but for the default; warm is the mean of their weights.", "Network",
+        choices=CHOICES, shown="the mean of raw scores",
+    )
+    strength: float | None = knob(
+        None, "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.", "Network", above=0, shown="1, 0.5, 0.5"
+    )
+    shared_start: bool = False  # members go on from one network that is trained first
     resume: bool = False  # continue the state in `out`
     device: str = "cpu"
     train: TrainOptions = field(default_factory=TrainOptions)
+
+    def __post_init__(self):
+        check_knobs(self)
+        check_joining(self.aggregate, self.strength)
+        if self.members < 2 and (self.aggregate is not None or self.shared_start):
+            flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
+            raise ValueError(f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual.")
 
     def to_dict(self) -> dict:
         """Plain JSON values."""
@@ -130,19 +147,22 @@ def _run_locked(
 ) -> dict | None:
     splits = split_by_seed(labels, run.fractions, run.split_seed)
     data = collect_observations(run, splits, generator, observation, psi, listen, ranks)
-    states = _train(run, record, data, listen, ranks)
+    states, start = _train(run, record, data, listen, ranks)
     ranks.barrier()
     leave()  # the others need not wait for the figures
     if not ranks.main:
         return None
-    model = states[0].model if len(states) == 1 else RewardEnsemble.of([state.model for state in states])
+    model: Network = states[0].model
+    if len(states) > 1:
+        observed = untuned(generator.generator, observation, psi, run.cutoff, run.slab_batch)
+        model = combine([state.model for state in states], run.aggregate, run.strength, observed)
     report = assess(run, model, states, data, splits)
     report |= {"labels_file": run.labels.name, "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
     provenance = {
         "generator": generator.hash, "architecture": generator.generator.architecture, "psi": psi, "truncation_cutoff": run.cutoff,
         "labels": report["labels_sha256"], "preset": run.train.preset, "seed": run.train.seed, "temperature": report["temperature"],
         "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
-        "score_mean": report["score_mean"], "score_std": report["score_std"],
+        "score_mean": report["score_mean"], "score_std": report["score_std"], **({"start": start} if start else {}),
     }  # fmt: skip
     Reward(observation, model, provenance).save(run.out / "reward.safetensors")
     write_atomic(run.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
@@ -175,24 +195,30 @@ def collect_observations(
     )
 
 
-def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks: Ranks) -> list[TrainState]:
-    """Train every member of the ensemble, each from its own seed; the first member's is the run's."""
-    steps = -(-len(data.train) // run.train.batch) * run.train.epochs * run.members
-    advance = listen.bar(steps, "training")
-    states = []
-    for member in range(run.members):
+def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks: Ranks) -> tuple[list[TrainState], str]:
+    """Train every member of the ensemble, each from its own seed; the first member's is the run's.
 
-        def on_epoch(epoch: dict, member: int = member) -> None:
-            record.stats({"member": member + 1, **epoch})
+    Returns: the members, and the SHA-256 of the network that they went on from, '' where there is none. It counts as member 0.
+    """
+    shared = run.shared_start or run.aggregate == AVERAGE
+    advance = listen.bar(-(-len(data.train) // run.train.batch) * run.train.epochs * (run.members + shared), "training")
+
+    def train(number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None) -> TrainState:
+        def on_epoch(epoch: dict) -> None:
+            record.stats({"member": number, **epoch})
             if ranks.main:
-                listen.epoch({"member": member + 1, **epoch})
+                listen.epoch({"member": number, **epoch})
 
-        options = replace(run.train, seed=run.train.seed + MEMBER_STRIDE * member)
-        state_file = run.out / (f"state-{member + 1}.pt" if member else "state.pt")
-        states.append(train_reward(
-            data, options, device=run.device, state_file=state_file, ranks=ranks, on_step=lambda: advance(1), on_epoch=on_epoch
-        ))
-    return states
+        return train_reward(
+            data, options, device=run.device, state_file=run.out / name, ranks=ranks, on_step=lambda: advance(1), on_epoch=on_epoch,
+            start=start,
+        )
+
+    start = train(0, replace(run.train, bootstrap=False), "state-start.pt").model if shared else None
+    digest = "" if start is None else state_hash(start)
+    each = [replace(run.train, seed=run.train.seed + MEMBER_STRIDE * member, start=digest) for member in range(run.members)]
+    names = ["state.pt", *(f"state-{member + 1}.pt" for member in range(1, run.members))]
+    return [train(i + 1, options, name, start) for i, (options, name) in enumerate(zip(each, names, strict=True))], digest
 
 
 def assess(run: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits) -> dict:

@@ -48,7 +48,9 @@ class TrainOptions:
     anchors: int = knob(0, "High-quality anchors (psi 0.25) that should beat every labelled shape.", TRAINING, metavar="SEEDS", low=0)
     mirror: bool = True  # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
     weights: LossWeights = field(default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0))
-    seed: int = knob(0, "Initialisation, order, anchors, flips.", "Run", low=0, shown="0")
+    seed: int = knob(0, "Initialisation, order, anchors, flips, bootstrap.", "Run", low=0, shown="0")
+    bootstrap: bool = False  # train on as many pairs, drawn with replacement by the seed
+    start: str = ""  # SHA-256 of the network that training goes on from; '' begins anew
 
     def __post_init__(self):
         check_knobs(self)
@@ -129,6 +131,7 @@ class TrainState:
 def train_reward(
     data: TrainData, options: TrainOptions, *, device: str | torch.device = "cpu", state_file: Path | None = None,
     on_step: Callable[[], None] | None = None, on_epoch: Callable[[dict], None] | None = None, ranks: Ranks = SINGLE,
+    start: RewardNetwork | None = None,
 ) -> TrainState:
     """Train until `epochs` or `patience` run out; returns the state with the best epoch's weights in the model.
 
@@ -138,16 +141,22 @@ def train_reward(
         state_file: written after each epoch; a matching one that exists is continued.
         on_step, on_epoch: for progress bars and logs; on_epoch gets the epoch's record.
         ranks: this process among those that train together; each step's pairs are divided among them.
+        start: the network whose weights training goes on from; `options.start` names it.
     Raises: ValueError when the pairs are missing, or when `state_file` belongs to other options; StoppedError after SIGTERM or SIGINT.
     """
     if not data.train or not data.val:
         raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
+    if options.bootstrap:
+        drawn = np.random.default_rng([options.seed, len(data.train)]).integers(len(data.train), size=len(data.train))
+        data = replace(data, train=[data.train[i] for i in drawn])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = readers_of(data.observation.kind).build(preset(options.preset, data.observation.kind).network).to(device)
     family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
     state = TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay), ranks=ranks)
     model.calibrate(lambda: data.store.take([seed for label in data.train for seed in (label.winner, label.loser)], device))
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     if state_file is not None and ranks.broadcast(state_file.is_file()):
         _load_state(state_file, state, options)
     ranks.broadcast_((*model.parameters(), *model.buffers()))
@@ -271,8 +280,8 @@ def _load_state(path: Path, state: TrainState, options: TrainOptions) -> None:
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         what = type(error).__name__
         raise ValueError(f"train_reward({path.name}): expected a training state, got {what}. Delete it to start over.") from error
-    wanted = json.loads(json.dumps(asdict(options)))
-    changed = sorted(name for name, value in wanted.items() if plain["options"].get(name) != value)
+    wanted, later = json.loads(json.dumps(asdict(options))), {"bootstrap": False, "start": ""}  # files of earlier versions lack these
+    changed = sorted(name for name, value in wanted.items() if {**later, **plain["options"]}.get(name) != value)
     if changed:
         raise ValueError(f"train_reward({path.name}): expected the options it was begun with, got other {', '.join(changed)}. Use those.")
     state.model.load_state_dict(stored["model"])
