@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +89,8 @@ def rewards(G: torch.nn.Module, ws: torch.Tensor, reward: Reward, batch: int = 1
 
 
 @torch.no_grad()
-def utilities(G: torch.nn.Module, ws: torch.Tensor, calibration: Calibration, batch: int = 8) -> np.ndarray:
-    """The annotator's noise-free utility [N] of latents ws [N, L, W], from geometry alone."""
+def utilities(G: Any, ws: torch.Tensor, calibration: Calibration, batch: int = 8) -> np.ndarray:
+    """The annotator's noise-free utility [N] of a generator's latents ws [N, L, W], from geometry alone."""
     generator = of(G)
     spec = SlabSpec.of(generator.bounds, JUDGE_RESOLUTION)
     cubes = (cube for part in ws.split(batch) for cube in generator.field(part).density_grid(spec).cpu().numpy())

@@ -2,6 +2,7 @@
 
 import torch
 
+from eg3d_rlhf.evaluation.judges import measured
 from eg3d_rlhf.evaluation.summary import rows
 from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.sigma.spec import SlabSpec
@@ -12,7 +13,11 @@ RECORD = {
     "tuned_delta_mean": 2.0, "control_delta_mean": -0.1, "control_source": "control.json", "win_rate": 0.9, "win_rate_ci95": [0.85, 0.94],
     "win_rate_n": 200, "frechet_before": 4.0, "frechet_after": 4.4, "reward_test_accuracy": 0.9, "reward_test_accuracy_ci95": [0.85, 0.93],
     "reward_test_n": 300, "reward_test_against": "noise-free order", "over_optimisation": [], "seconds": 300.0, "device": "cpu",
-    "geometry": [{"name": "depth", "before": 1.0, "after": 2.0, "better": False}],
+    "frechet_ratio": 1.1, "frechet_verdict": "worse", "utility_before": 0.5, "utility_after": 0.7, "utility_true": 0.9,
+    "utility_true_n": 32, "gap_closed": 0.5, "gap_closed_ci95": [0.45, 0.56], "relief_n": 100, "relief_least": 0.9,
+    "relief_share_before": 0.3, "relief_share_after": 0.6, "relief_detail_share_before": 0.0, "relief_detail_share_after": 0.1,
+    "geometry": [measured("depth", 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}),
+                 measured("critic", 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}, higher_is_better=True)],
 }
 
 
@@ -20,8 +25,11 @@ def test_rows_state_figures_and_failures():
     table = {what: figure for what, figure, _ in rows(RECORD)}
     assert table["positive reward deltas"] == "97/100, mean +2.000"
     assert "5.0% of the tuned shift" in table["mean delta of the lambda_r = 0 control"]
-    assert table["depth"].endswith("(WORSE)")
-    assert "x1.100" in table["Fréchet distance before -> after"]
+    assert table["depth"] == "1 -> 2 (worse: +1 [+0.5, +1.5])"
+    assert table["critic, higher is better"] == "1 -> 2 (better: +1 [+0.5, +1.5])"
+    assert table["Fréchet distance before -> after"] == "4.000 -> 4.400 (x1.100, worse)"
+    assert table["way to the true heads that tuning went"] == "50.0% [45.0%, 56.0%]"
+    assert table["relief of a face (correlation >= 0.9)"] == "30% -> 60% of 100; without the overall curvature 0% -> 10%"
     assert table["over-optimisation watch"] == "quiet"
 
 

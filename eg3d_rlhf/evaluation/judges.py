@@ -1,0 +1,146 @@
+"""What judges a reward run at its end, before against after on held-out latents: the annotator without noise, distances to the data, and
+measures of geometry that share nothing with the annotator.
+
+Every change gets a verdict from its 95 % interval. Letters: N latents, K true heads.
+"""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.geometry import view_measures
+from eg3d_rlhf.evaluation.images import images_of, open_data
+from eg3d_rlhf.evaluation.paired import contains_zero
+from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.metrics.distances import collect
+from eg3d_rlhf.metrics.evaluation import real_batches
+from eg3d_rlhf.metrics.features import load_features
+from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
+from eg3d_rlhf.metrics.relief import ALIKE, Relief, relief
+from eg3d_rlhf.metrics.resampling import frechet_change_interval
+from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
+from eg3d_rlhf.metrics.true_heads import RAMPS, head_distances, ramped, true_shapes
+from eg3d_rlhf.preferences.annotator import Calibration, utility
+from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
+from eg3d_rlhf.seeds import GEOMETRY, IMAGES, JUDGE
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+FAKES = 1600  # images per Fréchet distance
+TRUE_HEADS = 32  # whose utility says how far there is to go
+RESAMPLES = 60  # of a Fréchet distance's change
+BOOTSTRAP = 10_000
+FITTED = 20  # heads fitted together
+RELIEF_RESOLUTION = 64  # grid points per edge of the cube that relief is read from
+
+
+def verdict(lo: float, hi: float, higher_is_better: bool = False) -> str:
+    """'better', 'worse', or 'no clear change' where the interval lo..hi of a change contains 0."""
+    if contains_zero(lo, hi):
+        return "no clear change"
+    return "better" if (lo > 0) == higher_is_better else "worse"
+
+
+def measured(name: str, before: float, after: float, change: dict, higher_is_better: bool = False) -> dict:
+    """A line of `geometry` of the summary; `change` holds at least mean, mean_lo and mean_hi of after - before."""
+    better = after >= before if higher_is_better else after <= before
+    return {"name": name, "before": float(before), "after": float(after), "better": bool(better), "higher_is_better": higher_is_better,
+            "paired": change, "verdict": verdict(change["mean_lo"], change["mean_hi"], higher_is_better)}
+
+
+def true_utilities(c: Comparison, calibration: Calibration) -> np.ndarray:
+    """Noise-free utilities [K] of true heads, each the mean over RAMPS, by the path that a generator's shapes take."""
+    spec, level = SlabSpec.of(c.before.generator.bounds, JUDGE_RESOLUTION), c.before.generator.level
+    values = [
+        [utility(ramped(distance, ramp, level).numpy(), calibration=calibration, box_warp=spec.box_warp).total for ramp in RAMPS]
+        for shape in true_shapes(TRUE_HEADS).split(1) for distance in head_distances(shape, spec)
+    ]
+    return np.mean(values, axis=1)
+
+
+def gap_closed(before: np.ndarray, after: np.ndarray, true: np.ndarray, seed: int = 0) -> tuple[float | None, list[float] | None]:
+    """Share (after - before) / (true - before) of the way to true heads, and its 95 % percentile bootstrap interval over latents and heads.
+
+    Args: before, after: [N], the same latents; true: [K]. None where true heads are no better, or may be no better, than `before`.
+    """
+    if true.mean() <= before.mean():
+        return None, None
+    rng = np.random.default_rng(seed)
+    latents, heads = (rng.integers(0, len(values), (BOOTSTRAP, len(values))) for values in (before, true))
+    gained, gap = (after - before)[latents].mean(axis=1), true[heads].mean(axis=1) - before[latents].mean(axis=1)  # [B] each
+    ends = np.quantile(gained / gap, [0.025, 0.975]).tolist() if gap.min() > 0 else None
+    return float((after.mean() - before.mean()) / (true.mean() - before.mean())), ends
+
+
+def blind_pairs(c: Comparison) -> dict:
+    """Share of held-out latents whose tuned shape the noise-free judge prefers, an exact tie counts half; how far it is to true heads."""
+    calibration, pair = annotator_calibration(), (c.before, c.after)
+    before, tuned = (utilities(generator.generator, c.ws(generator, JUDGE.all), calibration) for generator in pair)
+    wins, ties = int((tuned > before).sum()), int((tuned == before).sum())
+    low, high = wilson_interval(wins + ties // 2, len(before))
+    true = true_utilities(c, calibration)
+    closed, ends = gap_closed(before, tuned, true)
+    return {
+        "win_rate": (wins + 0.5 * ties) / len(before), "win_rate_ci95": [low, high], "win_rate_n": len(before), "win_rate_ties": ties,
+        "utility_before": float(before.mean()), "utility_after": float(tuned.mean()), "utility_true": float(true.mean()),
+        "utility_true_std": float(true.std()), "utility_true_n": len(true), "utility_true_ramps": list(RAMPS),
+        "gap_closed": closed, "gap_closed_ci95": ends,
+    }
+
+
+def frechet(c: Comparison) -> dict:
+    """Fréchet distance to the data before and after."""
+    network, dataset = load_features(c.inception, c.device), open_data(c)
+    real, real_features = collect(network, (images.to(c.device) for images in real_batches(dataset, 64)))
+    chosen, cameras = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES), dataset.get_labels()
+    with tqdm(total=2 * FAKES, desc="images for the Fréchet distance", unit="image") as bar:
+        fakes = [collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen), bar.update)
+                 for generator in (c.before, c.after)]
+    before, tuned = (statistics.distance(real) for statistics, _ in fakes)
+    record = {
+        "frechet_before": before, "frechet_after": tuned, "frechet_ratio": tuned / before, "frechet_features": network.name,
+        "frechet_images": FAKES,
+    }
+    if min(FAKES, len(real_features)) > network.dim:  # an Inception's 2048 features ask for more images
+        found = frechet_change_interval(fakes[0][1], fakes[1][1], real_features, RESAMPLES)
+        record |= {"frechet_change_ci95": [found.lo, found.hi], "frechet_verdict": verdict(found.lo, found.hi)}
+    return record
+
+
+def geometry(c: Comparison) -> dict:
+    """Measures that the annotator never used; 'better' compares means, the verdict is that of the paired interval beside it."""
+    values: dict[str, list[np.ndarray]] = {}
+    with tqdm(total=(4 if c.synthetic else 2) * GEOMETRY.count, desc="independent geometry measures", unit="shape") as bar:
+        for generator in (c.before, c.after):
+            found = view_measures(c, generator, GEOMETRY.all, bar.update)
+            measures = {
+                "photometric reprojection error": found.photometric, "depth disagreement": found.depth,
+                "normal disagreement (degrees)": found.normal,
+            }
+            if c.synthetic:
+                fitted = nearest_head_measures(generator.generator, c.ws(generator, GEOMETRY.all), batch=FITTED, on_batch=bar.update)
+                measures["distance to the nearest head"] = fitted.distance
+            for name, value in measures.items():
+                values.setdefault(name, []).append(value)
+    rows = [measured(name, old.mean(), new.mean(), paired_summary(old, new)._asdict()) for name, (old, new) in values.items()]
+    return {"geometry_n": GEOMETRY.count, "geometry": rows}
+
+
+@torch.no_grad()
+def reliefs(c: Comparison, generator: LoadedGenerator) -> Relief:
+    """Correlations of the frontal relief of the comparison's latents with their nearest true heads', which are fitted together: 5 times as
+    fast as eight by eight."""
+    spec = SlabSpec.of(generator.generator.bounds, RELIEF_RESOLUTION)
+    return relief(torch.cat([field.density_grid(spec) for field in c.fields(generator, c.seeds())]), spec, generator.generator.level)
+
+
+def relief_shares(c: Comparison) -> dict:
+    """Share of latents whose face has the relief of the nearest true head, before and after."""
+    print("Fitting true heads to the faces of both (half a minute).", flush=True)
+    before, tuned = (reliefs(c, generator) for generator in (c.before, c.after))
+    record: dict = {"relief_n": len(c.seeds()), "relief_least": ALIKE, "relief_share": float((tuned.plane >= ALIKE).mean())}
+    for name, found in (("before", before), ("after", tuned)):
+        record |= {f"relief_share_{name}": float((found.plane >= ALIKE).mean()), f"relief_mean_{name}": float(found.plane.mean()),
+                   f"relief_detail_share_{name}": float((found.detail >= ALIKE).mean()),
+                   f"relief_detail_mean_{name}": float(found.detail.mean())}
+    return record

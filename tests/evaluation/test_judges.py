@@ -1,0 +1,70 @@
+"""The judges of a run's end: verdicts, the way to true heads, relief; a network against itself and true heads in a network's place."""
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.evaluation import judges
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.judges import gap_closed, measured, verdict
+from eg3d_rlhf.metrics.true_heads import head_distances, ramped, true_shapes
+from eg3d_rlhf.seeds import HeldOut
+from tests.evaluation.comparisons import Bodies, replaced
+
+
+@pytest.mark.parametrize(
+    ("ends", "higher", "expected"),
+    [
+        ((0.1, 0.2), False, "worse"), ((0.1, 0.2), True, "better"), ((-0.2, -0.1), False, "better"), ((-0.2, -0.1), True, "worse"),
+        ((-0.1, 0.2), False, "no clear change"), ((0.0, 0.2), True, "no clear change"), ((0.0, 0.0), False, "no clear change"),
+    ],
+)
+def test_verdicts_follow_the_interval_and_the_direction(ends, higher, expected):
+    assert verdict(*ends, higher) == expected
+    row = measured("x", 1.0, 1.0 + sum(ends) / 2, {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}, higher)
+    assert row["verdict"] == expected and row["better"] is ((sum(ends) >= 0) if higher else (sum(ends) <= 0))
+
+
+def test_the_way_to_true_heads():
+    rng = np.random.default_rng(0)
+    before, true = rng.normal(0.5, 0.05, 200), rng.normal(0.9, 0.01, 32)
+    closed, (low, high) = gap_closed(before, np.full(200, true.mean()), true)
+    assert closed == pytest.approx(1) and low < 1 < high and high - low < 0.05
+    assert gap_closed(before, before, true) == (0.0, [0.0, 0.0])
+    half, (low, high) = gap_closed(before, before + 0.2 + rng.normal(0, 0.02, 200), true)
+    assert low < 0.2 / (true.mean() - before.mean()) < high and low < half < high
+    assert gap_closed(before, before, before - 0.1) == (None, None)
+
+
+def true_heads(ws):
+    """A field of true heads in the place of latents, the same for every call."""
+    return Bodies(lambda grid: ramped(head_distances(true_shapes(len(ws), first=1000), grid)), len(ws))
+
+
+@pytest.fixture
+def healed(unchanged, monkeypatch):
+    """A comparison whose generator gives true heads after tuning."""
+    monkeypatch.setattr(judges, "JUDGE", HeldOut("judge", 210_000, 6, ""))
+    monkeypatch.setattr(judges, "TRUE_HEADS", 4)
+    monkeypatch.setattr(Comparison, "synthetic", True)
+    after = replaced(unchanged.after, field=true_heads)
+    return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4})
+
+
+def test_a_generator_of_true_heads_closes_the_gap(healed):
+    record = judges.blind_pairs(healed)
+    assert record["gap_closed"] == pytest.approx(1, abs=0.05) and record["win_rate"] == 1
+    assert record["utility_after"] == pytest.approx(record["utility_true"], abs=0.03) and record["utility_true_n"] == 4
+
+
+def test_a_generator_of_true_heads_has_their_relief(healed):
+    record = judges.relief_shares(healed)
+    assert (record["relief_share_before"], record["relief_share"], record["relief_detail_share_after"]) == (0, 1, 1)
+    assert record["relief_mean_after"] > 0.98 and record["relief_n"] == 4
+
+
+def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):
+    monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 4, ""))
+    monkeypatch.setattr(judges, "FAKES", 80)
+    found = judges.geometry(unchanged)["geometry"]
+    assert len(found) == 3 and {row["verdict"] for row in found} == {"no clear change"}
+    assert all(row["before"] == row["after"] for row in found)
