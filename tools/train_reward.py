@@ -61,6 +61,8 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 @option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
         show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
 @option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator.")
+@option("--more-network", "more_networks", group="Data", metavar="FILE", type=click.Path(path_type=Path), multiple=True,
+        show_default="none", help="A further generator that labels name; may be given again.")
 @option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
         help="Shares of the labels per split.")
 @option("--campaign", group=STORE, metavar="NAME", default=None, show_default="all that collect preferences", help="Campaign.")

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,9 +32,10 @@ class Splits:
 def split_by_seed(labels: Sequence[Preference], fractions: Sequence[float] = (0.70, 0.15, 0.15), seed: int = 0) -> Splits:
     """Divide labels into train, val and test so that no seed is in two splits.
 
-    Seeds that a label connects stay together: connected components of the seed graph are dealt out, large ones first, each to the
-    split furthest below its share of labels. A component with more labels than the training share is cut: its seeds, in
-    breadth-first order from a drawn one, are dealt in runs of the shares' sizes, and labels across a cut are dropped and counted.
+    Seeds that a label connects stay together, whichever generators drew them, so that no latent stands on two sides: connected components
+    of the seed graph are dealt out, large ones first, each to the split furthest below its share of the labels of the same generator. A
+    component with more labels than the training share is cut: its seeds, in breadth-first order from a drawn one, are dealt in runs of
+    the shares' sizes, and labels across a cut are dropped and counted.
 
     Args: `fractions` three shares that sum to 1; `seed` decides every draw, so equal arguments give equal splits.
     Raises: ValueError on shares that do not sum to 1, and when a split with a share above 0 stays empty.
@@ -63,7 +64,9 @@ def _assign(labels: Sequence[Preference], fractions: Sequence[float], rng: np.ra
         neighbours[label.loser].append(label.winner)
     components = _components(neighbours, rng)
     weights = [sum(len(neighbours[s]) for s in seeds) / 2 for seeds in components]  # labels inside each
-    room = [share * len(labels) for share in fractions]
+    drawn_by = {seed: label.generator for label in labels for seed in (label.winner, label.loser)}
+    counts = Counter(label.generator for label in labels)
+    room = {generator: [share * count for share in fractions] for generator, count in counts.items()}
     home: dict[int, int] = {}
     for k in sorted(range(len(components)), key=lambda k: -weights[k]):  # stable: equal ones keep their drawn order
         if weights[k] > max(fractions) * len(labels) and len(components[k]) > 2:
@@ -71,8 +74,9 @@ def _assign(labels: Sequence[Preference], fractions: Sequence[float], rng: np.ra
             for position, seed in enumerate(components[k]):
                 home[seed] = int(np.searchsorted(edges, position, side="right"))
             continue
-        target = max(range(3), key=lambda s: room[s])
-        room[target] -= weights[k]
+        here = room[drawn_by[components[k][0]]]
+        target = max(range(3), key=lambda s: here[s])
+        here[target] -= weights[k]
         home.update(dict.fromkeys(components[k], target))
     return home
 
@@ -117,3 +121,16 @@ def common_value(labels: Iterable[Preference], name: str):
         listed = ", ".join(f"{value} ({n} labels)" for value, n in counts.most_common(4))
         raise ValueError(f"labels: expected one {name} throughout, got {listed}. Keep labels of one {name} in a file.")
     return next(iter(counts), None)
+
+
+def numbered(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
+    """Labels of several generators with a number in place of each seed, one for every (generator, seed), and what the numbers stand for."""
+    numbers: dict[tuple[str, int], int] = {}
+
+    def changed(label: Preference) -> Preference:
+        winner, loser = (numbers.setdefault((str(label.generator), seed), len(numbers)) for seed in (label.winner, label.loser))
+        clean = None if label.clean is None else winner if label.clean == label.winner else loser
+        return replace(label, winner=winner, loser=loser, clean=clean)
+
+    train, val, test = (tuple(map(changed, part)) for part in (splits.train, splits.val, splits.test))
+    return replace(splits, train=train, val=val, test=test), list(numbers)

@@ -1,7 +1,8 @@
 """A whole reward training: labels and a generator in; a stored reward, its test figures and its learning curves out."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from eg3d_rlhf.cli import ASSETS
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.observations import Observation, observation_of
-from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, split_by_seed
+from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds, untuned
 from eg3d_rlhf.reward.ensembles import AVERAGE, CHOICES, check_joining, combine
@@ -38,6 +39,7 @@ class RewardRun:
     network: Path | None = knob(
         None, "Generator of the labelled seeds: a network file or a run folder.", "Data", metavar="FILE", shown="the bundled generator"
     )
+    more_networks: tuple[Path, ...] = ()  # of further generators that labels name
     labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
     observation: str = "sigma"  # kind of what the reward reads
     resolution: int | None = knob(
@@ -75,6 +77,7 @@ class RewardRun:
     def to_dict(self) -> dict:
         """Plain JSON values."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
+        values["more_networks"] = [str(path) for path in self.more_networks]
         return {**values, "network": values["network"] or "bundled", **self.labels.settings}
 
 
@@ -102,21 +105,16 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
     labels = read_labels(run.labels, run.out if run.resume else None, ranks)
     refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={run.labels.settings['labels']}")
-    generator = load_generator(run.network, run.device)
-    named = None if run.any_generator else common_value(labels, "generator")
-    if named is not None and named != generator.hash:
-        raise ValueError(
-            f"labels: expected judgements of generator {generator.hash[:12]}..., got labels of {named[:12]}.... "
-            "Pass the labels' --network, or --any-generator if the seeds mean the same shapes."
-        )
+    generators = open_generators(run, labels)
     stated = common_value(labels, "psi")
     if run.psi is not None and stated is not None and abs(run.psi - stated) > 1e-6:
         raise ValueError(f"--psi: expected the labels' own {stated}, got {run.psi}. Leave it out.")
     psi = next((value for value in (run.psi, stated) if value is not None), 1.0)
-    observation = observation_of(run.observation, generator.generator, resolution=run.resolution, crop=run.crop)
+    observation, splits = what_is_read(run, generators), split_by_seed(labels, run.fractions, run.split_seed)
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
-    inputs = {"network": generator.path, **({} if run.labels.file is None else {"labels": run.labels.file})}
+    inputs = {"network": generators[0].path, **{f"network {i + 2}": g.path for i, g in enumerate(generators[1:])}}
+    inputs |= {} if run.labels.file is None else {"labels": run.labels.file}
     with Run(run.out, run.to_dict(), inputs, ranks=ranks) as record:
         if run.resume and ranks.broadcast(bool(begun)):
             record.resume(free=None)  # the state's file knows its options
@@ -124,7 +122,38 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
             record.begin()
         if ranks.main and run.labels.file is None and not (run.out / KEPT).is_file():
             write_labels(run.out / KEPT, labels)
-        return _run_locked(run, record, labels, generator, observation, psi, listen, ranks)
+        return _run_locked(run, record, labels, splits, generators, observation, psi, listen, ranks)
+
+
+def open_generators(run: RewardRun, labels: Sequence[Preference]) -> list[LoadedGenerator]:
+    """The generators that drew the labelled shapes, the run's --network first.
+
+    Raises: ValueError for labels of another one, and, where there are several, labels that name none.
+    """
+    found = [load_generator(source, run.device) for source in (run.network, *run.more_networks)]
+    if run.any_generator and len(found) == 1:
+        return found
+    if run.any_generator:
+        raise ValueError("--any-generator: expected one --network, got --more-network as well. Leave one of the two out.")
+    hashes, counts = [g.hash for g in found], Counter(label.generator for label in labels)
+    strange = [name for name in counts if name not in hashes and not (name is None and len(found) == 1)]
+    if strange:
+        names, wrong = ", ".join(f"{h[:12]}..." for h in hashes), strange[0]
+        got = f"{counts[wrong]} labels that name no generator" if wrong is None else f"{counts[wrong]} labels of {wrong[:12]}..."
+        raise ValueError(
+            f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --more-network for a second "
+            "one, or --any-generator if the seeds mean the same shapes."
+        )
+    return found
+
+
+def what_is_read(run: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
+    """What the reward observes. Raises: ValueError where it would read generators differently."""
+    first, *others = (observation_of(run.observation, g.generator, resolution=run.resolution, crop=run.crop) for g in generators)
+    for other, generator in zip(others, generators[1:], strict=True):
+        if other != first:
+            raise ValueError(f"--more-network={generator.path}: expected bounds as --network's, got others. Leave it out.")
+    return first
 
 
 def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks = SINGLE) -> list[Preference]:
@@ -142,11 +171,14 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
 
 
 def _run_locked(
-    run: RewardRun, record: Run, labels: list[Preference], generator: LoadedGenerator, observation: Observation, psi: float,
-    listen: Listener, ranks: Ranks,
+    run: RewardRun, record: Run, labels: list[Preference], splits: Splits, generators: list[LoadedGenerator], observation: Observation,
+    psi: float, listen: Listener, ranks: Ranks,
 ) -> dict | None:
-    splits = split_by_seed(labels, run.fractions, run.split_seed)
-    data = collect_observations(run, splits, generator, observation, psi, listen, ranks)
+    generator = generators[0]
+    shapes: list[tuple[str, int]] = []
+    if len(generators) > 1:
+        splits, shapes = numbered(splits)
+    data = collect_observations(run, splits, shapes, generators, observation, psi, listen, ranks)
     states, start = _train(run, record, data, listen, ranks)
     ranks.barrier()
     leave()  # the others need not wait for the figures
@@ -164,6 +196,8 @@ def _run_locked(
         "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
         "score_mean": report["score_mean"], "score_std": report["score_std"], **({"start": start} if start else {}),
     }  # fmt: skip
+    if len(generators) > 1:
+        provenance["generators"] = [g.hash for g in generators]
     Reward(observation, model, provenance).save(run.out / "reward.safetensors")
     write_atomic(run.out / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     context = {"pairs": len(splits.train), "validation": len(splits.val), "seed": run.train.seed, "preset": run.train.preset}
@@ -174,11 +208,15 @@ def _run_locked(
 
 
 def collect_observations(
-    run: RewardRun, splits: Splits, generator: LoadedGenerator, observation: Observation, psi: float, listen: Listener, ranks: Ranks
+    run: RewardRun, splits: Splits, shapes: list[tuple[str, int]], generators: list[LoadedGenerator], observation: Observation, psi: float,
+    listen: Listener, ranks: Ranks,
 ) -> TrainData:
-    """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache."""
+    """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache.
 
-    def filled(seeds: Iterable[int], psi: float, what: str) -> ObservationCache:
+    Args: shapes: generator and seed of the numbers in the splits, where there are several generators; anchors are the first one's.
+    """
+
+    def filled(seeds: Iterable[int], psi: float, what: str, generator: LoadedGenerator = generators[0]) -> ObservationCache:
         unique = list(dict.fromkeys(seeds))
         cache = None if run.cache is None else run.cache / cache_name(generator.hash, observation, psi, run.cutoff)
         store = ObservationCache(observe_seeds(generator.generator, observation, psi=psi, cutoff=run.cutoff), cache)
@@ -187,8 +225,14 @@ def collect_observations(
         return store
 
     seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
-    anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=seeds)["train"] if run.train.anchors else ()
-    store = filled(seeds, psi, "shapes")
+    labelled = [seed for _, seed in shapes] or seeds
+    anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=labelled)["train"] if run.train.anchors else ()
+    if shapes:
+        parts = {g.hash: filled([seed for name, seed in shapes if name == g.hash], psi, "shapes", g) for g in generators}
+        store = ObservationCache(lambda numbers: torch.cat([parts[name].take([seed]) for name, seed in (shapes[n] for n in numbers)]))
+        store.fill(seeds, run.slab_batch)
+    else:
+        store = filled(seeds, psi, "shapes")
     anchor_store = filled(anchors, ANCHOR_PSI, "anchors") if anchors else None
     return TrainData(
         train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store, observation=observation
