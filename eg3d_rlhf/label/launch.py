@@ -1,7 +1,7 @@
 """What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
 
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import file_hash, naming, option, together
-from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.cli import naming, option, together
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.label.ensemble import reward_ensemble
 from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, PlannedPair, StoredCampaign
-from eg3d_rlhf.label.pairing import Ensemble, Judged, PairingOptions, plan
+from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
 from eg3d_rlhf.label.preparation import Preparation
 from eg3d_rlhf.label.server.app import serve
@@ -90,36 +90,6 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
     judges = reward_ensemble(request.pairing, generator) if request.pairing.strategy == "active" else None
     planned = plan(request.pairing, generator, results, judges)
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
-
-
-def reward_ensemble(pairing: PairingOptions, generator: LoadedGenerator) -> Ensemble:
-    """The ensemble of the reward files that are named, each holding one reward or several; none named: the bundled two.
-
-    Raises: ValueError, OSError for files that are no rewards, and for fewer than two rewards, which cannot disagree.
-    """
-    import torch
-
-    from eg3d_rlhf.reward.cache import observe_seeds
-    from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
-
-    members: list[Reward] = []
-    described = []
-    for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):  # those two were trained apart on the same labels
-        reward = load_reward(path)
-        check_reward(reward, generator.generator, f"active selection: {path.name}")
-        parts = reward.members()
-        members += parts
-        described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
-    sources = {one.observation: observe_seeds(generator.generator, one.observation, psi=pairing.psi) for one in members}
-
-    @torch.no_grad()
-    def judge(seeds: Sequence[int]) -> Judged:
-        observed = {observation: draw(seeds) for observation, draw in sources.items()}
-        seen = [one.network.embed(observed[one.observation]) for one in members]
-        scores = [one.network.score_embedding(e) / one.temperature for one, e in zip(members, seen, strict=True)]
-        return Judged(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
-
-    return Ensemble(judge, len(members), described)
 
 
 def check_annotators(store: Store | None, host: str, make: str) -> None:

@@ -54,6 +54,7 @@ class PairingOptions:
     training: int = knob(3, "Explained examples at the start.", _TITLE, low=0, high=100)
     rewards: tuple[str, ...] = ()  # active: reward files of the ensemble; none: the bundled two
     pool: float = knob(2.0, "Active: seeds looked at for each one used.", _TITLE, low=2, high=100)
+    doubtful: float = knob(1.0, "Active: share chosen by doubt; the others are random.", _TITLE, metavar="0..1", above=0, high=1)
     diversity: float = knob(0.5, "Active: 0 is doubt alone, 1 spread alone.", _TITLE, metavar="0..1", low=0, high=1)
     rounds: int = knob(4, "Tournament: pairs that each shape is in.", _TITLE, low=1, high=1000)  # the last is cut to the number of pairs
 
@@ -208,10 +209,14 @@ def _active(options: PairingOptions, ensemble: Ensemble, rng: np.random.Generato
     seeds = range(options.first_seed, options.first_seed + options.compared)
     judged = judge(ensemble, seeds)
     table = candidates(len(seeds), rng)
-    chosen = select(judged, table, options.pairs, options.diversity)
+    count = max(1, round(options.pairs * options.doubtful))
+    chosen = select(judged, table, count, options.diversity)
     doubt = disagreement(judged.scores, table)
     pairs = (chosen.pairs + options.first_seed).tolist()
-    return pairs, {
+    free = rng.permutation(np.setdiff1d(np.arange(len(seeds)), chosen.pairs)) if count < options.pairs else np.empty(0, dtype=np.int64)
+    others = (free[: 2 * (options.pairs - count)] + options.first_seed).reshape(-1, 2).tolist()
+    mixed = [(pairs + others)[i] for i in rng.permutation(options.pairs)] if others else pairs
+    return mixed, {
         "rewards": ensemble.described, "candidates": len(table), "disagreement_candidates": float(doubt.mean()),
         "disagreement_chosen": float(chosen.disagreement.mean()), "why": [
             {"seeds": pair, "disagreement": round(float(d), 5), "distance": round(float(r), 5) if np.isfinite(r) else None}

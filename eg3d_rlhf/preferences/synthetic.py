@@ -67,7 +67,7 @@ class Annotation:
 
     options: AnnotationOptions
     labels: list[PairLabel]  # winner and loser are seeds
-    utilities: np.ndarray  # [2 P] by seed - first_seed
+    utilities: np.ndarray  # [2 P] by seed - first_seed, or in the order of the pairs that were handed in
     temperature: float
     calibration: Calibration
 
@@ -102,16 +102,22 @@ def seed_cubes(generator: Generator, seeds: Sequence[int], options: AnnotationOp
         yield from sigma.cpu().numpy()
 
 
-def annotate(generator: Generator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None) -> Annotation:
+def annotate(
+    generator: Generator, options: AnnotationOptions, on_seed: Callable[[UtilityResult], None] | None = None, *,
+    pairs: Sequence[tuple[int, int]] | None = None, temperature: float | None = None, calibration: Calibration = DEFAULT_CALIBRATION,
+) -> Annotation:
     """Judge 2 P seeds, pair them at random, and draw one noisy label per pair.
 
-    Args: `on_seed` is told each judgement, for a progress bar.
+    Args:
+        on_seed: is told each judgement, for a progress bar.
+        pairs: seeds that were paired already, each in one pair, in place of the options' own.
+        temperature: of the noise, such as that of earlier labels; None: the one that flips the options' share of these pairs.
+        calibration: of the annotator, unless the options ask for a new one.
     Deterministic in the options and the generator.
     Raises ValueError when every pair ties (for example a generator without any surface).
     """
-    seeds = options.seeds
+    seeds = options.seeds if pairs is None else [seed for pair in pairs for seed in pair]
     box_warp = generator.bounds.side
-    calibration = DEFAULT_CALIBRATION
     if options.calibrate:
         calibration = calibrate(seed_cubes(generator, seeds[: options.calibrate], options), box_warp)
     utilities = np.empty(len(seeds))
@@ -121,7 +127,8 @@ def annotate(generator: Generator, options: AnnotationOptions, on_seed: Callable
         if on_seed is not None:
             on_seed(result)
     rng = np.random.default_rng(options.seed)
-    pairs = disjoint_pairs(options.pairs, rng)
-    temperature = solve_temperature(utilities, pairs, options.flip_rate)
-    labels = [PairLabel(seeds[label.winner], seeds[label.loser], label.clean) for label in label_pairs(utilities, pairs, temperature, rng)]
+    table = disjoint_pairs(options.pairs, rng) if pairs is None else np.arange(len(seeds)).reshape(-1, 2)
+    if temperature is None:
+        temperature = solve_temperature(utilities, table, options.flip_rate)
+    labels = [PairLabel(seeds[label.winner], seeds[label.loser], label.clean) for label in label_pairs(utilities, table, temperature, rng)]
     return Annotation(options=options, labels=labels, utilities=utilities, temperature=temperature, calibration=calibration)

@@ -156,3 +156,16 @@ def test_the_active_strategy_needs_an_ensemble_that_is_handed_in(generator):
 def test_labelling_knows_rewards_only_where_it_is_started():
     code = "import sys, eg3d_rlhf.label.commands; assert not [m for m in sys.modules if m.startswith('eg3d_rlhf.reward')]"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_share_of_an_active_plan_is_random(generator, rewards):
+    options = PairingOptions(pairs=8, strategy="active", rewards=rewards, gold=0, training=0, diversity=0.0, doubtful=0.5)
+    ensemble = reward_ensemble(options, generator)
+    planned = plan(options, generator, ensemble=ensemble)
+    pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
+    assert len({seed for pair in pairs for seed in pair}) == 16 and pairs == [
+        (pair.first.seed, pair.second.seed) for pair in plan(options, generator, ensemble=ensemble).pairs
+    ]
+    why = {tuple(entry["seeds"]) for entry in planned.report["why"]}
+    whole = plan(replace(options, doubtful=1.0), generator, ensemble=ensemble).report["why"]
+    assert len(why) == 4 and why < set(pairs) and why == {tuple(entry["seeds"]) for entry in whole[:4]}, "the greatest doubts come first"

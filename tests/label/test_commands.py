@@ -19,7 +19,7 @@ from eg3d_rlhf.label.store import Store
 from tests.label import serving
 
 FLAGS = """
---access-log --active --after --annotators-per-pair --cache --campaign --certificate --db --diversity --dry-run --first-seed --gold
+--access-log --active --after --annotators-per-pair --cache --campaign --certificate --db --diversity --doubtful --dry-run --first-seed --gold
 --gold-every --host --key --level --network --no-show-render --pairs --pool --port --proxy --psi --repeat-gap --repeat-share --resolution
 --reward --rounds --seed --show-render --strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc
 -n

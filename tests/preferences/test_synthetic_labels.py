@@ -84,3 +84,13 @@ def test_calibration_is_recorded_and_progress_reported(generator):
 def test_mistakes_are_named(settings):
     with pytest.raises(ValueError, match="AnnotationOptions: expected"):
         AnnotationOptions(**settings)
+
+
+def test_pairs_that_are_handed_in_are_labelled_with_a_given_noise(generator):
+    pairs = [(7, 300), (12, 40), (5, 6)]
+    options = AnnotationOptions(pairs=3, resolution=32)
+    annotation = annotate(generator, options, pairs=pairs, temperature=0.0)
+    assert [{label.winner, label.loser} for label in annotation.labels] == [set(pair) for pair in pairs]
+    assert annotation.temperature == 0.0 and all(label.clean for label in annotation.labels)
+    alone = annotate(generator, AnnotationOptions(pairs=1, first_seed=5, resolution=32), temperature=0.0)
+    assert {tuple(sorted(annotation.utilities[4:]))} == {tuple(sorted(alone.utilities))}
