@@ -19,9 +19,9 @@ from eg3d_rlhf.label.store import Store
 from tests.label import serving
 
 FLAGS = """
---access-log --active --after --annotators-per-pair --cache --campaign --certificate --db --diversity --doubtful --dry-run --first-seed --gold
---gold-every --host --key --level --network --no-show-render --pairs --pool --port --proxy --psi --repeat-gap --repeat-share --resolution
---reward --rounds --seed --show-render --strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc
+--access-log --active --after --annotators-per-pair --cache --campaign --certificate --db --diversity --doubtful --dry-run --first-seed
+--gold --gold-every --host --key --level --network --no-show-render --pairs --pool --port --proxy --psi --repeat-gap --repeat-share
+--resolution --reward --rounds --seed --show-render --strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc
 -n
 """.split()
 OTHERS = {
