@@ -1,0 +1,261 @@
+"""How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what a judge thinks of it.
+
+The more samples a reward chooses among, the more it chooses by its mistakes: the judge's mean rises, flattens, and falls (Gao et al. 2022,
+arXiv 2210.10760). See eg3d_rlhf/metrics/best_of_n.py for the maths.
+
+Letters: N latents, T numbers n to choose among, A arms: single rewards, an ensemble's members, and its aggregates.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.evaluation.paired import span
+from eg3d_rlhf.generators import LoadedGenerator, ws_of_seeds
+from eg3d_rlhf.metrics.best_of_n import best_of, divergence_of, fit, number_at, peak, resampled
+from eg3d_rlhf.observations import Observation
+from eg3d_rlhf.preferences.annotator import utility
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.reward.cache import untuned
+from eg3d_rlhf.reward.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
+from eg3d_rlhf.reward.reward import Reward
+from eg3d_rlhf.rlhf.phase import CUTOFF
+from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration
+from eg3d_rlhf.seeds import BEST_OF_N
+from eg3d_rlhf.sigma.spec import SlabSpec
+
+SCORES, CURVES = "scores", "best-of-n"
+TITLE = "How far can a reward be trusted?"
+RESAMPLES = 1000
+INTERVAL = f"95 % percentile bootstrap over latents, {RESAMPLES:,} resamples, the same for all arms"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is scored, and by whom."""
+
+    generator: LoadedGenerator
+    rewards: Mapping[str, tuple[Reward, str]]  # by name: a reward with its file's SHA-256
+    judge: tuple[Reward, str] | None  # None: the annotator's noise-free utility
+    n: int = 4096  # latents
+    most: int = 512  # the largest number to choose among
+    psi: float = 1.0
+    seed: int = 0  # other latents per seed
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.most > self.n:
+            raise ValueError(f"--most: expected at most --n={self.n}, got {self.most}. Lower it, or raise --n.")
+
+    @property
+    def numbers(self) -> list[int]:
+        """1 to `most`, two to an octave."""
+        return sorted({*(round(2 ** (k / 2)) for k in range(64) if 2 ** (k / 2) <= self.most), self.most})
+
+    @property
+    def seeds(self) -> range:
+        """The latents: of a range that no other report draws, so that rewards may be chosen by this one."""
+        return BEST_OF_N.take(self.n, self.seed)
+
+    def networks(self) -> dict[str, str]:
+        """Hashes by role."""
+        judge = {} if self.judge is None else {"judge": self.judge[1]}
+        return {"generator": self.generator.hash, **{name: digest for name, (_, digest) in self.rewards.items()}, **judge}
+
+    def facts(self) -> Facts:
+        """What a figure states."""
+        return Facts(n=self.n, seeds=seed_range(self.seeds), psi=self.psi, networks=self.networks(), interval=INTERVAL)
+
+
+Joined = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # members' scores by name -> scores of an arm [N]
+
+
+def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, Joined]]:
+    """What is scored by itself (single rewards, members, averages of weights), and what follows from those scores (aggregates)."""
+    single: dict[str, Reward] = {}
+    joined: dict[str, Joined] = {}
+    for name, (reward, _) in trial.rewards.items():
+        before = f"{name}: " if len(trial.rewards) > 1 else ""
+        network = reward.network
+        if not isinstance(network, RewardEnsemble):
+            single[name] = reward
+            continue
+        names = [f"{before}member {i + 1}" for i in range(len(network.members))]
+        single.update(zip(names, reward.members(), strict=True))
+        if reward.provenance.get("start"):
+            single[f"{before}{AVERAGE}"] = Reward(reward.observation, average_weights(network.members), reward.provenance)
+        standard = network.standard
+        if standard is None:  # a mean of raw scores
+            seen = untuned(trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch)
+            standard = Standard.of(network.members, seen)
+        for kind in KINDS:
+            own = network.aggregate if kind == network.aggregate.kind else Aggregate(kind)
+            ensemble = RewardEnsemble(network.members, own, standard)
+            strength = "" if own.strength is None else f" {own.strength:g}"
+            joined[f"{before}{kind}{strength}"] = partial(_join, ensemble, names)
+    return single, joined
+
+
+def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    return ensemble.joined([torch.from_numpy(scores[name]) for name in names]).numpy()
+
+
+@torch.no_grad()
+def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
+    """Every latent's scores by all single arms, and the judge's value, in one pass."""
+    generator, (single, _) = trial.generator.generator, arms(trial)
+    spec, calibration = SlabSpec.of(generator.bounds, JUDGE_RESOLUTION), annotator_calibration()
+    found: dict[str, list[float]] = {name: [] for name in single}
+    judged: list[float] = []
+    ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
+    with tqdm(total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True) as bar:
+        for part in ws.split(trial.batch):
+            field, seen = generator.field(part), dict[Observation, torch.Tensor]()
+            for name, reward in (*single.items(), *([("", trial.judge[0])] if trial.judge else [])):
+                kind = reward.observation
+                if kind not in seen:
+                    seen[kind] = kind.observe(field)
+                (found[name] if name else judged).extend(reward.score_observed(seen[kind]).tolist())
+            if trial.judge is None:
+                cubes = field.density_grid(spec).cpu().numpy()
+                judged += [utility(cube, calibration=calibration, box_warp=spec.box_warp).total for cube in cubes]
+            bar.update(len(part))
+    columns = {**found, "judge": judged}
+    rows = [{"seed": seed, **{name: column[i] for name, column in columns.items()}} for i, seed in enumerate(trial.seeds)]
+    return Finding(facts=trial.facts(), data={"scores": found, "judge": judged}, rows=rows)
+
+
+def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
+    """Every arm's curve with intervals, its fit and peak, and the aggregates against the members."""
+    single, joined = arms(trial)
+    known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}
+    values = {**known, **{name: join(known) for name, join in joined.items()}}
+    judge, numbers = np.asarray(scores.data["judge"]), trial.numbers
+    deviation, distance = float(judge.std()) or 1.0, np.sqrt(divergence_of(numbers))
+    random = np.random.default_rng(0)
+    counts = np.stack([np.bincount(random.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)])
+    found, last, rows = {}, {}, []
+    for name, reward in values.items():
+        exact = best_of(reward, judge, numbers)
+        draws = resampled(reward, judge, numbers, counts)
+        gain, gains = (exact - exact[0]) / deviation, (draws - draws[:, :1]) / deviation
+        (alpha, beta), fits = fit(distance, gain), fit(distance, gains)
+        own = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
+        low, high = np.quantile(gains, [0.025, 0.975], axis=0)
+        steps = [dict(zip(("mean", "lo", "hi"), map(float, step), strict=True)) for step in zip(gain, low, high, strict=True)]
+        found[name] = {
+            "steps": steps, "reward": own.tolist(), "fit": [float(alpha), float(beta)], "joined": name in joined,
+            "peak": [_finite(v) for v in (peak(alpha, beta), *np.quantile(peak(*fits.T), [0.025, 0.975], method="nearest"))],
+        }  # fmt: skip
+        last[name] = gain[-1], gains[:, -1]
+        rows += [{"arm": name, "n": n, "judge": float(exact[t]), **steps[t], "reward": float(own[t])} for t, n in enumerate(numbers)]
+    data = {"numbers": numbers, "kl": divergence_of(numbers).tolist(), "arms": found, "against": _against(last, single, joined)}
+    return Finding(facts=trial.facts(), data=data, rows=rows, says=_says(trial, data))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, joined: Mapping) -> list[dict]:
+    """What each aggregate's last gain is above that of the best member, which the judge itself has picked, and of the mean member."""
+    found = []
+    for name in joined if single else ():
+        before = name.rpartition(": ")[0]
+        members = [one for one in single if one.rpartition(": ")[0] == before and "member" in one]
+        best = max(members, key=lambda one: last[one][0])
+        for title, others in (("best member", [best]), ("mean member", members)):
+            value = last[name][0] - np.mean([last[one][0] for one in others])
+            low, high = np.quantile(last[name][1] - np.mean([last[one][1] for one in others], axis=0), [0.025, 0.975])
+            found.append({"arm": name, "against": title, "mean": float(value), "lo": float(low), "hi": float(high)})
+    return found
+
+
+def _says(trial: Trial, data: Mapping) -> list[str]:
+    most, says = data["numbers"][-1], []
+    reach = np.sqrt(data["kl"][-1])
+    for name, arm in data["arms"].items():
+        end, (at, low, high) = arm["steps"][-1], arm["peak"]
+        if at is None or at > reach:
+            where = f"no peak up to n = {most}"
+        else:
+            ends = [f"{v:.2f}" if v is not None else "none" for v in (low, high)]
+            where = f"peak of the fit at d = {at:.2f} [{ends[0]}, {ends[1]}], n = {number_at(at):.0f}"
+        gain = span(end["mean"], end["lo"], end["hi"], "+.2f")
+        says.append(f"{name}: the best of {most} is {gain} of the judge's deviations better than a mean latent; {where}.")
+    for row in data["against"]:
+        if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
+            says.append(f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the judge likes best.")
+    judge = "the formula whose noisy answers the labels are" if trial.judge is None else "another reward, with mistakes of its own"
+    return [*says, f"The judge is {judge}. Choosing is milder than tuning: a reward that fails here will fail there, not the other way."]
+
+
+def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
+    """The scores, which take the time, and a function from them to the curves."""
+    judge = "annotator" if trial.judge is None else "reward"
+    inputs = {"networks": trial.networks(), "psi": trial.psi, "seed": trial.seed, "n": trial.n, "judge": judge}
+    first = Job(key=SCORES, title="Scores of single latents", compute=partial(score, trial, quiet=quiet), inputs=inputs)
+
+    def second(scores: Finding) -> Job:
+        return Job(
+            key=CURVES, title="Best of n: the judge's value of what the reward chooses", compute=partial(curves, trial, scores),
+            plots={"judge": plot_judge, "reward": plot_reward, "peaks": plot_peaks}, inputs={**inputs, "most": trial.most},
+        )
+
+    return first, second
+
+
+def _colours(data: Mapping) -> dict[str, str]:
+    """Members are grey where aggregates are shown."""
+    shown = [name for name, arm in data["arms"].items() if "member" not in name]
+    return {name: style.CYCLE[shown.index(name) % len(style.CYCLE)] if name in shown else style.colour("noise") for name in data["arms"]}
+
+
+KL = "KL = log n - (n - 1)/n (nats)"
+
+
+@style.plot("small", size=(9.4, 4.4), xlabel=KL, ylabel="judge's gain (deviations)", title="What the judge thinks")
+def plot_judge(axes, data: dict):
+    """The judge's gain over KL: points with intervals, and the fits."""
+    kl, colours = np.asarray(data["kl"]), _colours(data)
+    fine = np.linspace(0, kl[-1], 200)
+    for name, arm in data["arms"].items():
+        if "member" in name:
+            axes.plot(kl, [step["mean"] for step in arm["steps"]], "-", color=colours[name], linewidth=0.8, label=name)
+            continue
+        style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
+        axes.plot(fine, np.sqrt(fine) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine)), color=colours[name], linewidth=1)
+
+
+@style.plot("small", size=(9.4, 3.4), xlabel=KL, ylabel="own gain (deviations)", title="What the reward thinks of its own choice")
+def plot_reward(axes, data: dict):
+    """Every arm's own gain over KL."""
+    for name, ink in _colours(data).items():
+        axes.plot(data["kl"], data["arms"][name]["reward"], color=ink, label=name, linewidth=0.8 if "member" in name else 1.5)
+
+
+def plot_peaks(data: dict):
+    """Where each fit peaks, and the judge's gain at the largest n."""
+    names, colours = list(data["arms"]), _colours(data)
+    drawn, (left, right) = style.figure(columns=2, size=(9.4, 0.32 * len(names) + 1.2))
+    reach = float(np.sqrt(data["kl"][-1]))
+    for i, name in enumerate(names):
+        arm = data["arms"][name]
+        at, low, high = (2 * reach if v is None else min(v, 2 * reach) for v in arm["peak"])
+        left.errorbar([at], [i], xerr=[[max(at - low, 0)], [max(high - at, 0)]], fmt="o", capsize=3, markersize=4, color=colours[name])
+        end = arm["steps"][-1]
+        right.errorbar([end["mean"]], [i], xerr=style.errors(end), fmt="o", capsize=3, markersize=4, color=colours[name])
+    left.axvline(reach, color=style.colour("noise"), linestyle="--", linewidth=1)
+    left.set(title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})", xlabel="d = sqrt(KL)", xlim=(0, 2.05 * reach))
+    right.set(title=f"Judge's gain at n = {data['numbers'][-1]}", xlabel="deviations")
+    for axis, shown in ((left, names), (right, [""] * len(names))):
+        axis.set_yticks(range(len(names)), shown)
+        axis.invert_yaxis()
+    return drawn

@@ -1,0 +1,120 @@
+"""The report on the best of n: planted mistakes are seen, pessimism helps where it must, the page is made, mistakes are one line."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.evaluation import bestofn
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.reports.jobs import Finding
+from eg3d_rlhf.reward.ensembles import RewardEnsemble, Standard
+from eg3d_rlhf.reward.reward import Reward, load_reward
+from tests.reward.test_join import moved
+from tools.best_of_n import main
+
+N = 1024
+
+
+@pytest.fixture(scope="module")
+def members(tiny_reward):
+    return [moved(load_reward(tiny_reward), i, labels=str(i), start="s") for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def ensemble(members):
+    networks = [one.network for one in members]
+    return Reward(members[0].observation, RewardEnsemble(networks, standard=Standard((0.0,) * 3, (1.0,) * 3)), {"labels": "0+1+2"})
+
+
+@pytest.fixture(scope="module")
+def trial(ensemble, tiny_networks):
+    return bestofn.Trial(generator=load_generator(tiny_networks), rewards={"reward": (ensemble, "f" * 64)}, judge=None, n=N, most=128)
+
+
+def planted(errors: float) -> Finding:
+    """Scores of three members: the judge's values and small noise, and now and then a large mistake of one member alone."""
+    random = np.random.default_rng(0)
+    judge = random.normal(size=N)
+    scores = judge + 0.3 * random.normal(size=(3, N)) + errors * (random.random((3, N)) < 0.02)
+    return Finding(facts=None, data={"scores": {f"member {i + 1}": list(s) for i, s in enumerate(scores)}, "judge": judge.tolist()})
+
+
+def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tmp_path):
+    found = bestofn.curves(trial, planted(errors=8.0), tmp_path)
+    arms = found.data["arms"]
+    assert set(arms) == {"member 1", "member 2", "member 3", "mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5"}
+    last = {name: arm["steps"][-1]["mean"] for name, arm in arms.items()}
+    assert all(last["min"] > 1.5 > last[f"member {i}"] for i in (1, 2, 3)) and last["softmin 0.5"] > last["mean"]
+    assert all(row["lo"] > 0 for row in found.data["against"] if row["arm"] in ("min", "softmin 0.5"))
+    at, low, high = arms["member 1"]["peak"]
+    assert 0 < low <= at <= high < np.sqrt(found.data["kl"][-1]) and "peak of the fit" in " ".join(found.says)
+    assert arms["member 1"]["reward"][-1] > arms["member 1"]["reward"][3] > 0 == arms["member 1"]["steps"][0]["mean"]
+    for plot in (bestofn.plot_judge, bestofn.plot_reward, bestofn.plot_peaks):
+        plot(json.loads(json.dumps(found.data)))
+
+
+def test_without_mistakes_nothing_peaks(trial, tmp_path):
+    found = bestofn.curves(trial, planted(errors=0.0), tmp_path)
+    assert "no peak up to n = 128" in found.says[0] and "peak of the fit" not in " ".join(found.says)
+    assert found.rows[0]["n"] == 1 and len(found.rows) == 8 * len(trial.numbers) and trial.numbers[-1] == 128
+
+
+def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tmp_path):
+    small = bestofn.Trial(
+        generator=load_generator(tiny_networks), rewards={"a": (ensemble, "a"), "b": (members[0], "b")}, judge=None, n=6, most=2, batch=4
+    )
+    found = bestofn.score(small, tmp_path, quiet=True)
+    assert set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"} and len(found.data["judge"]) == 6
+    assert found.data["scores"]["a: member 1"] == found.data["scores"]["b"] and [row["seed"] for row in found.rows] == list(small.seeds)
+    assert set(bestofn.arms(small)[1]) == {f"a: {kind}" for kind in ("mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5")}
+
+
+@pytest.fixture
+def command(members, ensemble, tiny_networks, tmp_path):
+    """Flags of the command on files of these rewards."""
+    files = {f"m{i}": one.save(tmp_path / f"m{i}.safetensors") for i, one in enumerate(members)}
+    shared = Reward(ensemble.observation, RewardEnsemble([one.network for one in members[:2]]), {"labels": "0+1", "start": "s"})
+    files["joined"] = shared.save(tmp_path / "joined.safetensors")
+
+    def go(*flags: str):
+        named = [flag.format(**files, tmp=tmp_path) for flag in flags]
+        common = [f"--before={tiny_networks}", "--n=32", "--most=8", "--device=cpu", f"--out={tmp_path / 'page'}"]
+        return CliRunner().invoke(main, [*common, *named]), tmp_path / "page"
+
+    return go
+
+
+def test_the_page_with_a_reward_as_judge(command):
+    flags = ("--reward-ckpt={joined}", "--reward-watch={m2}")
+    done, out = command(*flags)
+    assert done.exit_code == 0, done.output
+    assert "warm: the best of 8" in done.stdout and "softmin 0.5: the best of 8" in done.stdout and "another reward" in done.stdout
+    assert "How far can a reward be trusted?" in (out / "index.html").read_text()
+    assert {"best-of-n-judge.svg", "best-of-n-peaks.png"} <= {path.name for path in (out / "figures").iterdir()}
+    before = (out / "data" / "scores.json").stat().st_mtime_ns
+    again, _ = command(*flags, "--most=4")
+    assert again.exit_code == 0 and (out / "data" / "scores.json").stat().st_mtime_ns == before and "best of 4" in again.stdout
+
+
+def test_dry_run(command):
+    done, out = command("--reward-ckpt={joined}", "--reward-ckpt={m2}", "--data=synthetic:heads64", "-n")
+    values = json.loads(done.stdout)
+    assert done.exit_code == 0 and values["judge"] == "annotator" and "m2" in values["arms"] and "joined: warm" in values["arms"]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--reward-ckpt={m0}"], "--reward-watch: expected a reward as the judge, got none"),
+        (["--reward-ckpt={m0}", "--reward-watch={m0}"], "not on trial"),
+        (["--reward-ckpt={joined}", "--reward-watch={m1}"], "not on trial"),
+        (["--reward-ckpt={m0}", "--reward-watch={m1}", "--most=64"], "--most: expected at most --n=32"),
+        (["--reward-ckpt={tmp}/none.safetensors", "--reward-watch={m1}"], "--reward-ckpt: "),
+    ],
+)
+def test_mistakes_are_one_line(command, flags, text):
+    done, out = command(*flags)
+    assert done.exit_code == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1 and not out.exists()
