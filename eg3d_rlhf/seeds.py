@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ANCHORS = 100_000  # first seed of a reward's high-quality anchors; not held out: they pass over seeds that are labelled
+CRITIC = 400_000  # first seed of the shapes that the shape critic learns from; not held out, and used by nothing else
 STRIDE = 1_000_000
 
 
@@ -41,12 +42,13 @@ class HeldOut:
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
 JUDGE = HeldOut("judge", 210_000, 200, "a run's summary (judged pairs; pictures and meshes), pictures of reports", moved=True)
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
+SHAPES = HeldOut("shapes", 221_000, 400, "a run's summary (shape critic, shape Fréchet distance)")
 IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 1600)", moved=True)
 WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
 CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
 SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning")
 BEST_OF_N = HeldOut("best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True)
-HELD_OUT = (LATENTS, JUDGE, GEOMETRY, IMAGES, WATCH, CALIBRATION, SCALES, BEST_OF_N)
+HELD_OUT = (LATENTS, JUDGE, GEOMETRY, SHAPES, IMAGES, WATCH, CALIBRATION, SCALES, BEST_OF_N)
 
 
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:

@@ -87,6 +87,28 @@ def test_marching_cubes_belongs_to_the_mesh_exporter():
     assert users == {"eg3d_rlhf/sigma/mesh.py"}
 
 
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_only_judges_read_the_shape_critic():
+    critic, modules = "eg3d_rlhf.metrics.shape_critic", {module_of(path): path for path in sources(*PACKAGES, "train", "tools")}
+    named = {  # 'from package import module' counts, too
+        name: {found for node in ast.walk(tree(path)) for module in imported(node)
+               for found in (module, *(f"{module}.{a.name}" for a in node.names if isinstance(node, ast.ImportFrom))) if found in modules}
+        for name, path in modules.items()
+    }
+    readers = {name for name, found in named.items() if critic in found}
+    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.metrics.critic_training", "tools.train_critic"}
+    learners = ("preferences", "observations", "reward", "rlhf", "label", "flow", "distill")
+    reached = {name for name in modules if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
+    while further := set().union(*(named[name] for name in reached)) - reached:
+        reached |= further
+    assert "eg3d_rlhf.rlhf.watch" in reached and critic not in reached
+    text = [name for name in reached if "critic.safetensors" in modules[name].read_text()]
+    assert text == []
+
+
 def runs_code(node: ast.AST) -> bool:
     """Whether a node unpickles, or loads or evaluates something that may run code."""
     if set(imported(node)) & LOADERS_THAT_RUN_CODE:

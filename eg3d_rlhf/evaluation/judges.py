@@ -12,18 +12,21 @@ from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
 from eg3d_rlhf.evaluation.paired import contains_zero
+from eg3d_rlhf.field import Bounds
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.metrics.distances import collect
+from eg3d_rlhf.metrics import shape_critic
+from eg3d_rlhf.metrics.distances import FeatureStatistics, collect
 from eg3d_rlhf.metrics.evaluation import real_batches
 from eg3d_rlhf.metrics.features import load_features
 from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
+from eg3d_rlhf.metrics.normal_maps import maps_of
 from eg3d_rlhf.metrics.relief import ALIKE, Relief, relief
 from eg3d_rlhf.metrics.resampling import frechet_change_interval
 from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.metrics.true_heads import RAMPS, head_distances, ramped, true_shapes
 from eg3d_rlhf.preferences.annotator import Calibration, utility
 from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
-from eg3d_rlhf.seeds import GEOMETRY, IMAGES, JUDGE
+from eg3d_rlhf.seeds import GEOMETRY, IMAGES, JUDGE, SHAPES
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 FAKES = 1600  # images per Fréchet distance
@@ -124,6 +127,33 @@ def geometry(c: Comparison) -> dict:
                 values.setdefault(name, []).append(value)
     rows = [measured(name, old.mean(), new.mean(), paired_summary(old, new)._asdict()) for name, (old, new) in values.items()]
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
+
+
+def shapes(c: Comparison) -> dict:
+    """The shape critic's logits and the Fréchet distance of shapes to true heads, both of normal maps; why not, where there is no critic."""
+    path, bounds = shape_critic.DEFAULT_ASSET, c.before.generator.bounds
+    if not path.is_file() or bounds != Bounds():
+        why = f"no {path.name}; run tools/train_critic.py" if bounds == Bounds() else f"it knows the unit cube alone, not {bounds}"
+        return {"critic": None, "critic_missing": why, "geometry": []}
+    critic, logits, features = shape_critic.ShapeCritic.load(path).to(c.device), [], []
+    with tqdm(total=2 * SHAPES.count, desc="normal maps for the shape critic", unit="shape") as bar:
+        for generator in (c.before, c.after):
+            found = []
+            for field in c.fields(generator, SHAPES.all, psi=1.0):
+                maps = maps_of(field)
+                found.append((critic.logits(maps).cpu(), critic.features(maps).cpu()))
+                bar.update(len(maps))
+            both = [torch.cat(parts).double().numpy() for parts in zip(*found, strict=True)]
+            logits.append(both[0])
+            features.append(both[1])
+    true, dim = critic.true.double().numpy(), critic.true.shape[1]
+    distances = [FeatureStatistics(dim).update(part).distance(FeatureStatistics(dim).update(true)) for part in features]
+    change = frechet_change_interval(*features, true, resamples=RESAMPLES)
+    paired = {"mean": change.mean, "mean_lo": change.lo, "mean_hi": change.hi, "n": SHAPES.count, "true_heads": len(true), "confidence": 0.95}
+    return {"critic": [fake["network"] for fake in critic.record["fakes"]], "shapes_n": SHAPES.count, "shapes_psi": 1.0, "geometry": [
+        measured("shape critic", logits[0].mean(), logits[1].mean(), paired_summary(*logits)._asdict(), higher_is_better=True),
+        measured("shape Fréchet", *distances, paired),
+    ]}
 
 
 @torch.no_grad()

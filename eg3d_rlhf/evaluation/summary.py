@@ -14,7 +14,7 @@ from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.images import image_from
-from eg3d_rlhf.evaluation.judges import blind_pairs, frechet, geometry, relief_shares
+from eg3d_rlhf.evaluation.judges import blind_pairs, frechet, geometry, relief_shares, shapes
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.generators import Generator, LoadedGenerator, of
 from eg3d_rlhf.reports.shape_view import shade
@@ -83,7 +83,8 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
         record |= blind_pairs(c) | frechet(c) | relief_shares(c)
-    record |= {**geometry(c), "reward_test_accuracy": None}
+    found, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
+    record |= {**found, **judged, "geometry": found["geometry"] + judged["geometry"], "reward_test_accuracy": None}
     clean = e.reward.provenance.get("test_accuracy_clean")  # against the noise-free order, where the labels held one
     if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
         record |= {"reward_test_accuracy": found["accuracy"], "reward_test_accuracy_ci95": found["interval_95"],
@@ -134,6 +135,8 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         change = span(row["paired"]["mean"], row["paired"]["mean_lo"], row["paired"]["mean_hi"], "+.2g")
         upwards = ", higher is better" if row["higher_is_better"] else ""
         out.append((row["name"] + upwards, f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})", "better"))
+    if "critic_missing" in record:
+        out.append(("shape critic, shape Fréchet", f"not measured: {record['critic_missing']}", ""))
     if record.get("reward_test_accuracy") is not None:
         low, high = record["reward_test_accuracy_ci95"]
         text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"

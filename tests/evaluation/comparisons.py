@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.field import Bounds
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.run.run import OPTIONS
 from tests import tiny_runs
@@ -61,7 +62,7 @@ def replaced(loaded: LoadedGenerator, hash: str = "stand-in", **answers) -> Load
 class Bodies:
     """A field of known bodies: `density(spec)` gives [D, H, W] or [N, D, H, W]."""
 
-    level = 10.0
+    level, bounds = 10.0, Bounds()
 
     def __init__(self, density, n: int):
         self._density, self._n = density, n

@@ -2,13 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
 from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import gap_closed, measured, verdict
+from eg3d_rlhf.field import Bounds
+from eg3d_rlhf.metrics import shape_critic
+from eg3d_rlhf.metrics.critic_training import true_maps
+from eg3d_rlhf.metrics.shape_critic import FEATURES, MapNet, ShapeCritic
 from eg3d_rlhf.metrics.true_heads import head_distances, ramped, true_shapes
 from eg3d_rlhf.seeds import HeldOut
 from tests.evaluation.comparisons import Bodies, replaced
+from training.heads.family import SHAPE_COUNT
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,32 @@ def test_a_generator_of_true_heads_has_their_relief(healed):
     record = judges.relief_shares(healed)
     assert (record["relief_share_before"], record["relief_share"], record["relief_detail_share_after"]) == (0, 1, 1)
     assert record["relief_mean_after"] > 0.98 and record["relief_n"] == 4
+
+
+@pytest.fixture
+def trained_critic(tmp_path, monkeypatch):
+    """A critic that was not trained, in the asset's place: what it says is arbitrary, and the same for equal shapes."""
+    torch.manual_seed(0)
+    scale = torch.stack([torch.zeros(FEATURES), torch.full((FEATURES,), 0.01)])
+    critic = ShapeCritic(MapNet(1), MapNet(SHAPE_COUNT), torch.zeros(0), scale, {"fakes": [{"network": "early.safetensors"}]})
+    critic.true = critic.features(true_maps(true_shapes(48, first=1000), Bounds()).float())
+    critic.save(tmp_path / "critic.safetensors")
+    monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
+    monkeypatch.setattr(judges, "SHAPES", HeldOut("shapes", 221_000, 48, ""))
+
+
+def test_a_generator_of_the_same_heads_has_shape_distance_0(healed, trained_critic):
+    record = judges.shapes(Comparison(**{**vars(healed), "batch": 48}))
+    critic, distance = record["geometry"]
+    assert (critic["name"], distance["name"], critic["higher_is_better"]) == ("shape critic", "shape Fréchet", True)
+    assert distance["after"] < 0.02 * distance["before"] and distance["verdict"] == "better"
+    assert critic["paired"]["n"] == distance["paired"]["n"] == record["shapes_n"] == 48
+
+
+def test_without_a_critic_the_summary_says_so(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
+    found = judges.shapes(unchanged)
+    assert found == {"critic": None, "critic_missing": "no critic.safetensors; run tools/train_critic.py", "geometry": []}
 
 
 def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):
