@@ -61,17 +61,19 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/6 generator"
+	@echo "== 1/7 generator"
 	$(BIN)/python tools/build_assets.py generator
-	@echo "== 2/6 feature network of the Frechet distance"
+	@echo "== 2/7 shape critic"
+	$(BIN)/python tools/build_assets.py critic
+	@echo "== 3/7 feature network of the Frechet distance"
 	$(BIN)/python tools/train_features.py
-	@echo "== 3/6 labels"
+	@echo "== 4/7 labels"
 	$(BIN)/python tools/build_assets.py labels
-	@echo "== 4/6 rewards"
+	@echo "== 5/7 rewards"
 	$(BIN)/python tools/build_assets.py rewards
-	@echo "== 5/6 control run"
+	@echo "== 6/7 control run"
 	$(BIN)/python tools/build_assets.py control
-	@echo "== 6/6 the toy flow of Circular-DPO"
+	@echo "== 7/7 the toy flow of Circular-DPO"
 	$(BIN)/python tools/train_toy_flow.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Regenerate the files of assets/, one part at a time: generator, labels, rewards, control.
+"""Regenerate the files of assets/, one part at a time: generator, critic, labels, rewards, control.
 
 Every part is a run of another command of this project with fixed settings; this tool names them and copies the results into place.
 
@@ -17,11 +17,13 @@ import _repository  # noqa: F401
 import click
 
 from eg3d_rlhf.cli import ASSETS, GroupedCommand, option
+from eg3d_rlhf.evaluation.comparison import snapshots
 from training.storage import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATOR_KIMG = 18  # stopped early on purpose: heads, hair and eyes stand, their shapes are split, dented and rough
 RUNS = ROOT / "runs" / "assets"
+EARLY = (0.125, 0.25, 0.375, 0.5)  # shares of the generator's images at which its shapes teach the shape critic
 WATCH_LABELS = RUNS / "labels-watch.jsonl"
 WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
 
@@ -47,6 +49,24 @@ def generator() -> None:
     call("train.py", "--init=scratch", f"--kimg={GENERATOR_KIMG}", f"--outdir={RUNS}", "--desc=generator")
     snapshot = sorted(newest("*-generator").glob("network-snapshot-*.safetensors"))[-1]
     shutil.copyfile(snapshot, ASSETS / "generator.safetensors")
+
+
+def early_snapshots(run: Path) -> list[Path]:
+    """The snapshots of a run nearest to an eighth, a quarter, three eighths and half of its images, none later than half.
+
+    Raises: ValueError where there is none.
+    """
+    found = snapshots(run)
+    half = [(kimg, path) for kimg, path in found if 0 < kimg <= found[-1][0] / 2]
+    if not half:
+        raise ValueError(f"build_assets: expected snapshots from the first half of {run.name}, got none. Train it with a smaller --snap.")
+    nearest = (min(half, key=lambda one: abs(one[0] - share * found[-1][0])) for share in EARLY)
+    return list(dict.fromkeys(path for _, path in nearest))
+
+
+def critic() -> None:
+    """Train the shape critic on early snapshots of the generator's run, which are varied and are not the network that it will judge."""
+    call("tools/train_critic.py", *(f"--fakes={path}" for path in early_snapshots(newest("*-generator"))))
 
 
 def labels() -> None:
@@ -75,7 +95,7 @@ def control() -> None:
     write_atomic(ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
-PARTS = {"generator": generator, "labels": labels, "rewards": rewards, "control": control}
+PARTS = {"generator": generator, "critic": critic, "labels": labels, "rewards": rewards, "control": control}
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

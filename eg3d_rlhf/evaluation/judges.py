@@ -130,7 +130,7 @@ def geometry(c: Comparison) -> dict:
 
 
 def shapes(c: Comparison) -> dict:
-    """The shape critic's logits and the Fréchet distance of shapes to true heads, both of normal maps; why not, where there is no critic."""
+    """The shape critic's logits and the Fréchet distance of shapes to true heads, both of normal maps; where there is no critic, why."""
     path, bounds = shape_critic.DEFAULT_ASSET, c.before.generator.bounds
     if not path.is_file() or bounds != Bounds():
         why = f"no {path.name}; run tools/train_critic.py" if bounds == Bounds() else f"it knows the unit cube alone, not {bounds}"
@@ -148,11 +148,11 @@ def shapes(c: Comparison) -> dict:
             features.append(both[1])
     true, dim = critic.true.double().numpy(), critic.true.shape[1]
     distances = [FeatureStatistics(dim).update(part).distance(FeatureStatistics(dim).update(true)) for part in features]
-    change = frechet_change_interval(*features, true, resamples=RESAMPLES)
-    paired = {"mean": change.mean, "mean_lo": change.lo, "mean_hi": change.hi, "n": SHAPES.count, "true_heads": len(true), "confidence": 0.95}
+    change = frechet_change_interval(features[0], features[1], true, RESAMPLES)
+    paired = {"mean": change.mean, "mean_lo": change.lo, "mean_hi": change.hi, "confidence": 0.95, "n": SHAPES.count, "true_heads": len(true)}
     return {"critic": [fake["network"] for fake in critic.record["fakes"]], "shapes_n": SHAPES.count, "shapes_psi": 1.0, "geometry": [
-        measured("shape critic", logits[0].mean(), logits[1].mean(), paired_summary(*logits)._asdict(), higher_is_better=True),
-        measured("shape Fréchet", *distances, paired),
+        measured("shape critic", logits[0].mean(), logits[1].mean(), paired_summary(logits[0], logits[1])._asdict(), higher_is_better=True),
+        measured("shape Fréchet", distances[0], distances[1], paired),
     ]}
 
 

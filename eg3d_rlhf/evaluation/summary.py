@@ -83,8 +83,8 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
         record |= blind_pairs(c) | frechet(c) | relief_shares(c)
-    found, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
-    record |= {**found, **judged, "geometry": found["geometry"] + judged["geometry"], "reward_test_accuracy": None}
+    measures, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
+    record |= {**measures, **judged, "geometry": measures["geometry"] + judged["geometry"], "reward_test_accuracy": None}
     clean = e.reward.provenance.get("test_accuracy_clean")  # against the noise-free order, where the labels held one
     if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
         record |= {"reward_test_accuracy": found["accuracy"], "reward_test_accuracy_ci95": found["interval_95"],

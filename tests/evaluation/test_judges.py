@@ -74,18 +74,18 @@ def trained_critic(tmp_path, monkeypatch):
     torch.manual_seed(0)
     scale = torch.stack([torch.zeros(FEATURES), torch.full((FEATURES,), 0.01)])
     critic = ShapeCritic(MapNet(1), MapNet(SHAPE_COUNT), torch.zeros(0), scale, {"fakes": [{"network": "early.safetensors"}]})
-    critic.true = critic.features(true_maps(true_shapes(48, first=1000), Bounds()).float())
+    critic.true = critic.features(true_maps(true_shapes(36, first=1000), Bounds()).float())
     critic.save(tmp_path / "critic.safetensors")
     monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
-    monkeypatch.setattr(judges, "SHAPES", HeldOut("shapes", 221_000, 48, ""))
+    monkeypatch.setattr(judges, "SHAPES", HeldOut("shapes", 221_000, 36, ""))
 
 
 def test_a_generator_of_the_same_heads_has_shape_distance_0(healed, trained_critic):
-    record = judges.shapes(Comparison(**{**vars(healed), "batch": 48}))
+    record = judges.shapes(Comparison(**{**vars(healed), "batch": 36}))
     critic, distance = record["geometry"]
     assert (critic["name"], distance["name"], critic["higher_is_better"]) == ("shape critic", "shape Fréchet", True)
     assert distance["after"] < 0.02 * distance["before"] and distance["verdict"] == "better"
-    assert critic["paired"]["n"] == distance["paired"]["n"] == record["shapes_n"] == 48
+    assert critic["paired"]["n"] == distance["paired"]["n"] == record["shapes_n"] == 36
 
 
 def test_without_a_critic_the_summary_says_so(unchanged, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from tests.tools.examples import example_of, own_cache
-from tools import build_assets, label_synthetic, train_features, train_reward
+from tools import build_assets, label_synthetic, train_critic, train_features, train_reward
 
 
 def run_example(tool, repo, folder) -> str:
@@ -27,6 +27,13 @@ def test_labels_and_the_reward_that_is_trained_on_them(repo, tmp_path):
     assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 40
     assert "ordered as labelled" in run_example(train_reward, repo, tmp_path)
     assert (tmp_path / "runs/example/reward/reward.safetensors").exists()
+
+
+@pytest.mark.long
+def test_the_shape_critic(repo, tmp_path):
+    (tmp_path / "assets").symlink_to(repo / "assets")
+    assert "held-out shapes" in run_example(train_critic, repo, tmp_path)
+    assert (tmp_path / "runs/critic.safetensors").exists()
 
 
 @pytest.mark.parametrize("tool", [build_assets, pytest.param(train_features, marks=pytest.mark.long)], ids=lambda tool: tool.__name__)
