@@ -223,14 +223,18 @@ KL = "KL = log n - (n - 1)/n (nats)"
 
 @style.plot("small", size=(9.4, 4.4), xlabel=KL, ylabel="judge's gain (deviations)", title="What the judge thinks")
 def plot_judge(axes, data: dict):
-    """The judge's gain over KL: points with intervals, and the fits."""
+    """The judge's gain over KL: points, and the fits; the interval where one arm is shown."""
+    alone = len(data["arms"]) == 1
     kl, colours = np.asarray(data["kl"]), _colours(data)
     fine = np.linspace(0, kl[-1], 200)
     for name, arm in data["arms"].items():
         if "member" in name:
             axes.plot(kl, [step["mean"] for step in arm["steps"]], "-", color=colours[name], linewidth=0.8, label=name)
             continue
-        style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
+        if alone:
+            style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
+        else:  # bands would hide each other; the intervals at the largest n stand in plot_peaks
+            axes.plot(kl, [step["mean"] for step in arm["steps"]], "o", color=colours[name], label=name, markersize=3)
         axes.plot(fine, np.sqrt(fine) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine)), color=colours[name], linewidth=1)
 
 
@@ -253,7 +257,7 @@ def plot_peaks(data: dict):
         end = arm["steps"][-1]
         right.errorbar([end["mean"]], [i], xerr=style.errors(end), fmt="o", capsize=3, markersize=4, color=colours[name])
     left.axvline(reach, color=style.colour("noise"), linestyle="--", linewidth=1)
-    left.set(title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})", xlabel="d = sqrt(KL)", xlim=(0, 2.05 * reach))
+    left.set(title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})", xlabel="d = sqrt(KL); right edge: none", xlim=(0, 2.05 * reach))
     right.set(title=f"Judge's gain at n = {data['numbers'][-1]}", xlabel="deviations")
     for axis, shown in ((left, names), (right, [""] * len(names))):
         axis.set_yticks(range(len(names)), shown)
