@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-control reports test test-long test-gpu lint bench assets clean
+.PHONY: help demo demo-control seeds reports test test-long test-gpu lint bench assets clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about two minutes)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
+	@echo "make seeds         the demo with three training seeds, side by side (about 15 minutes on 2 cores; goes on where it was stopped)"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (under 10 minutes on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
@@ -34,6 +35,10 @@ demo: $(STAMP)
 demo-control: $(STAMP)
 	@echo "== train.py --reward=sigma --lambda-r=0: the control run"
 	$(BIN)/python train.py --reward=sigma --lambda-r=0
+
+seeds: $(STAMP)
+	@echo "== The demo with training seeds 0, 1 and 2, into runs/seeds"
+	$(BIN)/python tools/seeds.py $(SEEDS_ARGS)
 
 reports: $(STAMP)
 	@echo "== The demo run and its control where missing, then evaluation, attribution, embedding and a small sweep, into runs/reports"

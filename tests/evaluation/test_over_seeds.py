@@ -1,0 +1,97 @@
+"""Figures over training seeds: their means and spread, what is left out, and the tool that repeats only what is missing."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.evaluation.over_seeds import over_seeds, spread, table
+from eg3d_rlhf.metrics.statistics import paired_summary
+from eg3d_rlhf.settings import input_files, resolve
+from tests import tiny_runs
+from tools import seeds as tool
+
+
+def record(gap: float, shift: float) -> dict:
+    """A run's summary, of the parts that matter here."""
+    paired = paired_summary([0.0, 0.0, 0.1, 0.2], [shift, shift, 0.1 + shift, 0.2 + shift])._asdict()
+    row = {"name": "depth", "before": 0.1, "after": 0.1 + shift, "higher_is_better": False, "paired": paired,
+           "verdict": "better" if shift < 0 else "worse"}
+    return {"tuned_delta_mean": 7.0, "gap_closed": gap, "gap_closed_ci95": [gap - 0.1, gap + 0.1], "geometry": [row], "seconds": 100.0,
+            "over_optimisation": []}
+
+
+def test_means_spread_and_intervals():
+    found = over_seeds({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
+    gap, (depth,) = found["gap_closed"], found["geometry"]
+    assert found["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
+    assert (gap["mean"], gap["std"]) == (pytest.approx(0.6), pytest.approx(0.1))
+    assert gap["ci95_over_seeds"] == pytest.approx([0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 4.302653 * 0.1 / 3**0.5])
+    assert gap["ci95_by_seed"]["1"] == pytest.approx([0.5, 0.7])
+    assert depth["verdicts"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"]["mean"] == pytest.approx(0)
+    cells = {row[0]: row[1:] for row in table(found)}
+    assert cells["way to the true heads"] == ["50.0%", "60.0%", "70.0%", "60.0% ± 10.0%"]
+    assert cells["depth, change"][2] == "+0.3 worse"
+
+
+def test_what_one_summary_lacks_is_left_out():
+    found = over_seeds({"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "gap_closed": None, "geometry": []}})
+    assert "gap_closed" not in found and found["geometry"] == [] and "tuned_delta_mean" in found
+    assert spread({"0": 2.0})["ci95_over_seeds"] is None
+
+
+@pytest.fixture
+def training(monkeypatch, tmp_path):
+    """Stands in for train.py: notes what it is asked for, and writes a finished run."""
+    asked = []
+
+    def call(command):
+        asked.append(command)
+        (outdir,) = (tmp_path / flag.split("=")[1] for flag in command if flag.startswith("--outdir="))
+        settings = resolve(train.check_eg3d_flags(train.main.make_context("train", command[1:]).params))
+        run = outdir / f"{len(asked):05d}-x"
+        run.mkdir(parents=True)
+        hashes = {name: file_hash(path) for name, path in input_files(settings).items()}
+        (run / "training_options.json").write_text(json.dumps({**settings.to_dict(), "hashes": hashes}))
+        (run / "summary.json").write_text(json.dumps(record(0.1 * len(asked), -0.1)))
+
+    monkeypatch.setattr(tool, "call", call)
+    return asked
+
+
+def run(out, *flags):
+    return CliRunner().invoke(tool.main, ["--seeds=0,5", f"--out={out}", *flags])
+
+
+def test_finished_runs_are_not_repeated(training, tmp_path):
+    out = tmp_path / "seeds"
+    first = run(out)
+    assert first.exit_code == 0, first.output
+    assert [command[-2] for command in training] == ["--seed=0", "--seed=5"] and "way to the true heads" in first.stdout
+    assert json.loads((out / "summary.json").read_text())["gap_closed"]["by_seed"] == {"0": 0.1, "5": 0.2}
+    assert json.loads(run(out, "-n").stdout) == {"0": "finished", "5": "finished"}
+    assert run(out).exit_code == 0 and len(training) == 2
+    assert run(out, "--", "--kimg=0.5").exit_code == 0 and len(training) == 4  # other settings are other runs
+    (next((out / "seed5").glob("00002-*")) / "summary.json").unlink()
+    assert json.loads(run(out, "-n").stdout)["5"][0] == "train.py" and json.loads(run(out, "-n").stdout)["0"] == "finished"
+
+
+@pytest.mark.parametrize(("flag", "text"), [("--seed=3", "Use --seeds"), ("--kimg=long", "kimg")])
+def test_mistakes(flag, text, training, tmp_path):
+    result = run(tmp_path / "seeds", "--", flag)
+    assert result.exit_code == 2 and text in result.stderr and not training and not (tmp_path / "seeds").exists()
+
+
+@pytest.mark.long
+def test_two_seeds_of_a_tiny_run(tiny_data, tiny_networks, tiny_reward, tmp_path):
+    flags = [flag for flag in tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path) if not flag.startswith("--outdir")]
+    given = ("--", *flags, f"--reward-ckpt={tiny_reward}", "--kimg=0.008", "--tick=0.004")
+    result = run(tmp_path / "seeds", *given)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "seeds" / "summary.json").read_text())
+    assert found["seeds"] == [0, 5] and len(found["geometry"]) == 3
+    written = (tmp_path / "seeds" / found["runs"]["5"] / "summary.json").stat().st_mtime_ns
+    assert run(tmp_path / "seeds", *given).exit_code == 0
+    assert (tmp_path / "seeds" / found["runs"]["5"] / "summary.json").stat().st_mtime_ns == written
