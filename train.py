@@ -2,6 +2,7 @@
 
     python train.py                                  fine-tune nothing: the GAN alone, continuing the bundled generator
     python train.py --reward=sigma --lambda-r=10     the main job: reward fine-tuning of the bundled generator on synthetic heads
+    python train.py --reward=sigma --rounds=3        the same in rounds: label, train rewards, tune, and again
     python train.py --init=scratch --kimg=20         train the bundled generator anew
     python train.py --mode=circular-dpo              preference training of a generator in stages; has flags of its own
 
@@ -16,15 +17,16 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf import experiment, settings
+from eg3d_rlhf import experiment, experiment_rounds, settings
 from eg3d_rlhf.cli import MODES, GroupedCommand, choose_device, option, options_of, user_errors
 from eg3d_rlhf.plugins import load_plugins
 from eg3d_rlhf.rlhf.phase import REWARD
+from eg3d_rlhf.rlhf.rounds import ROUNDS
 from training.config import DATA, GAN, NET, OPT, RUN
 from training.distributed import process_group
 
 EG3D = "Accepted for EG3D's sake"
-TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, EG3D)
+TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, ROUNDS, EG3D)
 
 # What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to eg3d_rlhf.cli.MODES.
 MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.flow.circular.commands:circular_dpo"})
@@ -125,10 +127,15 @@ def main(**flags) -> None:
             click.echo(json.dumps(resolved.to_dict(), indent=2, sort_keys=True))
             return
     with process_group(choose_device(flags["device"] or "auto"), flags["timeout"]) as ranks:
-        if resolved is None:
+        if resolved is None and experiment_rounds.begun(flags["resume"]):
+            if flags["kimg"] is not None:
+                raise ValueError(f"--kimg: expected none with --resume of rounds, got {flags['kimg']:g}. Start a new run.")
+            experiment_rounds.resume(flags["resume"], flags["resume_previous"], ranks)
+        elif resolved is None:
             experiment.resume(flags["resume"], flags["resume_previous"], flags["kimg"], ranks)
         else:
-            experiment.start_or_continue(resolved, flags["outdir"], ranks)
+            begin = experiment_rounds.start if resolved.rounds.rounds else experiment.start_or_continue
+            begin(resolved, flags["outdir"], ranks)
 
 
 def check_eg3d_flags(flags: dict) -> dict:

@@ -115,14 +115,15 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
         for flag, one in (("--reward-ckpt", reward), ("--reward-watch", second)):
             if one is not None and ranks.main:
                 check_reward(one, of(nets.G_ema), flag)
+        reference = nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             known = {**s.to_dict(), "hashes": files.hashes()}
-            before = copy.deepcopy(nets.G_ema).eval().requires_grad_(False)
+            before = copy.deepcopy(reference).eval().requires_grad_(False)
             evaluation = Evaluation(settings=known, before=of(before), reward=reward)
             watch = evaluation.watch = make_watch(known, reward, before, second)
         if s.reward.terms.lambda_r > 0:
-            terms = RewardTerms(G, nets.G_ema, reward, s.reward.terms)
+            terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
                 early = EarlyStop(nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution).to(device)

@@ -11,6 +11,7 @@ from eg3d_rlhf.generators import find_network, known_architecture
 from eg3d_rlhf.pickles.rebuild import neural_rendering_resolution
 from eg3d_rlhf.rlhf.early_stop import EarlyStopConfig
 from eg3d_rlhf.rlhf.phase import REWARD, RewardConfig
+from eg3d_rlhf.rlhf.rounds import SYNTHETIC, RoundConfig
 from training import storage
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, check_knobs, knob
 
@@ -46,6 +47,9 @@ class RewardSettings:
     reward_watch: str | None = knob(
         None, "Second reward, never trained on, that must not fall while the first rises.", REWARD, metavar="FILE", shown="bundled"
     )
+    reference: str | None = knob(
+        None, "Network that the tuned one is held to and compared with.", REWARD, flag=False, shown="the initial one"
+    )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
     rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0002")
@@ -68,6 +72,7 @@ class Settings:
     gan: GanConfig = GanConfig()
     loop: LoopConfig = LoopConfig()
     reward: RewardSettings = RewardSettings()
+    rounds: RoundConfig = RoundConfig()
 
     def to_dict(self) -> dict:
         """Every knob by name, as JSON."""
@@ -102,10 +107,12 @@ class Settings:
         name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
         if self.reward.reward != "none":
             name += f"-{self.reward.reward}-lambda{self.reward.terms.lambda_r:g}"
+        if self.rounds.rounds:
+            name += f"-rounds{self.rounds.rounds}"
         return name + (f"-{self.run.desc}" if self.run.desc else "")
 
 
-GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings)  # in the order of --help
+GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)  # in the order of --help
 
 
 def _values(settings: Any) -> dict:
@@ -181,8 +188,11 @@ def resolve(flags: Mapping) -> Settings:
             observations.known(reward)
         if init == "scratch":
             raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
-        if (cfg, reward) == ("heads64", "sigma") and given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
+        if (cfg, reward) == ("heads64", "sigma") and given.get("rounds"):
             given.setdefault("reward_watch", str(bundled.WATCH))
+        elif (cfg, reward) == ("heads64", "sigma") and given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
+            given.setdefault("reward_watch", str(bundled.WATCH))
+    check_rounds(given, reward)
     if given.get("early_stop") is not None and given.get("reward_watch") is None:
         lacking = "--reward" if reward == "none" else "--reward-watch"
         raise ValueError(f"--early-stop: expected {lacking}, whose scores choose the snapshot, got none. Add it, or leave this out.")
@@ -203,6 +213,24 @@ def resolve(flags: Mapping) -> Settings:
     if control is not None and not Path(control).exists():
         raise ValueError(f"--control: expected a run folder or its summary.json, got nothing at {control}. Check the path.")
     return Settings.of(values)
+
+
+def check_rounds(given: Mapping, reward: str) -> None:
+    """Raise ValueError for flags that do not go together with --rounds, or without it."""
+    own, without = [f"--{name.replace('_', '-')}" for name in given if name.startswith("round_")], not given.get("rounds")
+    if without and own:
+        raise ValueError(f"{own[0]}: expected --rounds with it, got none. Add it, or leave {own[0]} out.")
+    if without:
+        return
+    if reward == "none":
+        raise ValueError("--rounds: expected --reward, the kind of reward that is trained in each round, got none. Add --reward=sigma.")
+    if "reward_ckpt" in given:
+        raise ValueError(f"--reward-ckpt={given['reward_ckpt']}: expected none with --rounds, which train their own. Leave it out.")
+    if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get("data", DataConfig.data).startswith("synthetic:"):
+        raise ValueError(
+            f"--round-labels: expected people for --data={given['data']}, got {SYNTHETIC}: the annotator of heads judges synthetic ones "
+            "alone. Add --round-labels=people."
+        )
 
 
 def network_facts(source: str | None) -> dict:
@@ -236,7 +264,7 @@ def input_files(s: Settings) -> dict[str, Path]:
     """The files that a run starts from, by what they are; runs record and compare their hashes."""
     files = {} if s.net.init == "scratch" else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
     if s.reward.reward != "none":
-        named = {"reward": s.reward.reward_ckpt, "watch": s.reward.reward_watch}
+        named = {"reward": s.reward.reward_ckpt, "watch": s.reward.reward_watch, "reference": s.reward.reference}
         files |= {name: Path(path) for name, path in named.items() if path is not None}
     return files
 
@@ -244,7 +272,7 @@ def input_files(s: Settings) -> dict[str, Path]:
 # What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
 _NOT_THE_CONTROLS = {
     "lambda_r", "lambda_sigma", "lambda_front", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch", "rlr", "anchor_resolution",
-    "early_stop", "early_stop_distance",
+    "early_stop", "early_stop_distance", "reference",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
     "hashes", "task",
 }

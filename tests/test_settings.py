@@ -22,7 +22,9 @@ RELEASED = {  # `--cfg=ffhq --data=faces.zip --init=X.pkl --reward=sigma`: every
     "gen_pose_cond": True, "glr": 0.0025, "gpc_reg_fade_kimg": 0.0, "gpc_reg_prob": 0.5, "init": "X.pkl", "kimg": 20.0,
     "lambda_front": 0.0, "lambda_r": 10.0, "lambda_sigma": 0.01, "map_depth": 2, "mbstd_group": 4, "mirror": False, "no_summary": False,
     "nrr_fade_kimg": 1000.0, "nrr_final": None, "nrr_initial": 128, "p": 0.2, "plane_layout": "eg3d", "reg_type": "l1", "reward": "sigma",
-    "reward_ckpt": None, "reward_clip": "-10,10", "reward_shaping": "none", "reward_watch": None, "rlr": 0.0025, "seed": 0,
+    "reference": None, "reward_ckpt": None, "reward_clip": "-10,10", "reward_shaping": "none", "reward_watch": None, "rlr": 0.0025,
+    "round_aggregate": None, "round_doubtful": 0.5, "round_labels": "synthetic", "round_members": 5, "round_pairs": 400, "round_preset": None,
+    "round_start": "pretrained", "rounds": 0, "seed": 0,
     "snap": 5, "sphere_init": 0.0, "sr_module": None, "sr_noise_mode": "none", "sr_num_fp16_res": 4, "start": "G",
     "style_mixing_prob": 0.0, "target": 0.6, "task": "reward", "tick": 1.0,
 }

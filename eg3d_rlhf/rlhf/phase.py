@@ -154,7 +154,7 @@ class RewardTerms:
     """Losses of Grlhf.
 
     Args:
-        G: the generator being tuned; G_ema: its pretrained moving average, copied and frozen as the reference.
+        G: the generator being tuned; G_ema: the pretrained moving average, copied and frozen as the reference.
         reward: frozen; it has been checked against the generator.
     """
 

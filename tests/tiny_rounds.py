@@ -1,0 +1,48 @@
+"""Preference rounds small enough for a test: a tiny generator whose shapes have a surface, a few pairs, tiny rewards."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf import experiment_rounds
+from eg3d_rlhf.rlhf import rounds, watch
+from tests import tiny_runs
+from training import networks
+
+DATA = "synthetic:heads32@n=24"
+FLAGS = (
+    "--reward=sigma", "--rounds=2", "--round-pairs=14", "--round-members=2", "--round-preset=tiny", "--kimg=0.008", "--tick=0.004",
+    "--snap=0", "--rlr=0.02", "--no-summary",
+)
+
+
+def write_networks(path: Path) -> Path:
+    """Tiny networks whose raw density crosses the surface's level all over the cube."""
+    nets = tiny_runs.build_networks()
+    for G in (nets.G, nets.G_ema):
+        last = G.decoder.net[2]
+        with torch.no_grad():
+            last.weight[0] *= 400
+            last.bias[0] = 10 - 420
+    networks.save(path, nets)
+    return path
+
+
+def flags(init: Path, watch: Path, outdir: Path, *more: str) -> list[str]:
+    """Of a run of two rounds."""
+    return tiny_runs.train_flags(Path(DATA), init, outdir, f"--reward-watch={watch}", *FLAGS, *more)
+
+
+def ledger_of(folder: Path) -> list[dict]:
+    """The rounds that the ledger names, checked."""
+    return rounds.Ledger(folder).rounds
+
+
+def coarse(setattr=setattr) -> None:
+    """Let annotator and rewards look at coarse grids, which is quick. Args: setattr: such as a monkeypatch's."""
+    small = dataclasses.replace(experiment_rounds.find_preset("tiny"), observe={"resolution": 24})
+    setattr(experiment_rounds, "find_preset", lambda *_: small)
+    setattr(experiment_rounds, "AnnotationOptions", functools.partial(experiment_rounds.AnnotationOptions, resolution=16))
+    setattr(watch, "JUDGE_RESOLUTION", 16)
