@@ -1,4 +1,4 @@
-"""The end of a reward run: the comparison of before and after that says whether it worked, its table, pictures and meshes.
+"""The end of a reward run: the comparison of before and after that says whether it worked, its table and pictures.
 
 Letters: N latents.
 """
@@ -8,30 +8,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import versions
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.images import image_from
 from eg3d_rlhf.evaluation.judges import blind_pairs, frechet, geometry, relief_shares, shapes
 from eg3d_rlhf.evaluation.paired import span
+from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
 from eg3d_rlhf.generators import Generator, LoadedGenerator, of
-from eg3d_rlhf.reports.shape_view import shade
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.rlhf.early_stop import EarlyStop
 from eg3d_rlhf.rlhf.watch import Watch
 from eg3d_rlhf.seeds import JUDGE
 from eg3d_rlhf.settings import control_differs
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_export import save_mesh
-from eg3d_rlhf.sigma.spec import SlabSpec
 from training import storage
-from training.gan import save_grid
 from training.networks import state_hash
-
-SHOWN, MESHES = 8, 3  # latents in the pictures, and those with meshes
-RESOLUTION = 128  # grid points per edge of the cube that pictures and meshes come from
 
 
 @dataclass
@@ -84,6 +74,7 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     if c.synthetic:
         record |= blind_pairs(c) | frechet(c) | relief_shares(c)
     measures, judged = geometry(c), shapes(c) if c.synthetic else {"geometry": []}
+    record |= surface_change(c, JUDGE.take(CHANGED))
     record |= {**measures, **judged, "geometry": measures["geometry"] + judged["geometry"], "reward_test_accuracy": None}
     clean = e.reward.provenance.get("test_accuracy_clean")  # against the noise-free order, where the labels held one
     if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
@@ -107,11 +98,12 @@ def finish(e: Evaluation, loop, started: float) -> dict:
     record = {**summarise(c, e), "images": loop.cur_nimg, "early_stop": None if early is None else early.record()}
     record["seconds"] = time.time() - started
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    write_pictures(c, folder)
+    print("Drawing the pictures (about half a minute on 2 cores).", flush=True)
+    written = write_pictures(c, folder)
     lines = [("what", "figure", "goal"), *rows(record)]
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     print("\n" + "\n".join(f"{what:<{widths[0]}}  {figure:<{widths[1]}}  {goal}" for what, figure, goal in lines))
-    print(f"\nWritten to {folder}: summary.json, shapes.png, images.png (top row before, bottom row after), meshes/*.ply")
+    print(f"\nWritten to {folder}: {', '.join(['summary.json', *written])}")
     return record
 
 
@@ -137,6 +129,9 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         out.append((row["name"] + upwards, f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})", "better"))
     if "critic_missing" in record:
         out.append(("shape critic, shape Fréchet", f"not measured: {record['critic_missing']}", ""))
+    if (moved := record.get("surface_change_voxels")) and moved["n"]:
+        text = f"{moved['median']:.2f} voxels of 64^3 [{moved['quartiles'][0]:.2f}, {moved['quartiles'][1]:.2f}] of {moved['n']} latents"
+        out.append(("median change of the surface in the head (quartiles)", text, ">= 0.5"))
     if record.get("reward_test_accuracy") is not None:
         low, high = record["reward_test_accuracy_ci95"]
         text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"
@@ -167,23 +162,3 @@ def synthetic_rows(record: dict) -> list[tuple[str, str, str]]:
     out.append((f"relief of a face (correlation >= {record['relief_least']})", text + " -> ".join(f"{share:.0%}" for share in details),
                 ">= 90 %"))
     return out
-
-
-@torch.no_grad()
-def write_pictures(c: Comparison, folder: Path) -> None:
-    """shapes.png and images.png, before above after for the same latents, and meshes of the first of them."""
-    shapes, images, seeds = [], [], JUDGE.take(SHOWN)
-    (folder / "meshes").mkdir(parents=True, exist_ok=True)
-    for name, loaded in c.generators().items():
-        field = loaded.generator.field(c.ws(loaded, seeds))
-        spec = SlabSpec.of(field.bounds, RESOLUTION)
-        sigma = field.density_grid(spec)
-        shapes += [shade(sigma, yaw, level=field.level) for yaw in (0.0, 0.5)]
-        images.append(image_from(loaded, field, 0.3, 0).cpu())
-        for seed, cube in list(zip(seeds, sigma.cpu(), strict=True))[:MESHES]:
-            try:
-                save_mesh(folder / "meshes" / f"seed{seed}-{name}.ply", *extract_mesh(cube, spec, field.level))
-            except ValueError as error:  # a sample without a surface: say so, keep the rest
-                print(f"No mesh for seed {seed} ({name}): {error}")
-    save_grid(torch.cat(shapes), (0, 1), SHOWN, folder / "shapes.png")
-    save_grid(torch.cat(images), (-1, 1), SHOWN, folder / "images.png")

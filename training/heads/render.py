@@ -196,7 +196,7 @@ def _albedo(x, y, z, g, a, parts: HeadParts) -> torch.Tensor:
     return torch.where(shirt.unsqueeze(-1), _colour(a, "shirt"), albedo)
 
 
-def _shade(field: Field, x, y, z, g, a) -> torch.Tensor:
+def shade(field: Field, x, y, z, g, a) -> torch.Tensor:
     """albedo (ambient sky + wrapped Lambert), with occlusion from one probe along the normal. [N, K, 3]; no term depends on the view."""
     parts = parts_at(x, y, z, g)
     n = normals(field, x, y, z, parts.union())
@@ -224,7 +224,7 @@ def _colour_rays(field: Field, origins, directions, t, g, a) -> torch.Tensor:
         valid = distance.isfinite()
         index = columns.unsqueeze(-1).expand(-1, -1, 3)
         points = origins.unsqueeze(1) + torch.where(valid, distance, 0.0) * directions.gather(1, index)
-        colours = _shade(field, *(p.contiguous() for p in points.unbind(-1)), g, a).clamp(0, 1)
+        colours = shade(field, *(p.contiguous() for p in points.unbind(-1)), g, a).clamp(0, 1)
         image.scatter_(1, index, colours * valid)
     return image
 
