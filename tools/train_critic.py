@@ -5,7 +5,7 @@ is to judge. One thread, so that the same command writes the same bytes on the s
 
 \b
 Example:
-    python tools/train_critic.py --fakes=assets/generator.safetensors --latents=8 --reference=40 --out=runs/critic.safetensors
+    python tools/train_critic.py --fakes=assets/generator.safetensors --latents=8 --heads=40 --reference=40 --out=runs/critic.safetensors
 """
 
 import json
@@ -45,13 +45,14 @@ def networks(paths: tuple[Path, ...]) -> dict[str, LoadedGenerator]:
 
 def train(fakes: dict[str, LoadedGenerator], o: CriticTraining) -> ShapeCritic:
     """Draw all shapes and train."""
-    heads = o.latents * len(fakes)
-    shape = true_shapes(heads, TRAINED)
+    shape, count = true_shapes(o.heads, TRAINED), o.latents * len(fakes)
+    if count > o.heads:
+        raise ValueError(f"--heads: expected at least as many true heads as there are fakes, {count}, got {o.heads}. Raise it.")
     seeds = {name: range(CRITIC + i * o.latents, CRITIC + (i + 1) * o.latents) for i, name in enumerate(fakes)}
-    with tqdm(total=2 * heads + o.reference, desc="normal maps", unit="shape") as bar:
+    with tqdm(total=count + o.heads + o.reference, desc="normal maps", unit="shape") as bar:
         drawn = {name: fake_maps(loaded.generator, seeds[name], on_shape=bar.update) for name, loaded in fakes.items()}
         true, reference = (true_maps(one, Bounds(), bar.update) for one in (shape, true_shapes(o.reference, REFERENCE)))
-    print(f"Training two networks on {3 * heads:,} and {6 * heads:,} maps, {o.epochs} times each.", flush=True)
+    print(f"Training the critic on maps of {2 * count:,} shapes and the features on those of {o.heads:,} heads.", flush=True)
     critic = train_critic(true, shape, reference, drawn, o)
     critic.record["fakes"] = [
         {"network": name, "hash": loaded.hash, "images": loaded.nets.cur_nimg, "seeds": [seeds[name][0], seeds[name][-1]]}

@@ -150,7 +150,8 @@ def shapes(c: Comparison) -> dict:
     distances = [FeatureStatistics(dim).update(part).distance(FeatureStatistics(dim).update(true)) for part in features]
     change = frechet_change_interval(features[0], features[1], true, RESAMPLES)
     paired = {"mean": change.mean, "mean_lo": change.lo, "mean_hi": change.hi, "confidence": 0.95, "n": SHAPES.count, "n_true": len(true)}
-    return {"critic": [fake["network"] for fake in critic.record["fakes"]], "shapes_n": SHAPES.count, "shapes_psi": 1.0, "geometry": [
+    learnt = [fake["hash"] for fake in critic.record["fakes"]]
+    return {"critic": learnt, "critic_knew_before": c.before.hash in learnt, "shapes_n": SHAPES.count, "shapes_psi": 1.0, "geometry": [
         measured("shape critic", logits[0].mean(), logits[1].mean(), paired_summary(logits[0], logits[1])._asdict(), higher_is_better=True),
         measured("shape Fréchet", distances[0], distances[1], paired),
     ]}

@@ -127,6 +127,8 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         change = span(row["paired"]["mean"], row["paired"]["mean_lo"], row["paired"]["mean_hi"], "+.2g")
         upwards = ", higher is better" if row["higher_is_better"] else ""
         out.append((row["name"] + upwards, f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})", "better"))
+    if record.get("critic_knew_before"):
+        out.append(("shape critic", "learnt from this very generator: train it on others, tools/train_critic.py", ""))
     if "critic_missing" in record:
         out.append(("shape critic, shape Fréchet", f"not measured: {record['critic_missing']}", ""))
     if (moved := record.get("surface_change_voxels")) and moved["n"]:

@@ -33,7 +33,8 @@ OnShape = Callable[[int], object] | None
 class CriticTraining:
     """One run; it repeats to the byte on the same machine with one thread."""
 
-    latents: int = knob(300, "Shapes of each network; as many true heads as of all.", "Data", low=5)
+    latents: int = knob(300, "Shapes of each network.", "Data", low=5)
+    heads: int = knob(1200, "True heads that the features learn from; the critic takes as many of them as there are fakes.", "Data", low=5)
     reference: int = knob(400, "True heads behind the shape Fréchet distance, held out of the training.", "Data", low=40)
     epochs: int = knob(12, "Passes over the maps.", "Training", low=1)
     batch: int = knob(48, "Maps per step.", "Training", low=2)
@@ -97,13 +98,13 @@ def fit(maps: Tensor, targets: Tensor, outputs: int, loss: Callable[[Tensor, Ten
 def train_critic(true: Tensor, shape: Tensor, reference: Tensor, fakes: dict[str, Tensor], o: CriticTraining) -> ShapeCritic:
     """Train both networks and judge them on what was held out.
 
-    Args: true: maps [N, F, 4, R, R] of heads with parameters shape [N, S]; reference: those of other heads; fakes: by network, maps.
+    Args: true: maps [N, F, 4, R, R] of heads with parameters shape [N, S]; reference: those of other heads; fakes: by network, maps, not
+        more than there are heads.
     """
-    kept = split(len(true), o.held_out)
-    views = true.shape[1]
     early = torch.cat([maps[: split(len(maps), o.held_out)] for maps in fakes.values()])
-    both = torch.cat([true[:kept], early])
-    label = torch.cat([torch.ones(kept), torch.zeros(len(early))]).repeat_interleave(views)[:, None]
+    kept, views = split(len(true), o.held_out), true.shape[1]
+    both = torch.cat([true[: len(early)], early])
+    label = torch.cat([torch.ones(len(early)), torch.zeros(len(early))]).repeat_interleave(views)[:, None]
     smooth = label * (1 - 2 * o.smoothing) + o.smoothing
     critic = fit(both.flatten(0, 1), smooth, 1, functional.binary_cross_entropy_with_logits, o)
     wanted = shape[:kept].repeat_interleave(views, dim=0)  # heads are symmetric, so mirrored maps have the same
@@ -113,8 +114,9 @@ def train_critic(true: Tensor, shape: Tensor, reference: Tensor, fakes: dict[str
     found.scale = torch.stack([raw.mean(dim=0), raw.std(dim=0).clamp_min(1e-6)])
     found.true = (raw - found.scale[0]) / found.scale[1]
     late = {name: maps[split(len(maps), o.held_out) :].float() for name, maps in fakes.items()}
+    as_many = true[kept : kept + sum(len(maps) for maps in late.values())].float()
     found.record = {"training": asdict(o), "parameters": sum(p.numel() for p in critic.parameters()), "true_heads": len(true),
-                    **held_out_figures(found, true[kept:].float(), late), **frechet_figures(found, fakes),
+                    **held_out_figures(found, as_many, late), **frechet_figures(found, fakes),
                     "shape_parameters_explained": _explained(found, true[kept:].float(), shape[kept:])}
     return found
 

@@ -73,7 +73,7 @@ def trained_critic(tmp_path, monkeypatch):
     """A critic that was not trained, in the asset's place: what it says is arbitrary, and the same for equal shapes."""
     torch.manual_seed(0)
     scale = torch.stack([torch.zeros(FEATURES), torch.full((FEATURES,), 0.01)])
-    critic = ShapeCritic(MapNet(1), MapNet(SHAPE_COUNT), torch.zeros(0), scale, {"fakes": [{"network": "early.safetensors"}]})
+    critic = ShapeCritic(MapNet(1), MapNet(SHAPE_COUNT), torch.zeros(0), scale, {"fakes": [{"hash": "early"}]})
     critic.true = critic.features(true_maps(true_shapes(36, first=1000), Bounds()).float())
     critic.save(tmp_path / "critic.safetensors")
     monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
@@ -85,6 +85,7 @@ def test_a_generator_of_the_same_heads_has_shape_distance_0(healed, trained_crit
     critic, distance = record["geometry"]
     assert (critic["name"], distance["name"], critic["higher_is_better"]) == ("shape critic", "shape Fréchet", True)
     assert distance["after"] < 0.02 * distance["before"] and distance["verdict"] == "better"
+    assert record["critic"] == ["early"] and not record["critic_knew_before"]
     assert critic["paired"]["n"] == distance["paired"]["n"] == record["shapes_n"] == 36
 
 

@@ -90,7 +90,7 @@ def run(*flags):
 
 def test_the_tool(tiny_networks, tmp_path):
     out = tmp_path / "critic.safetensors"
-    small = ("--latents=6", "--reference=40", "--epochs=1", f"--out={out}")
+    small = ("--latents=6", "--heads=8", "--reference=40", "--epochs=1", f"--out={out}")
     result = run(f"--fakes={tiny_networks}", *small)
     assert result.exit_code == 0, result.output
     assert "accuracy on 2 held-out shapes" in result.stdout and "shape Fréchet distance" in result.stdout
@@ -102,7 +102,8 @@ def test_the_tool(tiny_networks, tmp_path):
     ("flags", "text"),
     [
         (["--fakes={tmp}/none"], "--fakes: "), (["--fakes={net}", "--fakes={net}"], "--fakes: expected different networks"),
-        (["--fakes={net}", "--latents=1"], "--latents"), ([], "--fakes"),
+        (["--fakes={net}", "--latents=1"], "--latents"),
+        (["--fakes={net}", "--latents=9", "--heads=8"], "as there are fakes, 9, got 8. Raise it."), ([], "--fakes"),
     ],
 )
 def test_mistakes_leave_nothing(flags, text, tiny_networks, tmp_path):
