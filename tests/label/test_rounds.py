@@ -122,9 +122,10 @@ def test_a_whole_round_on_labels_from_the_page(begun, shaped, page, repo, tmp_pa
                 key = "ArrowRight" if left.degradation else "ArrowLeft"
             else:
                 key = "ArrowLeft" if better[left.seed] > better[right.seed] else "ArrowRight"
+            before = label.state("pair.assignment")
             label.answer(key)
             shown = "before => window.labelState.pair?.assignment !== before || window.labelState.state === 'explained'"
-            label.page.wait_for_function(shown, arg=label.state("pair?.assignment"), timeout=20_000)
+            label.page.wait_for_function(shown, arg=before, timeout=20_000)
             if label.state("state") == "explained":
                 label.page.keyboard.press("Enter")
             label.page.wait_for_function("() => ['label', 'finished'].includes(window.labelState.state)", timeout=20_000)
