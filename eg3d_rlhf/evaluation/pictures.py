@@ -45,10 +45,10 @@ class PictureOptions:
     shown: int = 6  # latents in the comparison, >= 1
     meshes: int = 3  # of them with meshes
     resolution: int = 128  # grid points per edge of the cube that finds the surfaces, >= 8
-    cell: int = 272  # pixels per edge of a rendering in the comparison, >= 16
-    film: int = 224  # and in the turntable
+    cell: int = 256  # pixels per edge of a rendering in the comparison, >= 16
+    film: int = 208  # and in the turntable
     rays: int = 192  # per edge of the coloured renderings, enlarged to a cell
-    turns: int = 24  # views from one side to the other, >= 2
+    turns: int = 20  # views from one side to the other, >= 2
     samples: int = 48  # per ray in each pass: what is seen is the network, not the sampler
 
     def __post_init__(self) -> None:
@@ -80,9 +80,9 @@ def write_pictures(c: Comparison, folder: Path, o: PictureOptions = USUAL) -> li
     """comparison.png, turntable.mp4 and meshes/ of the first latents of the judge's; returns the names of what was written."""
     seeds = JUDGE.take(o.shown)
     pairs, label = sides(c, seeds, o.resolution), _camera(c, YAW)
-    full = full_scale([_look(pair, label, o.cell // 2)[2] for pair in pairs])
-    picture = comparison(c, pairs, seeds, full, o)
-    write_atomic(folder / COMPARISON, png(picture))
+    looks = [Look.at(pair, label, o.cell * SUPERSAMPLE) for pair in tqdm(pairs, desc="shapes before and after", unit="head")]
+    full = full_scale([look.moved for look in looks])
+    write_atomic(folder / COMPARISON, png(comparison(c, pairs, looks, full, o)))
     written = [COMPARISON]
     try:
         check_mp4(folder / TURNTABLE)
@@ -115,32 +115,36 @@ def _camera(c: Comparison, yaw: float) -> Tensor:
     return camera(c.before.generator, yaw, PITCH)
 
 
-def _look(pair: tuple[Side, Side], label: Tensor, resolution: int) -> tuple[View, View, Tensor]:
-    """Views before and after, and the displacement of the points that the second shows, voxels."""
-    before, after = (look(side.surface, label, resolution) for side in pair)
-    return before, after, displacement(pair[0].surface, after.points, after.normals)
+@dataclass(frozen=True)
+class Look:
+    """One latent's shapes from one camera."""
+
+    before: View
+    after: View
+    moved: Tensor  # [M] how far each point that the second view shows has moved, voxels
+    vanished: Tensor  # [R, R] bool: what stood before the tuned surface and has no counterpart within REACH
+
+    @classmethod
+    def at(cls, pair: tuple[Side, Side], label: Tensor, resolution: int) -> "Look":
+        """Both shapes from a camera [1, 25]."""
+        before, after = (look(side.surface, label, resolution) for side in pair)
+        vanished = torch.zeros_like(before.hit)
+        vanished[before.hit] = displacement(pair[1].surface, before.points, before.normals).abs() >= REACH
+        moved = displacement(pair[0].surface, after.points, after.normals)
+        return cls(before, after, moved, vanished & (before.depth < after.depth))
+
+    def drawn(self, full: float, factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The shape before, and after with its change tinted and what vanished as a blue ghost over it: uint8, shrunk by `factor`."""
+        tinted = paint(self.after, tint(self.moved, full))
+        tinted = torch.where(self.vanished[..., None], torch.lerp(tinted, paint(self.before, BLUE), GHOST), tinted)
+        first, second = (to_uint8(shrink(picture, factor).cpu()) for picture in (paint(self.before), tinted))
+        return first, second
 
 
 def full_scale(moved: Sequence[Tensor]) -> float:
     """Voxels at full colour: the first of SCALES that leaves at most a twentieth of the points beyond it."""
     size = float(torch.cat(list(moved)).abs().double().quantile(0.95)) if sum(map(len, moved)) else 0.0
     return next((scale for scale in SCALES if scale >= size), SCALES[-1])
-
-
-def shapes(pair: tuple[Side, Side], label: Tensor, full: float, cell: int, factor: int = SUPERSAMPLE) -> tuple[np.ndarray, np.ndarray]:
-    """The shape before, and after with its change tinted: uint8 [R, R, 3] each.
-
-    What stood before the tuned surface and has no counterpart within REACH is drawn over it as a blue ghost.
-    """
-    before, after, moved = _look(pair, label, cell * factor)
-    tinted = paint(after, tint(moved, full))
-    vanished = torch.zeros_like(before.hit)
-    vanished[before.hit] = displacement(pair[1].surface, before.points, before.normals).abs() >= REACH
-    vanished &= before.depth < after.depth
-    ghost = paint(before, BLUE)
-    tinted = torch.where(vanished[..., None], torch.lerp(tinted, ghost, GHOST), tinted)
-    first, second = (to_uint8(shrink(picture, factor).cpu()) for picture in (paint(before), tinted))
-    return first, second
 
 
 @torch.no_grad()
@@ -155,16 +159,17 @@ def colours(field: Field, generator: Generator, label: Tensor, rays: int, sample
     return torch.nn.functional.interpolate(image, (cell, cell), mode="bicubic", antialias=True)[0]
 
 
-def comparison(
-    c: Comparison, pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], full: float, o: PictureOptions = USUAL
-) -> np.ndarray:
-    """The picture, uint8: one latent per column, and the nearest true heads above where the family is known."""
+def comparison(c: Comparison, pairs: Sequence[tuple[Side, Side]], looks: Sequence[Look], full: float, o: PictureOptions) -> np.ndarray:
+    """The picture, uint8: one of the judge's latents per column, and the nearest true heads above where the family is known.
+
+    Args: looks: of the pairs, at SUPERSAMPLE times a cell's pixels.
+    """
     label, rows, cell = _camera(c, YAW), [], o.cell
     images = [
         torch.stack([colours(pair[i].field, loaded.generator, label, o.rays, o.samples, cell) for pair in pairs])
         for i, loaded in enumerate((c.before, c.after))
     ]
-    drawn = [shapes(pair, label, full, cell) for pair in tqdm(pairs, desc="shapes before and after", unit="head")]
+    drawn = [look.drawn(full, SUPERSAMPLE) for look in looks]
     if c.synthetic:
         heads = nearest([[side.surface for side in pair] for pair in pairs], torch.stack(images).mean(dim=0), label)
         views = [_true_views(head, pair[0].surface, label, cell) for head, pair in zip(heads, pairs, strict=True)]
@@ -172,11 +177,11 @@ def comparison(
     for i, (name, more) in enumerate((("Before", "pretrained"), ("After", "tuned with the\nreward; the same\nlatents"))):
         coloured = [to_uint8(image.movedim(0, -1).cpu()) for image in images[i]]
         rows += _group(name, more, coloured, [pair[i] for pair in drawn], parted=bool(rows))
-    rows[-1] = replace(rows[-1], captions=[f"seed {seed}" for seed in seeds])
+    rows[-1] = replace(rows[-1], captions=[f"seed {seed}" for seed in JUDGE.take(len(pairs))])
     words = (f"-{full:g}: removed", "unchanged", f"added: +{full:g}")
     bar = to_uint8(tint(torch.linspace(-full, full, 2 * cell), full))
     scale = Scale(colours=bar, words=words, title="The surface moved by, in voxels of a cube with 64 per edge:")
-    return sheet("", rows, names=NAMES, scale=scale, note=f"first {len(seeds)} held-out latents, psi {c.psi:g}")
+    return sheet("", rows, names=NAMES, scale=scale, note=f"first {len(pairs)} held-out latents, psi {c.psi:g}")
 
 
 def _group(name: str, more: str, coloured: Sequence[np.ndarray], shaped: Sequence[np.ndarray], parted: bool = False) -> list[Row]:
@@ -194,7 +199,7 @@ def _true_views(head: TrueHead | None, like: LevelSet, label: Tensor, cell: int)
     return to_uint8(head.image(label, cell).cpu()), to_uint8(shrink(shape).cpu())
 
 
-def turntable(c: Comparison, pair: tuple[Side, Side], full: float, o: PictureOptions = USUAL) -> Iterator[np.ndarray]:
+def turntable(c: Comparison, pair: tuple[Side, Side], full: float, o: PictureOptions) -> Iterator[np.ndarray]:
     """Frames of one latent swung from side to side and back: before beside after, colour above shape."""
     swing = SWING * np.sin(np.pi / 2 * np.linspace(-1, 1, o.turns))
     frames = []
@@ -205,7 +210,7 @@ def turntable(c: Comparison, pair: tuple[Side, Side], full: float, o: PictureOpt
             for side, loaded in zip(pair, (c.before, c.after), strict=True)
         ]
         coloured = Row(cells=[to_uint8(image.movedim(0, -1).cpu()) for image in images], captions=("before", "after"))
-        frames.append(sheet("", [coloured, Row(cells=shapes(pair, label, full, o.film, 1))]))
+        frames.append(sheet("", [coloured, Row(cells=Look.at(pair, label, o.film).drawn(full))]))
         yield frames[-1]
     yield from frames[-2:0:-1]
 

@@ -32,7 +32,7 @@ def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float
     |s| <= reach; the displacement is -s. Where there is none it is +reach for a point that was outside before, -reach for one inside.
     """
     unit = voxel(before.spec)
-    half = max(2, round(2 * reach * unit / before.spec.voxel))
+    half = max(2, round(reach * unit / before.spec.voxel))
     s = torch.linspace(-reach * unit, reach * unit, 2 * half + 1).to(points)
     found = torch.empty(len(points)).to(points)
     for part in torch.arange(len(points), device=points.device).split(_CHUNK):

@@ -18,9 +18,9 @@ from eg3d_rlhf.sigma.spec import SlabSpec
 from training.rendering.cameras import ray_limits_box
 
 _FAR_BELOW = 1000.0  # outside the cube the density counts as this much below the level
-_HALVINGS = 8  # of a bracket of two voxels
+_HALVINGS = 4  # of a bracket of two voxels, before the line through its ends
 REACHES = (0.024, 0.06)  # of crowding, in sides of the cube: creases, and hollows
-_SLACK, _LEAST_STEP = 1.8, 0.7  # voxels; the surface is that much nearer than the nearest grid point inside, at most
+_SLACK, _LEAST_STEP = 2.0, 1.0  # voxels; the surface is at most so much nearer than interpolated distances to grid points inside
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,13 +56,15 @@ class LevelSet:
         """Crossings [P] along lines [P, 3] + t [P, 3], from guesses t [P] within a voxel; a guess without a crossing about it stays."""
         reach = self.spec.voxel
         low, high = t - reach, t + reach
-        starts_inside = self.exactly_inside(origins + low[:, None] * directions) >= 0
-        crossed = starts_inside != (self.exactly_inside(origins + high[:, None] * directions) >= 0)
+        at_low, at_high = (self.exactly_inside(origins + end[:, None] * directions) for end in (low, high))
+        crossed = (at_low >= 0) != (at_high >= 0)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            same = (self.exactly_inside(origins + middle[:, None] * directions) >= 0) == starts_inside
-            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-        return torch.where(crossed, (low + high) / 2, t)
+            value = self.exactly_inside(origins + middle[:, None] * directions)
+            first = (value >= 0) == (at_low >= 0)
+            low, at_low = torch.where(first, middle, low), torch.where(first, value, at_low)
+            high, at_high = torch.where(first, high, middle), torch.where(first, at_high, value)
+        return torch.where(crossed, between(low, high, at_low, at_high), t)
 
     def normals(self, points: Tensor) -> Tensor:
         """Outward unit normals [P, 3] at points [P, 3]: minus the density's central differences over one voxel."""
@@ -74,7 +76,7 @@ class LevelSet:
     def trace(self, origins: Tensor, directions: Tensor) -> Tensor:
         """Distances [P] at which rays from origins [P, 3] along unit directions [P, 3] first meet the surface; inf where they miss.
 
-        Steps are as long as the way to the nearest grid point inside allows, and short of a voxel beside it.
+        Steps are as long as the way to the nearest grid point inside allows, and a voxel beside it.
         """
         centre, side, voxel = origins.new_tensor(self.spec.centre), self.spec.box_warp, self.spec.voxel
         near, far = (t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], side))

@@ -116,7 +116,7 @@ def test_a_part_that_vanished_is_drawn_as_a_blue_ghost():
     above = torch.tensor([0.0, 0.26, 0.0])
     both = body(lambda points: torch.minimum(points.norm(dim=-1) - 0.12, (points - above).norm(dim=-1) - 0.05), spec)
     pair = (pictures.Side(None, both), pictures.Side(None, sphere(0.12, spec=spec)))
-    before, after = pictures.shapes(pair, FRONT, 1.0, 64)
+    before, after = pictures.Look.at(pair, FRONT, 128).drawn(1.0, 2)
     blue = after[..., 2].astype(int) - after[..., 0] > 15
     floater = (before.min(axis=-1) < 225) & (np.arange(64)[:, None] < 14)
     assert floater.sum() > 30 and blue[floater].mean() > 0.8 and not blue[20:].any()
