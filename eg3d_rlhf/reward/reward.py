@@ -143,7 +143,7 @@ def check_reward(reward: Reward, generator: Generator, who: str = "reward") -> N
             f"{who}: expected a generator with {'; with '.join(misfits)}. Name a reward of this generator; tools/train_reward.py makes one."
         )
     made_for = reward.provenance.get("generator")
-    if made_for is not None and made_for != (digest := state_hash(generator.module)):
+    if made_for is not None and (digest := state_hash(generator.module)) not in reward.provenance.get("generators", [made_for]):
         kind = reward.provenance.get("architecture", generator.architecture)
         print(
             f"Warning: {who}: it was trained on shapes of the {kind} generator {made_for[:12]}..., not of {generator.architecture} "
