@@ -19,21 +19,24 @@ import torch
 from eg3d_rlhf.cli import GroupedCommand, option
 from eg3d_rlhf.generators import find_network, load_networks
 from training import networks, storage
-from training.superresolution import module_by_name
+from training.superresolution import SuperresolutionHybrid, module_by_name
 from training.triplane import TriPlaneGenerator
 
-OURS = ("plane_resolution", "plane_channels", "plane_layout", "decoder_hidden_dim", "neural_rendering_resolution")
+OURS = ("plane_resolution", "plane_channels", "plane_layout", "decoder_hidden_dim", "decoder_features", "neural_rendering_resolution")
 SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def foreign_sizes(nets: networks.Networks) -> list[str]:
     """What of a generator EG3D hard-wires differently, as 'name = value'; empty where a checkout of EG3D can build it."""
     defaults = {k: p.default for k, p in inspect.signature(TriPlaneGenerator).parameters.items()}
-    sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim")
+    sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features")
     found = [f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]]
     sr, module = nets.G_kwargs.get("sr_kwargs") or {}, module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
-    built_in = {"input_resolution": module.default_input_resolution, "block_channels": list(module.default_block_channels)}
-    found += [f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)]
+    if not issubclass(module, SuperresolutionHybrid):
+        found.append(f"superresolution_module = {module.__name__}")
+    else:
+        built_in = {"input_resolution": module.default_input_resolution, "block_channels": list(module.default_block_channels)}
+        found += [f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)]
     if nets.G_kwargs["w_dim"] != 512:
         found.append(f"w_dim = {nets.G_kwargs['w_dim']}")
     return found

@@ -107,11 +107,29 @@ class SuperresolutionHybridDeepfp32(SuperresolutionHybrid4X):
     antialias_allowed = False
 
 
+class NoSuperresolution(torch.nn.Module):
+    """None: the rendered colours are the image, enlarged where they are fewer pixels. All detail is the field's."""
+
+    only_enlarges = True
+
+    def __init__(self, channels: int, img_resolution: int, **_unused):
+        super().__init__()
+        del channels
+        self.input_resolution = img_resolution
+
+    def forward(self, rgb: torch.Tensor, x: torch.Tensor, ws: torch.Tensor, **_unused) -> torch.Tensor:
+        """rgb [N, 3, r, r] -> [N, 3, R, R], bilinear; larger renderings stay as they are. Differentiable in rgb."""
+        del x, ws
+        if rgb.shape[-1] >= self.input_resolution:
+            return rgb
+        return torch.nn.functional.interpolate(rgb, size=(self.input_resolution,) * 2, mode="bilinear", align_corners=False)
+
+
 _ALL = SuperresolutionHybrid8X, SuperresolutionHybrid8XDC, SuperresolutionHybrid4X, SuperresolutionHybrid2X, SuperresolutionHybridDeepfp32
-MODULES = {cls.__name__: cls for cls in _ALL}
+MODULES: dict[str, type] = {cls.__name__: cls for cls in (*_ALL, NoSuperresolution)}
 
 
-def module_by_name(name: str) -> type[SuperresolutionHybrid]:
+def module_by_name(name: str) -> type:
     """Class for EG3D's 'training.superresolution.<Class>' (or the bare class name).
 
     Raises: ValueError for anything else; nothing is imported by name.

@@ -52,15 +52,16 @@ class OSGDecoder(torch.nn.Module):
 class TriPlaneGenerator(torch.nn.Module):
     """EG3D's generator.
 
-    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32, also the number of decoded features),
-    decoder_hidden_dim (64), and plane_layout ('eg3d' for released checkpoints, 'fixed' for three different planes).
+    EG3D's constructor, plus sizes that it hard-wires: plane_resolution (256), plane_channels (32), decoder_features (None: as many as
+    plane channels; the first three are the colour), decoder_hidden_dim (64), and plane_layout ("eg3d" for released checkpoints, "fixed" for
+    three different planes).
     """
 
     def __init__(
         self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int, sr_num_fp16_res: int = 0,
         mapping_kwargs: dict | None = None, rendering_kwargs: dict | None = None, sr_kwargs: dict | None = None,
         plane_resolution: int = 256, plane_channels: int = 32, plane_layout: str = "eg3d", decoder_hidden_dim: int = 64,
-        neural_rendering_resolution: int = 64, **synthesis_kwargs
+        neural_rendering_resolution: int = 64, decoder_features: int | None = None, **synthesis_kwargs
     ):
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
@@ -74,13 +75,14 @@ class TriPlaneGenerator(torch.nn.Module):
             z_dim, c_dim, w_dim, img_resolution=plane_resolution, img_channels=3 * plane_channels, mapping_kwargs=mapping_kwargs,
             **synthesis_kwargs,
         )
+        features = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
         self.superresolution = sr_class(
-            channels=plane_channels, img_resolution=img_resolution, sr_num_fp16_res=sr_num_fp16_res,
+            channels=features, img_resolution=img_resolution, sr_num_fp16_res=sr_num_fp16_res,
             sr_antialias=self.rendering_kwargs["sr_antialias"], w_dim=w_dim, **(sr_kwargs or {}),
         )
         lr_mul = self.rendering_kwargs.get("decoder_lr_mul", 1)
-        options = {"decoder_lr_mul": lr_mul, "decoder_output_dim": plane_channels, "decoder_hidden_dim": decoder_hidden_dim}
+        options = {"decoder_lr_mul": lr_mul, "decoder_output_dim": features, "decoder_hidden_dim": decoder_hidden_dim}
         self.decoder = OSGDecoder(plane_channels, options)
         self._last_planes: torch.Tensor | None = None
 

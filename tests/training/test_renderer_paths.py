@@ -9,7 +9,7 @@ from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering import renderer as renderer_module
 from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler, RaySampler
-from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance
+from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, uniform_draws
 from training.rendering.renderer import ImportanceRenderer
 from training.triplane import OSGDecoder
 
@@ -17,7 +17,8 @@ FAST = ("auto", "torch")
 OPTIONS = {"ray_start": 2.25, "ray_end": 3.3, "box_warp": 1.0, "depth_resolution": 9, "depth_resolution_importance": 7}
 VARIANTS = [
     {}, {"depth_resolution_importance": 0}, {"white_back": True}, {"density_noise": 0.5}, {"disparity_space_sampling": True},
-    {"ray_start": "auto", "ray_end": "auto"}, {"box_warp": 0.6}, {"depth_resolution": 2, "depth_resolution_importance": 1},
+    {"ray_start": "auto", "ray_end": "auto"}, {"importance_stratified": True}, {"box_warp": 0.6},
+    {"depth_resolution": 2, "depth_resolution_importance": 1},
 ]
 
 
@@ -166,3 +167,10 @@ def test_a_generator_leaves_the_colours_out_on_request():
     alone = G.sample_mixed(points, None, ws, noise_mode="const", sigma_only=True)
     assert set(alone) == {"sigma"}
     torch.testing.assert_close(alone["sigma"], full["sigma"], atol=1e-6, rtol=1e-5)
+
+
+def test_stratified_draws_lie_one_in_each_part():
+    torch.manual_seed(0)
+    draws = uniform_draws(torch.zeros(50, 9), 7, stratified=True)
+    assert torch.equal((draws * 7).floor(), torch.arange(7.0).expand(50, 7))
+    assert ((draws * 7) % 1).std() > 0.25  # and anywhere within it

@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf import pickles
 from tests.pickles.writer import G_KWARGS, RENDERING, SnapshotWriter
 from training import networks, storage
-from training.superresolution import MODULES
+from training.superresolution import MODULES, NoSuperresolution, SuperresolutionHybrid
 from training.triplane import TriPlaneGenerator
 
 FILTER = "superresolution.resample_filter"
@@ -25,7 +25,8 @@ def with_8x() -> networks.Networks:
 
 
 def test_the_modules_that_register_the_filter_are_those_of_eg3d():
-    assert {name for name, cls in MODULES.items() if not cls.has_resample_filter} == {"SuperresolutionHybrid8XDC"}
+    hybrids = {name: cls for name, cls in MODULES.items() if issubclass(cls, SuperresolutionHybrid)}
+    assert {name for name, cls in hybrids.items() if not cls.has_resample_filter} == {"SuperresolutionHybrid8XDC"}
     state = with_8x().G_ema.state_dict()
     assert torch.allclose(state[FILTER], torch.tensor([1.0, 3, 3, 1]).outer(torch.tensor([1.0, 3, 3, 1])) / 64)
 
@@ -55,3 +56,12 @@ def test_names_that_do_not_fit_are_listed():
     module = torch.nn.Linear(2, 3)
     with pytest.raises(ValueError, match=r"x: expected .* missing: bias; unexpected: c; misshapen: weight \[3\] instead of \[3, 2\]\. Use"):
         storage.load_strict(module, {"weight": torch.zeros(3), "c": torch.zeros(1)}, "x")
+
+
+def test_without_super_resolution_the_rendering_is_the_image():
+    module = NoSuperresolution(channels=3, img_resolution=64)
+    rgb = torch.rand(2, 3, 64, 64)
+    assert module(rgb, rgb, torch.zeros(2, 7, 8)) is rgb and not list(module.parameters())
+    larger, smaller = torch.rand(2, 3, 96, 96), torch.full((2, 3, 32, 32), 0.5)
+    assert module(larger, larger, torch.zeros(2, 7, 8)).shape == larger.shape
+    assert torch.equal(module(smaller, smaller, torch.zeros(2, 7, 8)), torch.full((2, 3, 64, 64), 0.5))

@@ -125,14 +125,14 @@ def sample_stratified(
     return depths + torch.rand_like(depths) * ((ray_end - ray_start) / (count - 1))
 
 
-def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int) -> torch.Tensor:
+def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
     """Depths drawn in proportion to the coarse pass's smoothed weights.
 
     The weights are widened (max-pool 2, then average-pool 2) and lifted by 0.01. The histogram covers weights[1:-1] while its edges start
     at the first mid depth, which shifts samples half a bin towards the camera: EG3D's behaviour, kept.
 
     Args:
-        depths: [N, M, S, 1]; weights: [N, M, S-1, 1]; count: F.
+        depths: [N, M, S, 1]; weights: [N, M, S-1, 1]; count: F; stratified: as in `uniform_draws`.
     Returns: [N, M, F, 1], detached, unsorted. Draws once from torch's global generator.
     """
     with torch.no_grad():
@@ -140,9 +140,13 @@ def sample_importance(depths: torch.Tensor, weights: torch.Tensor, count: int) -
         z = depths.reshape(n * m, s)
         mids = 0.5 * (z[:, :-1] + z[:, 1:])  # [B, S-1]
         weights = smooth_weights(weights.reshape(n * m, s - 1))
-        return invert_density(mids, weights, uniform_draws(weights, count), 1e-5).reshape(n, m, count, 1)
+        return invert_density(mids, weights, uniform_draws(weights, count, stratified), 1e-5).reshape(n, m, count, 1)
 
 
-def uniform_draws(rays: torch.Tensor, count: int) -> torch.Tensor:
-    """The draws of the importance pass, [B, F] in [0, 1) for rays [B, ...], from torch's global generator."""
-    return torch.rand(len(rays), count, device=rays.device)
+def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
+    """The draws of the importance pass, [B, F] in [0, 1) for rays [B, ...], from torch's global generator.
+
+    Args: stratified: one in each of F equal parts, which halves the speckle of small sample counts; not what published networks had.
+    """
+    draws = torch.rand(len(rays), count, device=rays.device)
+    return (draws + torch.arange(count, device=rays.device)) / count if stratified else draws

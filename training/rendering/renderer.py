@@ -18,6 +18,7 @@ from torch_utils.ops.triplane_decode import (
 from training.rendering.cameras import ray_limits_box
 from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, sample_stratified, uniform_draws
 
+STRATIFIED = "importance_stratified"  # rendering option, off where it is missing: see `uniform_draws`
 _CPU_SAMPLES = 1 << 16  # samples of one pass that are decoded at once on a CPU where no gradient is asked for: 8 MB of 32 colours
 
 _AXES = {
@@ -76,7 +77,7 @@ class ImportanceRenderer(torch.nn.Module):
         if fine_count > 0:
             with torch.no_grad():
                 weights, _ = march_weights(densities, depths)
-            fine = sample_importance(depths, weights, fine_count)
+            fine = sample_importance(depths, weights, fine_count, options.get(STRATIFIED, False))
             fine_colors, fine_densities = self._query(planes, decoder, origins, directions, fine, options)
             depths, order = torch.cat([depths, fine], dim=-2).sort(dim=-2)
             colors = torch.cat([colors, fine_colors], dim=-2)
@@ -90,8 +91,8 @@ class ImportanceRenderer(torch.nn.Module):
         n, m, s, _ = depths.shape
         merged = self.merge(planes)
         fine_count = options.get("depth_resolution_importance", 0)
-        noisy = options.get("density_noise", 0) > 0
-        u = None if noisy or fine_count == 0 else uniform_draws(depths.flatten(0, 1), fine_count).reshape(n, m, fine_count)
+        noisy, even = options.get("density_noise", 0) > 0, options.get(STRATIFIED, False)
+        u = None if noisy or fine_count == 0 else uniform_draws(depths.flatten(0, 1), fine_count, even).reshape(n, m, fine_count)
         count = m  # rays of each sample that are rendered together: on a CPU so few that their colours keep reusing the same memory
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (planes, origins, directions, *decoder.parameters()))
         if depths.device.type == "cpu" and not noisy and not recorded:
@@ -104,7 +105,7 @@ class ImportanceRenderer(torch.nn.Module):
             passes = [(*self._query(planes, decoder, *where, coarse, options, merged), coarse)]
             if fine_count > 0:
                 flat, densities = coarse.flatten(0, 1).squeeze(2), passes[0][1].flatten(0, 1).squeeze(2)  # [N*rays, S]
-                draws = uniform_draws(flat, fine_count) if u is None else u[:, rays].flatten(0, 1)  # after the noise, if there is any
+                draws = uniform_draws(flat, fine_count, even) if u is None else u[:, rays].flatten(0, 1)  # after the noise, if there is any
                 fine = importance_depths(densities, flat, draws).reshape(n, -1, fine_count, 1)
                 passes.append((*self._query(planes, decoder, *where, fine, options, merged), fine))
             sums.append(self.ray_marcher.accumulate(passes))
