@@ -22,6 +22,7 @@ from training.augment import AugmentPipe
 from training.config import networks_for
 from training.dataset import ImageFolderDataset
 from training.distributed import SINGLE, Ranks, leave
+from training.field_start import field_phase
 from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
@@ -102,6 +103,10 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, watch, evaluation, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None
+    if s.gan.field_kimg > 0:
+        if not s.data.data.startswith("synthetic:heads"):
+            raise ValueError(f"--field-kimg: expected --data=synthetic:heads..., whose field is known, got {s.data.data}. Leave it out.")
+        phases.insert(0, field_phase(G, s.gan))
     if s.reward.reward != "none" and wanted is not None:
         with naming("--reward-ckpt"):
             reward = load_reward(wanted, device)

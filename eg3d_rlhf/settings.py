@@ -52,7 +52,7 @@ class RewardSettings:
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0002")
+    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0005")
     control: str | None = knob(
         None, "Summary of the lambda_r = 0 run to quote.", REWARD, metavar="RUN|FILE", shown="recorded in assets, where it is one"
     )
@@ -142,9 +142,9 @@ SCRATCH, TUNING, REWARDED = "scratch", "tuning", "reward"
 _START = {"ema_rampup": 0.05, "ada_kimg": 500.0, "ema_kimg": None, "rlr": None, "gen_pose_cond": False}
 _LOADED = {**_START, "ema_rampup": None, "ada_kimg": 100.0, "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0, "kimg": 2500.0, "batch": 32}
 _PAPER = {**_LOADED, "kimg": 20.0, "batch": 16, "tick": 1.0, "snap": 5}
-_HEADS = {"cbase": 2048, "cmax": 64, "plane_layout": "fixed", "anchor_resolution": 32, "nrr_initial": 32}
+_HEADS = {"cbase": 2048, "cmax": 64, "plane_layout": "fixed", "anchor_resolution": 32, "nrr_initial": 64}
 _HEADS_TUNING = {
-    **_LOADED, **_HEADS, "gamma": 0.3, "kimg": 0.24, "batch": 8, "glr": 2e-5, "dlr": 1e-4, "rlr": 2e-4, "start": "G_ema", "tick": 0.06,
+    **_LOADED, **_HEADS, "gamma": 0.3, "kimg": 0.72, "batch": 8, "glr": 2e-5, "dlr": 1e-4, "rlr": 5e-4, "start": "G_ema", "tick": 0.12,
     "snap": 0, "ema_kimg": 0.1,
 }
 PRESETS: dict[tuple[str, str], dict] = {
@@ -152,8 +152,8 @@ PRESETS: dict[tuple[str, str], dict] = {
     ("afhq", SCRATCH): {**_START, "gamma": None, "batch": None},
     ("shapenet", SCRATCH): {**_START, "gamma": None, "batch": None},
     ("heads64", SCRATCH): {
-        **_START, **_HEADS, "gamma": 0.2, "gpc_reg_fade_kimg": 5.0, "blur_fade_kimg": 1.0, "kimg": 18.0, "batch": 4, "tick": 0.5, "snap": 4,
-        "ema_kimg": 1.0, "sphere_init": 0.25,
+        **_START, **_HEADS, "gamma": 0.2, "gpc_reg_fade_kimg": 5.0, "blur_fade_kimg": 0.0, "kimg": 50.0, "batch": 4, "tick": 1.0, "snap": 4,
+        "ema_kimg": 1.0, "field_kimg": 48.0, "glr": 5e-4,
     },
     ("ffhq", TUNING): {**_LOADED, "gamma": 1.0},
     ("afhq", TUNING): {**_LOADED, "gamma": 5.0, "aug": "ada"},

@@ -16,7 +16,8 @@ from tests.pickles.writer import SnapshotWriter, stock_networks
 RELEASED = {  # `--cfg=ffhq --data=faces.zip --init=X.pkl --reward=sigma`: every resolved value
     "amp": "off", "anchor_resolution": 64, "aug": "noaug", "batch": 16, "batch_gpu": None, "blur_fade_kimg": 0.0, "c_scale": 1.0,
     "cbase": 32768, "cfg": "ffhq", "checkpoint_ticks": 1, "cmax": 512, "cond": True, "control": None, "d_num_fp16_res": 4,
-    "data": "faces.zip", "decoder_lr_mul": 1.0, "density_reg": 0.25, "density_reg_every": 4, "density_reg_p_dist": 0.004, "desc": None,
+    "data": "faces.zip", "decoder_lr_mul": 1.0, "field_colour": 4.0, "field_kimg": 0.0, "field_lr": 0.02, "field_soft": 0.4,
+    "density_reg": 0.25, "density_reg_every": 4, "density_reg_p_dist": 0.004, "desc": None,
     "device": "auto", "disc_c_noise": 0.0, "dlr": 0.002, "early_stop": None,
     "early_stop_distance": None, "ema_kimg": 5.0, "freezed": 0, "g_num_fp16_res": 0, "gamma": 20.0,
     "gen_pose_cond": True, "glr": 0.0025, "gpc_reg_fade_kimg": 0.0, "gpc_reg_prob": 0.5, "init": "X.pkl", "kimg": 20.0,

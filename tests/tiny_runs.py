@@ -24,7 +24,7 @@ from training.loop import TrainingLoop
 from training.rendering.cameras import FFHQ_FOCAL, LookAtPoseSampler, intrinsics_matrix, pack_label
 
 RESOLUTION, COUNT, RENDERED = 32, 24, 8
-NET = {"cbase": 256, "cmax": 8, "sr_num_fp16_res": 0, "d_num_fp16_res": 0, "plane_layout": "fixed"}
+NET = {"cbase": 256, "cmax": 8, "sr_num_fp16_res": 0, "d_num_fp16_res": 0, "plane_layout": "fixed", "sr_module": "SuperresolutionHybrid2X"}
 GAN = {
     "gamma": 1.0, "blur_fade_kimg": 0.03, "blur_init_sigma": 2.0, "gpc_reg_fade_kimg": 0.05, "nrr_initial": RENDERED, "glr": 0.002,
     "ema_kimg": 0.02, "d_reg_interval": 2, "density_reg_every": 2, "grid": (2, 1),
@@ -56,6 +56,7 @@ def build_networks(gan: GanConfig | None = None, seed: int = 0, **override) -> n
     G, D = networks_for(NetworkConfig(**{**NET, **override}), RESOLUTION, gan or GanConfig(**GAN))
     G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
     G["sr_kwargs"]["block_channels"] = [8, 8]
+    del G["use_noise"], G["mapping_kwargs"]["lr_multiplier"]  # as EG3D has them
     G.update(z_dim=8, w_dim=16, plane_resolution=16, plane_channels=8, decoder_hidden_dim=8, neural_rendering_resolution=RENDERED)
     torch.manual_seed(seed)
     return networks.build(G, D, {"name": "tiny", "resolution": RESOLUTION})

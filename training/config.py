@@ -125,6 +125,10 @@ class GanConfig:
     density_reg_every: int = knob(4, "Its interval.", GAN, metavar="ITERATIONS", low=1)
     density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
     reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
+    field_kimg: float = knob(0.0, "Before the game, teach G the field of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0)
+    field_colour: float = knob(4.0, "Weight of colour against density in it.", GAN, low=0)
+    field_soft: float = knob(0.4, "Share of it in which surfaces are twice as soft.", GAN, low=0, high=1)
+    field_lr: float = knob(0.02, "G's first learning rate for the field.", OPT, above=0)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
     ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1")
@@ -184,9 +188,9 @@ _SHAPENET = {
     "depth_resolution": 64, "depth_resolution_importance": 64, "ray_start": 0.1, "ray_end": 2.6, "box_warp": 1.6,
     "white_back": True, "avg_camera_radius": 1.7, "avg_camera_pivot": [0, 0, 0],
 }
-_HEADS = {
-    "depth_resolution": 16, "depth_resolution_importance": 12, "ray_start": 2.2, "ray_end": 3.2, "box_warp": 1,
-    "white_back": True, "avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0],
+_HEADS = {  # every ray covers the cube and nothing else: outside, a tri-plane decoder reads zeros
+    "depth_resolution": 20, "depth_resolution_importance": 20, "importance_stratified": True, "ray_start": "auto", "ray_end": "auto",
+    "box_warp": 1, "white_back": True, "avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0],
 }
 FAMILIES = {"ffhq": _FACES, "afhq": {**_FACES, "avg_camera_pivot": [0, 0, -0.06]}, "shapenet": _SHAPENET, "heads64": _HEADS}
 SR_BY_RESOLUTION = {512: "SuperresolutionHybrid8XDC", 256: "SuperresolutionHybrid4X", 128: "SuperresolutionHybrid2X"}
@@ -204,7 +208,7 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "density_reg_p_dist": gan.density_reg_p_dist, "reg_type": gan.reg_type, "c_scale": net.c_scale,
         "superresolution_noise_mode": net.sr_noise_mode, "decoder_lr_mul": net.decoder_lr_mul,
     }
-    sr_module = net.sr_module or ("SuperresolutionHybrid2X" if small else SR_BY_RESOLUTION.get(resolution))
+    sr_module = net.sr_module or ("NoSuperresolution" if small else SR_BY_RESOLUTION.get(resolution))
     if sr_module is None:
         known = f"{', '.join(str(r) for r in SR_BY_RESOLUTION)} pixels for --cfg={net.cfg}"
         raise ValueError(f"--data: expected images of {known}, got {resolution}. Resize them or name --sr-module.")
@@ -220,7 +224,10 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"}, **channels,
     }
     if small:
-        G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32)
+        G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
+        G["mapping_kwargs"]["lr_multiplier"] = 1.0  # latents name heads: the mapping has to learn it
+        if sr_module == "NoSuperresolution":
+            G["decoder_features"] = 3
     D = {  # a short run leaves no time for a camera embedding that learns at a hundredth of the rate: D would not see poses, G stay flat
         "c_dim": 25, "img_resolution": resolution, "img_channels": 3, "block_kwargs": {"freeze_layers": net.freezed},
         "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if small else {},

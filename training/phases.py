@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,11 @@ class Phase:
     gain: float = 1.0
     state: torch.nn.Module | None = None  # what the phase itself must carry through a checkpoint
     own_optimizer: bool = False  # saved apart from the network's other optimizer
+    window: tuple[float, float] = (0, math.inf)  # from and until how many images it runs
+
+    def due(self, batch_idx: int, cur_nimg: int) -> bool:
+        """Whether it runs in an iteration."""
+        return batch_idx % self.interval == 0 and self.window[0] <= cur_nimg < self.window[1]
 
 
 def lazy_adam(

@@ -1,0 +1,124 @@
+"""The field start: latents name heads of the family, the target's level set is their surface, and a few steps move G towards it."""
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy import stats
+
+import train
+from eg3d_rlhf.settings import PRESETS, SCRATCH, Settings
+from tests import tiny_runs
+from training import networks
+from training.config import networks_for
+from training.field_start import LAST_SHARE, field_phase, step_size
+from training.gan_phases import Batch, GanPhases
+from training.heads import field_target
+from training.heads.family import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUNT, draw_parameters
+from training.heads.latents import named_heads
+from training.heads.render import pixel_rays, render_heads, shade, union_field
+from training.heads.sdf import head_geometry, head_sdf
+from training.synthetic_heads import HeadsOptions, head_parameters
+
+
+def test_latents_name_heads_with_the_distribution_of_the_family():
+    shape, appearance = named_heads(torch.randn(1500, 64, generator=torch.Generator().manual_seed(0)))
+    rng = np.random.default_rng(1)
+    drawn = [np.stack(values) for values in zip(*(draw_parameters(rng) for _ in range(1500)), strict=True)]
+    assert shape.shape == (1500, SHAPE_COUNT) and appearance.shape == (1500, APPEARANCE_COUNT)
+    for named, family in zip((shape, appearance), drawn, strict=True):
+        for i in range(named.shape[1]):
+            assert stats.ks_2samp(named[:, i].numpy(), family[:, i]).pvalue > 1e-4, i
+
+
+def test_only_the_direction_of_a_latent_counts_and_neighbours_are_alike():
+    z = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    assert all(torch.equal(a, b) for a, b in zip(named_heads(z), named_heads(z * 2.0), strict=True))
+    near = named_heads(z + 1e-4)[0]
+    assert (near - named_heads(z)[0]).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="at least 48"):
+        named_heads(z[:, :32])
+
+
+@pytest.fixture
+def heads():
+    return tuple(torch.from_numpy(values) for values in head_parameters(HeadsOptions(), range(3))[:2])
+
+
+@pytest.mark.parametrize("edge", [0.03, 0.015])
+def test_the_targets_level_set_is_the_surface_whatever_the_edge(heads, edge):
+    torch.manual_seed(0)
+    truth = field_target.draw_points(*heads, edge, near=600, anywhere=300)
+    sdf = head_sdf(truth.points, heads[0])
+    assert torch.equal(truth.density > field_target.LEVEL, sdf < 0)
+    assert truth.density.min() == field_target.OUTSIDE and truth.density.max() <= field_target.INSIDE
+    near, rest = sdf[:, :600].abs().mean(), sdf[:, 600:].abs().mean()
+    assert near < rest / 3
+    assert (truth.points[:, 600:].abs() > 0.5).any() and truth.points.abs().max() <= 0.5 + field_target.OUTER
+
+
+def test_the_targets_colours_are_those_of_the_rendered_images(heads):
+    cameras = torch.from_numpy(head_parameters(HeadsOptions(), range(3))[2])
+    poses, intrinsics = cameras[:, :16].reshape(-1, 4, 4), cameras[:, 16:].reshape(-1, 3, 3)
+    image, depth = render_heads(*heads, poses, intrinsics, 32, supersample=1)
+    origins, directions = pixel_rays(poses, intrinsics, 32)
+    hit = depth.reshape(3, -1).isfinite()
+    points = origins[:, None] + torch.where(hit, depth.reshape(3, -1), 0.0).unsqueeze(-1) * directions
+    a = dict(zip(APPEARANCE_NAMES, heads[1].unsqueeze(-1).unbind(1), strict=True))
+    g = head_geometry(heads[0])
+    colours = shade(union_field(g), *(x.contiguous() for x in points.unbind(-1)), g, a).clamp(0, 1)
+    seen = image.flatten(2).mT
+    assert (colours - seen)[hit].abs().max() < 1e-5
+
+
+def test_the_loss_is_zero_at_the_truth_and_grows_with_the_error(heads):
+    torch.manual_seed(0)
+    truth = field_target.draw_points(*heads, 0.03, near=60, anywhere=30)
+    shape, colour = field_target.field_loss(truth.density, truth.colour, truth, 2.0)
+    assert not shape.any() and not colour.any()
+    shape, colour = field_target.field_loss(truth.density + 5, truth.colour - 0.1, truth, 2.0)
+    assert torch.allclose(shape, torch.full((3,), 0.5)) and torch.allclose(colour, torch.full((3,), 0.2))
+
+
+def config(**more):
+    field = {"field_kimg": 1.0, "field_lr": 0.002}
+    return Settings.of({"task": SCRATCH, **PRESETS["heads64", SCRATCH], "gen_pose_cond": False, "cbase": 256, **field, **more})
+
+
+def test_the_step_size_falls_to_a_fiftieth():
+    gan = config().gan
+    steps = [step_size(gan, n) for n in range(0, 1001, 50)]
+    assert steps[0] == gan.field_lr and steps == sorted(steps, reverse=True)
+    assert steps[-1] == pytest.approx(LAST_SHARE * gan.field_lr)
+
+
+def test_a_few_steps_move_the_field_towards_the_named_heads():
+    s = config(field_kimg=100.0)
+    torch.manual_seed(0)
+    G = networks.build(*networks_for(s.net, 64, s.gan), {}).G
+    phase = field_phase(G, s.gan)
+    G.requires_grad_(True)
+    losses = []
+    for i in range(40):
+        torch.manual_seed(i % 4)
+        batch = Batch(None, None, torch.randn(2, G.z_dim), torch.zeros(2, 25), 0)
+        (loss,) = phase.losses(batch)
+        losses.append(float(loss.value.mean().detach()))
+        phase.optimizer.zero_grad()
+        loss.value.mean().backward()
+        phase.optimizer.step()
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+
+
+def test_the_game_begins_where_the_field_ends():
+    s = config()
+    nets = networks.build(*networks_for(s.net, 64, s.gan), {})
+    phases = {p.name: p for p in [*GanPhases(nets.G, nets.D, s.gan).phases(), field_phase(nets.G, s.gan)]}
+    due = {n: {name for name, p in phases.items() if p.due(0, n)} for n in (0, 999, 1000)}
+    assert due == {0: {"Gfield"}, 999: {"Gfield"}, 1000: {"Dmain", "Dreg", "Gmain", "Greg"}}
+
+
+def test_the_field_of_other_data_is_not_known(tmp_path):
+    data = tiny_runs.write_dataset(tmp_path / "x.zip", 64)
+    result = CliRunner().invoke(train.main, ["--cfg=heads64", "--init=scratch", f"--data={data}"])
+    assert result.exit_code == 2 and "--field-kimg: expected --data=synthetic:heads" in result.stderr
