@@ -1,7 +1,8 @@
 """A programmatic annotator: says which of two heads has the better geometry from the raw density cube alone.
 
-utility(sigma) = sum_f w_f * p_f with p_f = 1 / (1 + exp((x_f - median_f) / scale_f)) for every feature x_f of sigma_features.py
-(0 is ideal, larger is worse), so each part lies in (0, 1), is 1/2 at the calibration's median, and falls strictly with the defect.
+utility(sigma) = sum_f w_f * p_f with p_f = s((median_f - x_f) / scale_f) / s(median_f / scale_f), s(t) = 1 / (1 + exp(-t)), for every
+feature x_f of sigma_features.py (0 is ideal, larger is worse), so each part lies in (0, 1], is 1 without the defect, about 1/2 at the
+calibration's median (where that is a few scales from 0), and falls strictly with the defect.
 Labels follow Bradley and Terry (1952): P(a preferred over b) = 1 / (1 + exp(-(u_a - u_b) / T)).
 
 Shape letters: S = samples, P = pairs; a cube is [D=z, H=y, W=x].
@@ -18,27 +19,28 @@ from scipy.special import expit
 
 from eg3d_rlhf.preferences.sigma_features import FEATURES, sigma_features
 
-ANNOTATOR = "sigma-geometry-2"  # name written into labels; changes whenever features, weights or calibration do
+ANNOTATOR = "sigma-geometry-3"  # name written into labels; changes whenever features, weights or calibration do
 MIN_SCALE = {  # smallest spread of a feature; keeps a feature that is constant over the calibration set from becoming a step function
     "floater_volume": 0.005, "floater_count": 1.0, "roughness_front": 0.2, "roughness_side": 0.2, "holes": 0.005, "dents": 5e-5,
-    "asymmetry_depth": 5e-4, "asymmetry_occupancy": 0.005, "depth_order": 0.02, "hollowness": 0.02,
+    "asymmetry_depth": 5e-4, "asymmetry_occupancy": 0.005, "depth_order": 0.02, "hollowness": 0.02, "face": 0.05,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What matters to this annotator; the weights sum to 1, so the utility lies in [0, 1)."""
+    """What matters to this annotator; the weights sum to 1, so the utility lies in [0, 1]."""
 
-    floater_volume: float = 0.20  # detached material
+    floater_volume: float = 0.12  # detached material
     floater_count: float = 0.02
-    roughness_front: float = 0.05  # skin should be smooth
-    roughness_side: float = 0.03
-    holes: float = 0.05
-    dents: float = 0.25  # the defect that a person sees first on an early generator
-    asymmetry_depth: float = 0.20
-    asymmetry_occupancy: float = 0.10
-    depth_order: float = 0.06  # nose ahead of cheeks ahead of eye sockets
-    hollowness: float = 0.04
+    roughness_front: float = 0.12  # skin should be smooth
+    roughness_side: float = 0.05
+    holes: float = 0.06
+    dents: float = 0.20
+    asymmetry_depth: float = 0.10
+    asymmetry_occupancy: float = 0.04
+    depth_order: float = 0.02  # nose ahead of cheeks ahead of eye sockets
+    hollowness: float = 0.02
+    face: float = 0.25  # eyes, nose and lips: what a person looks for first
 
     def __post_init__(self) -> None:
         values = [getattr(self, item.name) for item in fields(self)]
@@ -72,12 +74,12 @@ class Calibration:
 
 DEFAULT_CALIBRATION = Calibration(  # a tri-plane generator of middling quality; heads of the true family lie well above 1/2 throughout
     median={
-        "floater_volume": 0.002, "floater_count": 1.0, "roughness_front": 6.0, "roughness_side": 4.0, "holes": 0.002, "dents": 2e-4,
-        "asymmetry_depth": 0.006, "asymmetry_occupancy": 0.05, "depth_order": 0.2, "hollowness": 0.05,
+        "floater_volume": 0.002, "floater_count": 1.0, "roughness_front": 8.0, "roughness_side": 5.0, "holes": 0.002, "dents": 6e-4,
+        "asymmetry_depth": 0.006, "asymmetry_occupancy": 0.05, "depth_order": 0.2, "hollowness": 0.05, "face": 0.2,
     },
     scale={
-        "floater_volume": 0.005, "floater_count": 2.0, "roughness_front": 1.5, "roughness_side": 1.0, "holes": 0.005, "dents": 1e-4,
-        "asymmetry_depth": 0.003, "asymmetry_occupancy": 0.03, "depth_order": 0.15, "hollowness": 0.05,
+        "floater_volume": 0.005, "floater_count": 2.0, "roughness_front": 1.5, "roughness_side": 1.0, "holes": 0.005, "dents": 3e-4,
+        "asymmetry_depth": 0.003, "asymmetry_occupancy": 0.03, "depth_order": 0.15, "hollowness": 0.05, "face": 0.15,
     },
 )
 
@@ -86,7 +88,7 @@ DEFAULT_CALIBRATION = Calibration(  # a tri-plane generator of middling quality;
 class UtilityResult:
     """Noise-free judgement of one cube."""
 
-    total: float  # 0 (no surface) to < 1
+    total: float  # 0 (no surface) to 1
     parts: dict[str, float] = field(default_factory=dict)  # per feature, unweighted, 0..1, 1 is best
     features: dict[str, float] = field(default_factory=dict)  # raw defects; empty where there is no surface
 
@@ -103,7 +105,8 @@ def utility(
     features = sigma_features(sigma, box_warp)
     if features is None:
         return UtilityResult(total=0.0, parts=dict.fromkeys(FEATURES, 0.0))
-    parts = {name: float(expit((calibration.median[name] - features[name]) / calibration.scale[name])) for name in FEATURES}
+    median, scale = calibration.median, calibration.scale
+    parts = {name: float(expit((median[name] - features[name]) / scale[name]) / expit(median[name] / scale[name])) for name in FEATURES}
     total = sum(getattr(weights, name) * parts[name] for name in FEATURES)
     return UtilityResult(total=float(total), parts=parts, features=features)
 

@@ -8,14 +8,20 @@ Shape letters: D = z voxels, H = y voxels, W = x voxels, all with increasing coo
 World: cube of side `box_warp` about the origin, x right, y up, z to the camera; eyes near y = 0, chin near -0.2, crown near 0.25.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import ndimage
+
+from training.heads.family import SHAPE_COUNT
+from training.heads.sdf import head_sdf
 
 LEVEL = 10.0  # raw sigma of the surface
 MIN_COMPONENT = 4  # voxels; anything smaller is sampling dust
+HEAD_BOTTOM = -0.22  # world y; neck and shoulders below count for floaters alone
 FACE_BACK = -0.10  # world z; surfaces behind it are rarely seen in training and are left out of the side and symmetry measures
 CURVATURE_CAP = 80.0  # 1/world unit, about a radius of one voxel at 64^3; beyond it a crease counts as a crease
 CURVATURE_WINDOW = 0.08  # world units; curvature is compared with its mean over this window
@@ -30,10 +36,13 @@ NOSE_WINDOW = (0.0, 0.05, -0.10, 0.0)  # |x| from, |x| to, y from, y to
 CHEEK_WINDOW = (0.035, 0.09, -0.08, -0.025)
 EYE_WINDOW = (0.02, 0.05, -0.01, 0.04)
 FACE_WINDOW = (0.0, 0.09, -0.16, 0.18)
+RELIEF_WINDOW = (0.0, 0.07, -0.15, 0.045)  # eyes to chin: what makes a face
+RELIEF_SMOOTHING = 0.02  # world units; relief is what stands out from the surface smoothed by a Gaussian of this deviation
+RELIEF_MATCH = 0.85  # correlation with the average face from which on a face is one; heads of the family lie above
 
 FEATURES = (
     "floater_volume", "floater_count", "roughness_front", "roughness_side", "holes", "dents",
-    "asymmetry_depth", "asymmetry_occupancy", "depth_order", "hollowness",
+    "asymmetry_depth", "asymmetry_occupancy", "depth_order", "hollowness", "face",
 )
 
 
@@ -60,6 +69,11 @@ class Grid:
     def axis(self, index: int) -> np.ndarray:
         """World coordinates of one axis (0 = z, 1 = y, 2 = x), float64 [n]."""
         return np.linspace(-self.box_warp / 2, self.box_warp / 2, self.shape[index])
+
+    @property
+    def head(self) -> np.ndarray:
+        """Mask [H, W] of what is above HEAD_BOTTOM."""
+        return np.broadcast_to((self.axis(1) >= HEAD_BOTTOM)[:, None], self.shape[1:])
 
     def window(self, box: tuple[float, float, float, float], side: int = 0) -> np.ndarray:
         """Mask [H, W] of |x| and y ranges; `side` -1 or +1 keeps one half in x, 0 keeps both."""
@@ -136,30 +150,30 @@ def roughness(view: HeightMap, spacing: tuple[float, float], region: np.ndarray)
 
 
 def holes_and_dents(view: HeightMap, grid: Grid) -> tuple[float, float]:
-    """Share of the filled front silhouette without surface (0..1), and mean depth of narrow pits beyond DENT_MARGIN (world units).
+    """Of the head: share of the filled front silhouette without surface, and mean depth of narrow pits beyond DENT_MARGIN (world units).
 
     A pit is the morphological closing of the height map less the map itself: what a square of side DENT_WIDTH cannot reach into.
     """
-    filled = ndimage.binary_fill_holes(view.hit)
+    filled = ndimage.binary_fill_holes(view.hit) & grid.head
     area = max(int(filled.sum()), 1)
     holes = float((filled & ~view.hit).sum() / area)
     size = tuple(max(3, 2 * round(DENT_WIDTH / step / 2) + 1) for step in grid.spacing[1:])
     height = np.where(view.hit, view.height, view.height[view.hit].min())
     pits = np.maximum(ndimage.grey_closing(height, size=size) - height - DENT_MARGIN, 0.0)
-    inner = _inner(filled, max(size) // 2) & view.hit
+    inner = _inner(ndimage.binary_fill_holes(view.hit), max(size) // 2) & view.hit & grid.head
     return holes, float(np.minimum(pits[inner], HEIGHT_CAP).sum() / area)
 
 
 def asymmetry(view: HeightMap, body: np.ndarray, grid: Grid) -> tuple[float, float]:
-    """Left-right mismatch: of the front height map (world units, mean, capped) and of the occupancy (1 - intersection over union).
+    """Left-right mismatch of the head: of the front height map (world units, mean, capped) and the occupancy (1 - intersection over union).
 
     The occupancy is filled between the outermost samples of each x row, since what a head holds inside is never seen.
     """
     mirrored = view.height[:, ::-1]
-    both, either = view.hit & view.hit[:, ::-1], view.hit | view.hit[:, ::-1]
+    both, either = view.hit & view.hit[:, ::-1], (view.hit | view.hit[:, ::-1]) & grid.head
     mismatch = np.where(both, np.minimum(np.abs(view.height - mirrored), HEIGHT_CAP), HEIGHT_CAP)
-    depth = float(mismatch[either].mean())
-    front = body[grid.axis(0) >= FACE_BACK]
+    depth = float(mismatch[either].mean()) if either.any() else 0.0
+    front = body[grid.axis(0) >= FACE_BACK][:, grid.axis(1) >= HEAD_BOTTOM]
     solid = np.logical_or.accumulate(front, axis=2) & np.logical_or.accumulate(front[:, :, ::-1], axis=2)[:, :, ::-1]
     union = int((solid | solid[:, :, ::-1]).sum())
     return depth, 1.0 - float((solid & solid[:, :, ::-1]).sum() / union) if union else 1.0
@@ -186,6 +200,35 @@ def hollowness(view: HeightMap, grid: Grid) -> float:
     return 1.0 - float(np.minimum(view.thickness[window] / CRUST, 1.0).mean())
 
 
+def relief(view: HeightMap, grid: Grid) -> np.ndarray:
+    """What stands out of the front [H, W], world units, capped at HEIGHT_CAP; 0 where there is no surface."""
+    deviation = [RELIEF_SMOOTHING / step for step in grid.spacing[1:]]
+    share = ndimage.gaussian_filter(view.hit.astype(np.float64), deviation)
+    smooth = ndimage.gaussian_filter(np.where(view.hit, view.height, 0.0), deviation) / np.maximum(share, 1e-9)
+    return np.where(view.hit, np.clip(view.height - smooth, -HEIGHT_CAP, HEIGHT_CAP), 0.0)
+
+
+@functools.lru_cache(maxsize=8)
+def average_relief(shape: tuple[int, int, int], box_warp: float) -> np.ndarray:
+    """Relief [H, W] of the average head of the family."""
+    grid = Grid(shape=shape, box_warp=box_warp)
+    z, y, x = np.meshgrid(*(grid.axis(i) for i in range(3)), indexing="ij")
+    points = torch.from_numpy(np.stack([x, y, z], axis=-1).reshape(1, -1, 3)).float()
+    sigma = LEVEL - 1000 * head_sdf(points, torch.zeros(1, SHAPE_COUNT)).reshape(shape).numpy()
+    return relief(height_map(sigma, sigma >= LEVEL, grid.axis(0)), grid)
+
+
+def face(view: HeightMap, grid: Grid) -> float:
+    """How much of a face is missing, 0 (eyes, nose and lips stand out as on the average head) to 1 (none of it, or a face turned inside).
+
+    From the correlation of the two reliefs over RELIEF_WINDOW.
+    """
+    window = grid.window(RELIEF_WINDOW)
+    seen, expected = (values[window] - values[window].mean() for values in (relief(view, grid), average_relief(grid.shape, grid.box_warp)))
+    match = float(seen @ expected / max(np.sqrt((seen @ seen) * (expected @ expected)), 1e-12))
+    return float(np.clip(1 - match / RELIEF_MATCH, 0.0, 1.0))
+
+
 def sigma_features(sigma: np.ndarray, box_warp: float = 1.0) -> dict[str, float] | None:
     """All FEATURES of one raw density cube, or None where it holds no surface.
 
@@ -200,17 +243,17 @@ def sigma_features(sigma: np.ndarray, box_warp: float = 1.0) -> dict[str, float]
     body, floater_volume, floater_count = components(sigma >= LEVEL)
     if not body.any():
         return None
-    z, _, x = (grid.axis(i) for i in range(3))
+    z, y, x = (grid.axis(i) for i in range(3))
     dz, dy, dx = grid.spacing
     front = height_map(sigma, body, z)  # maps are [H, W]
     sides = [height_map(sigma.transpose(2, 0, 1)[::step], body.transpose(2, 0, 1)[::step], x) for step in (1, -1)]  # [D, H]
-    seen = np.broadcast_to((z >= FACE_BACK)[:, None], sides[0].hit.shape)
+    seen = (z >= FACE_BACK)[:, None] & (y >= HEAD_BOTTOM)
     holes, dents = holes_and_dents(front, grid)
     asymmetry_depth, asymmetry_occupancy = asymmetry(front, body, grid)
     return {
         "floater_volume": floater_volume,
         "floater_count": float(floater_count),
-        "roughness_front": roughness(front, (dy, dx), np.ones_like(front.hit)),
+        "roughness_front": roughness(front, (dy, dx), grid.head),
         "roughness_side": float(np.mean([roughness(side, (dz, dy), seen) for side in sides])),
         "holes": holes,
         "dents": dents,
@@ -218,4 +261,5 @@ def sigma_features(sigma: np.ndarray, box_warp: float = 1.0) -> dict[str, float]
         "asymmetry_occupancy": asymmetry_occupancy,
         "depth_order": depth_order(front, grid),
         "hollowness": hollowness(front, grid),
+        "face": face(front, grid),
     }

@@ -86,7 +86,7 @@ DEFECTS = {
     _tunnel: ("holes",),
     _dent: ("dents",),
     _lopsided: ("asymmetry_depth", "asymmetry_occupancy"),
-    _noseless: ("depth_order",),
+    _noseless: ("depth_order", "face"),
     _hollow: ("hollowness",),
 }
 
@@ -106,12 +106,26 @@ def test_utility_falls_with_the_strength_of_the_defect(head):
     assert totals == sorted(totals, reverse=True)
 
 
+def test_a_missing_face_costs_more_than_a_rough_cheek(head):
+    x, y, z = _grid(len(head))
+    faceless = np.minimum(np.maximum(head, z - 0.12), _ball(len(head), (0.0, -0.03, 0.0), 0.15))
+    cheek = 0.004 * np.sin(75 * x) * np.sin(80 * y + 1) * (_ball(len(head), (0.07, -0.05, 0.1), 0.06) < 0)
+    clean, rough, without = (utility(_sigma(d)) for d in (head, head + cheek, faceless))
+    assert without.features["face"] > 0.4 and rough.features["face"] < 0.15
+    assert without.total < rough.total - 0.1 < clean.total - 0.1
+
+
+def test_a_cube_without_a_defect_has_its_whole_part(head):
+    parts = utility(_sigma(head)).parts
+    assert all(parts[name] == 1 for name in ("floater_volume", "floater_count", "holes", "face"))
+
+
 def test_heads_of_the_true_family_score_high():
     rng = np.random.default_rng(0)
     for _ in range(6):
         result = utility(_sigma(_distance(64, draw_parameters(rng)[0])))
-        assert result.total > 0.6
-        assert all(0 < part < 1 for part in result.parts.values())
+        assert result.total > 0.8
+        assert all(0 < part <= 1 for part in result.parts.values())
 
 
 @pytest.mark.parametrize("value", [-50.0, 0.0, float("nan"), float("-inf")])
