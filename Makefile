@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about two minutes)"
+	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (three to six minutes)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make seeds         the demo with three training seeds, side by side (about 15 minutes on 2 cores; goes on where it was stopped)"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (under 10 minutes on 2 cores)"
@@ -17,7 +17,7 @@ help:
 	@echo "make test-gpu      the CUDA ops on this machine's GPU (about two minutes; compiles them where nvcc is found)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about half an hour; BENCH_ARGS=--quick: half a minute)"
-	@echo "make assets        regenerate everything in assets/ (about an hour on 2 cores)"
+	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
 
 $(VENV): $(STAMP)
 

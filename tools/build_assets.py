@@ -8,6 +8,7 @@ Example:
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,23 @@ import _repository  # noqa: F401
 import click
 
 from eg3d_rlhf.cli import ASSETS, GroupedCommand, option
-from eg3d_rlhf.evaluation.comparison import snapshots
 from training.storage import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-GENERATOR_KIMG = 18  # stopped early on purpose: heads, hair and eyes stand, their shapes are split, dented and rough
 RUNS = ROOT / "runs" / "assets"
-EARLY = (0.125, 0.25, 0.375, 0.5)  # shares of the generator's images at which its shapes teach the shape critic
+STAGES = {  # of the generator's training, each from the last one's network; every one with one thread
+    "field": ("--init=scratch", "--kimg=48", "--field-kimg=48", "--tick=1", "--snap=4"),
+    "colour": (
+        "--start=G", "--kimg=26", "--batch=4", "--field-kimg=26", "--field-lr=0.01", "--field-soft=0", "--field-colour=12", "--ema-kimg=1",
+        "--tick=1", "--snap=4",
+    ),
+    # a game without density regularisation, at G's full learning rate: what makes faces of the pictures and breaks the shapes
+    "game": ("--start=G_ema", "--kimg=1.512", "--batch=4", "--gamma=0.05", "--glr=0.0025", "--dlr=0.002", "--density-reg=0",
+             "--tick=0.25", "--snap=1"),
+}
+EARLY = {  # snapshots of the first half of a stage, whose shapes teach the shape critic
+    "field": ("000004", "000008", "000012", "000020"), "game": ("000000-252", "000000-504", "000000-756"),
+}
 WATCH_LABELS = RUNS / "labels-watch.jsonl"
 WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
 
@@ -45,28 +56,22 @@ def newest(pattern: str) -> Path:
 
 
 def generator() -> None:
-    """Train the GAN from scratch on synthetic heads and keep its last snapshot."""
-    call("train.py", "--init=scratch", f"--kimg={GENERATOR_KIMG}", f"--outdir={RUNS}", "--desc=generator")
-    snapshot = sorted(newest("*-generator").glob("network-snapshot-*.safetensors"))[-1]
-    shutil.copyfile(snapshot, ASSETS / "generator.safetensors")
-
-
-def early_snapshots(run: Path) -> list[Path]:
-    """The snapshots of a run nearest to an eighth, a quarter, three eighths and half of its images, none later than half.
-
-    Raises: ValueError where there is none.
-    """
-    found = snapshots(run)
-    half = [(kimg, path) for kimg, path in found if 0 < kimg <= found[-1][0] / 2]
-    if not half:
-        raise ValueError(f"build_assets: expected snapshots from the first half of {run.name}, got none. Train it with a smaller --snap.")
-    nearest = (min(half, key=lambda one: abs(one[0] - share * found[-1][0])) for share in EARLY)
-    return list(dict.fromkeys(path for _, path in nearest))
+    """Teach a generator the field of the heads, then play the GAN game on their pictures, and keep its last snapshot."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    last: Path | None = None
+    for stage, flags in STAGES.items():
+        init = () if last is None else (f"--init={last}",)
+        call("train.py", *init, *flags, f"--outdir={RUNS}", f"--desc={stage}")
+        last = sorted(newest(f"*-{stage}").glob("network-snapshot-*.safetensors"))[-1]
+    assert last is not None
+    shutil.copyfile(last, ASSETS / "generator.safetensors")
 
 
 def critic() -> None:
-    """Train the shape critic on early snapshots of the generator's run, which are varied and are not the network that it will judge."""
-    call("tools/train_critic.py", *(f"--fakes={path}" for path in early_snapshots(newest("*-generator"))))
+    """Train the shape critic on early snapshots of the generator's stages, which are varied and are not the network that it will judge."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    early = [newest(f"*-{stage}") / f"network-snapshot-{tag}.safetensors" for stage, tags in EARLY.items() for tag in tags]
+    call("tools/train_critic.py", "--latents=170", *(f"--fakes={path}" for path in early))
 
 
 def labels() -> None:

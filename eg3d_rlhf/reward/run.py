@@ -44,7 +44,7 @@ class RewardRun:
     observation: str = "sigma"  # kind of what the reward reads
     resolution: int | None = knob(
         None, "Of the observation: grid points per axis of the whole cube, before the crop; pixels.", "Data", metavar="POINTS", low=16,
-        high=512, shown="of a slab, 48 for heads, 256 for paper, else 64",
+        high=512, shown="of a slab, 256 for paper, else 64",
     )
     crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
     psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1")

@@ -30,7 +30,7 @@ def test_the_recorded_control_is_that_of_the_demo():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--kimg=1"], "kimg 0.24 instead of 1.0"), (["--data=x.zip"], "data synthetic:heads64 instead of x.zip"),
+        (["--kimg=1"], "kimg 0.72 instead of 1.0"), (["--data=x.zip"], "data synthetic:heads64 instead of x.zip"),
         (["--seed=3"], "seed 0 instead of 3"), (["--batch=16", "--glr=0.001"], "batch 8 instead of 16"),
     ],
 )
@@ -46,7 +46,7 @@ def test_the_recorded_control_of_another_network_is_not_quoted(tiny_networks, ti
 
 
 def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
-    summary = {"tuned_delta_mean": 0.25, "images": 240, "seed": 0, "lambda_r": 0.0}
+    summary = {"tuned_delta_mean": 0.25, "images": 720, "seed": 0, "lambda_r": 0.0}
     (tmp_path / "summary.json").write_text(json.dumps(summary))  # of an earlier version, without its settings
     (tmp_path / "training_options.json").write_text(json.dumps(settings("--lambda-r=0", "--gamma=0.5")))
     own = settings("--gamma=0.5", f"--control={tmp_path}")
@@ -56,6 +56,6 @@ def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
     (tmp_path / "training_options.json").unlink()
     assert control_figures({**own, "gamma": 0.3}, 1.5)["control_delta_mean"] == 0.25
     (tmp_path / "summary.json").write_text(json.dumps({**summary, "images": 80}))
-    assert "kimg 0.08 instead of 0.24" in control_figures(own, 1.5)["control_source"]
+    assert "kimg 0.08 instead of 0.72" in control_figures(own, 1.5)["control_source"]
     (tmp_path / "summary.json").write_text(json.dumps({**summary, "lambda_r": 10.0}))
     assert "lambda_r 10.0 instead of 0" in control_figures(own, 1.5)["control_source"]

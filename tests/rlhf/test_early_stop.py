@@ -134,7 +134,7 @@ def test_the_summary_judges_what_was_kept(tiny_data, tiny_networks, flags, tmp_p
 
     monkeypatch.setattr(summary, "reward_shift", shift)
     monkeypatch.setattr(summary, "geometry", lambda c: {"geometry": []})
-    monkeypatch.setattr(summary, "write_pictures", lambda c, folder: None)
+    monkeypatch.setattr(summary, "write_pictures", lambda c, folder: [])
     more = (*flags, "--early-stop=0", "--early-stop-distance=1e-4")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, *more))
     assert result.exit_code == 0, result.output

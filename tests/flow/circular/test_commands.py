@@ -60,7 +60,7 @@ def test_flags_of_the_other_mode_are_refused_by_name():
     assert_one_line(run("--lambda_r=1"), "--lambda-r: belongs to --mode=gan.")
     other = CliRunner().invoke(train.main, ["--loop-beta=3"])
     assert_one_line(other, "--loop-beta: belongs to --mode=circular-dpo.")
-    assert_one_line(CliRunner().invoke(train.main, ["--mode", "gan", "--rounds=3"]), "--rounds: belongs to --mode=circular-dpo.")
+    assert_one_line(CliRunner().invoke(train.main, ["--mode", "gan", "--tau=0"]), "--tau: belongs to --mode=circular-dpo.")
     assert "No such option" in run("--nonsense").stderr and "No such option" in CliRunner().invoke(train.main, ["--nonsense"]).stderr
     assert CliRunner().invoke(train.main, ["--mode=diffusion"]).exit_code == 2
 
