@@ -21,7 +21,6 @@ SHOTS = {  # file -> report, anchor that is scrolled to, colour scheme, key that
     "report-evaluate-trajectories": ("evaluate", "trajectories", "light", None),
     "report-evaluate-shapes": ("evaluate", "same-latents", "dark", None),
     "report-attribute": ("attribute", "shapley", "light", None),
-    "report-attribute-head": ("attribute", "whole-head", "light", None),
     "report-embed": ("embed", "shapes-of-the-points", "light", "End"),
     "report-embed-dark": ("embed", "feature-map", "dark", None),
     "report-sweep": ("sweep", "front", "light", None),
