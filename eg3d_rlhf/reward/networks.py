@@ -5,6 +5,7 @@ A network that reads another observation is a subclass of `RewardNetwork` with `
 Letters: N samples, P pairs, M entries of a vector; [N, ...] is what the network's observation gives.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,7 @@ class RewardOutput:
     reconstruction: torch.Tensor | None  # of the network's input, None when not asked for
 
 
-class RewardNetwork(nn.Module):
+class RewardNetwork(nn.Module, ABC):
     """Trunk and heads on the features of a subclass; `score` is the reward used downstream.
 
     Args: feature_size: length of `features`; trunk: hidden sizes of the trunk; embedding: length of its output; heads: hidden sizes of each
@@ -71,13 +72,13 @@ class RewardNetwork(nn.Module):
         self.scalar_rwd_head = MLP(embedding, heads, 1)
         self.scalar_rwd_head_pairs = MLP(2 * embedding, heads, 2)
 
+    @abstractmethod
     def features(self, observed: torch.Tensor) -> torch.Tensor:
         """Global feature vector before the trunk: [N, ...] -> [N, feature_size]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Plain JSON values from which the network can be built again."""
-        raise NotImplementedError
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError where observations of this shape cannot be read."""
