@@ -1,6 +1,6 @@
-"""Label pairs of a generator's seeds with the programmatic annotator, which looks at geometry alone.
+"""Label a generator's seeds, in pairs or one by one, with the programmatic annotator, which looks at geometry alone.
 
-Writes labels (JSON lines or CSV) and, beside them, a .meta.json with settings, calibration and temperature.
+Writes labels (JSON lines; of pairs, CSV as well) and, beside them, a .meta.json with settings, calibration and temperature.
 
 \b
 Example:
@@ -20,6 +20,7 @@ from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.annotator import UtilityResult
 from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
+from eg3d_rlhf.preferences.unpaired import write_unpaired
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -27,12 +28,18 @@ from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 @option("--network", metavar="PATH", type=click.Path(path_type=Path, exists=True), default=None, show_default="the bundled generator",
         help="Generator file or run folder to sample.", group="Samples")
 @options_of(AnnotationOptions)
+@option("--shuffled", is_flag=True, group="Judgement", help="Thumbs or scores dealt to the shapes at random: a control.")
 @option("--device", metavar="NAME", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the generator runs.")
 @option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def main(out: Path, network: Path | None, device: str, dry_run: bool, **settings) -> None:
+def main(out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings) -> None:
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
+    if shuffled and options.kind == "pairs":
+        raise ValueError("--shuffled: expected --kind=thumbs or scores, got pairs. Name one, or leave it out.")
+    if options.kind != "pairs" and out.suffix != ".jsonl":
+        raise ValueError(f"--out: expected a name ending in .jsonl for --kind={options.kind}, got {out.name}. Rename it.")
     if dry_run:
-        click.echo(json.dumps({"out": str(out), "network": str(network or "bundled"), "device": device, **asdict(options)}, indent=1))
+        shown = {"out": str(out), "network": str(network or "bundled"), "shuffled": shuffled, "device": device}
+        click.echo(json.dumps({**shown, **asdict(options)}, indent=1))
         return
     generator = load_generator(network, choose_device(device))
     with tqdm(total=2 * options.pairs, unit="seed", desc="judging") as bar:
@@ -42,10 +49,17 @@ def main(out: Path, network: Path | None, device: str, dry_run: bool, **settings
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
         annotation = annotate(generator.generator, options, on_seed)
-    write_labels(out, annotation.preferences(generator.hash))
     meta = {"generator": generator.hash, **annotation.summary()}
+    if options.kind == "pairs":
+        write_labels(out, annotation.preferences(generator.hash))
+        count = options.pairs
+    else:
+        labels = annotation.unpaired(generator.hash, shuffled)
+        write_unpaired(out, labels)
+        flipped = sum(label.preferred is not None and label.preferred != label.clean for label in labels)
+        count, meta = len(labels), {**meta, "flipped": flipped, "shuffled": shuffled}
     out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    click.echo(f"{out}: {options.pairs} labels, {meta['flipped']} against the noise-free order, temperature {annotation.temperature:.4g}")
+    click.echo(f"{out}: {count} labels, {meta['flipped']} against the noise-free order, temperature {annotation.temperature:.4g}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a reward network from labelled pairs of seeds and the generator that drew them.
+"""Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and the generator that drew them.
 
 With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the reward, its accuracy on held-out
 pairs with a 95 % interval, and its learning curves into a run folder.
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem
+from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 from eg3d_rlhf.reward.networks import preset as find_preset
 from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
 from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes
@@ -40,10 +41,26 @@ def open_bar(total: int, what: str):
     return tqdm(total=total, desc=what, unit="step" if what == "training" else "shape", dynamic_ncols=True).update
 
 
+def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
+    """What unpaired labels change of the defaults: their terms have weight, and, alone, nothing is learnt from pairs."""
+    if unpaired is None:
+        return {}
+    paired = {name: 0 for name in ("pairs", "scalar", "bradley_terry")} if alone else {}
+    changed = {**paired, "regression": 1.0, "divergence": 1.0}
+    if not any(options[name] for name in paired) and alone:
+        changed["anchors"] = 0
+    return {name: value for name, value in changed.items() if options[name] is None}
+
+
 def resolve(out, labels, observation, preset, device, options: dict) -> RewardRun:
     """Command-line values -> the run, with the preset's defaults for what was not given."""
     names = set(RewardRun.__dataclass_fields__)
+    unpaired = options["unpaired"]
+    options |= unpaired_settings(unpaired, labels is None, options)
+    labels = labels or unpaired or BUNDLED_LABELS
     source = label_source(labels, LabelFilters(**{k: options.pop(k) for k in LabelFilters.__dataclass_fields__}))
+    if labels is unpaired:
+        source = source_of_unpaired(unpaired, options["split_seed"] or 0)
     given = {k: v for k, v in options.items() if k in names and v is not None}
     defaults = default_options(preset, observation)
     if options["bootstrap"] is None:
@@ -55,8 +72,8 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
-@option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=BUNDLED_LABELS, show_default="the bundled labels",
-        help="Labels, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
+@option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=None,
+        show_default="the bundled labels, or --unpaired alone", help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
 @option("--observation", group="Data", metavar="KIND", default="sigma", help="What the reward reads of a shape; sigma is the density slab.")
 @option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
         show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
@@ -115,6 +132,8 @@ def main(out, labels, observation, preset, device, timeout, dry_run, **options) 
             r = report["test"][name]
             low, high = r["interval_95"]
             click.echo(f"{title}: {r['correct']}/{r['n']} = {r['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    if "unpaired" in report:
+        click.echo(f"unpaired test labels: AUC {report['unpaired']['test']['auc']:.3f}")
     click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {run.out / 'reward.safetensors'}")
 
 

@@ -4,11 +4,15 @@ import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.seeds import ANCHORS
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
 ANCHOR_PSI = 0.25  # truncation of the high-quality anchors x_HQ of arXiv 2606.27305: close to the mean shape
 SPLITS = ("train", "val", "test")
@@ -111,7 +115,7 @@ def anchor_seeds(
     return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
 
 
-def common_value(labels: Iterable[Preference], name: str):
+def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str):
     """The one value of field `name` ('generator' or 'psi') over all labels that state it, or None.
 
     Raises: ValueError when labels disagree: they were drawn under different conditions.

@@ -25,8 +25,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
 FIELDS = ("winner", "loser", "generator", "psi", "annotator", "time", "tie", "clean")
 MAX_SEED = 2**32 - 1  # what numpy's RandomState takes
@@ -91,7 +95,7 @@ def read_labels(path: str | Path) -> Iterator[Preference]:
     Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_records, ".ndjson": _jsonl_records, ".csv": _csv_records}
+    readers = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
     if path.suffix not in readers:
         raise ValueError(f"read_labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
     if not path.is_file():
@@ -130,7 +134,7 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     return path
 
 
-def labels_hash(labels: Iterable[Preference]) -> str:
+def labels_hash(labels: Iterable["Preference | UnpairedPreference"]) -> str:
     """sha256 hex over the labels' canonical JSON lines, in order; the same for the .jsonl and the .csv of one list of known fields."""
     digest = hashlib.sha256()
     for label in labels:
@@ -138,7 +142,8 @@ def labels_hash(labels: Iterable[Preference]) -> str:
     return digest.hexdigest()
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
+def jsonl_records(path: Path, example: str = "{'winner': ..., 'loser': ...}") -> Iterator[tuple[int, dict]]:
+    """Number and object of each line. Raises: ValueError with file and line for anything else."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -149,7 +154,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
                 raise ValueError(f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct the line.") from error
             if not isinstance(record, dict):
                 kind = type(record).__name__
-                raise ValueError(f"{path.name}, line {number}: expected a JSON object, got {kind}. Write {{'winner': ..., 'loser': ...}}.")
+                raise ValueError(f"{path.name}, line {number}: expected a JSON object, got {kind}. Write {example}.")
             yield number, record
 
 
@@ -178,8 +183,9 @@ def _parse(record: Mapping) -> Preference:
     """A record of JSON or of text cells -> Preference. Raises ValueError without file and line."""
     missing = [name for name in ("winner", "loser") if record.get(name) is None]
     if missing:
-        raise ValueError(f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.")
-    winner, loser = _seed(record["winner"], "winner"), _seed(record["loser"], "loser")
+        single = " Labels of single shapes go to --unpaired." if "seed" in record else ""
+        raise ValueError(f"expected winner and loser, got no {' and no '.join(missing)}. Add the seed.{single}")
+    winner, loser = parse_seed(record["winner"], "winner"), parse_seed(record["loser"], "loser")
     psi, tie, clean = record.get("psi"), record.get("tie", False), record.get("clean")
     try:
         psi = None if psi is None else float(psi)
@@ -192,12 +198,13 @@ def _parse(record: Mapping) -> Preference:
         clean = winner if str(clean).lower() == "true" else loser
     generator, annotator = (None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator"))
     return Preference(
-        winner=winner, loser=loser, psi=psi, time=_time(record.get("time")), tie=tied, generator=generator, annotator=annotator,
-        clean=None if clean is None else _seed(clean, "clean"), extra={k: v for k, v in record.items() if k not in FIELDS},
+        winner=winner, loser=loser, psi=psi, time=parse_time(record.get("time")), tie=tied, generator=generator, annotator=annotator,
+        clean=None if clean is None else parse_seed(clean, "clean"), extra={k: v for k, v in record.items() if k not in FIELDS},
     )
 
 
-def _seed(value, name: str) -> int:
+def parse_seed(value, name: str) -> int:
+    """A seed from JSON or text. Raises: ValueError without file and line."""
     try:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError
@@ -206,7 +213,8 @@ def _seed(value, name: str) -> int:
         raise ValueError(f"expected {name} to be an integer seed, got {value!r}. Write the latent's integer seed.") from None
 
 
-def _time(value) -> str | float | None:
+def parse_time(value) -> str | float | None:
+    """A time from JSON or text. Raises: ValueError without file and line."""
     if value is None:
         return None
     with contextlib.suppress(TypeError, ValueError):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from eg3d_rlhf.preferences.divergence import cs_divergence
 from training.config import check_knobs, knob
 
 TERMS = "Loss weights"  # title of their flags
@@ -145,14 +146,37 @@ class LossWeights:
     bradley_terry: float = knob(1e-3, "Strengths.", TERMS, low=0)
     strength: float = knob(1e-8, "Norm of the strengths, without gradient.", TERMS, low=0, flag=False)
     reconstruction: float = knob(1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0)
+    regression: float = knob(0.0, "Squared error of the reward on unpaired labels.", TERMS, low=0)
+    divergence: float = knob(0.0, "Cauchy-Schwarz divergence between embeddings of preferred and other unpaired shapes.", TERMS, low=0)
     drawn_from_epoch: int = knob(3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False)
 
     def __post_init__(self):
         check_knobs(self)
+        if self.divergence and not (self.regression or self.on_pairs):
+            raise ValueError(
+                f"--divergence: expected --regression or a loss on pairs above 0 with it, got {self.divergence:g} alone. It says that two "
+                "sets lie apart, not which is better."
+            )
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether pairs are learnt from, and not only tested on."""
+        return max(self.pairs, self.scalar, self.bradley_terry) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedOutput:
+    """What the unpaired terms read. Letters: U labels of this process, B of the whole step."""
+
+    scalar: torch.Tensor  # [U] rewards
+    target: torch.Tensor  # [U] what they should be
+    embedding: torch.Tensor  # [B, M] of the whole step, of length 1; differentiable in this process's rows alone
+    preferred: torch.Tensor  # [B] bool
+    bandwidth: float  # of the divergence's kernel, > 0
 
 
 class PreferenceLoss:
-    """The paper's weighted sum, from a reward network's output and index pairs.
+    """The paper's weighted sum, from a reward network's output and index pairs; and the terms of unpaired labels.
 
     Call: (output, better [P], worse [P], pair_logits, observed, epoch, generator) -> dict of weighted scalar terms that the loop sums.
     Pairs are averaged over the batch, samples likewise; a term of weight 0 is neither computed nor returned.
@@ -182,4 +206,16 @@ class PreferenceLoss:
             terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
         if w.reconstruction and output.reconstruction is not None:
             terms["reconstruction"] = w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
+        return terms
+
+    def unpaired(self, shapes: UnpairedOutput) -> dict[str, torch.Tensor]:
+        """`regression` = w mean (reward - target)^2, and `divergence` = -w D, which is no mean over samples: it needs the whole step."""
+        w = self.weights
+        terms: dict[str, torch.Tensor] = {}
+        if w.regression:
+            terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
+        if w.divergence:
+            good, others = shapes.embedding[shapes.preferred], shapes.embedding[~shapes.preferred]
+            bound = 4 / shapes.bandwidth**2  # of vectors of length 1
+            terms["divergence"] = -w.divergence * cs_divergence(good, others, shapes.bandwidth).clamp(max=bound)
         return terms

@@ -4,7 +4,7 @@ Shape letters: S = seeds, P = pairs, N = samples in a batch; a cube is [D=z, H=y
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,13 @@ from eg3d_rlhf.preferences.annotator import (
     utility,
 )
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference
 from eg3d_rlhf.seeds import refuse_held_out
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.config import knob
+
+KINDS = ("pairs", "thumbs", "scores")
+SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class AnnotationOptions:
     psi: float = knob(1.0, "Truncation.", "Samples", low=0)
     cutoff: int = knob(14, "ws that truncation reaches.", "Samples", low=0)
     resolution: int = knob(64, "Edge of the judged cube.", "Judgement", metavar="VOXELS", low=16, high=256)
+    kind: str = knob("pairs", "Judge pairs, or single shapes by thumbs or scores.", "Judgement", choices=KINDS)
     flip_rate: float = knob(0.10, "Expected share of labels against the noise-free order.", "Judgement", metavar="0..0.5", low=0, below=0.5)
     calibrate: int = knob(
         0, "Calibrate the annotator on so many of the seeds; 0 keeps its fixed calibration.", "Judgement", metavar="CUBES", low=0
@@ -78,6 +83,27 @@ class Annotation:
             Preference(winner=label.winner, loser=label.loser, clean=label.winner if label.clean else label.loser, **common)
             for label in self.labels
         ]
+
+    def unpaired(self, generator: str, shuffled: bool = False) -> list[UnpairedPreference]:
+        """Labels of single shapes, by the rank of the utility with noise as pairs have it: utility + temperature * Gumbel's distribution.
+
+        The upper and the lower 47 % of the shapes are preferred and not; scores are straight lines within these, and in between.
+
+        Args: shuffled: labels dealt to the shapes at random, a control from which nothing can be learnt.
+        """
+        rng, count, seeds = np.random.default_rng([self.options.seed, 3]), len(self.utilities), self.options.seeds
+        quantile = [(np.argsort(np.argsort(values)) + 0.5) / count  # [2 P] each
+                    for values in (self.utilities + self.temperature * rng.gumbel(size=count), self.utilities)]
+        given, clean = (np.interp(q, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE]) for q in quantile)
+        given = rng.permutation(given) if shuffled else given
+        common: dict[str, Any] = {"generator": generator, "psi": self.options.psi, "annotator": ANNOTATOR + ("-shuffled" * shuffled)}
+        found = [
+            UnpairedPreference(seed=seed, score=round(float(score), 3), clean=bool(true >= (GOOD + BAD) / 2), **common)
+            for seed, score, true in zip(seeds, given, clean, strict=True)
+        ]
+        if self.options.kind == "scores":
+            return found
+        return [replace(label, score=None, label=label.preferred) for label in found if label.preferred is not None]
 
     def summary(self) -> dict:
         """Settings and outcome as JSON values."""

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
 from scipy.special import expit
+from scipy.stats import rankdata
 
 from eg3d_rlhf.metrics.statistics import wilson_interval
+from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 from eg3d_rlhf.reward.cache import ObservationCache
 from eg3d_rlhf.reward.ensembles import RewardEnsemble
 from eg3d_rlhf.reward.networks import RewardNetwork
@@ -74,6 +78,49 @@ def rate(correct: int, n: int) -> dict:
     return {"correct": correct, "n": n, "accuracy": correct / n if n else None, "interval_95": [float(low), float(high)]}
 
 
+def auc(good: Sequence[float], others: Sequence[float]) -> float:
+    """Share of all pairs of a preferred and another shape whose scores are in that order, ties half; 0.5 is chance.
+
+    Raises: ValueError where there is none of one kind.
+    """
+    if not len(good) or not len(others):
+        raise ValueError(f"auc: expected scores of both kinds, got {len(good)} and {len(others)}. Label more shapes.")
+    ranks = rankdata([*good, *others])
+    return float((ranks[: len(good)].sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(others)))
+
+
+def silhouette(points: np.ndarray, kind: np.ndarray) -> float:
+    """How well two kinds lie apart, -1..1: the mean of (b - a) / max(a, b), Rousseeuw (1987).
+
+    a is a point's mean distance to the others of its kind, b that to the other kind. Args: points [N, M]; kind [N] bool, at least two of
+    each.
+    """
+    distance = cdist(points, points)
+    sums, own = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)]), kind.astype(int)  # [2, N]
+    count, each = np.array([(~kind).sum(), kind.sum()]), np.arange(len(kind))
+    a, b = sums[own, each] / (count[own] - 1), sums[1 - own, each] / count[1 - own]
+    return float(((b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny)).mean())
+
+
+def evaluate_unpaired(model: Network, embed: RewardNetwork, store: ObservationCache, labels: Sequence[UnpairedPreference]) -> dict:
+    """Figures of unpaired labels: AUC of the scores; divergence and silhouette of the two kinds in an embedding of length 1.
+
+    Args: embed: the network whose embedding it is, such as an ensemble's first member.
+    """
+    seeds, kind = [label.seed for label in labels], np.array([label.preferred is True for label in labels])
+    scores = score_seeds(model, store, seeds)
+    device = next(embed.parameters()).device
+    with torch.no_grad():
+        parts = [embed.embed(store.take(seeds[i : i + 32], device)).cpu().double() for i in range(0, len(seeds), 32)]
+    points = torch.nn.functional.normalize(torch.cat(parts))
+    apart = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
+    values = np.array([scores[seed] for seed in seeds])
+    return {
+        "n": [int(kind.sum()), int((~kind).sum())], "auc": auc(values[kind], values[~kind]),
+        "divergence": float(apart), "silhouette": silhouette(points.numpy(), kind),
+    }  # fmt: skip
+
+
 def evaluate(model: Network, store: ObservationCache, labels: Sequence[Preference], temperature: float = 1.0) -> dict:
     """Figures of one split.
 
@@ -120,7 +167,8 @@ def plot_curves(json_path: Path, png_path: Path) -> Path:
     left.legend()
     right.plot(curves["epoch"], curves["val_log_loss"], label="validation log loss")
     for name, values in curves["loss"].items():
-        right.plot(curves["epoch"], values, label=f"training {name}, weighted", linewidth=1)
+        sign = -1 if name == "divergence" else 1  # it is made large
+        right.plot(curves["epoch"], [sign * value for value in values], label=f"training {name}, weighted", linewidth=1)
     right.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
     right.legend(fontsize=8)
     figure.suptitle(", ".join(f"{k} {v}" for k, v in curves["context"].items()), fontsize=9)

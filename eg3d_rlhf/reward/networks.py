@@ -57,6 +57,14 @@ class RewardOutput:
     log_strength: torch.Tensor  # [N] logarithm of the Bradley-Terry strength
     reconstruction: torch.Tensor | None  # of the network's input, None when not asked for
 
+    def rows(self, first: int, last: int) -> "RewardOutput":
+        """That of samples first .. last - 1."""
+        own, read = slice(first, last), self.reconstruction
+        return RewardOutput(
+            embedding=self.embedding[own], scalar=self.scalar[own], log_strength=self.log_strength[own],
+            reconstruction=None if read is None else read[own],
+        )
+
 
 class RewardNetwork(nn.Module, ABC):
     """Trunk and heads on the features of a subclass; `score` is the reward used downstream.

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,9 +13,19 @@ from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.observations import Observation, observation_of
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
 from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds, untuned
 from eg3d_rlhf.reward.ensembles import AVERAGE, CHOICES, check_joining, combine
-from eg3d_rlhf.reward.evaluation import Network, collect_curves, evaluate, fit_temperature, margins, plot_curves, score_seeds
+from eg3d_rlhf.reward.evaluation import (
+    Network,
+    collect_curves,
+    evaluate,
+    evaluate_unpaired,
+    fit_temperature,
+    margins,
+    plot_curves,
+    score_seeds,
+)
 from eg3d_rlhf.reward.networks import RewardNetwork
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
@@ -41,6 +51,7 @@ class RewardRun:
     )
     more_networks: tuple[Path, ...] = ()  # of further generators that labels name
     labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
+    unpaired: Path | None = knob(None, "Labels of single shapes, .jsonl.", "Data", metavar="FILE", shown="none")
     observation: str = "sigma"  # kind of what the reward reads
     resolution: int | None = knob(
         None, "Of the observation: grid points per axis of the whole cube, before the crop; pixels.", "Data", metavar="POINTS", low=16,
@@ -70,6 +81,8 @@ class RewardRun:
     def __post_init__(self):
         check_knobs(self)
         check_joining(self.aggregate, self.strength)
+        if self.unpaired is not None and self.more_networks:
+            raise ValueError(f"--unpaired: expected labels of one generator, got --more-network={self.more_networks[0]}. Leave one out.")
         if self.members < 2 and (self.aggregate is not None or self.shared_start):
             flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
             raise ValueError(f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual.")
@@ -79,6 +92,10 @@ class RewardRun:
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
         values["more_networks"] = [str(path) for path in self.more_networks]
         return {**values, "network": values["network"] or "bundled", **self.labels.settings}
+
+    def read_unpaired(self) -> list[UnpairedPreference]:
+        """Labels of single shapes; none where there is no file."""
+        return [] if self.unpaired is None else load_unpaired(self.unpaired)
 
 
 @dataclass(frozen=True)
@@ -104,9 +121,11 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     if ranks.broadcast((run.out / "state.pt").exists()) and not run.resume:
         raise ValueError(f"reward training: expected a new folder, got {run.out} with a run in it. Pass --resume, or another --out.")
     labels = read_labels(run.labels, run.out if run.resume else None, ranks)
+    unpaired = run.read_unpaired()
     refuse_held_out((seed for label in labels for seed in (label.winner, label.loser)), f"--labels={run.labels.settings['labels']}")
-    generators = open_generators(run, labels)
-    stated = common_value(labels, "psi")
+    refuse_held_out((label.seed for label in unpaired), f"--unpaired={run.unpaired}")
+    generators = open_generators(run, [*labels, *unpaired])
+    stated = common_value([*labels, *unpaired], "psi")
     if run.psi is not None and stated is not None and abs(run.psi - stated) > 1e-6:
         raise ValueError(f"--psi: expected the labels' own {stated}, got {run.psi}. Leave it out.")
     psi = next((value for value in (run.psi, stated) if value is not None), 1.0)
@@ -114,7 +133,7 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
     inputs = {"network": generators[0].path, **{f"network {i + 2}": g.path for i, g in enumerate(generators[1:])}}
-    inputs |= {} if run.labels.file is None else {"labels": run.labels.file}
+    inputs |= {name: file for name, file in (("labels", run.labels.file), ("unpaired", run.unpaired)) if file is not None}
     with Run(run.out, run.to_dict(), inputs, ranks=ranks) as record:
         if run.resume and ranks.broadcast(bool(begun)):
             record.resume(free=None)  # the state's file knows its options
@@ -122,10 +141,10 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
             record.begin()
         if ranks.main and run.labels.file is None and not (run.out / KEPT).is_file():
             write_labels(run.out / KEPT, labels)
-        return _run_locked(run, record, labels, splits, generators, observation, psi, listen, ranks)
+        return _run_locked(run, record, labels, unpaired, splits, generators, observation, psi, listen, ranks)
 
 
-def open_generators(run: RewardRun, labels: Sequence[Preference]) -> list[LoadedGenerator]:
+def open_generators(run: RewardRun, labels: Sequence[Preference | UnpairedPreference]) -> list[LoadedGenerator]:
     """The generators that drew the labelled shapes, the run's --network first.
 
     Raises: ValueError for labels of another one, and, where there are several, labels that name none.
@@ -171,14 +190,15 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
 
 
 def _run_locked(
-    run: RewardRun, record: Run, labels: list[Preference], splits: Splits, generators: list[LoadedGenerator], observation: Observation,
-    psi: float, listen: Listener, ranks: Ranks,
+    run: RewardRun, record: Run, labels: list[Preference], unpaired: list[UnpairedPreference], splits: Splits,
+    generators: list[LoadedGenerator], observation: Observation, psi: float, listen: Listener, ranks: Ranks,
 ) -> dict | None:
     generator = generators[0]
     shapes: list[tuple[str, int]] = []
     if len(generators) > 1:
         splits, shapes = numbered(splits)
-    data = collect_observations(run, splits, shapes, generators, observation, psi, listen, ranks)
+    single = split_unpaired(unpaired, splits, run.fractions, run.split_seed)
+    data = collect_observations(run, splits, single, shapes, generators, observation, psi, listen, ranks)
     states, start = _train(run, record, data, listen, ranks)
     ranks.barrier()
     leave()  # the others need not wait for the figures
@@ -189,7 +209,12 @@ def _run_locked(
         observed = untuned(generator.generator, observation, psi, run.cutoff, run.slab_batch)
         model = combine([state.model for state in states], run.aggregate, run.strength, observed)
     report = assess(run, model, states, data, splits)
-    report |= {"labels_file": run.labels.name, "labels_sha256": labels_hash(labels), "generator": generator.hash, "psi": psi}
+    digest = "+".join(labels_hash(found) for found in (labels if run.labels.file != run.unpaired else [], unpaired) if found)
+    report |= {"labels_file": run.labels.name, "labels_sha256": digest, "generator": generator.hash, "psi": psi}
+    if unpaired:
+        counts = {name: len(part) for name, part in single.items()} | {"unused": len(unpaired) - sum(map(len, single.values()))}
+        figures = {name: evaluate_unpaired(model, states[0].model, data.store, single[name]) for name in ("val", "test")}
+        report["unpaired"] = {"file": run.unpaired and run.unpaired.name, "splits": counts, **figures}
     provenance = {
         "generator": generator.hash, "architecture": generator.generator.architecture, "psi": psi, "truncation_cutoff": run.cutoff,
         "labels": report["labels_sha256"], "preset": run.train.preset, "seed": run.train.seed, "temperature": report["temperature"],
@@ -208,12 +233,13 @@ def _run_locked(
 
 
 def collect_observations(
-    run: RewardRun, splits: Splits, shapes: list[tuple[str, int]], generators: list[LoadedGenerator], observation: Observation, psi: float,
-    listen: Listener, ranks: Ranks,
+    run: RewardRun, splits: Splits, single: Mapping[str, Sequence[UnpairedPreference]], shapes: list[tuple[str, int]],
+    generators: list[LoadedGenerator], observation: Observation, psi: float, listen: Listener, ranks: Ranks,
 ) -> TrainData:
     """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from the cache.
 
-    Args: shapes: generator and seed of the numbers in the splits, where there are several generators; anchors are the first one's.
+    Args: single: unpaired labels by split.
+    shapes: generator and seed of the numbers in the splits, where there are several generators; anchors are the first one's.
     """
 
     def filled(seeds: Iterable[int], psi: float, what: str, generator: LoadedGenerator = generators[0]) -> ObservationCache:
@@ -225,6 +251,7 @@ def collect_observations(
         return store
 
     seeds = [seed for part in (splits.train, splits.val, splits.test) for label in part for seed in (label.winner, label.loser)]
+    seeds += [label.seed for part in single.values() for label in part]
     labelled = [seed for _, seed in shapes] or seeds
     anchors = anchor_seeds(run.train.anchors, run.fractions, exclude=labelled)["train"] if run.train.anchors else ()
     if shapes:
@@ -235,7 +262,8 @@ def collect_observations(
         store = filled(seeds, psi, "shapes")
     anchor_store = filled(anchors, ANCHOR_PSI, "anchors") if anchors else None
     return TrainData(
-        train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store, observation=observation
+        train=splits.train, val=splits.val, store=store, anchors=anchors, anchor_store=anchor_store, observation=observation,
+        unpaired=single["train"], unpaired_val=single["val"],
     )
 
 
@@ -245,7 +273,7 @@ def _train(run: RewardRun, record: Run, data: TrainData, listen: Listener, ranks
     Returns: the members, and the SHA-256 of the network that they went on from, '' where there is none. It counts as member 0.
     """
     shared = run.shared_start or run.aggregate == AVERAGE
-    advance = listen.bar(-(-len(data.train) // run.train.batch) * run.train.epochs * (run.members + shared), "training")
+    advance = listen.bar(data.steps(run.train) * run.train.epochs * (run.members + shared), "training")
 
     def train(number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None) -> TrainState:
         def on_epoch(epoch: dict) -> None:

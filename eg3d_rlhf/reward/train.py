@@ -1,17 +1,14 @@
-"""Train a reward network on labelled pairs: the paper's losses and anchors, early stopping on validation pairs, exact resume.
+"""Train a reward network on labelled pairs, on unpaired labels, or on both: the paper's losses and anchors, early stopping on validation
+pairs, exact resume.
 
 Source: arXiv 2606.27305 (2026), reward training. The test split is never read here.
 Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks, W ranks.
 """
 
-import contextlib
-import io
-import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -19,18 +16,22 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.observations import Observation, SigmaSlab
+from eg3d_rlhf.preferences.divergence import median_distance
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss
+from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput, reconstruction_loss
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of, redrawn
 from eg3d_rlhf.reward.cache import ObservationCache
-from eg3d_rlhf.reward.evaluation import log_loss, margins, score_seeds
-from eg3d_rlhf.reward.networks import RewardNetwork, preset, readers_of
+from eg3d_rlhf.reward.evaluation import auc, log_loss, margins, score_seeds
+from eg3d_rlhf.reward.networks import RewardNetwork, RewardOutput, preset, readers_of
+from eg3d_rlhf.reward.shares import Share, Step
+from eg3d_rlhf.reward.state_file import load_state, save_state
 from eg3d_rlhf.run.process import StopRequest
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
-from training.rounds import RowDraws, sum_over_ranks
-from training.storage import checksum, write_atomic
 
 TRAINING = "Training"  # title of its flags
+MOMENTUM = 0.9  # of the divergence's bandwidth over steps
+LEAST_BANDWIDTH = 1e-3  # embeddings that fall together have no distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class TrainOptions:
     epochs: int = knob(10, "Passes, at most.", TRAINING, low=1)
     patience: int = knob(5, "Stop after so many epochs without a better validation accuracy.", TRAINING, metavar="EPOCHS", low=1)
     batch: int = knob(16, "Pairs per step.", TRAINING, metavar="PAIRS", low=1)
+    unpaired_batch: int = knob(64, "Unpaired labels per step, half of them preferred.", TRAINING, metavar="SHAPES", low=2)
     lr: float = knob(2e-3, "Adam's learning rate at the start.", TRAINING, above=0, high=1)
     cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
     weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0)
@@ -54,6 +56,10 @@ class TrainOptions:
 
     def __post_init__(self):
         check_knobs(self)
+        if self.unpaired_batch % 2:
+            raise ValueError(f"--unpaired-batch: expected an even number, got {self.unpaired_batch}. Half of them are preferred.")
+        if self.anchors and not self.weights.on_pairs:
+            raise ValueError(f"--anchors: expected 0 where nothing is learnt from pairs, got {self.anchors}. Leave it out.")
 
 
 def default_options(name: str | None = None, kind: str = "sigma") -> TrainOptions:
@@ -68,50 +74,26 @@ class TrainData:
 
     train: Sequence[Preference]
     val: Sequence[Preference]
-    store: ObservationCache  # of all their seeds
+    store: ObservationCache  # of all labelled seeds
     anchors: Sequence[int] = ()  # seeds of the training anchors
     anchor_store: ObservationCache | None = None  # of those
     observation: Observation = SigmaSlab()
+    unpaired: Sequence[UnpairedPreference] = ()  # to learn from; every one with a preference
+    unpaired_val: Sequence[UnpairedPreference] = ()
+
+    def learns_pairs(self, options: TrainOptions) -> bool:
+        """Whether steps are made of pairs; else they are made of unpaired labels, and pairs choose the epoch alone."""
+        return options.weights.on_pairs or not self.unpaired
+
+    def steps(self, options: TrainOptions) -> int:
+        """Of an epoch."""
+        if self.learns_pairs(options):
+            return math.ceil(len(self.train) / options.batch)
+        return math.ceil(len(self.unpaired) / options.unpaired_batch)
 
 
 class StoppedError(Exception):
     """SIGTERM or SIGINT arrived; what was trained up to the last whole epoch is in the state file."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """This rank's items of a step: every W-th; where a short last step leaves none, the first item with weight 0."""
-
-    count: int  # items of the step, over all ranks
-    ranks: Ranks = SINGLE
-
-    @property
-    def rows(self) -> list[int]:
-        """Places in the step."""
-        return list(range(self.count))[self.ranks.rank :: self.ranks.world] or [0]
-
-    @property
-    def weight(self) -> float:
-        """Share of the step's mean that a mean over `rows` contributes."""
-        return len(range(self.ranks.rank, self.count, self.ranks.world)) / self.count
-
-    def of_blocks(self, drawn: np.ndarray) -> np.ndarray:
-        """The entries of these items among values drawn for B blocks of `count` items, [B * count] -> [B * len(rows)]."""
-        return drawn.reshape(-1, self.count)[:, self.rows].reshape(-1)
-
-    def update(self, model: torch.nn.Module, figures: dict[str, float], stop: bool) -> tuple[dict[str, float], bool]:
-        """Sum gradients over ranks; returns the step's mean figures and whether any rank was asked to stop.
-
-        The figure 'strength' is a norm over samples, its squares add up; the others are means.
-        """
-        if self.ranks.world == 1:
-            return figures, stop
-        real = float(self.weight > 0)
-        parts = [value**2 * real if name == "strength" else value * self.weight for name, value in figures.items()]
-        sums = torch.tensor([*parts, float(stop)], dtype=torch.float32, device=next(model.parameters()).device)
-        sum_over_ranks(self.ranks, model.parameters(), [sums])
-        *totals, stops = sums.tolist()
-        return {k: v**0.5 if k == "strength" else v for k, v in zip(figures, totals, strict=True)}, stops > 0
 
 
 @dataclass
@@ -124,6 +106,7 @@ class TrainState:
     history: list[dict] = field(default_factory=list)  # one record per epoch
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # state dict of the best epoch so far
     best_epoch: int = -1
+    bandwidth: float | None = None  # of the divergence's kernel: a moving average
     ranks: Ranks = SINGLE  # this process among those of the run
     request: StopRequest = field(default_factory=StopRequest)
 
@@ -146,19 +129,22 @@ def train_reward(
     """
     if not data.train or not data.val:
         raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
+    _check_unpaired(data, options)
     if options.bootstrap:
         drawn = np.random.default_rng([options.seed, len(data.train)]).integers(len(data.train), size=len(data.train))
-        data = replace(data, train=[data.train[i] for i in drawn])
+        again = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
+        data = replace(data, train=[data.train[i] for i in drawn], unpaired=again)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = readers_of(data.observation.kind).build(preset(options.preset, data.observation.kind).network).to(device)
     family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
     state = TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay), ranks=ranks)
-    model.calibrate(lambda: data.store.take([seed for label in data.train for seed in (label.winner, label.loser)], device))
+    seeds = [seed for label in data.train for seed in (label.winner, label.loser)] + [label.seed for label in data.unpaired]
+    model.calibrate(lambda: data.store.take(seeds, device))
     if start is not None:
         model.load_state_dict(start.state_dict())
     if state_file is not None and ranks.broadcast(state_file.is_file()):
-        _load_state(state_file, state, options)
+        load_state(state_file, state, options)
     ranks.broadcast_((*model.parameters(), *model.buffers()))
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
         with state.request:
@@ -169,7 +155,7 @@ def train_reward(
             state.best_epoch = record["epoch"]
             state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         if state_file is not None and ranks.main:
-            _save_state(state_file, state, options)
+            save_state(state_file, state, options)
         if on_epoch:
             on_epoch(record)
     model.load_state_dict(state.best)
@@ -177,57 +163,115 @@ def train_reward(
     return state
 
 
+def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
+    """Raise ValueError where weights and unpaired labels do not go together."""
+    used = options.weights.regression or options.weights.divergence
+    kinds = {label.preferred for label in data.unpaired}
+    if data.unpaired and not used:
+        raise ValueError("--unpaired: expected --regression or --divergence above 0 with it, got neither. Set one, or leave it out.")
+    if used and kinds != {True, False}:
+        got = "none of one kind" if kinds else "none"
+        raise ValueError(f"--regression, --divergence: expected unpaired labels of both kinds, got {got}. Pass --unpaired, or label more.")
+
+
 def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: Callable[[], None] | None) -> dict:
-    """One pass over the training pairs, then the validation pairs. Returns the epoch's record."""
+    """One pass over the training pairs, or unpaired labels, then the validation pairs. Returns the epoch's record."""
     began = time.monotonic()
-    rng = np.random.default_rng([options.seed, state.epoch])
+    rng, draws = np.random.default_rng([options.seed, state.epoch]), np.random.default_rng([options.seed, state.epoch, 1])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    steps = math.ceil(len(data.train) / options.batch)
+    steps, shapes = data.steps(options), batches_of(data.unpaired, options.unpaired_batch, draws)
     sums: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
         torch.manual_seed(int(rng.integers(2**62)))
         state.model.train()
-        order = rng.permutation(len(data.train))
+        order = rng.permutation(len(data.train) if data.learns_pairs(options) else 0)
         for step in range(steps):
             if options.cosine:
                 done = (state.epoch + step / steps) / options.epochs
                 state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * done))
             items = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
-            for name, value in _step(state, items, data, options, rng, generator).items():
-                sums[name] = sums.get(name, 0.0) + value * len(items) / len(order)
+            part, whole = (len(items), len(order)) if items else (1, steps)
+            batch = Step(items, next(shapes) if data.unpaired else [], state.ranks)
+            for name, value in _step(state, batch, data, options, (rng, draws), generator).items():
+                sums[name] = sums.get(name, 0.0) + value * part / whole
             if on_step:
                 on_step()
     correct = sums.pop("correct")
     state.model.eval()
     scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)], state.ranks)
     margin = margins(scores, data.val)
-    return {
+    record = {
         "epoch": state.epoch, "seconds": time.monotonic() - began, "lr": state.optimizer.param_groups[0]["lr"], "loss": sums,
         "train_accuracy": correct, "val_accuracy": float((margin > 0).mean()), "val_log_loss": log_loss(margin),
     }  # fmt: skip
+    if data.unpaired_val:
+        found = score_seeds(state.model, data.store, [label.seed for label in data.unpaired_val], state.ranks)
+        record["val_auc"] = auc(*([found[label.seed] for label in data.unpaired_val if label.preferred is kind] for kind in (True, False)))
+    return record
 
 
 def _step(
-    state: TrainState, items: Sequence[Preference], data: TrainData, options: TrainOptions, rng: np.random.Generator,
+    state: TrainState, batch: Step, data: TrainData, options: TrainOptions, rngs: tuple[np.random.Generator, np.random.Generator],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """One update on a batch of pairs; returns its weighted loss terms and, as `correct`, the share ordered as labelled."""
-    share = Share(len(items), state.ranks)
-    observed, better, worse = _batch(items, share, data, options, rng, next(state.model.parameters()).device)
-    loss = PreferenceLoss(options.weights)
-    with contextlib.nullcontext() if state.ranks.world == 1 else RowDraws(share.rows, share.count, blocks=True):  # as in the whole step
-        out = state.model(observed, reconstruct=options.weights.reconstruction > 0)
-        terms = loss(out, better, worse, pair_logits=state.model.pair_logits, observed=observed, epoch=state.epoch, generator=generator)
+    """One update on a batch; returns its weighted loss terms and, as `correct`, the share of pairs ordered as labelled."""
+    device, weights = next(state.model.parameters()).device, options.weights
+    loss, terms, figures = PreferenceLoss(weights), {}, {}
+    paired = _batch(batch.items, batch.of_items, data, options, rngs[0], device) if batch.items else None
+    shown = [] if paired is None else [paired[0]]
+    if batch.shapes:
+        shown.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
+    rows = 0 if paired is None else len(paired[0])
+    with batch.draws(rows):
+        out = state.model(shown[0] if len(shown) == 1 else torch.cat(shown), reconstruct=weights.reconstruction > 0)
+    if paired is not None:
+        count, own = len(batch.of_items.rows), out.rows(0, rows)
+        with batch.block_draws():
+            terms = loss(own, *paired[1:], pair_logits=state.model.pair_logits, observed=paired[0], epoch=state.epoch, generator=generator)
+        figures["correct"] = float((own.scalar[:count] > own.scalar[count : 2 * count]).float().mean())
+    if batch.shapes:
+        found, correct = _unpaired(out.rows(rows, len(out.scalar)), batch, state)
+        terms |= loss.unpaired(found)
+        if paired is None:
+            figures["correct"] = correct
+            if out.reconstruction is not None:
+                terms["reconstruction"] = weights.reconstruction * reconstruction_loss(out.reconstruction, shown[0]).mean()
+    return _update(state, batch, terms, figures)
+
+
+def _update(state: TrainState, batch: Step, terms: dict[str, torch.Tensor], figures: dict[str, float]) -> dict[str, float]:
+    """Descend on the terms of all ranks; returns their figures."""
+    main, evenly = batch.of_items if batch.items else batch.of_shapes, 1 / batch.ranks.world
+    scales = {"regression": batch.of_shapes.weight, "divergence": 1.0}  # the divergence is of the whole step, on every rank
     state.optimizer.zero_grad(set_to_none=True)
-    cast(torch.Tensor, sum(terms.values()) * share.weight).backward()
-    count = len(share.rows)
-    correct = (out.scalar[:count] > out.scalar[count : 2 * count]).float().mean()
-    figures = {**{name: float(value.detach()) for name, value in terms.items()}, "correct": float(correct)}
-    figures, stop = share.update(state.model, figures, state.request.received is not None)
+    cast(torch.Tensor, sum(value * scales.get(name, main.weight) for name, value in terms.items())).backward()
+    figures = {**{name: float(value.detach()) for name, value in terms.items()}, **figures}
+    weights = {"regression": batch.of_shapes.weight, "divergence": evenly, **({} if batch.items else {"correct": evenly})}
+    figures, stop = main.update(state.model, figures, state.request.received is not None, weights)
     if stop:
         raise StoppedError(f"stopped in epoch {state.epoch + 1}")
     state.optimizer.step()
     return figures
+
+
+def _unpaired(out: RewardOutput, batch: Step, state: TrainState) -> tuple[UnpairedOutput, float]:
+    """What the unpaired terms read, and the share of the step's pairs of a preferred and another shape that are ordered so."""
+    device, share = out.scalar.device, batch.of_shapes
+    target = torch.tensor([batch.shapes[i].target for i in share.rows], dtype=out.scalar.dtype, device=device)
+    preferred = torch.tensor([label.preferred is True for label in batch.shapes], device=device)
+    whole = share.gather(torch.cat([torch.nn.functional.normalize(out.embedding), out.scalar.detach()[:, None]], 1))  # [B, M + 1]
+    now = max(float(median_distance(whole[:, :-1])), LEAST_BANDWIDTH)
+    state.bandwidth = now if state.bandwidth is None else MOMENTUM * state.bandwidth + (1 - MOMENTUM) * now
+    scores = whole[:, -1].detach()
+    correct = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
+    found = UnpairedOutput(scalar=out.scalar, target=target, embedding=whole[:, :-1], preferred=preferred, bandwidth=state.bandwidth)
+    return found, correct
+
+
+def _shapes(labels: Sequence[UnpairedPreference], share: Share, data: TrainData, options: TrainOptions, draws: np.random.Generator, device):
+    """Observations [U, ...] of this rank's unpaired labels."""
+    observed = data.store.take([labels[i].seed for i in share.rows], device)
+    return data.observation.augment(observed, draws.random(len(labels))[share.rows]) if options.mirror else observed
 
 
 def _batch(items: Sequence[Preference], share: Share, data: TrainData, options: TrainOptions, rng: np.random.Generator, device):
@@ -248,46 +292,6 @@ def _batch(items: Sequence[Preference], share: Share, data: TrainData, options: 
     if options.mirror:
         observed = data.observation.augment(observed, share.of_blocks(rng.random(len(observed) // count * total)))
     return observed, torch.cat(better).to(device), torch.cat(worse).to(device)
-
-
-def _save_state(path: Path, state: TrainState, options: TrainOptions) -> None:
-    plain = {"epoch": state.epoch, "history": state.history, "best_epoch": state.best_epoch, "options": asdict(options)}
-    tensors = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "best": state.best}
-    buffer = io.BytesIO()
-    torch.save({**tensors, "plain": json.dumps(plain), "sha256": checksum(_flat(tensors), plain)}, buffer)
-    write_atomic(path, buffer.getvalue())
-
-
-def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of nested dictionaries and lists, by path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    found = {name: value} if isinstance(value, torch.Tensor) else {}
-    for key, part in items:
-        found.update(_flat(part, f"{name}/{key}"))
-    return found
-
-
-def _load_state(path: Path, state: TrainState, options: TrainOptions) -> None:
-    """Read on rank 0; every rank continues from the same bytes."""
-    held = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())} if state.ranks.main else None
-    data = state.ranks.broadcast_named(held)["file"]
-    try:
-        stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-        plain = json.loads(stored["plain"])
-        written = stored.pop("sha256", None)  # files of earlier versions have none
-        if written is not None and written != checksum(_flat(stored), plain):
-            raise ValueError("other bytes than were written")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
-        what = type(error).__name__
-        raise ValueError(f"train_reward({path.name}): expected a training state, got {what}. Delete it to start over.") from error
-    wanted, later = json.loads(json.dumps(asdict(options))), {"bootstrap": False, "start": ""}  # files of earlier versions lack these
-    changed = sorted(name for name, value in wanted.items() if {**later, **plain["options"]}.get(name) != value)
-    if changed:
-        raise ValueError(f"train_reward({path.name}): expected the options it was begun with, got other {', '.join(changed)}. Use those.")
-    state.model.load_state_dict(stored["model"])
-    state.optimizer.load_state_dict(stored["optimizer"])
-    state.epoch, state.history, state.best_epoch = plain["epoch"], plain["history"], plain["best_epoch"]
-    state.best = stored["best"]
 
 
 def with_changes(options: TrainOptions, **changes) -> TrainOptions:

@@ -232,6 +232,7 @@ def test_flags_of_the_command_are_frozen():
         "--campaign --annotator --least-gold-accuracy --drop-repeats --min-milliseconds --since "
         "--any-generator --more-network --fractions --split-seed --preset --members --aggregate --strength "
         "--bootstrap --no-bootstrap --shared-start --epochs --patience --batch --lr "
-        "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction --out "
+        "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction "
+        "--unpaired --unpaired-batch --regression --divergence --out "
         "--cache --slab-batch --resume --device --timeout --seed --dry-run".split()
     )
