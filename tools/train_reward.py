@@ -74,7 +74,9 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 @click.command(cls=GroupedCommand, help=__doc__)
 @option("--labels", group="Data", metavar="FILE|URL", type=labels_source, default=None,
         show_default="the bundled labels, or --unpaired alone", help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.")
-@option("--observation", group="Data", metavar="KIND", default="sigma", help="What the reward reads of a shape; sigma is the density slab.")
+@option("--observation", group="Data", metavar="KIND", default="sigma",
+        help="What the reward reads of a shape: sigma, its density slab; points, a cloud on its surface; lifted-points or "
+        "published-points, a cloud lifted from depth.")
 @option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
         show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
 @option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator.")
@@ -92,7 +94,8 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 @option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
         help="Received from then on: ISO 8601, or seconds since 1970.")
 @option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
-        help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma.")
+        help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
+        "for points.")
 @options_of(RewardRun, everywhere=BY_PRESET)
 @option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
         help="Draw the training pairs with replacement, for each member by its own seed.")

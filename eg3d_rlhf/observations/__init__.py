@@ -153,3 +153,6 @@ class SigmaSlab(Observation):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """See `Observation`."""
         return cls(SlabSpec.from_dict(values))
+
+
+from eg3d_rlhf.observations import points as points  # noqa: E402 (registers clouds of points)

@@ -173,3 +173,4 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
 
 
 from eg3d_rlhf.reward import model as model  # noqa: E402 (registers the networks that read slabs)
+from eg3d_rlhf.reward import points as points  # noqa: E402 (registers the networks that read clouds)

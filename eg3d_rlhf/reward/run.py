@@ -57,6 +57,9 @@ class RewardRun:
         None, "Of the observation: grid points per axis of the whole cube, before the crop; pixels.", "Data", metavar="POINTS", low=16,
         high=512, shown="of a slab, 256 for paper, else 64",
     )
+    points: int | None = knob(
+        None, "Of an observation of points: points of a cloud.", "Data", low=1, high=16384, shown="512, and 2048 for published-points"
+    )
     crop: tuple[float, float, float, float, float, float] | None = None  # of the observation: trimmed shares (x, x, y, y, z, z)
     psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1")
     cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14")
@@ -168,7 +171,9 @@ def open_generators(run: RewardRun, labels: Sequence[Preference | UnpairedPrefer
 
 def what_is_read(run: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
     """What the reward observes. Raises: ValueError where it would read generators differently."""
-    first, *others = (observation_of(run.observation, g.generator, resolution=run.resolution, crop=run.crop) for g in generators)
+    first, *others = (
+        observation_of(run.observation, g.generator, resolution=run.resolution, crop=run.crop, points=run.points) for g in generators
+    )
     for other, generator in zip(others, generators[1:], strict=True):
         if other != first:
             raise ValueError(f"--more-network={generator.path}: expected bounds as --network's, got others. Leave it out.")

@@ -17,6 +17,7 @@ from tools import label_synthetic, train_reward
 from training import checkpoint, storage
 
 PLUGIN = Path(__file__).parent / "frontal_depth.py"
+KNOWN = ", ".join([*(kind for kind in observations.OBSERVATIONS if kind != "frontal-depth"), "frontal-depth"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +101,7 @@ def test_its_rays_do_not_touch_the_draws_of_others(reward):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--observation=smell"], "observation: expected one of sigma, frontal-depth, got 'smell'"),
+        (["--observation=smell"], f"observation: expected one of {KNOWN}, got 'smell'"),
         (["--observation=frontal-depth", "--preset=heads"], "reward preset: expected one of depth, got 'heads'"),
         (["--observation=frontal-depth", "--crop", *[0.1] * 6], "--crop: expected nothing for observation frontal-depth"),
     ],
@@ -112,7 +113,7 @@ def test_what_is_unknown_is_refused_by_name(flags, text, tmp_path):
 
 def test_train_refuses_another_kind_than_the_file_reads(reward, tmp_path):
     for flags, text in (
-        (["--reward=smell"], "--reward: observation: expected one of sigma, frontal-depth, got 'smell'"),
+        (["--reward=smell"], f"--reward: observation: expected one of {KNOWN}, got 'smell'"),
         (["--reward=frontal-depth"], "--reward-ckpt: expected a reward for --cfg=heads64 --reward=frontal-depth, got nothing"),
         (["--reward=sigma", f"--reward-ckpt={reward}"], "--reward=sigma: expected a reward that reads this, got one of frontal-depth"),
     ):

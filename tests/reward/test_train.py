@@ -230,7 +230,7 @@ def test_flags_of_the_command_are_frozen():
     assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
         "--network --labels --observation --resolution --crop --psi --cutoff "
         "--campaign --annotator --least-gold-accuracy --drop-repeats --min-milliseconds --since "
-        "--any-generator --more-network --fractions --split-seed --preset --members --aggregate --strength "
+        "--any-generator --more-network --points --fractions --split-seed --preset --members --aggregate --strength "
         "--bootstrap --no-bootstrap --shared-start --epochs --patience --batch --lr "
         "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction "
         "--unpaired --unpaired-batch --regression --divergence --out "
