@@ -45,9 +45,16 @@ def test_no_sample_depends_on_another_and_a_batch_may_be_one(name):
     assert len(together.unique()) == 3 and not list(model.buffers())
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_the_order_of_points_does_not_matter(name):
-    model, cloud = network(name, **({"limit": 160} if name == "pointnet2" else {})), clouds()
+@pytest.mark.parametrize(
+    ("kind", "name", "changes"),
+    [
+        ("points", "pointnet", {}), ("points", "pointnet2", {"limit": 160}), ("points", "curvenet", {}),
+        ("published-points", "paper-pointnet", {}), ("published-points", "paper-pointnet2", {"limit": 160, "start": "farthest"}),
+    ],
+)  # fmt: skip
+def test_the_order_of_points_does_not_matter(kind, name, changes):
+    model = network(name, kind, **changes)
+    cloud = clouds(channels=model.arch.inputs)
     shuffled = cloud[:, :, torch.randperm(cloud.shape[2], generator=torch.Generator().manual_seed(1))]
     close = 1e-6 if name != "curvenet" else 1e-3  # its balls take the lowest indices
     torch.testing.assert_close(model.score(shuffled), model.score(cloud), rtol=close, atol=close)

@@ -9,12 +9,10 @@ import torch
 STARTS = ("first", "farthest")
 
 
-def squared_distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """[N, 3, S] and [N, 3, P] -> [N, S, P] float64."""
-    total = torch.zeros(len(points), centres.shape[2], points.shape[2], dtype=torch.float64, device=points.device)
-    for axis in range(3):
-        total += (centres[:, axis, :, None].double() - points[:, axis, None, :].double()).square_()
-    return total
+def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """[N, 3, S] and [N, 3, P] -> [N, S, P] float64, without the short cut over products, which rounds."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(centres.double().transpose(1, 2), points.double().transpose(1, 2), compute_mode=exact)
 
 
 @torch.no_grad()
@@ -43,7 +41,7 @@ def ball(centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int)
     Returns: indices int64 [N, S, K], K = min(limit, P), and how many of them are real, int64 [N, S].
     """
     index, total = torch.arange(points.shape[2], device=points.device), points.shape[2]
-    found = torch.where(squared_distances(centres, points) < radius**2, index, total)
+    found = torch.where(distances(centres, points) < radius, index, total)
     found = found.topk(min(limit, total), dim=2, largest=False).values  # sorted
     return torch.where(found < total, found, found[..., :1]), (found < total).sum(dim=2)
 
@@ -51,7 +49,7 @@ def ball(centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int)
 @torch.no_grad()
 def nearest(points: torch.Tensor, count: int) -> torch.Tensor:
     """Indices of the `count` nearest points of each point, itself the first: [N, 3, P] -> int64 [N, P, K], K = min(count, P)."""
-    return squared_distances(points, points).topk(min(count, points.shape[2]), dim=2, largest=False).indices
+    return distances(points, points).topk(min(count, points.shape[2]), dim=2, largest=False).indices
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
