@@ -48,7 +48,8 @@ WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during t
 CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
 SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning")
 BEST_OF_N = HeldOut("best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True)
-HELD_OUT = (LATENTS, JUDGE, GEOMETRY, SHAPES, IMAGES, WATCH, CALIBRATION, SCALES, BEST_OF_N)
+ALIGNMENT = HeldOut("alignment", 540_000, 1_024, "scores across generators: where shapes lie, scale of density, what the reward knows")
+HELD_OUT = (LATENTS, JUDGE, GEOMETRY, SHAPES, IMAGES, WATCH, CALIBRATION, SCALES, BEST_OF_N, ALIGNMENT)
 
 
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:

@@ -1,0 +1,162 @@
+"""Scores across generators: copies of the bundled one in other worlds are recovered, strange shapes are called so, the page is made."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from eg3d_rlhf import bundled
+from eg3d_rlhf.evaluation import foreign_scores as fs
+from eg3d_rlhf.evaluation.alignment import align, calibrate_density
+from eg3d_rlhf.field import Bounds, RenderOptions, render_each
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density
+from eg3d_rlhf.reward.reward import load_reward
+from eg3d_rlhf.sigma.spec import SlabSpec
+from tests.generators.foreign import Foreign
+from tools.score import main
+
+COPIES = {
+    "scaled": {"scale": 1.3, "shift": (0.0, 0.05, -0.1)}, "moved": {"shift": (0.03, -0.02, 0.04)}, "mirrored": {"mirrored": True},
+    "rescaled": {"gain": 4.0}, "all": {"scale": 0.8, "shift": (-0.1, 0.02, 0.06), "mirrored": True, "gain": 0.5},
+}  # fmt: skip
+OPTIONS = fs.ScoreOptions(n=32, fit=12, known=32, resolution=40)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_generator()
+
+
+@pytest.fixture(scope="module")
+def trial(reference):
+    made = {name: Foreign(reference.generator, **how) for name, how in COPIES.items()}
+    copies = {name: dataclasses.replace(reference, generator=one, hash=name) for name, one in made.items()}
+    return fs.Trial(reward=load_reward(bundled.REWARD), reward_hash="r", reference=reference, networks=copies, options=OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["scaled", *(pytest.param(one, marks=pytest.mark.long) for one in list(COPIES)[1:])])
+def test_copies_are_recovered(trial, name):
+    generator, truth = trial.networks[name].generator, {"scale": 1.0, "shift": (0.0, 0.0, 0.0), **COPIES[name]}
+    places, found = trial.places(generator)
+    assert found.similarity.scale == pytest.approx(truth["scale"], rel=0.01)
+    np.testing.assert_allclose(found.similarity.shift, truth["shift"], atol=0.01 * generator.bounds.side)
+    assert found.residual < 0.005
+    calibrated = trial.see(Placed(generator, places["calibrated"]), trial.seeds)
+    assert np.corrcoef(calibrated.scores, trial.own.scores)[0, 1] >= 0.99
+    assert trial.outside(calibrated.embedding) <= 0.1 + trial.outside(trial.own.embedding)
+
+
+@pytest.mark.long
+def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
+    small = dataclasses.replace(trial, options=dataclasses.replace(OPTIONS, n=16, fit=8, known=16, resolution=32))
+    found = fs.score(small, "rescaled", tmp_path)
+    data = json.loads(json.dumps(found.data))
+    assert data["reference"]["calibrated"]["mean"] > 0.95 and len(data["scores"]["raw"]) == 16
+    assert set(data["agreement"]) == {"mirrored", "half a voxel sideways", "half a voxel up", "half a voxel forward", "ψ 0.5"}
+    assert data["agreement"]["ψ 0.5"]["mean"] < 1
+    assert (tmp_path / next(iter(found.pictures.values()))).stat().st_size > 1000
+    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.own.scores)})
+
+
+def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
+    data = {
+        "alignment": {"scale": 1.0, "shift": (0, 0, 0), "residual": 0.1}, "outside": dict.fromkeys(fs.STAGES, 0.7),
+        "summary": dict.fromkeys(fs.STAGES, fs.summary(np.arange(5.0))),
+        "agreement": {"mirrored": {"mean": 0.5}, "half a voxel up": {"mean": 0.9}, "half a voxel sideways": None, "ψ 0.5": {"mean": 0.1}},
+    }
+    lines = fs.says(data)
+    assert lines[0].startswith("Ranks not meaningful") and lines[-1].startswith("Unsteady: mirrored and half a voxel sideways, ranks")
+    known = trial.own.embedding
+    assert trial.outside(known + 100) == 1.0 and trial.outside(known) < 0.5
+
+
+def test_a_place_is_a_change_of_coordinates(reference):
+    """Density at points, on grids and in cameras agree with each other, and a placed foreign copy is the original."""
+    inner = reference.generator
+    ws = ws_of_seeds(inner, [1], 0.7)
+    how = {"scale": 1.3, "shift": (0.0, 0.05, -0.1), "mirrored": True}
+    place = Place(Similarity(1.3, how["shift"]), inner.bounds, mirrored=True)
+    back = Placed(Foreign(inner, **how), place).field(ws)
+    spec = SlabSpec.of(inner.bounds, 20, crop=(0.3, 0.1, 0.2, 0.1, 0.3, 0.0))
+    own = inner.field(ws).density_grid(spec)
+    torch.testing.assert_close(back.density_grid(spec), own, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(back.density(spec.points().reshape(-1, 3)).unflatten(1, spec.shape), own, rtol=1e-3, atol=1e-2)
+    mirrored = Placed(inner, Place(mirrored=True, bounds=inner.bounds)).field(ws)
+    seen, = render_each(mirrored, [inner.cameras.label(0.4)], RenderOptions(resolution=12))
+    other, = render_each(inner.field(ws), [inner.cameras.label(-0.4)], RenderOptions(resolution=12))
+    torch.testing.assert_close(seen.depth, other.depth.flip(-1), rtol=1e-3, atol=1e-2)
+
+
+def test_outside_its_cube_a_generator_is_empty(reference):
+    inner = reference.generator
+    shown = Placed(inner, Place(bounds=Bounds(2.0))).field(ws_of_seeds(inner, [1], 0.7))
+    far = shown.density(torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.0]]))
+    assert far[0, 0] < shown.level - 900 < far[0, 1]
+    spec = SlabSpec.of(Bounds(2.0), 21)
+    grid = shown.density_grid(spec)
+    outer = spec.points().abs().amax(dim=-1) > 0.51
+    assert (grid[0, outer] == grid[0, ~outer].min()).all()
+
+
+def test_scaled_density_keeps_optical_depth():
+    sigma = torch.tensor([-40.0, -16, -3, 0, 1, 10, 300], dtype=torch.float64)
+    before, after = (torch.nn.functional.softplus(value - 1) for value in (sigma, scaled_density(sigma, 1.7)))
+    torch.testing.assert_close(after, 1.7 * before, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scaled_density(sigma, 1.0), sigma, rtol=1e-5, atol=1e-5)
+    assert scaled_density(torch.tensor([100.0]), 2.0).item() == pytest.approx(199)
+
+
+def test_alignment_ignores_what_one_surface_lacks():
+    rng = np.random.default_rng(0)
+    sphere = rng.normal(size=(3000, 3))
+    sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
+    lacking = sphere[sphere[:, 1] > -0.8]
+    found = align(lacking * 2 + [1, 0, 0], sphere)
+    assert found.similarity.scale == pytest.approx(2, rel=0.02) and np.abs(np.subtract(found.similarity.shift, (1, 0, 0))).max() < 0.04
+
+
+def test_densities_get_the_references_quantiles_and_the_level_its_level():
+    rng = np.random.default_rng(0)
+    theirs, ours = np.exp(rng.normal(3, 1, 50_000)) - 10, rng.normal(5, 20, 40_000)
+    mapping = calibrate_density(theirs, ours, 12.0, 10.0)
+    assert mapping(torch.tensor([12.0])).item() == pytest.approx(10, abs=1e-4)
+    made = mapping(torch.from_numpy(theirs)).numpy()
+    for q in (0.1, 0.5, 0.9):
+        assert np.quantile(made[theirs > 12], q) == pytest.approx(np.quantile(ours[ours > 10], q), abs=0.3)
+        assert np.quantile(made[theirs < 12], q) == pytest.approx(np.quantile(ours[ours < 10], q), abs=0.3)
+    rising = mapping(torch.linspace(-50, 800, 2000))
+    assert (rising.diff() > 0).all()
+    with pytest.raises(ValueError, match="64 densities above the level where the reward looks, got 0"):
+        calibrate_density(theirs, ours, 1e9, 10.0)
+
+
+def run(*flags):
+    return CliRunner().invoke(main, [str(flag) for flag in flags])
+
+
+@pytest.fixture
+def small(tiny_networks, tiny_reward, tmp_path):
+    where = ["--device=cpu", f"--out={tmp_path / 'page'}"]
+    return [f"--network={tiny_networks}", f"--reward={tiny_reward}", f"--reference={tiny_networks}", *where]
+
+
+def test_mistakes_are_one_line(small, tmp_path):
+    for flags, text in (
+        ([f"--reward={tmp_path / 'none.safetensors'}"], "--reward: load_reward: expected the description"),
+        ([f"--network={tmp_path / 'none'}"], "--network: "),
+        ([f"--reference={tmp_path / 'none'}"], "--reference: "),
+        (["--fit=4"], "--fit"),
+    ):
+        done = run(*small, *flags)
+        assert done.exit_code == 2 and text in done.stderr and not (tmp_path / "page").exists(), done.output
+
+
+def test_dry_run_prints_and_writes_nothing(small, tmp_path):
+    done = run(*small, "-n")
+    values = json.loads(done.stdout)
+    assert (values["n"], values["psi"], values["fit"]) == (100, 0.7, 64) and list(values["networks"]) == ["tiny"]
+    assert not (tmp_path / "page").exists()
