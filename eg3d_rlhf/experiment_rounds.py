@@ -25,7 +25,6 @@ from eg3d_rlhf.label.pairing import PairingOptions, Plan, plan
 from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
-from eg3d_rlhf.reward.networks import preset as find_preset
 from eg3d_rlhf.reward.reward import check_reward, load_reward
 from eg3d_rlhf.reward.run import Listener, RewardRun, run_reward_training
 from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes
@@ -195,7 +194,6 @@ class Rounds:
             out=out, network=network, more_networks=tuple(others), labels=LabelSource.of_file(pooled), observation=kind,
             members=config.round_members, aggregate=config.round_aggregate, resume=(out / OPTIONS).is_file(), device=str(self.device),
             train=with_changes(default_options(config.round_preset, kind), seed=self.s.loop.seed),
-            **find_preset(config.round_preset, kind).observe,
         )
         print(f"Round {number}: training {run.members} rewards on {len(labels)} labels.", flush=True)
         try:

@@ -7,8 +7,9 @@ World: x right, y up, z towards the camera of a frontal portrait. Density is raw
 softplus(. - 1). Letters: N shapes, P points, D, H, W = grid points along z, y, x, R final and r rendered pixels per edge.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -43,6 +44,7 @@ class CameraFamily:
     radius: float = FFHQ_RADIUS  # distance from the origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point looked at, world units
     focal: float = FFHQ_FOCAL  # focal length over image size
+    span: tuple[float, float] | None = None  # least and greatest depth that rays sample, world units; None: where they cross the bounds
 
     def label(self, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu") -> torch.Tensor:
         """Camera labels [n, 25] (16 cam2world, 9 intrinsics); yaw and pitch in radians from frontal. Draws as EG3D's pose sampler does."""
@@ -112,12 +114,19 @@ class SeparableField(Field, Protocol):
         """The maps of one shape (N = 1) at the product of world coordinates x [X], y [Y], z [Z]; None where there is no such form."""
 
 
+@contextlib.contextmanager
+def fixed_draws(seed: int = 0) -> Iterator[None]:
+    """The same random numbers every time, on all devices in use; torch's own state stays."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.no_grad()
 def render_each(field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = OWN, seed: int = 0) -> list[Rendering]:
     """What cameras [N or 1, 25] see of a field, one after the other, each under the same random numbers; torch's own state stays."""
     renderings = []
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        for camera in cameras:
-            torch.manual_seed(seed)
+    for camera in cameras:
+        with fixed_draws(seed):
             renderings.append(field.render(camera, options))
     return renderings

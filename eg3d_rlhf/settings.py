@@ -164,6 +164,9 @@ PRESETS: dict[tuple[str, str], dict] = {
     ("shapenet", REWARDED): {**_PAPER, "gamma": 0.3},
     ("heads64", REWARDED): _HEADS_TUNING,
 }
+OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as published
+    "depth": {"lambda_r": 1.0, "lambda_sigma": 0.0, "lambda_nose": 1.0, "reward_shaping": "standardised"},
+}
 BY_PRESET = {name: "by preset" for row in PRESETS.values() for name in row}  # what --help adds
 
 
@@ -200,7 +203,7 @@ def resolve(flags: Mapping) -> Settings:
         with naming("--init"):
             init = given["init"] = str(find_network(init))
     found = {} if init == "scratch" else network_facts(None if init == "bundled" else init)
-    values = {"task": task, **PRESETS[cfg, task], **found, **given}
+    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **found, **given}
     for name in ("gamma", "batch"):
         if values[name] is None:
             raise ValueError(f"--{name}: expected a value for --cfg={cfg}, got nothing. Published runs used --gamma=1 --batch=32.")
@@ -271,7 +274,8 @@ def input_files(s: Settings) -> dict[str, Path]:
 
 # What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes count), and how a run is shown.
 _NOT_THE_CONTROLS = {
-    "lambda_r", "lambda_sigma", "lambda_front", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch", "rlr", "anchor_resolution",
+    "lambda_r", "lambda_sigma", "lambda_front", "lambda_nose", "nose_floor", "reward_clip", "reward_shaping", "reward_ckpt", "reward_watch",
+    "rlr", "anchor_resolution",
     "early_stop", "early_stop_distance", "reference",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
     "hashes", "task",

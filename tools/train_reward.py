@@ -19,7 +19,6 @@ from tqdm import tqdm
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
-from eg3d_rlhf.reward.networks import preset as find_preset
 from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
 from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes
 from training.distributed import process_group
@@ -66,9 +65,8 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
     if options["bootstrap"] is None:
         options["bootstrap"] = given.get("members", 1) > 1
     train = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
-    reading = {**find_preset(preset, observation).observe, **given}
     out = out or Path("runs") / f"reward-{source_stem(labels)}-{train.preset}-s{train.seed}"
-    return RewardRun(out=out, labels=source, observation=observation, device=str(choose_device(device)), train=train, **reading)
+    return RewardRun(out=out, labels=source, observation=observation, device=str(choose_device(device)), train=train, **given)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -80,6 +78,8 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 @option("--crop", group="Data", metavar="X X Y Y Z Z", type=click.FloatRange(0, 0.9), nargs=6, default=None,
         show_default="of a slab, a head's for heads, else the paper's", help="Shares trimmed from each face of the cube.")
 @option("--any-generator", group="Data", is_flag=True, help="Accept labels that name another generator.")
+@option("--wrong-faces", group="Data", is_flag=True,
+        help="A control: read other shapes than those that were labelled. Accuracy must then be near one half.")
 @option("--more-network", "more_networks", group="Data", metavar="FILE", type=click.Path(path_type=Path), multiple=True,
         show_default="none", help="A further generator that labels name; may be given again.")
 @option("--fractions", group="Data", metavar="TRAIN VAL TEST", type=click.FloatRange(0, 1), nargs=3, default=(0.7, 0.15, 0.15),
@@ -95,7 +95,7 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
         help="Received from then on: ISO 8601, or seconds since 1970.")
 @option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
         help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
-        "for points.")
+        "for points; small, small-3, resnet50 or resnet50-3 (views) for depth.")
 @options_of(RewardRun, everywhere=BY_PRESET)
 @option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
         help="Draw the training pairs with replacement, for each member by its own seed.")

@@ -155,4 +155,5 @@ class SigmaSlab(Observation):
         return cls(SlabSpec.from_dict(values))
 
 
+from eg3d_rlhf.observations import depth as depth  # noqa: E402 (registers depth maps)
 from eg3d_rlhf.observations import points as points  # noqa: E402 (registers clouds of points)

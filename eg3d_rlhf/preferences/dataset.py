@@ -115,6 +115,19 @@ def anchor_seeds(
     return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
 
 
+def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preference]:
+    """The labels with each seed replaced by another labelled one, the same throughout: a control in which every judgement is about other
+    shapes than those it names. Published depth and point rewards were trained so, by a slip (see docs/zoo.md).
+    """
+    known = np.array(sorted({one for label in labels for one in (label.winner, label.loser)}))
+    drawn = np.random.default_rng([seed, len(known)]).permutation(known)
+    other = {int(a): int(b) for a, b in zip(drawn, np.roll(drawn, 1), strict=True)}  # one cycle: nobody keeps its own
+    return [
+        replace(label, winner=other[label.winner], loser=other[label.loser], clean=None if label.clean is None else other[label.clean])
+        for label in labels
+    ]
+
+
 def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str):
     """The one value of field `name` ('generator' or 'psi') over all labels that state it, or None.
 

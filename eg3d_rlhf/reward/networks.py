@@ -172,5 +172,6 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
     return presets[name]
 
 
+from eg3d_rlhf.reward import depth as depth  # noqa: E402 (registers the networks that read depth maps)
 from eg3d_rlhf.reward import model as model  # noqa: E402 (registers the networks that read slabs)
 from eg3d_rlhf.reward import points as points  # noqa: E402 (registers the networks that read clouds)

@@ -11,7 +11,7 @@ import torch
 from eg3d_rlhf.cli import ASSETS
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.observations import Observation, observation_of
-from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, split_by_seed
+from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, on_wrong_faces, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
 from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds, untuned
@@ -26,9 +26,9 @@ from eg3d_rlhf.reward.evaluation import (
     plot_curves,
     score_seeds,
 )
-from eg3d_rlhf.reward.networks import RewardNetwork
+from eg3d_rlhf.reward.networks import RewardNetwork, preset
 from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, train_reward
+from eg3d_rlhf.reward.train import TrainData, TrainOptions, TrainState, new_network, train_reward
 from eg3d_rlhf.run.run import Run, recorded
 from eg3d_rlhf.seeds import refuse_held_out
 from training.config import check_knobs, knob
@@ -64,6 +64,7 @@ class RewardRun:
     psi: float | None = knob(None, "Truncation of the labelled shapes.", "Data", low=0, high=2, shown="the labels', else 1")
     cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14")
     any_generator: bool = False  # accept labels made with another generator
+    wrong_faces: bool = False  # a control: each label is about other shapes than those that are read
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
     split_seed: int = knob(0, "Which labels are held out, whatever --seed is.", "Data", low=0, shown="0")
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
@@ -86,6 +87,8 @@ class RewardRun:
         check_joining(self.aggregate, self.strength)
         if self.unpaired is not None and self.more_networks:
             raise ValueError(f"--unpaired: expected labels of one generator, got --more-network={self.more_networks[0]}. Leave one out.")
+        if self.unpaired is not None and self.wrong_faces:
+            raise ValueError(f"--wrong-faces: expected pairs alone, got --unpaired={self.unpaired}. Leave one of the two out.")
         if self.members < 2 and (self.aggregate is not None or self.shared_start):
             flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
             raise ValueError(f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual.")
@@ -132,7 +135,9 @@ def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: R
     if run.psi is not None and stated is not None and abs(run.psi - stated) > 1e-6:
         raise ValueError(f"--psi: expected the labels' own {stated}, got {run.psi}. Leave it out.")
     psi = next((value for value in (run.psi, stated) if value is not None), 1.0)
-    observation, splits = what_is_read(run, generators), split_by_seed(labels, run.fractions, run.split_seed)
+    judged = on_wrong_faces(labels, run.split_seed) if run.wrong_faces else labels
+    observation, splits = what_is_read(run, generators), split_by_seed(judged, run.fractions, run.split_seed)
+    new_network(run.train, run.observation).check(observation.shape)  # a mistake leaves no folder behind
     if ranks.main:
         run.out.mkdir(parents=True, exist_ok=True)
     inputs = {"network": generators[0].path, **{f"network {i + 2}": g.path for i, g in enumerate(generators[1:])}}
@@ -170,10 +175,10 @@ def open_generators(run: RewardRun, labels: Sequence[Preference | UnpairedPrefer
 
 
 def what_is_read(run: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
-    """What the reward observes. Raises: ValueError where it would read generators differently."""
-    first, *others = (
-        observation_of(run.observation, g.generator, resolution=run.resolution, crop=run.crop, points=run.points) for g in generators
-    )
+    """What the reward observes: as its preset says, or the run. Raises: ValueError where it would read generators differently."""
+    given = {"resolution": run.resolution, "crop": run.crop, "points": run.points}
+    settings = {**preset(run.train.preset, run.observation).observe, **{k: v for k, v in given.items() if v is not None}}
+    first, *others = (observation_of(run.observation, g.generator, **settings) for g in generators)
     for other, generator in zip(others, generators[1:], strict=True):
         if other != first:
             raise ValueError(f"--more-network={generator.path}: expected bounds as --network's, got others. Leave it out.")
@@ -226,6 +231,8 @@ def _run_locked(
         "test_accuracy": report["test"]["labels"], "test_accuracy_clean": report["test"].get("clean"),
         "score_mean": report["score_mean"], "score_std": report["score_std"], **({"start": start} if start else {}),
     }  # fmt: skip
+    if run.wrong_faces:
+        provenance["wrong_faces"] = True
     if len(generators) > 1:
         provenance["generators"] = [g.hash for g in generators]
     Reward(observation, model, provenance).save(run.out / "reward.safetensors")

@@ -15,7 +15,7 @@ from training.storage import checksum, write_atomic
 if TYPE_CHECKING:
     from eg3d_rlhf.reward.train import TrainOptions, TrainState
 
-_LATER = ("bootstrap", "start", "unpaired_batch")  # options that files of earlier versions lack
+_LATER = ("backbone", "bootstrap", "start", "unpaired_batch")  # options that files of earlier versions lack
 
 
 def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:

@@ -39,6 +39,7 @@ class TrainOptions:
     """Everything that decides a training run besides its data; the defaults are those of the small preset."""
 
     preset: str = "small"  # architecture, see eg3d_rlhf.reward.networks.preset
+    backbone: str = knob("", "Weights of a frozen part that the preset has, such as resnet50.pth.", "Network", metavar="FILE", shown="none")
     epochs: int = knob(10, "Passes, at most.", TRAINING, low=1)
     patience: int = knob(5, "Stop after so many epochs without a better validation accuracy.", TRAINING, metavar="EPOCHS", low=1)
     batch: int = knob(16, "Pairs per step.", TRAINING, metavar="PAIRS", low=1)
@@ -66,6 +67,14 @@ def default_options(name: str | None = None, kind: str = "sigma") -> TrainOption
     """The settings that suit a preset of the networks that read `kind`. Raises: ValueError for an unknown one."""
     chosen = preset(name, kind)
     return TrainOptions(preset=name or next(iter(readers_of(kind).presets)), **chosen.train)
+
+
+def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
+    """An untrained network that reads `kind`. Raises: ValueError, FileNotFoundError for a backbone that does not fit."""
+    description = dict(preset(options.preset, kind).network)
+    if options.backbone and "backbone" not in description:
+        raise ValueError(f"--backbone: expected none for preset {options.preset} of {kind}, got {options.backbone}. Leave it out.")
+    return readers_of(kind).build({**description, **({"backbone": options.backbone} if options.backbone else {})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +145,7 @@ def train_reward(
         data = replace(data, train=[data.train[i] for i in drawn], unpaired=again)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = readers_of(data.observation.kind).build(preset(options.preset, data.observation.kind).network).to(device)
+        model = new_network(options, data.observation.kind).to(device)
     family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
     state = TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay), ranks=ranks)
     seeds = [seed for label in data.train for seed in (label.winner, label.loser)] + [label.seed for label in data.unpaired]

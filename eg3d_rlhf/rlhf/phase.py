@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
+from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
 from eg3d_rlhf.reward.evaluation import Network
 from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.seeds import CALIBRATION
+from eg3d_rlhf.rlhf import nose
+from eg3d_rlhf.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.config import check_knobs, knob
 from training.gan_phases import Batch
@@ -44,8 +45,10 @@ class Standardised(Shaping):
     scale: torch.Tensor
 
     def __init__(self, initial_scores: torch.Tensor):
-        """initial_scores: [M] scores of the untuned generator."""
+        """initial_scores: [M] scores of the untuned generator; those beyond 1.5 interquartile ranges of the quartiles are left out."""
         super().__init__()
+        low, high = widened_quartiles(initial_scores)
+        initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
         mean, std = initial_scores.mean(), initial_scores.std()
         self.register_buffer("mean", mean)
         self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
@@ -97,6 +100,12 @@ SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], Shaping]] = {  # from
 }
 
 
+def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
+    """The quartiles of values [M], widened by 1.5 interquartile ranges."""
+    low, high = torch.quantile(values.float(), torch.tensor([0.25, 0.75], device=values.device)).tolist()
+    return low - 1.5 * (high - low), high + 1.5 * (high - low)
+
+
 def clip_bounds(spec: str, initial_shaped: torch.Tensor | None = None) -> tuple[float, float]:
     """Bounds of the trust region.
 
@@ -106,8 +115,7 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor | None = None) -> tuple[
     Raises: ValueError for anything else.
     """
     if spec == "iqr" and initial_shaped is not None:
-        low, high = torch.quantile(initial_shaped.float(), torch.tensor([0.25, 0.75], device=initial_shaped.device)).tolist()
-        return low - 1.5 * (high - low), high + 1.5 * (high - low)
+        return widened_quartiles(initial_shaped)
     if spec in ("none", "iqr"):
         return -float("inf"), float("inf")
     try:
@@ -126,6 +134,8 @@ class RewardConfig:
     lambda_r: float = knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0)
     lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
     lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0)
+    lambda_nose: float = knob(0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", REWARD, low=0)
+    nose_floor: str = knob("window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=nose.KINDS)
     reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
     reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=tuple(SHAPINGS))
     anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
@@ -138,14 +148,17 @@ class RewardConfig:
 
 
 class RewardPhaseState(torch.nn.Module):
-    """What the phase carries through a checkpoint: the frozen reference, the shaping's constants and the clip bounds."""
+    """What the phase carries through a checkpoint: the frozen reference, the shaping's constants, the clip bounds, the nose floor."""
 
     bounds: torch.Tensor
 
-    def __init__(self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float]):
+    def __init__(
+        self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float], nose_floor: nose.NoseFloor | None = None
+    ):
         super().__init__()
         self.G_ref = G_ref
         self.shaping = shaping
+        self.nose_floor = nose_floor
         self.register_buffer("bounds", torch.tensor(bounds))
         self.eval().requires_grad_(False)
 
@@ -166,13 +179,18 @@ class RewardTerms:
         self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
-        self.state = RewardPhaseState(G_ref, shaping, bounds)
+            floor = None
+            if config.lambda_nose > 0:
+                ws = ws_of_seeds(self.reference, CALIBRATION.all, nose.PSI, CUTOFF)
+                floor = nose.NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
+        self.state = RewardPhaseState(G_ref, shaping, bounds, floor)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
         """The shaping and its bounds, from the scores of the reference."""
         reference, network, seen = self.reference, self.reward.network, []
         device = device_of(reference)
-        for part in latents(CALIBRATION.all, reference.z_dim).to(device).split(16):
+        seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
+        for part in latents(seeds, reference.z_dim).to(device).split(16):
             ws = reference.mapping(part, camera(reference, n=len(part)), truncation_cutoff=CUTOFF)
             seen.append(self.reward.observation.observe(reference.field(ws)))
         embeddings = torch.cat([network.embed(s) for s in seen])
@@ -185,12 +203,16 @@ class RewardTerms:
         """The reward on the batch's latents, then the anchors on fresh ones; each runs backward on its own."""
         config = self.config
         ws = self.generator.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
-        observed = self.reward.observation.observe(self.generator.field(ws))
+        field = self.generator.field(ws)  # one synthesis for all that looks at it
+        observed = self.reward.observation.observe(field)
         shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
         low, high = self.state.bounds.tolist()
         loss = -config.lambda_r * shaped.clamp(low, high)
-        clipped = ((shaped < low) | (shaped > high)).float()
-        yield Loss(loss, {"RLHF/reward": score, "RLHF/shaped": shaped, "RLHF/clipped": clipped, "Loss/Grlhf/reward": loss})
+        stats = {"RLHF/reward": score, "RLHF/shaped": shaped, "RLHF/clipped": ((shaped < low) | (shaped > high)).float()}
+        if self.state.nose_floor is not None:
+            stats["RLHF/nose"] = self.state.nose_floor(field)
+            loss = loss + config.lambda_nose * stats["RLHF/nose"]
+        yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
         if config.lambda_sigma > 0 or config.lambda_front > 0:
             yield self._anchors(torch.randn_like(batch.gen_z), batch.gen_c)
 

@@ -66,7 +66,8 @@ class MipRayMarcher2(torch.nn.Module):
         """
         if rendering_options.get("clamp_mode", "softplus") != "softplus":
             raise ValueError(f"rendering option clamp_mode: expected 'softplus', got {rendering_options['clamp_mode']!r}.")
-        depth = torch.nan_to_num(depth_sum / total, float("inf"))
+        seen = total > 0  # where nothing is, 0 / 0 would make the gradient NaN
+        depth = torch.where(seen, depth_sum / torch.where(seen, total, 1), float("inf"))
         if rendering_options.get("white_back", False):
             rgb = rgb + 1 - total
         return rgb * 2 - 1, torch.clamp(depth, *depth_range)
