@@ -17,19 +17,11 @@ import click
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, naming, option
 from eg3d_rlhf.evaluation import bestofn, flags
-from eg3d_rlhf.evaluation.comparison import settings_of
+from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.reports import jobs as running
 from eg3d_rlhf.reports.page import write_page
 from eg3d_rlhf.reward.reward import check_reward, load_reward
-
-
-def judged_by_annotator(generator, data: str | None) -> bool:
-    """Whether the data that a generator was trained on are synthetic heads: --data, its run's record, or the bundled generator's."""
-    if data is None:
-        folder = generator.path.parent
-        data = "synthetic:heads64" if generator.path == bundled.GENERATOR else str(settings_of(folder).get("data") or "")
-    return data.startswith("synthetic:")
 
 
 def trial_of(before, rewards, reward_watch, data, device, **sampling) -> bestofn.Trial:

@@ -299,6 +299,14 @@ def settings_of(run: Path | None) -> dict:
     return {} if run is None else recorded(run)
 
 
+def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
+    """Whether the data that a generator was trained on are synthetic heads: --data, its run's record, or the bundled generator's."""
+    if data is None:
+        folder = generator.path.parent
+        data = "synthetic:heads64" if generator.path == bundled.GENERATOR else str(settings_of(folder).get("data") or "")
+    return data.startswith("synthetic:")
+
+
 def snapshots(run: Path | None) -> list[tuple[float, Path]]:
     """(kimg, file) of a run's network snapshots in order of training; [] for no run."""
     if run is None:
