@@ -13,7 +13,7 @@ from eg3d_rlhf.field import Field
 from eg3d_rlhf.generators import Generator, camera, device_of, latents
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.rlhf.phase import CUTOFF, Standardised, density_l1
-from eg3d_rlhf.seeds import CALIBRATION
+from eg3d_rlhf.seeds import STANDARDISATION
 from eg3d_rlhf.sigma.spec import SlabSpec
 
 CLIP = 10.0  # of the standardised reward
@@ -29,7 +29,7 @@ class Guidance:
     @torch.no_grad()
     def __init__(self, generator: Generator, reward: Reward):
         self.reward = reward.eval().requires_grad_(False).arranged()
-        z = latents(CALIBRATION.all, generator.z_dim).to(device_of(generator))
+        z = latents(STANDARDISATION.all, generator.z_dim).to(device_of(generator))
         scores = []
         for part in z.split(16):
             ws = generator.mapping(part, camera(generator, n=len(part)), truncation_cutoff=CUTOFF)

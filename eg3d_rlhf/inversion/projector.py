@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eg3d_rlhf.field import Field, RenderOptions
+from eg3d_rlhf.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.generators import Generator, camera, device_of, of
 from eg3d_rlhf.inversion.guidance import Guidance, cube_of, moved
 from eg3d_rlhf.inversion.perceptual import Perceptual
@@ -106,9 +106,7 @@ class Objective:
 
     def render(self, field: Field, step: int) -> Tensor:
         """What the target's camera sees, [1, 3, R, R]; torch's own random state stays."""
-        device = self.target.image.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed((self.config.seed << 20) + (step if self.config.fresh_rays else 0))
+        with fixed_draws((self.config.seed << 20) + (step if self.config.fresh_rays else 0)):
             return field.render(self.target.camera, self.look).image
 
     def seen(self, image: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def test_a_stage_goes_on_from_its_state_as_if_it_had_never_stopped(generator, ob
 
 def test_weight_0_is_the_plain_projector_bit_for_bit(generator, objective, prior, guidance):
     ws = prior.mean.repeat(1, generator.num_ws, 1)
-    plain, zero, guided = (PivotalStage(generator, objective(guidance=g), ws, w) for g, w in ((None, 0.0), (guidance, 0.0), (guidance, 0.3)))
+    pairs = ((None, 0.0), (guidance, 0.0), (guidance, 0.3))
+    plain, zero, guided = (PivotalStage(generator, objective(guidance=one), ws, weight) for one, weight in pairs)
     assert walk(plain) == walk(zero)
     assert_same(plain.state(), zero.state())
     walk(guided)
