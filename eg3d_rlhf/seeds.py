@@ -46,7 +46,7 @@ SHAPES = HeldOut("shapes", 221_000, 400, "a run's summary (shape critic, shape F
 IMAGES = HeldOut("images", 230_000, 70_000, "distances to the data, in reports and a run's summary (the first 1600)", moved=True)
 WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
 CALIBRATION = HeldOut("calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning")
-STANDARDISATION = HeldOut("standardisation", 505_000, 200, "the reward phase and inversions, for mean and deviation of the standardised reward")
+STANDARDISATION = HeldOut("standardisation", 505_000, 200, "reward phase and inversions: mean and deviation of the standardised reward")
 SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning")
 BEST_OF_N = HeldOut("best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True)
 ALIGNMENT = HeldOut("alignment", 540_000, 1_024, "scores across generators: where shapes lie, scale of density, what the reward knows")
