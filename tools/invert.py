@@ -161,7 +161,7 @@ def main(out, resume, shape_res, turns, dry_run, **flags) -> None:
         if resume:
             run.resume()
         inversions = Inversions(run, setup)
-        click.echo(f"{len(setup.cases)} targets, weights {flags['weights']}, perceptual features {setup.perceptual.name}: {run.folder}")
+        click.echo(f"{len(setup.cases)} target(s), weights {flags['weights']}, perceptual features {setup.perceptual.name}: {run.folder}")
         try:
             inversions.go()
         except StoppedError as stopped:
@@ -181,12 +181,14 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
     write_json(folder / "inversion.json", {**said, **summary, "records": records})
     parts = report.jobs(inversions)
     findings = running.run(parts, folder, quiet=True)
+    count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
+    says = report.verdict_sentences(summary, setup.judges.name, setup.perceptual.name)
     introduction = (
-        f"{len(setup.cases)} targets under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then "
+        f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then "
         f"{setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0 it is the plain projector."
     )
-    page = write_page(folder / "index.html", report.TITLE, introduction, parts, findings, findings["weights"].says)
-    click.echo("\n".join(findings["weights"].says))
+    page = write_page(folder / "index.html", report.TITLE, introduction, parts, findings, says)
+    click.echo("\n".join(says))
     click.echo(f"\nWritten to {folder}: {page.name} (open it in a browser), inversion.json, targets/")
 
 

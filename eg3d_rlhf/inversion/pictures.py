@@ -46,7 +46,7 @@ def arms_of(inversions: Inversions, case: Case) -> list[Arm]:
     for weight in inversions.setup.weights:
         tuned = load_generator(folder / f"{weight:g}.safetensors", case.target.image.device).generator
         ws = storage.read_tensors(folder / f"{weight:g}-ws.safetensors", KIND)[0]["ws"].to(case.target.image)
-        found.append(Arm(f"λ = {weight:g}", tuned, Side.of(tuned, ws, GRID)))
+        found.append(Arm(f"weight {weight:g}", tuned, Side.of(tuned, ws, GRID)))
     return found
 
 
@@ -94,7 +94,7 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
     if turns:
         write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
     for arm in arms if resolution else ():
-        name = arm.name.removeprefix("λ = ")
+        name = arm.name.removeprefix("weight ")
         try:
             mesh, _ = export_mesh(arm.side.field, MeshOptions(resolution=resolution))
             mesh.save(folder / f"{name}.ply")

@@ -28,7 +28,8 @@ KNEE = 0.5  # dB that the target's own view may lose
 def facts(setup: Setup) -> Facts:
     """What every figure states."""
     names = ", ".join(case.name for case in setup.cases[:16])
-    return Facts(n=len(setup.cases), unit="targets", seeds=names, networks={"generator": setup.loaded.hash}, interval=INTERVAL)
+    unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
+    return Facts(n=len(setup.cases), unit=unit, seeds=names, networks={"generator": setup.loaded.hash}, interval=interval)
 
 
 def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
@@ -68,20 +69,36 @@ def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> d
     }
 
 
-def sentences(summary: Mapping, judge: str, features: str) -> list[str]:
-    """What the numbers show."""
-    says, base = [f"Perceptual features: {features}. Judge: {judge}."], summary["base"]
-    for name, entry in summary["measures"].items():
-        ends = [f"λ {arm}: {span(p['mean'], p['mean_lo'], p['mean_hi'], '+.3g')}" for arm, p in entry["paired"].items()]
-        says.append(f"{name} ({MEASURES[name][0]}): {entry['means'][base]['mean']:.4g} at λ {base}; change at {', '.join(ends) or 'none'}.")
-    if len(summary["weights"]) > 1:
-        says.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
-        if "reward" in summary["measures"]:
-            says.append(f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to the next.")
-        for name in summary["over_optimised"]:
-            sure = "" if name in summary["clearly_over_optimised"] else ", though the interval holds 0"
-            says.append(f"Over-optimised at λ {name}: the judge's mean is below that of λ {base}{sure}.")
+def verdict_sentences(summary: Mapping, judge: str, features: str) -> list[str]:
+    """Who looked and judged, and what the weights come to."""
+    says, table = [f"Perceptual features: {features}. Judge: {judge}."], summary["measures"]
+    if len(summary["weights"]) == 1:
+        return says
+    last = f"{summary['weights'][-1]:g}"
+    for name in ("psnr", "psnr_side", "depth_side", "reward", "judge"):
+        if name in table:
+            says.append(f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}.")
+    says.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
+    if "reward" in table:
+        says.append(f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to the next.")
+    for name in summary["over_optimised"]:
+        sure = "" if name in summary["clearly_over_optimised"] else ", though the interval holds 0"
+        says.append(f"Over-optimised at λ {name}: the judge's mean is below that of λ {summary['base']}{sure}.")
     return says
+
+
+def measure_sentences(summary: Mapping) -> list[str]:
+    """Every measure's mean and its changes."""
+    says, base = [], summary["base"]
+    for name, entry in summary["measures"].items():
+        ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
+        says.append(f"{name} ({MEASURES[name][0]}): {entry['means'][base]['mean']:.4g} at λ {base}; change at {ends or 'no other'}.")
+    return [*says, "In the figures, dashed: the truth; dotted: the latent before the second stage; a cross: over-optimised."]
+
+
+def changed(row: Mapping) -> str:
+    """A paired change with its interval, which one target alone does not have."""
+    return f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
 
 
 def curves(folder: Path) -> dict:
@@ -110,8 +127,7 @@ def jobs(inversions: Inversions) -> list[Job]:
     def measured(folder: Path) -> Finding:
         del folder
         summary = summarise(records, setup.weights)
-        says = sentences(summary, setup.judges.name, setup.perceptual.name)
-        return Finding(facts=facts(setup), data={**summary, "judge": setup.judges.name}, rows=records, says=says)
+        return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
 
     def stepped(folder: Path) -> Finding:
         del folder
