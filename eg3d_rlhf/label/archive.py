@@ -178,7 +178,7 @@ class _Import:
         if known is not None and known.settings != settings:
             raise ValueError(f"expected a new campaign, got {name!r}, which the store uses for another. Use another store.")
         values = _checked(campaigns, {**record, "settings": settings})
-        self.learnt_from |= {name} if parsed.mode is Mode.LABEL else set()
+        self.learnt_from |= {name} if parsed.mode is not Mode.STUDY else set()
         self.campaigns[name] = known.id if known else self.c.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
 
     def _add_annotator(self, record: dict) -> None:

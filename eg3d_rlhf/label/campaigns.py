@@ -89,10 +89,12 @@ def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
                 f"campaign {name}, pair {position}: expected kind pair, gold or training, and first or second as the known answer "
                 f"(gold needs one), got {pair.kind!s} and {pair.expected!r}. Correct the plan."
             )
-        if pair.first == pair.second:
+        if (pair.first == pair.second) != (settings.mode is Mode.SINGLE):
+            if settings.mode is Mode.SINGLE:
+                raise ValueError(f"campaign {name}, pair {position}: expected one shape by itself, got two. Correct the plan.")
             seed = pair.first.seed
             raise ValueError(f"campaign {name}, pair {position}: expected two different shapes, got seed {seed} twice. Draw again.")
-    if settings.mode is Mode.LABEL:  # a study judges, so it may look at what nothing has learnt from
+    if settings.mode is not Mode.STUDY:  # a study judges, so it may look at what nothing has learnt from
         refuse_held_out((shape.seed for pair in planned for shape in (pair.first, pair.second)), f"campaign {name}")
 
 

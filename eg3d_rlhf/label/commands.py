@@ -13,11 +13,13 @@ from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.label.entities import CampaignSettings
 from eg3d_rlhf.label.pairing import PairingOptions
-from eg3d_rlhf.label.preferences import export_labels, without_password
+from eg3d_rlhf.label.preferences import export_labels, export_unpaired, without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 
 MAKE = "python tools/label.py add-annotator NAME"
-KINDS = {"labels": (".jsonl", ".csv"), "judgements": (".jsonl",), "ranked-seeds": (".csv",)}  # with the files' suffixes
+KINDS = {  # with the files' suffixes
+    "labels": (".jsonl", ".csv"), "unpaired": (".jsonl",), "judgements": (".jsonl",), "ranked-seeds": (".csv",),
+}  # fmt: skip
 DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
 database = option("--db", metavar="URL", default=None, show_default=launch.DB, help=DATABASE,  # here or before the sub-command
                   callback=lambda ctx, _, given: given or ctx.obj or launch.DB)
@@ -51,7 +53,7 @@ class LabelGroup(GroupedCommand, click.Group):
 def main(
     ctx: click.Context, db: str, campaign: str, network: str | None, after: str | None, rewards: tuple, dry_run: bool, **flags
 ) -> None:
-    """Label pairs of shapes in the browser; prints the address.
+    """Label pairs of shapes, or shapes one by one, in the browser; prints the address.
 
     \b
     Example:
@@ -90,6 +92,8 @@ def _request(
         if source is not None and not source.is_file():
             raise FileNotFoundError(f"expected a network file or a run folder, got nothing at {network}. Check the path.")
     settings = {name: flags[name] for name in launch.SETTINGS}
+    if pairing.single and "swap_share" not in given:
+        settings["swap_share"] = 0.0
     request = launch.Request(name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings)
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given | ({"strategy"} if chosen else set())
@@ -171,7 +175,8 @@ def annotators(as_json: bool, db: str) -> None:
 @click.command("export", cls=GroupedCommand)
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
 @option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
-        help="Labels in the open form (.jsonl, .csv), all judgements without loss (.jsonl), or a table of ranked seeds (.csv).")
+        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl), or a table "
+             "of ranked seeds (.csv).")
 @option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
 @option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
 @option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")
@@ -191,8 +196,8 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
     with launch.open_store(db, create=False) as store:
         if kind == "judgements":
             export_judgements(store, out, campaign)
-        elif kind == "labels":
-            export_labels(store, out, campaign=campaign, **filters)
+        elif kind in ("labels", "unpaired"):
+            (export_labels if kind == "labels" else export_unpaired)(store, out, campaign=campaign, **filters)
         else:
             export_ranked_seeds(store, out, campaign=campaign, **filters)
     with out.open(encoding="utf-8") as file:

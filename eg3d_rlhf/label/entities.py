@@ -1,6 +1,7 @@
 """What the parts of the labelling application hand to each other, and what the store answers with.
 
-A campaign is one set of pairs with its settings, frozen when it is made. A pair names two shapes in a fixed order, first and second.
+A campaign is one set of pairs with its settings, frozen when it is made. A pair names two shapes in a fixed order, first and second; where
+shapes are judged one by one, the two are the same.
 Showing a pair to an annotator is an assignment, which decides the sides. A judgement answers an assignment and is never changed: taking
 it back is a further record. Annotators meet shapes, pairs and assignments under random tokens alone.
 """
@@ -9,6 +10,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from eg3d_rlhf.preferences.unpaired import GOOD
 from training.config import check_knobs, knob
 
 
@@ -17,6 +19,7 @@ class Mode(enum.StrEnum):
 
     LABEL = "label"  # collecting preferences
     STUDY = "study"  # comparing two generators, blind
+    SINGLE = "single"  # judging shapes one by one
 
 
 class Kind(enum.StrEnum):
@@ -35,9 +38,26 @@ class Choice(enum.StrEnum):
     LEFT = "left"
     RIGHT = "right"
     TIE = "tie"
+    UP = "up"  # of a shape by itself
+    DOWN = "down"
+    SCORE_0, SCORE_1, SCORE_2, SCORE_3, SCORE_4, SCORE_5 = "012345"  # the same on a scale, 5 is best
     SKIP = "skip"  # with a reason; says nothing about the pair
 
+    @property
+    def good(self) -> bool | None:
+        """What is said of a shape by itself; None where pairs are compared."""
+        if self.value in "012345":
+            return int(self.value) >= GOOD
+        return {"up": True, "down": False}.get(self.value)
 
+    def meets(self, expected: str | None) -> bool:
+        """Whether it is the known answer: 'left' or 'right', or, of a shape by itself, 'up' or 'down'."""
+        return self.value == expected or (self.good is not None and self.good == {"up": True, "down": False}.get(expected or ""))
+
+
+SCALES = {  # what may be answered, a skip aside, by the scale of a campaign's settings
+    "pairs": (Choice.LEFT, Choice.RIGHT, Choice.TIE), "thumbs": (Choice.UP, Choice.DOWN), "scores": tuple(map(Choice, "012345")),
+}  # fmt: skip
 SKIP_REASONS = ("broken", "identical", "unsure", "other")
 
 
@@ -64,7 +84,7 @@ class PlannedPair:
     first: Shape
     second: Shape
     kind: Kind = Kind.PAIR  # PAIR, GOLD or TRAINING; repeats and swaps arise from what an annotator has answered
-    expected: str | None = None  # 'first', 'second' or None: the answer of gold and training pairs
+    expected: str | None = None  # 'first', 'second' or None: the answer of gold and training pairs; second of a shape alone is 'down'
     explanation: str = ""  # of training pairs, shown after the answer
 
 
@@ -74,6 +94,7 @@ class CampaignSettings:
 
     name: str
     mode: Mode = Mode.LABEL
+    scale: str = "pairs"  # one of SCALES
     seed: int = 0  # decides pairs, order, sides, repeats and gold checks
     annotators_per_pair: int = knob(1, "Different annotators to judge each pair.", "Pairs", low=1)
     repeat_share: float = knob(0.05, "Trials that repeat one, same sides.", "Pairs", metavar="0..0.5", low=0, high=0.5)
@@ -86,6 +107,10 @@ class CampaignSettings:
 
     def __post_init__(self):
         check_knobs(self)
+        if self.scale not in SCALES or (self.mode is Mode.SINGLE) == (self.scale == "pairs"):
+            raise ValueError(f"scale: expected thumbs or scores for shapes one by one, else pairs, got {self.scale!r} for {self.mode}.")
+        if self.mode is Mode.SINGLE and self.swap_share:
+            raise ValueError(f"--swap-share: expected 0 for shapes one by one, which have no sides, got {self.swap_share}. Leave it out.")
         if self.repeat_share + self.swap_share > 0.5:
             raise ValueError(f"repeat_share and swap_share must add up to 0..0.5, got {self.repeat_share} and {self.swap_share}")
 
@@ -131,7 +156,7 @@ class JudgementRow:
     first_is_left: bool
     choice: Choice
     reason: str | None
-    expected: str | None  # 'left' or 'right' where the answer is known
+    expected: str | None  # 'left' or 'right', 'up' or 'down', where the answer is known
     milliseconds: int
     views: tuple[str, ...]
     answered_at: float | None

@@ -10,7 +10,7 @@ from eg3d_rlhf.label.campaigns import FIELDS, Plan, settings_from_json, shape_of
 from eg3d_rlhf.label.database import Database, annotators, campaigns, pairs, shapes
 from eg3d_rlhf.label.database import assignments as a
 from eg3d_rlhf.label.database import judgements as j
-from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, JudgementRow, Kind, Submitted
+from eg3d_rlhf.label.entities import SCALES, SKIP_REASONS, Answer, Choice, ConflictError, JudgementRow, Kind, Mode, Submitted
 
 MAX_TEXT, MAX_VIEWS, MAX_MILLISECONDS = 200, 64, 2**53
 PAGE = 2000  # judgements read at once
@@ -56,6 +56,9 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
         return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
     assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
+    allowed = SCALES[plan.campaign.settings.scale]
+    if answer.choice not in (*allowed, Choice.SKIP):
+        raise ValueError(f"answer: expected one of {', '.join(allowed)} or skip, got {answer.choice}. Reload the page.")
     if assigned.answered is not None:
         raise ConflictError(f"answer: expected an open assignment, got {answer.assignment}, which is answered. Undo that answer first.")
     values = {
@@ -108,15 +111,17 @@ def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicat
     if assigned.kind != Kind.TRAINING:
         return Submitted(judgement=judgement, duplicate=duplicate, training=False, correct=None, explanation="")
     pair = plan.pairs[assigned.pair_id]
-    expected = expected_side(pair.expected, bool(assigned.first_is_left))
-    correct = None if expected is None or choice is Choice.SKIP else choice == expected
+    expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
+    correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
     return Submitted(judgement=judgement, duplicate=duplicate, training=True, correct=correct, explanation=pair.explanation)
 
 
-def expected_side(expected: str | None, first_is_left: bool) -> str | None:
-    """'left' or 'right' for the plan's 'first' or 'second'."""
+def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str | None:
+    """'left' or 'right' for the plan's 'first' or 'second'; of a shape by itself 'up' or 'down'."""
     if expected is None:
         return None
+    if mode is Mode.SINGLE:
+        return {"first": "up", "second": "down"}[expected]
     return "left" if (expected == "first") == first_is_left else "right"
 
 
@@ -159,7 +164,7 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
     return JudgementRow(
         id=row.id, campaign=row.campaign, mode=modes[row.campaign], annotator=row.annotator, assignment=row.token, sequence=row.sequence,
         pair=row.pair_id, kind=Kind(row.kind), left=left, right=right, first_is_left=first_is_left, choice=Choice(row.choice),
-        reason=row.reason, expected=expected_side(row.expected, first_is_left), milliseconds=row.milliseconds,
+        reason=row.reason, expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])), milliseconds=row.milliseconds,
         views=tuple(json.loads(row.views)), answered_at=row.answered_at, received_at=row.received_at, page_version=row.page_version,
         undone=row.answered != row.id,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from eg3d_rlhf.cli import naming, option, together
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.label.ensemble import reward_ensemble
-from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, PlannedPair, StoredCampaign
+from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, Mode, PlannedPair, StoredCampaign
 from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
 from eg3d_rlhf.label.preparation import Preparation
@@ -50,7 +50,8 @@ class Request:
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
         """The settings that are frozen with the campaign."""
-        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **self.settings)
+        how = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
+        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **self.settings, **how)  # type: ignore[arg-type]
 
 
 def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) -> dict:
@@ -86,7 +87,8 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
             results = preferences_of(store, LabelFilters(campaign=request.after))
     with naming("--network"):
         generator = load_generator(request.network)
-    tell(f"planning {request.pairing.pairs} pairs ({request.pairing.strategy}) ...")
+    what = "shapes" if request.pairing.single else "pairs"
+    tell(f"planning {request.pairing.pairs} {what} ({request.pairing.strategy}) ...")
     judges = reward_ensemble(request.pairing, generator) if request.pairing.strategy == "active" else None
     planned = plan(request.pairing, generator, results, judges)
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
@@ -188,10 +190,11 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
 
     Args: announce: what to print, given the server's address; what: how answers are called.
     """
-    cache = ShapeCache(server.cache)
+    cache, found = ShapeCache(server.cache), store.campaign(campaign)
+    single = found is not None and found.settings.mode is Mode.SINGLE and server.title == AppOptions.title
     options = AppOptions(
         store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
-        title=server.title, access_log=server.access_log,
+        title="How good is this shape?" if single else server.title, access_log=server.access_log,
     )  # fmt: skip
 
     def listening(address: str) -> None:

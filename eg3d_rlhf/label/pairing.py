@@ -35,6 +35,7 @@ _TITLE = "Pairs"  # of the flags
 _BATCH = 16  # seeds judged at once
 _MATCHINGS = 4  # random pairings of all seeds that candidates come from
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many
+BROKEN = "This one was broken on purpose: {}. It is not a good shape."
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
 
 
@@ -42,7 +43,8 @@ EXPLANATION = "One of the two was broken on purpose: {}. The other one is better
 class PairingOptions:
     """What is compared, and how the pairs are found."""
 
-    pairs: int = knob(1000, "Pairs to label.", _TITLE, low=1, high=10**6)  # P, gold and training aside; at most so many in a later round
+    # P, gold and training aside; at most so many in a later round
+    pairs: int = knob(1000, "Pairs to label; with --single, shapes.", _TITLE, low=1, high=10**6)
     strategy: str = knob("random", "How pairs are found.", _TITLE, choices=STRATEGIES)
     seed: int = knob(0, "Decides pairs, order, sides, repeats.", _TITLE, low=0, high=MAX_SEED)
     first_seed: int = knob(10_000, "Shapes are seeds from here on.", _TITLE, low=0, high=MAX_SEED)  # the bundled labels are about 0..3999
@@ -56,10 +58,14 @@ class PairingOptions:
     pool: float = knob(2.0, "Active: seeds looked at for each one used.", _TITLE, low=2, high=100)
     doubtful: float = knob(1.0, "Active: share chosen by doubt; the others are random.", _TITLE, metavar="0..1", above=0, high=1)
     diversity: float = knob(0.5, "Active: 0 is doubt alone, 1 spread alone.", _TITLE, metavar="0..1", low=0, high=1)
+    single: str | None = knob(None, "Show one shape at a time, judged by thumbs, or by scores from 0 to 5.", _TITLE,
+                              choices=("thumbs", "scores"), shown="pairs")  # fmt: skip
     rounds: int = knob(4, "Tournament: pairs that each shape is in.", _TITLE, low=1, high=1000)  # the last is cut to the number of pairs
 
     def __post_init__(self) -> None:
         check_knobs(self)
+        if self.single and self.strategy != "random":
+            raise ValueError(f"--single: expected --strategy=random, got {self.strategy}. Leave one of the two out.")
         if self.level is not None and not np.isfinite(self.level):
             raise ValueError(f"PairingOptions: expected a finite level, got {self.level}. Leave it out for the generator's own.")
         if self.first_seed + self.seeds > MAX_SEED:
@@ -73,7 +79,9 @@ class PairingOptions:
 
     @property
     def compared(self) -> int:
-        """Seeds that are compared or, by the active strategy, looked at."""
+        """Seeds that are compared, judged or, by the active strategy, looked at."""
+        if self.single:
+            return self.pairs
         if self.strategy == "active":
             return round(2 * self.pairs * self.pool)
         return 2 * (-(-self.pairs // self.rounds)) if self.strategy == "tournament" else 2 * self.pairs
@@ -159,12 +167,15 @@ def plan(
             least = options.rounds * (options.rounds // 2) + 1
             raise ValueError(f"plan: expected at least {least} pairs for {options.rounds} rounds, got {options.pairs}. Plan fewer rounds.")
         seeds = (table + options.first_seed).tolist()
+    if options.single:
+        seeds = [(int(seed), int(seed)) for seed in rng.permutation(options.pairs) + options.first_seed]
     pairs = [PlannedPair(first=draw(a), second=draw(b)) for a, b in seeds]
     taken = {seed for pair in seeds for seed in pair}
     unused = (seed for seed in range(options.first_seed + options.compared, MAX_SEED) if seed not in taken)
     known = [draw(seed) for seed, _ in zip(unused, range(options.gold_pairs + options.training), strict=False)]
-    gold = known_answers(known[: options.gold_pairs], Kind.GOLD, rng)
-    training = known_answers(known[options.gold_pairs :], Kind.TRAINING, rng)
+    answers = broken_shapes if options.single else known_answers
+    gold = answers(known[: options.gold_pairs], Kind.GOLD, rng)
+    training = answers(known[options.gold_pairs :], Kind.TRAINING, rng)
     return Plan(training + spread(pairs, gold), report)
 
 
@@ -192,6 +203,16 @@ def known_answers(shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator)
             first=sides[swapped], second=sides[not swapped], kind=kind, expected="second" if swapped else "first",
             explanation=EXPLANATION.format(seen) if kind is Kind.TRAINING else "",
         ))  # fmt: skip
+    return pairs
+
+
+def broken_shapes(shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator) -> list[PlannedPair]:
+    """Each shape damaged on purpose, by itself; see `known_answers`."""
+    pairs = []
+    for pair in known_answers(shapes, kind, rng):
+        broken = pair.first if pair.first.degradation else pair.second
+        explanation = BROKEN.format(DAMAGES[broken.degradation][1]) if kind is Kind.TRAINING else ""
+        pairs.append(replace(pair, first=broken, second=broken, expected="second", explanation=explanation))
     return pairs
 
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 
 if TYPE_CHECKING:
     from eg3d_rlhf.label.store import Store
 
 _STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
 COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)  # gold and training pairs have known answers and damaged shapes
+WORDS = {Mode.LABEL: "one that collects preferences", Mode.STUDY: "a study", Mode.SINGLE: "one of shapes judged one by one"}
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
@@ -75,16 +77,16 @@ class LabelFilters:
         except ValueError:
             raise ValueError(f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so.") from None
 
-    def keep(self, rows: Iterable[JudgementRow]) -> list[JudgementRow]:
-        """The judgements that count, in their order."""
-        rows = [row for row in rows if not row.undone and (row.mode == Mode.LABEL or row.campaign == self.campaign)]
+    def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
+        """The judgements that count, in their order. Args: mode: of the campaigns, where none is named."""
+        rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
         rows = [row for row in rows if self.campaign in (None, row.campaign) and (not self.annotators or row.annotator in self.annotators)]
         trusted = {row.annotator for row in rows}
         if self.least_gold_accuracy is not None:  # those whose gold checks suffice, over all their checks in these rows
             hits: dict[str, list[bool]] = defaultdict(list)
             for row in rows:
                 if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
-                    hits[row.annotator].append(row.choice == row.expected)
+                    hits[row.annotator].append(row.choice.meets(row.expected))
             trusted = {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
         kinds = COMPARED[:1] if self.drop_repeats else COMPARED
         return [
@@ -115,22 +117,40 @@ def to_preference(row: JudgementRow) -> Preference:
     Raises: ValueError for pairs that the format cannot name: two generators or truncations, one seed twice, shapes damaged on purpose.
     """
     left, right = row.left, row.right
+    if row.choice.good is not None:
+        raise ValueError(f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired.")
     if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
         raise ValueError(
             f"judgement {row.id} of campaign {row.campaign}: expected two seeds of one generator, got a pair that seeds alone do not tell "
             "apart. Name another campaign, or export the judgements whole."
         )
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
-    known = {
-        "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value,
-        "side": {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice), "left_seed": left.seed, "milliseconds": row.milliseconds,
-        "views": " ".join(row.views), "answered_at": row.answered_at, "page_version": row.page_version,
-        "level": None if math.isnan(left.level) else left.level, "resolution": left.resolution, "triangles": left.triangles,
-    }  # fmt: skip
+    side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
+    known = {**_known(row), "side": side, "left_seed": left.seed}
     return Preference(
         winner=winner.seed, loser=loser.seed, generator=left.generator or None, psi=None if math.isnan(left.psi) else left.psi,
         annotator=row.annotator, time=row.received_at, tie=row.choice is Choice.TIE,
         extra={k: v for k, v in known.items() if v is not None},
+    )  # fmt: skip
+
+
+def _known(row: JudgementRow) -> dict:
+    """Where a label comes from, and how its shapes were drawn."""
+    shape = row.left
+    return {
+        "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value, "milliseconds": row.milliseconds,
+        "views": " ".join(row.views), "answered_at": row.answered_at, "page_version": row.page_version,
+        "level": None if math.isnan(shape.level) else shape.level, "resolution": shape.resolution, "triangles": shape.triangles,
+    }  # fmt: skip
+
+
+def to_unpaired(row: JudgementRow) -> UnpairedPreference:
+    """A judgement of a shape by itself as a label, its provenance in `extra`."""
+    shape, score = row.left, float(row.choice.value) if row.choice.value.isdigit() else None
+    return UnpairedPreference(
+        seed=shape.seed, label=row.choice.good if score is None else None, score=score, generator=shape.generator or None,
+        psi=None if math.isnan(shape.psi) else shape.psi, annotator=row.annotator, time=row.received_at,
+        extra={k: v for k, v in _known(row).items() if v is not None},
     )  # fmt: skip
 
 
@@ -142,22 +162,27 @@ def _drawn(shape: Shape) -> tuple:
 def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
     """Labels of a store in order of receipt.
 
-    Raises: ValueError for an unknown campaign or annotator, a study, and pairs that the label format cannot name.
+    Raises: ValueError for an unknown campaign or annotator, a campaign of another kind, and pairs that the label format cannot name.
     """
-    chosen = filters or LabelFilters()
+    return [to_preference(row) for row in _kept(store, filters or LabelFilters(), Mode.LABEL)]
+
+
+def _kept(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
+    """The judgements that become labels, of campaigns of one mode."""
     if chosen.campaign is not None:
         campaign = store.campaign(chosen.campaign)
         if campaign is None:
             known = ", ".join(found.settings.name for found in store.campaigns()) or "none"
             raise ValueError(f"campaign: expected one of the store's ({known}), got {chosen.campaign!r}. Name one of them.")
-        if campaign.settings.mode is not Mode.LABEL:
-            raise ValueError(f"campaign {chosen.campaign}: expected one that collects preferences, got a study. Name another.")
+        if campaign.settings.mode is not mode:
+            wanted, got = (WORDS[one] for one in (mode, campaign.settings.mode))
+            raise ValueError(f"campaign {chosen.campaign}: expected {wanted}, got {got}. Name another.")
     names = {annotator.name for annotator in store.annotators()}
     unknown = sorted(set(chosen.annotators) - names)
     if unknown:
         listed = ", ".join(sorted(names)) or "none"
         raise ValueError(f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others.")
-    return [to_preference(row) for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators))]
+    return chosen.keep(store.judgements(chosen.campaign, chosen.annotators), mode)
 
 
 def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
@@ -180,3 +205,8 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
     """Write .jsonl or .csv in the open label format, with everything known of each judgement as further fields. Returns the path."""
     return write_labels(path, preferences_of(store, LabelFilters(**filters)))
+
+
+def export_unpaired(store: "Store", path: str | Path, **filters) -> Path:
+    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path."""
+    return write_unpaired(path, [to_unpaired(row) for row in _kept(store, LabelFilters(**filters), Mode.SINGLE)])

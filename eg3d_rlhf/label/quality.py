@@ -27,6 +27,7 @@ class QualityLimits:
     fast_seconds: float = 1.0  # a median below: flagged
     least: int = 20  # judgements before pace, sides, ties and skips are judged
     side_p: float = 0.001  # two-sided exact test of left against right: flagged below
+    one_sided: float = 0.03  # of shapes one by one: flagged where fewer, or all but fewer, are good
     consistency: float = 0.65  # flagged where the whole interval lies below
     skip_share: float = 0.3  # above: flagged
     tie_share: float = 0.7  # above: flagged
@@ -40,8 +41,8 @@ def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
 
 
 def side_free(row: JudgementRow) -> str:
-    """The answer without sides: 'first', 'second', 'tie' or 'skip'."""
-    if row.choice in (Choice.TIE, Choice.SKIP):
+    """The answer without sides: 'first', 'second', 'tie' or 'skip'; of a shape by itself, the answer."""
+    if row.choice not in (Choice.LEFT, Choice.RIGHT):
         return row.choice.value
     return "first" if (row.choice == Choice.LEFT) == row.first_is_left else "second"
 
@@ -49,14 +50,14 @@ def side_free(row: JudgementRow) -> str:
 def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = None) -> dict:
     """All figures as JSON types; None where there is nothing to say.
 
-    Campaigns in study mode get no strengths: they would give away the result before the study is over.
+    Campaigns in study mode get no strengths: they would give away the result before the study is over. Shapes one by one have none.
     """
     limits = limits or QualityLimits()
     kept = counting(rows)
     by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in kept:
         by_annotator[row.annotator].append(row)
-    labelling = [r for r in kept if r.mode != Mode.STUDY]
+    labelling = [r for r in kept if r.mode == Mode.LABEL]
     comparisons, names = _comparisons(labelling)
     return {
         "judgements": len(kept),
@@ -81,9 +82,10 @@ def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLi
         "skip_reasons": dict(Counter(r.reason or "other" for r in rows if r.choice == Choice.SKIP)),
         "median_seconds": statistics.median(seconds) if seconds else None,
         "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,
+        **_share("good_share", sum(r.choice.good is True for r in rows), sum(r.choice.good is not None for r in rows)),
         **_share("left_share", left, left + right), "left_right_n": left + right, "left_p": binomial_test(left, left + right),
         **_consistency("self_consistency", rows, Kind.REPEAT), **_consistency("swap_consistency", rows, Kind.SWAP),
-        **_share("gold_accuracy", sum(r.choice == r.expected for r in gold), len(gold), "gold_n", "gold_ci95"),
+        **_share("gold_accuracy", sum(r.choice.meets(r.expected) for r in gold), len(gold), "gold_n", "gold_ci95"),
     }  # fmt: skip
     return {**out, "flags": _flags(out, limits)}
 
@@ -156,6 +158,8 @@ def _flags(found: dict, limits: QualityLimits) -> list[str]:
             flags.append(f"fast: {found['median_seconds']:.1f} s in the median")
         if found["left_p"] < limits.side_p:
             flags.append(f"side bias: left in {found['left_share']:.0%} of {found['left_right_n']}")
+        if found["good_share"] is not None and not limits.one_sided <= found["good_share"] <= 1 - limits.one_sided:
+            flags.append(f"one-sided: good in {found['good_share']:.0%}")
         if found["skips"] > limits.skip_share * n:
             flags.append(f"skips {found['skips']} of {n}")
         if found["ties"] > limits.tie_share * n:

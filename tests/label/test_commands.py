@@ -21,7 +21,7 @@ from tests.label import serving
 FLAGS = """
 --access-log --active --after --annotators-per-pair --cache --campaign --certificate --db --diversity --doubtful --dry-run --first-seed
 --gold --gold-every --host --key --level --network --no-show-render --pairs --pool --port --proxy --psi --repeat-gap --repeat-share
---resolution --reward --rounds --seed --show-render --strategy --swap-share --title --tournament --training --trials-per-annotator
+--resolution --reward --rounds --seed --show-render --single --strategy --swap-share --title --tournament --training --trials-per-annotator
 --triangles --trunc -n
 """.split()
 OTHERS = {

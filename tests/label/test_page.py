@@ -146,7 +146,7 @@ def test_skipping_takes_a_reason_and_needs_no_mouse(serve, page):
     label = page(served.url).open()
     first = label.state("pair.assignment")
     label.answer("s")
-    assert label.page.get_by_role("dialog", name="Why skip this pair?").is_visible()
+    assert label.page.get_by_role("dialog", name="Why skip this one?").is_visible()
     label.page.keyboard.press("Escape")
     label.page.keyboard.press("s")
     assert label.press("2") == first

@@ -37,7 +37,7 @@ class Judgement(Sent):
 
     key: Word  # the page's own name for this answer: sent again, nothing changes
     assignment: Word
-    choice: Literal["left", "right", "tie", "skip"]
+    choice: Literal["left", "right", "tie", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]  # which of them, the scale says
     reason: Literal["broken", "identical", "unsure", "other"] | None = None  # entities.SKIP_REASONS
     milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]
     views: Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]], Field(max_length=64)]
@@ -83,7 +83,8 @@ class Session(BaseModel):
     annotator: str
     role: Literal["annotator", "admin"]
     csrf: str
-    mode: Literal["label", "study"]
+    mode: Literal["label", "study", "single"]
+    scale: Literal["pairs", "thumbs", "scores"]
     title: str
     show_render: bool
     page_version: str

@@ -14,8 +14,8 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
 from eg3d_rlhf.label.archive import export_judgements
-from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, StoredCampaign
-from eg3d_rlhf.label.preferences import export_labels
+from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign
+from eg3d_rlhf.label.preferences import export_labels, export_unpaired
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.server import models
 from eg3d_rlhf.label.server.identity import Identities, Identity
@@ -77,7 +77,8 @@ def _work(router: APIRouter, context: Context) -> None:
         """The page's session."""
         settings = context.campaign.settings
         return JSONResponse({
-            "annotator": who.annotator.name, "role": "admin" if who.admin else "annotator", "csrf": who.csrf, "mode": settings.mode.value,
+            "annotator": who.annotator.name, "role": "admin" if who.admin else "annotator", "csrf": who.csrf,
+            "mode": settings.mode.value, "scale": settings.scale,
             "title": context.options.title, "show_render": settings.show_render and not context.shapes.blind,
             "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
         })  # fmt: skip
@@ -189,10 +190,12 @@ def admin_api(context: Context) -> APIRouter:
         folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
         path = Path(folder.name) / name
         try:
-            (export_judgements if format == "judgements" else export_labels)(context.store, path, campaign=context.campaign.settings.name)
+            single = context.campaign.settings.mode is Mode.SINGLE
+            write = export_judgements if format == "judgements" else export_unpaired if single else export_labels
+            write(context.store, path, campaign=context.campaign.settings.name)
         except BaseException as error:
             folder.cleanup()
-            if isinstance(error, ValueError):  # a study holds no labels
+            if isinstance(error, ValueError):  # a study holds no labels, and those of single shapes are no table
                 raise Refusal(409, str(error), "Ask for format=judgements.") from None
             raise
         kind = "text/csv" if format == "csv" else "application/x-ndjson"

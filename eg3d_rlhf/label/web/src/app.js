@@ -84,7 +84,8 @@ class LabelPage {
   }
 
   dress() {
-    const { title, annotator, exposed, show_render: showRender, skip_reasons: reasons } = this.session;
+    const { title, annotator, exposed, scale, show_render: showRender, skip_reasons: reasons } = this.session;
+    this.ui.arrange(scale);
     document.title = title || document.title;
     this.ui.title.textContent = title || 'Shape comparison';
     this.ui.who.textContent = exposed ? annotator : '';
@@ -93,12 +94,12 @@ class LabelPage {
     this.ui.renderHelp.hidden = !showRender;
     this.ui.admin.hidden = this.session.role !== 'admin';
     this.help = helpDialog(this.ui.helpDialog, `eg3d-welcome:${annotator}`);
-    this.skipping = skipDialog(this.ui.skipDialog, this.ui.reasons, reasons, (reason) => this.choose('skip', reason));
+    this.skipping = skipDialog(this.ui.skipDialog, this.ui.reasons, this.ui.single ? reasons.filter((one) => one !== 'identical') : reasons, (reason) => this.choose('skip', reason));
   }
 
   listen() {
     const command = (name, ...rest) => (ANSWERS.includes(name) ? this[name](...rest) : this.looking[name](...rest));
-    watchKeys(command);
+    watchKeys(command, this.session.scale);
     for (const pane of [this.ui.left, this.ui.right]) watchGestures(pane, this.viewer.orbit, (view) => this.looking.moved(view));
     for (const button of document.querySelectorAll('[data-choice]')) {
       button.addEventListener('click', () => this.choose(button.dataset.choice));
@@ -174,7 +175,7 @@ class LabelPage {
   refused(item, error) {
     const again = item.body.key === this.awaited;
     this.awaited = null;
-    const why = error.status === 409 ? 'That pair was already answered, perhaps in another window.' : `An answer was refused: ${error.message}`;
+    const why = error.status === 409 ? 'That was already answered, perhaps in another window.' : `An answer was refused: ${error.message}`;
     this.ui.say(why, true);
     if (item.body.assignment) this.work.forget(item.body.assignment, error.status === 409);
     if (again && this.ui.state === 'checking') this.work.next();
@@ -198,7 +199,7 @@ class LabelPage {
     let shapes = this.shapes.ready(pair);
     if (!shapes) {
       this.looking.show(null);
-      this.ui.show('loading', 'Loading the next pair …');
+      this.ui.show('loading', 'Loading the next one …');
       try {
         shapes = await this.shapes.load(pair);
       } catch (error) {
@@ -221,7 +222,7 @@ class LabelPage {
   idle(state, text, share) {
     this.looking.show(null);
     this.showProgress();
-    this.ui.show(state, text || `You have judged ${this.work.done} pairs. You may close this page.`, share);
+    this.ui.show(state, text || `You have judged ${this.work.done} ${this.ui.single ? 'shapes' : 'pairs'}. You may close this page.`, share);
   }
 
   failed(error) {

@@ -10,7 +10,7 @@ export function helpDialog(dialog, welcomeKey) {
   dialog.addEventListener('close', () => localStorage.setItem(welcomeKey, 'seen'));
   return {
     open() {
-      dialog.querySelector('[data-close]').textContent = 'Back to the pairs';
+      dialog.querySelector('[data-close]').textContent = 'Back to work';
       dialog.showModal();
     },
     welcome() {

@@ -11,16 +11,25 @@ export const SKIP_TEXTS = {
 
 const STACKED = matchMedia('(max-width: 44rem), (max-aspect-ratio: 4/5)'); // as in app.css: the left shape is on top
 const FROM = { front: 'the front', left: 'the left', right: 'the right', back: 'behind' };
-const SAID = { tie: 'Tie.', skip: 'Skipped.', undo: 'Last answer taken back.' };
+const SAID = { tie: 'Tie.', up: 'Good.', down: 'Not good.', skip: 'Skipped.', undo: 'Last answer taken back.' };
 const NOTICES = { // state: title
   loading: 'Loading', waiting: 'Preparing the shapes', offline: 'No connection', sending: 'Almost there',
-  finished: 'All done – thank you!', failed: 'This pair cannot be shown', refused: 'Something is in the way',
+  finished: 'All done – thank you!', failed: 'This cannot be shown', refused: 'Something is in the way',
 };
 
 export class Ui {
   constructor() {
     this.root = document.documentElement;
     for (const element of document.querySelectorAll('[id]')) this[element.id] = element;
+  }
+
+  // What is asked: 'pairs', or, of one shape at a time, 'thumbs' or 'scores'.
+  arrange(scale) {
+    this.single = scale !== 'pairs';
+    this.root.dataset.scale = scale;
+    this.right.hidden = this.single;
+    for (const element of document.querySelectorAll('[data-for]')) element.hidden = !element.dataset.for.split(' ').includes(scale);
+    if (this.single) this.left.setAttribute('aria-label', 'Shape');
   }
 
   get state() {
@@ -47,8 +56,9 @@ export class Ui {
     this.noticed = null;
     for (const side of ['left', 'right']) this[side].classList.remove('better');
     this.root.dataset.training = String(pair.training);
-    const where = pair.training ? 'Practice pair.' : `Pair ${place} of ${total}.`;
-    this.say(`${said ? `${SAID[said] ?? `${this.side(said)} chosen.`} ` : ''}${where}`);
+    const what = this.single ? 'shape' : 'pair';
+    const where = pair.training ? `Practice ${what}.` : `${what[0].toUpperCase()}${what.slice(1)} ${place} of ${total}.`;
+    this.say(`${said ? `${SAID[said] ?? (this.side(said) ? `${this.side(said)} chosen.` : `Score ${said}.`)} ` : ''}${where}`);
   }
 
   progress(done, { total, training_left: practice, last_hour: lastHour }, pace, training) {
@@ -81,7 +91,7 @@ export class Ui {
   view(name) {
     for (const button of document.querySelectorAll('[data-view]')) button.setAttribute('aria-pressed', String(button.dataset.view === name));
     const from = name ? `, seen from ${FROM[name] ?? name}` : '';
-    for (const side of ['left', 'right']) this[side].setAttribute('aria-label', `${this.side(side)} shape${from}`);
+    for (const side of ['left', 'right']) this[side].setAttribute('aria-label', this.single ? `Shape${from}` : `${this.side(side)} shape${from}`);
   }
 
   side(name) {

@@ -112,6 +112,7 @@ export class Viewer {
     this.fill('--page', 0, 0, box.width, box.height);
     if (this.shown) this.orbit.apply(this.camera, aspect);
     for (const side of SIDES) {
+      if (this.panes[side].hidden) continue; // one shape at a time
       const pane = this.panes[side].getBoundingClientRect();
       const [x, y] = [pane.left - box.left, box.bottom - pane.top - height]; // WebGL counts from the bottom
       this.fill('--pane', x, y, width, height); // both sides get the left one's size
