@@ -114,6 +114,14 @@ class SeparableField(Field, Protocol):
         """The maps of one shape (N = 1) at the product of world coordinates x [X], y [Y], z [Z]; None where there is no such form."""
 
 
+@runtime_checkable
+class ProductField(Field, Protocol):
+    """A field that gives its density on a product of coordinates sooner than at as many points."""
+
+    def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Raw density [N, X, Y, Z] at the product of world coordinates x [X], y [Y], z [Z]."""
+
+
 @contextlib.contextmanager
 def fixed_draws(seed: int = 0) -> Iterator[None]:
     """The same random numbers every time, on all devices in use; torch's own state stays."""

@@ -1,6 +1,7 @@
 """Convert a network file (a pickle of EG3D, of which nothing is run, a file of ours or a run folder) to .safetensors or a plain state dict.
 
 --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D; docs/checkpoints.md has the lines that load it.
+--tri-grid makes a generator of EG3D one of PanoHead's kind with the same shapes; docs/zoo.md says when.
 
 \b
 Example:
@@ -18,6 +19,7 @@ import torch
 
 from eg3d_rlhf.cli import GroupedCommand, option
 from eg3d_rlhf.generators import find_network, load_networks
+from eg3d_rlhf.generators.conversion import to_tri_grid
 from training import networks, storage
 from training.superresolution import SuperresolutionHybrid, module_by_name
 from training.triplane import TriPlaneGenerator
@@ -30,7 +32,8 @@ def foreign_sizes(nets: networks.Networks) -> list[str]:
     """What of a generator EG3D hard-wires differently, as 'name = value'; empty where a checkout of EG3D can build it."""
     defaults = {k: p.default for k, p in inspect.signature(TriPlaneGenerator).parameters.items()}
     sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features")
-    found = [f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]]
+    found = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
+    found += [f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]]
     sr, module = nets.G_kwargs.get("sr_kwargs") or {}, module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
     if not issubclass(module, SuperresolutionHybrid):
         found.append(f"superresolution_module = {module.__name__}")
@@ -100,13 +103,20 @@ def convert(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[
 @option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Where to: .safetensors or .pt.")
 @option("--only-ema", is_flag=True, help="Write G_ema alone.")
 @option("--overwrite", is_flag=True, help="Replace an existing file.")
-def main(file: Path, out: Path, only_ema: bool, overwrite: bool) -> None:
+@option(
+    "--tri-grid", metavar="NUM", type=click.FloatRange(min=1, max=100),
+    help="Convert to PanoHead's kind, its slices along so many sides of the box: from 1.5 on the density is the same, 1 is PanoHead's own.",
+)
+def main(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: float | None) -> None:
     check_suffix(out)
     if out.exists() and not overwrite:
         raise ValueError(f"--out: expected a new file, got {out}, which exists. Choose another or add --overwrite.")
     source = find_network(file)
     click.echo(f"Reading {source}.")
     nets = load_networks(source)
+    if tri_grid is not None:
+        nets, residual = to_tri_grid(nets, tri_grid)
+        click.echo(f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: features within {residual:.2g} of the planes', relative.")
     sizes = foreign_sizes(nets)
     if out.suffix != ".safetensors" and sizes:
         click.echo(f"Warning: a checkout of EG3D cannot build this generator, whose sizes it hard-wires: {', '.join(sizes)}.", err=True)

@@ -115,11 +115,13 @@ class MappingNetwork(torch.nn.Module):
 
     x = norm(z) and y = norm(embed(c)), concatenated, then `num_layers` leaky-ReLU layers with learning-rate multiplier 0.01. `z_dim = 0`
     makes a label-only mapping (the discriminator's), `num_ws = None` a single vector without the L axis and without `w_avg`.
+    `last_activation` is the last layer's, where it is another one.
     """
 
     def __init__(
         self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, embed_features: int | None = None,
         layer_features: int | None = None, activation: str = "lrelu", lr_multiplier: float = 0.01, w_avg_beta: float | None = 0.998,
+        last_activation: str | None = None,
     ):
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim, self.num_ws = z_dim, c_dim, w_dim, num_ws
@@ -132,7 +134,8 @@ class MappingNetwork(torch.nn.Module):
             self.embed = FullyConnectedLayer(c_dim, embed_features)
         sizes = [z_dim + embed_features] + [hidden] * (num_layers - 1) + [w_dim]
         for i, (size_in, size_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-            setattr(self, f"fc{i}", FullyConnectedLayer(size_in, size_out, activation=activation, lr_multiplier=lr_multiplier))
+            last = last_activation if i == num_layers - 1 and last_activation is not None else activation
+            setattr(self, f"fc{i}", FullyConnectedLayer(size_in, size_out, activation=last, lr_multiplier=lr_multiplier))
 
     def forward(
         self, z: torch.Tensor | None, c: torch.Tensor | None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None,

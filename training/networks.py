@@ -86,7 +86,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: in
     modules: dict[str, torch.nn.Module | None] = {}
     for part, make, kwargs in (("G_ema", make_G, meta["G_kwargs"]), ("G", make_G, meta["G_kwargs"]), ("D", make_D, meta["D_kwargs"])):
         own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
-        modules[part] = module = make(**kwargs) if own or part == "G_ema" else None
+        modules[part] = module = _make(make, kwargs, f"{path} ({part})") if own or part == "G_ema" else None
         if module is not None:
             storage.load_strict(module, own, f"{path} ({part})")
             module.train(part != "G_ema").requires_grad_(False)
@@ -94,6 +94,16 @@ def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: in
                 module.neural_rendering_resolution = meta[RENDERED]
     networks = Networks(**modules, **{k: meta[k] for k in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")}, architecture=name)
     return networks.to(device)
+
+
+def _make(cls: type[torch.nn.Module], kwargs: dict, who: str) -> torch.nn.Module:
+    """A network from the arguments that a file states. Raises: ValueError for unknown or missing ones."""
+    try:
+        return cls(**kwargs)
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{who}: expected the constructor arguments of {cls.__name__}, got others ({error}). Use a file that this version wrote."
+        ) from None
 
 
 def set_mbstd_group(networks: Networks, group: int | None) -> None:

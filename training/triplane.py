@@ -57,6 +57,8 @@ class TriPlaneGenerator(torch.nn.Module):
     three different planes).
     """
 
+    decoder_class = OSGDecoder
+
     def __init__(
         self, z_dim: int, c_dim: int, w_dim: int, img_resolution: int, img_channels: int, sr_num_fp16_res: int = 0,
         mapping_kwargs: dict | None = None, rendering_kwargs: dict | None = None, sr_kwargs: dict | None = None,
@@ -71,9 +73,9 @@ class TriPlaneGenerator(torch.nn.Module):
         self.neural_rendering_resolution = neural_rendering_resolution
         self.renderer = ImportanceRenderer(plane_layout)
         self.ray_sampler = RaySampler()
+        size, channels = self._backbone_output()
         self.backbone = Generator(
-            z_dim, c_dim, w_dim, img_resolution=plane_resolution, img_channels=3 * plane_channels, mapping_kwargs=mapping_kwargs,
-            **synthesis_kwargs,
+            z_dim, c_dim, w_dim, img_resolution=size, img_channels=channels, mapping_kwargs=mapping_kwargs, **synthesis_kwargs
         )
         features = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
@@ -81,10 +83,13 @@ class TriPlaneGenerator(torch.nn.Module):
             channels=features, img_resolution=img_resolution, sr_num_fp16_res=sr_num_fp16_res,
             sr_antialias=self.rendering_kwargs["sr_antialias"], w_dim=w_dim, **(sr_kwargs or {}),
         )
-        lr_mul = self.rendering_kwargs.get("decoder_lr_mul", 1)
-        options = {"decoder_lr_mul": lr_mul, "decoder_output_dim": features, "decoder_hidden_dim": decoder_hidden_dim}
-        self.decoder = OSGDecoder(plane_channels, options)
+        options = {"decoder_lr_mul": 1, **self.rendering_kwargs, "decoder_output_dim": features, "decoder_hidden_dim": decoder_hidden_dim}
+        self.decoder = self.decoder_class(plane_channels, options)
         self._last_planes: torch.Tensor | None = None
+
+    def _backbone_output(self) -> tuple[int, int]:
+        """Resolution and channels."""
+        return self.plane_resolution, 3 * self.plane_channels
 
     @property
     def num_ws(self) -> int:
@@ -129,30 +134,31 @@ class TriPlaneGenerator(torch.nn.Module):
         planes = self.planes(ws, **synthesis_kwargs) if planes is None else planes
         if cache_backbone:
             self._last_planes = planes
-        sr_kwargs = {k: v for k, v in synthesis_kwargs.items() if k != "noise_mode"}
-        return self.render(planes, ws, c, self.neural_rendering_resolution, self.rendering_kwargs, **sr_kwargs)
+        return self.render(planes, ws, c, self.neural_rendering_resolution, self.rendering_kwargs, **synthesis_kwargs)
 
     def render(
-        self, planes: torch.Tensor, ws: torch.Tensor, c: torch.Tensor, resolution: int, options: dict, **sr_kwargs
+        self, planes: torch.Tensor, ws: torch.Tensor, c: torch.Tensor, resolution: int, options: dict, noise_mode: str = "random",
+        **sr_kwargs,
     ) -> dict[str, torch.Tensor]:
         """Render planes that are already there; changes nothing of the network.
 
         Args:
-            planes: [N, 3, C, H, W] of ws [N, L, W]; c: [N, 25] camera; resolution: rendered pixels per edge; options: as rendering_kwargs.
+            planes: [N, 3, C, H, W] of ws [N, L, W]; c: [N, 25] camera; resolution: rendered pixels per edge; options: as rendering_kwargs;
+            noise_mode: of further synthesis networks, which other families have; super-resolution goes by the options.
         Returns: as `synthesis`.
         """
+        feature_image, depth_image, opacity = self._march(planes, c, resolution, options)
+        rgb = feature_image[:, :3]
+        image = self.superresolution(rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs)
+        return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": opacity}
+
+    def _march(self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict) -> list[torch.Tensor]:
+        """Features [N, D, r, r], depth and opacity [N, 1, r, r] along the rays of cameras c [N, 25]."""
         cam2world, intrinsics = c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3)
         origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
         with torch.autocast(planes.device.type, enabled=False):  # densities reach 50 and more: too coarse in bfloat16
-            features, depth, opacity = self.renderer(planes.float(), self.decoder, origins, directions, options)
-
-        def as_image(x: torch.Tensor) -> torch.Tensor:
-            return x.transpose(1, 2).reshape(ws.shape[0], -1, resolution, resolution).contiguous()
-
-        feature_image, depth_image = as_image(features), as_image(depth)
-        rgb = feature_image[:, :3]
-        image = self.superresolution(rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs)
-        return {"image": image, "image_raw": rgb, "image_depth": depth_image, "image_opacity": as_image(opacity)}
+            rendered = self.renderer(planes.float(), self.decoder, origins, directions, options)
+        return [x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered]
 
     def sample(
         self, coordinates, directions, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs

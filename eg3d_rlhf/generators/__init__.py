@@ -96,9 +96,10 @@ def of(network: Any) -> Generator:
     """
     if not isinstance(network, torch.nn.Module):
         return network
-    for family in FAMILIES.values():
-        if isinstance(network, family.module):
-            return family.wrap(network)
+    kinds = {family.module: family for family in FAMILIES.values()}
+    for kind in type(network).__mro__:  # families may build upon each other
+        if kind in kinds:
+            return kinds[kind].wrap(network)
     raise TypeError(f"generator: expected a network of a known family ({', '.join(FAMILIES)}), got {type(network).__name__}")
 
 
@@ -190,4 +191,7 @@ def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.
     return generator.mapping(z, camera(generator, n=len(z)), truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
 
 
-from eg3d_rlhf.generators import eg3d as eg3d  # noqa: E402 (registers the family)
+from eg3d_rlhf.generators import eg3d as eg3d  # noqa: E402 (registers the family, as the others)
+from eg3d_rlhf.generators import hyplanehead as hyplanehead  # noqa: E402
+from eg3d_rlhf.generators import panohead as panohead  # noqa: E402
+from eg3d_rlhf.generators import spherehead as spherehead  # noqa: E402

@@ -36,7 +36,7 @@ class PlaneField:
 
     def __init__(self, G: Any, ws: torch.Tensor, noise_mode: str = "const"):
         check_shape("field(ws)", ws, ("N", "L", "C"), "Pass the output of mapping.")
-        self._G, self.ws = G, ws
+        self._G, self.ws, self._noise_mode = G, ws, noise_mode
         self.bounds = bounds_of(G)
         self.planes = G.planes(ws, noise_mode=noise_mode)  # [N, K, C, rows, columns]
 
@@ -90,7 +90,8 @@ class PlaneField:
             samples = options.samples if options.samples is not None else round(kwargs[key] * options.sample_mult)
             kwargs = {**kwargs, key: samples}
         resolution = options.resolution or self._G.neural_rendering_resolution
-        out = self._G.render(self.planes, self.ws, cameras.to(self.ws.device).expand(len(self), -1), resolution, kwargs)
+        cameras = cameras.to(self.ws.device).expand(len(self), -1)
+        out = self._G.render(self.planes, self.ws, cameras, resolution, kwargs, noise_mode=self._noise_mode)
         return Rendering(out["image"], out["image_raw"], out["image_depth"], out["image_opacity"])
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:

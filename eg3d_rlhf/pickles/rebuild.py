@@ -3,100 +3,23 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eg3d_rlhf.pickles.families import Kind, check_class, kind_of
 from eg3d_rlhf.pickles.machine import Refusal, brief, brief_text
+from eg3d_rlhf.pickles.options import BUILT_IN_ACTIVATION, D_OPTIONS, FIXED, G_OPTIONS, OPTIONAL_RENDERING, RENDERING, check
 from eg3d_rlhf.pickles.records import ModuleRecord, TensorRecord
 from eg3d_rlhf.pickles.snapshot import Snapshot, plain, read, refusing, tensors
 from training import networks, storage
 from training.discriminator import DualDiscriminator
 from training.rendering.renderer import generate_planes
-from training.superresolution import MODULES
-from training.triplane import TriPlaneGenerator
 
-LAYOUTS = ("eg3d", "fixed")
 G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # by position
 D_NAMES = ("c_dim", "img_resolution", "img_channels")
-
-
-Check = tuple[Callable[[Any], bool], str]  # whether a value is admitted; what is, in words
-
-
-def _whole(low: int, high: int) -> Check:
-    return lambda v: type(v) is int and low <= v <= high, f"a whole number of {low} to {high}"
-
-
-def _maybe(check: Check) -> Check:
-    return lambda v: v is None or check[0](v), f"{check[1]} or None"
-
-
-def _one_of(*values: Any) -> Check:
-    return lambda v: any(type(v) is type(w) and v == w for w in values), " or ".join(repr(v) for v in values)
-
-
-NUMBER = (lambda v: type(v) in (int, float) and abs(v) < 1e9, "a number")
-FLAG = _one_of(True, False)
-SIZE, CHANNELS = _whole(1, 1 << 16), _whole(1, 1 << 24)
-MODCONV = _one_of(True, False, "inference_only")
-FILTER = (lambda v: v == [1, 3, 3, 1], "[1, 3, 3, 1]")
-HALF = _whole(0, 32)
-MAPPING = {
-    "num_layers": _whole(1, 64), "embed_features": _maybe(SIZE), "layer_features": _maybe(SIZE), "lr_multiplier": NUMBER,
-    "w_avg_beta": _maybe(NUMBER), "activation": _one_of("lrelu", "relu", "linear", "swish"),
-}
-BLOCK: dict[str, Any] = {
-    "fused_modconv_default": MODCONV, "use_noise": FLAG, "fp16_channels_last": FLAG, "architecture": _one_of("skip"),
-    "resample_filter": FILTER, "activation": _one_of("lrelu"),
-}
-SYNTHESIS = {"channel_base": CHANNELS, "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": _maybe(NUMBER), **BLOCK}
-G_OPTIONS = {
-    "z_dim": SIZE, "c_dim": _whole(0, 1 << 16), "w_dim": SIZE, "img_resolution": _whole(4, 8192), "img_channels": _one_of(3),
-    "sr_num_fp16_res": HALF, "mapping_kwargs": {**MAPPING, "w_avg_beta": NUMBER}, "sr_kwargs": SYNTHESIS, **SYNTHESIS,
-}
-D_OPTIONS = {
-    "c_dim": _whole(0, 1 << 16), "img_resolution": _whole(4, 8192), "img_channels": _one_of(3), "channel_base": CHANNELS,
-    "channel_max": SIZE, "num_fp16_res": HALF, "conv_clamp": _maybe(NUMBER), "cmap_dim": _maybe(SIZE), "disc_c_noise": NUMBER,
-    "architecture": _one_of("resnet"), "mapping_kwargs": MAPPING,
-    "block_kwargs": {
-        "freeze_layers": _whole(0, 64), "fp16_channels_last": FLAG, "activation": _one_of("lrelu"), "resample_filter": FILTER,
-    },
-    "epilogue_kwargs": {"mbstd_group_size": _maybe(SIZE), "mbstd_num_channels": _whole(0, 64), "activation": _one_of("lrelu")},
-}
-FIXED = ("architecture", "resample_filter")  # one value is admitted, ours is built in
-BUILT_IN_ACTIVATION = ("sr_kwargs", "block_kwargs", "epilogue_kwargs", "")  # where ours takes no `activation`
-
-RAY_LIMIT = (lambda v: v == "auto" or NUMBER[0](v), "a number or 'auto'")
-POSITIVE = (lambda v: type(v) in (int, float) and 0 < v < 1e6, "a number above 0")
-RENDERING = {  # needed to render; others are kept as they are
-    "c_gen_conditioning_zero": FLAG, "superresolution_noise_mode": _one_of("none", "random", "const"), "sr_antialias": FLAG,
-    "box_warp": POSITIVE, "depth_resolution": _whole(1, 4096), "clamp_mode": _one_of("softplus"),
-    "ray_start": RAY_LIMIT, "ray_end": RAY_LIMIT,
-    "superresolution_module": (lambda v: isinstance(v, str) and v.rpartition(".")[2] in MODULES, f"one of {', '.join(MODULES)}"),
-}
-OPTIONAL_RENDERING = {
-    "depth_resolution_importance": _whole(0, 4096), "decoder_lr_mul": POSITIVE, "c_scale": NUMBER, "disparity_space_sampling": FLAG,
-    "white_back": FLAG, "density_noise": NUMBER, "avg_camera_radius": POSITIVE,
-    "avg_camera_pivot": (lambda v: isinstance(v, list) and len(v) == 3 and all(NUMBER[0](x) for x in v), "three numbers"),
-}
-
-
-def check(values: dict, table: dict, where: str) -> None:
-    """Every name known, every value plausible. Raises: Refusal naming the first that is not."""
-    for name, value in values.items():
-        title = f"{where}{brief_text(name)}"
-        if name not in table:
-            raise Refusal(f"the unknown constructor argument {title}")
-        rule = table[name]
-        if isinstance(rule, dict):
-            if not isinstance(value, dict):
-                raise Refusal(f"{title} = {brief(value)} instead of a dictionary")
-            check(value, rule, f"{title}.")
-        elif not rule[0](value):
-            raise Refusal(f"{title} = {brief(value)} instead of {rule[1]}")
 
 
 def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
@@ -120,23 +43,27 @@ def _ours(values: dict, where: str = "") -> dict:
     return {k: _ours(v, k) if isinstance(v, dict) else v for k, v in values.items() if k not in built_in}
 
 
-def generator_kwargs(module: ModuleRecord) -> dict:
-    """Arguments of our TriPlaneGenerator, with the plane layout that the renderer carries.
+def generator_plan(module: ModuleRecord, name: str) -> "Plan":
+    """A generator of the family that its tensors show, with the plane layout that the renderer carries.
 
     Raises: Refusal for another class, unknown names, implausible values, foreign plane axes.
     """
-    if module.class_name != "TriPlaneGenerator":
-        raise Refusal(f"a generator of class {brief(module.class_name)} instead of 'TriPlaneGenerator'")
+    check_class(module.class_name)
+    found = tensors(module, name)
+    found.pop("dataset_label_std", None)
     kwargs = _arguments(module, G_NAMES, "a generator")
     stated = kwargs.pop("rendering_kwargs", {})
     rendering = plain(module.state.get("rendering_kwargs", stated))
     check(kwargs, G_OPTIONS, "")
     if not isinstance(rendering, dict):
         raise Refusal(f"rendering_kwargs that are {brief(rendering)}")
-    _with(rendering, [k for k in RENDERING if k != "clamp_mode"], "rendering_kwargs")
-    known = {**RENDERING, **OPTIONAL_RENDERING}
+    kind = kind_of(module.class_name, {key: value.shape for key, value in found.items()}, rendering)
+    needed = {**RENDERING, **kind.rendering}
+    _with(rendering, [k for k in needed if k != "clamp_mode"], "rendering_kwargs")
+    known = {**needed, **OPTIONAL_RENDERING, **kind.optional}
     check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
-    return {**_ours(kwargs), "rendering_kwargs": rendering, "plane_layout": plane_layout(module)}
+    layout = {"plane_layout": plane_layout(module, kind)} if kind.layouts else {}
+    return Plan(kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, found, kind.architecture)
 
 
 def _inside(module: ModuleRecord, part: str, name: str) -> Any:
@@ -145,17 +72,17 @@ def _inside(module: ModuleRecord, part: str, name: str) -> Any:
     return children.get(name) if isinstance(children, dict) else None
 
 
-def plane_layout(module: ModuleRecord) -> str:
-    """'eg3d' or 'fixed', from renderer.plane_axes. Raises: Refusal for other axes, or none."""
+def plane_layout(module: ModuleRecord, kind: Kind) -> str:
+    """One of the kind's layouts, from renderer.plane_axes. Raises: Refusal for other axes, or none."""
     renderer = _inside(module, "_modules", "renderer")
     axes = renderer.state.get("plane_axes") if isinstance(renderer, ModuleRecord) and renderer.state is not None else None
     if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
         raise Refusal("a generator whose renderer carries no plane_axes [3, 3, 3]")
     value = axes.tensor().to(torch.float32)
-    for layout in LAYOUTS:
+    for layout in kind.layouts:
         if torch.equal(value, generate_planes(layout)):
             return layout
-    raise Refusal(f"plane_axes of neither layout ({', '.join(LAYOUTS)})")
+    raise Refusal(f"plane_axes of no layout of {kind.architecture} ({', '.join(kind.layouts)})")
 
 
 def neural_rendering_resolution(module: ModuleRecord) -> int:
@@ -176,6 +103,7 @@ class Plan:
     cls: type[torch.nn.Module]
     kwargs: dict
     tensors: dict[str, TensorRecord]
+    architecture: str = networks.EG3D
 
     def build(self) -> torch.nn.Module:
         """The network with the file's tensors."""
@@ -207,7 +135,8 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     for name, module in built.items():
         module.train(name != "G_ema").requires_grad_(False)
     D_kwargs = plans["D"].kwargs if "D" in plans else None
-    return networks.Networks(built.get("G"), built.get("D"), built["G_ema"], plans["G_ema"].kwargs, D_kwargs, training_set)
+    G_kwargs, name = plans["G_ema"].kwargs, plans["G_ema"].architecture
+    return networks.Networks(built.get("G"), built.get("D"), built["G_ema"], G_kwargs, D_kwargs, training_set, architecture=name)
 
 
 def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
@@ -222,9 +151,7 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
         for name in ("G_ema", "G"):
             if (module := snapshot.networks.get(name)) is not None:
                 neural_rendering_resolution(module)
-                found = tensors(module, name)
-                found.pop("dataset_label_std", None)
-                plans[name] = Plan(TriPlaneGenerator, generator_kwargs(module), found)
+                plans[name] = generator_plan(module, name)
         if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
             ours, theirs = plans["G_ema"].kwargs, plans["G"].kwargs
             differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))

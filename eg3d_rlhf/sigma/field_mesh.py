@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eg3d_rlhf.field import Field, SeparableField
+from eg3d_rlhf.field import Field, ProductField, SeparableField
 from eg3d_rlhf.sigma.chunked_mesh import BRICK, Progress, SurfaceBuilder, bricks_along, extract_mesh_blockwise, padded
 from eg3d_rlhf.sigma.mesh import check_crossed, check_finite, outside_value
 from eg3d_rlhf.sigma.separable import SeparableDensity
@@ -66,7 +66,9 @@ class FieldGrid:
     def _block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Raw density [X, Y, Z] on the CPU at the product of world coordinates x [X], y [Y], z [Z]."""
         density = self.separable(x, y, z)
-        if density is None:
+        if density is None and isinstance(self.field, ProductField):
+            block = self.field.density_product(x, y, z)[0].cpu()
+        elif density is None:
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1).reshape(-1, 3)
             block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
         else:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch_utils.ops.slab_density import slab_density
 
 
-def _interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
+def interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
     """Bilinear weights of `size` texels at 1-D coordinates in plane units (-1..1 = outer edges, align_corners=False, zeros outside).
 
     Returns: the matrix [points, touched texels] with at most two non-zeros per row, and the slice of texels it refers to.
@@ -68,7 +68,7 @@ class _SampledPlanes(torch.autograd.Function):
     def forward(ctx, planes, pairs, merged, axes):
         ctx.shape, ctx.pairs, ctx.merged = planes.shape, pairs, merged
         ctx.sides = [
-            (_interpolation(axes[height], planes.shape[3]), _interpolation(axes[width], planes.shape[4])) for width, height in pairs
+            (interpolation(axes[height], planes.shape[3]), interpolation(axes[width], planes.shape[4])) for width, height in pairs
         ]
         features = [None] * len(merged)
         for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(zip(pairs, ctx.sides, strict=True)):

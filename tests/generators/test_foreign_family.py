@@ -58,7 +58,8 @@ def foreign(tmp_path_factory):
 def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):
     unheard = tmp_path / "unheard.safetensors"
     storage.write_tensors(unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None})
-    lacks = {foreign[0]: "expected a network file with G, D and G_ema", unheard: "expected an architecture of eg3d, mirrored"}
+    known = "expected an architecture of eg3d, hyplanehead, mirrored, panohead, spherehead"
+    lacks = {foreign[0]: "expected a network file with G, D and G_ema", unheard: known}
     for init, message in lacks.items():
         result = CliRunner().invoke(train.main, [f"--init={init}", f"--data={tiny_data}", f"--outdir={tmp_path}"])
         assert result.exit_code == 2 and result.stderr.startswith("Error: --init: ") and message in result.stderr.splitlines()[-1]

@@ -203,6 +203,37 @@ def nested_modules() -> bytes:
     return b"}\x8c\x05G_ema" + new + b"}\x8c\x08_modules}\x8c\x01ah\x00s\x8c\x01bh\x00ssbs."
 
 
+def heads(marker: str) -> Iterator[tuple[str, bytes]]:
+    """Full heads that state what their family does not know, or carry a call."""
+    writer = SnapshotWriter()
+    changes = {
+        "panohead": {
+            "depth 0": {"triplane_depth": 0}, "huge size": {"triplane_size": 1 << 20}, "odd size": {"triplane_size": 9},
+            "activation": {"decoder_activation": "__import__('os')"}, "flag": {"use_background": 2}, "mode": {"render_mode": "Sphere"},
+            "extent": {"triplane_extent": -1},
+        },
+        "spherehead": {"planes": {"triplane_depth": 2}, "parsing": {"parsing_flag": True}, "noise": {"superresolution_noise_mode": "x"}},
+        "hyplanehead": {"mode": {"render_mode": "x" * 5000}, "maps": {"multiplane_num": 2}, "one flag": {"cir2squ_flag": False}},
+    }
+    for family, rows in changes.items():
+        G, kwargs = w.head_generator(family)
+        for name, change in rows.items():
+            rendering = writer.easy({**kwargs["rendering_kwargs"], **change})
+            yield f"{family}: {name}", dumps({"G_ema": writer.generator(G, kwargs, rendering_kwargs=rendering)})
+        lacking = {k: v for k, v in kwargs["rendering_kwargs"].items() if k != "triplane_size"}
+        yield f"{family}: no size", dumps({"G_ema": writer.generator(G, kwargs, rendering_kwargs=writer.easy(lacking))})
+        yield f"{family}: unknown argument", dumps({"G_ema": writer.generator(G, {**kwargs, "hook": "os.system"})})
+        called = {**kwargs["rendering_kwargs"], "trans_reg": Call(ref("os", "system"), (f"touch {marker}",))}
+        yield f"{family}: a call among the options", dumps({"G_ema": writer.generator(G, kwargs, rendering_kwargs=called)})
+        record = writer.generator(G, kwargs)
+        record.args[0]["class_name"] = "TriGridGenerator" if family == "hyplanehead" else "TriPlaneSingSphGenerator_flatten"
+        yield f"{family}: class of another family", dumps({"G_ema": record})
+        record = writer.generator(G, kwargs)
+        state = record.args[0]["state"]["_modules"]["decoder"].args[0]["state"]
+        state["_modules"]["net"] = Call(ref("builtins", "eval"), (f"open({marker!r}, 'w')",))
+        yield f"{family}: a call as a layer", dumps({"G_ema": record})
+
+
 def misread(marker: str) -> Iterator[tuple[str, bytes]]:
     """Not such a file at all."""
     del marker
@@ -213,7 +244,7 @@ def misread(marker: str) -> Iterator[tuple[str, bytes]]:
     }.items()
 
 
-SOURCES: tuple[Callable[[str], Iterator[tuple[str, bytes]]], ...] = (calls, streams, states, bombs, tensors, misread)
+SOURCES: tuple[Callable[[str], Iterator[tuple[str, bytes]]], ...] = (calls, streams, states, bombs, tensors, misread, heads)
 
 
 def attempt(data: bytes, who: str) -> str:

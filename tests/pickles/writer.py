@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from training import networks
+from training.fullhead import FullHeadGenerator, HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator
 from training.rendering.renderer import ImportanceRenderer
 
 PLAIN = {
     "OSGDecoder": "training.triplane", "ImportanceRenderer": "training.volumetric_rendering.renderer",
     "MipRayMarcher2": "training.volumetric_rendering.ray_marcher", "RaySampler": "training.volumetric_rendering.ray_sampler",
     "Softplus": "torch.nn.modules.activation", "Sequential": "torch.nn.modules.container",
+}
+HEADS = {  # our names of what full heads' pickles call otherwise, all of them with module text
+    "PanoHeadGenerator": "TriPlaneGenerator", "SphereHeadGenerator": "TriPlaneGenerator", "FeatureDecoder": "OSGDecoder",
+    "HyPlaneHeadGenerator": "TriPlaneSingSphGenerator_flatten", "HeadRenderer": "ImportanceRenderer",
 }
 RENDERING = {
     "image_resolution": 128, "disparity_space_sampling": False, "clamp_mode": "softplus", "c_gen_conditioning_zero": False,
@@ -45,6 +50,29 @@ def stock_networks(layout: str = "eg3d") -> networks.Networks:
     with torch.no_grad():
         nets.G_ema.decoder.net[0].bias.add_(0.25)
     return nets
+
+
+HEAD_RENDERING = {
+    **RENDERING, "triplane_size": 8, "triplane_depth": 3, "decoder_activation": "none", "use_torgb_raw": True, "use_background": True,
+    "trans_reg": 10.0, "c_scale": 1,
+}
+HEAD_CLASSES: dict[str, tuple[type[FullHeadGenerator], dict]] = {  # by family, with rendering options of their own
+    "panohead": (PanoHeadGenerator, {}), "spherehead": (SphereHeadGenerator, {"parsing_flag": False}),
+    "hyplanehead": (HyPlaneHeadGenerator, {
+        "triplane_depth": 1, "multiplane_num": 1, "render_mode": "TriPlane_SingSph_flatten", "sph2cir_flag": True, "cir2squ_flag": True,
+    }),
+}
+
+
+@cache
+def head_generator(family: str) -> tuple[FullHeadGenerator, dict]:
+    """A small full head and its arguments. Treat as read-only."""
+    cls, more = HEAD_CLASSES[family]
+    kwargs = {**G_KWARGS, "w_dim": 16, "z_dim": 8, "rendering_kwargs": {**HEAD_RENDERING, **more}}
+    torch.manual_seed(2)
+    G = cls(**kwargs).eval().requires_grad_(False)
+    G.neural_rendering_resolution = 8
+    return G, kwargs
 
 
 class Ref:
@@ -193,7 +221,8 @@ class SnapshotWriter:
 
     def module(self, module: torch.nn.Module, **extra) -> Call | New:
         """A module and those in it."""
-        name = type(module).__name__
+        own = type(module).__name__
+        name = HEADS.get(own, own)
         state = {
             "training": module.training, "_buffers": {k: tensor(v, self.storage) for k, v in module._buffers.items()},
             "_parameters": {
@@ -207,7 +236,7 @@ class SnapshotWriter:
             state["plane_axes"] = tensor(module.plane_axes, self.storage)
         if hasattr(module, "weight_gain"):
             state["weight_gain"] = Call(self.scalar, (self.dtype, struct.pack("<d", module.weight_gain)))
-        if name in PLAIN:
+        if own in PLAIN:
             return New(ref(PLAIN[name], name), state)
         return self.persistent(name, state)
 

@@ -16,8 +16,12 @@ class MipRayMarcher2(torch.nn.Module):
 
     With mid-point colour c_i, raw density s_i and depth d_i of neighbouring samples, and interval length delta_i:
     sigma_i = softplus(s_i - 1), alpha_i = 1 - exp(-sigma_i delta_i), w_i = alpha_i prod_{j<i} (1 - alpha_j + 1e-10).
-    There is no interval from the last sample to infinity.
+    There is no interval from the last sample to infinity. `symmetric` colours go from 0..1 to -1..1 at the end, as EG3D's do.
     """
+
+    def __init__(self, symmetric: bool = True):
+        super().__init__()
+        self.symmetric = symmetric
 
     def forward(
         self, colors: torch.Tensor, densities: torch.Tensor, depths: torch.Tensor, rendering_options: dict
@@ -27,8 +31,8 @@ class MipRayMarcher2(torch.nn.Module):
         Args:
             colors: [N, M, S, C]; densities: [N, M, S, 1] raw; depths: [N, M, S, 1] ascending.
             rendering_options: 'clamp_mode' must be 'softplus'; 'white_back' adds 1 - sum(w) to the colour.
-        Returns: colour sum(w c) * 2 - 1 [N, M, C]; depth sum(w d)/sum(w), clamped to the smallest and largest depth of the *whole batch*
-            (so a rendering depends on its batch in empty pixels) [N, M, 1]; weights [N, M, S-1, 1].
+        Returns: colour sum(w c) * 2 - 1, or sum(w c) where not symmetric [N, M, C]; depth sum(w d)/sum(w), clamped to the smallest and
+            largest depth of the *whole batch* (so a rendering depends on its batch in empty pixels) [N, M, 1]; weights [N, M, S-1, 1].
         """
         weights, depths_mid = march_weights(densities, depths)
         colors_mid = (colors[:, :, :-1] + colors[:, :, 1:]) / 2
@@ -70,7 +74,7 @@ class MipRayMarcher2(torch.nn.Module):
         depth = torch.where(seen, depth_sum / torch.where(seen, total, 1), float("inf"))
         if rendering_options.get("white_back", False):
             rgb = rgb + 1 - total
-        return rgb * 2 - 1, torch.clamp(depth, *depth_range)
+        return rgb * 2 - 1 if self.symmetric else rgb, torch.clamp(depth, *depth_range)
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -25,6 +25,7 @@ _AXES = {
     # rows are the new basis: row 0 gives the plane's width coordinate, row 1 its height coordinate
     "eg3d": ("xyz", "xzy", "zxy"),  # (x,y), (x,z), (z,x): the released checkpoints; the third repeats the second, transposed
     "fixed": ("xyz", "xzy", "zyx"),  # (x,y), (x,z), (z,y): three different planes
+    "panohead": ("xyz", "xzy", "yzx"),  # (x,y), (x,z), (y,z): PanoHead and what follows it
 }
 
 
@@ -32,7 +33,7 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
     """Axes of the three planes.
 
     Args:
-        layout: 'eg3d' (released checkpoints) or 'fixed' (EG3D issue #67).
+        layout: 'eg3d' (released checkpoints), 'fixed' (EG3D issue #67) or 'panohead'.
     Returns: [3, 3, 3], plane k's basis in its rows.
     Raises: ValueError for another layout.
     """
@@ -146,21 +147,23 @@ class ImportanceRenderer(torch.nn.Module):
         Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}, or 'sigma' alone.
         """
         del sample_directions
-        if implementations.current() == "ref" or not hasattr(decoder, "weights"):
-            features = sample_planes_channels_first(self.plane_axes, planes, sample_coordinates, options["box_warp"])
-            out = decoder.decode(features.mean(dim=1).transpose(1, 2))
-        else:
-            weights = decoder.weights(planes.dtype)
-            weights = weights.density_only() if sigma_only else weights
-            merged = self.merge(planes) if merged is None else merged
-            points = sample_coordinates.to(planes)
-            rgb, sigma = triplane_decode(planes, self.plane_axes, points, options["box_warp"], weights, merged=merged)
-            out = {"rgb": rgb, "sigma": sigma}
+        out = self._decode_at(planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged)
         if sigma_only:
             out = {"sigma": out["sigma"]}
         if options.get("density_noise", 0) > 0:
             out["sigma"] = out["sigma"] + torch.randn_like(out["sigma"]) * options["density_noise"]
         return out
+
+    def _decode_at(self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None) -> dict[str, torch.Tensor]:
+        """Planes read at points and decoded, without noise: what other families replace. See `run_model`."""
+        if implementations.current() == "ref" or not hasattr(decoder, "weights"):
+            features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp)
+            return decoder.decode(features.mean(dim=1).transpose(1, 2))
+        weights = decoder.weights(planes.dtype)
+        weights = weights.density_only() if sigma_only else weights
+        merged = self.merge(planes) if merged is None else merged
+        rgb, sigma = triplane_decode(planes, self.plane_axes, points.to(planes), box_warp, weights, merged=merged)
+        return {"rgb": rgb, "sigma": sigma}
 
     def merge(self, planes: torch.Tensor) -> MergedPlanes | None:
         """Planes [N, 3, C, H, W] as fast look-ups read them; None where they are not axis-aligned."""

@@ -1,0 +1,83 @@
+"""A generator of EG3D as one of PanoHead's kind with the same shapes and pictures: a foreign family with a known truth.
+
+Letters: C plane channels, D slices, F decoded features.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from eg3d_rlhf.sigma.separable import interpolation
+from training import networks
+
+SLICES = 3
+EXACT = 1.5  # sides of the box along which three slices lie so that reads do not fade inside it: their centres are its faces and middle
+_LATTICE = 257  # positions along the slices at which the blend is solved
+
+
+def slice_shares(extent: float, slices: int = SLICES) -> tuple[torch.Tensor, float]:
+    """Shares s [D] of a plane that its slices hold, so that their blend is as near to the plane as can be, in least squares along the box.
+
+    A read at t blends slices by hats T(t) [D]; sum_d T_d(t) s_d should be 1. Returns: s, and the largest |sum - 1| over the box.
+    """
+    matrix, touched = interpolation(torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices)
+    hats = torch.zeros(_LATTICE, slices, dtype=torch.float64)
+    hats[:, touched] = matrix.double()
+    ones = torch.ones(_LATTICE, 1, dtype=torch.float64)
+    shares = torch.linalg.lstsq(hats, ones).solution
+    return shares[:, 0], float((hats @ shares - ones).abs().max())
+
+
+def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[networks.Networks, float]:
+    """Networks of EG3D as PanoHead's: every plane becomes three slices, the white (or black) behind it a background network's constant, raw
+    colours an identity style layer, and the camera's move nought. D is the same object.
+
+    Args: extent: sides of the box along which the slices lie. From `EXACT` on density, colours and pictures are those of `nets` up to
+    rounding; at 1, as in published networks, features fade towards the faces.
+    Returns: the networks, and the largest relative error of the features over the box.
+    Raises: ValueError for networks of another family.
+    """
+    if nets.architecture != networks.EG3D:
+        raise ValueError(f"tri-grid: expected a generator of {networks.EG3D}, got one of {nets.architecture}. Name another file.")
+    shares, residual = slice_shares(extent)
+    stated = nets.G_kwargs["rendering_kwargs"]
+    G_ema: Any = nets.G_ema
+    size = G_ema.plane_resolution
+    rendering = {
+        **stated, "triplane_size": size, "triplane_depth": SLICES, "triplane_extent": extent, "side_margin": None, "white_back": False,
+        "decoder_activation": "sigmoid", "use_torgb_raw": True, "use_background": True,
+    }
+    kwargs = {**{k: v for k, v in nets.G_kwargs.items() if k != "plane_resolution"}, "rendering_kwargs": rendering}
+    kwargs["plane_layout"] = G_ema.plane_layout
+    behind = 2.0 if stated.get("white_back", False) else 0.0  # features in -1..1 begin at -1 where nothing is
+    make, _ = networks.architecture("panohead")
+    G = None if nets.G is None else _converted(make, kwargs, nets.G, shares, behind)
+    converted = _converted(make, kwargs, G_ema, shares, behind)
+    rest = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
+    return networks.Networks(G, nets.D, converted, kwargs, *rest), residual
+
+
+@torch.no_grad()
+def _converted(make: type[torch.nn.Module], kwargs: dict, G: Any, shares: torch.Tensor, behind: float) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the background's features, which tuning may use
+        made: Any = make(**kwargs)
+    state = made.state_dict()
+    for name, value in G.state_dict().items():
+        if name.startswith("backbone.synthesis.") and name.endswith((".torgb.weight", ".torgb.bias")):
+            sliced = value.unflatten(0, (-1, 1)) * shares.to(value).view(-1, *[1] * (value.ndim - 1))  # [3 C, D, ...]
+            value = sliced.flatten(0, 1)
+        state[name].copy_(value)
+    for name, value in state.items():  # references to the parameters
+        if name.startswith("bcg_synthesis.") and ".torgb." in name and ".affine." not in name:
+            value.zero_()
+    features = made.torgb.weight.shape[1]
+    made.torgb.affine.weight.zero_()
+    made.torgb.weight.copy_(torch.eye(3, features)[..., None, None] * math.sqrt(features))
+    last = getattr(made.bcg_synthesis, f"b{made.bcg_synthesis.img_resolution}")
+    last.torgb.bias.fill_(behind)
+    final = getattr(made.t_mapping, f"fc{made.t_mapping.num_layers - 1}")
+    final.weight.zero_()
+    made.neural_rendering_resolution = G.neural_rendering_resolution
+    return made.train(G.training).requires_grad_(False)

@@ -1,0 +1,79 @@
+"""sigma_raw of a tri-grid on a straight grid, from slices that are read once per pair of coordinates and never once per point.
+
+A tri-grid reads stack k at (u, v, t), linear in t between its D slices. Average and first layer are linear, so that at grid point (x, y, z)
+
+    h[j] = b0[j] + sum_d (T_z[z, d] A[j, d, x, y] + T_y[y, d] B[j, d, x, z] + T_x[x, d] C[j, d, y, z]),
+    sigma_raw = sum_j w[j] softplus(h[j]) + b,
+
+with A, B, C the stacks whose slices lie along z, y and x, and at most two non-zeros in a row of T. This is no sum of maps of two
+coordinates, so that neither `slab_density` nor the bounds of field_mesh.py apply: every point is evaluated, but by matrix products.
+
+Letters: N batch, C channels, D slices, P, Q = rows, columns of a slice, J hidden units, X, Y, Z = grid points per axis, R of X in a block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from eg3d_rlhf.sigma.separable import interpolation
+from eg3d_rlhf.sigma.slab import DecoderWeights
+
+Order = tuple[int, int, int]  # coordinates (0, 1, 2 for x, y, z) along width, height and slices of a stack
+
+_CPU_BLOCK, _CUDA_BLOCK = 1 << 17, 1 << 24  # pre-activations at once: 512 KiB, which a core's second-level cache holds; 64 MiB
+_RECORDED_BLOCK = 1 << 20  # the same where a gradient is recorded: every block is a step of the graph
+
+
+def tri_grid_density(
+    planes: torch.Tensor, orders: Sequence[Order], weights: DecoderWeights, axes: Sequence[torch.Tensor], extent: float = 1.0
+) -> torch.Tensor:
+    """Raw density at the product of coordinates.
+
+    Args:
+        planes: [N, 3, C, D, P, Q]; orders: of the stacks, the slices of each along another coordinate; weights: of the decoder;
+        axes: x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU; extent: see `sample_tri_grid`.
+    Returns: [N, X, Y, Z].
+    Differentiable in planes and weights; the pre-activations are computed again in the backward pass.
+    """
+    blend_x, blend_y, blend_z = (_blend(axis, planes.shape[3], extent).to(planes) for axis in axes)  # [X, D], [Y, D], [Z, D]
+    stacks = {order[2]: _hidden(planes[:, k], order, weights.w0 / len(orders), axes) for k, order in enumerate(orders)}
+    a = stacks[2]  # [N, J, D, X, Y]
+    b = stacks[1].permute(4, 0, 1, 3, 2).contiguous()  # [Z, N, J, X, D]
+    c = stacks[0].permute(4, 0, 1, 2, 3).contiguous()  # [Z, N, J, D, Y]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, *weights))
+    block = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if recorded else _CPU_BLOCK
+    rows = max(1, block // (a.shape[0] * a.shape[1] * a.shape[4]))
+    parts = []
+    for a_rows, b_rows, x_rows in zip(a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows), strict=True):
+        a_rows = a_rows.movedim(2, 0).contiguous()  # [D, N, J, R, Y]
+        layers = []
+        for at_z, b_layer, c_layer in zip(blend_z.unbind(), b_rows.unbind(), c.unbind(), strict=True):
+            inputs = (a_rows, b_layer, c_layer, x_rows, blend_y, at_z, weights.b0, weights.w_sigma, weights.b_sigma)
+            layers.append(checkpoint(_layer, *inputs, use_reentrant=False) if recorded else _layer(*inputs))
+        parts.append(torch.stack(layers, dim=3))  # [N, R, Y, Z]
+    return torch.cat(parts, dim=1)
+
+
+def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
+    """Shares [points, D] of the slices at coordinates along them."""
+    matrix, touched = interpolation(axis / extent, slices)
+    return torch.zeros(len(axis), slices, dtype=axis.dtype).index_copy(1, torch.arange(slices)[touched], matrix.to(axis.dtype))
+
+
+def _hidden(stack: torch.Tensor, order: Order, w0: torch.Tensor, axes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A stack [N, C, D, P, Q] through the first layer w0 [J, C] at the product of its two coordinates: [N, J, D, lower, higher axis]."""
+    width, height, _ = order
+    (rows, row_slice), (columns, column_slice) = interpolation(axes[height], stack.shape[3]), interpolation(axes[width], stack.shape[4])
+    sampled = rows.to(stack) @ stack[..., row_slice, column_slice] @ columns.to(stack).T  # [N, C, D, height, width]
+    return torch.einsum("jc,ncduv->njduv", w0, sampled.transpose(3, 4) if height > width else sampled)
+
+
+def _layer(a, b, c, blend_x, blend_y, blend_z, b0, w_sigma, b_sigma) -> torch.Tensor:
+    """Raw density [N, R, Y] of rows of x at one z: a [D, N, J, R, Y], b [N, J, R, D], c [N, J, D, Y], blends [R, D], [Y, D], [D]."""
+    slices, n, j, r, y = a.shape
+    hidden = torch.addmm((blend_z @ a.view(slices, -1)).view(-1, y), b.reshape(-1, slices), blend_y.T)  # [N J R, Y]
+    hidden = torch.baddbmm(hidden.view(n * j, r, y), blend_x.expand(n * j, -1, -1), c.flatten(0, 1))
+    hidden = hidden.view(n, j, r, y) + b0[:, None, None]
+    return torch.einsum("j,njp->np", w_sigma, functional.softplus(hidden).flatten(2)).view(n, r, y) + b_sigma

@@ -1,0 +1,138 @@
+"""The bundled generator as a tri-grid: the same density, colours, pictures and meshes through PanoHead's path."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from click.testing import CliRunner
+
+from eg3d_rlhf import bundled
+from eg3d_rlhf.generators import camera, load_generator, of, ws_of_seeds
+from eg3d_rlhf.generators.conversion import EXACT, slice_shares, to_tri_grid
+from eg3d_rlhf.reward.reward import check_reward, load_reward
+from eg3d_rlhf.sigma.spec import SlabSpec
+from tests import tiny_runs
+from tests.pickles.writer import head_generator
+from tools import convert, export_mesh
+from training import networks
+
+SEEDS, PSI = [1, 2], 0.7
+
+
+def run(tool, *flags):
+    return CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(bundled generator, the same as a tri-grid, its file)."""
+    path = tmp_path_factory.mktemp("converted") / "tri-grid.safetensors"
+    result = run(convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={path}")
+    assert result.exit_code == 0 and "Tri-grid of 3 slices along 1.5 sides of the box" in result.stdout, result.output
+    return load_generator(), load_generator(path), path
+
+
+@pytest.fixture(scope="module")
+def fields(files):
+    """Both fields of the same latents."""
+    before, after, _ = files
+    ws = ws_of_seeds(before.generator, SEEDS, PSI)
+    assert torch.equal(ws, ws_of_seeds(after.generator, SEEDS, PSI))
+    return before.generator.field(ws), after.generator.field(ws)
+
+
+def test_the_blend_of_slices():
+    shares, residual = slice_shares(EXACT)
+    torch.testing.assert_close(shares, torch.ones(3, dtype=torch.float64))
+    assert residual < 1e-12
+    shares, residual = slice_shares(1.0)  # PanoHead's own slices: no blend is even up to the faces, where half is lost
+    assert shares[0] == pytest.approx(float(shares[2])) and 0.2 < residual < 0.5
+    assert slice_shares(1.4)[1] < residual
+
+
+def test_density_and_colour_are_the_same(files, fields):
+    before, after = fields
+    assert files[1].generator.architecture == "panohead"
+    grid = SlabSpec.of(files[0].generator.bounds, 25)
+    with torch.no_grad():
+        expected = before.density_grid(grid)
+        scale = float(expected.max() - expected.min())
+        for impl in ("separable", "pointwise"):
+            assert float((after.density_grid(grid, impl) - expected).abs().max()) < 1e-5 * scale
+        points = torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+        torch.testing.assert_close(after.colour(points), before.colour(points), rtol=0, atol=1e-5)
+
+
+def test_pictures_are_the_same(files, fields):
+    label, seen = camera(files[0].generator, 0.3, -0.1), []
+    for field in fields:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            seen.append(field.render(label))
+    before, after = seen
+    for name in ("image", "raw", "opacity"):
+        error = (getattr(before, name) - getattr(after, name)).abs()
+        assert float(error.mean()) < 1e-5 and float(error.max()) < 5e-3, name  # single fine samples move with rounding
+    solid = before.opacity > 0.5
+    assert solid.float().mean() > 0.1 and float((before.depth - after.depth)[solid].abs().mean()) < 1e-4
+
+
+def test_the_rewards_of_the_bundled_generator_read_it_alike(files, fields):
+    reward = load_reward(bundled.REWARD)
+    check_reward(reward, files[1].generator)
+    with torch.no_grad():
+        torch.testing.assert_close(reward.score(fields[1]), reward.score(fields[0]), rtol=1e-4, atol=1e-3)
+
+
+def test_its_mesh_is_the_same(files, tmp_path):
+    flags = ["--seed=1", f"--trunc={PSI}", "--resolution=48"]
+    for name, path in (("before", bundled.GENERATOR), ("after", files[2])):
+        assert run(export_mesh, f"--network={path}", f"--out={tmp_path / name}.ply", *flags).exit_code == 0
+    before, after = (trimesh.load(tmp_path / f"{name}.ply") for name in ("before", "after"))
+    assert len(before.vertices) == len(after.vertices) and after.is_watertight
+    np.testing.assert_allclose(np.sort(after.vertices, axis=0), np.sort(before.vertices, axis=0), atol=1e-4)
+
+
+def test_extent_one_is_panoheads_and_not_the_same(files, fields, tmp_path):
+    path = tmp_path / "published.safetensors"
+    result = run(convert, bundled.GENERATOR, "--tri-grid=1", f"--out={path}", "--only-ema")
+    assert result.exit_code == 0, result.output
+    assert float(result.stdout.partition("within ")[2].split()[0]) == pytest.approx(slice_shares(1.0)[1], rel=0.01)
+    ws = ws_of_seeds(load_generator(path).generator, SEEDS, PSI)
+    grid = SlabSpec.of(files[0].generator.bounds, 15)
+    with torch.no_grad():
+        faded = load_generator(path).generator.field(ws).density_grid(grid) - fields[0].density_grid(grid)
+    assert float(faded.abs().max()) > 1
+
+
+@pytest.mark.parametrize("layout", ["eg3d", "fixed"])
+def test_other_networks_are_converted_too(layout):
+    """With super-resolution, noise, rays that leave the box, slices along two axes only, and no white behind."""
+    nets = tiny_runs.build_networks(plane_layout=layout)
+    converted, residual = to_tri_grid(nets, extent=6)
+    assert residual < 1e-12
+    assert converted.D is nets.D and json.dumps(converted.G_kwargs)
+    before, after = nets.G_ema, converted.G_ema
+    ws = before.mapping(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 25))
+    label = camera(before, 0.2, 0.1, n=2)
+    for a, b in zip(*(picture(G, ws, label) for G in (before, after)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    grid = SlabSpec.cube(9)
+    torch.testing.assert_close(of(after).field(ws).density_grid(grid), of(before).field(ws).density_grid(grid), rtol=1e-4, atol=1e-4)
+
+
+def picture(G, ws, label):
+    torch.manual_seed(0)
+    out = G.synthesis(ws, label, noise_mode="const")
+    return out["image"], out["image_raw"], out["image_opacity"]
+
+
+def test_what_cannot_be_converted(tmp_path):
+    G, kwargs = head_generator("panohead")
+    path = tmp_path / "x.safetensors"
+    networks.save(path, networks.Networks(None, None, G, kwargs, None, {}, architecture="panohead"))
+    for flag, message in (("--tri-grid=1.5", "expected a generator of eg3d, got one of panohead"), ("--tri-grid=0.5", "--tri-grid")):
+        result = run(convert, path, flag, f"--out={tmp_path / 'y.safetensors'}")
+        assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "y.safetensors").exists()

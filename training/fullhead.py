@@ -1,0 +1,220 @@
+"""Full-head generators after EG3D: PanoHead (An et al. 2023), SphereHead (Li et al. 2024), HyPlaneHead (Li et al. 2025).
+
+They share a decoder whose colours may stay features, a background from a network of its own, raw colours by a style layer, a mask, and a
+camera that forward() moves as the latent asks. They differ in where features are read (training/rendering/head_samplers.py). Modules have
+their names, so that their tensors fit.
+
+Sizes and switches stand in rendering_kwargs, as theirs do: triplane_size, triplane_depth, decoder_activation, use_torgb_raw,
+use_background, and HyPlaneHead's flags. Ours, absent in published networks: triplane_extent (of `sample_tri_grid`) and side_margin (of
+`HeadRenderer`).
+
+Shapes: N batch, Z z_dim, K c_dim (25), L num_ws, W w_dim, C plane channels, F decoded features, D slices, r rendered pixels per edge.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from training.layers import Conv2dLayer, MappingNetwork
+from training.rendering.head_samplers import sample_balls, sample_hybrid, sample_tri_grid
+from training.rendering.marcher import MipRayMarcher2
+from training.rendering.renderer import ImportanceRenderer
+from training.synthesis import SynthesisNetwork, ToRGBLayer
+from training.triplane import OSGDecoder, TriPlaneGenerator
+
+EMPTY = -1000.0  # raw density of what is cut away
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # of decoded colours
+    "none": lambda x: x,
+    "sigmoid": lambda x: torch.sigmoid(x) * (1 + 2 * 0.001) - 0.001,
+    "lrelu": lambda x: functional.leaky_relu(x, 0.2) * math.sqrt(2),
+}
+_CONVOLUTIONS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp", "fused_modconv_default", "use_noise", "fp16_channels_last")
+_BALL_FEATURES = 512, 256  # of SphereHead's backbone, and between the two convolutions of a ball
+
+
+class FeatureDecoder(OSGDecoder):
+    """EG3D's decoder with another last activation of the colours."""
+
+    def __init__(self, n_features: int, options: dict):
+        super().__init__(n_features, options)
+        self.activation = options["decoder_activation"]
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"decoder_activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}.")
+
+    def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `OSGDecoder`."""
+        x = self.net(features)
+        return {"rgb": ACTIVATIONS[self.activation](x[..., 1:]), "sigma": x[..., :1]}
+
+
+class HeadRenderer(ImportanceRenderer):
+    """EG3D's rendering of features that `read(axes, planes, points, box_warp)` finds, [N, K, P, C].
+
+    Colours stay as they are decoded. While rendering, density is cut where |x| or |z| comes within the option side_margin (0.1 world units
+    where it is missing, None for none) of the box; densities at points keep what pictures hide, as theirs do.
+    """
+
+    def __init__(self, read: Callable[..., torch.Tensor], plane_layout: str):
+        super().__init__(plane_layout)
+        self.read, self.ray_marcher = read, MipRayMarcher2(symmetric=False)
+
+    def _decode_at(self, planes, decoder, points, box_warp, sigma_only, merged) -> dict[str, torch.Tensor]:
+        features = self.read(self.plane_axes, planes, points.to(planes), box_warp).mean(dim=1)  # [N, P, C]
+        if not sigma_only:
+            return decoder.decode(features)
+        w0, b0, w_sigma, b_sigma = (weight.to(features) for weight in decoder.sigma_weights())
+        hidden = functional.softplus(functional.linear(features, w0, b0))
+        return {"sigma": functional.linear(hidden, w_sigma[None], b_sigma[None])}
+
+    def _query(self, planes, decoder, origins, directions, depths, options, merged=None) -> tuple[torch.Tensor, torch.Tensor]:
+        colours, densities = super()._query(planes, decoder, origins, directions, depths, options, merged)
+        if (margin := options.get("side_margin", 0.1)) is not None:
+            sideways = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2))[..., [0, 2]]  # [N, M, S, 2]
+            outside = (sideways.abs() > options["box_warp"] / 2 - margin).any(dim=-1, keepdim=True)
+            densities = densities.masked_fill(outside, EMPTY)
+        return colours, densities
+
+    def merge(self, planes: torch.Tensor) -> None:
+        """There is no merged form."""
+
+
+class FullHeadGenerator(TriPlaneGenerator):
+    """What the three have in common; `TriPlaneGenerator`'s arguments, with the switches in rendering_kwargs."""
+
+    decoder_class = FeatureDecoder
+
+    def __init__(self, *, rendering_kwargs: dict, mapping_kwargs: dict | None = None, plane_layout: str = "panohead", **kwargs):
+        size = rendering_kwargs["triplane_size"]
+        super().__init__(
+            rendering_kwargs=rendering_kwargs, mapping_kwargs=mapping_kwargs, plane_layout=plane_layout, plane_resolution=size, **kwargs
+        )
+        self.renderer = HeadRenderer(self._reader(), plane_layout)
+        features = kwargs.get("decoder_features") or self.plane_channels
+        if rendering_kwargs["use_torgb_raw"]:
+            self.torgb = ToRGBLayer(features, 3, self.w_dim)
+        if rendering_kwargs["use_background"]:
+            convolutions = {k: v for k, v in kwargs.items() if k in _CONVOLUTIONS}
+            convolutions["channel_base"] = kwargs.get("channel_base", 32768) // 2
+            self.bcg_synthesis = SynthesisNetwork(self.w_dim, self.superresolution.input_resolution, features, **convolutions)
+        moving = {**(mapping_kwargs or {}), "lr_multiplier": 1.0, "last_activation": "linear"}
+        self.t_mapping = MappingNetwork(self.z_dim, self.c_dim, 3, num_ws=1, **moving)
+
+    def _reader(self) -> Callable[..., torch.Tensor]:
+        """How features are read: see `HeadRenderer`."""
+        raise NotImplementedError
+
+    def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Cameras c [N, 25] moved by what `t_mapping` makes of them and of latents z [N, Z], never truncated: world units."""
+        moved = c.clone()
+        moved[:, [3, 7, 11]] += self.t_mapping(z, c)[:, 0]
+        return moved
+
+    def forward(
+        self, z, c, truncation_psi=1.0, truncation_cutoff=None, neural_rendering_resolution=None, update_emas=False, cache_backbone=False,
+        use_cached_backbone=False, *, c_render=None, **synthesis_kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Map z [N, Z] conditioned on camera c [N, 25] and render from c_render (default: the same), as `moved_camera` has it."""
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
+        c = self.moved_camera(z, c if c_render is None else c_render)
+        return self.synthesis(
+            ws, c, neural_rendering_resolution, update_emas, cache_backbone=cache_backbone, use_cached_backbone=use_cached_backbone,
+            **synthesis_kwargs,
+        )
+
+    def render(self, planes, ws, c, resolution, options, noise_mode="random", **sr_kwargs) -> dict[str, torch.Tensor]:
+        """See `TriPlaneGenerator.render`; also 'image_mask' [N, 1, r, r], the share of the ray that is no background."""
+        features, depth, opacity = self._march(planes, c, resolution, options)
+        features = self.scaled(features)
+        if options["use_background"]:
+            features = features + (1 - opacity) * self._background(ws, resolution, options["sr_antialias"], noise_mode)
+        raw = self.to_rgb(features, ws)
+        image = self.superresolution(raw, features, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs)
+        mask = opacity * (1 + 2 * 0.001) - 0.001
+        return {"image": image, "image_raw": raw, "image_depth": depth, "image_opacity": opacity, "image_mask": mask}
+
+    def scaled(self, features: torch.Tensor) -> torch.Tensor:
+        """Decoded features as pictures use them: in -1..1 where they came from a sigmoid."""
+        return features * 2 - 1 if self.decoder.activation == "sigmoid" else features
+
+    def to_rgb(self, features: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
+        """Raw colours [N, 3, H, W], about -1..1, of scaled features [N, F, H, W]."""
+        return self.torgb(features, ws[:, -1], fused_modconv=False) if self.rendering_kwargs["use_torgb_raw"] else features[:, :3]
+
+    def _background(self, ws: torch.Tensor, resolution: int, antialias: bool, noise_mode: str) -> torch.Tensor:
+        """Features [N, F, r, r] behind the head; its ws are the backbone's, cut or the last one repeated."""
+        lacking = max(self.bcg_synthesis.num_ws - ws.shape[1], 0)
+        ws = torch.cat([ws, ws[:, -1:].expand(-1, lacking, -1)], dim=1)[:, : self.bcg_synthesis.num_ws]
+        image = self.bcg_synthesis(ws, noise_mode=noise_mode)
+        return functional.interpolate(image, size=(resolution, resolution), mode="bilinear", align_corners=False, antialias=antialias)
+
+
+class PanoHeadGenerator(FullHeadGenerator):
+    """Tri-grid: three stacks of `triplane_depth` planes; channel c, slice d of a stack is its output c D + d."""
+
+    def _backbone_output(self) -> tuple[int, int]:
+        return self.plane_resolution, 3 * self.plane_channels * self.rendering_kwargs["triplane_depth"]
+
+    def _reader(self) -> Callable[..., torch.Tensor]:
+        return functools.partial(sample_tri_grid, extent=self.extent)
+
+    @property
+    def extent(self) -> float:
+        """Length of a stack over the side of the box."""
+        return self.rendering_kwargs.get("triplane_extent", 1.0)
+
+    def planes(self, ws: torch.Tensor, noise_mode: str = "random", **synthesis_kwargs) -> torch.Tensor:
+        """ws [N, L, W] -> planes [N, 3, C, D, H, W]."""
+        return self.backbone.synthesis(ws, noise_mode=noise_mode, **synthesis_kwargs).unflatten(1, (3, self.plane_channels, -1))
+
+
+class SphereHeadGenerator(FullHeadGenerator):
+    """Two balls of three spherical planes each, fused where the other has its seam."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        wide, narrow = _BALL_FEATURES
+        channels = self.plane_channels * kwargs["rendering_kwargs"]["triplane_depth"]
+        if kwargs["rendering_kwargs"]["triplane_depth"] != 3:
+            raise ValueError(f"triplane_depth: expected 3, the planes of a ball, got {kwargs['rendering_kwargs']['triplane_depth']}.")
+        for name in ("ConvA", "ConvB"):
+            layers = Conv2dLayer(wide, narrow, 1, bias=False), Conv2dLayer(narrow, channels, 1, bias=False)
+            setattr(self, name, torch.nn.Sequential(*layers))
+
+    def _backbone_output(self) -> tuple[int, int]:
+        return self.plane_resolution, _BALL_FEATURES[0]
+
+    def _reader(self) -> Callable[..., torch.Tensor]:
+        return lambda axes, planes, points, box_warp: sample_balls(planes, points, box_warp)
+
+    def planes(self, ws: torch.Tensor, noise_mode: str = "random", **synthesis_kwargs) -> torch.Tensor:
+        """ws [N, L, W] -> planes [N, 2, 3, C, H, W] of both balls."""
+        features = self.backbone.synthesis(ws, noise_mode=noise_mode, **synthesis_kwargs)
+        return torch.stack([self.ConvA(features), self.ConvB(features)], dim=1).unflatten(2, (3, -1))
+
+
+class HyPlaneHeadGenerator(FullHeadGenerator):
+    """One map of features cut into quadrants: three planes and a sphere."""
+
+    def __init__(self, **kwargs):
+        options = kwargs["rendering_kwargs"]
+        one_by_one = {"multiplane_num": 1, "triplane_depth": 1, "render_mode": "TriPlane_SingSph_flatten"}
+        for name, value in one_by_one.items():
+            if options[name] != value:
+                raise ValueError(f"{name}: expected {value!r}, got {options[name]!r}.")
+        if options["sph2cir_flag"] != options["cir2squ_flag"]:
+            raise ValueError("sph2cir_flag, cir2squ_flag: expected both or neither, got one of them.")
+        super().__init__(**kwargs)
+
+    def _backbone_output(self) -> tuple[int, int]:
+        return 2 * self.plane_resolution, self.plane_channels
+
+    def _reader(self) -> Callable[..., torch.Tensor]:
+        return functools.partial(sample_hybrid, equal_area=self.rendering_kwargs["sph2cir_flag"])
+
+    def planes(self, ws: torch.Tensor, noise_mode: str = "random", **synthesis_kwargs) -> torch.Tensor:
+        """ws [N, L, W] -> planes [N, 4, C, H, W], the sphere's last."""
+        whole = self.backbone.synthesis(ws, noise_mode=noise_mode, **synthesis_kwargs)  # [N, C, 2 H, 2 W]
+        return torch.stack([part for half in whole.chunk(2, dim=2) for part in half.chunk(2, dim=3)], dim=1)
