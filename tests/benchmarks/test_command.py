@@ -98,7 +98,7 @@ def test_the_required_rows_are_there_with_their_targets():
         ("cube 256^3, from planes", "full"): (20, 40), ("mesh 512^3, from a latent", "full"): (15, 40),
         ("renderer forward", "full"): (2.5, 4), ("G forward", "full"): (1.4, 2), ("Gmain forward + backward", "full"): (1.4, 2),
         ("Dreg forward + backward", "full"): (1.3, 2), ("one RLHF iteration, all phases", "bundled"): (2, 3),
-        ("Shapley coalitions of 12 regions, full-size reward", "full"): (4, 5),
+        ("Shapley coalitions of 12 regions, full-size reward", "full"): (4, 5), ("slab of a tri-grid, from slices", "full"): (5, 10),
     }
 
 
