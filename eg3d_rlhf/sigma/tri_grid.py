@@ -8,7 +8,8 @@ A tri-grid reads stack k at (u, v, t), linear in t between its D slices. Average
 with A, B, C the stacks whose slices lie along z, y and x, and at most two non-zeros in a row of T. This is no sum of maps of two
 coordinates, so that neither `slab_density` nor the bounds of field_mesh.py apply: every point is evaluated, but by matrix products.
 
-Letters: N batch, C channels, D slices, P, Q = rows, columns of a slice, J hidden units, X, Y, Z = grid points per axis, R of X in a block.
+Letters: N batch, C channels, D slices, P, Q = rows, columns of a slice, J hidden units, X, Y, Z = grid points per axis, R, L = those of x
+and z in a block.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from eg3d_rlhf.sigma.slab import DecoderWeights
 Order = tuple[int, int, int]  # coordinates (0, 1, 2 for x, y, z) along width, height and slices of a stack
 
 _CPU_BLOCK, _CUDA_BLOCK = 1 << 17, 1 << 24  # pre-activations at once: 512 KiB, which a core's second-level cache holds; 64 MiB
-_RECORDED_BLOCK = 1 << 20  # the same where a gradient is recorded: every block is a step of the graph
+_RECORDED_BLOCK = 1 << 22  # the same where a gradient is recorded: every block is a step of the graph
 
 
 def tri_grid_density(
@@ -35,25 +36,26 @@ def tri_grid_density(
         planes: [N, 3, C, D, P, Q]; orders: of the stacks, the slices of each along another coordinate; weights: of the decoder;
         axes: x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU; extent: see `sample_tri_grid`.
     Returns: [N, X, Y, Z].
-    Differentiable in planes and weights; the pre-activations are computed again in the backward pass.
+    Differentiable in planes and weights; of more than one block, pre-activations are computed again in the backward pass.
     """
     blend_x, blend_y, blend_z = (_blend(axis, planes.shape[3], extent).to(planes) for axis in axes)  # [X, D], [Y, D], [Z, D]
     stacks = {order[2]: _hidden(planes[:, k], order, weights.w0 / len(orders), axes) for k, order in enumerate(orders)}
-    a = stacks[2]  # [N, J, D, X, Y]
-    b = stacks[1].permute(4, 0, 1, 3, 2).contiguous()  # [Z, N, J, X, D]
-    c = stacks[0].permute(4, 0, 1, 2, 3).contiguous()  # [Z, N, J, D, Y]
+    a, b, c = stacks[2], stacks[1].permute(4, 0, 1, 3, 2), stacks[0].permute(4, 0, 1, 2, 3).contiguous()
+    b = torch.cat([b, weights.b0[:, None, None].expand(*b.shape[:4], 1)], dim=4)  # [Z, N, J, X, D + 1]: the bias is one more slice,
+    blend_y = torch.cat([blend_y, torch.ones_like(blend_y[:, :1])], dim=1)  # of share 1
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, *weights))
-    block = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if recorded else _CPU_BLOCK
-    rows = max(1, block // (a.shape[0] * a.shape[1] * a.shape[4]))
+    block, line = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if recorded else _CPU_BLOCK, a.shape[0] * a.shape[1] * a.shape[4]
+    rows = min(max(1, block // line), a.shape[3])
+    layers = min(max(1, block // (line * rows)), len(b))
+    again = recorded and (rows < a.shape[3] or layers < len(b))
     parts = []
     for a_rows, b_rows, x_rows in zip(a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows), strict=True):
-        a_rows = a_rows.movedim(2, 0).contiguous()  # [D, N, J, R, Y]
-        layers = []
-        for at_z, b_layer, c_layer in zip(blend_z.unbind(), b_rows.unbind(), c.unbind(), strict=True):
-            inputs = (a_rows, b_layer, c_layer, x_rows, blend_y, at_z, weights.b0, weights.w_sigma, weights.b_sigma)
-            layers.append(checkpoint(_layer, *inputs, use_reentrant=False) if recorded else _layer(*inputs))
-        parts.append(torch.stack(layers, dim=3))  # [N, R, Y, Z]
-    return torch.cat(parts, dim=1)
+        a_rows, done = a_rows.movedim(2, 0).contiguous(), []  # [D, N, J, R, Y]
+        for z_layers, b_layers, c_layers in zip(blend_z.split(layers), b_rows.split(layers), c.split(layers), strict=True):
+            inputs = (a_rows, b_layers, c_layers, x_rows, blend_y, z_layers, weights.w_sigma, weights.b_sigma)
+            done.append(checkpoint(_block, *inputs, use_reentrant=False) if again else _block(*inputs))
+        parts.append(torch.cat(done))  # [Z, N, R, Y]
+    return torch.cat(parts, dim=2).permute(1, 2, 3, 0)
 
 
 def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
@@ -70,10 +72,14 @@ def _hidden(stack: torch.Tensor, order: Order, w0: torch.Tensor, axes: Sequence[
     return torch.einsum("jc,ncduv->njduv", w0, sampled.transpose(3, 4) if height > width else sampled)
 
 
-def _layer(a, b, c, blend_x, blend_y, blend_z, b0, w_sigma, b_sigma) -> torch.Tensor:
-    """Raw density [N, R, Y] of rows of x at one z: a [D, N, J, R, Y], b [N, J, R, D], c [N, J, D, Y], blends [R, D], [Y, D], [D]."""
-    slices, n, j, r, y = a.shape
-    hidden = torch.addmm((blend_z @ a.view(slices, -1)).view(-1, y), b.reshape(-1, slices), blend_y.T)  # [N J R, Y]
-    hidden = torch.baddbmm(hidden.view(n * j, r, y), blend_x.expand(n * j, -1, -1), c.flatten(0, 1))
-    hidden = hidden.view(n, j, r, y) + b0[:, None, None]
-    return torch.einsum("j,njp->np", w_sigma, functional.softplus(hidden).flatten(2)).view(n, r, y) + b_sigma
+def _block(a, b, c, blend_x, blend_y, blend_z, w_sigma, b_sigma) -> torch.Tensor:
+    """Raw density [L, N, R, Y] of L layers of z and R rows of x.
+
+    Args: a [D, N, J, R, Y]; b [L, N, J, R, D + 1]; c [L, N, J, D, Y]; blends [R, D], [Y, D + 1], [L, D].
+    """
+    layers, (slices, n, j, r, y) = len(b), a.shape
+    hidden = (blend_z @ a.view(slices, -1)).view(-1, y)  # [L N J R, Y], added to in place
+    hidden.addmm_(b.reshape(-1, slices + 1), blend_y.T)
+    hidden = hidden.view(-1, r, y).baddbmm_(blend_x.expand(layers * n * j, -1, -1), c.flatten(0, 2))
+    active = functional.softplus(hidden).view(layers * n, j, r * y)
+    return (w_sigma @ active).view(layers, n, r, y) + b_sigma
