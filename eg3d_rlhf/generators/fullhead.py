@@ -1,5 +1,6 @@
 """What the families of full heads share: fields whose points are decoded one by one, and a generator around them."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class FullHead(EG3D):
     @property
     def cameras(self) -> CameraFamily:
         """They look at the origin, where these heads are, whatever avg_camera_pivot says."""
-        return CameraFamily(self.module.rendering_kwargs.get("avg_camera_radius", CameraFamily.radius))
+        return dataclasses.replace(super().cameras, pivot=(0.0, 0.0, 0.0))
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Any:
         """See `Generator`."""
