@@ -19,6 +19,7 @@ from tqdm import tqdm
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.label.preferences import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
+from eg3d_rlhf.reward.networks import preset as find_preset
 from eg3d_rlhf.reward.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
 from eg3d_rlhf.reward.train import StoppedError, default_options, with_changes
 from training.distributed import process_group
@@ -61,6 +62,7 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
     if labels is unpaired:
         source = source_of_unpaired(unpaired, options["split_seed"] or 0)
     given = {k: v for k, v in options.items() if k in names and v is not None}
+    given = {**{k: v for k, v in find_preset(preset, observation).observe.items() if k in names}, **given}
     defaults = default_options(preset, observation)
     if options["bootstrap"] is None:
         options["bootstrap"] = given.get("members", 1) > 1

@@ -151,7 +151,7 @@ class EG3D:
         """Average radius and pivot of the training cameras, where the network knows them, and the range of its rays."""
         options = self.module.rendering_kwargs
         x, y, z = (float(value) for value in options.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
-        start, end = options["ray_start"], options["ray_end"]
+        start, end = (options.get(name, "auto") for name in ("ray_start", "ray_end"))
         span = None if "auto" in (start, end) else (float(start), float(end))
         return CameraFamily(options.get("avg_camera_radius", CameraFamily.radius), (x, y, z), span=span)
 

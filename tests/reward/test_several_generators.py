@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.preferences.dataset import numbered, split_by_seed
+from eg3d_rlhf.preferences.dataset import SPLITS, numbered, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.reward.cache import observe_seeds
 from eg3d_rlhf.reward.reward import load_reward
@@ -71,7 +71,7 @@ def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
     generators = open_generators(run, labels)
     splits, shapes = numbered(split_by_seed(labels))
     observation = what_is_read(run, generators)
-    data = collect_observations(run, splits, shapes, generators, observation, 1.0, Listener(), SINGLE)
+    data = collect_observations(run, splits, dict.fromkeys(SPLITS, ()), shapes, generators, observation, 1.0, Listener(), SINGLE)
     by_hash = {g.hash: observe_seeds(g.generator, observation) for g in generators}
     for number, (name, seed) in enumerate(shapes):
         torch.testing.assert_close(data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1)

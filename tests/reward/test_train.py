@@ -233,6 +233,6 @@ def test_flags_of_the_command_are_frozen():
         "--any-generator --more-network --points --fractions --split-seed --preset --members --aggregate --strength "
         "--bootstrap --no-bootstrap --shared-start --epochs --patience --batch --lr "
         "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction "
-        "--unpaired --unpaired-batch --regression --divergence --out "
+        "--unpaired --unpaired-batch --regression --divergence --out --backbone --wrong-faces "
         "--cache --slab-batch --resume --device --timeout --seed --dry-run".split()
     )
