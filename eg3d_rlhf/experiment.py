@@ -27,6 +27,7 @@ from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
+from training.picture_start import picture_phase
 from training.synthetic_heads import resolve_dataset
 from training.warm_start import fit_sphere
 
@@ -103,10 +104,11 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases, watch, evaluation, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None
-    if s.gan.field_kimg > 0:
-        if not s.data.data.startswith("synthetic:heads"):
-            raise ValueError(f"--field-kimg: expected --data=synthetic:heads..., whose field is known, got {s.data.data}. Leave it out.")
-        phases.insert(0, field_phase(G, s.gan))
+    for flag, length, phase in (("--picture-kimg", s.gan.picture_kimg, picture_phase), ("--field-kimg", s.gan.field_kimg, field_phase)):
+        if length > 0:
+            if not s.data.data.startswith("synthetic:heads"):
+                raise ValueError(f"{flag}: expected --data=synthetic:heads..., whose heads are known, got {s.data.data}. Leave it out.")
+            phases.insert(0, phase(G, s.gan))
     if s.reward.reward != "none" and wanted is not None:
         with naming("--reward-ckpt"):
             reward = load_reward(wanted, device)

@@ -16,13 +16,13 @@ FLAGS = """
 --amp --aug --batch --batch-gpu --blur-fade-kimg --c-noise --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control
 --d-num-fp16-res --data --decoder-lr-mul --density-reg --density-reg-every --density-reg-p-dist --desc --device --disc-c-noise --dlr
 --dry-run --early-stop --early-stop-distance --ema-kimg --field-colour --field-kimg --field-lr --field-soft --freezed --g-num-fp16-res
---gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --gpus --init --kimg --lambda-front --lambda-nose --lambda-r
---lambda-sigma --map-depth --mbstd-group --metrics --mirror --mode --neural-rendering-resolution-fade-kimg
---neural-rendering-resolution-final --neural-rendering-resolution-initial --no-summary --nobench --nose-floor --nrr-fade-kimg --nrr-final
---nrr-initial --outdir --p --plane-layout --reg-type --resume --resume-blur --resume-previous --reward --reward-ckpt --reward-clip
---reward-shaping --reward-watch --rlr --round-aggregate --round-doubtful --round-labels --round-members --round-pairs --round-preset
---round-start --rounds --seed --snap --sphere-init --sr-first-cutoff --sr-first-stopband --sr-module --sr-noise-mode --sr-num-fp16-res
---start --style-mixing-prob --target --tick --timeout --workers -n
+--gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --gpus --init --kimg --lambda-front --lambda-nose --lambda-r --lambda-sigma
+--map-depth --mbstd-group --metrics --mirror --mode --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
+--neural-rendering-resolution-initial --no-summary --nobench --nose-floor --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p
+--picture-hold --picture-kimg --picture-lr --plane-layout --reg-type --resume --resume-blur --resume-previous --reward --reward-ckpt
+--reward-clip --reward-shaping --reward-watch --rlr --round-aggregate --round-doubtful --round-labels --round-members --round-pairs
+--round-preset --round-start --rounds --seed --snap --sphere-init --sr-first-cutoff --sr-first-stopband --sr-module --sr-noise-mode
+--sr-num-fp16-res --start --style-mixing-prob --target --tick --timeout --workers -n
 """.split()
 
 

@@ -24,6 +24,7 @@ RELEASED = {  # `--cfg=ffhq --data=faces.zip --init=X.pkl --reward=sigma`: every
     "lambda_front": 0.0, "lambda_nose": 0.0, "nose_floor": "window",
     "lambda_r": 10.0, "lambda_sigma": 0.01, "map_depth": 2, "mbstd_group": 4, "mirror": False, "no_summary": False,
     "nrr_fade_kimg": 1000.0, "nrr_final": None, "nrr_initial": 128, "p": 0.2, "plane_layout": "eg3d", "reg_type": "l1", "reward": "sigma",
+    "picture_hold": 0.0, "picture_kimg": 0.0, "picture_lr": 0.005,
     "reference": None, "reward_ckpt": None, "reward_clip": "-10,10", "reward_shaping": "none", "reward_watch": None, "rlr": 0.0025,
     "round_aggregate": None, "round_doubtful": 0.5, "round_labels": "synthetic", "round_members": 5, "round_pairs": 400,
     "round_preset": None,

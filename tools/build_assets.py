@@ -31,6 +31,9 @@ STAGES = {  # of the generator's training, each from the last one's network; eve
     # a game without density regularisation, at G's full learning rate: what makes faces of the pictures and breaks the shapes
     "game": ("--start=G_ema", "--kimg=1.512", "--batch=4", "--gamma=0.05", "--glr=0.0025", "--dlr=0.002", "--density-reg=0",
              "--tick=0.25", "--snap=1"),
+    # then its pictures are made right over the shapes that the game left
+    "pictures": ("--start=G_ema", "--kimg=3.6", "--batch=8", "--picture-kimg=3.6", "--picture-hold=1", "--ema-kimg=0.5", "--tick=0.2",
+                 "--snap=3"),
 }
 EARLY = {  # snapshots of the first half of a stage, whose shapes teach the shape critic
     "field": ("000004", "000008", "000012", "000020"), "game": ("000000-252", "000000-504", "000000-756"),
@@ -56,7 +59,7 @@ def newest(pattern: str) -> Path:
 
 
 def generator() -> None:
-    """Teach a generator the field of the heads, then play the GAN game on their pictures, and keep its last snapshot."""
+    """Teach a generator the field of the heads, play the GAN game on their pictures, make the pictures right; keep the last snapshot."""
     os.environ["OMP_NUM_THREADS"] = "1"
     last: Path | None = None
     for stage, flags in STAGES.items():

@@ -129,6 +129,14 @@ class GanConfig:
     field_colour: float = knob(4.0, "Weight of colour against density in it.", GAN, low=0)
     field_soft: float = knob(0.4, "Share of it in which surfaces are twice as soft.", GAN, low=0, high=1)
     field_lr: float = knob(0.02, "G's first learning rate for the field.", OPT, above=0)
+    picture_kimg: float = knob(
+        0.0, "After the field and before the game, teach G the pictures of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0
+    )
+    picture_hold: float = knob(
+        0.0, "In it, weight of holding the density to the first network's; pictures then teach colour alone. 0: both are taught.", GAN,
+        low=0,
+    )
+    picture_lr: float = knob(0.005, "G's first learning rate for pictures.", OPT, above=0)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
     ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1")
@@ -147,6 +155,11 @@ class GanConfig:
 
     def __post_init__(self):
         check_knobs(self)
+
+    @property
+    def game_from(self) -> float:
+        """Images after which the game begins."""
+        return (self.field_kimg + self.picture_kimg) * 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

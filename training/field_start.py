@@ -30,10 +30,9 @@ class FieldStart:
     edge: float = 0.015  # depth at which a head is fully dense; twice that in the soft share
 
 
-def step_size(config: GanConfig, cur_nimg: int) -> float:
-    """Adam's step size after `cur_nimg` images."""
-    progress = min(cur_nimg / (config.field_kimg * 1000), 1.0)
-    return config.field_lr * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))
+def cosine(first: float, progress: float) -> float:
+    """Adam's step size after a share `progress` of a stage, which begins with `first`."""
+    return first * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def field_phase(G: torch.nn.Module, config: GanConfig, options: FieldStart = FieldStart()) -> Phase:
@@ -41,7 +40,7 @@ def field_phase(G: torch.nn.Module, config: GanConfig, options: FieldStart = Fie
     optimizer = torch.optim.Adam(list(G.parameters()), lr=config.field_lr, betas=(0.9, 0.99))
 
     def losses(batch: Batch) -> Iterator[Loss]:
-        optimizer.param_groups[0]["lr"] = step_size(config, batch.cur_nimg)
+        optimizer.param_groups[0]["lr"] = cosine(config.field_lr, batch.cur_nimg / (config.field_kimg * 1000))
         soft = batch.cur_nimg < config.field_soft * config.field_kimg * 1000
         heads = named_heads(batch.gen_z)
         truth = draw_points(

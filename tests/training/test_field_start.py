@@ -1,5 +1,7 @@
 """The field start: latents name heads of the family, the target's level set is their surface, and a few steps move G towards it."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,17 @@ from eg3d_rlhf.settings import PRESETS, SCRATCH, Settings
 from tests import tiny_runs
 from training import networks
 from training.config import networks_for
-from training.field_start import LAST_SHARE, field_phase, step_size
+from training.field_start import LAST_SHARE, cosine, field_phase
 from training.gan_phases import Batch, GanPhases
 from training.heads import field_target
 from training.heads.family import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUNT, draw_parameters
 from training.heads.latents import named_heads
 from training.heads.render import pixel_rays, render_heads, shade, union_field
 from training.heads.sdf import head_geometry, head_sdf
+from training.picture_start import HeldPoints, density, held_density, picture_phase
+from training.rendering.renderer import DETACHED
 from training.synthetic_heads import HeadsOptions, head_parameters
+from training.warm_start import fit_sphere
 
 
 def test_latents_name_heads_with_the_distribution_of_the_family():
@@ -86,10 +91,9 @@ def config(**more):
 
 
 def test_the_step_size_falls_to_a_fiftieth():
-    gan = config().gan
-    steps = [step_size(gan, n) for n in range(0, 1001, 50)]
-    assert steps[0] == gan.field_lr and steps == sorted(steps, reverse=True)
-    assert steps[-1] == pytest.approx(LAST_SHARE * gan.field_lr)
+    steps = [cosine(0.02, n / 20) for n in range(21)]
+    assert steps[0] == 0.02 and steps == sorted(steps, reverse=True)
+    assert steps[-1] == pytest.approx(LAST_SHARE * 0.02) == cosine(0.02, 1.5)
 
 
 def test_a_few_steps_move_the_field_towards_the_named_heads():
@@ -122,3 +126,70 @@ def test_the_field_of_other_data_is_not_known(tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "x.zip", 64)
     result = CliRunner().invoke(train.main, ["--cfg=heads64", "--init=scratch", f"--data={data}"])
     assert result.exit_code == 2 and "--field-kimg: expected --data=synthetic:heads" in result.stderr
+
+
+def steps_of(phase, nets, count: int = 24) -> list[dict[str, float]]:
+    """Statistics of a phase over a few steps on the same four batches."""
+    cameras = torch.from_numpy(head_parameters(HeadsOptions(), range(2))[2])
+    stats = []
+    nets.G.requires_grad_(True)
+    for i in range(count):
+        torch.manual_seed(i % 4)
+        (loss,) = phase.losses(Batch(None, None, torch.randn(2, nets.G.z_dim), cameras, 0))
+        stats.append({name.rsplit("/")[-1]: float(value.detach().mean()) for name, value in loss.stats.items()})
+        phase.optimizer.zero_grad()
+        loss.value.mean().backward()
+        phase.optimizer.step()
+    return stats
+
+
+def small_networks(s):
+    torch.manual_seed(0)
+    nets = networks.build(*networks_for(s.net, 16, s.gan), {})
+    nets.G.rendering_kwargs.update(depth_resolution=8, depth_resolution_importance=8)
+    fit_sphere(nets.G, 0.25, seed=0, steps=40, batch=2, points=512, lr=5e-3, progress=False)  # what is transparent learns from no picture
+    return nets
+
+
+def test_pictures_move_towards_those_of_the_named_heads():
+    s = config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0)
+    nets = small_networks(s)
+    stats = steps_of(picture_phase(nets.G, s.gan), nets)
+    assert np.mean([x["picture"] for x in stats[-4:]]) < 0.8 * np.mean([x["picture"] for x in stats[:4]])
+
+
+def test_a_held_density_stays_while_pictures_are_learnt():
+    s = config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0, picture_hold=1.0)
+    nets = small_networks(s)
+    before = copy.deepcopy(nets.G)
+    phase = picture_phase(nets.G, s.gan, HeldPoints(candidates=600, near=120, anywhere=60))
+    steps_of(phase, nets)
+    assert all(torch.equal(a, b) for a, b in zip(phase.state.parameters(), before.parameters(), strict=True))
+    free = small_networks(s)
+    steps_of(picture_phase(free.G, config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0).gan), free)
+    z = torch.randn(4, nets.G.z_dim, generator=torch.Generator().manual_seed(3))
+    points, was = held_density(before, z, HeldPoints())
+    assert points.abs().max() <= 0.5
+    drift = [float((density(G, G.planes(G.mapping(z, torch.zeros(4, 25))), points) - was).abs().mean()) for G in (nets.G, free.G)]
+    assert drift[0] < 0.5 * drift[1]
+
+
+def test_a_detached_density_gets_no_gradient_from_a_picture():
+    s = config(picture_kimg=1.0)
+    G = small_networks(s).G.requires_grad_(True)
+    c = torch.from_numpy(head_parameters(HeadsOptions(), range(1))[2])
+    ws = G.mapping(torch.randn(1, G.z_dim), torch.zeros(1, 25))
+    for detached in (False, True):
+        G.zero_grad()
+        image = G.render(G.planes(ws.detach()), ws, c, 16, {**G.rendering_kwargs, DETACHED: detached})["image"]
+        image.square().sum().backward()
+        density_row, colour_rows = G.decoder.net[2].weight.grad[0], G.decoder.net[2].weight.grad[1:]
+        assert colour_rows.any() and density_row.any() != detached
+
+
+def test_pictures_come_between_field_and_game():
+    s = config(picture_kimg=2.0)
+    nets = networks.build(*networks_for(s.net, 64, s.gan), {})
+    phases = {p.name: p for p in [*GanPhases(nets.G, nets.D, s.gan).phases(), field_phase(nets.G, s.gan), picture_phase(nets.G, s.gan)]}
+    due = {n: {name for name, p in phases.items() if p.due(0, n)} for n in (999, 1000, 2999, 3000)}
+    assert due == {999: {"Gfield"}, 1000: {"Gpicture"}, 2999: {"Gpicture"}, 3000: {"Dmain", "Dreg", "Gmain", "Greg"}}
