@@ -43,11 +43,11 @@ def trial_of(networks, reward, reference, device: str, options: foreign_scores.S
     with naming("--reward"):
         loaded = load_reward(path, where)
     check_reward(loaded, known.generator, "--reference")
-    found = []
+    found, place = [], Place(bounds=known.generator.bounds, cameras=known.generator.cameras)
     for source in dict.fromkeys(networks or [reference]):
         with naming("--network"):
             found.append(load_generator(source, where))
-            misfits = loaded.observation.misfits(Placed(found[-1].generator, Place(bounds=known.generator.bounds)))
+            misfits = loaded.observation.misfits(Placed(found[-1].generator, place))
             if misfits:
                 raise ValueError(f"{found[-1].path}: expected a generator with {'; with '.join(misfits)}. Leave it out.")
     return foreign_scores.Trial(reward=loaded, reward_hash=file_hash(path), reference=known, networks=named(found), options=options)

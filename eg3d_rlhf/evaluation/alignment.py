@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from eg3d_rlhf.generators import Generator, ws_of_seeds
-from eg3d_rlhf.generators.placed import Similarity
+from eg3d_rlhf.generators import Generator
+from eg3d_rlhf.generators.placed import Similarity, ws_of
 from eg3d_rlhf.sigma.mesh import extract_mesh, largest_part
 from eg3d_rlhf.sigma.spec import SlabSpec
 
@@ -24,7 +24,7 @@ _POINTS, _ROUNDS, _STILL = 6000, 100, 1e-7  # of a surface, at most; of the fit,
 def fields_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
     """The fields of seeds, a few at a time."""
     for start in range(0, len(seeds), batch):
-        yield generator.field(ws_of_seeds(generator, seeds[start : start + batch], psi, cutoff))
+        yield generator.field(ws_of(generator, seeds[start : start + batch], psi, cutoff))
 
 
 def mean_surface(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, resolution: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from eg3d_rlhf.evaluation.alignment import Alignment, align, calibrate_density, mean_surface, pooled
-from eg3d_rlhf.generators import Generator, LoadedGenerator, camera, ws_of_seeds
-from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density
+from eg3d_rlhf.generators import Generator, LoadedGenerator, camera
+from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
 from eg3d_rlhf.media.sheet import Row, sheet, to_uint8
 from eg3d_rlhf.media.surface_view import SUPERSAMPLE, look, paint, shrink
 from eg3d_rlhf.metrics.statistics import RANK_INTERVAL, spearman
@@ -112,7 +112,7 @@ class Trial:
         """Scores and embeddings of seeds."""
         o, scores, embeddings = self.options, [], []
         for start in range(0, len(seeds), o.batch):
-            ws = ws_of_seeds(generator, seeds[start : start + o.batch], o.psi if psi is None else psi, o.cutoff)
+            ws = ws_of(generator, seeds[start : start + o.batch], o.psi if psi is None else psi, o.cutoff)
             embedding = self.reward.network.embed(self.reward.observation.observe(generator.field(ws)))
             embeddings.append(embedding.double().cpu().numpy())
             scores.append(self.reward.network.score_embedding(embedding).double().cpu().numpy())
@@ -125,15 +125,16 @@ class Trial:
 
     def places(self, generator: Generator) -> tuple[dict[str, Place], Alignment]:
         """A generator's world as it is, aligned, and calibrated as well."""
-        o, bounds = self.options, self.reference.generator.bounds
+        o, bounds, cameras = self.options, self.reference.generator.bounds, self.reference.generator.cameras
         surface = mean_surface(generator, ALIGNMENT.take(o.fit), o.psi, o.cutoff, o.resolution)
         found = align(surface, self.surface)
-        aligned = Place(found.similarity, bounds, density=partial(scaled_density, factor=found.similarity.scale))
+        aligned = Place(found.similarity, bounds, cameras=cameras, density=partial(scaled_density, factor=found.similarity.scale))
         shown = Placed(generator, aligned)
         values = pooled(shown, ALIGNMENT.take(o.fit), self.spec, o.psi, o.cutoff)
         mapping = calibrate_density(values, self.density, shown.level, self.reference.generator.level)
         calibrated = replace(aligned, density=lambda sigma: mapping(aligned.density(sigma)))
-        return {"raw": Place(Similarity.of_boxes(generator.bounds, bounds), bounds), "aligned": aligned, "calibrated": calibrated}, found
+        raw = Place(Similarity.of_boxes(generator.bounds, bounds), bounds, cameras=cameras)
+        return {"raw": raw, "aligned": aligned, "calibrated": calibrated}, found
 
     def facts(self, name: str | None = None) -> Facts:
         """What a figure states."""
@@ -197,7 +198,7 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
     for title, chosen in (("best", order[:STRIP]), ("worst", order[::-1][:STRIP])):
         cells = []
         for i in chosen:
-            surface = LevelSet.of(generator.field(ws_of_seeds(generator, [trial.seeds[int(i)]], o.psi, o.cutoff)), 96)
+            surface = LevelSet.of(generator.field(ws_of(generator, [trial.seeds[int(i)]], o.psi, o.cutoff)), 96)
             cells.append(to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu()))
         captions = [f"{trial.seeds[int(i)]}: {scores[int(i)]:.2f}" for i in chosen]
         rows.append(Row(cells=cells, name=title, captions=captions, parted=bool(rows)))

@@ -4,15 +4,15 @@ Letters: N samples, P points, D, H, W = grid points along z, y, x.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.field import OWN, Bounds, Field, Rendering, RenderOptions
-from eg3d_rlhf.generators import Generator
+from eg3d_rlhf.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
+from eg3d_rlhf.generators import Generator, ws_of_seeds
 from eg3d_rlhf.sigma.spec import SlabSpec
 from training.rendering.cameras import mirror_label
 
@@ -54,6 +54,7 @@ class Place:
     similarity: Similarity = Similarity()
     bounds: Bounds = Bounds()  # of our world
     mirrored: bool = False  # left and right exchanged about the bounds' centre
+    cameras: CameraFamily | None = None  # of our world; None: the generator's own, as they are
     density: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone  # raw density of theirs to ours, rising
 
 
@@ -119,15 +120,20 @@ class PlacedField:
 
 
 class Placed:
-    """`Generator` around another: its latents and cameras, its shapes in another place."""
+    """`Generator` around another: its latents, its shapes in another place. Its mapping reads the generator's own cameras, see `ws_of`."""
 
     def __init__(self, inner: Generator, place: Place):
-        self._inner, self.place, self.bounds = inner, place, place.bounds
+        self.inner, self.place, self.bounds, self.cameras = inner, place, place.bounds, place.cameras or inner.cameras
         self.level = float(place.density(torch.tensor(inner.level)))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        return getattr(self.inner, name)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> PlacedField:
         """See `Generator`."""
-        return PlacedField(self._inner.field(ws, noise_mode), self.place)
+        return PlacedField(self.inner.field(ws, noise_mode), self.place)
+
+
+def ws_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None) -> torch.Tensor:
+    """`ws_of_seeds`; of a placed generator, conditioned on the frontal camera of its own world."""
+    return ws_of_seeds(generator.inner if isinstance(generator, Placed) else generator, seeds, psi, cutoff)

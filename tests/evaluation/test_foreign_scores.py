@@ -13,7 +13,8 @@ from eg3d_rlhf.evaluation import foreign_scores as fs
 from eg3d_rlhf.evaluation.alignment import align, calibrate_density
 from eg3d_rlhf.field import Bounds, RenderOptions, render_each
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density
+from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
+from eg3d_rlhf.observations import observation_of
 from eg3d_rlhf.reward.reward import load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 from tests.generators.foreign import Foreign
@@ -89,6 +90,19 @@ def test_a_place_is_a_change_of_coordinates(reference):
     seen, = render_each(mirrored, [inner.cameras.label(0.4)], RenderOptions(resolution=12))
     other, = render_each(inner.field(ws), [inner.cameras.label(-0.4)], RenderOptions(resolution=12))
     torch.testing.assert_close(seen.depth, other.depth.flip(-1), rtol=1e-3, atol=1e-2)
+
+
+def test_a_reward_of_depth_sees_a_foreign_copy_as_the_original(reference):
+    inner = reference.generator
+    own = inner.cameras
+    away = Place(Similarity(1 / 1.3, (0.1 / 1.3, 0.0, 0.0)), Bounds(1.3 * inner.bounds.side, (-0.1, 0.0, 0.0)),
+                 cameras=dataclasses.replace(own, radius=1.3 * own.radius))  # fmt: skip
+    foreign = Placed(inner, away)
+    depth = observation_of("depth", inner, resolution=16)
+    assert depth.misfits(foreign) and not depth.misfits(placed := Placed(foreign, Place(Similarity(1.3, (-0.1, 0, 0)), cameras=own)))
+    ws = ws_of(foreign, [1], 0.7, 14)
+    assert torch.equal(ws, ws_of_seeds(inner, [1], 0.7))
+    torch.testing.assert_close(depth.observe(placed.field(ws)), depth.observe(inner.field(ws)), rtol=1e-2, atol=1e-2)
 
 
 def test_outside_its_cube_a_generator_is_empty(reference):
