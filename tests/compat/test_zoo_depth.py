@@ -118,7 +118,9 @@ def test_preparation_network_and_gradients(case, views):
     close(model.pair_logits(out.embedding[:1], out.embedding[1:]), reference[f"{v}pairs"])
     out.scalar.sum().backward()
     wanted = torch.from_numpy(reference[f"{v}input_grad_sub"])
-    assert (maps.grad[..., ::4, ::4] - wanted).norm() < KINKS * wanted.norm()
+    off = maps.grad[..., ::4, ::4] - wanted
+    assert off.abs().median() < GRADIENTS * wanted.abs().max() and off.norm() < KINKS * wanted.norm()
+    assert [maps.grad.norm(), maps.grad.abs().max()] == pytest.approx(reference[f"{v}input_grad_stats"][[0, 2]].tolist(), rel=KINKS)
     found = dict(model.named_parameters())
     for name, (norm, projection, largest) in zip(reference[f"{v}grad_names"], reference[f"{v}grad"], strict=True):
         gradient = found[name].grad
@@ -129,19 +131,6 @@ def test_preparation_network_and_gradients(case, views):
         along = float((gradient * torch.from_numpy(crc_random(f"proj:{name}", gradient.shape))).sum())
         assert along == pytest.approx(projection, abs=GRADIENTS * norm), name
     assert all(p.grad is None for p in model.external.parameters())
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_input_gradients_in_the_published_order(case, views):
-    """Resizing before depth becomes nearness rounds as the reference does, so that no pixel changes its side of a ReLU."""
-    about, reference, file = case
-    maps, model = depth_maps(about["seeds"], views).requires_grad_(), network(about, file, views)
-    resized = F.interpolate(maps.flatten(0, 1), size=(224, 224), mode="bilinear", align_corners=False)
-    model.score(nearness(resized, 2.25, 3.3).unflatten(0, maps.shape[:2])).sum().backward()
-    norm, total, largest = reference[f"v{views}_input_grad_stats"]
-    assert [maps.grad.norm(), maps.grad.abs().max()] == pytest.approx([norm, largest], rel=GRADIENTS)
-    assert float(maps.grad.sum()) == pytest.approx(total, rel=1e-3)
-    close(maps.grad[..., ::4, ::4], reference[f"v{views}_input_grad_sub"], GRADIENTS)
 
 
 def test_a_backbone_that_trains_gives_the_other_vector(case):
