@@ -15,6 +15,10 @@ _POINT_CHUNK = 1 << 16  # points decoded at once where no gradient is recorded
 class HeadField(PlaneField):
     """The fields of ws [N, L, W]. Differentiable as `PlaneField` is."""
 
+    def __init__(self, G: Any, ws: torch.Tensor, noise_mode: str = "const"):
+        super().__init__(G, ws, noise_mode)
+        self.planes = self._wide(self.planes)
+
     def density(self, points: torch.Tensor) -> torch.Tensor:
         """See `Field`."""
         points = points.to(self.planes).expand(len(self), -1, -1)  # [N, P, 3]

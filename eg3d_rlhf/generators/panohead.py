@@ -9,7 +9,6 @@ import torch
 
 from eg3d_rlhf.generators import Family, register
 from eg3d_rlhf.generators.fullhead import FullHead, HeadField
-from eg3d_rlhf.sigma.slab import DecoderWeights
 from eg3d_rlhf.sigma.spec import SlabSpec
 from eg3d_rlhf.sigma.tri_grid import Order, tri_grid_density
 from torch_utils.ops import implementations
@@ -38,10 +37,8 @@ class TriGridField(HeadField):
         if self._orders is None:
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1)
             return self.density(points.reshape(-1, 3)).unflatten(1, points.shape[:3])
-        planes = self._wide(self.planes)
-        axes = [axis.cpu().to(planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
-        weights: DecoderWeights = self._weights(planes.dtype)
-        return tri_grid_density(planes, self._orders, weights, axes, self._G.extent)
+        axes = [axis.cpu().to(self.planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
+        return tri_grid_density(self.planes, self._orders, self._weights(self.planes.dtype), axes, self._G.extent)
 
     @functools.cached_property
     def _orders(self) -> list[Order] | None:
