@@ -12,7 +12,8 @@ Letters: N batch, C channels, D slices, P, Q = rows, columns of a slice, J hidde
 and z in a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn import functional
@@ -45,17 +46,31 @@ def tri_grid_density(
     blend_y = torch.cat([blend_y, torch.ones_like(blend_y[:, :1])], dim=1)  # of share 1
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, *weights))
     block, line = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if recorded else _CPU_BLOCK, a.shape[0] * a.shape[1] * a.shape[4]
-    rows = min(max(1, block // line), a.shape[3])
+    rows = min(max(1, block // line), a.shape[3] if recorded else -(-a.shape[3] // torch.get_num_threads()))
     layers = min(max(1, block // (line * rows)), len(b))
     again = recorded and (rows < a.shape[3] or layers < len(b))
-    parts = []
-    for a_rows, b_rows, x_rows in zip(a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows), strict=True):
+
+    def of_rows(a_rows: torch.Tensor, b_rows: torch.Tensor, x_rows: torch.Tensor) -> torch.Tensor:
         a_rows, done = a_rows.movedim(2, 0).contiguous(), []  # [D, N, J, R, Y]
         for z_layers, b_layers, c_layers in zip(blend_z.split(layers), b_rows.split(layers), c.split(layers), strict=True):
             inputs = (a_rows, b_layers, c_layers, x_rows, blend_y, z_layers, weights.w_sigma, weights.b_sigma)
             done.append(checkpoint(_block, *inputs, use_reentrant=False) if again else _block(*inputs))
-        parts.append(torch.cat(done))  # [Z, N, R, Y]
+        return torch.cat(done)  # [Z, N, R, Y]
+
+    split = a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows)
+    parts = list(map(of_rows, *split)) if recorded or planes.is_cuda else _in_threads(of_rows, *split)
     return torch.cat(parts, dim=2).permute(1, 2, 3, 0)
+
+
+def _in_threads(work: Callable[..., torch.Tensor], *items: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`map` without gradients, in as many threads as torch has, each with serial operations: no barrier after every small product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(torch.no_grad()(work), *items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
