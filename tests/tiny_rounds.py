@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf import experiment_rounds
+from eg3d_rlhf.reward import run as reward_run
 from eg3d_rlhf.rlhf import rounds, watch
 from tests import tiny_runs
 from training import networks
@@ -42,7 +43,7 @@ def ledger_of(folder: Path) -> list[dict]:
 
 def coarse(setattr=setattr) -> None:
     """Let annotator and rewards look at coarse grids, which is quick. Args: setattr: such as a monkeypatch's."""
-    small = dataclasses.replace(experiment_rounds.find_preset("tiny"), observe={"resolution": 24})
-    setattr(experiment_rounds, "find_preset", lambda *_: small)
+    small = dataclasses.replace(reward_run.preset("tiny"), observe={"resolution": 24})
+    setattr(reward_run, "preset", lambda *_: small)
     setattr(experiment_rounds, "AnnotationOptions", functools.partial(experiment_rounds.AnnotationOptions, resolution=16))
     setattr(watch, "JUDGE_RESOLUTION", 16)

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import train
+from eg3d_rlhf import plugins
+from eg3d_rlhf.generators import FAMILIES
 from eg3d_rlhf.run.run import Run
 from training import networks
 from training.config import GanConfig, LoopConfig, NetworkConfig, networks_for
@@ -100,6 +103,12 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
         f"--data={data}", f"--init={init}", f"--outdir={outdir}", "--batch=4", f"--nrr-initial={RENDERED}", "--device=cpu", "--glr=0.002",
         "--dlr=0.002", "--ema-kimg=0.02", "--density-reg-every=2", "--gen-pose-cond=True", *more,
     ]
+
+
+def forget_plugin(name: str) -> None:
+    """Undo the import of a plugin that brought the generator family `name` in a file of that name."""
+    del FAMILIES[name], networks.ARCHITECTURES[name], sys.modules[name]
+    plugins._load.cache_clear()
 
 
 def run(*flags):

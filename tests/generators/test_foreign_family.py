@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf import bundled, plugins
 from eg3d_rlhf.field import RenderOptions
-from eg3d_rlhf.generators import FAMILIES, load_generator, ws_of_seeds
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.label.drawing import ShapeDrawer
 from eg3d_rlhf.label.pairing import PairingOptions, plan
 from eg3d_rlhf.label.preparation import prepare
@@ -24,6 +24,7 @@ from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.model import RewardArch, RewardModel
 from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
+from tests import tiny_runs
 from tests.label.mesh_reader import decode_mesh
 from tools import evaluate, export_mesh, gen_samples, label_synthetic, score
 from training import networks, storage
@@ -52,7 +53,7 @@ def foreign(tmp_path_factory):
     networks.save(path, networks.Networks(None, None, network, kwargs, None, {"name": "heads"}, architecture="mirrored"))
     yield path, inner.generator
     patch.undo()
-    del FAMILIES["mirrored"], networks.ARCHITECTURES["mirrored"]
+    tiny_runs.forget_plugin("mirrored")
 
 
 def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):

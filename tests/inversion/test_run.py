@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from eg3d_rlhf import plugins
-from eg3d_rlhf.generators import FAMILIES, camera, load_generator
+from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.inversion import pictures, report
 from eg3d_rlhf.inversion import run as running
 from eg3d_rlhf.inversion.guidance import cube_of
@@ -25,6 +25,7 @@ from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward.reward import Reward
 from eg3d_rlhf.run.run import STATS, Run
 from eg3d_rlhf.sigma.spec import SlabSpec
+from tests import tiny_runs
 from tests.inversion.conftest import CONFIG
 from tests.test_cli import assert_one_line
 from training import networks
@@ -245,7 +246,7 @@ def foreign(loaded, tmp_path, monkeypatch):
     path = tmp_path / "mirrored.safetensors"
     networks.save(path, networks.Networks(None, None, network, kwargs, None, {"name": "heads"}, architecture="mirrored"))
     yield path
-    del FAMILIES["mirrored"], networks.ARCHITECTURES["mirrored"]
+    tiny_runs.forget_plugin("mirrored")
 
 
 def test_a_generator_of_another_family_is_inverted_by_a_reward_of_its_own(foreign, reward, tool, tmp_path, monkeypatch):
