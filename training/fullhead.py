@@ -13,6 +13,7 @@ Shapes: N batch, Z z_dim, K c_dim (25), L num_ws, W w_dim, C plane channels, F d
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -81,7 +82,7 @@ class HeadRenderer(ImportanceRenderer):
         """There is no merged form."""
 
 
-class FullHeadGenerator(TriPlaneGenerator):
+class FullHeadGenerator(TriPlaneGenerator, ABC):
     """What the three have in common; `TriPlaneGenerator`'s arguments, with the switches in rendering_kwargs."""
 
     decoder_class = FeatureDecoder
@@ -102,9 +103,9 @@ class FullHeadGenerator(TriPlaneGenerator):
         moving = {**(mapping_kwargs or {}), "lr_multiplier": 1.0, "last_activation": "linear"}
         self.t_mapping = MappingNetwork(self.z_dim, self.c_dim, 3, num_ws=1, **moving)
 
+    @abstractmethod
     def _reader(self) -> Callable[..., torch.Tensor]:
         """How features are read: see `HeadRenderer`."""
-        raise NotImplementedError
 
     def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Cameras c [N, 25] moved by what `t_mapping` makes of them and of latents z [N, Z], never truncated: world units."""
