@@ -1,0 +1,98 @@
+"""What the parts of score distillation ask of one another.
+
+Letters: A assets, V views of one asset, B = A * V pictures (views of an asset adjacent), C, H, W of the prior's latents, K noises,
+P patches, F faces of a patch. Time t is an integer 0..999; a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]);
+x_t = a x + s e. Guidance scale g: e(null) + g (e(text) - e(null)), so 1 is the conditional prediction alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+Modality = Literal["image", "multiview", "mesh", "density"]
+
+
+@runtime_checkable
+class DiffusionPrior(Protocol):
+    """A frozen diffusion model of pictures."""
+
+    alphas_cumprod: torch.Tensor  # [1000]
+    latent_shape: tuple[int, int, int]  # C, H, W
+    views: int  # 1, or the number that its attention sees together; B is then a multiple of it
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, H, W] of images [B, 3, h, w] in 0..1. Differentiable."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, h, w] in 0..1 of latents. Differentiable."""
+
+    def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
+        """Conditions [B, tokens, dim] of B prompts; an empty prompt is the null condition."""
+
+    def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None) -> torch.Tensor:
+        """Noise [B, C, H, W] in x_t at t [B], given conditions [B, tokens, dim] and cameras [B, 16]. Differentiable in x_t and cond."""
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Scores pictures; imscore's signature."""
+
+    modality: Modality
+    views: int  # pictures that are scored together, an asset's adjacent; 1: each alone
+    differentiable: bool
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Scores [B] of pictures [B, 3, h, w] in 0..1; with several views the asset's score stands at each of them."""
+
+
+@runtime_checkable
+class PairwiseJudge(Protocol):
+    """Which of two pictures is better; TRL's signature."""
+
+    def judge(self, prompts: list[str], pairs: list[tuple[torch.Tensor, torch.Tensor]], shuffle_order: bool = True) -> list[int]:
+        """0 or 1 for the better one of each pair of pictures [V, 3, h, w]; -1 where there is no answer."""
+
+
+class Mesh(NamedTuple):
+    """One shape. Faces point outward: the signed volume is positive."""
+
+    vertices: torch.Tensor  # [N, 3] world units
+    faces: torch.Tensor  # [M, 3] int64
+
+
+class Patches(NamedTuple):
+    """A mesh as patches of faces with features (spec: area, normal, sorted angles, sorted dots of vertex normals)."""
+
+    features: torch.Tensor  # [A, P, F, 10]
+    centres: torch.Tensor  # [A, P, F, 3] face centres
+    mask: torch.Tensor  # [A, P] bool; False: no such patch
+
+
+@runtime_checkable
+class MeshReward(Protocol):
+    """Scores meshes. Differentiable in features and centres."""
+
+    def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
+        """Scores [A]."""
+
+
+@dataclass
+class GuidanceOutput:
+    """What a guidance says of one step."""
+
+    grad: torch.Tensor  # [B, C, H, W] on the prior's latents, unreduced; no graph
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # named figures [B] or [A] for the log
+    scores: torch.Tensor | None = None  # [K, A] rewards of the noises
+    winner: torch.Tensor | None = None  # [A] index of the preferred noise; -1: no answer
+    one_sided: torch.Tensor | None = None  # [A] bool: the preference gap was too small to push away
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """One method: the gradient on the latents x [B, C, H, W] of the rendered views."""
+
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int
+    ) -> GuidanceOutput:
+        """x needs no graph but where a reward is differentiated; t [B]; prompts one per picture; cameras [B, 16]; step counts from 0."""
