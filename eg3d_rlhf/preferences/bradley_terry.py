@@ -4,7 +4,7 @@ Letters: N items, M comparisons.
 """
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths:
-    """Log-strengths with mean 0: P(i over j | no tie) = sigmoid(strength[i] - strength[j])."""
+    """Log-strengths with mean 0 (or beside held ones): P(i over j | no tie) = sigmoid(strength[i] - strength[j])."""
 
     items: tuple[Hashable, ...]
     strength: np.ndarray  # [N]
@@ -37,13 +37,17 @@ class Strengths:
     regularised: bool  # the comparisons do not bound every strength, so a normal prior of `prior_sd` held them
 
 
-def bradley_terry(comparisons: Iterable[Comparison], prior_sd: float = 2.0, confidence: float = 0.95) -> Strengths:
+def bradley_terry(
+    comparisons: Iterable[Comparison], prior_sd: float = 2.0, confidence: float = 0.95, held: Mapping[Hashable, float] | None = None
+) -> Strengths:
     """Maximum-likelihood strengths, with ties after Davidson (1970).
 
     P(i beats j) = s_i / (s_i + s_j + nu sqrt(s_i s_j)), P(tie) = nu sqrt(s_i s_j) / (same), s = exp(strength). The maximum exists where
     every item is reachable from every other by 'was not beaten by' (Ford 1957; a tie goes both ways); elsewhere a prior N(0, prior_sd^2) on
     each strength keeps them finite and `regularised` says so. Intervals from the observed information (with the prior's, where it is used).
-    Raises: ValueError without comparisons, for an item compared with itself, or prior_sd <= 0.
+
+    Args: held: strengths that are known and stay; the others are measured against them.
+    Raises: ValueError without comparisons, for an item compared with itself, prior_sd <= 0, or where nothing is left to estimate.
     """
     comparisons = list(comparisons)
     if not comparisons or any(c.winner == c.loser for c in comparisons):
@@ -56,12 +60,22 @@ def bradley_terry(comparisons: Iterable[Comparison], prior_sd: float = 2.0, conf
     j = np.array([index[c.loser] for c in comparisons])
     tie = np.array([c.tie for c in comparisons])
     n = len(items)
-    edges = coo_matrix((np.ones(len(i) + tie.sum()), (np.r_[i, j[tie]], np.r_[j, i[tie]])), shape=(n, n))
+    known = {index[item]: float(value) for item, value in (held or {}).items() if item in index}
+    free = np.array([k for k in range(n) if k not in known], dtype=int)
+    if not len(free):
+        raise ValueError("bradley_terry: expected an item whose strength is unknown, got held ones alone. Hold fewer.")
+    ring = np.array(list(known), dtype=int)  # held strengths are bounded, whatever the comparisons say
+    ends = np.r_[i, j[tie], ring], np.r_[j, i[tie], np.roll(ring, 1)]
+    edges = coo_matrix((np.ones(len(ends[0])), ends), shape=(n, n))
     regularised = connected_components(edges, directed=True, connection="strong")[0] > 1
     ridge = 1 / prior_sd**2 if regularised else 0.0
-    theta, eta, information = _newton(n, i, j, tie, ridge)
-    centre = np.eye(n) - 1 / n  # strengths vary about their mean
-    covariance = centre @ np.linalg.inv(information)[:n, :n] @ centre
+    start = np.array([known.get(k, sum(known.values()) / max(1, len(known))) for k in range(n)])
+    theta, eta, information = _newton(start, free, i, j, tie, ridge)
+    covariance = np.zeros((n, n))
+    covariance[np.ix_(free, free)] = np.linalg.inv(information)[: len(free), : len(free)]
+    if not known:
+        centre = np.eye(n) - 1 / n  # strengths vary about their mean
+        covariance = centre @ covariance @ centre
     half = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
     return Strengths(
         items=items, strength=theta, lo=theta - half, hi=theta + half, covariance=covariance,
@@ -69,14 +83,18 @@ def bradley_terry(comparisons: Iterable[Comparison], prior_sd: float = 2.0, conf
     )  # fmt: skip
 
 
-def _newton(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float) -> tuple[np.ndarray, float, np.ndarray]:
-    """Damped Newton on (theta [N], eta = log nu): returns both and the information [N or N + 1] squared at the maximum.
+def _newton(
+    start: np.ndarray, free: np.ndarray, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Damped Newton on (theta [N], eta = log nu), of which `free` places move: both, and the information of the moving ones at the maximum.
 
-    Without a prior the data say nothing of the direction in which all strengths move together; 1 / N is added along it.
+    Without a prior and without held strengths the data say nothing of the direction in which all strengths move together; 1 / N is added
+    along it. The prior pulls towards the mean of the start.
     """
-    ties = bool(tie.any())
+    n, ties = len(start), bool(tie.any())
     decided = ~tie
-    x = np.zeros(n + 1)
+    centre = float(start.mean()) if len(free) < n else 0.0
+    x = np.r_[start, 0.0]
     if ties:
         x[n] = math.log(2 * tie.sum() / max(1, decided.sum()))  # the estimate if all were equal
 
@@ -88,30 +106,35 @@ def _newton(n: int, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float)
 
     def objective(x):
         logits, total = parts(x)
-        return (np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * ridge * (x[:n] ** 2).sum() - 0.5 * _ETA_PRIOR * ties * x[n] ** 2
+        prior = ridge * ((x[:n] - centre) ** 2).sum() + _ETA_PRIOR * ties * x[n] ** 2
+        return (np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * prior
 
-    value, used = objective(x), slice(0, n + ties)
-    together = (0.0 if ridge else 1.0) * np.pad(np.full((n, n), 1 / n), (0, int(ties)))
+    value, used = objective(x), np.r_[free, [n] * ties].astype(int)
+    together = np.zeros((n + 1, n + 1))
+    if not ridge and len(free) == n:
+        together[:n, :n] = 1 / n
+    together = together[np.ix_(used, used)]
     for _ in range(_STEPS):
-        gradient, hessian = _derivatives(x, n, i, j, tie, ridge, *parts(x))
+        gradient, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *parts(x))
         step = np.zeros_like(x)
-        step[used] = np.linalg.solve(hessian[used, used] + together, gradient[used])
+        step[used] = np.linalg.solve(hessian[np.ix_(used, used)] + together, gradient[used])
         scale = 1.0
         while scale > 1e-8 and objective(x + scale * step) < value:
             scale /= 2
         x = x + scale * step
-        x[:n] -= x[:n].mean()
+        if len(free) == n:
+            x[:n] -= x[:n].mean()
         value = objective(x)
         if np.abs(scale * step).max() < _TOLERANCE:
             break
-    _, hessian = _derivatives(x, n, i, j, tie, ridge, *parts(x))
-    return x[:n], float(x[n]), hessian[used, used] + together
+    _, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *parts(x))
+    return x[:n], float(x[n]), hessian[np.ix_(used, used)] + together
 
 
 _ETA_PRIOR = 1e-9  # finite when every comparison is a tie; without effect elsewhere
 
 
-def _derivatives(x, n, i, j, tie, ridge, logits, total):
+def _derivatives(x, n, i, j, tie, ridge, centre, logits, total):
     """Gradient [N + 1] and negative Hessian [N + 1, N + 1] of the log-likelihood with prior."""
     win, loss, draw = np.exp(logits - total)  # [M] each
     by_d = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)  # derivative by theta_i - theta_j
@@ -119,7 +142,7 @@ def _derivatives(x, n, i, j, tie, ridge, logits, total):
     gradient = np.zeros(n + 1)
     np.add.at(gradient, i, by_d)
     np.add.at(gradient, j, -by_d)
-    gradient[:n] -= ridge * x[:n]
+    gradient[:n] -= ridge * (x[:n] - centre)
     gradient[n] = by_eta.sum() - _ETA_PRIOR * x[n]
     dd = 0.25 * ((win + loss) - (win - loss) ** 2)
     de = -0.5 * (win - loss) * draw
