@@ -1,0 +1,1 @@
+"""Rewards and judges of pictures and meshes."""
