@@ -1,0 +1,1 @@
+"""Assets under optimisation, how they are seen, and where cameras stand."""
