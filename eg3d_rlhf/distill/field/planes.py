@@ -24,6 +24,7 @@ class TriPlanes(Asset):
     """
 
     kind = "planes"
+    plane_axes: torch.Tensor
 
     def __init__(self, assets: int, resolution: int = 32, channels: int = 8, hidden: int = 16, seed: int = 0):
         super().__init__()
