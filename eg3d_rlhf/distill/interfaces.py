@@ -86,6 +86,7 @@ class GuidanceOutput:
     scores: torch.Tensor | None = None  # [K, A] rewards of the noises
     winner: torch.Tensor | None = None  # [A] index of the preferred noise; -1: no answer
     one_sided: torch.Tensor | None = None  # [A] bool: the preference gap was too small to push away
+    image_grad: torch.Tensor | None = None  # [B, 3, h, w] a second gradient, on the rendered pictures themselves
 
 
 @runtime_checkable
@@ -93,6 +94,14 @@ class Guidance(Protocol):
     """One method: the gradient on the latents x [B, C, H, W] of the rendered views."""
 
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int
+        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """x needs no graph but where a reward is differentiated; t [B]; prompts one per picture; cameras [B, 16]; step counts from 0."""
+        """x needs no graph; t [B]; prompts one per picture; cameras [B, 16]; step counts from 0; images: the pictures that x encodes,
+        for terms on pixels. `target.distillation_loss` makes the loss."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs; empty for most."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""

@@ -1,0 +1,82 @@
+"""Reading the reference values of score distillation, and the stand-in prior that they were made with."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).resolve().parents[3] / "shared" / "fixtures")) / "distill"
+LATENT_SCALE = 0.18215
+
+
+@functools.cache
+def values(name: str) -> dict[str, torch.Tensor]:
+    """Arrays of a set; empty where the file is not there."""
+    path = ROOT / f"{name}.npz"
+    if not path.is_file():
+        return {}
+    with np.load(path) as data:
+        return {key: torch.as_tensor(data[key]) for key in data.files}
+
+
+@functools.cache
+def recipe(name: str) -> dict:
+    """Settings of a set's cases."""
+    path = ROOT / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"cases": {}}
+
+
+def under(name: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The arrays below a prefix, without it."""
+    return {key.removeprefix(prefix + "/"): value for key, value in values(name).items() if key.startswith(prefix + "/")}
+
+
+def cases(name: str, prefix: str) -> list[str]:
+    """Cases whose name starts so."""
+    return sorted(case for case in recipe(name)["cases"] if case.startswith(prefix))
+
+
+def needs(name: str):
+    """Mark for tests of a set."""
+    return pytest.mark.skipif(not values(name), reason=f"no {ROOT / name}.npz; set EG3D_RLHF_FIXTURES to the folder of references")
+
+
+def close(got, want, tolerance: float) -> None:
+    """Equal within `tolerance` of the largest entry."""
+    got, want = torch.as_tensor(got).detach().double(), torch.as_tensor(want).double()
+    assert got.shape == want.shape, f"expected shape {list(want.shape)}, got {list(got.shape)}"
+    error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+    assert error <= tolerance, f"largest error {error:.3g} of the largest entry"
+
+
+class StandIn:
+    """eps = (1 + u.e) P x + (1 + v.e) (t / 1000) Q + r mean over the asset's views of x + cameras.cam; matrices as autoencoder."""
+
+    def __init__(self, arrays: dict[str, torch.Tensor], alphas_cumprod: torch.Tensor, embeddings: dict[str, torch.Tensor], views: int = 1):
+        self.net = {key.removeprefix("net_"): value for key, value in arrays.items()}
+        self.alphas_cumprod, self.embeddings, self.views = alphas_cumprod, embeddings, views
+        self.latent_shape = tuple(self.net["P"].shape)
+        self.calls: list[torch.Tensor] = []  # t of each
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return LATENT_SCALE * torch.einsum("ij,bjhw->bihw", self.net.get("E", self.net.get("vae_E")), 2 * images - 1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        matrix = self.net.get("Dm", self.net.get("vae_Dm"))
+        return (torch.einsum("ij,bjhw->bihw", matrix, latents / LATENT_SCALE) / 2 + 0.5).clamp(0, 1)
+
+    def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
+        keys = prompts if directions is None else [f"{p}, {d}" for p, d in zip(prompts, directions, strict=True)]
+        return torch.stack([self.embeddings[key] for key in keys])
+
+    def predict_noise(self, x_t, t, cond, cameras=None):
+        self.calls.append(t)
+        net, e = self.net, cond.mean(1)  # [B, D]
+        mean = x_t.unflatten(0, (-1, self.views)).mean(1).repeat_interleave(self.views, 0)
+        column = (-1, 1, 1, 1)
+        out = (1 + e @ net["u"]).view(column) * net["P"] * x_t + ((1 + e @ net["v"]) * t / 1000).view(column) * net["Q"] + net["r"] * mean
+        return out if cameras is None else out + (cameras @ net["cam"]).view(column)

@@ -1,0 +1,41 @@
+"""MVDream's reconstruction form against its own code (F3)."""
+
+import pytest
+import torch
+
+from eg3d_rlhf.distill import gradients
+from eg3d_rlhf.distill.schedule import NoiseSchedule
+from eg3d_rlhf.distill.target import target_loss
+from tests.compat.distill_reference import StandIn, cases, close, needs, recipe, under
+
+pytestmark = needs("mvdream_recon")
+NAME, F3 = "mvdream_recon", 1e-5
+SCHEDULE = NoiseSchedule()
+
+
+@pytest.mark.parametrize("case", cases(NAME, "case/"))
+def test_case(case):
+    v, entry, net = under(NAME, case), recipe(NAME)["cases"][case], under(NAME, "net")
+    config = entry["config"]
+    views = config["n_view"] if "camera_input" in v else 1  # without cameras its network sees each view alone
+    prior = StandIn({k: a for k, a in net.items() if k not in ("cond", "null")}, SCHEDULE.alphas_cumprod, {}, views)
+    shown = v["input"].clone().requires_grad_()
+    x = prior.encode(shown.permute(0, 3, 1, 2)) if "image" in entry["input_is"] else shown
+    t = v["t"].expand(len(x))
+    with torch.no_grad():
+        x_t = SCHEDULE.mix(x, v["noise"], t)
+        text, null = (prior.predict_noise(x_t, t, net[kind].expand(len(x), -1, -1), v.get("camera_input")) for kind in ("cond", "null"))
+        close(text, v["eps_text"], F3)
+        close(null, v["eps_null"], F3)
+        x0 = SCHEDULE.x0(x_t, gradients.guided(text, null, config["guidance_scale"]), t)
+        target = gradients.reconstruction_target(x0, SCHEDULE.x0(x_t, text, t), config["recon_std_rescale"], config["n_view"])
+    loss = target_loss(x, gradients.reconstruction(x.detach(), target))
+    close(loss, v["loss_sds"], F3)
+    close(torch.autograd.grad(loss, shown)[0], v["dloss_dinput"], F3)
+
+
+def test_the_spread_is_that_of_each_asset():
+    x0 = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    wide = torch.cat([x0[:4], 3 * x0[4:]])
+    target = gradients.reconstruction_target(wide, x0, 1.0, views=4)
+    torch.testing.assert_close(target, x0)
