@@ -27,8 +27,8 @@ def betas_of(kind: str = "scaled_linear", *, start: float = 0.00085, end: float 
     elif kind == "linear":
         betas = torch.linspace(start, end, STEPS)
     elif kind == "squaredcos_cap_v2":
-        bar = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
-        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bar)])
+        left = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
+        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(left)])
     else:
         raise ValueError(f"betas_of: expected scaled_linear, linear or squaredcos_cap_v2, got {kind!r}. Name one of them.")
     if zero_snr:
