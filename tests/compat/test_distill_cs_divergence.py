@@ -1,0 +1,44 @@
+"""The Cauchy-Schwarz divergence against the published code's values and gradients."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
+from tests.compat.reference import ROOT
+
+PATH = ROOT / "distill" / "cs_divergence.npz"
+CASES = sorted({m[0] for name in np.load(PATH) if (m := re.match(r"cs/\d+", name))}) if PATH.is_file() else []
+pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference values at {PATH}; set EG3D_RLHF_FIXTURES to their folder")
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    with np.load(PATH) as reference:
+        start = f"{request.param}/"
+        return {name.removeprefix(start): torch.as_tensor(reference[name]) for name in reference if name.startswith(start)}
+
+
+def test_values_and_gradients(case):
+    x, y = (case[name].clone().requires_grad_(True) for name in "xy")
+    found = cs_divergence(x, y, float(case["sigma"]))
+    found.backward()
+    assert abs(float(found.detach() - case["divergence"])) <= 1e-10 * max(1.0, abs(float(case["divergence"])))
+    assert float((x.grad - case["d_dx"]).abs().max()) <= 1e-9
+    assert float((y.grad - case["d_dy"]).abs().max()) <= 1e-9
+
+
+def test_its_kernel_is_the_published_one(case):
+    """A single pair of points has D = -2 log k(a, b)."""
+    for i, j in ((0, 0), (len(case["x"]) - 1, len(case["y"]) - 1)):
+        found = cs_divergence(case["x"][i : i + 1], case["y"][j : j + 1], float(case["sigma"]))
+        assert math.exp(-float(found) / 2) == pytest.approx(float(case["kernel_xy"][i, j]), rel=1e-9, abs=1e-300)
+
+
+def test_median_distance_is_the_root_of_the_published_median_square(case):
+    """The median of squares of an even number lies between two of them; that of distances a little elsewhere between the same two."""
+    both = torch.cat([case["x"], case["y"]])
+    assert max(0.01, float(median_distance(both)) ** 2) == pytest.approx(float(case["median_squared_distance"]), rel=1e-3)
