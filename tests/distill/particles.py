@@ -1,0 +1,68 @@
+"""The smallest problem with an exact answer: 256 pictures of 4 x 4 are optimised directly against a mixture of Gaussians.
+
+Modes are permutations of one another and the null condition is symmetric in them: otherwise Adam or guidance alone prefers one.
+Letters: B = 256 pictures, one view each.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from eg3d_rlhf.distill.priors.gmm import GmmPrior
+from eg3d_rlhf.distill.schedule import TimeWindow
+from eg3d_rlhf.distill.streams import Streams
+from eg3d_rlhf.distill.target import distillation_loss
+
+B, PROMPT = 256, "thing"
+ROWS = torch.tensor([1.0, 1.0, -1.0, -1.0]).view(1, 1, 4, 1).expand(1, 1, 4, 4)  # norm 4
+STD, BROAD = 0.2, 0.6
+
+
+def prior(modes: int = 2, std: float = STD, broad: float = BROAD) -> GmmPrior:
+    """One or two narrow modes for the prompt; the null condition has them broad. Embeddings are logits of narrow and broad components."""
+    means = torch.cat([ROWS, ROWS.transpose(2, 3)][:modes]).contiguous()
+    on, off = torch.ones(modes), torch.full((modes,), -9.0)
+    stds = torch.tensor([std] * modes + [broad] * modes)
+    return GmmPrior(means.repeat(2, 1, 1, 1), stds, {PROMPT: torch.cat([on, off]), "": torch.cat([off, on])}, scale=2.0)
+
+
+@dataclass
+class Outcome:
+    """Figures of one run."""
+
+    share: float  # of pictures nearest to the first mode
+    rms: float  # root mean square distance per entry to the nearest mode, whose entries are 1 and -1
+    log_p: float  # median, in nats, against that of the mode itself
+    near: float  # share within 3 nats of the mode
+    x: torch.Tensor
+
+    def __str__(self):
+        return f"share {self.share:.3f} rms {self.rms:.3f} log p {self.log_p:.2f} within 3 nats {self.near:.3f}"
+
+
+def optimise(guidance, made: GmmPrior, *, steps: int = 1200, lr: float = 0.02, seed: int = 0, window: TimeWindow | None = None) -> Outcome:
+    """Adam from small noise."""
+    window, streams = window or TimeWindow(), Streams(seed=seed)
+    x = (0.1 * torch.randn(B, *made.latent_shape, generator=streams.generator("start", 0))).requires_grad_()
+    adam = torch.optim.Adam([x], lr=lr)
+    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - 0.9 * step / steps)
+    for step in range(steps):
+        t = window.draw(step, B, 1, streams.generator("t", step))
+        adam.zero_grad()
+        (distillation_loss(x, guidance(x.detach(), t, [PROMPT] * B, None, step)) * B).backward()
+        adam.step()
+        rate.step()
+    return judge(x.detach(), made)
+
+
+def judge(x: torch.Tensor, made: GmmPrior) -> Outcome:
+    """The figures of pictures [B, 1, 4, 4]."""
+    cond = made.embed([PROMPT] * len(x))
+    index, rms = made.nearest(x)
+    modes = len(made.means) // 2
+    peak = made.log_prob(made.means[:1], cond[:1])
+    log_p = made.log_prob(x, cond) - peak
+    return Outcome(
+        float((index % modes == 0).float().mean()), float(rms.square().mean().sqrt()), float(log_p.median()),
+        float((log_p > -3).float().mean()), x
+    )
