@@ -24,20 +24,22 @@ class Lattice:
     edges_of: torch.Tensor  # [T, 6] int64, numbers of the edges EDGES of each tetrahedron
     step: float  # a cell's edge, world units: deformations stay below it
     border: torch.Tensor  # [V] bool: on the surface of the cube
+    axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # x, y, z whose product the vertices are, z the fastest
 
     @classmethod
-    def of(cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float) -> "Lattice":
-        """Any tetrahedra [T, 4] of vertices [V, 3]; what lies on their bounding box is the border."""
+    def of(cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float, axes=None) -> "Lattice":
+        """Any tetrahedra [T, 4] of vertices [V, 3]; what lies on their bounding box is the border. Args: axes: see there."""
         ends = tetrahedra[:, EDGES].sort(dim=2).values  # [T, 6, 2]
         keys, edges_of = (ends[..., 0] * len(vertices) + ends[..., 1]).unique(return_inverse=True)
         edges = torch.stack([keys.div(len(vertices), rounding_mode="floor"), keys % len(vertices)], dim=1)
         border = ((vertices == vertices.amin(dim=0)) | (vertices == vertices.amax(dim=0))).any(dim=1)
-        return cls(vertices, tetrahedra, edges, edges_of, step, border)
+        return cls(vertices, tetrahedra, edges, edges_of, step, border, axes)
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
-        """Values [..., V] at the vertices of a `cube` as [..., X, Y, Z]."""
-        side = round(len(self.vertices) ** (1 / 3))
-        return values.unflatten(-1, (side, side, side))
+        """Values [..., V] at the vertices of a `cube` as [..., X, Y, Z]. Raises: ValueError for a lattice that is none."""
+        if self.axes is None:
+            raise ValueError("Lattice.grid: expected a lattice made by cube, got free tetrahedra. Use cube.")
+        return values.unflatten(-1, tuple(len(axis) for axis in self.axes))
 
 
 @functools.lru_cache(maxsize=8)
@@ -50,7 +52,8 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
         raise ValueError(f"cube: expected at least 1 cell per edge, got {resolution}. Raise it.")
     bounds, side = bounds or Bounds(), resolution + 1
     axis = (torch.arange(side) / resolution - 0.5) * bounds.side
-    vertices = torch.cartesian_prod(*(axis + c for c in bounds.centre))
+    x, y, z = (axis + c for c in bounds.centre)
+    vertices = torch.cartesian_prod(x, y, z)
     index = torch.arange(side**3).view(side, side, side)
     jump = (side * side, side, 1)  # from a vertex to the next one along x, y, z
     corners = []
@@ -59,4 +62,4 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
         odd = sum(a > b for a, b in itertools.combinations(order, 2)) % 2
         corners.append([path[0], path[1], path[3], path[2]] if odd else path)
     cells = index[:-1, :-1, :-1].reshape(-1, 1, 1)
-    return Lattice.of(vertices, (cells + torch.tensor(corners)).reshape(-1, 4), bounds.side / resolution)
+    return Lattice.of(vertices, (cells + torch.tensor(corners)).reshape(-1, 4), bounds.side / resolution, (x, y, z))

@@ -20,7 +20,7 @@ from eg3d_rlhf.distill.meshing.features import AREAS, PLACES, Plan, patch_featur
 from eg3d_rlhf.distill.meshing.lattice import Lattice
 from eg3d_rlhf.distill.meshing.maps import maps
 from eg3d_rlhf.distill.meshing.regions import regions
-from eg3d_rlhf.distill.meshing.tetrahedra import closed_level, cut, isovalues, on_edges
+from eg3d_rlhf.distill.meshing.tetrahedra import closed_level, cut, densities, isovalues, on_edges
 from eg3d_rlhf.field import Field
 
 PATCHIFIERS = {"regions": regions, "maps": maps}
@@ -71,7 +71,7 @@ class Held(NamedTuple):
 
 
 class MeshReader:
-    """Fields to patches. Call it with steps in order; `state` and `load` carry on where a run was cut off.
+    """Fields to patches. Call it with steps in order; `state_dict` and `load_state_dict` carry on where a run was cut off.
 
     Args: every: steps between rebuilds; isovalue: as `tetrahedra.extract` has it.
     """
@@ -84,7 +84,7 @@ class MeshReader:
 
     def __call__(self, field: Field, step: int) -> Patches:
         """Patches [A, ...] of a field of A shapes. Differentiable in what made the field. Rebuilds at multiples of `every`."""
-        density = field.density(self.lattice.vertices)  # [A, V]
+        density = densities(field, self.lattice)  # [A, V]
         if step % self.every == 0 or len(self.held) != len(density):
             self.held = self._rebuilt(density.detach(), field.level)
         found = []
@@ -102,7 +102,7 @@ class MeshReader:
             held.append(Held(iso, edges, self.options.plan(Mesh(on_edges(own, self.lattice, edges), faces))))
         return held
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors by name."""
         found: dict[str, torch.Tensor] = {}
         for i, (iso, edges, plan) in enumerate(self.held):
@@ -110,8 +110,8 @@ class MeshReader:
             found |= {f"{i}.{name}": value for name, value in own.items() if value is not None}
         return found
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state` gave."""
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` gave."""
         self.held = []
         while f"{len(self.held)}.edges" in state:
             own = {name: state.get(f"{len(self.held)}.{name}") for name in ("isovalue", "edges", *Plan._fields)}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.distill.interfaces import Mesh
 from eg3d_rlhf.distill.meshing.lattice import EDGES, Lattice
-from eg3d_rlhf.field import Field
+from eg3d_rlhf.field import Field, ProductField
 
 LEAST_STEP = 1e-8  # between the levels of an edge's ends; tetrahedra with a cut edge below it are skipped
 OPACITY_TOLERANCE = 0.02  # of the mean opacity that an automatic isovalue is held to
@@ -144,12 +144,19 @@ def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
     return torch.where(lattice.border, level.clamp_min(least), level)
 
 
+def densities(field: Field, lattice: Lattice) -> torch.Tensor:
+    """Raw density [N, V] of a field at the lattice's vertices. Differentiable in what made the field."""
+    if lattice.axes is not None and isinstance(field, ProductField):
+        return field.density_product(*(axis.to(lattice.vertices) for axis in lattice.axes)).flatten(1)
+    return field.density(lattice.vertices)
+
+
 def extract(field: Field, lattice: Lattice, isovalue: float | str | None = None, closed: bool = True) -> list[Mesh]:
     """One mesh for each shape of a field: level = isovalue - density.
 
     Args: isovalue: see `isovalues`; closed: see `closed_level`.
     Differentiable in: what made the field, through the vertices.
     """
-    density = field.density(lattice.vertices)  # [N, V]
+    density = densities(field, lattice)
     levels = [iso - one for one, iso in zip(density, isovalues(density, lattice, field.level, isovalue), strict=True)]
     return [marching_tetrahedra(closed_level(one, lattice) if closed else one, lattice) for one in levels]

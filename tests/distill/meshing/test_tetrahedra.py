@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.distill.interfaces import Mesh
-from eg3d_rlhf.distill.meshing.lattice import cube
-from eg3d_rlhf.distill.meshing.tetrahedra import COUNT, extract, marched, marching_tetrahedra, matching_isovalue, signed_volume
+from eg3d_rlhf.distill.meshing.lattice import Lattice, cube
+from eg3d_rlhf.distill.meshing.tetrahedra import COUNT, densities, extract, marched, marching_tetrahedra, matching_isovalue, signed_volume
 from eg3d_rlhf.field import Bounds
 from eg3d_rlhf.sigma.mesh import count_edges, face_volumes
 
@@ -141,3 +141,31 @@ def test_bad_levels_are_named():
 
 def test_meshes_are_tuples_of_the_shared_kind():
     assert isinstance(extract(Cloud(ball(0.3)), cube(4))[0], Mesh)
+
+
+def test_a_field_that_knows_products_is_asked_for_one():
+    grid = cube(5, Bounds(0.8))
+
+    class Product(Cloud):
+        def __len__(self):
+            return 1
+
+        def density_grid(self, grid):
+            raise AssertionError
+
+        def colour(self, points):
+            raise AssertionError
+
+        def render(self, cameras, options=None):
+            raise AssertionError
+
+        def density_product(self, x, y, z):
+            self.asked = True
+            return self.density(torch.cartesian_prod(x, y, z)).view(1, len(x), len(y), len(z))
+
+    field = Product(ball(0.3, centre=(0.0, 0.05, -0.02)))
+    assert torch.equal(densities(field, grid), field.density(grid.vertices)) and field.asked
+    free = Lattice.of(grid.vertices, grid.tetrahedra, grid.step)
+    assert torch.equal(densities(Cloud(ball(0.3)), free), ball(0.3)(grid.vertices)[None])
+    with pytest.raises(ValueError, match="free tetrahedra"):
+        extract(Cloud(ball(0.3)), free, "auto")
