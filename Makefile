@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-control seeds reports test test-long test-gpu lint bench assets clean
+.PHONY: help demo demo-control seeds reports zoo test test-long test-gpu lint bench assets clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make seeds         the demo with three training seeds, side by side (about 15 minutes on 2 cores; goes on where it was stopped)"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (a quarter of an hour on 2 cores)"
+	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (under a quarter of an hour on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
 	@echo "make test-gpu      the CUDA ops on this machine's GPU (about two minutes; compiles them where nvcc is found)"
@@ -43,6 +44,10 @@ seeds: $(STAMP)
 reports: $(STAMP)
 	@echo "== The demo run and its control where missing, then evaluation, attribution, embedding and a small sweep, into runs/reports"
 	$(BIN)/python tools/reports.py $(REPORTS_ARGS)
+
+zoo: $(STAMP)
+	@echo "== Every reward on the bundled heads: trained, tuned by, and compared, into runs/zoo"
+	$(BIN)/python tools/zoo.py $(ZOO_ARGS)
 
 test: lint
 	@echo "== Fast tests on 2 processes"

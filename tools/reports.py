@@ -23,6 +23,7 @@ import click
 from eg3d_rlhf import bundled
 from eg3d_rlhf.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.evaluation.comparison import settings_of, snapshots
+from eg3d_rlhf.settings import PRESETS, REWARDED
 from training import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
@@ -75,7 +76,8 @@ def run(name: str, command: list[str]) -> float:
 @option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports"),
         help="Folder to write; holds both runs and a folder for each report.")
 @option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
-@option("--kimg", group="Run", metavar="KIMG", type=click.FloatRange(min=0, min_open=True), default=0.24, help="Length of both runs.")
+@option("--kimg", group="Run", metavar="KIMG", type=click.FloatRange(min=0, min_open=True),
+        default=PRESETS["heads64", REWARDED]["kimg"], help="Length of both runs; the demo's unless given.")
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
 @option("-n", "--dry-run", group="Run", is_flag=True, help="Print the commands as JSON and stop.")
 def main(out, only, kimg, seed, dry_run) -> None:

@@ -1,0 +1,144 @@
+"""Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did to held-out latents.
+
+Compute -> zoo.json -> page. Letters: N rewards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.judges import blind_pairs
+from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
+from eg3d_rlhf.evaluation.summary import reward_shift
+from eg3d_rlhf.generators import LoadedGenerator, camera
+from eg3d_rlhf.media.rendering import png
+from eg3d_rlhf.media.sheet import Row, sheet, to_uint8
+from eg3d_rlhf.media.surface_view import SUPERSAMPLE, look, paint, shrink
+from eg3d_rlhf.reports import style
+from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.reward.reward import Reward
+from eg3d_rlhf.seeds import JUDGE
+from training.storage import write_atomic
+
+PICTURE = "zoo.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One reward of the zoo."""
+
+    words: str  # what it reads, and what taught it
+    train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
+    tune: tuple[str, ...]  # flags of train.py
+    label: tuple[str, ...] = ()  # flags of tools/label_synthetic.py, whose labels replace the bundled pairs in training
+    short: tuple[str, ...] = ()  # more flags of its training in the short table
+
+
+PAIRED = ("--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0")  # the pairs choose the epoch and make the test, no more
+ENTRIES = {
+    "sigma": Entry(words="density slab, bundled", train=None, tune=("--reward=sigma", "--lambda-r=10")),
+    "depth": Entry(words="depth from the front", train=("--observation=depth",), tune=("--reward=depth",), short=("--resolution=32",)),
+    "lifted-points": Entry(words="points lifted from depth, PointNet", train=("--observation=lifted-points", "--preset=pointnet"),
+                           tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",)),
+    "points": Entry(words="points on the level set, PointNet", train=("--observation=points", "--preset=pointnet"),
+                    tune=("--reward=points", "--lambda-r=10"), short=("--epochs=12",)),
+    "thumbs": Entry(words="density slab, taught by thumbs up or down alone", label=("--kind=thumbs", "--pairs=1000", "--calibrate=512"),
+                    train=PAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",)),
+}
+
+
+def tuned(c: Comparison) -> dict:
+    """What tuning did, in brief: rewards of 100 latents, and the judge's view of 200."""
+    return reward_shift(c) | blind_pairs(c)
+
+
+def record(reward: Reward, found: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float) -> dict:
+    """One reward's line in zoo.json.
+
+    Args: found: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the largest peak of its processes.
+    """
+    clean, labels = (reward.provenance.get(name) for name in ("test_accuracy_clean", "test_accuracy"))
+    test = clean or labels
+    if test is None:
+        raise ValueError("zoo: expected a reward that states its accuracy on held-out pairs, got none. Use tools/train_reward.py.")
+    wins, n = sum(one["win_rate"] for one in found) / len(found), found[0]["win_rate_n"]
+    ends = [found[0]["win_rate_ci95"][0], found[0]["win_rate_ci95"][1]] if len(found) == 1 else \
+        [min(one["win_rate"] for one in found), max(one["win_rate"] for one in found)]
+    closed = [one["gap_closed"] for one in found if one["gap_closed"] is not None]
+    return {
+        "accuracy": test["accuracy"], "ci95": test["interval_95"], "n": test["n"], "against": "noise-free order" if clean else "labels",
+        "accuracy_labels": labels and labels["accuracy"], "judge_rate": wins, "judge_range": ends, "judge_n": n,
+        "gap_closed": float(np.mean(closed)) if closed else None, "gap_closed_by_seed": closed,
+        "rewards_up": [one["reward_delta_positive"] for one in found], "rewards_n": found[0]["reward_delta_n"],
+        "seconds": sum(seconds.values()), "seconds_by_part": dict(seconds), "memory_mb": megabytes, "seeds": len(found),
+    }
+
+
+@style.plot(None, size=(6.4, 3.2), xlabel="share", xlim=(0.4, 1.02))
+def plot_rates(axes, data: dict) -> None:
+    """Accuracy on held-out pairs with its interval, and the judge's rate, for each reward."""
+    names = list(data["rewards"])
+    for y, name in enumerate(names):
+        row = data["rewards"][name]
+        at, judged = row["accuracy"], row["judge_rate"]
+        axes.errorbar([at], [y - 0.12], xerr=[[at - row["ci95"][0]], [row["ci95"][1] - at]], fmt="o", capsize=4, color="#2b6ca3")
+        low, high = row["judge_range"]
+        axes.errorbar([judged], [y + 0.12], xerr=[[max(0.0, judged - low)], [max(0.0, high - judged)]], fmt="s", capsize=4, color="#b4561f")
+    axes.axvline(0.5, color="#999999", lw=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_title("blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small")
+
+
+def rows(found: Mapping[str, Mapping]) -> list[dict]:
+    """The table, a mapping a line."""
+    return [
+        {
+            "reward": name, "reads": ENTRIES[name].words,
+            "accuracy": f"{row['accuracy']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}] of {row['n']}",
+            "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
+            "judge": f"{row['judge_rate']:.1%} [{row['judge_range'][0]:.1%}, {row['judge_range'][1]:.1%}]",
+            "way to true heads": "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
+            "seconds": f"{row['seconds']:.0f}", "memory, MB": f"{row['memory_mb']:.0f}",
+        }
+        for name, row in found.items()
+    ]
+
+
+def strip(networks: Mapping[str, LoadedGenerator], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
+    """The same latents under every network, a row each; uint8 [H, B, 3]."""
+    from eg3d_rlhf.generators import ws_of_seeds
+
+    lines = []
+    for name, loaded in networks.items():
+        label = camera(loaded.generator, YAW, PITCH)
+        sides = [Side.of(loaded.generator, ws, o.resolution)
+                 for ws in ws_of_seeds(loaded.generator, list(JUDGE.take(o.shown)), truncation_psi=psi).split(1)]
+        with torch.no_grad():
+            cells = [to_uint8(shrink(paint(look(side.surface, label, o.cell * SUPERSAMPLE))).cpu()) for side in sides]
+        lines.append(Row(cells=cells, name=name))
+    return sheet("", lines, names=190)
+
+
+def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], *, psi: float, note: str) -> Job:
+    """The page's one part: table, plot and picture."""
+
+    def compute(folder: Path) -> Finding:
+        write_atomic(folder / PICTURE, png(strip(networks, psi)))
+        best = max(found, key=lambda name: found[name]["gap_closed"] or 0)
+        says = [
+            note,
+            f"Furthest towards the true heads: {best}, {found[best]['gap_closed'] or 0:.0%} of the way.",
+            "The judge is the annotator without its noise: it shares its view of a head with the labels that taught every reward here.",
+        ]
+        facts = Facts(n=JUDGE.count, seeds=seed_range(JUDGE.all), psi=psi, networks={n: loaded.hash for n, loaded in networks.items()},
+                      interval="accuracy and judge: Wilson 95 %; of several training seeds the judge's least and greatest rate")
+        return Finding(facts=facts, data={"rewards": {name: dict(row) for name, row in found.items()}}, rows=rows(found), says=says,
+                       pictures={"The same latents before tuning, and after tuning by each reward": PICTURE})
+
+    inputs = {"rewards": {name: dict(row) for name, row in found.items()}, "networks": {n: loaded.hash for n, loaded in networks.items()}}
+    return Job(key="zoo", title="Accuracy and tuning by reward", compute=compute, plots={"rates": plot_rates}, inputs=inputs)

@@ -1,0 +1,99 @@
+"""The table of all rewards: its lines, its commands, and what goes on after an interrupt."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.evaluation import zoo
+from eg3d_rlhf.evaluation.zoo import ENTRIES, record, rows
+from tools import zoo as tool
+
+
+class Learnt:
+    """What a reward states of itself."""
+
+    def __init__(self, **provenance):
+        self.provenance = provenance
+
+
+TEST = {"accuracy": 0.8, "interval_95": [0.75, 0.84], "n": 300, "correct": 240}
+TUNED = {
+    "win_rate": 0.9, "win_rate_ci95": [0.85, 0.93], "win_rate_n": 200,
+    "gap_closed": 0.5, "reward_delta_positive": 97, "reward_delta_n": 100,
+}
+
+
+def test_a_line_takes_the_noise_free_order_where_it_is_known():
+    clean = {**TEST, "accuracy": 0.85}
+    line = record(Learnt(test_accuracy=TEST, test_accuracy_clean=clean), [TUNED], {"reward": 10.0, "seed0": 5.0}, 600.0)
+    assert (line["accuracy"], line["accuracy_labels"], line["against"]) == (0.85, 0.8, "noise-free order")
+    assert (line["seconds"], line["judge_rate"], line["judge_range"]) == (15.0, 0.9, [0.85, 0.93])
+    assert record(Learnt(test_accuracy=TEST), [TUNED], {}, 600.0)["against"] == "labels"
+
+
+def test_several_training_seeds_show_their_spread():
+    line = record(Learnt(test_accuracy=TEST), [TUNED, {**TUNED, "win_rate": 1.0, "gap_closed": 0.7}], {}, 600.0)
+    assert line["judge_rate"] == pytest.approx(0.95) and line["judge_range"] == [0.9, 1.0]
+    assert line["gap_closed"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
+
+
+def test_a_reward_without_accuracy_is_refused():
+    with pytest.raises(ValueError, match="states its accuracy"):
+        record(Learnt(), [TUNED], {}, 600.0)
+
+
+def test_every_line_has_every_column():
+    found = {name: record(Learnt(test_accuracy=TEST), [TUNED], {"reward": 1.0}, 600.0) for name in ENTRIES}
+    lines = rows(found)
+    assert [line["reward"] for line in lines] == list(ENTRIES)
+    assert all(all(str(cell) for cell in line.values()) for line in lines)
+    assert zoo.plot_rates({"rewards": found}).axes
+
+
+def planned(*flags: str) -> dict:
+    result = CliRunner().invoke(tool.main, ["-n", *flags])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_commands(tmp_path):
+    plan = planned(f"--out={tmp_path}", "--seeds=0,4")
+    assert list(plan) == list(ENTRIES)
+    assert list(plan["sigma"]) == ["seed0", "seed4"]  # bundled: nothing to train
+    assert list(plan["thumbs"]) == ["label", "reward", "seed0", "seed4"]
+    assert "--pairs=0" in plan["thumbs"]["reward"]  # the bundled pairs teach it nothing
+    for name, parts in plan.items():
+        assert all(flag in parts["seed4"] for flag in (*ENTRIES[name].tune, "--seed=4", "--no-summary"))
+    short = ENTRIES["depth"].short[0]
+    assert short in plan["depth"]["reward"] and short not in planned("--full", "--only=depth")["depth"]["reward"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("only", ["gamma", "", "points,gamma"])
+def test_unknown_rewards(only):
+    result = CliRunner().invoke(tool.main, [f"--only={only}"])
+    assert result.exit_code == 2 and "--only: expected some of sigma" in result.output
+
+
+def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
+    command = ["tools/score.py", "--help"]
+    cost = tool.call(tmp_path, command, threads=1)
+    assert cost["seconds"] > 0 and cost["megabytes"] > 10 and "Usage" in (tmp_path / "log.txt").read_text()
+    assert tool.finished(tmp_path, command) == json.loads((tmp_path / tool.DONE).read_text()) == cost
+    assert tool.finished(tmp_path, [*command, "--n=3"]) is None
+    monkeypatch.setattr(tool, "inputs", lambda: {"generator.safetensors": "another"})
+    assert tool.finished(tmp_path, command) is None
+
+
+def test_a_part_that_fails_is_named_and_not_finished(tmp_path):
+    with pytest.raises(ValueError, match=r"expected status 0, got 2. See .*log.txt"):
+        tool.call(tmp_path, ["tools/score.py", "--no-such-flag"], threads=1)
+    assert tool.finished(tmp_path, ["tools/score.py", "--no-such-flag"]) is None
+
+
+def test_an_interrupted_training_goes_on(tmp_path):
+    command = ["tools/train_reward.py", f"--out={tmp_path}"]
+    assert tool.continued(tmp_path, command) == command
+    (tmp_path / "state.pt").touch()
+    assert tool.continued(tmp_path, command) == [*command, "--resume"]

@@ -1,0 +1,191 @@
+"""Train every reward on the bundled labels, tune the bundled generator by each, and put them side by side: `make zoo`.
+
+A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every default. Finished parts are not
+repeated, an interrupted training goes on. Writes zoo.json and a page with one table, one plot and the same latents tuned by every reward.
+
+\b
+Example:
+    python tools/zoo.py --only=points --dry-run
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import _repository  # noqa: F401
+import click
+from seeds import known_run
+from tqdm import tqdm
+
+from eg3d_rlhf import bundled
+from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.evaluation import zoo
+from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
+from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.media.rendering import parse_seeds
+from eg3d_rlhf.reports import jobs as running
+from eg3d_rlhf.reports.page import write_page
+from eg3d_rlhf.reward.reward import load_reward
+from eg3d_rlhf.reward.run import BUNDLED_LABELS
+from eg3d_rlhf.settings import PRESETS, REWARDED
+from training import checkpoint
+from training.storage import write_atomic
+
+REPO = Path(__file__).resolve().parents[1]
+LENGTH = PRESETS["heads64", REWARDED]["kimg"]  # of the demo
+TUNED = "tuned.json"  # what tuning did, beside the networks
+DONE = "done.json"  # written when a part is finished: its command, what it read, its cost
+
+
+def inputs() -> dict[str, str]:
+    """Hashes of what every part reads."""
+    return {path.name: file_hash(path) for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)}
+
+
+def finished(folder: Path, command: list[str]) -> dict | None:
+    """What a part cost, where it is finished with this command and these inputs."""
+    path = folder / DONE
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return known if known.get("command") == command and known.get("inputs") == inputs() else None
+
+
+def call(folder: Path, command: list[str], threads: int) -> dict:
+    """Run one of our scripts with its output in log.txt; returns its cost, which is kept. Raises: ValueError where it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script, *flags = continued(folder, command)
+    started = time.time()
+    with (folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen([sys.executable, str(REPO / script), *flags], stdout=log, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ValueError(f"{shlex.join(command)}: expected status 0, got {process.returncode}. See {folder / 'log.txt'}; the same command "
+                         "goes on.")
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
+    cost = {"command": command, "inputs": inputs(), "seconds": time.time() - started, "megabytes": usage.ru_maxrss * unit / 1e6}
+    write_atomic(folder / DONE, json.dumps(cost, indent=1).encode())
+    return cost
+
+
+def reward_of(out: Path, name: str) -> Path:
+    """The file of a reward."""
+    return bundled.REWARD if zoo.ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
+
+
+def commands(out: Path, name: str, seeds: list[int], full: bool, kimg: float) -> dict[str, list[str]]:
+    """What makes a reward and tunes by it with each training seed: a command for each part, in order."""
+    entry, parts, folder = zoo.ENTRIES[name], {}, out / name
+    if entry.label:
+        parts["label"] = ["tools/label_synthetic.py", *entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"]
+    if entry.train is not None:
+        taught = [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"] if entry.label else []
+        parts["reward"] = ["tools/train_reward.py", *entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"]
+    flags = [*entry.tune, f"--reward-ckpt={reward_of(out, name)}", f"--reward-watch={bundled.WATCH}", f"--kimg={kimg:g}"]
+    tune = {f"seed{seed}": ["train.py", *flags, f"--seed={seed}", f"--outdir={folder / f'seed{seed}'}", "--no-summary"] for seed in seeds}
+    return parts | tune
+
+
+def continued(folder: Path, command: list[str]) -> list[str]:
+    """The command that goes on with what an interrupted one left; the same where there is nothing to go on with."""
+    if command[0] == "tools/train_reward.py":
+        return [*command, "--resume"] if (folder / "state.pt").is_file() else command
+    if command[0] == "train.py":
+        run = known_run(folder, [flag for flag in command[1:] if not flag.startswith("--outdir")])
+        return ["train.py", f"--resume={run}"] if run is not None and checkpoint.available(run) else command
+    return command
+
+
+def make(out: Path, name: str, parts: dict[str, list[str]], threads: int) -> dict[str, dict]:
+    """Every part of a reward that is not finished; returns the cost of each."""
+    folders = {part: out / name / part for part in parts}
+    return {part: finished(folders[part], command) or call(folders[part], command, threads) for part, command in parts.items()}
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--out", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/zoo"), help="Folder to write.")
+@option("--only", metavar="LIST", default=",".join(zoo.ENTRIES), help="Rewards.")
+@option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
+@option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
+@option("--jobs", metavar="INT", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default="2, or the cores",
+        help="Rewards worked on side by side.")
+@option("-n", "--dry-run", is_flag=True, help="Print the commands as JSON and stop.")
+def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if not names or set(names) - set(zoo.ENTRIES):
+        raise ValueError(f"--only: expected some of {', '.join(zoo.ENTRIES)}, got {only!r}. Correct the list.")
+    names = [name for name in zoo.ENTRIES if name in names]
+    length = LENGTH if full else LENGTH / 2
+    plans = {name: commands(out, name, list(dict.fromkeys(parse_seeds(seeds))), full, length) for name in names}
+    if dry_run:
+        click.echo(json.dumps(plans, indent=1))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    made = work(out, plans, jobs, threads)
+    found, networks = measured(out, {name: made[name] for name in names})  # in the table's order
+    write_atomic(out / "zoo.json", json.dumps({"rewards": found, "full": full, "kimg": length}, indent=1).encode())
+    note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(seeds.split(','))} training seed(s), "
+            f"{jobs} side by side with {threads} thread(s) each.")
+    part = zoo.job(found, networks, psi=0.7, note=note)
+    findings = running.run([part], out, fresh=True, quiet=True)
+    page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
+                      "generator.", [part], findings, findings[part.key].says)
+    lines = zoo.rows(found)
+    table = [list(lines[0]), *([str(cell) for cell in line.values()] for line in lines)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    click.echo("\n" + "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table))
+    click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")
+
+
+def work(out: Path, plans: dict, jobs: int, threads: int) -> dict[str, dict]:
+    """All rewards, `jobs` side by side, those that must be trained first."""
+    order, made = sorted(plans, key=lambda name: -len(plans[name])), {}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(order), desc="rewards trained and tuned", unit="reward") as bar:
+        started = {pool.submit(make, out, name, plans[name], threads): name for name in order}
+        try:
+            for done in as_completed(started):
+                made[started[done]] = done.result()
+                bar.set_postfix_str(f"last: {started[done]}; logs in {out}/*/*/log.txt")
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return made
+
+
+def measured(out: Path, made: dict[str, dict]) -> tuple[dict, dict]:
+    """zoo.json's lines, and the networks of the page's picture: before, and after by each reward with its first seed."""
+    found: dict[str, dict] = {}
+    networks: dict[str, LoadedGenerator] = {}
+    for name, costs in made.items():
+        figures = []
+        for part in (part for part in costs if part.startswith("seed")):
+            run = sorted((out / name / part).glob("[0-9]*-*"))[-1]
+            c = load_comparison(Sources(run=run, after=run))
+            figures.append(_known(run, c.after.hash) or _keep(run, c.after.hash, zoo.tuned(c)))
+            networks.setdefault("before", c.before)
+            networks.setdefault(name, c.after)
+        seconds = {part: cost["seconds"] for part, cost in costs.items()}
+        reward = load_reward(reward_of(out, name), "cpu")
+        found[name] = zoo.record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
+    return found, networks
+
+
+def _known(run: Path, after: str) -> dict | None:
+    path = run / TUNED
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return known if known.get("after") == after else None
+
+
+def _keep(run: Path, after: str, figures: dict) -> dict:
+    write_atomic(run / TUNED, json.dumps({**figures, "after": after}).encode())
+    return figures
+
+
+if __name__ == "__main__":
+    main()
