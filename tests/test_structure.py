@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf")
 RANK = {**{name: i for i, name in enumerate(PACKAGES)}, "train": 4, "tools": 4, "benchmarks": 4, "tests": 5}
-LAZY = {"matplotlib", "mcubes", "trimesh", "skimage", "captum", "umap"}
+LAZY = {"matplotlib", "mcubes", "trimesh", "skimage", "captum", "umap", "diffusers", "transformers"}
 LOADERS_THAT_RUN_CODE = {"dill", "cloudpickle", "joblib", "marshal", "shelve"}
 MACHINE_PATH = re.compile(r"(?<![\w.~:/])/(?:home|Users|root|work|mnt|scratch)/\w")
 

@@ -5,6 +5,7 @@ Every error names the flag that brought the file, what was expected and got, and
 
 import contextlib
 import functools
+import importlib.util
 import pickle
 import warnings
 import zipfile
@@ -101,6 +102,10 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, torch.Tensor], who:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{who}: expected {len(wanted)} tensors, got {kind}: {', '.join(names[:3])}{more}. Use the published file.")
     module.load_state_dict(state, strict=False, assign=True)
+    for name, counted in list(module.named_buffers()):
+        if name.endswith(SKIPPED):  # no file's business, so it may still be on the meta device
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent).register_buffer(leaf, torch.arange(counted.shape[-1])[None], persistent=False)
 
 
 def build_on_meta(make: Callable[[], Result]) -> Result:
@@ -137,3 +142,26 @@ def require_extra(flag: str, *modules: str) -> None:
 def tell_once(text: str) -> None:
     """Print a line, the first time it is said in this process."""
     print(text, flush=True)
+
+
+def from_folder(cls: Any, folder: Path, flag: str) -> Any:
+    """A network of diffusers or transformers from its local folder: config.json and safetensors, every entry read, float32, eval mode.
+
+    Raises: FileNotFoundError; ValueError for missing files, pickles, other shapes, and entries that are missing or unknown.
+    """
+    who = f"{flag}: {folder.parent.name}/{folder.name}"
+    existing(folder / "config.json", flag)
+    variant = None if any(folder.glob("*model.safetensors")) else "fp16"
+    if not any(folder.glob("*model.fp16.safetensors" if variant else "*model.safetensors")):
+        raise ValueError(f"{who}: expected weights as .safetensors, got none. Pickles are not read: convert them, or get the safetensors.")
+    with one_line(who, "Copy the folder again."):
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "variant": variant}
+        if cls.__module__.startswith("diffusers."):  # it warns at length where it has to choose
+            options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
+        model, told = cls.from_pretrained(str(folder), **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in told.get(kind, ()) if not str(name).endswith(SKIPPED))
+        if names:
+            got = f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"
+            raise ValueError(f"{who}: expected exactly {cls.__name__}'s tensors, got {got}. Copy it again.")
+    return model.float().eval().requires_grad_(False)

@@ -1,10 +1,15 @@
 """Names and shapes of the published networks are ours: built on the meta device, without their numbers."""
 
+import importlib.util
+import json
+
 import pytest
 import torch
 
-from eg3d_rlhf.distill.local_files import build_on_meta
+from eg3d_rlhf.distill.local_files import below, build_on_meta, load_strict
+from eg3d_rlhf.distill.priors.ldm_names import to_transformers_text
 from eg3d_rlhf.distill.rewards.blip import BlipSizes
+from eg3d_rlhf.distill.rewards.clip_like import Clip, ClipSizes
 from eg3d_rlhf.distill.rewards.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
@@ -40,3 +45,90 @@ def test_image_reward_is_the_trunk_and_the_mlp():
     state = {n: t for n, t in on_meta("Reward3D_Scorer").items() if not n.startswith("Scorer.")}
     network = Reward3dNetwork.of(state, "test")
     assert network.kind == "ImageReward" and {*shapes(network), "blip.text_encoder.embeddings.position_ids"} == set(state)
+
+
+def test_hpsv2():
+    wanted = published("hpsv2_open_clip_vit_h14")
+    assert shapes(build_on_meta(lambda: Clip(ClipSizes()))) == wanted
+    found = ClipSizes.of(on_meta("hpsv2_open_clip_vit_h14"), "test")
+    assert found == ClipSizes() and sum(t.numel() for t in build_on_meta(lambda: Clip(found)).parameters()) == 986_109_441
+
+
+def test_open_clips_text_half_is_that_of_stable_diffusion_2():
+    converted = to_transformers_text(on_meta("hpsv2_open_clip_vit_h14"), 23)  # the same encoder; its last layer is not used
+    assert {n: list(t.shape) for n, t in converted.items()} == published("sd21_text_encoder")
+
+
+libraries = pytest.mark.skipif(
+    not (importlib.util.find_spec("diffusers") and importlib.util.find_spec("transformers")),
+    reason="diffusers and transformers are not installed: pip install 'eg3d-rlhf[sd]'",
+)
+TEXT = {"sd15": (768, 12, "quick_gelu"), "sd21": (1024, 23, "gelu")}
+
+
+def text_config(form):
+    width, layers, act = TEXT[form]
+    return {
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": width // 64,
+        "hidden_act": act, "projection_dim": width,
+    }
+
+
+@libraries
+@pytest.mark.parametrize("form", TEXT)
+def test_stable_diffusion_folders(form, tmp_path):
+    """config.json as published, so the sizes told before a run are the real ones; the libraries' entries are the published ones."""
+    heads = {"sd15": 8, "sd21": [5, 10, 20, 20]}[form]
+    unet = {"sample_size": 64, "cross_attention_dim": TEXT[form][0], "attention_head_dim": heads, "use_linear_projection": form == "sd21"}
+    vae = {
+        "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "layers_per_block": 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4, "scaling_factor": 0.18215,
+    }
+    for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text_config(form))):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    from eg3d_rlhf.distill.priors.local import prior_costs
+    from eg3d_rlhf.distill.priors.stable_diffusion import PriorOptions, meta_prior
+
+    prior = meta_prior(tmp_path, PriorOptions(half=True))
+    assert shapes(prior.unet) == published(f"{form}_unet")
+    assert shapes(prior.vae) == published("sd_vae") and shapes(prior.text) == published(f"{form}_text_encoder")
+    assert prior.latent_shape == (4, 64, 64) and prior.image_size == 512
+    costs = prior_costs(tmp_path, 1, PriorOptions(half=True))
+    numbers = [round(n / 1e6, 1) for n, _ in costs.weights.values()]
+    assert numbers[:2] == [{"sd15": 859.5, "sd21": 865.9}[form], 83.7]
+    assert 2.5 < next(iter(costs.stages.values())) / 2**30 < 3.5  # encode one picture of 512^2 and back
+
+
+@libraries
+@pytest.mark.parametrize("form", ["sd15", "sd21_base"])
+def test_mvdream_files(form):
+    from eg3d_rlhf.distill.priors.mvdream import OPEN_CLIP, TRANSFORMERS, mvdream_networks
+
+    state = on_meta(f"mvdream_{form}_4view")
+    if form == "sd15":
+        state |= {f"{TRANSFORMERS}{n}": t for n, t in on_meta("sd15_text_encoder").items()}
+    else:
+        text = {n: t for n, t in on_meta("hpsv2_open_clip_vit_h14").items() if not n.startswith("visual.")}
+        state |= {f"{OPEN_CLIP}{n}": t for n, t in text.items()}
+    networks, states = mvdream_networks(state, "test")
+    for name, own in states.items():
+        load_strict(getattr(networks, name), own, name)  # every entry fits
+    assert len(states["unet"]) == len(below(state, "model.diffusion_model."))
+    plain = {n: s for n, s in shapes(networks.unet).items() if not n.startswith("class_embedding.")}
+    assert plain == published({"sd15": "sd15_unet", "sd21_base": "sd21_unet"}[form])
+    assert shapes(networks.vae) == published("sd_vae")
+    assert shapes(networks.text) == published({"sd15": "sd15_text_encoder", "sd21_base": "sd21_text_encoder"}[form])
+    assert networks.unet.config.attention_head_dim == (8 if form == "sd15" else (5, 10, 20, 20))
+
+
+@libraries
+def test_clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224,
+        "patch_size": 14,
+    }
+    config = CLIPConfig(text_config=text_config("sd15"), vision_config=vision, projection_dim=768)
+    assert shapes(build_on_meta(lambda: CLIPModel(config))) == published("clip_vit_l14")

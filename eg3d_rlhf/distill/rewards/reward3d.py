@@ -6,7 +6,7 @@ guidance lets Lightning's train() turn it on, which makes their gradients noisy.
 Shape letters: B pictures, A assets, V = 4 views of one (adjacent), D feature width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.distill.interfaces import Modality
-from eg3d_rlhf.distill.local_files import build_on_meta, frozen, load_strict, one_line, read_state, require_extra
+from eg3d_rlhf.distill.local_files import build_on_meta, frozen, load_strict, read_state
 from eg3d_rlhf.distill.rewards.blip import Blip, BlipSizes
 from eg3d_rlhf.distill.rewards.preprocess import clip_preprocess
+from eg3d_rlhf.distill.tokens import Tokenize, bert_tokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores; CrossViewFusion is published with 5 for the deviation
 FUSION_STD = 5.0
 VIEWS = 4
 TOKENS = {"ImageReward": 35, "Scorer": 100, "CrossViewFusion": 100}  # of a prompt, marks included; more are cut
 Kind = Literal["ImageReward", "Scorer", "CrossViewFusion"]
-Tokenize = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 class RewardMlp(nn.Module):
@@ -138,28 +138,6 @@ class BlipReward:
         pictures = clip_preprocess(pixels.to(self.device).float(), self.network.blip.visual_encoder.side)
         features = self.network.blip(pictures, tokens, mask)
         return self.network.head(features).repeat_interleave(self.views)
-
-
-def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Tokenize:
-    """BERT's tokenizer of a local folder (vocab.txt), cutting at `limit` tokens.
-
-    Raises: ValueError where transformers or the folder is missing, or its vocabulary is not the network's.
-    """
-    require_extra(flag, "transformers")
-    if not (folder / "vocab.txt").is_file():
-        raise ValueError(f"{flag}: expected BERT's vocab.txt in {folder}, got none. Put bert-base-uncased's tokenizer there.")
-    from transformers import BertTokenizer  # seconds: only where it is used
-
-    with one_line(f"{flag}: {folder.name}", "Copy bert-base-uncased's tokenizer again."):
-        tokenizer = BertTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if len(tokenizer) > vocabulary:
-        raise ValueError(f"{flag}: expected a vocabulary of at most {vocabulary} words, got {len(tokenizer)}. Use bert-base-uncased's.")
-
-    def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        found = tokenizer(list(prompts), padding="longest", truncation=True, max_length=limit, return_tensors="pt")
-        return found.input_ids, found.attention_mask.bool()
-
-    return tokenize
 
 
 def load_blip_reward(path: Path, state: Mapping[str, torch.Tensor] | None = None, device: str | torch.device = "cpu") -> BlipReward:

@@ -1,0 +1,42 @@
+"""A prior from a path: which of the published layouts it is, what it will need of memory, and the prior itself."""
+
+from pathlib import Path
+
+from eg3d_rlhf.distill.local_files import existing
+from eg3d_rlhf.distill.priors.checks import CheckedPrior
+from eg3d_rlhf.distill.priors.memory import Costs, latent_costs
+from eg3d_rlhf.distill.priors.mvdream import load_mvdream, meta_mvdream
+from eg3d_rlhf.distill.priors.stable_diffusion import FLAG, PriorOptions, load_stable_diffusion, meta_prior
+
+WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
+
+
+def weights_of(path: Path) -> Path | None:
+    """MVDream's file that a path names: the file, or a folder's only one; None for a Stable Diffusion folder. Raises: ValueError."""
+    if path.is_file():
+        return path
+    if (path / "unet").is_dir():
+        return None
+    found = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+    if len(found) != 1:
+        got = ", ".join(file.name for file in found[:4]) or "neither"
+        raise ValueError(f"{FLAG}: expected unet/ (Stable Diffusion) or one MVDream file, got {got} in {path}. Name the file.")
+    return found[0]
+
+
+def load_prior(path: str | Path, options: PriorOptions | None = None) -> CheckedPrior:
+    """Stable Diffusion (a folder) or MVDream (a .pt file), with checks. Nothing is fetched and nothing in a file is run.
+
+    Raises: FileNotFoundError; ValueError: one line with flag and remedy.
+    """
+    path = existing(path, FLAG)
+    file = weights_of(path)
+    return CheckedPrior(load_stable_diffusion(path, options) if file is None else load_mvdream(file, options))
+
+
+def prior_costs(path: str | Path, pictures: int, options: PriorOptions | None = None) -> Costs:
+    """What a step with this prior will hold in memory, from its shapes alone: print it before `load_prior`. Raises: as `load_prior`."""
+    path = existing(path, FLAG)
+    file = weights_of(path)
+    options = options or PriorOptions()
+    return latent_costs(meta_prior(path, options) if file is None else meta_mvdream(file, options), pictures)
