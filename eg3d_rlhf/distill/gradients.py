@@ -67,17 +67,17 @@ def reward_weighted(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 
 def dreamdpo(
-    win: torch.Tensor, lose: torch.Tensor, noise_win: torch.Tensor, noise_lose: torch.Tensor, *, two_sided: torch.Tensor,
-    weight: torch.Tensor, subtract_noise: bool = True,
+    predicted: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor, weight: torch.Tensor, *, subtract_noise: bool = True
 ) -> torch.Tensor:
     """w [(p - e)_win - (p - e)_lose] where the gap is large enough, else w (p - e)_win (DreamDPO, Zhou et al. 2025, equations 8 and 9).
 
-    Args: two_sided: [B] bool. subtract_noise: False leaves e out where only the winner counts, as the released code does.
-    Two-sided, with one guidance scale for both, is w (a / s) (x0_lose - x0_win): nothing anchors the picture then.
+    Args: predicted: [2, B, C, H, W], the loser's at its own guidance scale; weights: [2, B], 1 of the winner and -1 or 0 of the loser;
+        subtract_noise: False leaves e out where only the winner counts, as the released code does.
+    Two-sided, with one guidance scale for both, it is w (a / s) (x0_lose - x0_win): nothing anchors the picture then.
     """
-    alone = win - noise_win if subtract_noise else win
-    both = (win - noise_win) - (lose - noise_lose)
-    return weight * torch.where(two_sided.view(-1, 1, 1, 1), both, alone)
+    if not subtract_noise:
+        noise = noise * (weights != 0).all(0).view(1, -1, 1, 1, 1)
+    return weight * reward_weighted(predicted - noise, weights)
 
 
 def psd(

@@ -80,3 +80,46 @@ class StandIn:
         column = (-1, 1, 1, 1)
         out = (1 + e @ net["u"]).view(column) * net["P"] * x_t + ((1 + e @ net["v"]) * t / 1000).view(column) * net["Q"] + net["r"] * mean
         return out if cameras is None else out + (cameras @ net["cam"]).view(column)
+
+
+class Recorded:
+    """Named draws that hand out recorded noises; a judge is always asked."""
+
+    def __init__(self, *noises: torch.Tensor):
+        self.recorded = torch.stack(noises)
+
+    def noises(self, count, like, step):
+        assert count == len(self.recorded) and like.shape == self.recorded.shape[1:]
+        return self.recorded
+
+    def chance(self, name, count, step):
+        return torch.zeros(count)
+
+
+class Pictures:
+    """A reward that is linear in each picture, or recites recorded scores; keeps what it saw."""
+
+    views, modality, differentiable = 1, "image", True
+
+    def __init__(self, w: torch.Tensor | None = None, recited: torch.Tensor | None = None):
+        self.w, self.recited, self.seen = w, recited, None
+
+    def score(self, pixels, prompts):
+        self.seen = pixels
+        return self.recited if self.recited is not None else (pixels * self.w).mean((1, 2, 3))
+
+
+def multiview(name: str, views: int = 4) -> StandIn:
+    """The stand-in of the multi-view sets, which knows "text" and the empty prompt."""
+    from eg3d_rlhf.distill.schedule import NoiseSchedule
+
+    net = under(name, "net")
+    embeddings = {"text": net["cond"][0], "": net["null"][0]}
+    return StandIn({k: a for k, a in net.items() if k not in ("cond", "null")}, NoiseSchedule().alphas_cumprod, embeddings, views)
+
+
+def seen_by(cam2world: torch.Tensor) -> torch.Tensor:
+    """Cameras [B, 4, 4] as MVDream's network gets them, [B, 16]: at distance 1."""
+    cameras = cam2world.clone()
+    cameras[:, :3, 3] /= cameras[:, :3, 3].norm(dim=1, keepdim=True) + 1e-8
+    return cameras.flatten(1)

@@ -66,3 +66,31 @@ def judge(x: torch.Tensor, made: GmmPrior) -> Outcome:
         float((index % modes == 0).float().mean()), float(rms.square().mean().sqrt()), float(log_p.median()),
         float((log_p > -3).float().mean()), x
     )
+
+
+class Towards:
+    """A reward of pictures: minus the squared distance to the first mode, or its inverse, or noise of its own."""
+
+    modality, views, differentiable = "image", 1, True
+
+    def __init__(self, made: GmmPrior, kind: str = "good", seed: int = 0):
+        self.target, self.kind, self.scale = made.means[0], kind, made.scale
+        self.draws = torch.Generator().manual_seed(1000 + seed)
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if self.kind == "random":
+            return torch.randn(len(pixels), generator=self.draws)
+        distance = (self.scale * (2 * pixels - 1) - self.target).square().mean((1, 2, 3))
+        return -distance if self.kind == "good" else distance
+
+
+class Along:
+    """A linear reward: the mean entry of the latents, times a factor."""
+
+    modality, views, differentiable = "image", 1, True
+
+    def __init__(self, made: GmmPrior, factor: float = 1.0):
+        self.factor, self.scale = factor, made.scale
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return self.factor * (self.scale * (2 * pixels - 1)).mean((1, 2, 3))

@@ -1,0 +1,95 @@
+"""RewardSDS against its own code (F5): strategies, the 3D guidance, and the parts of the 2D experiment."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from eg3d_rlhf.distill import gradients
+from eg3d_rlhf.distill.guidance.rewardsds import RewardSds
+from eg3d_rlhf.distill.noise_weighting import NoiseWeighting
+from eg3d_rlhf.distill.presets import PRESETS
+from eg3d_rlhf.distill.schedule import NoiseSchedule, ddim_times
+from eg3d_rlhf.distill.target import distillation_loss, target_loss
+from tests.compat.distill_reference import Pictures, Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
+
+pytestmark = needs("rewardsds")
+NAME, F5 = "rewardsds", 2e-5
+SCHEDULE = NoiseSchedule()
+STRATEGIES = {
+    "min-max": {}, "best": {"strategy": "best", "best": 1}, "weighted": {"strategy": "weighted"}, "best3": {"strategy": "best", "best": 3},
+    "minmax_.7_.3_1_3": {"best_weight": 0.7, "worst_weight": 0.3, "best": 1, "worst": 3},
+}
+
+
+@pytest.mark.parametrize("count", [4, 7, 8])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies(count, name):
+    v = under(NAME, f"strategy3d/{count}")
+    weights = NoiseWeighting(**STRATEGIES[name])(v["rewards"][:, None])[:, 0]
+    close(weights, v[f"{name}/weights"], F5)
+    close((weights * v["losses"]).sum(), v[f"{name}/loss"], F5)
+    close((weights * v["grad_norms"]).sum(), v[f"{name}/logged_norm"], F5)
+
+
+def weighting_of(case: str) -> NoiseWeighting:
+    return NoiseWeighting(**{**STRATEGIES, "none": {"strategy": "none"}}[case.split("/")[1].split("_")[0]])
+
+
+@pytest.mark.parametrize("case", cases(NAME, "full3d/"))
+def test_the_guidance_in_3d(case):
+    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME)
+    released, reward = PRESETS["rewardsds-released"], Pictures(values(NAME)["reward/w"])
+    form = {} if entry["recon_loss"] else {"form": "sds"}
+    settings = dataclasses.replace(
+        released, noises=int(case.split("_")[1]), until=entry["reward_until"], weighting=weighting_of(case),
+        prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"], **form),
+    )
+    shown = v["input"].clone().requires_grad_()
+    x, t = (shown, v["t"].expand(4))
+    guidance = RewardSds(prior, settings, views=4, streams=Recorded(*v["noise"]), reward=reward)
+    decode, explored = prior.decode, []
+    prior.decode = lambda latents: decode(explored.append(latents) or latents)
+    output = guidance(x.detach(), t, ["text"] * 4, seen_by(v["c2w"]), entry["step"])
+    close(torch.autograd.grad(distillation_loss(x, output), shown)[0], v["dloss_dinput"], F5)
+    asked = [int(call[0]) for call in prior.calls]
+    per_noise = v["timesteps_of_calls"].tolist()
+    assert sorted(asked * len(v["noise"])) == sorted(per_noise)  # ours asks for all noises at once
+    if "rewards" in v:
+        close(output.scores[:, 0], v["rewards"], F5)
+        close(torch.stack(explored), v["explored"], F5)  # of up to 4.6e6, clamped to 0..1 when decoded:
+        close(reward.seen, v["images"].flatten(0, 1), 20 * F5)
+        assert torch.equal(output.winner, v["rewards"].argmax()[None])
+
+
+@pytest.mark.parametrize("case", cases(NAME, "full2d/"))
+def test_the_parts_in_2d(case):
+    """Its chain starts at the schedule's first step <= t though the latent is at t, and each loss is divided by the number kept."""
+    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME, views=1)
+    x, t, noise = v["input"], v["t"], v["noise"]
+    count = len(noise)
+    text, null = (prior.embed([name]).expand(count, -1, -1) for name in ("text", ""))
+    asked = []
+
+    def predict(x_t, now, scale):
+        asked.append(int(now[0]))
+        return gradients.guided(*(prior.predict_noise(x_t, now, c) for c in (text, null)), scale)
+
+    x_t = torch.cat([SCHEDULE.mix(x, e[None], t) for e in noise])
+    weights = torch.ones(1)
+    if count > 1:
+        steps = entry["exploration_steps"]
+        times = [time for time in ddim_times(steps) if time <= int(t)]
+        falling = [torch.full((count,), time) for time in [*times, times[-1] - 1000 // steps]]
+        end = SCHEDULE.ddim_chain(x_t, falling, lambda latents, now: predict(latents, now, entry["exploration_cfg"]))
+        images = prior.decode(end)
+        close(images, v["images"], F5)
+        rewards = (images * values(NAME)["reward/w"]).mean((1, 2, 3))
+        close(rewards, v["rewards"], F5)
+        weights = weighting_of(case)(rewards[:, None])[:, 0]
+    grads = SCHEDULE.weight(t, "sds", x) * (predict(x_t, t.expand(count), entry["cfg_scale"]) - noise)
+    kept = weights.nonzero()[:, 0]
+    grad = (weights[:, None, None, None] * grads).sum(0, keepdim=True) / len(kept)
+    shown = x.clone().requires_grad_()
+    assert asked == v["timesteps_of_calls"].tolist()
+    close(torch.autograd.grad(target_loss(shown, grad), shown)[0], v["dloss_dinput"], F5)
