@@ -2,15 +2,26 @@
 
 from eg3d_rlhf.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.distill.guidance.dreamdpo import DreamDpoSettings
+from eg3d_rlhf.distill.guidance.dreamreward import DreamRewardSettings
 from eg3d_rlhf.distill.guidance.ranking import RankingSettings
 from eg3d_rlhf.distill.guidance.rewardsds import RewardSdsSettings
 from eg3d_rlhf.distill.guidance.sds import SdsSettings
+from eg3d_rlhf.distill.schedule import Ramp
 
 MVDREAM = DenoiserSettings(guidance_scale=50.0, form="recon", rescale=0.5)
 PRESETS = {
     "sds": SdsSettings(),
     "dreamfusion": SdsSettings(prior=DenoiserSettings(guidance_scale=101.0, view_prompts=True)),  # threestudio writes 100
     "mvdream": SdsSettings(prior=MVDREAM),
+    "dreamreward": DreamRewardSettings(),
+    "dreamreward-released-1": DreamRewardSettings(
+        prior=MVDREAM, weight=Ramp(0.6), balance="digits", ceiling=4.0, through="images", x0_until=100, reward_from=6000,
+        reward_only_from=9801, reward_view_prompts=True,
+    ),
+    "dreamreward-released-2": DreamRewardSettings(
+        prior=MVDREAM, weight=Ramp(0.3), balance="digits", ceiling=4.0, through="images", x0_until=300, reward_from=1001,
+        reward_only_from=9801, reward_view_prompts=True,
+    ),
     "dreamdpo": DreamDpoSettings(),
     "dreamdpo-formula": DreamDpoSettings(lose_guidance_scale=None),
     "dreamdpo-released": DreamDpoSettings(

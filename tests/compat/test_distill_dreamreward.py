@@ -1,0 +1,68 @@
+"""DreamReward's weight and its two guidances against its own code (the guidance part of F6)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from eg3d_rlhf.distill.guidance.dreamreward import DreamReward
+from eg3d_rlhf.distill.presets import PRESETS
+from eg3d_rlhf.distill.target import digits, distillation_loss
+from tests.compat.distill_reference import Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
+
+pytestmark = needs("dreamreward")
+NAME, F6 = "dreamreward", 1e-5
+
+
+def test_the_weight_of_printed_numbers():
+    for loss, reward_loss, weight in values(NAME)["calculate_weight/rows"].tolist():
+        assert 10.0 ** (digits(loss) - digits(reward_loss)) == pytest.approx(weight, rel=1e-12)
+
+
+class FourViews:
+    """The stand-in reward: linear in the pictures, and a tenth of the prompts' numbers."""
+
+    views, modality, differentiable = 4, "multiview", True
+
+    def __init__(self, w: torch.Tensor, ids: torch.Tensor):
+        self.w, self.ids, self.seen = w, ids, None
+
+    def score(self, pixels, prompts):
+        self.seen = pixels.detach()
+        linear = (pixels * self.w).sum((1, 2, 3)).unflatten(0, (-1, 4)).mean(1) / 108
+        return (linear + 0.1 * self.ids.sum()).repeat_interleave(4)
+
+
+@pytest.mark.parametrize("case", cases(NAME, "guidance"))
+def test_guidance(case):
+    v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME)
+    reward = FourViews(values(NAME)["reward/w"], v.get("prompt_ids", torch.zeros(4, 1)).float())
+    settings = PRESETS[f"dreamreward-released-{entry['variant']}"]
+    guidance = DreamReward(prior, settings, views=4, streams=Recorded(v["noise"]), reward=reward)
+    shown = v["input"].clone().requires_grad_()
+    images = shown.permute(0, 3, 1, 2)
+    x = prior.encode(images)
+    output = guidance(x, v["t"].expand(4), ["text"] * 4, seen_by(v["c2w"]), entry["step"], images.detach())
+    assert (output.scores is not None) == entry["rewarded"]
+    if entry["rewarded"]:
+        close(reward.seen, v["reward_image"], F6)
+        close(output.scores, v["reward"], F6)
+    loss = distillation_loss(x, output, images=images)
+    close(torch.autograd.grad(loss, shown)[0], v["dloss_dinput"], F6)
+
+
+def test_the_side_is_said_to_the_reward_alone():
+    prior, told = multiview(NAME), []
+    cameras = torch.eye(4).repeat(4, 1, 1)
+    cameras[:, :3, 3] = torch.tensor([[0, 0, 1.0], [1, 0, 0], [0, 0, -1], [0, 5, 0.1]])
+
+    class Listening(FourViews):
+        def score(self, pixels, prompts):
+            told.extend(prompts)
+            return super().score(pixels, prompts)
+
+    settings = dataclasses.replace(PRESETS["dreamreward"], reward_view_prompts=True)
+    noise = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    guidance = DreamReward(prior, settings, views=4, streams=Recorded(noise), reward=Listening(torch.ones(3, 6, 6), torch.zeros(4)))
+    guidance(noise, torch.full((4,), 100), ["text"] * 4, cameras.flatten(1), 0)
+    assert told == ["text, front view", "text, side view", "text, back view", "text, overhead view"]
