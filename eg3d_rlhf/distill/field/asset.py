@@ -112,7 +112,8 @@ class Asset(torch.nn.Module, abc.ABC):
         """A copy of some of the assets, as meshes want one."""
         chosen = copy.deepcopy(self)
         for name, parameter in self.named_parameters():
-            setattr(chosen, name, torch.nn.Parameter(parameter.detach()[indices].clone()))
+            kept = torch.nn.Parameter(parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad)
+            setattr(chosen, name, kept)
         return chosen
 
     def save(self, path: str | Path) -> None:
