@@ -9,15 +9,15 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'eg3d-rlhf[sd]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'eg3d-rlhf[sd]'")
 
+from eg3d_rlhf.distill.field.views import evenly_around, network_cameras  # noqa: E402
 from eg3d_rlhf.distill.gradients import guided, sds  # noqa: E402
 from eg3d_rlhf.distill.interfaces import DiffusionPrior  # noqa: E402
 from eg3d_rlhf.distill.local_files import tell_once  # noqa: E402
 from eg3d_rlhf.distill.priors.local import load_prior, prior_costs  # noqa: E402
-from eg3d_rlhf.distill.priors.mvdream import join_views, to_mvdream_cameras  # noqa: E402
+from eg3d_rlhf.distill.priors.mvdream import join_views  # noqa: E402
 from eg3d_rlhf.distill.priors.stable_diffusion import PriorOptions  # noqa: E402
 from eg3d_rlhf.distill.target import target_loss  # noqa: E402
 from tests.distill import layouts  # noqa: E402
-from training.rendering.cameras import look_at  # noqa: E402
 
 FORMS = ("1.5", "2.1")
 
@@ -27,8 +27,7 @@ def drawn(*shape, seed=0):
 
 
 def four_cameras():
-    turn = torch.arange(4) * torch.pi / 2
-    return look_at(torch.stack([turn.sin(), torch.zeros(4), turn.cos()], 1) * 2, torch.zeros(3)).flatten(1)
+    return evenly_around(1).cameras[:, :16]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_mvdream_is_what_was_written(made, form):
         said = [512, layouts.clip_words().index("a"), layouts.clip_words().index("b</w>"), 513]
         tokens = torch.tensor([said + [0 if form == "2.1" else 513] * (77 - len(said))])
         torch.testing.assert_close(cond, text(tokens).last_hidden_state.expand(4, -1, -1))
-        expected = join_views(unet)(x, t, encoder_hidden_states=cond, class_labels=to_mvdream_cameras(cameras)).sample
+        expected = join_views(unet)(x, t, encoder_hidden_states=cond, class_labels=network_cameras(cameras)).sample
         got = prior.predict_noise(x, t, cond, cameras)
         torch.testing.assert_close(got, expected)
         assert not torch.allclose(got, prior.predict_noise(x, t, cond, cameras.roll(1, 0)))  # cameras count

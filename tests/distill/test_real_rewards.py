@@ -8,6 +8,7 @@ import torch
 
 from eg3d_rlhf.distill.interfaces import RewardModel
 from eg3d_rlhf.distill.priors.checks import CheckedPrior, check_pictures, check_views
+from eg3d_rlhf.distill.priors.memory import Costs
 from eg3d_rlhf.distill.rewards.blip import BlipSizes
 from eg3d_rlhf.distill.rewards.local import ImscoreReward, load_reward, reward_costs
 from eg3d_rlhf.distill.rewards.preprocess import clip_preprocess, pad_preprocess
@@ -112,6 +113,8 @@ def test_memory_is_told_from_shapes_alone(made, name):
     held = torch.load(made[name], weights_only=True) if name != "CLIP" else layouts.clip_model().state_dict()
     held = held.get("state_dict", held)
     assert numbers == sum(t.numel() for n, t in held.items() if "position_ids" not in n) and size == 4 * numbers
+    twice = costs + Costs(weights={"other": (5, 20)}, stages={"small": 1})
+    assert twice.total == costs.total + 20 and "small" in str(twice)
     assert max(reward_costs(made[name], 8).stages.values()) > 1.5 * max(costs.stages.values()) > 0 and reward.views in (1, 4)
 
 

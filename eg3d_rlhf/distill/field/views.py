@@ -82,6 +82,7 @@ def evenly_around(assets: int, views: int = 4, distance: float = 1.5, fov: float
 
 # row of the z-up world from rows of ours: x, -z, y
 _TO_Z_UP = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+_QUARTER_TURN = ((0.0, -1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))  # about z: -y to +x
 _FLIP = (1.0, -1.0, -1.0, 1.0)  # columns: OpenCV's camera axes to OpenGL's, and back
 
 
@@ -106,5 +107,9 @@ def unit_distance(cam2world: torch.Tensor) -> torch.Tensor:
 
 
 def network_cameras(cameras: torch.Tensor) -> torch.Tensor:
-    """What a four-view network of MVDream's kind reads, [B, 16], of our labels [B, 25] or their first 16 numbers."""
-    return unit_distance(to_z_up(cameras[:, :16].reshape(-1, 4, 4)))
+    """What a four-view network of MVDream's kind reads, [B, 16], of our labels [B, 25] or their first 16 numbers.
+
+    Fronts meet: ours, +z, becomes its +x, where threestudio and DreamReward say "front view". `to_z_up` alone would put it at -y, where
+    MVDream's own table of cameras begins to count; its programs begin 90 degrees on.
+    """
+    return unit_distance(cameras.new_tensor(_QUARTER_TURN) @ to_z_up(cameras[:, :16].reshape(-1, 4, 4)))

@@ -34,9 +34,13 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
     return CheckedPrior(load_stable_diffusion(path, options) if file is None else load_mvdream(file, options))
 
 
-def prior_costs(path: str | Path, pictures: int, options: PriorOptions | None = None) -> Costs:
-    """What a step with this prior will hold in memory, from its shapes alone: print it before `load_prior`. Raises: as `load_prior`."""
+def prior_costs(path: str | Path, pictures: int, options: PriorOptions | None = None, noises: int = 1) -> Costs:
+    """What a step with this prior will hold in memory, from its shapes alone: print it before `load_prior`.
+
+    Args: pictures: B, views of all assets of a step. noises: K of the method.
+    Raises: as `load_prior`.
+    """
     path = existing(path, FLAG)
     file = weights_of(path)
     options = options or PriorOptions()
-    return latent_costs(meta_prior(path, options) if file is None else meta_mvdream(file, options), pictures)
+    return latent_costs(meta_prior(path, options) if file is None else meta_mvdream(file, options), pictures, noises)

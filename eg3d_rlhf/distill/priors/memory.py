@@ -94,6 +94,10 @@ class Costs:
         """Bytes of all weights and the largest stage."""
         return sum(size for _, size in self.weights.values()) + max(self.stages.values(), default=0)
 
+    def __add__(self, other: "Costs") -> "Costs":
+        """Both in one table: all weights are held, the stages come one after another."""
+        return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
+
     def __str__(self) -> str:
         rows = [f"{'weights':44}{'numbers':>12}{'GiB':>9}"]
         rows += [f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()]
@@ -108,10 +112,10 @@ def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> t
     return numbers, numbers * dtype.itemsize
 
 
-def latent_costs(prior: LatentPrior, pictures: int) -> Costs:
+def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
     """Costs of one step of a latent diffusion prior on the meta device: its own methods are run.
 
-    Args: pictures: B, views of all assets of a step.
+    Args: pictures: B, views of all assets of a step. noises: K of the method: 2 of DreamDPO and PSD.
     """
     channels, side, _ = prior.latent_shape
     pixels, width, dtype = prior.image_size, int(prior.text.config.hidden_size), prior.options.unet_dtype
@@ -135,7 +139,7 @@ def latent_costs(prior: LatentPrior, pictures: int) -> Costs:
 
     stages = {
         f"encode {pictures} pictures of {pixels}^2, and back": encode,
-        f"noise of {2 * pictures} latents of {side}^2 (text and null)": without_graph(lambda: noise(2 * pictures, False)),
+        f"noise of {2 * noises * pictures} latents of {side}^2 (text and null)": without_graph(lambda: noise(2 * noises * pictures, False)),
         f"decode {pictures} pictures for a reward": without_graph(lambda: prior.decode(meta(pictures, channels, side, side))),
         f"gradient through the U-Net, {pictures} latents": lambda: back(*noise(pictures, True)),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.distill.field.views import network_cameras
 from eg3d_rlhf.distill.local_files import below, build_on_meta, count, load_strict, read_state, require_extra, shape_of, tell_once
 from eg3d_rlhf.distill.priors.ldm_names import to_diffusers_unet, to_diffusers_vae, to_transformers_text, unet_config
 from eg3d_rlhf.distill.priors.stable_diffusion import FLAG, LatentNetworks, LatentPrior, PriorOptions
@@ -47,19 +48,6 @@ def join_views(unet: Any, views: int = VIEWS) -> Any:
     return unet
 
 
-def to_mvdream_cameras(cameras: torch.Tensor) -> torch.Tensor:
-    """Our cameras as MVDream's network sees them, [B, 16] -> [B, 16] row-major; the argument is left as it is.
-
-    Ours: world x right, y up, z towards the viewer; camera axes right, down, forward (training/rendering/cameras.py). MVDream's: world
-    z up, x towards the viewer, y right; camera axes right, up, back; the position divided by its norm + 1e-8.
-    """
-    ours = cameras.reshape(-1, 4, 4)
-    turned = ours[:, [2, 0, 1, 3]] * ours.new_tensor([1.0, -1.0, -1.0, 1.0])  # rows: world axes; columns: camera axes
-    position = turned[:, :3, 3]
-    position = position / (position.norm(dim=1, keepdim=True) + 1e-8)
-    return torch.cat([torch.cat([turned[:, :3, :3], position[:, :, None]], 2), turned[:, 3:]], 1).flatten(1)
-
-
 class MVDream(LatentPrior):
     """Four views as `DiffusionPrior`: B is a multiple of 4, an asset's views are adjacent, cameras [B, 16] are ours."""
 
@@ -70,7 +58,7 @@ class MVDream(LatentPrior):
         return super().embed(prompts)
 
     def _labels(self, cameras: torch.Tensor | None) -> torch.Tensor | None:
-        return None if cameras is None else to_mvdream_cameras(cameras.float()).to(self.options.device, self.options.unet_dtype)
+        return None if cameras is None else network_cameras(cameras.float()).to(self.options.device, self.options.unet_dtype)
 
 
 def mvdream_networks(state: Mapping[str, torch.Tensor], who: str) -> tuple[LatentNetworks, dict[str, dict[str, torch.Tensor]]]:
