@@ -15,7 +15,7 @@ def inverted(field, prompts, step):
 
 
 def test_distillation_keeps_the_noses_it_finds_and_a_geometry_reward_removes_them():
-    plain, shaped = (optimise(heads(8), 2, steps=90, geometry=reward) for reward in (None, OneNose()))
+    plain, shaped = (optimise(heads(10), 3, steps=90, geometry=reward, weight=0.5) for reward in (None, OneNose()))
     assert torch.equal(plain.before, shaped.before)
     assert float((plain.after == plain.before).double().mean()) >= 0.9 and float(plain.rms.mean()) < 0.04
     assert shares(shaped.after).two_or_more < shares(plain.after).two_or_more
