@@ -45,7 +45,7 @@ def untuned(generator: Any, observation: Observation, psi: float, cutoff: int | 
 
 def cache_name(generator: str, observation: Observation, psi: float, cutoff: int | None) -> str:
     """File name that changes with everything the observations depend on."""
-    key = json.dumps([generator, observation.to_dict(), psi, cutoff], sort_keys=True)
+    key = json.dumps([generator, observation.to_dict(), psi, cutoff, "ascending"], sort_keys=True)
     return f"{observation.kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
@@ -78,11 +78,14 @@ class ObservationCache:
     ) -> int:
         """Draw the seeds that are missing, `batch` at a time, in turn over the ranks; every rank gets all.
 
+        They are drawn in ascending order, never in that of the labels: a ray's jitter depends on its shape's place in the batch, and where
+        winners have even places and losers odd ones, a network learns that instead of shapes.
+
         `on_drawn` hears how many were added here. Returns the number drawn.
         """
         if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._kept))}) > 1:
             self._kept = {}  # the machines' caches differ
-        missing = [seed for seed in dict.fromkeys(seeds) if seed not in self._kept]
+        missing = sorted({seed for seed in seeds if seed not in self._kept})
         drawn: dict[int, torch.Tensor] = {}
         for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][ranks.rank :: ranks.world]:
             drawn.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))

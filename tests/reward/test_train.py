@@ -150,6 +150,19 @@ def test_store_draws_each_seed_once_and_survives_in_a_file(tmp_path):
         ObservationCache(source, path)
 
 
+def test_a_place_in_a_batch_does_not_tell_winners_from_losers():
+    """Labels name the winner first. What depends on the place in a batch, such as a ray's jitter, must not say so."""
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(512).reshape(256, 2)  # winner, loser: of equal worth
+    store = ObservationCache(lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2)
+    store.fill(pairs.flatten().tolist(), batch=16)
+    won, lost = (store.take(pairs[:, side].tolist()).flatten() for side in (0, 1))
+    assert abs(won.mean() - lost.mean()) < 0.2
+    backwards = ObservationCache(lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2)
+    backwards.fill(pairs[:, ::-1].flatten().tolist(), batch=16)
+    assert torch.equal(backwards.take(range(512)), store.take(range(512)))
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """A tiny untrained generator as a network file, with its hash."""
