@@ -1,6 +1,7 @@
 """Stable Diffusion and MVDream in their published layouts, tiny and random: through the real loaders, then one step each."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -231,3 +232,17 @@ def test_damaged_mvdream_files_end_in_one_line(made, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_prior(tmp_path)
     assert str(caught.value).startswith("--prior: m.pt") and "\n" not in str(caught.value)
+
+
+def test_a_prior_that_wants_more_than_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, ("echo ran > ran",)
+
+    torch.save({"alphas_cumprod": torch.ones(1000), "more": Hostile()}, tmp_path / "m.pt")
+    for read in (load_prior, lambda path: prior_costs(path, 4)):
+        with pytest.raises(ValueError, match="--prior: expected m.pt to hold weights alone, got a pickle that asks for more"):
+            read(tmp_path / "m.pt")
+    assert not (tmp_path / "ran").exists()

@@ -8,8 +8,10 @@ import torch
 
 from eg3d_rlhf.distill.interfaces import RewardModel
 from eg3d_rlhf.distill.priors.checks import CheckedPrior, check_pictures, check_views
+from eg3d_rlhf.distill.priors.local import load_prior, prior_costs
 from eg3d_rlhf.distill.priors.memory import Costs
 from eg3d_rlhf.distill.rewards.blip import BlipSizes
+from eg3d_rlhf.distill.rewards.checks import CheckedReward
 from eg3d_rlhf.distill.rewards.local import ImscoreReward, load_reward, reward_costs
 from eg3d_rlhf.distill.rewards.preprocess import clip_preprocess, pad_preprocess
 from eg3d_rlhf.distill.rewards.reward3d import BlipReward, Reward3dNetwork
@@ -46,7 +48,7 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
     reward = load_reward(made[name] if name != "Scorer" else made[name].parent)
     assert isinstance(reward, RewardModel) and reward.differentiable
     assert (reward.views, reward.modality) == ((4, "multiview") if name in KINDS[1:] else (1, "image"))
-    images, prompts = pictures(8), ["a fox, front view", "a fox, side view", "a cat", ""] * 2
+    images, prompts = 0.2 + 0.6 * pictures(8), ["a fox, front view", "a fox, side view", "a cat", ""] * 2
     with torch.no_grad():
         first, again = reward.score(images, prompts), reward.score(images, prompts)
         assert first.shape == (8,) and torch.equal(first, again)  # no dropout
@@ -64,7 +66,7 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
 def test_blip_equals_the_library_that_publishes_it(made):
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    network = load_reward(made["ImageReward"]).network.blip
+    network = load_reward(made["ImageReward"]).reward.network.blip
     vision = BlipVisionModel(BlipVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
         layer_norm_eps=1e-6,
@@ -130,7 +132,7 @@ def test_long_prompts_are_cut(made):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_needs_no_library(kind):
     network = layouts.randomise(Reward3dNetwork(kind, TINY))
-    reward = BlipReward(network.train(), letters)
+    reward = CheckedReward(BlipReward(network.train(), letters))
     assert not network.training and not any(p.requires_grad for p in network.parameters())
     images, prompts = pictures(8), ["ab", "cd", "ef", "gh", "ab", "cd", "ef", "gh"]
     scores = reward.score(images, prompts)
@@ -138,10 +140,15 @@ def test_what_needs_no_library(kind):
         assert len(scores.unique()) == 8
     else:  # one score for the four views, whatever the other asset is
         assert torch.equal(scores, scores[::4].repeat_interleave(4)) and scores[0] != scores[4]
-        with pytest.raises(ValueError, match="expected 4 views per asset, got 6 pictures"):
+        with pytest.raises(ValueError, match="--reward: expected a multiple of 4 views, got 6"):
             reward.score(images[:6], prompts[:6])
     with pytest.raises(ValueError, match="expected one prompt per picture, got 1 for 8"):
         reward.score(images, ["ab"])
+    with pytest.raises(ValueError, match="--reward: expected pictures within 0..1, got"):
+        reward.score(images * 255, prompts)
+    network.mlp.layers[0].bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="--reward: expected finite numbers, got NaN or infinity in 8 of 8"):
+        reward.score(images, prompts)
 
 
 class OfImscore(torch.nn.Module):
@@ -216,6 +223,18 @@ def test_missing_things_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"--reward: expected transformers .* Run pip install 'eg3d-rlhf\[sd\]'"):
         load_reward(tmp_path / "r.pt")
+
+
+def test_priors_without_the_libraries(tmp_path, monkeypatch):
+    (tmp_path / "sd" / "unet").mkdir(parents=True)
+    torch.save({}, tmp_path / "m.pt")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for path in (tmp_path / "sd", tmp_path / "m.pt"):
+        for read in (load_prior, lambda path: prior_costs(path, 4)):
+            with pytest.raises(ValueError, match=r"--prior: expected diffusers and transformers .* Run pip install 'eg3d-rlhf\[sd\]'"):
+                read(path)
+    with pytest.raises(ValueError, match="--prior: expected unet/ .Stable Diffusion. or one MVDream file, got neither"):
+        load_prior(tmp_path / "sd" / "unet")
 
 
 def test_a_reward_without_its_tokenizer(made, tmp_path):

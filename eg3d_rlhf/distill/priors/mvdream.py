@@ -134,5 +134,6 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
 
 def meta_mvdream(path: Path, options: PriorOptions) -> MVDream:
     """The prior that a file's shapes describe, on the meta device. Raises: as `load_mvdream`."""
+    require_extra(FLAG, "diffusers", "transformers")
     networks, _ = mvdream_networks(read_state(path, FLAG), f"{FLAG}: {path.name}")
     return MVDream(networks, None, torch.empty(1000, device="meta"), "epsilon", options.on_meta())

@@ -133,13 +133,15 @@ class CosineReward:
 
     def __init__(self, pictures: Any, texts: Any, prepare: Any, tokenize: Tokenize, device: str | torch.device = "cpu"):
         self.pictures, self.texts, self.prepare, self.tokenize, self.device = pictures, texts, prepare, tokenize, torch.device(device)
+        self._embedded: dict[str, torch.Tensor] = {}  # by prompt
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Cosines [B] (not times 100) of pictures [B, 3, h, w] in 0..1. Raises: ValueError for another number of prompts."""
-        if len(prompts) != len(pixels):
-            raise ValueError(f"{FLAG}: expected one prompt per picture, got {len(prompts)} for {len(pixels)}. Repeat them per view.")
-        with torch.no_grad():
-            texts = F.normalize(self.texts(self.tokenize(prompts)[0].to(self.device)), dim=-1)
+        """Cosines [B] (not times 100) of pictures [B, 3, h, w] in 0..1, a prompt each."""
+        for prompt in prompts:
+            if prompt not in self._embedded:
+                with torch.no_grad():
+                    self._embedded[prompt] = F.normalize(self.texts(self.tokenize([prompt])[0].to(self.device))[0], dim=-1)
+        texts = torch.stack([self._embedded[prompt] for prompt in prompts])
         return (F.normalize(self.pictures(self.prepare(pixels.to(self.device).float())), dim=-1) * texts).sum(-1)
 
 

@@ -14,6 +14,7 @@ from eg3d_rlhf.distill.interfaces import Modality, RewardModel
 from eg3d_rlhf.distill.local_files import build_on_meta, existing, read_state, require_extra
 from eg3d_rlhf.distill.priors.checks import SLACK
 from eg3d_rlhf.distill.priors.memory import Costs, peak_bytes, weight_row
+from eg3d_rlhf.distill.rewards.checks import CheckedReward
 from eg3d_rlhf.distill.rewards.clip_like import FLAG, Clip, ClipSizes, load_clip_score, load_hpsv2
 from eg3d_rlhf.distill.rewards.reward3d import Reward3dNetwork, load_blip_reward
 
@@ -46,17 +47,18 @@ class ImscoreReward:
         return scores.reshape(-1)
 
 
-def load_reward(path: str | Path, device: str | torch.device = "cpu") -> RewardModel:
-    """ImageReward, Reward3D or HPSv2 (a file, or a folder with one), or CLIP score (a transformers folder). In eval mode, frozen.
+def load_reward(path: str | Path, device: str | torch.device = "cpu") -> CheckedReward:
+    """ImageReward, Reward3D or HPSv2 (a file, or a folder with one), or CLIP score (a transformers folder). In eval mode, with checks.
 
     Raises: FileNotFoundError; ValueError for foreign files: one line with flag and remedy. Nothing in a file is run.
     """
     path = existing(path, FLAG)
     if (path / "config.json").is_file():
-        return load_clip_score(_clip_folder(path), device)
+        return CheckedReward(load_clip_score(_clip_folder(path), device))
     file = weights_of(path)
     state = read_state(file, FLAG)
-    return (load_blip_reward if _is_blip(state, file) else load_hpsv2)(file, state, device)
+    loaded: RewardModel = (load_blip_reward if _is_blip(state, file) else load_hpsv2)(file, state, device)
+    return CheckedReward(loaded)
 
 
 def weights_of(path: Path) -> Path:

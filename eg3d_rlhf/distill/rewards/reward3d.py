@@ -124,16 +124,7 @@ class BlipReward:
         self.modality: Modality = "image" if self.views == 1 else "multiview"
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores [B] of pictures [B, 3, h, w] in 0..1. Prompts name the direction where the asset is seen from several.
-
-        Raises: ValueError for another number of prompts, and for views that do not come in fours.
-        """
-        if len(prompts) != len(pixels):
-            raise ValueError(f"--reward: expected one prompt per picture, got {len(prompts)} for {len(pixels)}. Repeat them per view.")
-        if len(pixels) % self.views:
-            raise ValueError(
-                f"--reward: Reward3D expected {VIEWS} views per asset, got {len(pixels)} pictures. Render a multiple of {VIEWS}."
-            )
+        """Scores [B] of pictures [B, 3, h, w] in 0..1, a prompt each. Reward3D was trained with prompts that name the view's direction."""
         tokens, mask = (x.to(self.device) for x in self.tokenize(prompts))
         pictures = clip_preprocess(pixels.to(self.device).float(), self.network.blip.visual_encoder.side)
         features = self.network.blip(pictures, tokens, mask)
