@@ -4,10 +4,12 @@ Modes are permutations of one another and the null condition is symmetric in the
 Letters: B = 256 pictures, one view each.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
+from eg3d_rlhf.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.distill.schedule import TimeWindow
 from eg3d_rlhf.distill.streams import Streams
@@ -94,3 +96,31 @@ class Along:
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return self.factor * (self.scale * (2 * pixels - 1)).mean((1, 2, 3))
+
+
+class Prefers:
+    """A judge that says which picture a reward scores higher, and nothing more; asked not to, it does not answer."""
+
+    def __init__(self, reward, silent: bool = False):
+        self.reward, self.silent = reward, silent
+
+    def judge(self, prompts, pairs, shuffle_order=True) -> list[int]:
+        if self.silent:
+            return [-1] * len(pairs)
+        first, second = (self.reward.score(torch.cat(side), prompts) for side in zip(*pairs, strict=True))
+        return (second > first).long().tolist()
+
+
+def gain(end: Outcome) -> float:
+    """How far pictures moved along `Along`, in standard deviations of the mode."""
+    return float(end.x.mean()) * 4 / STD  # the mean of 16 entries has a quarter of their deviation
+
+
+BRIEF = {"steps": 400, "lr": 0.05}
+
+
+@functools.cache
+def plain(modes: int = 2, samples: int = 1) -> Outcome:
+    """Score distillation alone."""
+    made = prior(modes)
+    return optimise(Sds(made, SdsSettings(samples=samples), views=1, streams=Streams(seed=1)), made, **BRIEF)
