@@ -3,9 +3,11 @@
 from eg3d_rlhf.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.distill.guidance.dreamdpo import DreamDpoSettings
 from eg3d_rlhf.distill.guidance.dreamreward import DreamRewardSettings
+from eg3d_rlhf.distill.guidance.psd import PsdSettings
 from eg3d_rlhf.distill.guidance.ranking import RankingSettings
 from eg3d_rlhf.distill.guidance.rewardsds import RewardSdsSettings
 from eg3d_rlhf.distill.guidance.sds import SdsSettings
+from eg3d_rlhf.distill.noise_weighting import NoiseWeighting
 from eg3d_rlhf.distill.schedule import Ramp
 
 MVDREAM = DenoiserSettings(guidance_scale=50.0, form="recon", rescale=0.5)
@@ -31,4 +33,7 @@ PRESETS = {
     "rewardsds-released": RewardSdsSettings(
         prior=MVDREAM, noises=7, until=7000, explore_steps=15, explore_end="t0", standardise=False
     ),
+    "best-noise": RewardSdsSettings(weighting=NoiseWeighting(strategy="best", best=1)),
+    "psd": PsdSettings(),
+    "psd-fixed-negative": PsdSettings(negative_update="none"),
 }

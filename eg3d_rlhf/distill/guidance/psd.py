@@ -146,8 +146,8 @@ class Psd:
         return d.per_asset(scores).mean(0) / spread
 
     def _preference(self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-        """Preference loss of delta = (e_ref - e)_win - (e_ref - e)_lose, [A]; e: mean squared error of the noise that n predicts, e_ref: that
-        of n0. The winner's x_t already leans to what is wanted, so n explains its noise better by leaning the other way. No answer: 0.
+        """Preference loss of delta = (e_ref - e)_win - (e_ref - e)_lose, [A]; e: mean squared error of the noise that n predicts, e_ref:
+        that of n0. The winner's x_t already leans to what is wanted, so n explains its noise better by leaning the other way. No answer: 0.
         """
         better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)  # [2, B]
         first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
