@@ -1,0 +1,70 @@
+"""Rows: score distillation's test problem, four orthographic views of voxels.
+
+Letters: A assets, N voxels per edge.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.rows import Case, Outcome, Row, Target
+from eg3d_rlhf.distill.field.render import DISTANCE, FourViews, nearness
+from eg3d_rlhf.distill.field.views import evenly_around
+from eg3d_rlhf.distill.field.voxels import Voxels
+
+ASSETS, VIEWS = 32, 4
+
+
+def _rays(n: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """World points [N, N, N, 3] (row, column, step from the camera) of the rays of one view, and their depths [N]."""
+    axis = torch.linspace(-0.5, 0.5, n)
+    up, right, near = torch.meshgrid(-axis, axis, -axis, indexing="ij")
+    x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view]
+    return torch.stack([x, up, z], dim=-1), DISTANCE + axis
+
+
+def _looped(voxels: Voxels) -> torch.Tensor:
+    """The straightforward renderer, [4 A, 4, N, N]: asset by asset and view by view, trilinear samples all along every ray, running
+    products of what is let through."""
+    n, pictures = voxels.resolution, []
+    for asset in range(len(voxels)):
+        volume = torch.cat([voxels.raw[asset, None], voxels.paint[asset]])[None]  # [1, 4, N, N, N]
+        for view in range(VIEWS):
+            points, depths = _rays(n, view)
+            read = F.grid_sample(volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True)[0]  # [4, N, N, N]
+            alpha = 1 - torch.exp(-F.softplus(read[0] - 1) * voxels.pitch)
+            through = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1]], dim=-1), dim=-1)
+            inverse = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
+            values = torch.cat([torch.sigmoid(read[1:]), inverse[None]])
+            pictures.append((alpha * through * values).sum(dim=-1))
+    return torch.stack(pictures)
+
+
+def four_views(device: str, tiny: bool, n: int) -> Case:
+    """Pictures and, under a random cotangent, gradients of shape and paint."""
+    rng = torch.Generator().manual_seed(0)
+    voxels = Voxels(2 if tiny else ASSETS, 4 if tiny else n)
+    with torch.no_grad():
+        for parameter in voxels.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) - 0.5)
+    voxels.to(device)
+    views, background = evenly_around(len(voxels), VIEWS, DISTANCE), torch.zeros(3, device=device)
+    cotangent = torch.randn(VIEWS * len(voxels), 4, voxels.resolution, voxels.resolution, generator=rng).to(device)
+    renderer = FourViews(voxels.resolution)
+
+    def run(render) -> Outcome:
+        pictures = render()
+        shape, paint = torch.autograd.grad(pictures, [voxels.shape, voxels.paint], cotangent)
+        return Outcome({"pictures": pictures.detach()}, {"shape": shape, "paint": paint})
+
+    return Case(fast=lambda: run(lambda: renderer.render(voxels, views, background).images), reference=lambda: run(lambda: _looped(voxels)))
+
+
+ROWS = [
+    Row(
+        name=f"voxels {n}^3, {ASSETS} assets x {VIEWS} views, forward + backward", size="bundled", seconds=seconds,
+        make=functools.partial(four_views, n=n), target=Target(at_least=3, aim=6),
+    )
+    for n, seconds in ((16, 0.4), (24, 1.2))
+]
