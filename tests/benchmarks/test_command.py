@@ -99,6 +99,8 @@ def test_the_required_rows_are_there_with_their_targets():
         ("renderer forward", "full"): (2.5, 4), ("G forward", "full"): (1.4, 2), ("Gmain forward + backward", "full"): (1.4, 2),
         ("Dreg forward + backward", "full"): (1.3, 2), ("one RLHF iteration, all phases", "bundled"): (2, 3),
         ("Shapley coalitions of 12 regions, full-size reward", "full"): (4, 5), ("slab of a tri-grid, from slices", "full"): (5, 10),
+        ("voxels 16^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
+        ("voxels 24^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
     }
 
 
