@@ -97,7 +97,7 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
         help="Received from then on: ISO 8601, or seconds since 1970.")
 @option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
         help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
-        "for points; small, small-3, resnet50 or resnet50-3 (views) for depth.")
+        "for points; small, coarse or resnet50 for depth, with -3 for three views.")
 @options_of(RewardRun, everywhere=BY_PRESET)
 @option("--bootstrap/--no-bootstrap", group="Network", default=None, show_default="with several members",
         help="Draw the training pairs with replacement, for each member by its own seed.")

@@ -41,7 +41,7 @@ class Entry:
 PAIRED = ("--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0")  # the pairs choose the epoch and make the test, no more
 ENTRIES = {
     "sigma": Entry(words="density slab, bundled", train=None, tune=("--reward=sigma", "--lambda-r=10")),
-    "depth": Entry(words="depth from the front", train=("--observation=depth",), tune=("--reward=depth",), short=("--resolution=32",)),
+    "depth": Entry(words="depth from the front", train=("--observation=depth",), tune=("--reward=depth",), short=("--preset=coarse",)),
     "lifted-points": Entry(words="points lifted from depth, PointNet", train=("--observation=lifted-points", "--preset=pointnet"),
                            tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",)),
     "points": Entry(words="points on the level set, PointNet", train=("--observation=points", "--preset=pointnet"),

@@ -170,8 +170,12 @@ _PUBLISHED = {
     "weights": LossWeights(reconstruction=0.0),
 }  # fmt: skip
 PRESETS = {
-    "small": Preset(network={"extractor": "small", "views": 1}, train=_SMALL, observe={"resolution": 64, "views": 1}),
-    "small-3": Preset(network={"extractor": "small", "views": 3}, train=_SMALL, observe={"resolution": 64, "views": 3}),
+    **{
+        name: Preset(
+            network={"extractor": "small", "views": views, "resolution": size}, train=_SMALL, observe={"resolution": size, "views": views}
+        )
+        for name, views, size in (("small", 1, 64), ("small-3", 3, 64), ("coarse", 1, 32), ("coarse-3", 3, 32))
+    },
     **{
         name: Preset(
             network={"extractor": "resnet50", "views": views, "backbone": ""}, train=_PUBLISHED, observe={"views": views, "published": True}

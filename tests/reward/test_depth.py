@@ -160,7 +160,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, t
         ([f"--backbone={weights}"], "--backbone: expected none for preset small of depth"),
         (["--resolution=32"], "expected maps of [1, 2, 64, 64], got [1, 2, 32, 32]"),
         (["--crop", *[0.1] * 6], "--crop: expected nothing for observation depth"),
-        (["--preset=heads"], "reward preset: expected one of small, small-3, resnet50, resnet50-3, got 'heads'"),
+        (["--preset=heads"], "reward preset: expected one of small, small-3, coarse, coarse-3, resnet50, resnet50-3, got 'heads'"),
     ):
         result = run(*flags, f"--network={tiny_networks}", f"--labels={labels}", f"--out={tmp_path / 'run'}")
         assert result.exit_code == 2 and text in result.stderr and len(result.stderr.strip().splitlines()) <= 2, result.stderr
