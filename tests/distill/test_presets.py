@@ -35,3 +35,12 @@ def test_one_step(name):
 def test_released_code_is_not_what_we_do():
     for name in ("dreamdpo", "rewardsds"):
         assert PRESETS[name] != PRESETS[f"{name}-released"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not isinstance(PRESETS[name], SdsSettings)])
+def test_a_reward_of_other_views_is_refused(name):
+    made, settings = prior(), PRESETS[name]
+    reward = Along(made)
+    reward.views = 4
+    with pytest.raises(ValueError, match="--views: expected a multiple of the 4 that|--pair-level: expected asset for a reward of 4"):
+        METHODS[type(settings)](made, settings, views=6, streams=Streams(seed=0), reward=reward)

@@ -88,6 +88,12 @@ class Denoiser:
             got = f"{len(prompts)} prompts and times {list(t.shape)} for {len(x)}"
             raise ValueError(f"Denoiser: expected a prompt and a time for each picture, got {got}. Repeat them for the views.")
 
+    def check_reward(self, reward: RewardModel) -> None:
+        """Raises: ValueError for a reward that scores another number of views together."""
+        if self.views % reward.views:
+            together = f"a multiple of the {reward.views} that the reward scores together"
+            raise ValueError(f"--views: expected {together}, got {self.views}. Change it.")
+
     def conditions(self, prompts: list[str], cameras: torch.Tensor | None) -> Conditions:
         """What the prior is told of each picture.
 
@@ -133,7 +139,7 @@ class Denoiser:
         told = [conditions.text, conditions.null, *([] if conditions.negatives is None else conditions.negatives)]
         rows = len(told) * k
         out = self.prior.predict_noise(
-            x_t.flatten(0, 1).repeat(len(told), 1, 1, 1), t.repeat(rows), torch.cat([c.repeat(k, 1, 1) for c in told]),
+            x_t.flatten(0, 1).repeat(len(told), 1, 1, 1), t.to(x_t.device).repeat(rows), torch.cat([c.repeat(k, 1, 1) for c in told]),
             None if cameras is None else cameras.repeat(rows, 1),
         )
         if not torch.isfinite(out).flatten(1).any(1).all():

@@ -55,6 +55,7 @@ class DreamReward:
             raise ValueError("--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or rewardsds.")
         self.settings, self.reward, self.balance = settings, reward, Balance()
         self.denoiser = Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.denoiser.check_reward(reward)
         if isinstance(reward, torch.nn.Module):
             reward.eval()  # dropout would make its gradients noisy
 

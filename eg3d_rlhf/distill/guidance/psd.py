@@ -77,7 +77,8 @@ class Psd:
         d.check(x, t, prompts)
         with torch.no_grad():
             start = d.conditions(prompts, cameras)
-            conditions = start if self.moved is None else start._replace(null=start.null + self.moved.repeat_interleave(d.views, 0))
+            moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
+            conditions = start._replace(null=start.null + moved)
             noise = d.streams.noises(2, x, step)
             x_t = d.noised(x, noise, t)
             prediction = d.predict(x_t, t, conditions, cameras)

@@ -49,8 +49,8 @@ class Ranking:
             raise ValueError("--reward: expected a reward, or a judge that replaces it, got none. Name one.")
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
             raise ValueError(f"--pair-level: expected asset for a reward of {reward.views} views together, got view. Use asset.")
-        if reward is not None and denoiser.views % reward.views:
-            raise ValueError(f"--views: expected a multiple of the {reward.views} that the reward scores together, got {denoiser.views}.")
+        if reward is not None:
+            denoiser.check_reward(reward)
         self.denoiser, self.reward, self.judge, self.settings = denoiser, reward, judge, settings
         self.history = History()
 

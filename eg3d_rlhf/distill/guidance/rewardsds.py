@@ -38,6 +38,7 @@ class RewardSds:
 
     def __init__(self, prior: DiffusionPrior, settings: RewardSdsSettings, *, views: int, streams: Streams, reward: RewardModel):
         self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.denoiser.check_reward(reward)
         self.reward, self.history = reward, History()
 
     @torch.no_grad()
