@@ -157,6 +157,8 @@ def test_memory_is_told_from_shapes_alone(made):
         encode = next(name for name in costs.stages if name.startswith("encode"))
         assert costs.stages[encode] < 0.5 * held.stages[encode]  # one picture's graph of four
         assert f"{costs.total / 2**30:.2f}" in str(costs) and "GiB" in str(costs)
+    with pytest.raises(ValueError, match="--prior: expected a multiple of 4 views, got 3. Set --views=4"):
+        prior_costs(made["mvdream", "2.1"], 3)
 
 
 def broken(folder, part, change):

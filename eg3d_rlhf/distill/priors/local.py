@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eg3d_rlhf.distill.local_files import existing
-from eg3d_rlhf.distill.priors.checks import CheckedPrior
+from eg3d_rlhf.distill.priors.checks import CheckedPrior, check_views
 from eg3d_rlhf.distill.priors.memory import Costs, latent_costs
 from eg3d_rlhf.distill.priors.mvdream import load_mvdream, meta_mvdream
 from eg3d_rlhf.distill.priors.stable_diffusion import FLAG, PriorOptions, load_stable_diffusion, meta_prior
@@ -43,4 +43,6 @@ def prior_costs(path: str | Path, pictures: int, options: PriorOptions | None = 
     path = existing(path, FLAG)
     file = weights_of(path)
     options = options or PriorOptions()
-    return latent_costs(meta_prior(path, options) if file is None else meta_mvdream(file, options), pictures, noises)
+    prior = meta_prior(path, options) if file is None else meta_mvdream(file, options)
+    check_views(pictures, prior.views)
+    return latent_costs(prior, pictures, noises)
