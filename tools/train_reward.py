@@ -46,7 +46,7 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
     if unpaired is None:
         return {}
     paired = {name: 0 for name in ("pairs", "scalar", "bradley_terry")} if alone else {}
-    changed = {**paired, "regression": 1.0, "divergence": 1.0}
+    changed = {**paired, "regression": 1.0, "divergence": 0.1}
     if not any(options[name] for name in paired) and alone:
         changed["anchors"] = 0
     return {name: value for name, value in changed.items() if options[name] is None}
