@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.interfaces import Patches
+from eg3d_rlhf.distill.interfaces import Mesh, Patches
 from eg3d_rlhf.distill.meshing.features import face_features, placed
 from eg3d_rlhf.distill.meshing.maps import subdivided
 from eg3d_rlhf.distill.reward_cs.encoder import EncoderOptions, MeshEncoder, load_meshmae, masked_max
@@ -36,7 +36,7 @@ def test_features_and_centres(reference, mesh):
     pick = own["face_index"].long()
     assert float((features[pick].permute(2, 0, 1) - own["feats"]).abs().max()) <= 1e-5
     assert float((centres[pick] - own["centers"]).abs().max()) <= 1e-5
-    assert float((placed(own["vertices"]) - own["normalised"]).abs().max()) <= 1e-6
+    assert float((placed(Mesh(own["vertices"], own["faces"].long()), "box") - own["normalised"]).abs().max()) <= 1e-6
     patches = len(pick)
     assert torch.equal(pick, torch.arange(patches)[:, None] + patches * torch.arange(64)), "the order of our maps"
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.distill.interfaces import Patches
+from eg3d_rlhf.distill.interfaces import Mesh, Patches
 
 AREAS = ("share", "raw")
-PLACES = ("box", "world")
+PLACES = ("centre", "box", "world")
 TINY = 1e-7  # arguments of root and arc cosine keep this distance from where they have no slope
 
 
@@ -49,17 +49,25 @@ def _length(x: torch.Tensor) -> torch.Tensor:
     return x.square().sum(dim=-1, keepdim=True).clamp_min(TINY**2).sqrt()
 
 
-def placed(vertices: torch.Tensor, place: str = "box") -> torch.Tensor:
-    """Vertices [N, 3] from the least corner of their box, divided by its longest side ('box'), or as they are ('world').
+def placed(mesh: Mesh, place: str = "centre") -> torch.Tensor:
+    """Vertices [N, 3] from the centre of the surface, in units of its mean radius ('centre'); from the least corner of their box, divided
+    by its longest side, as MeshMAE has them ('box'); or as they are ('world').
 
     Differentiable in vertices. Raises: ValueError for another place.
     """
     if place not in PLACES:
         raise ValueError(f"placed: expected a place of {', '.join(PLACES)}, got {place!r}. Choose one.")
-    if place == "world" or not len(vertices):
+    vertices = mesh.vertices
+    if place == "world" or not len(mesh.faces):
         return vertices
-    shifted = vertices - vertices.amin(dim=0)
-    return shifted / shifted.amax().clamp_min(TINY)
+    if place == "box":
+        shifted = vertices - vertices.amin(dim=0)
+        return shifted / shifted.amax().clamp_min(TINY)
+    corner = vertices[mesh.faces]
+    area = _length(torch.linalg.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]))  # [M, 1], doubled
+    middle = corner.mean(dim=1)
+    shifted = vertices - (area * middle).sum(dim=0) / area.sum()
+    return shifted / ((area * _length(shifted[mesh.faces].mean(dim=1))).sum() / area.sum()).clamp_min(TINY)
 
 
 class Plan(NamedTuple):
@@ -72,7 +80,7 @@ class Plan(NamedTuple):
     mask: torch.Tensor  # [P] bool; False: no such patch, and its faces mean nothing
 
 
-def patch_features(vertices: torch.Tensor, plan: Plan, area: str = "share", place: str = "box") -> Patches:
+def patch_features(vertices: torch.Tensor, plan: Plan, area: str = "share", place: str = "centre") -> Patches:
     """Patches [1, P, F, ...] of a mesh whose vertices [N, 3] may have moved since its plan was made. Differentiable in vertices.
 
     A mesh without faces has zeros, all masked.
@@ -80,8 +88,8 @@ def patch_features(vertices: torch.Tensor, plan: Plan, area: str = "share", plac
     if not len(plan.faces):
         zeros = vertices.new_zeros(1, *plan.select.shape, 13)
         return Patches(zeros[..., :10], zeros[..., 10:], plan.mask[None])
-    where = placed(vertices, place)
     if plan.source is not None and plan.weight is not None:
-        where = (where[plan.source] * plan.weight.to(where.dtype)[..., None]).sum(dim=1)
+        vertices = (vertices[plan.source] * plan.weight.to(vertices.dtype)[..., None]).sum(dim=1)
+    where = placed(Mesh(vertices, plan.faces), place)
     features, centres = face_features(where, plan.faces, area)
     return Patches(features[plan.select][None], centres[plan.select][None], plan.mask[None])

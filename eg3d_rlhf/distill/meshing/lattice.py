@@ -5,7 +5,8 @@ Letters: R cells per edge, V = (R + 1)^3 vertices, T tetrahedra, E edges.
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -34,6 +35,13 @@ class Lattice:
         edges = torch.stack([keys.div(len(vertices), rounding_mode="floor"), keys % len(vertices)], dim=1)
         border = ((vertices == vertices.amin(dim=0)) | (vertices == vertices.amax(dim=0))).any(dim=1)
         return cls(vertices, tetrahedra, edges, edges_of, step, border, axes)
+
+    def to(self, device: str | torch.device) -> "Lattice":
+        """The lattice on a device: that of the field."""
+        parts: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        if self.axes is not None:
+            parts["axes"] = tuple(axis.to(device) for axis in self.axes)
+        return replace(self, **parts)
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
         """Values [..., V] at the vertices of a `cube` as [..., X, Y, Z]. Raises: ValueError for a lattice that is none."""

@@ -29,16 +29,18 @@ def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
     levels = round(math.log(max(faces, 1), 4))
     if faces != 4**levels or patches < 4:
         raise ValueError(f"maps: expected at least 4 patches of 4, 16, 64, ... faces, got {patches} of {faces}. Choose 256 of 64.")
-    select = torch.arange(patches * faces).view(faces, patches).T
+    device = mesh.faces.device
+    select = torch.arange(patches * faces, device=device).view(faces, patches).T
     if not len(mesh.faces):
-        return Plan(None, None, mesh.faces, torch.zeros_like(select), torch.zeros(patches, dtype=torch.bool))
+        return Plan(None, None, mesh.faces, torch.zeros_like(select), torch.zeros(patches, dtype=torch.bool, device=device))
     vertices, old = mesh.vertices.detach().double().cpu().numpy(), mesh.faces.cpu().numpy()
     points, new = base(vertices, old, patches)
     for _ in range(levels):
         points, new = subdivided(points, new)
     face, weight = nearest_on(points, vertices[old])
-    source, weights = torch.from_numpy(old[face]), torch.from_numpy(weight).float()
-    return Plan(source, weights / weights.sum(dim=1, keepdim=True), torch.from_numpy(new), select, torch.ones(patches, dtype=torch.bool))
+    source, made, weights = (torch.from_numpy(part).to(device) for part in (old[face], new, weight.astype(np.float32)))
+    whole = torch.ones(patches, dtype=torch.bool, device=device)
+    return Plan(source, weights / weights.sum(dim=1, keepdim=True), made, select, whole)
 
 
 def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

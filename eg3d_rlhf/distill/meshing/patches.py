@@ -34,7 +34,7 @@ class PatchOptions:
     patches: int = 64
     faces: int = 64  # of a patch; a power of 4 for maps
     area: str = "share"  # of AREAS
-    place: str = "box"  # of PLACES: where centres are measured from
+    place: str = "centre"  # of PLACES: where centres are measured from
 
     def __post_init__(self) -> None:
         for name, known in (("kind", tuple(PATCHIFIERS)), ("area", AREAS), ("place", PLACES)):

@@ -30,7 +30,8 @@ def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
         label = grown(triangles, mesh.faces.cpu().numpy(), patches)
         count = int(label.max()) + 1
         select[:count], mask[:count] = _evenly(triangles, label, count, faces), True
-    return Plan(None, None, mesh.faces, torch.from_numpy(select), torch.from_numpy(mask))
+    device = mesh.faces.device
+    return Plan(None, None, mesh.faces, torch.from_numpy(select).to(device), torch.from_numpy(mask).to(device))
 
 
 def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
@@ -76,7 +77,9 @@ def _grow(normals: np.ndarray, pairs: np.ndarray, seeds: np.ndarray) -> np.ndarr
             bound -= RELAX
         order = np.argsort(likeness[wanted], kind="stable")  # a face that several regions want goes to the one it is most like
         label[face[wanted][order]] = region[wanted][order]
-        new = np.unique(face[wanted])
+        reached = np.zeros(len(normals), dtype=bool)
+        reached[face[wanted]] = True
+        new = np.flatnonzero(reached)
         np.add.at(total, label[new], normals[new])
     left = label < 0
     if left.any():

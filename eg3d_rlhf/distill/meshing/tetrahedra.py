@@ -69,14 +69,15 @@ def cut(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tens
     inside, ends = level < 0, lattice.edges
     crossed = inside[ends[:, 0]] != inside[ends[:, 1]]  # [E]
     flat = crossed & ((level[ends[:, 0]] - level[ends[:, 1]]).abs() < LEAST_STEP)
-    case = (inside[lattice.tetrahedra] * torch.tensor([1, 2, 4, 8])).sum(dim=1)  # [T]
+    triangles, count = TRIANGLES.to(level.device), COUNT.to(level.device)
+    case = (inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)  # [T]
     used = ((case > 0) & (case < 15)).nonzero()[:, 0]
     used = used[~flat[lattice.edges_of[used]].any(dim=1)]
     crossed &= ~flat
     number = crossed.cumsum(0) - 1  # of an edge's vertex
-    pick = TRIANGLES[case[used]].flatten(1)  # [T', 6]
+    pick = triangles[case[used]].flatten(1)  # [T', 6]
     faces = number[lattice.edges_of[used].gather(1, pick)].view(-1, 2, 3)
-    return ends[crossed], faces[torch.arange(2) < COUNT[case[used], None]]
+    return ends[crossed], faces[torch.arange(2, device=level.device) < count[case[used], None]]
 
 
 def on_edges(level: torch.Tensor, lattice: Lattice, edges: torch.Tensor, deformation: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eg3d_rlhf.distill.meshing.features import face_features, placed
+from eg3d_rlhf.distill.interfaces import Mesh
+from eg3d_rlhf.distill.meshing.features import PLACES, face_features, placed
 from eg3d_rlhf.distill.meshing.lattice import cube
 from eg3d_rlhf.distill.meshing.tetrahedra import marching_tetrahedra
 
@@ -38,16 +39,23 @@ def test_a_flat_sheet_and_a_face_without_area_have_finite_gradients():
     torch.testing.assert_close(features[:2, 1:4], torch.tensor([[0.0, 0, 1]] * 2))
 
 
-def test_gradients_are_those_of_differences():
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_are_those_of_differences(place):
     vertices = torch.tensor([[0.0, 0, 0], [1.1, 0, 0.2], [0.1, 1.3, 0], [0.3, 0.2, 0.9]], dtype=torch.float64, requires_grad=True)
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
-    assert torch.autograd.gradcheck(lambda v: face_features(placed(v), faces)[0], (vertices,))
+    assert torch.autograd.gradcheck(lambda v: face_features(placed(Mesh(v, faces), place), faces)[0], (vertices,))
 
 
 def test_places(mesh):
-    found = placed(mesh.vertices * 2 + 5)
+    moved = Mesh(mesh.vertices * 2 + 5, mesh.faces)
+    found = placed(moved, "box")
     assert float(found.min()) == 0 and float(found.max()) == 1
-    assert torch.equal(placed(mesh.vertices, "world"), mesh.vertices)
-    for call, words in ((lambda: placed(mesh.vertices, "moon"), "got 'moon'"), (lambda: face_features(*mesh, "log"), "got 'log'")):
+    torch.testing.assert_close(placed(moved), placed(mesh), rtol=1e-4, atol=1e-5)
+    _, centres = face_features(placed(moved), mesh.faces)
+    area = face_features(moved.vertices, mesh.faces)[0][:, :1]
+    assert float((area * centres).sum(0).abs().max()) < 1e-4
+    assert float((area[:, 0] * centres.norm(dim=1)).sum()) == pytest.approx(1, abs=1e-3)
+    assert torch.equal(placed(mesh, "world"), mesh.vertices)
+    for call, words in ((lambda: placed(mesh, "moon"), "got 'moon'"), (lambda: face_features(*mesh, "log"), "got 'log'")):
         with pytest.raises(ValueError, match=words):
             call()

@@ -40,6 +40,13 @@ def test_the_lattice_fills_the_cube():
         cube(0)
 
 
+def test_a_lattice_on_another_device_is_the_same_lattice():
+    grid = cube(3)
+    moved = grid.to("meta")
+    assert {moved.vertices.device.type, moved.edges_of.device.type, moved.border.device.type, moved.axes[2].device.type} == {"meta"}
+    assert torch.equal(grid.to("cpu").tetrahedra, grid.tetrahedra) and moved.step == grid.step
+
+
 def test_numbers_of_triangles_follow_from_the_signs():
     assert COUNT.tolist() == [min(n, 4 - n) for n in (bin(case).count("1") for case in range(16))]
 
