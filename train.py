@@ -29,7 +29,8 @@ EG3D = "Accepted for EG3D's sake"
 TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, ROUNDS, EG3D)
 
 # What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to eg3d_rlhf.cli.MODES.
-MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.flow.circular.commands:circular_dpo"})
+MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.flow.circular.commands:circular_dpo",
+              "distill": "eg3d_rlhf.distill.commands:distill"})
 
 
 class ModeCommand(GroupedCommand):

@@ -88,13 +88,16 @@ def together(*decorators):
 
 
 def options_of(*kinds: type, everywhere: str | None = None, **defaults):
-    """One option for every knob of settings dataclasses; None where it is not given, so that a preset may decide.
+    """One option for every knob of settings dataclasses, one alone where several share it; None where it is not given, so that a preset
+    may decide.
 
     Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by flag, words to add to its default.
     """
-    made = []
+    made: dict[str, Any] = {}
     for field, hint, knob in (found for kind in kinds for found in knobs_of(kind) if found[2].flag):
         name = knob.name or field.name
+        if name in made:
+            continue
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
         own = next((one for one in (knob.shown, everywhere) if one is not None), field.default)
         own = f"{own:g}" if isinstance(own, float) else own
@@ -108,8 +111,8 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
             limited: Any = click.IntRange if hint is int else click.FloatRange
             kind = limited(low, high, min_open=knob.above is not None, max_open=knob.below is not None)
         metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
-        made.append(option(*names, group=knob.group, metavar=metavar, type=kind, default=None, show_default=False, help=text))
-    return together(*made)
+        made[name] = option(*names, group=knob.group, metavar=metavar, type=kind, default=None, show_default=False, help=text)
+    return together(*made.values())
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from eg3d_rlhf import bundled, observations, pickles
 from eg3d_rlhf.cli import naming
@@ -13,7 +12,7 @@ from eg3d_rlhf.rlhf.early_stop import EarlyStopConfig
 from eg3d_rlhf.rlhf.phase import REWARD, RewardConfig
 from eg3d_rlhf.rlhf.rounds import SYNTHETIC, RoundConfig
 from training import storage
-from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, check_knobs, knob
+from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, built, check_knobs, knob, values_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,12 +75,12 @@ class Settings:
 
     def to_dict(self) -> dict:
         """Every knob by name, as JSON."""
-        return {"task": self.task, **_values(self)}
+        return {"task": self.task, **values_of(self)}
 
     @classmethod
     def of(cls, values: Mapping) -> "Settings":
         """From values by name; what is missing has its default, what is no setting is left out."""
-        return _built(cls, values)
+        return built(cls, values)
 
     @classmethod
     def recorded(cls, values: Mapping) -> "Settings":
@@ -113,27 +112,6 @@ class Settings:
 
 
 GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)  # in the order of --help
-
-
-def _values(settings: Any) -> dict:
-    found: dict = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= _values(value)
-        elif "knob" in field.metadata:
-            found[field.name] = value
-    return found
-
-
-def _built(kind: type, values: Mapping) -> Any:
-    given = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default):
-            given[field.name] = _built(type(field.default), values)
-        elif field.name in values:
-            given[field.name] = values[field.name]
-    return kind(**given)
 
 
 # Presets: what differs from the fields' own defaults, a row for each (family, task). None: the flag is required, or follows another.

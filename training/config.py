@@ -8,6 +8,7 @@ import math
 import operator
 import types
 import typing
+from collections.abc import Mapping
 
 RUN, DATA, NET = "Run", "Data", "Networks"  # titles under which --help lists flags
 GAN, OPT = "GAN losses and schedule", "Optimisation"
@@ -54,6 +55,34 @@ def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
         elif "knob" in field.metadata:
             found.append((field, hint, field.metadata["knob"]))
     return found
+
+
+def values_of(settings: object) -> dict[str, typing.Any]:
+    """Every knob of a settings object by name, those of nested ones among them: JSON."""
+    found: dict[str, typing.Any] = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= values_of(value)
+        elif "knob" in field.metadata:
+            found[field.name] = value
+    return found
+
+
+def built(kind: type, values: Mapping) -> typing.Any:
+    """Settings from values by name; what is missing has its default, what is no setting is left out. Nested ones take theirs."""
+    return kind(**_given(kind, values))
+
+
+def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
+    given: dict[str, typing.Any] = {}
+    for field in dataclasses.fields(kind):
+        own = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(own) and not isinstance(values.get(field.name), type(own)):
+            given[field.name] = dataclasses.replace(own, **_given(own, values))  # type: ignore[type-var]
+        elif field.name in values:
+            given[field.name] = values[field.name]
+    return given
 
 
 def check_knobs(settings: object) -> None:

@@ -21,12 +21,12 @@ from eg3d_rlhf.flow.circular.artefacts import Artefact
 from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of, weights_of
 from eg3d_rlhf.flow.circular.settings import CircularRun, from_dict
 from eg3d_rlhf.flow.circular.table import BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
-from eg3d_rlhf.flow.circular.task_pool import run_tasks
 from eg3d_rlhf.flow.policies import link, save_policy
 from eg3d_rlhf.flow.problem import Problem, open_problem
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.tuning.train import StoppedError
 from eg3d_rlhf.run.run import OPTIONS, Run, claim, next_free, recorded
+from eg3d_rlhf.run.task_pool import run_tasks
 from training.distributed import SINGLE, Ranks, leave
 
 MODE = "circular-dpo"

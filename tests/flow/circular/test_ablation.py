@@ -12,8 +12,8 @@ from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop
 from eg3d_rlhf.flow.circular.run import Ablation, tabled
 from eg3d_rlhf.flow.circular.table import GROUPS, AblationPlan, Judging, judge, letters, spread
-from eg3d_rlhf.flow.circular.task_pool import run_tasks
 from eg3d_rlhf.flow.tuning.train import train_stage
+from eg3d_rlhf.run.task_pool import run_tasks
 from tests.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
 
 JUDGING = Judging(per_condition=3, batch=8)

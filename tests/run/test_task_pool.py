@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from eg3d_rlhf.flow.circular.task_pool import run_tasks
+from eg3d_rlhf.run.task_pool import run_tasks
 
 NEEDS = {"c": ["a", "b"], "a": [], "b": ["a"], "d": []}
 
@@ -70,7 +70,7 @@ def test_needs_must_be_tasks_without_circles(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from eg3d_rlhf.flow.circular.task_pool import run_tasks
+from eg3d_rlhf.run.task_pool import run_tasks
 
 def slow(folder):
     import os

@@ -1,0 +1,81 @@
+"""What an optimisation runs on: prior, views, starts, rewards, judge; opened from the settings, joined with an arm to a `Distillation`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from eg3d_rlhf.distill.compare import FinalJudge
+from eg3d_rlhf.distill.config import Arm, DistillSettings
+from eg3d_rlhf.distill.field.asset import Asset
+from eg3d_rlhf.distill.field.render import Renderer
+from eg3d_rlhf.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry
+from eg3d_rlhf.distill.interfaces import DiffusionPrior, Guidance, PairwiseJudge, RewardModel
+from eg3d_rlhf.distill.loop import Distillation
+from eg3d_rlhf.distill.methods import guidance_of, settings_of
+from eg3d_rlhf.distill.rewards.analytic import Inverted, Random
+from eg3d_rlhf.distill.streams import Streams
+from training.config import built
+from training.phases import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One problem, on one device."""
+
+    prior: DiffusionPrior
+    renderer: Renderer
+    views: int  # of each asset
+    start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]  # assets to begin with, a generator each
+    reward: RewardModel | None
+    measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]  # of finished assets, by name [A]; NaN where one does not apply
+    final: FinalJudge | None = None  # of comparisons
+    judge: str = ""  # the same in words
+    pair_judge: PairwiseJudge | None = None  # ranks noises in the reward's place
+    geometry: Callable[[], GeometryReward] | None = None  # a fresh one, since some have a state
+    background: torch.Tensor | None = None
+    log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None
+    device: torch.device = torch.device("cpu")
+    inputs: Mapping[str, Path] = field(default_factory=dict)  # files whose bytes a run depends on
+
+    def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
+        """A batch of assets under one arm. Starts, views, times and noises are the same for all arms."""
+        pairs = settings.batches()[batch]
+        prompts = [prompt for prompt, _ in pairs]
+        draws = [torch.Generator().manual_seed(derive_seed(settings.seed, "start", prompt, seed)) for prompt, seed in pairs]
+        streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
+        asset = self.start(prompts, draws).to(self.device)
+        return Distillation(
+            asset=asset, prompts=prompts, prior=self.prior, renderer=self.renderer, config=settings.loop, streams=streams,
+            guidance=self._guidance(settings, arm, streams),
+            background=self.background, geometry=self._geometry(settings) if arm.geometry else None, log_prob=self.log_prob,
+        )  # fmt: skip
+
+    def _guidance(self, settings: DistillSettings, arm: Arm, streams: Streams) -> Guidance:
+        own = settings_of(arm.method, settings.guidance, settings.preset)
+        judge = None if arm.twist else self.pair_judge  # the controls have their own reward alone
+        return guidance_of(arm.method, own, self.prior, self._reward(arm), judge, self.views, streams)
+
+    def _geometry(self, settings: DistillSettings) -> ProgressiveGeometry:
+        if self.geometry is None:
+            raise ValueError("--geometry-reward: expected a reward for the arms with +geometry, got none. Name one, or leave them out.")
+        return ProgressiveGeometry(self.geometry(), built(GeometrySettings, settings.guidance), settings.loop.steps)
+
+    def _reward(self, arm: Arm) -> RewardModel | None:
+        if self.reward is None or arm.twist is None:
+            return self.reward
+        made = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
+        return cast(RewardModel, made)
+
+
+def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
+    """The scene of a run. Raises: ValueError, OSError: one line with flag and remedy."""
+    if settings.scene.prior == "bundled":
+        from eg3d_rlhf.distill.bundled import bundled_scene
+
+        return bundled_scene(settings, device)
+    from eg3d_rlhf.distill.real import real_scene
+
+    return real_scene(settings, device)
