@@ -98,8 +98,8 @@ class SceneConfig:
     reward: str | None = knob(None, "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
                               "ImageReward, Reward3D or HPSv2, or a CLIP folder.", ASSETS, metavar="NAME|FILE",
                               shown="one-face with the bundled prior")
-    judge: str | None = knob(None, "Ranks pairs in the reward's place, for dreamdpo: questions, with the bundled prior.", ASSETS,
-                             metavar="NAME", shown="none")
+    judge: str | None = knob(None, "Ranks pairs in the reward's place, for dreamdpo and psd: questions, with the bundled prior.",
+                             ASSETS, metavar="NAME", shown="none")
     geometry_reward: str = knob("none", "A reward on the shape itself, beside the method: sigma is the bundled reward of densities; "
                                 "with the bundled prior also one-nose and floaters, in closed form.", ASSETS, metavar="none|NAME|FILE")
     assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1, shown="1; 5 for the bundled comparison")

@@ -42,7 +42,7 @@ what_flags = together(
     options_of(SceneConfig),
 )  # fmt: skip
 method_flags = together(
-    option("--method", group=METHOD, type=click.Choice(sorted(TABLE, key=METHODS.index)), default=None, show_default=DEFAULT_METHOD,
+    option("--method", group=METHOD, type=click.Choice(METHODS), default=None, show_default=DEFAULT_METHOD,
            help="How assets are made."),
     option("--compare", group=METHOD, metavar="ARM,...", default=None, show_default="all, where nothing else is said of what is made",
            help="Arms on the same seeds and one table against sds: methods, with +geometry for --geometry-reward beside it. Its first "
@@ -73,15 +73,12 @@ def arms_of(flags: Mapping) -> tuple[str, ...]:
     if listed == "none" or listed is None and not plain:
         return (Arm(flags["method"] or (method_of(flags["preset"]) if flags["preset"] else DEFAULT_METHOD), geometry=shaped).name,)
     if listed is None:
-        listed = ",".join(name for name in ("sds", "dreamdpo", "psd") if name in TABLE)
+        listed = "sds,dreamdpo,psd"
         listed += ",sds+geometry" if shaped else ""
     try:
         arms = [Arm.parse(part) for part in listed.split(",")]
     except ValueError as error:
         raise ValueError(f"--compare: {error}") from None
-    unknown = next((arm.method for arm in arms if arm.method not in TABLE), None)
-    if unknown is not None:
-        raise ValueError(f"--compare: expected methods of {', '.join(TABLE)}, got {unknown}. Choose among them.")
     arms = [Arm("sds"), *(arm for arm in arms if arm != Arm("sds"))]
     rewarded = next((arm for arm in arms if TABLE[arm.method].rewarded and arm.twist is None), None)
     arms += [Arm(rewarded.method, twist) for twist in CONTROLS if Arm(rewarded.method, twist) not in arms] if rewarded else []
@@ -145,7 +142,7 @@ def refuse(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
     if not any(TABLE[name].rewarded for name in methods):
         belongs["reward"] = "a method with a reward"
     if not any(TABLE[name].judged for name in methods):
-        belongs["judge"] = "--method=dreamdpo"
+        belongs["judge"] = "--method=dreamdpo or psd"
     for name in sorted(belongs.keys() & given.keys()):
         raise ValueError(f"{flag('reward_weight' if name == 'weight' else name)}: belongs to {belongs[name]}, and would have no effect "
                          "here. Leave it out.")

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from eg3d_rlhf.distill.config import METHODS, ramp_of
+from eg3d_rlhf.distill.config import ramp_of
 from eg3d_rlhf.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
 from eg3d_rlhf.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
+from eg3d_rlhf.distill.guidance.psd import Psd, PsdSettings
 from eg3d_rlhf.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
 from eg3d_rlhf.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.distill.interfaces import DiffusionPrior, Guidance, PairwiseJudge, RewardModel
@@ -31,8 +32,8 @@ class Method:
 TABLE: dict[str, Method] = {
     "sds": Method(SdsSettings, Sds, rewarded=False), "dreamdpo": Method(DreamDpoSettings, DreamDpo, judged=True),
     "rewardsds": Method(RewardSdsSettings, RewardSds), "dreamreward": Method(DreamRewardSettings, DreamReward),
+    "psd": Method(PsdSettings, Psd, judged=True),
 }
-assert set(TABLE) <= set(METHODS)
 
 
 def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:

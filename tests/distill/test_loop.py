@@ -40,7 +40,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("arm", ["dreamdpo", "dreamdpo+geometry", "rewardsds", "dreamreward"])
+@pytest.mark.parametrize("arm", ["dreamdpo", "dreamdpo+geometry", "rewardsds", "dreamreward", "psd"])
 def test_a_state_carries_everything(arm):
     settings = replace(SETTINGS, arms=(arm,), scene=replace(SETTINGS.scene, geometry_reward="one-nose"), guidance={})
     scene = bundled_scene(settings, CPU)
@@ -98,6 +98,8 @@ def test_terms_without_weight_leave_the_base_as_it_is():
     base = after(SETTINGS, "sds")
     assert same(after(replace(SETTINGS, guidance={"noises": 1}), "rewardsds"), base)
     assert same(after(replace(SETTINGS, guidance={"weight": "0"}), "dreamreward"), base)
+    twice = after(replace(SETTINGS, guidance={"samples": 2}), "sds")
+    assert same(after(replace(SETTINGS, guidance={"eta": 0.0, "negative_update": "none"}), "psd"), twice)
     shaped = replace(SETTINGS, scene=replace(SETTINGS.scene, geometry_reward="one-nose"), guidance={"geometry_weight": 0.0})
     assert same(after(shaped, "sds+geometry"), base)
     assert not same(after(SETTINGS, "dreamdpo"), base)
