@@ -140,7 +140,7 @@ class _Watch:
     def __init__(self, settings: DistillSettings, folder: Path, names: Sequence[str]):
         self.paths, self.over = [folder / PARTS / name / TIMING for name in names], threading.Event()
         self.steps = settings.loop.steps
-        self.bar = tqdm(total=self.steps * len(names), unit="step", desc="distilling", dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(total=self.steps * len(names), unit="step", desc="distilling", dynamic_ncols=True, smoothing=0)
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
@@ -161,7 +161,8 @@ class _Watch:
         for path in self.paths:
             lines = path.read_text().splitlines() if path.exists() else []
             done += int(json.loads(lines[-1])["step"]) if lines else 0
-        self.bar.update(done - self.bar.n)
+        if done > self.bar.n:
+            self.bar.update(done - self.bar.n)
 
 
 def gather_stats(settings: DistillSettings, run: Run) -> None:
