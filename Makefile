@@ -71,20 +71,22 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/7 generator"
+	@echo "== 1/8 generator"
 	$(BIN)/python tools/build_assets.py generator
-	@echo "== 2/7 shape critic"
+	@echo "== 2/8 shape critic"
 	$(BIN)/python tools/build_assets.py critic
-	@echo "== 3/7 feature network of the Frechet distance"
+	@echo "== 3/8 feature network of the Frechet distance"
 	$(BIN)/python tools/train_features.py
-	@echo "== 4/7 labels"
+	@echo "== 4/8 labels"
 	$(BIN)/python tools/build_assets.py labels
-	@echo "== 5/7 rewards"
+	@echo "== 5/8 rewards"
 	$(BIN)/python tools/build_assets.py rewards
-	@echo "== 6/7 control run"
+	@echo "== 6/8 control run"
 	$(BIN)/python tools/build_assets.py control
-	@echo "== 7/7 the toy flow of Circular-DPO"
+	@echo "== 7/8 the toy flow of Circular-DPO"
 	$(BIN)/python tools/train_toy_flow.py
+	@echo "== 8/8 the learned prior of score distillation"
+	$(BIN)/python tools/train_view_prior.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,206 @@
+"""A small learned prior of four views: a U-Net of 90,000 parameters on the test problem's pictures, told the prompt and the cameras.
+
+It is a `DiffusionPrior` as the real ones are, so what is claimed of methods on the analytic prior can be checked on learned noise. Trained
+by tools/train_view_prior.py in a minute on one core. Letters: B = A V pictures, V = 4 adjacent, C channels, E entries of a condition.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.bundled import VIEW_PRIOR
+from eg3d_rlhf.distill.field.render import DISTANCE
+from eg3d_rlhf.distill.field.views import evenly_around, network_cameras
+from eg3d_rlhf.distill.problem import PROMPTS, SIDES, modes
+from eg3d_rlhf.distill.schedule import STEPS, NoiseSchedule
+from training.config import check_knobs, knob
+from training.storage import load_strict, read_tensors, write_tensors
+
+FILE_KIND = "view-prior"
+TRAINING = "Training"
+_GROUPS = 8
+_COLOUR_JITTER, _PIXEL_NOISE = 0.05, 0.05  # of the training pictures, in latents of -1..1
+_AVERAGE = 0.99  # decay of the weights' moving average
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a skip; the condition [B, E] scales and shifts between them."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = nn.GroupNorm(_GROUPS, channels), nn.GroupNorm(_GROUPS, channels)
+        self.film = nn.Linear(width, 2 * channels)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W]."""
+        h = self.norm2(self.first(F.silu(self.norm1(x))))
+        scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
+        return x + self.second(F.silu(h * (1 + scale) + shift))
+
+
+class ViewAttention(nn.Module):
+    """Every place of an asset's four views attends to all of them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [A V, C, H, W]."""
+        tokens = self.qkv(self.norm(x)).flatten(2).unflatten(0, (-1, SIDES)).permute(0, 1, 3, 2).flatten(1, 2)  # [A, V H W, 3 C]
+        q, k, v = tokens.unsqueeze(1).chunk(3, dim=3)
+        seen = F.scaled_dot_product_attention(q, k, v)[:, 0].unflatten(1, (SIDES, -1)).transpose(2, 3).flatten(0, 1)  # [B, C, H W]
+        return x + self.out(seen.unflatten(2, x.shape[2:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinySizes:
+    """Of the network."""
+
+    fine: int = 24  # channels at 16 x 16
+    coarse: int = 40  # at 8 x 8
+    width: int = 64  # of the joint condition
+    embedding: int = 32  # E, of a prompt
+
+
+class TinyUNet(nn.Module):
+    """v [B, 4, 16, 16] of noised pictures x_t, times t [B], conditions [B, T, E] and cameras [B, 16] (MVDream's kind)."""
+
+    def __init__(self, sizes: TinySizes, prompts: Sequence[str]):
+        super().__init__()
+        self.sizes, self.prompts, width = sizes, tuple(prompts), sizes.width
+        self.table = nn.Embedding(len(prompts) + 1, sizes.embedding)  # the last is the null condition
+        self.told = nn.Linear(sizes.embedding, width)
+        self.camera, self.time = nn.Linear(16, width), nn.Sequential(nn.Linear(sizes.embedding, width), nn.SiLU(), nn.Linear(width, width))
+        self.enter = nn.Conv2d(4, sizes.fine, 3, padding=1)
+        self.fine, self.late = Block(sizes.fine, width), Block(sizes.fine, width)
+        self.down = nn.Conv2d(sizes.fine, sizes.coarse, 3, padding=1)
+        self.coarse, self.views = Block(sizes.coarse, width), ViewAttention(sizes.coarse)
+        self.up = nn.Conv2d(sizes.coarse + sizes.fine, sizes.fine, 1)
+        self.leave = nn.Conv2d(sizes.fine, 4, 3, padding=1)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        rates = torch.exp(-math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2))
+        angles = t[:, None].to(x_t) * rates
+        told = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.told(cond.mean(dim=1)) + self.camera(cameras))
+        fine = self.fine(self.enter(x_t), told)
+        coarse = self.views(self.coarse(self.down(F.avg_pool2d(fine, 2)), told))
+        joined = self.up(torch.cat([F.interpolate(coarse, scale_factor=2.0), fine], dim=1))
+        return self.leave(F.silu(self.late(joined, told)))
+
+
+class TinyPrior:
+    """`DiffusionPrior` around the network, four views at a time; latents are 2 images - 1."""
+
+    views, latent_shape = SIDES, (4, 16, 16)
+
+    def __init__(self, network: TinyUNet):
+        self.network, self.schedule = network.eval().requires_grad_(False), NoiseSchedule()
+        self.alphas_cumprod = self.schedule.alphas_cumprod
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents of images, both [B, 4, 16, 16]."""
+        return 2 * images - 1
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of latents, not clipped."""
+        return (latents + 1) / 2
+
+    def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
+        """[B, 1, E]; an empty prompt is the null condition. Directions are not read: cameras are. Raises: ValueError for another prompt."""
+        del directions
+        known = {**{text: i for i, text in enumerate(self.network.prompts)}, "": len(self.network.prompts)}
+        other = [text for text in prompts if text not in known]
+        if other:
+            example = self.network.prompts[0]
+            raise ValueError(f"--prompt: expected one that this prior was trained on, got {other[0]!r}. They are as {example!r}.")
+        return self.network.table.weight[[known[text] for text in prompts]][:, None]
+
+    def predict_noise(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `DiffusionPrior`; cameras [B, 16 or 25] are ours, the four sides where None. Raises: ValueError for one view."""
+        if len(x_t) % SIDES:
+            raise ValueError(f"--views: expected a multiple of {SIDES} pictures, got {len(x_t)}. It sees {SIDES} views of an asset.")
+        seen = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
+        v = self.network(x_t, t.to(x_t.device), cond, network_cameras(seen).to(x_t))
+        return self.schedule.noise_of_velocity(x_t, v, t)
+
+    def save(self, path: str | Path, meta: dict) -> None:
+        """Write as safetensors in half precision."""
+        tensors = {name: value.half() for name, value in self.network.state_dict().items()}
+        sizes = asdict(self.network.sizes)
+        write_tensors(path, FILE_KIND, tensors, {"sizes": sizes, "prompts": list(self.network.prompts), "training": meta})
+
+
+def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
+    """The prior of a file, by default the bundled one. Raises: ValueError for another kind of file."""
+    tensors, meta = read_tensors(path, FILE_KIND)
+    network = TinyUNet(TinySizes(**meta["sizes"]), meta["prompts"])
+    load_strict(network, {name: value.float() for name, value in tensors.items()}, f"view prior {Path(path).name}")
+    return TinyPrior(network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining:
+    """How the network is trained."""
+
+    steps: int = knob(300, "Steps.", TRAINING, low=1)
+    assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1)
+    rate: float = knob(4e-3, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0)
+    no_prompt: float = knob(0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1)
+    seed: int = knob(0, "Of weights and data.", TRAINING, low=0)
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt [A]: each side shows one of its
+    prompt's two modes, colours vary with the object, pixels a little."""
+    prompt = torch.randint(len(PROMPTS), (assets,), generator=rng)
+    side = torch.randint(2, (assets, SIDES), generator=rng)
+    x = modes()[2 * prompt[:, None] + side]
+    colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
+    return x + colour + _PIXEL_NOISE * torch.randn(x.shape, generator=rng), prompt
+
+
+def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None) -> TinyPrior:
+    """A trained prior: mean squared error of v at even times, the moving average of the weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = TinyUNet(TinySizes(), [prompt.text for prompt in PROMPTS])
+    rng, schedule = torch.Generator().manual_seed(settings.seed), NoiseSchedule()
+    average = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate, betas=(0.9, 0.99))
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    cameras = network_cameras(evenly_around(settings.assets, SIDES, DISTANCE).cameras)
+    for step in range(settings.steps):
+        x, prompt = draw(settings.assets, rng)
+        withheld = torch.rand(settings.assets, generator=rng) < settings.no_prompt
+        told = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
+        t = torch.randint(STEPS, (settings.assets,), generator=rng).repeat_interleave(SIDES)
+        x = x.flatten(0, 1)
+        noise = torch.randn(x.shape, generator=rng)
+        v = network(schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
+        loss = (v - schedule.velocity(x, noise, t)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        falling.step()
+        keep = min(_AVERAGE, (1 + step) / (10 + step))
+        for name, value in network.state_dict().items():
+            average[name].lerp_(value, 1 - keep)
+        on_step(step, float(loss))
+    network.load_state_dict(average)
+    return TinyPrior(network)
