@@ -201,6 +201,6 @@ def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambd
         keep = min(_AVERAGE, (1 + step) / (10 + step))
         for name, value in network.state_dict().items():
             average[name].lerp_(value, 1 - keep)
-        on_step(step, float(loss))
+        on_step(step, float(loss.detach()))
     network.load_state_dict(average)
     return TinyPrior(network)
