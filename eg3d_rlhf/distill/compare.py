@@ -73,7 +73,7 @@ def markdown(table: Mapping) -> str:
     measures = list(table["arms"][BASE]["measures"])
     head = ["arm", f"wins against {BASE}", *measures, "Elo"]
     lines = [
-        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge trained nothing and chose nothing: {table['judge']}.", "",
+        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge trained nothing: {table['judge']}.", "",
         "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
     ]  # fmt: skip
     for arm, one in table["arms"].items():

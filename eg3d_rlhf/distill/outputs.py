@@ -30,7 +30,7 @@ from eg3d_rlhf.run.run import Run
 from eg3d_rlhf.sigma.mesh_export import MeshOptions, export_mesh
 from training.storage import write_atomic
 
-CELL, FRAMES, FPS = 96, 24, 8  # least pixels per cell, frames of a turn, frames per second
+CELL, FRAMES, FPS = 176, 24, 8  # least pixels per cell, frames of a turn, frames per second
 MESH = 64  # grid points per edge
 _DISTANCE, _FOV, _ELEVATION = 2.6, 30.0, 15.0  # of the cameras that look at finished assets
 
@@ -74,9 +74,9 @@ def pictures(arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder
     chosen = {arm: asset.pick(list(range(count))) for arm, asset in arms.items()}
     drawn = {arm: next(turns(asset, 1)) for arm, asset in chosen.items()}
     rows = [Row(cells=cells, name=arm) for arm, cells in drawn.items()]
-    captions = [f"{prompt[:14]} #{seed}" for prompt, seed in pairs[:count]]
+    captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:count]]  # as wide as a cell
     rows[-1] = Row(cells=rows[-1].cells, name=rows[-1].name, captions=captions)
-    write_atomic(folder / "grid.png", png(sheet("", rows, names=190)))
+    write_atomic(folder / "grid.png", png(sheet("", rows, names=30 + 15 * max(map(len, drawn)))))
     films = [turns(asset, FRAMES) for asset in chosen.values()]
     frames = (tile([cell for cells in step for cell in cells], count) for step in zip(*films, strict=True))
     write_mp4(folder / "turntable.mp4", tqdm(frames, total=FRAMES, desc="turntable", unit="frame", dynamic_ncols=True), fps=FPS)

@@ -57,6 +57,7 @@ def test_a_comparison_writes_table_page_and_assets(compared):
         assert (folder / name).stat().st_size > 0, name
 
 
+@pytest.mark.long
 def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared, tmp_path):
     folder, _ = compared
     before = (folder / "stats.jsonl").read_bytes()
