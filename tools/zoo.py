@@ -143,8 +143,8 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
 
 
 def work(out: Path, plans: dict, jobs: int, threads: int) -> dict[str, dict]:
-    """All rewards, `jobs` side by side, those that must be trained first."""
-    order, made = sorted(plans, key=lambda name: -len(plans[name])), {}
+    """All rewards, `jobs` side by side, the longest first."""
+    order, made = sorted(plans, key=lambda name: -zoo.ENTRIES[name].minutes), {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(order), desc="rewards trained and tuned", unit="reward") as bar:
         started = {pool.submit(make, out, name, plans[name], threads): name for name in order}
         try:

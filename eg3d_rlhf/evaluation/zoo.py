@@ -34,21 +34,30 @@ class Entry:
     words: str  # what it reads, and what taught it
     train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
     tune: tuple[str, ...]  # flags of train.py
+    minutes: float  # about, of the short table on one core: the longest is begun first
     label: tuple[str, ...] = ()  # flags of tools/label_synthetic.py, whose labels replace the bundled pairs in training
     short: tuple[str, ...] = ()  # more flags of its training in the short table
 
 
 PAIRED = ("--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0")  # the pairs choose the epoch and make the test, no more
 ENTRIES = {
-    "sigma": Entry(words="density slab, bundled", train=None, tune=("--reward=sigma", "--lambda-r=10")),
-    "depth": Entry(words="depth from the front", train=("--observation=depth",), tune=("--reward=depth",), short=("--preset=coarse",)),
-    "lifted-points": Entry(words="points lifted from depth, PointNet", train=("--observation=lifted-points", "--preset=pointnet"),
-                           tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",)),
-    "points": Entry(words="points on the level set, PointNet", train=("--observation=points", "--preset=pointnet"),
-                    tune=("--reward=points", "--lambda-r=10"), short=("--epochs=12",)),
-    "thumbs": Entry(words="density slab, taught by thumbs up or down alone", label=("--kind=thumbs", "--pairs=1000", "--calibrate=512"),
-                    train=PAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",)),
-}
+    "sigma": Entry(words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")),
+    "depth": Entry(
+        words="depth from the front", minutes=4, train=("--observation=depth",), tune=("--reward=depth",), short=("--preset=coarse",),
+    ),
+    "lifted-points": Entry(
+        words="points lifted from depth, PointNet", minutes=10, train=("--observation=lifted-points", "--preset=pointnet"),
+        tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",),
+    ),
+    "points": Entry(
+        words="points on the level set, PointNet", minutes=4, train=("--observation=points", "--preset=pointnet"),
+        tune=("--reward=points", "--lambda-r=10"), short=("--epochs=12",),
+    ),
+    "thumbs": Entry(
+        words="density slab, taught by thumbs up or down alone", minutes=5, label=("--kind=thumbs", "--pairs=1000", "--calibrate=512"),
+        train=PAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",),
+    ),
+}  # fmt: skip
 
 
 def tuned(c: Comparison) -> dict:
