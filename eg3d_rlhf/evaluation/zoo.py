@@ -46,8 +46,8 @@ ENTRIES = {
         words="depth from the front", minutes=4, train=("--observation=depth",), tune=("--reward=depth",), short=("--preset=coarse",),
     ),
     "lifted-points": Entry(
-        words="points lifted from depth, PointNet", minutes=7, train=("--observation=lifted-points", "--preset=pointnet"),
-        tune=("--reward=lifted-points", "--lambda-r=10"), short=("--resolution=48", "--epochs=12"),
+        words="points lifted from depth, PointNet", minutes=10, train=("--observation=lifted-points", "--preset=pointnet"),
+        tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",),
     ),
     "points": Entry(
         words="points on the level set, PointNet", minutes=4, train=("--observation=points", "--preset=pointnet"),
