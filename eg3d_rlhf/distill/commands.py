@@ -17,7 +17,7 @@ from eg3d_rlhf.distill.methods import flat, settings_of
 from eg3d_rlhf.distill.run import distil_all, gather_stats
 from eg3d_rlhf.distill.scene import open_scene
 from eg3d_rlhf.run.process import sigterm_interrupts
-from eg3d_rlhf.run.run import OPTIONS, Run, begun_by_this_launch, claim, next_free, recorded
+from eg3d_rlhf.run.run import Run, begun_by_this_launch, claim, next_free, recorded_by
 from training.distributed import Ranks, leave, process_group
 
 MODE = "distill"
@@ -26,11 +26,7 @@ _WITH_RESUME = {"resume", "device", "workers", "timeout", "dry_run", "show"}
 
 def read_run(folder: Path) -> tuple[DistillSettings, int]:
     """Settings of a run folder, and how many assets it shows. Raises: FileNotFoundError, ValueError for another folder."""
-    record = recorded(folder)
-    if not record:
-        raise FileNotFoundError(f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path.")
-    if record.get("mode") != MODE:
-        raise ValueError(f"--resume: expected a run of --mode={MODE}, got another in {folder}. Name its own mode, or another folder.")
+    record = recorded_by(folder, MODE)
     return DistillSettings.of(record["settings"]), record["show"]
 
 

@@ -183,6 +183,16 @@ class Run:
         return self._request
 
 
+def recorded_by(folder: Path, mode: str) -> dict:
+    """training_options.json of a run of a mode. Raises: FileNotFoundError; ValueError for another mode's run, naming that."""
+    record = recorded(folder)
+    if not record:
+        raise FileNotFoundError(f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path.")
+    if (other := record.get("mode", "gan")) != mode:
+        raise ValueError(f"--resume: expected a run of --mode={mode}, got one of --mode={other} in {folder}. Name its mode.")
+    return record
+
+
 def recorded(folder: Path) -> dict:
     """training_options.json of a run folder; {} where there is none.
 

@@ -68,6 +68,15 @@ class Prediction(NamedTuple):
         ])
 
 
+class Asked(NamedTuple):
+    """One step's question and answer."""
+
+    noise: torch.Tensor  # [K, B, C, H, W]
+    x_t: torch.Tensor  # [K, B, C, H, W]
+    conditions: Conditions
+    prediction: Prediction
+
+
 class Denoiser:
     """A prior, a schedule and named draws, for assets of V views each."""
 
@@ -121,6 +130,17 @@ class Denoiser:
             for i in range(2)
         ])
         return Conditions(text, null, others, torch.tensor([weights for *_, weights in mixed]).to(text))
+
+    def ask(
+        self, noises: int, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        conditions: Conditions | None = None,
+    ) -> Asked:
+        """What the prior predicts of so many noises of this step. Args: conditions: what it is told, where that is not `prompts` alone."""
+        self.check(x, t, prompts)
+        noise = self.streams.noises(noises, x, step)
+        x_t = self.noised(x, noise, t)
+        conditions = self.conditions(prompts, cameras) if conditions is None else conditions
+        return Asked(noise, x_t, conditions, self.predict(x_t, t, conditions, cameras))
 
     def noised(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t of all noises, [K, B, C, H, W]."""

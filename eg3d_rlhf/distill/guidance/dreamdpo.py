@@ -58,10 +58,7 @@ class DreamDpo:
     ) -> GuidanceOutput:
         """One step; arguments as in interfaces.Guidance. Ranked by views, winner and one_sided are of pictures."""
         d, s = self.denoiser, self.settings
-        d.check(x, t, prompts)
-        noise = d.streams.noises(2, x, step)
-        x_t = d.noised(x, noise, t)
-        prediction = d.predict(x_t, t, d.conditions(prompts, cameras), cameras)
+        noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step)
         guided = prediction.guided(s.prior.guidance_scale)
         ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, step)
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)

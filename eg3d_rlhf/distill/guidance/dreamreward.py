@@ -68,14 +68,11 @@ class DreamReward:
         Raises: ValueError where the reward's gradient goes to pictures and none are given.
         """
         d, s = self.denoiser, self.settings
-        d.check(x, t, prompts)
         if s.through == "images" and images is None:
             raise ValueError("--through: expected the rendered pictures with images, got none. Give images to the guidance.")
         x = x.detach()
         with torch.no_grad():
-            noise = d.streams.noises(1, x, step)
-            x_t = d.noised(x, noise, t)
-            prediction = d.predict(x_t, t, d.conditions(prompts, cameras), cameras)
+            noise, x_t, _, prediction = d.ask(1, x, t, prompts, cameras, step)
             residuals = d.residuals(x, noise, t, x_t, prediction)
             grad = residuals.mean(0)
             # the rescaled estimate that the reconstruction form moves to, or the plain one

@@ -48,10 +48,8 @@ class RewardSds:
     ) -> GuidanceOutput:
         """One step; arguments as in interfaces.Guidance."""
         d, s = self.denoiser, self.settings
-        d.check(x, t, prompts)
-        noise = d.streams.noises(s.noises if s.until is None or step < s.until else 1, x, step)
-        x_t, conditions = d.noised(x, noise, t), d.conditions(prompts, cameras)
-        prediction = d.predict(x_t, t, conditions, cameras)
+        count = s.noises if s.until is None or step < s.until else 1
+        noise, x_t, conditions, prediction = d.ask(count, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         scores = None
         if len(noise) > 1:

@@ -40,10 +40,7 @@ class Sds:
     ) -> GuidanceOutput:
         """One step; arguments as in interfaces.Guidance."""
         d, s = self.denoiser, self.settings
-        d.check(x, t, prompts)
-        noise = d.streams.noises(s.samples, x, step)
-        x_t = d.noised(x, noise, t)
-        prediction = d.predict(x_t, t, d.conditions(prompts, cameras), cameras)
+        noise, x_t, _, prediction = d.ask(s.samples, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         grad = residuals.mean(0)
         output = GuidanceOutput(grad=grad, terms={"sds_norm": d.compare(residuals, grad)["sds_norm"]})

@@ -25,7 +25,7 @@ from eg3d_rlhf.flow.policies import link, save_policy
 from eg3d_rlhf.flow.problem import Problem, open_problem
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.tuning.train import StoppedError
-from eg3d_rlhf.run.run import OPTIONS, Run, claim, next_free, recorded
+from eg3d_rlhf.run.run import OPTIONS, Run, claim, next_free, recorded_by
 from eg3d_rlhf.run.task_pool import run_tasks
 from training.distributed import SINGLE, Ranks, leave
 
@@ -35,11 +35,7 @@ RESULT = "result.json"
 
 def read_run(folder: Path) -> tuple[CircularRun, dict]:
     """Settings of a run folder, as objects and as they were recorded. Raises: FileNotFoundError, ValueError for another folder."""
-    record = recorded(folder)
-    if not record:
-        raise FileNotFoundError(f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path.")
-    if record.get("mode") != MODE:
-        raise ValueError(f"--resume: expected a run of --mode={MODE}, got one of --mode=gan in {folder}. Leave --mode out.")
+    record = recorded_by(folder, MODE)
     return from_dict(CircularRun, record["run"], str(folder / OPTIONS)), record["run"]
 
 
