@@ -22,6 +22,8 @@ from eg3d_rlhf.cli import MODES, GroupedCommand, choose_device, option, options_
 from eg3d_rlhf.plugins import load_plugins
 from eg3d_rlhf.rlhf.phase import REWARD
 from eg3d_rlhf.rlhf.rounds import ROUNDS
+from eg3d_rlhf.run.run import OPTIONS, recorded_by
+from training import checkpoint
 from training.config import DATA, GAN, NET, OPT, RUN
 from training.distributed import process_group
 
@@ -159,6 +161,8 @@ def check_eg3d_flags(flags: dict) -> dict:
     if source is not None and (source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot")):
         remedy = f"Use --init={source} to start from its weights."
         raise ValueError(f"--resume: expected a run folder or checkpoint, got the network {source}. {remedy}")
+    if source is not None and (source / OPTIONS).is_file() and not checkpoint.available(source):
+        recorded_by(source, "gan")  # another mode's run has checkpoints of its own
     return {name: value for name, value in flags.items() if name not in names}
 
 

@@ -211,6 +211,7 @@ def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch
     folder = tmp_path / "00000-circular-dpo-toy-loop"
     monkeypatch.setattr(circular_run, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"}))
     assert_one_line(run(f"--resume={folder}"), "expected the settings that it was begun with", "problem.problem else instead of tiny")
+    assert_one_line(run("--mode=gan", f"--resume={folder}"), "got one of --mode=circular-dpo")
     options = folder / "training_options.json"
     options.write_text(json.dumps({"cfg": "heads64"}))
     with pytest.raises(ValueError, match="got one of --mode=gan"):
