@@ -6,6 +6,7 @@ Letters: N batch, M reference samples, E embedding; observed [N, ...] is what th
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +23,7 @@ from training.phases import Loss, Phase
 
 REWARD = "Reward fine-tuning"  # title of its flags
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
+MOSTLY = 0.5  # share of untuned scores outside the trust region from which the user is warned
 
 
 class Shaping(torch.nn.Module):
@@ -197,7 +199,13 @@ class RewardTerms:
         self.initial_scores = torch.cat([network.score(s) for s in seen])
         shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings).to(device)
         shaped = torch.cat([shaping(network, s, torch.arange(len(s), device=device))[0] for s in seen])
-        return shaping, clip_bounds(self.config.reward_clip, shaped)
+        low, high = clip_bounds(self.config.reward_clip, shaped)
+        outside = ((shaped < low) | (shaped > high)).float().mean().item()
+        if outside > MOSTLY:
+            remedy = "Use --reward-shaping=standardised, or other bounds."
+            warnings.warn(f"--reward-clip: {outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient. {remedy}",
+                          stacklevel=2)
+        return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
         """The reward on the batch's latents, then the anchors on fresh ones; each runs backward on its own."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,16 @@ def test_the_bundled_rewards_fit_the_bundled_generator_without_a_word(capsys):
     for path in (bundled.REWARD, bundled.WATCH):
         check_reward(load_reward(path), generator)
     assert capsys.readouterr().err == ""
+
+
+def test_a_trust_region_that_leaves_out_the_untuned_scores_is_named(parts):
+    _, _, batch = parts
+    highest = next(terms_of(parts, reward_clip="none").losses(batch)).stats["RLHF/reward"].max().item()
+    with pytest.warns(UserWarning, match="--reward-clip: 100% of untuned scores lie outside"):
+        terms_of(parts, reward_clip=f"{highest + 1e3},{highest + 1e4}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        terms_of(parts, reward_clip="none")
 
 
 def test_samples_outside_the_clip_have_no_gradient(parts):
