@@ -77,9 +77,11 @@ def test_unknown_rewards(only):
 
 
 def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
-    command = ["tools/score.py", "--help"]
-    cost = tool.call(tmp_path, command, threads=1)
-    assert cost["seconds"] > 0 and cost["megabytes"] > 10 and "Usage" in (tmp_path / "log.txt").read_text()
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; room = bytearray(30_000_000); print(sys.argv[1], os.environ['OMP_NUM_THREADS'])")
+    command = [str(script), "--flag"]
+    cost = tool.call(tmp_path, command, threads=3)
+    assert cost["seconds"] > 0 and 30 < cost["megabytes"] < 300 and (tmp_path / "log.txt").read_text() == "--flag 3\n"
     assert tool.finished(tmp_path, command) == json.loads((tmp_path / tool.DONE).read_text()) == cost
     assert tool.finished(tmp_path, [*command, "--n=3"]) is None
     monkeypatch.setattr(tool, "inputs", lambda: {"generator.safetensors": "another"})
@@ -87,9 +89,11 @@ def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
 
 
 def test_a_part_that_fails_is_named_and_not_finished(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit(2)")
     with pytest.raises(ValueError, match=r"expected status 0, got 2. See .*log.txt"):
-        tool.call(tmp_path, ["tools/score.py", "--no-such-flag"], threads=1)
-    assert tool.finished(tmp_path, ["tools/score.py", "--no-such-flag"]) is None
+        tool.call(tmp_path, [str(script)], threads=1)
+    assert tool.finished(tmp_path, [str(script)]) is None
 
 
 def test_an_interrupted_training_goes_on(tmp_path):
