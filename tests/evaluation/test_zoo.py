@@ -78,7 +78,7 @@ def test_unknown_rewards(only):
 
 def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
-    script.write_text("import os, sys; room = bytearray(30_000_000); print(sys.argv[1], os.environ['OMP_NUM_THREADS'])")
+    script.write_text("import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])")
     command = [str(script), "--flag"]
     cost = tool.call(tmp_path, command, threads=3)
     assert cost["seconds"] > 0 and 30 < cost["megabytes"] < 300 and (tmp_path / "log.txt").read_text() == "--flag 3\n"
