@@ -81,7 +81,7 @@ def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
     script.write_text("import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])")
     command = [str(script), "--flag"]
     cost = tool.call(tmp_path, command, threads=3)
-    assert cost["seconds"] > 0 and 30 < cost["megabytes"] < 300 and (tmp_path / "log.txt").read_text() == "--flag 3\n"
+    assert cost["seconds"] > 0 and cost["megabytes"] > 30 and (tmp_path / "log.txt").read_text() == "--flag 3\n"
     assert tool.finished(tmp_path, command) == json.loads((tmp_path / tool.DONE).read_text()) == cost
     assert tool.finished(tmp_path, [*command, "--n=3"]) is None
     monkeypatch.setattr(tool, "inputs", lambda: {"generator.safetensors": "another"})
