@@ -15,7 +15,7 @@ from eg3d_rlhf.distill.flags import flag, method_flags, resolve, run_flags, what
 from eg3d_rlhf.distill.loop import StoppedError
 from eg3d_rlhf.distill.methods import flat, settings_of
 from eg3d_rlhf.distill.run import distil_all, gather_stats
-from eg3d_rlhf.distill.scene import open_scene
+from eg3d_rlhf.distill.scene import Scene, open_scene
 from eg3d_rlhf.run.process import sigterm_interrupts
 from eg3d_rlhf.run.run import Run, begun_by_this_launch, claim, next_free, recorded_by
 from training.distributed import Ranks, leave, process_group
@@ -44,16 +44,16 @@ def device_of(settings: DistillSettings, name: str, ranks: Ranks) -> str:
     return str(ranks.device if ranks.world > 1 else choose_device(name))
 
 
-def work(settings: DistillSettings, show: int, run: Run, device: str, workers: int, ranks: Ranks) -> None:
+def work(settings: DistillSettings, scene: Scene, show: int, run: Run, device: str, workers: int, ranks: Ranks) -> None:
     """Do what is left of a run, and write what it gives."""
     if ranks.main:
         pairs, arms = len(settings.pairs()), len(settings.arms)
         print(f"Run folder {run.folder}. {pairs} assets x {arms} arm{'s' * (arms > 1)}, {settings.loop.steps} steps each.", flush=True)
-    distil_all(settings, run.folder, device, workers, ranks)
+    distil_all(settings, scene, run.folder, device, workers, ranks)
     leave()  # the other processes need not wait for pictures
     if ranks.main:
         gather_stats(settings, run)
-        outputs.write(settings, open_scene(settings, torch.device(device)), run, show)
+        outputs.write(settings, scene, run, show)
 
 
 def start(settings: DistillSettings, flags: Mapping, device: str, ranks: Ranks) -> Path:
@@ -65,17 +65,17 @@ def start(settings: DistillSettings, flags: Mapping, device: str, ranks: Ranks) 
         if begun is None:
             run.begin()
         ranks.barrier()
-        work(settings, flags["show"], run, device, flags["workers"], ranks)
+        work(settings, scene, flags["show"], run, device, flags["workers"], ranks)
     return folder
 
 
 def resume(folder: Path, flags: Mapping, device: str, ranks: Ranks) -> Path:
     """Go on with a run where it was; one that is finished is only written anew."""
     settings, show = read_run(folder)
-    with Run(folder, {"mode": MODE, "settings": settings.to_dict(), "show": show}, open_scene(settings, torch.device(device)).inputs,
-             ranks=ranks) as run:
+    scene = open_scene(settings, torch.device(device))
+    with Run(folder, {"mode": MODE, "settings": settings.to_dict(), "show": show}, scene.inputs, ranks=ranks) as run:
         run.resume()
-        work(settings, show, run, device, flags["workers"], ranks)
+        work(settings, scene, show, run, device, flags["workers"], ranks)
     return folder
 
 

@@ -9,7 +9,7 @@ from eg3d_rlhf.distill.schedule import Ramp, TimeWindow
 from training.config import built, check_knobs, knob, values_of
 
 ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
-METHODS = ("sds", "dreamreward", "dreamdpo", "rewardsds", "psd")
+METHODS = ("sds", "dreamreward", "dreamdpo", "rewardsds", "psd", "best-of-n")
 TWISTS = ("inverted", "random")  # of the reward: its sign turned, or replaced by noise
 _ARM = re.compile(rf"({'|'.join(METHODS)})(?:-({'|'.join(TWISTS)}))?(\+geometry)?")
 

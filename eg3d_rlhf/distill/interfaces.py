@@ -41,6 +41,7 @@ class RewardModel(Protocol):
     modality: Modality
     views: int  # pictures that are scored together, an asset's adjacent; 1: each alone
     differentiable: bool
+    # view_prompts: bool, where it is told the side that a picture shows (directions.told); a reward without it is not
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores [B] of pictures [B, 3, h, w] in 0..1; with several views the asset's score stands at each of them."""

@@ -13,7 +13,8 @@ import torch
 from eg3d_rlhf.distill.config import LoopConfig
 from eg3d_rlhf.distill.field.asset import Asset
 from eg3d_rlhf.distill.field.render import Pictures, Renderer
-from eg3d_rlhf.distill.field.views import Views
+from eg3d_rlhf.distill.field.views import FINISHED, Views, evenly_around
+from eg3d_rlhf.distill.guidance.best_of_n import BestOfN
 from eg3d_rlhf.distill.guidance.geometry import ProgressiveGeometry
 from eg3d_rlhf.distill.interfaces import DiffusionPrior, Guidance
 from eg3d_rlhf.distill.progress import Tick
@@ -101,6 +102,16 @@ class Distillation:
         noise = self.streams.noises(1, x, -1)[0]
         seen = self.prior.predict_noise(schedule.mix(x, noise, t), t, self.prior.embed(prompts), views.cameras[:, :16].to(x))
         return {"prior_error": float((seen - noise).square().mean())}
+
+    @torch.no_grad()
+    def finished(self) -> Asset:
+        """What a run keeps: all assets, or of several starts the best. They are seen from the same sides, on white or their background."""
+        if not isinstance(self.guidance, BestOfN):
+            return self.asset
+        views = evenly_around(len(self.asset), self.guidance.denoiser.views, **FINISHED)
+        seen = self.renderer.render(self.asset, views, torch.ones(3) if self.background is None else self.background)
+        prompts = [prompt for prompt in self.prompts for _ in range(self.guidance.denoiser.views)]
+        return self.asset.pick(self.guidance.best(seen.images, prompts, views.cameras[:, :16].to(seen.images)))
 
     # States.
 

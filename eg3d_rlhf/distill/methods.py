@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from eg3d_rlhf.distill.config import ramp_of
+from eg3d_rlhf.distill.config import Arm, DistillSettings, ramp_of
+from eg3d_rlhf.distill.guidance.best_of_n import BestOfN, BestOfNSettings
 from eg3d_rlhf.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
 from eg3d_rlhf.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
 from eg3d_rlhf.distill.guidance.psd import Psd, PsdSettings
@@ -25,21 +26,25 @@ class Method:
 
     settings: type
     guidance: Callable[..., Guidance]
+    noises: Callable[[Any], int]  # per step and picture, of its settings
     rewarded: bool = True
     judged: bool = False  # a judge of pairs may rank in the reward's place
 
 
 TABLE: dict[str, Method] = {
-    "sds": Method(SdsSettings, Sds, rewarded=False), "dreamdpo": Method(DreamDpoSettings, DreamDpo, judged=True),
-    "rewardsds": Method(RewardSdsSettings, RewardSds), "dreamreward": Method(DreamRewardSettings, DreamReward),
-    "psd": Method(PsdSettings, Psd, judged=True),
+    "sds": Method(SdsSettings, Sds, lambda own: own.samples, rewarded=False),
+    "dreamdpo": Method(DreamDpoSettings, DreamDpo, lambda own: 2, judged=True),
+    "rewardsds": Method(RewardSdsSettings, RewardSds, lambda own: own.noises),
+    "dreamreward": Method(DreamRewardSettings, DreamReward, lambda own: 1),
+    "psd": Method(PsdSettings, Psd, lambda own: 2, judged=True),
+    "best-of-n": Method(BestOfNSettings, BestOfN, lambda own: own.samples),
 }
 
 
 def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
     """A method's settings: the preset's, where it is one of this method, else its own, with `values` by name over them."""
     kind = TABLE[name].settings
-    base = PRESETS[preset] if preset is not None and isinstance(PRESETS[preset], kind) else kind()
+    base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()  # best-of-n has those of sds
     given = {name: ramp_of(value) if name in RAMPS else value for name, value in values.items()}
     return built(kind, {**flat(base), **given})
 
@@ -77,3 +82,10 @@ def owners() -> dict[str, list[str]]:
         for one in flat(method.settings()):
             found.setdefault(one, []).append(name)
     return found
+
+
+def of_arm(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
+    """An arm's settings of its method, how many starts each asset has, and how many noises a picture gets in a step."""
+    method = Arm.parse(arm).method
+    own = settings_of(method, settings.guidance, settings.preset)
+    return own, own.starts if isinstance(own, BestOfNSettings) else 1, TABLE[method].noises(own)

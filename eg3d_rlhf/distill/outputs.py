@@ -19,7 +19,7 @@ from eg3d_rlhf.distill import report
 from eg3d_rlhf.distill.compare import compare, markdown
 from eg3d_rlhf.distill.config import DistillSettings
 from eg3d_rlhf.distill.field.asset import Asset, load_assets
-from eg3d_rlhf.distill.field.views import evenly_around
+from eg3d_rlhf.distill.field.views import FINISHED, evenly_around
 from eg3d_rlhf.distill.run import ASSETS, PARTS, Part
 from eg3d_rlhf.distill.scene import Scene
 from eg3d_rlhf.field import RenderOptions, render_each
@@ -32,7 +32,6 @@ from training.storage import write_atomic
 
 CELL, FRAMES, FPS = 176, 24, 8  # least pixels per cell, frames of a turn, frames per second
 MESH = 64  # grid points per edge
-_DISTANCE, _FOV, _ELEVATION = 2.6, 30.0, 15.0  # of the cameras that look at finished assets
 
 
 def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
@@ -54,7 +53,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
     pictures(arms, pairs, run.folder, show)
     page = report.write(settings, run.folder, table, min(show, len(pairs)))
     if table is not None:
-        print(markdown(table))
+        print(markdown(table), report.notes(settings), sep="\n")
     print(f"Page: {page}", flush=True)
 
 
@@ -96,9 +95,9 @@ def pictures(arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder
 def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
     """Frames of a full turn, each the pictures uint8 [R, R, 3] of all assets; a single one from a little to the right of the front."""
     pixels = min(128, 3 * asset.samples // 2)  # more would show nothing but interpolation
-    views = evenly_around(1, frames, _DISTANCE, _FOV, _ELEVATION)
+    views = evenly_around(1, frames, **FINISHED)
     device = next(asset.parameters()).device
-    turned = evenly_around(1, max(frames, 12), _DISTANCE, _FOV, _ELEVATION).cameras[1:2] if frames == 1 else views.cameras
+    turned = evenly_around(1, max(frames, 12), **FINISHED).cameras[1:2] if frames == 1 else views.cameras
     for camera in turned.to(device):
         seen = render_each(asset, [camera[None]], RenderOptions(resolution=pixels))[0]
         white = (seen.raw + (1 - seen.opacity) * 2).clamp(-1, 1)

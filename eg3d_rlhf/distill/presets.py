@@ -18,11 +18,11 @@ PRESETS = {
     "dreamreward": DreamRewardSettings(),
     "dreamreward-released-1": DreamRewardSettings(
         prior=MVDREAM, weight=Ramp(0.6), balance="digits", ceiling=4.0, through="images", x0_until=100, reward_from=6000,
-        reward_only_from=9801, reward_view_prompts=True,
+        reward_only_from=9801,
     ),
     "dreamreward-released-2": DreamRewardSettings(
         prior=MVDREAM, weight=Ramp(0.3), balance="digits", ceiling=4.0, through="images", x0_until=300, reward_from=1001,
-        reward_only_from=9801, reward_view_prompts=True,
+        reward_only_from=9801,
     ),
     "dreamdpo": DreamDpoSettings(),
     "dreamdpo-formula": DreamDpoSettings(lose_guidance_scale=None),

@@ -10,8 +10,10 @@ from eg3d_rlhf.distill.field.planes import TriPlanes
 from eg3d_rlhf.distill.field.render import PerspectiveViews
 from eg3d_rlhf.distill.field.views import CameraDraws
 from eg3d_rlhf.distill.geometry_rewards import load_geometry
+from eg3d_rlhf.distill.methods import of_arm
 from eg3d_rlhf.distill.priors.checks import check_views
 from eg3d_rlhf.distill.priors.local import load_prior, prior_costs
+from eg3d_rlhf.distill.priors.memory import Costs
 from eg3d_rlhf.distill.priors.stable_diffusion import PriorOptions
 from eg3d_rlhf.distill.rewards.local import load_reward, reward_costs
 from eg3d_rlhf.distill.scene import Scene
@@ -24,10 +26,7 @@ def real_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if scene.judge is not None:
         raise ValueError(f"--judge: expected none with --prior={scene.prior}, got {scene.judge}. Name a --reward.")
     options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
-    pictures = scene.views * min(settings.loop.batch, len(settings.pairs()))
-    print(prior_costs(scene.prior, pictures, options), flush=True)
-    if scene.reward is not None:
-        print(reward_costs(scene.reward, pictures), flush=True)
+    print(memory(settings, options), flush=True)
     prior = load_prior(scene.prior, options)
     check_views(scene.views, prior.views)
     reward = None if scene.reward is None else load_reward(scene.reward, device)
@@ -38,6 +37,16 @@ def real_scene(settings: DistillSettings, device: torch.device) -> Scene:
         geometry=load_geometry(scene.geometry_reward, device), measures=lambda asset, prompts: {}, device=device,
         inputs={name: path for name, path in files.items() if path.is_file()},
     )  # fmt: skip
+
+
+def memory(settings: DistillSettings, options: PriorOptions) -> Costs:
+    """What a step holds under the arm that needs most, from shapes alone. Raises: ValueError, OSError."""
+    scene, tables = settings.scene, []
+    views = scene.views * min(settings.loop.batch, len(settings.pairs()))
+    for starts, noises in {of_arm(settings, arm)[1:] for arm in settings.arms}:
+        costs = prior_costs(scene.prior, starts * views, options, noises)
+        tables.append(costs if scene.reward is None else costs + reward_costs(scene.reward, starts * views, noises))
+    return max(tables, key=lambda costs: costs.total)
 
 
 def _start(resolution: int):

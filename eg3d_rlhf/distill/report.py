@@ -6,6 +6,7 @@ from pathlib import Path
 
 from eg3d_rlhf.distill.compare import BASE, INTERVAL
 from eg3d_rlhf.distill.config import DistillSettings
+from eg3d_rlhf.distill.methods import of_arm
 from eg3d_rlhf.reports import jobs as report_jobs
 from eg3d_rlhf.reports import style
 from eg3d_rlhf.reports.jobs import Facts, Finding, Job
@@ -23,7 +24,7 @@ def write(settings: DistillSettings, folder: Path, table: Mapping | None, shown:
     what = f"{len(settings.pairs())} assets: {len(settings.prompts)} prompts x {settings.scene.assets} seeds"
     introduction = (
         f"Text to 3D by score distillation, {what}, {settings.loop.steps} steps each, prior {Path(settings.scene.prior).name}, seed "
-        f"{settings.seed}. All arms share starts, views, times and noises."
+        f"{settings.seed}. All arms share starts, views, times and noises. {notes(settings)}"
     )
     film = folder / "turntable.mp4"
     extra = ""
@@ -31,6 +32,12 @@ def write(settings: DistillSettings, folder: Path, table: Mapping | None, shown:
         video = data_uri(film.read_bytes(), "video/mp4")
         extra = f'<section><h2>Turntable</h2><video controls loop muted style="max-width:100%" src="{video}"></video></section>'
     return write_page(out / "index.html", "Text to 3D: " + ", ".join(settings.arms), introduction, made, findings, extra=extra)
+
+
+def notes(settings: DistillSettings) -> str:
+    """What arms cost that do more work than a method's own; empty where none does."""
+    starts = {arm: of_arm(settings, arm)[1] for arm in settings.arms}
+    return " ".join(f"{arm} optimises {n} starts of each asset and keeps one: {n} times the steps." for arm, n in starts.items() if n > 1)
 
 
 def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: int) -> list[Job]:

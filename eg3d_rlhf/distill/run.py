@@ -93,8 +93,9 @@ def distil(settings: DistillSettings, scene: Scene, part: Part, folder: Path, sa
                     seen.add(name)
                 if (step // loop.tick) % loop.checkpoint_ticks == 0:
                     _checkpoint(run, work, step, lines)
-        work.asset.save(folder / ASSETS)
-        result = {"arm": part.arm, "batch": part.batch, "assets": len(work.asset), "last": lines[-1], "warnings": sorted(seen)}
+        finished = work.finished()
+        finished.save(folder / ASSETS)
+        result = {"arm": part.arm, "batch": part.batch, "assets": len(finished), "last": lines[-1], "warnings": sorted(seen)}
         run.write(RESULT, result)
         for path in checkpoint.available(folder):
             path.unlink()
@@ -109,28 +110,28 @@ def _checkpoint(run: Run, work: Distillation, step: int, lines: Sequence[dict]) 
 # Many parts.
 
 
-def handler(settings: DistillSettings, folder: Path, device: str, alone: bool) -> Callable[[str], dict]:
-    """What a process does parts with; on one thread where it is not alone."""
-    if not alone:
-        torch.set_num_threads(1)
+def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[str], dict]:
+    """What a worker process does parts with, on one thread."""
+    torch.set_num_threads(1)
     scene = open_scene(settings, torch.device(device))
     return lambda name: distil(settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True))
 
 
-def distil_all(settings: DistillSettings, folder: Path, device: str, workers: int, ranks: Ranks) -> None:
+def distil_all(settings: DistillSettings, scene: Scene, folder: Path, device: str, workers: int, ranks: Ranks) -> None:
     """Do all parts; with torchrun, this process's share of them. Raises: see `distil`."""
     names = [part.name for part in parts_of(settings)]
     own = names[ranks.rank :: ranks.world]
     workers = 1 if ranks.world > 1 else max(1, min(workers, len(own)))
-    arguments = (settings, folder, device, workers == 1 and ranks.world == 1)
     if workers == 1:
-        do = handler(*arguments)
+        if ranks.world > 1:
+            torch.set_num_threads(1)
         for name in own:
-            do(name)
+            distil(settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True))
     else:
         print(f"{len(own)} parts on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
         with _Watch(settings, folder, own):
-            run_tasks(dict.fromkeys(own, ()), handler, arguments, workers, folder / "logs", expected=(ValueError, OSError, StoppedError))
+            expected = (ValueError, OSError, StoppedError)
+            run_tasks(dict.fromkeys(own, ()), handler, (settings, folder, device), workers, folder / "logs", expected=expected)
     ranks.barrier()
 
 

@@ -12,9 +12,9 @@ from eg3d_rlhf.distill.config import Arm, DistillSettings
 from eg3d_rlhf.distill.field.asset import Asset
 from eg3d_rlhf.distill.field.render import Renderer
 from eg3d_rlhf.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry
-from eg3d_rlhf.distill.interfaces import DiffusionPrior, Guidance, PairwiseJudge, RewardModel
+from eg3d_rlhf.distill.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
 from eg3d_rlhf.distill.loop import Distillation
-from eg3d_rlhf.distill.methods import guidance_of, settings_of
+from eg3d_rlhf.distill.methods import guidance_of, of_arm
 from eg3d_rlhf.distill.rewards.analytic import Inverted, Random
 from eg3d_rlhf.distill.streams import Streams
 from training.config import built
@@ -41,22 +41,20 @@ class Scene:
     inputs: Mapping[str, Path] = field(default_factory=dict)  # files whose bytes a run depends on
 
     def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
-        """A batch of assets under one arm. Starts, views, times and noises are the same for all arms."""
-        pairs = settings.batches()[batch]
-        prompts = [prompt for prompt, _ in pairs]
-        draws = [torch.Generator().manual_seed(derive_seed(settings.seed, "start", prompt, seed)) for prompt, seed in pairs]
+        """A batch of assets under one arm. Starts, views, times and noises are the same for all arms; of several starts the first is."""
+        own, starts, _ = of_arm(settings, arm.name)
+        begun = [(prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]]
+        prompts = [prompt for prompt, _, _ in begun]
+        names = [(prompt, seed, *((start,) if start else ())) for prompt, seed, start in begun]
+        draws = [torch.Generator().manual_seed(derive_seed(settings.seed, "start", *name)) for name in names]
         streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
         asset = self.start(prompts, draws).to(self.device)
+        judge = None if arm.twist else self.pair_judge  # the controls have their own reward alone
         return Distillation(
             asset=asset, prompts=prompts, prior=self.prior, renderer=self.renderer, config=settings.loop, streams=streams,
-            guidance=self._guidance(settings, arm, streams),
+            guidance=guidance_of(arm.method, own, self.prior, self._reward(arm), judge, self.views, streams),
             background=self.background, geometry=self._geometry(settings) if arm.geometry else None, log_prob=self.log_prob,
         )  # fmt: skip
-
-    def _guidance(self, settings: DistillSettings, arm: Arm, streams: Streams) -> Guidance:
-        own = settings_of(arm.method, settings.guidance, settings.preset)
-        judge = None if arm.twist else self.pair_judge  # the controls have their own reward alone
-        return guidance_of(arm.method, own, self.prior, self._reward(arm), judge, self.views, streams)
 
     def _geometry(self, settings: DistillSettings) -> ProgressiveGeometry:
         if self.geometry is None:

@@ -1,7 +1,5 @@
 """DreamReward's weight and its two guidances against its own code (the guidance part of F6)."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ def test_the_weight_of_printed_numbers():
 class FourViews:
     """The stand-in reward: linear in the pictures, and a tenth of the prompts' numbers."""
 
-    views, modality, differentiable = 4, "multiview", True
+    views, modality, differentiable, view_prompts = 4, "multiview", True, True
 
     def __init__(self, w: torch.Tensor, ids: torch.Tensor):
         self.w, self.ids, self.seen = w, ids, None
@@ -61,7 +59,7 @@ def test_the_side_is_said_to_the_reward_alone():
             told.extend(prompts)
             return super().score(pixels, prompts)
 
-    settings = dataclasses.replace(PRESETS["dreamreward"], reward_view_prompts=True)
+    settings = PRESETS["dreamreward"]
     noise = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     guidance = DreamReward(prior, settings, views=4, streams=Recorded(noise), reward=Listening(torch.ones(3, 6, 6), torch.zeros(4)))
     guidance(noise, torch.full((4,), 100), ["text"] * 4, cameras.flatten(1), 0)

@@ -16,7 +16,7 @@ FLAGS = """
 --judge-share --judge-weight --lose-guidance-scale --lr --lr-end --method --mode --negative-ball --negative-beta --negative-every
 --negative-from --negative-prompt --negative-rate --negative-update --noises --opacity --outdir --overhead --pair-level --perp-neg
 --planes --predictor --preset --prior --prompt --rank-predictor --rescale --resolution --resume --reward --reward-from
---reward-only-from --reward-view-prompts --reward-weight --samples --seed --shared-time --show --sparsity --standardise --steps
+--reward-only-from --reward-weight --samples --seed --shared-time --show --sparsity --standardise --starts --steps
 --strategy --subtract-noise --t-max --t-min --tau --tau-mode --temperature --through --tick --timeout --until --view-prompts --views
 --weighting --workers --worst --worst-weight --x0-until -n
 """.split()

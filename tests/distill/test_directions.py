@@ -9,7 +9,9 @@ from eg3d_rlhf.distill import gradients
 from eg3d_rlhf.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.distill.guidance.directions import angles_of, direction_of, mixture
 from eg3d_rlhf.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.distill.methods import guidance_of, settings_of
 from eg3d_rlhf.distill.priors.gmm import GmmPrior
+from eg3d_rlhf.distill.rewards.analytic import Inverted
 from eg3d_rlhf.distill.streams import Streams
 
 VIEWS = [(0.0, 10.0), (10.0, 100.0), (70.0, -160.0), (-5.0, -170.0)]  # elevation, azimuth
@@ -63,3 +65,34 @@ def test_perp_neg(made):
         seen = [made.predict_noise(x_t[one], t[one], c) for c in (text, null[one], *others)]
         wanted.append(gradients.perp_neg(seen[0], seen[1], torch.stack(seen[2:]), torch.tensor([weights]), 7.5) - noise[one])
     torch.testing.assert_close(grad, schedule.weight(t, "sds", grad) * torch.cat(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_the_negative_prompt_names_no_side(made):
+    grad, x_t, noise, t, _ = run(made, view_prompts=True, negative_prompt="cup", weighting="uniform")
+    sides = [direction_of(*view) for view in VIEWS]
+    text, null = (made.predict_noise(x_t, t, c) for c in (made.embed(["cup"] * 4, sides), made.embed(["cup"] * 4)))
+    torch.testing.assert_close(grad, gradients.guided(text, null, 7.5) - noise)
+
+
+class Listening:
+    """A reward that keeps what it is told."""
+
+    views, modality, differentiable = 1, "image", True
+
+    def __init__(self, view_prompts: bool):
+        self.view_prompts, self.told = view_prompts, []
+
+    def score(self, pixels, prompts):
+        self.told += prompts
+        return pixels.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("method", ["dreamreward", "dreamdpo", "rewardsds", "psd"])
+def test_a_reward_is_told_the_side_where_it_was_trained_so(made, method):
+    x, t = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 300, 500, 700])
+    for view_prompts in (False, True):
+        reward = Listening(view_prompts)
+        guidance = guidance_of(method, settings_of(method, {}), made, Inverted(reward), None, 1, Streams(seed=0))
+        guidance(x, t, ["cup"] * 4, cameras(), 0)
+        sides = ["cup, front view", "cup, side view", "cup, overhead view", "cup, back view"]
+        assert set(reward.told) == (set(sides) if view_prompts else {"cup"}) and reward.told[:4] == (sides if view_prompts else ["cup"] * 4)

@@ -136,5 +136,7 @@ def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="--reward-weight: expected weights >= 0"):
         DreamRewardSettings(weight=Ramp((0.0, -1.0, 5)))
     x, t, prompts, *_ = some()
-    with pytest.raises(ValueError, match="--reward-view-prompts: expected cameras"):
-        rewarded(made, Along(made), reward_view_prompts=True)(x, t, prompts, None, 0)
+    sided = Along(made)
+    sided.view_prompts = True
+    with pytest.raises(ValueError, match="--reward: expected cameras of the pictures"):
+        rewarded(made, sided)(x, t, prompts, None, 0)

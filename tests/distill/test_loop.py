@@ -14,8 +14,10 @@ import torch
 
 from eg3d_rlhf.distill.bundled import bundled_scene
 from eg3d_rlhf.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
+from eg3d_rlhf.distill.field.asset import load_assets
 from eg3d_rlhf.distill.loop import StoppedError
 from eg3d_rlhf.distill.progress import signs
+from eg3d_rlhf.distill.report import notes
 from eg3d_rlhf.distill.run import ASSETS, Part, distil
 from eg3d_rlhf.run.run import STATS
 from training.storage import read_tensors
@@ -40,7 +42,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("arm", ["dreamdpo", "dreamdpo+geometry", "rewardsds", "dreamreward", "psd"])
+@pytest.mark.parametrize("arm", ["dreamdpo", "dreamdpo+geometry", "rewardsds", "dreamreward", "psd", "best-of-n"])
 def test_a_state_carries_everything(arm):
     settings = replace(SETTINGS, arms=(arm,), scene=replace(SETTINGS.scene, geometry_reward="one-nose"), guidance={})
     scene = bundled_scene(settings, CPU)
@@ -120,3 +122,25 @@ def test_signs_of_failure():
     assert set(signs([{**usual, "one_sided": 1.0}])) == {"gaps"} and set(signs([{**usual, "first_wins": 1.0}])) == {"winner"}
     assert set(signs([{**usual, "image_high": 255.0}])) == {"range"} and set(signs([{**usual, "gap_90": 0.0}])) == {"flat"}
     assert set(signs([usual, usual, usual, {**usual, "reward": 1.0, "log_prob": 50.0}])) == {"drift"}
+
+
+def test_best_of_n_keeps_the_start_that_the_reward_likes_best(tmp_path):
+    settings = replace(SETTINGS, arms=("best-of-n",), guidance={"starts": 3}, loop=replace(SETTINGS.loop, steps=2))
+    scene = bundled_scene(settings, CPU)
+    work = scene.distillation(settings, Arm("best-of-n"), 0)
+    plain = scene.distillation(settings, Arm("sds"), 0).asset
+    assert len(work.asset) == 6 and same(work.asset.pick([0, 1]).state_dict(), plain.state_dict())
+    for step in range(2):
+        work.step(step)
+    _, seen = work.look("views", 0)
+    scores = scene.reward.score(seen.images, [text for text in work.prompts for _ in range(4)])[::4].unflatten(0, (3, 2))  # [start, asset]
+    assert scores.std(dim=0).min() > 0
+    result = distil(settings, scene, Part("best-of-n", 0), tmp_path, lambda line: None)
+    kept = load_assets(tmp_path / ASSETS)
+    for asset, start in enumerate(scores.argmax(0).tolist()):
+        assert same(kept.pick([asset]).state_dict(), work.asset.pick([2 * start + asset]).state_dict())
+    assert result["assets"] == 2 and "3 starts of each asset" in notes(settings) and notes(SETTINGS) == ""
+    worst = scene.distillation(settings, Arm("best-of-n", "inverted"), 0)
+    worst.load(*work.state())
+    for asset, start in enumerate(scores.argmin(0).tolist()):
+        assert same(worst.finished().pick([asset]).state_dict(), work.asset.pick([2 * start + asset]).state_dict())

@@ -15,6 +15,7 @@ import torch
 from training.rendering.cameras import intrinsics_matrix, look_at, pack_label
 
 _TINY = 1e-8  # of MVDream's division by the translation's norm
+FINISHED = {"distance": 2.6, "fov": 30.0, "elevation": 15.0}  # how finished assets are looked at: world units, degrees
 
 
 class Views(NamedTuple):

@@ -117,7 +117,7 @@ class Denoiser:
         elevations, azimuths = (angle.tolist() for angle in angles_of(cameras))
         views = list(zip(elevations, azimuths, strict=True))
         sides = [direction_of(up, round_, front=s.front, back=s.back, overhead=s.overhead) for up, round_ in views]
-        null = prior.embed(negative, sides)
+        null = prior.embed(negative)  # named there, the side would be pushed away from: threestudio does not say it either
         if not s.perp_neg:
             return Conditions(prior.embed(prompts, sides), null)
         mixed = [mixture(up, round_, s.overhead) for up, round_ in views]

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from eg3d_rlhf.distill.interfaces import RewardModel
+
 DIRECTIONS = ("side", "front", "back", "overhead")
 # weight -(a exp(-b r) + c) of a negative prompt, r the share of the nearer view: (a, b, c)
 FRONT_OF_FRONT_SIDE = SIDE_OF_FRONT_SIDE = (4.0, 0.5, -2.426)
@@ -32,6 +34,19 @@ def direction_of(elevation: float, azimuth: float, *, front: float = 45, back: f
     if turned > 180 - back:
         return "back"
     return "front" if turned < front else "side"
+
+
+def told(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
+    """What a reward is told of pictures [B]: their prompts, and the side where it was trained so, as Reward3D was (MVDream's thresholds).
+
+    Raises: ValueError where prompts should name the side and no cameras [B, 16] are given.
+    """
+    if not getattr(reward, "view_prompts", False):
+        return prompts
+    if cameras is None:
+        raise ValueError("--reward: expected cameras of the pictures, whose side it is told, got none. Give cameras.")
+    angles = zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True)
+    return [f"{prompt}, {direction_of(*view, front=30, back=30)} view" for prompt, view in zip(prompts, angles, strict=True)]
 
 
 def mixture(elevation: float, azimuth: float, overhead: float = 60) -> tuple[dict[str, float], list[str | None], list[float]]:

@@ -60,7 +60,7 @@ class DreamDpo:
         d, s = self.denoiser, self.settings
         noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step)
         guided = prediction.guided(s.prior.guidance_scale)
-        ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, step)
+        ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras, step)
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
         ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)  # no answer: the first one, alone
         weights = NoiseWeighting(strategy="push")(ordered, two_sided)

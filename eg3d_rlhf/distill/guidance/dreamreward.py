@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.distill.guidance.denoiser import Denoiser, DenoiserSettings
-from eg3d_rlhf.distill.guidance.directions import angles_of, direction_of
+from eg3d_rlhf.distill.guidance.directions import told
 from eg3d_rlhf.distill.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.distill.schedule import Ramp
 from eg3d_rlhf.distill.streams import Streams
@@ -34,7 +34,6 @@ class DreamRewardSettings:
     x0_until: int = knob(999, "Largest time at which the estimate is scored; above, the render.", DREAMREWARD, low=-1, high=999)
     reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0)
     reward_only_from: int | None = knob(None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never")
-    reward_view_prompts: bool = knob(False, "Say the side that the camera looks from in the reward's prompt.", DREAMREWARD)
 
     def __post_init__(self):
         check_knobs(self)
@@ -81,7 +80,7 @@ class DreamReward:
         weight, alone = s.weight(step), s.reward_only_from is not None and step >= s.reward_only_from
         if step < s.reward_from or (weight == 0 and not alone):
             return GuidanceOutput(grad=grad, terms=terms)
-        scores, loss, pixels = self._reward(x, x0, t, self._prompts(prompts, cameras), images, alone)
+        scores, loss, pixels = self._reward(x, x0, t, told(self.reward, prompts, cameras), images, alone)
         added = pixels if s.through == "images" else self._pull(x, pixels)
         scale = self._scale(grad, added, float(loss), alone) * (1.0 if alone and s.balance == "digits" else weight)
         added = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * added
@@ -126,15 +125,6 @@ class DreamReward:
             return ALONE * d.views * ones
         distilled = float(0.5 * grad.square().sum() / len(grad))
         return 10.0 ** (digits(distilled) - digits(loss)) * d.views * ones
-
-    def _prompts(self, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
-        """What the reward is told: MVDream's thresholds, which its code has on for the reward alone."""
-        if not self.settings.reward_view_prompts:
-            return prompts
-        if cameras is None:
-            raise ValueError("--reward-view-prompts: expected cameras of the pictures, got none. Leave it out or give cameras.")
-        angles = zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True)
-        return [f"{p}, {direction_of(*view, front=30, back=30)} view" for p, view in zip(prompts, angles, strict=True)]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Norms of the last steps."""

@@ -10,6 +10,7 @@ import torch
 
 from eg3d_rlhf.distill import gradients
 from eg3d_rlhf.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings, Prediction
+from eg3d_rlhf.distill.guidance.directions import told
 from eg3d_rlhf.distill.guidance.ranking import Ranking, RankingSettings, Ranks
 from eg3d_rlhf.distill.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.distill.streams import Streams
@@ -81,7 +82,7 @@ class Psd:
             conditions = start._replace(null=start.null + moved)
             noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step, conditions)
             ranked = d.x0(x_t, self._of(prediction, s.rank_predictor or s.predictor), t)
-            ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in ranked]), prompts, step)
+            ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in ranked]), prompts, cameras, step)
             anchors = d.residuals(x, noise, t, x_t, prediction)
             grad = self._gradient(x, t, noise, anchors, self._of(prediction, s.predictor), ranks)
         terms = {"gap": ranks.gap, **d.compare(anchors, grad)}
@@ -123,7 +124,7 @@ class Psd:
             asked = now._replace(null=n.repeat_interleave(d.views, 0))
             prediction = d.predict(x_t, t, asked, cameras)
             if self.update == "reward":
-                gain = self._reward(x_t, t, prediction, prompts)
+                gain = self._reward(x_t, t, prediction, told(self.reward, prompts, cameras))  # type: ignore[arg-type]
             else:
                 with torch.no_grad():
                     reference = d.predict(x_t, t, start, cameras).null

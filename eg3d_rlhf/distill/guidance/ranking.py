@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from eg3d_rlhf.distill.guidance.denoiser import Denoiser
+from eg3d_rlhf.distill.guidance.directions import told
 from eg3d_rlhf.distill.interfaces import PairwiseJudge, RewardModel
 from eg3d_rlhf.distill.target import History
 from training.config import check_knobs, knob
@@ -54,10 +55,10 @@ class Ranking:
         self.denoiser, self.reward, self.judge, self.settings = denoiser, reward, judge, settings
         self.history = History()
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], step: int) -> Ranks:
-        """Args: images [2, B, 3, h, w] in 0..1; prompts: one per picture."""
+    def __call__(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int) -> Ranks:
+        """Args: images [2, B, 3, h, w] in 0..1; prompts: one per picture; cameras [B, 16]."""
         s, views = self.settings, self.denoiser.views if self.settings.pair_level == "asset" else 1
-        scores = None if self.reward is None else self._score(images, prompts)
+        scores = None if self.reward is None else self._score(images, told(self.reward, prompts, cameras))
         if self.judge is None or not self._asked(step):
             return self._by_score(images, views) if scores is None else _ranks(scores)
         answers = torch.tensor(self._answers(images, prompts, views), device=images.device)  # [N]

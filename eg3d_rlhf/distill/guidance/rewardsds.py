@@ -6,6 +6,7 @@ import torch
 
 from eg3d_rlhf.distill import gradients
 from eg3d_rlhf.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings
+from eg3d_rlhf.distill.guidance.directions import told
 from eg3d_rlhf.distill.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.distill.noise_weighting import NOISES, NoiseWeighting
 from eg3d_rlhf.distill.schedule import ddim_times
@@ -56,7 +57,7 @@ class RewardSds:
             scale = s.prior.guidance_scale if s.explore_scale is None else s.explore_scale
             one_step = d.x0(x_t, prediction.guided(scale), t)
             explored = one_step if s.explore_steps == 1 else self.explore(x_t, t, conditions, cameras, scale)
-            scores = self._score(torch.stack([d.prior.decode(latents) for latents in explored]), prompts)
+            scores = self._score(torch.stack([d.prior.decode(latents) for latents in explored]), told(self.reward, prompts, cameras))
         weights = x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)  # [K, B]
         grad = gradients.reward_weighted(residuals, weights)
         winner = None if scores is None else scores.argmax(0)

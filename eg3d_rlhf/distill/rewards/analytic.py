@@ -125,6 +125,7 @@ class Inverted:
     def __init__(self, reward: RewardModel):
         self._reward = reward
         self.modality, self.views, self.differentiable = reward.modality, reward.views, reward.differentiable
+        self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """See `RewardModel`."""

@@ -17,6 +17,7 @@ class CheckedReward:
     def __init__(self, reward: RewardModel):
         self.reward = reward
         self.modality, self.views, self.differentiable = reward.modality, reward.views, reward.differentiable
+        self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores [B] of pictures [B, 3, h, w] in 0..1. Raises: ValueError."""

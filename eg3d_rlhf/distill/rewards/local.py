@@ -72,8 +72,8 @@ def weights_of(path: Path) -> Path:
     return found[0]
 
 
-def reward_costs(path: str | Path, pictures: int) -> Costs:
-    """What a reward will hold in memory for a step of B pictures, back-propagation included, from its file's shapes alone."""
+def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
+    """What a reward will hold in memory for a step of B pictures, from its file's shapes alone: K B of them scored, B back-propagated."""
     path = existing(path, FLAG)
     if (path / "config.json").is_file():
         require_extra(FLAG, "transformers")
@@ -81,18 +81,18 @@ def reward_costs(path: str | Path, pictures: int) -> Costs:
 
         config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
         clip = build_on_meta(lambda: CLIPModel(config))
-        return _costs(clip, lambda x: clip.get_image_features(pixel_values=x), pictures, config.vision_config.image_size)
+        return _costs(clip, lambda x: clip.get_image_features(pixel_values=x), pictures, noises, config.vision_config.image_size)
     file = weights_of(path)
     state = read_state(file, FLAG)
     if _is_blip(state, file):
         blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
-        return _costs(blip, blip.blip.visual_encoder, pictures, blip.blip.visual_encoder.side)
+        return _costs(blip, blip.blip.visual_encoder, pictures, noises, blip.blip.visual_encoder.side)
     sizes = ClipSizes.of(state, f"{FLAG}: {file.name}")
     hps = build_on_meta(lambda: Clip(sizes))
-    return _costs(hps, hps.visual, pictures, sizes.image)
+    return _costs(hps, hps.visual, pictures, noises, sizes.image)
 
 
-def _costs(network: torch.nn.Module, run: Any, pictures: int, side: int) -> Costs:
+def _costs(network: torch.nn.Module, run: Any, pictures: int, noises: int, side: int) -> Costs:
     network.eval().requires_grad_(False)
 
     def back():
@@ -100,8 +100,13 @@ def _costs(network: torch.nn.Module, run: Any, pictures: int, side: int) -> Cost
         out = run(x)
         return torch.autograd.grad(out, x, torch.empty_like(out))
 
+    def scored():
+        with torch.no_grad():
+            return run(torch.empty(noises * pictures, 3, side, side, device="meta"))
+
+    stages = {f"score {noises * pictures} pictures of {side}^2": scored, f"score {pictures} of them, and back": back}
     return Costs(
-        weights={"reward, float32": weight_row(network)}, stages={f"score {pictures} pictures of {side}^2, and back": peak_bytes(back)}
+        weights={"reward, float32": weight_row(network)}, stages={name: peak_bytes(stage) for name, stage in stages.items()}
     )
 
 

@@ -122,9 +122,10 @@ class BlipReward:
         self.network, self.tokenize, self.device = network, tokenize, torch.device(device)
         self.views = 1 if network.kind == "ImageReward" else VIEWS
         self.modality: Modality = "image" if self.views == 1 else "multiview"
+        self.view_prompts = self.views > 1  # Reward3D was trained with the side in the prompt
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Scores [B] of pictures [B, 3, h, w] in 0..1, a prompt each. Reward3D was trained with prompts that name the view's direction."""
+        """Scores [B] of pictures [B, 3, h, w] in 0..1, a prompt each; see `directions.told`."""
         tokens, mask = (x.to(self.device) for x in self.tokenize(prompts))
         pictures = clip_preprocess(pixels.to(self.device).float(), self.network.blip.visual_encoder.side)
         features = self.network.blip(pictures, tokens, mask)
