@@ -38,6 +38,17 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 200 else line[:200] + "..."
 
 
+def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
+    """A file, or a folder's only one with such a suffix. Raises: ValueError."""
+    if path.is_file():
+        return path
+    found = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if len(found) != 1:
+        got = ", ".join(file.name for file in found[:4]) or "neither"
+        raise ValueError(f"{flag}: expected {expected}, got {got} in {path}. Name the file.")
+    return found[0]
+
+
 def read_state(path: str | Path, flag: str) -> dict[str, torch.Tensor]:
     """Tensors by name, on the CPU, of a .safetensors file or a state dict of torch.save, there perhaps under "state_dict".
 

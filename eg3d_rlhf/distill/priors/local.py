@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eg3d_rlhf.distill.local_files import existing
+from eg3d_rlhf.distill.local_files import existing, only_file
 from eg3d_rlhf.distill.priors.checks import CheckedPrior, check_views
 from eg3d_rlhf.distill.priors.memory import Costs, latent_costs
 from eg3d_rlhf.distill.priors.mvdream import load_mvdream, meta_mvdream
@@ -13,15 +13,7 @@ WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
 
 def weights_of(path: Path) -> Path | None:
     """MVDream's file that a path names: the file, or a folder's only one; None for a Stable Diffusion folder. Raises: ValueError."""
-    if path.is_file():
-        return path
-    if (path / "unet").is_dir():
-        return None
-    found = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
-    if len(found) != 1:
-        got = ", ".join(file.name for file in found[:4]) or "neither"
-        raise ValueError(f"{FLAG}: expected unet/ (Stable Diffusion) or one MVDream file, got {got} in {path}. Name the file.")
-    return found[0]
+    return None if (path / "unet").is_dir() else only_file(path, WEIGHTS, FLAG, "unet/ (Stable Diffusion) or one MVDream file")
 
 
 def load_prior(path: str | Path, options: PriorOptions | None = None) -> CheckedPrior:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.distill.interfaces import Modality, RewardModel
-from eg3d_rlhf.distill.local_files import build_on_meta, existing, read_state, require_extra
+from eg3d_rlhf.distill.local_files import build_on_meta, existing, only_file, read_state, require_extra
 from eg3d_rlhf.distill.priors.checks import SLACK
 from eg3d_rlhf.distill.priors.memory import Costs, peak_bytes, weight_row
 from eg3d_rlhf.distill.rewards.checks import CheckedReward
@@ -63,13 +63,7 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Checked
 
 def weights_of(path: Path) -> Path:
     """A file, or the only one of a folder. Raises: ValueError."""
-    if path.is_file():
-        return path
-    found = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
-    if len(found) != 1:
-        got = ", ".join(file.name for file in found[:4]) or "neither"
-        raise ValueError(f"{FLAG}: expected config.json (CLIP) or one file of weights, got {got} in {path}. Name the file.")
-    return found[0]
+    return only_file(path, WEIGHTS, FLAG, "config.json (CLIP) or one file of weights")
 
 
 def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
