@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import _repository  # noqa: F401
@@ -104,10 +104,9 @@ def continued(folder: Path, command: list[str]) -> list[str]:
     return command
 
 
-def make(out: Path, name: str, parts: dict[str, list[str]], threads: int) -> dict[str, dict]:
-    """Every part of a reward that is not finished; returns the cost of each."""
-    folders = {part: out / name / part for part in parts}
-    return {part: finished(folders[part], command) or call(folders[part], command, threads) for part, command in parts.items()}
+def make(folder: Path, command: list[str], threads: int) -> dict:
+    """The cost of a part; it is run where it is not finished."""
+    return finished(folder, command) or call(folder, command, threads)
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -130,7 +129,7 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     made = work(out, plans, jobs, threads)
-    found, networks = measured(out, {name: made[name] for name in names})  # in the table's order
+    found, networks = measured(out, {name: made[name] for name in names}, jobs)  # in the table's order
     write_atomic(out / "zoo.json", json.dumps({"rewards": found, "full": full, "kimg": length}, indent=1).encode())
     note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(seeds.split(','))} training seed(s), "
             f"{jobs} side by side with {threads} thread(s) each.")
@@ -146,27 +145,39 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
 
 
 def work(out: Path, plans: dict, jobs: int, threads: int) -> dict[str, dict]:
-    """All rewards, `jobs` side by side, the longest first."""
-    order, made = sorted(plans, key=lambda name: -zoo.ENTRIES[name].minutes), {}
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(order), desc="rewards trained and tuned", unit="reward") as bar:
-        started = {pool.submit(make, out, name, plans[name], threads): name for name in order}
+    """All parts of all rewards, `jobs` side by side; the longest reward begins, and a reward's parts come in order. Returns their costs."""
+    order = sorted(plans, key=lambda name: -zoo.ENTRIES[name].minutes)
+    rest, made = {name: list(plans[name].items()) for name in order}, {name: dict[str, dict]() for name in order}
+    under_way: dict[Future, tuple[str, str]] = {}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=sum(map(len, rest.values())), desc="rewards trained and tuned", unit="part") as bar:
+
+        def begin(name: str) -> None:
+            if rest[name]:
+                part, command = rest[name].pop(0)
+                under_way[pool.submit(make, out / name / part, command, threads)] = name, part
+
         try:
-            for done in as_completed(started):
-                made[started[done]] = done.result()
-                bar.set_postfix_str(f"last: {started[done]}; logs in {out}/*/*/log.txt")
-                bar.update()
+            for name in order:
+                begin(name)
+            while under_way:
+                for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    name, part = under_way.pop(done)
+                    made[name][part] = done.result()
+                    bar.set_postfix_str(f"last: {name}, {part}; logs in {out}/*/*/log.txt")
+                    bar.update()
+                    begin(name)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return made
 
 
-def measured(out: Path, made: dict[str, dict]) -> tuple[dict, dict]:
+def measured(out: Path, made: dict[str, dict], jobs: int) -> tuple[dict, dict]:
     """zoo.json's lines, and the networks of the page's picture: before, and after by each reward with its first seed."""
-    found: dict[str, dict] = {}
     networks: dict[str, LoadedGenerator] = {}
-    for name, costs in made.items():
-        figures = []
+
+    def line(name: str) -> dict:
+        figures, costs = [], made[name]
         for part in (part for part in costs if part.startswith("seed")):
             run = sorted((out / name / part).glob("[0-9]*-*"))[-1]
             c = load_comparison(Sources(run=run, after=run))
@@ -175,8 +186,11 @@ def measured(out: Path, made: dict[str, dict]) -> tuple[dict, dict]:
             networks.setdefault(name, c.after)
         seconds = {part: cost["seconds"] for part, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
-        found[name] = zoo.record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
-    return found, networks
+        return zoo.record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        found = dict(zip(made, tqdm(pool.map(line, made), total=len(made), desc="what tuning did", unit="reward"), strict=True))
+    return found, {name: networks[name] for name in ("before", *made)}
 
 
 def _known(run: Path, after: str) -> dict | None:

@@ -1,6 +1,8 @@
 """The table of all rewards: its lines, its commands, and what goes on after an interrupt."""
 
 import json
+import threading
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -101,3 +103,30 @@ def test_an_interrupted_training_goes_on(tmp_path):
     assert tool.continued(tmp_path, command) == command
     (tmp_path / "state.pt").touch()
     assert tool.continued(tmp_path, command) == [*command, "--resume"]
+
+
+def test_parts_come_in_order_and_fill_every_place(tmp_path, monkeypatch):
+    plans = {name: planned("--seeds=0,4")[name] for name in ENTRIES}
+    lock, now, most, began = threading.Lock(), set(), [], []
+
+    def make(folder, command, threads):
+        key = folder.parent.name, folder.name
+        with lock:
+            now.add(key)
+            began.append(key)
+            most.append(len(now))
+        time.sleep(0.01)
+        with lock:
+            now.remove(key)
+        return {"seconds": 1.0, "megabytes": 2.0, "command": command, "threads": threads}
+
+    monkeypatch.setattr(tool, "make", make)
+    made = tool.work(tmp_path, plans, jobs=2, threads=1)
+    assert {name: list(costs) for name, costs in made.items()} == {name: list(parts) for name, parts in plans.items()}
+    for name, parts in plans.items():
+        assert [part for owner, part in began if owner == name] == list(parts)
+    longest = max(ENTRIES, key=lambda name: ENTRIES[name].minutes)
+    assert began[0] == (longest, "reward") and max(most) == 2
+    monkeypatch.setattr(tool, "make", lambda *_: (_ for _ in ()).throw(ValueError("a part failed")))
+    with pytest.raises(ValueError, match="a part failed"):
+        tool.work(tmp_path, plans, jobs=2, threads=1)
