@@ -31,10 +31,12 @@ class Bounds:
 
     side: float = 1.0  # world units, > 0
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # world units
+    border: float = 30 / 256  # share of the cube along each face that is no part of a shape: EG3D's tools clear it
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.side) and self.side > 0) or len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
-            raise ValueError(f"Bounds: expected a side > 0 and a finite centre, got {self.side!r} and {self.centre!r}. Correct them.")
+        sized = math.isfinite(self.side) and self.side > 0 and 0 <= self.border < 0.5
+        if not sized or len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
+            raise ValueError(f"Bounds: expected a side > 0, a finite centre and a border of 0 <= border < 0.5, got {self}. Correct them.")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 VARIABLE = "EG3D_RLHF_PLUGINS"
 GROUP = "eg3d_rlhf.plugins"
+OWN = ("eg3d_rlhf.distill.generator",)  # families of the package that stand above the registry
 
 
 def load_plugins() -> None:
@@ -24,7 +25,7 @@ def load_plugins() -> None:
 
     Raises: ValueError for one that cannot be imported.
     """
-    for name in filter(None, (part.strip() for part in os.environ.get(VARIABLE, "").split(","))):
+    for name in filter(None, (*OWN, *(part.strip() for part in os.environ.get(VARIABLE, "").split(",")))):
         _load(name)
     _load_installed()
 

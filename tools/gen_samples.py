@@ -14,9 +14,9 @@ import click
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
-from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.generators import check_seeds, load_generator
 from eg3d_rlhf.media.rendering import FFHQ_FOV, StageBar, camera, cameras_of, conditioned_ws, parse_seeds, png, render, sampling_flags, tile
-from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix
+from eg3d_rlhf.sigma.mesh_export import MeshOptions, save_shape, shape_suffix
 from training.storage import write_atomic
 
 YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians
@@ -31,8 +31,8 @@ YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians
 @option("--shape-format", metavar="NAME", default=".mrc", help=".mrc (density), .ply, .obj or .glb (surface).", group="Shapes")
 @option("--shape-level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", group="Shapes",
         help="Raw density of the surface.")
-@option("--shape-border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=BORDER, group="Shapes",
-        help="Share of the cube to clear along each face.")
+@option("--shape-border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=None, group="Shapes",
+        show_default="the generator's, 30/256 of EG3D's", help="Share of the cube to clear along each face.")
 @option("--class", "class_idx", metavar="INT", type=int, default=None, show_default=False, help="Accepted, without effect.")
 @option("--reload_modules", "reload_modules", metavar="BOOL", type=bool, default=None, show_default=False, help="Accepted, without effect.")
 @option("--device", metavar="NAME", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the generator runs.")
@@ -46,7 +46,6 @@ def main(outdir, network, seeds, psi, cutoff, noise_mode, fov_deg, shapes, shape
     for flag, value in (("class", class_idx), ("reload_modules", reload_modules)):
         if value is not None:
             click.echo(f"Warning: --{flag} has no effect here, as in EG3D for these networks.", err=True)
-    surface = MeshOptions(resolution=shape_res, level=shape_level, border=shape_border, component="all")
     if dry_run:
         settings = {
             "outdir": str(outdir), "network": str(network or "bundled"), "seeds": numbers, "trunc": psi, "trunc_cutoff": cutoff,
@@ -57,6 +56,9 @@ def main(outdir, network, seeds, psi, cutoff, noise_mode, fov_deg, shapes, shape
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
+    border = generator.bounds.border if shape_border is None else shape_border
+    surface = MeshOptions(resolution=shape_res, level=shape_level, border=border, component="all")
+    check_seeds(generator, max(numbers), "--seeds")
     cameras = cameras_of(generator, fov_deg)
     labels = [camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(numbers, unit="seed", desc="samples"):

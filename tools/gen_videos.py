@@ -21,7 +21,7 @@ from eg3d_rlhf.field import RenderOptions
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.media.rendering import CAMERAS, MODES, StageBar, cameras_of, parse_seeds, sampling_flags
 from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4
-from eg3d_rlhf.sigma.mesh_export import BORDER, MeshOptions, save_shape, shape_suffix
+from eg3d_rlhf.sigma.mesh_export import MeshOptions, save_shape, shape_suffix
 
 
 @click.command(cls=GroupedCommand, help=__doc__)
@@ -76,9 +76,9 @@ def main(outdir, network, seeds, interpolate, grid, cfg, sample_mult, nrr, fps, 
         click.echo(json.dumps(settings, indent=1))
         return
     check_mp4(outdir / "interpolation.mp4")
-    surface = MeshOptions(resolution=shape_res, border=BORDER, component="all")
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
+    surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras, look = cameras_of(generator, **CAMERAS.get(cfg, {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)

@@ -40,7 +40,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
     for arm in settings.arms:
         batches = [load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS) for k in range(len(settings.batches()))]
         arms[arm] = joined(batches)
-        arms[arm].save(run.folder / f"assets-{arm}.safetensors")
+        arms[arm].save(run.folder / f"assets-{arm}.safetensors", pairs)
     prompts = [prompt for prompt, _ in pairs]
     table = None
     if len(arms) > 1 and scene.final is not None:

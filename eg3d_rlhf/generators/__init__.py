@@ -68,6 +68,22 @@ class Generator(Protocol):
         """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.field.NOISE_MODES`."""
 
 
+@runtime_checkable
+class FiniteGenerator(Generator, Protocol):
+    """A generator whose shapes can be counted: seeds 0 to `count` - 1 name them, and no others do."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+
+def check_seeds(generator: Generator, last: int, who: str) -> None:
+    """Raise ValueError where seeds up to `last` are more than a generator has shapes."""
+    if isinstance(generator, FiniteGenerator) and last >= generator.count:
+        has = f"one for each of its {generator.count} shapes"
+        raise ValueError(f"{who}: expected seeds 0 to {generator.count - 1} with this network, {has}, got {last}. Choose smaller ones.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A kind of network and how to use it."""
@@ -187,6 +203,7 @@ def camera(generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, foc
 def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14) -> torch.Tensor:
     """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable."""
     generator = of(generator)
+    check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))
     return generator.mapping(z, camera(generator, n=len(z)), truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
 

@@ -23,7 +23,6 @@ from eg3d_rlhf.media.rendering import camera, cameras_of, png, render
 from eg3d_rlhf.sigma.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.sigma.field_mesh import FieldGrid, extract_field_mesh
 from eg3d_rlhf.sigma.mesh import compact, decimate, face_volumes, parts
-from eg3d_rlhf.sigma.mesh_export import BORDER
 from torch_utils.ops.implementations import implementation
 
 _SLACK = 1.1  # times the wanted triangles that a mesh may have
@@ -40,12 +39,13 @@ _HELD = 2  # generators in memory: the two of a study
 def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Vertices [V, 3] float32 and triangles [F, 3] of a shape's surface, all its parts that can be seen, decimated.
 
-    The cube's border is cleared as EG3D's tools do. Hollows inside the body and dust are left out. In plain torch: what is judged should
+    The border of the generator's cube is cleared. Hollows inside the body and dust are left out. In plain torch: what is judged should
     not depend on the compiler of the machine, nor wait for it.
     Raises: ValueError when the density does not cross the level, or for a damage that finds no room.
     """
     with implementation("torch"):
-        grid = FieldGrid(generator.field(ws_of_seeds(generator, [shape.seed], shape.psi)), shape.resolution, BORDER)
+        field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
+        grid = FieldGrid(field, shape.resolution, field.bounds.border)
         vertices, faces = extract_field_mesh(grid, shape.level)
         if shape.degradation:
             axes = tuple(axis.double().numpy() for axis in grid.axes)

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import expit
 
 from eg3d_rlhf import bundled
-from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.generators import LoadedGenerator, check_seeds
 from eg3d_rlhf.label.drawing import DAMAGES
 from eg3d_rlhf.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.annotator import disjoint_pairs
@@ -141,6 +141,9 @@ def plan(
     if results and options.strategy != "tournament":
         raise ValueError(f"plan: expected earlier results for a tournament only, got strategy {options.strategy!r}. Use 'tournament'.")
     options = options if options.level is not None else replace(options, level=generator.generator.level)
+    if not results:
+        last = options.first_seed + options.seeds - 1
+        check_seeds(generator.generator, last, f"--first-seed={options.first_seed}, {options.seeds} seeds with gold and training")
     report = {**asdict(options), "rewards": list(options.rewards)}
     rng = np.random.default_rng(options.seed)
     draw = shape_of(options, generator)

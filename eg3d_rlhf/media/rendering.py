@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import option, together
 from eg3d_rlhf.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
-from eg3d_rlhf.generators import Generator, device_of, latents
+from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 
 FFHQ_FOV = 18.837  # degrees over the image's diagonal
 CAMERAS: dict[str, dict[str, Any]] = {  # by data set: pivot in world units, field of view in degrees
@@ -67,6 +67,7 @@ def conditioned_ws(
     generator: Generator, seeds: Sequence[int], cameras: CameraFamily, psi: float = 1.0, cutoff: int | None = 14
 ) -> torch.Tensor:
     """ws [N, L, W] of seeds, conditioned on the frontal camera of a family, as EG3D's tools condition them."""
+    check_seeds(generator, max(seeds, default=0), "--seeds")
     device = device_of(generator)
     c = camera(cameras, n=len(seeds), device=device)
     return generator.mapping(latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)

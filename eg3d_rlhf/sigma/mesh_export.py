@@ -24,7 +24,6 @@ _PROBES = 20000  # vertices at which the normals are held against the density
 _PROBE_STEP = 0.25  # distance of the two probes from the surface, in grid steps
 _COLOR_CHUNK = 1 << 18  # vertices coloured between two calls of the progress function
 SHAPE_SUFFIXES = (*MESH_SUFFIXES, ".mrc")
-BORDER = 30 / 256  # share of the cube that EG3D's tools clear along each face
 
 
 def check_mesh_suffix(path: str | Path, who: str = "save_mesh") -> Path:

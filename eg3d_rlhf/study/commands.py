@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option, options_of
-from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.generators import FiniteGenerator, LoadedGenerator, load_generator
 from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.commands import LabelGroup, add_annotator, annotators, revoke
 from eg3d_rlhf.label.entities import JudgementRow, Kind
@@ -82,11 +82,13 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     with flagged(flags):
         trials, size = planned_trials(flags, warn)
         rules = ExclusionRules(**{rule: flags[rule] for rule in RULES})
-    sides = {}
+    sides, loaded = {}, {}
     for side in ("a", "b"):
         with naming(f"--{side}"):
             own = "bundled" if flags[side] is None else Path(flags[side]).stem or str(flags[side])
-            sides[side] = contender(flags[f"label_{side}"] or own, load_generator(flags[side]))
+            loaded[side] = load_generator(flags[side])
+            sides[side] = contender(flags[f"label_{side}"] or own, loaded[side])
+    shapes = common_shapes(loaded["a"], loaded["b"])
     if sides["a"].generator == sides["b"].generator:
         raise ValueError("--a, --b: expected two different generators, got the same weights twice. Name another network for --b.")
     if sides["a"].label == sides["b"].label:
@@ -94,9 +96,18 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     with flagged(flags):
         return StudyDesign(
             name=name, a=sides["a"], b=sides["b"], trials=trials, annotators_per_pair=power_options(flags).annotators_per_pair,
-            confidence=round(1 - flags["alpha"], 12), exclusions=rules, power=asdict(size) if size else {},
+            confidence=round(1 - flags["alpha"], 12), exclusions=rules, power=asdict(size) if size else {}, shapes=shapes,
             **{flag: flags[flag] for flag in FREE},
         )  # fmt: skip
+
+
+def common_shapes(a: LoadedGenerator, b: LoadedGenerator) -> int | None:
+    """How many shapes two generators have whose shapes can be counted; None for others. Raises: ValueError where they do not correspond."""
+    counts = [one.generator.count if isinstance(one.generator, FiniteGenerator) else None for one in (a, b)]
+    pairs = [one.nets.training_set.get("pairs") for one in (a, b)]
+    if counts[0] != counts[1] or pairs[0] != pairs[1]:
+        raise ValueError("--a, --b: expected two files of assets of the same prompts and seeds, got others. Name two arms of one run.")
+    return counts[0]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A study's design: all that could be chosen to please, chosen and written down before the first answer, with a hash; and its campaign."""
 
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -78,6 +79,7 @@ class StudyDesign:
     until: str | None = knob(None, "ISO 8601 with offset: over then in any case.", "Study", metavar="TIME", shown="no end")
     confidence: float = 0.95
     resamples: int = knob(4000, "Of the bootstraps in the report.", _OUT, low=100)
+    shapes: int | None = None  # of generators whose shapes can be counted: seeds 0 to shapes - 1 name them
     exclusions: ExclusionRules = field(default_factory=ExclusionRules)
     power: dict = field(default_factory=dict, hash=False)  # the calculation behind `trials`, as eg3d_rlhf.study.power gives it
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -93,6 +95,9 @@ class StudyDesign:
                 f"expected trials >= 1, annotators >= 1 and annotators_per_pair in 1..annotators, got {self.trials}, {self.annotators} and "
                 f"{self.annotators_per_pair}."
             )
+        if self.shapes is not None and self.latents > self.shapes:
+            most = self.shapes * self.annotators_per_pair
+            raise ValueError(f"n: expected at most {most} trials of {self.shapes} pairs of shapes, got {self.trials}. Use --n={most}.")
         if self.gold_every == 1:
             raise ValueError("gold_every must be 0 (none) or >= 2, got 1. Use 10.")
         if not 0 < self.confidence < 1:
@@ -124,10 +129,11 @@ class StudyDesign:
         return total
 
     def seeds(self) -> tuple[list[int], list[int]]:
-        """Seeds of the compared latents, and further ones for gold checks and training; all different."""
+        """Seeds of the compared latents, and further ones for gold checks and training: all different, while there are shapes left."""
         spare = 64
-        drawn = np.random.default_rng(self.seed).choice(MAX_SEED, size=self.latents + spare, replace=False).tolist()
-        return drawn[: self.latents], drawn[self.latents :]
+        known = MAX_SEED if self.shapes is None else self.shapes
+        drawn = np.random.default_rng(self.seed).choice(known, size=min(known, self.latents + spare), replace=False).tolist()
+        return drawn[: self.latents], list(itertools.islice(itertools.cycle(drawn[self.latents :] + drawn[: self.latents]), spare))
 
     def to_dict(self) -> dict:
         """Plain JSON types, with the seeds spelt out and the hash last."""

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.field.asset import FILE_KIND, load_assets, sparsity
+from eg3d_rlhf import bundled
+from eg3d_rlhf.distill.field.asset import ARCHITECTURE, load_assets, sparsity
 from eg3d_rlhf.distill.field.planes import TriPlanes
 from eg3d_rlhf.distill.field.render import PerspectiveViews
 from eg3d_rlhf.distill.field.voxels import GAIN, Voxels
@@ -178,10 +179,12 @@ def test_files_and_copies(asset, tmp_path):
 
 
 def test_a_foreign_file_is_refused(tmp_path):
-    meta = {"field": "hash-grid", "assets": 1, "settings": {}}
-    write_tensors(tmp_path / "b.safetensors", FILE_KIND, {"x": torch.zeros(1)}, meta)
+    meta = {"architecture": ARCHITECTURE, "G_kwargs": {"field": "hash-grid", "assets": 1, "settings": {}}}
+    write_tensors(tmp_path / "b.safetensors", "network", {"x": torch.zeros(1)}, meta)
     with pytest.raises(ValueError, match="expected a field of planes, voxels, got 'hash-grid'"):
         load_assets(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="expected finished assets, got a generator of eg3d"):
+        load_assets(bundled.GENERATOR)
     with pytest.raises(ValueError, match="resolution of at least 2"):
         Voxels(1, 1)
 

@@ -59,7 +59,7 @@ def foreign(tmp_path_factory):
 def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):
     unheard = tmp_path / "unheard.safetensors"
     storage.write_tensors(unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None})
-    known = "expected an architecture of eg3d, hyplanehead, mirrored, panohead, spherehead"
+    known = "expected an architecture of assets, eg3d, hyplanehead, mirrored, panohead, spherehead"
     lacks = {foreign[0]: "expected a network file with G, D and G_ema", unheard: known}
     for init, message in lacks.items():
         result = CliRunner().invoke(train.main, [f"--init={init}", f"--data={tiny_data}", f"--outdir={tmp_path}"])

@@ -5,6 +5,7 @@ Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samp
 
 import abc
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -13,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.field import LEVEL, OWN, Bounds, Rendering, RenderOptions
 from eg3d_rlhf.sigma.spec import SlabSpec
+from training import networks
 from training.rendering.cameras import RaySampler, ray_limits_box, unpack_label
 from training.rendering.marcher import MipRayMarcher2
-from training.storage import load_strict, read_tensors, write_tensors
+from training.storage import load_strict, read_tensors
 
-FILE_KIND = "distilled-assets"
+ARCHITECTURE = "assets"  # as network files name their family (eg3d_rlhf.distill.generator)
 EMPTY = LEVEL - 1000.0  # raw density outside the bounds
-_RESOLUTION = 64  # pixels per edge of a rendering that does not say
+RESOLUTION = 64  # pixels per edge of a rendering that does not say
 _SAMPLES_AT_ONCE = 1 << 20  # samples of all assets that are decoded together
 _EDGE = 1e-4  # share of half a side by which a point may lie outside: rays end on the bounds
 KINDS: dict[str, type["Asset"]] = {}
@@ -33,7 +35,7 @@ class Asset(torch.nn.Module, abc.ABC):
 
     kind: ClassVar[str]
     level = LEVEL
-    bounds = Bounds()
+    bounds = Bounds(border=0.0)
 
     def __init_subclass__(cls, **more) -> None:
         super().__init_subclass__(**more)
@@ -85,7 +87,7 @@ class Asset(torch.nn.Module, abc.ABC):
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """See `Field`. Where there are many rays they go in parts, and the backward pass computes each part once more."""
         cam2world, intrinsics = unpack_label(cameras.to(next(self.parameters())).expand(len(self), -1))
-        r, samples = options.resolution or _RESOLUTION, max(2, round((options.samples or self.samples) * options.sample_mult))
+        r, samples = options.resolution or RESOLUTION, max(2, round((options.samples or self.samples) * options.sample_mult))
         origins, directions = RaySampler()(cam2world, intrinsics, r)  # [A, M, 3]
         near, far = ray_limits_box(origins, directions, self.bounds.side)  # [A, M, 1]
         rays = torch.cat([origins, directions, near, far], dim=-1)  # [A, M, 8]
@@ -116,9 +118,21 @@ class Asset(torch.nn.Module, abc.ABC):
             setattr(chosen, name, kept)
         return chosen
 
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors."""
-        write_tensors(path, FILE_KIND, dict(self.state_dict()), {"field": self.kind, "assets": len(self), "settings": self.settings})
+    def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
+        """Write as a network file, which tools take as a generator. Args: pairs: prompt and seed of each asset."""
+        held, made = torch.nn.ModuleDict({"asset": self}), {"field": self.kind, "assets": len(self), "settings": self.settings}
+        trained = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
+        networks.save(path, networks.Networks(None, None, held, made, None, trained, architecture=ARCHITECTURE))
+
+
+class AssetNetwork(torch.nn.Module):
+    """What a network file of assets holds: the field of a kind, so many assets, the settings of the kind. Raises: ValueError."""
+
+    def __init__(self, field: str, assets: int, settings: dict):
+        super().__init__()
+        if field not in KINDS:
+            raise ValueError(f"assets: expected a field of {', '.join(sorted(KINDS))}, got {field!r}. Use a file that this version wrote.")
+        self.asset = KINDS[field](assets, **settings)
 
 
 def load_assets(path: str | Path) -> Asset:
@@ -126,13 +140,13 @@ def load_assets(path: str | Path) -> Asset:
 
     Raises: ValueError for another kind of file or of field.
     """
-    tensors, meta = read_tensors(path, FILE_KIND)
-    if meta.get("field") not in KINDS:
-        known, got = ", ".join(sorted(KINDS)), meta.get("field")
-        raise ValueError(f"load_assets({Path(path).name}): expected a field of {known}, got {got!r}. Pass another file.")
-    asset = KINDS[meta["field"]](meta["assets"], **meta["settings"])
-    load_strict(asset, tensors, f"load_assets({Path(path).name})")
-    return asset
+    tensors, meta = read_tensors(path, "network")
+    if meta.get("architecture") != ARCHITECTURE:
+        got = meta.get("architecture", networks.EG3D)
+        raise ValueError(f"load_assets({Path(path).name}): expected finished assets, got a generator of {got}. Pass another file.")
+    network = AssetNetwork(**meta["G_kwargs"])
+    load_strict(network, {name.removeprefix("G_ema."): value for name, value in tensors.items()}, f"load_assets({Path(path).name})")
+    return network.asset
 
 
 def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
