@@ -34,7 +34,7 @@ def compare(
 
     Args:
         assets: N of every arm, in the order of the pairs (prompt, seed). measured: by arm, by name, figures [N] to report beside the win
-            rates; NaN where one does not apply.
+            rates; NaN where one does not apply, and one that applies to none is left out.
     Raises: ValueError without the arm that is the base, and for arms of another length.
     """
     if BASE not in assets:
@@ -57,7 +57,7 @@ def compare(
         arms[arm] = {
             "win_rate": float(won.mean()), "ci95": list(wilson_interval(float(won.sum()), len(won))), "n": len(won),
             "ties": int((won == 0.5).sum()), "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
-            "measures": {name: _mean(values) for name, values in measured[arm].items()},
+            "measures": {name: _mean(values) for name, values in measured[arm].items() if not bool(values.isnan().all())},
         }  # fmt: skip
     return {"arms": arms, "base": BASE, "n": len(pairs), "interval": INTERVAL, "elo_regularised": rated.regularised}, judgements
 

@@ -42,9 +42,10 @@ def test_win_rates_count_ties_half_whatever_the_order_of_arms():
 def test_measures_leave_out_what_does_not_apply():
     found, _ = compare(
         {"sds": Assets([1, 1, 1, 1])} | {"b": Assets([2, 2, 2, 2])}, PAIRS, Larger(),
-        {name: {"share": torch.tensor([1.0, float("nan"), 0.0, float("nan")])} for name in ("sds", "b")},
+        {name: {"share": torch.tensor([1.0, torch.nan, 0.0, torch.nan]), "of none": torch.full((4,), torch.nan)} for name in ("sds", "b")},
     )  # fmt: skip
     assert found["arms"]["b"]["measures"]["share"]["mean"] == 0.5 and found["arms"]["b"]["measures"]["share"]["n"] == 2
+    assert set(found["arms"]["b"]["measures"]) == {"share"} and "of none" not in markdown({**found, "judge": "size"})
 
 
 def test_refusals():
