@@ -99,13 +99,20 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
 def with_pairs(problem: Problem, folder: Path) -> Problem:
     """The same problem with people's pairs from a folder, which has one for each stage in it; their hashes are part of its identity.
 
-    Raises: FileNotFoundError for a folder without any, ValueError for stages whose pairs are not of the same assets.
+    Raises: FileNotFoundError for a folder without any, ValueError for stages whose pairs are not of the same assets, and for pairs of
+        held-out conditions, which the table would call unseen.
     """
     names = [stage.name for stage in problem.pipeline.stages if (folder / stage.name).is_dir()]
     if not names:
         expected = ", ".join(stage.name for stage in problem.pipeline.stages)
         raise FileNotFoundError(f"--pairs: expected a folder for each stage ({expected}) in {folder}, got none. Check the path.")
     human_pairs = read_stages({name: folder / name for name in names}, problem.pipeline)
+    seen = sorted({pair.condition for pair in human_pairs(names[0])} & set(problem.held_out_conditions))
+    if seen:
+        raise ValueError(
+            f"--pairs: expected pairs of conditions that are not held out, got those of {len(seen)} that are, {seen[0]!r} first. Leave "
+            "them out, or take --pairs away to train on the toy's own."
+        )
     hashes = {name: pairs_hash(folder / name) for name in names}
     return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "pairs": hashes})
 

@@ -4,7 +4,7 @@
     2. what it then samples and what its reference samples, decoded and encoded again, are pairs of the stage before (loop_pairs.py);
     3. that stage learns from them (equation 9), filtered by w1 and weighed by w2; and so on to the first stage.
 Every step is an artefact (artefacts.py): a run that was killed goes on where it was, and runs share what they have in common.
-A further round does the same again, with the networks of the round before as start and as reference.
+A further round does the same again, with the networks of the round before as start and as reference, and with noises of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.tuning.train import FREE, train_stage
 from eg3d_rlhf.flow.tuning.update import TrainConfig
 from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
 
 Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
 
@@ -45,6 +46,13 @@ class CircularLoop:
     bars: bool = False  # show progress bars
     say: Callable[[str], None] = print  # status lineage and warnings of trainings
     _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
+
+    def of_round(self, number: int) -> "CircularLoop":
+        """The same steps with the noises, orders and adapters of a round; the first round's are those of the run's seed itself."""
+        if number == 1:
+            return self
+        seed = derive_seed("round", self.settings.seed, number) % 2**31
+        return replace(self, settings=replace(self.settings, seed=seed))
 
     # Networks.
 
@@ -178,12 +186,12 @@ def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None)
         return artefact
 
     for number in range(1, loop.settings.rounds + 1):
-        before = dict(lineage)
-        tuned = done(number, "people", stages[-1], loop.from_people(stages[-1], before))
+        before, own = dict(lineage), loop.of_round(number)
+        tuned = done(number, "people", stages[-1], own.from_people(stages[-1], before))
         lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)
         for stage in reversed(stages[:-1]):
-            pairs = done(number, "pairs", stage, loop.pairs(stage, lineage, before))
-            tuned = done(number, "loop", stage, loop.from_loop(stage, pairs, lineage))
+            pairs = done(number, "pairs", stage, own.pairs(stage, lineage, before))
+            tuned = done(number, "loop", stage, own.from_loop(stage, pairs, lineage))
             lineage[stage] = (*before.get(stage, ()), tuned)
     return lineage, steps
 

@@ -238,11 +238,11 @@ def torso_dtype(blocks: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of a batch, put in order such that groups are contiguous."""
+    """Rows of a batch, put in order such that groups are contiguous. A row may be in several: its result is then that of one of them."""
 
     runs: tuple[tuple[int, int], ...]  # (number of groups, rows of each), one entry per stretch of groups of one length
-    order: torch.Tensor | None = None  # [V] rows in that order; None: as they are
-    inverse: torch.Tensor | None = None  # [V] where each row went
+    order: torch.Tensor | None = None  # [sum of sizes] rows in that order; None: as they are
+    inverse: torch.Tensor | None = None  # [V] where each row's result is
 
     @property
     def sizes(self) -> list[int]:
@@ -253,11 +253,11 @@ class Groups:
 class SparseLayout:
     """The `Layout` of blocks.py for tokens [V, C] of a sparse batch.
 
-    With a window, self-attention stays within windows of that many voxels per axis, whose borders `shift` moves back.
+    Self-attention stays within `groups` of its voxels; by default each sample is one.
     """
 
-    def __init__(self, batch: SparseBatch, window: int | None = None, shift: int = 0):
-        self.batch, self.window, self.shift = batch, window, shift
+    def __init__(self, batch: SparseBatch, groups: Groups | None = None):
+        self.batch, self.groups = batch, groups or samples(batch)
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         """[N, C] -> [V, C]."""
@@ -265,7 +265,7 @@ class SparseLayout:
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """All [V, H, D] -> [V, H, D]."""
-        groups = samples(self.batch) if self.window is None else windows(self.batch, self.window, self.shift)
+        groups = self.groups
         parts = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
         out = torch.cat([attend(*part).flatten(0, 1) for part in parts])
         return out if groups.inverse is None else out[groups.inverse]
@@ -311,3 +311,42 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
         length, count = (x.tolist() for x in torch.unique(lengths, return_counts=True))
         batch.cache[name] = Groups(tuple(zip(count, length, strict=True)), order, inverse)
     return batch.cache[name]
+
+
+def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
+    """Stretches of the Z-order curve through each sample's voxels.
+
+    A sample of n voxels is cut into m = ceil(n / window) parts of equal length along the curve. Each of several sees the `window` voxels
+    about its middle, over its own ends and round those of the curve; results are kept of the part alone.
+    Args: window: voxels; shift: added to coordinates, which moves the curve; start: voxels by which the cuts move along it.
+    """
+    name = f"curve {window} {shift} {start}"
+    if name not in batch.cache:
+        code = z_order(batch.coords[:, 1:] + shift)
+        runs: list[tuple[int, int]] = []
+        order: list[torch.Tensor] = []
+        inverse, first, done = torch.empty_like(code), 0, 0
+        for n in batch.lengths.tolist():
+            along = first + torch.argsort(code[first : first + n])  # this sample's rows in the order of the curve
+            count = -(-n // window)
+            size, length = (n, n) if count <= 1 else (window, n / count)  # rows seen and kept; the latter need not be whole
+            for i in range(count):
+                low, high = (0, n) if count == 1 else (math.floor((i + k) * length + start) for k in (0, 1))
+                left = 0 if count == 1 else math.floor((i + 0.5) * length + start - 0.5 * window)
+                order.append(along[torch.arange(left, left + size, device=along.device) % n])
+                inverse[order[-1][low - left : high - left]] = torch.arange(done + low - left, done + high - left, device=along.device)
+                done += size
+            if count:
+                runs.append((count, size))
+            first += n
+        batch.cache[name] = Groups(tuple(runs), torch.cat(order), inverse)
+    return batch.cache[name]
+
+
+def z_order(coords: torch.Tensor) -> torch.Tensor:
+    """Places on the Z-order curve, [V, 3] of 0..1023 -> [V] int64: the bits of x, y and z in turn, x's above y's above z's."""
+    code = coords.new_zeros(len(coords), dtype=torch.int64)
+    for bit in range(10):
+        for axis in range(3):
+            code |= (coords[:, axis].long() >> bit & 1) << (3 * bit + 2 - axis)
+    return code

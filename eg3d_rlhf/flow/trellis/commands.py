@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,10 +13,10 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.flow.lora import merge_rounding, merged_state
-from eg3d_rlhf.flow.policies import link, tuned_model
-from eg3d_rlhf.flow.trellis.conditions import ImageEncoder, TextEncoder, read_conditions, write_conditions
-from eg3d_rlhf.flow.trellis.files import FLOWS, base_state, find_model, find_weights, load_model, read_pipeline, with_ending
-from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, RANKING, SCHEMES, STANDS, Imported, draw_to, read_dso, read_ranking, write_import
+from eg3d_rlhf.flow.policies import META, link, tuned_model
+from eg3d_rlhf.flow.trellis.conditions import CONDITIONS, NULL, ImageEncoder, TextEncoder, read_conditions, write_conditions
+from eg3d_rlhf.flow.trellis.files import FLOWS, USUAL_STEMS, base_state, find_model, find_weights, load_model, read_pipeline, with_ending
+from eg3d_rlhf.flow.trellis.pair_import import RANKING, SCHEMES, STANDS, Imported, draw_to, read_dso, read_ranking, write_import
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.flow.trellis.problem import file_hashes, hash_of
 from training.storage import write_atomic
@@ -25,10 +26,12 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
     """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of `root`.
 
     Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
-    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references.
+    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references. The encoders, which pipeline.json
+    does not name but the loop needs, come along where they are found.
 
     Args: tuned: by stage, a folder or file of weights in any layout that policies.tuned_model reads.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}; rounding: share of the update that merging loses.
+    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}, names of models;
+        rounding: share of the update that merging loses.
     Raises: FileNotFoundError or ValueError for stages, files or a folder that do not fit.
     """
     file, out = read_pipeline(root), Path(out)
@@ -40,11 +43,12 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
     models, done, kept, elsewhere = dict(file.models), {}, [], []
     sources: dict[str, Path] = {}  # by stem
     stages = {FLOWS[stage]: stage for stage in tuned}
-    for name in tqdm(file.models, desc="export", unit="model", leave=False, disable=None):
+    names = [*file.models, *(name for name in USUAL_STEMS if name not in file.models)]
+    for name in tqdm(names, desc="export", unit="model", leave=False, disable=None):
         try:
             stem = find_model(file, name, also)
         except FileNotFoundError:
-            if name in stages or (file.root / file.models[name]).parent.is_dir():
+            if name in stages or (name in file.models and (file.root / file.models[name]).parent.is_dir()):
                 raise
             elsewhere.append(name)
             continue
@@ -63,7 +67,8 @@ def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path
             weights = find_weights(stem)
             link(weights, with_ending(target, weights.suffix))
             kept.append(name)
-        models[name] = f"ckpts/{stem.name}"
+        if name in models:
+            models[name] = f"ckpts/{stem.name}"
     content = {**file.content, "args": {**file.content["args"], "models": models}}
     write_atomic(out / "pipeline.json", (json.dumps(content, indent=4) + "\n").encode())
     return {"tuned": done, "kept": kept, "elsewhere": elsewhere}
@@ -79,9 +84,11 @@ _device = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default
 _limit = option("--limit", metavar="PAIRS", type=click.IntRange(1), default=None, help="Most pairs per condition, drawn with --seed.")
 _seed = option("--seed", metavar="INT", type=int, default=0, help="Of the pairs that --limit keeps.")
 _tuned = together(
-    option("--structure", metavar="PATH", type=ANY, default=None, help="Tuned weights of the first stage: a folder of a run, or a file."),
-    option("--latent", metavar="PATH", type=ANY, default=None, help="Tuned weights of the second stage."),
+    option("--run", metavar="DIR", type=FOLDER, default=None, help="A finished run of train.py, for all stages that it tuned."),
+    option("--structure", metavar="PATH", type=ANY, default=None, help="Tuned weights of the first stage: a run, a folder, or a file."),
+    option("--latent", metavar="PATH", type=ANY, default=None, help="Likewise of the second stage."),
 )
+_conditions = "Embeddings, such as the command conditions writes."
 _out = option("--out", required=True, metavar="DIR", type=FOLDER, help="Folder to write.")
 
 
@@ -96,20 +103,29 @@ def main() -> None:
 
 
 @main.command("ranking", cls=GroupedCommand)
-@option("--list", "path", required=True, metavar="FILE", type=ANY, help="Ranked assets as JSON lines; see flow/trellis/pair_import.py.")
+@option("--list", "path", required=True, metavar="FILE", type=ANY,
+        help="Ranked assets as JSON lines, see flow/trellis/pair_import.py; or the folder that draw wrote.")
 @together(_model, _out)
 @option("--scheme", type=click.Choice(SCHEMES), default="all", help="Which ranks of a condition are paired.")
 @option("--share", metavar="X", type=float, default=Encoding.share, help="Of the mean opacity, above which a voxel of an asset is filled.")
 @option("--views", metavar="N", type=int, default=Encoding.views, help="Images per asset that the second stage's features come from.")
+@option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help=_conditions)
 @together(_limit, _seed, _device)
 def ranking(
-    path: Path, pipeline: Path, also: tuple[Path, ...], out: Path, scheme: str, share: float, views: int, limit: int | None, seed: int,
-    device: str,
+    path: Path, pipeline: Path, also: tuple[Path, ...], out: Path, scheme: str, share: float, views: int, tokens: Path | None,
+    limit: int | None, seed: int, device: str,
 ) -> None:
-    """Pairs of both stages from a ranked list of assets."""
+    """Pairs of both stages from a ranked list of assets, and the embeddings of their conditions where these are found, for train.py."""
+    path = path / RANKING if path.is_dir() else path
     opened = _encoder(pipeline, also, device, Encoding(share=share, views=views))
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(path, opened, scheme, limit, seed, bar.update)
+    if tokens is not None or (path.parent / CONDITIONS).is_file():
+        found = read_conditions(tokens or path.parent / CONDITIONS, zero_null=opened.file.kind == "image")
+        named = sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
+        found.of(named)  # raises for those that are missing
+        kept = {name: found.tokens[name] for name in (*named, NULL) if name in found.tokens}
+        imported = replace(imported, conditions=replace(found, tokens=kept))
     _write(out, imported, opened)
 
 
@@ -147,33 +163,54 @@ def conditions(pipeline: Path, also: tuple[Path, ...], out: Path, texts: Path | 
 
 @main.command("draw", cls=GroupedCommand)
 @together(_model, _out, _tuned)
-@option("--conditions", "tokens", required=True, metavar="FILE", type=ANY, help="Embeddings; every condition in it is drawn.")
+@option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default=f"{CONDITIONS} in --out",
+        help=_conditions + " Each condition in it is drawn.")
 @option("--each", metavar="N", type=click.IntRange(1), default=4, help="Assets per condition, of seeds 0, 1, ...")
 @_device
-def draw_command(pipeline: Path, also: tuple[Path, ...], out: Path, tokens: Path, each: int, device: str, **tuned: Path | None) -> None:
+def draw_command(
+    pipeline: Path, also: tuple[Path, ...], out: Path, run: Path | None, tokens: Path | None, each: int, device: str, **tuned: Path | None
+) -> None:
     """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
+    tokens, weights = tokens or out / CONDITIONS, _weights(run, tuned)
+    if not tokens.exists():
+        raise FileNotFoundError(f"--conditions: expected embeddings, got none at {tokens}. Write them by `conditions --out={out}`.")
     read = read_conditions(tokens, zero_null=read_pipeline(pipeline).kind == "image")
     opened = load_pipeline(pipeline, read, also=also, device=choose_device(device), whole=False)
     for stage in opened.stages:
-        if tuned[stage.name] is not None:
-            stage.model = tuned_model(stage.model, tuned[stage.name])
+        if stage.name in weights:
+            stage.model = tuned_model(stage.model, weights[stage.name])
     identity = {
         "files": file_hashes(opened.file, also, {}, False), "conditions": hash_of(tokens),
-        "tuned": {stage: hash_of(path) for stage, path in tuned.items() if path is not None},
+        "tuned": {stage: hash_of(path) for stage, path in weights.items()},
     }
     names = read.names
     with tqdm(total=each * len(names), desc="assets", unit="asset", disable=None) as bar:
         draw_to(out, opened, names, range(each), identity, bar.update)
-    write_conditions(out / CONDITIONS, read)
+    if tokens != out / CONDITIONS:
+        write_conditions(out / CONDITIONS, read)
     click.echo(f"{each * len(names)} assets; write ranks into {out / RANKING}, 1 for the best of a condition")
 
 
 @main.command("export", cls=GroupedCommand)
 @together(_model, _out, _tuned)
-def export_command(pipeline: Path, also: tuple[Path, ...], out: Path, **tuned: Path | None) -> None:
+def export_command(pipeline: Path, also: tuple[Path, ...], out: Path, run: Path | None, **tuned: Path | None) -> None:
     """A folder that stock TRELLIS loads, with tuned flows merged."""
-    report = export(pipeline, out, {stage: path for stage, path in tuned.items() if path is not None}, also)
+    report = export(pipeline, out, _weights(run, tuned), also)
     click.echo(json.dumps(report, indent=1))
+
+
+def _weights(run: Path | None, tuned: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Tuned weights by stage: a run's, and in their place those that are named; a run that is named for a stage stands for that stage's."""
+    found = {} if run is None else {stage: run / stage for stage in FLOWS if (run / stage / META).is_file()}
+    if run is not None and not found:
+        raise FileNotFoundError(
+            f"--run: expected a finished run of train.py on TRELLIS, got no tuned {' or '.join(FLOWS)} in {run}. Finish it by --resume, or "
+            "name the weights."
+        )
+    for stage, path in tuned.items():
+        if path is not None:
+            found[stage] = path / stage if (path / stage / META).is_file() else path
+    return found
 
 
 def _encoder(root: Path, also: tuple[Path, ...], device: str, encoding: Encoding) -> TrellisPipeline:

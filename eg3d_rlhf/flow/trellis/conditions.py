@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training.storage import read_tensors, write_tensors
 
 KIND = "conditions"
+CONDITIONS = "conditions.safetensors"  # usual name of the file of `write_conditions`
 NULL = ""  # name of the empty condition, where a file has one
 SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
 
@@ -67,13 +68,14 @@ def write_conditions(path: Path, conditions: Conditions) -> None:
 
 
 def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
-    """A file of `write_conditions`, or a folder of <name>.pt, .npy, .npz or .safetensors with one tensor [L, E] or [1, L, E] each.
+    """A file of `write_conditions`, its folder, or one of <name>.pt, .npy, .npz or .safetensors with one tensor [L, E] or [1, L, E] each.
 
     Args:
         zero_null: for a folder: the empty condition is zeros, as for images, rather than the embedding of '' in a file named null.
     Raises: FileNotFoundError; ValueError for what is not an embedding.
     """
     path = Path(path)
+    path = path / CONDITIONS if (path / CONDITIONS).is_file() else path
     if path.is_file():
         tensors, meta = read_tensors(path, KIND)
         tokens = {name: tensors[f"tokens.{i}"] for i, name in enumerate(meta["names"])}
@@ -214,19 +216,25 @@ class ImageEncoder:
 
 
 def cut_out(image: Image.Image) -> torch.Tensor:
-    """What an image with a transparent background shows, in the middle of a black square -> [3, 518, 518] of 0..1.
+    """What an image with a transparent background shows, in the middle of a black square -> [3, 518, 518] of 0..1, in steps of 1/255.
 
-    Raises: ValueError for an image without transparency: backgrounds are removed elsewhere.
+    As TRELLIS's pipeline: with (l, t) and (r, b) the first and the last pixel of an opacity above 0.8, the square about their middle has
+    sides of 2 floor(floor(1.2 max(r - l, b - t)) / 2), its corners rounded to the nearest pixel, halves to the even one. Resized by
+    Lanczos, its colours are multiplied by opacity and cut down, not rounded, to 8 bits.
+    Raises: ValueError for an image without transparency: backgrounds are removed elsewhere; or one that shows a pixel or two.
     """
     if image.mode != "RGBA" or image.getextrema()[3][0] == 255:
         raise ValueError(f"image: expected a transparent background (RGBA), got {image.mode} without. Remove the background first.")
     box = image.getchannel("A").point(lambda a: 255 if a > 0.8 * 255 else 0).getbbox()
     if box is None:
         raise ValueError("image: expected something that is not transparent, got nothing. Choose another image.")
-    left, top, right, bottom = box
-    half = max(right - left, bottom - top) * MARGIN / 2
+    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
+    half = int(max(right - left, bottom - top) * MARGIN) // 2
+    if half < 1:
+        raise ValueError("image: expected something larger than two pixels, got less. Choose another image.")
     x, y = (left + right) / 2, (top + bottom) / 2
-    square = image.crop((int(x - half), int(y - half), int(x + half), int(y + half)))
+    square = image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
     square = square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 4).float() / 255
-    return (pixels[..., :3] * pixels[..., 3:]).permute(2, 0, 1).contiguous()
+    pixels = np.asarray(square).astype(np.float32) / 255
+    seen = (pixels[..., :3] * pixels[..., 3:] * 255).astype(np.uint8)
+    return torch.from_numpy(seen.astype(np.float32) / 255).permute(2, 0, 1).contiguous()

@@ -1,6 +1,7 @@
 """TRELLIS's autoencoder of objects: image features on voxels to latents on the same, and latents to a few Gaussians per voxel.
 
-Both are transformers with attention in windows, which every other block shifts by half a window.
+Both are transformers with attention in windows, which every other block shifts: by half a window ("swin" and "shift_sequence", the latter
+along the Z-order curve), or by CURVE_SHIFT voxels per axis, which moves the curve itself ("shift_window").
 
 Shape letters: V voxels, C channels of the latent, F features of the image network, K Gaussians per voxel, M Gaussians of an object.
 """
@@ -17,7 +18,8 @@ from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis import blocks
 from eg3d_rlhf.shapes import check_shape
 
-ATTENTION = ("swin", "full")
+ATTENTION = ("swin", "full", "shift_window", "shift_sequence")
+CURVE_SHIFT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +27,18 @@ class SwinConfig(blocks.TransformerConfig):
     """What encoder and decoder have in common of what their JSON files call args."""
 
     latent_channels: int
-    attn_mode: str = "swin"  # in windows, or "full": among all voxels of a sample
-    window_size: int = 8  # voxels per axis
+    attn_mode: str = "swin"  # in windows; "full": among all voxels of a sample; "shift_...": along a curve through them
+    window_size: int = 8  # voxels per axis, or along the curve
 
     def __post_init__(self):
         super().__post_init__()
         if self.attn_mode not in ATTENTION or self.window_size < 2:
             got = f"{self.attn_mode!r} and {self.window_size}"
             who = type(self).__name__
-            raise ValueError(f"{who}: expected attn_mode {' or '.join(ATTENTION)} and window_size >= 2, got {got}. Correct the JSON file.")
+            raise ValueError(
+                f"{who}: expected attn_mode {', '.join(ATTENTION)} and window_size >= 2, got {got}. Correct the JSON file; the Hilbert "
+                "curve of shift_order is in no released model."
+            )
 
 
 class SwinBlock(nn.Module):
@@ -71,12 +76,22 @@ class SwinTransformer(nn.Module):
         check_shape(f"{who}.feats", x.feats, ["V", self.input_layer.in_features], "Give features of the kind that it was trained on.")
         h = self.input_layer(x.feats.float()) + blocks.position_embedding(x.coords[:, 1:], config.model_channels)
         h = h.to(blocks.torso_dtype(self.blocks))
-        window = config.window_size if config.attn_mode == "swin" else None
-        layouts = [blocks.SparseLayout(x, window, shift) for shift in (0, config.window_size // 2)]
+        layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
         for i, block in enumerate(self.blocks):
             h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
         h = F.layer_norm(h.float(), h.shape[-1:])
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
+
+    def _groups(self, x: SparseBatch, odd: int) -> blocks.Groups:
+        """Voxels that attend to each other in even blocks (0) or odd ones (1)."""
+        mode, window = self.config.attn_mode, self.config.window_size
+        if mode == "full":
+            return blocks.samples(x)
+        if mode == "swin":
+            return blocks.windows(x, window, odd * (window // 2))
+        if mode == "shift_window":
+            return blocks.curve_windows(x, window, shift=odd * CURVE_SHIFT)
+        return blocks.curve_windows(x, window, start=odd * (window // 2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ Ranked list: JSON lines, one per asset, paths relative to the list:
     latent      coords [v, 3] and feats [v, 8], not normalised, in .npz or .safetensors
     asset       a .ply of Gaussians, for what is not given; encoding it for the second stage needs DINOv2 on this machine
 DSO's folder, anywhere below the root (first stage alone):
-    NNN_cond.pt  NNN_sparse_sample_MMM.pt  model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go)
+    NNN_cond.pt  NNN_sparse_sample_MMM.pt  model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go; of several
+    columns, as of two simulations, the largest counts)
 
 `draw_to` makes assets to rank: per condition and seed a .ply, the latents of both stages, and a line for the ranked list. The latents are
 the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
@@ -32,13 +33,12 @@ from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, read_ply, write_ply
-from eg3d_rlhf.flow.trellis.conditions import Conditions, read_array, read_embedding, write_conditions
+from eg3d_rlhf.flow.trellis.conditions import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
 from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, PipelineFile
 from eg3d_rlhf.flow.trellis.pipeline import TrellisPipeline
 from training.storage import write_atomic
 
 CONVENTION = "x_0 is data, t = 1 is noise"
-CONDITIONS = "conditions.safetensors"
 SCHEMES = ("all", "adjacent", "extremes")
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
 
@@ -173,7 +173,8 @@ def read_structure(path: Path) -> torch.Tensor:
 def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limit: int | None = None, seed: int = 0) -> Imported:
     """Pairs of the first stage from DSO's samples: an asset that stands (tilt below `stands` degrees) is preferred to one that falls.
 
-    Samples without an angle, or with one that is not finite (a failed simulation), are left out and counted.
+    Where the table has several columns of angles, an asset stands only if it does in all. Samples without an angle, or with one that is not
+    finite (a failed simulation), are left out and counted.
     Raises: FileNotFoundError or ValueError for files that are missing or do not fit.
     """
     tables = sorted(Path(root).rglob("model_info.npz"))
@@ -183,16 +184,18 @@ def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limi
     for table in tables:
         try:
             with np.load(table) as file:
-                columns = [file[name].reshape(-1) for name in ("image_ids", "glb_ids", "angles")]
+                images, samples, angles = (file[name] for name in ("image_ids", "glb_ids", "angles"))
+                tilts = angles.max(1) if angles.ndim == 2 and len(angles) == images.size else angles.reshape(-1)
+                columns = [images.reshape(-1), samples.reshape(-1), tilts]
         except (KeyError, ValueError, OSError) as error:
             raise ValueError(f"{table}: expected plain arrays image_ids, glb_ids and angles, got: {error}. Write them so.") from None
         if len({len(column) for column in columns}) != 1:
             raise ValueError(f"{table}: expected three arrays of one length, got {[len(c) for c in columns]}. Write the table again.")
-        angles = {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
+        tilt = {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
         prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
         for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
             image, sample = re.fullmatch(r"(.+)_sparse_sample_(.+)\.pt", path.name).groups()
-            angle = angles.get((_plain(image), _plain(sample)), math.nan)
+            angle = tilt.get((_plain(image), _plain(sample)), math.nan)
             if not math.isfinite(angle):
                 left_out += 1
                 continue

@@ -23,8 +23,8 @@ from eg3d_rlhf.flow.problem import Problem, read_stages
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis import files
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
-from eg3d_rlhf.flow.trellis.conditions import read_conditions
-from eg3d_rlhf.flow.trellis.pair_import import CONDITIONS, CONVENTION, normalization
+from eg3d_rlhf.flow.trellis.conditions import CONDITIONS, read_conditions
+from eg3d_rlhf.flow.trellis.pair_import import CONVENTION, normalization
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.preferences.losses import preference_loss
 
@@ -55,7 +55,8 @@ def trellis_problem(
     places = [folder.parent / CONDITIONS for folder in folders.values()]
     tokens_file = Path(conditions or next((path for path in places if path.is_file()), ""))
     if conditions is None and not tokens_file.is_file():
-        raise FileNotFoundError(f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name a file.")
+        got = f"expected embeddings of the pairs' conditions at {places[0]}, got none"
+        raise FileNotFoundError(f"conditions: {got}. Name a file by --conditions.")
     tokens = read_conditions(tokens_file, zero_null=files.read_pipeline(root).kind == "image")
     both = set(folders) == set(files.FLOWS)
     pipeline = load_pipeline(root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both)

@@ -25,13 +25,19 @@ class StructureVAEConfig:
     in_channels: int | None = None
     out_channels: int | None = None
     num_res_blocks_middle: int = 2
-    norm_type: str = "layer"
+    norm_type: str = "layer"  # over the channels of a point, or "group": over 32 groups of channels and all points
     use_fp16: bool = False  # type of the inner convolutions as built; files bring their own
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
-        if self.norm_type != "layer":
-            raise ValueError(f"StructureVAEConfig: expected norm_type 'layer', got {self.norm_type!r}. No released model has another.")
+        if self.norm_type not in NORMS:
+            got = self.norm_type
+            raise ValueError(f"StructureVAEConfig: expected norm_type {' or '.join(NORMS)}, got {got!r}. Correct the JSON file.")
+        if self.norm_type == "group" and any(channels % GROUPS for channels in self.channels):
+            raise ValueError(
+                f"StructureVAEConfig: expected channels in multiples of {GROUPS} with norm_type 'group', got {list(self.channels)}. "
+                "Correct the JSON file."
+            )
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError("StructureVAEConfig: expected channels, and in_channels or out_channels, got others. Correct the JSON file.")
 
@@ -43,12 +49,26 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1).float()).movedim(-1, 1).to(x.dtype)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Over 32 groups of channels with all their points, in float32."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, C, R, R, R]
+        return super().forward(x.float()).to(x.dtype)
+
+
+GROUPS = 32
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": ChannelNorm, "group": GroupNorm}
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))))))."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm_type: str):
         super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.norm1, self.norm2 = (NORMS[norm_type](channels) for _ in range(2))
         self.conv1, self.conv2 = (nn.Conv3d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +96,7 @@ class Up(nn.Module):
 def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module]) -> nn.ModuleList:
     blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
-        blocks += [ResBlock(channels) for _ in range(config.num_res_blocks)]
+        blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
         if i + 1 < len(config.channels):
             blocks.append(change(channels, config.channels[i + 1]))
     return nn.ModuleList(blocks)
@@ -91,8 +111,8 @@ class StructureEncoder(nn.Module):
         first, last = config.channels[0], config.channels[-1]
         self.input_layer = nn.Conv3d(config.in_channels or 1, first, 3, padding=1)
         self.blocks = _levels(config, down)
-        self.middle_block = nn.Sequential(*[ResBlock(last) for _ in range(config.num_res_blocks_middle)])
-        self.out_layer = nn.Sequential(ChannelNorm(last), nn.SiLU(), nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1))
+        self.middle_block = nn.Sequential(*[ResBlock(last, config.norm_type) for _ in range(config.num_res_blocks_middle)])
+        self.out_layer = nn.Sequential(NORMS[config.norm_type](last), nn.SiLU(), nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1))
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
 
@@ -113,9 +133,9 @@ class StructureDecoder(nn.Module):
         self.config = config
         first, last = config.channels[0], config.channels[-1]
         self.input_layer = nn.Conv3d(config.latent_channels, first, 3, padding=1)
-        self.middle_block = nn.Sequential(*[ResBlock(first) for _ in range(config.num_res_blocks_middle)])
+        self.middle_block = nn.Sequential(*[ResBlock(first, config.norm_type) for _ in range(config.num_res_blocks_middle)])
         self.blocks = _levels(config, Up)
-        self.out_layer = nn.Sequential(ChannelNorm(last), nn.SiLU(), nn.Conv3d(last, config.out_channels or 1, 3, padding=1))
+        self.out_layer = nn.Sequential(NORMS[config.norm_type](last), nn.SiLU(), nn.Conv3d(last, config.out_channels or 1, 3, padding=1))
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
 

@@ -16,6 +16,8 @@ from eg3d_rlhf.flow.lora import adapted_layers
 from eg3d_rlhf.flow.pairs import write_pairs
 from eg3d_rlhf.flow.policies import tuned_model
 from eg3d_rlhf.flow.problem import ProblemSource, open_problem, with_pairs
+from eg3d_rlhf.flow.toy import pipeline as toy
+from eg3d_rlhf.flow.toy.judges import human_pairs
 from tests.flow.tiny_problem import SETTINGS, tiny_problem
 
 FLAGS = """
@@ -234,6 +236,24 @@ def test_pairs_from_files_must_be_of_the_same_assets(tmp_path):
     (tmp_path / "voxels").rename(tmp_path / "away")
     with pytest.raises(ValueError, match="expected pairs of stage 'voxels'"):
         with_pairs(problem, tmp_path).human_pairs("voxels")
+
+
+@pytest.mark.parametrize("conditions", [("grey",), ("red", "pink")])
+def test_pairs_of_held_out_conditions_are_refused(tmp_path, conditions):
+    """The table calls them unseen."""
+    problem = tiny_problem()
+    for stage in ("structure", "voxels"):
+        pairs = problem.human_pairs(stage)[: len(conditions)]
+        write_pairs(tmp_path / stage, [dataclasses.replace(p, condition=c) for p, c in zip(pairs, conditions, strict=True)], {})
+    with pytest.raises(ValueError, match=f"not held out, got those of 1 that are, '{conditions[-1]}' first"):
+        with_pairs(problem, tmp_path)
+
+
+def test_held_out_pairs_of_the_toy_end_in_one_line(tmp_path):
+    write_pairs(tmp_path / "pairs" / "voxels", human_pairs("voxels", toy.HELD_OUT[:2], 2, 0), {})
+    done = run(f"--pairs={tmp_path / 'pairs'}", "--stage=voxels", f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(done, "--pairs: expected pairs of conditions that are not held out, got those of 2 that are", "Leave them out")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_toy_opens_as_a_problem():

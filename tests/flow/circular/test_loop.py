@@ -11,7 +11,7 @@ from eg3d_rlhf.flow.circular.loop import CircularLoop, run, weighed
 from eg3d_rlhf.flow.circular.loop_pairs import SAME
 from eg3d_rlhf.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
 from eg3d_rlhf.flow.lora import LoraConfig
-from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.flow.tuning.train import train_stage
 from eg3d_rlhf.flow.tuning.update import TrainConfig
 from tests.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
@@ -111,6 +111,21 @@ def test_a_second_round_starts_from_the_first(tmp_path, trained, monkeypatch):
     assert equal(un_second["voxels"], state(loop.models({"voxels": lines["voxels"][:1]})["voxels"]))
     assert equal(op_second, state(loop.models(lines)["voxels"]))
     assert [stage for stage, _, _ in trained] == ["voxels", "structure"] * 2
+
+
+def test_every_round_has_noises_of_its_own(tmp_path, trained):
+    """The first round's are those of a run of one round, bit for bit; the second's seeds, of samples and of trainings, are all others."""
+    one, _ = run(loop_in(tmp_path / "one"))
+    trained.clear()
+    loop = loop_in(tmp_path / "two", settings=replace(SETTINGS, rounds=2))
+    two, steps = run(loop)
+    assert {k: v[0].content for k, v in two.items()} == {k: v[0].content for k, v in one.items()}
+    made = [loop.store.root / step["artefact"] / "pairs" for step in steps if step["step"] == "pairs"]
+    first, second = ({p.provenance["noise_seed"] for p in read_pairs(place)[0]} for place in made)
+    assert len(first) == len(second) == 24 and not first & second
+    assert len({config.seed for _, _, config in trained[:2]}) == len({config.seed for _, _, config in trained[2:]}) == 1
+    assert trained[0][2].seed == SETTINGS.seed != trained[2][2].seed
+    assert len({step["artefact"] for step in steps}) == 6
 
 
 def test_three_stages_are_trained_one_after_the_other(tmp_path, trained):

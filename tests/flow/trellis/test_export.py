@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def test_adapters_are_merged_and_the_rest_is_kept(pipeline, trellis_root, tmp_pa
     model = adapted(pipeline, tmp_path / "adapter")
     report = export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
     assert report["elsewhere"] == ["slat_decoder_mesh"]
-    assert set(report["kept"]) == {"slat_flow_model", "sparse_structure_decoder", "slat_decoder_gs"}
+    encoders = {"sparse_structure_encoder", "slat_encoder"}  # stock TRELLIS needs them not, the loop does
+    assert set(report["kept"]) == {"slat_flow_model", "sparse_structure_decoder", "slat_decoder_gs", *encoders}
     assert report["tuned"][STRUCTURE]["file"] == "ss_flow.safetensors" and 0 < report["tuned"][STRUCTURE]["rounding"] < 0.01
     assert json.loads((tmp_path / "out" / "pipeline.json").read_text()) == PIPELINE
     old, new = (load_file(root / "ckpts" / "ss_flow.safetensors") for root in (trellis_root, tmp_path / "out"))
@@ -59,9 +61,19 @@ def test_a_whole_tuned_network(pipeline, trellis_root, tmp_path):
     save_policy(model, tmp_path / "full", {})
     report = export(trellis_root, tmp_path / "out", {LATENT: tmp_path / "full"})
     assert report["tuned"][LATENT]["rounding"] == 0
-    opened = load_pipeline(tmp_path / "out", tokens(), whole=False)  # encoders are no part of the stock layout
+    opened = load_pipeline(tmp_path / "out", tokens())  # whole: with its encoders
     assert torch.equal(opened.stages[1].model.out_layer.bias, model.out_layer.bias)
     assert torch.equal(opened.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0], pipeline.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0])
+    assert torch.equal(opened.part("slat_encoder").out_layer.weight, pipeline.part("slat_encoder").out_layer.weight)
+
+
+def test_encoders_that_are_not_there_are_said_to_be_elsewhere(pipeline, trellis_root, tmp_path):
+    adapted(pipeline, tmp_path / "adapter")
+    root = shutil.copytree(trellis_root, tmp_path / "root")
+    for path in root.glob("ckpts/*enc*"):
+        path.unlink()
+    report = export(root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
+    assert report["elsewhere"] == ["slat_decoder_mesh", "sparse_structure_encoder", "slat_encoder"]
 
 
 def test_what_is_refused(pipeline, trellis_root, tmp_path):

@@ -174,6 +174,21 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 
 
+def test_of_two_columns_of_angles_the_larger_counts(samples, pipeline):
+    """An asset stands if it does in both; one that failed in either has no angle."""
+    table = dict(np.load(samples / "model_info.npz"))
+    one = read_dso(samples, pipeline)
+    angles = table.pop("angles")
+    np.savez(samples / "model_info.npz", angles=angles[:, None], **table)
+    assert read_dso(samples, pipeline).report == one.report
+    other = np.zeros_like(angles)
+    other[[2, 3]] = 45, math.nan  # image 0, sample 2; image 1, sample 0
+    for columns in ([angles, other], [other, angles]):
+        np.savez(samples / "model_info.npz", angles=np.stack(columns, 1), **table)
+        both = read_dso(samples, pipeline)
+        assert [p.id for p in both.pairs[STRUCTURE]] == ["000/000>001", "000/000>002"] and both.report["without_angle"] == 2
+
+
 def test_samples_in_folders_below_keep_their_names_apart(samples, pipeline, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "all" / name).mkdir(parents=True)

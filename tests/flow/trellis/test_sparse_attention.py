@@ -1,10 +1,12 @@
 """Attention over voxels against a masked softmax over all rows, written out."""
 
+import math
+
 import pytest
 import torch
 
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.flow.trellis.blocks import SparseLayout, samples, windows
+from eg3d_rlhf.flow.trellis.blocks import SparseLayout, curve_windows, samples, windows, z_order
 
 H, D = 2, 4
 
@@ -23,7 +25,7 @@ def heads(rows, seed, n=3):
 
 def oracle(q, k, v, together):
     """softmax over those rows that `together` [rows of q, rows of k] joins."""
-    logits = torch.einsum("ahd,bhd->hab", q, k) / D**0.5
+    logits = torch.einsum("ahd,bhd->hab", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hab,bhd->ahd", logits.masked_fill(~together, -torch.inf).softmax(-1), v)
 
 
@@ -32,12 +34,47 @@ def same_window(x, window, shift):
     return (group[:, None] == group[None]).all(-1)
 
 
+def along_curve(x, window, shift=0, start=0):
+    """Which rows each row sees, with bits and windows written out."""
+
+    def code(row):
+        return int("".join("".join(bits) for bits in zip(*(f"{int(c) + shift:010b}" for c in x.coords[row, 1:]), strict=True)), 2)
+
+    together = torch.zeros(len(x.coords), len(x.coords), dtype=torch.bool)
+    for sample in range(x.size):
+        rows = sorted((r for r in range(len(x.coords)) if int(x.sample[r]) == sample), key=code)
+        n, parts = len(rows), math.ceil(len(rows) / window)
+        for i in range(parts):
+            kept = range(math.floor(i * n / parts + start), math.floor((i + 1) * n / parts + start)) if parts > 1 else range(n)
+            left = math.floor((i + 0.5) * n / parts + start - window / 2)
+            seen = range(left, left + window) if parts > 1 else range(n)
+            for p in kept:
+                together[rows[p % n], [rows[q % n] for q in seen]] = True
+    return together
+
+
 @pytest.mark.parametrize(("window", "shift"), [(None, 0), (4, 0), (4, 2), (2, 1), (8, 4), (64, 0)])
 def test_self_attention_joins_voxels_of_a_sample_or_window(window, shift):
     x = batch()
+    assert_attends(x, None if window is None else windows(x, window, shift), same_window(x, window or 64, shift))
+
+
+@pytest.mark.parametrize(("window", "shift", "start"), [(4, 0, 0), (4, 16, 0), (4, 0, 2), (5, 3, 1), (12, 0, 0), (64, 16, 0)])
+def test_windows_along_the_curve_overlap_and_each_voxel_keeps_one_result(window, shift, start):
+    x = batch()
+    assert_attends(x, curve_windows(x, window, shift, start), along_curve(x, window, shift, start))
+    assert curve_windows(x, window, shift, start) is curve_windows(x.with_feats(x.feats + 1), window, shift, start)
+
+
+def test_the_curve_takes_bits_in_turn_x_first():
+    places = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 2], [3, 0, 0], [1023, 1023, 1023]])
+    assert z_order(places).tolist() == [0, 1, 2, 4, 8, 36, 2**30 - 1]
+
+
+def assert_attends(x, groups, together):
+    """Results and gradients of self-attention within these groups."""
     q, k, v = (h.requires_grad_() for h in heads(len(x.coords), 1))
-    together = same_window(x, window or 64, shift)
-    out = SparseLayout(x, window, shift).self_attention(q, k, v)
+    out = SparseLayout(x, groups).self_attention(q, k, v)
     want = oracle(q, k, v, together)
     torch.testing.assert_close(out, want)
     cotangent = heads(len(x.coords), 2, 1)[0]

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from eg3d_rlhf.flow.sparse import SparseBatch
+from eg3d_rlhf.flow.trellis.blocks import position_embedding
 from eg3d_rlhf.flow.trellis.latent_autoencoder import (
     GaussianDecoder,
     GaussianDecoderConfig,
@@ -14,6 +16,7 @@ from eg3d_rlhf.flow.trellis.latent_autoencoder import (
     LatentEncoderConfig,
     perturbation,
 )
+from tests.flow.trellis.test_sparse_attention import along_curve, oracle
 from tests.flow.trellis.test_sparse_conv import R, random_batch
 
 SETTINGS = {
@@ -38,7 +41,10 @@ def decoder(**changes):
     return GaussianDecoder(GaussianDecoderConfig(representation_config={**SETTINGS, **changes}, **SMALL))
 
 
-@pytest.mark.parametrize("changes", [{}, {"attn_mode": "full"}, {"qk_rms_norm": True}, {"use_checkpoint": True}])
+CHANGES = [{}, {"attn_mode": "full"}, {"attn_mode": "shift_window"}, {"qk_rms_norm": True}, {"use_checkpoint": True}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
 def test_encodes_every_voxel_and_trains_every_parameter(changes):
     x, model = random_batch(dtype=torch.float32), encoder(**changes)
     mean, logvar = model(x)
@@ -60,6 +66,33 @@ def test_every_other_block_sees_over_the_borders_of_windows():
     assert reached(1) == [0, 1]  # windows of two voxels
     assert reached(2) == [0, 1]  # shifted by one: voxel 0 is alone in its own
     assert reached(3) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("mode", "odd"), [("shift_window", {"shift": 16}), ("shift_sequence", {"start": 1})])
+def test_windows_along_the_curve_of_every_block(mode, odd):
+    """The whole encoder in float64 with masked attention; every other block has a curve, or cuts, of its own."""
+    x, model = random_batch(dtype=torch.float32), encoder(attn_mode=mode, window_size=3, num_blocks=3)
+    x.coords[:, 1:] *= 11  # far enough apart that 16 voxels make another curve
+    p = {name: value.double() for name, value in model.state_dict().items()}
+    together = [along_curve(x, 3), along_curve(x, 3, **odd)]
+    assert not torch.equal(*together)
+
+    def linear(h, name):
+        return h @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def norm(h, eps):
+        return (h - h.mean(1, keepdim=True)) / (h.var(1, correction=0, keepdim=True) + eps).sqrt()
+
+    h = linear(x.feats.double(), "input_layer") + position_embedding(x.coords[:, 1:], 12).double()
+    for i in range(3):
+        q, k, v = linear(norm(h, 1e-6), f"blocks.{i}.attn.to_qkv").view(-1, 3, 2, 6).unbind(1)
+        h = h + linear(oracle(q, k, v, together[i % 2]).flatten(1), f"blocks.{i}.attn.to_out")
+        inner = F.gelu(linear(norm(h, 1e-6), f"blocks.{i}.mlp.mlp.0"), approximate="tanh")
+        h = h + linear(inner, f"blocks.{i}.mlp.mlp.2")
+    want = linear(norm(h, 1e-5), "out_layer")
+    with torch.no_grad():
+        got = torch.cat([part.feats for part in model(x)], 1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["softplus", "exp"])
@@ -107,7 +140,7 @@ def test_refuses_settings_of_gaussians_that_do_not_fit(changes, text):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"attn_mode": "shift_order"}, "LatentEncoderConfig: expected attn_mode swin or full"),
+        ({"attn_mode": "shift_order"}, "LatentEncoderConfig: expected attn_mode swin, full, shift_window, shift_sequence"),
         ({"pe_mode": "rope"}, "expected pe_mode 'ape'"),
         ({"num_heads": 5}, "expected model_channels to divide by heads, got 12 / 5"),
     ],

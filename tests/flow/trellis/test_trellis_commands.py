@@ -18,11 +18,11 @@ from tests.flow.trellis.test_pair_import import ranked, samples, write_list  # n
 from tests.flow.trellis.tiny_trellis import E, tokens
 
 FLAGS = {
-    "ranking": "--also --device --limit --list --out --pipeline --scheme --seed --share --views",
+    "ranking": "--also --conditions --device --limit --list --out --pipeline --scheme --seed --share --views",
     "dso": "--also --limit --out --pipeline --samples --seed --stands",
     "conditions": "--also --device --images --out --pipeline --texts",
-    "draw": "--also --conditions --device --each --latent --out --pipeline --structure",
-    "export": "--also --latent --out --pipeline --structure",
+    "draw": "--also --conditions --device --each --latent --out --pipeline --run --structure",
+    "export": "--also --latent --out --pipeline --run --structure",
 }
 
 
@@ -58,6 +58,21 @@ def test_export(pipeline, trellis_root, tmp_path):
     assert (tmp_path / "out" / "ckpts" / "ss_flow.safetensors").exists()
 
 
+def test_a_run_stands_for_the_stages_that_it_tuned(pipeline, trellis_root, tmp_path):
+    """Named by itself, or for a stage; what is named for a stage goes first."""
+    adapted(pipeline, tmp_path / "run" / "structure")
+    flags = {"a": "--run=run", "b": "--structure=run", "c": "--structure=run/structure"}
+    for name, flag in flags.items():
+        done = run("export", f"--pipeline={trellis_root}", flag.replace("=", f"={tmp_path}/"), f"--out={tmp_path / name}")
+        assert done.exit_code == 0 and list(json.loads(done.stdout)["tuned"]) == ["structure"], done.output
+    merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in flags]
+    assert merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
+    (tmp_path / "other").mkdir()
+    named = [f"--run={tmp_path / 'run'}", f"--structure={tmp_path / 'other'}", f"--out={tmp_path / 'd'}"]
+    done = run("export", f"--pipeline={trellis_root}", *named)
+    assert done.exit_code == 2 and "expected weights or a folder with" in done.stderr
+
+
 def test_conditions(trellis_root, tmp_path, monkeypatch):
     class Encoder:
         def __init__(self, name, device):
@@ -80,6 +95,8 @@ def test_conditions(trellis_root, tmp_path, monkeypatch):
     [
         (["conditions", "--images=x"], "conditions: expected --texts for a pipeline of texts, and nothing else"),
         (["export"], "export: expected weights of stages among structure, latent, got none"),
+        (["export", "--run=nowhere"], "--run: expected a finished run of train.py on TRELLIS, got no tuned structure or latent in nowhere"),
+        (["draw"], "--conditions: expected embeddings, got none at "),
         (["dso", "--samples=nowhere"], "DSO samples: expected model_info.npz"),
         (["ranking", "--list=nowhere"], "ranking: expected a list of ranked assets"),
     ],
@@ -98,6 +115,7 @@ def test_draw_rank_import(pipeline, trellis_root, tmp_path):
     flags += [f"--structure={tmp_path / 'adapter'}", f"--out={tmp_path / 'drawn'}"]
     done = run("draw", *flags)
     assert done.exit_code == 0 and "4 assets; write ranks into" in done.stdout, done.output
+    assert read_conditions(tmp_path / "drawn").names == ("a lamp", "a tree")  # where `ranking` looks for them
     path = tmp_path / "drawn" / "ranking.jsonl"
     with pytest.raises(ValueError, match="line 1: expected a condition, a rank"):
         read_ranking(path, pipeline)
