@@ -14,7 +14,7 @@ from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of, tog
 from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.circular.run import read_run, resume, start
 from eg3d_rlhf.flow.circular.settings import Choosing, CircularRun, CircularSettings, Weighing, default_settings
-from eg3d_rlhf.flow.circular.table import TABLE, Judging, letters
+from eg3d_rlhf.flow.circular.table import ARMS, TABLE, Judging, letters
 from eg3d_rlhf.flow.dpo import PRESETS, DpoConfig
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.problem import TOY, ProblemSource
@@ -57,7 +57,8 @@ what_flags = together(
     option("--flow-weights", group=WHAT, metavar="STAGE=FILE", multiple=True,
            help="Other weights of a TRELLIS flow, such as a training .pt."),
     option("--stage", group=WHAT, metavar="NAME", help="Train this stage alone, on people's pairs."),
-    option("--ablate", group=WHAT, metavar="a..i", help="Train and compare groups of the paper's table 2: a..i, or letters with commas."),
+    option("--ablate", group=WHAT, metavar="a..i",
+           help=f"Train and compare groups of the paper's table 2: a..i, or letters with commas; and controls: {', '.join(ARMS)}."),
 )
 train_flags = together(
     option("--preset", group=LOSS, type=click.Choice(list(PRESETS)), default=None, show_default=OWN, help="Loss of public code."),
@@ -139,6 +140,8 @@ def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
     )
     if groups is not None:
         run.plan.tasks()  # validates
+        if "anchor" in groups and not run.circular.loop.dpo.sft_weight:
+            raise ValueError("--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the arm out.")
     return run
 
 

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.flow.circular.artefacts import Artefact, ArtefactStore
-from eg3d_rlhf.flow.circular.loop_pairs import make_in_chunks, stage_behind, weigh, with_roles
+from eg3d_rlhf.flow.circular.loop_pairs import make_in_chunks, stage_behind, turned, weigh, with_roles
 from eg3d_rlhf.flow.circular.settings import CircularRun, CircularSettings, Weighing
-from eg3d_rlhf.flow.circular.table import Judging, judge
+from eg3d_rlhf.flow.circular.table import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, Judging, judge
 from eg3d_rlhf.flow.generate import HeldOut, crossed
 from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.flow.policies import tuned_model, with_models
@@ -29,6 +29,9 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
 Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
+
+
+NO_BETA = 1e-6  # the preference term of a loss with a gradient of nothing beside its anchor's
 
 
 class NoPairsError(ValueError):
@@ -101,14 +104,24 @@ class CircularLoop:
 
         return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
 
-    def from_loop(self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None) -> Artefact:
-        """Train a stage on the loop's pairs, from the networks of `lineage`."""
-        weighing = weighing or self.settings.weighing
+    def from_loop(
+        self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None, use: str = PAIRS
+    ) -> Artefact:
+        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, one of table.USES."""
+        weighing, config = weighing or self.settings.weighing, self.settings.loop
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
-        return self._train(
-            stage, lineage, self.settings.loop, source, lambda: weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing),
-            "DPO on the loop's pairs",
-        )
+        if use == ANCHOR:
+            config = replace(config, dpo=replace(config.dpo, kind="sigmoid", margin=0.0, beta=NO_BETA))
+        elif use == WINNERS:
+            config = replace(config, dpo=self.settings.sft.dpo)
+        elif use != PAIRS:
+            source["use"] = use
+
+        def read() -> tuple[list[PreferencePair], dict]:
+            kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
+            return used(kept, use, self.settings.seed, self.problem.human_pairs), report
+
+        return self._train(stage, lineage, config, source, read, "DPO on the loop's pairs" if use == PAIRS else f"the loop's pairs: {use}")
 
     def _train(
         self, stage: str, lineage: Lineage, config: TrainConfig, source: Mapping,
@@ -209,6 +222,18 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
             "(--loop-pairs)."
         )
     return kept, report
+
+
+def used(pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Callable[[str], list[PreferencePair]]) -> list[PreferencePair]:
+    """What a control trains on in place of the loop's kept pairs; `use` is one of table.USES, seed that of the coin."""
+    if use == PEOPLES:
+        origins = {pair.provenance["human_pair"] for pair in pairs}
+        return [pair for pair in human_pairs(pairs[0].stage) if pair.id in origins]
+    if use == TURNED:
+        return [turned(pair) for pair in pairs]
+    if use == SHUFFLED:
+        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+    return list(pairs)
 
 
 def weights_of(training: Artefact) -> Path:

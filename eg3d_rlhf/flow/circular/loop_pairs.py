@@ -121,11 +121,15 @@ def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePa
     """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
     if roles not in ("op", "reward"):
         raise ValueError(f"roles: expected op or reward, got {roles!r}. Choose one.")
-    return [
-        replace(pair, preferred=pair.rejected, rejected=pair.preferred, provenance={**pair.provenance, "turned": True},
-                reward_preferred=pair.reward_rejected, reward_rejected=pair.reward_preferred)
-        if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs
-    ]
+    return [turned(pair) if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs]
+
+
+def turned(pair: PreferencePair) -> PreferencePair:
+    """The same pair the other way round, which its provenance says."""
+    return replace(
+        pair, preferred=pair.rejected, rejected=pair.preferred, provenance={**pair.provenance, "turned": True},
+        reward_preferred=pair.reward_rejected, reward_rejected=pair.reward_preferred,
+    )
 
 
 def make_in_chunks(

@@ -20,7 +20,7 @@ from eg3d_rlhf.flow.circular import table
 from eg3d_rlhf.flow.circular.artefacts import Artefact
 from eg3d_rlhf.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of, weights_of
 from eg3d_rlhf.flow.circular.settings import CircularRun, from_dict
-from eg3d_rlhf.flow.circular.table import BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
+from eg3d_rlhf.flow.circular.table import ALL, BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
 from eg3d_rlhf.flow.policies import link, save_policy
 from eg3d_rlhf.flow.problem import Problem, open_problem
 from eg3d_rlhf.flow.stage import stage_of
@@ -46,7 +46,8 @@ def start(settings: CircularRun, outdir: Path, desc: str | None, device: str, wo
         stage_of(problem.pipeline, settings.stage)
     if settings.groups is not None and problem.final is None:
         raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
-    what = f"ablation-{''.join(settings.groups)}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
+    named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
+    what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
     name = f"{MODE}-{Path(settings.source.pipeline).name}-{what}"
     folder = claim(next_free(outdir, name + (f"-{desc}" if desc else "")), ranks)
     with Run(folder, {"mode": MODE, "run": asdict(settings), "problem": dict(problem.identity)}, ranks=ranks) as run:
@@ -155,7 +156,7 @@ class Ablation:
         if part:
             lineage = self._trained(loop, what, part[0])
             return {stage: _training(line[-1]) for stage, line in lineage.items()}
-        group = GROUPS[what]
+        group = ALL[what]
         networks: Lineage
         if group.first == LOOP:
             networks = self._looped(loop, group)[0]
@@ -182,7 +183,7 @@ class Ablation:
                 break
             weighing = replace(loop.settings.weighing, use_w1=group.use_w1, use_w2=group.use_w2)
             try:
-                lineage[name] = (loop.from_loop(name, pairs[name], lineage, weighing),)
+                lineage[name] = (loop.from_loop(name, pairs[name], lineage, weighing, group.use),)
             except NoPairsError as error:  # the group is then what it is without this training; its table says so
                 loop.say(f"Warning: {error}")
         return lineage, pairs
@@ -203,7 +204,7 @@ def cost(task: str, plan: AblationPlan, steps: Mapping[str, int], conditions: in
         return steps[what]
     if what == "pairs":
         return pairs / 2
-    return assets + (steps[LOOP] if GROUPS[what].first == LOOP else 0)
+    return assets + (steps[LOOP] if ALL[what].first == LOOP else 0)
 
 
 def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:

@@ -26,6 +26,9 @@ TABLE = "Judging and ablation"  # title of its flags
 JUDGES = ("final", "chooser", "reward")
 INTERVAL = "95 % percentile bootstrap over conditions, each the mean over training seeds and noises"
 BASE, PEOPLE, LOOP, SUPERVISED = "base", "people", "loop", "supervised"
+# What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all turned over; their preferred by
+# fine-tuning; and in their place the people's pairs that they were made from.
+PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = ("pairs", "anchor", "shuffled", "turned", "winners", "people")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class Group:
     last: str = BASE  # what the last stage learns from
     use_w1: bool = True
     use_w2: bool = True
+    use: str = PAIRS  # what of the loop's pairs
 
 
 GROUPS = {
@@ -50,10 +54,18 @@ GROUPS = {
     "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
     "i": Group(title="base"),
 }
+ARMS = {  # (a), but for what the stages before the last learn: controls of what the loop's preferences are worth
+    "anchor": Group(title="full loop, the anchor without the preference term", first=LOOP, last=PEOPLE, use=ANCHOR),
+    "shuffled": Group(title="full loop, each pair turned over by the toss of a coin", first=LOOP, last=PEOPLE, use=SHUFFLED),
+    "turned": Group(title="full loop, each pair turned over", first=LOOP, last=PEOPLE, use=TURNED),
+    "fed_winners": Group(title="full loop, fine-tuning on the preferred of its pairs", first=LOOP, last=PEOPLE, use=WINNERS),
+    "people_first": Group(title="full loop, on the people's pairs that its pairs come from", first=LOOP, last=PEOPLE, use=PEOPLES),
+}
+ALL = GROUPS | ARMS
 
 
 def letters(text: str) -> list[str]:
-    """"a..i", "a,d,i" or "a..d,i" as groups in order, the base always among them since all are compared with it.
+    """"a..i", "a,d,i" or "a..d,anchor" as groups in order, the base always among them since all are compared with it.
 
     Raises: ValueError for other text.
     """
@@ -61,10 +73,14 @@ def letters(text: str) -> list[str]:
     for part in text.replace(" ", "").split(","):
         low, dots, high = part.partition("..")
         ends = [low, high if dots else low]
+        if part in ARMS:
+            found.add(part)
+            continue
         if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
-            raise ValueError(f"groups: expected letters of a..i such as a,b,d or a..i, got {text!r}. Correct it.")
+            arms = ", ".join(ARMS)
+            raise ValueError(f"groups: expected letters of a..i such as a,b,d or a..i, and arms among {arms}, got {text!r}. Correct it.")
         found.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
-    return sorted(found)
+    return [name for name in ALL if name in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +104,7 @@ class AblationPlan:
     judging: Judging = Judging()
 
     def __post_init__(self):
-        unknown = [letter for letter in self.groups if letter not in GROUPS]
+        unknown = [letter for letter in self.groups if letter not in ALL]
         if unknown or "i" not in self.groups or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"AblationPlan: expected groups of a..i with i, and different seeds, got {self.groups} and {self.seeds}.")
 
@@ -97,7 +113,7 @@ class AblationPlan:
 
         Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own training and scores.
         """
-        wanted = [GROUPS[letter] for letter in self.groups]
+        wanted = [ALL[letter] for letter in self.groups]
         shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
         shared = [(kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)]
         looping = any(group.first == LOOP for group in wanted)
@@ -108,7 +124,7 @@ class AblationPlan:
                 tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:
             for seed in self.seeds if letter != "i" else self.seeds[:1]:
-                group, first = GROUPS[letter], GROUPS[letter].first
+                group, first = ALL[letter], ALL[letter].first
                 needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
                 needs += [f"{seed}/pairs" if first == LOOP else f"{seed}/{first}/first"] if first != BASE else []
                 tasks[f"{seed}/{letter}"] = needs
@@ -189,7 +205,7 @@ def table(
         start, ends = spreads["i"], spreads[letter]
         judged = {name: rate(own[name], base[name], seeds) for name in own}
         groups[letter] = {
-            "title": GROUPS[letter].title, **judged["final"], "score_mean": float(own["final"].mean()),
+            "title": ALL[letter].title, **judged["final"], "score_mean": float(own["final"].mean()),
             "judges": {name: judged[name] for name in JUDGES if name in judged},
             "parts": {name: judged[name] for name in own if name not in JUDGES},
             "spread": {  # as a share of the base's, too: a collapsed generator is near 0
@@ -197,7 +213,8 @@ def table(
             },
             "trainings": list(trained[letter]),
         }
-    pairwise = {f"{x}_vs_{y}": rate(arrays[x]["final"], arrays[y]["final"], seeds) for x, y in combinations(sorted(arrays), 2)}
+    ordered = [name for name in ALL if name in arrays]
+    pairwise = {f"{x}_vs_{y}": rate(arrays[x]["final"], arrays[y]["final"], seeds) for x, y in combinations(ordered, 2)}
     C, S = base["final"].shape[1:]
     return {"groups": groups, "pairwise": pairwise, "loop": dict(loop), "conditions": C, "noises": S, "interval": INTERVAL, **facts}
 
@@ -250,7 +267,7 @@ def _table(head: list[str], rows: list[list]) -> list[str]:
 
 def plot(data: Mapping):
     """Win rates of all groups against the base, and of (a) against the others."""
-    rivals = {name[-1]: one for name, one in data["pairwise"].items() if name.startswith("a_vs_")}
+    rivals = {name.removeprefix("a_vs_"): one for name, one in data["pairwise"].items() if name.startswith("a_vs_")}
     drawn, axes = style.figure(columns=2 if rivals else 1, size=(9.4, 3.8) if rivals else (5.6, 3.8))
     panels = [(axes[0] if rivals else axes, data["groups"], "against base")]
     panels += [(axes[1], rivals, "of (a) against")] if rivals else []

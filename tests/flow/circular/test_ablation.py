@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular import table
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.flow.circular.loop import CircularLoop
 from eg3d_rlhf.flow.circular.run import Ablation, tabled
-from eg3d_rlhf.flow.circular.table import GROUPS, AblationPlan, Judging, judge, letters, spread
+from eg3d_rlhf.flow.circular.table import ARMS, GROUPS, AblationPlan, Judging, judge, letters, spread
 from eg3d_rlhf.flow.tuning.train import train_stage
 from eg3d_rlhf.run.task_pool import run_tasks
 from tests.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
@@ -21,7 +22,8 @@ JUDGING = Judging(per_condition=3, batch=8)
 
 def test_letters():
     assert letters("a..i") == list("abcdefghi") and letters("d") == ["d", "i"] and letters("a..c, e") == list("abcei")
-    for wrong in ("", "j", "c..a", "a.d", "a..z", "A"):
+    assert letters("anchor,d,a") == ["a", "d", "i", "anchor"] and letters("a..i") == list(GROUPS)
+    for wrong in ("", "j", "a..anchor", "winners", "c..a", "a.d", "a..z", "A"):
         with pytest.raises(ValueError, match="expected letters of a..i"):
             letters(wrong)
 
@@ -42,12 +44,51 @@ def test_tasks_wait_for_what_groups_share():
     assert tasks["0/b"] == ["0/people/last", "0/people/first"] and tasks["0/c"] == ["0/people/first"] and tasks["0/d"] == ["0/people/last"]
     assert tasks["0/e"] == ["0/supervised/first"] and tasks["0/f"] == ["0/supervised/last"] and tasks["0/i"] == []
     assert "1/i" not in tasks and len(tasks) == 2 * (5 + 8) + 1
+    assert {name: needs for name, needs in AblationPlan(groups=("i", *ARMS), seeds=(0,)).tasks().items() if name[2:] in ARMS} == {
+        f"0/{arm}": ["0/people/last", "0/pairs"] for arm in ARMS
+    }
     assert set(AblationPlan(groups=("c", "i"), seeds=(0,)).tasks()) == {"0/people/first", "0/c", "0/i"}
 
 
 def halfway(assets, conditions):
     """A reward that the tuned network does not always earn."""
     return -(full(assets, conditions) - 0.48).abs()
+
+
+def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path, monkeypatch):
+    """All start from the same networks with the same draws; the table has each against (a)."""
+    plan, calls = AblationPlan(groups=("a", "i", *ARMS), seeds=(0,), judging=Judging(per_condition=2, batch=8)), []
+    problem = tiny_problem(reward=halfway)
+
+    def watched(pipeline, stage, pairs, config, out, **options):
+        calls.append((stage, pairs, config))
+        return train_stage(pipeline, stage, pairs, config, out, **options)
+
+    monkeypatch.setattr(circular_loop, "train_stage", watched)
+    loop = CircularLoop(problem=problem, settings=SETTINGS, store=ArtefactStore(tmp_path), say=lambda line: None)
+    results = run_tasks(plan.tasks(), lambda: Ablation(plan=plan, loop_of=lambda seed: loop), [], 1, None)
+    assert [stage for stage, _, _ in calls] == ["voxels"] + 6 * ["structure"]
+    (_, pairs, config), *arms = calls[1:]
+    anchor, shuffled, turned, winners, people = arms
+    assert len({results[f"0/{name}"]["trainings"]["structure"]["artefact"] for name in ("a", *ARMS)}) == 6
+
+    def same(a, b):
+        return torch.equal(a.preferred, b.preferred) and torch.equal(a.rejected, b.rejected)
+
+    for _, own, _ in (anchor, winners):
+        assert all(same(p, q) and p.w2 == q.w2 for p, q in zip(own, pairs, strict=True))
+    assert (anchor[2].dpo.beta, anchor[2].dpo.sft_weight) == (1e-6, config.dpo.sft_weight) and winners[2].dpo.kind == "sft"
+    assert all(torch.equal(p.preferred, q.rejected) and p.w2 == q.w2 for p, q in zip(turned[1], pairs, strict=True))
+    order = [same(p, q) for p, q in zip(shuffled[1], pairs, strict=True)]
+    assert 0 < sum(order) < len(order)
+    assert all(same(p, q) or torch.equal(p.preferred, q.rejected) for p, q in zip(shuffled[1], pairs, strict=True))
+    origins = {p.provenance["human_pair"] for p in pairs}
+    assert {p.id for p in people[1]} == origins and {p.source for p in people[1]} == {"human"}
+    for _, _, own in (shuffled, turned, people):
+        assert own == config
+    data = tabled(results, plan, {})
+    assert list(data["groups"]) == ["a", "i", *ARMS] and {f"a_vs_{arm}" for arm in ARMS} <= set(data["pairwise"])
+    assert "| (people_first) |" in table.markdown(data) and len(table.plot(data).axes[1].get_yticklabels()) == 6
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +191,5 @@ def test_judges_see_the_same_noises_whatever_the_generator():
 
 
 def test_spread_of_equal_latents_is_zero():
-    import torch
-
     x = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     assert spread([x, x, x]) == 0 and spread([x, x + 1]) == pytest.approx(0.5**0.5)

@@ -83,6 +83,7 @@ MISTAKES = {
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
     "beta": (["--beta-t=1000"], "--beta-t: expected --beta beside it"),
     "no early stop": (["--choose-noises=0", "--patience=3"], "--patience: belongs to early stopping"),
+    "no anchor": (["--ablate=a,anchor", "--loop-sft-weight=0"], "--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0"),
     "letters": (["--ablate=a..z"], "groups: expected letters of a..i"),
     "margin": (["--loss=ipo", "--margin=1"], "margin 0 with ipo"),
     "sft": (["--loss=sft", "--loser-weight=0.5"], "loser_weight: expected it unset with sft"),
