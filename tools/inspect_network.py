@@ -16,7 +16,7 @@ import click
 import torch
 
 from eg3d_rlhf.cli import GroupedCommand, file_hash, option
-from eg3d_rlhf.generators import find_network, load_networks, ws_of_seeds
+from eg3d_rlhf.generators import find_network, load_networks, of, ws_of_seeds
 from eg3d_rlhf.pickles.machine import brief_text
 from eg3d_rlhf.pickles.records import admitted
 from eg3d_rlhf.pickles.snapshot import survey
@@ -43,16 +43,19 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
     """The networks in the file, with statistics of w over `seeds` latents. Raises: as `load_networks`."""
     nets = load_networks(find_network(source))
     G = nets.G_ema
-    planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
-    return {
+    general = {
         "networks": {n: describe_module(m) for n in ("G", "D", "G_ema") if (m := getattr(nets, n)) is not None},
+        "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs}, "training_set": nets.training_set, "cur_nimg": nets.cur_nimg,
+    }
+    if not hasattr(G, "plane_layout"):  # a family without planes
+        return general | {"generator": {name: getattr(of(G), name) for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")}}
+    planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
+    return general | {
         "generator": {
             **{name: getattr(G, name) for name in ("z_dim", "c_dim", "w_dim", "num_ws", "img_resolution", "neural_rendering_resolution")},
             "planes": planes, "superresolution": type(G.superresolution).__name__, "rendering_kwargs": G.rendering_kwargs,
         },
-        "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "psi": psi_statistics(nets, seeds),
-        "training_set": nets.training_set, "cur_nimg": nets.cur_nimg,
     }
 
 

@@ -45,7 +45,8 @@ class AssetGenerator:
         numbers = ws.flatten().tolist()
         if ws.shape[1:] != (1, 1) or not all(number in range(self.count) for number in numbers):
             got = f"{list(ws.shape)} with {numbers[:4]}"
-            raise ValueError(f"assets: expected ws [N, 1, 1] of whole numbers below {self.count}, got {got}. Take those of mapping.")
+            wanted = f"ws [N, 1, 1] of whole numbers below {self.count}"
+            raise ValueError(f"assets: expected {wanted}, got {got}. There is nothing between two assets.")
         return self.module.asset.pick([int(number) for number in numbers])
 
 
