@@ -32,7 +32,7 @@ TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, ROUNDS, EG3D)
 
 # What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to eg3d_rlhf.cli.MODES.
 MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.flow.circular.commands:circular_dpo",
-              "distill": "eg3d_rlhf.distill.commands:distill"})
+              "distill": "eg3d_rlhf.evaluation.distilled:distill"})
 
 
 class ModeCommand(GroupedCommand):

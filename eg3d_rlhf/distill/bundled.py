@@ -76,7 +76,8 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
         prior=prior, renderer=FourViews(), views=problem.SIDES, start=problem.start, reward=None if name is None else reward_of(name),
         pair_judge=judge_of(settings.scene.judge), geometry=GEOMETRIES.get(shape) or load_geometry(shape, device), measures=measures,
         final=AssetJudge(),
-        judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's modes",
+        judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's "
+              "modes. It trained nothing",
         background=torch.zeros(3), log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
     )  # fmt: skip
 

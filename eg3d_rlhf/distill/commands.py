@@ -11,7 +11,7 @@ import torch
 from eg3d_rlhf.cli import GroupedCommand, choose_device
 from eg3d_rlhf.distill import outputs
 from eg3d_rlhf.distill.config import Arm, DistillSettings
-from eg3d_rlhf.distill.flags import flag, method_flags, resolve, run_flags, what_flags
+from eg3d_rlhf.distill.flags import BUNDLED, flag, method_flags, resolve, run_flags, what_flags
 from eg3d_rlhf.distill.loop import StoppedError
 from eg3d_rlhf.distill.methods import flat, settings_of
 from eg3d_rlhf.distill.run import distil_all, gather_stats
@@ -38,8 +38,8 @@ def name_of(settings: DistillSettings, desc: str | None) -> str:
 
 
 def device_of(settings: DistillSettings, name: str, ranks: Ranks) -> str:
-    """Where to run; the bundled problem is for CPUs."""
-    if settings.scene.prior == "bundled" and name == "auto":
+    """Where to run; the problems without files are for CPUs."""
+    if settings.scene.prior in BUNDLED and name == "auto":
         return "cpu"
     return str(ranks.device if ranks.world > 1 else choose_device(name))
 

@@ -1,9 +1,9 @@
-"""Arms of a comparison against plain score distillation: win rates by a judge that trained nothing, with intervals, and Elo over all arms.
+"""Arms of a comparison against plain score distillation: win rates by a judge that trains nothing, with intervals, paired changes, and Elo.
 
 Letters: N pairs of (prompt, seed); every arm has an asset for each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Protocol
 
@@ -15,13 +15,15 @@ from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, wilson_interva
 from eg3d_rlhf.preferences.elo import Judgement, elo
 
 BASE = "sds"
+SHAPE_JUDGES: dict[str, Callable[[Asset], torch.Tensor]] = {}  # by name: scores [A] of finished shapes, higher is better. Handed in from
+# above (eg3d_rlhf.evaluation.distilled), since nothing here may know them
 INTERVAL = "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000 resamples"
 _WINNER = {0: "a", 1: "b", -1: "tie"}
 _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
 
 
 class FinalJudge(Protocol):
-    """Compares finished assets; it trained nothing, and no reward reads what it reads."""
+    """Compares finished assets; it trains nothing, and no reward reads what it reads."""
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
         """0 or 1 for the better one of each pair of assets [N], -1 for a tie."""
@@ -58,6 +60,8 @@ def compare(
             "win_rate": float(won.mean()), "ci95": list(wilson_interval(float(won.sum()), len(won))), "n": len(won),
             "ties": int((won == 0.5).sum()), "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
             "measures": {name: _mean(values) for name, values in measured[arm].items() if not bool(values.isnan().all())},
+            "changes": {name: _mean(change) for name, values in measured[arm].items()
+                        if not bool((change := values - measured[BASE][name]).isnan().all())},  # paired
         }  # fmt: skip
     return {"arms": arms, "base": BASE, "n": len(pairs), "interval": INTERVAL, "elo_regularised": rated.regularised}, judgements
 
@@ -73,7 +77,7 @@ def markdown(table: Mapping) -> str:
     measures = list(table["arms"][BASE]["measures"])
     head = ["arm", f"wins against {BASE}", *measures, "Elo"]
     lines = [
-        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge trained nothing: {table['judge']}.", "",
+        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.", "",
         "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
     ]  # fmt: skip
     for arm, one in table["arms"].items():
@@ -81,4 +85,12 @@ def markdown(table: Mapping) -> str:
         rating = f"{one['elo']['mean']:.0f} [{one['elo']['ci95'][0]:.0f}, {one['elo']['ci95'][1]:.0f}]"
         cells = [arm, wins, *(f"{one['measures'][m]['mean']:.3g}" for m in measures), rating]
         lines.append("| " + " | ".join(cells) + " |")
+    others = [arm for arm in table["arms"] if arm != BASE]
+    if measures and others:
+        names = "| " + " | ".join(["arm", *measures]) + " |"
+        lines += ["", f"Changes against {BASE}, paired:", "", names, "|" + " --- |" * (1 + len(measures))]
+    for arm in others if measures else []:
+        changes = [table["arms"][arm]["changes"][name] for name in measures]
+        cells = [f"{one['mean']:+.3g} [{one['ci95'][0]:+.3g}, {one['ci95'][1]:+.3g}]" for one in changes]
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
     return "\n".join([*lines, "", f"Brackets: {table['interval']}.", ""])

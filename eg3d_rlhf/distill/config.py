@@ -10,8 +10,9 @@ from training.config import built, check_knobs, knob, values_of
 
 ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
 METHODS = ("sds", "dreamreward", "dreamdpo", "rewardsds", "psd", "best-of-n")
-TWISTS = ("inverted", "random")  # of the reward: its sign turned, or replaced by noise
-_ARM = re.compile(rf"({'|'.join(METHODS)})(?:-({'|'.join(TWISTS)}))?(\+geometry)?")
+TWISTS = ("inverted", "random")  # of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
+_TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
+_ARM = re.compile(rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?")
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,24 @@ class Arm:
     method: str
     twist: str | None = None
     geometry: bool = False
+    geometry_twist: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """'dreamdpo', 'dreamdpo-random', 'sds+geometry'. Raises: ValueError."""
+        """'dreamdpo', 'dreamdpo-random', 'sds+geometry', 'sds+geometry-inverted'. Raises: ValueError."""
         found = _ARM.fullmatch(text.strip())
         if found is None or (found[1] == "sds" and found[2]):
             raise ValueError(
-                f"expected arms such as {', '.join(METHODS)}, with -{' or -'.join(TWISTS)} after a method that has a reward and "
-                f"+geometry at the end, got {text.strip()!r}. Correct it."
+                f"expected arms such as {', '.join(METHODS)}, with -{' or -'.join(TWISTS)} after a method that has a reward, and "
+                f"+geometry at the end, twisted likewise, got {text.strip()!r}. Correct it."
             )
-        return cls(found[1], found[2], bool(found[3]))
+        return cls(found[1], found[2], bool(found[3]), found[4])
 
     @property
     def name(self) -> str:
         """As `parse` reads it."""
-        return self.method + (f"-{self.twist}" if self.twist else "") + ("+geometry" if self.geometry else "")
+        shape = "+geometry" * self.geometry + (f"-{self.geometry_twist}" if self.geometry_twist else "")
+        return self.method + (f"-{self.twist}" if self.twist else "") + shape
 
 
 def ramp_of(text: str) -> Ramp:
@@ -93,8 +96,8 @@ class LoopConfig:
 class SceneConfig:
     """What is made, and who has a say in it."""
 
-    prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, a Stable Diffusion folder, or an MVDream file.",
-                      ASSETS, metavar="bundled|DIR|FILE")
+    prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, the procedural heads', a Stable Diffusion "
+                      "folder, or an MVDream file.", ASSETS, metavar="bundled|heads|DIR|FILE")
     reward: str | None = knob(None, "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
                               "ImageReward, Reward3D or HPSv2, or a CLIP folder.", ASSETS, metavar="NAME|FILE",
                               shown="one-face with the bundled prior")
@@ -102,7 +105,8 @@ class SceneConfig:
                              ASSETS, metavar="NAME", shown="none")
     geometry_reward: str = knob("none", "A reward on the shape itself, beside the method: sigma is the bundled reward of densities; "
                                 "with the bundled prior also one-nose and floaters, in closed form.", ASSETS, metavar="none|NAME|FILE")
-    assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1, shown="1; 5 for the bundled comparison")
+    assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1,
+                      shown="1; 5 for the bundled comparison, 2 for that of heads")
     views: int = knob(4, "Views of each asset in a step.", REAL, low=1)
     resolution: int = knob(64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8)
     planes: int = knob(64, "Texels per edge of an asset's planes.", REAL, low=4)

@@ -15,10 +15,12 @@ from training.config import built, knobs_of
 RUN = "Run"
 FOLDER = click.Path(path_type=Path, file_okay=False)
 DEFAULT_METHOD = "dreamdpo"
+BUNDLED = ("bundled", "heads")  # priors that need no files
 CONTROLS = ("inverted", "random")  # arms that a comparison adds for its first method with a reward
 
 DEFAULTS: dict[str, dict] = {  # by kind of prior: what differs from the fields' own
     "bundled": {"tau_mode": "quantile", "tau": 0.5},  # half of the steps only pull: the push away has a weak anchor
+    "heads": {"steps": 40, "batch": 8, "lr": 0.1, "t_max": "0.5", "guidance_scale": 1.0},
     "real": {"steps": 10000, "batch": 1, "lr": 0.01, "lr_end": 1.0, "t_min": "0,0.98,0.02,8000", "t_max": "0,0.98,0.5,8000", "tick": 50},
 }
 
@@ -65,13 +67,17 @@ def flag(name: str) -> str:
 
 def arms_of(flags: Mapping) -> tuple[str, ...]:
     """Names of the arms. Raises: ValueError."""
-    plain = not flags["prompts"] and flags["method"] is None and flags["preset"] is None and flags["prior"] in (None, "bundled")
+    plain = not flags["prompts"] and flags["method"] is None and flags["preset"] is None and flags["prior"] in (None, *BUNDLED)
     listed = flags["compare"]
     if flags["method"] is not None and listed not in (None, "none"):
         raise ValueError(f"--method={flags['method']}: expected a method or --compare, got both. Leave one out.")
     shaped = flags["geometry_reward"] not in (None, "none")
+    of_heads = flags["prior"] == "heads"
     if listed == "none" or listed is None and not plain:
-        return (Arm(flags["method"] or (method_of(flags["preset"]) if flags["preset"] else DEFAULT_METHOD), geometry=shaped).name,)
+        usual = "sds" if of_heads else DEFAULT_METHOD
+        return (Arm(flags["method"] or (method_of(flags["preset"]) if flags["preset"] else usual), geometry=shaped).name,)
+    if listed is None and of_heads:
+        listed = "sds,sds+geometry,sds+geometry-inverted,sds+geometry-random"
     if listed is None:
         listed = "sds,dreamdpo,psd"
         listed += ",sds+geometry" if shaped else ""
@@ -111,7 +117,8 @@ def resolve(flags: Mapping) -> DistillSettings:
     """The settings that flags (None: not given), preset and prior decide. Raises: ValueError naming what does not fit."""
     given = {name: value for name, value in flags.items() if value is not None}
     arms, prompts = arms_of(flags), read_prompts(flags["prompts"])
-    own, kind = owners(), "bundled" if given.get("prior", "bundled") == "bundled" else "real"
+    prior = given.get("prior", "bundled")
+    own, kind = owners(), prior if prior in BUNDLED else "real"
     parsed = [Arm.parse(name) for name in arms]
     methods = {arm.method for arm in parsed}
     refuse(given, methods, any(arm.geometry for arm in parsed), kind)
@@ -122,6 +129,12 @@ def resolve(flags: Mapping) -> DistillSettings:
         values.setdefault("t_max", f"0,0.98,0.15,{0.6 * values.get('steps', LoopConfig.steps):g}")  # the end is for detail alone
         prompts, values["assets"] = bundled.check(prompts, given.get("assets"), comparison=len(arms) > 1)
         values.setdefault("reward", bundled.REWARD)
+    elif kind == "heads":
+        from eg3d_rlhf.distill import heads
+
+        prompts, values["assets"] = heads.check(prompts, given.get("assets"), comparison=len(arms) > 1)
+        if any(arm.geometry for arm in parsed):
+            values.setdefault("geometry_reward", "sigma")
     elif not prompts:
         raise ValueError("--prompt: expected what is to be made, got nothing. Add --prompt='a bust of a man'.")
     of_methods = values if flags["preset"] is None else given
@@ -137,7 +150,7 @@ def refuse(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
     belongs = {name: f"--method={' or '.join(users)}" for name, users in owners().items() if not methods & set(users)}
     if not shaped:
         belongs |= {one.name: "a --geometry-reward" for one, _, _ in knobs_of(GeometrySettings)}
-    if kind == "bundled":
+    if kind in BUNDLED:
         belongs |= {one.name: "a --prior from files" for one, _, knob in knobs_of(SceneConfig) if knob.group == REAL}
     if not any(TABLE[name].rewarded for name in methods):
         belongs["reward"] = "a method with a reward"

@@ -53,7 +53,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
             | {name: value["mean"] for name, value in one["measures"].items()} | ({"Elo": one["elo"]["mean"]} if "elo" in one else {})
             for arm, one in arms.items()
         ]  # fmt: skip
-        says = [f"Judge: {(table or {})['judge']}. It trained nothing."]
+        says = [f"Judge: {(table or {})['judge']}."]
         says += [f"{arm} beats {BASE} in {one['win_rate']:.1%} of pairs [{one['ci95'][0]:.1%}, {one['ci95'][1]:.1%}]."
                  for arm, one in arms.items() if arm != BASE]
         return Finding(facts=facts, data={"arms": arms}, rows=rows, says=says)

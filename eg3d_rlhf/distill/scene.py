@@ -11,7 +11,7 @@ from eg3d_rlhf.distill.compare import FinalJudge
 from eg3d_rlhf.distill.config import Arm, DistillSettings
 from eg3d_rlhf.distill.field.asset import Asset
 from eg3d_rlhf.distill.field.render import Renderer
-from eg3d_rlhf.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry
+from eg3d_rlhf.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, twisted
 from eg3d_rlhf.distill.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
 from eg3d_rlhf.distill.loop import Distillation
 from eg3d_rlhf.distill.methods import guidance_of, of_arm
@@ -53,13 +53,14 @@ class Scene:
         return Distillation(
             asset=asset, prompts=prompts, prior=self.prior, renderer=self.renderer, config=settings.loop, streams=streams,
             guidance=guidance_of(arm.method, own, self.prior, self._reward(arm), judge, self.views, streams),
-            background=self.background, geometry=self._geometry(settings) if arm.geometry else None, log_prob=self.log_prob,
+            background=self.background, geometry=self._geometry(settings, arm) if arm.geometry else None, log_prob=self.log_prob,
         )  # fmt: skip
 
-    def _geometry(self, settings: DistillSettings) -> ProgressiveGeometry:
+    def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
         if self.geometry is None:
             raise ValueError("--geometry-reward: expected a reward for the arms with +geometry, got none. Name one, or leave them out.")
-        return ProgressiveGeometry(self.geometry(), built(GeometrySettings, settings.guidance), settings.loop.steps)
+        reward = twisted(self.geometry(), arm.geometry_twist, settings.seed)
+        return ProgressiveGeometry(reward, built(GeometrySettings, settings.guidance), settings.loop.steps)
 
     def _reward(self, arm: Arm) -> RewardModel | None:
         if self.reward is None or arm.twist is None:
@@ -74,6 +75,10 @@ def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
         from eg3d_rlhf.distill.bundled import bundled_scene
 
         return bundled_scene(settings, device)
+    if settings.scene.prior == "heads":
+        from eg3d_rlhf.distill.heads import heads_scene
+
+        return heads_scene(settings, device)
     from eg3d_rlhf.distill.real import real_scene
 
     return real_scene(settings, device)

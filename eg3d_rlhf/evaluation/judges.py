@@ -12,7 +12,7 @@ from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
 from eg3d_rlhf.evaluation.paired import contains_zero
-from eg3d_rlhf.field import Bounds
+from eg3d_rlhf.field import Bounds, Field
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.metrics import shape_critic
 from eg3d_rlhf.metrics.distances import FeatureStatistics, collect
@@ -155,6 +155,12 @@ def shapes(c: Comparison) -> dict:
         measured("shape critic", logits[0].mean(), logits[1].mean(), paired_summary(logits[0], logits[1])._asdict(), higher_is_better=True),
         measured("shape Fréchet", distances[0], distances[1], paired),
     ]}
+
+
+def critic_logits(field: Field) -> torch.Tensor:
+    """The shape critic's logit [N] that each shape of a field in the unit cube is a true head; higher is better."""
+    critic = shape_critic.ShapeCritic.load()
+    return critic.logits(maps_of(field)).double()
 
 
 @torch.no_grad()

@@ -106,6 +106,17 @@ class PlaneField:
         maps = [m[0] for m in pair_maps(planes, self._pairs, axes, weights.w0, weights.b0)]
         return SeparableDensity(maps, weights.w_sigma, weights.b_sigma, (len(x), len(y), len(z)))
 
+    def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw density [N, P] and colour [N, P, 3] in 0..1 at world points [N, P, 3] of their own, in one pass.
+
+        Differentiable in ws, the weights of the network and the points. Only for families with EG3D's decoder.
+        """
+        planes = self._wide(self.planes)
+        weights = self._G.decoder.weights(planes.dtype)
+        rgb = weights._replace(w1=weights.w1[:4], b1=weights.b1[:4])
+        colour, raw = triplane_decode(planes, self._axes, points.to(planes), self.bounds.side, rgb)
+        return raw.squeeze(2), colour.clamp(0, 1)
+
     @staticmethod
     def _wide(planes: torch.Tensor) -> torch.Tensor:
         return planes if planes.dtype in (torch.float32, torch.float64) else planes.float()

@@ -195,12 +195,30 @@ def nearest_heads(sigma: Tensor, spec: SlabSpec, options: FitOptions | None = No
         heads = visible_head_points(pose, spec, options)
         for row, i in enumerate(filled):
             one = HeadPose(*(value[row : row + 1] for value in pose))
-            with torch.no_grad():
-                surface[i] = posed_sdf(dense[i][None], one).abs().clamp_max(OUTLIER).mean().item()
-            if len(heads[row]):
-                gap = torch.cdist(heads[row], dense[i]).amin(dim=1)
-                uncovered[i] = (gap - spec.voxel).clamp(0, OUTLIER).mean().item()
+            surface[i], uncovered[i] = _apart(dense[i], one, heads[row], spec)
     return HeadFit(surface=surface, uncovered=uncovered, distance=surface + uncovered, shape=shape)
+
+
+@torch.no_grad()
+def _apart(points: Tensor, pose: HeadPose, seen: Tensor, spec: SlabSpec) -> tuple[float, float]:
+    """surface and uncovered of a shape's visible points [P, 3] and one posed head, whose own visible points are `seen` [Q, 3]."""
+    surface = posed_sdf(points[None], pose).abs().clamp_max(OUTLIER).mean().item()
+    if not len(seen):
+        return surface, WORST
+    return surface, (torch.cdist(seen, points).amin(dim=1) - spec.voxel).clamp(0, OUTLIER).mean().item()
+
+
+@torch.no_grad()
+def distance_to_heads(sigma: Tensor, spec: SlabSpec, shape: Tensor, level: float = LEVEL) -> np.ndarray:
+    """`HeadFit.distance` [N] of raw density cubes [N, D, H, W] to given heads [N, S] where the family has them: nothing is fitted."""
+    options = FitOptions()
+    pose = HeadPose(shape, shape.new_zeros(len(shape), 3), shape.new_zeros(len(shape), 1))
+    heads, found = visible_head_points(pose, spec, options), np.full(len(sigma), 2 * WORST)
+    for i, cube in enumerate(sigma):
+        points = surface_points(cube.float(), spec, options.back, level)
+        if len(points):
+            found[i] = sum(_apart(points, HeadPose(*(value[i : i + 1] for value in pose)), heads[i], spec))
+    return found
 
 
 def nearest_head_measures(

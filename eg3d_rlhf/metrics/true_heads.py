@@ -1,14 +1,15 @@
 """True heads of the procedural family as raw density cubes, on the same grids as the fields of a generator.
 
-Letters: N heads, S shape parameters, D, H, W grid points along z, y, x.
+Letters: N heads, S shape parameters, D, H, W grid points along z, y, x, V views, R pixels.
 """
 
 import torch
 
 from eg3d_rlhf.field import LEVEL
 from eg3d_rlhf.sigma.spec import SlabSpec
-from training.heads.render import union_field
+from training.heads.render import render_heads, union_field
 from training.heads.sdf import head_geometry
+from training.rendering.cameras import unpack_label
 from training.synthetic_heads import HeadsOptions, head_parameters
 
 SEED = 81  # of synthetic:heads64@seed=81: neither a generator nor the image features learn from these heads
@@ -31,3 +32,10 @@ def head_distances(shape: torch.Tensor, spec: SlabSpec) -> torch.Tensor:
 def ramped(distance: torch.Tensor, ramp: float = RAMPS[1], level: float = LEVEL) -> torch.Tensor:
     """Raw density level - ramp * distance, held within LOWEST..HIGHEST: its surface is where the distance is 0, whatever the ramp."""
     return (level - ramp * distance).clamp(LOWEST, HIGHEST)
+
+
+def true_pictures(index: int, cameras: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Pictures [V, 3, R, R] in 0..1 of one head, coloured and lit as in its set, from cameras [V, 25], on white."""
+    shape, appearance, _ = (torch.from_numpy(values) for values in head_parameters(HeadsOptions(seed=SEED), range(index, index + 1)))
+    n = len(cameras)
+    return render_heads(shape.expand(n, -1), appearance.expand(n, -1), *unpack_label(cameras), resolution)[0]

@@ -48,6 +48,12 @@ def test_measures_leave_out_what_does_not_apply():
     assert set(found["arms"]["b"]["measures"]) == {"share"} and "of none" not in markdown({**found, "judge": "size"})
 
 
+def test_changes_are_paired():
+    found, _ = table(sds=[1, 2, 3, 4], b=[2, 3, 4, 5])
+    assert found["arms"]["b"]["changes"]["size"] == {"mean": 1.0, "ci95": [1.0, 1.0], "n": 4}
+    assert "| b | +1 [+1, +1] |" in markdown(found)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="expected the arm sds"):
         table(a=[1] * 4, b=[1] * 4)

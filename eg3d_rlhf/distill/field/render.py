@@ -100,11 +100,19 @@ class FourViews:
         return Pictures(images, opacity)
 
 
-class PerspectiveViews:
-    """`Renderer` of real priors: RGB of any field from cameras drawn as public text-to-3D draws them."""
+class Cameras(Protocol):
+    """Where the cameras of a step stand."""
 
-    def __init__(self, resolution: int = 64, cameras: CameraDraws | None = None, samples: int | None = None):
-        self.options, self.cameras = RenderOptions(resolution=resolution, samples=samples), cameras or CameraDraws()
+    def draw(self, assets: int, rng: torch.Generator) -> Views:
+        """As many of each asset."""
+
+
+class PerspectiveViews:
+    """`Renderer` of perspective pictures: RGB of any field, from cameras drawn as public text-to-3D draws them unless it says otherwise."""
+
+    def __init__(self, resolution: int = 64, cameras: Cameras | None = None, samples: int | None = None):
+        self.options = RenderOptions(resolution=resolution, samples=samples)
+        self.cameras: Cameras = cameras or CameraDraws()
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
         """See `CameraDraws.draw`."""

@@ -8,6 +8,8 @@ for each asset apart, alpha rising linearly from `geometry_start` of the run to 
 Letters: A assets.
 """
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -63,6 +65,42 @@ class ObservedGeometry:
         """See `GeometryReward`."""
         del prompts, step
         return self.reward.score(field)
+
+
+@dataclass(frozen=True)
+class InvertedGeometry:
+    """Control: the same reward with its sign turned."""
+
+    reward: GeometryReward
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`."""
+        return -self.reward(field, prompts, step)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs."""
+        return getattr(self.reward, "state_dict", dict)()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        if hasattr(self.reward, "load_state_dict"):
+            self.reward.load_state_dict(state)
+
+
+@torch.no_grad()
+def twisted(geometry: GeometryReward, twist: str | None, seed: int) -> GeometryReward:
+    """A control: `inverted`, or `random`, a learned reward whose numbers are dealt anew within each tensor of its weights; None: itself.
+
+    Raises: ValueError where nothing was learned that could be dealt.
+    """
+    if twist != "random":
+        return InvertedGeometry(geometry) if twist else geometry
+    if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(geometry.reward, torch.nn.Module):
+        raise ValueError("+geometry-random: expected a learned --geometry-reward, got one in closed form. Leave that arm out.")
+    dealt, rng = copy.deepcopy(geometry.reward), torch.Generator().manual_seed(seed)
+    for weight in dealt.parameters():
+        weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight))
+    return dataclasses.replace(geometry, reward=dealt)
 
 
 @dataclass(frozen=True, kw_only=True)
