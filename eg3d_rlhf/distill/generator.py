@@ -8,6 +8,7 @@ Letters: N samples, A assets, Z z_dim.
 import torch
 
 # the kinds of field register when they are imported
+from eg3d_rlhf.distill.field import latents as latent_field  # noqa: F401
 from eg3d_rlhf.distill.field import planes as planes
 from eg3d_rlhf.distill.field import voxels as voxels
 from eg3d_rlhf.distill.field.asset import ARCHITECTURE, RESOLUTION, Asset, AssetNetwork

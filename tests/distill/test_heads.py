@@ -109,3 +109,14 @@ def test_flags_of_the_heads():
     assert len(found["prompts"]) * found["scene"]["assets"] == heads.HEADS * heads.SEEDS and found["scene"]["geometry_reward"] == "sigma"
     assert json.loads(run("-n", "--prompt=head 7").stdout)["arms"] == ["sds"]
     assert "--method=dreamdpo: expected sds with --prior=heads" in run("--method=dreamdpo").stderr
+
+
+@pytest.mark.long
+def test_reward_and_judges_follow_its_sign(tmp_path):
+    result = run("--show=0", "--workers=1", f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
+    kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))
+    for name in ("reward", "watching reward", "utility"):
+        assert kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"], name
+    assert kept["critic"]["mean"] > 0 > turned["critic"]["mean"] and kept["rms"]["mean"] < 0.003
