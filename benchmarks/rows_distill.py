@@ -1,19 +1,30 @@
-"""Rows: score distillation's test problem, four orthographic views of voxels.
+"""Rows: score distillation's test problem, four orthographic views of voxels, and a step with and without a reward on meshes.
 
 Letters: A assets, N voxels per edge.
 """
 
+import copy
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.rows import Case, Outcome, Row, Target
+from eg3d_rlhf.distill import problem
+from eg3d_rlhf.distill.bundled import bundled_scene
+from eg3d_rlhf.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.distill.field.render import DISTANCE, FourViews, nearness
 from eg3d_rlhf.distill.field.views import evenly_around
 from eg3d_rlhf.distill.field.voxels import Voxels
+from eg3d_rlhf.distill.guidance.geometry import MeshGeometry
+from eg3d_rlhf.distill.meshing.lattice import cube
+from eg3d_rlhf.distill.meshing.patches import MeshReader, PatchOptions
+from eg3d_rlhf.distill.reward_cs.encoder import EncoderOptions
+from eg3d_rlhf.distill.reward_cs.model import RewardCS
 
 ASSETS, VIEWS = 32, 4
+_FROM, _STEPS, _NO_WEIGHT = 40, 20, 1e-25  # steps at which the mesh reward is timed; a weight that moves nothing and is not left out
 
 
 def _rays(n: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,10 +72,46 @@ def four_views(device: str, tiny: bool, n: int) -> Case:
     return Case(fast=lambda: run(lambda: renderer.render(voxels, views, background).images), reference=lambda: run(lambda: _looped(voxels)))
 
 
+def mesh_reward_steps(device: str, tiny: bool) -> Case:
+    """Twenty steps of the default problem in the midst of a run, with one rebuild of the meshes: plain distillation with RewardCS
+    (fast) and without (reference). Its weight is too small to move an asset, so both end alike, and the ratio is 1 / overhead."""
+    torch.manual_seed(0)
+    reward = RewardCS(PatchOptions(patches=32, faces=16), EncoderOptions(faces=16, width=48, depth=2), resolution=15)
+    reward.to(device).eval().requires_grad_(False)
+    settings = DistillSettings(
+        prompts=tuple(prompt.text for prompt in problem.PROMPTS), arms=("sds",), scene=SceneConfig(assets=problem.SEEDS),
+        loop=LoopConfig(batch=4) if tiny else LoopConfig(), guidance={"geometry_weight": _NO_WEIGHT, "geometry_weight_from": _NO_WEIGHT},
+    )
+    scene = replace(
+        bundled_scene(settings, torch.device(device)),
+        geometry=lambda: MeshGeometry(MeshReader(cube(reward.resolution).to(device), reward.patches), reward),
+    )
+    works = {arm: scene.distillation(settings, Arm.parse(arm), 0) for arm in ("sds", "sds+geometry")}
+    states = {}
+    for arm, work in works.items():
+        for step in range(_FROM - 20, _FROM):
+            work.step(step)
+        states[arm] = copy.deepcopy(work.state())
+
+    def prepare() -> None:
+        for arm, work in works.items():
+            work.load(*copy.deepcopy(states[arm]))
+
+    def run(arm: str) -> Outcome:
+        for step in range(_FROM, _FROM + _STEPS):
+            works[arm].step(step)
+        return Outcome({name: value.detach().clone() for name, value in works[arm].asset.named_parameters()})
+
+    return Case(fast=lambda: run("sds+geometry"), reference=lambda: run("sds"), prepare=prepare)
+
+
 ROWS = [
-    Row(
+    *(Row(
         name=f"voxels {n}^3, {ASSETS} assets x {VIEWS} views, forward + backward", size="bundled", seconds=seconds,
         make=functools.partial(four_views, n=n), target=Target(at_least=3, aim=6),
-    )
-    for n, seconds in ((16, 0.4), (24, 1.2))
-]
+    ) for n, seconds in ((16, 0.4), (24, 1.2))),
+    Row(
+        name="twenty steps of distillation, with RewardCS against without", size="bundled", seconds=1, make=mesh_reward_steps,
+        target=Target(at_least=1 / 1.5, aim=0.8),
+    ),
+]  # fmt: skip

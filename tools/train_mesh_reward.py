@@ -27,7 +27,8 @@ def lines(summary: dict[str, dict]) -> list[str]:
     for arm, row in summary.items():
         low, high = row["auc_range"]
         kinds = "  ".join(f"{kind} {value:.3f}" for kind, value in row["auc_by_kind"].items())
-        made.append(f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  D {row['divergence']:6.3f}  {kinds}")
+        apart = f"D {row['divergence']:6.3f}, at one width {row['divergence_fixed']:6.3f}"
+        made.append(f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  {apart}  {kinds}")
     return made
 
 

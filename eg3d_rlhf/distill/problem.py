@@ -32,7 +32,7 @@ _NEVER = -30.0  # logit of a mode that a prompt does not have
 _START_NOISE = 0.1  # deviation of all parameters at the start
 
 # in voxels of 0..15, both ends included; a side's own axes: across, up, towards the camera
-_BODY, _RECESS, _FLOOR = (1, 14), (4, 11), 11
+_BODY, _RECESS, FLOOR = (1, 14), (4, 11), 11
 _NOSE = ((6, 9), (6, 9), (12, 13))  # two of the recess's three voxels deep
 _EYES = (((5, 5), (9, 10)), ((10, 10), (9, 10)))
 
@@ -138,7 +138,7 @@ def nose_voxels(n: int, side: int) -> torch.Tensor:
 def _painted(n: int, side: int, shown: Side) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
     """Masks [N, N, N] and colours of what a side shows on its floor."""
     across, up, towards = side_axes(n, side)
-    floor = (towards - _FLOOR).abs() < 0.5
+    floor = (towards - FLOOR).abs() < 0.5
     marks = []
     if shown.nose is not None:
         marks += [(floor & _within((across, up), eye), _DARK) for eye in _EYES]
@@ -175,7 +175,7 @@ def build(prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: floa
     body = _within(_coordinates(n), [_BODY] * 3)
     for side in range(SIDES):
         across, up, towards = side_axes(n, side)
-        body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > _FLOOR + 0.5))
+        body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > FLOOR + 0.5))
     voxels.shape.copy_(torch.where(body, solid, empty).expand_as(voxels.shape))
     voxels.paint.copy_(_logit(COLOURS[prompt.body]).view(3, 1, 1, 1).expand_as(voxels.paint))
     for side in range(SIDES):

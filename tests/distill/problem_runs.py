@@ -43,14 +43,15 @@ def sds(prior: DiffusionPrior, seed: int, scale: float = 1.0) -> Sds:
 
 def optimise(
     prompts: Sequence[str], seed: int, guidance: Callable[[DiffusionPrior, int], Guidance] = sds, steps: int = 240, rate: float = 0.05,
-    geometry: GeometryReward | None = None, weight: float = 0.3, p: float = problem.FACE_PROBABILITY,
+    geometry: GeometryReward | None = None, weight: float = 0.3, every: int = 5, p: float = problem.FACE_PROBABILITY,
 ) -> End:
     """Adam on voxels, one time per asset; all draws from the seed."""
     prior, streams, renderer = problem.prior(), Streams(seed=seed), FourViews()
     asset = problem.start(prompts, [streams.generator(f"start/{i}", 0) for i in range(len(prompts))], p)
     before, views = noses(asset), renderer.draw(len(asset), torch.Generator())
     method = guidance(prior, seed)
-    shape = None if geometry is None else ProgressiveGeometry(geometry, GeometrySettings(geometry_weight=weight), steps)
+    pull = GeometrySettings(geometry_weight=weight, geometry_every=every)
+    shape = None if geometry is None else ProgressiveGeometry(geometry, pull, steps)
     texts, parameters = [text for text in prompts for _ in range(problem.SIDES)], list(asset.parameters())
     optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), eps=1e-15)
     for step in range(steps):

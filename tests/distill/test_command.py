@@ -11,12 +11,12 @@ from eg3d_rlhf.distill.flags import arms_of, read_prompts
 
 FLAGS = """
 --allow-mixed-predictor --amp --assets --back --balance --batch --best --best-weight --ceiling --checkpoint-ticks --compare --decoder-lr
---desc --device --dry-run --eta --explore-end --explore-scale --explore-steps --form --front --gap-beta --gap-weight --geometry-reward
---geometry-start --geometry-weight --geometry-weight-from --grad-clamp --guidance-scale --image-loss --judge --judge-from --judge-mode
---judge-share --judge-weight --lose-guidance-scale --lr --lr-end --method --mode --negative-ball --negative-beta --negative-every
---negative-from --negative-prompt --negative-rate --negative-update --noises --opacity --outdir --overhead --pair-level --perp-neg
---planes --predictor --preset --prior --prompt --rank-predictor --rescale --resolution --resume --reward --reward-from
---reward-only-from --reward-weight --samples --seed --shared-time --show --sparsity --standardise --starts --steps
+--desc --device --dry-run --eta --explore-end --explore-scale --explore-steps --form --front --gap-beta --gap-weight --geometry-every
+--geometry-reward --geometry-start --geometry-weight --geometry-weight-from --grad-clamp --guidance-scale --image-loss --judge
+--judge-from --judge-mode --judge-share --judge-weight --lose-guidance-scale --lr --lr-end --method --mode --negative-ball
+--negative-beta --negative-every --negative-from --negative-prompt --negative-rate --negative-update --noises --opacity --outdir
+--overhead --pair-level --perp-neg --planes --predictor --preset --prior --prompt --rank-predictor --rescale --resolution --resume
+--reward --reward-from --reward-only-from --reward-weight --samples --seed --shared-time --show --sparsity --standardise --starts --steps
 --strategy --subtract-noise --t-max --t-min --tau --tau-mode --temperature --through --tick --timeout --until --view-prompts --views
 --weighting --workers --worst --worst-weight --x0-until -n
 """.split()

@@ -24,6 +24,10 @@ def linear(field, prompts, step):
     return field.shape.flatten(1).sum(dim=1)
 
 
+def curved(field, prompts, step):
+    return -(field.shape - step).square().flatten(1).sum(dim=1)
+
+
 def with_gradients(seed: int = 0):
     asset, rng = random_voxels(), torch.Generator().manual_seed(seed)
     for parameter in asset.parameters():
@@ -57,6 +61,18 @@ def test_before_its_time_and_without_weight_nothing_changes(settings, step):
     assert all(torch.equal(a.grad, b) for a, b in zip(asset.parameters(), before, strict=True))
 
 
+def test_between_looks_the_gradient_stays():
+    geometry, moved = ProgressiveGeometry(curved, GeometrySettings(geometry_start=0.0, geometry_weight_from=0.3, geometry_every=3), 20), []
+    for step in range(6):
+        asset, before = with_gradients()
+        said = geometry.add(asset, list(asset.parameters()), ["", ""], step)
+        pull = (before[0] - asset.shape.grad).flatten(1)
+        moved.append((said["geometry"], pull / pull.norm(dim=1, keepdim=True)))
+        assert torch.equal(asset.paint.grad, before[1])
+    for a, b, alike in ((0, 1, True), (1, 2, True), (2, 3, False), (3, 5, True)):
+        assert torch.equal(moved[a][0], moved[b][0]) is alike and torch.allclose(moved[a][1], moved[b][1], atol=1e-5) is alike
+
+
 def test_a_resumed_run_goes_on_alike():
     def run(geometry, steps):
         found = []
@@ -66,8 +82,8 @@ def test_a_resumed_run_goes_on_alike():
             found.append(asset.shape.grad)
         return found
 
-    straight = run(ProgressiveGeometry(linear, GeometrySettings(), 20), range(4, 10))
-    first, second = (ProgressiveGeometry(linear, GeometrySettings(), 20) for _ in range(2))
+    straight = run(ProgressiveGeometry(curved, GeometrySettings(), 20), range(4, 10))
+    first, second = (ProgressiveGeometry(curved, GeometrySettings(), 20) for _ in range(2))
     halves = run(first, range(4, 7))
     second.load_state_dict(first.state_dict())
     halves += run(second, range(7, 10))

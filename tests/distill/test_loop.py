@@ -16,8 +16,11 @@ from eg3d_rlhf.distill.bundled import bundled_scene
 from eg3d_rlhf.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.distill.field.asset import load_assets
 from eg3d_rlhf.distill.loop import StoppedError
+from eg3d_rlhf.distill.meshing.patches import PatchOptions
 from eg3d_rlhf.distill.progress import signs
 from eg3d_rlhf.distill.report import notes
+from eg3d_rlhf.distill.reward_cs.encoder import EncoderOptions
+from eg3d_rlhf.distill.reward_cs.model import RewardCS
 from eg3d_rlhf.distill.run import ASSETS, Part, distil
 from eg3d_rlhf.run.run import STATS
 from training.storage import read_tensors
@@ -58,6 +61,28 @@ def test_a_state_carries_everything(arm):
         again.step(step)
     assert same(again.asset.state_dict(), straight.asset.state_dict())
     assert again.tick.line(4, again.drift()) == straight.tick.line(4, straight.drift())
+
+
+def test_a_state_carries_what_a_mesh_reward_holds(tmp_path):
+    """Cut off between two looks at the shapes, after a rebuild of the meshes; the reward is read from its file."""
+    torch.manual_seed(0)
+    path = tmp_path / "reward.safetensors"
+    RewardCS(PatchOptions(patches=8, faces=4), EncoderOptions(faces=4, width=8, depth=1, heads=2), resolution=9).save(path)
+    shaped = replace(SETTINGS, scene=replace(SETTINGS.scene, geometry_reward=str(path)), guidance={"geometry_every": 3})
+    settings = replace(shaped, loop=replace(SETTINGS.loop, steps=20, lr=0.3))
+    scene = bundled_scene(settings, CPU)
+    straight = scene.distillation(settings, Arm.parse("sds+geometry"), 0)
+    for step in range(17):
+        straight.step(step)
+        if step == 13:
+            tensors, meta = straight.state()
+            kept = {name: value.clone() for name, value in tensors.items()}
+    again = scene.distillation(settings, Arm.parse("sds+geometry"), 0)
+    again.load(kept, json.loads(json.dumps(meta)))
+    for step in range(14, 17):
+        again.step(step)
+    assert same(again.asset.state_dict(), straight.asset.state_dict())
+    assert not same(straight.asset.state_dict(), after(settings, "sds", 17))
 
 
 def test_a_stopped_part_goes_on_to_the_same_bytes(tmp_path):

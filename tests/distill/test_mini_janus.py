@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from eg3d_rlhf.distill.rewards.analytic import OneNose, Volume
+from eg3d_rlhf.distill import problem
+from eg3d_rlhf.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
+from eg3d_rlhf.distill.guidance.geometry import MeshGeometry
+from eg3d_rlhf.distill.meshing.lattice import cube
+from eg3d_rlhf.distill.meshing.patches import MeshReader
+from eg3d_rlhf.distill.reward_cs.train import MeshRewardTraining, MeshTraining
+from eg3d_rlhf.distill.rewards.analytic import ModeDistance, OneNose, Volume
 from eg3d_rlhf.distill.rewards.noses import shares
-from tests.distill.problem_runs import heads, optimise
+from eg3d_rlhf.distill.streams import Streams
+from tests.distill.problem_runs import heads, optimise, sds
 
 SEEDS = (3, 4, 5)
 
@@ -22,15 +30,34 @@ def test_distillation_keeps_the_noses_it_finds_and_a_geometry_reward_removes_the
     assert shares(shaped.after).exactly_one > shares(plain.after).exactly_one and float(shaped.rms.mean()) < 0.04
 
 
+def learned():
+    """RewardCS of the problem's own objects, as docs/distill.md trains it."""
+    options = MeshRewardTraining(source="janus", resolution=15, patches=32, faces=16, width=48, depth=2, steps=600, lr=3e-3, divergence=0.0)
+    training = MeshTraining(options, options.meshes())
+    training.run(options.steps)
+    reward = training.finished().requires_grad_(False)
+    return MeshGeometry(MeshReader(cube(options.resolution), reward.patches), reward)
+
+
+def faces_everywhere(prior, seed):
+    """A reward of pictures that likes a face in each view, by its gradient."""
+    settings = DreamRewardSettings(prior=DenoiserSettings(guidance_scale=1.0))
+    return DreamReward(prior, settings, views=problem.SIDES, streams=Streams(seed=seed), reward=ModeDistance())
+
+
 @pytest.fixture(scope="module")
 def arms():
     """Noses of 32 assets and three seeds in each arm, [96]."""
     found, rms = {}, {}
-    for name, reward, weight in (
-        ("sds", None, 0.0), ("geometry", OneNose(), 0.3), ("gentle", OneNose(), 0.1), ("inverted", inverted, 0.3),
-        ("volume", Volume(0.4), 0.3),
+    for name, reward, weight, guidance in (
+        ("sds", None, 0.0, sds), ("geometry", OneNose(), 0.3, sds), ("gentle", OneNose(), 0.1, sds), ("inverted", inverted, 0.3, sds),
+        ("volume", Volume(0.4), 0.3, sds), ("pictures", None, 0.0, faces_everywhere), ("learned", learned(), 0.3, sds),
     ):
-        ends = [optimise(heads(32), seed, geometry=reward, weight=weight) for seed in SEEDS]
+        ends = []
+        for seed in SEEDS:
+            if isinstance(reward, MeshGeometry):
+                reward.reader.held = []  # of the seed before
+            ends.append(optimise(heads(32), seed, guidance, geometry=reward, weight=weight))
         found["start"] = torch.cat([end.before for end in ends])
         found[name], rms[name] = torch.cat([end.after for end in ends]), float(torch.cat([end.rms for end in ends]).mean())
         print(name, [tuple(round(share, 3) for share in shares(end.after)[:3]) for end in ends], f"rms {rms[name]:.4f}")
@@ -58,3 +85,11 @@ def test_the_controls_remove_none(arms):
     found, _ = arms
     assert found["inverted"].two_or_more >= found["sds"].two_or_more - 0.03
     assert found["volume"].two_or_more >= (1 - 0.15) * found["sds"].two_or_more
+    assert found["pictures"].two_or_more >= found["sds"].two_or_more + 0.1
+
+
+@pytest.mark.long
+@pytest.mark.xfail(reason="not met: a learned reward of meshes leaves the noses where they are; docs/distill.md says why")
+def test_a_learned_reward_removes_noses_too(arms):
+    found, _ = arms
+    assert found["learned"].two_or_more <= (1 - 0.33) * found["sds"].two_or_more

@@ -110,6 +110,7 @@ class GeometrySettings:
     geometry_weight: float = knob(0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0)
     geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0)
     geometry_start: float = knob(0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1)
+    geometry_every: int = knob(10, "Steps between two looks at the shapes; the gradient stays the same in between.", GEOMETRY, low=1)
 
     def __post_init__(self):
         check_knobs(self)
@@ -120,41 +121,51 @@ class ProgressiveGeometry:
 
     def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int):
         """Raises: ValueError where the ramp has no length."""
-        self.reward, self.balance = reward, Balance()
+        self.reward, self.balance, self.every = reward, Balance(), settings.geometry_every
         self.first = int(settings.geometry_start * steps)
         if self.first >= steps:
             raise ValueError(f"--geometry-start: expected less than the whole run, got {settings.geometry_start:g}. Lower it.")
         self.alpha = Ramp((self.first, settings.geometry_weight_from, settings.geometry_weight, steps))
+        self.scores: torch.Tensor | None = None  # [A] rewards of the last look, and
+        self.slopes: dict[int, torch.Tensor] = {}  # their gradients [A, ...], by the number of the parameter
 
     def add(self, field: Field, parameters: Sequence[torch.nn.Parameter], prompts: Sequence[str], step: int) -> dict[str, torch.Tensor]:
         """Add its gradient to what the distillation left in `.grad` of parameters [A, ...], and say what it did.
 
         Without weight or before its time nothing is computed and nothing changes.
-        Returns: 'geometry' rewards [A], 'geometry_cosine' between both gradients [A], 'geometry_alpha' [1]; empty where it rests.
+        Returns: 'geometry' rewards [A] of the last look, 'geometry_cosine' between both gradients [A], 'geometry_alpha' [1]; empty where
+        it rests.
         """
         alpha = self.alpha(step) if step >= self.first else 0.0
         if alpha == 0:
             return {}
-        scores = self.reward(field, prompts, step)
-        found = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
-        own = [torch.zeros_like(p) if g is None else g.nan_to_num() for p, g in zip(parameters, found, strict=True)]
+        if self.scores is None or step % self.every == 0:
+            scores = self.reward(field, prompts, step)
+            found = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
+            self.scores, self.slopes = scores.detach(), {i: g.nan_to_num() for i, g in enumerate(found) if g is not None}
+        device, scores = parameters[0].device, self.scores
+        slopes = {i: slope.to(device) for i, slope in self.slopes.items()}
         distilled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        first, second = _norm(distilled), _norm(own)
+        first, second = _norm(distilled), _norm(list(slopes.values())) if slopes else torch.zeros(len(scores), device=device)
         scale = alpha * self.balance(first, second)  # [A]
-        dot = sum((a * b).flatten(1).sum(dim=1) for a, b in zip(distilled, own, strict=True))
-        for parameter, base, gradient in zip(parameters, distilled, own, strict=True):
-            parameter.grad = base - scale.view(-1, *[1] * (gradient.ndim - 1)).to(gradient) * gradient
+        dot = torch.zeros_like(second)
+        for i, slope in slopes.items():
+            dot = dot + (distilled[i] * slope).flatten(1).sum(dim=1)
+            parameters[i].grad = distilled[i] - scale.view(-1, *[1] * (slope.ndim - 1)).to(slope) * slope
         cosine = -dot / (first * second).clamp_min(1e-30)  # of both descents
-        return {"geometry": scores.detach(), "geometry_cosine": cosine, "geometry_alpha": torch.tensor([alpha])}
+        return {"geometry": scores.to(device), "geometry_cosine": cosine, "geometry_alpha": torch.tensor([alpha])}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs."""
         of_reward: dict[str, torch.Tensor] = getattr(self.reward, "state_dict", dict)()
-        return {**self.balance.state_dict(), **{f"reward.{name}": value for name, value in of_reward.items()}}
+        seen = {} if self.scores is None else {"scores": self.scores, **{f"slope.{i}": slope for i, slope in self.slopes.items()}}
+        return {**self.balance.state_dict(), **seen, **{f"reward.{name}": value for name, value in of_reward.items()}}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.balance.load_state_dict(state)
+        self.scores = state.get("scores")
+        self.slopes = {int(name.removeprefix("slope.")): value.clone() for name, value in state.items() if name.startswith("slope.")}
         if hasattr(self.reward, "load_state_dict"):
             prefix = "reward."
             self.reward.load_state_dict({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})

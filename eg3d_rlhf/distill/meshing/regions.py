@@ -63,23 +63,25 @@ def _grow(normals: np.ndarray, pairs: np.ndarray, seeds: np.ndarray) -> np.ndarr
     label = np.full(len(normals), -1)
     label[seeds] = np.arange(len(seeds))
     total, bound = normals[seeds].copy(), SIMILAR
-    inner, outer = np.concatenate([pairs, pairs[:, ::-1]]).T
-    while True:
-        open_ = label[outer] < 0
-        inner, outer = inner[open_], outer[open_]
-        front = label[inner] >= 0
-        if not front.any():
+    beside = np.concatenate([pairs, pairs[:, ::-1]])
+    beside = beside[np.argsort(beside[:, 0], kind="stable")]
+    first, outer = np.searchsorted(beside[:, 0], np.arange(len(normals) + 1)), beside[:, 1]
+    new, region, face = seeds, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    while True:  # what regions may take: what they could not take before, and what stands beside their new faces
+        count = first[new + 1] - first[new]
+        place = np.repeat(first[new] - count.cumsum() + count, count) + np.arange(count.sum())
+        region, face = np.concatenate([region, np.repeat(label[new], count)]), np.concatenate([face, outer[place]])
+        open_ = label[face] < 0
+        region, face = region[open_], face[open_]
+        if not len(face):
             break
-        region, face = label[inner[front]], outer[front]
-        mean = total / np.maximum(np.linalg.norm(total, axis=1), 1e-12)[:, None]
+        mean = total / np.maximum(np.sqrt((total * total).sum(axis=1)), 1e-12)[:, None]
         likeness = np.einsum("ki,ki->k", normals[face], mean[region])
         while not (wanted := likeness >= bound).any():
             bound -= RELAX
         order = np.argsort(likeness[wanted], kind="stable")  # a face that several regions want goes to the one it is most like
+        new = np.unique(face[wanted])
         label[face[wanted][order]] = region[wanted][order]
-        reached = np.zeros(len(normals), dtype=bool)
-        reached[face[wanted]] = True
-        new = np.flatnonzero(reached)
         np.add.at(total, label[new], normals[new])
     left = label < 0
     if left.any():

@@ -81,15 +81,22 @@ def cut(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tens
 
 
 def on_edges(level: torch.Tensor, lattice: Lattice, edges: torch.Tensor, deformation: torch.Tensor | None = None) -> torch.Tensor:
-    """Vertices [N, 3] where the level crosses edges [N, 2]; at the end nearer to 0 of an edge that it no longer crosses, without gradient
-    of the level. Differentiable in level, deformation, lattice.vertices."""
+    """Vertices [N, 3] where the level crosses edges [N, 2], see `crossings`. Differentiable in level, deformation, lattice.vertices."""
     where = lattice.vertices if deformation is None else lattice.vertices + deformation.tanh() * lattice.step
     a, b = edges.unbind(1)
-    s_a, s_b = level[a, None], level[b, None]
+    return crossings(level[a], level[b], where[a], where[b])
+
+
+def crossings(s_a: torch.Tensor, s_b: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where levels s_a, s_b [N] at the ends a, b [N, 3] of edges cross 0, [N, 3]; see `crossed`."""
+    return a + crossed(s_a, s_b)[:, None] * (b - a)
+
+
+def crossed(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
+    """The share [N] of an edge at which levels s_a, s_b [N] at its ends cross 0; 0 or 1, the end nearer to 0, where their signs are the
+    same, without gradient."""
     lost = (s_a < 0) == (s_b < 0)
-    end = torch.where(s_a.abs() < s_b.abs(), where[a], where[b])
-    step = torch.where(lost, 1.0, s_b - s_a)
-    return torch.where(lost, end, (where[a] * s_b - where[b] * s_a) / step)
+    return torch.where(lost, (s_a.abs() >= s_b.abs()).to(s_a), s_a / torch.where(lost, 1.0, s_a - s_b))
 
 
 def signed_volume(mesh: Mesh) -> torch.Tensor:
@@ -137,12 +144,12 @@ def isovalues(density: torch.Tensor, lattice: Lattice, level: float, isovalue: f
 
 
 def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
-    """Level [V] with the lattice's border outside, so that a body that runs into it is closed there.
+    """Level [..., V] with the lattice's border outside, so that a body that runs into it is closed there.
 
     The cap lies about 1/1000 of a cell from the border. Differentiable in level, but not on the border where it was inside.
     """
-    least = 1e-3 * float(level.detach().abs().mean()) + LEAST_STEP
-    return torch.where(lattice.border, level.clamp_min(least), level)
+    least = 1e-3 * level.detach().abs().mean(dim=-1, keepdim=True) + LEAST_STEP
+    return torch.where(lattice.border, level.maximum(least), level)
 
 
 def densities(field: Field, lattice: Lattice) -> torch.Tensor:

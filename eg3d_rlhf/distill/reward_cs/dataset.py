@@ -14,8 +14,9 @@ import torch
 
 from eg3d_rlhf.distill.interfaces import Mesh, Patches
 from eg3d_rlhf.distill.meshing.lattice import cube
+from eg3d_rlhf.distill.meshing.nets import net_mesh
 from eg3d_rlhf.distill.meshing.patches import PatchOptions, patches_of, stacked
-from eg3d_rlhf.distill.meshing.tetrahedra import closed_level, marching_tetrahedra, signed_volume
+from eg3d_rlhf.distill.meshing.tetrahedra import closed_level, signed_volume
 from eg3d_rlhf.distill.reward_cs.shapes import KINDS, SOURCES
 from eg3d_rlhf.preferences.dataset import Splits
 from eg3d_rlhf.preferences.labels import jsonl_records
@@ -73,7 +74,7 @@ def drawn(source: str, count: int, options: PatchOptions, resolution: int, seed:
         draw = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, i))
         kind, severity = known[i // 2 % len(known)], severity_of(i, float(torch.rand((), generator=draw)))
         level, prompt = SOURCES[source](lattice, kind, severity, draw)
-        found.append(patches_of([marching_tetrahedra(closed_level(level, lattice), lattice)], options))
+        found.append(patches_of([net_mesh(closed_level(level, lattice), lattice)], options))
         labels.append(UnpairedPreference(seed=i, score=SCALE - FALL * severity))
         prompts.append(prompt)
         kinds.append(kind)

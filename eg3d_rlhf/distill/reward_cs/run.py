@@ -77,7 +77,7 @@ def run_table(options: MeshRewardTraining, out: Path, seeds: int, on_shape: OnSh
 
 
 def summary(rows: dict[str, dict]) -> dict[str, dict]:
-    """Of each arm over its seeds: mean and range of AUC, mean D, and mean AUC of each defect."""
+    """Of each arm over its seeds: mean and range of AUC, mean D at its own width and at one that arms share, mean AUC of each defect."""
     found = {}
     for arm in ARMS:
         own = [row for name, row in rows.items() if name.split("/")[0] == arm]
@@ -85,5 +85,6 @@ def summary(rows: dict[str, dict]) -> dict[str, dict]:
             scores = [row["auc"] for row in own]
             kinds = {kind: float(np.mean([row["auc_by_kind"][kind] for row in own])) for kind in own[0]["auc_by_kind"]}
             found[arm] = {"n": len(own), "auc": float(np.mean(scores)), "auc_range": [min(scores), max(scores)],
-                          "divergence": float(np.mean([row["divergence"] for row in own])), "auc_by_kind": kinds}  # fmt: skip
+                          **{name: float(np.mean([row[name] for row in own])) for name in ("divergence", "divergence_fixed")},
+                          "auc_by_kind": kinds}  # fmt: skip
     return found

@@ -18,7 +18,7 @@ import torch
 
 from eg3d_rlhf.distill.field.voxels import GAIN
 from eg3d_rlhf.distill.meshing.lattice import Lattice
-from eg3d_rlhf.distill.problem import PROMPTS, build
+from eg3d_rlhf.distill.problem import FLOOR, PROMPTS, build, nose_voxels, side_axes
 
 KINDS = {"heads": ("noise", "holes", "floaters", "second-nose"), "janus": ("second-nose", "no-nose", "noise", "holes")}  # of each source
 BODIES = {"a round head": (1.0, 1.0, 1.0), "a tall head": (0.9, 1.25, 0.9), "a wide head": (1.2, 0.95, 1.0)}  # with prompts
@@ -80,17 +80,24 @@ def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def janus(lattice: Lattice, kind: str, severity: float, draw: torch.Generator) -> tuple[torch.Tensor, str]:
     """Level [V] of an object of the test problem's mini-Janus, finished or half made, with a defect of `severity` 0..1; and its prompt.
 
-    One side has a nose. A nose whose share is below .4 to .45 is not on the surface.
+    One side has a nose. Half of the objects have noses that are there in part as at the start of a run, where one whose share is below .4
+    to .45 is not on the surface; those of the others are whole but lower, so that a reward has a slope at every height.
     """
-    u = torch.rand(12, generator=draw)
+    u = torch.rand(14, generator=draw)
     prompts = [prompt for prompt in PROMPTS if prompt.kind == "janus"]
     prompt, order = prompts[int(u[0] * len(prompts))], torch.randperm(4, generator=draw)
-    share = 0.3 * u[1:5]
-    share[order[0]] = max(0.0, 1 - 1.6 * severity) if kind == "no-nose" else 0.75 + 0.25 * u[5]
+    low = bool(u[12] < 0.5)
+    share = (0.15 if low else 0.3) * u[1:5]
+    share[order[0]] = max(0.0, 1 - (1.1 if low else 1.6) * severity) if kind == "no-nose" else 0.75 + 0.25 * u[5]
     if kind == "second-nose":
-        share[order[1 : 2 + int(3 * u[6])]] = min(1.0, 0.2 + 0.9 * severity)
-    made = build(prompt, share[None], solid=1.2 + 1.8 * float(u[7]), empty=-1 - float(u[8]))
-    rough = 0.05 + (1.2 * severity if kind == "noise" else 0.05 * float(u[9]))
+        share[order[1 : 2 + int(3 * u[6])]] = min(1.0, 1.1 * severity if low else 0.2 + 0.9 * severity)
+    solid, empty = 1.2 + 1.8 * float(u[7]), -1 - float(u[8])
+    made = build(prompt, share[None], solid=solid, empty=empty)
+    for side in range(4 if low else 0):
+        nose, above = nose_voxels(made.resolution, side), side_axes(made.resolution, side)[2] - FLOOR  # 1 and 2 voxels
+        inside = (3 * share[side] - above[nose]).clamp(-1, 1)
+        made.shape[0, nose] = torch.where(inside > 0, solid * inside, -empty * inside)
+    rough = 0.05 + (1.2 * severity if kind == "noise" else 0.15 * float(u[9]))
     made.shape.add_(rough * torch.randn(made.shape.shape, generator=draw))
     level = (made.level - made.density(lattice.vertices)[0]) / GAIN
     if kind == "holes":

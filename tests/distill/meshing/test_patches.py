@@ -6,11 +6,13 @@ import torch
 from eg3d_rlhf.distill.interfaces import Mesh
 from eg3d_rlhf.distill.meshing.lattice import cube
 from eg3d_rlhf.distill.meshing.maps import base, maps, nearest_on
+from eg3d_rlhf.distill.meshing.nets import net_mesh
 from eg3d_rlhf.distill.meshing.patches import MeshReader, PatchOptions, patches_of
 from eg3d_rlhf.distill.meshing.regions import grown, neighbours, regions
-from eg3d_rlhf.distill.meshing.tetrahedra import cut, marching_tetrahedra
+from eg3d_rlhf.distill.meshing.tetrahedra import closed_level, cut, densities, marching_tetrahedra
 from eg3d_rlhf.field import Bounds
 from tests.distill.meshing.test_tetrahedra import Cloud, ball
+from tests.distill.test_field import random_voxels
 
 
 def level_of(grid, floater=True):
@@ -165,6 +167,36 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
     assert agreed == 10
 
 
+@pytest.mark.parametrize("options", [PatchOptions(patches=8, faces=4), PatchOptions(kind="maps", patches=16, faces=4, area="raw")])
+def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(options):
+    """At a rebuild all numbers are those of the whole mesh; gradients are those of differences with normals and scale held."""
+    grid, field = cube(8), random_voxels(2, 9)
+    with torch.no_grad():
+        field.shape.copy_(-10 * torch.stack([level_of(grid, floater=False), ball(0.3)(grid.vertices)]).view(2, 9, 9, 9).transpose(1, 3))
+    field.double()
+    read = MeshReader(grid, options)
+    found = read(field, 0)
+    levels = closed_level((field.level - densities(field, grid)).detach(), grid)
+    whole = patches_of([net_mesh(level, grid) for level in levels], options)
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b.to(a), rtol=1e-4, atol=1e-5)
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(found.features.shape, generator=draw, dtype=torch.float64)
+
+    def value():
+        return (read(field, 1).features * weight)[..., 1:4].sum()
+
+    slope = torch.autograd.grad(value(), field.shape)[0]
+    for place in slope.abs().flatten().topk(6).indices.tolist():
+        with torch.no_grad():
+            sides = []
+            for step in (1e-6, -2e-6):
+                field.shape.view(-1)[place] += step
+                sides.append(float(value()))
+            field.shape.view(-1)[place] += 1e-6
+        assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(float(slope.flatten()[place]), rel=0.02)
+
+
 def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
     grid, calls = cube(8), []
 
@@ -177,10 +209,10 @@ def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
     other = MeshReader(grid, options, 0.0, every=3)
     for step in range(7):
         field.radii = (0.2 + 0.02 * step, 0.3)
-        before = [held.edges for held in read.held]
+        before = [held.net.edges for held in read.held]
         patches = read(field, step)
         calls.append(patches.centres.norm(dim=3).mean((1, 2)))
-        assert step % 3 == 0 or all(held.edges is edges for held, edges in zip(read.held, before, strict=True))
+        assert step % 3 == 0 or all(held.net.edges is edges for held, edges in zip(read.held, before, strict=True))
         if step == 4:
             other.load_state_dict(read.state_dict())
         if step >= 4:
