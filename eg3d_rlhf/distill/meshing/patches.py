@@ -149,13 +149,13 @@ class MeshReader:
             faces.append(plan.faces + new)
             counts.append((len(normals), len(plan.faces)))
             first, new = first + len(known.base) // 3, new + len(normals)
-        edges, *others, base = (torch.cat(parts) for parts in zip(*nets, strict=True))
+        edges, cells, row, reach, base = (torch.cat(parts) for parts in zip(*nets, strict=True))
         index = torch.arange(len(self.held), device=places.device)
         of_vertices, of_faces = (index.repeat_interleave(torch.tensor(n, device=places.device)) for n in zip(*counts, strict=True))
         still = torch.zeros(1, 3, dtype=torch.int64, device=places.device)  # the new vertex 0
         return _Batch(
             isovalue=torch.tensor([held.isovalue for held in self.held], device=places.device)[:, None], ends=edges.T.flatten(),
-            net=Net(edges, *others, torch.cat([base.new_zeros(3), base])),
+            net=Net(edges, cells, row, reach, torch.cat([base.new_zeros(3), base])),
             mixture=(torch.cat([still, *sources]), torch.cat([places.new_zeros(1, 3), *weights])[..., None]) if mixed else None,
             faces=torch.cat(faces), owners=Owners(len(self.held), torch.cat([still[0, :1], of_vertices]), of_faces),
             corners=torch.stack(corners), around=torch.stack(around), mask=torch.stack([held.plan.mask for held in self.held]),
@@ -164,9 +164,9 @@ class MeshReader:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors by name."""
         found: dict[str, torch.Tensor] = {}
-        for i, (iso, inside, around, *parts) in enumerate(self.held):
-            own = {"isovalue": torch.tensor(iso, dtype=torch.float64), "inside": inside, "around": around}
-            own |= {name: value for part in parts for name, value in part._asdict().items()}
+        for i, (iso, inside, around, known, plan) in enumerate(self.held):
+            own = {"isovalue": torch.tensor(iso, dtype=torch.float64), "inside": inside, "around": around, **known._asdict()}
+            own |= plan._asdict()
             found |= {f"{i}.{name}": value for name, value in own.items() if value is not None}
         return found
 
