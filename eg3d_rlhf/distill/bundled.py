@@ -1,5 +1,5 @@
-"""The bundled problem as a scene: box heads and emblems seen from four sides, a mixture in closed form as the prior, analytic rewards, and
-a judge that none of them knows.
+"""The bundled problem as a scene: box heads and emblems seen from four sides, a mixture in closed form as the prior, or a U-Net that
+has learned it; analytic rewards, and a judge that none of them knows.
 
 Letters: A assets.
 """
@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from eg3d_rlhf.bundled import VIEW_PRIOR
 from eg3d_rlhf.distill import problem
 from eg3d_rlhf.distill.config import DistillSettings
 from eg3d_rlhf.distill.field.asset import Asset
@@ -17,6 +18,7 @@ from eg3d_rlhf.distill.geometry_rewards import load_geometry
 from eg3d_rlhf.distill.guidance.geometry import GeometryReward
 from eg3d_rlhf.distill.interfaces import PairwiseJudge, RewardModel
 from eg3d_rlhf.distill.priors.gmm import GmmPrior
+from eg3d_rlhf.distill.priors.tiny_unet import load_view_prior
 from eg3d_rlhf.distill.rewards import analytic
 from eg3d_rlhf.distill.rewards.judges import AssetJudge, YesNoJudge, emblem_sides, plausibility
 from eg3d_rlhf.distill.rewards.noses import noses
@@ -71,14 +73,17 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
     """The scene of the bundled problem. Raises: ValueError."""
     if device.type != "cpu":
         raise ValueError(f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a GPU.")
-    prior, name, shape = mixture(), settings.scene.reward, settings.scene.geometry_reward
+    exact, name, shape = mixture(), settings.scene.reward, settings.scene.geometry_reward
+    learned = settings.scene.prior == "bundled-unet"
     return Scene(
-        prior=prior, renderer=FourViews(), views=problem.SIDES, start=problem.start, reward=None if name is None else reward_of(name),
+        prior=load_view_prior() if learned else exact, renderer=FourViews(), views=problem.SIDES, start=problem.start,
+        reward=None if name is None else reward_of(name),
         pair_judge=judge_of(settings.scene.judge), geometry=GEOMETRIES.get(shape) or load_geometry(shape, device), measures=measures,
         final=AssetJudge(),
         judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's "
               "modes. It trained nothing",
-        background=torch.zeros(3), log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
+        background=torch.zeros(3), log_prob=lambda x, prompts: exact.log_prob(x, exact.embed(prompts)),
+        inputs={"prior": VIEW_PRIOR} if learned else {},
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from training.config import built, check_knobs, knob, values_of
 
 ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
 METHODS = ("sds", "dreamreward", "dreamdpo", "rewardsds", "psd", "best-of-n")
+BOXES = ("bundled", "bundled-unet")  # priors of the bundled problem: exact, learned
 TWISTS = ("inverted", "random")  # of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
 _TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
 _ARM = re.compile(rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?")
@@ -96,8 +97,9 @@ class LoopConfig:
 class SceneConfig:
     """What is made, and who has a say in it."""
 
-    prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, the procedural heads', a Stable Diffusion "
-                      "folder, or an MVDream file.", ASSETS, metavar="bundled|heads|DIR|FILE")
+    prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, in closed form or as a U-Net that learned it, "
+                      "the procedural heads', a Stable Diffusion folder, or an MVDream file.", ASSETS,
+                      metavar="bundled|bundled-unet|heads|DIR|FILE")
     reward: str | None = knob(None, "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
                               "ImageReward, Reward3D or HPSv2, or a CLIP folder.", ASSETS, metavar="NAME|FILE",
                               shown="one-face with the bundled prior")

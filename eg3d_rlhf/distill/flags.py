@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.cli import option, options_of, together
-from eg3d_rlhf.distill.config import ASSETS, METHOD, METHODS, REAL, Arm, DistillSettings, LoopConfig, SceneConfig
+from eg3d_rlhf.distill.config import ASSETS, BOXES, METHOD, METHODS, REAL, Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.distill.guidance.geometry import GeometrySettings
 from eg3d_rlhf.distill.methods import TABLE, owners
 from eg3d_rlhf.distill.presets import PRESETS
@@ -15,11 +15,12 @@ from training.config import built, knobs_of
 RUN = "Run"
 FOLDER = click.Path(path_type=Path, file_okay=False)
 DEFAULT_METHOD = "dreamdpo"
-BUNDLED = ("bundled", "heads")  # priors that need no files
+BUNDLED = (*BOXES, "heads")  # priors that need no files
 CONTROLS = ("inverted", "random")  # arms that a comparison adds for its first method with a reward
 
-DEFAULTS: dict[str, dict] = {  # by kind of prior: what differs from the fields' own
+DEFAULTS: dict[str, dict] = {  # by prior: what differs from the fields' own
     "bundled": {"tau_mode": "quantile", "tau": 0.5},  # half of the steps only pull: the push away has a weak anchor
+    "bundled-unet": {"tau_mode": "quantile", "tau": 0.5, "guidance_scale": 1.5},  # its null prediction knows all prompts' modes
     "heads": {"steps": 40, "batch": 8, "lr": 0.1, "t_max": "0.5", "guidance_scale": 1.0},
     "real": {"steps": 10000, "batch": 1, "lr": 0.01, "lr_end": 1.0, "t_min": "0,0.98,0.02,8000", "t_max": "0,0.98,0.5,8000", "tick": 50},
 }
@@ -123,7 +124,7 @@ def resolve(flags: Mapping) -> DistillSettings:
     methods = {arm.method for arm in parsed}
     refuse(given, methods, any(arm.geometry for arm in parsed), kind)
     values = {**DEFAULTS[kind], **given}
-    if kind == "bundled":
+    if kind in BOXES:
         from eg3d_rlhf.distill import bundled
 
         values.setdefault("t_max", f"0,0.98,0.15,{0.6 * values.get('steps', LoopConfig.steps):g}")  # the end is for detail alone

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from eg3d_rlhf.distill.compare import FinalJudge
-from eg3d_rlhf.distill.config import Arm, DistillSettings
+from eg3d_rlhf.distill.config import BOXES, Arm, DistillSettings
 from eg3d_rlhf.distill.field.asset import Asset
 from eg3d_rlhf.distill.field.render import Renderer
 from eg3d_rlhf.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, twisted
@@ -71,7 +71,7 @@ class Scene:
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
     """The scene of a run. Raises: ValueError, OSError: one line with flag and remedy."""
-    if settings.scene.prior == "bundled":
+    if settings.scene.prior in BOXES:
         from eg3d_rlhf.distill.bundled import bundled_scene
 
         return bundled_scene(settings, device)

@@ -5,11 +5,13 @@ Letters: B = 256 pictures, one view each.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from eg3d_rlhf.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.distill.interfaces import DiffusionPrior
 from eg3d_rlhf.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.distill.schedule import TimeWindow
 from eg3d_rlhf.distill.streams import Streams
@@ -42,19 +44,22 @@ class Outcome:
         return f"share {self.share:.3f} rms {self.rms:.3f} log p {self.log_p:.2f} within 3 nats {self.near:.3f}"
 
 
-def optimise(guidance, made: GmmPrior, *, steps: int = 1200, lr: float = 0.02, seed: int = 0, window: TimeWindow | None = None) -> Outcome:
-    """Adam from small noise."""
+def optimise(
+    guidance, made: DiffusionPrior, *, steps: int = 1200, lr: float = 0.02, seed: int = 0, window: TimeWindow | None = None,
+    prompts: Sequence[str] = (PROMPT,) * B, measure: Callable | None = None,
+):
+    """Adam from small noise. Args: measure: makes the figures of pictures and prior; by default an `Outcome`."""
     window, streams = window or TimeWindow(), Streams(seed=seed)
-    x = (0.1 * torch.randn(B, *made.latent_shape, generator=streams.generator("start", 0))).requires_grad_()
+    x = (0.1 * torch.randn(len(prompts), *made.latent_shape, generator=streams.generator("start", 0))).requires_grad_()
     adam = torch.optim.Adam([x], lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - 0.9 * step / steps)
     for step in range(steps):
-        t = window.draw(step, B, 1, streams.generator("t", step))
+        t = window.draw(step, len(prompts) // made.views, made.views, streams.generator("t", step))
         adam.zero_grad()
-        (distillation_loss(x, guidance(x.detach(), t, [PROMPT] * B, None, step)) * B).backward()
+        (distillation_loss(x, guidance(x.detach(), t, list(prompts), None, step)) * len(prompts)).backward()
         adam.step()
         rate.step()
-    return judge(x.detach(), made)
+    return (measure or judge)(x.detach(), made)
 
 
 def judge(x: torch.Tensor, made: GmmPrior) -> Outcome:

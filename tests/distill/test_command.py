@@ -57,6 +57,16 @@ def test_a_comparison_writes_table_page_and_assets(compared):
         assert (folder / name).stat().st_size > 0, name
 
 
+def test_the_learned_prior_takes_the_exact_one_s_place(tmp_path):
+    result = run(*SHORT, "--prior=bundled-unet", "--method=dreamdpo", f"--prompt={PROMPT}", f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "00000-distill-bundled-unet-dreamdpo"
+    assert set(json.loads((folder / "training_options.json").read_text())["hashes"]) == {"prior"}
+    assert "log_prob" in json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])  # of the exact one
+    table = json.loads(run("-n", "--prior=bundled-unet").stdout)
+    assert table["arms"] == json.loads(run("-n").stdout)["arms"] and len(table["prompts"]) == 22
+
+
 @pytest.mark.long
 def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared, tmp_path):
     folder, _ = compared

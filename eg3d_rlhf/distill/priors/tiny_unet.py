@@ -23,26 +23,26 @@ from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"
 TRAINING = "Training"
-_GROUPS = 8
 _COLOUR_JITTER, _PIXEL_NOISE = 0.05, 0.05  # of the training pictures, in latents of -1..1
 _AVERAGE = 0.99  # decay of the weights' moving average
+_FLOOR = 0.1  # added to s^2 in the weight of the loss: keeps the last bit of noise from outweighing the rest
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions beside a skip; the condition [B, E] scales and shifts between them."""
+    """A 3x3 convolution of each channel, then two layers across channels, beside a skip; the condition [B, E] scales and shifts between."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.norm1, self.norm2 = nn.GroupNorm(_GROUPS, channels), nn.GroupNorm(_GROUPS, channels)
-        self.film = nn.Linear(width, 2 * channels)
+        self.near = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm, self.film = nn.GroupNorm(1, channels), nn.Linear(width, 2 * channels)
+        self.first, self.second = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(2 * channels, channels, 1)
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W]."""
-        h = self.norm2(self.first(F.silu(self.norm1(x))))
         scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
-        return x + self.second(F.silu(h * (1 + scale) + shift))
+        h = self.norm(self.near(x)) * (1 + scale) + shift
+        return x + self.second(F.silu(self.first(h)))
 
 
 class ViewAttention(nn.Module):
@@ -50,7 +50,7 @@ class ViewAttention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.norm = nn.GroupNorm(1, channels)
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
 
@@ -66,37 +66,46 @@ class ViewAttention(nn.Module):
 class TinySizes:
     """Of the network."""
 
-    fine: int = 24  # channels at 16 x 16
-    coarse: int = 40  # at 8 x 8
-    width: int = 64  # of the joint condition
+    fine: int = 24  # channels at 8 x 8, each place a patch of 2 x 2 pixels
+    coarse: int = 40  # at 4 x 4
+    width: int = 44  # of the joint condition
     embedding: int = 32  # E, of a prompt
 
 
 class TinyUNet(nn.Module):
-    """v [B, 4, 16, 16] of noised pictures x_t, times t [B], conditions [B, T, E] and cameras [B, 16] (MVDream's kind)."""
+    """Clean pictures x0 [B, 4, 16, 16] behind x_t, of times t [B], conditions [B, T, E] and cameras [B, 16] (MVDream's kind).
+
+    The network makes m of x_t, and x0 = m + k (x_t - a m), k = a n^2 / (a^2 n^2 + s^2): the mean of a Gaussian of deviation n about m,
+    n the noise of the training pictures (as the skip of Karras et al. 2022).
+    """
 
     def __init__(self, sizes: TinySizes, prompts: Sequence[str]):
         super().__init__()
-        self.sizes, self.prompts, width = sizes, tuple(prompts), sizes.width
+        self.sizes, self.prompts, self.schedule, width = sizes, tuple(prompts), NoiseSchedule(), sizes.width
         self.table = nn.Embedding(len(prompts) + 1, sizes.embedding)  # the last is the null condition
         self.told = nn.Linear(sizes.embedding, width)
         self.camera, self.time = nn.Linear(16, width), nn.Sequential(nn.Linear(sizes.embedding, width), nn.SiLU(), nn.Linear(width, width))
-        self.enter = nn.Conv2d(4, sizes.fine, 3, padding=1)
+        self.enter = nn.Conv2d(4, sizes.fine, 4, stride=2, padding=1)
+        self.place = nn.Parameter(0.1 * torch.randn(sizes.fine, 8, 8))
         self.fine, self.late = Block(sizes.fine, width), Block(sizes.fine, width)
-        self.down = nn.Conv2d(sizes.fine, sizes.coarse, 3, padding=1)
+        self.down = nn.Conv2d(sizes.fine, sizes.coarse, 2, stride=2)
         self.coarse, self.views = Block(sizes.coarse, width), ViewAttention(sizes.coarse)
-        self.up = nn.Conv2d(sizes.coarse + sizes.fine, sizes.fine, 1)
-        self.leave = nn.Conv2d(sizes.fine, 4, 3, padding=1)
+        self.up, self.seen = nn.Conv2d(sizes.coarse, sizes.fine, 1), nn.Linear(sizes.coarse, width)
+        self.leave, self.sketch = nn.Conv2d(sizes.fine, 16, 1), nn.Linear(width, 16 * 8 * 8)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
         """See the class."""
         rates = torch.exp(-math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2))
         angles = t[:, None].to(x_t) * rates
-        told = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.told(cond.mean(dim=1)) + self.camera(cameras))
-        fine = self.fine(self.enter(x_t), told)
-        coarse = self.views(self.coarse(self.down(F.avg_pool2d(fine, 2)), told))
-        joined = self.up(torch.cat([F.interpolate(coarse, scale_factor=2.0), fine], dim=1))
-        return self.leave(F.silu(self.late(joined, told)))
+        joint = self.time(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.told(cond.mean(dim=1)) + self.camera(cameras)
+        told = F.silu(joint)
+        fine = self.fine(self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, told)  # half the time on a CPU
+        coarse = self.views(self.coarse(self.down(fine), told))
+        found = F.silu(joint + self.seen(coarse.mean(dim=(2, 3))))
+        fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), found)
+        drawn = self.leave(fine) + self.sketch(found).unflatten(1, (16, 8, 8))
+        m, bar = F.pixel_shuffle(drawn, 2), self.schedule.alpha(t, x_t)
+        return m + bar.sqrt() * _PIXEL_NOISE**2 / (bar * _PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
 
 
 class TinyPrior:
@@ -105,7 +114,7 @@ class TinyPrior:
     views, latent_shape = SIDES, (4, 16, 16)
 
     def __init__(self, network: TinyUNet):
-        self.network, self.schedule = network.eval().requires_grad_(False), NoiseSchedule()
+        self.network, self.schedule = network.eval().requires_grad_(False), network.schedule
         self.alphas_cumprod = self.schedule.alphas_cumprod
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -133,8 +142,8 @@ class TinyPrior:
         if len(x_t) % SIDES:
             raise ValueError(f"--views: expected a multiple of {SIDES} pictures, got {len(x_t)}. It sees {SIDES} views of an asset.")
         seen = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
-        v = self.network(x_t, t.to(x_t.device), cond, network_cameras(seen).to(x_t))
-        return self.schedule.noise_of_velocity(x_t, v, t)
+        clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(seen).to(x_t))
+        return self.schedule.noise_of_x0(x_t, clean, t)
 
     def save(self, path: str | Path, meta: dict) -> None:
         """Write as safetensors in half precision."""
@@ -155,9 +164,9 @@ def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
 class PriorTraining:
     """How the network is trained."""
 
-    steps: int = knob(300, "Steps.", TRAINING, low=1)
+    steps: int = knob(1500, "Steps.", TRAINING, low=1)
     assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1)
-    rate: float = knob(4e-3, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0)
+    rate: float = knob(0.012, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0)
     no_prompt: float = knob(0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1)
     seed: int = knob(0, "Of weights and data.", TRAINING, low=0)
 
@@ -167,20 +176,22 @@ class PriorTraining:
 
 def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt [A]: each side shows one of its
-    prompt's two modes, colours vary with the object, pixels a little."""
-    prompt = torch.randint(len(PROMPTS), (assets,), generator=rng)
+    prompt's two modes, colours vary with the object, pixels a little. Each second object shows what the one before does not, so that
+    chance prefers no mode."""
+    prompt = torch.randint(len(PROMPTS), (assets,), generator=rng).repeat_interleave(2)[:assets]
     side = torch.randint(2, (assets, SIDES), generator=rng)
+    side[1::2] = 1 - side[: assets - 1 : 2]
     x = modes()[2 * prompt[:, None] + side]
     colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
     return x + colour + _PIXEL_NOISE * torch.randn(x.shape, generator=rng), prompt
 
 
 def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None) -> TinyPrior:
-    """A trained prior: mean squared error of v at even times, the moving average of the weights."""
+    """A trained prior: the squared error of x0 over s^2 + 0.1 at even times; the moving average of the weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = TinyUNet(TinySizes(), [prompt.text for prompt in PROMPTS])
-    rng, schedule = torch.Generator().manual_seed(settings.seed), NoiseSchedule()
+    rng = torch.Generator().manual_seed(settings.seed)
     average = {name: value.detach().clone() for name, value in network.state_dict().items()}
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate, betas=(0.9, 0.99))
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
@@ -192,8 +203,8 @@ def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambd
         t = torch.randint(STEPS, (settings.assets,), generator=rng).repeat_interleave(SIDES)
         x = x.flatten(0, 1)
         noise = torch.randn(x.shape, generator=rng)
-        v = network(schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
-        loss = (v - schedule.velocity(x, noise, t)).square().mean()
+        found = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
+        loss = ((found - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
