@@ -43,16 +43,15 @@ PAIRED = ("--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0")  # the 
 ENTRIES = {
     "sigma": Entry(words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")),
     "depth": Entry(
-        words="depth from the front", minutes=4, train=("--observation=depth",), tune=("--reward=depth",),
-        short=("--preset=coarse", "--epochs=8"),
+        words="depth from the front", minutes=4, train=("--observation=depth",), tune=("--reward=depth",), short=("--preset=coarse",),
     ),
     "lifted-points": Entry(
         words="points lifted from depth, PointNet", minutes=10, train=("--observation=lifted-points", "--preset=pointnet"),
-        tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=8",),
+        tune=("--reward=lifted-points", "--lambda-r=10"), short=("--epochs=12",),
     ),
     "points": Entry(
         words="points on the level set, PointNet", minutes=4, train=("--observation=points", "--preset=pointnet"),
-        tune=("--reward=points", "--lambda-r=10"), short=("--epochs=8",),
+        tune=("--reward=points", "--lambda-r=10"), short=("--epochs=12",),
     ),
     "thumbs": Entry(
         words="density slab, taught by thumbs up or down alone", minutes=5, label=("--kind=thumbs", "--pairs=1000", "--calibrate=512"),
