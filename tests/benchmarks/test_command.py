@@ -101,6 +101,7 @@ def test_the_required_rows_are_there_with_their_targets():
         ("Shapley coalitions of 12 regions, full-size reward", "full"): (4, 5), ("slab of a tri-grid, from slices", "full"): (5, 10),
         ("voxels 16^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
         ("voxels 24^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
+        ("twenty steps of distillation, with RewardCS against without", "bundled"): (1 / 1.5, 0.8),
     }
 
 

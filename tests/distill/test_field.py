@@ -181,7 +181,7 @@ def test_files_and_copies(asset, tmp_path):
 def test_a_foreign_file_is_refused(tmp_path):
     meta = {"architecture": ARCHITECTURE, "G_kwargs": {"field": "hash-grid", "assets": 1, "settings": {}}}
     write_tensors(tmp_path / "b.safetensors", "network", {"x": torch.zeros(1)}, meta)
-    with pytest.raises(ValueError, match="expected a field of planes, voxels, got 'hash-grid'"):
+    with pytest.raises(ValueError, match="expected a field of .*planes, voxels, got 'hash-grid'"):
         load_assets(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="expected finished assets, got a generator of eg3d"):
         load_assets(bundled.GENERATOR)
