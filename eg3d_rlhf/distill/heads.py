@@ -78,7 +78,6 @@ def cameras_at(azimuth: torch.Tensor) -> Views:
     return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (0.0, FFHQ_RADIUS, fov)))
 
 
-
 def all_cameras(assets: int = 1) -> Views:
     """All K cameras of each asset."""
     return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64).repeat(assets))

@@ -50,8 +50,7 @@ class MeshRewardTraining:
     depth: int = knob(3, "Blocks of the encoder.", NET, low=0)
     heads: int = knob(4, "Heads of attention.", NET, low=1)
     divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz term.", TRAIN, low=0)
-    divergence_start: float = knob(0.0, "Share of the steps before lambda rises from 0: scores are learnt first.", TRAIN, low=0, high=1)
-    divergence_ramp: float = knob(0.5, "Share of the steps over which lambda rises from 0.", TRAIN, low=0, high=1)
+    divergence_ramp: float = knob(0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", TRAIN, low=0, high=1)
     bandwidth: float = knob(0.7, "Least width of the kernel; the batch's median distance where that is larger.", TRAIN, above=0)
     regression: float = knob(25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", TRAIN, above=0)
     steps: int = knob(400, "Updates.", TRAIN, low=1)
@@ -144,18 +143,13 @@ class MeshTraining:
         terms = self.loss.unpaired(
             UnpairedOutput(scalar=scores, target=target, embedding=embedding, preferred=preferred, bandwidth=self.bandwidth)
         )
-        if "divergence" in terms:
-            terms["divergence"] = terms["divergence"] * self._risen()
+        if "divergence" in terms and o.divergence_ramp:
+            terms["divergence"] = terms["divergence"] * min(self.done / (o.divergence_ramp * o.steps), 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         cast(torch.Tensor, sum(terms.values())).backward()
         torch.nn.utils.clip_grad_norm_(self.reward.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         return {name: float(value.detach()) for name, value in terms.items()}
-
-    def _risen(self) -> float:
-        """How much of lambda counts at this step."""
-        since, ramp = self.done - self.o.divergence_start * self.o.steps, self.o.divergence_ramp * self.o.steps
-        return min(max(since, 0.0) / ramp, 1.0) if ramp else float(since >= 0)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Everything that changes, as tensors and JSON."""
