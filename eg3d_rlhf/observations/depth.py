@@ -36,6 +36,7 @@ class Depth(Observation):
     """
 
     kind: ClassVar[str] = "depth"
+    ops: ClassVar[str] = "auto"
     yaws: tuple[float, ...] = VIEWS[1]  # of the cameras, radians from frontal
     resolution: int = 64  # R
     samples: int | None = 32  # per ray and pass; None: the generator's own

@@ -103,6 +103,7 @@ class LiftedPoints(Observation):
     """
 
     kind: ClassVar[str] = "lifted-points"
+    ops: ClassVar[str] = "auto"
     resolution: int = 64  # R
     samples: int = 32  # per ray and pass
     points: int = 512  # P

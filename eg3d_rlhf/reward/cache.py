@@ -26,12 +26,12 @@ Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> [N, ...]
 def observe_seeds(generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14) -> Source:
     """A source of what a generator's shapes look like: frontal conditioning, truncation `psi` up to layer `cutoff`, constant noise.
 
-    In plain torch: what a reward is trained on should not depend on the compiler of the machine.
+    Slabs in plain torch, which repeats to the byte whatever the machine's compiler is; see `Observation.ops`.
     """
     generator = of(generator)
 
     def draw(seeds: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad(), implementation("torch"):
+        with torch.no_grad(), implementation(observation.ops):
             return observation.observe(generator.field(ws_of_seeds(generator, seeds, psi, cutoff)))
 
     return draw

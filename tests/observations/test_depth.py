@@ -15,6 +15,7 @@ from eg3d_rlhf.reward.depth import SmallDepth
 from eg3d_rlhf.reward.reward import Reward, check_reward
 from tests import tiny_runs
 from tests.observations.ball import Ball
+from torch_utils.ops.implementations import implementation
 
 SIZE = 32
 
@@ -143,3 +144,16 @@ def test_what_a_generator_cannot_give_is_refused_in_one_line():
     assert observation.misfits(stand_in(radius=3.0)) == ["camera radius 2.7, got 3.0", "rays between (2.2, 3.2), got (2.5, 3.5)"]
     with pytest.raises(ValueError, match=r"^--reward-ckpt: expected a generator with rays between \(2\.2, 3\.2\), got \(1, 5\)"):
         check_reward(Reward(observation, small()), stand_in(span=(1, 5)), "--reward-ckpt")
+
+
+@pytest.mark.parametrize("kind", ["depth", "lifted-points"])
+def test_training_may_draw_maps_with_compiled_ops(kind, generator):
+    """What is kept, in half precision, is the same but for its last bit; slabs keep to plain torch, which repeats to the byte."""
+    assert observations.known("sigma").ops == "torch" and observations.known(kind).ops == "auto"
+    observation = observations.known(kind).of(of(generator), resolution=24)
+    field = of(generator).field(ws_of_seeds(of(generator), [3, 4], 0.7, 14))
+    with torch.no_grad():
+        fast = observation.observe(field)
+        with implementation("torch"):
+            plain = observation.observe(field)
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
