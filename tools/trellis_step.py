@@ -25,6 +25,7 @@ import click
 import torch
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, versions
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.reference import AdapterOff
@@ -120,7 +121,8 @@ def build_stage(size: Size) -> FlowStage:
             model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), sparse_conv=size.backend, **common))
             torso = ("input_blocks", "blocks", "out_blocks")
     convert_torso((getattr(model, name) for name in torso), DTYPES[size.dtype], (torch.nn.Linear, Kernel))
-    return FlowStage(name=size.stage, model=model, channels=CHANNELS, resolution=size.points, sparse=size.stage == "latent")
+    kind = SparseVoxels if size.stage == "latent" else DenseGrid
+    return FlowStage(name=size.stage, model=model, latents=kind(channels=CHANNELS, resolution=size.points))
 
 
 def make_pairs(size: Size, stage: FlowStage) -> list[PreferencePair]:
@@ -128,7 +130,7 @@ def make_pairs(size: Size, stage: FlowStage) -> list[PreferencePair]:
     generator = torch.Generator().manual_seed(size.seed)
 
     def latent():
-        if not stage.sparse:
+        if isinstance(stage.latents, DenseGrid):
             return torch.randn([CHANNELS, *[size.points] * 3], generator=generator)
         coords = shell(size.voxels, size.points, generator)
         return SparseSample(coords, torch.randn(len(coords), CHANNELS, generator=generator))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eg3d_rlhf.flow.condition import Condition, rows, to_device, twice, where
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import Batch, SparseSample, collate
 from eg3d_rlhf.flow.stage import FlowStage
@@ -73,18 +74,18 @@ class PairDraw:
     eps: Batch
     x_t: Batch
     t: torch.Tensor  # [2P]; a pair's two are equal
-    cond: torch.Tensor  # [2P, T, E]
+    cond: Condition  # 2P rows
     weight: torch.Tensor | None  # [P], w2 of the pairs
 
 
 def draw_pairs(
-    stage: FlowStage, pairs: Sequence[PreferencePair], cond: torch.Tensor, no_cond: torch.Tensor | None, config: DpoConfig,
+    stage: FlowStage, pairs: Sequence[PreferencePair], cond: Condition, no_cond: Condition | None, config: DpoConfig,
     seed: int, epoch: int, device: torch.device | str = "cpu",
 ) -> PairDraw:
     """Time, noise and dropped conditions of pairs, each from (seed, pair's id, epoch) alone and on the CPU: in any batch, on any device.
 
     Args:
-        cond: [P, T, E]; no_cond: [P, T, E] or [1, T, E], read only where config.condition_dropout is above 0.
+        cond: P rows; no_cond: P rows or 1, read only where config.condition_dropout is above 0.
     Raises: ValueError for pairs of another stage, some with w2 and some without, or a missing no_cond.
     """
     foreign = next((p for p in pairs if p.stage != stage.name), None)
@@ -92,19 +93,19 @@ def draw_pairs(
         raise ValueError(
             f"draw_pairs: expected pairs of stage {stage.name!r}, got {foreign.id} of {foreign.stage!r}. Train each stage on its own pairs."
         )
-    if len(cond) != len(pairs):
-        raise ValueError(f"draw_pairs(cond): expected tokens for each of {len(pairs)} pairs, got {len(cond)}. Give one row per pair.")
+    if rows(cond) != len(pairs):
+        raise ValueError(f"draw_pairs(cond): expected tokens for each of {len(pairs)} pairs, got {rows(cond)}. Give one row per pair.")
     latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
     x_0, seeds = collate(latents), [derive_seed(seed, p.id, epoch, "noise") for p in pairs]
     others = seeds if config.noise == "shared" else [derive_seed(seed, p.id, epoch, "noise of the rejected") for p in pairs]
     eps = stage.noise(seeds + others, [x.coords if isinstance(x, SparseSample) else None for x in latents])
     t = torch.cat([stage.path.times(1, _generator(seed, p, epoch, "time")) for p in pairs]).repeat(2).to(device)
-    x_0, eps, cond = x_0.to(device), eps.to(device), cond.to(device)
+    x_0, eps, cond = x_0.to(device), eps.to(device), to_device(cond, device)
     if config.condition_dropout:
         if no_cond is None:
             raise ValueError("draw_pairs(no_cond): expected the empty condition's tokens with condition_dropout, got None. Give them.")
         drawn = torch.stack([torch.rand([], generator=_generator(seed, p, epoch, "condition")) for p in pairs])  # [P]
-        cond = torch.where((drawn < config.condition_dropout).to(cond.device)[:, None, None], no_cond.to(cond), cond)
+        cond = where(drawn < config.condition_dropout, no_cond, cond)
     weighed, weight = [p.w2 is not None for p in pairs], None
     if any(weighed):
         if not all(weighed):
@@ -113,7 +114,7 @@ def draw_pairs(
         weight = torch.tensor([p.w2 for p in pairs], device=device)
         if all(p.provenance.get("w2_norm") == "batch" for p in pairs):  # weigh was asked to leave the mean to the batch
             weight = weight / weight.mean()
-    return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=cond.repeat(2, 1, 1), weight=weight)
+    return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=twice(cond), weight=weight)
 
 
 def _generator(seed: int, pair: PreferencePair, epoch: int, what: str) -> torch.Generator:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.flow.condition import Condition, expanded, rows, tensor_of, to_device
 from eg3d_rlhf.flow.sparse import Batch, count, feats_of, with_feats
 from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Pipeline, Sampling, Voxels, stage_of
 from training.phases import derive_seed
@@ -35,13 +36,13 @@ def times(sampling: Sampling) -> list[float]:
 
 
 def sample(
-    stage: FlowStage, noise: Batch, cond: torch.Tensor, no_cond: torch.Tensor | None, sampling: Sampling | None = None,
+    stage: FlowStage, noise: Batch, cond: Condition, no_cond: Condition | None, sampling: Sampling | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Batch:
     """Latents x_0 from noise, without gradient; the model runs in eval mode and gets its modes back.
 
     Args:
-        noise: N samples, moved to the device of `cond`; cond: [N, T, E]; no_cond: [N, T, E] or [1, T, E], or None where guidance is off.
+        noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where guidance is off.
         sampling: None takes the stage's own; on_step: called with 1 after every step, as a progress bar's update.
     Raises: ValueError for conditions that do not fit, or latents that are not finite.
     """
@@ -57,26 +58,27 @@ def sample(
 
 
 def trajectory(
-    stage: FlowStage, noise: Batch, cond: torch.Tensor, no_cond: torch.Tensor | None, sampling: Sampling | None = None
+    stage: FlowStage, noise: Batch, cond: Condition, no_cond: Condition | None, sampling: Sampling | None = None
 ) -> Iterator[tuple[Batch, Batch]]:
     """After each step of `sample`: x at the step's end, and the x_0 that its velocity spoke of."""
     sampling = sampling or stage.sampling
-    if len(cond) != count(noise):
-        raise ValueError(f"sample(cond): expected tokens for each of {count(noise)} samples, got {len(cond)}. Give one row per sample.")
+    n, device = rows(cond), tensor_of(cond).device
+    if n != count(noise):
+        raise ValueError(f"sample(cond): expected tokens for each of {count(noise)} samples, got {n}. Give one row per sample.")
     w, (low, high) = sampling.cfg_strength, sampling.cfg_interval
-    if w and (no_cond is None or len(no_cond) not in (1, len(cond))):
-        got = "None" if no_cond is None else len(no_cond)
+    if w and (no_cond is None or rows(no_cond) not in (1, n)):
+        got = "None" if no_cond is None else rows(no_cond)
         raise ValueError(
-            f"sample(no_cond): expected the empty condition's tokens, once or {len(cond)} times, got {got}. Give them, or no cfg_strength."
+            f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Give them, or no cfg_strength."
         )
-    x, points = noise.to(cond.device), times(sampling)
-    no_cond = no_cond.expand_as(cond) if no_cond is not None and len(no_cond) == 1 else no_cond
+    x, points = noise.to(device), times(sampling)
+    no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):
         with torch.no_grad(), evaluating(stage.model):
-            at = torch.full([count(x)], t, device=cond.device)
-            v = stage.model(x, at, cond)
-            if w and low <= t <= high:
-                v = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(stage.model(x, at, no_cond)))
+            at = torch.full([count(x)], t, device=device)
+            v = stage.velocity(x, at, cond)
+            if w and no_cond is not None and low <= t <= high:
+                v = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(stage.velocity(x, at, no_cond)))
             estimate = stage.path.data(x, at, v)
             x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
         yield x, estimate
@@ -162,8 +164,8 @@ def _through(pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds,
 def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
     """x_0 of one stage."""
     device = next(stage.model.parameters()).device
-    cond = pipeline.conditions(conditions, stage.name).to(device)
-    no_cond = pipeline.no_condition(len(seeds), stage.name).to(device)
+    cond = to_device(pipeline.conditions(conditions, stage.name), device)
+    no_cond = to_device(pipeline.no_condition(len(seeds), stage.name), device)
     return sample(stage, stage_noise(stage, seeds, given).to(device), cond, no_cond)
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.flow.sparse import Latent, SparseSample
+from eg3d_rlhf.flow.sparse import Latent, NamedSample, SparseSample, feats_of, latent_of, parts_of
 from eg3d_rlhf.flow.stage import FlowStage
 from training.storage import read_tensors, write_atomic, write_tensors
 
@@ -52,18 +52,27 @@ class PreferencePair:
         forms = []
         for name in ("preferred", "rejected"):
             latent = getattr(self, name)
-            sparse = isinstance(latent, SparseSample)
-            values = latent.feats if sparse else latent
+            values = feats_of(latent)
             bad = int((~torch.isfinite(values)).sum())
             if bad:
                 got = f"{bad} of {values.numel()} numbers NaN or infinite"
                 raise ValueError(f"{who}, {name}: expected finite latents, got {got}. Drop the pair.")
-            twice = len(latent.coords) - len(torch.unique(latent.places)) if sparse else 0
+            twice = len(latent.coords) - len(torch.unique(latent.places)) if isinstance(latent, SparseSample) else 0
             if twice:
                 raise ValueError(f"{who}, {name}: expected every voxel once, got {twice} repeated. Merge their features, or drop the pair.")
-            forms.append(f"voxels of {values.shape[1]} channels" if sparse else f"a grid {list(values.shape)}")
+            forms.append(_form(latent))
         if forms[0] != forms[1]:
             raise ValueError(f"{who}: expected two latents of one form, got {forms[0]} and {forms[1]}. Pair latents of one stage.")
+
+
+def _form(latent: Latent) -> str:
+    """What two latents of one stage have in common."""
+    if isinstance(latent, SparseSample):
+        more = "" if latent.given is None else f", {latent.given.shape[1]} given"
+        return f"voxels of {latent.feats.shape[1]} channels{more}"
+    if isinstance(latent, NamedSample):
+        return "tensors " + ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in latent.tensors.items())
+    return f"a {'grid' if latent.ndim == 4 else 'tensor'} {list(latent.shape)}"
 
 
 def check_unique(who: str, pairs: Iterable[PreferencePair]) -> None:
@@ -162,8 +171,7 @@ def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.T
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, latent in unique.items():
-        sparse = isinstance(latent, SparseSample)
-        tensors = {f"{name}.coords": latent.coords, f"{name}.feats": latent.feats} if sparse else {name: latent}
+        tensors = {name if part == "x" else f"{name}.{part}": tensor for part, tensor in parts_of(latent).items()}
         more = sum(t.numel() * t.element_size() for t in tensors.values())
         if part and size + more > limit:
             yield part
@@ -204,6 +212,8 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
         if file_hash(path) != expected:
             raise ValueError(f"{path}: expected the bytes that meta.json speaks of, got others. It is damaged or from another folder.")
         tensors.update(read_tensors(path, "pairs")[0])
-    dense = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    return dense | {stem: SparseSample(tensors[f"{stem}.coords"], tensors[f"{stem}.feats"])
-                    for stem, _, part in (name.partition(".") for name in tensors) if part == "coords"}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        stem, _, part = name.partition(".")
+        parts.setdefault(stem, {})[part or "x"] = tensor
+    return {stem: latent_of(own) for stem, own in parts.items()}

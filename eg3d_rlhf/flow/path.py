@@ -3,7 +3,7 @@
     x_t = (1 - t) x_0 + (s + (1 - s) t) eps        v = (1 - s) eps - x_0,   s = sigma_min
 
 Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v; the squared errors are the same.
-`opposite` maps, and a model of theirs is made ours by `Opposite`.
+`opposite` maps; a stage whose model is theirs says so by `data_at_one`.
 """
 
 import math
@@ -65,15 +65,3 @@ class FlowPath:
 def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
     """Times and velocities in the convention that has its data at t = 1, from ours, or the other way about."""
     return 1 - t, with_feats(v, -feats_of(v))
-
-
-class Opposite(torch.nn.Module):
-    """A model of the other convention, called in ours: v(x, t) = -model(x, 1 - t)."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
-        """Arguments and result as any stage's model."""
-        return opposite(t, self.model(x_t, 1 - t, cond))[1]

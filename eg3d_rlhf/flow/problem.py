@@ -28,8 +28,8 @@ class Problem:
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(f"Problem.pipeline: expected two stages or more of different names, got {names}. Give all stages, in order.")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"Problem.pipeline: expected stages of different names, got {names}. Give all stages, in order.")
         both = sorted(set(self.train_conditions) & set(self.held_out_conditions))
         if both:
             raise ValueError(f"Problem: expected held-out conditions apart from the trained, got {both[:5]} in both. Divide them.")

@@ -13,12 +13,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from eg3d_rlhf.flow.condition import Condition
 from eg3d_rlhf.flow.dpo import PairDraw
 from eg3d_rlhf.flow.generate import evaluating
 from eg3d_rlhf.flow.lora import adapted_layers, adapters_off, lora_parameters
 from eg3d_rlhf.flow.pairs import json_hash
-from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, feats_of, with_feats
+from eg3d_rlhf.flow.stage import FlowStage
 from training.distributed import SINGLE, Ranks
 from training.storage import read_tensors, write_tensors
 
@@ -30,7 +31,7 @@ Row = tuple[float, float, float]  # time, error of the preferred, error of the r
 class Reference(Protocol):
     """The frozen side of a preference loss."""
 
-    def errors(self, path: FlowPath, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
+    def errors(self, stage: FlowStage, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
         """Flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw; without gradient.
 
         Args: keys [P]: what was drawn.
@@ -56,17 +57,17 @@ class FrozenModel:
                 f"policy ({shown}). Use FrozenCopy."
             )
 
-    def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
+    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
         """v at times t [N] in 0..1; without gradient."""
         self._check()
         with torch.no_grad(), evaluating(self._model):
-            return self._model(x_t, t, cond)
+            return stage.velocity(x_t, t, cond, self._model)
 
-    def errors(self, path: FlowPath, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
+    def errors(self, stage: FlowStage, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
         """See Reference."""
         with torch.no_grad():
-            v = self.velocity(draw.x_t, draw.t, draw.cond)
-            return path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps).float()
+            v = self.velocity(stage, draw.x_t, draw.t, draw.cond)
+            return stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps).float()
 
 
 class FrozenCopy(FrozenModel):
@@ -88,10 +89,10 @@ class AdapterOff(FrozenModel):
         adapters = {id(p) for p in lora_parameters(self._model)}
         _refuse_trainable("AdapterOff", ((name, p) for name, p in self._model.named_parameters() if id(p) not in adapters))
 
-    def velocity(self, x_t: Batch, t: torch.Tensor, cond: torch.Tensor) -> Batch:
+    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
         """v of the base."""
         with adapters_off(self._model):
-            return super().velocity(x_t, t, cond)
+            return super().velocity(stage, x_t, t, cond)
 
 
 def _refuse_trainable(who: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -126,7 +127,7 @@ class CachedErrors:
         self._epochs: dict[int, dict[str, Row]] = {}  # by epoch and id
         self._unsaved: set[int] = set()
 
-    def errors(self, path: FlowPath, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
+    def errors(self, stage: FlowStage, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
         """See Reference.
 
         Raises: ValueError for kept errors of other times (the draws differ, and so must the identity), for errors that are not finite, and
@@ -144,7 +145,7 @@ class CachedErrors:
         if missing is not None:
             if self._reference is None:
                 raise ValueError(f"CachedErrors: expected those of pair {missing[0]} in epoch {missing[1]}, got none. Give the reference.")
-            fresh = self._reference.errors(path, draw, keys).chunk(2)
+            fresh = self._reference.errors(stage, draw, keys).chunk(2)
             for key, *found in zip(keys, times, fresh[0].tolist(), fresh[1].tolist(), strict=True):
                 if not all(map(math.isfinite, found)):
                     got = f"{found[1:]} at {key[0]}"

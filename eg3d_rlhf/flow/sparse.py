@@ -1,11 +1,13 @@
-"""Latents on a dense grid and on voxels, alone and in batches, behind the few functions that a flow needs.
+"""Latents as one tensor, on voxels, or as several tensors by name, alone and in batches, behind the few functions that a flow needs.
 
-A sample's latent is a tensor [C, R, R, R] or a `SparseSample`; a batch of them a tensor [N, C, R, R, R] or a `SparseBatch`.
+A sample's latent is a tensor such as [C, R, R, R] or [T, C], a `SparseSample`, or a `NamedSample`; a batch of them a tensor with N in
+front, a `SparseBatch`, or a `NamedBatch`.
 
-Shape letters: N samples, V voxels of all samples of a batch, v voxels of one, C channels, R grid points per axis.
+Shape letters: N samples, V voxels of all samples of a batch, v voxels of one, C channels, R grid points per axis, T tokens, D numbers of
+a sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,10 +21,13 @@ class SparseSample:
 
     coords: torch.Tensor  # [v, 3] int32, voxel indices along axes 1, 2, 3 of the grid; each once
     feats: torch.Tensor  # [v, C]
+    given: torch.Tensor | None = None  # [v, G], what the stage before leaves on them besides, which the flow reads and does not make
 
     def __post_init__(self):
         check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
         check_shape("SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel.")
+        if self.given is not None:
+            check_shape("SparseSample.given", self.given, [len(self.coords), "G"], "Give one row of features per voxel.")
 
     @property
     def places(self) -> torch.Tensor:
@@ -39,6 +44,7 @@ class SparseBatch:
     feats: torch.Tensor  # [V, C]
     size: int  # N; every sample has a voxel
     cache: dict = field(default_factory=dict, compare=False, repr=False)  # what depends on the coordinates alone, by name; shared
+    given: torch.Tensor | None = None  # [V, G], as of each sample
 
     def __post_init__(self):
         check_shape("SparseBatch.coords", self.coords, ["V", 4], "Give one row per voxel: its sample, then three indices.")
@@ -50,7 +56,11 @@ class SparseBatch:
     def join(cls, samples: Sequence[SparseSample]) -> "SparseBatch":
         """A batch of these samples."""
         coords = [torch.nn.functional.pad(s.coords.int(), (1, 0), value=i) for i, s in enumerate(samples)]
-        return cls(torch.cat(coords).contiguous(), torch.cat([s.feats for s in samples]), len(samples))
+        given = [s.given for s in samples if s.given is not None]
+        if given and len(given) < len(samples):
+            raise ValueError(f"collate: expected given features on all samples or none, got {len(given)} of {len(samples)}. Add them.")
+        feats = torch.cat([s.feats for s in samples])
+        return cls(torch.cat(coords).contiguous(), feats, len(samples), given=torch.cat(given) if given else None)
 
     @property
     def sample(self) -> torch.Tensor:
@@ -73,66 +83,150 @@ class SparseBatch:
         feats = self.feats.to(*args, **kwargs)
         if feats.device == self.coords.device:
             return self.with_feats(feats)
-        return SparseBatch(self.coords.to(feats.device), feats, self.size)
+        given = None if self.given is None else self.given.to(feats.device)
+        return SparseBatch(self.coords.to(feats.device), feats, self.size, given=given)
 
     def samples(self) -> list[SparseSample]:
         """Apart again; views."""
         counts = self.lengths.tolist()
-        return [SparseSample(c[:, 1:], f) for c, f in zip(self.coords.split(counts), self.feats.split(counts), strict=True)]
+        given = [None] * self.size if self.given is None else self.given.split(counts)
+        return [SparseSample(c[:, 1:], f, g) for c, f, g in zip(self.coords.split(counts), self.feats.split(counts), given, strict=True)]
 
 
-Latent = torch.Tensor | SparseSample
-Batch = torch.Tensor | SparseBatch
+@dataclass(frozen=True)
+class NamedSample:
+    """One sample's tensors by name, kept in the order of their names."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def __post_init__(self):
+        if not self.tensors or any(not name or "/" in name for name in self.tensors):
+            raise ValueError(f"{type(self).__name__}: expected tensors by names without '/', got {list(self.tensors)}. Name them.")
+        object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @property
+    def feats(self) -> torch.Tensor:
+        """[D], all of them in a row."""
+        return torch.cat([tensor.flatten() for tensor in self.tensors.values()])
+
+
+@dataclass(frozen=True)
+class NamedBatch(NamedSample):
+    """Several samples: tensors [N, ...] by name."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len({len(tensor) for tensor in self.tensors.values()}) != 1:
+            got = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+            raise ValueError(f"NamedBatch: expected one row per sample in every tensor, got {got}. Collate them again.")
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def feats(self) -> torch.Tensor:
+        """[N, D]."""
+        return torch.cat([tensor.flatten(1) for tensor in self.tensors.values()], 1)
+
+    def with_feats(self, feats: torch.Tensor) -> "NamedBatch":
+        """The same shapes with other numbers [N, D]."""
+        parts = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
+        return NamedBatch({name: part.view(old.shape) for (name, old), part in zip(self.tensors.items(), parts, strict=True)})
+
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> "NamedBatch":
+        """A batch of these tensors. Raises: ValueError where names or shapes are not those of this one."""
+        got = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+        expected = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        if got != expected:
+            raise ValueError(f"NamedBatch: expected {expected}, got {got}. Return a tensor for each, of its shape.")
+        return NamedBatch(tensors)
+
+    def to(self, *args, **kwargs) -> "NamedBatch":
+        """On another device, or of another type."""
+        return NamedBatch({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
+
+    def samples(self) -> list[NamedSample]:
+        """Apart again; views."""
+        return [NamedSample({name: tensor[i] for name, tensor in self.tensors.items()}) for i in range(self.size)]
+
+
+Latent = torch.Tensor | SparseSample | NamedSample
+Batch = torch.Tensor | SparseBatch | NamedBatch
 
 
 def collate(latents: Sequence[Latent]) -> Batch:
     """A batch of latents of one kind."""
-    if len({isinstance(x, SparseSample) for x in latents}) != 1:
-        got = sorted({type(x).__name__ for x in latents}) or "none"
+    kinds = {type(x) if isinstance(x, (SparseSample, NamedSample)) else torch.Tensor for x in latents}
+    if len(kinds) != 1:
+        got = sorted(kind.__name__ for kind in kinds) or "none"
         raise ValueError(f"collate: expected latents of one kind, got {got}. Batch the stages apart, and one sample at least.")
+    named = [x for x in latents if isinstance(x, NamedSample)]
+    if named:
+        return NamedBatch({name: torch.stack([x[name] for x in named]) for name in named[0].tensors})
     sparse = [x for x in latents if isinstance(x, SparseSample)]
     return SparseBatch.join(sparse) if sparse else torch.stack([x for x in latents if isinstance(x, torch.Tensor)])
 
 
+def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
+    """The tensors that a latent consists of, by name: "x" alone; coords, feats and maybe given; or "/" before each of its own names."""
+    if isinstance(latent, SparseSample):
+        given = {} if latent.given is None else {"given": latent.given}
+        return {"coords": latent.coords, "feats": latent.feats, **given}
+    return {f"/{name}": x for name, x in latent.tensors.items()} if isinstance(latent, NamedSample) else {"x": latent}
+
+
+def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
+    """Inverse of parts_of."""
+    if "coords" in parts:
+        return SparseSample(parts["coords"], parts["feats"], parts.get("given"))
+    return parts["x"] if "x" in parts else NamedSample({name.removeprefix("/"): x for name, x in parts.items()})
+
+
 def to_cpu(latent: Latent) -> Latent:
     """A latent to keep: on the CPU, without gradient."""
-    if isinstance(latent, SparseSample):
-        return SparseSample(latent.coords.cpu(), latent.feats.detach().cpu())
-    return latent.detach().cpu()
+    return latent_of({name: tensor.detach().cpu() for name, tensor in parts_of(latent).items()})
 
 
 def separate(batch: Batch) -> list[Latent]:
     """Inverse of collate."""
-    return [*batch.samples()] if isinstance(batch, SparseBatch) else [*batch]
+    return [*batch] if isinstance(batch, torch.Tensor) else [*batch.samples()]
 
 
 def count(batch: Batch) -> int:
     """N."""
-    return batch.size if isinstance(batch, SparseBatch) else len(batch)
+    return len(batch) if isinstance(batch, torch.Tensor) else batch.size
 
 
-def feats_of(batch: Batch) -> torch.Tensor:
-    """The numbers of a batch: [N, C, R, R, R] or [V, C]."""
-    return batch.feats if isinstance(batch, SparseBatch) else batch
+def feats_of(batch: Batch | Latent) -> torch.Tensor:
+    """The numbers of a batch, or of one latent: [N, ...], [V, C] on voxels, [N, D] of several tensors."""
+    return batch if isinstance(batch, torch.Tensor) else batch.feats
 
 
 def with_feats(batch: Batch, feats: torch.Tensor) -> Batch:
     """A batch like this one with other numbers."""
-    return batch.with_feats(feats) if isinstance(batch, SparseBatch) else feats
+    return feats if isinstance(batch, torch.Tensor) else batch.with_feats(feats)
 
 
 def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`: [N, 1, 1, 1, 1] or [V, 1]."""
+    """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`: [N, 1, ...] or [V, 1]."""
     if isinstance(batch, SparseBatch):
         return values[batch.sample].unsqueeze(1)
-    return values.view(-1, *[1] * (batch.ndim - 1))
+    return values.view(-1, *[1] * (feats_of(batch).ndim - 1))
 
 
 def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean over all that belongs to a sample, `values` like `feats_of(batch)` -> [N]; samples count alike, however many voxels they have.
+    """Mean over all that belongs to a sample, `values` like `feats_of(batch)` -> [N]; samples count alike, however many voxels they have,
+    and of several tensors each counts alike, however many numbers it has.
 
     Differentiable in: values.
     """
+    if isinstance(batch, NamedBatch):
+        return torch.stack([part.flatten(1).mean(1) for part in batch.with_feats(values).tensors.values()]).mean(0)
     if not isinstance(batch, SparseBatch):
         return values.flatten(1).mean(1)
     rows = values.mean(1)  # [V]

@@ -4,18 +4,19 @@ Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from eg3d_rlhf.flow.condition import Condition, tensor_of
+from eg3d_rlhf.flow.kinds import LatentKind, Voxels
 from eg3d_rlhf.flow.path import FlowPath, opposite
-from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, collate, count, separate
-from eg3d_rlhf.shapes import check_shape
+from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, count, separate
 
 Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
-Voxels = torch.Tensor | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32; None at the first stage
+Call = Callable[[torch.nn.Module, Batch, torch.Tensor, Any], Batch]  # (module, x_t, t [N] in 0..1, condition) -> v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,73 +38,59 @@ class Sampling:
             )
 
 
+def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
+    """The call of a module that takes what a stage gives."""
+    return module(x_t, t, cond)
+
+
 @dataclass(kw_only=True)
 class FlowStage:
-    """One stage: a flow over latents of one kind."""
+    """One stage: a flow over latents of one kind, and how its module is called. The module keeps the names of its own parameters."""
 
     name: str  # users call it by this
-    model: torch.nn.Module  # model(x_t: Batch, t [N] in 0..1, cond [N, T, E]) -> v: Batch
-    channels: int  # C of its latents
-    resolution: int  # R of its grid
-    sparse: bool  # its latents lie on voxels, given by the stage before
+    model: torch.nn.Module
+    latents: LatentKind
+    call: Call = as_is  # of the module; times and sign as the module has them
+    data_at_one: bool = False  # the module has its data at t = 1 and its noise at t = 0
     path: FlowPath = field(default_factory=FlowPath)
     sampling: Sampling = field(default_factory=Sampling)
     lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")  # last parts of the names of linear layers that adapters sit on
 
     def __post_init__(self):
-        if not self.name or self.channels < 1 or self.resolution < 1:
-            got = f"{self.name!r}, {self.channels} and {self.resolution}"
-            raise ValueError(f"FlowStage: expected a name, channels >= 1 and resolution >= 1, got {got}. Correct them.")
+        if not self.name:
+            raise ValueError("FlowStage: expected a name, got ''. Name the stage.")
+
+    def velocity(self, x_t: Batch, t: torch.Tensor, cond: Condition, model: torch.nn.Module | None = None) -> Batch:
+        """v in this package's convention, by the stage's module or another of its kind in its place.
+
+        Args: t: [N] in 0..1, 1 is noise. Differentiable in: x_t, the module's parameters.
+        """
+        model = self.model if model is None else model
+        if not self.data_at_one:
+            return self.call(model, x_t, t, cond)
+        return opposite(t, self.call(model, x_t, 1 - t, cond))[1]
 
     def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """Standard normal noise, one sample per seed, on the CPU.
-
-        A seed names one dense volume [C, R, R, R]; on voxels it is read there: samples of one seed share it wherever they share voxels.
-        """
-        shape = [self.channels, *[self.resolution] * 3]
-        volumes = {seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in set(seeds)}
-        if not self.sparse:
-            return collate([volumes[seed] for seed, _ in zip(seeds, given, strict=True)])
-        found: list[Latent] = []
-        for seed, places in zip(seeds, given, strict=True):
-            self._check_voxels(f"FlowStage.noise of {self.name!r}", places)
-            assert places is not None
-            x, y, z = places.cpu().long().unbind(1)
-            found.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous()))
-        return collate(found)
+        """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed names."""
+        return self.latents.noise(f"FlowStage.noise of {self.name!r}", seeds, given)
 
     def check(self, who: str, latent: Latent) -> None:
         """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""
-        what = f"It is no latent of stage {self.name!r}: name the stage that it came from."
-        if isinstance(latent, SparseSample) != self.sparse:
-            expected, got = ("voxels", "a dense grid") if self.sparse else ("a dense grid", "voxels")
-            raise ValueError(f"{who}: expected {expected}, got {got}. {what}")
-        if not isinstance(latent, SparseSample):
-            return check_shape(who, latent, [self.channels, *[self.resolution] * 3], what)
-        check_shape(f"{who}, features", latent.feats, ["v", self.channels], what)
-        self._check_voxels(who, latent.coords)
-
-    def _check_voxels(self, who: str, places: Voxels) -> None:
-        if places is None or len(places) == 0:
-            remedy = "The stage before left an empty structure: drop the sample."
-            raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
-        low, high = int(places.min()), int(places.max())
-        if low < 0 or high >= self.resolution:
-            raise ValueError(f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check the grid.")
+        self.latents.check(who, latent, f"It is no latent of stage {self.name!r}: name the stage that it came from.")
 
 
 class Pipeline(Protocol):
-    """An ordered generator of two stages or more."""
+    """An ordered generator of one stage or more; `advance` and `encode` are asked for by the loop alone, which wants two."""
 
     @property
     def stages(self) -> Sequence[FlowStage]:
         """In order."""
 
-    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """Tokens [N, T, E] of conditions by name, for a stage."""
+    def conditions(self, names: Sequence[str], stage: str) -> Condition:
+        """Tokens [N, T, E] of conditions by name, for a stage; or several tensors by name, [N, ...] each."""
 
-    def no_condition(self, n: int, stage: str) -> torch.Tensor:
-        """The empty condition's tokens, [n, T, E]."""
+    def no_condition(self, n: int, stage: str) -> Condition:
+        """The empty condition, n times, of the same form."""
 
     def advance(self, stage: str, x_0: Any) -> list[Voxels]:
         """The gap behind a stage: what its latents, a Batch of its kind, leave to the next, per sample. Not differentiable."""
@@ -135,20 +122,22 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
 
 
 @torch.no_grad()
-def check_convention(stage: FlowStage, x_0: Batch, cond: torch.Tensor, seed: int = 0) -> None:
-    """Refuse a model that was trained with its data at t = 1: read that way, it explains data x_0 far better.
+def check_convention(stage: FlowStage, x_0: Batch, cond: Condition, seed: int = 0) -> None:
+    """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far better.
 
-    Raises: ValueError where the mapped model's flow-matching error is below half of the model's own.
+    Raises: ValueError where the flow-matching error of the other reading is below half of the stage's own.
     """
-    x_0 = x_0.to(cond.device)
+    device = tensor_of(cond).device
+    x_0 = x_0.to(device)
     latents = separate(x_0)
     eps = stage.noise([seed + i for i in range(len(latents))], [x.coords if isinstance(x, SparseSample) else None for x in latents])
-    eps, t = eps.to(cond.device), torch.linspace(0.1, 0.9, count(x_0), device=cond.device)
+    eps, t = eps.to(device), torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
-    own = stage.path.errors(stage.model(x_t, t, cond), x_0, eps).mean()
-    mapped = stage.path.errors(opposite(t, stage.model(x_t, 1 - t, cond))[1], x_0, eps).mean()
+    own = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
+    mapped = stage.path.errors(opposite(t, stage.velocity(x_t, 1 - t, cond))[1], x_0, eps).mean()
     if mapped < 0.5 * own:
+        here, there = ("data", "noise") if stage.data_at_one else ("noise", "data")
         raise ValueError(
-            f"stage {stage.name!r}: expected velocities of the convention with noise at t = 1, got a model of error {own:.3g} "
-            f"that has {mapped:.3g} when read with data at t = 1. Wrap it in flow.path.Opposite."
+            f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model of error {own:.3g} "
+            f"that has {mapped:.3g} when read with {there} at t = 1. Its stage wants data_at_one={not stage.data_at_one}."
         )

@@ -9,6 +9,7 @@ import torch
 
 from eg3d_rlhf.flow.dpo import DpoConfig, PairErrors, pair_loss
 from eg3d_rlhf.flow.generate import sample, trajectory
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import SparseBatch, feats_of, spread, with_feats
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
@@ -88,7 +89,8 @@ def replay(noise, x_t: torch.Tensor, x_0: torch.Tensor, sampling: Sampling, empt
     model = Replay(points, velocities, sampling, empty)
     sparse = isinstance(noise, SparseBatch)
     channels = feats_of(noise).shape[1]
-    return FlowStage(name="recorded", model=model, channels=channels, resolution=64, sparse=sparse, path=PATH, sampling=sampling)
+    kind = (SparseVoxels if sparse else DenseGrid)(channels=channels, resolution=64)
+    return FlowStage(name="recorded", model=model, latents=kind, path=PATH, sampling=sampling)
 
 
 def follow(stage: FlowStage, noise, cond, empty, x_t, x_0) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.generate import trajectory
+from eg3d_rlhf.flow.kinds import DenseGrid
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
 from eg3d_rlhf.flow.trellis.flows import StructureFlow, StructureFlowConfig, from_patches, to_patches
@@ -75,7 +76,8 @@ def test_flow_matching_loss_and_gradients(flow, values, recompute):
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_sampler(flow, values, name):
     config = config_of(values)
-    stage = FlowStage(name="structure", model=flow, channels=config["in_channels"], resolution=config["resolution"], sparse=False)
+    kind = DenseGrid(channels=config["in_channels"], resolution=config["resolution"])
+    stage = FlowStage(name="structure", model=flow, latents=kind)
     cond = values["smp_cond"]
     found = list(trajectory(stage, values["smp_noise"], cond, values["smp_neg"].expand_as(cond), SAMPLINGS[name]))
     close(torch.stack([x for x, _ in found]), values[f"smp_{name}_x_t"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow.generate import trajectory
+from eg3d_rlhf.flow.kinds import SparseVoxels
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.stage import FlowStage, Sampling
@@ -104,7 +105,7 @@ def test_flow_matching_loss_and_gradients(flow, flow_values, recompute):
 
 
 def test_sampler_with_guidance_on_an_interval(flow, flow_values):
-    stage = FlowStage(name="latent", model=flow, channels=4, resolution=8, sparse=True)
+    stage = FlowStage(name="latent", model=flow, latents=SparseVoxels(channels=4, resolution=8))
     no_cond = flow_values["smp_neg"].expand_as(flow_values["cond"])
     sampling = Sampling(steps=4, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
     found = list(trajectory(stage, batch_of(flow_values, "smp_noise"), flow_values["cond"], no_cond, sampling))

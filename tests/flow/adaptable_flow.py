@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample, feats_of, with_feats
 from eg3d_rlhf.flow.stage import FlowStage
@@ -72,13 +73,14 @@ def latent(sparse: bool, g: torch.Generator, i: int = 0):
 def stage(sparse: bool = False, seed: int = 0) -> FlowStage:
     """A stage with this flow."""
     name = "voxels" if sparse else "structure"
-    return FlowStage(name=name, model=AdaptableFlow(seed), channels=CHANNELS, resolution=RESOLUTION, sparse=sparse)
+    kind = (SparseVoxels if sparse else DenseGrid)(channels=CHANNELS, resolution=RESOLUTION)
+    return FlowStage(name=name, model=AdaptableFlow(seed), latents=kind)
 
 
 def pairs(of: FlowStage, n: int = 4) -> tuple[list[PreferencePair], torch.Tensor]:
     """Pairs of a stage and their conditions' tokens [n, T, E]."""
     g = torch.Generator().manual_seed(1)
-    both = [[latent(of.sparse, g, i + k) for k in range(2)] for i in range(n)]
+    both = [[latent(isinstance(of.latents, SparseVoxels), g, i + k) for k in range(2)] for i in range(n)]
     found = [PreferencePair(id=f"p{i}", condition=f"c{i}", stage=of.name, preferred=a, rejected=b) for i, (a, b) in enumerate(both)]
     return found, torch.randn(n, TOKENS, EMBEDDING, generator=g)
 

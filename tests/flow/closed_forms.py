@@ -2,6 +2,7 @@
 
 import torch
 
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, SparseSample, feats_of, spread, with_feats
@@ -43,11 +44,14 @@ class PerChannel(torch.nn.Module):
         return v.movedim(-1, 1) if dense else x_t.with_feats(v)
 
 
-def stage_of(model: torch.nn.Module, sparse: bool = False, path: FlowPath | None = None, sampling: Sampling = PLAIN) -> FlowStage:
+def stage_of(
+    model: torch.nn.Module, sparse: bool = False, path: FlowPath | None = None, sampling: Sampling = PLAIN, data_at_one: bool = False
+) -> FlowStage:
     """A small stage around a model."""
     name = "voxels" if sparse else "structure"
     path = path or FlowPath(sigma_min=0.0)
-    return FlowStage(name=name, model=model, channels=CHANNELS, resolution=RESOLUTION, sparse=sparse, path=path, sampling=sampling)
+    kind = (SparseVoxels if sparse else DenseGrid)(channels=CHANNELS, resolution=RESOLUTION)
+    return FlowStage(name=name, model=model, latents=kind, path=path, sampling=sampling, data_at_one=data_at_one)
 
 
 def dense(seed: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from eg3d_rlhf.flow.kinds import DenseGrid
 from eg3d_rlhf.flow.pairs import PreferencePair, json_hash, pairs_hash, read_pairs, write_pairs
 from eg3d_rlhf.flow.sparse import SparseSample
 from tests.flow.closed_forms import PerChannel, dense, pair_of, stage_of, voxels
@@ -86,7 +87,7 @@ def test_pairs_of_another_stage_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: expected pairs of stage 'voxels', got pairs of 'structure'"):
         read_pairs(tmp_path, "voxels")
     larger = stage_of(PerChannel())
-    larger.resolution = 8
+    larger.latents = DenseGrid(channels=2, resolution=8)
     with pytest.raises(ValueError, match=r"pair 'pair-0', preferred: expected \[2, 8, 8, 8\], got \[2, 4, 4, 4\]"):
         read_pairs(tmp_path, larger)
     with pytest.raises(ValueError, match="write_pairs: expected pairs of one stage, got structure, voxels"):

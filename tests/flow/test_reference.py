@@ -33,7 +33,7 @@ def train(policy, reference, of, parameters, steps=4):
     for step in range(steps):
         draw, keys = drawn(of, epoch=step)
         errors = of.path.errors(policy(draw.x_t, draw.t, draw.cond), draw.x_0, draw.eps)
-        loss = pair_loss(PairErrors.split(errors, reference.errors(of.path, draw, keys)), DpoConfig(beta=50), None).mean()
+        loss = pair_loss(PairErrors.split(errors, reference.errors(of, draw, keys)), DpoConfig(beta=50), None).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -52,7 +52,7 @@ def test_adapters_off_is_the_base_through_training(sparse):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] != losses[0]
     after = {name.replace(".base_layer", ""): value for name, value in bits(policy).items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
-    v = feats_of(reference.velocity(*inputs(sparse)))
+    v = feats_of(reference.velocity(of, *inputs(sparse)))
     assert torch.equal(v, want) and not v.requires_grad and v.grad_fn is None
     assert not torch.equal(feats_of(policy(*inputs(sparse))), want)
 
@@ -64,7 +64,7 @@ def test_a_frozen_copy_stays_through_training_of_every_parameter(sparse):
     reference = FrozenCopy(policy)
     losses = train(policy, reference, of, list(policy.parameters()))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] != losses[0]
-    assert torch.equal(feats_of(reference.velocity(*inputs(sparse))), want)
+    assert torch.equal(feats_of(reference.velocity(of, *inputs(sparse))), want)
     assert not torch.equal(feats_of(policy(*inputs(sparse))), want)
 
 
@@ -86,7 +86,7 @@ def test_all_three_give_the_same_errors():
     add_lora(policy, LoraConfig(), 0)
     shake(policy)
     for reference in (AdapterOff(policy), FrozenCopy(of.model), FrozenModel(of.model.requires_grad_(False))):
-        got = reference.errors(of.path, draw, keys)
+        got = reference.errors(of, draw, keys)
         assert torch.equal(got, want) and not got.requires_grad and len(got) == 8
 
 
@@ -95,7 +95,7 @@ def test_the_modes_of_its_parts_come_back():
     model.blocks[1].eval()
     seen = []
     model.blocks[0].register_forward_hook(lambda m, *_: seen.append(m.training))
-    FrozenModel(model).velocity(*inputs(False))
+    FrozenModel(model).velocity(stage(), *inputs(False))
     assert seen == [False] and model.training and model.blocks[0].to_q.training
     assert not model.blocks[1].training and not model.blocks[1].to_q.training
 
@@ -112,7 +112,7 @@ def test_a_reference_that_would_train_is_refused():
     with pytest.raises(ValueError, match=r"AdapterOff: .* a reference that would train \(out_layer.bias\)"):
         AdapterOff(model)
     with pytest.raises(ValueError, match="a reference that would train"):  # also when it is thawed later
-        reference.velocity(*inputs(False))
+        reference.velocity(stage(), *inputs(False))
 
 
 def test_memory_shared_with_what_is_trained_is_refused():
@@ -126,9 +126,9 @@ def test_memory_shared_with_what_is_trained_is_refused():
 class Counting(FrozenCopy):
     calls = 0
 
-    def errors(self, path, draw, keys):
+    def errors(self, stage, draw, keys):
         self.calls += 1
-        return super().errors(path, draw, keys)
+        return super().errors(stage, draw, keys)
 
 
 @KINDS
@@ -137,23 +137,23 @@ def test_kept_errors_are_the_computed_ones_to_the_last_bit(sparse, tmp_path):
     reference, identity = Counting(of.model), {"base": "abc", "seed": 0}
     cache = CachedErrors(reference, identity, tmp_path)
     draws = [drawn(of, epoch=e) for e in (0, 1)]
-    want = [reference.errors(of.path, draw, keys) for draw, keys in draws]
+    want = [reference.errors(of, draw, keys) for draw, keys in draws]
     reference.calls = 0
     for _ in range(2):
-        assert all(torch.equal(cache.errors(of.path, *draw), w) for draw, w in zip(draws, want, strict=True))
+        assert all(torch.equal(cache.errors(of, *draw), w) for draw, w in zip(draws, want, strict=True))
     assert reference.calls == 2
     cache.save()
     kept = CachedErrors(None, identity, tmp_path)  # without the network
-    assert all(torch.equal(kept.errors(of.path, *draw), w) for draw, w in zip(draws, want, strict=True))
+    assert all(torch.equal(kept.errors(of, *draw), w) for draw, w in zip(draws, want, strict=True))
     draw, keys = drawn(of, epoch=1, n=2)  # another batch of the same draws
-    assert torch.equal(kept.errors(of.path, draw, keys), want[1].view(2, 4)[:, :2].flatten())
+    assert torch.equal(kept.errors(of, draw, keys), want[1].view(2, 4)[:, :2].flatten())
 
 
 def test_a_batch_may_hold_draws_of_several_epochs(tmp_path):
     of, identity = stage(), {"seed": 0}
     (first, keys), (second, other) = drawn(of, epoch=0), drawn(of, epoch=3)
     reference = FrozenCopy(of.model)
-    want = [reference.errors(of.path, *d).view(2, 4) for d in ((first, keys), (second, other))]
+    want = [reference.errors(of, *d).view(2, 4) for d in ((first, keys), (second, other))]
     cache = CachedErrors(reference, identity, tmp_path)
     half = torch.arange(8).view(2, 4)
     pick = [half[:, :2].flatten(), half[:, 2:].flatten()]
@@ -163,10 +163,10 @@ def test_a_batch_may_hold_draws_of_several_epochs(tmp_path):
         return torch.cat([a, b], 1).flatten(0, 1)
 
     draw = type(first)(**{name: mixed(name) for name in ("x_0", "eps", "x_t", "t", "cond")}, weight=None)
-    got = cache.errors(of.path, draw, keys[:2] + other[2:])
+    got = cache.errors(of, draw, keys[:2] + other[2:])
     torch.testing.assert_close(got.view(2, 4), torch.cat([want[0][:, :2], want[1][:, 2:]], 1))
     cache.save()
-    assert torch.equal(CachedErrors(None, identity, tmp_path).errors(of.path, draw, keys[:2] + other[2:]), got)
+    assert torch.equal(CachedErrors(None, identity, tmp_path).errors(of, draw, keys[:2] + other[2:]), got)
 
 
 def test_ranks_write_a_file_each_and_read_all(tmp_path):
@@ -177,37 +177,37 @@ def test_ranks_write_a_file_each_and_read_all(tmp_path):
         part = [i for i in range(8) if i % 2 == rank]
         own = type(draw)(**{name: getattr(draw, name)[part] for name in ("x_0", "eps", "x_t", "t", "cond")}, weight=None)
         cache = CachedErrors(reference, {}, tmp_path, Ranks(rank=rank, world=2))
-        cache.errors(of.path, own, keys[rank::2])
+        cache.errors(of, own, keys[rank::2])
         cache.save()
-    got = CachedErrors(None, {}, tmp_path).errors(of.path, draw, keys)
-    torch.testing.assert_close(got, reference.errors(of.path, draw, keys))
+    got = CachedErrors(None, {}, tmp_path).errors(of, draw, keys)
+    torch.testing.assert_close(got, reference.errors(of, draw, keys))
 
 
 def test_kept_errors_of_other_draws_are_never_used(tmp_path):
     of = stage()
     draw, keys = drawn(of)
     cache = CachedErrors(FrozenCopy(of.model), {"seed": 0}, tmp_path)
-    cache.errors(of.path, draw, keys)
+    cache.errors(of, draw, keys)
     cache.save()
     with pytest.raises(ValueError, match=r"expected pair p0 at t = 0\.\d+ in epoch 0, got 0\.\d+\. Other seeds or schedules"):
-        cache.errors(of.path, drawn(of, seed=1)[0], keys)
+        cache.errors(of, drawn(of, seed=1)[0], keys)
     with pytest.raises(ValueError, match="CachedErrors: expected those of pair p0 in epoch 0, got none. Give the reference"):
-        CachedErrors(None, {"seed": 1}, tmp_path).errors(of.path, draw, keys)
+        CachedErrors(None, {"seed": 1}, tmp_path).errors(of, draw, keys)
 
 
 def test_damaged_and_not_finite_errors_are_refused(tmp_path):
     of = stage()
     draw, keys = drawn(of)
     cache = CachedErrors(FrozenCopy(of.model), {}, tmp_path)
-    cache.errors(of.path, draw, keys)
+    cache.errors(of, draw, keys)
     cache.save()
     file = next(tmp_path.rglob("epoch-000000-0.safetensors"))
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match="with its checksum, got other bytes"):
-        CachedErrors(None, {}, tmp_path).errors(of.path, draw, keys)
+        CachedErrors(None, {}, tmp_path).errors(of, draw, keys)
     with torch.no_grad():
         of.model.out_layer.bias.fill_(math.inf)
     with pytest.raises(ValueError, match=r"CachedErrors: expected finite errors of the reference, got \[inf, inf\] at p0. Check"):
-        CachedErrors(FrozenCopy(of.model), {}).errors(of.path, draw, keys)
+        CachedErrors(FrozenCopy(of.model), {}).errors(of, draw, keys)

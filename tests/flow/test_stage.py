@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.flow import stage as stages
-from eg3d_rlhf.flow.path import Opposite
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import collate, separate
 from eg3d_rlhf.flow.stage import FlowStage, Sampling, check_convention
@@ -32,7 +32,7 @@ def test_noise_of_a_seed_is_one_volume_read_at_the_voxels():
 
 
 def test_noise_is_standard_normal():
-    stage = FlowStage(name="large", model=STILL, channels=8, resolution=16, sparse=False)
+    stage = FlowStage(name="large", model=STILL, latents=DenseGrid(channels=8, resolution=16))
     noise = stage.noise([0, 1], [None, None])
     assert noise.shape == (2, 8, 16, 16, 16) and abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert abs((noise[0] * noise[1]).mean()) < 0.02
@@ -73,10 +73,12 @@ def test_a_model_of_the_other_convention_is_refused():
     other = Field(lambda x, t, cond: -(x - mu) / (1 - t).clamp_min(1e-3))  # v'(x, t') = -v(x, 1 - t')
     x_0 = mu.expand(4, -1, -1, -1, -1).clone()
     check_convention(stage_of(good), x_0, cond)
-    check_convention(stage_of(Opposite(other)), x_0, cond)
+    check_convention(stage_of(other, data_at_one=True), x_0, cond)
     check_convention(stage_of(STILL), x_0, cond)  # an untrained model says nothing either way
-    with pytest.raises(ValueError, match="stage 'structure': expected velocities of the convention with noise at t = 1.*Opposite"):
+    with pytest.raises(ValueError, match="stage 'structure': expected velocities of the convention with noise at t = 1.*data_at_one=True"):
         check_convention(stage_of(other), x_0, cond)
+    with pytest.raises(ValueError, match="of the convention with data at t = 1.*data_at_one=False"):
+        check_convention(stage_of(good, data_at_one=True), x_0, cond)
     sparse = collate([voxels(i) for i in range(4)])
     still_at_zero = Field(lambda x, t, cond: -x / (1 - t).clamp_min(1e-3))
     with pytest.raises(ValueError, match="stage 'voxels'"):
@@ -91,7 +93,7 @@ class Two:
 
 
 def test_a_stage_is_found_by_name_and_a_missing_one_refused():
-    assert stages.stage_of(Two(), "voxels").sparse
+    assert isinstance(stages.stage_of(Two(), "voxels").latents, SparseVoxels)
     with pytest.raises(ValueError, match="stage: expected one of structure, voxels, got 'slat'. Name a stage of this pipeline."):
         stages.stage_of(Two(), "slat")
 
@@ -108,8 +110,9 @@ def test_problems_that_would_fool_themselves_are_refused():
         problem(held_out_conditions=["c", "a"])
     with pytest.raises(ValueError, match="Problem.final: expected a judge of its own"):
         problem(final=made.chooser, chooser=made.chooser)
-    with pytest.raises(ValueError, match=r"two stages or more of different names, got \['structure'\]"):
-        problem(pipeline=Two(stages=[stage_of(STILL)]))
+    with pytest.raises(ValueError, match=r"stages of different names, got \['structure', 'structure'\]"):
+        problem(pipeline=Two(stages=[stage_of(STILL)] * 2))
+    assert len(problem(pipeline=Two(stages=[stage_of(STILL)])).pipeline.stages) == 1
     with pytest.raises(ValueError, match="train_conditions: expected one condition or more"):
         problem(train_conditions=[])
 
@@ -123,5 +126,7 @@ def test_sampling_settings_are_checked(options):
 
 
 def test_stage_settings_are_checked():
-    with pytest.raises(ValueError, match="FlowStage: expected a name, channels >= 1 and resolution >= 1, got '', 2 and 0"):
-        FlowStage(name="", model=STILL, channels=2, resolution=0, sparse=False)
+    with pytest.raises(ValueError, match="FlowStage: expected a name, got ''"):
+        FlowStage(name="", model=STILL, latents=DenseGrid(channels=2, resolution=1))
+    with pytest.raises(ValueError, match="DenseGrid: expected channels and resolution >= 1, got 2 and 0"):
+        DenseGrid(channels=2, resolution=0)

@@ -6,6 +6,7 @@ Stage "structure" is dense, [1, 2, 2, 2]; voxels are where it is above 0. Stage 
 import torch
 
 from eg3d_rlhf.flow.dpo import DpoConfig
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.path import FlowPath
@@ -39,10 +40,14 @@ class TinyPipeline:
     """See the module."""
 
     def __init__(self):
-        common = {"resolution": R, "path": FlowPath(schedule="uniform"), "sampling": Sampling(steps=4, cfg_strength=0.0)}
+        common = {"path": FlowPath(schedule="uniform"), "sampling": Sampling(steps=4, cfg_strength=0.0)}
         self.stages = [
-            FlowStage(name="structure", model=LinearFlow(1), channels=1, sparse=False, lora_targets=("to_out",), **common),
-            FlowStage(name="voxels", model=LinearFlow(2), channels=2, sparse=True, lora_targets=("to_out",), **common),
+            FlowStage(
+                name="structure", model=LinearFlow(1), latents=DenseGrid(channels=1, resolution=R), lora_targets=("to_out",), **common
+            ),
+            FlowStage(
+                name="voxels", model=LinearFlow(2), latents=SparseVoxels(channels=2, resolution=R), lora_targets=("to_out",), **common
+            ),
         ]
 
     def conditions(self, names, stage):

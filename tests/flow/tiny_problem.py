@@ -8,6 +8,7 @@ import torch
 from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.flow.circular.settings import Choosing, CircularSettings, anchored, supervised
 from eg3d_rlhf.flow.dpo import DpoConfig
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.problem import Problem
@@ -49,8 +50,10 @@ class TinyPipeline:
         names = ("structure", "voxels", "detail")[:stages]
         sampling = Sampling(steps=2, cfg_strength=0.0)
         self.stages = [
-            FlowStage(name=name, model=PointFlow(seed + i).eval(), channels=CHANNELS, resolution=R, sparse=i > 0, sampling=sampling,
-                      lora_targets=("to_q", "to_out"))
+            FlowStage(
+                name=name, model=PointFlow(seed + i).eval(), latents=(SparseVoxels if i else DenseGrid)(channels=CHANNELS, resolution=R),
+                sampling=sampling, lora_targets=("to_q", "to_out"),
+            )
             for i, name in enumerate(names)
         ]
 

@@ -30,7 +30,7 @@ import torch
 from eg3d_rlhf.flow.generate import Models, generate
 from eg3d_rlhf.flow.pairs import PreferencePair, check_unique, read_pairs, write_pairs
 from eg3d_rlhf.flow.problem import Problem
-from eg3d_rlhf.flow.sparse import SparseSample, collate, to_cpu
+from eg3d_rlhf.flow.sparse import NamedSample, SparseSample, collate, to_cpu
 from eg3d_rlhf.flow.stage import FlowStage, stage_of
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
@@ -218,7 +218,9 @@ def same_structure(pair: PreferencePair) -> bool:
     if pair.provenance.get(SAME) is not None:
         return bool(pair.provenance[SAME])
     a, b = pair.preferred, pair.rejected
-    if isinstance(a, SparseSample):
+    if isinstance(a, NamedSample):
+        a, b = a.feats, b.feats
+    elif isinstance(a, SparseSample):
         if len(a.coords) != len(b.coords):
             return False
         a_order, b_order = torch.argsort(a.places), torch.argsort(b.places)

@@ -15,7 +15,7 @@ import torch
 
 from eg3d_rlhf.flow.generate import Models, generate, wins
 from eg3d_rlhf.flow.problem import Problem
-from eg3d_rlhf.flow.sparse import Latent, SparseSample
+from eg3d_rlhf.flow.sparse import Latent, SparseSample, feats_of
 from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.reports import style
 from training.config import check_knobs, knob
@@ -171,7 +171,7 @@ def spread(latents: Sequence[Latent]) -> float:
 
     On voxels, of the mean features, since they lie in different places.
     """
-    rows = [x.feats.mean(0) if isinstance(x, SparseSample) else x.flatten() for x in latents]
+    rows = [x.feats.mean(0) if isinstance(x, SparseSample) else feats_of(x).flatten() for x in latents]
     return float(torch.stack(rows).double().std(0).mean())
 
 

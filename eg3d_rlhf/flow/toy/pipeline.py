@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, separate
 from eg3d_rlhf.flow.stage import FlowStage, Sampling, Voxels
@@ -189,10 +190,10 @@ class ToyPipeline:
         self.device = torch.device(device)
         self.stages = tuple(
             FlowStage(
-                name=name, model=model.to(self.device), channels=channels, resolution=R, sparse=name == VOXELS, path=PATH,
+                name=name, model=model.to(self.device), latents=kind(channels=channels, resolution=R), path=PATH,
                 sampling=Sampling(steps=8, cfg_strength=GUIDANCE[name], cfg_interval=(0.5, 1.0), rescale_t=1.0),
             )
-            for name, model, channels in ((STRUCTURE, structure, 1), (VOXELS, voxels, CHANNELS))
+            for name, model, kind, channels in ((STRUCTURE, structure, DenseGrid, 1), (VOXELS, voxels, SparseVoxels, CHANNELS))
         )
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.flow.stage import FlowStage, Voxels
@@ -50,7 +51,7 @@ class TrellisPipeline:
         self._loaded: dict[str, nn.Module] = {}
         self._image_encoder: ImageEncoder | None = None
         self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
-        channels = self.stages[1].channels
+        channels, self.resolution = flows[files.LATENT].config.in_channels, flows[files.LATENT].config.resolution
         if len(file.mean) != channels:
             raise ValueError(f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}. Correct it.")
 
@@ -61,8 +62,9 @@ class TrellisPipeline:
                 f"conditions: expected embeddings of size {config.cond_channels} for stage {name!r}, got {self.tokens.size}"
                 f"{f' of {self.tokens.encoder}' if self.tokens.encoder else ''}. Embed them with {self.file.encoder}."
             )
+        kind = SparseVoxels if name == files.LATENT else DenseGrid
         return FlowStage(
-            name=name, model=model, channels=config.in_channels, resolution=config.resolution, sparse=name == files.LATENT,
+            name=name, model=model, latents=kind(channels=config.in_channels, resolution=config.resolution),
             path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
         )
 
@@ -111,7 +113,7 @@ class TrellisPipeline:
 
         Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
         """
-        voxels, size = self.voxels(asset), self.stages[1].resolution
+        voxels, size = self.voxels(asset), self.resolution
         if stage == files.STRUCTURE:
             return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
         encoder = self.part(files.LATENT_ENCODER)
@@ -123,7 +125,7 @@ class TrellisPipeline:
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
         """Those that an asset fills, [v, 3]."""
-        return voxels_filled(asset, self.stages[1].resolution, self.encoding.share)
+        return voxels_filled(asset, self.resolution, self.encoding.share)
 
     def normalised(self, feats: torch.Tensor) -> torch.Tensor:
         """Latents [v, C] as encoders write them -> as the flow sees them."""

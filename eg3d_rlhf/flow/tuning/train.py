@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+from eg3d_rlhf.flow.condition import to_device
 from eg3d_rlhf.flow.lora import add_lora
 from eg3d_rlhf.flow.pairs import PreferencePair, check_unique
 from eg3d_rlhf.flow.policies import save_policy, shared_copy
 from eg3d_rlhf.flow.reference import AdapterOff, CachedErrors, FrozenModel, Reference
-from eg3d_rlhf.flow.sparse import SparseSample, collate
+from eg3d_rlhf.flow.sparse import collate, parts_of
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline, check_convention, stage_of
 from eg3d_rlhf.flow.tuning.progress import Progress, read_lines, shown, signs
 from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
@@ -41,8 +42,7 @@ def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
     """Hashes of the network that training starts from and of the pairs."""
     latents: dict[str, torch.Tensor] = {}
     for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
-        tensors = {"coords": latent.coords, "feats": latent.feats} if isinstance(latent, SparseSample) else {"x": latent}
-        latents |= {f"{name}/{key}": value for key, value in tensors.items()}
+        latents |= {f"{name}/{key}": value for key, value in parts_of(latent).items()}
     columns = [[p.id, p.condition, p.source, p.w2, p.provenance.get("w2_norm")] for p in pairs]
     return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
 
@@ -86,7 +86,8 @@ def train_stage(
         out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
         say: prints the status lines.
     Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
-        cannot have, and a network whose data lie at t = 1; for settings or folders that do not fit, and losses that are not finite;
+        cannot have, and a network whose data lie at the other end of time; for settings or folders that do not fit, and losses that are
+        not finite;
         StoppedError after a signal.
     """
     stage, out, who = stage_of(pipeline, stage_name), Path(out), f"train_stage({stage_name})"
@@ -99,7 +100,7 @@ def train_stage(
         for side in ("preferred", "rejected"):
             stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
     device, some = next(stage.model.parameters()).device, pairs[:8]
-    cond = pipeline.conditions([pair.condition for pair in some], stage.name).to(device)
+    cond = to_device(pipeline.conditions([pair.condition for pair in some], stage.name), device)
     check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)

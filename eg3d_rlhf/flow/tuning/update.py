@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from eg3d_rlhf.flow.condition import each
 from eg3d_rlhf.flow.dpo import TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
 from eg3d_rlhf.flow.lora import LoraConfig
 from eg3d_rlhf.flow.pairs import PreferencePair
@@ -146,18 +147,18 @@ class Updates:
             return draw
         count = len(pairs)  # the preferred ones alone
         x_0, eps, x_t = (collate(separate(batch)[:count]) for batch in (draw.x_0, draw.eps, draw.x_t))
-        return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=draw.cond[:count])
+        return replace(draw, x_0=x_0, eps=eps, x_t=x_t, t=draw.t[:count], cond=each(lambda c: c[:count], draw.cond))
 
     def _pass(self, draw: PairDraw, pairs: Sequence[PreferencePair], epoch: int) -> torch.Tensor:
         """Add the gradients of a part of the batch; returns [2 + len(BINNED) B]: mass, mass times loss, then the sums."""
-        config, path, ref = self.config.dpo, self.stage.path, None
+        config, stage, ref = self.config.dpo, self.stage, None
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
         if self.reference is not None:
             with autocast:
-                ref = self.reference.errors(path, draw, [(pair.id, epoch) for pair in pairs])
+                ref = self.reference.errors(stage, draw, [(pair.id, epoch) for pair in pairs])
         with autocast:
-            v = self.policy(draw.x_t, draw.t, draw.cond)
-        errors = path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
+            v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
+        errors = stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
         sft = config.kind == "sft"
         found = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
         losses = pair_loss(found, config, draw.weight)

@@ -12,7 +12,6 @@ import torch
 
 from eg3d_rlhf.flow.dpo import DpoConfig, draw_pairs
 from eg3d_rlhf.flow.lora import LoraConfig
-from eg3d_rlhf.flow.path import Opposite
 from eg3d_rlhf.flow.policies import tuned_model
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.tuning.train import StoppedError, policy_and_reference
@@ -340,8 +339,8 @@ def test_a_network_of_the_other_convention_is_refused(tmp_path):
     with torch.no_grad():
         model.to_out.weight[:, 4] = -6.0  # the condition's constant: v points from data of mean 6
     run(tmp_path / "right", pairs, tiny_config(steps=1), pipeline)
-    pipeline.stages[1].model = Opposite(model)
-    with pytest.raises(ValueError, match="expected velocities of the convention with noise at t = 1"):
+    pipeline.stages[1].data_at_one = True
+    with pytest.raises(ValueError, match="expected velocities of the convention with data at t = 1"):
         run(tmp_path / "wrong", pairs, tiny_config(steps=1), pipeline)
 
 
