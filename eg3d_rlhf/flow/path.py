@@ -13,6 +13,7 @@ import torch
 
 from eg3d_rlhf.flow.sparse import Batch, feats_of, mean_per_sample, spread, with_feats
 
+CONVENTION = "x_0 is data, t = 1 is noise"  # as files of latents state it
 SCHEDULES = ("logit-normal", "uniform")
 
 

@@ -1,4 +1,4 @@
-"""What a Circular-DPO run works on: the bundled toy, or a folder of TRELLIS networks with people's pairs."""
+"""What a Circular-DPO run works on: the bundled toy, or a folder of a generator's networks with people's pairs."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ class Problem:
 
     pipeline: Pipeline
     human_pairs: Callable[[str], list[PreferencePair]]  # by stage name; the same assets at every stage
-    reward: AssetReward  # scores the loop's assets for w1 and w2
+    reward: AssetReward | None  # scores the loop's assets for w1 and w2; None: no loop, only stages by themselves
     chooser: AssetReward | None  # held-out win rate and early stop; None: neither
     final: AssetReward | None  # the table alone
     train_conditions: Sequence[str]
@@ -47,14 +47,14 @@ _what = functools.partial(knob, group="What is trained")
 class ProblemSource:
     """What a problem is read from."""
 
-    pipeline: str = _what(TOY, "The bundled toy, or a folder of TRELLIS networks, the one with pipeline.json.", metavar="toy|DIR")
-    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it; tools/trellis_files.py imports them.",
+    pipeline: str = _what(TOY, "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
+    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as tools/trellis_files.py imports.",
                               metavar="DIR", shown="the toy's own")
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
-    conditions: str | None = _what(None, "Embeddings of TRELLIS's conditions.", metavar="FILE|DIR", shown="beside the pairs")
+    conditions: str | None = _what(None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs")
     also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
-    dtype: str = _what("float32", "In which TRELLIS's flows are held.", choices=("float32", "float16", "bfloat16"))
-    held_out: float = _what(0.2, "Share of TRELLIS's conditions that is never trained on.", above=0, below=1)
+    dtype: str = _what("float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"))
+    held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1)
     flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0)
     views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
@@ -84,15 +84,9 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
         problem = toy_problem(source.seed, device)
         problem = problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
     else:
-        from eg3d_rlhf.flow.trellis.pipeline import Encoding
-        from eg3d_rlhf.flow.trellis.problem import trellis_problem
+        from eg3d_rlhf.flow.families import open_source
 
-        weights = {stage: Path(file) for stage, _, file in (text.partition("=") for text in source.flow_weights)}
-        problem = trellis_problem(
-            Path(source.pipeline), Path(source.pairs), conditions=None if source.conditions is None else Path(source.conditions),
-            also=[Path(folder) for folder in source.also], dtype=getattr(torch, source.dtype), device=device, seed=source.seed,
-            held_out=source.held_out, weights=weights, encoding=Encoding(share=source.voxel_share, views=source.views),
-        )
+        problem = open_source(source, device)
     return replace(problem, human_pairs=functools.cache(problem.human_pairs))
 
 

@@ -182,14 +182,23 @@ def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE
     return CircularLoop(problem=problem, settings=replace(run.circular, seed=seed), store=store, ranks=ranks, say=tqdm.write, bars=bars)
 
 
+def check(problem: Problem) -> None:
+    """Raise ValueError for a problem that no loop can be run on."""
+    stages = [stage.name for stage in problem.pipeline.stages]
+    if len(stages) < 2:
+        remedy = f"One stage needs no loop: --stage={stages[0]}."
+        raise ValueError(f"circular: expected a pipeline of two stages or more, got {', '.join(stages)}. {remedy}")
+    if problem.reward is None:
+        raise ValueError("circular: expected a reward for the loop's assets, got none of this generator. Train its stages alone: --stage.")
+
+
 def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
     """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
 
     Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap.
     """
+    check(loop.problem)
     stages = [stage.name for stage in loop.problem.pipeline.stages]
-    if len(stages) < 2:
-        raise ValueError(f"circular: expected a pipeline of two stages or more, got {', '.join(stages)}. One stage needs no loop: --stage.")
     lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []
 

@@ -78,6 +78,8 @@ def make_loop_pairs(
     """
     stage = stage or problem.pipeline.stages[0].name
     behind = stage_behind(problem, stage).name
+    if problem.reward is None:
+        raise ValueError("loop pairs: expected a reward for the assets, got none of this problem. Train its stages by themselves.")
     if behind not in models_op:
         raise ValueError(f"loop pairs: expected a tuned network of stage {behind!r}, got {', '.join(models_op) or 'none'}. Tune it first.")
     un_op = {k: v for k, v in models_op.items() if k != behind} | {k: v for k, v in (models_unop or {}).items() if k == behind}

@@ -44,6 +44,8 @@ def start(settings: CircularRun, outdir: Path, desc: str | None, device: str, wo
     problem = open_problem(settings.source, device)
     if settings.stage is not None:
         stage_of(problem.pipeline, settings.stage)
+    else:
+        circular_loop.check(problem)
     if settings.groups is not None and problem.final is None:
         raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
     named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())

@@ -1,144 +1,16 @@
-"""Embeddings of conditions: cached in files, or computed by CLIP or DINOv2 where transformers and their weights are on this machine.
+"""Conditions computed by CLIP or DINOv2, where transformers and their weights are on this machine. Nothing is downloaded.
 
-Nothing is downloaded. Shape letters: N conditions, L tokens, E their size.
+Shape letters: N conditions, L tokens, E their size.
 """
 
-import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 
-from training.storage import read_tensors, write_tensors
-
-KIND = "conditions"
-CONDITIONS = "conditions.safetensors"  # usual name of the file of `write_conditions`
-NULL = ""  # name of the empty condition, where a file has one
-SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """Tokens by name. Images have a null of zeros; a text's null is the embedding of '' and must be among them."""
-
-    tokens: Mapping[str, torch.Tensor]  # [L, E] float32 each, all alike
-    encoder: str = ""  # what computed them; "" where it is unknown
-    zero_null: bool = False  # the empty condition is zeros
-    names: tuple[str, ...] = field(init=False)  # all but the empty one
-
-    def __post_init__(self):
-        object.__setattr__(self, "names", tuple(name for name in self.tokens if name != NULL))
-        shapes = {tuple(t.shape) for t in self.tokens.values()}
-        if not self.names or len(shapes) != 1 or len(next(iter(shapes))) != 2:
-            raise ValueError(f"conditions: expected embeddings [L, E], all alike, got shapes {sorted(shapes)}. Use one encoder.")
-        bad = next((name for name, t in self.tokens.items() if not torch.isfinite(t).all()), None)
-        if bad is not None:
-            raise ValueError(f"conditions: expected finite embeddings, got others for {bad!r}. Embed it again.")
-        if not self.zero_null and NULL not in self.tokens:
-            raise ValueError("conditions: expected the embedding of the empty text, named '', for guidance, got none. Embed '' as well.")
-
-    @property
-    def size(self) -> int:
-        """E."""
-        return next(iter(self.tokens.values())).shape[1]
-
-    def of(self, names: Sequence[str]) -> torch.Tensor:
-        """[N, L, E]. Raises: ValueError for names without an embedding."""
-        missing = sorted({name for name in names if name not in self.tokens})
-        if missing:
-            raise ValueError(f"conditions: expected embeddings of all names, got none for {_listed(missing)}. Embed them too.")
-        return torch.stack([self.tokens[name] for name in names])
-
-    def null(self, n: int) -> torch.Tensor:
-        """[n, L, E] of the empty condition."""
-        one = torch.zeros_like(next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
-        return one.expand(n, -1, -1)
-
-
-def write_conditions(path: Path, conditions: Conditions) -> None:
-    """One file of all embeddings."""
-    names = list(conditions.tokens)
-    meta = {"names": names, "encoder": conditions.encoder, "zero_null": conditions.zero_null}
-    write_tensors(path, KIND, {f"tokens.{i}": conditions.tokens[name] for i, name in enumerate(names)}, meta)
-
-
-def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
-    """A file of `write_conditions`, its folder, or one of <name>.pt, .npy, .npz or .safetensors with one tensor [L, E] or [1, L, E] each.
-
-    Args:
-        zero_null: for a folder: the empty condition is zeros, as for images, rather than the embedding of '' in a file named null.
-    Raises: FileNotFoundError; ValueError for what is not an embedding.
-    """
-    path = Path(path)
-    path = path / CONDITIONS if (path / CONDITIONS).is_file() else path
-    if path.is_file():
-        tensors, meta = read_tensors(path, KIND)
-        tokens = {name: tensors[f"tokens.{i}"] for i, name in enumerate(meta["names"])}
-        return Conditions(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
-    files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
-    if not files:
-        endings = ", ".join(SUFFIXES)
-        raise FileNotFoundError(f"conditions: expected a file or a folder of {endings}, got none at {path}. Embed the conditions first.")
-    named = {p.stem: read_embedding(p) for p in files}
-    if not zero_null and "null" in named:
-        named[NULL] = named.pop("null")
-    return Conditions(tokens=named, zero_null=zero_null)
-
-
-def read_embedding(path: Path) -> torch.Tensor:
-    """One condition's tokens [L, E] as float32."""
-    found = read_array(path)
-    if found.ndim == 3 and len(found) == 1:
-        found = found[0]
-    if found.ndim != 2:
-        raise ValueError(f"{path}: expected tokens [L, E], got {list(found.shape)}. Save one condition per file.")
-    return found.float()
-
-
-def read_array(path: Path, key: str | None = None) -> torch.Tensor:
-    """The one array of a .pt, .npy, .npz or .safetensors file, or the one called `key` in a file of several.
-
-    Raises: FileNotFoundError; ValueError for a damaged file, one that would run code, or one without that array.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"array: expected a file, got none at {path}. Check the path.")
-    try:
-        found = _READERS[path.suffix](path)
-    except KeyError:
-        raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}. Convert it.") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it.") from None
-    if isinstance(found, Mapping):
-        names = list(found)
-        chosen = key if key in names else names[0] if len(names) == 1 else None
-        if chosen is None:
-            raise ValueError(f"{path}: expected an array {key or ''} alone, got {_listed(names)}. Save it under that name.")
-        found = found[chosen]
-    if not isinstance(found, torch.Tensor):
-        raise ValueError(f"{path}: expected an array, got {type(found).__name__}. Save the tensor alone.")
-    return found
-
-
-def _npz(path: Path) -> dict[str, torch.Tensor]:
-    with np.load(path) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
-
-
-_READERS = {
-    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True), ".npz": _npz,
-    ".npy": lambda path: torch.from_numpy(np.load(path)), ".safetensors": load_file,
-}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
+from eg3d_rlhf.flow.embeddings import NULL, Conditions
 
 IMAGE_SIZE = 518  # pixels; 37 patches of 14
 PATCHES = 37

@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from eg3d_rlhf.flow.embeddings import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
 from eg3d_rlhf.flow.generate import stage_latents
 from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.flow.path import CONVENTION
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, read_ply, write_ply
-from eg3d_rlhf.flow.trellis.conditions import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
 from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, PipelineFile
 from eg3d_rlhf.flow.trellis.pipeline import TrellisPipeline
 from training.storage import write_atomic
 
-CONVENTION = "x_0 is data, t = 1 is noise"
 SCHEMES = ("all", "adjacent", "extremes")
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
 

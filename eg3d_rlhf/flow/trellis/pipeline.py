@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from eg3d_rlhf.flow.embeddings import Conditions
 from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.flow.stage import FlowStage, Voxels
 from eg3d_rlhf.flow.trellis import files
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, voxel_features, voxels_filled
-from eg3d_rlhf.flow.trellis.conditions import Conditions, ImageEncoder
+from eg3d_rlhf.flow.trellis.conditions import ImageEncoder
 from eg3d_rlhf.flow.trellis.structure_vae import grid_of, voxels_of
 
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once

@@ -9,7 +9,6 @@ condition, as w1, w2 and win rates do.
 Shape letters: N assets, P pairs, F features, K cells per axis.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,14 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.flow.pairs import PreferencePair, pairs_hash
-from eg3d_rlhf.flow.problem import Problem, read_stages
+from eg3d_rlhf.flow.embeddings import read_conditions
+from eg3d_rlhf.flow.folder_problem import conditions_beside, folder_problem, hash_of, pair_folders
+from eg3d_rlhf.flow.pairs import PreferencePair
+from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis import files
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
-from eg3d_rlhf.flow.trellis.conditions import CONDITIONS, read_conditions
-from eg3d_rlhf.flow.trellis.pair_import import CONVENTION, normalization
+from eg3d_rlhf.flow.trellis.pair_import import normalization
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.preferences.losses import preference_loss
 
@@ -51,70 +51,24 @@ def trellis_problem(
         raise ValueError(f"trellis: expected held_out above 0 and below 1, got {held_out}. Set it.")
     root = Path(root)
     given = [pairs] if isinstance(pairs, Path) else list(pairs)
-    folders = _folders(given or [root / "pairs"])
-    places = [folder.parent / CONDITIONS for folder in folders.values()]
-    tokens_file = Path(conditions or next((path for path in places if path.is_file()), ""))
-    if conditions is None and not tokens_file.is_file():
-        got = f"expected embeddings of the pairs' conditions at {places[0]}, got none"
-        raise FileNotFoundError(f"conditions: {got}. Name a file by --conditions.")
+    folders = pair_folders(given or [root / "pairs"], tuple(files.FLOWS))
+    tokens_file = conditions_beside(folders, conditions)
     tokens = read_conditions(tokens_file, zero_null=files.read_pipeline(root).kind == "image")
     both = set(folders) == set(files.FLOWS)
     pipeline = load_pipeline(root, tokens, also=also, weights=weights, dtype=dtype, device=device, encoding=encoding, whole=both)
     for stage in pipeline.stages:
         stage.model.recompute = recompute
-    read = read_stages(folders, pipeline, partial(_check_origin, pipeline))
-    named = sorted({pair.condition for stage in folders for pair in read(stage)})
-    tokens.of(named)
-    order = sorted(named, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    count = min(max(1, round(held_out * len(order))), len(order) - 1)  # one is always trained
-    trained, held = order[count:], order[:count]
-
-    def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
-        kept = set(names)
-        return [pair for pair in read(stage) if pair.condition in kept]
-
-    def judge(title: str, names: Sequence[str]) -> RewardOfPairs:
-        return RewardOfPairs(pipeline, lambda: human_pairs(files.LATENT, names), title)
-
-    judged = both and bool(held)
-    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
-    return Problem(
-        pipeline=pipeline, human_pairs=human_pairs, reward=judge("reward", halves[0]),
-        chooser=judge("chooser", halves[1]) if judged and halves[1] else None, final=judge("final judge", held) if judged else None,
-        train_conditions=trained, held_out_conditions=held,
+    return folder_problem(
+        pipeline, folders, tokens, seed=seed, held_out=held_out, judge=RewardOfPairs, check=partial(_check_origin, pipeline),
         identity={
-            "problem": "trellis", "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed,
-            "held_out": held_out, "dtype": str(dtype), "encoding": vars(pipeline.encoding), "conditions": hash_of(tokens_file),
+            "problem": "trellis", "dtype": str(dtype), "encoding": vars(pipeline.encoding), "conditions": hash_of(tokens_file),
             "files": file_hashes(pipeline.file, also, weights or {}, both),
         },
     )
 
 
-def _folders(given: Sequence[Path]) -> dict[str, Path]:
-    """Pair folders by stage."""
-    found: dict[str, Path] = {}
-    for path in given:
-        single = (path / "meta.json").is_file()
-        parts = [path] if single else [path / stage for stage in files.FLOWS if (path / stage).is_dir()]
-        if not parts:
-            stages = " or ".join(files.FLOWS)
-            raise FileNotFoundError(f"pairs: expected a folder of pairs, or {stages} in it, got none at {path}. Import pairs first.")
-        for part in parts:
-            stage = str(files.read_json(part / "meta.json").get("stage")) if single else part.name
-            if stage in found:
-                raise ValueError(f"pairs: expected one folder for each stage, got {found[stage]} and {part} for {stage!r}. Drop one.")
-            found[stage] = part
-    unknown = sorted(set(found) - set(files.FLOWS))
-    if unknown:
-        raise ValueError(f"pairs: expected stages {' and '.join(files.FLOWS)}, got {', '.join(unknown)}. They are of another pipeline.")
-    return found
-
-
 def _check_origin(pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-    """Refuse pairs of another convention or pipeline."""
-    got = meta.get("convention")
-    if got != CONVENTION:
-        raise ValueError(f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Import the assets again with this program.")
+    """Refuse pairs of another pipeline."""
     if meta.get("normalization") != normalization(pipeline.file, stage):
         raise ValueError(
             f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got those of another model. Import "
@@ -130,16 +84,6 @@ def file_hashes(file: files.PipelineFile, also: Sequence[Path], weights: Mapping
     for name, stem in models.items():
         paths |= {f"{name}.json": files.with_ending(stem, ".json"), name: weights.get(name) or files.find_weights(stem)}
     return {name: file_hash(path) for name, path in tqdm(paths.items(), desc="reading weights", unit="file", leave=False, disable=None)}
-
-
-def hash_of(path: Path) -> str:
-    """Of a file, or of a folder's names and bytes."""
-    if path.is_file():
-        return file_hash(path)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.is_file()):
-        digest.update(f"{file.name} {file_hash(file)}\n".encode())
-    return digest.hexdigest()
 
 
 CELLS = 8  # per axis of the cube

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from eg3d_rlhf.flow.embeddings import Conditions, read_array, read_conditions, write_conditions
 from eg3d_rlhf.flow.trellis import conditions as encoders
-from eg3d_rlhf.flow.trellis.conditions import Conditions, read_array, read_conditions, write_conditions
 
 TOKENS = torch.arange(12.0).view(3, 4)
 
@@ -41,7 +41,7 @@ def test_what_is_refused(tmp_path):
         Conditions(tokens={"a": TOKENS})
     with pytest.raises(ValueError, match="expected finite embeddings, got others for 'a'"):
         Conditions(tokens={"a": TOKENS / 0}, zero_null=True)
-    with pytest.raises(ValueError, match=r"all alike, got shapes \[\(2, 4\), \(3, 4\)\]"):
+    with pytest.raises(ValueError, match=r"all alike, got shapes \[2, 4\], \[3, 4\]"):
         Conditions(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
     with pytest.raises(ValueError, match="expected embeddings of all names, got none for 'x'"):
         Conditions(tokens={"a": TOKENS}, zero_null=True).of(["a", "x"])

@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 
+from eg3d_rlhf.flow.embeddings import Conditions
 from eg3d_rlhf.flow.generate import generate
+from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.flow.trellis import pipeline as module
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
-from eg3d_rlhf.flow.trellis.conditions import Conditions
 from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, load_pipeline
 from tests.flow.trellis.tiny_trellis import NAMES, E, R, tokens, voxels
@@ -22,8 +23,8 @@ def latent(seed, count=20):
 
 def test_stages_are_those_of_the_files(pipeline):
     first, second = pipeline.stages
-    assert (first.name, first.channels, first.resolution, first.sparse) == (STRUCTURE, 2, 4, False)
-    assert (second.name, second.channels, second.resolution, second.sparse) == (LATENT, 4, R, True)
+    assert (first.name, first.latents) == (STRUCTURE, DenseGrid(channels=2, resolution=4))
+    assert (second.name, second.latents) == (LATENT, SparseVoxels(channels=4, resolution=R))
     assert first.path == second.path == FlowPath() and first.sampling.cfg_strength == 2.0
     assert pipeline.conditions(NAMES[:2], LATENT).shape == (2, 3, E) and pipeline.no_condition(4, STRUCTURE).shape == (4, 3, E)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.flow.embeddings import read_conditions, write_conditions
 from eg3d_rlhf.flow.generate import generate
 from eg3d_rlhf.flow.policies import tuned_model
 from eg3d_rlhf.flow.trellis.assets import read_ply
 from eg3d_rlhf.flow.trellis.commands import main
-from eg3d_rlhf.flow.trellis.conditions import read_conditions, write_conditions
 from eg3d_rlhf.flow.trellis.pair_import import RANKING, draw, read_ranking
 from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
 from tests.flow.trellis.test_export import adapted
@@ -79,7 +79,7 @@ def test_conditions(trellis_root, tmp_path, monkeypatch):
             assert name == "openai/clip-vit-large-patch14"
 
         def conditions(self, texts):
-            from eg3d_rlhf.flow.trellis.conditions import Conditions
+            from eg3d_rlhf.flow.embeddings import Conditions
 
             return Conditions(tokens={t: torch.zeros(2, E) for t in (*texts, "")})
 

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.flow.trellis.conditions import NULL, Conditions
+from eg3d_rlhf.flow.embeddings import NULL, Conditions
 from eg3d_rlhf.flow.trellis.files import build_model
 
 NAMES = ("a red chair", "a blue chair", "a lamp", "a tree", "a house", "a boat")

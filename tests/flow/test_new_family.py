@@ -1,0 +1,98 @@
+"""A flow family from outside the package is trained by its folder: tests/flow/point_family.py."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import train
+from eg3d_rlhf.flow.embeddings import write_conditions
+from eg3d_rlhf.flow.families import FAMILIES, family_of
+from eg3d_rlhf.flow.generate import generate
+from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.flow.path import CONVENTION
+from eg3d_rlhf.flow.policies import tuned_model
+from tests.flow import point_family
+from tests.flow.point_family import POINTS, conditions, write_folder
+
+FEW = "--steps=3 --batch=4 --lr=0.02 --warmup=0 --choose-noises=0 --device=cpu".split()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder of the family with pairs of its one stage."""
+    root, g = write_folder(tmp_path / "ROOT"), torch.Generator().manual_seed(3)
+    pairs = [
+        PreferencePair(id=str(i), condition="abcd"[i % 4], stage="points", preferred=1 + torch.randn(POINTS, 3, generator=g),
+                       rejected=torch.randn(POINTS, 3, generator=g) - 1)
+        for i in range(8)
+    ]
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": CONVENTION})
+    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", conditions())
+    return root
+
+
+def call(tmp_path, *flags):
+    folders = [f"--pipeline={tmp_path / 'ROOT'}", f"--pairs={tmp_path / 'PAIRS'}", f"--outdir={tmp_path / 'runs'}"]
+    return CliRunner().invoke(train.main, ["--mode=circular-dpo", *folders, *FEW, *flags])
+
+
+def test_its_stage_is_trained_and_sampled(root, tmp_path):
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 0, done.output
+    (run,) = (tmp_path / "runs").glob("00000-*")
+    pipeline = point_family.load(root, conditions())
+    tuned = tuned_model(pipeline.stages[0].model, run / "points")
+    before, after = (generate(pipeline, ["a"], [0], models)[0] for models in ({}, {"points": tuned}))
+    assert after.shape == (POINTS, 3) and after.isfinite().all() and not torch.equal(before, after)
+    assert point_family.export(root, tmp_path / "TUNED", {"points": run / "points"}) == {"tuned": ["points"]}
+    merged = point_family.load(tmp_path / "TUNED", conditions())
+    torch.testing.assert_close(generate(merged, ["a"], [0])[0], after)
+
+
+def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
+    for flags, message in (
+        ([], "circular: expected a pipeline of two stages or more, got points. One stage needs no loop: --stage=points."),
+        (["--stage=points", "--views=3"], "--views: belongs to other generators, and would have no effect on points"),
+        (["--stage=voxels"], "stage: expected one of points, got 'voxels'"),
+    ):
+        done = call(tmp_path, *flags)
+        assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
+        assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
+    state = load_file(root / "points.safetensors")
+    odd = {"inner.weight": state["inner.weight"].T.contiguous(), "inner.bias": state["inner.bias"], "outer.wight": state["outer.weight"]}
+    save_file(odd, root / "points.safetensors")
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    for part in ("missing: outer.bias, outer.weight", "unexpected: outer.wight", "misshapen: inner.weight [9, 8] instead of [8, 9]"):
+        assert part in done.output, done.output
+
+
+def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
+    grids = [PreferencePair(id=str(i), condition="a", stage="points", preferred=torch.ones(3, 2, 2, 2), rejected=torch.ones(3, 2, 2, 2))
+             for i in range(2)]
+    write_pairs(tmp_path / "PAIRS" / "points", grids, {"convention": CONVENTION})
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 2 and "pair '0', preferred: expected [6, 3], got [3, 2, 2, 2]" in done.output, done.output
+    other = {name: {"kind": torch.zeros(1, 9), "size": torch.zeros(1)} for name in "abcd"}
+    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", type(conditions())(tokens=other, encoder="another", zero_null=True))
+    done = call(tmp_path, "--stage=points")
+    expected = "expected embeddings {'kind': [1, 4], 'size': [1]}, got {'kind': [1, 9], 'size': [1]} of another"
+    assert done.exit_code == 2 and expected in done.output, done.output
+
+
+def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected the folder of a known generator .*points: points.json and points.safetensors"):
+        family_of(tmp_path / "none")
+    said = []
+    family = FAMILIES["points"]
+    object.__setattr__(family, "notice", "Mind the licence.")
+    try:
+        assert family_of(root, said.append) is family_of(root, said.append) is family
+    finally:
+        object.__setattr__(family, "notice", "")
+    assert said == ["Mind the licence."]
