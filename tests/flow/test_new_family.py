@@ -1,17 +1,21 @@
 """A flow family from outside the package is trained by its folder: tests/flow/point_family.py."""
 
+import json
+
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import train
+from eg3d_rlhf.flow import family_commands as commands
 from eg3d_rlhf.flow.embeddings import write_conditions
 from eg3d_rlhf.flow.families import FAMILIES, family_of
 from eg3d_rlhf.flow.generate import generate
 from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.flow.path import CONVENTION
 from eg3d_rlhf.flow.policies import tuned_model
+from eg3d_rlhf.flow.ranking import read_latents
 from tests.flow import point_family
 from tests.flow.point_family import POINTS, conditions, write_folder
 
@@ -48,6 +52,41 @@ def test_its_stage_is_trained_and_sampled(root, tmp_path):
     assert point_family.export(root, tmp_path / "TUNED", {"points": run / "points"}) == {"tuned": ["points"]}
     merged = point_family.load(tmp_path / "TUNED", conditions())
     torch.testing.assert_close(generate(merged, ["a"], [0])[0], after)
+
+
+def tool(*flags):
+    return CliRunner().invoke(commands.main, [str(flag) for flag in flags])
+
+
+def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
+    write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", conditions())
+    model = f"--pipeline={root}"
+    assert tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2").exit_code == 0
+    early = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'NEW'}")
+    assert early.exit_code == 2 and "ranking.jsonl, line 1: expected a condition and a rank" in early.output
+    again = tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2")
+    assert again.exit_code == 2 and "ranking.jsonl, maybe with ranks" in again.output
+    path = tmp_path / "ASSETS" / "ranking.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 8 and (tmp_path / "ASSETS" / rows[0]["look_at"]).suffix == ".xyz"
+    path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
+    done = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'PAIRS'}")
+    assert done.exit_code == 0 and '"points": 4' in done.output, done.output
+    assert call(tmp_path, "--stage=points").exit_code == 0
+    (run,) = (tmp_path / "runs").glob("00000-*")
+    assert tool("draw", model, f"--out={tmp_path / 'LATER'}", f"--conditions={tmp_path / 'PAIRS'}", f"--run={run}").exit_code == 0
+    assert tool("export", model, f"--out={tmp_path / 'TUNED'}", f"--run={run}").exit_code == 0
+    latents = read_latents(tmp_path / "LATER" / "00000-0.safetensors")["points"]
+    merged = generate(point_family.load(tmp_path / "TUNED", conditions()), ["a"], [0])[0]
+    torch.testing.assert_close(merged, latents)
+    for flags, message in (
+        (["export", model, f"--out={tmp_path / 'X'}"], "expected --run or --weights, got neither"),
+        (["export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x"], "expected stages among points, got dots"),
+        (["draw", model, f"--out={tmp_path / 'X'}"], "expected embeddings, got none at"),
+        (["conditions", model, f"--out={tmp_path / 'X'}", f"--images={tmp_path}"], "expected a family that does so here, got points"),
+    ):
+        refused = tool(*flags)
+        assert refused.exit_code == 2 and message in refused.output.replace("\n", " "), refused.output
 
 
 def test_the_loop_and_foreign_options_are_refused(root, tmp_path):

@@ -15,9 +15,10 @@ from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.flow.embeddings import CONDITIONS, NULL, read_conditions, write_conditions
 from eg3d_rlhf.flow.lora import merge_rounding, merged_state
 from eg3d_rlhf.flow.policies import META, link, tuned_model
+from eg3d_rlhf.flow.ranking import RANKING, SCHEMES
 from eg3d_rlhf.flow.trellis.conditions import ImageEncoder, TextEncoder
 from eg3d_rlhf.flow.trellis.files import FLOWS, USUAL_STEMS, base_state, find_model, find_weights, load_model, read_pipeline, with_ending
-from eg3d_rlhf.flow.trellis.pair_import import RANKING, SCHEMES, STANDS, Imported, draw_to, read_dso, read_ranking, write_import
+from eg3d_rlhf.flow.trellis.pair_import import STANDS, Imported, draw_to, read_dso, read_ranking, write_import
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.flow.trellis.problem import file_hashes, hash_of
 from training.storage import write_atomic

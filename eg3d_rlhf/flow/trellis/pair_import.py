@@ -20,9 +20,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -32,6 +30,7 @@ from eg3d_rlhf.flow.embeddings import CONDITIONS, Conditions, read_array, read_e
 from eg3d_rlhf.flow.generate import stage_latents
 from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.flow.path import CONVENTION
+from eg3d_rlhf.flow.ranking import Candidate, draw_each, pair_up
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, read_ply, write_ply
@@ -39,18 +38,7 @@ from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, PipelineFile
 from eg3d_rlhf.flow.trellis.pipeline import TrellisPipeline
 from training.storage import write_atomic
 
-SCHEMES = ("all", "adjacent", "extremes")
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One asset of a condition."""
-
-    name: str  # unique within its condition
-    condition: str
-    rank: float  # smaller is better
-    latents: Mapping[str, Latent]  # by stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,40 +64,6 @@ def write_import(folder: Path, imported: Imported, file: PipelineFile) -> dict[s
 def normalization(file: PipelineFile, stage: str) -> dict | None:
     """How a stage's latents are normalised, in JSON types; None: not at all."""
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
-
-
-def pair_up(
-    candidates: Sequence[Candidate], scheme: str = "all", limit: int | None = None, seed: int = 0
-) -> dict[str, list[PreferencePair]]:
-    """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
-
-    Args:
-        scheme: "all" pairs; "adjacent": of neighbouring ranks; "extremes": of the best rank with the worst.
-        limit: at most so many pairs per condition, drawn with the seed.
-    Raises: ValueError for another scheme, or where no pair is left.
-    """
-    if scheme not in SCHEMES or (limit is not None and limit < 1):
-        raise ValueError(f"pairs: expected scheme among {', '.join(SCHEMES)} and limit >= 1, got {scheme!r} and {limit}. Correct them.")
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.condition, []).append(candidate)
-    stages = [stage for stage in (STRUCTURE, LATENT) if candidates and all(stage in c.latents for c in candidates)]
-    found: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
-    for condition, group in groups.items():
-        ranks = sorted({c.rank for c in group})
-        wanted = {"all": combinations(ranks, 2), "adjacent": pairwise(ranks), "extremes": [(ranks[0], ranks[-1])]}[scheme]
-        chosen = [(a, b) for high, low in wanted if high < low for a in group if a.rank == high for b in group if b.rank == low]
-        if limit is not None and len(chosen) > limit:
-            chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
-        for better, worse in chosen:
-            for stage in stages:
-                found[stage].append(PreferencePair(
-                    id=f"{condition}/{better.name}>{worse.name}", condition=condition, stage=stage, preferred=better.latents[stage],
-                    rejected=worse.latents[stage], provenance={"ranks": [better.rank, worse.rank]},
-                ))
-    if not any(found.values()):
-        raise ValueError(f"pairs: expected assets of unequal rank under one condition, got none among {len(candidates)}. Check the ranks.")
-    return found
 
 
 def read_ranking(
@@ -220,9 +174,6 @@ def _plain(number: object) -> str:
     return str(int(text)) if text.isdecimal() else text
 
 
-RANKING, IDENTITY = "ranking.jsonl", "drawn_from.json"
-
-
 def draw(pipeline: TrellisPipeline, condition: str, seed: int) -> tuple[dict[str, Latent], SplatAsset]:
     """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage, as the flows see them.
 
@@ -237,33 +188,17 @@ def draw_to(
     folder: Path, pipeline: TrellisPipeline, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping,
     on_asset: Callable[[], None] | None = None,
 ) -> Path:
-    """Draw every condition with every seed; returns the list, whose ranks are left to fill in.
+    """Draw every condition with every seed; returns the list, whose ranks are left to fill in. See ranking.draw_each."""
 
-    Assets that an interrupted call left are kept. Args: identity: JSON, hashes of all files that they come from.
-    Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost.
-    """
-    path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
-    other = path.is_file() and path.read_text() != text
-    if other or (folder / RANKING).exists():
-        got = "assets of other networks or conditions" if other else f"{RANKING}, maybe with ranks"
-        raise ValueError(f"draw: expected a new folder or an interrupted one, got {folder} with {got}. Name another.")
-    write_atomic(path, text.encode())
-    lines = []
-    for c, condition in enumerate(conditions):
-        for seed in seeds:
-            stem = f"{c:05d}-{seed}"
-            files = {stage: f"{stem}-{stage}.safetensors" for stage in (STRUCTURE, LATENT)}
-            if not (folder / f"{stem}.ply").exists():  # written last
-                latents, asset = draw(pipeline, condition, seed)
-                latent = latents[LATENT]
-                write_atomic(folder / files[STRUCTURE], save({"mean": latents[STRUCTURE].cpu().contiguous()}))
-                tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
-                write_atomic(folder / files[LATENT], save({name: t.cpu().contiguous() for name, t in tensors.items()}))
-                write_ply(folder / f"{stem}.ply", asset)
-            lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": f"{stem}.ply"}))
-            if on_asset:
-                on_asset()
-    write_atomic(folder / RANKING, "".join(line + "\n" for line in lines).encode())
-    return folder / RANKING
+    def one(stem: str, condition: str, seed: int) -> dict[str, str]:
+        files = {stage: f"{stem}-{stage}.safetensors" for stage in (STRUCTURE, LATENT)}
+        if not (folder / f"{stem}.ply").exists():  # written last
+            latents, asset = draw(pipeline, condition, seed)
+            latent = latents[LATENT]
+            write_atomic(folder / files[STRUCTURE], save({"mean": latents[STRUCTURE].cpu().contiguous()}))
+            tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
+            write_atomic(folder / files[LATENT], save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+            write_ply(folder / f"{stem}.ply", asset)
+        return {**files, "look_at": f"{stem}.ply"}
 
-
+    return draw_each(folder, conditions, seeds, identity, one, on_asset)

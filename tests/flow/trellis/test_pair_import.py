@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 from eg3d_rlhf.flow.embeddings import read_conditions
 from eg3d_rlhf.flow.pairs import read_pairs
+from eg3d_rlhf.flow.ranking import Candidate, pair_up
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.flow.trellis import pair_import
 from eg3d_rlhf.flow.trellis.assets import write_ply
 from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE
-from eg3d_rlhf.flow.trellis.pair_import import Candidate, pair_up, read_dso, read_ranking, write_import
+from eg3d_rlhf.flow.trellis.pair_import import read_dso, read_ranking, write_import
 from tests.flow.trellis.tiny_trellis import E, voxels
 
 

@@ -9,9 +9,10 @@ from click.testing import CliRunner
 from eg3d_rlhf.flow.embeddings import read_conditions, write_conditions
 from eg3d_rlhf.flow.generate import generate
 from eg3d_rlhf.flow.policies import tuned_model
+from eg3d_rlhf.flow.ranking import RANKING
 from eg3d_rlhf.flow.trellis.assets import read_ply
 from eg3d_rlhf.flow.trellis.commands import main
-from eg3d_rlhf.flow.trellis.pair_import import RANKING, draw, read_ranking
+from eg3d_rlhf.flow.trellis.pair_import import draw, read_ranking
 from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
 from tests.flow.trellis.test_export import adapted
 from tests.flow.trellis.test_pair_import import ranked, samples, write_list  # noqa: F401 (fixtures)

@@ -10,10 +10,11 @@ import torch
 from eg3d_rlhf.flow.circular.loop_pairs import LoopPairsConfig, make_loop_pairs
 from eg3d_rlhf.flow.embeddings import Conditions, write_conditions
 from eg3d_rlhf.flow.pairs import read_pairs, write_pairs
+from eg3d_rlhf.flow.ranking import Candidate, pair_up
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.flow.trellis.assets import SplatAsset
 from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE, read_pipeline
-from eg3d_rlhf.flow.trellis.pair_import import Candidate, Imported, pair_up, write_import
+from eg3d_rlhf.flow.trellis.pair_import import Imported, write_import
 from eg3d_rlhf.flow.trellis.problem import LinearReward, features, trellis_problem
 from tests.flow.trellis.tiny_trellis import NAMES, tokens, voxels
 
