@@ -150,12 +150,16 @@ class LatentFlow(nn.Module):
         if config.use_fp16:
             blocks.convert_torso((self.input_blocks, self.blocks, self.out_blocks), torch.float16, (nn.Linear, Kernel))
 
-    def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
+    def time(self, t: torch.Tensor) -> torch.Tensor:
+        """Times [N] as the blocks read them, [N, C] float32."""
+        return self.t_embedder(t)
+
+    def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor | None) -> SparseBatch:
         config = self.config
         check_shape("LatentFlow.x_t", x_t.feats, ["V", config.in_channels], "Give latents of this model's size.")
         check_shape("LatentFlow.cond", cond, [x_t.size, "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
         dtype = blocks.torso_dtype(self.blocks)
-        time = self.t_embedder(t)
+        time = self.time(t, *step)
         shared = self.adaLN_modulation(time) if config.share_mod else time
         time, shared, cond = time.to(dtype), shared.to(dtype), cond.to(dtype)
         h = x_t.with_feats(self.input_layer(x_t.feats.float()).to(dtype))
