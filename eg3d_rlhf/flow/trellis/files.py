@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -114,7 +115,19 @@ def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> t
         raise ValueError(f"{path}, {key}: {error}") from None
 
 
-def find_model(file: PipelineFile, model: str, also: Sequence[Path] = ()) -> Path:
+class ModelFolder(Protocol):
+    """A folder, and where the models of its pipeline.json are."""
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        """Model -> "ckpts/<stem>", or "owner/repo/<path>"."""
+
+
+def find_model(file: ModelFolder, model: str, also: Sequence[Path] = ()) -> Path:
     """The path, without ending, of a model's JSON file and weights.
 
     Looks in the root; for "owner/repo/path" also beside the root (as repo or owner/repo), in the folders `also`, and in the local cache of
@@ -141,7 +154,7 @@ def find_weights(stem: Path) -> Path | None:
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
-def _places(file: PipelineFile, value: str, also: Sequence[Path]):
+def _places(file: ModelFolder, value: str, also: Sequence[Path]):
     yield file.root / value
     owner, repo, *rest = [*Path(value).parts, "", ""]
     below = "/".join(part for part in rest if part)
@@ -171,15 +184,18 @@ ARCHITECTURES = {  # TRELLIS's names of classes; it also writes them with "Elast
 }
 
 
-def build_model(content: Mapping, who: str) -> nn.Module:
+Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class -> model and its configuration
+
+
+def build_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
     """An untrained model of what a JSON file describes: {"name": class, "args": {...}}.
 
     Raises: ValueError for another class, or arguments that it does not have.
     """
     name, args = content.get("name"), content.get("args")
-    entry = ARCHITECTURES.get(str(name).removeprefix("Elastic"))
+    entry = architectures.get(str(name).removeprefix("Elastic"))
     if entry is None or not isinstance(args, Mapping):
-        raise ValueError(f"{who}: expected a name among {', '.join(ARCHITECTURES)} and args, got {name!r}. Name a file of TRELLIS.")
+        raise ValueError(f"{who}: expected a name among {', '.join(architectures)} and args, got {name!r}. Name a file of TRELLIS.")
     model, config = entry
     fields, missing = dataclasses.fields(config), dataclasses.MISSING
     foreign = sorted(set(args) - {field.name for field in fields})
@@ -206,16 +222,29 @@ def load_model(
         raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
     state, content = base_state(weights), read_json(json_file)
     model = empty_model(content, str(json_file))
+    half = empty_model({**content, "args": {**content["args"], "use_fp16": True}}, str(json_file))
+    return filled(model, state, str(weights), half, dtype, device)
+
+
+def filled(
+    model: nn.Module, state: dict[str, torch.Tensor], who: str, half: nn.Module, dtype: torch.dtype | None, device: str | torch.device
+) -> nn.Module:
+    """An empty model with the tensors of a file, strictly by name and shape, in evaluation mode.
+
+    Args:
+        half: the same as it is built in half precision, whose layers of that kind are given `dtype`, others float32; None keeps the types
+            of the file.
+    Raises: ValueError in the name of `who` for missing, unexpected or misshapen tensors.
+    """
     types = {name: tensor.dtype for name, tensor in state.items()}
     if dtype is not None:
-        half = empty_model({**content, "args": {**content["args"], "use_fp16": True}}, str(json_file)).state_dict()
-        halved = {name for name, tensor in half.items() if tensor.dtype == torch.float16}  # what TRELLIS has in half precision
+        halved = {name for name, tensor in half.state_dict().items() if tensor.dtype in (torch.float16, torch.bfloat16)}
         types = {name: dtype if name in halved else torch.float32 for name in types}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in types and tensor.is_floating_point():
             tensor.data = tensor.data.to(types[name])
     model = model.to_empty(device=device)
-    load_strict(model, state, str(weights))
+    load_strict(model, state, who)
     return model.eval()
 
 
@@ -232,10 +261,10 @@ def base_state(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def empty_model(content: Mapping, who: str) -> nn.Module:
+def empty_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
     """`build_model` without memory for weights, on the meta device."""
     with torch.device("meta"):
-        return build_model(content, who)
+        return build_model(content, who, architectures)
 
 
 def return_freed_memory() -> bool:

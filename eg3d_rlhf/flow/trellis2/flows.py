@@ -50,7 +50,7 @@ class FlowConfig:
         if self.pe_mode != "rope" or self.dtype not in DTYPES:
             got = f"{self.pe_mode!r} and {self.dtype!r}"
             raise ValueError(f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. Others are in no released model.")
-        if self.model_channels % self.heads or self.context < 0:
+        if self.model_channels % self.heads or self.given < 0:
             got = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
             raise ValueError(
                 f"{who}: expected model_channels to divide by heads and in_channels >= out_channels, got {got}. Correct the model's JSON file."
@@ -70,7 +70,7 @@ class FlowConfig:
         return self.model_channels // self.heads
 
     @property
-    def context(self) -> int:
+    def given(self) -> int:
         """K."""
         return self.in_channels - self.out_channels
 
@@ -132,7 +132,7 @@ class StructureFlow(Flow):
 
     def __init__(self, config: FlowConfig):
         super().__init__(config)
-        if config.context:
+        if config.given:
             got = f"{config.in_channels} and {config.out_channels}"
             raise ValueError(f"StructureFlow: expected in_channels = out_channels, got {got}. Correct the model's JSON file.")
 
@@ -149,21 +149,19 @@ class StructureFlow(Flow):
 
 
 class VoxelFlow(Flow):
-    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E], context) -> velocity on the same voxels. Differentiable in: everything but t.
+    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable in: everything but t.
 
-    context [V, K]: features beside the latent that are neither noised nor predicted, for a model that reads some.
+    What is given on the voxels, [V, K], stands beside the latent in the input layer; it is neither noised nor predicted.
     """
 
-    def forward(
-        self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, context: torch.Tensor | None = None
-    ) -> SparseBatch:
+    def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
         config = self.config
         check_shape("VoxelFlow.x_t", x_t.feats, ["V", config.out_channels], "Give latents of this model's size.")
         check_shape("VoxelFlow.cond", cond, [x_t.size, "L", config.cond_channels], "Use embeddings of the encoder it was trained with.")
-        x, width = x_t.feats, 0 if context is None else context.shape[-1]
-        if width != config.context:
-            who, remedy = "VoxelFlow.context", "Give the features that the stage before leaves, where the model reads some."
-            raise ValueError(f"{who}: expected {config.context} channels beside the latent, got {width}. {remedy}")
-        if context is not None:
-            x = torch.cat([x, context.to(x)], 1)
+        x, width = x_t.feats, 0 if x_t.given is None else x_t.given.shape[1]
+        if width != config.given:
+            remedy = "Give the features that the stage before leaves, where the model reads some."
+            raise ValueError(f"VoxelFlow.x_t: expected {config.given} given features beside the latent, got {width}. {remedy}")
+        if x_t.given is not None:
+            x = torch.cat([x, x_t.given.to(x)], 1)
         return x_t.with_feats(self.transform(x, t, cond, x_t.coords[:, 1:], blocks.SparseLayout(x_t)))

@@ -1,5 +1,7 @@
 """TRELLIS.2's networks: names, rotary positions, features beside the latent, splits of voxels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -135,12 +137,12 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
     state = plain.state_dict()
     wide.load_state_dict(state | {"input_layer.weight": torch.nn.functional.pad(state["input_layer.weight"], (0, 4))})
     x, (t, cond) = voxels(), inputs()
-    context = torch.randn(len(x.feats), 4)
+    more = replace(x, given=torch.randn(len(x.feats), 4))
     with torch.no_grad():
-        assert torch.equal(wide(x, t, cond, context).feats, plain(x, t, cond).feats)  # read by zeros
+        assert torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)  # read by zeros
         wide.input_layer.weight[:, 3:] = 1
-        assert not torch.equal(wide(x, t, cond, context).feats, plain(x, t, cond).feats)
-    with pytest.raises(ValueError, match="VoxelFlow.context: expected 4 channels beside the latent, got 0"):
+        assert not torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)
+    with pytest.raises(ValueError, match="VoxelFlow.x_t: expected 4 given features beside the latent, got 0"):
         wide(x, t, cond)
 
 
