@@ -91,7 +91,7 @@ class SplitBlock(nn.Module):
             self.to_subdiv = nn.Linear(channels, 8)
         self.repeats, self.first_axis_fastest = out_channels // (channels // 8), first_axis_fastest
 
-    def children(self, x: SparseBatch) -> torch.Tensor:
+    def subdivision(self, x: SparseBatch) -> torch.Tensor:
         """Which children are there, [V, 8] bool: by its own word, or of a voxel without any the likeliest."""
         logits = self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
         return (logits > 0) | ((logits <= 0).all(1, keepdim=True) & (logits == logits.amax(1, keepdim=True)))
@@ -152,7 +152,7 @@ class VoxelDecoder(nn.Module):
                 if isinstance(block, SplitBlock):
                     if len(found) == levels:
                         return h, found
-                    found.append(block.children(h) if told is None else told[len(found)])
+                    found.append(block.subdivision(h) if told is None else told[len(found)])
                     h = block(h, found[-1])
                 else:
                     h = block(h)
