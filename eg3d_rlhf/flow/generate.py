@@ -4,9 +4,9 @@ Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, w
 
     x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null where lo <= t <= hi, v_cond elsewhere
 
-Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t).
+Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance widens x_0, which may be taken back in part.
 Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance on an interval;
-Esser et al. 2024, equation 23, for the mapping.
+Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for taking guidance's width back.
 
 Shape letters as in sparse.py and stage.py; N assets.
 """
@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.flow.condition import Condition, expanded, rows, tensor_of, to_device
-from eg3d_rlhf.flow.sparse import Batch, count, feats_of, with_feats
+from eg3d_rlhf.flow.path import FlowPath
+from eg3d_rlhf.flow.sparse import Batch, count, feats_of, mean_per_sample, spread, with_feats
 from eg3d_rlhf.flow.stage import Asset, AssetReward, FlowStage, Pipeline, Sampling, Voxels, stage_of
 from training.phases import derive_seed
 
@@ -71,17 +72,36 @@ def trajectory(
         raise ValueError(
             f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Give them, or no cfg_strength."
         )
-    x, points = noise.to(device), times(sampling)
+    x, points, step = noise.to(device), times(sampling), 1 / sampling.steps if sampling.shortcut else None
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):
         with torch.no_grad(), evaluating(stage.model):
             at = torch.full([count(x)], t, device=device)
-            v = stage.velocity(x, at, cond)
+            v = stage.velocity(x, at, cond, step=step)
             if w and no_cond is not None and low <= t <= high:
-                v = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(stage.velocity(x, at, no_cond)))
+                plain = v
+                v = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(stage.velocity(x, at, no_cond, step=step)))
+                v = narrowed(stage.path, x, at, v, plain, sampling.cfg_rescale) if sampling.cfg_rescale else v
             estimate = stage.path.data(x, at, v)
             x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
         yield x, estimate
+
+
+def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, plain: Batch, share: float) -> Batch:
+    """A guided velocity whose x_0 is mixed with itself at the standard deviation, per sample, of the x_0 of the plain one.
+
+    Args: t: [N] above 0; share: of 1, the deviation is the plain one's.
+    """
+    guided, wanted = (path.data(x, t, each) for each in (v, plain))
+    factor = share * (std_per_sample(wanted) / std_per_sample(guided)) + 1 - share
+    return path.velocity_to(x, t, with_feats(guided, spread(factor, guided) * feats_of(guided)))
+
+
+def std_per_sample(batch: Batch) -> torch.Tensor:
+    """Of all numbers of a sample, [N]; of several tensors the mean of their variances counts."""
+    values = feats_of(batch)
+    away = values - spread(mean_per_sample(values, batch), batch)
+    return mean_per_sample(away.square(), batch).sqrt()
 
 
 @contextlib.contextmanager

@@ -58,6 +58,11 @@ class FlowPath:
         time = spread(t, x_t)
         return with_feats(x_t, (1 - self.sigma_min) * feats_of(x_t) - (self.sigma_min + (1 - self.sigma_min) * time) * feats_of(v))
 
+    def velocity_to(self, x_t: Batch, t: torch.Tensor, x_0: Batch) -> Batch:
+        """The v that speaks of x_0 at x_t: inverse of `data`, at times above 0."""
+        time = spread(t, x_t)
+        return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / (self.sigma_min + (1 - self.sigma_min) * time))
+
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
         return mean_per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)

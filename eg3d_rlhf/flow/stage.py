@@ -17,6 +17,7 @@ from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, count, separate
 
 Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
 Call = Callable[[torch.nn.Module, Batch, torch.Tensor, Any], Batch]  # (module, x_t, t [N] in 0..1, condition) -> v
+CallStep = Callable[[torch.nn.Module, Batch, torch.Tensor, Any, torch.Tensor], Batch]  # and the length of the step, [N]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +28,15 @@ class Sampling:
     cfg_strength: float = 5.0  # w of (1 + w) v_cond - w v_null
     cfg_interval: tuple[float, float] = (0.5, 1.0)  # times, both included, at which guidance acts
     rescale_t: float = 3.0  # r of t -> r t / (1 + (r - 1) t): larger spends more steps on noisy times
+    cfg_rescale: float = 0.0  # share of a guided x_0 that is brought to the standard deviation of the one without guidance
+    shortcut: bool = False  # tell the network how long a step is: 1 / steps; it then need not take many
 
     def __post_init__(self):
         low, high = self.cfg_interval
         fits = self.steps >= 1 and self.rescale_t > 0 and 0 <= low <= high <= 1 and self.cfg_strength >= 0
-        if not (fits and math.isfinite(self.rescale_t) and math.isfinite(self.cfg_strength)):
+        if not (fits and math.isfinite(self.rescale_t) and math.isfinite(self.cfg_strength) and 0 <= self.cfg_rescale <= 1):
             raise ValueError(
-                "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval within 0..1, "
+                "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval and cfg_rescale within 0..1, "
                 f"got {self}. Correct them."
             )
 
@@ -51,6 +54,7 @@ class FlowStage:
     model: torch.nn.Module
     latents: LatentKind
     call: Call = as_is  # of the module; times and sign as the module has them
+    call_step: CallStep | None = None  # of a module that can be told how long a step is; None: it cannot
     data_at_one: bool = False  # the module has its data at t = 1 and its noise at t = 0
     path: FlowPath = field(default_factory=FlowPath)
     sampling: Sampling = field(default_factory=Sampling)
@@ -60,15 +64,23 @@ class FlowStage:
         if not self.name:
             raise ValueError("FlowStage: expected a name, got ''. Name the stage.")
 
-    def velocity(self, x_t: Batch, t: torch.Tensor, cond: Condition, model: torch.nn.Module | None = None) -> Batch:
+    def velocity(
+        self, x_t: Batch, t: torch.Tensor, cond: Condition, model: torch.nn.Module | None = None, step: float | None = None
+    ) -> Batch:
         """v in this package's convention, by the stage's module or another of its kind in its place.
 
-        Args: t: [N] in 0..1, 1 is noise. Differentiable in: x_t, the module's parameters.
+        Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be told; None: v as trained.
+        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's parameters.
         """
-        model = self.model if model is None else model
-        if not self.data_at_one:
-            return self.call(model, x_t, t, cond)
-        return opposite(t, self.call(model, x_t, 1 - t, cond))[1]
+        model, at = self.model if model is None else model, 1 - t if self.data_at_one else t
+        if step is None:
+            v = self.call(model, x_t, at, cond)
+        elif self.call_step is None:
+            got = f"a step of {step:g}. Set shortcut off"
+            raise ValueError(f"stage {self.name!r}: expected no length of steps, which its network does not read, got {got}.")
+        else:
+            v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
+        return opposite(at, v)[1] if self.data_at_one else v
 
     def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed names."""

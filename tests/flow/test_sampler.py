@@ -128,3 +128,39 @@ def test_voxels_keep_their_places():
     end = sample(stage, collate(parts), tokens(2), None, plain(2))
     torch.testing.assert_close(end.feats, 0.25 * collate(parts).feats)
     assert torch.equal(end.coords, collate(parts).coords)
+
+
+def test_guidance_is_taken_back_to_the_width_without_it():
+    """At share 1 the guided x_0 has the plain one's standard deviation, at 0 nothing changes to the last bit, between lies between."""
+    path = FlowPath(sigma_min=1e-3)
+    stage = stage_of(Field(lambda x, t, cond: x * (1 + cond.mean((1, 2)).view(-1, *[1] * (x.ndim - 1)))), path=path)
+    cond, null, widths = tokens(2), torch.zeros_like(tokens(2)), {}
+    for share in (0.0, 0.5, 1.0):
+        guided = plain(2, cfg_strength=4.0, cfg_interval=(0.0, 1.0), cfg_rescale=share)
+        _, estimate = next(trajectory(stage, noise(), cond, null, guided))
+        widths[share] = estimate.flatten(1).std(1, correction=0)
+    at = torch.ones(2)
+    before = path.data(noise(), at, stage.velocity(noise(), at, cond)).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(widths[1.0], before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(widths[0.5], (widths[0.0] + widths[1.0]) / 2, rtol=1e-4, atol=1e-5)
+    assert ((widths[0.0] - widths[1.0]).abs() > 1e-3).all()
+    torch.testing.assert_close(path.velocity_to(noise(), at, path.data(noise(), at, noise())), noise())
+
+
+def test_a_network_that_reads_it_is_told_how_long_a_step_is():
+    """dx/dt = a x: told the step, a network can answer with the mean velocity on the way and needs one step."""
+    a, told = 0.8, []
+
+    def mean(module, x, t, cond, step):
+        told.append(step.tolist())
+        return x * (1 - math.exp(-a * float(step[0]))) / float(step[0])
+
+    stage = stage_of(Field(lambda x, t, cond: a * x))
+    with pytest.raises(ValueError, match="expected no length of steps, which its network does not read, got a step of 0.25"):
+        sample(stage, noise(), tokens(2), None, plain(4, shortcut=True))
+    stage.call_step = mean
+    for steps in (1, 4):
+        torch.testing.assert_close(sample(stage, noise(), tokens(2), None, plain(steps, shortcut=True)), math.exp(-a) * noise())
+    assert told == [[1.0, 1.0]] + [[0.25, 0.25]] * 4
+    sample(stage, noise(), tokens(2), None, plain(3))
+    assert len(told) == 5  # not told where it is not asked for

@@ -1,4 +1,4 @@
-"""SAM 3D's first flow: the shape's tokens and those of the pose go through one transformer with layers for each (a mixture of transformers).
+"""SAM 3D's first flow: the shape's tokens and those of the pose go through a transformer with layers for each (a mixture of transformers).
 
 The latent is a dictionary of tensors. Each has an input layer, positions and an output layer of its own; those that share a transformer are
 one group of tokens. Self-attention is over the tokens of all groups, but a protected group sees itself alone: the shape does not depend on
@@ -10,6 +10,7 @@ Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a te
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class LatentConfig:
 
     def __post_init__(self):
         if min(self.in_channels, self.tokens) < 1 or (self.resolution is not None and self.resolution**3 != self.tokens):
-            raise ValueError(f"LatentConfig: expected channels, tokens >= 1 and resolution^3 of them on a grid, got {self}. Correct it.")
+            raise ValueError(f"LatentConfig: expected channels, tokens >= 1, resolution^3 of them on a grid, got {self}. Correct it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class MixtureConfig:
     num_heads: int | None = None  # or model_channels / num_head_channels
     num_head_channels: int = 64
     mlp_ratio: float = 4
-    latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> what is in it; others are by themselves
+    latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> what is in it; others are alone
     protect_modality_list: tuple[str, ...] = ("shape",)  # groups that see themselves alone
     is_shortcut_model: bool = False  # whether it reads a step size
     share_mod: bool = False
@@ -64,7 +65,7 @@ class MixtureConfig:
         foreign = sorted(set(self.protect_modality_list) - set(self.groups))
         if foreign or self.model_channels % self.heads:
             got = f"{', '.join(foreign) or 'no others'} and {self.model_channels} / {self.heads}"
-            raise ValueError(f"MixtureConfig: expected protected groups of this model and channels that heads divide, got {got}. Correct it.")
+            raise ValueError(f"MixtureConfig: expected protected groups of this model, channels that heads divide, got {got}. Correct it.")
 
     @property
     def heads(self) -> int:
@@ -194,25 +195,26 @@ class MixtureFlow(nn.Module):
             got = ", ".join(sorted(x_t))
             raise ValueError(f"MixtureFlow.x_t: expected {', '.join(sorted(config.latents))}, got {got}. Give latents of this model.")
         for name, one in config.latents.items():
-            check_shape(f"MixtureFlow.x_t[{name!r}]", x_t[name], [len(t), one.tokens, one.in_channels], "Give latents of this model's size.")
+            check_shape(f"MixtureFlow.x_t[{name!r}]", x_t[name], [len(t), one.tokens, one.in_channels], "Give latents of its size.")
         check_shape("MixtureFlow.cond", cond, [len(t), "L", config.cond_channels], "Use embeddings of this model's own embedder.")
+        layers: Any = self.latent_mapping
         dtype = blocks.torso_dtype(self.blocks)
         time = embedded_time(self, t, step, config.time_scale)
         if config.share_mod:
             time = self.adaLN_modulation(time)
         time, cond = time.to(dtype), cond.to(dtype)
-        read = {name: self.latent_mapping[name].read(x_t[name].float()).to(dtype) for name in config.latents}
+        read = {name: layers[name].read(x_t[name].float()).to(dtype) for name in config.latents}
         h = {g: torch.cat([read[name] for name in names], 1) for g, names in config.groups.items()}
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, recompute=self.recompute)
         found = Tokens()
         for g, names in config.groups.items():
             parts = h[g].float().split([config.latents[name].tokens for name in names], 1)
-            found |= {name: self.latent_mapping[name].write(part).to(x_t[name].dtype) for name, part in zip(names, parts, strict=True)}
+            found |= {name: layers[name].write(part).to(x_t[name].dtype) for name, part in zip(names, parts, strict=True)}
         return {name: found[name] for name in config.latents}
 
 
-def embedded_time(flow: nn.Module, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
+def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Times, and the step sizes of a shortcut model (None: 0), [N] each -> [N, C] float32.
 
     Raises: ValueError for a step size where the model reads none.

@@ -14,7 +14,7 @@ L tokens of a condition, E their size.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ def modulation(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
 
-def run_block(block: nn.Module, *args, recompute: bool) -> torch.Tensor:
+def run_block(block: nn.Module, *args, recompute: bool) -> Any:
     """A block's result; with `recompute` its inside is computed again in the backward pass instead of being kept."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)

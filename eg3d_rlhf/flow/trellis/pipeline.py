@@ -82,7 +82,7 @@ class TrellisPipeline:
         """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
         if stage != files.STRUCTURE:
             raise ValueError(f"advance: expected stage {files.STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
-        _check_finite("advance", x_0)
+        check_finite("advance", x_0)
         decoder = self.part(files.STRUCTURE_DECODER)
         found = []
         for one in x_0:  # one by one: 64^3 x 128 floats each
@@ -93,7 +93,7 @@ class TrellisPipeline:
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
         """Latents of the last stage -> assets."""
-        _check_finite("decode", x_0)
+        check_finite("decode", x_0)
         decoder = self.part(files.GAUSSIAN_DECODER)
         found = []
         for sample in x_0.samples():
@@ -199,7 +199,8 @@ def load_pipeline(
     )
 
 
-def _check_finite(who: str, x_0: Batch) -> None:
+def check_finite(who: str, x_0: Batch) -> None:
+    """Raise ValueError, in the name of `who`, for latents that are not finite."""
     values = feats_of(x_0)
     bad = int((~torch.isfinite(values)).sum())
     if bad:

@@ -3,7 +3,6 @@
 The structure's autoencoder is TRELLIS's own, and is named by reference into a folder of it.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import nn
 from eg3d_rlhf.flow.stage import Sampling
 from eg3d_rlhf.flow.trellis import files
 from eg3d_rlhf.flow.trellis.structure_vae import StructureDecoder, StructureVAEConfig
-from eg3d_rlhf.flow.trellis2.flows import FlowConfig, StructureFlow, VoxelFlow
+from eg3d_rlhf.flow.trellis2.flows import Flow, FlowConfig, StructureFlow, VoxelFlow
 from eg3d_rlhf.flow.trellis2.voxel_decoder import VoxelDecoder, VoxelDecoderConfig
 
 NAME = "Trellis2ImageTo3DPipeline"
@@ -139,8 +138,7 @@ def load_model(
         raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
     state, content = files.base_state(weights), files.read_json(json_file)
     model = files.empty_model(content, str(json_file), ARCHITECTURES)
-    known = {field.name for field in dataclasses.fields(model.config)}
-    args = {**content["args"], **({"dtype": "float16"} if "dtype" in known else {"use_fp16": True})}
+    args = {**content["args"], **({"dtype": "float16"} if isinstance(model, Flow) else {"use_fp16": True})}
     half = files.empty_model({**content, "args": args}, str(json_file), ARCHITECTURES)
     if isinstance(model, VoxelDecoder):
         state = {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
@@ -155,7 +153,7 @@ def _check_phases(model: StructureFlow, stored: torch.Tensor, who: str) -> None:
     own = torch.polar(torch.ones_like(angles), angles)
     if not stored.is_complex() or stored.shape != own.shape or not torch.allclose(stored.to(own), own, atol=1e-2):
         got = f"{stored.dtype} {list(stored.shape)}"
-        raise ValueError(f"{who}: expected rope_phases of its rope_freq, complex {list(own.shape)}, got {got} of others. Correct the JSON file.")
+        raise ValueError(f"{who}: expected rope_phases of its rope_freq, complex {list(own.shape)}, got {got} of others. Correct its JSON.")
 
 
 def model_files(file: PipelineFile, also: Sequence[Path] = ()) -> dict[str, Path]:

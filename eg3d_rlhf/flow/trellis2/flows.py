@@ -52,9 +52,8 @@ class FlowConfig:
             raise ValueError(f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. Others are in no released model.")
         if self.model_channels % self.heads or self.given < 0:
             got = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
-            raise ValueError(
-                f"{who}: expected model_channels to divide by heads and in_channels >= out_channels, got {got}. Correct the model's JSON file."
-            )
+            expected = "model_channels to divide by heads and in_channels >= out_channels"
+            raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
             got = f"{self.head_channels} channels and {self.rope_freq}"
             raise ValueError(f"{who}: expected heads of an even number of channels, 6 or more, and two rope_freq, got {got}. Correct it.")

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from eg3d_rlhf.flow.condition import Condition
 from eg3d_rlhf.flow.embeddings import Conditions
-from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels, Voxels
+from eg3d_rlhf.flow.kinds import DenseGrid, LatentKind, SparseVoxels, Voxels
 from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
+from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.flow.stage import FlowStage
 from eg3d_rlhf.flow.trellis.files import find_model, return_freed_memory
-from eg3d_rlhf.flow.trellis.pipeline import LARGE
+from eg3d_rlhf.flow.trellis.pipeline import LARGE, check_finite
 from eg3d_rlhf.flow.trellis.structure_vae import voxels_of
 from eg3d_rlhf.flow.trellis2 import files
 from eg3d_rlhf.flow.trellis2.voxel_decoder import VoxelAsset, VoxelDecoder, assets_of
@@ -39,13 +40,14 @@ class Trellis2Pipeline:
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders by their names in pipeline.json."""
         self.file, self.tokens, self.device = file, conditions, device
         self._parts, self._loaded = parts, dict[str, nn.Module]()
+        self.configs: dict[str, Any] = {name: flows[name].config for name in file.flows}  # FlowConfig of every stage
         self.stages = [self._stage(name, flows[name]) for name in file.flows]
         for name, (mean, _) in file.normalization.items():
-            channels = flows[name].config.out_channels
+            channels = self.configs[name].out_channels
             if len(mean) != channels:
                 key = files.NORMALIZATIONS[name]
                 raise ValueError(f"pipeline.json: expected {key} of {channels} channels, got {len(mean)}. Correct it.")
-        texture, shape = self.stages[-1].model.config, self.stages[-2].model.config
+        shape, texture = (self.configs[stage.name] for stage in self.stages[-2:])
         if (texture.given, texture.resolution) != (shape.out_channels, shape.resolution):
             got = f"{texture.given} on {texture.resolution}^3"
             raise ValueError(
@@ -54,20 +56,18 @@ class Trellis2Pipeline:
             )
 
     def _stage(self, name: str, model: nn.Module) -> FlowStage:
-        config = model.config
+        config = self.configs[name]
         if self.tokens is not None:
             form, key = self.tokens.form, self._size(name)
-            size = form[key][-1] if isinstance(form, Mapping) and key in form and len(form[key]) == 2 else None
-            if size != config.cond_channels:
+            channels = form[key][-1] if isinstance(form, Mapping) and key in form and len(form[key]) == 2 else None
+            if channels != config.cond_channels:
                 source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
                 raise ValueError(
                     f"conditions: expected tokens [L, {config.cond_channels}] named {key!r} for stage {name!r}, got {form}{source}. Embed "
                     f"the pictures with {self.file.encoder}."
                 )
-        kind = (
-            DenseGrid(channels=config.out_channels, resolution=config.resolution) if name == files.STRUCTURE
-            else SparseVoxels(channels=config.out_channels, resolution=config.resolution, given=config.given)
-        )
+        size = dict(channels=config.out_channels, resolution=config.resolution)
+        kind: LatentKind = DenseGrid(**size) if name == files.STRUCTURE else SparseVoxels(**size, given=config.given)
         return FlowStage(
             name=name, model=model, latents=kind, path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name]
         )
@@ -79,29 +79,34 @@ class Trellis2Pipeline:
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
         """[N, L, E]."""
-        return self.tokens.of(names)[self._size(stage)].to(self.device)
+        return self._picked(lambda tokens: tokens.of(names), stage)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
         """[n, L, E] of zeros."""
-        return self.tokens.null(n)[self._size(stage)].to(self.device)
+        return self._picked(lambda tokens: tokens.null(n), stage)
+
+    def _picked(self, ask: Callable[[Conditions], Condition], stage: str) -> torch.Tensor:
+        if self.tokens is None:
+            raise ValueError("conditions: expected embeddings, got none. Open the pipeline with some.")
+        found = ask(self.tokens)
+        assert not isinstance(found, torch.Tensor)  # looked at when the pipeline was made
+        return found[self._size(stage)].to(self.device)
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
         """What latents of a stage leave to the next, per sample: voxels [v, 3] int32, and to the texture the shape's latents on them."""
-        after = self._after(stage)
-        _check_finite("advance", x_0)
-        if stage == files.STRUCTURE:
-            return [self._pooled(one, after.model.config.resolution) for one in x_0]
-        assert isinstance(x_0, SparseBatch)
-        if after.name == files.TEXTURE:
-            return [SparseSample(s.coords, s.feats) for s in x_0.samples()]
-        return [self._finer(sample, stage, after.model.config.resolution) for sample in x_0.samples()]
-
-    def _after(self, stage: str) -> FlowStage:
         names = [s.name for s in self.stages]
         if stage not in names[:-1]:
             raise ValueError(f"advance: expected a stage among {', '.join(names[:-1])}, got {stage!r}. Nothing comes after the last stage.")
-        return self.stages[names.index(stage) + 1]
+        after = names[names.index(stage) + 1]
+        resolution = self.configs[after].resolution
+        check_finite("advance", x_0)
+        if isinstance(x_0, torch.Tensor):
+            return [self._pooled(one, resolution) for one in x_0]
+        assert isinstance(x_0, SparseBatch)
+        if after == files.TEXTURE:
+            return [SparseSample(s.coords, s.feats) for s in x_0.samples()]
+        return [self._finer(sample, stage, resolution) for sample in x_0.samples()]
 
     def _pooled(self, latent: torch.Tensor, resolution: int) -> torch.Tensor:
         """Voxels of a grid of `resolution` with an occupied one of the decoder's grid in them; of an empty structure its likeliest."""
@@ -109,8 +114,8 @@ class Trellis2Pipeline:
         logits = logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))
         factor, rest = divmod(logits.shape[-1], resolution)
         if rest or not factor:
-            got = f"{logits.shape[-1]}^3"
-            raise ValueError(f"structure: expected a grid of a multiple of {resolution} voxels per side, got {got}. Take models of one release.")
+            got = f"{logits.shape[-1]}. Take models of one release"
+            raise ValueError(f"structure: expected a grid of a multiple of {resolution} voxels per side, got {got}.")
         return voxels_of(nn.functional.max_pool3d(logits, factor))[0]
 
     def _finer(self, sample: SparseSample, stage: str, resolution: int) -> torch.Tensor:
@@ -119,23 +124,23 @@ class Trellis2Pipeline:
         latent = SparseBatch.join([SparseSample(sample.coords, self.unnormalised(sample.feats.float(), stage))]).to(self.device)
         levels = len(decoder.config.up_block_type)
         fine, _ = decoder(latent, levels=levels)
-        side = self._model(stage).config.resolution * 2**levels
+        side = self.configs[stage].resolution * 2**levels
         places = (fine.coords[:, 1:].double() + 0.5) / side * resolution
         return torch.unique(places.floor().int(), dim=0)
 
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[VoxelAsset]:
         """Latents of the texture, given those of the shape -> assets."""
-        _check_finite("decode", x_0)
+        check_finite("decode", x_0)
         if x_0.given is None:
             raise ValueError("decode: expected latents of the texture with those of the shape given, got none given. Sample them together.")
         shape_stage, found = self.stages[-2].name, list[VoxelAsset]()
         shape_decoder, texture_decoder = self._shape_decoder(), self.part(files.TEXTURE_DECODER)
-        resolution = self.stages[-1].model.config.resolution * 2 ** len(shape_decoder.config.up_block_type)
+        resolution = self.configs[files.TEXTURE].resolution * 2 ** len(shape_decoder.config.up_block_type)
         for sample in x_0.samples():  # one by one: millions of voxels each
             shape, texture = (
                 SparseBatch.join([SparseSample(sample.coords, self.unnormalised(feats.float(), stage))]).to(self.device)
-                for feats, stage in ((sample.given, shape_stage), (sample.feats, files.TEXTURE))
+                for feats, stage in ((sample.given, shape_stage), (sample.feats, files.TEXTURE)) if feats is not None
             )
             surface, children = shape_decoder(shape)
             materials, _ = texture_decoder(texture, children)
@@ -166,9 +171,6 @@ class Trellis2Pipeline:
         decoder: Any = self.part(files.SHAPE_DECODER)
         return decoder
 
-    def _model(self, stage: str) -> nn.Module:
-        return next(s.model for s in self.stages if s.name == stage)
-
 
 def load_pipeline(
     root: Path, conditions: Conditions | None, *, also: Sequence[Path] = (), dtype: torch.dtype | None = torch.float32,
@@ -184,16 +186,10 @@ def load_pipeline(
     flows = {stage: files.load_model(stems[model], dtype=dtype, device=device) for stage, model in file.flows.items()}
     for stage, flow in flows.items():
         if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
-            raise ValueError(f"{file.flows[stage]}: expected a model of stage {stage!r}, got a {type(flow).__name__}. Correct pipeline.json.")
+            got = type(flow).__name__
+            raise ValueError(f"{file.flows[stage]}: expected a model of stage {stage!r}, got a {got}. Correct pipeline.json.")
     if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows.values()) > LARGE:
         return_freed_memory()
     return Trellis2Pipeline(
         file, flows, conditions, lambda name: files.load_model(stems[name], dtype=torch.float32, device=device), device
     )
-
-
-def _check_finite(who: str, x_0: Batch) -> None:
-    values = feats_of(x_0)
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")

@@ -1,7 +1,7 @@
 """Rotary positions in three dimensions: attention that knows of two tokens only how far apart they are.
 
-A head's D channels are D / 2 planes. Of each axis n = D // 6 planes turn by coordinate * rate_i, rate_i = f_0 / f_1^(i / n); planes that are
-left over do not turn. The product of a turned query and a turned key depends on the difference of their angles alone, hence on that of
+A head's D channels are D / 2 planes. For each axis n = D // 6 planes turn by coordinate * rate_i, rate_i = f_0 / f_1^(i / n); planes left
+over do not turn. The product of a turned query and a turned key depends on the difference of their angles alone, hence on that of
 their coordinates (Su et al. 2021, here per axis).
 
 Shape letters as in trellis/blocks.py; P = D / 2 planes of a head.

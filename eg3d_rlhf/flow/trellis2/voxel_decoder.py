@@ -42,21 +42,21 @@ class VoxelDecoderConfig:
     first_axis_fastest: bool = True  # in no file that is known here: whether child number 1 lies along the first axis, or the last
 
     def __post_init__(self):
-        for name in ("model_channels", "num_blocks", "block_type", "up_block_type", "block_args"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for many in ("model_channels", "num_blocks", "block_type", "up_block_type", "block_args"):
+            object.__setattr__(self, many, tuple(getattr(self, many)))
         levels = len(self.model_channels)
         if not levels or len(self.num_blocks) != levels or len(self.block_type) != levels or len(self.up_block_type) != levels - 1:
             got = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(self.up_block_type)}"
             raise ValueError(
-                f"VoxelDecoderConfig: expected model_channels, num_blocks and block_type for every level and up_block_type between them, "
+                "VoxelDecoderConfig: expected model_channels, num_blocks and block_type for every level and up_block_type between them, "
                 f"got {got}. Correct the model's JSON file."
             )
         foreign = sorted({*self.block_type, *self.up_block_type} - {BLOCK, SPLIT} | ({*self.block_type} & {SPLIT}))
         if foreign:
             raise ValueError(f"VoxelDecoderConfig: expected blocks {BLOCK} and {SPLIT}, got {', '.join(foreign)}. Others are not read.")
         if any(a % 8 or b % (a // 8) for a, b in zip(self.model_channels, self.model_channels[1:], strict=False)):
-            got = list(self.model_channels)
-            raise ValueError(f"VoxelDecoderConfig: expected channels that eight children can share, got {got}. Correct the model's JSON file.")
+            got = f"{list(self.model_channels)}"
+            raise ValueError(f"VoxelDecoderConfig: expected channels that eight children can share, got {got}. Correct its JSON file.")
 
 
 class Conv(Kernel):
@@ -148,10 +148,10 @@ class VoxelDecoder(nn.Module):
             raise ValueError(f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Give the shape's.")
         h, found = x.with_feats(self.from_latent(x.feats.float()).to(self._dtype)), list[torch.Tensor]()
         for level in self.blocks:
-            for block in level:
+            if len(found) == levels:
+                return h, found
+            for block in level:  # type: ignore[attr-defined]
                 if isinstance(block, SplitBlock):
-                    if len(found) == levels:
-                        return h, found
                     found.append(block.subdivision(h) if told is None else told[len(found)])
                     h = block(h, found[-1])
                 else:

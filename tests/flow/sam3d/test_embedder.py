@@ -44,7 +44,8 @@ def test_names_and_shapes():
         VisionConfig.of({}, 8, False)
     names = shapes(embedder())
     assert {f"module_list.1.backbone.{name}": shape for name, shape in VISION.items()}.items() <= names.items()
-    rest = {name: shape for name, shape in names.items() if not name.startswith(("module_list.0.", "module_list.1.", "module_list.2.blocks"))}
+    encoders = ("module_list.0.", "module_list.1.", "module_list.2.blocks")
+    rest = {name: shape for name, shape in names.items() if not name.startswith(encoders)}
     assert rest == {
         "idx_emb": [2, 5], "module_list.2.point_proj.weight": [8, 3], "module_list.2.point_proj.bias": [8],
         "module_list.2.invalid_xyz_token": [8], "module_list.2.cls_token": [1, 1, 8], "module_list.2.pos_embed_window": [1, 17, 8],
@@ -65,7 +66,8 @@ def test_dinov2_is_that_of_transformers():
     (wq, wk, wv), (bq, bk, bv) = (part.split(64) for part in (block.attn.qkv.weight, block.attn.qkv.bias))
     layer = "encoder.layer.0."
     state = {
-        "embeddings.cls_token": ours.cls_token, "embeddings.mask_token": ours.mask_token, "embeddings.register_tokens": ours.register_tokens,
+        "embeddings.cls_token": ours.cls_token, "embeddings.mask_token": ours.mask_token,
+        "embeddings.register_tokens": ours.register_tokens,
         "embeddings.position_embeddings": ours.pos_embed, "embeddings.patch_embeddings.projection.weight": ours.patch_embed["proj"].weight,
         "embeddings.patch_embeddings.projection.bias": ours.patch_embed["proj"].bias, "layernorm.weight": ours.norm.weight,
         "layernorm.bias": ours.norm.bias, f"{layer}norm1.weight": block.norm1.weight, f"{layer}norm1.bias": block.norm1.bias,

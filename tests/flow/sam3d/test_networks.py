@@ -25,7 +25,8 @@ def block_names(i):
     found = {f"blocks.{i}.adaLN_modulation.1.weight": [72, 12], f"blocks.{i}.adaLN_modulation.1.bias": [72]}
     for g in GROUPS:
         parts = {
-            f"norm2.{g}.weight": [12], f"norm2.{g}.bias": [12], f"self_attn.to_qkv.{g}.weight": [36, 12], f"self_attn.to_qkv.{g}.bias": [36],
+            f"norm2.{g}.weight": [12], f"norm2.{g}.bias": [12],
+            f"self_attn.to_qkv.{g}.weight": [36, 12], f"self_attn.to_qkv.{g}.bias": [36],
             f"self_attn.q_rms_norm.{g}.gamma": [2, 6], f"self_attn.k_rms_norm.{g}.gamma": [2, 6],
             f"self_attn.to_out.{g}.weight": [12, 12], f"self_attn.to_out.{g}.bias": [12], f"cross_attn.{g}.to_q.weight": [12, 12],
             f"cross_attn.{g}.to_q.bias": [12], f"cross_attn.{g}.to_kv.weight": [24, 5], f"cross_attn.{g}.to_kv.bias": [24],
@@ -126,7 +127,7 @@ def test_recomputation_and_shared_modulation():
     [
         ({"latents": {}}, "expected latents, each in one group at most, got none"),
         ({"latent_share_transformer": {"pose": ("colour",)}}, "each in one group at most"),
-        ({"protect_modality_list": ("colour",)}, "expected protected groups of this model and channels that heads divide, got colour"),
+        ({"protect_modality_list": ("colour",)}, "expected protected groups of this model, channels that heads divide, got colour"),
         ({"num_heads": 5}, "got no others and 12 / 5"),
     ],
 )
