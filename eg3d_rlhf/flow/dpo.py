@@ -21,6 +21,7 @@ from training.phases import derive_seed
 KINDS = (*PREFERENCE_KINDS, "sft", "dro")
 NOISES = ("shared", "independent")
 TIME_BINS = 10  # of equal width on 0..1, in what is logged
+BINNED = ("pairs", "implicit_accuracy", "margin", "w_diff", "l_diff")  # logged as sums over the pairs of each time bin
 _loss = functools.partial(knob, group="Preference loss")
 
 
@@ -28,8 +29,8 @@ _loss = functools.partial(knob, group="Preference loss")
 class DpoConfig:
     """The loss of a batch of pairs; the path decides the times."""
 
-    kind: str = _loss("sigmoid", "Of the margin; sft: flow matching on the preferred; dro: preferred minus rejected error, no reference.",
-                      name="loss", choices=KINDS)
+    kind: str = _loss("sigmoid", "Of the margin; sft: flow matching on the preferred; dro: preferred minus --loser-weight x rejected "
+                      "error, which no reference and no lower bound holds.", name="loss", choices=KINDS)
     beta: float = _loss(250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0)
     weight_mode: str = _loss("inside", "Where w2 acts: inside (Circular-DPO, equation 7) or outside (its algorithm 1).",
                              name="pair_weight", choices=WEIGHT_MODES)

@@ -66,25 +66,33 @@ def trajectory(
     n, device = rows(cond), tensor_of(cond).device
     if n != count(noise):
         raise ValueError(f"sample(cond): expected tokens for each of {count(noise)} samples, got {n}. Give one row per sample.")
-    w, (low, high) = sampling.cfg_strength, sampling.cfg_interval
+    w = sampling.cfg_strength
     if w and (no_cond is None or rows(no_cond) not in (1, n)):
         got = "None" if no_cond is None else rows(no_cond)
         raise ValueError(
             f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Give them, or no cfg_strength."
         )
-    x, points, step = noise.to(device), times(sampling), 1 / sampling.steps if sampling.shortcut else None
+    x, points = noise.to(device), times(sampling)
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):
         with torch.no_grad(), evaluating(stage.model):
             at = torch.full([count(x)], t, device=device)
-            v = stage.velocity(x, at, cond, step=step)
-            if w and no_cond is not None and low <= t <= high:
-                plain = v
-                v = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(stage.velocity(x, at, no_cond, step=step)))
-                v = narrowed(stage.path, x, at, v, plain, sampling.cfg_rescale) if sampling.cfg_rescale else v
+            v = guided(stage.path, stage.velocity, x, t, cond, no_cond, sampling)
             estimate = stage.path.data(x, at, v)
             x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
         yield x, estimate
+
+
+def guided(
+    path: FlowPath, velocity: Callable[..., Batch], x: Batch, t: float, cond: Condition, no_cond: Condition | None, sampling: Sampling
+) -> Batch:
+    """v of `velocity(x, times, cond, step=length)` at a time, as `sampling` guides it; no_cond: N rows, or None where nothing is guided."""
+    at, step = torch.full([count(x)], t, device=feats_of(x).device), 1 / sampling.steps if sampling.shortcut else None
+    v, w, (low, high) = velocity(x, at, cond, step=step), sampling.cfg_strength, sampling.cfg_interval
+    if not w or no_cond is None or not low <= t <= high:
+        return v
+    wide = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(velocity(x, at, no_cond, step=step)))
+    return narrowed(path, x, at, wide, v, sampling.cfg_rescale) if sampling.cfg_rescale else wide
 
 
 def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, plain: Batch, share: float) -> Batch:

@@ -63,6 +63,10 @@ class FlowPath:
         time = spread(t, x_t)
         return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / (self.sigma_min + (1 - self.sigma_min) * time))
 
+    def noise(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
+        """The eps that x_t and v speak of: x_t + (1 - t) v."""
+        return with_feats(x_t, feats_of(x_t) + (1 - spread(t, x_t)) * feats_of(v))
+
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
         """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
         return mean_per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)

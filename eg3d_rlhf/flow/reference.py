@@ -57,11 +57,11 @@ class FrozenModel:
                 f"policy ({shown}). Use FrozenCopy."
             )
 
-    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
-        """v at times t [N] in 0..1; without gradient."""
+    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None) -> Batch:
+        """v at times t [N] in 0..1, and for steps of that length where it is given; without gradient."""
         self._check()
         with torch.no_grad(), evaluating(self._model):
-            return stage.velocity(x_t, t, cond, self._model)
+            return stage.velocity(x_t, t, cond, self._model, step)
 
     def errors(self, stage: FlowStage, draw: PairDraw, keys: Sequence[DrawKey]) -> torch.Tensor:
         """See Reference."""
@@ -89,10 +89,10 @@ class AdapterOff(FrozenModel):
         adapters = {id(p) for p in lora_parameters(self._model)}
         _refuse_trainable("AdapterOff", ((name, p) for name, p in self._model.named_parameters() if id(p) not in adapters))
 
-    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
+    def velocity(self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None) -> Batch:
         """v of the base."""
         with adapters_off(self._model):
-            return super().velocity(stage, x_t, t, cond)
+            return super().velocity(stage, x_t, t, cond, step)
 
 
 def _refuse_trainable(who: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

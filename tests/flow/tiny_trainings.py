@@ -61,3 +61,12 @@ def case_of(out: Path, name: str, batch_gpu: int | None = None, stop: bool = Fal
 def contents(out) -> dict[str, bytes]:
     """All that equal trainings write alike."""
     return {name: (out / name).read_bytes() for name in FINISHED if (out / name).exists()}
+
+
+def at(line: str, act):
+    """What `say` does at a line."""
+    return lambda text: act() if text.startswith(line) else None
+
+
+def interrupt():
+    raise KeyboardInterrupt

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
-from eg3d_rlhf.flow.dpo import TIME_BINS
-from eg3d_rlhf.flow.tuning.update import BINNED, TrainConfig
+from eg3d_rlhf.flow.dpo import BINNED, TIME_BINS
+from eg3d_rlhf.flow.tuning.descent import StageTraining
+
+COUNTED = ("pairs", "samples")  # figures that a line has the sum of; of the others it has the mean over updates
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Progress:
         """Count an update's figures into the line under way."""
         self.sums = _added(self.sums, {"updates": 1, **figures})
 
-    def judged(self, rate: float, config: TrainConfig) -> bool:
+    def judged(self, rate: float, config: StageTraining) -> bool:
         """Note a win rate; whether it is the best so far. A tie goes to the earlier."""
         best = self.best is None or rate > self.best
         if best:
@@ -43,10 +45,10 @@ class Progress:
     def line(self, lr: float, rate: float | None) -> dict:
         """The record of the line under way, which ends with it."""
         sums, self.sums = self.sums, {}
-        record = {"step": self.step, "pairs": sums.get("pairs", 0)}
+        record = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
         if sums:
-            record |= {name: sums[name] / sums["updates"] for name in ("loss", "grad_norm")}
-            bins = sums["bins"]  # sums; a bin without pairs has no mean
+            bins = sums.get("bins")  # sums; a bin without pairs has no mean
+            record |= {name: value / sums["updates"] for name, value in sums.items() if name not in (*COUNTED, "updates", "bins")}
             if bins:
                 pairs, total, names = bins["pairs"], math.fsum(bins["pairs"]), [name for name in BINNED if name != "pairs"]
                 per_bin = {name: [bins[name][i] / pairs[i] if pairs[i] else None for i in range(TIME_BINS)] for name in names}
@@ -68,13 +70,10 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def shown(record: Mapping, steps: int) -> dict[str, str]:
-    """A line's figures in fixed widths, for the status line."""
+def shown(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """A line's figures in fixed widths, for the status line; columns: as Descent's, between those that every training has."""
     fields = {"step": f"{record['step']:>6d}/{steps:<6d}"}
-    for name, short, form in (
-        ("loss", "loss", "<8.4f"), ("implicit_accuracy", "accuracy", "<5.3f"), ("margin", "margin", "<+9.2e"),
-        ("w_diff", "w_diff", "<+9.2e"), ("l_diff", "l_diff", "<+9.2e"), ("grad_norm", "grad", "<8.2e"), ("win_rate", "win_rate", "<6.3f"),
-    ):  # fmt: skip
+    for name, short, form in (("loss", "loss", "<8.4f"), *columns, ("grad_norm", "grad", "<8.2e"), ("win_rate", "win_rate", "<6.3f")):
         value = record.get(name)
         text = "" if value is None else format(value, form)
         fields[short] = text.ljust(int(form.lstrip("<+").split(".")[0]))
@@ -85,13 +84,14 @@ PAIRS = 64  # that the latest figures are taken over
 SEPARATED = 0.95  # implicit accuracy above which pairs are told apart too well to teach more
 NOTHING = 0.02  # changes of a win rate that are within its noise
 DROP = 0.1  # of a win rate, measured twice
+RUNAWAY = 2  # times the rejected ones' error at the start, where no reference holds it
 HISTORY = 10  # lines before spikes can be told from usual ones
 
 ANCHOR = "Anchor the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or train fewer updates."
 CALM = "Raise beta or lower lr."
 
 
-def signs(lines: Sequence[dict], preference: bool = True) -> dict[str, str]:
+def signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, str]:
     """Warnings by name, as of the last line; the caller says each once.
 
     Args:
@@ -99,17 +99,22 @@ def signs(lines: Sequence[dict], preference: bool = True) -> dict[str, str]:
         preference: False for plain fine-tuning on the preferred ones, where telling pairs apart means nothing.
     """
     trained = [line for line in lines if line.get("pairs")]
-    rates = [(line["step"], line["win_rate"]) for line in lines if line.get("win_rate") is not None]
-    found = _win_rates(rates)
+    rates = win_rates(lines)
+    found = win_rate_signs(rates)
     last, before = trained[-1] if trained else {}, trained[:-1]
     for name, times in (("loss", 4), ("grad_norm", 10)) if len(before) >= HISTORY else ():
         usual = median(line[name] for line in before)
         if last[name] > times * usual > 0 and "spikes" not in found:
             found["spikes"] = f"step {last['step']}: {name} {last[name]:.3g} is over {times} times its median {usual:.3g}. {CALM}"
+    if trained and last.get("l_error", 0) > RUNAWAY * trained[0].get("l_error", math.inf):
+        found["runaway"] = (
+            f"step {last['step']}: the rejected ones' error is {last['l_error']:.3g} after {trained[0]['l_error']:.3g}, and that of the "
+            f"preferred {last['w_error']:.3g} after {trained[0]['w_error']:.3g}; this loss has no lower bound. Lower loser_weight or steps."
+        )
     return found | (_margins(trained, rates) if preference and trained else {})
 
 
-def recent(lines: Sequence[dict], name: str) -> float | None:
+def recent(lines: Sequence[Mapping], name: str) -> float | None:
     """Mean of a figure over the last lines that hold PAIRS pairs; None before there are as many."""
     values, pairs = 0.0, 0
     for line in reversed(lines):
@@ -119,7 +124,7 @@ def recent(lines: Sequence[dict], name: str) -> float | None:
     return None
 
 
-def _margins(lines: Sequence[dict], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
+def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
     accuracy, w_diff, l_diff = (recent(lines, name) for name in ("implicit_accuracy", "w_diff", "l_diff"))
     if accuracy is None:
         return {}
@@ -143,7 +148,12 @@ def _margins(lines: Sequence[dict], rates: Sequence[tuple[int, float]]) -> dict[
     return found
 
 
-def _win_rates(rates: Sequence[tuple[int, float]]) -> dict[str, str]:
+def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
+    """(update, win rate) where one was measured."""
+    return [(line["step"], line["win_rate"]) for line in lines if line.get("win_rate") is not None]
+
+
+def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = ANCHOR) -> dict[str, str]:
     """A large fall counts at once, a smaller one when it is measured twice in a row: win rates of a few dozen assets are noisy."""
     if len(rates) < 2:
         return {}
@@ -151,8 +161,8 @@ def _win_rates(rates: Sequence[tuple[int, float]]) -> dict[str, str]:
     twice = max(rate for _, rate in rates[-2:])  # the better of the last two
     level = min(0.5, start)
     if last < level - DROP or twice < level - NOTHING:
-        found["collapse"] = f"step {step}: the held-out win rate is {last:.3f}, worse than what it is compared with. {ANCHOR}"
+        found["collapse"] = f"step {step}: the held-out win rate is {last:.3f}, worse than what it is compared with. {remedy}"
     best_step, best = max(rates, key=lambda entry: (entry[1], -entry[0]))
     if last < best - 2 * DROP or twice < best - DROP:
-        found["past-best"] = f"step {step}: the held-out win rate fell to {last:.3f} from {best:.3f} at step {best_step}. {ANCHOR}"
+        found["past-best"] = f"step {step}: the held-out win rate fell to {last:.3f} from {best:.3f} at step {best_step}. {remedy}"
     return found

@@ -1,4 +1,5 @@
-"""Train one stage on preference pairs: DPO or fine-tuning, adapters or all parameters, early stop on a held-out win rate, exact resume.
+"""Train one stage: adapters or all parameters, early stop on a held-out win rate, exact resume. What is minimised is a Descent's affair:
+`train_stage` is for preference pairs (DPO, fine-tuning), `train` for any.
 
     training_options.json    what the run was begun with
     stats.jsonl, timing.jsonl    a line per `log_every` updates and per win rate; of stats.jsonl equal runs give equal bytes
@@ -25,7 +26,8 @@ from eg3d_rlhf.flow.policies import save_policy, shared_copy
 from eg3d_rlhf.flow.reference import AdapterOff, CachedErrors, FrozenModel, Reference
 from eg3d_rlhf.flow.sparse import collate, parts_of
 from eg3d_rlhf.flow.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.flow.tuning.progress import Progress, read_lines, shown, signs
+from eg3d_rlhf.flow.tuning.descent import Descent, StageTraining
+from eg3d_rlhf.flow.tuning.progress import Progress, read_lines, shown
 from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
 from eg3d_rlhf.run.run import STATS, Run, recorded
 from training import checkpoint
@@ -36,6 +38,10 @@ from training.storage import checksum, read_tensors, write_tensors
 WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
 FREE = ("batch_gpu", "checkpoint_every")  # settings that a resumed run may change
 KEPT = "kept parameters"
+UNBOUNDED = (
+    "dro has no lower bound and no reference: the rejected ones' error may grow without end, and the network with it. Give "
+    "--loser-weight below 1, a held-out judge or few updates."
+)
 
 
 def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
@@ -47,14 +53,14 @@ def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
     return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
 
 
-def policy_and_reference(stage: FlowStage, config: TrainConfig) -> tuple[torch.nn.Module, Reference | None]:
+def policy_and_reference(stage: FlowStage, config: StageTraining) -> tuple[torch.nn.Module, FrozenModel | None]:
     """A network to train, and what it is compared with, which takes no memory besides the stage's own; None where the loss needs none."""
     if config.lora is not None:
         policy = shared_copy(stage.model)
         add_lora(policy, config.lora, config.seed)
-        return policy, AdapterOff(policy) if config.dpo.needs_reference else None
+        return policy, AdapterOff(policy) if config.needs_reference else None
     policy = copy.deepcopy(stage.model).float().requires_grad_(True)
-    return policy, FrozenModel(shared_copy(stage.model).float(), policy) if config.dpo.needs_reference else None
+    return policy, FrozenModel(shared_copy(stage.model).float(), policy) if config.needs_reference else None
 
 
 Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1
@@ -90,7 +96,28 @@ def train_stage(
         not finite;
         StoppedError after a signal.
     """
-    stage, out, who = stage_of(pipeline, stage_name), Path(out), f"train_stage({stage_name})"
+    stage = stage_of(pipeline, stage_name)
+    check_pairs(pipeline, stage, pairs)
+    if config.dpo.kind == "dro":
+        say(f"Warning: {UNBOUNDED}")
+
+    def start(run: Run, policy: torch.nn.Module, frozen: FrozenModel | None) -> Descent:
+        reference: Reference | None = frozen
+        if config.cache_reference and reference is not None:
+            identity = {
+                **{name: run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(stage.path),
+                "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
+            }  # fmt: skip
+            reference = CachedErrors(reference, identity, run.folder / "reference", run.ranks)
+        return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks)
+
+    known = ranks.broadcast(origin(stage, pairs) if ranks.main else None)
+    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
+
+
+def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
+    """Raise ValueError for what cannot be trained on; see train_stage."""
+    who = f"train_stage({stage.name})"
     if not pairs:
         raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
     check_unique(who, pairs)
@@ -102,10 +129,24 @@ def train_stage(
     device, some = next(stage.model.parameters()).device, pairs[:8]
     cond = to_device(pipeline.conditions([pair.condition for pair in some], stage.name), device)
     check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
+
+
+Start = Callable[[Run, torch.nn.Module, FrozenModel | None], Descent]  # of a run, the network to train, and its reference
+
+
+def train(
+    stage: FlowStage, config: StageTraining, known: dict, start: Start, out: Path, *, held_out: Judge | None = None, ranks: Ranks = SINGLE,
+    resume: bool = False, say: Callable[[str], None] = print,
+) -> StageResult:
+    """Train a copy of a stage's network as the Descent does it that `start` makes of the run, the copy and its reference.
+
+    Args: known: JSON of all that decides the training besides the config; others: see train_stage.
+    Raises: see train_stage.
+    """
+    device = next(stage.model.parameters()).device
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
-    options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None}
-    options |= ranks.broadcast(origin(stage, pairs) if ranks.main else None)
+    options = {"stage": stage.name, "config": asdict(config), "held_out": held_out is not None, **known}
     with Run(out, options, ranks=ranks, say=say) as run, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         begun, finished = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
         if not begun:
@@ -115,8 +156,15 @@ def train_stage(
         else:
             raise ValueError(f"train_stage: expected a new folder, got {out} with a run in it. Resume it, or name another.")
         if finished is None:
-            finished = _Training(pipeline, stage, pairs, config, held_out, run, say).train()
+            policy, reference = policy_and_reference(stage, config)
+            ranks.broadcast_(trained(policy).values())
+            finished = _Training(start(run, policy, reference), config, held_out, run, say).train()
     return StageResult(**finished, weights=out / POLICY)
+
+
+def trained(policy: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that training moves, by name."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def read_result(folder: Path) -> dict | None:
@@ -129,24 +177,10 @@ def read_result(folder: Path) -> dict | None:
 class _Training:
     """The loop of one training."""
 
-    def __init__(
-        self, pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair], config: TrainConfig, held_out: Judge | None, run: Run,
-        say: Callable[[str], None],
-    ):
-        self.stage, self.config, self.held_out, self.run, self.ranks, self.say = stage, config, held_out, run, run.ranks, say
-        self.policy, reference = policy_and_reference(stage, config)
-        self.named = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        self.ranks.broadcast_(self.named.values())
+    def __init__(self, updates: Descent, config: StageTraining, held_out: Judge | None, run: Run, say: Callable[[str], None]):
+        self.updates, self.policy, self.named = updates, updates.policy, trained(updates.policy)
+        self.stage, self.config, self.held_out, self.run, self.ranks, self.say = updates.stage, config, held_out, run, run.ranks, say
         self.ema = {name: p.detach().clone() for name, p in self.named.items()} if config.ema is not None else {}
-        self.cache: CachedErrors | None = None
-        if config.cache_reference and reference is not None:
-            dpo = config.dpo
-            identity = {
-                **{name: run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(stage.path),
-                "noise": dpo.noise, "condition_dropout": dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
-            }  # fmt: skip
-            self.cache = CachedErrors(reference, identity, run.folder / "reference", run.ranks)
-        self.updates = Updates(pipeline, stage, pairs, config, self.policy, self.named.values(), self.cache or reference, self.ranks)
         self.progress = Progress()
         self.lines: list[dict] = []  # of stats.jsonl
         self.warnings: dict[str, str] = {}  # by name
@@ -219,11 +253,12 @@ class _Training:
         """End the line under way; say what it shows."""
         progress, record = self.progress, self.progress.line(self.updates.lr(self.progress.step - 1), rate)
         self.run.stats(record)
-        self.run.status(shown(record, self.config.steps), progress.step, progress.step if progress.ended else self.config.steps, "step")
+        at = shown(record, self.config.steps, self.updates.columns)
+        self.run.status(at, progress.step, progress.step if progress.ended else self.config.steps, "step")
         if not self.ranks.main:
             return
         self.lines.append(record)
-        found = signs(self.lines, self.config.dpo.needs_reference)
+        found = self.updates.signs(self.lines)
         fresh = {name: text for name, text in found.items() if name not in self.warnings}
         for name, text in fresh.items():
             self.say(f"Warning ({name}): {text}")
@@ -241,8 +276,7 @@ class _Training:
 
     def _checkpoint(self) -> None:
         """Write the state; the last two are kept, and the parameters that they name."""
-        if self.cache is not None:
-            self.cache.save()
+        self.updates.save()
         tensors = {f"policy.{name}": p for name, p in self.named.items()} | {f"ema.{name}": p for name, p in self.ema.items()}
         tensors |= checkpoint.optimizer_tensors("optim", self.updates.optimizer)
         meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}

@@ -73,3 +73,10 @@ def test_spikes(name, factor):
     assert signs(lines(20, **{name: lambda i: factor / 2 if i == 19 else 1.0})) == {}
     assert signs(lines(5, **{name: lambda i: factor if i == 4 else 1.0})) == {}
     assert "spikes" in signs(lines(20, **{name: lambda i: factor if i == 19 else 1.0}), preference=False)
+
+
+def test_a_loss_without_a_floor_that_runs_away():
+    growing = {"w_error": lambda i: 1.0 + 0.1 * i, "l_error": lambda i: 1.0 + 0.2 * i}
+    found = signs(lines(20, **growing), preference=False)
+    assert list(found) == ["runaway"] and "rejected ones' error is 4.8 after 1" in found["runaway"]
+    assert signs(lines(4, **growing), preference=False) == {}

@@ -17,7 +17,7 @@ from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.tuning.train import StoppedError, policy_and_reference
 from eg3d_rlhf.flow.tuning.update import Order, TrainConfig, Updates
 from tests.flow.tiny_flow import NAMES, TinyPipeline, structure_pairs, tiny_config, voxel_pairs
-from tests.flow.tiny_trainings import contents, judge, run, with_everything
+from tests.flow.tiny_trainings import at, contents, interrupt, judge, run, with_everything
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError
 
@@ -76,7 +76,7 @@ def test_fine_tuning_reads_the_preferred_alone(tmp_path):
     assert a.stats == b.stats and "margin" not in a.stats[0]
     pipeline = TinyPipeline()
     stage = stage_of(pipeline, "voxels")
-    batch = [pair for _, pair in Order(pairs, config).items(0)]
+    batch = [pair for _, pair in Order(pairs, config.batch, config.seed).items(0)]
     draw = draw_pairs(stage, batch, pipeline.conditions([p.condition for p in batch], "voxels"), None, config.dpo, config.seed, 0)
     expected = stage.path.errors(stage.model(draw.x_t, draw.t, draw.cond), draw.x_0, draw.eps)[:8].mean()
     assert a.stats[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
@@ -124,6 +124,19 @@ def test_an_unanchored_run_at_a_small_beta_is_caught_and_the_better_network_kept
     anchored = DpoConfig(beta=4.0, loser_weight=0.5, sft_weight=0.5)
     result = run(tmp_path / "anchored", pairs, tiny_config(dpo=anchored, **settings), pipeline, held_out=held_out)
     assert result.stats[-1]["win_rate"] > 0.9 and result.warnings == []
+
+
+def test_dro_says_that_nothing_holds_it_and_a_lighter_loser_does(tmp_path):
+    """Its loss falls below 0 without end, the rejected ones' error with it; with half a weight the preferred ones' stays where it was."""
+    ends, printed = {}, []
+    for weight in (1.0, 0.3):
+        config = tiny_config(dpo=DpoConfig(kind="dro", loser_weight=weight), lr=0.05, log_every=10)
+        ends[weight] = run(tmp_path / str(weight), voxel_pairs(24), config, say=printed.append)
+    free, held = (ends[weight].stats[-1] for weight in (1.0, 0.3))
+    assert any("Warning: dro has no lower bound" in line for line in printed) and "l_error" in printed[1]
+    assert free["loss"] == pytest.approx(free["w_error"] - free["l_error"], rel=1e-4) and free["loss"] < -1
+    assert free["l_error"] > 2 * held["l_error"] and held["w_error"] < free["w_error"]
+    assert [w.split(":")[0] for w in ends[1.0].warnings] == ["runaway"] and ends[0.3].warnings == []
 
 
 # The same, however it is computed.
@@ -181,14 +194,14 @@ def test_fewer_pairs_than_a_batch_are_met_several_times(tmp_path):
 
 def test_every_pass_over_the_pairs_has_all_of_them_in_another_order():
     pairs, config = voxel_pairs(10), tiny_config(batch=4)
-    items = [item for step in range(5) for item in Order(pairs, config).items(step)]
+    items = [item for step in range(5) for item in Order(pairs, config.batch, config.seed).items(step)]
     first, second = items[:10], items[10:]
     assert {e for e, _ in first} == {0} and {e for e, _ in second} == {1}
     assert {p.id for _, p in first} == {p.id for _, p in second} == {p.id for p in pairs}
     assert [p.id for _, p in first] != [p.id for _, p in second]
-    few = Order(pairs[:3], config).items(0)
+    few = Order(pairs[:3], config.batch, config.seed).items(0)
     assert [e for e, _ in few] == [0, 0, 0, 1]
-    assert [e for e, _ in Order(pairs[:3], replace(config, draws=1)).items(0)] == [0] * 4
+    assert [e for e, _ in Order(pairs[:3], config.batch, config.seed, 1).items(0)] == [0] * 4
 
 
 def test_bfloat16_passes_learn_about_the_same_and_keep_float32_masters(tmp_path):
@@ -230,15 +243,6 @@ def resumed(out) -> dict[str, bytes]:
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at(line: str, act):
-    """What `say` does at a line."""
-    return lambda text: act() if text.startswith(line) else None
-
-
-def interrupt():
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("moment", "states"), [("line", [20, 30]), ("write", [10])])
