@@ -16,10 +16,10 @@ from eg3d_rlhf.cli import file_hash
 from eg3d_rlhf.flow.embeddings import Conditions, read_conditions
 from eg3d_rlhf.flow.folder_problem import Judge, conditions_beside, folder_problem, hash_of, pair_folders
 from eg3d_rlhf.flow.problem import Problem, ProblemSource
-from eg3d_rlhf.flow.stage import Asset, Pipeline
+from eg3d_rlhf.flow.stage import Asset
 from eg3d_rlhf.plugins import load_plugins
 
-Load = Callable[..., Pipeline]  # (root, Conditions, *, dtype, device) -> pipeline; conditions may be None where nothing is sampled
+Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
 COMMON = ("pipeline", "pairs", "seed", "held_out", "conditions", "dtype")  # fields of ProblemSource that every family reads
 
 
@@ -44,7 +44,7 @@ class FlowFamily:
 
 
 FAMILIES: dict[str, FlowFamily] = {}
-BUNDLED = ("trellis",)  # folders of this package with a family.py
+BUNDLED = ("trellis", "hunyuan3d")  # folders of this package with a family.py
 _told: set[str] = set()
 
 

@@ -16,8 +16,8 @@ from eg3d_rlhf.flow.path import FlowPath, opposite
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseSample, count, separate
 
 Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
-Call = Callable[[torch.nn.Module, Batch, torch.Tensor, Any], Batch]  # (module, x_t, t [N] in 0..1, condition) -> v
-CallStep = Callable[[torch.nn.Module, Batch, torch.Tensor, Any, torch.Tensor], Batch]  # and the length of the step, [N]
+Call = Callable[..., Any]  # (module, x_t, t [N] in 0..1, condition) -> v
+CallStep = Callable[..., Any]  # and the length of the step, [N]
 
 
 @dataclass(frozen=True, kw_only=True)
