@@ -42,11 +42,14 @@ def open_bar(total: int, what: str):
 
 
 def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
-    """What unpaired labels change of the defaults: their terms have weight, and, alone, nothing is learnt from pairs."""
+    """What unpaired labels change of the defaults: their terms have weight, and, alone, nothing is learnt from pairs.
+
+    The error counts in units of the score, 25 (reward - score / 5)^2, beside the divergence; beside pairs both count 25 times less.
+    """
     if unpaired is None:
         return {}
     paired = {name: 0 for name in ("pairs", "scalar", "bradley_terry")} if alone else {}
-    changed = {**paired, "regression": 1.0, "divergence": 0.1}
+    changed = {**paired, **({"regression": 25.0, "divergence": 1.0} if alone else {"regression": 1.0, "divergence": 0.04})}
     if not any(options[name] for name in paired) and alone:
         changed["anchors"] = 0
     return {name: value for name, value in changed.items() if options[name] is None}

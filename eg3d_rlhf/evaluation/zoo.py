@@ -39,7 +39,9 @@ class Entry:
     short: tuple[str, ...] = ()  # more flags of its training in the short table
 
 
-PAIRED = ("--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0")  # the pairs choose the epoch and make the test, no more
+UNPAIRED = (  # the pairs choose the epoch and make the test, no more; the divergence as published, beside the error in units of the score
+    "--pairs=0", "--scalar=0", "--bradley-terry=0", "--anchors=0", "--regression=25", "--divergence=1",
+)  # fmt: skip
 ENTRIES = {
     "sigma": Entry(words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")),
     "depth": Entry(
@@ -55,7 +57,7 @@ ENTRIES = {
     ),
     "thumbs": Entry(
         words="density slab, taught by thumbs up or down alone", minutes=5, label=("--kind=thumbs", "--pairs=1000", "--calibrate=512"),
-        train=PAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",),
+        train=UNPAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",),
     ),
 }  # fmt: skip
 
