@@ -21,7 +21,7 @@ HUB = {"dinov2_vitl14_reg": "facebook/dinov2-with-registers-large"}  # torch hub
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _load(kind: str, name: str):
+def pretrained(kind: str, name: str):
     """Class and weights from the local cache."""
     try:
         import transformers
@@ -43,8 +43,8 @@ class TextEncoder:
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         self.name = name
-        self.tokenizer = _load("AutoTokenizer", name)
-        self.model = _load("CLIPTextModel", name).eval().to(device)
+        self.tokenizer = pretrained("AutoTokenizer", name)
+        self.model = pretrained("CLIPTextModel", name).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -63,7 +63,7 @@ class ImageEncoder:
 
     def __init__(self, name: str = "dinov2_vitl14_reg", device: str | torch.device = "cpu"):
         self.name = name
-        self.model = _load("AutoModel", name).eval().to(device)
+        self.model = pretrained("AutoModel", name).eval().to(device)
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
@@ -87,11 +87,11 @@ class ImageEncoder:
         return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
 
 
-def cut_out(image: Image.Image) -> torch.Tensor:
-    """What an image with a transparent background shows, in the middle of a black square -> [3, 518, 518] of 0..1, in steps of 1/255.
+def cut_out(image: Image.Image, size: int = IMAGE_SIZE, margin: float = MARGIN) -> torch.Tensor:
+    """What an image with a transparent background shows, in the middle of a black square -> [3, size, size] of 0..1, in steps of 1/255.
 
     As TRELLIS's pipeline: with (l, t) and (r, b) the first and the last pixel of an opacity above 0.8, the square about their middle has
-    sides of 2 floor(floor(1.2 max(r - l, b - t)) / 2), its corners rounded to the nearest pixel, halves to the even one. Resized by
+    sides of 2 floor(floor(margin max(r - l, b - t)) / 2), its corners rounded to the nearest pixel, halves to the even one. Resized by
     Lanczos, its colours are multiplied by opacity and cut down, not rounded, to 8 bits.
     Raises: ValueError for an image without transparency: backgrounds are removed elsewhere; or one that shows a pixel or two.
     """
@@ -101,12 +101,12 @@ def cut_out(image: Image.Image) -> torch.Tensor:
     if box is None:
         raise ValueError("image: expected something that is not transparent, got nothing. Choose another image.")
     left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
-    half = int(max(right - left, bottom - top) * MARGIN) // 2
+    half = int(max(right - left, bottom - top) * margin) // 2
     if half < 1:
         raise ValueError("image: expected something larger than two pixels, got less. Choose another image.")
     x, y = (left + right) / 2, (top + bottom) / 2
     square = image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
-    square = square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    square = square.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(square).astype(np.float32) / 255
     seen = (pixels[..., :3] * pixels[..., 3:] * 255).astype(np.uint8)
     return torch.from_numpy(seen.astype(np.float32) / 255).permute(2, 0, 1).contiguous()

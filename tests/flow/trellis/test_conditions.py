@@ -95,7 +95,7 @@ class FakeDino(torch.nn.Module):
 
 @pytest.fixture
 def image_encoder(monkeypatch):
-    monkeypatch.setattr(encoders, "_load", lambda kind, name: FakeDino())
+    monkeypatch.setattr(encoders, "pretrained", lambda kind, name: FakeDino())
     return encoders.ImageEncoder()
 
 
@@ -157,7 +157,7 @@ def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
         def forward(self, input_ids):
             return type("Out", (), {"last_hidden_state": input_ids[..., None].half().expand(-1, -1, 4)})
 
-    monkeypatch.setattr(encoders, "_load", lambda kind, name: Tokenizer() if kind == "AutoTokenizer" else Clip())
+    monkeypatch.setattr(encoders, "pretrained", lambda kind, name: Tokenizer() if kind == "AutoTokenizer" else Clip())
     found = encoders.TextEncoder("clip").conditions(["chair", "boat", "chair"])
     assert found.names == ("chair", "boat") and float(found.of(["chair"])[0, 0, 0]) == 5 and not found.null(1).any()
 
