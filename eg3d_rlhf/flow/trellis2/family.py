@@ -1,4 +1,4 @@
-"""TRELLIS.2 among the families of flow generators. Its stages are tuned one by one: its encoders, which the loop would need, are not read."""
+"""TRELLIS.2 among the families of flow generators. Stages are tuned one by one: the encoders, which the loop would need, are not read."""
 
 import json
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from eg3d_rlhf.flow.policies import link, tuned_model
 from eg3d_rlhf.flow.trellis.files import base_state, find_model, find_weights, with_ending
 from eg3d_rlhf.flow.trellis2 import files
 from eg3d_rlhf.flow.trellis2.conditions import PictureEncoder, embedded
+from eg3d_rlhf.flow.trellis2.flows import Flow
 from eg3d_rlhf.flow.trellis2.pipeline import Trellis2Pipeline, load_pipeline
 from eg3d_rlhf.flow.trellis2.surface import surface_of
 from eg3d_rlhf.flow.trellis2.voxel_decoder import VoxelAsset
@@ -36,7 +37,8 @@ def load(
     """To sample and to train: blocks are computed again in the backward pass."""
     pipeline = load_pipeline(root, conditions, dtype=dtype, device=device)
     for stage in pipeline.stages:
-        stage.model.recompute = True
+        if isinstance(stage.model, Flow):
+            stage.model.recompute = True
     return pipeline
 
 
