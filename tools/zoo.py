@@ -11,6 +11,7 @@ Example:
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -59,6 +60,8 @@ def call(folder: Path, command: list[str], threads: int) -> dict:
 
     The peak memory is never below that of this program (0.4 GB), from which the script is forked.
     """
+    if (folder / DONE).is_file():  # finished, but with another command or other inputs
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     script, *flags = continued(folder, command)
     started = time.time()
