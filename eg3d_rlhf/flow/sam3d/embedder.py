@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.flow.trellis.conditions import MEAN, STD
+from eg3d_rlhf.flow.dinov2 import MEAN, STD
 
 HEAD = 64  # channels of a head, in all of DINOv2
 REMAPS = ("linear", "sinh", "exp")

@@ -6,6 +6,7 @@ feature.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.flow.trellis.conditions import IMAGE_SIZE, ImageEncoder
+from eg3d_rlhf.flow.trellis.conditions import ImageEncoder
 from eg3d_rlhf.shapes import check_shape
 from training.storage import write_atomic
 
@@ -56,9 +57,16 @@ def voxels_filled(asset: SplatAsset, resolution: int = 64, share: float = 0.25) 
 
     Those whose Gaussians' opacities add up to at least `share` of the mean over voxels that hold a Gaussian's centre.
 
-    Deviates: TRELLIS's data tools voxelise a mesh's surface. Not calibrated against them: `share` is a setting.
+    Deviates: TRELLIS's data tools voxelise a mesh's surface; see `calibrated` for the share that comes nearest.
     Raises: ValueError for an asset that fills none.
     """
+    mass, usual = _mass(asset, resolution)
+    places = ((mass >= share * usual) & (mass > 0)).nonzero()[:, 0]
+    return torch.stack([places // resolution**2, places // resolution % resolution, places % resolution], 1).int()
+
+
+def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Opacity in each voxel, [R^3], and its mean over voxels that hold any, []."""
     asset = asset.to("cpu")  # sums there do not depend on the order of threads
     cells = ((asset.means + 0.5) * resolution).floor().long()  # [G, 3]
     inside = ((cells >= 0) & (cells < resolution)).all(1) & torch.isfinite(asset.opacities)
@@ -67,8 +75,34 @@ def voxels_filled(asset: SplatAsset, resolution: int = 64, share: float = 0.25) 
     filled = mass > 0
     if not filled.any():
         raise ValueError("voxels: expected an asset with something within the cube -0.5..0.5, got nothing. Leave it out.")
-    places = (mass >= share * mass[filled].mean()).logical_and(filled).nonzero()[:, 0]
-    return torch.stack([places // resolution**2, places // resolution % resolution, places % resolution], 1).int()
+    return mass, mass[filled].mean()
+
+
+SHARES = tuple(2.0**k for k in range(-8, 3))  # tried by `calibrated`
+
+
+def calibrated(assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], resolution: int = 64) -> dict[str, float | list]:
+    """The share at which assets fill the voxels that they were made on, as nearly as it can be had.
+
+    TRELLIS makes Gaussians on the voxels of a mesh's surface, so those voxels are what its data tools would find for such an asset.
+    Args: voxels: [v, 3] of each asset.
+    Returns: {"share", "iou": mean intersection over union at it, "tried": [[share, iou], ...]}, JSON types.
+    Raises: ValueError for no assets.
+    """
+    if not assets or len(assets) != len(voxels):
+        raise ValueError(f"calibrated: expected assets with voxels each, got {len(assets)} and {len(voxels)}. Draw some.")
+    found = torch.zeros(len(SHARES), dtype=torch.float64)
+    for asset, own in zip(assets, voxels, strict=True):
+        x, y, z = own.cpu().long().unbind(1)
+        wanted = torch.zeros(resolution**3, dtype=torch.bool)
+        wanted[(x * resolution + y) * resolution + z] = True
+        mass, usual = _mass(asset, resolution)
+        for i, share in enumerate(SHARES):
+            filled = (mass >= share * usual) & (mass > 0)
+            found[i] += (filled & wanted).sum() / (filled | wanted).sum()
+    ious = (found / len(assets)).tolist()
+    best = max(range(len(SHARES)), key=lambda i: ious[i])
+    return {"share": SHARES[best], "iou": ious[best], "tried": [[share, iou] for share, iou in zip(SHARES, ious, strict=True)]}
 
 
 def write_ply(path: Path, asset: SplatAsset) -> None:
@@ -216,7 +250,7 @@ def voxel_features(asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncode
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
     total: torch.Tensor | None = None
     for view in views_around(views):
-        patches = encoder.patches(render(asset, view, IMAGE_SIZE)[None])  # [1, E, 37, 37]
+        patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
         places = (2 * view.project(centres) - 1).to(patches)[None, :, None]  # [1, v, 1, 2]
         seen = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
         total = seen if total is None else total + seen

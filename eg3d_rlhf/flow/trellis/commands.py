@@ -12,12 +12,23 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
-from eg3d_rlhf.flow.embeddings import CONDITIONS, NULL, read_conditions, write_conditions
+from eg3d_rlhf.flow.embeddings import CONDITIONS, NULL, read_array, read_conditions, write_conditions
 from eg3d_rlhf.flow.lora import merge_rounding, merged_state
 from eg3d_rlhf.flow.policies import META, link, tuned_model
 from eg3d_rlhf.flow.ranking import RANKING, SCHEMES
+from eg3d_rlhf.flow.trellis.assets import calibrated, read_ply
 from eg3d_rlhf.flow.trellis.conditions import ImageEncoder, TextEncoder
-from eg3d_rlhf.flow.trellis.files import FLOWS, USUAL_STEMS, base_state, find_model, find_weights, load_model, read_pipeline, with_ending
+from eg3d_rlhf.flow.trellis.files import (
+    FLOWS,
+    LATENT,
+    USUAL_STEMS,
+    base_state,
+    find_model,
+    find_weights,
+    load_model,
+    read_pipeline,
+    with_ending,
+)
 from eg3d_rlhf.flow.trellis.pair_import import STANDS, Imported, draw_to, read_dso, read_ranking, write_import
 from eg3d_rlhf.flow.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.flow.trellis.problem import file_hashes, hash_of
@@ -191,6 +202,21 @@ def draw_command(
     if tokens != out / CONDITIONS:
         write_conditions(out / CONDITIONS, read)
     click.echo(f"{each * len(names)} assets; write ranks into {out / RANKING}, 1 for the best of a condition")
+
+
+@main.command("calibrate", cls=GroupedCommand)
+@option("--list", "folder", required=True, metavar="DIR", type=FOLDER, help="The folder that draw wrote.")
+@_model
+def calibrate(folder: Path, pipeline: Path, also: tuple[Path, ...]) -> None:
+    """The share of opacity, for --share and --voxel-share, at which drawn assets fill the voxels that they were made on."""
+    list_file = folder / RANKING
+    if not list_file.is_file():
+        raise FileNotFoundError(f"--list: expected the folder that draw wrote, got no {RANKING} in {folder}. Check the path.")
+    rows = [json.loads(line) for line in list_file.read_text().splitlines()]
+    opened = _encoder(pipeline, also, "cpu", Encoding())
+    assets = [read_ply(folder / row["look_at"]) for row in tqdm(rows, desc="assets", unit="asset", disable=None)]
+    voxels = [read_array(folder / row[LATENT], "coords") for row in rows]
+    click.echo(json.dumps(calibrated(assets, voxels, opened.resolution), indent=1))
 
 
 @main.command("export", cls=GroupedCommand)

@@ -1,4 +1,4 @@
-"""Conditions computed by CLIP or DINOv2, where transformers and their weights are on this machine. Nothing is downloaded.
+"""Conditions computed by CLIP, where transformers is, or by DINOv2; of weights that are on this machine. Nothing is downloaded.
 
 Shape letters: N conditions, L tokens, E their size.
 """
@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from eg3d_rlhf.flow.dino_files import read_dino
 from eg3d_rlhf.flow.embeddings import NULL, Conditions
 
 IMAGE_SIZE = 518  # pixels; 37 patches of 14
-PATCHES = 37
-REGISTERS = 4
 TEXT_TOKENS = 77
 MARGIN = 1.2  # side of the square cut out, in sides of what the image shows
-HUB = {"dinov2_vitl14_reg": "facebook/dinov2-with-registers-large"}  # torch hub's name -> that of the transformers weights
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pretrained(kind: str, name: str):
@@ -30,7 +27,7 @@ def pretrained(kind: str, name: str):
             f"{name}: expected the transformers package to embed conditions, got none. Install it, or give embeddings in files."
         ) from None
     try:
-        return getattr(transformers, kind).from_pretrained(HUB.get(name, name), local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0][:100]
         raise ValueError(
@@ -62,19 +59,19 @@ class ImageEncoder:
     """DINOv2's tokens of images before its last norm: 1 for the whole, 4 registers, 37 x 37 patches."""
 
     def __init__(self, name: str = "dinov2_vitl14_reg", device: str | torch.device = "cpu"):
-        self.name = name
-        self.model = pretrained("AutoModel", name).eval().to(device)
+        self.name, self.model = name, read_dino(name, device)
+        self.size = self.model.config.image_size  # pixels per side
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, 518, 518] of 0..1 -> [N, L, E] float32, before the last norm."""
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-        pixels = ((images - mean) / std).to(self.model.device, next(self.model.parameters()).dtype)
-        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1].float()
+        return self.model(images.to(self.model.layernorm.weight.device), normed=False)
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """[N, E, 37, 37] of the patches alone."""
-        return self.tokens(images)[:, 1 + REGISTERS :].transpose(1, 2).unflatten(2, (PATCHES, PATCHES))
+        config = self.model.config
+        grid = config.image_size // config.patch_size
+        return self.tokens(images)[:, 1 + config.num_register_tokens :].transpose(1, 2).unflatten(2, (grid, grid))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Condition tokens [N, L, E] on the CPU: normalised without parameters."""
@@ -83,7 +80,7 @@ class ImageEncoder:
 
     def conditions(self, images: dict[str, Image.Image]) -> Conditions:
         """Of images by name."""
-        tokens = {name: self(cut_out(image)[None])[0] for name, image in images.items()}
+        tokens = {name: self(cut_out(image, self.size)[None])[0] for name, image in images.items()}
         return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from eg3d_rlhf.flow.dinov2 import MEAN, STD
 from eg3d_rlhf.flow.embeddings import Conditions
-from eg3d_rlhf.flow.trellis.conditions import MEAN, STD, cut_out, pretrained
+from eg3d_rlhf.flow.trellis.conditions import cut_out, pretrained
 
 SIZES = ("512", "1024")  # names of a condition's tensors: edges in pixels of the picture that they are of
 MARGIN = 1.0  # side of the square cut out, in sides of what the picture shows

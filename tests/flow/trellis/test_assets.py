@@ -5,8 +5,18 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.flow.trellis import conditions as encoders
-from eg3d_rlhf.flow.trellis.assets import SH_C0, SplatAsset, View, read_ply, render, views_around, voxel_features, voxels_filled, write_ply
+from eg3d_rlhf.flow.trellis.assets import (
+    SH_C0,
+    SplatAsset,
+    View,
+    calibrated,
+    read_ply,
+    render,
+    views_around,
+    voxel_features,
+    voxels_filled,
+    write_ply,
+)  # fmt: skip
 
 
 def splats(means, colours=None, scales=0.02, opacities=0.5) -> SplatAsset:
@@ -92,17 +102,36 @@ def test_cameras_look_at_the_centre_from_all_sides_upright():
         assert float(above[1]) < float(centre[1])
 
 
-def test_features_of_a_voxel_are_those_of_its_place_on_the_images(monkeypatch):
+def test_features_of_a_voxel_are_those_of_its_place_on_the_images():
     class Rows:
         """Features: the row and column of a patch."""
+
+        size = 518
 
         def patches(self, images):
             assert images.shape == (1, 3, 518, 518)
             grid = torch.arange(37.0)
             return torch.stack(torch.meshgrid(grid, grid, indexing="ij"))[None]
 
-    monkeypatch.setattr(encoders, "IMAGE_SIZE", 518)
     places = torch.tensor([[4, 4, 4], [4, 4, 6]]).int()
     found = voxel_features(splats([[0.0, 0, 0]], scales=0.001), places, Rows(), resolution=9, views=4)
     assert torch.allclose(found[0], torch.tensor([18.0, 18.0]), atol=1e-3)  # the middle of 37
     assert float(found[1, 0]) < 17  # higher up: smaller rows
+
+
+def test_the_share_is_that_at_which_assets_fill_the_voxels_they_were_made_on():
+    """Whole voxels hold ten times what strays hold beside them."""
+    g, assets, voxels = torch.Generator().manual_seed(2), [], []
+    for _ in range(3):
+        places = torch.randperm(8**3, generator=g)[:60]
+        own, strays = (torch.stack([p // 64, p // 8 % 8, p % 8], 1) for p in (places[:40], places[40:]))
+        means = (torch.cat([own, strays]) + 0.5) / 8 - 0.5
+        opacities = torch.cat([torch.full([40], 0.9), torch.full([20], 0.09)])
+        assets.append(splats(means.tolist(), opacities=opacities))
+        voxels.append(own)
+    found = calibrated(assets, voxels, 8)
+    assert found["iou"] == 1.0 and 0.09 / 0.63 < found["share"] < 0.9 / 0.63
+    for asset, own in zip(assets, voxels, strict=True):
+        assert sorted(voxels_filled(asset, 8, found["share"]).tolist()) == sorted(own.tolist())
+    with pytest.raises(ValueError, match="expected assets with voxels each, got 0 and 0"):
+        calibrated([], [])

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from eg3d_rlhf.flow.dinov2 import MEAN, STD
 from eg3d_rlhf.flow.embeddings import Conditions, read_array, read_conditions, write_conditions
 from eg3d_rlhf.flow.trellis import conditions as encoders
+from tests.flow.trellis.tiny_trellis import write_hub
 
 TOKENS = torch.arange(12.0).view(3, 4)
 
@@ -69,43 +71,28 @@ def test_encoders_without_their_package_or_weights(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="expected the transformers package to embed conditions, got none"):
         encoders.TextEncoder("openai/clip-vit-large-patch14")
 
-    class Absent:
-        def from_pretrained(self, name, local_files_only):
-            assert local_files_only
-            raise OSError(f"{name} is not cached")
-
-    monkeypatch.setitem(sys.modules, "transformers", type("T", (), {"AutoModel": Absent()}))
-    with pytest.raises(ValueError, match=r"expected its weights on this machine, got none \(facebook/dinov2-with-registers-large"):
+    for name in ("TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"expected its weights .*, got none at .*hub/checkpoints/dinov2_vitl14_reg4_pretrain.pth"):
         encoders.ImageEncoder()
 
 
-class FakeDino(torch.nn.Module):
-    """Tokens that tell patches apart; no norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-        self.device = torch.device("cpu")
-
-    def forward(self, pixel_values, output_hidden_states):
-        assert output_hidden_states
-        means = torch.nn.functional.avg_pool2d(pixel_values, 14).flatten(2).transpose(1, 2)  # [N, 1369, 3]
-        return type("Out", (), {"hidden_states": [torch.zeros(1), torch.cat([means.new_full((len(means), 5, 3), 9.0), means], 1)]})
-
-
 @pytest.fixture
-def image_encoder(monkeypatch):
-    monkeypatch.setattr(encoders, "pretrained", lambda kind, name: FakeDino())
+def image_encoder(monkeypatch, tmp_path):
+    """A DINOv2 of random weights, as torch hub keeps it, of pictures of 28 pixels."""
+    write_hub(tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_reg4_pretrain.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return encoders.ImageEncoder()
 
 
 def test_image_tokens_are_normalised_without_parameters_and_patches_are_not(image_encoder):
-    images = torch.rand(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
-    tokens = image_encoder(images)
-    assert tokens.shape == (1, 1374, 3) and float(tokens[0, 5:].mean(1).abs().max()) < 1e-5
-    patches = image_encoder.patches(images)
-    assert patches.shape == (1, 3, 37, 37)
-    assert torch.allclose(patches[0, 0, 2, 5], (images[0, 0, 28:42, 70:84].mean() - 0.485) / 0.229, atol=1e-5)
+    images = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    tokens, before = image_encoder(images), image_encoder.tokens(images)
+    assert tokens.shape == (1, 9, 64) and float(tokens.mean(2).abs().max()) < 1e-5  # 1 + 4 + 2 x 2
+    torch.testing.assert_close(tokens, (before - before.mean(2, True)) / (before.var(2, correction=0, keepdim=True) + 1e-5).sqrt())
+    assert torch.equal(image_encoder.patches(images)[0, :, 1, 0], before[0, 7])
+    model = image_encoder.model
+    torch.testing.assert_close(model(images), model.layernorm(before))  # what is read is before the last norm
 
 
 def test_images_are_cut_out_over_black(image_encoder):
@@ -162,17 +149,41 @@ def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
     assert found.names == ("chair", "boat") and float(found.of(["chair"])[0, 0, 0]) == 5 and not found.null(1).any()
 
 
-def test_the_real_networks_of_transformers(tmp_path):
-    """Of random weights: what is read is DINOv2 before its last norm, and CLIP's last hidden states."""
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_is_that_of_transformers(tmp_path, registers):
+    """Of random weights, from its own folder."""
     transformers = pytest.importorskip("transformers")
-    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    config = transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14, num_register_tokens=4, **small)
-    transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "dino")
-    encoder = encoders.ImageEncoder(str(tmp_path / "dino"))
-    image = torch.rand(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
-    tokens = encoder.tokens(image)
-    assert tokens.shape == (1, 1374, 16) and encoder.patches(image).shape == (1, 16, 37, 37)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoders.MEAN, encoders.STD))
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    more = {"num_register_tokens": registers} if registers else {}
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **more
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "dino")
+    encoder, image = encoders.ImageEncoder(str(tmp_path / "dino")), torch.rand(2, 3, 28, 28)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     with torch.no_grad():
-        last = encoder.model(pixel_values=(image - mean) / std).last_hidden_state
-        assert torch.allclose(encoder.model.layernorm(tokens), last, atol=1e-5)
+        found = model(pixel_values=(image - mean) / std, output_hidden_states=True)
+    torch.testing.assert_close(encoder.tokens(image), found.hidden_states[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.model(image), found.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_dinov2s_files_that_do_not_fit(tmp_path):
+    path = write_hub(tmp_path / "dinov2.pth")
+    state = torch.load(path, weights_only=True)
+    torch.save({name: x for name, x in state.items() if name != "blocks.1.norm1.bias"}, path)
+    with pytest.raises(ValueError, match="missing: encoder.layer.1.norm1.bias"):
+        encoders.ImageEncoder(str(path))
+    torch.save({"blocks.0.mlp.w12.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(ValueError, match="expected a DINOv2 with blocks of two layers"):
+        encoders.ImageEncoder(str(path))
+    (tmp_path / "folder").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="expected config.json beside model.safetensors"):
+        encoders.ImageEncoder(str(tmp_path / "folder"))
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="expected the settings of a DINOv2, got: its model_type is not dinov2"):
+        encoders.ImageEncoder(str(tmp_path / "folder"))

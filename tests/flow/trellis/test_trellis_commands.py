@@ -19,6 +19,7 @@ from tests.flow.trellis.test_pair_import import ranked, samples, write_list  # n
 from tests.flow.trellis.tiny_trellis import E, tokens
 
 FLAGS = {
+    "calibrate": "--also --list --pipeline",
     "ranking": "--also --conditions --device --limit --list --out --pipeline --scheme --seed --share --views",
     "dso": "--also --limit --out --pipeline --samples --seed --stands",
     "conditions": "--also --device --images --out --pipeline --texts",

@@ -1,4 +1,7 @@
-"""A TRELLIS of random weights in its own files, small enough for a test: structures [2, 4, 4, 4], voxels 8^3, latents of 4 channels."""
+"""A TRELLIS of random weights in its own files, small enough for a test: structures [2, 4, 4, 4], voxels 8^3, latents of 4 channels.
+
+Of texts, or of images: in the layout of TRELLIS-image-large, with a DINOv2 of 64 channels for pictures of 28 pixels as torch hub keeps it.
+"""
 
 import json
 
@@ -59,15 +62,64 @@ PIPELINE = {
 }
 
 
-def write_trellis(root):
+DINO = 64  # channels of the tiny DINOv2
+STEMS = {  # of TRELLIS-image-large
+    "ss_flow": "ss_flow_img_dit_L_16l8_fp16", "slat_flow": "slat_flow_img_dit_L_64l8p2_fp16", "ss_dec": "ss_dec_conv3d_16l8_fp16",
+    "slat_dec_gs": "slat_dec_gs_swin8_B_64l8gs32_fp16",
+}
+
+
+def write_image_trellis(root):
+    """The same of images, under the names of TRELLIS-image-large; returns the folder."""
+    changed = {"ss_flow": "cond_channels", "slat_flow": "cond_channels", "slat_enc_swin8_B_64l8_fp16": "in_channels"}
+    models = {
+        STEMS.get(stem, stem): {**content, "args": {**content["args"], **({changed[stem]: DINO} if stem in changed else {})}}
+        for stem, content in MODELS.items()
+    }
+    args = PIPELINE["args"]
+    named = {name: f"ckpts/{STEMS[path.removeprefix('ckpts/')]}" for name, path in args["models"].items() if path.startswith("ckpts/")}
+    sampler = {
+        "name": "FlowEulerGuidanceIntervalSampler", "args": {"sigma_min": 1e-5},
+        "params": {"steps": 2, "cfg_strength": 5.0, "cfg_interval": [0.5, 1.0], "rescale_t": 3.0},
+    }
+    content = {"name": "TrellisImageTo3DPipeline", "args": {
+        "models": named, "sparse_structure_sampler": sampler, "slat_sampler": sampler, "slat_normalization": args["slat_normalization"],
+        "image_cond_model": "dinov2_vitl14_reg",
+    }}  # fmt: skip
+    return write_trellis(root, models, content)
+
+
+def write_hub(path):
+    """A DINOv2 of random weights under torch hub's names; returns the path."""
+    g = torch.Generator().manual_seed(7)
+
+    def values(*shape):
+        return 0.2 * torch.randn(*shape, generator=g)
+
+    state = {
+        "cls_token": values(1, 1, DINO), "pos_embed": values(1, 5, DINO), "register_tokens": values(1, 4, DINO),
+        "mask_token": values(1, DINO), "patch_embed.proj.weight": values(DINO, 3, 14, 14), "patch_embed.proj.bias": values(DINO),
+        "norm.weight": values(DINO), "norm.bias": values(DINO),
+    }
+    for i in range(2):
+        for name, outs, ins in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 2, 1), ("mlp.fc2", 1, 2)):
+            state |= {f"blocks.{i}.{name}.weight": values(outs * DINO, ins * DINO), f"blocks.{i}.{name}.bias": values(outs * DINO)}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            state[f"blocks.{i}.{name}"] = values(DINO)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def write_trellis(root, models=MODELS, pipeline=PIPELINE):
     """All files; returns the folder."""
     ckpts = root / "ckpts"
     ckpts.mkdir(parents=True)
-    for i, (stem, content) in enumerate(MODELS.items()):
+    for i, (stem, content) in enumerate(models.items()):
         torch.manual_seed(i)
         save_file(build_model(content, stem).state_dict(), ckpts / f"{stem}.safetensors")
         (ckpts / f"{stem}.json").write_text(json.dumps(content))
-    (root / "pipeline.json").write_text(json.dumps(PIPELINE))
+    (root / "pipeline.json").write_text(json.dumps(pipeline))
     return root
 
 
