@@ -1,4 +1,4 @@
-"""Train the bundled networks of the toy flow generator: both stages and the learned reward (minutes on one core).
+"""Train the bundled networks of the toy flow generator: both stages and the learned reward (a quarter of an hour on one core).
 
 \b
 Example:
@@ -7,7 +7,7 @@ Example:
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import _repository  # noqa: F401
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, option
-from eg3d_rlhf.flow.toy.bundled import FOLDER, STEPS, BaseTraining, save_network, train_base
+from eg3d_rlhf.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base
 from eg3d_rlhf.flow.toy.judges import RewardTraining, train_reward
 from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS
 
@@ -56,7 +56,8 @@ def make(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
 @option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 def main(parts: tuple[str, ...], out: Path, steps: int | None, seed: int, dry_run: bool) -> None:
     reward = RewardTraining(seed=seed)
-    settings = {part: reward if part == "reward" else BaseTraining(steps=steps or STEPS[part], seed=seed) for part in parts or PARTS}
+    bases = {part: replace(one, seed=seed, steps=steps or one.steps) for part, one in BASES.items()}
+    settings = {part: reward if part == "reward" else bases[part] for part in parts or PARTS}
     if dry_run:
         click.echo(json.dumps({part: asdict(one) for part, one in settings.items()}, indent=1))
         return

@@ -26,9 +26,10 @@ def folder_problem(
 ) -> Problem:
     """The problem of a pipeline and pairs of its stages.
 
-    Conditions are divided by a hash of their names: a share is held out. Where `judge` makes a reward of people's pairs of the last stage,
-    three are fitted to pairs of different conditions: one half of the trained (w1 and w2), the other half (held-out win rate), the held-out
-    (the final table). Where pairs of a stage are missing, there is the first alone.
+    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on where there are two or more.
+    Where `judge` makes a reward of people's pairs of the last stage, three are fitted to pairs of different conditions: one half of the
+    trained (w1 and w2), the other half (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is
+    the first alone.
 
     Args:
         folders: by stage; tokens: of all conditions; identity: JSON, hashes of all files; held_out: share of the conditions.
@@ -47,7 +48,7 @@ def folder_problem(
     tokens.of(named)
     order = sorted(named, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     count = min(max(1, round(held_out * len(order))), len(order) - 1)  # one is always trained
-    trained, held = order[count:], order[:count]
+    trained, choosing, held = order[count:], order[: count // 2], order[count // 2 : count]  # one alone is the table's
 
     def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
         kept = set(names)
@@ -63,7 +64,7 @@ def folder_problem(
     return Problem(
         pipeline=pipeline, human_pairs=human_pairs, reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None, final=fitted("final judge", held) if judged else None,
-        train_conditions=trained, held_out_conditions=held,
+        train_conditions=trained, held_out_conditions=held, choosing_conditions=choosing,
         identity={
             **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed, "held_out": held_out,
         },

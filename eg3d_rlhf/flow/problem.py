@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ class Problem:
     chooser: AssetReward | None  # held-out win rate and early stop; None: neither
     final: AssetReward | None  # the table alone
     train_conditions: Sequence[str]
-    held_out_conditions: Sequence[str]  # never trained on
+    held_out_conditions: Sequence[str]  # never trained on; the table's
+    choosing_conditions: Sequence[str] = ()  # never trained on either: checkpoints are chosen on these; none: on the table's own
     identity: Mapping = field(default_factory=dict)  # JSON: hashes of all files that it came from, for the names of artefacts
     parts: Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]] | None = None  # sub-scores [N] of (assets, conditions), likewise
 
@@ -30,13 +32,19 @@ class Problem:
         names = [stage.name for stage in self.pipeline.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Problem.pipeline: expected stages of different names, got {names}. Give all stages, in order.")
-        both = sorted(set(self.train_conditions) & set(self.held_out_conditions))
+        parts = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
+        both = sorted(name for a, b in combinations(parts, 2) for name in a & b)
         if both:
             raise ValueError(f"Problem: expected held-out conditions apart from the trained, got {both[:5]} in both. Divide them.")
         if not self.train_conditions:
             raise ValueError("Problem.train_conditions: expected one condition or more, got none. Name them.")
         if self.final is not None and any(self.final is other for other in (self.reward, self.chooser)):
             raise ValueError("Problem.final: expected a judge of its own, got one that also weighs or chooses. The table would flatter.")
+
+    @property
+    def choosing(self) -> Sequence[str]:
+        """What checkpoints are chosen on."""
+        return self.choosing_conditions or self.held_out_conditions
 
 
 TOY = "toy"
@@ -50,6 +58,8 @@ class ProblemSource:
     pipeline: str = _what(TOY, "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
     pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as tools/trellis_files.py imports.",
                               metavar="DIR", shown="the toy's own")
+    labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
+                          choices=("own", "others"))
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs")
     also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
@@ -61,10 +71,12 @@ class ProblemSource:
 
     def __post_init__(self):
         if self.pipeline == TOY:
-            others = [f for f in fields(self) if f.name not in ("pipeline", "pairs", "seed")]
+            others = [f for f in fields(self) if f.name not in ("pipeline", "pairs", "labelled", "seed")]
             extra = [f"--{f.name.replace('_', '-')}" for f in others if getattr(self, f.name) != f.default]
             if extra:
                 raise ValueError(f"{', '.join(extra)}: belongs to --pipeline=DIR, and would have no effect on the toy. Leave it out.")
+        elif self.labelled != type(self).labelled:
+            raise ValueError("--labelled: belongs to the toy, and would have no effect on --pipeline=DIR. Leave it out.")
         elif self.pairs is None:
             raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
         odd = [text for text in self.flow_weights if not all(text.partition("="))]
@@ -81,7 +93,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     if source.pipeline == TOY:
         from eg3d_rlhf.flow.toy.bundled import toy_problem
 
-        problem = toy_problem(source.seed, device)
+        problem = toy_problem(source.seed, device, labelled=source.labelled)
         problem = problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
     else:
         from eg3d_rlhf.flow.families import open_source
@@ -101,7 +113,8 @@ def with_pairs(problem: Problem, folder: Path) -> Problem:
         expected = ", ".join(stage.name for stage in problem.pipeline.stages)
         raise FileNotFoundError(f"--pairs: expected a folder for each stage ({expected}) in {folder}, got none. Check the path.")
     human_pairs = read_stages({name: folder / name for name in names}, problem.pipeline)
-    seen = sorted({pair.condition for pair in human_pairs(names[0])} & set(problem.held_out_conditions))
+    unseen = {*problem.held_out_conditions, *problem.choosing_conditions}
+    seen = sorted({pair.condition for pair in human_pairs(names[0])} & unseen)
     if seen:
         raise ValueError(
             f"--pairs: expected pairs of conditions that are not held out, got those of {len(seen)} that are, {seen[0]!r} first. Leave "

@@ -108,6 +108,9 @@ def test_problems_that_would_fool_themselves_are_refused():
     made = problem()
     with pytest.raises(ValueError, match=r"apart from the trained, got \['a'\] in both"):
         problem(held_out_conditions=["c", "a"])
+    with pytest.raises(ValueError, match=r"apart from the trained, got \['c'\] in both"):
+        problem(choosing_conditions=["c"])
+    assert list(made.choosing) == ["c"] and list(problem(choosing_conditions=["d"]).choosing) == ["d"]
     with pytest.raises(ValueError, match="Problem.final: expected a judge of its own"):
         problem(final=made.chooser, chooser=made.chooser)
     with pytest.raises(ValueError, match=r"stages of different names, got \['structure', 'structure'\]"):

@@ -142,7 +142,7 @@ class CircularLoop:
             with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
                 held_out = None
                 if choosing is not None and chooser is not None:  # against the networks that this starts from, all other stages alike
-                    conditions, seeds = crossed(self.problem.held_out_conditions, choosing.per_condition, choosing.seed)
+                    conditions, seeds = crossed(self.problem.choosing, choosing.per_condition, choosing.seed)
                     held_out = HeldOut(
                         pipeline=self.problem.pipeline, stage=stage, reward=chooser, conditions=conditions, seeds=seeds,
                         others={k: v for k, v in models.items() if k != stage}, against=dict(models), batch=choosing.batch,

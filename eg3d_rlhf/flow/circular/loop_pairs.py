@@ -119,11 +119,29 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
     return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in found]
 
 
+ROLES = OP, REWARD, EXTREMES = ("op", "reward", "extremes")
+
+
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
-    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
-    if roles not in ("op", "reward"):
-        raise ValueError(f"roles: expected op or reward, got {roles!r}. Choose one.")
+    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward"); "extremes": for each human pair
+    one, of the op that the reward likes best and the un-op that it likes least."""
+    if roles not in ROLES:
+        raise ValueError(f"roles: expected {', '.join(ROLES)}, got {roles!r}. Choose one.")
+    if roles == EXTREMES:
+        groups: dict[str, list[PreferencePair]] = defaultdict(list)
+        for pair in pairs:
+            groups[pair.provenance["human_pair"]].append(pair)
+        return [_extremes(group) for group in groups.values()]
     return [turned(pair) if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs]
+
+
+def _extremes(group: Sequence[PreferencePair]) -> PreferencePair:
+    """One pair of several that were sampled on the same structure."""
+    best, worst = max(group, key=lambda pair: pair.reward_preferred), min(group, key=lambda pair: pair.reward_rejected)
+    kept = {name: value for name, value in best.provenance.items() if name != SAME}
+    seeds = {"noise_seed": best.provenance["noise_seed"], "noise_seed_rejected": worst.provenance["noise_seed"], "of": len(group)}
+    pair = replace(best, rejected=worst.rejected, reward_rejected=worst.reward_rejected, provenance={**kept, **seeds})
+    return replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)})
 
 
 def turned(pair: PreferencePair) -> PreferencePair:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TypeVar
 
 from eg3d_rlhf.cli import versions
-from eg3d_rlhf.flow.circular.loop_pairs import W2_NORMS, LoopPairsConfig
+from eg3d_rlhf.flow.circular.loop_pairs import ROLES, W2_NORMS, LoopPairsConfig
 from eg3d_rlhf.flow.circular.table import TABLE, AblationPlan, Judging
 from eg3d_rlhf.flow.dpo import DpoConfig
 from eg3d_rlhf.flow.problem import TOY, Problem, ProblemSource
@@ -27,7 +27,8 @@ class Weighing:
     use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2")
     tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
     w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS)
-    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.", choices=("op", "reward"))
+    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers; extremes: of all noises of "
+                       "a human pair (--loop-pairs) the tuned network's best against the other's worst.", choices=ROLES)
 
     def __post_init__(self):
         check_knobs(self)

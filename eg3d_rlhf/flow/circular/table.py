@@ -5,10 +5,12 @@ Shape letters: K training seeds, C conditions, S noises per condition.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -184,6 +186,14 @@ def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict:
     return {"win_rate": mean, "ci95": [lo, hi], "seeds": own}
 
 
+def detectable(conditions: int, noises: int, seeds: int) -> float:
+    """Smallest true win rate that the interval sets apart from one half in 80 % of tables: 1/2 + (1.96 + 0.84) / 2 sqrt(C S K).
+
+    Comparisons count as independent and ties as none; where conditions differ it takes more.
+    """
+    return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (2 * math.sqrt(conditions * noises * seeds))
+
+
 def table(
     scores: Mapping[str, Sequence[Mapping]], seeds: Sequence[int], trained: Mapping[str, Sequence[Mapping]], loop: Mapping, facts: Mapping
 ) -> dict:
@@ -216,7 +226,8 @@ def table(
     ordered = [name for name in ALL if name in arrays]
     pairwise = {f"{x}_vs_{y}": rate(arrays[x]["final"], arrays[y]["final"], seeds) for x, y in combinations(ordered, 2)}
     C, S = base["final"].shape[1:]
-    return {"groups": groups, "pairwise": pairwise, "loop": dict(loop), "conditions": C, "noises": S, "interval": INTERVAL, **facts}
+    sizes = {"conditions": C, "noises": S, "detectable": detectable(C, S, len(seeds))}
+    return {"groups": groups, "pairwise": pairwise, "loop": dict(loop), **sizes, "interval": INTERVAL, **facts}
 
 
 def markdown(data: Mapping) -> str:

@@ -22,7 +22,20 @@ from eg3d_rlhf.flow.problem import Problem
 from eg3d_rlhf.flow.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs
-from eg3d_rlhf.flow.toy.pipeline import CONDITIONS, HELD_OUT, STRUCTURE, TRAINED, VOXELS, R, ToyPipeline, draw_drafts
+from eg3d_rlhf.flow.toy.pipeline import (
+    CHOOSING,
+    COLOURS,
+    CONDITIONS,
+    DEFECTS,
+    HELD_OUT,
+    SHAPES,
+    STRUCTURE,
+    TRAINED,
+    VOXELS,
+    R,
+    ToyPipeline,
+    draw_drafts,
+)
 from eg3d_rlhf.flow.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.flow.tuning.update import TrainConfig
 from training.storage import read_tensors, write_tensors
@@ -38,7 +51,7 @@ class Width:
     width: int = 64
     blocks: int = 2
     heads: int = 2
-    condition: int = 16  # E, entries of a condition's token
+    condition: int = len(SHAPES) + len(COLOURS)  # E, entries of a condition's token
 
     def __post_init__(self):
         if min(self.width, self.blocks, self.heads, self.condition) < 1 or self.width % self.heads:
@@ -181,7 +194,6 @@ def _zeros(layer: nn.Linear) -> nn.Linear:
 FOLDER = ASSETS / "toy-flow"
 NETWORKS: dict[str, Callable[[], nn.Module]] = {STRUCTURE: StructureFlow, VOXELS: VoxelFlow, "reward": LearnedReward}
 KIND = "toy-flow"
-STEPS = {STRUCTURE: 2500, VOXELS: 1200}  # of the bundled ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +211,9 @@ class BaseTraining:
     def __post_init__(self):
         if min(self.steps, self.batch, self.warm_up) < 1 or not (self.lr > 0 and 0 <= self.ema < 1 and 0 <= self.no_condition < 1):
             raise ValueError(f"BaseTraining: expected positive numbers and shares below 1, got {self}. Correct them.")
+
+
+BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}  # of the bundled ones
 
 
 def train_base(stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None) -> nn.Module:
@@ -272,33 +287,41 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
 
 PAIRS_PER_CONDITION = 20
 _HUMAN = TrainConfig(
-    dpo=DpoConfig(beta=60.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
+    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
     checkpoint_every=50,
 )  # fmt: skip
-_LOOP = replace(_HUMAN, dpo=DpoConfig(beta=500.0, loser_weight=0.5, sft_weight=100.0))
-TOY_DEFAULTS = CircularSettings(  # chosen with ChooserOracle, never with FinalOracle
-    human=_HUMAN, loop=_LOOP, sft=supervised(_HUMAN), loop_pairs=LoopPairsConfig(batch=64, chunk=256), choosing=Choosing(per_condition=8),
+_LOOP = replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4)
+TOY_DEFAULTS = CircularSettings(  # chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never with FinalOracle
+    human=_HUMAN, loop=_LOOP, sft=supervised(_HUMAN), loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
+    choosing=Choosing(per_condition=4),
 )
 
 
-def toy_problem(seed: int = 0, device: str | torch.device = "cpu", pairs_per_condition: int = PAIRS_PER_CONDITION) -> Problem:
+def toy_problem(
+    seed: int = 0, device: str | torch.device = "cpu", pairs_per_condition: int = PAIRS_PER_CONDITION, labelled: str = "others"
+) -> Problem:
     """The bundled toy with the people's pairs of a seed.
 
-    Forty conditions are for training, the other twenty-four for judging: colours that a shape has not been tuned on.
+    Args: labelled: "own": people judged drafts as the generator learnt to make them; "others": those of another maker, with twice the
+    defects, as where labels exist for finished assets of older generators only.
+
+    Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours that a shape has not been
+    tuned on.
     """
     if pairs_per_condition < 1:
         raise ValueError(f"toy_problem: expected pairs_per_condition >= 1, got {pairs_per_condition}. Ask for one at least.")
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
-        human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed),
+        human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
         reward=load_network("reward"),
         chooser=ChooserOracle(),
         final=FinalOracle(),
         parts=FinalOracle().parts,
         train_conditions=TRAINED,
         held_out_conditions=HELD_OUT,
+        choosing_conditions=CHOOSING,
         identity={
-            "problem": "toy", "seed": seed, "pairs_per_condition": pairs_per_condition,
+            "problem": "toy", "seed": seed, "pairs_per_condition": pairs_per_condition, "labelled": labelled,
             **{name: file_hash(path_of(name)) for name in NETWORKS},
         },
     )

@@ -123,7 +123,7 @@ def _distance(filled: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(toy.R**3)
 
 
-TEMPERATURE = 0.2  # of the annotator, in units of LabelOracle's score
+TEMPERATURE = 0.1  # of the annotator, in units of LabelOracle's score
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,14 @@ def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects:
     return Judged(tuple(conditions), preferred, rejected, (better, worse), (gap > 0) == first)
 
 
-def human_pairs(stage: str, conditions: Sequence[str], per_condition: int, seed: int) -> list[PreferencePair]:
+def human_pairs(
+    stage: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
+) -> list[PreferencePair]:
     """Pairs of a stage's latents; the same assets at every stage, whatever else is asked for."""
     pairs = []
     for condition in conditions:
         own = zlib.crc32(f"{seed} {condition}".encode())
-        judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(own))
+        judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(own), defects)
         both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
         for i, (preferred, rejected) in enumerate(zip(*both, strict=True)):
             pairs.append(PreferencePair(

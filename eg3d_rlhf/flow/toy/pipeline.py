@@ -21,8 +21,9 @@ from eg3d_rlhf.flow.stage import FlowStage, Sampling, Voxels
 
 R = 8  # grid points per axis
 COLOURS = {
-    "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.10), "yellow": (0.95, 0.90, 0.20), "green": (0.20, 0.70, 0.20),
-    "cyan": (0.15, 0.75, 0.80), "blue": (0.15, 0.25, 0.85), "purple": (0.60, 0.20, 0.75), "grey": (0.55, 0.55, 0.55),
+    "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.10), "yellow": (0.95, 0.90, 0.20), "lime": (0.65, 0.90, 0.25),
+    "green": (0.15, 0.55, 0.20), "cyan": (0.15, 0.80, 0.80), "blue": (0.15, 0.25, 0.85), "purple": (0.50, 0.20, 0.75),
+    "pink": (0.95, 0.55, 0.75), "brown": (0.50, 0.30, 0.15), "grey": (0.55, 0.55, 0.55), "white": (0.95, 0.95, 0.95),
 }  # fmt: skip
 DARKEST = 0.65  # brightness at the bottom, as a share of that at the top
 
@@ -43,16 +44,27 @@ def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
         & ((z == chair) | ((inner > chair - 1) & (z < chair)) | ((y < 1 - chair) & (z > chair) & (z <= 2 * chair))),
         "arch": (x < (3, 4)[size]) & (y.abs() < 2) & ((z == 4) | ((z < 4) & (x > 2))),
         "cross": (y.abs() < (1, 2)[size]) & (z < 7) & ((x < 1) | ((x < (3, 4)[size]) & (z >= 3) & (z <= 4))),
+        "stairs": (x < (1, 2)[size]) & (z <= (y + 4).clamp(max=(5, 6)[size])),
+        "cup": (side < chair) & (z < (4, 6)[size]) & ((z < 1) | (side > chair - 1)),
+        "ring": (y.abs() < (1, 2)[size]) & ((x**2 + (z - 3) ** 2 - 7.5).abs() <= 4.6),
+        "tower": (z < (6, 7)[size]) & (side < 1 + (z < (4, 5)[size]).float() + (z < (1, 3)[size]).float()),
+        "mushroom": (x**2 + y**2 < 2) & (z < (3, 4)[size]) | (x**2 + y**2 < (7, 13)[size]) & (z >= (3, 4)[size]) & (z < (5, 6)[size]),
+        "hammer": (y.abs() < 1) & ((x < 1) | (z >= (5, 4)[size])) & (x < (3, 4)[size]) & (z < 7),
+        "sofa": (x < (3, 4)[size]) & (y.abs() < 2) & ((z < 2) | ((z < (4, 5)[size]) & ((x > (2, 3)[size]) | (y < -1)))),
+        "bridge": (x < 4) & (y.abs() < (1, 2)[size]) & (z < 6) & ((z >= 4) | (x**2 + z**2 > 12)),
     }  # fmt: skip
 
 
-SHAPES = ("ball", "box", "pyramid", "pillar", "table", "chair", "arch", "cross")
+SHAPES = (
+    "ball", "box", "pyramid", "pillar", "table", "chair", "arch", "cross", "stairs", "cup", "ring", "tower", "mushroom", "hammer", "sofa",
+    "bridge",
+)  # fmt: skip
 VARIANTS = tuple((size, lift) for size in (0, 1) for lift in (0, 1))  # small and large, at both heights that a shape may stand at
 CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
-HELD_OUT = tuple(  # three colours of every shape, three shapes of every colour
-    f"{colour} {shape}" for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS) if (i + 3 * j) % 8 < 3
-)
-TRAINED = tuple(name for name in CONDITIONS if name not in HELD_OUT)
+_PART = {f"{colour} {shape}": (5 * i + j) % len(COLOURS) for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)}
+TRAINED = tuple(name for name in CONDITIONS if _PART[name] < 4)  # four colours of every shape,
+CHOOSING = tuple(name for name in CONDITIONS if 4 <= _PART[name] < 6)  # two that settings and checkpoints are chosen on,
+HELD_OUT = tuple(name for name in CONDITIONS if _PART[name] >= 6)  # and six that nothing is
 
 
 @functools.cache
@@ -103,17 +115,20 @@ SIZE_JITTER = 0.08  # deviation of d around these
 class Defects:
     """The most of each defect; a sample's own strength is uniform between none and this."""
 
-    floaters: float = 0.03  # share of the empty places that are filled
-    holes: float = 0.15  # share of the shape's voxels that are missing
+    floaters: float = 0.02  # share of the empty places that are filled
+    holes: float = 0.1  # share of the shape's voxels that are missing
     unrepaired: float = 1.0  # share of these that d leaves as they are
-    wrong: float = 0.08  # share of the shape's voxels that d carves or grows for nothing
-    tint: float = 0.15  # deviation of the whole asset's colour, in units of 0..1
-    noise: float = 0.25  # deviation of every voxel's colour around that
+    wrong: float = 0.03  # share of the shape's voxels that d carves or grows for nothing
+    tint: float = 0.05  # deviation of the whole asset's colour, in units of 0..1
+    noise: float = 0.1  # deviation of every voxel's colour around that
 
     def __post_init__(self):
         for item in fields(self):
             if not 0 <= getattr(self, item.name) <= 1:
                 raise ValueError(f"Defects.{item.name}: expected 0 to 1, got {getattr(self, item.name)}. Set it.")
+
+
+DEFECTS = {"own": Defects(), "others": Defects(floaters=0.04, holes=0.2, wrong=0.06)}  # of assets that people judged, by their maker
 
 
 @dataclass(frozen=True)
@@ -197,7 +212,7 @@ class ToyPipeline:
         )
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """[N, 2, 16]: the same at both stages."""
+        """[N, 2, 28]: the same at both stages."""
         _check_stage(stage)
         shapes, colours = classes(names)
         width = len(SHAPES) + len(COLOURS)
@@ -205,7 +220,7 @@ class ToyPipeline:
         return tokens.float().to(self.device)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
-        """[n, 2, 16] of zeros."""
+        """[n, 2, 28] of zeros."""
         _check_stage(stage)
         return torch.zeros(n, 2, len(SHAPES) + len(COLOURS), device=self.device)
 

@@ -193,5 +193,5 @@ def test_settings():
     ):
         with pytest.raises(ValueError, match=text):
             CircularSettings(**bad)
-    with pytest.raises(ValueError, match="roles: expected one of op, reward"):
+    with pytest.raises(ValueError, match="roles: expected one of op, reward, extremes"):
         Weighing(roles="winner")

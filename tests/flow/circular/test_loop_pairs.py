@@ -110,12 +110,23 @@ def test_mistakes(problem, op):
         LoopPairsConfig(per_pair=0)
 
 
+def test_the_extremes_of_a_human_pairs_samples_are_one_pair(problem, made):
+    found = with_roles(made, "extremes")
+    assert len(found) == len(problem.human_pairs("structure"))
+    for pair, one, other in zip(found, made[::2], made[1::2], strict=True):
+        best = max(one, other, key=lambda p: p.reward_preferred)
+        worst = min(one, other, key=lambda p: p.reward_rejected)
+        assert pair.preferred is best.preferred and pair.rejected is worst.rejected and pair.provenance["of"] == 2
+        assert (pair.reward_preferred, pair.reward_rejected) == (best.reward_preferred, worst.reward_rejected)
+        assert pair.provenance[SAME] == torch.equal(pair.preferred, pair.rejected)
+
+
 def test_roles(made):
     turned = with_roles(made, "reward")
     assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(made)
     swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("turned")]
     assert swapped and all(torch.equal(a.preferred, b.rejected) and torch.equal(a.rejected, b.preferred) for a, b in swapped)
-    with pytest.raises(ValueError, match="expected op or reward, got 'winner'"):
+    with pytest.raises(ValueError, match="expected op, reward, extremes, got 'winner'"):
         with_roles(made, "winner")
 
 

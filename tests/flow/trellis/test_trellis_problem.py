@@ -44,7 +44,7 @@ def problem(trellis_root, people):
 
 def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, people):
     held, trained = set(problem.held_out_conditions), set(problem.train_conditions)
-    assert held | trained == set(NAMES) and not held & trained and len(held) == 1
+    assert held | trained == set(NAMES) and not held & trained and len(held) == 1 and problem.choosing == problem.held_out_conditions
     for stage in (STRUCTURE, LATENT):
         pairs = problem.human_pairs(stage)
         assert {p.condition for p in pairs} == trained and len(pairs) == 3 * len(trained)
@@ -52,7 +52,9 @@ def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, peopl
     again = trellis_problem(trellis_root, [people], seed=1)
     assert all(stage.model.recompute for stage in problem.pipeline.stages)
     assert again.identity == problem.identity and again.held_out_conditions == problem.held_out_conditions
-    assert len(trellis_problem(trellis_root, [people], held_out=0.5).held_out_conditions) == 3
+    halves = trellis_problem(trellis_root, [people], held_out=0.5)
+    unseen = {*halves.held_out_conditions, *halves.choosing_conditions}
+    assert len(halves.held_out_conditions) == 2 and len(unseen) == 3 and unseen | set(halves.train_conditions) == set(NAMES)
 
 
 def test_identity_names_all_that_it_came_from(problem, trellis_root, people, tmp_path):
