@@ -30,7 +30,7 @@ def awake(network: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def cond():
-    return torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(5))
+    return torch.randn(3, 2, 28, generator=torch.Generator().manual_seed(5))
 
 
 T = torch.tensor([0.1, 0.5, 0.9])

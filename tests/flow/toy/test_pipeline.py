@@ -81,8 +81,8 @@ def test_no_gradient_passes_from_the_asset(pipeline):
 
 def test_conditions_are_tokens_of_both_classes(pipeline):
     tokens = pipeline.conditions(["red ball", "orange box"], "voxels")
-    assert tokens.shape == (2, 2, 16) and tokens.argmax(-1).tolist() == [[0, 8], [1, 9]] and tokens.sum() == 4
-    assert pipeline.no_condition(3, "structure").shape == (3, 2, 16) and not pipeline.no_condition(3, "structure").any()
+    assert tokens.shape == (2, 2, 28) and tokens.argmax(-1).tolist() == [[0, 16], [1, 17]] and tokens.sum() == 4
+    assert pipeline.no_condition(3, "structure").shape == (3, 2, 28) and not pipeline.no_condition(3, "structure").any()
 
 
 def test_mistakes_are_refused(pipeline):

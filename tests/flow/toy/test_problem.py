@@ -37,7 +37,7 @@ def test_no_pairs_are_refused():
 
 def test_the_loop_is_anchored():
     human, loop = TOY_DEFAULTS.human.dpo, TOY_DEFAULTS.loop.dpo
-    assert loop.loser_weight < 1 and loop.sft_weight > 0 and loop.beta > human.beta
+    assert loop.sft_weight > 0 and loop.beta > human.beta
     assert TOY_DEFAULTS.sft.dpo.kind == "sft" and TOY_DEFAULTS.choosing is not None
 
 
