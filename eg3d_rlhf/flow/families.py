@@ -44,7 +44,7 @@ class FlowFamily:
 
 
 FAMILIES: dict[str, FlowFamily] = {}
-BUNDLED = ("trellis", "trellis2", "hunyuan3d")  # folders of this package with a family.py
+BUNDLED = ("trellis", "trellis2", "hunyuan3d", "sam3d")  # folders of this package with a family.py
 _told: set[str] = set()
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from eg3d_rlhf.flow.dinov2 import Dino, DinoConfig
 from eg3d_rlhf.flow.hunyuan3d.autoencoder import AutoencoderConfig, ShapeDecoder
 from eg3d_rlhf.flow.hunyuan3d.denoiser import Denoiser, DenoiserConfig
+from eg3d_rlhf.flow.yaml_file import LARGEST, read_yaml
 from training.storage import load_strict, write_atomic
 
 CONFIG = "config.yaml"
@@ -25,7 +26,6 @@ MODEL, VAE, CONDITIONER = "model", "vae", "conditioner"
 ENCODER = "main_image_encoder.model."  # before the names of DINOv2
 UNREAD = ("encoder.", "pre_kl.", "fourier_embedder.", "geo_decoder.fourier_embedder.")  # of the autoencoder: its other half, and constants
 TARGETS = {MODEL: "HunYuanDiTPlain", VAE: "ShapeVAE", CONDITIONER: "SingleImageEncoder"}
-LARGEST, ALIASES = 1 << 16, 16  # bytes of a config, and repetitions in it
 Sections = Mapping[str, Mapping[str, torch.Tensor]]
 
 
@@ -68,7 +68,7 @@ def read_files(root: Path) -> ShapeFiles:
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if not path.is_file() or checkpoint is None:
         raise FileNotFoundError(f"Hunyuan3D: expected {CONFIG} and {' or '.join(CHECKPOINTS)}, got less in {folder}. Restore them.")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     params = {}
     for section, target in TARGETS.items():
         entry = content.get(section)
@@ -106,23 +106,6 @@ def _made(kind: Any, params: Mapping, strict: bool = False) -> Any:
     if strict and unknown:
         raise ValueError(f"expected the params of {TARGETS[MODEL]}, got unknown {', '.join(unknown[:8])}. Name Hunyuan3D-2.1's file.")
     return kind(**{name: value for name, value in params.items() if name in known})
-
-
-def _read_yaml(path: Path) -> dict:
-    """A small YAML file as plain values. Raises: ValueError."""
-    import yaml  # only here, as in reward/release.py: nothing else needs it
-
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: expected at most {LARGEST >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
-    text = path.read_text()
-    try:
-        repeated = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
-        content = yaml.safe_load(text) if repeated <= ALIASES else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got: {' '.join(str(error).split())[:120]}. Restore the file.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping, got another value or many repetitions. Restore the file.")
-    return content
 
 
 def read_sections(path: Path) -> dict[str, dict[str, torch.Tensor]]:
