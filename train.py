@@ -5,6 +5,7 @@
     python train.py --reward=sigma --rounds=3        the same in rounds: label, train rewards, tune, and again
     python train.py --init=scratch --kimg=20         train the bundled generator anew
     python train.py --mode=circular-dpo              preference training of a generator in stages; has flags of its own
+    python train.py --mode=grpo                      online tuning of one of its stages by a reward; has flags of its own
 
 Composition root: flags -> settings -> objects -> loop. No mathematics here.
 """
@@ -32,7 +33,7 @@ TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, ROUNDS, EG3D)
 
 # What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to eg3d_rlhf.cli.MODES.
 MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.flow.circular.commands:circular_dpo",
-              "distill": "eg3d_rlhf.evaluation.distilled:distill"})
+              "grpo": "eg3d_rlhf.flow.grpo.commands:grpo", "distill": "eg3d_rlhf.evaluation.distilled:distill"})
 
 
 class ModeCommand(GroupedCommand):

@@ -6,15 +6,22 @@ A family is one folder of this package with a `family.py`, or a plugin's file (d
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eg3d_rlhf.cli import file_hash
-from eg3d_rlhf.flow.embeddings import Conditions, read_conditions
-from eg3d_rlhf.flow.folder_problem import Judge, conditions_beside, folder_problem, hash_of, pair_folders
+from eg3d_rlhf.flow.embeddings import NULL, Conditions, read_conditions
+from eg3d_rlhf.flow.folder_problem import (
+    Judge,
+    conditions_beside,
+    conditions_problem,
+    folder_problem,
+    hash_of,
+    pair_folders,
+)
 from eg3d_rlhf.flow.problem import Problem, ProblemSource
 from eg3d_rlhf.flow.stage import Asset
 from eg3d_rlhf.plugins import load_plugins
@@ -85,6 +92,8 @@ def open_source(source: ProblemSource, device: str | torch.device = "cpu") -> Pr
     extra = [f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in read and getattr(source, f.name) != f.default]
     if extra:
         raise ValueError(f"{', '.join(extra)}: belongs to other generators, and would have no effect on {family.name}. Leave it out.")
+    if source.pairs is None and not source.needs_pairs:
+        return open_conditions(family, source, device)
     return family.open(source, device) if family.open else open_folder(family, source, device)
 
 
@@ -100,6 +109,26 @@ def open_folder(family: FlowFamily, source: ProblemSource, device: str | torch.d
         "files": {name: file_hash(path) for name, path in family.files(root).items()},
     }  # fmt: skip
     return folder_problem(pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge)
+
+
+def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
+    """The problem of a folder and of embeddings alone, without pairs; the empty condition is '' where the file has it.
+
+    Raises: ValueError for no embeddings, or for options that are then not read.
+    """
+    extra = [f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in COMMON and getattr(source, f.name) != f.default]
+    if source.conditions is None or extra:
+        got = f"{', '.join(extra)} beside none" if extra else "none"
+        raise ValueError(f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name the file.")
+    root, place = Path(source.pipeline), Path(source.conditions)
+    tokens = read_conditions(place, zero_null=family.zero_null)
+    tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
+    pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
+    identity = {
+        "problem": family.name, "dtype": source.dtype, "conditions": hash_of(place),
+        "files": {name: file_hash(path) for name, path in family.files(root).items()},
+    }  # fmt: skip
+    return conditions_problem(pipeline, tokens, identity=identity, seed=source.seed, held_out=source.held_out)
 
 
 def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:

@@ -46,9 +46,7 @@ def folder_problem(
     read = read_stages(folders, pipeline, checked)
     named = sorted({pair.condition for stage in folders for pair in read(stage)})
     tokens.of(named)
-    order = sorted(named, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    count = min(max(1, round(held_out * len(order))), len(order) - 1)  # one is always trained
-    trained, choosing, held = order[count:], order[: count // 2], order[count // 2 : count]  # one alone is the table's
+    trained, choosing, held = divided(named, seed, held_out)
 
     def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
         kept = set(names)
@@ -68,6 +66,29 @@ def folder_problem(
         identity={
             **identity, "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()}, "seed": seed, "held_out": held_out,
         },
+    )
+
+
+def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
+    """Conditions to train on, one at least; and of a share that is held out, those to choose on and the table's, by a hash of names."""
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    count = min(max(1, round(held_out * len(order))), len(order) - 1)
+    return order[count:], order[: count // 2], order[count // 2 : count]  # one alone is the table's
+
+
+def conditions_problem(pipeline: Any, tokens: Conditions, *, identity: Mapping, seed: int = 0, held_out: float = 0.2) -> Problem:
+    """The problem of a pipeline and conditions alone, without people's pairs: a stage can be tuned by a reward from elsewhere.
+
+    Args: see folder_problem.
+    """
+
+    def none(stage: str) -> list[PreferencePair]:
+        raise ValueError(f"--pairs: expected people's pairs of stage {stage!r}, got none. Name their folder, or train by a reward alone.")
+
+    trained, choosing, held = divided(tokens.names, seed, held_out)
+    return Problem(
+        pipeline=pipeline, human_pairs=none, reward=None, chooser=None, final=None, train_conditions=trained,
+        choosing_conditions=choosing, held_out_conditions=held, identity={**identity, "seed": seed, "held_out": held_out},
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -67,6 +68,7 @@ class ProblemSource:
     held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1)
     flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0)
+    needs_pairs: ClassVar[bool] = True
     views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
 
     def __post_init__(self):
@@ -77,7 +79,7 @@ class ProblemSource:
                 raise ValueError(f"{', '.join(extra)}: belongs to --pipeline=DIR, and would have no effect on the toy. Leave it out.")
         elif self.labelled != type(self).labelled:
             raise ValueError("--labelled: belongs to the toy, and would have no effect on --pipeline=DIR. Leave it out.")
-        elif self.pairs is None:
+        elif self.pairs is None and self.needs_pairs:
             raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
         odd = [text for text in self.flow_weights if not all(text.partition("="))]
         if odd:

@@ -130,8 +130,8 @@ def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
     Raises: ValueError naming what does not fit.
     """
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    seed, judging = flags["seed"], _given(Judging, flags)
-    source = {**_given(ProblemSource, flags), "also": flags["also"], "flow_weights": flags["flow_weights"]}
+    seed, judging = flags["seed"], given_of(Judging, flags)
+    source = {**given_of(ProblemSource, flags), "also": flags["also"], "flow_weights": flags["flow_weights"]}
     run = CircularRun(
         circular=settings(flags, defaults), source=ProblemSource(**source, seed=seed),
         stage=flags["stage"], groups=groups, training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
@@ -148,12 +148,12 @@ def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
 def settings(flags: Mapping, defaults: CircularSettings) -> CircularSettings:
     """The defaults with what the flags change."""
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    loss = _given(DpoConfig, flags)
+    loss = given_of(DpoConfig, flags)
     if flags["beta"] is not None:
         loss["beta"] *= flags["beta_t"] or 1.0
     human = replace(human, dpo=replace(PRESETS[flags["preset"]] if flags["preset"] is not None else human.dpo, **loss))
     sft = replace(sft, dpo=replace(sft.dpo, noise=human.dpo.noise, condition_dropout=human.dpo.condition_dropout))
-    pairs = replace(defaults.loop_pairs, **_given(LoopPairsConfig, flags), **_some(flags, {"judge_batch": "batch"}))
+    pairs = replace(defaults.loop_pairs, **given_of(LoopPairsConfig, flags), **_some(flags, {"judge_batch": "batch"}))
     own = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
     beta = human.dpo.beta * own.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
     anchors: dict[str, Any] = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
@@ -164,15 +164,15 @@ def settings(flags: Mapping, defaults: CircularSettings) -> CircularSettings:
     if flags["choose_noises"] == 0:
         choosing = None
     elif choosing is not None or flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), **_given(Choosing, flags))
+        choosing = replace(choosing or Choosing(), **given_of(Choosing, flags))
     return replace(
         defaults, human=human, loop=loop, sft=sft, loop_pairs=pairs,
-        weighing=replace(defaults.weighing, **_given(Weighing, flags)), choosing=choosing,
+        weighing=replace(defaults.weighing, **given_of(Weighing, flags)), choosing=choosing,
         rounds=flags["rounds"] or defaults.rounds, seed=flags["seed"],
     )
 
 
-def _given(kind: type, flags: Mapping) -> dict:
+def given_of(kind: type, flags: Mapping) -> dict:
     """What flags say of the fields of a settings dataclass."""
     return _some(flags, {field.metadata["knob"].name or field.name: field.name for field in fields(kind) if "knob" in field.metadata})
 
@@ -183,7 +183,7 @@ def _some(flags: Mapping, names: Mapping[str, str]) -> dict:
 
 def _training(flags: Mapping, config: TrainConfig) -> TrainConfig:
     """All but the loss."""
-    given, adapters, lora = _given(TrainConfig, flags), _given(LoraConfig, flags), config.lora
+    given, adapters, lora = given_of(TrainConfig, flags), given_of(LoraConfig, flags), config.lora
     if flags["amp"] is not None:
         given["bf16"] = flags["amp"] == "bf16"
     if flags["lora_targets"] is not None:

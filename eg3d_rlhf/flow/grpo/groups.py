@@ -20,7 +20,7 @@ from eg3d_rlhf.flow.kinds import Voxels
 from eg3d_rlhf.flow.reference import FrozenModel
 from eg3d_rlhf.flow.sparse import Batch, feats_of, with_feats
 from eg3d_rlhf.flow.stage import AssetReward, FlowStage, Pipeline, Sampling
-from eg3d_rlhf.flow.tuning.descent import Descent, StageTraining
+from eg3d_rlhf.flow.tuning.descent import Descent, StageTraining, train_knob
 from eg3d_rlhf.flow.tuning.progress import win_rate_signs, win_rates
 from eg3d_rlhf.flow.tuning.train import Judge, StageResult, train, trained
 from eg3d_rlhf.flow.tuning.update import Order
@@ -40,6 +40,9 @@ CALM = "Raise --kl, lower --lr, or train fewer updates."
 class GrpoConfig(StageTraining):
     """Everything that decides a training besides its networks, conditions and reward; the defaults suit large generators."""
 
+    steps: int = train_knob(300, "Length of a stage's training.", metavar="UPDATES", low=1)
+    lr: float = train_knob(3e-4, "AdamW's learning rate.", above=0)
+    warmup: int = train_knob(10, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0)
     group: int = _grpo(8, "Samples of one condition, compared with each other.", low=2)
     batch: int = _grpo(8, "Conditions per update, over all processes.", metavar="GROUPS", low=1)
     batch_gpu: int | None = _grpo(None, "Per pass: decides memory, not the result.", metavar="SAMPLES", low=1, shown="all of a process")
@@ -49,10 +52,12 @@ class GrpoConfig(StageTraining):
     sampler_steps: int | None = _grpo(None, "Of the sampler in training.", low=2, shown="the stage's own")
     trained_steps: int | None = _grpo(None, "Of these, drawn anew for every update; none: all but the last, which draws nothing.", low=1)
     noise: float = _grpo(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0)
-    use: str = _grpo("reward", "Controls: a group's rewards shuffled, so that they say nothing, or inverted.", name="rewards", choices=USES)
+    use: str = "reward"  # or a control's: see objective.USES
 
     def __post_init__(self):
         super().__post_init__()
+        if self.use not in USES:
+            raise ValueError(f"GrpoConfig.use: expected one of {', '.join(USES)}, got {self.use!r}. Choose one.")
         if self.lora is not None and self.lora.dropout:
             got = f"got {self.lora.dropout}"
             raise ValueError(f"GrpoConfig.lora: expected adapters without dropout, {got}: densities would be those of another network.")
