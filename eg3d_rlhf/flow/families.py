@@ -5,6 +5,7 @@ A family is one folder of this package with a `family.py`, or a plugin's file (d
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -55,6 +56,11 @@ BUNDLED = ("trellis", "trellis2", "hunyuan3d", "sam3d")  # folders of this packa
 _told: set[str] = set()
 
 
+def tell(text: str) -> None:
+    """Say something apart from results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def register(family: FlowFamily) -> FlowFamily:
     """Make a family known."""
     FAMILIES[family.name] = family
@@ -69,7 +75,7 @@ def known() -> dict[str, FlowFamily]:
     return FAMILIES
 
 
-def family_of(root: Path, say: Callable[[str], None] = print) -> FlowFamily:
+def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
     """The family of a folder; its notice is said once.
 
     Raises: FileNotFoundError for no folder, or one of no known family.
