@@ -43,16 +43,18 @@ TUNED = "tuned.json"  # what tuning did, beside the networks
 DONE = "done.json"  # written when a part is finished: its command, what it read, its cost
 
 
-def inputs() -> dict[str, str]:
-    """Hashes of what every part reads."""
-    return {path.name: file_hash(path) for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)}
+def inputs(command: list[str]) -> dict[str, str]:
+    """Hashes of what a part reads: what is bundled, and what the parts before it made."""
+    made = [Path(flag.partition("=")[2]) for flag in command if flag.startswith(("--reward-ckpt=", "--unpaired="))]
+    files = (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS, *made)
+    return {path.name: file_hash(path) for path in files if path.is_file()}
 
 
 def finished(folder: Path, command: list[str]) -> dict | None:
     """What a part cost, where it is finished with this command and these inputs."""
     path = folder / DONE
     known = json.loads(path.read_text()) if path.is_file() else {}
-    return known if known.get("command") == command and known.get("inputs") == inputs() else None
+    return known if known.get("command") == command and known.get("inputs") == inputs(command) else None
 
 
 def call(folder: Path, command: list[str], threads: int) -> dict:
@@ -74,7 +76,7 @@ def call(folder: Path, command: list[str], threads: int) -> dict:
         raise ValueError(f"{shlex.join(command)}: expected status 0, got {process.returncode}. See {folder / 'log.txt'}; the same command "
                          "goes on.")
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
-    cost = {"command": command, "inputs": inputs(), "seconds": time.time() - started, "megabytes": usage.ru_maxrss * unit / 1e6}
+    cost = {"command": command, "inputs": inputs(command), "seconds": time.time() - started, "megabytes": usage.ru_maxrss * unit / 1e6}
     write_atomic(folder / DONE, json.dumps(cost, indent=1).encode())
     return cost
 
