@@ -45,9 +45,9 @@ DONE = "done.json"  # written when a part is finished: its command, what it read
 
 def inputs(command: list[str]) -> dict[str, str]:
     """Hashes of what a part reads: what is bundled, and what the parts before it made."""
-    made = [Path(flag.partition("=")[2]) for flag in command if flag.startswith(("--reward-ckpt=", "--unpaired="))]
-    files = (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS, *made)
-    return {path.name: file_hash(path) for path in files if path.is_file()}
+    files = {path.name: path for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)}
+    files |= {name: Path(value) for name, _, value in (flag.partition("=") for flag in command) if name in ("--reward-ckpt", "--unpaired")}
+    return {name: file_hash(path) for name, path in files.items() if path.is_file()}
 
 
 def finished(folder: Path, command: list[str]) -> dict | None:
