@@ -81,13 +81,21 @@ def test_unknown_rewards(only):
 def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text("import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])")
-    command = [str(script), "--flag"]
-    cost = tool.call(tmp_path, command, threads=3)
-    assert cost["seconds"] > 0 and cost["megabytes"] > 30 and (tmp_path / "log.txt").read_text() == "--flag 3\n"
-    assert tool.finished(tmp_path, command) == json.loads((tmp_path / tool.DONE).read_text()) == cost
-    assert tool.finished(tmp_path, [*command, "--n=3"]) is None
-    monkeypatch.setattr(tool, "inputs", lambda: {"generator.safetensors": "another"})
-    assert tool.finished(tmp_path, command) is None
+    command, folder = [str(script), "--flag"], tmp_path / "part"
+    cost = tool.call(folder, command, threads=3)
+    assert cost["seconds"] > 0 and cost["megabytes"] > 30 and (folder / "log.txt").read_text() == "--flag 3\n"
+    assert tool.finished(folder, command) == json.loads((folder / tool.DONE).read_text()) == cost
+    assert tool.finished(folder, [*command, "--n=3"]) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(tool, "inputs", lambda command: {"generator.safetensors": "another"})
+        assert tool.finished(folder, command) is None
+    (folder / "stale").touch()
+    tool.call(folder, [*command, "--n=3"], threads=3)
+    assert not (folder / "stale").exists() and tool.finished(folder, command) is None
+    (tmp_path / "reward").write_text("one")
+    before = tool.inputs([f"--reward-ckpt={tmp_path / 'reward'}"])
+    (tmp_path / "reward").write_text("trained anew")
+    assert tool.inputs([f"--reward-ckpt={tmp_path / 'reward'}"]) != before != tool.inputs([])
 
 
 def test_a_part_that_fails_is_named_and_not_finished(tmp_path):
