@@ -62,9 +62,10 @@ def conditions(root: Path, out: Path, images: Path, device: str) -> None:
 @option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default=f"{CONDITIONS} in --out",
         help="Embeddings; each condition in it is drawn.")
 @option("--each", metavar="N", type=click.IntRange(1), default=4, help="Assets per condition, of seeds 0, 1, ...")
+@option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="In which the flows are held.")
 @_device
 def draw_command(
-    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, device: str
+    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, device: str
 ) -> None:
     """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
     family = family_of(root)
@@ -73,13 +74,13 @@ def draw_command(
     if not tokens.exists():
         raise FileNotFoundError(f"--conditions: expected embeddings, got none at {tokens}. Write them by `conditions --out={out}`.")
     read = read_conditions(tokens, zero_null=family.zero_null)
-    pipeline = family.load(root, read, dtype=torch.float32, device=choose_device(device))
+    pipeline = family.load(root, read, dtype=getattr(torch, dtype), device=choose_device(device))
     for stage in pipeline.stages:
         if stage.name in tuned:
             stage.model = tuned_model(stage.model, tuned[stage.name])
     identity = {
         "files": {name: file_hash(path) for name, path in family.files(root).items()}, "conditions": hash_of(tokens),
-        "tuned": {stage: hash_of(path) for stage, path in tuned.items()},
+        "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype,
     }
 
     def one(stem: str, condition: str, seed: int) -> dict[str, str]:

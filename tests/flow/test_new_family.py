@@ -153,6 +153,31 @@ def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
     assert done.exit_code == 2 and expected in done.output, done.output
 
 
+def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
+    """The network says noise less data, where data at t = 1 wants data less noise."""
+    pairs = [PreferencePair(id=str(i), condition="a", stage="points", preferred=5 + torch.zeros(POINTS, 3), rejected=torch.ones(POINTS, 3))
+             for i in range(4)]  # fmt: skip
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": CONVENTION})
+    state = {name: 0 * tensor for name, tensor in load_file(root / "points.safetensors").items()}
+    for bias, code in ((5.0, 0), (-5.0, 2)):
+        save_file({**state, "outer.bias": torch.full([3], bias)}, root / "points.safetensors")
+        done = call(tmp_path, "--stage=points")
+        assert done.exit_code == code, done.output
+    assert "stage 'points': expected velocities of the convention with data at t = 1, got a model of error" in done.output
+    assert "Traceback" not in done.output
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": "x_0 is noise"})
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 2 and "expected the convention 'x_0 is data, t = 1 is noise', got 'x_0 is noise'" in done.output
+
+
+def test_the_flags_are_frozen():
+    assert {name: " ".join(sorted(o for p in c.params for o in p.opts)) for name, c in commands.main.commands.items()} == {
+        "conditions": "--device --images --out --pipeline", "export": "--out --pipeline --run --weights",
+        "draw": "--conditions --device --dtype --each --out --pipeline --run --weights",
+        "ranking": "--limit --list --out --pipeline --scheme --seed",
+    }
+
+
 def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="expected the folder of a known generator .*points: points.json and points.safetensors"):
