@@ -279,18 +279,24 @@ def _table(head: list[str], rows: list[list]) -> list[str]:
 def plot(data: Mapping):
     """Win rates of all groups against the base, and of (a) against the others."""
     rivals = {name.removeprefix("a_vs_"): one for name, one in data["pairwise"].items() if name.startswith("a_vs_")}
-    drawn, axes = style.figure(columns=2 if rivals else 1, size=(9.4, 3.8) if rivals else (5.6, 3.8))
+    height = 1.4 + 0.26 * len(data["groups"])
+    drawn, axes = style.figure(columns=2 if rivals else 1, size=(9.4 if rivals else 5.6, height))
     panels = [(axes[0] if rivals else axes, data["groups"], "against base")]
     panels += [(axes[1], rivals, "of (a) against")] if rivals else []
+    rates = [rate for _, rows, _ in panels for one in rows.values() for rate in (*one["ci95"], *(s["win_rate"] for s in one["seeds"]))]
     for axis, rows, title in panels:
         for place, one in enumerate(rows.values()):
             low, high = one["win_rate"] - one["ci95"][0], one["ci95"][1] - one["win_rate"]
-            axis.errorbar(one["win_rate"], place, xerr=[[max(0, low)], [max(0, high)]], fmt="o", color=style.colour("after"), capsize=3)
-            axis.plot([s["win_rate"] for s in one["seeds"]], [place] * len(one["seeds"]), "|", color=style.colour("before"), markersize=9)
+            axis.errorbar(
+                one["win_rate"], place, xerr=[[max(0, low)], [max(0, high)]], fmt="o", markersize=4, color=style.colour("after"), capsize=2
+            )
+            axis.plot([s["win_rate"] for s in one["seeds"]], [place] * len(one["seeds"]), "|", color=style.colour("before"), markersize=7)
         axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
-        axis.set_yticks(range(len(rows)), [f"({letter}) {data['groups'][letter]['title']}" for letter in rows], fontsize=7)
+        named = [f"({letter}) {data['groups'][letter]['title']}" if rows is data["groups"] else f"({letter})" for letter in rows]
+        axis.set_yticks(range(len(rows)), named, fontsize=7)
         axis.invert_yaxis()
-        axis.set(xlabel=f"win rate {title}, final judge", xlim=(0, 1))
+        axis.set(xlim=(min(rates) - 0.02, max(rates) + 0.02))
+        axis.set_xlabel(f"win rate {title}, final judge", fontsize=8)
     drawn.suptitle(
         f"{data['conditions']} conditions x {data['noises']} noises, training seeds {', '.join(map(str, data['training_seeds']))}; "
         "bars: 95 % over conditions, ticks: seeds", fontsize=8,
