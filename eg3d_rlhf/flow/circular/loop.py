@@ -195,7 +195,8 @@ def check(problem: Problem) -> None:
 def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
     """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
 
-    Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap.
+    A later round in which nothing crosses a gap ends the loop with the networks of the one before.
+    Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap in the first round.
     """
     check(loop.problem)
     stages = [stage.name for stage in loop.problem.pipeline.stages]
@@ -211,10 +212,16 @@ def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None)
         before, own = dict(lineage), loop.of_round(number)
         tuned = done(number, "people", stages[-1], own.from_people(stages[-1], before))
         lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)
-        for stage in reversed(stages[:-1]):
-            pairs = done(number, "pairs", stage, own.pairs(stage, lineage, before))
-            tuned = done(number, "loop", stage, own.from_loop(stage, pairs, lineage))
-            lineage[stage] = (*before.get(stage, ()), tuned)
+        try:
+            for stage in reversed(stages[:-1]):
+                pairs = done(number, "pairs", stage, own.pairs(stage, lineage, before))
+                tuned = done(number, "loop", stage, own.from_loop(stage, pairs, lineage))
+                lineage[stage] = (*before.get(stage, ()), tuned)
+        except NoPairsError as error:
+            if number == 1:
+                raise
+            loop.say(f"Warning: round {number} has nothing to learn from, so the networks of round {number - 1} are the result. {error}")
+            return before, steps
     return lineage, steps
 
 

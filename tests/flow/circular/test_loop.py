@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.flow.circular import loop as circular_loop
 from eg3d_rlhf.flow.circular.artefacts import ArtefactStore
-from eg3d_rlhf.flow.circular.loop import CircularLoop, run, weighed
+from eg3d_rlhf.flow.circular.loop import CircularLoop, NoPairsError, run, weighed
 from eg3d_rlhf.flow.circular.loop_pairs import SAME
 from eg3d_rlhf.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
 from eg3d_rlhf.flow.lora import LoraConfig
@@ -54,6 +54,25 @@ def test_three_steps_from_back_to_front_that_leave_the_base_alone(tmp_path, trai
     assert {k: len(v) for k, v in lines.items()} == {"voxels": 1, "structure": 1}
     only_last = loop.models({"voxels": lines["voxels"]})
     assert set(only_last) == {"voxels"}  # the first step has nothing to say of the structure
+
+
+def test_a_later_round_with_nothing_to_learn_from_ends_the_loop(tmp_path, monkeypatch):
+    kept = []
+
+    def scarce(pairs, weighing):
+        kept.append(len(pairs))
+        if len(kept) == 1:
+            return weighed(pairs, weighing)
+        raise NoPairsError("loop: expected pairs to learn from, got none.")
+
+    monkeypatch.setattr(circular_loop, "weighed", scarce)
+    said = []
+    loop = replace(loop_in(tmp_path, settings=replace(SETTINGS, rounds=3)), say=said.append)
+    lines, steps = run(loop)
+    assert {stage: len(line) for stage, line in lines.items()} == {"voxels": 1, "structure": 1} and steps[-1]["round"] == 2
+    assert any("round 2 has nothing to learn from, so the networks of round 1 are the result" in line for line in said)
+    with pytest.raises(NoPairsError):
+        run(loop_in(tmp_path / "first"))
 
 
 def test_a_second_run_finds_everything(tmp_path, trained):
