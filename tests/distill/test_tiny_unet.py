@@ -8,7 +8,17 @@ from eg3d_rlhf.distill import problem
 from eg3d_rlhf.distill.field.render import DISTANCE
 from eg3d_rlhf.distill.field.views import evenly_around
 from eg3d_rlhf.distill.interfaces import DiffusionPrior
-from eg3d_rlhf.distill.priors.tiny_unet import PriorTraining, TinyPrior, TinySizes, TinyUNet, draw, load_view_prior, train
+from eg3d_rlhf.distill.priors.tiny_unet import (
+    PriorTraining,
+    TinyPrior,
+    TinySizes,
+    TinyUNet,
+    draw,
+    draw_noise,
+    load_view_prior,
+    mirrored,
+    train,
+)
 from eg3d_rlhf.distill.schedule import NoiseSchedule
 
 TEXTS = [problem.PROMPTS[0].text] * 4 + [problem.PROMPTS[14].text] * 4
@@ -75,6 +85,16 @@ def test_training_learns_and_files_keep_it(tmp_path):
     x, prompt = draw(3, torch.Generator().manual_seed(0))
     again, _ = draw(3, torch.Generator().manual_seed(0))
     assert torch.equal(x, again) and x.shape == (3, 4, 4, 16, 16) and prompt.shape == (3,)
+
+
+def test_an_object_and_its_reverse_are_reflections():
+    x, prompt = draw(5, torch.Generator().manual_seed(0))
+    middle = problem.modes().unflatten(0, (-1, 2)).mean(1)[prompt][:, None]
+    assert torch.allclose(mirrored((x - middle)[::2][:2], prompt[1::2]), (x - middle)[1::2], atol=1e-5)
+    assert torch.allclose(mirrored(mirrored(x, prompt), prompt), x, atol=1e-5)
+    withheld, t, noise = draw_noise(prompt, PriorTraining(), torch.Generator().manual_seed(0))
+    assert torch.equal(withheld[1::2], withheld[:4:2]) and torch.equal(t[1::2], t[:4:2])
+    assert torch.allclose(noise[1::2].flatten(1).norm(dim=1), noise[:4:2].flatten(1).norm(dim=1)) and not torch.equal(noise[1], noise[0])
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"
 TRAINING = "Training"
-_COLOUR_JITTER, _PIXEL_NOISE = 0.05, 0.05  # of the training pictures, in latents of -1..1
+_COLOUR_JITTER, _PIXEL_NOISE = 0.05, 0.3  # of the training pictures, in latents of -1..1; the second as in the exact prior
+_PICTURES = (SIDES, 4, 16, 16)  # of an object
 _AVERAGE = 0.99  # decay of the weights' moving average
 _FLOOR = 0.1  # added to s^2 in the weight of the loss: keeps the last bit of noise from outweighing the rest
 
@@ -174,16 +175,36 @@ class PriorTraining:
         check_knobs(self)
 
 
+def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Values of pictures [A, 4, 4, 16, 16], reflected along what tells the two modes of their prompts [A] apart; normal noise stays so."""
+    apart = (modes()[::2] - modes()[1::2])[prompt][:, None]  # [A, 1, 4, 16, 16]
+    apart = apart / apart.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+    return values - 2 * (values * apart).sum((2, 3, 4), keepdim=True) * apart
+
+
 def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt [A]: each side shows one of its
-    prompt's two modes, colours vary with the object, pixels a little. Each second object shows what the one before does not, so that
-    chance prefers no mode."""
-    prompt = torch.randint(len(PROMPTS), (assets,), generator=rng).repeat_interleave(2)[:assets]
+    prompt's two modes, colours vary with the object, pixels on their own. Each second object is the reverse of the one before, sides and
+    variation, so that chance prefers no mode."""
+    prompt = torch.randint(len(PROMPTS), ((assets + 1) // 2,), generator=rng).repeat_interleave(2)[:assets]
     side = torch.randint(2, (assets, SIDES), generator=rng)
-    side[1::2] = 1 - side[: assets - 1 : 2]
-    x = modes()[2 * prompt[:, None] + side]
     colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
-    return x + colour + _PIXEL_NOISE * torch.randn(x.shape, generator=rng), prompt
+    varied = colour + _PIXEL_NOISE * torch.randn(assets, *_PICTURES, generator=rng)
+    side[1::2] = 1 - side[: assets - 1 : 2]
+    varied[1::2] = mirrored(varied[: assets - 1 : 2], prompt[1::2])
+    return modes()[2 * prompt[:, None] + side] + varied, prompt
+
+
+def draw_noise(prompt: torch.Tensor, settings: PriorTraining, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whether each prompt [A] is withheld [A], times [A] and noises [A, 4, 4, 16, 16]: an object's reverse has the same, its noise
+    mirrored."""
+    assets = len(prompt)
+    withheld = torch.rand(assets, generator=rng) < settings.no_prompt
+    t = (torch.rand(assets, generator=rng) * STEPS).long()
+    noise = torch.randn(assets, *_PICTURES, generator=rng)
+    withheld[1::2], t[1::2] = withheld[: assets - 1 : 2], t[: assets - 1 : 2]
+    noise[1::2] = mirrored(noise[: assets - 1 : 2], prompt[1::2])
+    return withheld, t, noise
 
 
 def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None) -> TinyPrior:
@@ -198,11 +219,9 @@ def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambd
     cameras = network_cameras(evenly_around(settings.assets, SIDES, DISTANCE).cameras)
     for step in range(settings.steps):
         x, prompt = draw(settings.assets, rng)
-        withheld = torch.rand(settings.assets, generator=rng) < settings.no_prompt
+        withheld, t, noise = draw_noise(prompt, settings, rng)
         told = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
-        t = torch.randint(STEPS, (settings.assets,), generator=rng).repeat_interleave(SIDES)
-        x = x.flatten(0, 1)
-        noise = torch.randn(x.shape, generator=rng)
+        x, noise, t = x.flatten(0, 1), noise.flatten(0, 1), t.repeat_interleave(SIDES)
         found = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
         loss = ((found - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
         optimiser.zero_grad()
