@@ -23,7 +23,8 @@ from tests.flow.tiny_problem import SETTINGS, tiny_problem
 FLAGS = """
 --ablate --aggregation --also --amp --artefacts --batch --batch-gpu --beta --beta-t --cache-reference --checkpoint-every --choose-noises
 --clamp --clip --condition-dropout --conditions --desc --device --draws --drdpo-beta --dry-run --dtype --ema --flow-weights --held-out
---held-out-every --judge-batch --label-smoothing --log-every --loop-beta --loop-loser-weight --loop-lr --loop-pairs --loop-sft-weight
+--held-out-every --judge-batch --label-smoothing --labelled --log-every --loop-beta --loop-loser-weight --loop-lr --loop-pairs
+--loop-sft-weight
 --loop-steps --lora-alpha --lora-dropout --lora-rank --lora-targets --loser-weight --loss --lr --margin --max-drop --mode --no-summary
 --noise --outdir --pair-weight --pairs --patience --pipeline --preset --resume --roles --rounds --seed --seeds --sft-weight --stage --steps
 --table-noises --tau --timeout --tune --views --voxel-share --w1 --w2 --w2-norm --warmup --weight-decay --workers -n
