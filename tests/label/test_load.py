@@ -67,6 +67,7 @@ def figures(work: Work, **more) -> dict:
     return {**more, **counts, "p50": p50, "p95": p95, "p99": p99}
 
 
+@pytest.mark.long
 def test_five_annotators_and_one_kill(tmp_path, capsys):
     work = run(tmp_path, f"sqlite:///{tmp_path / 'labels.db'}", annotators=5, each=20, kills=1, look=0.05)
     with capsys.disabled():

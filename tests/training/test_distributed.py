@@ -235,6 +235,7 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     return train_reward(data, options, ranks=ranks).model.state_dict()
 
 
+@pytest.mark.long
 def test_reward_training_on_two_ranks_equals_one(tmp_path):
     finish(start(REWARD, str(tmp_path / "two.pt")))
     two, one = torch.load(tmp_path / "two.pt", weights_only=True), reward_training(SINGLE)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from eg3d_rlhf.preferences.unpaired import from_pairs
@@ -33,6 +34,7 @@ def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.long
 def test_unpaired_labels_on_two_ranks_equal_one(tmp_path):
     finish(start(UNPAIRED, str(tmp_path / "two.pt")))
     two, one = torch.load(tmp_path / "two.pt", weights_only=True), unpaired_training(SINGLE)

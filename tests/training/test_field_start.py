@@ -151,6 +151,7 @@ def small_networks(s):
     return nets
 
 
+@pytest.mark.long
 def test_pictures_move_towards_those_of_the_named_heads():
     s = config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0)
     nets = small_networks(s)
@@ -158,6 +159,7 @@ def test_pictures_move_towards_those_of_the_named_heads():
     assert np.mean([x["picture"] for x in stats[-4:]]) < 0.8 * np.mean([x["picture"] for x in stats[:4]])
 
 
+@pytest.mark.long
 def test_a_held_density_stays_while_pictures_are_learnt():
     s = config(nrr_initial=16, field_kimg=0.0, picture_kimg=100.0, picture_hold=1.0)
     nets = small_networks(s)
