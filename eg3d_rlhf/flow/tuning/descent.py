@@ -2,6 +2,7 @@
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +45,7 @@ class StageTraining:
         return True
 
 
-class Descent:
+class Descent(ABC):
     """A policy's parameters on their way down; `run`, of what is minimised, is one update.
 
     Args: policy: the network in training; parameters: of it, those that are trained; ranks: this process among those that train together.
@@ -63,18 +64,18 @@ class Descent:
         """Learning rate of the update after `step` updates."""
         return self.training.lr * min(1.0, (step + 1) / max(self.training.warmup, 1))
 
+    @abstractmethod
     def run(self, step: int) -> dict:
         """One update -> loss, grad_norm, how many examples it saw, and what else is logged; see progress.py.
 
         Raises: LossNotFiniteError for a loss or gradient that is not finite; the parameters are then as they were.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """Warnings by name, as of the last line of stats.jsonl; the caller says each once."""
-        raise NotImplementedError
 
-    def save(self) -> None:
+    def save(self) -> None:  # noqa: B027 most have nothing
         """Write what a resumed run would else compute again."""
 
     def autocast(self) -> torch.autocast:

@@ -49,7 +49,7 @@ MISTAKES = {
     "workers": (["--workers=2"], "--workers: belongs to several trainings"),
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
     "dropout": (["--lora-dropout=0.1"], "expected adapters without dropout"),
-    "no early stop": (["--choose-noises=0", "--patience=3"], "--patience: belongs to a win rate in training"),
+    "no early stop": (["--choose-noises=0", "--patience=3"], "--patience: belongs to early stopping"),
     "no table": (["--no-summary", "--table-noises=4"], "--table-noises: belongs to the table"),
     "steps": (["--trained-steps=8"], "--trained-steps: expected at most all steps of the sampler but the last, got 8 of 8"),
     "people": (["--labelled=own"], "--labelled: belongs to --arms=people"),
