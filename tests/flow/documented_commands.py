@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from click.testing import CliRunner
+from click import Command
+from click.testing import CliRunner, Result
 
 import train
 from eg3d_rlhf.flow import family_commands
@@ -20,16 +22,23 @@ def documented(section: str) -> list[list[str]]:
     return [shlex.split(re.split(r"\s{2,}", line.strip())[0])[1:] for line in part.splitlines() if line.startswith("    python ")]
 
 
-def run_section(section: str, root: Path, folder: Path) -> list[str]:
-    """Run them in `folder`, the current one; assets are ranked by seed in between. Returns what was called."""
+def run_section(
+    section: str, root: Path | str, folder: Path, tool: Command = family_commands.main, few: Sequence[str] = FEW,
+    on_call: Callable[[str, Result], None] = lambda called, done: None,
+) -> list[str]:
+    """Run them in `folder`, the current one; assets are ranked by seed in between. Returns what was called.
+
+    Args: tool: stands for the other program than train.py; few: flags of the training besides; on_call: hears each command and its result.
+    """
     places, called = {"ROOT": str(root)}, []
     for program, *words in documented(section):
         parted = [word.partition("=") for word in words]
         filled = [f"{name}={places.get(value, value)}" if sign else name for name, sign, value in parted]
-        main, more = (train.main, FEW) if program == "train.py" else (family_commands.main, [])
-        done = CliRunner().invoke(main, [*filled, *more])
+        more = few if program == "train.py" else ["--each=2"] if filled[0] == "draw" else []
+        done = CliRunner().invoke(train.main if program == "train.py" else tool, [*filled, *more])
         assert done.exit_code == 0, (program, filled, done.output, done.exception)
         called.append("train" if program == "train.py" else filled[0])
+        on_call(called[-1], done)
         if called[-1] == "draw" and not (folder / "PAIRS").exists():
             path = folder / "ASSETS" / "ranking.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from eg3d_rlhf.flow.condition import Condition
 from eg3d_rlhf.flow.embeddings import Conditions
 from eg3d_rlhf.flow.kinds import Dictionary, SparseVoxels, Voxels
+from eg3d_rlhf.flow.opened import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sam3d import files
 from eg3d_rlhf.flow.sparse import Batch, Latent, NamedBatch, SparseBatch, SparseSample
@@ -38,7 +38,7 @@ def call_voxels(module: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torc
     return module(x_t, t, cond, *step)
 
 
-class Sam3dPipeline:
+class Sam3dPipeline(OpenedFolder):
     """Implements `Pipeline`; assets are `SplatAsset`. Decoders are loaded when they are first needed; there are no encoders."""
 
     def __init__(
@@ -46,8 +46,8 @@ class Sam3dPipeline:
         device: str | torch.device = "cpu",
     ):
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders by their names in files.PARTS."""
-        self.file, self.tokens, self.device = file, conditions, device
-        self._parts, self._loaded = parts, dict[str, nn.Module]()
+        super().__init__(conditions, parts, device)
+        self.file = file
         self.stages = [self._stage(name, flows[name]) for name in files.STAGES]
         channels = self._config(files.LATENT).in_channels
         if len(file.mean) != channels:
@@ -86,18 +86,11 @@ class Sam3dPipeline:
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
         """[N, L, W]."""
-        return self._picked(lambda tokens: tokens.of(names), stage)
+        return self.embedded(names, stage)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
         """[n, L, W] of zeros."""
-        return self._picked(lambda tokens: tokens.null(n), stage)
-
-    def _picked(self, ask: Callable[[Conditions], Condition], stage: str) -> torch.Tensor:
-        if self.tokens is None:
-            raise ValueError("conditions: expected embeddings, got none. Open the pipeline with some.")
-        found = ask(self.tokens)
-        assert not isinstance(found, torch.Tensor)  # looked at when the pipeline was made
-        return found[stage].to(self.device)
+        return self.embedded(n, stage)
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
@@ -132,17 +125,11 @@ class Sam3dPipeline:
 
     def normalised(self, feats: torch.Tensor) -> torch.Tensor:
         """Latents [v, C] as the decoder reads them -> as the flow sees them."""
-        return (feats - feats.new_tensor(self.file.mean)) / feats.new_tensor(self.file.std)
+        return normalised(feats, self.file.mean, self.file.std)
 
     def unnormalised(self, feats: torch.Tensor) -> torch.Tensor:
         """Inverse of `normalised`."""
-        return feats * feats.new_tensor(self.file.std) + feats.new_tensor(self.file.mean)
-
-    def part(self, name: str) -> nn.Module:
-        """A decoder."""
-        if name not in self._loaded:
-            self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
-        return self._loaded[name]
+        return unnormalised(feats, self.file.mean, self.file.std)
 
 
 def pruned(voxels: torch.Tensor, distance: int) -> torch.Tensor:

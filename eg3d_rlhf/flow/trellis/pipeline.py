@@ -12,6 +12,7 @@ from torch import nn
 
 from eg3d_rlhf.flow.embeddings import Conditions
 from eg3d_rlhf.flow.kinds import DenseGrid, SparseVoxels
+from eg3d_rlhf.flow.opened import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.flow.stage import FlowStage, Voxels
@@ -36,7 +37,7 @@ class Encoding:
             raise ValueError(f"Encoding: expected share > 0 and views >= 1, got {self.share} and {self.views}. Set them.")
 
 
-class TrellisPipeline:
+class TrellisPipeline(OpenedFolder):
     """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first needed.
 
     Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees them.
@@ -47,9 +48,8 @@ class TrellisPipeline:
         device: str | torch.device = "cpu", encoding: Encoding | None = None,
     ):
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
-        self.file, self.tokens, self.device, self.encoding = file, conditions, device, encoding or Encoding()
-        self._parts = parts
-        self._loaded: dict[str, nn.Module] = {}
+        super().__init__(conditions, parts, device)
+        self.file, self.encoding = file, encoding or Encoding()
         self._image_encoder: ImageEncoder | None = None
         self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
         channels, self.resolution = flows[files.LATENT].config.in_channels, flows[files.LATENT].config.resolution
@@ -71,11 +71,11 @@ class TrellisPipeline:
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
         """[N, L, E]; the same for both stages."""
-        return self.tokens.of(names).to(self.device)
+        return self.embedded(names)
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
         """[n, L, E]."""
-        return self.tokens.null(n).to(self.device)
+        return self.embedded(n)
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
@@ -130,17 +130,11 @@ class TrellisPipeline:
 
     def normalised(self, feats: torch.Tensor) -> torch.Tensor:
         """Latents [v, C] as encoders write them -> as the flow sees them."""
-        return (feats - feats.new_tensor(self.file.mean)) / feats.new_tensor(self.file.std)
+        return normalised(feats, self.file.mean, self.file.std)
 
     def unnormalised(self, feats: torch.Tensor) -> torch.Tensor:
         """Inverse of `normalised`."""
-        return feats * feats.new_tensor(self.file.std) + feats.new_tensor(self.file.mean)
-
-    def part(self, name: str) -> nn.Module:
-        """A decoder or encoder."""
-        if name not in self._loaded:
-            self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
-        return self._loaded[name]
+        return unnormalised(feats, self.file.mean, self.file.std)
 
 
 class AssetLatents(Mapping[str, Latent]):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from eg3d_rlhf.flow.condition import Condition
 from eg3d_rlhf.flow.embeddings import Conditions
 from eg3d_rlhf.flow.kinds import DenseGrid, LatentKind, SparseVoxels, Voxels
+from eg3d_rlhf.flow.opened import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.flow.path import FlowPath
 from eg3d_rlhf.flow.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.flow.stage import FlowStage
@@ -30,7 +30,7 @@ from eg3d_rlhf.flow.trellis2.voxel_decoder import VoxelAsset, VoxelDecoder, asse
 SMALL, LARGER = "512", "1024"  # names of a condition's tensors: edges in pixels of the picture that they are of
 
 
-class Trellis2Pipeline:
+class Trellis2Pipeline(OpenedFolder):
     """Implements `Pipeline`; assets are `VoxelAsset`. Decoders are loaded when they are first needed; there are no encoders."""
 
     def __init__(
@@ -38,8 +38,8 @@ class Trellis2Pipeline:
         device: str | torch.device = "cpu",
     ):
         """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders by their names in pipeline.json."""
-        self.file, self.tokens, self.device = file, conditions, device
-        self._parts, self._loaded = parts, dict[str, nn.Module]()
+        super().__init__(conditions, parts, device)
+        self.file = file
         self.configs: dict[str, Any] = {name: flows[name].config for name in file.flows}  # FlowConfig of every stage
         self.stages = [self._stage(name, flows[name]) for name in file.flows]
         for name, (mean, _) in file.normalization.items():
@@ -79,18 +79,11 @@ class Trellis2Pipeline:
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
         """[N, L, E]."""
-        return self._picked(lambda tokens: tokens.of(names), stage)
+        return self.embedded(names, self._size(stage))
 
     def no_condition(self, n: int, stage: str) -> torch.Tensor:
         """[n, L, E] of zeros."""
-        return self._picked(lambda tokens: tokens.null(n), stage)
-
-    def _picked(self, ask: Callable[[Conditions], Condition], stage: str) -> torch.Tensor:
-        if self.tokens is None:
-            raise ValueError("conditions: expected embeddings, got none. Open the pipeline with some.")
-        found = ask(self.tokens)
-        assert not isinstance(found, torch.Tensor)  # looked at when the pipeline was made
-        return found[self._size(stage)].to(self.device)
+        return self.embedded(n, self._size(stage))
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
@@ -153,19 +146,11 @@ class Trellis2Pipeline:
 
     def normalised(self, feats: torch.Tensor, stage: str) -> torch.Tensor:
         """Latents [v, C] as decoders read them -> as the flow of a stage sees them."""
-        mean, std = self.file.normalization[stage]
-        return (feats - feats.new_tensor(mean)) / feats.new_tensor(std)
+        return normalised(feats, *self.file.normalization[stage])
 
     def unnormalised(self, feats: torch.Tensor, stage: str) -> torch.Tensor:
         """Inverse of `normalised`."""
-        mean, std = self.file.normalization[stage]
-        return feats * feats.new_tensor(std) + feats.new_tensor(mean)
-
-    def part(self, name: str) -> nn.Module:
-        """A decoder."""
-        if name not in self._loaded:
-            self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
-        return self._loaded[name]
+        return unnormalised(feats, *self.file.normalization[stage])
 
     def _shape_decoder(self) -> VoxelDecoder:
         decoder: Any = self.part(files.SHAPE_DECODER)

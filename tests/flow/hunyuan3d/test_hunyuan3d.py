@@ -1,8 +1,6 @@
 """Hunyuan3D-2.1's folder: read strictly, tuned, written again; and what is refused, in one line."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.flow.path import CONVENTION
 from eg3d_rlhf.flow.policies import tuned_model
 from eg3d_rlhf.flow.stage import check_convention
+from tests.flow.documented_commands import run_section
 from tests.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, NAMES, C, E, L, tokens, write_hunyuan3d
 
 FEW = "--steps=2 --batch=2 --lr=0.02 --warmup=0 --choose-noises=0 --device=cpu".split()
@@ -168,29 +167,18 @@ def test_pictures_stand_in_a_white_square_and_become_tokens(root, tmp_path):
         family.prepared(Image.new("RGBA", (9, 9)))
 
 
-def documented() -> list[list[str]]:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "flow-families.md").read_text()
-    lines = page.partition("## Hunyuan3D-2.1\n")[2].partition("\n## ")[0].splitlines()
-    return [shlex.split(re.split(r"\s{2,}", line.strip())[0])[1:] for line in lines if line.startswith("    python ")]
-
-
 @pytest.mark.long
 def test_from_pictures_to_a_tuned_folder_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("PICTURES").mkdir()
     for i, name in enumerate(NAMES[:2]):
         picture(f"PICTURES/{name}.png", (20, 10, 60 - 20 * i, 50))
-    called = []
-    for program, *flags in documented():
-        flags = [flag.replace("RUN", str(next(Path("runs").glob("00000-*")))) if flag == "--run=RUN" else flag for flag in flags]
-        known = (train.main, [*flags, *FEW]) if program == "train.py" else (commands.main, [*flags, *(["--each=2"] * (flags[0] == "draw"))])
-        done = CliRunner().invoke(*known)
-        assert done.exit_code == 0, (flags, done.output, done.exception)
-        called.append("train" if program == "train.py" else flags[0])
-        if called[-1] == "draw":
+
+    def look(called, done):
+        if called == "draw":
             rows = [json.loads(line) for line in Path("ASSETS/ranking.jsonl").read_text().splitlines()]
-            text = "".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows)
-            Path("ASSETS/ranking.jsonl").write_text(text)
             assert all((Path("ASSETS") / row["look_at"]).suffix in (".obj", ".txt") for row in rows)
+
+    called = run_section("Hunyuan3D-2.1", "ROOT", Path(), commands.main, FEW, look)
     assert called == ["conditions", "draw", "ranking", "train", "export"]
     assert generate(family.load(Path("TUNED"), read_conditions(Path("PAIRS"))), ["chair"], [0])[0].latent.isfinite().all()

@@ -8,19 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from eg3d_rlhf.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
 from eg3d_rlhf.flow.embeddings import read_conditions
 from eg3d_rlhf.flow.families import family_of
 from eg3d_rlhf.flow.generate import generate, sample
-from eg3d_rlhf.flow.lora import LoraConfig, adapted_layers, adapters_off, add_lora, lora_parameters
-from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
+from eg3d_rlhf.flow.lora import LoraConfig, adapted_layers, add_lora, lora_parameters
+from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.policies import read_weights, save_policy, tuned_model
-from eg3d_rlhf.flow.ranking import draw
 from eg3d_rlhf.flow.sam3d import family, files
 from eg3d_rlhf.flow.sam3d.conditions import cut, inputs_of, squared
 from eg3d_rlhf.flow.sam3d.pipeline import load_pipeline
 from eg3d_rlhf.flow.sparse import NamedSample
 from tests.flow.documented_commands import run_section
+from tests.flow.one_step import check_one_dpo_step
 from tests.flow.refused import refusal, write_people
 from tests.flow.sam3d.tiny_sam3d import NAMES, POSE, W, changed, tokens
 
@@ -66,28 +65,10 @@ def test_what_the_embedder_is_told(sam3d_root, tmp_path):
 
 @pytest.mark.parametrize("name", files.STAGES)
 def test_one_dpo_step(pipeline, name):
-    stage = next(s for s in pipeline.stages if s.name == name)
-    drawn = [[draw(pipeline, condition, seed)[0][name] for seed in (0, 1)] for condition in NAMES[:2]]
-    both = zip(NAMES[:2], drawn, strict=True)
-    pairs = [PreferencePair(id=c, condition=c, stage=name, preferred=a, rejected=b) for c, (a, b) in both]
-    model = copy.deepcopy(stage.model)
-    add_lora(model, LoraConfig(rank=2, targets=stage.lora_targets), seed=0)
+    model = check_one_dpo_step(pipeline, name, NAMES[:2])
     if name == "structure":
         expected = {f"blocks.0.self_attn.{layer}.{g}" for layer in ("to_qkv", "to_out") for g in ("shape", "6drotation_normalized")}
         assert {n for n in adapted_layers(model) if "self_attn" in n} == expected and len(adapted_layers(model)) == 10
-    given = draw_pairs(stage, pairs, pipeline.conditions(NAMES[:2], name), None, DpoConfig(), seed=0, epoch=0)
-
-    def loss():
-        errors = stage.path.errors(stage.velocity(given.x_t, given.t, given.cond, model), given.x_0, given.eps)
-        with torch.no_grad(), adapters_off(model):
-            reference = stage.path.errors(stage.velocity(given.x_t, given.t, given.cond, model), given.x_0, given.eps)
-        return pair_loss(PairErrors.split(errors, reference), DpoConfig(beta=50.0)).mean()
-
-    before = loss()
-    assert float(before.detach()) == pytest.approx(0.6931472, abs=1e-6)  # adapters begin as nothing
-    before.backward()
-    torch.optim.SGD(lora_parameters(model), lr=0.01).step()
-    assert loss() < before
 
 
 def adapted(pipeline, folder, seed=1):

@@ -1,8 +1,6 @@
 """TRELLIS of images in the layout of TRELLIS-image-large: from pictures to a tuned folder, as documented, and what is refused."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import train
 from eg3d_rlhf.flow.embeddings import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.flow.families import family_of
 from eg3d_rlhf.flow.generate import generate
@@ -20,6 +17,7 @@ from eg3d_rlhf.flow.stage import Sampling
 from eg3d_rlhf.flow.trellis import commands
 from eg3d_rlhf.flow.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.flow.trellis.pipeline import load_pipeline
+from tests.flow.documented_commands import run_section
 from tests.flow.trellis.tiny_trellis import DINO, STEMS, write_hub, write_image_trellis
 
 FEW = "--steps=6 --lr=0.02 --warmup=0 --choose-noises=0 --table-noises=2 --loop-pairs=2 --roles=reward --views=2 --device=cpu".split()
@@ -73,28 +71,14 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, stem):
         assert done.exit_code == 2 and message in done.output and path.name in done.output and "Traceback" not in done.output, done.output
 
 
-def documented() -> list[list[str]]:
-    page = (Path(__file__).resolve().parents[3] / "docs" / "flow-families.md").read_text()
-    lines = page.partition("## TRELLIS-image-large\n")[2].partition("\n## ")[0].splitlines()
-    return [shlex.split(re.split(r"\s{2,}", line.strip())[0])[1:] for line in lines if line.startswith("    python ")]
-
-
 @pytest.mark.long
 def test_from_pictures_to_a_tuned_folder_as_documented(root):
-    called = []
-    for program, *flags in documented():
-        flags = [flag.replace("RUN", str(next(Path("runs").glob("00000-*")))) if flag == "--run=RUN" else flag for flag in flags]
-        known = (train.main, [*flags, *FEW]) if program == "train.py" else (commands.main, [*flags, *(["--each=2"] * (flags[0] == "draw"))])
-        done = CliRunner().invoke(*known)
-        assert done.exit_code == 0, (flags, done.output, done.exception)
-        called.append("train" if program == "train.py" else flags[0])
-        if called[-1] == "draw":
-            rows = [json.loads(line) for line in Path("ASSETS/ranking.jsonl").read_text().splitlines()]
-            text = "".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows)
-            Path("ASSETS/ranking.jsonl").write_text(text)
-        if called[-1] == "calibrate":
+    def look(called, done):
+        if called == "calibrate":
             found = json.loads(done.stdout[done.stdout.index("{") :])
             assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
+
+    called = run_section("TRELLIS-image-large", "ROOT", Path(), commands.main, FEW, look)
     assert called == ["conditions", "draw", "calibrate", "ranking", "train", "export"]
     tokens = read_conditions(Path("PAIRS"))
     base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))

@@ -8,20 +8,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eg3d_rlhf.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
 from eg3d_rlhf.flow.embeddings import read_conditions
 from eg3d_rlhf.flow.families import family_of
 from eg3d_rlhf.flow.generate import generate
-from eg3d_rlhf.flow.lora import LoraConfig, adapters_off, add_lora, lora_parameters
-from eg3d_rlhf.flow.pairs import PreferencePair, read_pairs
+from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.policies import save_policy
-from eg3d_rlhf.flow.ranking import draw
 from eg3d_rlhf.flow.sparse import SparseSample
 from eg3d_rlhf.flow.trellis2 import family
 from eg3d_rlhf.flow.trellis2.pipeline import load_pipeline
 from eg3d_rlhf.flow.trellis2.surface import surface_of
 from eg3d_rlhf.flow.trellis2.voxel_decoder import VoxelAsset
 from tests.flow.documented_commands import run_section
+from tests.flow.one_step import check_one_dpo_step
 from tests.flow.refused import refusal, write_people
 from tests.flow.trellis2.tiny_trellis2 import NAMES, PIPELINE, E, tokens, write_pipeline
 
@@ -40,32 +39,9 @@ def test_a_face_about_every_crossed_edge_that_four_voxels_share():
     assert any({1, 2} <= set(face) for face in surface_of(asset)[1].tolist()) and not any({1, 2} <= set(face) for face in faces.tolist())
 
 
-def pairs_of(pipeline, stage):
-    """Two pairs of what the generator draws."""
-    drawn = [[draw(pipeline, name, seed)[0][stage] for seed in (0, 1)] for name in NAMES[:2]]
-    both = zip(NAMES[:2], drawn, strict=True)
-    return [PreferencePair(id=name, condition=name, stage=stage, preferred=a, rejected=b) for name, (a, b) in both]
-
-
 @pytest.mark.parametrize("name", ["structure", "shape_1024", "texture"])
 def test_one_dpo_step(pipeline, name):
-    stage = next(s for s in pipeline.stages if s.name == name)
-    pairs, model = pairs_of(pipeline, name), copy.deepcopy(stage.model)
-    add_lora(model, LoraConfig(rank=2, targets=stage.lora_targets), seed=0)
-    given = draw_pairs(stage, pairs, pipeline.conditions(NAMES[:2], name), None, DpoConfig(), seed=0, epoch=0)
-
-    def loss():
-        errors = stage.path.errors(stage.velocity(given.x_t, given.t, given.cond, model), given.x_0, given.eps)
-        with torch.no_grad(), adapters_off(model):
-            reference = stage.path.errors(stage.velocity(given.x_t, given.t, given.cond, model), given.x_0, given.eps)
-        return pair_loss(PairErrors.split(errors, reference), DpoConfig(beta=50.0)).mean()
-
-    before = loss()
-    assert float(before.detach()) == pytest.approx(0.6931472, abs=1e-6)  # adapters begin as nothing
-    before.backward()
-    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.01)
-    optimizer.step()
-    assert loss() < before and all(not p.requires_grad for n, p in model.named_parameters() if "lora" not in n)
+    check_one_dpo_step(pipeline, name, NAMES[:2])
 
 
 def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, tmp_path):
@@ -119,7 +95,7 @@ def test_the_documented_round_trip(trellis2_root, tmp_path, monkeypatch):
     read = read_conditions(tmp_path / "PAIRS")
     assert set(read.names) == set(NAMES) and read.form == {"1024": [4, E], "512": [2, E]}
     for stage in ("structure", "shape_512", "shape_1024", "texture"):
-        assert len(read_pairs(tmp_path / "PAIRS" / stage)[0]) == 24
+        assert len(read_pairs(tmp_path / "PAIRS" / stage)[0]) == len(NAMES)
     base, tuned = (load_pipeline(root, read) for root in (trellis2_root, tmp_path / "TUNED"))
     same = [all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
             for one, other in zip(base.stages, tuned.stages, strict=True)]
