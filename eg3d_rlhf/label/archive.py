@@ -51,7 +51,7 @@ KEPT = {  # by kind of record, whatever is referred to first
     "judgement": Kept(judgements, "key", {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"}),
 }
 STATE = {"takes_back", "answered", "leased", "taken"}  # columns that are not written as they are
-DEFAULTS = {"degradation": "", "page_version": "", "taken": 0}  # of fields that an export may lack
+DEFAULTS = {"degradation": "", "file": "", "condition": "", "page_version": "", "taken": 0}  # of fields that an export may lack
 
 
 def export_judgements(store: Store, path: str | Path, campaign: str | None = None) -> Path:

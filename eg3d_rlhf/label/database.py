@@ -35,7 +35,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DisconnectionError
 
 BUSY_SECONDS = 30
 IDLE_SECONDS = 5.0
-VERSION = 2  # of the tables; STEPS lead there from earlier ones
+VERSION = 3  # of the tables; STEPS lead there from earlier ones
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
 
@@ -199,6 +199,7 @@ shapes = sa.Table(
     _key(), _to("campaigns"), _int("position"), _text("asset", unique=True), _text("generator"), _text("source"),
     _column(sa.BigInteger, "seed"), _real("psi", null=True), _real("level", null=True),  # null: not known
     _int("resolution"), _int("triangles"), _text("degradation", server_default=sa.text("''")),
+    _text("file", server_default=sa.text("''")), _text("condition", server_default=sa.text("''")),
     sa.UniqueConstraint("campaign_id", "position"),
 )  # fmt: skip
 pairs = sa.Table(
@@ -237,6 +238,7 @@ judgements = sa.Table(
     _text("choice", null=True), _text("reason", null=True), _column(sa.BigInteger, "milliseconds", null=True), _text("views", null=True),
     _real("answered_at", null=True), _real("received_at"), _to("judgements", "takes_back", null=True),
     _text("page_version", server_default=sa.text("''")),
+    _text("votes", null=True), _text("comment", null=True),
     sa.UniqueConstraint("annotator_id", "key"), sa.UniqueConstraint("takes_back"),
     sa.CheckConstraint("(type = 'choice') = (choice IS NOT NULL)", name="judgements_type"),
     sa.Index("judgements_when", "campaign_id", "annotator_id", "received_at"),
@@ -269,6 +271,13 @@ STEPS: dict[int, tuple[str, ...]] = {  # for both databases, {id} and {real} bei
         "ALTER TABLE shapes ADD COLUMN degradation TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE assignments ADD COLUMN undone {real}",
     ),
+    # shapes that come from files, and what they were made for; answers to further questions, and remarks
+    3: (
+        "ALTER TABLE shapes ADD COLUMN file TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE shapes ADD COLUMN condition TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE judgements ADD COLUMN votes TEXT",
+        "ALTER TABLE judgements ADD COLUMN comment TEXT",
+    ),
 }
 SQLITE_STEPS: dict[int, tuple[str, ...]] = {2: SQLITE_TRIGGERS[2:]}  # INSERT OR REPLACE is no way round the triggers
 
@@ -290,7 +299,7 @@ def migrate(database: Database, create: bool) -> int:
             types = {"id": "INTEGER", "real": "DOUBLE"} if database.sqlite else {"id": "BIGINT", "real": "DOUBLE PRECISION"}
             steps = {version: tuple(line.format(**types) for line in STEPS[version]) for version in range(found + 1, VERSION + 1)}
         for version, statements in steps.items():
-            for statement in (*statements, *(SQLITE_STEPS[version] if found and database.sqlite else ())):
+            for statement in (*statements, *(SQLITE_STEPS.get(version, ()) if found and database.sqlite else ())):
                 connection.exec_driver_sql(statement)
             connection.execute(schema_versions.insert().values(version=version, applied=time.time()))
     return found

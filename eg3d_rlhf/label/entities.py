@@ -63,7 +63,9 @@ SKIP_REASONS = ("broken", "identical", "unsure", "other")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One isosurface: all that is needed to draw it again."""
+    """One isosurface: all that is needed to draw it again. Or one asset, which is the file itself: then `generator` is its label,
+    `source` its path, psi and level are nan, resolution and triangles 0.
+    """
 
     generator: str  # sha256 hex of the generator's weights
     source: str  # network file it is loaded from; '' is the bundled generator. Never leaves the server
@@ -73,6 +75,8 @@ class Shape:
     resolution: int  # grid points per axis of the cube
     triangles: int  # decimated to about so many
     degradation: str = ""  # damage done on purpose, one of eg3d_rlhf.label.drawing.DAMAGES; '' is none. Gold and training pairs have it
+    file: str = ""  # sha256 hex of the asset's file as it lay on the disk; "" is an isosurface of a generator
+    condition: str = ""  # name of the prompt or input picture it was made for; "" is none
 
     # the file of a shape is cached under eg3d_rlhf.label.shape_files.shape_key(shape)
 
@@ -137,6 +141,8 @@ class Answer:
     views: tuple[str, ...] = ()  # what the annotator used: 'front', 'left', 'orbit', 'wireframe', ...
     answered_at: float | None = None  # the page's clock, seconds since 1970
     page_version: str = ""
+    votes: Mapping[str, str] = field(default_factory=dict)  # question -> 'left', 'right' or 'tie', besides the choice
+    comment: str | None = None  # a remark in the annotator's words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +169,8 @@ class JudgementRow:
     received_at: float  # the server's clock, seconds since 1970
     page_version: str
     undone: bool  # taken back later: does not count
+    votes: Mapping[str, str] = field(default_factory=dict)  # question -> 'left', 'right' or 'tie'; empty where nothing more was asked
+    comment: str | None = None
 
 
 ROLES = ("annotator", "admin")

@@ -65,6 +65,7 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         "campaign_id": plan.campaign.id, "annotator_id": annotator_id, "key": answer.key, "type": "choice", "assignment_id": assigned.id,
         "choice": answer.choice.value, "reason": answer.reason, "milliseconds": answer.milliseconds, "views": json.dumps(answer.views),
         "answered_at": answer.answered_at, "received_at": now, "page_version": answer.page_version,
+        "votes": json.dumps(dict(answer.votes), sort_keys=True) if answer.votes else None, "comment": answer.comment,
     }  # fmt: skip
     judgement = c.execute(RECORD.returning(j.c.id), values).scalar_one()
     closed = {"assignment": assigned.id, "judgement": judgement, "now": now}
@@ -132,9 +133,9 @@ def read_judgements(
     first, second = shapes.alias("first"), shapes.alias("second")
     named = [first.c[name].label(f"first_{name}") for name in FIELDS] + [second.c[name].label(f"second_{name}") for name in FIELDS]
     columns = (
-        j.c.id, j.c.choice, j.c.reason, j.c.milliseconds, j.c.views, j.c.answered_at, j.c.received_at, j.c.page_version, a.c.token,
-        a.c.sequence, a.c.kind, a.c.first_is_left, a.c.answered, a.c.pair_id, pairs.c.expected, annotators.c.name.label("annotator"),
-        campaigns.c.name.label("campaign"), campaigns.c.settings, *named,
+        j.c.id, j.c.choice, j.c.reason, j.c.milliseconds, j.c.views, j.c.answered_at, j.c.received_at, j.c.page_version, j.c.votes,
+        j.c.comment, a.c.token, a.c.sequence, a.c.kind, a.c.first_is_left, a.c.answered, a.c.pair_id, pairs.c.expected,
+        annotators.c.name.label("annotator"), campaigns.c.name.label("campaign"), campaigns.c.settings, *named,
     )  # fmt: skip
     joined = j.join(a, and_(a.c.id == j.c.assignment_id, j.c.type == "choice")).join(pairs, pairs.c.id == a.c.pair_id)
     joined = joined.join(first, first.c.id == pairs.c.first_id).join(second, second.c.id == pairs.c.second_id)
@@ -166,5 +167,5 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
         pair=row.pair_id, kind=Kind(row.kind), left=left, right=right, first_is_left=first_is_left, choice=Choice(row.choice),
         reason=row.reason, expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])), milliseconds=row.milliseconds,
         views=tuple(json.loads(row.views)), answered_at=row.answered_at, received_at=row.received_at, page_version=row.page_version,
-        undone=row.answered != row.id,
+        undone=row.answered != row.id, votes=json.loads(row.votes) if row.votes else {}, comment=row.comment,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,7 @@ def judged(store):
             if left.seed >= 10:  # gold
                 choice = better if who.name == "ann" else worse
             sent = answer(shown, f"k{k}", choice, milliseconds=900 if who.name == "bob" else 3000, views=("front", "left"), answered_at=5.0)
+            sent = replace(sent, votes={"texture": "right", "geometry": "tie"}, comment="Ärmel «zu» lang, o/k?") if k == 3 else sent
             store.submit(campaign, who.id, sent)
         store.undo(campaign, who.id, "u")
         store.submit(campaign, who.id, answer(shown, "k again", choice, milliseconds=5000))
@@ -226,6 +228,7 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
         assert export_judgements(copy, tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
         rows = list(judged.judgements(include_undone=True))
         moved = list(copy.judgements(include_undone=True))
+        assert sum(r.votes == {"geometry": "tie", "texture": "right"} and r.comment == "Ärmel «zu» lang, o/k?" for r in moved) == 2
         assert [r.__dict__ | {"id": 0, "pair": 0} for r in moved] == [r.__dict__ | {"id": 0, "pair": 0} for r in rows]
         assert copy.campaign("heads").settings == judged.campaign("heads").settings
         assert copy.annotators()[0].name == "ann" and all(token not in path.read_text() for token in ("token_hash", "expires"))
@@ -238,6 +241,17 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
         assert [a.token for a in work[:2]] == [a.token for a in there[:2]]  # those that were open; the third is new
         copy.submit(campaign, ann, answer(work[0], "later"))
         assert import_judgements(copy, path) == 0
+
+
+def test_an_export_from_before_votes_and_assets_is_read(judged, tmp_path):
+    path = export_judgements(judged, tmp_path / "all.jsonl")
+    later = {"file", "condition", "votes", "comment"}
+    lines = [{k: v for k, v in json.loads(line).items() if k not in later} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Store.open(f"sqlite:///{tmp_path / 'copy.db'}") as copy:
+        assert import_judgements(copy, path) == 16
+        rows = list(copy.judgements())
+    assert len(rows) == 12 and {(r.left.file, r.left.condition, r.comment, len(r.votes)) for r in rows} == {("", "", None, 0)}
 
 
 def test_new_judgements_of_a_known_campaign_are_added(judged, tmp_path):
