@@ -15,6 +15,7 @@ from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option, toge
 from eg3d_rlhf.flow.embeddings import CONDITIONS, NULL, Conditions, read_conditions, write_conditions
 from eg3d_rlhf.flow.families import FlowFamily, check_stages, family_of
 from eg3d_rlhf.flow.folder_problem import hash_of
+from eg3d_rlhf.flow.judged import judged_option, votes_of
 from eg3d_rlhf.flow.pairs import write_pairs
 from eg3d_rlhf.flow.path import CONVENTION
 from eg3d_rlhf.flow.policies import META, tuned_model
@@ -102,22 +103,24 @@ def draw_command(
 @option("--list", "path", required=True, metavar="DIR", type=ANY, help="The folder that draw wrote, or its list, with ranks.")
 @together(_model, _out)
 @option("--scheme", type=click.Choice(SCHEMES), default="all", help="Which ranks of a condition are paired.")
+@judged_option
 @option("--limit", metavar="PAIRS", type=click.IntRange(1), default=None, help="Most pairs per condition, drawn with --seed.")
 @option("--seed", metavar="INT", type=int, default=0, help="Of the pairs that --limit keeps.")
-def ranking(path: Path, root: Path, out: Path, scheme: str, limit: int | None, seed: int) -> None:
+def ranking(path: Path, root: Path, out: Path, scheme: str, judged: Path | None, limit: int | None, seed: int) -> None:
     """Pairs of every stage from a ranked list, and the embeddings of their conditions, for train.py."""
     path = path / RANKING if path.is_dir() else path
-    family = family_of(root)
+    votes, family = votes_of(judged, scheme), family_of(root)
     read = read_conditions(path.parent / CONDITIONS, zero_null=family.zero_null)
-    candidates = read_candidates(path, family.load(root, None, dtype=torch.float32, device="cpu"))
-    pairs = pair_up(candidates, scheme, limit, seed)
+    candidates = read_candidates(path, family.load(root, None, dtype=torch.float32, device="cpu"), ranked=judged is None)
+    pairs = pair_up(candidates, scheme, limit, seed, votes)
     named = sorted({pair.condition for own in pairs.values() for pair in own})
     read.of(named)  # raises for those that are missing
     hashes = {stage: write_pairs(out / stage, own, {"convention": CONVENTION, "family": family.name}) for stage, own in pairs.items()}
     kept = {name: read.tokens[name] for name in (*named, NULL) if name in read.tokens}
     write_conditions(out / CONDITIONS, Conditions(tokens=kept, encoder=read.encoder, zero_null=read.zero_null))
     counts = {stage: len(own) for stage, own in pairs.items()}
-    click.echo(json.dumps({"assets": len(candidates), "scheme": scheme, "pairs": counts, "hashes": hashes}, indent=1))
+    report = {"assets": len(candidates), "scheme": "judged" if votes else scheme, "pairs": counts, "hashes": hashes}
+    click.echo(json.dumps(report, indent=1))
 
 
 @main.command("export", cls=GroupedCommand)

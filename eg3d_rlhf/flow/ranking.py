@@ -1,7 +1,7 @@
 """Assets that people rank, from drawing them to pairs of every stage's latents.
 
 A folder of drawn assets has, per condition and seed, a file to look at and one of the latents that it came from, as the flows see them; and
-ranking.jsonl, a line per asset, whose rank is left to fill in (1 is best; equal ranks are not paired).
+ranking.jsonl, a line per asset, whose rank is left to fill in (1 is best; equal ranks are not paired), unless pairs are judged (judged.py).
 The latents are the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
 """
 
@@ -16,6 +16,7 @@ from random import Random
 import torch
 
 from eg3d_rlhf.flow.generate import stage_latents
+from eg3d_rlhf.flow.judged import Judged
 from eg3d_rlhf.flow.pairs import PreferencePair
 from eg3d_rlhf.flow.sparse import Latent, latent_of, parts_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import Asset, Pipeline, Voxels, stage_of
@@ -32,18 +33,20 @@ class Candidate:
 
     name: str  # unique within its condition
     condition: str
-    rank: float  # smaller is better
+    rank: float  # smaller is better; nan where pairs are judged
     latents: Mapping[str, Latent]  # by stage
+    file: Path | None = None  # what people look at
 
 
 def pair_up(
-    candidates: Sequence[Candidate], scheme: str = "all", limit: int | None = None, seed: int = 0
+    candidates: Sequence[Candidate], scheme: str = "all", limit: int | None = None, seed: int = 0, judged: Judged | None = None
 ) -> dict[str, list[PreferencePair]]:
     """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
 
     Args:
         scheme: "all" pairs; "adjacent": of neighbouring ranks; "extremes": of the best rank with the worst.
         limit: at most so many pairs per condition, drawn with the seed.
+        judged: in place of ranks and scheme; pairs without a majority are left out.
     Raises: ValueError for another scheme, or where no pair is left.
     """
     if scheme not in SCHEMES or (limit is not None and limit < 1):
@@ -55,19 +58,40 @@ def pair_up(
     stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
     found: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, group in groups.items():
-        ranks = sorted({c.rank for c in group})
-        wanted = {"all": combinations(ranks, 2), "adjacent": pairwise(ranks), "extremes": [(ranks[0], ranks[-1])]}[scheme]
-        chosen = [(a, b) for high, low in wanted if high < low for a in group if a.rank == high for b in group if b.rank == low]
+        chosen = _ranked(group, scheme) if judged is None else _voted(group, judged)
         if limit is not None and len(chosen) > limit:
             chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
-        for better, worse in chosen:
+        for better, worse, why in chosen:
             for stage in stages:
                 found[stage].append(PreferencePair(
                     id=f"{condition}/{better.name}>{worse.name}", condition=condition, stage=stage, preferred=better.latents[stage],
-                    rejected=worse.latents[stage], provenance={"ranks": [better.rank, worse.rank]},
+                    rejected=worse.latents[stage], provenance=why,
                 ))
     if not any(found.values()):
-        raise ValueError(f"pairs: expected assets of unequal rank under one condition, got none among {len(candidates)}. Check the ranks.")
+        what, which = ("of unequal rank", "ranks") if judged is None else ("with a majority of votes", "judgements")
+        raise ValueError(f"pairs: expected assets {what} under one condition, got none among {len(candidates)}. Check the {which}.")
+    return found
+
+
+Chosen = list[tuple[Candidate, Candidate, dict]]  # the better one, the worse one, provenance
+
+
+def _ranked(group: Sequence[Candidate], scheme: str) -> Chosen:
+    ranks = sorted({c.rank for c in group})
+    wanted = {"all": combinations(ranks, 2), "adjacent": pairwise(ranks), "extremes": [(ranks[0], ranks[-1])]}[scheme]
+    return [
+        (a, b, {"ranks": [high, low]}) for high, low in wanted if high < low
+        for a in group if a.rank == high for b in group if b.rank == low
+    ]  # fmt: skip
+
+
+def _voted(group: Sequence[Candidate], judged: Judged) -> Chosen:
+    found: Chosen = []
+    for a, b in combinations([c for c in group if c.file is not None], 2):
+        assert a.file is not None and b.file is not None
+        first, second = judged.votes(a.file, b.file)
+        if first != second:
+            found.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
     return found
 
 
@@ -132,8 +156,26 @@ def read_latents(path: Path) -> dict[str, Latent]:
     return {stage: latent_of(parts[str(i)]) for i, stage in enumerate(meta["stages"])}
 
 
-def read_candidates(path: Path, pipeline: Pipeline, on_asset: Callable[[], None] | None = None) -> list[Candidate]:
-    """The assets of a ranked list, whose latents are files of `write_latents`.
+def rank_of(record: Mapping, ranked: bool) -> float:
+    """The rank in a line of a list; nan where it is not asked for. Raises: ValueError for none."""
+    rank = record.get("rank")
+    if not ranked:
+        return math.nan
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
+        raise ValueError(f"expected a rank, got {rank!r}. Write 1 for the best asset of a condition, or give --judged.")
+    return float(rank)
+
+
+def file_of(record: Mapping, folder: Path) -> Path | None:
+    """What people look at, of a line of a list."""
+    name = record.get("look_at", record.get("asset"))
+    return folder / name if isinstance(name, str) else None
+
+
+def read_candidates(
+    path: Path, pipeline: Pipeline, on_asset: Callable[[], None] | None = None, ranked: bool = True
+) -> list[Candidate]:
+    """The assets of a list, whose latents are files of `write_latents`; `ranked`: all lines must have a rank.
 
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
@@ -145,9 +187,10 @@ def read_candidates(path: Path, pipeline: Pipeline, on_asset: Callable[[], None]
             continue
         try:
             record = json.loads(line)
-            condition, rank, file = (record[key] for key in ("condition", "rank", "latents"))
-            if not (isinstance(condition, str) and condition and type(rank) in (int, float) and math.isfinite(rank)):
-                raise ValueError(f"expected a condition and a rank, got {record!r:.120}. Write both.")
+            condition, file = (record[key] for key in ("condition", "latents"))
+            if not (isinstance(condition, str) and condition):
+                raise ValueError(f"expected a condition, got {record!r:.120}. Write it.")
+            rank = rank_of(record, ranked)
             latents = read_latents(path.parent / file)
             for stage, latent in latents.items():
                 stage_of(pipeline, stage).check(file, latent)
@@ -155,7 +198,7 @@ def read_candidates(path: Path, pipeline: Pipeline, on_asset: Callable[[], None]
             raise ValueError(f"{path.name}, line {number}: expected a condition, a rank and latents, got {error} wrong.") from error
         except (ValueError, OSError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
-        found.append(Candidate(name=f"{number:06d}", condition=condition, rank=float(rank), latents=latents))
+        found.append(Candidate(name=f"{number:06d}", condition=condition, rank=rank, latents=latents, file=file_of(record, path.parent)))
         if on_asset:
             on_asset()
     return found

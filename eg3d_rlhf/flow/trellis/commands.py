@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.flow.embeddings import CONDITIONS, NULL, read_array, read_conditions, write_conditions
+from eg3d_rlhf.flow.judged import judged_option, votes_of
 from eg3d_rlhf.flow.lora import merge_rounding, merged_state
 from eg3d_rlhf.flow.policies import META, link, tuned_model
 from eg3d_rlhf.flow.ranking import RANKING, SCHEMES
@@ -120,19 +121,20 @@ def main() -> None:
         help="Ranked assets as JSON lines, see flow/trellis/pair_import.py; or the folder that draw wrote.")
 @together(_model, _out)
 @option("--scheme", type=click.Choice(SCHEMES), default="all", help="Which ranks of a condition are paired.")
+@judged_option
 @option("--share", metavar="X", type=float, default=Encoding.share, help="Of the mean opacity, above which a voxel of an asset is filled.")
 @option("--views", metavar="N", type=int, default=Encoding.views, help="Images per asset that the second stage's features come from.")
 @option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help=_conditions)
 @together(_limit, _seed, _device)
 def ranking(
-    path: Path, pipeline: Path, also: tuple[Path, ...], out: Path, scheme: str, share: float, views: int, tokens: Path | None,
-    limit: int | None, seed: int, device: str,
+    path: Path, pipeline: Path, also: tuple[Path, ...], out: Path, scheme: str, judged: Path | None, share: float, views: int,
+    tokens: Path | None, limit: int | None, seed: int, device: str,
 ) -> None:
     """Pairs of both stages from a ranked list of assets, and the embeddings of their conditions where these are found, for train.py."""
     path = path / RANKING if path.is_dir() else path
-    opened = _encoder(pipeline, also, device, Encoding(share=share, views=views))
+    votes, opened = votes_of(judged, scheme), _encoder(pipeline, also, device, Encoding(share=share, views=views))
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
-        imported = read_ranking(path, opened, scheme, limit, seed, bar.update)
+        imported = read_ranking(path, opened, scheme, limit, seed, bar.update, votes)
     if tokens is not None or (path.parent / CONDITIONS).is_file():
         found = read_conditions(tokens or path.parent / CONDITIONS, zero_null=opened.file.kind == "image")
         named = sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})

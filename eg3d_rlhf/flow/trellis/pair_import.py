@@ -28,9 +28,10 @@ from safetensors.torch import save
 
 from eg3d_rlhf.flow.embeddings import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
 from eg3d_rlhf.flow.generate import stage_latents
+from eg3d_rlhf.flow.judged import Judged
 from eg3d_rlhf.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.flow.path import CONVENTION
-from eg3d_rlhf.flow.ranking import Candidate, draw_each, pair_up
+from eg3d_rlhf.flow.ranking import Candidate, draw_each, file_of, pair_up, rank_of
 from eg3d_rlhf.flow.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
 from eg3d_rlhf.flow.stage import stage_of
 from eg3d_rlhf.flow.trellis.assets import SplatAsset, read_ply, write_ply
@@ -68,9 +69,9 @@ def normalization(file: PipelineFile, stage: str) -> dict | None:
 
 def read_ranking(
     path: Path, pipeline: TrellisPipeline, scheme: str = "all", limit: int | None = None, seed: int = 0,
-    on_asset: Callable[[], None] | None = None,
+    on_asset: Callable[[], None] | None = None, judged: Judged | None = None,
 ) -> Imported:
-    """Pairs of a ranked list; see the module. `on_asset` is called after each.
+    """Pairs of a ranked list, or of a list whose pairs are judged; see the module. `on_asset` is called after each.
 
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
@@ -80,7 +81,7 @@ def read_ranking(
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.strip():
             try:
-                candidates.append(_candidate(json.loads(line), f"{number:06d}", path.parent, pipeline))
+                candidates.append(_candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, judged is None))
             except (ValueError, OSError) as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
             if on_asset:
@@ -88,16 +89,16 @@ def read_ranking(
     partial = {stage for stage in (STRUCTURE, LATENT) if 0 < sum(stage in c.latents for c in candidates) < len(candidates)}
     if partial:
         raise ValueError(f"{path.name}: expected latents of stage {partial.pop()!r} for all assets or none, got some. Complete it.")
-    pairs = pair_up(candidates, scheme, limit, seed)
+    pairs = pair_up(candidates, scheme, limit, seed, judged)
     counts = {stage: len(found) for stage, found in pairs.items()}
-    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": scheme, "pairs": counts})
+    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else scheme, "pairs": counts})
 
 
-def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline) -> Candidate:
-    condition, rank = (record.get(key) for key in ("condition", "rank")) if isinstance(record, dict) else (None, None)
-    numeric = isinstance(rank, (int, float)) and not isinstance(rank, bool) and math.isfinite(rank)
-    if not isinstance(condition, str) or not condition or not numeric or not {STRUCTURE, LATENT, "asset"} & set(record):
+def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, ranked: bool) -> Candidate:
+    condition = record.get("condition") if isinstance(record, dict) else None
+    if not isinstance(condition, str) or not condition or not {STRUCTURE, LATENT, "asset"} & set(record):
         raise ValueError(f"expected a condition, a rank and structure, latent or asset, got {record!r:.120}. Write all of them.")
+    rank = rank_of(record, ranked)
     latents: dict[str, Latent] = {}
     if STRUCTURE in record:
         latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
@@ -115,7 +116,7 @@ def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline)
         stage_of(pipeline, stage).check(who, latent)
         if not torch.isfinite(feats_of(collate([latent]))).all():
             raise ValueError(f"{who}: expected finite latents, got others. Encode the asset again, or leave it out.")
-    return Candidate(name=name, condition=condition, rank=float(rank), latents=latents)
+    return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
 
 def read_structure(path: Path) -> torch.Tensor:

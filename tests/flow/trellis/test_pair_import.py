@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eg3d_rlhf.flow.embeddings import read_conditions
+from eg3d_rlhf.flow.judged import Judged, votes_of
 from eg3d_rlhf.flow.pairs import read_pairs
 from eg3d_rlhf.flow.ranking import Candidate, pair_up
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
@@ -118,8 +120,8 @@ def test_assets_are_encoded(ranked, pipeline, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": None}, "line 2: expected a condition, a rank and structure, latent or asset"),
-        ({"rank": math.nan}, "line 2: expected a condition, a rank"),
+        ({"rank": None}, "line 2: expected a rank, got None"),
+        ({"rank": math.nan}, "line 2: expected a rank, got nan"),
         ({"condition": ""}, "line 2: expected a condition"),
         ({"structure": "none.npz"}, "line 2: array: expected a file, got none at .*none.npz"),
         ({"structure": "l1.npz"}, "line 2: .*l1.npz: expected an array mean alone, got 'coords', 'feats'"),
@@ -216,3 +218,31 @@ def test_samples_of_dso_that_are_refused(samples, pipeline, tmp_path):
 def test_one_spelling_of_numbers():
     assert {pair_import._plain(x) for x in (7, np.int64(7), "007", b"7", np.str_("7"))} == {"7"}
     assert pair_import._plain("chair") == "chair"
+
+
+def test_judgements_take_the_place_of_ranks(tmp_path):
+    """The majority decides; ties, draws, pairs across conditions and assets of other lists make no pair."""
+    files = [replace(c, file=tmp_path / f"{c.name}.ply", rank=math.nan) for c in candidates(0, 0, 0, 0)]
+    other = replace(candidates(0, condition="d")[0], file=tmp_path / "other.ply")
+    votes = [("1", "0"), ("1", "0"), ("0", "1"), ("2", "3"), ("3", "2"), ("0", "2"), ("other", "0"), ("0", "nobody")]
+    lines = [{"preferred": f"{a}.ply", "rejected": f"{b}.ply", "annotator": "ann"} for a, b in votes]
+    lines.append({"preferred": "0.ply", "rejected": "3.ply", "tie": True})
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = pair_up([*files, other], judged=Judged(path))[STRUCTURE]
+    assert {p.id: p.provenance["votes"] for p in pairs} == {"c/1>0": [2, 1], "c/0>2": [1, 0]}
+    assert all(float(p.preferred.mean()) == int(p.id[2]) for p in pairs)
+    with pytest.raises(ValueError, match="expected assets with a majority of votes"):
+        pair_up(files[2:], judged=Judged(path))
+
+
+def test_bad_judgements_are_refused_with_their_line(tmp_path):
+    path = tmp_path / "judged.jsonl"
+    for text in ('{"preferred": "a.ply"}', '{"preferred": "a.ply", "rejected": "a.ply"}', "[1]", "{"):
+        path.write_text('{"preferred": "a.ply", "rejected": "b.ply"}\n' + text + "\n")
+        with pytest.raises(ValueError, match="judged.jsonl, line 2"):
+            Judged(path)
+    with pytest.raises(FileNotFoundError, match="--judged: expected a .jsonl file"):
+        votes_of(tmp_path / "none.jsonl", "all")
+    with pytest.raises(ValueError, match="--scheme: expected none beside --judged"):
+        votes_of(path, "extremes")
