@@ -11,6 +11,7 @@ from eg3d_rlhf.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.label.asset_labels import export_assets
 from eg3d_rlhf.label.entities import CampaignSettings
 from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.preferences import export_labels, export_unpaired, without_password
@@ -19,6 +20,7 @@ from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS = {  # with the files' suffixes
     "labels": (".jsonl", ".csv"), "unpaired": (".jsonl",), "judgements": (".jsonl",), "ranked-seeds": (".csv",),
+    "asset-pairs": (".jsonl",), "rankings": (".jsonl",), "asset-scores": (".jsonl",),
 }  # fmt: skip
 DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
 database = option("--db", metavar="URL", default=None, show_default=launch.DB, help=DATABASE,  # here or before the sub-command
@@ -176,7 +178,7 @@ def annotators(as_json: bool, db: str) -> None:
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
 @option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
         help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl), or a table "
-             "of ranked seeds (.csv).")
+             "of ranked seeds (.csv). Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
 @option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
 @option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
 @option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")
@@ -198,8 +200,10 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
             export_judgements(store, out, campaign)
         elif kind in ("labels", "unpaired"):
             (export_labels if kind == "labels" else export_unpaired)(store, out, campaign=campaign, **filters)
-        else:
+        elif kind == "ranked-seeds":
             export_ranked_seeds(store, out, campaign=campaign, **filters)
+        else:
+            export_assets(store, out, kind, campaign=campaign, **filters)
     with out.open(encoding="utf-8") as file:
         count = sum(1 for _ in file) - (out.suffix == ".csv")
     click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")

@@ -117,6 +117,7 @@ def to_preference(row: JudgementRow) -> Preference:
     Raises: ValueError for pairs that the format cannot name: two generators or truncations, one seed twice, shapes damaged on purpose.
     """
     left, right = row.left, row.right
+    _refuse_assets(row, "asset-pairs")
     if row.choice.good is not None:
         raise ValueError(f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired.")
     if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
@@ -146,12 +147,18 @@ def _known(row: JudgementRow) -> dict:
 
 def to_unpaired(row: JudgementRow) -> UnpairedPreference:
     """A judgement of a shape by itself as a label, its provenance in `extra`."""
+    _refuse_assets(row, "asset-scores")
     shape, score = row.left, float(row.choice.value) if row.choice.value.isdigit() else None
     return UnpairedPreference(
         seed=shape.seed, label=row.choice.good if score is None else None, score=score, generator=shape.generator or None,
         psi=None if math.isnan(shape.psi) else shape.psi, annotator=row.annotator, time=row.received_at,
         extra={k: v for k, v in _known(row).items() if v is not None},
     )  # fmt: skip
+
+
+def _refuse_assets(row: JudgementRow, kind: str) -> None:
+    if row.left.file or row.right.file:
+        raise ValueError(f"campaign {row.campaign}: expected shapes of a generator's seeds, got files. Export it with --kind={kind}.")
 
 
 def _drawn(shape: Shape) -> tuple:
@@ -164,11 +171,14 @@ def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[
 
     Raises: ValueError for an unknown campaign or annotator, a campaign of another kind, and pairs that the label format cannot name.
     """
-    return [to_preference(row) for row in _kept(store, filters or LabelFilters(), Mode.LABEL)]
+    return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
-def _kept(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
-    """The judgements that become labels, of campaigns of one mode."""
+def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
+    """The judgements that become labels, of campaigns of one mode.
+
+    Raises: ValueError for an unknown campaign or annotator, and a campaign of another kind.
+    """
     if chosen.campaign is not None:
         campaign = store.campaign(chosen.campaign)
         if campaign is None:
@@ -209,4 +219,4 @@ def export_labels(store: "Store", path: str | Path, **filters) -> Path:
 
 def export_unpaired(store: "Store", path: str | Path, **filters) -> Path:
     """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path."""
-    return write_unpaired(path, [to_unpaired(row) for row in _kept(store, LabelFilters(**filters), Mode.SINGLE)])
+    return write_unpaired(path, [to_unpaired(row) for row in kept_judgements(store, LabelFilters(**filters), Mode.SINGLE)])
