@@ -14,7 +14,7 @@ import numpy as np
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
 from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
-from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
+from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry, cycles
 
 
@@ -91,7 +91,10 @@ def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLi
 
 
 def agreement(rows: Iterable[JudgementRow]) -> dict:
-    """Cohen's kappa of every two annotators who share pairs, and Krippendorff's alpha of all, over left out sides: first, second, tie."""
+    """Cohen's kappa of every two annotators who share pairs, and Krippendorff's alpha of all, over left out sides: first, second, tie.
+
+    Below LEAST_UNITS common pairs there is no figure, and `needs` says how many more it takes.
+    """
     answers: dict[int, dict[str, str]] = defaultdict(dict)  # to each pair, by annotator; gold aside, on which all should agree
     for row in counting(rows):
         if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
@@ -103,9 +106,14 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
     kappas = []
     for (a, b), pairs in sorted(shared.items()):
         result = cohen_kappa([x for x, _ in pairs], [y for _, y in pairs])
-        kappas.append({"a": a, "b": b, "kappa": result.value, "n": result.n, "ci95": result.to_dict()["ci95"]})
+        same = _share("same", sum(x == y for x, y in pairs), result.n, "n")
+        kappas.append({"a": a, "b": b, "kappa": result.value if result.lo is not None else None, "ci95": result.to_dict()["ci95"], **same})
     alpha = krippendorff_alpha(list(answers.values()))
-    return {"cohen_kappa": kappas, "krippendorff_alpha": alpha.value, "alpha_ci95": alpha.to_dict()["ci95"], "alpha_n": alpha.n}
+    shown = alpha.value if alpha.lo is not None else None
+    return {
+        "cohen_kappa": kappas, "krippendorff_alpha": shown, "alpha_ci95": alpha.to_dict()["ci95"], "alpha_n": alpha.n,
+        "alpha_needs": max(0, LEAST_UNITS - alpha.n), "least": LEAST_UNITS,
+    }  # fmt: skip
 
 
 def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
@@ -129,9 +137,10 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
 
 
 def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: str | None = None) -> dict:
-    """A share with its count and Wilson interval, None where nothing was counted."""
-    bounds = list(wilson_interval(hits, n)) if n else None
-    return {name: hits / n if n else None, interval or f"{name}_ci95": bounds, **({n_name: n} if n_name else {})}
+    """A share with its count and Wilson interval, which few have none of: below LEAST_UNITS; None where nothing was counted."""
+    bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
+    found = {name: hits / n if n else None, interval or f"{name}_ci95": bounds, f"{name}_needs": max(0, LEAST_UNITS - n)}
+    return {**found, **({n_name: n} if n_name else {})}
 
 
 def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:

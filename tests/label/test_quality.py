@@ -144,3 +144,21 @@ def test_ten_thousand_judgements_are_reported_live():
     start = time.process_time()
     quality_report(rows)
     assert time.process_time() - start < 5
+
+
+def test_two_common_pairs_say_nothing_of_agreement():
+    rows = [row(10 * pair + i, "left" if pair else "right", pair=pair, annotator=name) for pair in range(2) for i, name in enumerate("xy")]
+    found = quality_report(rows)["agreement"]
+    assert (found["krippendorff_alpha"], found["alpha_ci95"], found["alpha_n"], found["alpha_needs"]) == (None, None, 2, 8)
+    assert [(k["kappa"], k["ci95"], k["n"], k["same_needs"]) for k in found["cohen_kappa"]] == [(None, None, 2, 8)]
+    more = [row(10 * pair + i, ("left", "right")[pair % 2], pair=pair, annotator=name) for pair in range(10) for i, name in enumerate("xy")]
+    found = quality_report(more)["agreement"]
+    assert found["krippendorff_alpha"] == 1 and found["alpha_ci95"][0] < 0.75 and found["cohen_kappa"][0]["same_ci95"][0] < 0.75
+
+
+def test_few_repeats_and_gold_checks_have_counts_and_no_interval():
+    rows = [row(i, "left", pair=i) for i in range(9)] + [row(20 + i, "left", pair=i, kind="repeat") for i in range(9)]
+    found = only(rows)
+    assert (found["self_consistency"], found["self_consistency_ci95"], found["self_consistency_needs"]) == (1, None, 1)
+    found = only([*rows, row(9, "left", pair=9), row(40, "left", pair=9, kind="repeat")])
+    assert found["self_consistency_ci95"] == [pytest.approx(0.722, abs=1e-3), 1] and found["self_consistency_needs"] == 0

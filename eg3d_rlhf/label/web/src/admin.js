@@ -45,21 +45,39 @@ function show(quality, annotators) {
   table(quality.annotators, annotators);
   page.timeline.replaceChildren(timelinePlot(quality.timeline));
   page.sides.replaceChildren(rowsPlot(
-    quality.annotators.map((one) => ({ label: one.name, value: one.left_share, ci95: one.left_share_ci95, note: `of ${one.left_right_n}` })),
+    quality.annotators.filter((one) => one.left_share_ci95)
+      .map((one) => ({ label: one.name, value: one.left_share, ci95: one.left_share_ci95, note: `n = ${one.left_right_n}` })),
     { low: 0, high: 1, middle: 0.5, percent: true },
   ));
-  page.kappas.replaceChildren(rowsPlot(
-    quality.agreement.cohen_kappa.map((one) => ({ label: `${one.a} – ${one.b}`, value: one.kappa, ci95: one.ci95, note: `over ${one.n} pairs` })),
-    { low: -1, high: 1, middle: 0 },
-  ));
+  page.kappas.replaceChildren(...kappas(quality.agreement));
   page.strengths.replaceChildren(strengthsPlot(quality.bradley_terry));
+}
+
+function kappas({ cohen_kappa: all, least }) {
+  const shown = all.filter((one) => one.kappa !== null).map((one) => (
+    { label: `${one.a} – ${one.b}`, value: one.kappa, ci95: one.ci95, note: `n = ${one.n}`, more: `${Math.round(100 * one.same)} % the same` }
+  ));
+  const few = all.filter((one) => one.same_needs > 0).length;
+  const same = all.filter((one) => one.kappa === null && !one.same_needs);
+  const notes = [
+    few && `${few} ${few === 1 ? 'pair of annotators has' : 'pairs of annotators have'} fewer than ${least} pairs in common: too few for a figure.`,
+    ...same.map((one) => `${one.a} – ${one.b}: one and the same answer to all ${one.n}, as chance alone would give.`),
+  ].filter(Boolean);
+  return [...(shown.length || !notes.length ? [rowsPlot(shown, { low: -1, high: 1, middle: 0 })] : []), ...notes.map(quiet)];
+}
+
+function quiet(text) {
+  const line = document.createElement('p');
+  line.className = 'quiet';
+  line.textContent = text;
+  return line;
 }
 
 function strengthsPlot(all) {
   const half = STRENGTHS / 2;
   const drawn = all.length > STRENGTHS ? [...all.slice(0, half), ...all.slice(-half)] : all;
   const reach = Math.max(1, ...drawn.flatMap((one) => one.ci95 ?? [one.strength]).filter(Number.isFinite).map(Math.abs));
-  const entries = drawn.map((one) => ({ label: one.label, value: one.strength, ci95: one.ci95, note: `${one.comparisons} comparisons` }));
+  const entries = drawn.map((one) => ({ label: one.label, value: one.strength, ci95: one.ci95, note: `n = ${one.comparisons}` }));
   return rowsPlot(entries, { low: -reach, high: reach, middle: 0, width: 960 });
 }
 
@@ -68,13 +86,19 @@ function overview({ judgements, agreement, cycles, annotators, preparation }) {
   page.judgementsNote.textContent = `by ${annotators.length} ${annotators.length === 1 ? 'annotator' : 'annotators'}`;
   const alpha = agreement.krippendorff_alpha;
   page.alpha.textContent = alpha === null ? '–' : alpha.toFixed(2);
-  page.alphaNote.textContent = agreement.alpha_ci95 ? `95 %: ${agreement.alpha_ci95.map((bound) => bound.toFixed(2)).join(' to ')}` : 'needs pairs judged by two';
+  page.alphaNote.textContent = alphaNote(agreement);
   page.cyclic.textContent = cycles.triples ? `${cycles.cyclic} of ${cycles.triples}` : '–';
   page.cyclicNote.textContent = cycles.triples ? 'A beats B, B beats C, C beats A' : 'no three shapes compared with each other';
   page.prepared.textContent = `${preparation.done} of ${preparation.total}`;
   page.preparedBar.value = preparation.total ? preparation.done / preparation.total : 0;
   const left = preparation.seconds_left;
   page.preparedNote.textContent = preparation.done < preparation.total && left !== null ? `${duration(left)} left` : '';
+}
+
+function alphaNote({ alpha_ci95: bounds, alpha_n: n, alpha_needs: needs }) {
+  if (bounds) return `95 %: ${bounds.map((bound) => bound.toFixed(2)).join(' to ')}, n = ${n} pairs`;
+  if (needs) return `${n} ${n === 1 ? 'pair' : 'pairs'} judged by two; ${needs} more for a figure`;
+  return `all answers to ${n} pairs are the same`;
 }
 
 // Everybody with access and everybody with judgements, in one table.
@@ -94,7 +118,7 @@ function row(name, quality, access) {
   const figures = quality ? [
     [quality.judgements], [quality.per_hour === null ? '–' : Math.round(quality.per_hour)],
     [quality.median_seconds === null ? '–' : `${quality.median_seconds.toFixed(1)} s`],
-    share(quality.left_share, quality.left_share_ci95), share(quality.self_consistency, quality.self_consistency_ci95, quality.self_consistency_n),
+    share(quality.left_share, quality.left_share_ci95, quality.left_right_n), share(quality.self_consistency, quality.self_consistency_ci95, quality.self_consistency_n),
     share(quality.swap_consistency, quality.swap_consistency_ci95, quality.swap_consistency_n),
     share(quality.gold_accuracy, quality.gold_ci95, quality.gold_n), [quality.ties], [quality.skips],
   ] : [[0], ...Array(8).fill(['–'])];
@@ -110,8 +134,8 @@ function row(name, quality, access) {
 
 function share(value, interval, count) {
   if (value === null) return ['–'];
-  const range = interval ? `${interval.map((bound) => Math.round(100 * bound)).join('–')} %` : '';
-  return [`${Math.round(100 * value)} %`, count === undefined ? range : `${range}, n = ${count}`];
+  if (!interval) return [`${Math.round(count * value)} of ${count}`, 'too few for a share'];
+  return [`${Math.round(100 * value)} %`, `${interval.map((bound) => Math.round(100 * bound)).join('–')} %, n = ${count}`];
 }
 
 function cell(text, note = '') {

@@ -26,11 +26,11 @@ export function timelinePlot(bins) {
   return plot;
 }
 
-// One row per entry: a mark with its interval. entries: [{label, value, ci95 | null, note}].
+// One row per entry: a mark with its interval, the value and a note. entries: [{label, value, ci95 | null, note, more}]; `more` is in the tip alone.
 export function rowsPlot(entries, { low, high, middle, digits = 2, percent = false, width = 480 }) {
   const known = entries.filter((entry) => entry.value !== null && entry.value !== undefined);
   if (!known.length) return nothing();
-  const [row, left, right] = [22, 130, 46];
+  const [row, left, right] = [22, 130, 116];
   const height = known.length * row + 26;
   const x = (value) => left + ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (width - left - right);
   const said = (value) => (percent ? `${Math.round(100 * value)} %` : value.toFixed(digits));
@@ -41,8 +41,9 @@ export function rowsPlot(entries, { low, high, middle, digits = 2, percent = fal
     const group = node('g', {});
     group.append(label('name', left - 10, y + 4, shortened(entry.label), 'end'));
     if (entry.ci95) group.append(line('range', x(entry.ci95[0]), y, x(entry.ci95[1]), y));
-    group.append(node('circle', { class: 'mark', cx: x(entry.value), cy: y, r: 4.5 }), label('', width - right + 8, y + 4, said(entry.value), 'start'));
-    group.append(titled(`${entry.label}: ${said(entry.value)}${entry.ci95 ? ` (${entry.ci95.map(said).join(' to ')})` : ''} ${entry.note ?? ''}`));
+    group.append(node('circle', { class: 'mark', cx: x(entry.value), cy: y, r: 4.5 }), label('', width - right + 12, y + 4, said(entry.value), 'start'),
+      label('', width - 4, y + 4, entry.note ?? '', 'end'));
+    group.append(titled(`${entry.label}: ${said(entry.value)}${entry.ci95 ? ` (${entry.ci95.map(said).join(' to ')})` : ''} ${[entry.note, entry.more].filter(Boolean).join(', ')}`));
     plot.append(group);
   });
   for (const value of [low, middle, high]) plot.append(label('', x(value), height - 4, said(value), 'middle'));
