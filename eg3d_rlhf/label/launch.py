@@ -180,7 +180,8 @@ def server_options(access_log: str, title: str = "Heading of the page."):
                help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory."),
         option("--access-log", metavar="FILE", type=file, default=None, group="Server", show_default=access_log,
                help="Requests as JSON lines, without tokens."),
-        option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server"),
+        option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server",
+               show_default="the question, in the annotator's language"),
     )
     return together(*flags)
 
@@ -190,11 +191,10 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
 
     Args: announce: what to print, given the server's address; what: how answers are called.
     """
-    cache, found = ShapeCache(server.cache), store.campaign(campaign)
-    single = found is not None and found.settings.mode is Mode.SINGLE and server.title == AppOptions.title
+    cache = ShapeCache(server.cache)
     options = AppOptions(
         store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
-        title="How good is this shape?" if single else server.title, access_log=server.access_log,
+        title=server.title, access_log=server.access_log,
     )  # fmt: skip
 
     def listening(address: str) -> None:

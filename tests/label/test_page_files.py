@@ -35,7 +35,7 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("name", ["app.js", "admin.js"])
 def test_bundles_are_made_from_the_sources_beside_them(name):
-    sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*.js"))])
+    sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*"))])
     digest = hashlib.sha256("".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()).hexdigest()
     found = re.match(r"/\* sources ([0-9a-f]{64});", (STATIC / name).read_text())
     assert found and found[1] == digest, f"{name} is stale: cd eg3d_rlhf/label/web && npm ci && npm run build"
@@ -91,4 +91,4 @@ def test_scripts_neither_evaluate_text_nor_write_html():
 def test_the_files_are_packed_with_the_project():
     declared = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packed = {p.name for pattern in declared["eg3d_rlhf.label"] for p in STATIC.parent.glob(pattern)}
-    assert {"index.html", "app.js", "app.css", "admin.html", "admin.js", "admin.css", "login.html", "login.css", "THREE-LICENSE"} == packed
+    assert {"index.html", "app.js", "app.css", "admin.html", "admin.js", "admin.css", "login.html", "login.css", "login.json", "THREE-LICENSE"} == packed

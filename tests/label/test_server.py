@@ -38,7 +38,7 @@ def past_training(page) -> dict:
 
 def test_the_session_tells_the_page_what_it_needs(served):
     found = served.browser().get("/api/session").json()
-    expected = {"annotator": "local", "role": "admin", "mode": "label", "title": "Which shape is better?", "show_render": False,
+    expected = {"annotator": "local", "role": "admin", "mode": "label", "title": "", "show_render": False,
                 "exposed": False, "skip_reasons": list(SKIP_REASONS)}  # fmt: skip
     assert {k: found[k] for k in expected} == expected and len(found["csrf"]) == 64 and len(found["page_version"]) == 12
 

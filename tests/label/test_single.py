@@ -136,8 +136,8 @@ def test_the_command_plans_and_exports(tmp_path, monkeypatch):
         return CliRunner().invoke(commands.main, [f"--db={db}", *flags])
 
     done = run("--single=thumbs", "--pairs=6", "--campaign=one", "--gold=0", "--training=0")
-    assert done.exit_code == 0 and "planning 6 shapes" in done.stdout and served[0].title == "How good is this shape?", done.output
-    assert run("--campaign=one").exit_code == 0 and served[1].title == "How good is this shape?"
+    assert done.exit_code == 0 and "planning 6 shapes" in done.stdout, done.output
+    assert run("--campaign=one").exit_code == 0 and len(served) == 2
     refused = run("--single=scores", "--campaign=one")
     assert refused.exit_code == 2 and "--single: expected thumbs, with which campaign 'one' was planned" in refused.stderr
     with Store.open(db) as store:

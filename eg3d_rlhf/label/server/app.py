@@ -1,10 +1,8 @@
 """The application: its pages and routes behind the gate, log-in and log-out, and the process that serves it."""
 
-import base64
 import contextlib
 import gzip
 import hashlib
-import html
 import mimetypes
 import secrets
 import socket
@@ -20,13 +18,13 @@ from starlette.concurrency import run_in_threadpool
 
 from eg3d_rlhf.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
 from eg3d_rlhf.label.server.identity import COOKIE, Identities, csrf_token
+from eg3d_rlhf.label.server.login_page import STYLE_SOURCE, login_page
 from eg3d_rlhf.label.server.models import Refusal, add_handlers, note
 from eg3d_rlhf.label.server.options import AppOptions, Limits, PreparedShapes, is_loopback
 from eg3d_rlhf.label.server.routes import Admin, Context, Who, admin_api, label_api
 
 SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
 LOGIN_COOKIE = "login"
-STYLE, PAGE = ((Path(__file__).parent / name).read_text() for name in ("login.css", "login.html"))
 
 
 def create_app(options: AppOptions) -> FastAPI:
@@ -166,7 +164,7 @@ def pages(context: Context) -> APIRouter:
         return _file(context.files[name], request)
 
     @router.get("/login")
-    async def login_page(request: Request) -> Response:
+    async def login_form(request: Request) -> Response:
         return _login_page(request)
 
     @router.post("/login")
@@ -221,11 +219,10 @@ def _form_token(body: bytes, cookie: str) -> str:
 
 def _login_page(request: Request, refusal: Refusal | None = None) -> Response:
     cookie = secrets.token_urlsafe(24)
-    message = f"<p role=alert>{html.escape(f'{refusal.error} {refusal.remedy}')}</p>" if refusal else ""
-    page = PAGE.format(style=STYLE, message=message, csrf=csrf_token(cookie, "login"))
+    page = login_page(request.headers.get("accept-language", ""), csrf_token(cookie, "login"), refusal)
     response = HTMLResponse(page, refusal.status if refusal else 200, refusal.headers if refusal else None)
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()  # there is no script, and no other style
-    response.headers["Content-Security-Policy"] = f"default-src 'none'; style-src 'sha256-{digest}'; {COMMON_POLICY}"
+    response.headers["Vary"] = "Accept-Language"
+    response.headers["Content-Security-Policy"] = f"default-src 'none'; style-src {STYLE_SOURCE}; {COMMON_POLICY}"  # no script
     response.headers["Referrer-Policy"] = "same-origin"  # under no-referrer a form is sent with 'Origin: null'
     _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
     return response

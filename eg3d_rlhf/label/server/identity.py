@@ -167,7 +167,7 @@ class Identities:
         if wait:
             raise too_many(wait)
         if annotator is None:
-            remedy = "Ask whoever runs this server for a new one, which the command add-annotator makes."
+            remedy = "Ask the person who gave it to you for a new one."
             raise Refusal(401, "Unknown or revoked token.", remedy, {"WWW-Authenticate": "Bearer"})
         return annotator
 

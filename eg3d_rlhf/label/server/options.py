@@ -49,7 +49,7 @@ class AppOptions:
     cache: ShapeCache
     preparation: Preparation | None = None  # None: all shapes are in the cache already, or are put there by somebody else
     exposed: bool = False  # can be reached from other machines: tokens are compulsory
-    title: str = "Which shape is better?"  # heading of the page; annotators read it
+    title: str = ""  # heading of the page; annotators read it; empty: the question, in the language of each
     static: Path = STATIC  # the page's files
     access_log: Path | None = None  # see gate.py; None: not kept
     secret: bytes | None = None  # signs the CSRF tokens of the local annotator; None: kept in the cache folder

@@ -1,7 +1,7 @@
 // Bundles the two pages' scripts into ../static. With --check it writes nothing and compares instead: exit status 1 where they differ.
 //
 // The same sources and lock file give the same bytes. The first line of a bundle names the sources it was made from, so that a stale bundle
-// shows even where there is no node: sha256 over `name NUL text NUL` of src/*.js, package-lock.json and this file, names sorted.
+// shows even where there is no node: sha256 over `name NUL text NUL` of src/*, package-lock.json and this file, names sorted.
 
 import { createHash } from 'node:crypto';
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
@@ -14,7 +14,7 @@ const HERE = dirname(fileURLToPath(import.meta.url));
 const STATIC = join(HERE, '..', 'static');
 
 function sourcesHash() {
-  const names = ['build.mjs', 'package-lock.json', ...readdirSync(join(HERE, 'src')).filter((name) => name.endsWith('.js')).map((name) => `src/${name}`)];
+  const names = ['build.mjs', 'package-lock.json', ...readdirSync(join(HERE, 'src')).map((name) => `src/${name}`)];
   const hash = createHash('sha256');
   for (const name of names.sort()) hash.update(`${name}\0${readFileSync(join(HERE, name), 'utf8')}\0`);
   return hash.digest('hex');

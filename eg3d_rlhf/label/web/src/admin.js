@@ -3,6 +3,7 @@
 import { Api, signIn } from './api.js';
 import { duration } from './pace.js';
 import { rowsPlot, timelinePlot } from './plots.js';
+import { speak } from './texts.js';
 import { watchTheme } from './theme.js';
 
 const EVERY = 3000; // milliseconds
@@ -14,6 +15,7 @@ const page = Object.fromEntries([...document.querySelectorAll('[id]')].map((elem
 let seen = ''; // the figures on the page, to leave it alone while nothing changes
 
 async function start() {
+  speak('en');
   watchTheme(page.theme);
   page.add.addEventListener('submit', create);
   page.copy.addEventListener('click', copyToken);

@@ -1,5 +1,7 @@
 // The server's answers as objects, its refusals as errors with a status; status 0 is no connection.
 
+import { t } from './texts.js';
+
 export class ApiError extends Error {
   constructor(status, message, remedy = '', retryAfter = null) {
     super(message);
@@ -34,7 +36,7 @@ export class Api {
     try {
       return await response.json();
     } catch {
-      throw new ApiError(0, 'The connection broke off.');
+      throw new ApiError(0, t('error.broken'));
     }
   }
 
@@ -48,7 +50,7 @@ export class Api {
     try {
       response = await fetch(path, options);
     } catch {
-      throw new ApiError(0, 'No connection to the server.');
+      throw new ApiError(0, t('error.connection'));
     }
     if (!response.ok) throw await refusal(response);
     return response;
@@ -65,7 +67,7 @@ async function refusal(response) {
     told = await response.json();
   } catch { /* not JSON: the status says enough */ }
   const seconds = Number.parseFloat(response.headers.get('Retry-After'));
-  return new ApiError(response.status, told.error || `The server answered ${response.status}.`, told.remedy || '',
+  return new ApiError(response.status, told.error || t('error.status', { status: String(response.status) }), told.remedy || '',
     Number.isFinite(seconds) ? seconds : null);
 }
 

@@ -9,6 +9,7 @@ import { Outbox } from './outbox.js';
 import { Pace } from './pace.js';
 import { Shapes } from './shapes.js';
 import { Stopwatch } from './stopwatch.js';
+import { fillTexts, t, watchLanguage } from './texts.js';
 import { watchTheme } from './theme.js';
 import { Ui } from './ui.js';
 import { Viewer } from './viewer.js';
@@ -26,6 +27,8 @@ class LabelPage {
   said = null; // the answer given last, for the screen reader
 
   async start() {
+    fillTexts();
+    watchLanguage(this.ui.language);
     watchTheme(this.ui.theme, () => this.viewer?.request());
     this.session = await this.signedIn();
     this.viewer = this.makeViewer();
@@ -61,7 +64,7 @@ class LabelPage {
         return await this.api.session();
       } catch (error) {
         if (error.status === 401) signIn();
-        else this.ui.show('offline', `${error.message} Trying again …`);
+        else this.ui.show('offline', `${error.message} ${t('tryingAgain')}`);
         await new Promise((resolve) => { setTimeout(resolve, wait); });
       }
     }
@@ -78,7 +81,7 @@ class LabelPage {
     try {
       return new Viewer(this.ui.canvas, { left: this.ui.left, right: this.ui.right });
     } catch {
-      this.ui.show('refused', 'This browser cannot draw in 3D (WebGL 2 is off). Switch on hardware acceleration, or use a recent Firefox, Chrome, Edge or Safari.');
+      this.ui.show('refused', t('noWebGL'));
       return null;
     }
   }
@@ -86,8 +89,8 @@ class LabelPage {
   dress() {
     const { title, annotator, exposed, scale, show_render: showRender, skip_reasons: reasons } = this.session;
     this.ui.arrange(scale);
-    document.title = title || document.title;
-    this.ui.title.textContent = title || 'Shape comparison';
+    document.title = title || t(this.ui.single ? 'title.single' : 'title.pairs');
+    this.ui.title.textContent = document.title;
     this.ui.who.textContent = exposed ? annotator : '';
     this.ui.signOut.hidden = !exposed;
     this.ui.render.hidden = !showRender;
@@ -140,7 +143,7 @@ class LabelPage {
   undo() {
     if (['checking', 'explained'].includes(this.ui.state)) return;
     this.said = 'undo';
-    if (!this.work.undo(newKey(), performance.now())) this.ui.say('There is nothing to take back without a connection.', true);
+    if (!this.work.undo(newKey(), performance.now())) this.ui.say(t('nothingOffline'), true);
   }
 
   goOn() {
@@ -157,7 +160,7 @@ class LabelPage {
 
   takenBack(item, reply) {
     if (!reply.assignment) {
-      this.ui.say('There is nothing to take back.', true);
+      this.ui.say(t('nothing'), true);
       if (item.body.assignment) this.work.forget(item.body.assignment);
     } else if (!item.body.assignment) this.work.reopenToken(reply.assignment);
   }
@@ -175,7 +178,7 @@ class LabelPage {
   refused(item, error) {
     const again = item.body.key === this.awaited;
     this.awaited = null;
-    const why = error.status === 409 ? 'That was already answered, perhaps in another window.' : `An answer was refused: ${error.message}`;
+    const why = error.status === 409 ? t('answeredElsewhere') : t('refused', { why: error.message });
     this.ui.say(why, true);
     if (item.body.assignment) this.work.forget(item.body.assignment, error.status === 409);
     if (again && this.ui.state === 'checking') this.work.next();
@@ -187,7 +190,7 @@ class LabelPage {
     const late = stuck || !navigator.onLine;
     this.ui.queued(size, late || (size > 0 && !this.ui.queue.hidden));
     if (size && !late) this.late = setTimeout(() => this.ui.queued(this.outbox.size, true), PATIENCE);
-    if (this.awaited && stuck) this.explain({ correct: null, explanation: 'The explanation cannot be loaded without a connection.' });
+    if (this.awaited && stuck) this.explain({ correct: null, explanation: t('lesson.offline') });
     if (this.work) this.showProgress();
   }
 
@@ -199,12 +202,12 @@ class LabelPage {
     let shapes = this.shapes.ready(pair);
     if (!shapes) {
       this.looking.show(null);
-      this.ui.show('loading', 'Loading the next one …');
+      this.ui.show('loading', t('loadingNext'));
       try {
         shapes = await this.shapes.load(pair);
       } catch (error) {
         if (error.status === 401) signIn();
-        if (this.work.current === pair) this.ui.show('failed', `${error.message} Skip it, or reload the page.`);
+        if (this.work.current === pair) this.ui.show('failed', `${error.message} ${t('skipOrReload')}`);
         return;
       }
       if (this.work.current !== pair) return;
@@ -222,7 +225,7 @@ class LabelPage {
   idle(state, text, share) {
     this.looking.show(null);
     this.showProgress();
-    this.ui.show(state, text || `You have judged ${this.work.done} ${this.ui.single ? 'shapes' : 'pairs'}. You may close this page.`, share);
+    this.ui.show(state, text || t(this.ui.single ? 'finished.single' : 'finished.pairs', { count: this.work.done }), share);
   }
 
   failed(error) {
@@ -242,7 +245,7 @@ class LabelPage {
   // Signing out empties this site's storage, so answers that wait must be sent first.
   async leave() {
     if (this.outbox.size) {
-      this.ui.say(`${this.outbox.size} waiting to be sent: sign out once they have arrived.`, true);
+      this.ui.say(t('signOutLater', { count: this.outbox.size }), true);
       this.outbox.flush(true);
       return;
     }

@@ -1,6 +1,6 @@
 // The two dialogs: help, which is also the welcome, and the reason of a skip.
 
-import { SKIP_TEXTS } from './ui.js';
+import { t } from './texts.js';
 
 export function helpDialog(dialog, welcomeKey) {
   for (const button of dialog.querySelectorAll('[data-close]')) button.addEventListener('click', () => dialog.close());
@@ -10,7 +10,7 @@ export function helpDialog(dialog, welcomeKey) {
   dialog.addEventListener('close', () => localStorage.setItem(welcomeKey, 'seen'));
   return {
     open() {
-      dialog.querySelector('[data-close]').textContent = 'Back to work';
+      dialog.querySelector('[data-close]').textContent = t('help.back');
       dialog.showModal();
     },
     welcome() {
@@ -29,7 +29,7 @@ export function skipDialog(dialog, list, reasons, choose) {
     button.type = 'button';
     button.dataset.reason = reason;
     button.setAttribute('aria-keyshortcuts', String(place + 1));
-    button.append(key, SKIP_TEXTS[reason] ?? reason);
+    button.append(key, t(`skip.${reason}`));
     button.addEventListener('click', () => {
       dialog.close();
       choose(reason);

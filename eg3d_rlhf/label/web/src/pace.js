@@ -1,5 +1,7 @@
 // How fast the annotator works, and how long the rest will take.
 
+import { t } from './texts.js';
+
 const LATEST = 30; // answers that count
 const BREAK = 180_000; // milliseconds: a longer gap is a pause, not slow work
 
@@ -22,12 +24,12 @@ export class Pace {
 export function paceText(perHour, left) {
   if (!perHour || left <= 0) return '';
   const rounded = perHour >= 100 ? Math.round(perHour / 10) * 10 : Math.round(perHour);
-  return `${rounded} an hour · ${duration((left / perHour) * 3600)} left`;
+  return t('pace', { rate: rounded, time: duration((left / perHour) * 3600) });
 }
 
 export function duration(seconds) {
-  if (seconds < 60) return 'less than a minute';
+  if (seconds < 60) return t('duration.moment');
   const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `about ${minutes} min`;
-  return `about ${Math.floor(minutes / 60)} h ${minutes % 60 ? `${minutes % 60} min` : ''}`.trim();
+  if (minutes < 60) return t('duration.minutes', { minutes });
+  return t(minutes % 60 ? 'duration.both' : 'duration.hours', { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
 }

@@ -2,6 +2,7 @@
 
 import { ApiError } from './api.js';
 import { decodeMesh } from './mesh.js';
+import { t } from './texts.js';
 
 const KEPT = 24; // shapes; a shape of 30,000 triangles takes about 0.6 MB
 const ATTEMPTS = 12; // at a shape whose fetch fails for a while: about two minutes
@@ -79,7 +80,7 @@ async function body(response) {
   try {
     return await response.arrayBuffer();
   } catch {
-    throw new ApiError(0, 'The connection broke off.');
+    throw new ApiError(0, t('error.broken'));
   }
 }
 

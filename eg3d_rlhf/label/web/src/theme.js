@@ -1,5 +1,7 @@
 // Light or dark: as the device says, unless the reader has chosen.
 
+import { t } from './texts.js';
+
 const KEY = 'eg3d-theme';
 
 export function watchTheme(button, changed = () => {}) {
@@ -9,7 +11,7 @@ export function watchTheme(button, changed = () => {}) {
   const apply = () => {
     document.documentElement.dataset.theme = dark() ? 'dark' : 'light';
     button.setAttribute('aria-pressed', String(dark()));
-    button.title = dark() ? 'Use light colours' : 'Use dark colours';
+    button.title = t(dark() ? 'theme.light' : 'theme.dark');
     changed();
   };
   button.addEventListener('click', () => {

@@ -1,21 +1,10 @@
 // What the page says and shows besides the shapes.
 
 import { paceText } from './pace.js';
-
-export const SKIP_TEXTS = {
-  broken: 'A shape is broken or missing',
-  identical: 'They are exactly alike',
-  unsure: 'I cannot judge this one',
-  other: 'Another reason',
-};
+import { known, t } from './texts.js';
 
 const STACKED = matchMedia('(max-width: 44rem), (max-aspect-ratio: 4/5)'); // as in app.css: the left shape is on top
-const FROM = { front: 'the front', left: 'the left', right: 'the right', back: 'behind' };
-const SAID = { tie: 'Tie.', up: 'Good.', down: 'Not good.', skip: 'Skipped.', undo: 'Last answer taken back.' };
-const NOTICES = { // state: title
-  loading: 'Loading', waiting: 'Preparing the shapes', offline: 'No connection', sending: 'Almost there',
-  finished: 'All done – thank you!', failed: 'This cannot be shown', refused: 'Something is in the way',
-};
+const NOTICES = ['loading', 'waiting', 'offline', 'sending', 'finished', 'failed', 'refused']; // states without shapes to judge
 
 export class Ui {
   constructor() {
@@ -29,7 +18,8 @@ export class Ui {
     this.root.dataset.scale = scale;
     this.right.hidden = this.single;
     for (const element of document.querySelectorAll('[data-for]')) element.hidden = !element.dataset.for.split(' ').includes(scale);
-    if (this.single) this.left.setAttribute('aria-label', 'Shape');
+    if (this.single) for (const [element, key] of [[this.bar, 'progress.single'], [this.tools, 'tools.single']]) element.setAttribute('aria-label', t(key));
+    this.view('front');
   }
 
   get state() {
@@ -39,16 +29,17 @@ export class Ui {
   // Shows shapes ('label', 'checking', 'explained') or a notice in their place.
   show(state, text = '', share = null) {
     this.root.dataset.state = state;
-    this.notice.hidden = !(state in NOTICES);
+    const notice = NOTICES.includes(state);
+    this.notice.hidden = !notice;
     this.explanation.hidden = state !== 'explained';
     for (const button of document.querySelectorAll('[data-choice]')) button.disabled = state !== 'label';
     this.skip.disabled = state !== 'label' && state !== 'failed';
-    if (!(state in NOTICES)) return;
-    this.noticeTitle.textContent = NOTICES[state];
+    if (!notice) return;
+    this.noticeTitle.textContent = t(`notice.${state}`);
     this.noticeText.textContent = text;
     this.noticeBar.hidden = share === null;
     if (share !== null) this.noticeBar.value = share;
-    if (this.noticed !== state) this.say(`${NOTICES[state]}. ${text}`);
+    if (this.noticed !== state) this.say(`${this.noticeTitle.textContent}. ${text}`);
     this.noticed = state;
   }
 
@@ -56,21 +47,25 @@ export class Ui {
     this.noticed = null;
     for (const side of ['left', 'right']) this[side].classList.remove('better');
     this.root.dataset.training = String(pair.training);
-    const what = this.single ? 'shape' : 'pair';
-    const where = pair.training ? `Practice ${what}.` : `${what[0].toUpperCase()}${what.slice(1)} ${place} of ${total}.`;
-    this.say(`${said ? `${SAID[said] ?? (this.side(said) ? `${this.side(said)} chosen.` : `Score ${said}.`)} ` : ''}${where}`);
+    const what = this.single ? 'single' : 'pairs';
+    const where = pair.training ? t(`place.practice.${what}`) : t(`place.${what}`, { place, total });
+    this.say(said ? `${this.answered(said)} ${where}` : where);
+  }
+
+  answered(said) {
+    return /^\d$/.test(said) ? t('said.score', { score: said }) : t(`said.${this.side(said)}`);
   }
 
   progress(done, { total, training_left: practice, last_hour: lastHour }, pace, training) {
     this.bar.max = Math.max(total, 1);
     this.bar.value = done;
-    this.count.textContent = training ? `Practice${practice ? ` · ${practice} to go` : ' done'}` : `${done} of ${total}`;
-    this.pace.textContent = training ? 'not counted' : paceText(pace.perHour(lastHour), total - done);
+    this.count.textContent = training ? t(practice ? 'practice' : 'practice.done', { left: practice }) : t('count', { done, total });
+    this.pace.textContent = training ? t('practice.pace') : paceText(pace.perHour(lastHour), total - done);
   }
 
   queued(count, late) {
     this.root.dataset.queued = String(count);
-    const text = count && late ? `${count} waiting to be sent` : '';
+    const text = count && late ? t('queue', { count }) : '';
     if (this.queue.textContent === text) return;
     this.queue.textContent = text;
     this.queue.hidden = !text;
@@ -78,24 +73,25 @@ export class Ui {
 
   // better: 'left' or 'right' where that can be told, else null.
   explain({ correct, explanation }, better) {
-    const praise = correct === null ? 'Noted' : correct ? 'Yes, that is it' : 'Look again';
-    this.explanationTitle.textContent = better && !correct ? `${praise}: the ${this.side(better).toLowerCase()} one is better` : praise;
+    const praise = t(`lesson.${correct === null ? 'noted' : correct ? 'yes' : 'again'}`);
+    this.explanationTitle.textContent = better && !correct ? `${praise}: ${t(`lesson.${this.side(better)}`)}` : praise;
     for (const side of ['left', 'right']) this[side].classList.toggle('better', side === better);
     this.explanation.dataset.correct = String(correct);
-    this.explanationText.textContent = explanation;
+    this.explanationText.textContent = known(explanation);
     this.show('explained');
-    this.say(`${this.explanationTitle.textContent}. ${explanation} Press Enter to go on.`);
+    this.say(`${this.explanationTitle.textContent}. ${known(explanation)} ${t('lesson.enter')}`);
     this.onward.focus();
   }
 
   view(name) {
     for (const button of document.querySelectorAll('[data-view]')) button.setAttribute('aria-pressed', String(button.dataset.view === name));
-    const from = name ? `, seen from ${FROM[name] ?? name}` : '';
-    for (const side of ['left', 'right']) this[side].setAttribute('aria-label', this.single ? `Shape${from}` : `${this.side(side)} shape${from}`);
+    const from = name ? `, ${t(`from.${name}`)}` : '';
+    for (const side of ['left', 'right']) this[side].setAttribute('aria-label', `${t(this.single ? 'shape' : `shape.${this.side(side)}`)}${from}`);
   }
 
+  // How a side is called as the page is laid out; another word stays as it is.
   side(name) {
-    return STACKED.matches ? { left: 'Top', right: 'Bottom' }[name] : { left: 'Left', right: 'Right' }[name];
+    return (STACKED.matches && { left: 'top', right: 'bottom' }[name]) || name;
   }
 
   flash(choice) {

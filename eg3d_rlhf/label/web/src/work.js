@@ -1,6 +1,7 @@
 // The annotator's work: which pair is open, which come next, what has been answered. Knows nothing of the page's looks.
 
 import { duration } from './pace.js';
+import { t } from './texts.js';
 
 const AHEAD = 6; // open assignments to ask for
 const MOST = 10; // that the server hands out at once
@@ -49,7 +50,7 @@ export class Work {
     this.current = this.upcoming.shift() ?? null;
     this.shapes.prefetch(this.current ? [this.current, ...this.upcoming] : this.upcoming);
     if (this.current) this.on.open(this.current, started);
-    else this.on.idle('loading', 'One moment …');
+    else this.on.idle('loading', t('moment'));
     if (this.upcoming.length < LOW) this.refill();
   }
 
@@ -109,7 +110,7 @@ export class Work {
         return;
       }
       this.later(3000);
-      if (!this.current) this.on.idle('offline', 'There is no connection. What you have answered is kept on this device and sent later.');
+      if (!this.current) this.on.idle('offline', t('offline'));
       return;
     }
     this.merge(reply.assignments.filter((pair) => !this.answered.has(pair.assignment)), before === this.changes && !this.outbox.size);
@@ -131,11 +132,11 @@ export class Work {
 
   // Nothing to show: why, and when to look again.
   rest(reply) {
-    if (this.outbox.size) this.on.idle('sending', 'Sending your answers …'); // their delivery asks again
+    if (this.outbox.size) this.on.idle('sending', t('sending')); // their delivery asks again
     else if (reply.waiting) {
       const { done, total, seconds_left: left } = reply.preparation;
-      const time = left === null || left === undefined ? '' : `, ${duration(left)} left`;
-      this.on.idle('waiting', `${done} of ${total} shapes are ready${time}.`, total ? done / total : 0);
+      const time = (left ?? null) !== null && duration(left);
+      this.on.idle('waiting', t(time ? 'ready.left' : 'ready', { done, total, time }), total ? done / total : 0);
       this.later(POLL);
     } else {
       this.on.idle('finished', '');
