@@ -52,8 +52,8 @@ def test_what_the_server_says_to_annotators_is_in_the_table():
 
 
 @pytest.mark.parametrize(("accepted", "language"), [
-    ("", "en"), ("de", "de"), ("DE-AT,de;q=0.9,en;q=0.5", "de"), ("fr,es-MX;q=0.4,en;q=0.3", "es"), ("en;q=0.1, es;q=0.7", "es"), ("*", "en"),
-    ("fr", "en"), ("de;q=0", "en"), ("de;q=nan,es;q=0.2", "es"), ("de;q=" + "9" * 5000, "de"), (";,;q,=", "en"),
+    ("", "en"), ("de", "de"), ("DE-AT,de;q=0.9,en;q=0.5", "de"), ("fr,es-MX;q=0.4,en;q=0.3", "es"), ("en;q=0.1, es;q=0.7", "es"),
+    ("*", "en"), ("fr", "en"), ("de;q=0", "en"), ("de;q=nan,es;q=0.2", "es"), ("de;q=" + "9" * 5000, "de"), (";,;q,=", "en"),
 ])  # fmt: skip
 def test_the_login_page_speaks_the_browsers_language(accepted, language):
     assert language_of(accepted) == language
@@ -62,7 +62,7 @@ def test_the_login_page_speaks_the_browsers_language(accepted, language):
 SHOWN = """() => {
   const found = [];
   for (const element of document.querySelectorAll('body *')) {
-    for (const name of ['aria-label', 'title', 'alt', 'placeholder']) if (element.getAttribute(name)) found.push(element.getAttribute(name));
+    found.push(...['aria-label', 'title', 'alt', 'placeholder'].map((name) => element.getAttribute(name)).filter(Boolean));
     if (element.closest('noscript, [lang]:not(html), kbd')) continue;
     for (const node of element.childNodes) if (node.nodeType === 3 && node.data.trim()) found.push(node.data.trim());
   }
