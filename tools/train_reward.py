@@ -98,6 +98,7 @@ def resolve(out, labels, observation, preset, device, options: dict) -> RewardRu
 @option("--min-milliseconds", group=STORE, metavar="MS", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
 @option("--since", group=STORE, metavar="TIME", default=None, show_default="the beginning",
         help="Received from then on: ISO 8601, or seconds since 1970.")
+@option("--question", group=STORE, metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question.")
 @option("--preset", group="Network", metavar="NAME", default=None, show_default="heads for sigma, else the observation's first",
         help="Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma; pointnet, pointnet2 or curvenet "
         "for points; small, coarse or resnet50 for depth, with -3 for three views.")

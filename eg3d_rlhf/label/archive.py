@@ -25,6 +25,7 @@ from eg3d_rlhf.label.campaigns import create, settings_from_json
 from eg3d_rlhf.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
 from eg3d_rlhf.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.preferences import LabelFilters
+from eg3d_rlhf.label.questions import check_stored
 from eg3d_rlhf.label.store import KNOWN, NAME, Store, find_or_add
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.seeds import refuse_held_out
@@ -237,7 +238,7 @@ class _Import:
 
 def _checked(table: Table, record: dict) -> dict:
     """A record's values for every column of a table. Raises: ValueError for values of a wrong type, which a database may not mind."""
-    values = {}
+    values: dict[str, Any] = {}
     for column in table.columns:
         if column.name == "id":
             continue
@@ -248,6 +249,8 @@ def _checked(table: Table, record: dict) -> dict:
         if not (value is None and column.nullable) and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise ValueError(f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again.")
         values[column.name] = value
+    if values.get("votes") is not None:
+        check_stored(values["votes"])
     return values
 
 

@@ -3,15 +3,18 @@
 import json
 import math
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
 from eg3d_rlhf.label.database import campaigns, insert_all, pairs, shapes
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape, StoredCampaign
+from eg3d_rlhf.label.questions import parse_questions
 from eg3d_rlhf.seeds import refuse_held_out
 
 FIELDS = tuple(Shape.__dataclass_fields__)
@@ -43,6 +46,18 @@ class Plan:
     def training(self) -> list[StoredPair]:
         """Explained examples, in order."""
         return [pair for pair in self.pairs.values() if pair.kind is Kind.TRAINING]
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], str]:
+        """What annotators may be told of a generator, by hash and file: the file's name, with its folder's where several are called so."""
+        known = {(shape.generator, shape.source): Path(shape.source) for shape in self.shapes.values() if not shape.file}
+        stems = Counter(path.stem for path in known.values())
+        called = {key: path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}" for key, path in known.items()}
+        return {key: called[key] or "bundled generator" for key in known}
+
+    def generator_name(self, shape: Shape) -> str:
+        """Of a shape of this plan."""
+        return shape.generator if shape.file else self._names[shape.generator, shape.source]
 
     @cached_property
     def gold(self) -> list[StoredPair]:
@@ -77,6 +92,7 @@ def create(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
 
 def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair]) -> None:
     name = settings.name
+    parse_questions(settings.questions)
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ValueError(f"campaign: expected a printable name of 1 to 200 characters, got {name!r}. Choose another.")
     if c.execute(select(campaigns.c.id).where(campaigns.c.name == name)).first() is not None:
@@ -113,7 +129,7 @@ def shape_of(row: Row, prefix: str = "") -> Shape:
 def settings_from_json(text: str) -> CampaignSettings:
     """The settings of a row of campaigns."""
     values = json.loads(text)
-    return CampaignSettings(**{**values, "mode": Mode(values["mode"])})
+    return CampaignSettings(**{**values, "mode": Mode(values["mode"]), "questions": tuple(values.get("questions", ()))})
 
 
 def listed(c: Connection, name: str | None = None, campaign_id: int | None = None) -> list[StoredCampaign]:

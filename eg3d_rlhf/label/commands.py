@@ -9,7 +9,7 @@ import click
 
 from eg3d_rlhf.cli import GroupedCommand, naming, option, options_of
 from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.label import launch
+from eg3d_rlhf.label import launch, questions
 from eg3d_rlhf.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.label.asset_labels import export_assets
 from eg3d_rlhf.label.entities import CampaignSettings
@@ -46,6 +46,10 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
 @options_of(CampaignSettings)
 @option("--show-render/--no-show-render", default=False, group="Pairs", help="Whether the RGB picture may be asked for.")
+@option("--both-bad/--no-both-bad", default=True, group="Pairs", help="Whether 'both are bad' may be answered; no with --single.")
+@option("--questions", metavar="LIST", default="", show_default="none", group="Pairs",
+        help=f"Asked besides which is better, with commas between: {', '.join(questions.KNOWN)}, or NAME=TEXT.")
+@option("--reveal/--no-reveal", default=False, group="Pairs", help="Whether the generators' names are told after each answer.")
 @option("--db", metavar="URL", default=launch.DB, help=DATABASE)
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
@@ -94,9 +98,11 @@ def _request(
         if source is not None and not source.is_file():
             raise FileNotFoundError(f"expected a network file or a run folder, got nothing at {network}. Check the path.")
     settings = {name: flags[name] for name in launch.SETTINGS}
-    if pairing.single and "swap_share" not in given:
-        settings["swap_share"] = 0.0
+    settings["questions"] = tuple(one.strip() for one in flags["questions"].split(",") if one.strip())
+    if pairing.single:
+        settings |= {name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given}
     request = launch.Request(name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings)
+    questions.parse_questions(settings["questions"])
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given | ({"strategy"} if chosen else set())
 
@@ -185,10 +191,14 @@ def annotators(as_json: bool, db: str) -> None:
 @option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
 @option("--min-milliseconds", metavar="INT", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
 @option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
+@option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
+@option("--from-pairs", is_flag=True, help="Unpaired: both shapes of pairs that were answered with 'both are bad', as not good.")
 @database
 @click.pass_context
-def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, **filters) -> None:
+def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters) -> None:
     """Write labels or judgements to FILE."""
+    if from_pairs and (kind != "unpaired" or filters["question"]):
+        raise ValueError(f"--from-pairs: expected --kind=unpaired and no --question, got --kind={kind}. Leave it out.")
     if out.suffix not in KINDS[kind]:
         raise ValueError(f"FILE: expected a name with {' or '.join(KINDS[kind])} for --kind={kind}, got {out.name}. Rename it.")
     if kind == "judgements":
@@ -198,8 +208,10 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
     with launch.open_store(db, create=False) as store:
         if kind == "judgements":
             export_judgements(store, out, campaign)
-        elif kind in ("labels", "unpaired"):
-            (export_labels if kind == "labels" else export_unpaired)(store, out, campaign=campaign, **filters)
+        elif kind == "labels":
+            export_labels(store, out, campaign=campaign, **filters)
+        elif kind == "unpaired":
+            export_unpaired(store, out, from_pairs, campaign=campaign, **filters)
         elif kind == "ranked-seeds":
             export_ranked_seeds(store, out, campaign=campaign, **filters)
         else:

@@ -38,10 +38,16 @@ class Choice(enum.StrEnum):
     LEFT = "left"
     RIGHT = "right"
     TIE = "tie"
+    BAD = "bad"  # both: of equal rank, and neither any good; where the campaign asks for it
     UP = "up"  # of a shape by itself
     DOWN = "down"
     SCORE_0, SCORE_1, SCORE_2, SCORE_3, SCORE_4, SCORE_5 = "012345"  # the same on a scale, 5 is best
     SKIP = "skip"  # with a reason; says nothing about the pair
+
+    @property
+    def equal(self) -> bool:
+        """Whether it prefers neither of a pair."""
+        return self in (Choice.TIE, Choice.BAD)
 
     @property
     def good(self) -> bool | None:
@@ -56,7 +62,8 @@ class Choice(enum.StrEnum):
 
 
 SCALES = {  # what may be answered, a skip aside, by the scale of a campaign's settings
-    "pairs": (Choice.LEFT, Choice.RIGHT, Choice.TIE), "thumbs": (Choice.UP, Choice.DOWN), "scores": tuple(map(Choice, "012345")),
+    "pairs": (Choice.LEFT, Choice.RIGHT, Choice.TIE, Choice.BAD), "thumbs": (Choice.UP, Choice.DOWN),
+    "scores": tuple(map(Choice, "012345")),
 }  # fmt: skip
 SKIP_REASONS = ("broken", "identical", "unsure", "other")
 
@@ -107,6 +114,9 @@ class CampaignSettings:
     gold_every: int = knob(25, "One gold check in so many trials; 0: none.", "Pairs", metavar="TRIALS", low=0)
     trials_per_annotator: int | None = knob(None, "An annotator is done after so many.", "Pairs", low=1, shown="all")  # training aside
     show_render: bool = False  # the RGB picture may be asked for
+    both_bad: bool = False  # of pairs: 'bad' may be answered
+    questions: tuple[str, ...] = ()  # of pairs: asked besides which is better; see eg3d_rlhf.label.questions
+    reveal: bool = False  # of pairs: after an answer the generators' names are told. Never in a study
     extra: Mapping = field(default_factory=dict)  # what the maker wishes to keep with it: JSON types
 
     def __post_init__(self):
@@ -115,6 +125,11 @@ class CampaignSettings:
             raise ValueError(f"scale: expected thumbs or scores for shapes one by one, else pairs, got {self.scale!r} for {self.mode}.")
         if self.mode is Mode.SINGLE and self.swap_share:
             raise ValueError(f"--swap-share: expected 0 for shapes one by one, which have no sides, got {self.swap_share}. Leave it out.")
+        asked = [name for name in ("both_bad", "questions", "reveal") if getattr(self, name)]
+        if self.mode is Mode.SINGLE and asked:
+            raise ValueError(f"--{asked[0].replace('_', '-')}: expected pairs, got shapes one by one. Leave it out.")
+        if self.mode is Mode.STUDY and self.reveal:
+            raise ValueError("reveal: expected no names in a study, which is blind. Leave it out.")
         if self.repeat_share + self.swap_share > 0.5:
             raise ValueError(f"repeat_share and swap_share must add up to 0..0.5, got {self.repeat_share} and {self.swap_share}")
 
@@ -211,6 +226,23 @@ class Submitted:
     training: bool
     correct: bool | None  # of training pairs with a known answer, unless skipped
     explanation: str  # of training pairs, else ''
+    reveal: tuple[str, str] | None = None  # the generators' names, left and right, where the campaign tells them
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAnswer:
+    """An answer as its annotator sees it again; like `AssignedPair` it tells nothing more."""
+
+    sequence: int  # place of the pair among the annotator's
+    assignment: str  # token
+    left: str  # asset tokens
+    right: str
+    choice: Choice
+    reason: str | None
+    votes: Mapping[str, str]
+    comment: str | None
+    answered: float  # the server's clock, seconds since 1970
+    changeable: bool  # may be taken back and answered anew
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,10 @@ from eg3d_rlhf.label.database import Database, annotators, campaigns, pairs, sha
 from eg3d_rlhf.label.database import assignments as a
 from eg3d_rlhf.label.database import judgements as j
 from eg3d_rlhf.label.entities import SCALES, SKIP_REASONS, Answer, Choice, ConflictError, JudgementRow, Kind, Mode, Submitted
+from eg3d_rlhf.label.questions import check_votes
+from eg3d_rlhf.label.review import check_open, revealed
 
-MAX_TEXT, MAX_VIEWS, MAX_MILLISECONDS = 200, 64, 2**53
+MAX_TEXT, MAX_COMMENT, MAX_VIEWS, MAX_MILLISECONDS = 200, 500, 64, 2**53
 PAGE = 2000  # judgements read at once
 
 # built once: building a statement takes longer than running it
@@ -36,6 +38,9 @@ def check_answer(answer: Answer) -> None:
         raise ValueError(f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time to answer.")
     if answer.answered_at is not None and not abs(answer.answered_at) < 1e15:
         raise ValueError(f"answer: expected answered_at in seconds since 1970, got {answer.answered_at}. Correct or drop it.")
+    if answer.comment is not None and (not 1 <= len(answer.comment) <= MAX_COMMENT or not answer.comment.isprintable()):
+        got = repr(answer.comment[:40])
+        raise ValueError(f"answer: expected a comment of 1 to {MAX_COMMENT} printable characters, got {got}. Shorten or drop it.")
     if answer.reason is not None and (answer.choice is not Choice.SKIP or answer.reason not in SKIP_REASONS):
         reasons = ", ".join(SKIP_REASONS)
         raise ValueError(f"answer: expected a reason with a skip alone, one of {reasons}, got {answer.reason!r}. Choose one of them.")
@@ -56,9 +61,11 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
         return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
     assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
-    allowed = SCALES[plan.campaign.settings.scale]
+    settings = plan.campaign.settings
+    allowed = [choice for choice in SCALES[settings.scale] if choice is not Choice.BAD or settings.both_bad]
     if answer.choice not in (*allowed, Choice.SKIP):
         raise ValueError(f"answer: expected one of {', '.join(allowed)} or skip, got {answer.choice}. Reload the page.")
+    check_votes(settings.questions, answer.votes, answer.choice)
     if assigned.answered is not None:
         raise ConflictError(f"answer: expected an open assignment, got {answer.assignment}, which is answered. Undo that answer first.")
     values = {
@@ -75,8 +82,9 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
     return _outcome(plan, assigned, judgement, answer.choice, duplicate=False)
 
 
-def undo(c: Connection, campaign_id: int, annotator_id: int, key: str, assignment: str | None, now: float) -> str | None:
+def undo(c: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float) -> str | None:
     """Record that a choice is taken back; the token of the assignment that is open again. Raises as `Store.undo`."""
+    campaign_id = plan.campaign.id
     before = _by_key(c, annotator_id, key)
     if before is not None:
         if before.type != "undo":
@@ -89,6 +97,7 @@ def undo(c: Connection, campaign_id: int, annotator_id: int, key: str, assignmen
     target = found if found is not None and found.answered is not None else None
     values = {"campaign_id": campaign_id, "annotator_id": annotator_id, "key": key, "type": "undo", "received_at": now}
     if target is not None:
+        check_open(c, plan, target, now)
         values |= {"assignment_id": target.id, "takes_back": target.answered}
         c.execute(update(a).where(a.c.id == target.id).values(answered=None, undone=now, leased=now))
     c.execute(RECORD, values)
@@ -110,7 +119,8 @@ def _assignment(c: Connection, campaign_id: int, annotator_id: int, token: str) 
 
 def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
     if assigned.kind != Kind.TRAINING:
-        return Submitted(judgement=judgement, duplicate=duplicate, training=False, correct=None, explanation="")
+        names = revealed(plan, assigned, choice)
+        return Submitted(judgement=judgement, duplicate=duplicate, training=False, correct=None, explanation="", reveal=names)
     pair = plan.pairs[assigned.pair_id]
     expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
     correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)

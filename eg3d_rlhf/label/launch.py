@@ -23,7 +23,7 @@ from eg3d_rlhf.label.store import Store
 from training.config import knobs_of
 
 DB = "sqlite:///runs/labels/labels.db"
-SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render")
+SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 
 
@@ -46,7 +46,8 @@ class Request:
     def to_json(self) -> dict:
         """Everything that the plan depends on, as JSON types."""
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
-        return {"network": self.network, "after": self.after, **pairing, **self.settings}
+        settings = {**self.settings, "questions": list(self.settings["questions"])}
+        return {"network": self.network, "after": self.after, **pairing, **settings}
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
         """The settings that are frozen with the campaign."""
@@ -65,9 +66,11 @@ def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) ->
     if stored is None:
         raise ValueError(f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose another name.")
     for flag in sorted(given & set(wanted)):
-        if stored.get(flag) != wanted[flag]:
+        kept = stored.get(flag, getattr(CampaignSettings, flag, None))  # a flag that there was not yet is at its default
+        kept = list(kept) if isinstance(kept, tuple) else kept
+        if kept != wanted[flag]:
             raise ValueError(
-                f"--{flag.replace('_', '-')}: expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}. "
+                f"--{flag.replace('_', '-')}: expected {kept}, with which campaign {name!r} was planned, got {wanted[flag]}. "
                 "Leave the flag out to go on with that campaign, or begin another with --campaign=NAME."
             )
     return stored

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
+from eg3d_rlhf.label.questions import answers_to, parse_questions
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 
@@ -56,6 +57,7 @@ class LabelFilters:
     least_gold_accuracy: float | None = None  # 0..1; annotators below it, or without an answered gold check, are left out
     drop_repeats: bool = False  # keep each annotator's first answer to a pair alone
     min_milliseconds: int = 0  # leave out faster answers
+    question: str | None = None  # take the votes on it as answers; judgements without one are left out. None: which one is better
     since: str | float | None = None  # received from then on: ISO 8601 (local time unless it says otherwise), or seconds since 1970
 
     def __post_init__(self):
@@ -89,11 +91,12 @@ class LabelFilters:
                     hits[row.annotator].append(row.choice.meets(row.expected))
             trusted = {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
         kinds = COMPARED[:1] if self.drop_repeats else COMPARED
-        return [
+        kept = [
             row for row in rows
             if row.kind in kinds and row.choice is not Choice.SKIP and row.annotator in trusted
             and row.milliseconds >= self.min_milliseconds and row.received_at >= self.start
         ]  # fmt: skip
+        return kept if self.question is None else answers_to(self.question, kept)
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
@@ -127,10 +130,11 @@ def to_preference(row: JudgementRow) -> Preference:
         )
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
-    known = {**_known(row), "side": side, "left_seed": left.seed}
+    both = "bad" if row.choice is Choice.BAD else None
+    known = {**_known(row), "side": side, "left_seed": left.seed, "both": both}
     return Preference(
         winner=winner.seed, loser=loser.seed, generator=left.generator or None, psi=None if math.isnan(left.psi) else left.psi,
-        annotator=row.annotator, time=row.received_at, tie=row.choice is Choice.TIE,
+        annotator=row.annotator, time=row.received_at, tie=row.choice.equal,
         extra={k: v for k, v in known.items() if v is not None},
     )  # fmt: skip
 
@@ -147,10 +151,19 @@ def _known(row: JudgementRow) -> dict:
 
 def to_unpaired(row: JudgementRow) -> UnpairedPreference:
     """A judgement of a shape by itself as a label, its provenance in `extra`."""
+    score = float(row.choice.value) if row.choice.value.isdigit() else None
+    return _unpaired(row, row.left, row.choice.good if score is None else None, score)
+
+
+def both_bad_unpaired(row: JudgementRow) -> list[UnpairedPreference]:
+    """What the answer "both are bad" says of either shape: not good."""
+    return [_unpaired(row, shape, False, None) for shape in (row.left, row.right)]
+
+
+def _unpaired(row: JudgementRow, shape: Shape, label: bool | None, score: float | None) -> UnpairedPreference:
     _refuse_assets(row, "asset-scores")
-    shape, score = row.left, float(row.choice.value) if row.choice.value.isdigit() else None
     return UnpairedPreference(
-        seed=shape.seed, label=row.choice.good if score is None else None, score=score, generator=shape.generator or None,
+        seed=shape.seed, label=label, score=score, generator=shape.generator or None,
         psi=None if math.isnan(shape.psi) else shape.psi, annotator=row.annotator, time=row.received_at,
         extra={k: v for k, v in _known(row).items() if v is not None},
     )  # fmt: skip
@@ -187,6 +200,12 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[Ju
         if campaign.settings.mode is not mode:
             wanted, got = (WORDS[one] for one in (mode, campaign.settings.mode))
             raise ValueError(f"campaign {chosen.campaign}: expected {wanted}, got {got}. Name another.")
+    if chosen.question is not None:
+        named = [c for c in store.campaigns() if chosen.campaign in (None, c.settings.name)]
+        asked = {question.name for c in named for question in parse_questions(c.settings.questions)}
+        if chosen.question not in asked:
+            listed = ", ".join(sorted(asked)) or "none"
+            raise ValueError(f"question: expected one that was asked ({listed}), got {chosen.question!r}. Name one of them.")
     names = {annotator.name for annotator in store.annotators()}
     unknown = sorted(set(chosen.annotators) - names)
     if unknown:
@@ -217,6 +236,14 @@ def export_labels(store: "Store", path: str | Path, **filters) -> Path:
     return write_labels(path, preferences_of(store, LabelFilters(**filters)))
 
 
-def export_unpaired(store: "Store", path: str | Path, **filters) -> Path:
-    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path."""
-    return write_unpaired(path, [to_unpaired(row) for row in kept_judgements(store, LabelFilters(**filters), Mode.SINGLE)])
+def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:
+    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path.
+
+    Args: from_pairs: of campaigns of pairs, both shapes of each pair that was answered with "both are bad", as not good.
+    Raises: as `preferences_of`.
+    """
+    chosen = LabelFilters(**filters)
+    if from_pairs:
+        bad = (row for row in kept_judgements(store, chosen, Mode.LABEL) if row.choice is Choice.BAD)
+        return write_unpaired(path, [label for row in bad for label in both_bad_unpaired(row)])
+    return write_unpaired(path, [to_unpaired(row) for row in kept_judgements(store, chosen, Mode.SINGLE)])

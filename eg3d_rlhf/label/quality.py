@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
+from eg3d_rlhf.label.questions import answers_to, figures
 from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry, cycles
@@ -41,7 +42,9 @@ def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
 
 
 def side_free(row: JudgementRow) -> str:
-    """The answer without sides: 'first', 'second', 'tie' or 'skip'; of a shape by itself, the answer."""
+    """The answer without sides: 'first', 'second', 'tie' (both bad is one) or 'skip'; of a shape by itself, the answer."""
+    if row.choice.equal:
+        return Choice.TIE.value
     if row.choice not in (Choice.LEFT, Choice.RIGHT):
         return row.choice.value
     return "first" if (row.choice == Choice.LEFT) == row.first_is_left else "second"
@@ -65,6 +68,7 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
         "agreement": agreement(kept),
         "bradley_terry": _strengths(comparisons, names, limits),
         "cycles": cycles(comparisons).to_dict(),
+        "questions": by_question(kept),
         "timeline": timeline(kept),
     }
 
@@ -78,7 +82,7 @@ def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLi
     gaps = [b - a for a, b in itertools.pairwise(sorted(r.received_at for r in rows))]
     worked = [gap for gap in gaps if gap <= limits.break_seconds]
     out = {
-        "name": name, "judgements": len(rows), "ties": choices[Choice.TIE], "skips": choices[Choice.SKIP],
+        "name": name, "judgements": len(rows), "ties": choices[Choice.TIE], "both_bad": choices[Choice.BAD], "skips": choices[Choice.SKIP],
         "skip_reasons": dict(Counter(r.reason or "other" for r in rows if r.choice == Choice.SKIP)),
         "median_seconds": statistics.median(seconds) if seconds else None,
         "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,
@@ -114,6 +118,17 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
         "cohen_kappa": kappas, "krippendorff_alpha": shown, "alpha_ci95": alpha.to_dict()["ci95"], "alpha_n": alpha.n,
         "alpha_needs": max(0, LEAST_UNITS - alpha.n), "least": LEAST_UNITS,
     }  # fmt: skip
+
+
+def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
+    """Of each question that was asked besides: counts, how far the votes go with the overall answer, and Krippendorff's alpha."""
+    rows = [row for row in rows if row.kind != Kind.GOLD]
+    names = dict.fromkeys(name for row in rows for name in row.votes)
+    return [{**figures(name, rows), **_alpha(answers_to(name, rows))} for name in names]
+
+
+def _alpha(rows: Iterable[JudgementRow]) -> dict:
+    return {name: value for name, value in agreement(rows).items() if name != "cohen_kappa"}
 
 
 def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
@@ -171,8 +186,8 @@ def _flags(found: dict, limits: QualityLimits) -> list[str]:
             flags.append(f"one-sided: good in {found['good_share']:.0%}")
         if found["skips"] > limits.skip_share * n:
             flags.append(f"skips {found['skips']} of {n}")
-        if found["ties"] > limits.tie_share * n:
-            flags.append(f"ties {found['ties']} of {n}")
+        if found["ties"] + found["both_bad"] > limits.tie_share * n:
+            flags.append(f"ties {found['ties'] + found['both_bad']} of {n}")
     for name, words in (("self_consistency", "repeats"), ("swap_consistency", "swapped repeats")):
         bounds = found[f"{name}_ci95"]
         if bounds is not None and bounds[1] < limits.consistency:
@@ -193,7 +208,7 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
         if row.choice == Choice.SKIP or row.kind == Kind.GOLD or row.left == row.right:
             continue
         winner, loser = (row.left, row.right) if row.choice != Choice.RIGHT else (row.right, row.left)
-        found.append(Comparison(winner, loser, row.choice == Choice.TIE))
+        found.append(Comparison(winner, loser, row.choice.equal))
     return found, name
 
 

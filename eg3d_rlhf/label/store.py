@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from sqlalchemy import Connection, Select, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from eg3d_rlhf.label import campaigns, judgements
 from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
@@ -19,6 +19,7 @@ from eg3d_rlhf.label.entities import (
     AssignedPair,
     CampaignSettings,
     JudgementRow,
+    OwnAnswer,
     PlannedPair,
     Progress,
     Shape,
@@ -26,6 +27,7 @@ from eg3d_rlhf.label.entities import (
     StoredCampaign,
     Submitted,
 )
+from eg3d_rlhf.label.review import comments, own_answers
 
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 KNOWN = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
@@ -184,11 +186,27 @@ class Store:
         """Take back the annotator's last counting answer, or that of `assignment`, with a further record; idempotent by key.
 
         Returns the token of the assignment that is open again, None if there was nothing to take back.
-        Raises: LookupError for a foreign assignment; ConflictError when the key was an answer's; ValueError for an unfit key.
+        Raises: LookupError for a foreign assignment; ConflictError when the key was an answer's, and for answers that stay: of a study
+        that is complete, and those after which names were told; ValueError for an unfit key.
         """
         judgements.check_text("key", key)
+        plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return judgements.undo(c, campaign_id, annotator_id, key, assignment, self.clock())
+            return judgements.undo(c, plan, annotator_id, key, assignment, self.clock())
+
+    def answers(self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20) -> list[OwnAnswer]:
+        """The annotator's answers that count, practice aside, the pair that was handed out last first.
+
+        Args: before: only those of a lower sequence: the last one's of the page before.
+        """
+        plan = self._plan(campaign_id)
+        with self.database.read() as c:
+            return own_answers(c, plan, annotator_id, before, count, self.clock())
+
+    def comments(self, campaign_id: int, count: int = 200) -> list[Row]:
+        """What annotators remarked, newest first: annotator, received_at, choice, comment."""
+        with self.database.read() as c:
+            return comments(c, campaign_id, count)
 
     def progress(self, campaign_id: int, annotator_id: int) -> Progress:
         """How far the annotator is."""

@@ -105,6 +105,10 @@ def score(row: JudgementRow, ties: str) -> float:
     return {"first": 0.0, "second": 1.0, "tie": 0.5 if ties == "half" else np.nan, "skip": np.nan}[side_free(row)]
 
 
+def _ties(rows: Sequence[JudgementRow]) -> int:
+    return sum(row.choice.equal for row in rows)
+
+
 def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
     """Win rate with every interval and test that the design names; figures are None without a trial that counts.
 
@@ -115,7 +119,7 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
     decided = [s for s, r in zip(scores, rows, strict=True) if r.choice in (Choice.LEFT, Choice.RIGHT)]
     wins = int(sum(decided))
     out: dict = {
-        "n": int(np.sum(~np.isnan(scores))), "b_wins": wins, "a_wins": len(decided) - wins, "ties": choices[Choice.TIE],
+        "n": int(np.sum(~np.isnan(scores))), "b_wins": wins, "a_wins": len(decided) - wins, "ties": _ties(rows),
         "skips": choices[Choice.SKIP], "annotators": len({r.annotator for r in rows}), "latents": len({r.pair for r in rows}),
         "confidence": confidence, "p_exact": binomial_test(wins, len(decided)) if decided else None,
     }  # fmt: skip
@@ -179,7 +183,7 @@ def _annotators(design: StudyDesign, found: Sorted) -> list[dict]:
         n = int(np.sum(~np.isnan(scores)))
         sides, choices = _sides(mine, design.ties), Counter(r.choice for r in mine)
         table.append({
-            "name": name, "trials": len(mine), "ties": choices[Choice.TIE], "skips": choices[Choice.SKIP], "n": n,
+            "name": name, "trials": len(mine), "ties": _ties(mine), "skips": choices[Choice.SKIP], "n": n,
             "win_rate": float(np.nanmean(scores)) if n else None, "wilson": list(wilson_interval(float(np.nansum(scores)), n)),
             "left_share": sides["left_share"], "left_ci": sides["left_ci"], "gold_right": sum(gold), "gold_n": len(gold),
             "median_seconds": statistics.median(r.milliseconds for r in mine) / 1000,

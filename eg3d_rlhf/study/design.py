@@ -222,7 +222,7 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
     return CampaignSettings(
         name=design.name, mode=Mode.STUDY, seed=design.seed, annotators_per_pair=design.annotators_per_pair,
         repeat_share=0.0, swap_share=0.0, gold_every=design.gold_every, trials_per_annotator=design.quota, show_render=False,
-        extra={"design_hash": design.hash},
+        extra={"design_hash": design.hash, "trials": design.trials, "until": design.until},  # answers stay once they are in
     )  # fmt: skip
 
 

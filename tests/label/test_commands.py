@@ -19,15 +19,16 @@ from eg3d_rlhf.label.store import Store
 from tests.label import serving
 
 FLAGS = """
---access-log --active --after --annotators-per-pair --cache --campaign --certificate --db --diversity --doubtful --dry-run --first-seed
---gold --gold-every --host --key --level --network --no-show-render --pairs --pool --port --proxy --psi --repeat-gap --repeat-share
---resolution --reward --rounds --seed --show-render --single --strategy --swap-share --title --tournament --training --trials-per-annotator
---triangles --trunc -n
+--access-log --active --after --annotators-per-pair --both-bad --cache --campaign --certificate --db --diversity --doubtful --dry-run
+--first-seed --gold --gold-every --host --key --level --network --no-both-bad --no-reveal
+--no-show-render --pairs --pool --port --proxy --psi --questions --repeat-gap --repeat-share --resolution --reveal --reward --rounds --seed
+--show-render --single --strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc -n
 """.split()
 OTHERS = {
     "add-annotator": ["--admin", "--db"], "revoke": ["--db"], "annotators": ["--db", "--json"], "status": ["--db", "--json"],
     "import": ["--annotator", "--campaign", "--db"],
-    "export": ["--annotator", "--campaign", "--db", "--drop-repeats", "--kind", "--least-gold-accuracy", "--min-milliseconds", "--since"],
+    "export": ["--annotator", "--campaign", "--db", "--drop-repeats", "--from-pairs", "--kind", "--least-gold-accuracy",
+               "--min-milliseconds", "--question", "--since"],
 }  # fmt: skip
 
 

@@ -111,11 +111,15 @@ def test_tables_that_do_not_fit_leave_nothing_behind(store, tmp_path, text, word
     assert store.campaigns() == [] and list(store.judgements()) == []
 
 
+VOTES = {"ears": "right", "geometry": "tie"}
+
+
 @pytest.fixture
 def judged(store):
     """Two annotators, 4 pairs and 2 gold pairs each: ann is right on gold, bob is not and fast; a tie, a skip, an undo, an open pair."""
     clock = store.clock
-    settings = CampaignSettings(name="heads", annotators_per_pair=2, gold_every=2, repeat_share=0, swap_share=0)
+    asked = ("geometry", "ears=Ears?")
+    settings = CampaignSettings(name="heads", annotators_per_pair=2, gold_every=2, repeat_share=0, swap_share=0, questions=asked)
     campaign = store.create_campaign(settings, plan(5, gold=2))
     for name in ("ann", "bob"):
         store.add_annotator(name)
@@ -130,10 +134,10 @@ def judged(store):
             if left.seed >= 10:  # gold
                 choice = better if who.name == "ann" else worse
             sent = answer(shown, f"k{k}", choice, milliseconds=900 if who.name == "bob" else 3000, views=("front", "left"), answered_at=5.0)
-            sent = replace(sent, votes={"texture": "right", "geometry": "tie"}, comment="Ärmel «zu» lang, o/k?") if k == 3 else sent
+            sent = replace(sent, votes={} if choice is Choice.SKIP else VOTES, comment="Ärmel «zu» lang, o/k?" if k == 3 else None)
             store.submit(campaign, who.id, sent)
         store.undo(campaign, who.id, "u")
-        store.submit(campaign, who.id, answer(shown, "k again", choice, milliseconds=5000))
+        store.submit(campaign, who.id, answer(shown, "k again", choice, milliseconds=5000, votes=VOTES))
     return store
 
 
@@ -228,7 +232,7 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
         assert export_judgements(copy, tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
         rows = list(judged.judgements(include_undone=True))
         moved = list(copy.judgements(include_undone=True))
-        assert sum(r.votes == {"geometry": "tie", "texture": "right"} and r.comment == "Ärmel «zu» lang, o/k?" for r in moved) == 2
+        assert sum(r.votes == VOTES for r in moved) == 14 and [r.comment for r in moved if r.comment] == 2 * ["Ärmel «zu» lang, o/k?"]
         assert [r.__dict__ | {"id": 0, "pair": 0} for r in moved] == [r.__dict__ | {"id": 0, "pair": 0} for r in rows]
         assert copy.campaign("heads").settings == judged.campaign("heads").settings
         assert copy.annotators()[0].name == "ann" and all(token not in path.read_text() for token in ("token_hash", "expires"))
@@ -239,7 +243,7 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
         there = judged.assignments(1, 1)
         assert [(a.left, a.right) for a in work] == [(a.left, a.right) for a in there]  # the same decision on the same past
         assert [a.token for a in work[:2]] == [a.token for a in there[:2]]  # those that were open; the third is new
-        copy.submit(campaign, ann, answer(work[0], "later"))
+        copy.submit(campaign, ann, answer(work[0], "later", votes=VOTES))
         assert import_judgements(copy, path) == 0
 
 
@@ -257,7 +261,7 @@ def test_an_export_from_before_votes_and_assets_is_read(judged, tmp_path):
 def test_new_judgements_of_a_known_campaign_are_added(judged, tmp_path):
     first = export_judgements(judged, tmp_path / "first.jsonl", "heads")
     who = judged.annotators()[0].id
-    judged.submit(1, who, answer(judged.assignments(1, who)[0], "more"))
+    judged.submit(1, who, answer(judged.assignments(1, who)[0], "more", votes=VOTES))
     judged.undo(1, who, "undo more")
     second = export_judgements(judged, tmp_path / "second.jsonl", "heads")
     with Store.open(f"sqlite:///{tmp_path / 'copy.db'}") as copy:
@@ -276,6 +280,7 @@ BAD_LINES = {
     "script": ('{"record": "annotator", "name": "<script>", "role": "admin"}', "expected a name and a role"),
     "other campaign": ('{"record": "campaign", "name": "heads", "settings": {"name": "heads", "mode": "study"}}', "uses for another"),
     "settings": ('{"record": "campaign", "name": "new", "settings": {"colour": 1}}', "expected the settings"),
+    "votes": ("", "expected votes as JSON"),
     "no key": ('{"record": "judgement", "campaign": "heads", "annotator": "ann", "type": "choice"}', "'key'"),
 }  # fmt: skip
 
@@ -284,6 +289,9 @@ BAD_LINES = {
 def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
     line, words = BAD_LINES[case]
     path = export_judgements(judged, tmp_path / "all.jsonl")
+    if case == "votes":
+        line = next(one for one in path.read_text().splitlines() if "geometry" in one and '"judgement"' in one)
+        line = json.dumps(json.loads(line) | {"key": "other", "votes": '{"geometry": "up"}'})
     with path.open("a") as file:
         file.write(line + "\n")
     with Store.open(f"sqlite:///{tmp_path / 'copy.db'}") as copy:

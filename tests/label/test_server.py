@@ -50,7 +50,7 @@ def test_a_judgement_is_kept_as_it_was_sent(served):
     response = answer(page, pair["assignment"], "key-1", "right", **values)
     assert response.status_code == 201
     found = response.json()
-    assert found.pop("progress")["done"] == 1 and found == {"accepted": True, "duplicate": False, "training": None}
+    assert found.pop("progress")["done"] == 1 and found == {"accepted": True, "duplicate": False, "training": None, "reveal": None}
     row = list(served.store.judgements())[-1]
     assert (row.assignment, row.choice, row.milliseconds, row.views) == (pair["assignment"], "right", 4321, ("front", "orbit"))
     assert (row.answered_at, row.page_version, row.annotator) == (1.7e9, "abc", "local")

@@ -121,7 +121,7 @@ def test_earlier_versions_are_led_to_the_present_with_its_judgements(old_url):
         assert (row.left.file, row.left.condition, row.votes, row.comment) == ("", "", {}, None)
         campaign, ann = store.campaign("old").id, store.annotators()[0].id
         (shown,) = store.assignments(campaign, ann)
-        store.submit(campaign, ann, answer(shown, "k2", page_version="2", votes={"geometry": "tie"}, comment="eh"))
+        store.submit(campaign, ann, answer(shown, "k2", page_version="2", comment="eh"))
         assert store.undo(campaign, ann, "u") == shown.token and store.session(store.open_session(ann, 10)).name == "ann"
         with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
             c.execute(text("UPDATE judgements SET page_version = 'x'"))
@@ -129,7 +129,7 @@ def test_earlier_versions_are_led_to_the_present_with_its_judgements(old_url):
             assert list(c.execute(text("SELECT version FROM schema_versions ORDER BY version")).scalars()) == list(range(1, VERSION + 1))
     with Store.open(old_url) as again:
         rows = list(again.judgements(include_undone=True))
-        assert [(row.votes, row.comment) for row in rows] == [({}, None), ({"geometry": "tie"}, "eh")]
+        assert [(row.votes, row.comment) for row in rows] == [({}, None), ({}, "eh")]
 
 
 def test_an_upgraded_database_equals_a_new_one(old_url, request, tmp_path):

@@ -242,7 +242,7 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
 def test_flags_of_the_command_are_frozen():
     assert sorted(name for p in main.params for name in (*p.opts, *p.secondary_opts)) == sorted(
         "--network --labels --observation --resolution --crop --psi --cutoff "
-        "--campaign --annotator --least-gold-accuracy --drop-repeats --min-milliseconds --since "
+        "--campaign --annotator --least-gold-accuracy --drop-repeats --min-milliseconds --since --question "
         "--any-generator --more-network --points --fractions --split-seed --preset --members --aggregate --strength "
         "--bootstrap --no-bootstrap --shared-start --epochs --patience --batch --lr "
         "--cosine --no-cosine --weight-decay --anchors --mirror --no-mirror --pairs --scalar --bradley-terry --reconstruction "

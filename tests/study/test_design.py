@@ -106,6 +106,6 @@ def test_the_campaign_is_a_study_without_repeats_and_leaves_room_for_the_gold_ch
     design = small_design()
     settings = campaign_settings(design)
     assert settings.mode == Mode.STUDY and settings.repeat_share == settings.swap_share == 0 and not settings.show_render
-    assert settings.trials_per_annotator == 25 and settings.extra == {"design_hash": design.hash}  # 22 trials and 3 checks
+    assert settings.trials_per_annotator == 25 and settings.extra["design_hash"] == design.hash  # 22 trials and 3 checks
     assert study_pairs(design) == study_pairs(design) != study_pairs(small_design(seed=4))
     assert [p.kind for p in study_pairs(small_design(gold_every=0))].count(Kind.GOLD) == 0

@@ -26,6 +26,9 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # keys and toke
 AssetPath = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 
 
+QuestionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+
+
 class Sent(BaseModel):
     """A request's body: fields of exactly these types, and no others."""
 
@@ -37,12 +40,14 @@ class Judgement(Sent):
 
     key: Word  # the page's own name for this answer: sent again, nothing changes
     assignment: Word
-    choice: Literal["left", "right", "tie", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]  # which of them, the scale says
+    choice: Literal["left", "right", "tie", "bad", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]  # which of them, the scale says
     reason: Literal["broken", "identical", "unsure", "other"] | None = None  # entities.SKIP_REASONS
     milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]
     views: Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]], Field(max_length=64)]
     answered_at: Annotated[float, Field(ge=0, le=1e11)]
     page_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]{0,64}$")]
+    votes: Annotated[dict[QuestionName, Literal["left", "right", "tie"]], Field(max_length=8)] = {}  # on the campaign's questions
+    comment: Annotated[str, Field(min_length=1, max_length=500)] | None = None  # printable: see eg3d_rlhf.label.judgements
 
     @model_validator(mode="after")
     def _reason_of_skips(self):
@@ -77,6 +82,13 @@ class Error(BaseModel):
     remedy: str
 
 
+class Question(BaseModel):
+    """What is asked besides which is better; the page knows the text where it is null."""
+
+    name: str
+    text: str | None
+
+
 class Session(BaseModel):
     """What the page needs to know of itself and its annotator."""
 
@@ -90,6 +102,9 @@ class Session(BaseModel):
     page_version: str
     skip_reasons: list[str]
     exposed: bool
+    both_bad: bool
+    questions: list[Question]
+    reveal: bool
 
 
 class Preparing(BaseModel):
@@ -125,12 +140,20 @@ class Lesson(BaseModel):
     explanation: str
 
 
+class Revealed(BaseModel):
+    """Which generators made the shapes."""
+
+    left: str
+    right: str
+
+
 class Accepted(BaseModel):
     """A judgement is kept."""
 
     accepted: bool
     duplicate: bool
     training: Lesson | None
+    reveal: Revealed | None
     progress: Progress
 
 
@@ -139,6 +162,37 @@ class Undone(BaseModel):
 
     assignment: str | None
     progress: Progress
+
+
+class OwnAnswer(BaseModel):
+    """An answer as its annotator sees it again."""
+
+    sequence: int
+    assignment: str
+    left: str
+    right: str
+    choice: str
+    reason: str | None
+    votes: dict[str, str]
+    comment: str | None
+    answered: float
+    changeable: bool
+
+
+class OwnAnswers(BaseModel):
+    """A page of them, newest first; `more` lie before the last one's sequence."""
+
+    answers: list[OwnAnswer]
+    more: bool
+
+
+class Comment(BaseModel):
+    """A remark of an annotator as admins see it."""
+
+    annotator: str
+    received: float
+    choice: str
+    comment: str
 
 
 class AnnotatorLine(BaseModel):

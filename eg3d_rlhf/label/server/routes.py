@@ -17,6 +17,7 @@ from eg3d_rlhf.label.archive import export_judgements
 from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign
 from eg3d_rlhf.label.preferences import export_labels, export_unpaired
 from eg3d_rlhf.label.quality import quality_report
+from eg3d_rlhf.label.questions import parse_questions
 from eg3d_rlhf.label.server import models
 from eg3d_rlhf.label.server.identity import Identities, Identity
 from eg3d_rlhf.label.server.models import Refusal
@@ -81,6 +82,8 @@ def _work(router: APIRouter, context: Context) -> None:
             "mode": settings.mode.value, "scale": settings.scale,
             "title": context.options.title, "show_render": settings.show_render and not context.shapes.blind,
             "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
+            "both_bad": settings.both_bad, "questions": [asdict(question) for question in parse_questions(settings.questions)],
+            "reveal": settings.reveal,
         })  # fmt: skip
 
     @router.get("/assignments", response_model=models.Assignments)
@@ -93,6 +96,15 @@ def _work(router: APIRouter, context: Context) -> None:
         waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
         found = [{"assignment": p.token, "training": p.training, "left": p.left, "right": p.right} for p in pairs]
         return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "preparation": shapes.progress()})
+
+    @router.get("/answers", response_model=models.OwnAnswers)
+    def answers(
+        who: Who, before: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None, count: Annotated[int, Query(ge=1, le=50)] = 20
+    ):
+        """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment opens one again."""
+        _judge(context, who)
+        found = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
+        return {"answers": found[:count], "more": len(found) > count}
 
 
 def label_api(context: Context) -> APIRouter:
@@ -149,7 +161,8 @@ def _judgements(router: APIRouter, context: Context) -> None:
         with _refusals("This assignment is answered already.", "Undo that answer first, or go on.", "Correct the answer."):
             kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
         lesson = {"correct": kept.correct, "explanation": kept.explanation} if kept.training else None
-        found = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "progress": _progress(context, who)}
+        names = {"left": kept.reveal[0], "right": kept.reveal[1]} if kept.reveal else None
+        found = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "reveal": names, "progress": _progress(context, who)}
         return JSONResponse(found, 200 if kept.duplicate else 201)
 
     @router.post("/undo", response_model=models.Undone)
@@ -180,6 +193,12 @@ def admin_api(context: Context) -> APIRouter:
     @router.get("/openapi.json", include_in_schema=False)
     def description(request: Request) -> JSONResponse:
         return JSONResponse(request.app.openapi())
+
+    @router.get("/comments", response_model=list[models.Comment])
+    def comments(count: Annotated[int, Query(ge=1, le=1000)] = 200):
+        """What annotators remarked, newest first; remarks of answers that were taken back are left out."""
+        rows = context.store.comments(context.campaign.id, count)
+        return [{"annotator": row.annotator, "received": row.received_at, "choice": row.choice, "comment": row.comment} for row in rows]
 
     _annotators(router, context)
 
