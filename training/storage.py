@@ -17,13 +17,16 @@ CHECKSUM_KEY = "sha256"
 FORMAT = 1  # of the files that are written; they say so from 2 on, so that equal contents keep their bytes; later ones are refused
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, and rename: readers see the old file or the new one, never half."""
+def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, and rename: readers see the old file or the new one, never half.
+
+    A `private` file, and a folder that is made for it, can be read by their owner alone.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        path.parent.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

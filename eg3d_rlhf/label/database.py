@@ -23,6 +23,7 @@ has places, a second assignment of a pair to one annotator, a second use of a ke
 import contextlib
 import enum
 import functools
+import os
 import sqlite3
 import threading
 import time
@@ -34,6 +35,7 @@ from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, fun
 from sqlalchemy.exc import ArgumentError, DatabaseError, DisconnectionError
 
 BUSY_SECONDS = 30
+CONNECT_SECONDS = 5  # to PostgreSQL
 IDLE_SECONDS = 5.0
 VERSION = 3  # of the tables; STEPS lead there from earlier ones
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
@@ -58,6 +60,9 @@ class Database:
             raise FileNotFoundError(f"store: expected a database at {path}, got nothing there. Check the path, or label some pairs first.")
         if self.sqlite and create and not path.parent.is_dir():
             raise FileNotFoundError(f"store: expected a folder {path.parent} for {path.name}, got none. Make it, or name another.")
+        if self.sqlite and create:  # its -wal and -shm files have the same rights
+            with contextlib.suppress(OSError):  # there already, or what connecting complains of below
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         self.engine = _engine(self.url, self.sqlite)
         # single statements need no BEGIN and ROLLBACK around them, which are messages to the server
         self._reader = self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -129,7 +134,7 @@ def parse_url(url: str) -> URL:
 def _engine(url: URL, sqlite: bool) -> Engine:
     if not sqlite:
         try:
-            engine = create_engine(url, pool_size=20, max_overflow=40)
+            engine = create_engine(url, pool_size=20, max_overflow=40, connect_args={"connect_timeout": CONNECT_SECONDS})
         except ImportError:
             raise ValueError("store: expected psycopg 3 for PostgreSQL, got none. pip install 'eg3d-rlhf[postgres]'.") from None
         _ask_idle_connections(engine)

@@ -59,6 +59,8 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which an undo has used. Send another key.")
     if before is not None:
         assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
+        if (assigned.token, before.choice, before.reason) != (answer.assignment, answer.choice.value, answer.reason):
+            raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which another answer has used. Send another key.")
         return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
     assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
     settings = plan.campaign.settings

@@ -128,7 +128,7 @@ def open_store(url: str, create: bool) -> Iterator[Store]:
     path = sqlite_file(url)
     with naming("--db"):
         if create and path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(0o700, parents=True, exist_ok=True)
         store = Store.open(url, create)
     with store:
         yield store
@@ -205,6 +205,8 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
             address = address.replace(everywhere, f"//{socket.gethostname()}:")
         for line in announce(address):
             click.echo(line)
+        if server.key is not None and server.key.stat().st_mode & 0o077:
+            click.echo(f"--key: other accounts of this machine can read it; chmod 600 {server.key}")
         if server.exposed and server.certificate is None and server.proxy is None:
             click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
 

@@ -214,7 +214,7 @@ class Preparation:
         with self._lock:
             if self.running:
                 return
-            self.cache.folder.mkdir(parents=True, exist_ok=True)
+            self.cache.folder.mkdir(0o700, parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self._file.unlink()  # what an earlier worker said is no longer so
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

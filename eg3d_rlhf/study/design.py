@@ -153,11 +153,11 @@ def content_hash(content: dict) -> str:
 
 
 def write_design(path: str | Path, design: StudyDesign) -> Path:
-    """Write the file once. Raises: FileExistsError where there is one."""
+    """Write the file once, for its owner alone: it says which side is which. Raises: FileExistsError where there is one."""
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path}: expected no design yet, got one. Go on with that study, or name another folder.")
-    write_atomic(path, (json.dumps(design.to_dict(), indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(design.to_dict(), indent=1) + "\n").encode(), private=True)
     return path
 
 

@@ -43,8 +43,20 @@ def unprivileged() -> pwd.struct_passwd | None:
 class PostgresServer:
     """A running server and the URLs of what is in it."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen):
-        self.folder, self.process = folder, process
+    def __init__(self, folder: Path, command: list, who: dict):
+        self.folder, self.command, self.who = folder, command, who
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers. Raises: RuntimeError with its log."""
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder, **self.who)
+        _wait(self.folder, self.process)
+
+    def stop(self) -> None:
+        """Stop it at once, as if its machine had lost power."""
+        self.process.send_signal(3)  # SIGQUIT
+        self.process.wait(30)
 
     def new_database(self) -> str:
         """Make an empty schema of its own; returns a URL that sees it alone."""
@@ -71,14 +83,12 @@ def run_postgres() -> Iterator[PostgresServer]:
         )  # fmt: skip
         settings = ["listen_addresses=", f"unix_socket_directories={folder}", "max_connections=120", "deadlock_timeout=200ms"]
         command = [binaries / "postgres", "-D", folder / "data", *(part for setting in settings for part in ("-c", setting))]
-        with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **who)
+        server = PostgresServer(folder, command, who)
         try:
-            _wait(folder, process)
-            yield PostgresServer(folder, process)
+            server.start()
+            yield server
         finally:
-            process.send_signal(3)  # SIGQUIT: at once, nothing is kept
-            process.wait(30)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import uvicorn
 from fastapi import FastAPI
 
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.server.app import configure, create_app, listen
+from eg3d_rlhf.label.server.connections import Server
 from eg3d_rlhf.label.server.options import AppOptions, Limits
 from eg3d_rlhf.label.shape_files import ShapeCache, compress, encode_mesh
 from eg3d_rlhf.label.store import Store
@@ -24,7 +24,7 @@ NAMES = {"a": "baseline-network", "b": "finetuned-network"}  # of the two genera
 FIRST_SEED = 7_654_321
 SAME = {"Sec-Fetch-Site": "same-origin"}
 
-GENEROUS = Limits(strangers=(1e4, 1e5), guesses=(1e4, 1e5), all_guesses=(1e4, 1e5), requests=(1e4, 1e5))  # for tests of other things
+GENEROUS = Limits(strangers=(1e4, 1e5), guesses=(1e4, 1e5), requests=(1e4, 1e5))  # for tests of other things
 
 
 def shape(generator: str, seed: int) -> Shape:
@@ -117,7 +117,7 @@ def running(folder: Path, config: dict | None = None, **values) -> Iterator[Serv
     """`build` what the values say and serve it from a thread, with uvicorn as `configure` sets it up."""
     served = build(folder, **values)
     socket = listen("127.0.0.1", 0)
-    server = uvicorn.Server(configure(served.app, **(config or {})))
+    server = Server(configure(served.app, **(config or {})), served.options.limits, (config or {}).get("proxy"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     while not server.started:

@@ -61,11 +61,15 @@ def test_a_judgement_is_kept_as_it_was_sent(served):
 def test_sending_again_changes_nothing(served):
     page = served.browser()
     pair = past_training(page)
-    first, again = (answer(page, pair["assignment"], "same", choice) for choice in ("left", "right"))
+    first, again = (answer(page, pair["assignment"], "same") for _ in range(2))
     assert (first.status_code, again.status_code) == (201, 200) and again.json()["duplicate"]
     assert again.json()["progress"] == first.json()["progress"]
     assert [r.choice for r in served.store.judgements() if r.assignment == pair["assignment"]] == ["left"]
     assert answer(page, pair["assignment"], "other").status_code == 409
+    other = page.get("/api/assignments").json()["assignments"][0]["assignment"]
+    for assignment, choice in ((pair["assignment"], "right"), (other, "left"), ("nothing", "left")):  # a key is one answer's
+        assert answer(page, assignment, "same", choice).status_code == 409
+    assert [r.choice for r in served.store.judgements() if r.assignment in (pair["assignment"], other)] == ["left"]
 
 
 def test_undo_opens_the_pair_again(served):
@@ -212,7 +216,7 @@ def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
     assert [served.browser().get("/api/admin/quality").status_code for _ in range(4)] == [200] * 4 and len(calls) == 1
 
 
-def test_errors_of_the_database_say_to_try_again(served, monkeypatch):
+def test_errors_of_the_database_say_to_try_again(served, monkeypatch, caplog):
     from sqlalchemy.exc import OperationalError
 
     def broken(*_):
@@ -221,6 +225,10 @@ def test_errors_of_the_database_say_to_try_again(served, monkeypatch):
     monkeypatch.setattr(served.store, "progress", broken)
     response = served.browser().get("/api/assignments")
     assert response.status_code == 503 and "secret" not in response.text and response.headers["retry-after"] == "2"
+    assert caplog.messages == ["database: disk"]  # a line, without the statement
+    monkeypatch.setattr(served.store, "session", broken)
+    response = served.client(Cookie="session=" + "a" * 40).get("/api/session")
+    assert response.status_code == 503 and response.headers["retry-after"] == "2" and len(caplog.messages) == 2
     monkeypatch.setattr(served.store, "progress", lambda *_: 1 / 0)
     response = served.browser().get("/api/assignments")
     assert response.status_code == 500 and response.json()["error"] == "The server made a mistake."

@@ -113,7 +113,7 @@ def test_training_says_what_was_right(store, work):
     for n, (choice, correct) in enumerate([(right, True), (wrong, False), (Choice.TIE, False), (Choice.SKIP, None)]):
         result = store.submit(campaign, ann, answer(shown, f"k{n}", choice))
         assert (result.training, result.correct, result.explanation) == (True, correct, "because 0")
-        again = store.submit(campaign, ann, answer("nonsense", f"k{n}", Choice.TIE))
+        again = store.submit(campaign, ann, answer(shown, f"k{n}", choice))
         assert again.duplicate and (again.judgement, again.correct) == (result.judgement, correct)
         store.undo(campaign, ann, f"u{n}")
     assert next(store.judgements(include_undone=True)).expected == right
@@ -123,11 +123,14 @@ def test_the_same_key_counts_once(store, work):
     campaign, ann = work
     shown = store.assignments(campaign, ann)[0]
     first = store.submit(campaign, ann, answer(shown, "k"))
-    again = store.submit(campaign, ann, answer(shown, "k", Choice.TIE))
+    again = store.submit(campaign, ann, answer(shown, "k"))
     assert (again.judgement, again.duplicate, first.duplicate) == (first.judgement, True, False)
     assert [row.choice for row in store.judgements()] == [Choice.LEFT]
     with pytest.raises(ConflictError, match="which is answered"):
         store.submit(campaign, ann, answer(shown, "other"))
+    for changed in (answer(shown, "k", Choice.TIE), answer(store.assignments(campaign, ann)[0], "k")):
+        with pytest.raises(ConflictError, match="which another answer has used"):
+            store.submit(campaign, ann, changed)
     store.add_annotator("bob")
     bob = store.annotators()[-1].id
     theirs = store.assignments(campaign, bob)[0]

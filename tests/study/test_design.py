@@ -15,6 +15,7 @@ from tests.study.people import A, B, small_design
 def test_a_design_survives_the_disk_with_its_hash(tmp_path):
     design = small_design(until="2030-01-31T18:00:00+02:00", exclusions=ExclusionRules(gold_least=5), power={"trials": 40})
     path = write_design(tmp_path / "deep" / "design.json", design)
+    assert path.stat().st_mode & 0o077 == path.parent.stat().st_mode & 0o077 == 0  # it says which side is which
     assert read_design(path) == design and read_design(path, design.hash).hash == design.hash
     content = json.loads(path.read_text())
     needed = {"a", "b", "latent_seeds", "trials", "annotators", "gold_every", "exclusions", "until", "plan", "power", "hash", "created"}

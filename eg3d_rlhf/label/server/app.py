@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from eg3d_rlhf.label.server.connections import Server
 from eg3d_rlhf.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
 from eg3d_rlhf.label.server.identity import COOKIE, Identities, csrf_token
 from eg3d_rlhf.label.server.login_page import STYLE_SOURCE, login_page
@@ -81,8 +82,8 @@ def configure(app: FastAPI, certificate: Path | None = None, key: Path | None = 
     """uvicorn's settings; arguments as `serve`."""
     return uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, ssl_certfile=certificate, ssl_keyfile=key,
-        proxy_headers=proxy is not None, forwarded_allow_ips=proxy, timeout_keep_alive=30, timeout_graceful_shutdown=5,
-        limit_concurrency=1000, h11_max_incomplete_event_size=2 * Limits.headers,
+        proxy_headers=proxy is not None, forwarded_allow_ips=proxy, ws="none",
+        timeout_keep_alive=int(Limits.keep_seconds), timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2 * Limits.headers,
     )
 
 
@@ -94,7 +95,7 @@ def serve(
 
     Args:
         certificate, key: PEM files; with them the server speaks https.
-        proxy: address of a reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are believed.
+        proxy: address of a reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are believed, and which may have all connections.
         on_listening: is told the server's address.
     Raises: ValueError for a host that others can reach with options that are not `exposed`; OSError where the port is taken.
     """
@@ -107,7 +108,7 @@ def serve(
         if options.preparation is not None:
             options.preparation.start()
         on_listening(f"{'https' if certificate else 'http'}://{shown}:{server.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[server])
+        Server(config, options.limits, proxy).run(sockets=[server])
     finally:
         if options.preparation is not None:
             options.preparation.stop()

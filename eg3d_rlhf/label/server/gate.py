@@ -24,6 +24,7 @@ import datetime
 import hmac
 import json
 import logging
+import os
 import re
 import secrets
 import time
@@ -32,12 +33,14 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from fastapi.responses import RedirectResponse, Response
+from sqlalchemy import exc
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eg3d_rlhf.label.server.connections import Connection
 from eg3d_rlhf.label.server.identity import COOKIE, Buckets, Identities, Identity, address_key
-from eg3d_rlhf.label.server.models import LOGGER, REMEDIES, Refusal, too_many
+from eg3d_rlhf.label.server.models import LOGGER, REMEDIES, Refusal, no_database, too_many
 from eg3d_rlhf.label.server.options import LOOPBACK, AppOptions, Limits
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -151,15 +154,22 @@ class Entry:
         return {k: v for k, v in found.items() if k != "began" and (k != "refused" or v is not None)}
 
 
+class PrivateFileHandler(RotatingFileHandler):
+    """Its files can be read by their owner alone."""
+
+    def _open(self):
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
 class AccessLog:
     """Writes the lines; without a path, drops them."""
 
     def __init__(self, path: Path | None):
         self._logger = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(0o700, parents=True, exist_ok=True)
             self._logger = logging.Logger(f"access:{path}")  # not registered: nobody else's settings reach it
-            self._logger.addHandler(RotatingFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True))
+            self._logger.addHandler(PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True))
 
     def write(self, event: str, fields: dict) -> None:
         """One line."""
@@ -215,6 +225,10 @@ class Gate:
                 await response(scope, receive, send)
         except Disconnected:
             entry.refused = "disconnected"
+        except (exc.DBAPIError, exc.TimeoutError) as error:
+            answer = no_database(error)
+            entry.refused = answer.error
+            await answer.response()(scope, receive, send)
         except Exception:
             LOGGER.exception("request %s failed", entry.request)
             if entry.status == 0:
@@ -237,12 +251,14 @@ class Gate:
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
         lengths = headers.getlist("content-length")  # looked at before a byte of the body is read
+        if lengths and "transfer-encoding" in headers:  # of the two, a proxy may believe the other
+            raise Refusal(400, "Expected Content-Length or Transfer-Encoding, got both.", "Send one of them.", _CLOSE)
         if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
             raise Refusal(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
         if lengths and int(lengths[0][:20]) > limits.body:
             raise _too_large(limits)
-        identity = await self._identify(headers, method, path, entry)
-        scope.setdefault("state", {})["identity"] = identity
+        state = scope.setdefault("state", {})
+        identity = state["identity"] = await self._identify(headers, method, path, entry, state.get("connection"))
         if method not in SAFE_METHODS:
             if identity is None or identity.by != "token":
                 check_same_origin(headers, scope["scheme"])
@@ -256,7 +272,9 @@ class Gate:
             raise Refusal(400, "Expected a body in UTF-8 without NUL.", "Send it in UTF-8.")
         return body
 
-    async def _identify(self, headers: Headers, method: str, path: str, entry: Entry) -> Identity | None:
+    async def _identify(
+        self, headers: Headers, method: str, path: str, entry: Entry, connection: Connection | None
+    ) -> Identity | None:
         """Who asks, within her rate; None only for what is open to everybody.
 
         Raises: Refusal 401, 429.
@@ -269,6 +287,8 @@ class Gate:
             refusal = error
         if identity is not None:
             entry.annotator, entry.by = identity.annotator.name, identity.by
+            if connection is not None:
+                connection.known_as(f"annotator {identity.annotator.id}")
         wait = self.annotators.take(str(identity.annotator.id)) if identity else self.strangers.take(address)
         if wait:
             raise too_many(wait)

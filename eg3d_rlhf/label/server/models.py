@@ -235,6 +235,13 @@ def too_many(seconds: float) -> Refusal:
     return Refusal(429, "Too many requests.", f"Wait {wait} seconds and try again.", {"Retry-After": str(wait)})
 
 
+def no_database(error: Exception) -> Refusal:
+    """503, and a line in the log without the statement and its values."""
+    reason = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
+    LOGGER.error("database: %s", reason[0])
+    return Refusal(503, "The database did not answer.", "Try again in a moment.", {"Retry-After": "2"})
+
+
 def add_handlers(app: FastAPI) -> None:
     """Make every error of the application a `Refusal`'s response."""
 
@@ -257,6 +264,4 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(DBAPIError)
     @app.exception_handler(TimeoutError)
     async def database(request: Request, error: Exception) -> JSONResponse:
-        LOGGER.error("database: %s", error)
-        refusal = Refusal(503, "The database did not answer.", "Try again in a moment.", {"Retry-After": "2"})
-        return note(request, refusal).response()
+        return note(request, no_database(error)).response()

@@ -28,13 +28,23 @@ class Limits:
     url: int = 2048  # bytes of path and query
     headers: int = 32 * 1024  # bytes of the names and values of a request's headers
     requests: tuple[float, float] = (40.0, 200.0)  # rate and burst of one annotator
-    strangers: tuple[float, float] = (5.0, 60.0)  # of one address, for requests without a valid token or session
+    strangers: tuple[float, float] = (20.0, 300.0)  # of one address, for requests without a valid token or session
     guesses: tuple[float, float] = (1 / 30, 10.0)  # of one address: wrong tokens
-    all_guesses: tuple[float, float] = (1.0, 100.0)  # of all addresses together: wrong tokens
     session_seconds: float = 14 * 24 * 3600.0  # a login lasts so long
+    connections: int = 1000  # on which somebody was logged in; fewer where the system allows less
+    annotator_connections: int = 100  # of them, one annotator's
+    strangers_connections: int = 256  # others; as many again wait for their turn; half of them from one address
+    accepts: tuple[float, float] = (1000.0, 500.0)  # connections taken from the system
+    handshakes: tuple[float, float] = (100.0, 200.0)  # TLS handshakes begun
+    regular_handshakes: tuple[float, float] = (20.0, 100.0)  # of one address where somebody was logged in of late, beyond those
+    handshake_seconds: float = 10.0  # for the handshake, and for waiting until it begins
+    header_seconds: float = 10.0  # for a request's header, from its first byte; of a connection's first one, from the handshake
+    idle_seconds: float = 15.0  # between two requests of a stranger's connection
+    answer_seconds: float = 30.0  # until a stranger has read the answer
+    keep_seconds: float = 120.0  # between two requests of a connection on which somebody was logged in
 
     def __post_init__(self):
-        for name in ("requests", "strangers", "guesses", "all_guesses"):
+        for name in ("requests", "strangers", "guesses", "accepts", "handshakes", "regular_handshakes"):
             rate, burst = getattr(self, name)
             if rate <= 0 or burst < 1:
                 raise ValueError(f"Limits.{name}: expected a rate > 0 and a burst >= 1, got {rate} and {burst}")

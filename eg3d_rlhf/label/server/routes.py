@@ -158,7 +158,8 @@ def _judgements(router: APIRouter, context: Context) -> None:
         """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing changes."""
         _judge(context, who)
         values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
-        with _refusals("This assignment is answered already.", "Undo that answer first, or go on.", "Correct the answer."):
+        conflict = "This assignment is answered already, or the key was another answer's."
+        with _refusals(conflict, "Undo that answer first, or go on.", "Correct the answer."):
             kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
         lesson = {"correct": kept.correct, "explanation": kept.explanation} if kept.training else None
         names = {"left": kept.reveal[0], "right": kept.reveal[1]} if kept.reveal else None
