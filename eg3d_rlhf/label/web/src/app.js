@@ -1,22 +1,27 @@
 // The label page: two shapes, one question. Puts the parts together.
 
 import { Api, signIn } from './api.js';
+import { Comment } from './comment.js';
 import { helpDialog, skipDialog } from './dialogs.js';
 import { watchGestures } from './gestures.js';
 import { watchKeys } from './keys.js';
 import { Looking } from './looking.js';
 import { Outbox } from './outbox.js';
+import { OwnAnswers } from './own_answers.js';
 import { Pace } from './pace.js';
+import { Questions } from './questions.js';
 import { Shapes } from './shapes.js';
 import { Stopwatch } from './stopwatch.js';
-import { fillTexts, t, watchLanguage } from './texts.js';
+import { fillTexts, t, watchLanguage, when } from './texts.js';
 import { watchTheme } from './theme.js';
 import { Ui } from './ui.js';
 import { Viewer } from './viewer.js';
 import { Work } from './work.js';
 
 const GLANCE = 100; // milliseconds: nobody judges faster, so a second press so soon is a slip
-const ANSWERS = ['choose', 'skip', 'undo', 'openHelp']; // commands about the work; the others are about the view
+// commands about the work; the others are about the view
+const ANSWERS = ['choose', 'skip', 'undo', 'openHelp', 'comment', 'ownAnswers', 'questionBack', 'backToWork'];
+const NAMES_SHOWN = 5000; // milliseconds, after which the page goes on by itself
 const PATIENCE = 1500; // milliseconds that an answer may take before the page says that it waits
 
 class LabelPage {
@@ -47,7 +52,7 @@ class LabelPage {
       idle: (state, text, share) => this.idle(state, text, share),
       progress: () => this.showProgress(),
       failed: (error) => this.failed(error),
-    });
+    }, (body) => this.session.reveal && body.choice !== 'skip');
     this.dress();
     this.listen();
     this.publish();
@@ -95,6 +100,13 @@ class LabelPage {
     this.ui.signOut.hidden = !exposed;
     this.ui.render.hidden = !showRender;
     this.ui.renderHelp.hidden = !showRender;
+    this.ui.root.dataset.bad = String(this.session.both_bad);
+    this.ui.bad.hidden = !this.session.both_bad;
+    this.ui.badHelp.hidden = !this.session.both_bad;
+    this.ui.questionHelp.hidden = !this.session.questions.length;
+    this.questions = new Questions(this.ui, this.session.questions);
+    this.remark = new Comment(this.ui.commentDialog, this.ui.commentText, this.ui.comment);
+    this.own = new OwnAnswers(this.api, this.ui, (answer) => this.work.look({ ...answer, training: false, review: answer }));
     this.ui.admin.hidden = this.session.role !== 'admin';
     this.help = helpDialog(this.ui.helpDialog, `eg3d-welcome:${annotator}`);
     this.skipping = skipDialog(this.ui.skipDialog, this.ui.reasons, this.ui.single ? reasons.filter((one) => one !== 'identical') : reasons, (reason) => this.choose('skip', reason));
@@ -108,7 +120,7 @@ class LabelPage {
       button.addEventListener('click', () => this.choose(button.dataset.choice));
     }
     for (const button of document.querySelectorAll('[data-view]')) button.addEventListener('click', () => command('view', button.dataset.view));
-    for (const name of ['skip', 'undo', 'openHelp', 'reset', 'normals', 'wireframe', 'render']) {
+    for (const name of ['skip', 'undo', 'openHelp', 'comment', 'ownAnswers', 'backToWork', 'reset', 'normals', 'wireframe', 'render']) {
       this.ui[name].addEventListener('click', () => command(name));
     }
     this.ui.onward.addEventListener('click', () => this.goOn());
@@ -120,19 +132,29 @@ class LabelPage {
   choose(choice, reason = null) {
     const skippable = choice === 'skip' && this.ui.state === 'failed';
     if (!this.work.current || !(skippable || (this.ui.state === 'label' && this.watch.milliseconds >= GLANCE))) return;
+    if (choice === 'bad' && !this.session.both_bad) return;
+    if (choice !== 'skip' && this.questions.take(choice)) return;
     const started = performance.now();
-    const { training } = this.work.current;
+    const { training, review } = this.work.current;
     const body = {
       key: newKey(), choice, milliseconds: Math.min(this.watch.stop(), 86_400_000), views: [...this.looking.views], answered_at: Date.now() / 1000,
       page_version: this.session.page_version,
     };
     if (reason) body.reason = reason;
+    else if (this.session.questions.length) body.votes = { ...this.questions.votes };
+    if (this.remark.text) body.comment = this.remark.text;
     this.said = choice;
     this.ui.flash(choice);
+    if (review) {
+      this.work.change(body, newKey());
+      this.work.next(started);
+      return;
+    }
+    const waits = training || (this.session.reveal && choice !== 'skip' && !this.outbox.stuck && navigator.onLine);
     if (!training) this.pace.answered();
-    this.awaited = training ? body.key : null;
+    this.awaited = waits ? body.key : null;
     this.work.answer(body);
-    if (training) this.ui.show('checking');
+    if (waits) this.ui.show('checking');
     else this.work.next(started);
   }
 
@@ -142,6 +164,11 @@ class LabelPage {
 
   undo() {
     if (['checking', 'explained'].includes(this.ui.state)) return;
+    if (this.work.current?.review) return;
+    if (this.session.reveal && !this.work.history.length) {
+      this.ui.say(t('own.stays'), true);
+      return;
+    }
     this.said = 'undo';
     if (!this.work.undo(newKey(), performance.now())) this.ui.say(t('nothingOffline'), true);
   }
@@ -153,7 +180,7 @@ class LabelPage {
   delivered(item, reply) {
     this.work.progress = reply.progress;
     if (item.path === '/api/undo') this.takenBack(item, reply);
-    else if (item.body.key === this.awaited) this.explain(reply.training);
+    else if (item.body.key === this.awaited) this.explain(reply.training, reply.reveal);
     this.showProgress();
     if (!this.work.current || this.work.upcoming.length < 4) this.work.refill();
   }
@@ -165,8 +192,14 @@ class LabelPage {
     } else if (!item.body.assignment) this.work.reopenToken(reply.assignment);
   }
 
-  explain(result) {
+  explain(result, names = null) {
     this.awaited = null;
+    if (names) {
+      const { current } = this.work;
+      this.ui.reveal(names);
+      setTimeout(() => { if (this.work.current === current && this.ui.state === 'explained') this.work.next(); }, NAMES_SHOWN);
+      return;
+    }
     if (!result) {
       this.work.next();
       return;
@@ -190,6 +223,7 @@ class LabelPage {
     const late = stuck || !navigator.onLine;
     this.ui.queued(size, late || (size > 0 && !this.ui.queue.hidden));
     if (size && !late) this.late = setTimeout(() => this.ui.queued(this.outbox.size, true), PATIENCE);
+    if (this.awaited && stuck && !this.work.current?.training) this.explain(null);
     if (this.awaited && stuck) this.explain({ correct: null, explanation: t('lesson.offline') });
     if (this.work) this.showProgress();
   }
@@ -198,6 +232,9 @@ class LabelPage {
 
   async open(pair, started) {
     this.looking.begin(pair);
+    this.questions.begin(pair.review?.votes);
+    this.remark.set(pair.review?.comment);
+    this.ui.review(pair.review ? this.reviewed(pair.review) : '', pair.review?.choice);
     this.watch.stop();
     let shapes = this.shapes.ready(pair);
     if (!shapes) {
@@ -213,7 +250,7 @@ class LabelPage {
       if (this.work.current !== pair) return;
     }
     this.looking.show(shapes);
-    this.ui.show('label');
+    this.ui.show(pair.review && !pair.review.changeable ? 'shown' : 'label');
     this.ui.pair(pair, this.work.done + 1, this.work.progress.total, this.said);
     this.said = null;
     this.showProgress();
@@ -236,6 +273,28 @@ class LabelPage {
   showProgress() {
     this.ui.progress(this.work.done, this.work.progress, this.pace, this.work.current?.training ?? false);
     this.ui.undo.disabled = !this.work.history.length && !this.work.done;
+  }
+
+  // What is said above an answer that is looked at again.
+  reviewed(answer) {
+    const said = t('own.given', { when: when(answer.answered), answer: this.ui.answered(answer.choice) });
+    return `${said} ${t(answer.changeable ? 'own.change' : 'own.stays')}`;
+  }
+
+  backToWork() {
+    if (this.work.current?.review) this.work.next(performance.now());
+  }
+
+  questionBack() {
+    if (this.ui.state === 'label') this.questions.back();
+  }
+
+  comment() {
+    if (this.ui.state === 'label') this.remark.open();
+  }
+
+  ownAnswers() {
+    if (!['checking', 'explained'].includes(this.ui.state)) this.own.show();
   }
 
   openHelp() {

@@ -3,15 +3,16 @@
 const STEP = Math.PI / 18; // 10 degrees
 
 const ONCE = {
-  ArrowLeft: ['choose', 'left'], ArrowRight: ['choose', 'right'], ArrowDown: ['choose', 'tie'],
+  ArrowLeft: ['choose', 'left'], ArrowRight: ['choose', 'right'], ArrowDown: ['choose', 'tie'], ArrowUp: ['choose', 'bad'],
   s: ['skip'], u: ['undo'], '?': ['openHelp'], n: ['normals'], w: ['wireframe'], r: ['render'],
+  c: ['comment'], a: ['ownAnswers'], Backspace: ['questionBack'], Escape: ['backToWork'],
   1: ['view', 'front'], 2: ['view', 'left'], 3: ['view', 'right'], 4: ['view', 'back'], 5: ['view', 'above'], 6: ['view', 'below'],
   0: ['reset'], Home: ['reset'],
 };
 
 const ALONE = { // where one shape is shown: other answers, and digits that are scores are no views
   thumbs: { ArrowLeft: null, ArrowRight: null, ArrowUp: ['choose', 'up'], ArrowDown: ['choose', 'down'] },
-  scores: { ArrowLeft: null, ArrowRight: null, ArrowDown: null, 6: null, ...Object.fromEntries([...'012345'].map((score) => [score, ['choose', score]])) },
+  scores: { ArrowLeft: null, ArrowRight: null, ArrowUp: null, ArrowDown: null, 6: null, ...Object.fromEntries([...'012345'].map((score) => [score, ['choose', score]])) },
 };
 
 const HELD = {

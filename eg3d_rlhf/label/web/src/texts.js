@@ -21,6 +21,11 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === 'number' ? values[name].toLocaleString(language) : values[name]));
 }
 
+// A moment, in seconds since 1970, as the language writes it.
+export function when(seconds) {
+  return new Date(seconds * 1000).toLocaleString(language, { dateStyle: 'medium', timeStyle: 'short' });
+}
+
 // A sentence that the server keeps in English, as the explanations of practice pairs: translated where the table has it under known.*.
 export function known(sentence) {
   const key = Object.keys(en).find((one) => one.startsWith('known.') && en[one] === sentence);

@@ -32,7 +32,7 @@ export class Ui {
     const notice = NOTICES.includes(state);
     this.notice.hidden = !notice;
     this.explanation.hidden = state !== 'explained';
-    for (const button of document.querySelectorAll('[data-choice]')) button.disabled = state !== 'label';
+    for (const button of document.querySelectorAll('[data-choice]')) button.disabled = state !== 'label' || button.dataset.later === 'true';
     this.skip.disabled = state !== 'label' && state !== 'failed';
     if (!notice) return;
     this.noticeTitle.textContent = t(`notice.${state}`);
@@ -50,6 +50,20 @@ export class Ui {
     const what = this.single ? 'single' : 'pairs';
     const where = pair.training ? t(`place.practice.${what}`) : t(`place.${what}`, { place, total });
     this.say(said ? `${this.answered(said)} ${where}` : where);
+  }
+
+  // What is asked of the pair, above the answers; '' is nothing.
+  ask(text) {
+    this.askedText.textContent = text;
+    this.asked.hidden = !text && !this.askedNote.textContent;
+  }
+
+  // What is said of an answer that is looked at again, and the answer on its button; '' and null: it is a new pair.
+  review(text, choice) {
+    this.askedNote.textContent = text;
+    this.backToWork.hidden = !text;
+    this.ask(this.askedText.textContent);
+    for (const button of document.querySelectorAll('[data-choice]')) button.classList.toggle('given', button.dataset.choice === choice);
   }
 
   answered(said) {
@@ -80,6 +94,16 @@ export class Ui {
     this.explanationText.textContent = known(explanation);
     this.show('explained');
     this.say(`${this.explanationTitle.textContent}. ${known(explanation)} ${t('lesson.enter')}`);
+    this.onward.focus();
+  }
+
+  // Tells whose shapes they were.
+  reveal({ left, right }) {
+    this.explanationTitle.textContent = t('reveal');
+    this.explanationText.textContent = `${t(this.side('left'))}: ${left} · ${t(this.side('right'))}: ${right}`;
+    this.explanation.dataset.correct = 'null';
+    this.show('explained');
+    this.say(`${this.explanationTitle.textContent}. ${this.explanationText.textContent}. ${t('lesson.enter')}`);
     this.onward.focus();
   }
 

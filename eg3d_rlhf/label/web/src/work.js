@@ -16,8 +16,9 @@ export class Work {
   progress = { done: 0, total: 0, training_left: 0, last_hour: 0 };
 
   // on: {open(pair, started), idle(state, text, share), progress(), failed(error)}
-  constructor(api, outbox, shapes, annotator, on) {
-    Object.assign(this, { api, outbox, shapes, on });
+  // final(body): whether the answer stays, so that there is nothing to take back
+  constructor(api, outbox, shapes, annotator, on, final = () => false) {
+    Object.assign(this, { api, outbox, shapes, on, final });
     this.historyKey = `eg3d-history:${annotator}`;
     this.history = readList(sessionStorage, this.historyKey);
     this.answered = new Set(); // tokens answered here that the server may still call open
@@ -41,8 +42,24 @@ export class Work {
     const pair = this.current;
     this.changes += 1;
     this.answered.add(pair.assignment);
-    if (!pair.training) this.remember([...this.history, pair].slice(-HISTORY));
+    if (!pair.training && !this.final(body)) this.remember([...this.history, pair].slice(-HISTORY));
     this.outbox.add('/api/judgements', { ...body, assignment: pair.assignment }, pair.training);
+  }
+
+  // Opens a pair that was answered before, to be looked at; the one at hand comes next.
+  look(pair) {
+    if (this.current && !this.current.review) this.upcoming = [this.current, ...this.upcoming];
+    this.current = pair;
+    this.on.open(pair, null);
+  }
+
+  // Replaces the answer to the pair that is looked at: takes it back and answers anew.
+  change(body, key) {
+    const { assignment } = this.current;
+    this.changes += 1;
+    this.answered.add(assignment);
+    this.outbox.add('/api/undo', { key, assignment });
+    this.outbox.add('/api/judgements', { ...body, assignment });
   }
 
   // Opens the next pair; started: when the annotator asked for it, performance.now().
@@ -71,7 +88,7 @@ export class Work {
   }
 
   reopen(pair, started = null) {
-    this.upcoming = [pair, this.current, ...this.upcoming].filter((other, place) => other && (place === 0 || other.assignment !== pair.assignment));
+    this.upcoming = [pair, this.current, ...this.upcoming].filter((other, place) => other && !other.review && (place === 0 || other.assignment !== pair.assignment));
     this.next(started);
   }
 
