@@ -13,6 +13,7 @@ from eg3d_rlhf.label import launch, questions
 from eg3d_rlhf.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.label.asset_labels import export_assets
 from eg3d_rlhf.label.entities import CampaignSettings
+from eg3d_rlhf.label.figure_commands import leaderboard, simulate
 from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.preferences import export_labels, export_unpaired, without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
@@ -22,9 +23,6 @@ KINDS = {  # with the files' suffixes
     "labels": (".jsonl", ".csv"), "unpaired": (".jsonl",), "judgements": (".jsonl",), "ranked-seeds": (".csv",),
     "asset-pairs": (".jsonl",), "rankings": (".jsonl",), "asset-scores": (".jsonl",),
 }  # fmt: skip
-DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-database = option("--db", metavar="URL", default=None, show_default=launch.DB, help=DATABASE,  # here or before the sub-command
-                  callback=lambda ctx, _, given: given or ctx.obj or launch.DB)
 
 
 class LabelGroup(GroupedCommand, click.Group):
@@ -50,7 +48,7 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--questions", metavar="LIST", default="", show_default="none", group="Pairs",
         help=f"Asked besides which is better, with commas between: {', '.join(questions.KNOWN)}, or NAME=TEXT.")
 @option("--reveal/--no-reveal", default=False, group="Pairs", help="Whether the generators' names are told after each answer.")
-@option("--db", metavar="URL", default=launch.DB, help=DATABASE)
+@option("--db", metavar="URL", default=launch.DB, help=launch.DATABASE)
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
@@ -145,7 +143,7 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
 @click.command("add-annotator", cls=GroupedCommand)
 @click.argument("name")
 @option("--admin", is_flag=True, help="May also see results and name annotators.")
-@database
+@launch.database
 def add_annotator(name: str, admin: bool, db: str) -> None:
     """Make an annotator and print the token, this once; only its hash is stored."""
     with launch.open_store(db, create=True) as store:
@@ -156,7 +154,7 @@ def add_annotator(name: str, admin: bool, db: str) -> None:
 
 @click.command("revoke", cls=GroupedCommand)
 @click.argument("name")
-@database
+@launch.database
 def revoke(name: str, db: str) -> None:
     """Withdraw an annotator's token and end the sessions; the judgements stay."""
     with launch.open_store(db, create=False) as store:
@@ -166,7 +164,7 @@ def revoke(name: str, db: str) -> None:
 
 @click.command("annotators", cls=GroupedCommand)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-@database
+@launch.database
 def annotators(as_json: bool, db: str) -> None:
     """List annotators, roles and revocations."""
     with launch.open_store(db, create=False) as store:
@@ -193,7 +191,7 @@ def annotators(as_json: bool, db: str) -> None:
 @option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
 @option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
 @option("--from-pairs", is_flag=True, help="Unpaired: both shapes of pairs that were answered with 'both are bad', as not good.")
-@database
+@launch.database
 @click.pass_context
 def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters) -> None:
     """Write labels or judgements to FILE."""
@@ -225,7 +223,7 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
 @click.argument("source", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @option("--campaign", metavar="NAME", default=None, show_default="the file's name", help="Of ranked seeds: campaign to make.")
 @option("--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged.")
-@database
+@launch.database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
     """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
     if source.suffix not in (".jsonl", ".csv"):
@@ -242,7 +240,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 
 @click.command("status", cls=GroupedCommand)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-@database
+@launch.database
 def status(as_json: bool, db: str) -> None:
     """Show campaigns, pairs, judgements and annotators."""
     with launch.open_store(db, create=False) as store:
@@ -268,5 +266,5 @@ def _date(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-for command in (add_annotator, revoke, annotators, export, import_, status):
+for command in (add_annotator, revoke, annotators, export, import_, status, leaderboard, simulate):
     main.add_command(command)

@@ -23,6 +23,9 @@ from eg3d_rlhf.label.store import Store
 from training.config import knobs_of
 
 DB = "sqlite:///runs/labels/labels.db"
+DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
+database = option("--db", metavar="URL", default=None, show_default=DB, help=DATABASE,  # here or before the sub-command
+                  callback=lambda ctx, _, given: given or ctx.obj or DB)
 SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 

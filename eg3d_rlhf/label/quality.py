@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eg3d_rlhf.label.entities import Choice, JudgementRow, Kind, Mode, Shape
+from eg3d_rlhf.label.leaderboards import leaderboard_of
 from eg3d_rlhf.label.questions import answers_to, figures
 from eg3d_rlhf.metrics.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
@@ -69,6 +70,7 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
         "bradley_terry": _strengths(comparisons, names, limits),
         "cycles": cycles(comparisons).to_dict(),
         "questions": by_question(kept),
+        "leaderboards": leaderboards(kept),
         "timeline": timeline(kept),
     }
 
@@ -118,6 +120,15 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
         "cohen_kappa": kappas, "krippendorff_alpha": shown, "alpha_ci95": alpha.to_dict()["ci95"], "alpha_n": alpha.n,
         "alpha_needs": max(0, LEAST_UNITS - alpha.n), "least": LEAST_UNITS,
     }  # fmt: skip
+
+
+def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
+    """Of shapes of two or more generators: overall, then of each question that was asked besides; none of a study."""
+    if len({shape.generator for row in rows for shape in (row.left, row.right)}) < 2:
+        return []
+    asked = dict.fromkeys(name for row in rows for name in row.votes)
+    found = {name: leaderboard_of(rows, name) for name in (None, *asked)}
+    return [{"question": name, **board.to_dict()} for name, board in found.items() if board.games]
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
@@ -197,19 +208,28 @@ def _flags(found: dict, limits: QualityLimits) -> list[str]:
 
 def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callable[[Shape], str]]:
     """Comparisons of shapes, and how to name a shape: by its seed, and by its generator and psi where these differ."""
-    generators, psis = ({getattr(s, f) for r in rows for s in (r.left, r.right)} for f in ("generator", "psi"))
+    shapes = {_same(s): s for r in rows for s in (r.left, r.right)}
+    generators, psis = {s.generator for s in shapes.values()}, {s.psi for s in shapes.values() if not s.file}
 
     def name(shape: Shape) -> str:
+        if shape.file:
+            return f"{shape.generator}: {shape.source.rpartition('/')[2]}"
         more = [f"generator {shape.generator[:8]}"] * (len(generators) > 1) + [f"psi {shape.psi:g}"] * (len(psis) > 1)
         return ", ".join([f"seed {shape.seed}", *more])
 
     found = []
     for row in rows:
-        if row.choice == Choice.SKIP or row.kind == Kind.GOLD or row.left == row.right:
+        left, right = shapes[_same(row.left)], shapes[_same(row.right)]
+        if row.choice == Choice.SKIP or row.kind == Kind.GOLD or left is right:
             continue
-        winner, loser = (row.left, row.right) if row.choice != Choice.RIGHT else (row.right, row.left)
+        winner, loser = (left, right) if row.choice != Choice.RIGHT else (right, left)
         found.append(Comparison(winner, loser, row.choice.equal))
     return found, name
+
+
+def _same(shape: Shape) -> tuple:
+    """Equal for equal shapes, assets among them, whose psi and level are nan."""
+    return shape.generator, shape.source, shape.seed, shape.file, f"{shape.psi} {shape.level} {shape.resolution}", shape.degradation
 
 
 def _strengths(comparisons: list[Comparison], name: Callable[[Shape], str], limits: QualityLimits) -> list[dict]:

@@ -27,6 +27,7 @@ FLAGS = """
 OTHERS = {
     "add-annotator": ["--admin", "--db"], "revoke": ["--db"], "annotators": ["--db", "--json"], "status": ["--db", "--json"],
     "import": ["--annotator", "--campaign", "--db"],
+    "leaderboard": ["--campaign", "--csv", "--db", "--json", "--question"], "simulate": ["--json", "--n", "--seed", "--studies"],
     "export": ["--annotator", "--campaign", "--db", "--drop-repeats", "--from-pairs", "--kind", "--least-gold-accuracy",
                "--min-milliseconds", "--question", "--since"],
 }  # fmt: skip
