@@ -4,12 +4,14 @@ The compressed pixels are copied byte by byte; nothing is decoded, so a small fi
 and is refused by the size that it states.
 """
 
+import io
 import struct
 from collections.abc import Iterator
 
 from eg3d_rlhf.label.assets.model import Picture
 
 MAX_SIDE, MAX_PIXELS = 16384, 8192 * 8192
+SMALL = 1024  # pixels: longest side of a prompt's picture
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _JPEG_SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame
@@ -44,6 +46,24 @@ def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise ValueError(f"expected a picture of up to {MAX_PIXELS >> 20} megapixels, got {width} x {height}")
     return Picture(b"".join(pieces), kind), width * height
+
+
+def small(data: bytes | memoryview) -> bytes:
+    """A picture of at most SMALL pixels a side as WebP, as it is shown beside a pair. Raises: ValueError for what is none."""
+    from PIL import Image, ImageOps
+
+    stripped(data)  # no other format reaches the decoders, and no more pixels than are allowed
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened:
+            opened.draft("RGB", (2 * SMALL, 2 * SMALL))
+            image = ImageOps.exif_transpose(opened)
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f"expected a picture that can be decoded, got a damaged one ({type(error).__name__})") from None
+    image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=90, exif=b"", xmp=b"", icc_profile=b"")
+    return out.getvalue()
 
 
 def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:

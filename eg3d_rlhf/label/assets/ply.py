@@ -106,14 +106,18 @@ def read_header(data: memoryview) -> Header:
     return header
 
 
-def read_mesh(data: memoryview) -> Model:
-    """A mesh with its vertices' colours and normals. Raises: ValueError."""
-    header = read_header(data)
+def check_mesh(header: Header) -> None:
+    """Whether there is a mesh to be read. Raises: ValueError."""
     counts = {element.name: element.count for element in header.elements}
     if not counts.get("vertex") or not counts.get("face"):
         raise ValueError("expected a mesh or Gaussian splats, got points alone")
     if counts["face"] > MAX_FACES:
         raise ValueError(f"expected up to {MAX_FACES:,} triangles, got {counts['face']:,}")
+
+
+def read_mesh(data: memoryview) -> Model:
+    """A mesh with its vertices' colours and normals. Raises: ValueError."""
+    check_mesh(read_header(data))
     from trimesh.exchange.ply import load_ply
 
     try:
@@ -145,12 +149,9 @@ class Splats:
 def read_splats(data: memoryview) -> Splats:
     """Gaussians from the usual PLY. Raises: ValueError."""
     header = read_header(data)
-    rows = _rows(data, header)
-    names = rows.dtype.names or ()
-    missing = [name for name in _SPLAT if name not in names]
-    rest = [name for name in names if name.startswith("f_rest_")]
-    if missing or len(rest) not in _DEGREES or set(rest) != {f"f_rest_{i}" for i in range(len(rest))}:
-        raise ValueError(f"expected splats with harmonics of degree 0 to 3, got {len(rest)} f_rest and no {', '.join(missing) or 'gap'}")
+    count = check_splats(header)
+    first = header.elements[0]
+    rows = np.frombuffer(data, [(name, header.order + kind) for name, kind in first.properties.items()], first.count, header.length)
 
     def columns(*wanted: str) -> np.ndarray:
         """[N, number of names]"""
@@ -166,21 +167,25 @@ def read_splats(data: memoryview) -> Splats:
     return Splats(
         columns(*_SPLAT[:3]), _half(columns(*_SPLAT[7:10])), np.rint(turns * 32767).astype("<i2"),
         np.rint(255 / (1 + np.exp(-logits))).astype("u1"), _half(columns(*_SPLAT[3:6])),
-        _rest(rows, len(rest)), _DEGREES[len(rest)],
+        _rest(rows, count), _DEGREES[count],
     )  # fmt: skip
 
 
-def _rows(data: memoryview, header: Header) -> np.ndarray:
-    """The vertices as a structured array."""
+def check_splats(header: Header) -> int:
+    """How many f_rest_* there are. Raises: ValueError for splats that cannot be shown."""
     first = header.elements[0]
     if first.name != "vertex" or first.lists or not first.count:
         raise ValueError("expected splats to come first in the PLY file, each with the same properties")
     if first.count > MAX_SPLATS:
         raise ValueError(f"expected up to {MAX_SPLATS:,} Gaussians, got {first.count:,}")
-    if header.order:
-        dtype = np.dtype([(name, header.order + kind) for name, kind in first.properties.items()])
-        return np.frombuffer(data, dtype, first.count, header.length)
-    raise ValueError("expected splats in a binary PLY file, got text; write it as binary_little_endian")
+    if not header.order:
+        raise ValueError("expected splats in a binary PLY file, got text; write it as binary_little_endian")
+    missing = [name for name in _SPLAT if name not in first.properties]
+    rest = [name for name in first.properties if name.startswith("f_rest_")]
+    if missing or len(rest) not in _DEGREES or set(rest) != {f"f_rest_{i}" for i in range(len(rest))}:
+        lacking = f", without {', '.join(missing)}" if missing else ""
+        raise ValueError(f"expected splats with harmonics of degree 0 to 3, got {len(rest)} f_rest_*{lacking}")
+    return len(rest)
 
 
 def _rest(rows: np.ndarray, count: int) -> np.ndarray:
