@@ -111,7 +111,8 @@ def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
             seed = pair.first.seed
             raise ValueError(f"campaign {name}, pair {position}: expected two different shapes, got seed {seed} twice. Draw again.")
     if settings.mode is not Mode.STUDY:  # a study judges, so it may look at what nothing has learnt from
-        refuse_held_out((shape.seed for pair in planned for shape in (pair.first, pair.second)), f"campaign {name}")
+        seeds = (shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file)  # an asset's is but a number
+        refuse_held_out(seeds, f"campaign {name}")
 
 
 def _identity(shape: Shape) -> tuple:

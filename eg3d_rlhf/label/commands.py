@@ -36,6 +36,8 @@ class LabelGroup(GroupedCommand, click.Group):
 
 @click.command("label", cls=LabelGroup, invoke_without_command=True)
 @option("--network", metavar="PATH", default=None, show_default="the bundled generator", help="Network file or run folder.", group="Pairs")
+@option("--assets", metavar="PATH", default=None, show_default="a generator's shapes", group="Pairs",
+        help="Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl).")
 @options_of(PairingOptions)
 @option("--active", is_flag=True, help="Short for --strategy=active.", group="Pairs", show_default=False)
 @option("--tournament", is_flag=True, help="Short for --strategy=tournament.", group="Pairs", show_default=False)
@@ -55,13 +57,15 @@ class LabelGroup(GroupedCommand, click.Group):
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
-    ctx: click.Context, db: str, campaign: str, network: str | None, after: str | None, rewards: tuple, dry_run: bool, **flags
+    ctx: click.Context, db: str, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple,
+    dry_run: bool, **flags,
 ) -> None:
     """Label pairs of shapes, or shapes one by one, in the browser; prints the address.
 
     \b
     Example:
         python tools/label.py --network=runs/00001-x --pairs=1000
+        python tools/label.py --assets=FOLDER --pairs=200 --campaign=chairs
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
@@ -69,7 +73,7 @@ def main(
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
         return
-    request, given = _request(ctx, campaign, network, after, rewards, flags)
+    request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
     wanted = request.to_json()
     path = launch.sqlite_file(db)
     server = launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
@@ -80,13 +84,15 @@ def main(
 
 
 def _request(
-    ctx: click.Context, campaign: str, network: str | None, after: str | None, rewards: tuple, flags: dict
+    ctx: click.Context, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple, flags: dict
 ) -> tuple[launch.Request, set[str]]:
     """What is to be planned, and which of its flags are on the command line."""
     given = launch.given_flags(ctx)
     chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
     if len(set(chosen)) > 1:
         raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
+    if assets is not None:
+        _refuse_generators_flags(ctx, given, chosen)
     flags = launch.filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
@@ -99,10 +105,25 @@ def _request(
     settings["questions"] = tuple(one.strip() for one in flags["questions"].split(",") if one.strip())
     if pairing.single:
         settings |= {name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given}
-    request = launch.Request(name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings)
+    request = launch.Request(
+        name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings,
+        assets=str(Path(assets).resolve()) if assets else None,
+    )  # fmt: skip
     questions.parse_questions(settings["questions"])
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given | ({"strategy"} if chosen else set())
+
+
+def _refuse_generators_flags(ctx: click.Context, given: set[str], chosen: list[str]) -> None:
+    """Flags that say how a generator's shapes are drawn say nothing of finished assets. Raises: ValueError naming them."""
+    if set(chosen) - {"random"}:
+        raise ValueError(f"--{chosen[0]}: expected random pairs with --assets, which are neither ranked by rewards nor paired by results "
+                         "yet. Leave it out.")  # fmt: skip
+    own = {"pairs", "strategy", "seed", "gold", "training", "single"}
+    drawn = (set(PairingOptions.__dataclass_fields__) - own) | {"network", "rewards", "after", "show_render"}
+    wrong = [p.opts[0] for p in ctx.command.params if p.name in given & drawn]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out.")
 
 
 def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:

@@ -11,6 +11,8 @@ from click.core import ParameterSource
 
 from eg3d_rlhf.cli import naming, option, together
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.label.assets.collection import read_collection
+from eg3d_rlhf.label.assets.planning import conditions, plan_assets
 from eg3d_rlhf.label.ensemble import reward_ensemble
 from eg3d_rlhf.label.entities import LOCAL, CampaignSettings, Mode, PlannedPair, StoredCampaign
 from eg3d_rlhf.label.pairing import PairingOptions, plan
@@ -45,12 +47,14 @@ class Request:
     after: str | None  # tournament: the campaign whose results decide this round
     pairing: PairingOptions
     settings: Mapping  # values of SETTINGS
+    assets: str | None = None  # folder or list of finished assets, in place of a generator
 
     def to_json(self) -> dict:
         """Everything that the plan depends on, as JSON types."""
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
         settings = {**self.settings, "questions": list(self.settings["questions"])}
-        return {"network": self.network, "after": self.after, **pairing, **settings}
+        assets = {"assets": self.assets} if self.assets else {}
+        return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
         """The settings that are frozen with the campaign."""
@@ -85,6 +89,12 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
     Args: store: where the results of an earlier round are; None where there is none yet.
     Raises: ValueError, OSError naming the flag at fault.
     """
+    if request.assets is not None:
+        with naming("--assets"):
+            collection = read_collection(Path(request.assets), tell)
+            assets = plan_assets(request.pairing, collection, tell)
+        extra = {FLAGS: request.to_json(), "plan": assets.report, "conditions": conditions(collection)}
+        return request.campaign_settings(extra), assets.pairs
     results = []
     if request.after is not None:
         with naming("--after"):
@@ -197,7 +207,9 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
 
     Args: announce: what to print, given the server's address; what: how answers are called.
     """
-    cache = ShapeCache(server.cache)
+    cache, found = ShapeCache(server.cache), store.campaign(campaign)
+    if found is not None:
+        cache.forget_passing(shape for _, shape in store.shapes(found.id) if shape.file)
     options = AppOptions(
         store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
         title=server.title, access_log=server.access_log,

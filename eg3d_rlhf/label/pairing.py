@@ -15,7 +15,7 @@ Letters: P pairs, S shapes or seeds, R rounds, K members, M entries of all embed
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -37,6 +37,7 @@ _MATCHINGS = 4  # random pairings of all seeds that candidates come from
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many
 BROKEN = "This one was broken on purpose: {}. It is not a good shape."
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
+_SEEN = {name: seen for name, (_, seen) in DAMAGES.items()}  # what a person sees of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +193,16 @@ def shape_of(options: PairingOptions, generator: LoadedGenerator) -> Callable[[i
     )  # fmt: skip
 
 
-def known_answers(shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator) -> list[PlannedPair]:
+def known_answers(
+    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = _SEEN
+) -> list[PlannedPair]:
     """Each shape against itself damaged on purpose; the kinds of damage take turns. Which of the two comes first is drawn.
 
-    Args: kind: GOLD, or TRAINING, whose pairs are explained.
+    Args: kind: GOLD, or TRAINING, whose pairs are explained; damages: names, with what a person sees.
     """
     pairs = []
     for number, shape in enumerate(shapes):
-        name, (_, seen) = list(DAMAGES.items())[number % len(DAMAGES)]
+        name, seen = list(damages.items())[number % len(damages)]
         sides = [shape, replace(shape, degradation=name)]
         swapped = bool(rng.integers(2))
         pairs.append(PlannedPair(
@@ -209,12 +212,14 @@ def known_answers(shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator)
     return pairs
 
 
-def broken_shapes(shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator) -> list[PlannedPair]:
+def broken_shapes(
+    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = _SEEN
+) -> list[PlannedPair]:
     """Each shape damaged on purpose, by itself; see `known_answers`."""
     pairs = []
-    for pair in known_answers(shapes, kind, rng):
+    for pair in known_answers(shapes, kind, rng, damages):
         broken = pair.first if pair.first.degradation else pair.second
-        explanation = BROKEN.format(DAMAGES[broken.degradation][1]) if kind is Kind.TRAINING else ""
+        explanation = BROKEN.format(damages[broken.degradation]) if kind is Kind.TRAINING else ""
         pairs.append(replace(pair, first=broken, second=broken, expected="second", explanation=explanation))
     return pairs
 

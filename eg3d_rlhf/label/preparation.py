@@ -25,6 +25,8 @@ from typing import Protocol
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.label.assets.drawing import AssetDrawer, prepare_prompts
+from eg3d_rlhf.label.assets.reading import ChangedError
 from eg3d_rlhf.label.entities import Shape
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
 from eg3d_rlhf.label.store import Store
@@ -54,6 +56,7 @@ class ShapeProgress:
     done: int = 0  # shapes that are prepared
     total: int = 0  # distinct shapes
     failed: int = 0  # shapes that cannot be drawn; their pairs are never shown
+    reason: str | None = None  # why, of the last one; may name files
     seconds_per_shape: float | None = None  # over the last 50 that were drawn; None before the first
     seconds_left: float | None = None
     finished: bool = False  # nothing is left to draw
@@ -91,33 +94,36 @@ def prepare(
     drawn = {key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))}
     missing = [key for key in distinct if key not in failed and key not in drawn]
     seconds: deque[float] = deque(maxlen=_RECENT)
+    reason = next((cache.failure(distinct[key]) for key in failed), None)
 
     def report(left: int) -> None:
         pace = sum(seconds) / len(seconds) if seconds else None
         tell({
-            "done": len(distinct) - len(failed) - left, "total": len(distinct), "failed": len(failed), "seconds_per_shape": pace,
-            "seconds_left": 0.0 if left == 0 else pace and pace * left, "finished": left == 0,
+            "done": len(distinct) - len(failed) - left, "total": len(distinct), "failed": len(failed), "reason": reason,
+            "seconds_per_shape": pace, "seconds_left": 0.0 if left == 0 else pace and pace * left, "finished": left == 0,
         })  # fmt: skip
 
     report(len(missing))
     for number, key in enumerate(missing, 1):
         start = time.monotonic()
         drawer.generator(distinct[key])
-        reason = _draw(distinct[key], cache, drawer, renders)
-        if reason is not None:
-            cache.put_failure(distinct[key], reason)
+        wrong = _draw(distinct[key], cache, drawer, renders)
+        if wrong is not None:
+            reason = str(wrong)
+            cache.put_failure(distinct[key], reason, passing=isinstance(wrong, ChangedError))
             failed.add(key)
+            print(f"not shown: {reason}", file=sys.stderr, flush=True)
         seconds.append(time.monotonic() - start)
         report(len(missing) - number)
 
 
-def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> str | None:
+def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> ValueError | None:
     """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh. Returns why it cannot be drawn."""
     try:
         picture = drawer.picture(shape) if renders and cache.render(shape) is None else None
         mesh = drawer.mesh(shape) if cache.mesh(shape) is None else None
     except ValueError as error:
-        return str(error)
+        return error
     if picture is not None:
         cache.put_render(shape, picture)
     if mesh is not None:
@@ -157,8 +163,6 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
     os.nice(nice)
     import torch
 
-    from eg3d_rlhf.label.drawing import ShapeDrawer
-
     torch.set_num_threads(1)
     shapes = ShapeCache(cache)
     shapes.remove_leftovers()
@@ -179,10 +183,20 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
                 wrong = f"--campaign: expected the name of a campaign in the database, got {campaign!r}."
                 raise ValueError(f"{wrong} Make it with tools/label.py.")
             planned = [shape for _, shape in store.shapes(stored.id)]
-        prepare(planned, shapes, ShapeDrawer(), stored.settings.show_render, tell)
+        prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
+        prepare(planned, shapes, _drawer_of(planned), stored.settings.show_render, tell)
     except Exception as error:
         replace(progress, error=str(error).strip() or type(error).__name__).write(file)
         raise
+
+
+def _drawer_of(planned: list[Shape]) -> Drawer:
+    """What draws a campaign's shapes: all are assets, or none is."""
+    if planned[0].file:
+        return AssetDrawer()
+    from eg3d_rlhf.label.drawing import ShapeDrawer
+
+    return ShapeDrawer()
 
 
 class Preparation:

@@ -1,7 +1,7 @@
 """Files of prepared shapes: the mesh as the browser gets it, and the cache where each lies under a hash of all that it is drawn from.
 
 A file that is there is right, so it is never written again; several campaigns, servers and workers may share a folder, and every file
-appears whole or not at all. Meshes are little-endian, compressed with gzip:
+appears whole or not at all. Assets (label/assets/) are a GLB or GSP1 with gzip, or an MP4. Meshes are little-endian, compressed with gzip:
 
 | bytes                | what                                                        |
 | -------------------- | ----------------------------------------------------------- |
@@ -20,6 +20,7 @@ import hashlib
 import json
 import struct
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from eg3d_rlhf.label.entities import Shape
 from training.storage import write_atomic
 
 VERSION = 1  # of how shapes are drawn and written; a change makes other files
+ASSET_VERSION = 1  # the same of assets
 DEFAULT_FOLDER = Path("~/.cache/eg3d-rlhf/shapes")
 _STALE = 3600  # seconds after which what a killed writer left is removed
 # all that a shape is drawn from, with kinds: psi 1 and 1.0 are one shape; where the weights lie makes no difference
@@ -69,7 +71,13 @@ def compress(data: bytes) -> bytes:
 
 
 def shape_key(shape: Shape) -> str:
-    """SHA-256 hex of the generator's hash, seed, psi, level, resolution, triangles, damage and the version of the drawing."""
+    """SHA-256 hex of the generator's hash, seed, psi, level, resolution, triangles, damage and the version of the drawing.
+
+    Of an asset: of its file's hash, the damage and where it is, and the version of the cleaning.
+    """
+    if shape.file:
+        damaged = [shape.degradation, shape.seed] if shape.degradation else []
+        return hashlib.sha256(json.dumps(["asset", ASSET_VERSION, shape.file, *damaged]).encode()).hexdigest()
     parts = [VERSION, *(kind(getattr(shape, name)) for name, kind in _DRAWN_FROM.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -84,8 +92,8 @@ class ShapeCache:
         self.folder = Path(folder).expanduser()
 
     def mesh(self, shape: Shape) -> Path | None:
-        """The mesh (see above, gzip); None until it is prepared."""
-        return self._existing(shape, ".shp.gz")
+        """The mesh (see above, gzip), of an asset maybe an MP4; None until it is prepared."""
+        return self._existing(shape, ".shp.gz") or (self._existing(shape, ".mp4") if shape.file else None)
 
     def render(self, shape: Shape) -> Path | None:
         """The RGB picture (PNG); None until it is prepared."""
@@ -97,16 +105,45 @@ class ShapeCache:
         return json.loads(path.read_text())["reason"] if path else None
 
     def put_mesh(self, shape: Shape, data: bytes) -> Path:
-        """Keep a compressed mesh."""
-        return self._put(shape, ".shp.gz", data)
+        """Keep a compressed mesh, or an MP4."""
+        return self._put(shape, ".mp4" if data[4:8] == b"ftyp" else ".shp.gz", data)
 
     def put_render(self, shape: Shape, data: bytes) -> Path:
         """Keep a PNG."""
         return self._put(shape, ".png", data)
 
-    def put_failure(self, shape: Shape, reason: str) -> Path:
-        """Remember that this shape cannot be drawn, however often it is tried."""
-        return self._put(shape, ".failed.json", (json.dumps({"seed": shape.seed, "reason": reason}) + "\n").encode())
+    def put_failure(self, shape: Shape, reason: str, passing: bool = False) -> Path:
+        """Remember that this shape cannot be drawn, however often it is tried; `passing`: until `forget_passing`."""
+        record = {"seed": shape.seed, "reason": reason, **({"passing": True} if passing else {})}
+        return self._put(shape, ".failed.json", (json.dumps(record) + "\n").encode())
+
+    def forget_passing(self, shapes: Iterable[Shape]) -> None:
+        """Let what could not be drawn because its file had changed be tried again."""
+        for path in filter(None, (self._existing(shape, ".failed.json") for shape in shapes)):
+            if json.loads(path.read_text()).get("passing"):
+                path.unlink(missing_ok=True)
+
+    # ---- pictures of prompts, by the hash of their file
+
+    def prompt(self, key: str) -> Path | None:
+        """The picture (WebP); None until it is prepared."""
+        path = self._prompt_path(key, ".webp")
+        return path if path.is_file() else None
+
+    def prompt_settled(self, key: str) -> bool:
+        """Whether the picture is prepared or given up."""
+        return self.prompt(key) is not None or self._prompt_path(key, ".failed.json").is_file()
+
+    def put_prompt(self, key: str, data: bytes) -> None:
+        """Keep a picture."""
+        write_atomic(self._prompt_path(key, ".webp"), data)
+
+    def put_prompt_failure(self, key: str, reason: str) -> None:
+        """Remember that a picture cannot be shown."""
+        write_atomic(self._prompt_path(key, ".failed.json"), (json.dumps({"reason": reason}) + "\n").encode())
+
+    def _prompt_path(self, key: str, suffix: str) -> Path:
+        return self.folder / "prompts" / f"{key}{suffix}"
 
     def remove_leftovers(self) -> None:
         """Delete what writers that were killed left behind, an hour ago or earlier."""

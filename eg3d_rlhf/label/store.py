@@ -91,6 +91,10 @@ class Store:
         """Asset tokens and shapes, each once, in order of the plan."""
         return list(self._plan(campaign_id).shapes.items())
 
+    def pairs(self, campaign_id: int) -> list[tuple[str, str]]:
+        """Asset tokens of the two of each pair, in order of the plan."""
+        return [(pair.first, pair.second) for pair in self._plan(campaign_id).pairs.values()]
+
     # --- annotators: tokens and session ids are random, given out once, and stored as SHA-256 only
 
     def add_annotator(self, name: str, role: str = "annotator") -> str:

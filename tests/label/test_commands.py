@@ -19,10 +19,10 @@ from eg3d_rlhf.label.store import Store
 from tests.label import serving
 
 FLAGS = """
---access-log --active --after --annotators-per-pair --both-bad --cache --campaign --certificate --db --diversity --doubtful --dry-run
---first-seed --gold --gold-every --host --key --level --network --no-both-bad --no-reveal
---no-show-render --pairs --pool --port --proxy --psi --questions --repeat-gap --repeat-share --resolution --reveal --reward --rounds --seed
---show-render --single --strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc -n
+--access-log --active --after --annotators-per-pair --assets --both-bad --cache --campaign --certificate --db --diversity --doubtful
+--dry-run --first-seed --gold --gold-every --host --key --level --network --no-both-bad --no-reveal --no-show-render --pairs --pool
+--port --proxy --psi --questions --repeat-gap --repeat-share --resolution --reveal --reward --rounds --seed --show-render --single
+--strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc -n
 """.split()
 OTHERS = {
     "add-annotator": ["--admin", "--db"], "revoke": ["--db"], "annotators": ["--db", "--json"], "status": ["--db", "--json"],

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from eg3d_rlhf.label.entities import Mode
-from eg3d_rlhf.label.server.options import Limits, padded
+from eg3d_rlhf.label.server.bodies import body_of, read_whole
+from eg3d_rlhf.label.server.options import Limits
 from eg3d_rlhf.label.shape_files import ShapeCache, shape_key
 from tests.label import serving
 from tests.label.serving import FIRST_SEED, GENEROUS, NAMES, answer
@@ -103,7 +104,8 @@ def test_the_search_itself_finds_a_leak(study):
 
 
 def test_an_assignment_says_nothing_but_tokens_and_training(study):
-    assert {tuple(pair) for pair in study.assigned} == {("assignment", "training", "left", "right")}
+    assert {tuple(pair) for pair in study.assigned} == {("assignment", "training", "left", "right", "prompt")}
+    assert {pair["prompt"] for pair in study.assigned} == {None}
     named = [p[k] for p in study.assigned for k in ("assignment", "left", "right")]
     assert all(len(token) >= 16 and token.isascii() for token in named)
 
@@ -242,8 +244,9 @@ def test_padding_keeps_the_contents_and_refuses_what_it_cannot_pad(tmp_path):
     path = cache.put_mesh(serving.shape("a", 1), serving.mesh(1))
     data = path.read_bytes()
     for length in (len(data) + 1, len(data) + 2, 20_000):
-        longer = padded(data, length)
+        longer = read_whole(body_of(path, length))
         assert len(longer) == length and gzip.decompress(longer) == gzip.decompress(data)
     for wrong, length in ((data, len(data)), (b"SHP1" + data, 99_999), (gzip.compress(b"x")[:3] + b"\x08" + data[4:], 99_999)):
+        path.write_bytes(wrong)
         with pytest.raises(ValueError, match="expected a bare gzip member"):
-            padded(wrong, length)
+            body_of(path, length)

@@ -79,7 +79,7 @@ def test_a_campaign_is_prepared_in_another_process(campaign, tmp_path):
     assert work._process.pid == first != os.getpid() and work.running
     wait_until(lambda: not work.running, "the worker's end")
     progress = work.progress()
-    assert progress.pop("seconds_per_shape") > 0
+    assert progress.pop("seconds_per_shape") > 0 and "expected sigma on both sides" in progress.pop("reason")
     assert progress == {
         "campaign": "first", "done": 5, "total": 6, "failed": 1, "seconds_left": 0.0, "finished": True, "error": None, "running": False,
     }, work.log.read_text()

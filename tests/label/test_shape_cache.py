@@ -18,7 +18,7 @@ OTHER = {
 @pytest.mark.parametrize("name", [field.name for field in fields(Shape)])
 def test_the_key_knows_all_that_a_shape_is_drawn_from_and_nothing_else(name):
     changed = replace(SHAPE, **{name: OTHER.get(name, "/elsewhere/network.safetensors")})
-    assert (shape_key(changed) == shape_key(SHAPE)) is (name == "source")
+    assert (shape_key(changed) == shape_key(SHAPE)) is (name in ("source", "condition"))
 
 
 def test_the_key_does_not_depend_on_how_a_number_is_written():

@@ -143,7 +143,7 @@ def _stems_once(assets: list[Asset]) -> list[Asset]:
         other = seen.setdefault((asset.generator, asset.prompt), asset)
         if other is not asset:
             names = f"{other.path.name} and {asset.path.name}"
-            raise ValueError(f"{asset.generator}: expected one file for {asset.prompt}, got {names}. Remove one, or give a list with seeds.")
+            raise ValueError(f"{asset.generator}: expected one file for {asset.prompt}, got {names}. Remove one, or give a list.")
     return assets
 
 

@@ -54,7 +54,8 @@ def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: No
 
     Raises: ValueError naming the files that are unfit, and why.
     """
-    found, wrong = [], []
+    found: list[Examined] = []
+    wrong: list[str] = []
     waiting = list(paths)
     while waiting:  # a file that ends the process costs a new one
         answers = list(_run([{"do": "examine", "path": str(path)} for path in waiting], lambda n: tell(len(found) + len(wrong) + n)))

@@ -115,6 +115,13 @@ class Preparing(BaseModel):
     seconds_left: float | None
 
 
+class Prompt(BaseModel):
+    """What a pair's shapes were asked for; the image is an address."""
+
+    text: str | None
+    image: str | None
+
+
 class Assigned(BaseModel):
     """A pair to be judged."""
 
@@ -122,6 +129,7 @@ class Assigned(BaseModel):
     training: bool
     left: str
     right: str
+    prompt: Prompt | None = None
 
 
 class Assignments(BaseModel):

@@ -19,6 +19,7 @@ from eg3d_rlhf.label.preferences import export_labels, export_unpaired
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.questions import parse_questions
 from eg3d_rlhf.label.server import models
+from eg3d_rlhf.label.server.bodies import respond
 from eg3d_rlhf.label.server.identity import Identities, Identity
 from eg3d_rlhf.label.server.models import Refusal
 from eg3d_rlhf.label.server.options import AppOptions, PreparedShapes
@@ -94,7 +95,10 @@ def _work(router: APIRouter, context: Context) -> None:
         pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready)
         progress = _progress(context, who)
         waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
-        found = [{"assignment": p.token, "training": p.training, "left": p.left, "right": p.right} for p in pairs]
+        found = [
+            {"assignment": p.token, "training": p.training, "left": p.left, "right": p.right, "prompt": shapes.prompt(p.left)}
+            for p in pairs
+        ]
         return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "preparation": shapes.progress()})
 
     @router.get("/answers", response_model=models.OwnAnswers)
@@ -111,11 +115,15 @@ def label_api(context: Context) -> APIRouter:
     """The router."""
     router = APIRouter(prefix="/api", responses=_ERRORS)
     _work(router, context)
-    binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    binary = dict.fromkeys(("application/octet-stream", "video/mp4"), {"schema": {"type": "string", "format": "binary"}})
 
-    @router.get("/shapes/{asset}", response_class=Response, responses={200: {"content": binary}, 304: {"description": "Not Modified"}})
+    said: dict[int | str, dict[str, Any]] = {
+        200: {"content": binary}, 206: {"content": binary}, 304: {"description": "Not Modified"}, 416: {"description": "No such part"},
+    }  # fmt: skip
+
+    @router.get("/shapes/{asset}", response_class=Response, responses=said)
     def shape(asset: models.AssetPath, request: Request, who: Who) -> Response:
-        """A shape's surface, quantised and indexed ("SHP1"), gzip-encoded."""
+        """A shape's surface ("SHP1"), or an asset: a GLB or Gaussians ("GSP1"), gzip-encoded all; or a video, of which parts may be had."""
         shapes = context.shapes
         if not shapes.known(asset):
             raise Refusal(404, "No such shape.", "Ask for /api/assignments again.")
@@ -124,7 +132,15 @@ def label_api(context: Context) -> APIRouter:
         headers = {"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
-        return Response(shapes.body(asset), media_type="application/octet-stream", headers={**headers, "Content-Encoding": "gzip"})
+        return respond(shapes.body(asset), request, headers, shapes.film(asset))
+
+    @router.get("/prompts/{asset}", response_class=Response, responses={200: {"content": {"image/webp": {}}}})
+    def prompt(asset: models.AssetPath, who: Who) -> Response:
+        """The picture that an asset was made from."""
+        path = context.shapes.prompt_picture(asset)
+        if path is None:
+            raise Refusal(404, "No such picture.", "Ask for /api/assignments again.")
+        return Response(path.read_bytes(), media_type="image/webp", headers={"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE})
 
     @router.get("/renders/{asset}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def render(asset: models.AssetPath, who: Who) -> Response:
