@@ -59,7 +59,8 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which an undo has used. Send another key.")
     if before is not None:
         assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
-        if (assigned.token, before.choice, before.reason) != (answer.assignment, answer.choice.value, answer.reason):
+        kept = (assigned.token, before.choice, before.reason, before.votes)
+        if kept != (answer.assignment, answer.choice.value, answer.reason, _votes(answer)):
             raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which another answer has used. Send another key.")
         return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
     assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
@@ -74,7 +75,7 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         "campaign_id": plan.campaign.id, "annotator_id": annotator_id, "key": answer.key, "type": "choice", "assignment_id": assigned.id,
         "choice": answer.choice.value, "reason": answer.reason, "milliseconds": answer.milliseconds, "views": json.dumps(answer.views),
         "answered_at": answer.answered_at, "received_at": now, "page_version": answer.page_version,
-        "votes": json.dumps(dict(answer.votes), sort_keys=True) if answer.votes else None, "comment": answer.comment,
+        "votes": _votes(answer), "comment": answer.comment,
     }  # fmt: skip
     judgement = c.execute(RECORD.returning(j.c.id), values).scalar_one()
     closed = {"assignment": assigned.id, "judgement": judgement, "now": now}
@@ -82,6 +83,10 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
     if released is not None and take_place(c, assigned.pair_id):
         c.execute(update(a).where(a.c.id == assigned.id).values(released=None))
     return _outcome(plan, assigned, judgement, answer.choice, duplicate=False)
+
+
+def _votes(answer: Answer) -> str | None:
+    return json.dumps(dict(answer.votes), sort_keys=True) if answer.votes else None
 
 
 def undo(c: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float) -> str | None:

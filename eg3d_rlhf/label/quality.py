@@ -6,7 +6,7 @@ Pure functions of the store's rows; `quality_report` is what the admin page show
 import itertools
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,8 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
 
     Campaigns in study mode get no strengths: they would give away the result before the study is over. Shapes one by one have none.
     """
-    limits = limits or QualityLimits()
-    kept = counting(rows)
+    limits, rows = limits or QualityLimits(), list(rows)
+    kept, changed = counting(rows), {row.assignment for row in rows if row.undone}
     by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in kept:
         by_annotator[row.annotator].append(row)
@@ -65,7 +65,7 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
     comparisons, names = _comparisons(labelling)
     return {
         "judgements": len(kept),
-        "annotators": [annotator_quality(name, mine, limits) for name, mine in sorted(by_annotator.items())],
+        "annotators": [annotator_quality(name, mine, limits, changed) for name, mine in sorted(by_annotator.items())],
         "agreement": agreement(kept),
         "bradley_terry": _strengths(comparisons, names, limits),
         "cycles": cycles(comparisons).to_dict(),
@@ -75,8 +75,12 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
     }
 
 
-def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLimits) -> dict:
-    """One annotator's figures from her counting rows, with flags in words."""
+def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLimits, changed: Collection[str] = ()) -> dict:
+    """One annotator's figures from her counting rows, with flags in words.
+
+    Args: changed: assignments whose answer was changed, perhaps after a look at an earlier one: they say nothing about consistency.
+    """
+    lasting = [row for row in rows if row.assignment not in changed]
     choices = Counter(r.choice for r in rows)
     left, right = choices[Choice.LEFT], choices[Choice.RIGHT]
     seconds = [r.milliseconds / 1000 for r in rows if r.choice != Choice.SKIP and r.milliseconds > 0]
@@ -90,7 +94,7 @@ def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLi
         "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,
         **_share("good_share", sum(r.choice.good is True for r in rows), sum(r.choice.good is not None for r in rows)),
         **_share("left_share", left, left + right), "left_right_n": left + right, "left_p": binomial_test(left, left + right),
-        **_consistency("self_consistency", rows, Kind.REPEAT), **_consistency("swap_consistency", rows, Kind.SWAP),
+        **_consistency("self_consistency", lasting, Kind.REPEAT), **_consistency("swap_consistency", lasting, Kind.SWAP),
         **_share("gold_accuracy", sum(r.choice.meets(r.expected) for r in gold), len(gold), "gold_n", "gold_ci95"),
     }  # fmt: skip
     return {**out, "flags": _flags(out, limits)}

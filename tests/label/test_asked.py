@@ -129,8 +129,9 @@ def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
     for k in range(12):
         shown = store.assignments(campaign, ann, 1)[0]
         choice = Choice.SKIP if k == 11 else Choice.LEFT
-        kept = store.submit(campaign, ann, answer(shown, f"k{k}", choice, reason="unsure" if k == 11 else None))
-        assert store.submit(campaign, ann, answer(shown, f"k{k}")).reveal == kept.reveal
+        sent = answer(shown, f"k{k}", choice, reason="unsure" if k == 11 else None)
+        kept = store.submit(campaign, ann, sent)
+        assert store.submit(campaign, ann, sent).reveal == kept.reveal
         row = list(store.judgements())[-1]
         names = tuple({"a": "run-a/network", "b": "run-b/network"}[side.generator[0]] for side in (row.left, row.right))
         assert kept.reveal in (None, names)
@@ -175,6 +176,23 @@ def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_it
     assert store.answers(campaign, bob) == []
     with pytest.raises(LookupError):
         store.undo(campaign, bob, "theirs", old)
+
+
+def test_changed_answers_say_nothing_about_consistency(store):
+    campaign, ann = begin(store, plan(12), repeat_share=0.5, repeat_gap=1)
+    for k in range(12):
+        shown = store.assignments(campaign, ann, 1)[0]
+        store.submit(campaign, ann, answer(shown, f"k{k}", Choice.RIGHT if k % 3 else Choice.LEFT))
+    rows = list(store.judgements(include_undone=True))
+    before = quality_report(rows)["annotators"][0]
+    inconsistent = next(r for r in rows if r.kind is Kind.REPEAT and r.choice is not next(o.choice for o in rows if o.pair == r.pair))
+    store.undo(campaign, ann, "u", inconsistent.assignment)  # and made to agree, after a look at the list
+    other = Choice.LEFT if inconsistent.choice is Choice.RIGHT else Choice.RIGHT
+    store.submit(campaign, ann, answer(inconsistent.assignment, "agrees", other))
+    after = quality_report(store.judgements(include_undone=True))["annotators"][0]
+    assert after["self_consistency_n"] == before["self_consistency_n"] - 1 and after["judgements"] == before["judgements"]
+    hits = [found["self_consistency"] * found["self_consistency_n"] for found in (before, after)]
+    assert hits[0] == pytest.approx(hits[1])
 
 
 def test_changes_of_one_answer_from_many_windows_leave_one_answer(database_url):

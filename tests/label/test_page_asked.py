@@ -2,10 +2,12 @@
 
 import pytest
 
+from eg3d_rlhf.label.entities import Choice
 from tests.label.browser import needs_chromium, plan, rows
 from tests.label.plans import answer
 
 pytestmark = needs_chromium
+HOSTILE = "<img src=x onerror=alert(1)>"
 QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
 
 
@@ -152,3 +154,19 @@ def test_everything_is_within_reach_of_a_thumb(serve, page, size):
     label.ready()
     label.page.locator("#backToWork").tap()
     label.ready()
+
+
+def test_results_show_questions_and_comments_as_text(serve, page):
+    served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which?")})
+    who = served.store.annotator_without_token("local").id
+    for k, (choice, geometry) in enumerate((("left", "left"), ("bad", "tie"), ("right", "left"))):
+        shown = served.store.assignments(served.campaign, who, 1)[0]
+        votes = {"geometry": geometry, "ears": "right"}
+        served.store.submit(served.campaign, who, answer(shown, f"k{k}", Choice(choice), votes=votes, comment=HOSTILE if k == 1 else None))
+    results = page(served.url)
+    results.page.goto(served.url + "/admin")
+    results.page.locator("#commentRows tr").wait_for()
+    assert results.page.locator("#commentRows td").all_inner_texts()[1:] == ["local", "bad", HOSTILE]
+    rows_shown = [line.split("\t") for line in results.page.locator("#questionRows tr").all_inner_texts()]
+    assert rows_shown == [["ears", "3", "0 %", "0 %", "100 %", "1 of 2", "–"], ["geometry", "3", "67 %", "33 %", "0 %", "1 of 2", "–"]]
+    assert "and 1 both bad" in results.page.inner_text("#annotators")

@@ -1,6 +1,7 @@
 // The results page: figures of annotators and answers while they come in, and who has access.
 
 import { Api, signIn } from './api.js';
+import { showComments, showQuestions } from './asked_results.js';
 import { duration } from './pace.js';
 import { rowsPlot, timelinePlot } from './plots.js';
 import { speak } from './texts.js';
@@ -30,9 +31,14 @@ async function poll() {
   clearTimeout(poll.timer);
   try {
     if (!api.csrf) await api.session();
-    const [quality, annotators] = await Promise.all([api.json('GET', '/api/admin/quality'), api.json('GET', '/api/admin/annotators')]);
-    const text = JSON.stringify([quality, annotators]);
-    if (text !== seen) show(quality, annotators);
+    const asked = ['quality', 'annotators', 'comments'].map((name) => api.json('GET', `/api/admin/${name}`));
+    const [quality, annotators, comments] = await Promise.all(asked);
+    const text = JSON.stringify([quality, annotators, comments]);
+    if (text !== seen) {
+      show(quality, annotators);
+      showQuestions(page.questions, page.questionRows, quality.questions);
+      showComments(page.comments, page.commentRows, comments);
+    }
     seen = text;
     page.fresh.textContent = `Live, as of ${new Date().toLocaleTimeString('en-GB')}`;
   } catch (error) {
@@ -122,7 +128,7 @@ function row(name, quality, access) {
     [quality.median_seconds === null ? '–' : `${quality.median_seconds.toFixed(1)} s`],
     share(quality.left_share, quality.left_share_ci95, quality.left_right_n), share(quality.self_consistency, quality.self_consistency_ci95, quality.self_consistency_n),
     share(quality.swap_consistency, quality.swap_consistency_ci95, quality.swap_consistency_n),
-    share(quality.gold_accuracy, quality.gold_ci95, quality.gold_n), [quality.ties], [quality.skips],
+    share(quality.gold_accuracy, quality.gold_ci95, quality.gold_n), [quality.ties, quality.both_bad ? `and ${quality.both_bad} both bad` : ''], [quality.skips],
   ] : [[0], ...Array(8).fill(['–'])];
   for (const [value, note] of figures) {
     const figure = cell(value, note);
