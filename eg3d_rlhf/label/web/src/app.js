@@ -6,6 +6,7 @@ import { helpDialog, skipDialog } from './dialogs.js';
 import { watchGestures } from './gestures.js';
 import { watchKeys } from './keys.js';
 import { Looking } from './looking.js';
+import { watchMenus } from './menus.js';
 import { Outbox } from './outbox.js';
 import { OwnAnswers } from './own_answers.js';
 import { Pace } from './pace.js';
@@ -34,6 +35,7 @@ class LabelPage {
   async start() {
     fillTexts();
     watchLanguage(this.ui.language);
+    watchMenus();
     watchTheme(this.ui.theme, () => this.viewer?.request());
     this.session = await this.signedIn();
     this.viewer = this.makeViewer();

@@ -3,7 +3,7 @@
 import { paceText } from './pace.js';
 import { known, t } from './texts.js';
 
-const STACKED = matchMedia('(max-width: 44rem), (max-aspect-ratio: 4/5)'); // as in app.css: the left shape is on top
+const STACKED = matchMedia('(max-aspect-ratio: 4/5)'); // as in app.css: the left shape is on top
 const NOTICES = ['loading', 'waiting', 'offline', 'sending', 'finished', 'failed', 'refused']; // states without shapes to judge
 
 export class Ui {
