@@ -72,14 +72,14 @@ def all_controls(label: Page, language: str, where: str) -> None:
     more = label.page.get_by_role("button", name=texts["more"], exact=True)
     if more.is_visible():
         view = label.page.get_by_role("button", name=texts["view"], exact=True)
-        for button, inside in ((more, {"language", "theme", "signOut"}), (view, {"reset", "normals"})):
+        for button, inside in ((more, {"language", "theme", "signOut", "ownAnswers"}), (view, {"reset", "normals", "comment"})):
             button.click()
             check(label, f"{where}, menu", inside)
             label.page.keyboard.press("Escape")
     else:
-        check(label, where, {"language", "theme", "signOut", "reset", "normals"})
-    for name in ("openHelp", "skip"):
-        label.page.click(f"#{name}")
+        check(label, where, {"language", "theme", "signOut", "ownAnswers", "reset", "normals", "comment"})
+    for name, key in (("openHelp", "?"), ("skip", "s"), ("ownAnswers", "a"), ("comment", "c")):
+        label.page.keyboard.press(key)
         heading = label.page.locator("dialog[open] h2")
         assert heading.evaluate(SHOWS), (where, name, "opens at its heading")
         check(label, f"{where}, {name}")
@@ -87,9 +87,11 @@ def all_controls(label: Page, language: str, where: str) -> None:
 
 
 def served_for(serve, scale: str):
-    """A server of pairs or of single shapes, and an annotator's token."""
+    """A server of pairs, of pairs of which much is asked, or of single shapes, and an annotator's token."""
     if scale == "pairs":
         served = serve(plan(8, training=1), exposed=True)
+    elif scale == "asked":
+        served = serve(plan(8), exposed=True, campaign={"both_bad": True, "questions": ("geometry", "texture", "prompt")})
     else:
         served = serve(singles(8), exposed=True, mode=Mode.SINGLE, campaign={"scale": scale, "swap_share": 0, "gold_every": 0})
     return served, served.store.add_annotator("Maximiliane Mustermann-Beispiel")
@@ -121,7 +123,7 @@ def test_the_label_page_fits_a_phone_in_german(serve, page):
 
 @pytest.mark.long
 @pytest.mark.parametrize("screen", SCREENS)
-@pytest.mark.parametrize("scale", ["pairs", "thumbs", "scores"])
+@pytest.mark.parametrize("scale", ["pairs", "asked", "thumbs", "scores"])
 def test_the_label_page_fits(serve, page, screen, scale):
     served, token = served_for(serve, scale)
     for language in TABLES:

@@ -139,6 +139,7 @@ def test_everything_is_within_reach_of_a_thumb(serve, page, size):
         label.page.wait_for_timeout(600)
         label.page.locator(f"[data-choice={choice}]").tap()
     label.page.wait_for_timeout(600)
+    label.page.get_by_role("button", name="View", exact=True).tap()
     label.page.locator("#comment").tap()
     label.page.locator("#commentText").fill("ok")
     label.page.locator("#commentDialog .primary").tap()
@@ -149,6 +150,7 @@ def test_everything_is_within_reach_of_a_thumb(serve, page, size):
     label.sent()
     (row,) = rows(served)
     assert (row.choice, row.comment) == ("bad", "ok") and row.votes == {"geometry": "left", "texture": "right", "prompt": "tie"}
+    label.page.get_by_role("button", name="More").tap()
     label.page.locator("#ownAnswers").tap()
     label.page.locator("#ownList button").first.tap()
     label.ready()
