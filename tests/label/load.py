@@ -1,6 +1,7 @@
 """Simulated annotators at work on a server in a process of its own, which is killed now and then.
 
-Run as a program it is that server: `python -m tests.label.load URL CAMPAIGN CACHE STATIC PORT`, on loopback, exposed, so that tokens count.
+Run as a program it is that server: `python -m tests.label.load URL CAMPAIGN CACHE STATIC PORT [CERTIFICATE KEY]`, on loopback, exposed, so
+that tokens count.
 """
 
 import asyncio
@@ -26,15 +27,22 @@ FIRST_PAUSE, SLOWEST = 0.5, 15.0  # seconds between two attempts: the first, dou
 class ServerProcess:
     """The real server under uvicorn; `kill` ends it as a power cut would."""
 
-    def __init__(self, url: str, campaign: str, cache: Path, static: Path, port: int):
-        self.command = [sys.executable, "-m", "tests.label.load", url, campaign, str(cache), str(static), str(port)]
-        self.base = f"http://127.0.0.1:{port}"
+    def __init__(
+        self, url: str, campaign: str, cache: Path, static: Path, port: int, tls: tuple[Path, Path] | None = None, files: int | None = None
+    ):
+        """`tls`: certificate and key. `files`: descriptors that it may have, at most."""
+        limit = ["prlimit", f"--nofile={files}:{files}"] if files else []
+        self.command = [*limit, sys.executable, "-m", "tests.label.load", url, campaign, str(cache), str(static), str(port)]
+        self.command += [str(path) for path in tls or ()]
+        self.base = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        self.log = cache.parent / "stderr.txt"
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-        self.process = subprocess.Popen(self.command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL)
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=log)
         end = time.monotonic() + PATIENCE
         while True:
             try:
@@ -43,7 +51,7 @@ class ServerProcess:
             except httpx.TransportError:
                 pass
             if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the server did not start: {self.process.poll()}")
+                raise RuntimeError(f"the server did not start: {self.process.poll()}, {self.log.read_text()[-2000:]}")
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -128,7 +136,7 @@ async def labour(annotators: list[Annotator], server: ServerProcess, kills: int,
     await asyncio.gather(*tasks)
 
 
-def main(url: str, campaign: str, cache: str, static: str, port: str) -> None:
+def main(url: str, campaign: str, cache: str, static: str, port: str, certificate: str | None = None, key: str | None = None) -> None:
     """Serve; see the module."""
     from eg3d_rlhf.label.server.app import serve
     from eg3d_rlhf.label.server.options import AppOptions, Limits
@@ -140,7 +148,8 @@ def main(url: str, campaign: str, cache: str, static: str, port: str) -> None:
         store=Store.open(url, create=False), campaign=campaign, cache=ShapeCache(cache), exposed=True, static=Path(static), limits=limits,
         access_log=Path(cache) / "access.jsonl",
     )  # fmt: skip
-    serve(options, "127.0.0.1", int(port))
+    pem = {"certificate": Path(certificate), "key": Path(key)} if certificate and key else {}
+    serve(options, "127.0.0.1", int(port), **pem)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The application: its pages and routes behind the gate, log-in and log-out, and the process that serves it."""
 
 import contextlib
+import gc
 import gzip
 import hashlib
 import mimetypes
@@ -108,6 +109,8 @@ def serve(
         if options.preparation is not None:
             options.preparation.start()
         on_listening(f"{'https' if certificate else 'http'}://{shown}:{server.getsockname()[1]}/")
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: the garbage collector looks at requests and connections alone, often and quickly
         Server(config, options.limits, proxy).run(sockets=[server])
     finally:
         if options.preparation is not None:

@@ -19,6 +19,7 @@ import math
 import resource
 import socket
 import time
+from asyncio import sslproto
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ PAUSE = 0.5  # seconds without accepting where the system has no more descriptor
 REGULAR_SECONDS = 3600.0  # an address is known for so long after a request of somebody who was logged in
 FILES = 4096  # descriptors that are asked for
 OTHER_FILES = 256  # of them, for the database, shapes and logs
+TLS_BUFFER = 32 * 1024  # bytes; asyncio's own are 256 KiB for each connection, and outlive it until they are collected
 GRACE = 2.0  # seconds after the body's time in which the gate says 408 itself
 
 
@@ -162,6 +164,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.door.forget(self)
+        self.app_state, self.cycle = {}, None  # type: ignore[assignment]  # they lead back here: nothing is left to the garbage collector
 
     def _look(self, begun: bool) -> None:
         """Find the stage; `begun`: where a header is awaited, some of it is there."""
@@ -190,8 +193,8 @@ class Door:
         self.strangers: Pool[Connection] = Pool(self.waiting.limit, max(1, self.waiting.limit // 2))
         self.known: Pool[Connection] = Pool(min(limits.connections, places - 2 * self.waiting.limit), limits.annotator_connections)
         self.accepts = Buckets(*limits.accepts)
-        self.starts = Buckets(*(limits.handshakes if server.config.ssl else limits.accepts))
-        self.regular_starts = Buckets(*limits.regular_handshakes)
+        self.starts = Buckets(*limits.starts)
+        self.regular_starts = Buckets(*limits.regular_starts)
         self.regulars: OrderedDict[str, float] = OrderedDict()  # address -> last seen with somebody who was logged in
         self._turn: asyncio.TimerHandle | None = None
         for sock in sockets:
@@ -267,10 +270,10 @@ class Door:
         proxy = self.server.is_proxy(address)
         regular = self.regulars.get(key, -math.inf) > self.loop.time() - REGULAR_SECONDS
         if proxy or regular and not self.regular_starts.take(key) or not self.waiting.size and not self.starts.take(""):
-            self._start(sock, key, proxy)
-            return
+            return self._start(sock, key, proxy)
         self.waiting.add(Waiting(sock, key, self.loop.time() + self.limits.handshake_seconds))
         self._turn = self._turn or self.loop.call_later(1 / self.starts.rate, self._next)
+        return None
 
     def _next(self) -> None:
         """Begin with those who wait, as the pace allows."""
@@ -291,6 +294,7 @@ class Door:
         (self.known if proxy else self.strangers).add(connection)
 
     def _shaken(self, connection: Connection, sock: socket.socket) -> None:
+        connection.shaking = None
         if connection.transport is None:
             self.forget(connection)
             sock.close()
@@ -329,6 +333,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, with a door in place of asyncio's listeners."""
+        sslproto.SSLProtocol.max_size = TLS_BUFFER
         await super().startup(sockets=[])
         if not self.should_exit:
             self.servers.append(Door(self, list(sockets or [])))  # type: ignore[arg-type]

@@ -37,8 +37,8 @@ class Limits:
     annotator_connections: int = 100  # of them, one annotator's
     strangers_connections: int = 256  # others; as many again wait for their turn; half of them from one address
     accepts: tuple[float, float] = (1000.0, 500.0)  # connections taken from the system
-    handshakes: tuple[float, float] = (100.0, 200.0)  # TLS handshakes begun
-    regular_handshakes: tuple[float, float] = (20.0, 100.0)  # of one address where somebody was logged in of late, beyond those
+    starts: tuple[float, float] = (100.0, 200.0)  # of them, those that are begun with; handshakes take processor time
+    regular_starts: tuple[float, float] = (20.0, 100.0)  # of one address where somebody was logged in of late, beyond those
     handshake_seconds: float = 10.0  # for the handshake, and for waiting until it begins
     header_seconds: float = 10.0  # for a request's header, from its first byte; of a connection's first one, from the handshake
     idle_seconds: float = 15.0  # between two requests of a stranger's connection
@@ -46,7 +46,7 @@ class Limits:
     keep_seconds: float = 120.0  # between two requests of a connection on which somebody was logged in
 
     def __post_init__(self):
-        for name in ("requests", "strangers", "guesses", "accepts", "handshakes", "regular_handshakes"):
+        for name in ("requests", "strangers", "guesses", "accepts", "starts", "regular_starts"):
             rate, burst = getattr(self, name)
             if rate <= 0 or burst < 1:
                 raise ValueError(f"Limits.{name}: expected a rate > 0 and a burst >= 1, got {rate} and {burst}")
