@@ -39,7 +39,7 @@ REGULAR_SECONDS = 3600.0  # an address is known for so long after a request of s
 FILES = 4096  # descriptors that are asked for
 OTHER_FILES = 256  # of them, for the database, shapes and logs
 TLS_BUFFER = 32 * 1024  # bytes; asyncio's own are 256 KiB for each connection, and outlive it until they are collected
-GRACE = 2.0  # seconds after the body's time in which the gate says 408 itself
+GRACE = 1.0  # seconds after the body's time in which the gate says 408 itself
 
 
 class Member(Protocol):
@@ -247,7 +247,7 @@ class Door:
         self.loop.call_later(seconds, self._listen, sock)
 
     def _accept(self, sock: socket.socket) -> None:
-        for _ in range(AT_ONCE):
+        for number in range(AT_ONCE):
             try:
                 wait = self.accepts.take("")
                 if wait:
@@ -258,8 +258,8 @@ class Door:
                 return None
             except OSError as error:  # no descriptors or no memory
                 LOGGER.warning("cannot accept connections for the moment: %s", error.strerror)
-                self.waiting.push_out()
-                self.strangers.push_out()
+                if number == 0:  # else perhaps nobody waits any more
+                    (self.waiting if self.waiting.size else self.strangers).push_out()
                 return self._rest(sock, PAUSE)
             client.setblocking(False)
             self._admit(client, peer[0])
@@ -286,12 +286,15 @@ class Door:
 
     def _start(self, sock: socket.socket, key: str, proxy: bool = False) -> None:
         connection = Connection(self, key)
-        shaken = self.loop.connect_accepted_socket(lambda: connection, sock, ssl=self.server.config.ssl)
-        connection.shaking = self.loop.create_task(_quietly(shaken))
+        connection.shaking = self.loop.create_task(self._shake(connection, sock))
         connection.shaking.add_done_callback(lambda _: self._shaken(connection, sock))
         if proxy:  # who sits behind it, only a request says; it may have all places
             connection.known, connection.key = True, ""
         (self.known if proxy else self.strangers).add(connection)
+
+    async def _shake(self, connection: Connection, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # a handshake that fails is no news
+            await self.loop.connect_accepted_socket(lambda: connection, sock, ssl=self.server.config.ssl)
 
     def _shaken(self, connection: Connection, sock: socket.socket) -> None:
         connection.shaking = None
@@ -310,12 +313,6 @@ class Door:
         self._sweeping = self.loop.call_later(1.0, self._sweep)
 
 
-async def _quietly(shaken) -> None:
-    """A handshake that fails is no news."""
-    with contextlib.suppress(OSError):
-        await shaken
-
-
 class Server(uvicorn.Server):
     """uvicorn behind a `Door`. Arguments: limits; proxy: addresses or networks, comma-separated, whose connections count as many."""
 
@@ -323,7 +320,10 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.limits, self._everybody = limits, proxy == "*"
         named = [part.strip() for part in proxy.split(",")] if proxy and not self._everybody else []
-        self._proxies = [ipaddress.ip_network(name, strict=False) for name in named]
+        try:
+            self._proxies = [ipaddress.ip_network(name, strict=False) for name in named]
+        except ValueError:
+            raise ValueError(f"--proxy: expected addresses or networks, got {proxy!r}. Give the proxy's address as 192.0.2.1.") from None
         for logger in ("uvicorn.error", "asyncio", LOGGER.name):
             logging.getLogger(logger).addFilter(SPARING)
 
