@@ -6,12 +6,14 @@ import hashlib
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from training.config import knobs_of
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which commands without tensors are spared
 
 MODES: dict[str, str | click.Command] = {}  # of train.py: by name, a command or 'module:name' of one; plugins may add theirs
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -115,11 +117,13 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
     return together(*made.values())
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """'auto', 'cpu' or 'cuda' to a device.
 
     Raises: ValueError where CUDA is asked for and missing.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -131,6 +135,7 @@ def versions() -> dict[str, str]:
     """Versions that a record of a run needs."""
     import numpy
     import scipy
+    import torch
 
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,

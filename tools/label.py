@@ -5,9 +5,16 @@ Example:
     python tools/label.py --network=runs/00001-x --pairs=1000
 """
 
+import sys
+
 import _repository  # noqa: F401
 
-from eg3d_rlhf.label.commands import main
+from eg3d_rlhf.label.people import is_quick, quick
 
 if __name__ == "__main__":
-    main()
+    if is_quick(sys.argv[1:]):
+        quick(prog_name="label.py")
+    else:
+        from eg3d_rlhf.label.commands import main
+
+        main()

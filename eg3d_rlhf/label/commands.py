@@ -1,8 +1,6 @@
 """The command line of the labelling application: a server with flags of its own, and what is done beside it."""
 
-import datetime
 import json
-from collections import Counter
 from pathlib import Path
 
 import click
@@ -15,8 +13,10 @@ from eg3d_rlhf.label.asset_labels import export_assets
 from eg3d_rlhf.label.entities import CampaignSettings
 from eg3d_rlhf.label.figure_commands import leaderboard, simulate
 from eg3d_rlhf.label.pairing import PairingOptions
+from eg3d_rlhf.label.people import add_annotator, annotators, new_token, revoke, status
 from eg3d_rlhf.label.preferences import export_labels, export_unpaired, without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
+from eg3d_rlhf.label.store_at import DATABASE, DB, database, open_store, sqlite_file, store_exists
 
 MAKE = "python tools/label.py add-annotator NAME"
 KINDS = {  # with the files' suffixes
@@ -50,7 +50,7 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--questions", metavar="LIST", default="", show_default="none", group="Pairs",
         help=f"Asked besides which is better, with commas between: {', '.join(questions.KNOWN)}, or NAME=TEXT.")
 @option("--reveal/--no-reveal", default=False, group="Pairs", help="Whether the generators' names are told after each answer.")
-@option("--db", metavar="URL", default=launch.DB, help=launch.DATABASE)
+@option("--db", metavar="URL", default=DB, help=DATABASE)
 @option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
 @option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
@@ -75,7 +75,7 @@ def main(
         return
     request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
     wanted = request.to_json()
-    path = launch.sqlite_file(db)
+    path = sqlite_file(db)
     server = launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
     if dry_run:
         click.echo(json.dumps(_dry_run(db, request, server, wanted, given), indent=1, default=str))
@@ -129,8 +129,8 @@ def _refuse_generators_flags(ctx: click.Context, given: set[str], chosen: list[s
 def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:
     """What would be done; nothing is written."""
     resumed = False
-    if launch.store_exists(db):
-        with launch.open_store(db, create=False) as store:
+    if store_exists(db):
+        with open_store(db, create=False) as store:
             found = store.campaign(request.name)
             if found is not None:
                 resumed, wanted = True, dict(launch.check_resumed(found, wanted, given))
@@ -141,11 +141,11 @@ def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wante
 def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> None:
     """Plan or resume, then serve until interrupted."""
     planned = None
-    if not launch.store_exists(db):  # whatever is wrong comes to light before a database is made
+    if not store_exists(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
             launch.check_annotators(None, server.host, MAKE)
         planned = launch.plan_campaign(None, request, click.echo)
-    with launch.open_store(db, create=True) as store:
+    with open_store(db, create=True) as store:
         if server.exposed:
             launch.check_annotators(store, server.host, MAKE)
         campaign = store.campaign(request.name)
@@ -157,46 +157,9 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
             launch.check_resumed(campaign, wanted, given)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements so far")
-        more = ["other machines can reach this server: everybody needs a token (add-annotator NAME)"] if server.exposed else []
+        have = f"{len(launch.with_access(store))} can log in, add-annotator NAME makes more"
+        more = [f"other machines can reach this server, by a token: {have}"] if server.exposed else []
         launch.serve_campaign(store, db, request.name, server, lambda address: [f"label at {address}  (Ctrl-C stops)", *more], "judgement")
-
-
-@click.command("add-annotator", cls=GroupedCommand)
-@click.argument("name")
-@option("--admin", is_flag=True, help="May also see results and name annotators.")
-@launch.database
-def add_annotator(name: str, admin: bool, db: str) -> None:
-    """Make an annotator and print the token, this once; only its hash is stored."""
-    with launch.open_store(db, create=True) as store:
-        token = store.add_annotator(name, "admin" if admin else "annotator")
-    click.echo(f"token of {name}; it is not shown again:", err=True)
-    click.echo(token)
-
-
-@click.command("revoke", cls=GroupedCommand)
-@click.argument("name")
-@launch.database
-def revoke(name: str, db: str) -> None:
-    """Withdraw an annotator's token and end the sessions; the judgements stay."""
-    with launch.open_store(db, create=False) as store:
-        store.revoke_annotator(name)
-    click.echo(f"{name}: token revoked")
-
-
-@click.command("annotators", cls=GroupedCommand)
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
-@launch.database
-def annotators(as_json: bool, db: str) -> None:
-    """List annotators, roles and revocations."""
-    with launch.open_store(db, create=False) as store:
-        found = store.annotators()
-    rows = [{"name": a.name, "role": a.role, "created": _date(a.created), "revoked": a.revoked and _date(a.revoked)} for a in found]
-    if as_json:
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    for row in rows:
-        revoked = f", revoked {row['revoked']}" if row["revoked"] else ""
-        click.echo(f"{row['name']:<24} {row['role']:<10} since {row['created']}{revoked}")
 
 
 @click.command("export", cls=GroupedCommand)
@@ -212,7 +175,7 @@ def annotators(as_json: bool, db: str) -> None:
 @option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
 @option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
 @option("--from-pairs", is_flag=True, help="Unpaired: both shapes of pairs that were answered with 'both are bad', as not good.")
-@launch.database
+@database
 @click.pass_context
 def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters) -> None:
     """Write labels or judgements to FILE."""
@@ -224,7 +187,7 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
         used = [p.opts[0] for p in ctx.command.params if p.name in launch.given_flags(ctx) & set(filters)]
         if used:
             raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
-    with launch.open_store(db, create=False) as store:
+    with open_store(db, create=False) as store:
         if kind == "judgements":
             export_judgements(store, out, campaign)
         elif kind == "labels":
@@ -244,14 +207,14 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
 @click.argument("source", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @option("--campaign", metavar="NAME", default=None, show_default="the file's name", help="Of ranked seeds: campaign to make.")
 @option("--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged.")
-@launch.database
+@database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
     """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
     if source.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it.")
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
-    with launch.open_store(db, create=True) as store:
+    with open_store(db, create=True) as store:
         if source.suffix == ".csv":
             count = import_ranked_seeds(store, source, campaign, annotator or "imported")
         else:
@@ -259,33 +222,5 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     click.echo(f"{source}: {count} judgements imported")
 
 
-@click.command("status", cls=GroupedCommand)
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
-@launch.database
-def status(as_json: bool, db: str) -> None:
-    """Show campaigns, pairs, judgements and annotators."""
-    with launch.open_store(db, create=False) as store:
-        known = store.annotators()
-        found: list[dict] = []
-        for campaign in store.campaigns():
-            rows = list(store.judgements(campaign.settings.name))
-            found.append({
-                "name": campaign.settings.name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs, "judgements": len(rows),
-                "annotators": Counter(row.annotator for row in rows), "created": _date(campaign.created),
-                "last": _date(rows[-1].received_at) if rows else None,
-            })  # fmt: skip
-    if as_json:
-        click.echo(json.dumps({"campaigns": found, "annotators": len(known)}, indent=1, ensure_ascii=False))
-        return
-    for row in found:
-        work = f"{row['pairs']} pairs, {row['judgements']} judgements of {len(row['annotators'])} annotators"
-        click.echo(f"{row['name']}: {row['mode']}, {work}, made {row['created']}, last answer {row['last'] or 'none'}")
-    click.echo(f"{len(found)} campaigns, {len(known)} annotators")
-
-
-def _date(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-for command in (add_annotator, revoke, annotators, export, import_, status, leaderboard, simulate):
+for command in (add_annotator, new_token, revoke, annotators, export, import_, status, leaderboard, simulate):
     main.add_command(command)

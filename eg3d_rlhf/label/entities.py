@@ -10,7 +10,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from eg3d_rlhf.preferences.unpaired import GOOD
+from eg3d_rlhf.preferences.good import GOOD
 from training.config import check_knobs, knob
 
 

@@ -7,10 +7,10 @@ import click
 import numpy as np
 
 from eg3d_rlhf.cli import GroupedCommand, option
-from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.entities import Mode
 from eg3d_rlhf.label.leaderboards import as_csv, as_text, leaderboard_of
 from eg3d_rlhf.label.store import Store
+from eg3d_rlhf.label.store_at import database, open_store
 from eg3d_rlhf.preferences import coverage
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS
 from eg3d_rlhf.preferences.leaderboard import LEAST_GAMES, LEAST_PROMPTS
@@ -21,10 +21,10 @@ from eg3d_rlhf.preferences.leaderboard import LEAST_GAMES, LEAST_PROMPTS
 @option("--question", metavar="NAME", default=None, show_default="which is better", help="The votes on this question.")
 @option("--json", "kind", flag_value="json", help="Print JSON.", default=None)
 @option("--csv", "kind", flag_value="csv", help="Print CSV.")
-@launch.database
+@database
 def leaderboard(campaign: str | None, question: str | None, kind: str | None, db: str) -> None:
     """Rank the generators whose shapes were compared, with 95 % intervals."""
-    with launch.open_store(db, create=False) as store:
+    with open_store(db, create=False) as store:
         _check(store, campaign)
         rows = list(store.judgements(campaign))
     asked = sorted({name for row in rows for name in row.votes})

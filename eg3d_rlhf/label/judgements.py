@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, Row, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
 
 from eg3d_rlhf.label.assignments import MINE, take_place
 from eg3d_rlhf.label.campaigns import FIELDS, Plan, settings_from_json, shape_of
@@ -171,6 +171,14 @@ def read_judgements(
         if len(page) < PAGE:
             return
         last = page[-1].id
+
+
+def tally(c: Connection) -> list[Row]:
+    """Judgements that count by campaign and annotator, in order of their first: campaign_id, name, judgements, last (time of receipt)."""
+    figures = func.count().label("judgements"), func.max(j.c.received_at).label("last")
+    query = select(j.c.campaign_id, annotators.c.name, *figures).join_from(a, j, j.c.id == a.c.answered)
+    query = query.join(annotators, annotators.c.id == j.c.annotator_id).group_by(j.c.campaign_id, j.c.annotator_id, annotators.c.name)
+    return list(c.execute(query.order_by(func.min(j.c.id))))
 
 
 def _row(row: Row, modes: dict[str, str]) -> JudgementRow:

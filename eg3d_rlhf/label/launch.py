@@ -1,8 +1,7 @@
 """What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,10 +23,6 @@ from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.label.store import Store
 from training.config import knobs_of
 
-DB = "sqlite:///runs/labels/labels.db"
-DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-database = option("--db", metavar="URL", default=None, show_default=DB, help=DATABASE,  # here or before the sub-command
-                  callback=lambda ctx, _, given: given or ctx.obj or DB)
 SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 
@@ -110,41 +105,22 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
 
 
+def with_access(store: Store) -> list[str]:
+    """Names of those who may log in."""
+    return [one.name for one in store.annotators() if one.revoked is None and one.name != LOCAL]
+
+
 def check_annotators(store: Store | None, host: str, make: str) -> None:
     """Refuse to expose a server that nobody could use.
 
     Args: make: the command that makes an annotator.
     Raises: ValueError naming the flag and the remedy.
     """
-    known = [] if store is None else [a for a in store.annotators() if a.revoked is None and a.name != LOCAL]
-    if not known:
+    if store is None or not with_access(store):
         raise ValueError(
             f"--host={host}: expected at least one annotator, as tokens are compulsory where other machines reach the server, got none. "
             f"Make one with: {make}"
         )
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite URL; None for other databases."""
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
-
-
-def store_exists(url: str) -> bool:
-    """Whether there is a store at a URL; one on a server counts as there."""
-    path = sqlite_file(url)
-    return path is None or path.is_file()
-
-
-@contextmanager
-def open_store(url: str, create: bool) -> Iterator[Store]:
-    """The store at --db, closed afterwards; the folder of a new SQLite file is made."""
-    path = sqlite_file(url)
-    with naming("--db"):
-        if create and path is not None:
-            path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        store = Store.open(url, create)
-    with store:
-        yield store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,8 @@ def labels_source(source: str | Path) -> str | Path:
 
 def source_stem(source: str | Path) -> str:
     """A short name: the file's or database's, without its ending."""
+    if is_store_url(source) and not str(source).startswith("sqlite"):
+        return str(source).split("?")[0].rpartition("/")[2]  # a database's name has no ending
     return Path(str(source).split("?")[0] if is_store_url(source) else source).stem
 
 

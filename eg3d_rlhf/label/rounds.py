@@ -7,6 +7,7 @@ from eg3d_rlhf.label import launch
 from eg3d_rlhf.label.entities import CampaignSettings, Kind
 from eg3d_rlhf.label.pairing import PairingOptions
 from eg3d_rlhf.label.preferences import LabelFilters, preferences_of
+from eg3d_rlhf.label.store_at import open_store
 from eg3d_rlhf.preferences.labels import Preference
 
 LEAST = 0.9  # share of the pairs that has to be answered, or skipped
@@ -22,7 +23,7 @@ def make_campaign(url: str, name: str, network: Path, pairing: PairingOptions) -
 
     Raises: ValueError, OSError.
     """
-    with launch.open_store(url, create=True) as store:
+    with open_store(url, create=True) as store:
         if store.campaign(name) is not None:
             return False
         defaults = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | {"show_render": False}
@@ -36,7 +37,7 @@ def answers(url: str, name: str, generator: LoadedGenerator, pairs: int) -> list
 
     Raises: ValueError while too few are answered, with the command to go on; for labels of another generator; and without any preference.
     """
-    with launch.open_store(url, create=False) as store:
+    with open_store(url, create=False) as store:
         judged = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
         labels = preferences_of(store, LabelFilters(campaign=name))
     least = max(1, round(LEAST * pairs))

@@ -18,6 +18,7 @@ from eg3d_rlhf.label.entities import (
     Answer,
     AssignedPair,
     CampaignSettings,
+    ConflictError,
     JudgementRow,
     OwnAnswer,
     PlannedPair,
@@ -27,6 +28,7 @@ from eg3d_rlhf.label.entities import (
     StoredCampaign,
     Submitted,
 )
+from eg3d_rlhf.label.names import check_name
 from eg3d_rlhf.label.review import comments, own_answers
 
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
@@ -100,7 +102,7 @@ class Store:
     def add_annotator(self, name: str, role: str = "annotator") -> str:
         """A new annotator; returns the token, which is shown this once.
 
-        Raises: ValueError for a name in use, one that cannot be shown safely, and unknown roles.
+        Raises: ValueError for a name in use or too like another, one that cannot be shown safely, and unknown roles.
         """
         if not NAME.fullmatch(name) or name != name.strip():
             raise ValueError(f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}. Choose another.")
@@ -108,20 +110,46 @@ class Store:
             raise ValueError(f"annotator {name}: expected a role of {', '.join(ROLES)}, got {role!r}. Choose one of them.")
         token = secrets.token_urlsafe(24)
         with self.database.write((Lock.SCHEMA, 2)) as c:
-            if name == LOCAL or find(c, name) is not None:
-                raise ValueError(f"annotator: expected a new name, got {name!r}, which is in use. Choose another.")
+            check_name(name, [LOCAL, *c.execute(select(annotators.c.name)).scalars()])
             c.execute(insert(annotators).values(name=name, role=role, token_hash=secret_hash(token), created=self.clock()))
         return token
 
-    def revoke_annotator(self, name: str) -> None:
-        """Withdraw the token and end the sessions; judgements stay. Raises: ValueError for an unknown name."""
+    def new_token(self, name: str, keep_session: str = "") -> str:
+        """A new token for an annotator, which is shown this once: the old one and all sessions end, the judgements and her place in the
+        plan stay. Of somebody revoked, the access returns.
+
+        Args: keep_session: id of a session of hers that goes on.
+        Raises: ValueError for an unknown name.
+        """
+        token = secrets.token_urlsafe(24)
         with self.database.write((Lock.SCHEMA, 2)) as c:
-            found = find(c, name)
-            if found is None or name == LOCAL:
-                raise ValueError(f"annotator: expected one with a token, got {name!r}. `annotators` lists them.")
-            if found.revoked is None:
-                c.execute(update(annotators).where(annotators.c.id == found.id).values(revoked=self.clock()))
-            c.execute(delete(sessions).where(sessions.c.annotator_id == found.id))
+            found = _with_token(c, name)
+            c.execute(update(annotators).where(annotators.c.id == found.id).values(token_hash=secret_hash(token), revoked=None))
+            ended = sessions.c.annotator_id == found.id, sessions.c.id_hash != secret_hash(keep_session)
+            c.execute(delete(sessions).where(*ended))
+        return token
+
+    def revoke_annotator(self, name: str, keep_an_admin: bool = False) -> None:
+        """Withdraw the token and what was opened with it; judgements stay.
+
+        Raises: ValueError for an unknown name; ConflictError for the last admin with access, where one is to be kept.
+        """
+        with self.database.write((Lock.SCHEMA, 2)) as c:
+            found = _with_token(c, name)
+            if found.revoked is not None:
+                return
+            others = KNOWN.where(annotators.c.role == "admin", annotators.c.revoked.is_(None), annotators.c.token_hash.is_not(None))
+            if keep_an_admin and found.role == "admin" and _one(c, others.where(annotators.c.id != found.id)) is None:
+                raise ConflictError(f"annotator {name}: expected another admin with access, got none. Make one first.")
+            c.execute(update(annotators).where(annotators.c.id == found.id).values(revoked=self.clock()))
+
+    def withdrawn(self, secret: str) -> bool:
+        """Whether a token, or the id of a session that would still last, is of somebody whose access was revoked."""
+        digest, now = secret_hash(secret), self.clock()
+        lasting = select(sessions.c.annotator_id).where(sessions.c.id_hash == digest, sessions.c.expires > now)
+        own = annotators.c.revoked.is_not(None), (annotators.c.token_hash == digest) | annotators.c.id.in_(lasting)
+        with self.database.read() as c:
+            return _one(c, KNOWN.where(*own)) is not None
 
     def annotators(self) -> list[StoredAnnotator]:
         """All, oldest first."""
@@ -218,6 +246,11 @@ class Store:
         with self.database.read() as c:
             return read_progress(c, plan, annotator_id, self.clock(), self._free_pairs)
 
+    def tally(self) -> list[Row]:
+        """How much each annotator has done in each campaign, practice and checks included: campaign_id, name, judgements, last (when)."""
+        with self.database.read() as c:
+            return judgements.tally(c)
+
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
     ) -> Iterator[JudgementRow]:
@@ -241,6 +274,13 @@ def secret_hash(secret: str) -> str:
 def find(c: Connection, name: str) -> StoredAnnotator | None:
     """By name."""
     return _one(c, KNOWN.where(annotators.c.name == name))
+
+
+def _with_token(c: Connection, name: str) -> StoredAnnotator:
+    found = find(c, name)
+    if found is None or name == LOCAL:
+        raise ValueError(f"annotator: expected one with a token, got {name!r}. `annotators` lists them.")
+    return found
 
 
 def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnotator:

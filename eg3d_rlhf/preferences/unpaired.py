@@ -25,12 +25,12 @@ import numpy as np
 
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.dataset import SPLITS, Splits
+from eg3d_rlhf.preferences.good import BAD, GOOD
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, jsonl_records, load_labels, parse_seed, parse_time
 from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")
 SCALE = 5.0  # the best score
-GOOD, BAD = 4.0, 3.5  # least score of a preferred shape, highest of one that is not
 MIDDLE = 0.2  # share of the shapes with both roles in pairs that is left out, about the median strength
 
 

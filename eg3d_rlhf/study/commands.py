@@ -13,12 +13,13 @@ import click
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.generators import FiniteGenerator, LoadedGenerator, load_generator
 from eg3d_rlhf.label import launch
-from eg3d_rlhf.label.commands import LabelGroup, add_annotator, annotators, revoke
+from eg3d_rlhf.label.commands import LabelGroup
 from eg3d_rlhf.label.entities import JudgementRow, Kind
-from eg3d_rlhf.label.launch import open_store
+from eg3d_rlhf.label.people import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.label.preferences import without_password
 from eg3d_rlhf.label.shape_files import DEFAULT_FOLDER
 from eg3d_rlhf.label.store import Store
+from eg3d_rlhf.label.store_at import open_store, store_exists
 from eg3d_rlhf.study import design as designs
 from eg3d_rlhf.study import report as reports
 from eg3d_rlhf.study.analysis import sort_rows
@@ -51,7 +52,7 @@ class Folder:
     @property
     def has_store(self) -> bool:
         """Whether there is a store; one on a server counts as there."""
-        return launch.store_exists(self.url)
+        return store_exists(self.url)
 
 
 def power_options(flags: Mapping) -> PowerOptions:
@@ -85,7 +86,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     sides, loaded = {}, {}
     for side in ("a", "b"):
         with naming(f"--{side}"):
-            own = "bundled" if flags[side] is None else Path(flags[side]).stem or str(flags[side])
+            own = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
             loaded[side] = load_generator(flags[side])
             sides[side] = contender(flags[f"label_{side}"] or own, loaded[side])
     shapes = common_shapes(loaded["a"], loaded["b"])
@@ -99,6 +100,11 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             confidence=round(1 - flags["alpha"], 12), exclusions=rules, power=asdict(size) if size else {}, shapes=shapes,
             **{flag: flags[flag] for flag in FREE},
         )  # fmt: skip
+
+
+def _name_of(network: Path) -> str:
+    """Of a file its name without the ending; of a run folder all of it, as '00000-x.v1.5' has none."""
+    return (network.resolve().name if network.is_dir() else network.stem) or str(network)
 
 
 def common_shapes(a: LoadedGenerator, b: LoadedGenerator) -> int | None:
@@ -296,15 +302,19 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         return
     make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     if server.exposed:
-        with launch.open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
+        with open_store(folder.url, create=True) if folder.has_store else contextlib.nullcontext() as known:
             launch.check_annotators(known, server.host, make)
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
-    with launch.open_store(folder.url, create=False) as store:
-        launch.serve_campaign(store, folder.url, design.name, server, lambda address: _announcement(address, design, make), "answer")
+    with open_store(folder.url, create=False) as store:
+        have = len(launch.with_access(store))
+        launch.serve_campaign(store, folder.url, design.name, server, lambda address: _announcement(address, design, make, have), "answer")
 
 
-def _announcement(address: str, design: StudyDesign, make: str) -> list[str]:
-    tokens = f"{design.annotators} annotators are planned: each needs a token ({make}) and logs in at {address}login"
+def _announcement(address: str, design: StudyDesign, make: str, have: int) -> list[str]:
+    """What is printed when the server listens. Args: have: annotators with a token."""
+    missing = design.annotators - have
+    need = f"{have} have a token, {missing} need one ({make})" if missing > 0 else "all have a token"
+    tokens = f"{design.annotators} annotators are planned: {need}; they log in at {address}login"
     return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
 
 
@@ -331,5 +341,5 @@ def beside(command: click.Command) -> click.Command:
     return clone
 
 
-for command in (report, power, simulate, *(beside(c) for c in (add_annotator, revoke, annotators))):
+for command in (report, power, simulate, *(beside(c) for c in (add_annotator, new_token, revoke, annotators))):
     main.add_command(command)

@@ -25,7 +25,8 @@ FLAGS = """
 --strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc -n
 """.split()
 OTHERS = {
-    "add-annotator": ["--admin", "--db"], "revoke": ["--db"], "annotators": ["--db", "--json"], "status": ["--db", "--json"],
+    "add-annotator": ["--address", "--admin", "--db", "--qr"], "new-token": ["--address", "--db", "--qr"], "revoke": ["--db"],
+    "annotators": ["--db", "--json"], "status": ["--db", "--json"],
     "import": ["--annotator", "--campaign", "--db"],
     "leaderboard": ["--campaign", "--csv", "--db", "--json", "--question"], "simulate": ["--json", "--n", "--seed", "--studies"],
     "export": ["--annotator", "--campaign", "--db", "--drop-repeats", "--from-pairs", "--kind", "--least-gold-accuracy",

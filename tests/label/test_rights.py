@@ -5,9 +5,9 @@ import stat
 
 import pytest
 
-from eg3d_rlhf.label.launch import open_store
 from eg3d_rlhf.label.server.gate import AccessLog
 from eg3d_rlhf.label.server.identity import kept_secret
+from eg3d_rlhf.label.store_at import open_store
 from training.storage import write_atomic
 
 

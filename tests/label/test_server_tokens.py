@@ -149,7 +149,7 @@ def test_guessing_at_the_log_in_page_is_limited(tmp_path):
         found = [serving.login(served.client(**SAME), f"guess-number-{i:020d}") for i in range(6)]
         assert [r.status_code for r in found] == [401] * 4 + [429] * 2
         assert int(found[-1].headers["Retry-After"]) > 60
-        assert "Unknown or revoked token." in found[0].text and "guess-number" not in found[0].text
+        assert "This token is unknown" in found[0].text and "guess-number" not in found[0].text
 
 
 def test_requests_of_strangers_are_limited(tmp_path):
@@ -191,10 +191,11 @@ def test_every_response_has_the_protective_headers(exposed):
 
 def test_the_log_in_page_needs_nothing_else_and_its_policy_fits(exposed):
     response = exposed.client().get("/login")
-    style = re.search("<style>(.*?)</style>", response.text, re.S).group(1)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    assert f"style-src 'sha256-{digest}'" in response.headers["content-security-policy"]
-    assert not re.search(r"<script|<link|<img|src=|href=|style=|onload", response.text)
+    for tag in ("style", "script"):
+        (inside,) = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", response.text, re.S)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in response.headers["content-security-policy"]
+    assert not re.search(r"<link|<img|src=|href=|style=|onload", response.text)
 
 
 def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
@@ -217,5 +218,4 @@ def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
     found = [(line["route"], line["status"], line["annotator"], line["by"]) for line in lines[1:]]
     assert ("/api/shapes/{asset}", 200, "ann", "session") in found and ("/api/session", 200, "ann", "token") in found
     assert ("/*", 404, "ann", "session") in found and ("/api/session", 401, None, None) in found
-    refused = next(line for line in lines if line.get("refused") and line["status"] == 401)
-    assert "token" in refused["refused"]
+    assert any("token" in line.get("refused", "") for line in lines if line["status"] == 401)

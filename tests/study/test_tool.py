@@ -73,7 +73,7 @@ def answer_all(folder: Path, *people: Person) -> None:
 
 def test_the_flags_are_frozen():
     assert sorted(name for p in study.main.params for name in p.opts + p.secondary_opts) == FLAGS
-    assert sorted(study.main.commands) == ["add-annotator", "annotators", "power", "report", "revoke", "simulate"]
+    assert sorted(study.main.commands) == ["add-annotator", "annotators", "new-token", "power", "report", "revoke", "simulate"]
 
 
 def test_a_study_from_design_to_report(pair, tmp_path, served):

@@ -16,11 +16,13 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 
+from eg3d_rlhf.label.entities import StoredAnnotator
 from eg3d_rlhf.label.server.connections import Server
 from eg3d_rlhf.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
 from eg3d_rlhf.label.server.identity import COOKIE, Identities, csrf_token
-from eg3d_rlhf.label.server.login_page import STYLE_SOURCE, login_page
+from eg3d_rlhf.label.server.login_page import SCRIPT_SOURCE, STYLE_SOURCE, login_page
 from eg3d_rlhf.label.server.models import Refusal, add_handlers, note
 from eg3d_rlhf.label.server.options import AppOptions, Limits, PreparedShapes, is_loopback
 from eg3d_rlhf.label.server.routes import Admin, Context, Who, admin_api, label_api
@@ -169,14 +171,20 @@ def pages(context: Context) -> APIRouter:
 
     @router.get("/login")
     async def login_form(request: Request) -> Response:
+        try:
+            await run_in_threadpool(context.identities.find, Headers({"cookie": request.headers.get("cookie", "")}), "")
+        except Refusal as refusal:
+            return _login_page(request, refusal, 200)
         return _login_page(request)
 
     @router.post("/login")
     async def login(request: Request) -> Response:
-        token = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
+        token, link = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
         address, seconds = request.client.host if request.client else "", context.options.limits.session_seconds
         try:
             known = await run_in_threadpool(context.identities.by_token, token, address)
+            if link:
+                await run_in_threadpool(_check_nobody_else, context, request, known)
         except Refusal as refusal:
             note(request, refusal)
             return _login_page(request, refusal)
@@ -205,8 +213,19 @@ def _file(file: StaticFile, request: Request) -> Response:
     return Response(file.data, media_type=file.kind, headers=headers)
 
 
-def _form_token(body: bytes, cookie: str) -> str:
-    """The token of a log-in form whose CSRF field fits the cookie.
+def _check_nobody_else(context: Context, request: Request, known: StoredAnnotator) -> None:
+    """A link, which anybody may have sent, takes nobody's place unasked.
+
+    Raises: Refusal 409.
+    """
+    session = request.cookies.get(COOKIE, "")
+    here = context.store.session(session) if session else None
+    if here is not None and here.id != known.id:
+        raise Refusal(409, "Somebody else is logged in here.", "Sign out on that page, then open the link again.")
+
+
+def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
+    """The token of a log-in form whose CSRF field fits the cookie, and whether it is from a link.
 
     Raises: Refusal 400, 403.
     """
@@ -214,19 +233,20 @@ def _form_token(body: bytes, cookie: str) -> str:
         fields = parse_qs(body.decode("ascii"), keep_blank_values=True, strict_parsing=True, max_num_fields=4, errors="strict")
     except ValueError:
         raise Refusal(400, "Expected a form with token and csrf.", "Use the log-in page.") from None
-    if sorted(fields) != ["csrf", "token"] or any(len(values) != 1 for values in fields.values()):
+    if sorted({**fields, "link": []}) != ["csrf", "link", "token"] or any(len(values) != 1 for values in fields.values()):
         raise Refusal(400, "Expected a form with token and csrf, each once.", "Use the log-in page.")
     if not cookie or not secrets.compare_digest(csrf_token(cookie, "login").encode(), fields["csrf"][0].encode()):
         raise Refusal(403, "This form is not from the log-in page, or its cookie is gone.", "Load /login again, with cookies allowed.")
-    return fields["token"][0].strip()
+    return fields["token"][0].strip(), fields.get("link") == ["yes"]
 
 
-def _login_page(request: Request, refusal: Refusal | None = None) -> Response:
+def _login_page(request: Request, refusal: Refusal | None = None, status: int | None = None) -> Response:
     cookie = secrets.token_urlsafe(24)
     page = login_page(request.headers.get("accept-language", ""), csrf_token(cookie, "login"), refusal)
-    response = HTMLResponse(page, refusal.status if refusal else 200, refusal.headers if refusal else None)
+    response = HTMLResponse(page, status or (refusal.status if refusal else 200), refusal.headers if refusal else None)
     response.headers["Vary"] = "Accept-Language"
-    response.headers["Content-Security-Policy"] = f"default-src 'none'; style-src {STYLE_SOURCE}; {COMMON_POLICY}"  # no script
+    sources = f"style-src {STYLE_SOURCE}; script-src {SCRIPT_SOURCE}"  # these two texts and nothing else
+    response.headers["Content-Security-Policy"] = f"default-src 'none'; {sources}; {COMMON_POLICY}"
     response.headers["Referrer-Policy"] = "same-origin"  # under no-referrer a form is sent with 'Origin: null'
     _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
     return response

@@ -40,7 +40,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eg3d_rlhf.label.server.connections import Connection
 from eg3d_rlhf.label.server.identity import COOKIE, Buckets, Identities, Identity, address_key
-from eg3d_rlhf.label.server.models import LOGGER, REMEDIES, Refusal, no_database, too_many
+from eg3d_rlhf.label.server.models import LOGGER, REMEDIES, Refusal, Withdrawn, no_database, too_many
 from eg3d_rlhf.label.server.options import LOOPBACK, AppOptions, Limits
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -220,7 +220,7 @@ class Gate:
                     headers = Headers(scope=scope)
                     page = scope["method"] == "GET" and scope["path"] in ("/", "/admin") and "authorization" not in headers
                     response = RedirectResponse("/login", 303) if page else response
-                    if f"{COOKIE}=" in headers.get("cookie", ""):
+                    if f"{COOKIE}=" in headers.get("cookie", "") and not isinstance(refusal, Withdrawn):  # by it the login page knows her
                         response.headers.append("Set-Cookie", FORGET)
                 await response(scope, receive, send)
         except Disconnected:

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
 from eg3d_rlhf.label.entities import LOCAL, Mode, StoredAnnotator
-from eg3d_rlhf.label.server.models import Refusal, too_many
+from eg3d_rlhf.label.server.models import Refusal, Withdrawn, too_many
 from eg3d_rlhf.label.server.options import AppOptions
 
 COOKIE = "session"
@@ -92,6 +92,8 @@ class Identities:
             return self._identity(annotator, "session", csrf_token(session, "csrf"), session)
         if self._local is not None:
             return self._identity(self._local, "local", csrf_token(self._secret, "local"))
+        if _plausible(session) and self.store.withdrawn(session):
+            raise Withdrawn
         return None
 
     def by_token(self, token: str, address: str) -> StoredAnnotator:
@@ -105,6 +107,8 @@ class Identities:
         """
         annotator = self.store.authenticate(token) if _plausible(token) else None
         if annotator is None:
+            if _plausible(token) and self.store.withdrawn(token):  # told to who holds the token, and to nobody else
+                raise Withdrawn
             if wait := self.guesses.take(address_key(address)):
                 raise too_many(wait)
             remedy = "Ask the person who gave it to you for a new one."

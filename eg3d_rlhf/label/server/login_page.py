@@ -1,4 +1,4 @@
-"""The log-in page in the reader's language: without a script, as nobody who reads it is known yet."""
+"""The log-in page in the reader's language, whole in one answer, as nobody who reads it is known yet. Its script never varies."""
 
 import base64
 import hashlib
@@ -6,12 +6,14 @@ import html
 import json
 from pathlib import Path
 
-from eg3d_rlhf.label.server.models import Refusal
+from eg3d_rlhf.label.server.models import Refusal, Withdrawn
 
 _HERE = Path(__file__).parent
-_STYLE, _PAGE = ((_HERE / name).read_text() for name in ("login.css", "login.html"))
+_STYLE, _SCRIPT, _PAGE = ((_HERE / name).read_text() for name in ("login.css", "login.js", "login.html"))
 TEXTS: dict[str, dict[str, str]] = json.loads((_HERE / "login.json").read_text())  # language -> key, or a refusal's status -> text
-STYLE_SOURCE = f"'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'"  # for the Content-Security-Policy
+STYLE_SOURCE, SCRIPT_SOURCE = (  # for the Content-Security-Policy
+    f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (_STYLE, _SCRIPT)
+)
 
 
 def language_of(accepted: str) -> str:
@@ -34,8 +36,10 @@ def login_page(accepted: str, csrf: str, refusal: Refusal | None = None) -> str:
     texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
     message = ""
     if refusal is not None:
-        said = texts.get(str(refusal.status), html.escape(f"{refusal.error} {refusal.remedy}"))
+        key = "withdrawn" if isinstance(refusal, Withdrawn) else str(refusal.status)
+        said = texts.get(key, html.escape(f"{refusal.error} {refusal.remedy}"))
         message = f"<p role=alert>{said.replace('{seconds}', refusal.headers.get('Retry-After', ''))}</p>"
     return _PAGE.format(
-        language=language, title=texts["title"], token=texts["token"], button=texts["button"], style=_STYLE, message=message, csrf=csrf
-    )
+        language=language, title=texts["title"], token=texts["token"], button=texts["button"], waiting=texts["waiting"],
+        later=texts["later"], style=_STYLE, script=_SCRIPT, message=message, csrf=csrf,
+    )  # fmt: skip

@@ -217,6 +217,8 @@ class NewToken(BaseModel):
 
     name: str
     token: str
+    link: str  # that logs in whoever opens it
+    qr: str  # the link as a QR code: data URL of an SVG picture
 
 
 class Refusal(Exception):
@@ -229,6 +231,13 @@ class Refusal(Exception):
     def response(self) -> JSONResponse:
         """The refusal as a response."""
         return JSONResponse({"error": self.error, "remedy": self.remedy}, self.status, self.headers)
+
+
+class Withdrawn(Refusal):
+    """401 to somebody whose access was revoked: only who holds the token, or a session that it opened, is told so."""
+
+    def __init__(self):
+        super().__init__(401, "Your access was withdrawn.", "Ask the person who gave you the token.", {"WWW-Authenticate": "Bearer"})
 
 
 def note(request: Request, refusal: Refusal) -> Refusal:

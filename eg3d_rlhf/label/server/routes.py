@@ -15,6 +15,7 @@ from starlette.background import BackgroundTask
 
 from eg3d_rlhf.label.archive import export_judgements
 from eg3d_rlhf.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign
+from eg3d_rlhf.label.links import login_link, qr_data
 from eg3d_rlhf.label.preferences import export_labels, export_unpaired
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.questions import parse_questions
@@ -240,6 +241,12 @@ def admin_api(context: Context) -> APIRouter:
     return router
 
 
+def _handed_over(request: Request, name: str, token: str) -> dict:
+    """A new token with its link, at the address by which the admin has reached the server."""
+    link = login_link(f"{request.url.scheme}://{request.headers['host']}", token)
+    return {"name": name, "token": token, "link": link, "qr": qr_data(link)}
+
+
 def _annotators(router: APIRouter, context: Context) -> None:
     @router.get("/annotators", response_model=list[models.AnnotatorLine])
     def annotators():
@@ -247,18 +254,30 @@ def _annotators(router: APIRouter, context: Context) -> None:
         return context.store.annotators()
 
     @router.post("/annotators", status_code=201, response_model=models.NewToken)
-    def add(body: models.NewAnnotator):
+    def add(body: models.NewAnnotator, request: Request):
         """Make an annotator; the token is shown this once."""
         try:
-            return {"name": body.name, "token": context.store.add_annotator(body.name, body.role)}
+            return _handed_over(request, body.name, context.store.add_annotator(body.name, body.role))
         except ValueError as error:
             raise Refusal(409, str(error), "Choose another name.") from None
 
-    @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
-    def revoke(body: models.Named):
-        """Withdraw a token; the annotator's sessions end too. Returns all annotators."""
+    @router.post("/annotators/token", response_model=models.NewToken)
+    def new_token(body: models.Named, request: Request, who: Who):
+        """Replace a token, or give one to somebody revoked: the old token and sessions end, but the one that asks; the work stays."""
         try:
-            context.store.revoke_annotator(body.name)
-        except (ValueError, LookupError) as error:
+            return _handed_over(request, body.name, context.store.new_token(body.name, keep_session=who.session))
+        except ValueError as error:
+            raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
+
+    @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
+    def revoke(body: models.Named, who: Who):
+        """Withdraw a token; the annotator's sessions end too. Returns all annotators."""
+        if body.name == who.annotator.name:
+            raise Refusal(409, "You cannot revoke yourself.", "Another admin can, or tools/label.py revoke NAME.")
+        try:
+            context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
+        except ConflictError as error:
+            raise Refusal(409, str(error), "Make another admin first.") from None
+        except ValueError as error:
             raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
         return annotators()

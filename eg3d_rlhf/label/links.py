@@ -1,0 +1,54 @@
+"""Links that log an annotator in, and their QR codes.
+
+A link is the token in another form and is valid as long: made void by another token (`new-token`) or by revoking. The token stands
+behind '#', which browsers send to no server: neither logs nor a Referer hold it, and what fetches a link for a preview logs nobody in.
+"""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import segno
+
+PICTURES = (".svg", ".png")
+
+
+def check_address(address: str) -> str:
+    """The server's address without what a browser may have added. Raises: ValueError."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(f"expected the server's address, got {address!r}. Write it as https://host:8000.")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def login_link(address: str, token: str) -> str:
+    """The link; `address` is empty where it is not known: then it is a path."""
+    return f"{address}/login#token={token}"
+
+
+def qr_data(link: str) -> str:
+    """The link's QR code as a data URL of an SVG picture, dark on light."""
+    return segno.make(link, error="m").svg_data_uri(scale=4, dark="#000", light="#fff")
+
+
+def qr_text(link: str) -> str:
+    """The link's QR code in letters, for a terminal."""
+    import io
+
+    text = io.StringIO()
+    segno.make(link, error="l").terminal(text, compact=True)
+    return text.getvalue()
+
+
+def check_picture(path: Path) -> None:
+    """Raises: ValueError for another suffix or a file that is there."""
+    if path.suffix not in PICTURES:
+        raise ValueError(f"expected a name with {' or '.join(PICTURES)}, got {path.name}. Rename it.")
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"expected a new file in a folder that is there, got {path}. Name another.")
+
+
+def write_qr(path: Path, link: str) -> None:
+    """The link's QR code as a new file that only its owner reads: who has the picture has the token."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        segno.make(link, error="m").save(file, kind=path.suffix[1:], scale=8, light="#fff")
