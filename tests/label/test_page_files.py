@@ -92,4 +92,4 @@ def test_the_files_are_packed_with_the_project():
     declared = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packed = {p.name for pattern in declared["eg3d_rlhf.label"] for p in STATIC.parent.glob(pattern)}
     pages = {"index.html", "app.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
-    assert pages | {"login.html", "login.css", "login.json", "THREE-LICENSE"} == packed
+    assert pages | {"login.html", "login.js", "login.css", "login.json", "THREE-LICENSE"} == packed
