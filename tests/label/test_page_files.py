@@ -33,7 +33,7 @@ class Tags(HTMLParser):
             self.texts[tag] = self.texts.get(tag, "") + data
 
 
-@pytest.mark.parametrize("name", ["app.js", "admin.js"])
+@pytest.mark.parametrize("name", ["app.js", "admin.js", "gaussian_worker.js"])
 def test_bundles_are_made_from_the_sources_beside_them(name):
     sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*"))])
     digest = hashlib.sha256("".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()).hexdigest()
@@ -50,7 +50,7 @@ def test_the_bundles_are_reproducible():
 
 def test_three_js_is_there_with_its_licence_and_of_the_pinned_version():
     bundle = (STATIC / "app.js").read_text()
-    assert len(bundle.encode()) < 600_000
+    assert len(bundle.encode()) < 900_000
     assert "SPDX-License-Identifier: MIT" in bundle and "Three.js Authors" in bundle
     assert "MIT License" in (STATIC / "THREE-LICENSE").read_text()
     assert '"three": "0.187.0"' in (WEB / "package.json").read_text()
@@ -91,5 +91,5 @@ def test_scripts_neither_evaluate_text_nor_write_html():
 def test_the_files_are_packed_with_the_project():
     declared = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packed = {p.name for pattern in declared["eg3d_rlhf.label"] for p in STATIC.parent.glob(pattern)}
-    pages = {"index.html", "app.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
+    pages = {"index.html", "app.js", "gaussian_worker.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
     assert pages | {"login.html", "login.js", "login.css", "login.json", "THREE-LICENSE"} == packed

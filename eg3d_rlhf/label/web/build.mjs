@@ -1,4 +1,4 @@
-// Bundles the two pages' scripts into ../static. With --check it writes nothing and compares instead: exit status 1 where they differ.
+// Bundles the two pages' scripts, and the label page's worker, into ../static. With --check it writes nothing and compares instead: exit status 1 where they differ.
 //
 // The same sources and lock file give the same bytes. The first line of a bundle names the sources it was made from, so that a stale bundle
 // shows even where there is no node: sha256 over `name NUL text NUL` of src/*, package-lock.json and this file, names sorted.
@@ -22,7 +22,7 @@ function sourcesHash() {
 
 async function bundles() {
   const { outputFiles } = await build({
-    entryPoints: ['src/app.js', 'src/admin.js'].map((name) => join(HERE, name)),
+    entryPoints: ['src/app.js', 'src/admin.js', 'src/gaussian_worker.js'].map((name) => join(HERE, name)),
     absWorkingDir: HERE,
     bundle: true,
     minify: true,

@@ -40,11 +40,30 @@ export class Api {
     }
   }
 
-  async request(method, path, body = undefined) {
+  // Calls an address and returns its bytes, however long they take as long as some arrive; throws ApiError.
+  async bytes(path) {
+    const patience = new Patience(TIMEOUT);
+    try {
+      const response = await this.request('GET', path, undefined, patience);
+      const counted = response.body.pipeThrough(new TransformStream({
+        transform(chunk, stream) {
+          patience.renew();
+          stream.enqueue(chunk);
+        },
+      }));
+      return await new Response(counted).arrayBuffer();
+    } catch (error) {
+      throw error instanceof ApiError ? error : new ApiError(0, t('error.broken'));
+    } finally {
+      patience.end();
+    }
+  }
+
+  async request(method, path, body = undefined, patience = new Patience(TIMEOUT)) {
     const headers = { Accept: 'application/json' };
     if (method !== 'GET') headers['X-CSRF-Token'] = this.csrf;
     if (body !== undefined) headers['Content-Type'] = 'application/json';
-    const options = { method, headers, credentials: 'same-origin', signal: timeout(TIMEOUT) };
+    const options = { method, headers, credentials: 'same-origin', signal: patience.signal };
     if (body !== undefined) options.body = JSON.stringify(body);
     let response;
     try {
@@ -71,8 +90,25 @@ async function refusal(response) {
     Number.isFinite(seconds) ? seconds : null);
 }
 
-function timeout(milliseconds) {
-  const controller = new AbortController();
-  setTimeout(() => controller.abort(), milliseconds);
-  return controller.signal;
+// A signal that ends a request which has been silent for so many milliseconds.
+class Patience {
+  controller = new AbortController();
+
+  constructor(milliseconds) {
+    this.milliseconds = milliseconds;
+    this.renew();
+  }
+
+  get signal() {
+    return this.controller.signal;
+  }
+
+  renew() {
+    this.end();
+    this.timer = setTimeout(() => this.controller.abort(), this.milliseconds);
+  }
+
+  end() {
+    clearTimeout(this.timer);
+  }
 }

@@ -41,7 +41,7 @@ class LabelPage {
     this.viewer = this.makeViewer();
     if (!this.viewer) return;
     this.looking = new Looking(this.ui, this.viewer, this.session.show_render);
-    this.shapes = new Shapes(this.api, { keep: (mesh) => this.viewer.keep(mesh), drop: (shape) => this.viewer.drop(shape) });
+    this.shapes = new Shapes(this.api, { keep: (data) => this.viewer.keep(data), drop: (shape) => this.viewer.drop(shape) });
     this.outbox = new Outbox(this.api, this.session.annotator, {
       delivered: (item, reply) => this.delivered(item, reply),
       refused: (item, error) => this.refused(item, error),
@@ -86,7 +86,10 @@ class LabelPage {
 
   makeViewer() {
     try {
-      return new Viewer(this.ui.canvas, { left: this.ui.left, right: this.ui.right });
+      return new Viewer(this.ui.canvas, { left: this.ui.left, right: this.ui.right }, {
+        lost: () => this.drawAnew(),
+        playing: (whether) => this.looking.playing(whether),
+      });
     } catch {
       this.ui.show('refused', t('noWebGL'));
       return null;
@@ -122,7 +125,7 @@ class LabelPage {
       button.addEventListener('click', () => this.choose(button.dataset.choice));
     }
     for (const button of document.querySelectorAll('[data-view]')) button.addEventListener('click', () => command('view', button.dataset.view));
-    for (const name of ['skip', 'undo', 'openHelp', 'comment', 'ownAnswers', 'backToWork', 'reset', 'normals', 'wireframe', 'render']) {
+    for (const name of ['skip', 'undo', 'openHelp', 'comment', 'ownAnswers', 'backToWork', 'reset', 'normals', 'wireframe', 'clay', 'play', 'render']) {
       this.ui[name].addEventListener('click', () => command(name));
     }
     this.ui.onward.addEventListener('click', () => this.goOn());
@@ -238,7 +241,7 @@ class LabelPage {
     this.remark.set(pair.review?.comment);
     this.ui.review(pair.review ? this.reviewed(pair.review) : '', pair.review?.choice);
     this.watch.stop();
-    let shapes = this.shapes.ready(pair);
+    let shapes = this.shapes.take(pair);
     if (!shapes) {
       this.looking.show(null);
       this.ui.show('loading', t('loadingNext'));
@@ -259,6 +262,13 @@ class LabelPage {
     this.watch.start();
     await frames(2); // the frame that holds the drawing has gone to the screen
     if (started !== null) performance.measure('next-pair', { start: started, end: performance.now() });
+  }
+
+  // The graphics card has forgotten everything.
+  drawAnew() {
+    this.looking.show(null);
+    this.shapes.clear();
+    if (this.work.current && this.ui.state === 'label') this.open(this.work.current, null);
   }
 
   idle(state, text, share) {
@@ -326,6 +336,9 @@ class LabelPage {
       get cameras() { return structuredClone(page.viewer.cameras); },
       get orbit() { return page.viewer.orbit.state; },
       get triangles() { return { ...page.viewer.triangles }; },
+      get places() { return structuredClone(page.viewer.places); },
+      get settled() { return page.viewer.settled; },
+      get memory() { return { ...page.viewer.renderer.info.memory, shapes: page.shapes.entries.size, bytes: page.shapes.bytes }; },
     });
   }
 }

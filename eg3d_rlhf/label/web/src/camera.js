@@ -21,12 +21,18 @@ export class OrbitCamera {
   target = [0, 0, 0];
   centre = [0, 0, 0];
   radius = 1;
+  share = 1;
+  flat = false; // pictures, not shapes: they are moved in their plane whatever the turn
 
   // Frames the box that holds both shapes, from the front. aspect: width / height of a viewport.
   frame(minimum, maximum, aspect) {
-    this.centre = minimum.map((low, axis) => (low + maximum[axis]) / 2);
-    this.radius = Math.hypot(...minimum.map((low, axis) => maximum[axis] - low)) / 2 || 1;
-    this.aspect = aspect;
+    const half = Math.hypot(...minimum.map((low, axis) => maximum[axis] - low)) / 2 || 1;
+    this.frameBall(minimum.map((low, axis) => (low + maximum[axis]) / 2), half, aspect, 0.86); // shapes rarely fill the corners of their box
+  }
+
+  // Frames a ball, from the front; share: of its radius that must fit.
+  frameBall(centre, radius, aspect, share = 1.03) {
+    Object.assign(this, { centre, radius, aspect, share });
     this.reset();
   }
 
@@ -40,7 +46,7 @@ export class OrbitCamera {
   fitting() {
     const half = (FIELD_OF_VIEW / 360) * Math.PI;
     const narrow = Math.min(half, Math.atan(Math.tan(half) * this.aspect));
-    return (0.86 * this.radius) / Math.sin(narrow); // shapes rarely fill the corners of their box
+    return (this.share * this.radius) / Math.sin(narrow);
   }
 
   look(view) {
@@ -70,6 +76,7 @@ export class OrbitCamera {
 
   // World directions of the camera's right, up and back.
   axes() {
+    if (this.flat) return { right: [1, 0, 0], up: [0, 1, 0], back: [0, 0, 1] };
     const [cy, sy, cp, sp] = [Math.cos(this.yaw), Math.sin(this.yaw), Math.cos(this.pitch), Math.sin(this.pitch)];
     return { right: [cy, 0, -sy], up: [-sy * sp, cp, -cy * sp], back: [sy * cp, sp, cy * cp] };
   }
@@ -92,6 +99,12 @@ export class OrbitCamera {
     const before = this.fitting();
     this.aspect = aspect;
     return this.fitting() / before;
+  }
+
+  // How a picture that fills the viewport is enlarged, and moved in shares of the viewport's height, y down.
+  flatView() {
+    const height = 2 * this.distance * Math.tan((FIELD_OF_VIEW / 360) * Math.PI);
+    return { scale: this.fitting() / this.distance, x: (this.centre[0] - this.target[0]) / height, y: (this.target[1] - this.centre[1]) / height };
   }
 
   get state() {

@@ -4,7 +4,7 @@ const STEP = Math.PI / 18; // 10 degrees
 
 const ONCE = {
   ArrowLeft: ['choose', 'left'], ArrowRight: ['choose', 'right'], ArrowDown: ['choose', 'tie'], ArrowUp: ['choose', 'bad'],
-  s: ['skip'], u: ['undo'], '?': ['openHelp'], n: ['normals'], w: ['wireframe'], r: ['render'],
+  s: ['skip'], u: ['undo'], '?': ['openHelp'], n: ['normals'], w: ['wireframe'], m: ['clay'], p: ['play'], r: ['render'],
   c: ['comment'], a: ['ownAnswers'], Backspace: ['questionBack'], Escape: ['backToWork'],
   1: ['view', 'front'], 2: ['view', 'left'], 3: ['view', 'right'], 4: ['view', 'back'], 5: ['view', 'above'], 6: ['view', 'below'],
   0: ['reset'], Home: ['reset'],

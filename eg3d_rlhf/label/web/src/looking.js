@@ -2,7 +2,8 @@
 
 import { calm } from './theme.js';
 
-const TOGGLES = ['normals', 'wireframe', 'render'];
+const TOGGLES = ['normals', 'wireframe', 'clay', 'render'];
+const SHOWN_FOR = { normals: ['surface', 'textured'], wireframe: ['surface', 'textured'], clay: ['textured'], play: ['video'] }; // tool: kinds of shapes
 
 export class Looking {
   views = new Set();
@@ -20,18 +21,27 @@ export class Looking {
   }
 
   show(shapes) {
+    if (shapes) this.arrange([shapes.left.kind, shapes.right.kind]);
     this.viewer.show(shapes);
     this.showRenders();
   }
 
+  // Offers the tools that mean something for shapes of these kinds.
+  arrange(kinds) {
+    for (const [tool, theirs] of Object.entries(SHOWN_FOR)) this.ui[tool].hidden = !theirs.some((kind) => kinds.includes(kind));
+    this.films = kinds.every((kind) => kind === 'video');
+    for (const button of document.querySelectorAll('[data-view]')) button.hidden = this.films && button.dataset.view !== 'front';
+  }
+
   on(name) {
-    return this.ui[name].getAttribute('aria-pressed') === 'true';
+    return !this.ui[name].hidden && this.ui[name].getAttribute('aria-pressed') === 'true';
   }
 
   moved(view) {
     if (view !== 'zoom') this.ui.view(null);
     this.views.add(view);
     this.viewer.turning = null;
+    if (!['zoom', 'pan'].includes(view)) this.viewer.play(false);
     this.viewer.request();
   }
 
@@ -51,25 +61,47 @@ export class Looking {
   }
 
   reset() {
+    this.viewer.play(false);
     this.viewer.orbit.reset();
     this.moved('front');
     this.ui.view('front');
   }
 
   view(name) {
+    if (this.films && name !== 'front') return; // nobody knows which way a table turns
+    this.viewer.play(false);
     this.views.add(name);
     this.ui.view(name);
     this.viewer.turnTo(name, calm());
   }
 
   normals() {
-    this.viewer.normals = this.toggle('normals');
-    this.viewer.request();
+    this.shade('normals');
   }
 
   wireframe() {
-    this.viewer.wireframe = this.toggle('wireframe');
-    this.viewer.request();
+    this.shade('wireframe');
+  }
+
+  clay() {
+    this.shade('clay');
+  }
+
+  shade(name) {
+    if (this.ui[name].hidden) return;
+    this.viewer.look[name] = this.toggle(name);
+    this.viewer.request(false);
+  }
+
+  play() {
+    if (this.ui.play.hidden) return;
+    this.viewer.play(this.ui.play.getAttribute('aria-pressed') !== 'true');
+  }
+
+  // The videos have started or stopped.
+  playing(whether) {
+    this.ui.play.setAttribute('aria-pressed', String(whether));
+    if (whether) this.views.add('play');
   }
 
   render() {

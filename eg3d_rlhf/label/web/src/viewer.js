@@ -1,76 +1,117 @@
-// Draws the two shapes with one camera and one shading into two parts of one canvas. Draws only when something has changed.
+// Draws the two shapes with one camera and one light into two parts of one canvas, whatever their kind. Draws only when something has changed.
 
-import { BufferAttribute, BufferGeometry, Color, DoubleSide, Mesh, PerspectiveCamera, Scene, ShaderMaterial, WebGLRenderer, WebGLRenderTarget } from 'three';
+import { Color, Matrix4, PerspectiveCamera, WebGLRenderer, WebGLRenderTarget } from 'three';
 
 import { FIELD_OF_VIEW, OrbitCamera } from './camera.js';
-import { FRAGMENT, LINE_FRAGMENT, VERTEX } from './shading.js';
+import { Gaussians } from './gaussians.js';
+import { Surfaces } from './surfaces.js';
+import { Textured } from './textured.js';
+import { calm } from './theme.js';
+import { Videos } from './videos.js';
 
 const SIDES = ['left', 'right'];
 const TURN = 180; // milliseconds to a canonical view
+const REST = 160; // milliseconds without a movement after which everything is drawn as well as it can be
+const PAUSE = 400; // milliseconds between two drawings that tell nothing of the speed
 
 export class Viewer {
   orbit = new OrbitCamera();
   cameras = { left: null, right: null }; // what each side was last drawn with: {view, projection}, 16 numbers each
   triangles = { left: 0, right: 0 };
-  wireframe = false;
-  normals = false;
+  places = { left: null, right: null }; // where each shape stands in the camera's world, 16 numbers each
+  look = { wireframe: false, normals: false, clay: false, moving: false };
+  painters = {}; // kind -> what keeps, draws and drops its shapes
+  drawn = 0; // when, performance.now()
 
-  constructor(canvas, panes) {
+  // on: {lost(): what was on the GPU is gone, playing(whether)}
+  constructor(canvas, panes, on) {
     this.canvas = canvas;
     this.panes = panes; // {left, right}: elements whose rectangles are drawn
-    this.renderer = new WebGLRenderer({ canvas, context: context(canvas) });
+    this.on = on;
+    this.gpu = !software();
+    this.renderer = new WebGLRenderer({ canvas, context: context(canvas, this.gpu) });
     this.renderer.setScissorTest(true);
     this.renderer.autoClear = false;
     this.camera = new PerspectiveCamera(FIELD_OF_VIEW, 1, 0.1, 10);
-    this.surface = new ShaderMaterial({
-      vertexShader: VERTEX, fragmentShader: FRAGMENT, side: DoubleSide, uniforms: { normals: { value: 0 } },
-      polygonOffset: true, polygonOffsetFactor: 1, polygonOffsetUnits: 1,
-    });
-    this.lines = new ShaderMaterial({ vertexShader: VERTEX, fragmentShader: LINE_FRAGMENT, wireframe: true });
-    this.scene = new Scene();
-    this.mesh = this.scene.add(new Mesh(new BufferGeometry(), this.surface)).children[0];
-    this.wires = this.scene.add(new Mesh(this.mesh.geometry, this.lines)).children[1];
-    this.backstage = new WebGLRenderTarget(1, 1);
+    this.painters.surface = new Surfaces(this.renderer, new WebGLRenderTarget(1, 1));
     this.shown = null;
     new ResizeObserver(() => this.request()).observe(canvas);
-    canvas.addEventListener('webglcontextrestored', () => this.request());
+    canvas.addEventListener('webglcontextrestored', () => {
+      this.painters.gaussians?.worker.terminate();
+      this.painters = { surface: this.painters.surface };
+      this.on.lost();
+    });
   }
 
-  // A decoded mesh as something that can be drawn at once.
-  keep(mesh) {
-    const geometry = new BufferGeometry();
-    geometry.setAttribute('position', new BufferAttribute(mesh.positions, 3));
-    geometry.setAttribute('normal', new BufferAttribute(mesh.normals, 3));
-    geometry.setIndex(new BufferAttribute(mesh.indices, 1));
-    const shape = { geometry, minimum: mesh.minimum, maximum: mesh.maximum, triangles: mesh.indices.length / 3 };
-    this.upload(shape);
-    return shape;
+  // What draws a kind of shapes, made when the first of them comes.
+  painter(kind) {
+    this.painters[kind] ??= {
+      textured: () => new Textured(this.renderer, this.painters.surface, this.gpu),
+      gaussians: () => new Gaussians(this.renderer, () => this.request(false)),
+      video: () => new Videos(this.panes, (playing) => this.played(playing)),
+    }[kind]();
+    return this.painters[kind];
+  }
+
+  // The bytes of a file as something that can be drawn at once: {kind, ball, bytes, ...}.
+  async keep(data) {
+    const kind = kindOf(data);
+    return Object.assign(await this.painter(kind).keep(data, this.camera), { kind });
   }
 
   drop(shape) {
-    shape.geometry.dispose();
-  }
-
-  // Draws one triangle into a single pixel off the screen, which takes the geometry to the GPU.
-  upload(shape) {
-    shape.geometry.setDrawRange(0, 3);
-    this.renderer.setRenderTarget(this.backstage);
-    this.renderer.clear();
-    this.render(shape);
-    this.renderer.setRenderTarget(null);
-    shape.geometry.setDrawRange(0, Infinity);
+    this.painters[shape.kind]?.drop(shape);
   }
 
   // Shows a pair from the front; null shows nothing.
   show(pair) {
     this.turning = null;
     this.shown = pair;
-    if (pair) {
-      const low = pair.left.minimum.map((value, axis) => Math.min(value, pair.right.minimum[axis]));
-      const high = pair.left.maximum.map((value, axis) => Math.max(value, pair.right.maximum[axis]));
-      this.orbit.frame(low, high, this.size().aspect);
-    }
+    this.look.moving = false;
+    if (pair) this.frame(pair);
+    const films = Object.fromEntries(SIDES.filter((side) => pair?.[side].kind === 'video' && !this.panes[side].hidden).map((side) => [side, pair[side]]));
+    if (Object.keys(films).length || this.painters.video) this.painter('video').show(films, calm());
     this.draw();
+  }
+
+  // One camera for both. Isosurfaces of one world keep their sizes and places; other shapes are moved and scaled, never distorted,
+  // so that the ball around each is the ball of radius 1 about the origin.
+  frame({ left, right }) {
+    const { aspect } = this.size();
+    const world = left.kind === 'surface' && right.kind === 'surface';
+    for (const { root, ball } of [left, right]) {
+      if (!root) continue;
+      const scale = world ? 1 : 1 / ball.radius;
+      root.matrix.makeScale(scale, scale, scale);
+      if (!world) root.matrix.multiply(new Matrix4().makeTranslation(...ball.centre.map((value) => -value)));
+      root.matrixWorldNeedsUpdate = true;
+    }
+    if (world) {
+      const low = left.minimum.map((value, axis) => Math.min(value, right.minimum[axis]));
+      this.orbit.frame(low, left.maximum.map((value, axis) => Math.max(value, right.maximum[axis])), aspect);
+    } else this.orbit.frameBall([0, 0, 0], 1, aspect);
+    this.orbit.flat = left.kind === 'video' && right.kind === 'video';
+  }
+
+  // The table turns by itself: the camera's angle follows it.
+  play(whether) {
+    const { video } = this.painters;
+    if (!video?.first || whether === video.playing) return;
+    if (whether) video.play();
+    else {
+      this.orbit.yaw = -2 * Math.PI * video.turn;
+      video.pause();
+    }
+  }
+
+  played(playing) {
+    this.on.playing(playing);
+    const step = () => {
+      if (!this.painters.video.playing) return;
+      this.painters.video.draw(this.orbit);
+      requestAnimationFrame(step);
+    };
+    if (playing) step();
   }
 
   // Turns to a canonical view; at once: without the short movement that helps to keep one's bearings.
@@ -85,18 +126,35 @@ export class Viewer {
       const eased = share * share * (3 - 2 * share);
       this.orbit.yaw = yaw + (toYaw - yaw) * eased;
       this.orbit.pitch = pitch + (toPitch - pitch) * eased;
+      if (this.painters.gaussians) this.move();
       this.draw();
       if (share < 1) requestAnimationFrame(turn);
     });
     turn();
   }
 
-  // Draws with the next frame.
-  request() {
+  // Draws with the next frame; moving: the camera is on its way, so quickly before sharply.
+  request(moving = true) {
+    if (moving && this.painters.gaussians) this.move();
     this.requested ??= requestAnimationFrame(() => {
       this.requested = null;
       this.draw();
     });
+  }
+
+  move() {
+    this.look.moving = true;
+    clearTimeout(this.resting);
+    this.resting = setTimeout(() => {
+      this.look.moving = false;
+      this.request(false);
+    }, REST);
+  }
+
+  // Whether what is on the screen is as good as it gets.
+  get settled() {
+    const still = !this.requested && !this.look.moving;
+    return still && SIDES.every((side) => this.shown?.[side].kind !== 'gaussians' || this.painters.gaussians.settled(this.shown[side]));
   }
 
   size() {
@@ -111,24 +169,31 @@ export class Viewer {
     this.resize(box);
     this.fill('--page', 0, 0, box.width, box.height);
     if (this.shown) this.orbit.apply(this.camera, aspect);
+    this.pace();
+    this.painters.video?.draw(this.orbit);
     for (const side of SIDES) {
       if (this.panes[side].hidden) continue; // one shape at a time
       const pane = this.panes[side].getBoundingClientRect();
       const [x, y] = [pane.left - box.left, box.bottom - pane.top - height]; // WebGL counts from the bottom
       this.fill('--pane', x, y, width, height); // both sides get the left one's size
       if (!this.shown) continue;
-      this.render(this.shown[side]);
-      this.triangles[side] = this.renderer.info.render.triangles;
+      const { kind } = this.shown[side];
+      if (kind !== 'video') this.triangles[side] = this.painters[kind].paint(this.shown[side], this.camera, this.look, this.pixels(width, height));
+      this.places[side] = this.shown[side].root?.matrix.toArray() ?? null;
       this.cameras[side] = { view: this.camera.matrixWorldInverse.toArray(), projection: this.camera.projectionMatrix.toArray() };
     }
   }
 
-  render(shape) {
-    this.mesh.geometry = shape.geometry;
-    this.wires.geometry = shape.geometry;
-    this.wires.visible = this.wireframe;
-    this.surface.uniforms.normals.value = this.normals ? 1 : 0;
-    this.renderer.render(this.scene, this.camera);
+  pixels(width, height) {
+    const ratio = this.renderer.getPixelRatio();
+    return { width: Math.round(width * ratio), height: Math.round(height * ratio) };
+  }
+
+  pace() {
+    const now = performance.now();
+    const after = now - this.drawn;
+    this.drawn = now;
+    this.painters.gaussians?.pace(this.look.moving && after < PAUSE ? after : null);
   }
 
   resize(box) {
@@ -150,14 +215,23 @@ export class Viewer {
   }
 }
 
+// Which kind a file is, by its first bytes.
+function kindOf(data) {
+  const [first, second] = data.byteLength < 8 ? [0, 0] : new Uint32Array(data, 0, 2);
+  if (first === 0x46546c67) return 'textured'; // 'glTF'
+  if (first === 0x31505347) return 'gaussians'; // 'GSP1'
+  if (second === 0x70797466) return 'video'; // 'ftyp'
+  return 'surface';
+}
+
 // The angle that means the same as `angle` and lies nearest to `from`.
 function nearest(angle, from) {
   return angle + 2 * Math.PI * Math.round((from - angle) / (2 * Math.PI));
 }
 
 // Smooth edges where a GPU draws; where the processor has to, they would halve the speed.
-function context(canvas) {
-  const found = canvas.getContext('webgl2', { alpha: false, stencil: false, antialias: !software(), powerPreference: 'high-performance' });
+function context(canvas, smooth) {
+  const found = canvas.getContext('webgl2', { alpha: false, stencil: false, antialias: smooth, powerPreference: 'high-performance' });
   if (!found) throw new Error('Viewer: expected WebGL 2, got none.');
   return found;
 }

@@ -1,0 +1,149 @@
+// Draws textured meshes (GLB): physically based under one neutral, fixed light, or geometry alone.
+
+import { DirectionalLight, Group, NeutralToneMapping, PMREMGenerator, Scene, Vector3 } from 'three';
+import { RoomEnvironment } from 'three/addons/environments/RoomEnvironment.js';
+import { GLTFLoader } from 'three/addons/loaders/GLTFLoader.js';
+
+import { t } from './texts.js';
+
+const ROOM = 0.75; // brightness of the room
+const KEY = 1.3; // of the light at the viewer's left shoulder, so that every side can be seen
+const SHARP = 8; // anisotropic filtering
+
+export class Textured {
+  // surfaces: draws geometry alone; sharp: whether there is a GPU, for which sharp textures at a slant cost little.
+  constructor(renderer, surfaces, sharp) {
+    Object.assign(this, { renderer, surfaces });
+    this.anisotropy = sharp ? Math.min(SHARP, renderer.capabilities.getMaxAnisotropy()) : 1;
+    this.scene = new Scene();
+    this.light = this.scene.add(new DirectionalLight(0xffffff, KEY)).children[0];
+    this.scene.add(this.light.target);
+    renderer.toneMapping = NeutralToneMapping; // keeps base colours; concerns built-in materials only
+    this.furnish();
+  }
+
+  furnish() {
+    const room = new RoomEnvironment();
+    const generator = new PMREMGenerator(this.renderer);
+    this.scene.environment = generator.fromScene(room, 0.04).texture;
+    this.scene.environmentIntensity = ROOM;
+    room.dispose();
+    generator.dispose();
+  }
+
+  async keep(data, camera) {
+    const { scene, textures } = await parse(data);
+    const root = new Group().add(scene);
+    root.matrixAutoUpdate = false;
+    const meshes = [];
+    root.traverse((object) => { if (object.isMesh) meshes.push(object); });
+    if (!meshes.length) throw new Error(t('error.shape'));
+    const geometries = [...new Set(meshes.map((mesh) => mesh.geometry))];
+    const materials = [...new Set(meshes.flatMap((mesh) => mesh.material))];
+    for (const geometry of geometries) if (!geometry.attributes.normal) geometry.computeVertexNormals();
+    const shape = { root, geometries, materials, textures, ball: ball(root, meshes), bytes: 0 };
+    shape.bytes = size(shape);
+    try {
+      await this.upload(shape, camera);
+    } catch (error) {
+      this.drop(shape);
+      throw error;
+    }
+    return shape;
+  }
+
+  // Everything to the GPU, a part at a time; the pictures' own memory is given back.
+  async upload({ root, geometries, textures }, camera) {
+    for (const texture of textures) {
+      texture.anisotropy = this.anisotropy;
+      this.renderer.initTexture(texture);
+      await breath();
+    }
+    for (const texture of textures) texture.image.close?.();
+    this.surfaces.upload(root, geometries, camera);
+    this.scene.add(root);
+    const compiled = this.compile(root, camera);
+    this.scene.remove(root);
+    await compiled;
+  }
+
+  compile(root, camera) {
+    const beside = this.renderer.extensions.has('KHR_parallel_shader_compile');
+    return beside ? this.renderer.compileAsync(root, camera, this.scene) : this.renderer.compile(root, camera, this.scene);
+  }
+
+  drop({ geometries, materials, textures }) {
+    for (const part of [...geometries, ...materials, ...textures]) part.dispose();
+    for (const texture of textures) texture.image?.close?.();
+  }
+
+  paint(shape, camera, look) {
+    if (look.clay || look.normals) return this.surfaces.plain(shape.root, camera, look);
+    this.light.position.set(-1.2, 1.5, 2).applyQuaternion(camera.quaternion);
+    this.scene.add(shape.root);
+    this.renderer.render(this.scene, camera);
+    this.scene.remove(shape.root);
+    const { triangles } = this.renderer.info.render;
+    if (look.wireframe) this.surfaces.draw(shape.root, camera, this.surfaces.lines);
+    return triangles;
+  }
+}
+
+// The file's scene and all its textures. A picture that cannot be read is an error, not a white shape.
+async function parse(data) {
+  const loader = new GLTFLoader();
+  const broken = [];
+  loader.manager.onError = (url) => broken.push(url);
+  let gltf;
+  try {
+    gltf = await loader.parseAsync(data, '');
+  } catch {
+    throw new Error(t('error.shape'));
+  }
+  const textures = new Set();
+  gltf.scene.traverse((object) => {
+    for (const material of [object.material ?? []].flat()) {
+      for (const value of Object.values(material)) if (value?.isTexture) textures.add(value);
+    }
+  });
+  if (broken.length) {
+    for (const texture of textures) texture.image?.close?.();
+    throw new Error(t('error.texture'));
+  }
+  return { scene: gltf.scene, textures };
+}
+
+// The middle of the box around all vertices, and the largest distance of a vertex from it.
+function ball(root, meshes) {
+  root.updateMatrixWorld(true);
+  const [point, low, high] = [new Vector3(), new Vector3(Infinity, Infinity, Infinity), new Vector3(-Infinity, -Infinity, -Infinity)];
+  const each = (visit) => {
+    for (const mesh of meshes) {
+      const { position } = mesh.geometry.attributes;
+      for (let i = 0; i < position.count; i += 1) visit(point.fromBufferAttribute(position, i).applyMatrix4(mesh.matrixWorld));
+    }
+  };
+  each((vertex) => {
+    low.min(vertex);
+    high.max(vertex);
+  });
+  const centre = low.add(high).multiplyScalar(0.5);
+  let most = 0;
+  each((vertex) => { most = Math.max(most, vertex.distanceToSquared(centre)); });
+  return { centre: centre.toArray(), radius: Math.sqrt(most) || 1 };
+}
+
+// Bytes on the GPU with the textures' smaller copies, and those of the geometry that stay here.
+function size({ geometries, textures }) {
+  let sum = 0;
+  for (const { attributes, index } of geometries) {
+    for (const part of [...Object.values(attributes), ...(index ? [index] : [])]) sum += 2 * part.array.byteLength;
+  }
+  for (const { image } of textures) sum += image ? (image.width * image.height * 16) / 3 : 0;
+  return sum;
+}
+
+// Lets a frame and the annotator's input pass.
+function breath() {
+  return new Promise((resolve) => { setTimeout(resolve, 4); });
+}
