@@ -1,4 +1,4 @@
-"""Gaussians as a picture, slowly and obviously: numpy, float64, a Gaussian at a time (Kerbl et al. 2023; EWA splatting, Zwicker et al. 2001).
+"""Gaussians as a picture, slowly and obviously: numpy, float64, one after the other (Kerbl et al. 2023; EWA, Zwicker et al. 2001).
 
 Letters: N Gaussians, H x W pixels.
 """
@@ -42,7 +42,8 @@ def _covariances(splats: Splats) -> np.ndarray:
     """[N, 3, 3]"""
     w, x, y, z = (splats.rotations / np.linalg.norm(splats.rotations.astype(float), axis=1, keepdims=True)).T
     turn = np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]).transpose(2, 0, 1)  # [N, 3, 3]  # fmt: skip
     scaled = turn * np.exp(splats.scales.astype(float))[:, None, :]

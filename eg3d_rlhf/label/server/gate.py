@@ -51,7 +51,7 @@ _CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
 OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}  # all that answers without a token when exposed
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
 COMMON_POLICY = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-POLICY = (  # blob: is what the page has loaded itself: textures out of a GLB (connect-src, img-src) and videos (media-src); worker-src: reads Gaussians
+POLICY = (  # blob: is what the page has loaded itself, textures of a GLB (connect-src, img-src) and videos; the worker reads Gaussians
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; worker-src 'self'; "
     f"connect-src 'self' blob:; {COMMON_POLICY}"
 )
