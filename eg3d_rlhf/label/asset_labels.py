@@ -11,6 +11,7 @@ brings along where its latents are, as its list says.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,16 @@ PLACES = ("structure", "latent", "latents", "look_at", "asset")  # fields of its
 Where = Callable[[Path | str], str]  # a path as it is written
 
 
-def export_assets(store: "Store", path: Path, kind: str, **filters) -> Path:
+def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
     """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the path.
 
+    Args: from_pairs: of campaigns of pairs, both assets of each pair that was answered with "both are bad", as not good.
     Raises: as `kept_judgements`; ValueError for a campaign of generators' shapes, or where nothing is left to write.
     """
-    rows = kept_judgements(store, LabelFilters(**filters), Mode.SINGLE if kind == "asset-scores" else Mode.LABEL)
+    mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
+    rows = kept_judgements(store, LabelFilters(**filters), mode)
+    if from_pairs:
+        rows = [replace(row, left=shape) for row in rows if row.choice is Choice.BAD for shape in (row.left, row.right)]
     rows = [row for row in rows if row.left.file]
     if not rows:
         raise ValueError(f"--kind={kind}: expected judgements of assets, got none that passes the filters. Label some with --assets.")

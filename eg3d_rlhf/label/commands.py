@@ -109,6 +109,8 @@ def _request(
         name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings,
         assets=str(Path(assets).resolve()) if assets else None,
     )  # fmt: skip
+    if "prompt" in settings["questions"] and assets is None:
+        raise ValueError("--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out.")
     questions.parse_questions(settings["questions"])
     request.campaign_settings({})  # checks the shares before anything slow
     return request, given | ({"strategy"} if chosen else set())
@@ -174,13 +176,13 @@ def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted:
 @option("--min-milliseconds", metavar="INT", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
 @option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
 @option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
-@option("--from-pairs", is_flag=True, help="Unpaired: both shapes of pairs that were answered with 'both are bad', as not good.")
+@option("--from-pairs", is_flag=True, help="Unpaired, asset-scores: both of each pair that was answered with 'both are bad', as not good.")
 @database
 @click.pass_context
 def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters) -> None:
     """Write labels or judgements to FILE."""
-    if from_pairs and (kind != "unpaired" or filters["question"]):
-        raise ValueError(f"--from-pairs: expected --kind=unpaired and no --question, got --kind={kind}. Leave it out.")
+    if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
+        raise ValueError(f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}. Leave it out.")
     if out.suffix not in KINDS[kind]:
         raise ValueError(f"FILE: expected a name with {' or '.join(KINDS[kind])} for --kind={kind}, got {out.name}. Rename it.")
     if kind == "judgements":
@@ -197,7 +199,7 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
         elif kind == "ranked-seeds":
             export_ranked_seeds(store, out, campaign=campaign, **filters)
         else:
-            export_assets(store, out, kind, campaign=campaign, **filters)
+            export_assets(store, out, kind, from_pairs, campaign=campaign, **filters)
     with out.open(encoding="utf-8") as file:
         count = sum(1 for _ in file) - (out.suffix == ".csv")
     click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")

@@ -275,7 +275,8 @@ def test_own_answers_over_http(served):
     assert not rest["more"] and [one["comment"] for one in rest["answers"]] == ["remark 1", "remark 0"]
     one = rest["answers"][0]
     assert (one["left"], one["right"], one["choice"]) == (sent[1]["left"], sent[1]["right"], "bad") and one["votes"]["ears"] == "tie"
-    assert set(one) == {"sequence", "assignment", "left", "right", "choice", "reason", "votes", "comment", "answered", "changeable"}
+    known = {"sequence", "assignment", "left", "right", "choice", "reason", "votes", "comment", "answered", "changeable", "prompt"}
+    assert set(one) == known
     assert ann.get(f"/api/shapes/{one['left']}").status_code == 200
     token = one["assignment"]
     assert bob.get("/api/answers").json() == {"answers": [], "more": False}
@@ -327,6 +328,7 @@ def test_flags_of_what_is_asked(tmp_path):
     assert resolved(tmp_path, "--single=thumbs")["both_bad"] is False
     assert resolved(tmp_path, "--questions=geometry, ears=Which?")["questions"] == ["geometry", "ears=Which?"]
     assert "--both-bad: expected pairs" in resolved(tmp_path, "--single=thumbs", "--both-bad")["error"]
+    assert "expected no 'prompt' without --assets" in resolved(tmp_path, "--questions=prompt")["error"]
     assert "--questions: expected geometry, texture, prompt or NAME=TEXT" in resolved(tmp_path, "--questions=hair")["error"]
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:  # a campaign from before these flags
         store.create_campaign(CampaignSettings(name="labels", extra={"flags": {}}), plan(2))

@@ -182,6 +182,10 @@ def test_the_browser_gets_every_kind_with_its_prompt(served):
             condition = shapes[pair["left"]].condition
             expected = {"chair": ("a red chair", True), "cat": ("a cat", False)}.get(condition)
             assert (pair["prompt"] and (pair["prompt"]["text"], bool(pair["prompt"]["image"]))) == expected
+        pair = next(pair for pair in pairs if pair["prompt"] and not pair["training"])
+        serving.answer(client, pair["assignment"], "seen-again")
+        (again,) = client.get("/api/answers").json()["answers"]
+        assert {name: again[name] for name in ("left", "right", "prompt")} == {name: pair[name] for name in ("left", "right", "prompt")}
         chair = next(asset for asset, shape in shapes.items() if shape.condition == "chair")
         picture = client.get(f"/api/prompts/{chair}")
         shown = Image.open(io.BytesIO(picture.content))

@@ -106,6 +106,15 @@ def test_scores_of_single_assets_are_what_the_mesh_reward_reads(tmp_path, scale,
     assert ("label" in found) != ("score" in found)
 
 
+def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
+    a, b, c, d = (asset(tmp_path, name) for name in "abcd")
+    with judged(tmp_path, [(a, b, "first"), (c, d, "bad")], both_bad=True) as store:
+        pairs = lines(export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs"))
+        assert [one["choice"] for one in pairs if one["tie"]] == ["bad"]
+        found = lines(export_assets(store, tmp_path / "bad.jsonl", "asset-scores", from_pairs=True))
+    assert sorted((one["mesh"], one["label"], one["prompt"]) for one in found) == [(f"{n}.glb", 0, "a chair of oak") for n in "cd"]
+
+
 def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
     with pytest.raises(ValueError, match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs"):

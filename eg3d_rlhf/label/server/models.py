@@ -185,6 +185,7 @@ class OwnAnswer(BaseModel):
     comment: str | None
     answered: float
     changeable: bool
+    prompt: Prompt | None
 
 
 class OwnAnswers(BaseModel):

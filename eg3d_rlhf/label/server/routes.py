@@ -109,7 +109,8 @@ def _work(router: APIRouter, context: Context) -> None:
         """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment opens one again."""
         _judge(context, who)
         found = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
-        return {"answers": found[:count], "more": len(found) > count}
+        shown = [{**asdict(answer), "prompt": context.shapes.prompt(answer.left)} for answer in found[:count]]
+        return {"answers": shown, "more": len(found) > count}
 
 
 def label_api(context: Context) -> APIRouter:
