@@ -89,6 +89,7 @@ def annotator_quality(name: str, rows: Sequence[JudgementRow], limits: QualityLi
     worked = [gap for gap in gaps if gap <= limits.break_seconds]
     out = {
         "name": name, "judgements": len(rows), "ties": choices[Choice.TIE], "both_bad": choices[Choice.BAD], "skips": choices[Choice.SKIP],
+        "last": rows[-1].received_at if rows else None,
         "skip_reasons": dict(Counter(r.reason or "other" for r in rows if r.choice == Choice.SKIP)),
         "median_seconds": statistics.median(seconds) if seconds else None,
         "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,

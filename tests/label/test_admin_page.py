@@ -56,13 +56,27 @@ def _check_tokens(results: Page, served) -> None:
     token = results.page.inner_text("#token")
     with served.client(token) as client:
         assert client.get("/api/session").json()["annotator"] == "carol"
+    link = results.page.inner_text("#link")
+    assert link == f"{served.url}/login#token={token}" and results.page.evaluate("document.querySelector('#qr').naturalWidth > 50")
     results.page.get_by_role("button", name="Done").click()
-    results.page.wait_for_function("() => document.querySelector('#token').textContent === ''")
-    results.page.get_by_role("button", name="Revoke carol").click()
+    results.page.wait_for_function("() => !document.querySelector('#token').textContent && !document.querySelector('#qr').src")
+    assert results.page.get_by_role("button", name="Revoke: chief").count() == 0, "not oneself"
+    replace = results.page.get_by_role("button", name="New token and link: carol")
+    replace.focus()
+    for key in ("Enter", "Shift+Tab", "Enter"):  # Cancel has the focus
+        results.page.keyboard.press(key)
+    results.page.wait_for_selector("#tokenDialog[open]")
+    results.page.keyboard.press("Escape")
+    results.page.get_by_role("button", name="Revoke: carol").click()
     results.page.locator("#revokeDialog").get_by_role("button", name="Revoke").click()
-    results.page.wait_for_selector("#annotators tr.revoked:has-text('carol')")
+    results.page.wait_for_selector("#people .revoked:has-text('carol')")
     with served.client(token) as client:
         assert client.get("/api/session").status_code == 401
+    shown = results.page.locator("#people li", has_text="ada").inner_text()
+    assert "annotator · 10 answers, last " in shown
+    results.page.set_viewport_size({"width": 360, "height": 640})
+    boxes = [one.bounding_box() for one in results.page.locator("#people button, #add input, #add button").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["height"] >= 40 for box in boxes), boxes
 
 
 def _check_exports(results: Page) -> None:
@@ -76,6 +90,6 @@ def _check_names(results: Page) -> None:
     """The server takes no such name; should one get in another way, it is text and not markup."""
     people = [{"name": HOSTILE, "role": "annotator", "created": 0.0, "revoked": None}]
     results.page.route("**/api/admin/annotators", lambda route: route.fulfill(json=people))
-    results.page.wait_for_selector(f"#annotators td:has-text({json.dumps(HOSTILE)})", timeout=10_000)
-    assert results.page.locator("#annotators img").count() == 0
+    results.page.wait_for_selector(f"#people li:has-text({json.dumps(HOSTILE)})", timeout=10_000)
+    assert results.page.locator("#people img").count() == 0
     results.page.unroute("**/api/admin/annotators")

@@ -3,25 +3,23 @@
 import { Api, signIn } from './api.js';
 import { showComments, showQuestions } from './asked_results.js';
 import { duration } from './pace.js';
+import { People } from './people.js';
 import { rowsPlot, timelinePlot } from './plots.js';
 import { speak } from './texts.js';
 import { watchTheme } from './theme.js';
 
 const EVERY = 3000; // milliseconds
-const LOCAL = 'local'; // whoever sits at the server's machine; has no token
 const STRENGTHS = 40; // of the strongest and weakest shapes that are drawn
 
 const api = new Api();
 const page = Object.fromEntries([...document.querySelectorAll('[id]')].map((element) => [element.id, element]));
+const people = new People(page, api, poll);
+let me = ''; // who is logged in
 let seen = ''; // the figures on the page, to leave it alone while nothing changes
 
 async function start() {
   speak('en');
   watchTheme(page.theme);
-  page.add.addEventListener('submit', create);
-  page.copy.addEventListener('click', copyToken);
-  page.revoke.addEventListener('click', revoke);
-  page.tokenDialog.addEventListener('close', () => { page.token.textContent = ''; });
   for (const button of document.querySelectorAll('[data-close]')) button.addEventListener('click', () => button.closest('dialog').close());
   document.addEventListener('visibilitychange', () => { if (!document.hidden) poll(); });
   await poll();
@@ -30,7 +28,7 @@ async function start() {
 async function poll() {
   clearTimeout(poll.timer);
   try {
-    if (!api.csrf) await api.session();
+    if (!api.csrf) me = (await api.session()).annotator;
     const asked = ['quality', 'annotators', 'comments'].map((name) => api.json('GET', `/api/admin/${name}`));
     const [quality, annotators, comments] = await Promise.all(asked);
     const text = JSON.stringify([quality, annotators, comments]);
@@ -50,7 +48,8 @@ async function poll() {
 
 function show(quality, annotators) {
   overview(quality);
-  table(quality.annotators, annotators);
+  table(quality.annotators);
+  people.show(annotators, new Map(quality.annotators.map((one) => [one.name, one])), me);
   page.timeline.replaceChildren(timelinePlot(quality.timeline));
   page.sides.replaceChildren(rowsPlot(
     quality.annotators.filter((one) => one.left_share_ci95)
@@ -109,34 +108,26 @@ function alphaNote({ alpha_ci95: bounds, alpha_n: n, alpha_needs: needs }) {
   return `all answers to ${n} pairs are the same`;
 }
 
-// Everybody with access and everybody with judgements, in one table.
-function table(qualities, annotators) {
-  const focused = document.activeElement?.dataset.revoke;
-  const names = [...new Set([...annotators.map((one) => one.name), ...qualities.map((one) => one.name)])];
-  page.annotators.replaceChildren(...names.map((name) => row(
-    name, qualities.find((one) => one.name === name), annotators.find((one) => one.name === name),
-  )));
-  if (focused) page.annotators.querySelector(`[data-revoke="${CSS.escape(focused)}"]`)?.focus();
+function table(qualities) {
+  page.annotators.replaceChildren(...qualities.map(row));
 }
 
-function row(name, quality, access) {
+function row(quality) {
   const line = document.createElement('tr');
-  const head = cell(name, access?.role === 'admin' ? 'admin' : '');
-  line.append(head);
-  const figures = quality ? [
+  line.append(cell(quality.name));
+  const figures = [
     [quality.judgements], [quality.per_hour === null ? '–' : Math.round(quality.per_hour)],
     [quality.median_seconds === null ? '–' : `${quality.median_seconds.toFixed(1)} s`],
     share(quality.left_share, quality.left_share_ci95, quality.left_right_n), share(quality.self_consistency, quality.self_consistency_ci95, quality.self_consistency_n),
     share(quality.swap_consistency, quality.swap_consistency_ci95, quality.swap_consistency_n),
     share(quality.gold_accuracy, quality.gold_ci95, quality.gold_n), [quality.ties, quality.both_bad ? `and ${quality.both_bad} both bad` : ''], [quality.skips],
-  ] : [[0], ...Array(8).fill(['–'])];
+  ];
   for (const [value, note] of figures) {
     const figure = cell(value, note);
     figure.dataset.number = '';
     line.append(figure);
   }
-  line.append(flags(quality?.flags ?? []), accessCell(name, access));
-  line.classList.toggle('revoked', Boolean(access?.revoked));
+  line.append(flags(quality.flags));
   return line;
 }
 
@@ -166,59 +157,6 @@ function flags(words) {
     element.append(flag);
   }
   return element;
-}
-
-function accessCell(name, access) {
-  if (!access || access.name === LOCAL) return cell('');
-  if (access.revoked) return cell('revoked');
-  const element = document.createElement('td');
-  const button = document.createElement('button');
-  button.type = 'button';
-  button.dataset.revoke = name;
-  button.textContent = 'Revoke';
-  button.setAttribute('aria-label', `Revoke ${name}`);
-  button.addEventListener('click', () => {
-    page.revokeName.textContent = name;
-    page.revokeDialog.showModal();
-  });
-  element.append(button);
-  return element;
-}
-
-async function create(event) {
-  event.preventDefault();
-  page.addError.textContent = '';
-  try {
-    const { token } = await api.json('POST', '/api/admin/annotators', { name: page.name.value.trim(), role: page.role.value });
-    page.tokenName.textContent = page.name.value.trim();
-    page.token.textContent = token;
-    page.copy.textContent = 'Copy';
-    page.tokenDialog.showModal();
-    page.add.reset();
-    await poll();
-  } catch (error) {
-    page.addError.textContent = `${error.message} ${error.remedy}`;
-  }
-}
-
-async function copyToken() {
-  try {
-    await navigator.clipboard.writeText(page.token.textContent);
-    page.copy.textContent = 'Copied';
-  } catch {
-    getSelection().selectAllChildren(page.token);
-    page.copy.textContent = 'Press Ctrl+C';
-  }
-}
-
-async function revoke() {
-  page.revokeDialog.close();
-  try {
-    await api.json('POST', '/api/admin/annotators/revoke', { name: page.revokeName.textContent });
-    await poll();
-  } catch (error) {
-    page.addError.textContent = `${error.message} ${error.remedy}`;
-  }
 }
 
 start();
