@@ -7,6 +7,7 @@ from tests.label.browser import needs_chromium, plan, rows
 from tests.label.plans import answer
 
 pytestmark = needs_chromium
+STAGE = "document.querySelector('.stage').offsetHeight / innerHeight"
 HOSTILE = "<img src=x onerror=alert(1)>"
 QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
 
@@ -154,8 +155,10 @@ def test_everything_is_within_reach_of_a_thumb(serve, page, size):
     label.page.locator("#ownAnswers").tap()
     label.page.locator("#ownList button").first.tap()
     label.ready()
+    assert label.page.locator("#backToWork").is_visible() and label.page.evaluate(STAGE) >= 0.4, "shapes stay large"
     label.page.locator("#backToWork").tap()
     label.ready()
+    assert not label.page.locator("#backToWork").is_visible() and label.page.evaluate(STAGE) >= 0.4
 
 
 def test_results_show_questions_and_comments_as_text(serve, page):

@@ -284,7 +284,7 @@ class LabelPage {
 
   showProgress() {
     this.ui.progress(this.work.done, this.work.progress, this.pace, this.work.current?.training ?? false);
-    this.ui.undo.disabled = !this.work.history.length && !this.work.done;
+    this.ui.undo.disabled = (!this.work.history.length && !this.work.done) || Boolean(this.work.current?.review);
   }
 
   // What is said above an answer that is looked at again.
