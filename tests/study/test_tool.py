@@ -193,6 +193,24 @@ def test_annotators_get_tokens_in_the_studys_own_database(pair, tmp_path, served
     refused(run(f"--outdir={folder}", "--host=0.0.0.0"), "--host=0.0.0.0", "study.py")
 
 
+def test_a_run_folders_name_is_not_cut_at_a_dot(pair, tmp_path):
+    folder = tmp_path / "00000-x.v1.5"
+    folder.mkdir()
+    (folder / "network-snapshot-000001.safetensors").write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
+    shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
+    assert shown["design"]["b"]["label"] == "00000-x.v1.5"
+
+
+def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "serve", lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"))
+    folder = tmp_path / "x"
+    assert "0 have a token, 2 need one" in run(*pair, *SMALL, f"--outdir={folder}").stdout
+    for name in ("ann", "bob"):
+        run(f"--outdir={folder}", "add-annotator", name)
+    said = run(f"--outdir={folder}").stdout
+    assert "2 annotators are planned: all have a token;" in said and "need" not in said
+
+
 def test_power_and_simulation_print_and_speak_json():
     assert "54 independent decided trials" in run("power", "--true-rate=0.7").stdout
     size = json.loads(run("power", "--true-rate=0.7", "--n=49", "--json").stdout)
