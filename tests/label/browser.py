@@ -174,7 +174,7 @@ class Page:
 
     def answer(self, key: str) -> None:
         """Look at the pair for a moment and press a key."""
-        self.page.wait_for_timeout(110)
+        self.page.wait_for_timeout(380)  # the page takes a press after a pause alone
         self.page.keyboard.press(key)
 
 

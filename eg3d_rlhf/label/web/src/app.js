@@ -10,6 +10,7 @@ import { watchMenus } from './menus.js';
 import { Outbox } from './outbox.js';
 import { OwnAnswers } from './own_answers.js';
 import { Pace } from './pace.js';
+import { Presses } from './presses.js';
 import { Questions } from './questions.js';
 import { Shapes } from './shapes.js';
 import { Stopwatch } from './stopwatch.js';
@@ -19,7 +20,6 @@ import { Ui } from './ui.js';
 import { Viewer } from './viewer.js';
 import { Work } from './work.js';
 
-const GLANCE = 100; // milliseconds: nobody judges faster, so a second press so soon is a slip
 // commands about the work; the others are about the view
 const ANSWERS = ['choose', 'skip', 'undo', 'openHelp', 'comment', 'ownAnswers', 'questionBack', 'backToWork'];
 const NAMES_SHOWN = 5000; // milliseconds, after which the page goes on by itself
@@ -30,6 +30,7 @@ class LabelPage {
   api = new Api();
   pace = new Pace();
   watch = new Stopwatch();
+  presses = new Presses();
   said = null; // the answer given last, for the screen reader
 
   async start() {
@@ -119,6 +120,10 @@ class LabelPage {
 
   listen() {
     const command = (name, ...rest) => (ANSWERS.includes(name) ? this[name](...rest) : this.looking[name](...rest));
+    this.ui.choices.addEventListener('mousedown', (event) => { // a mouse gives no button the focus: Space and Enter are not for it
+      event.preventDefault();
+      document.activeElement?.blur();
+    });
     watchKeys(command, this.session.scale);
     for (const pane of [this.ui.left, this.ui.right]) watchGestures(pane, this.viewer.orbit, (view) => this.looking.moved(view));
     for (const button of document.querySelectorAll('[data-choice]')) {
@@ -136,9 +141,12 @@ class LabelPage {
 
   choose(choice, reason = null) {
     const skippable = choice === 'skip' && this.ui.state === 'failed';
-    if (!this.work.current || !(skippable || (this.ui.state === 'label' && this.watch.milliseconds >= GLANCE))) return;
+    if (!this.work.current || !(skippable || this.ui.state === 'label') || !this.presses.take()) return;
     if (choice === 'bad' && !this.session.both_bad) return;
-    if (choice !== 'skip' && this.questions.take(choice)) return;
+    if (choice !== 'skip' && this.questions.take(choice)) {
+      this.appear(); // the next question
+      return;
+    }
     const started = performance.now();
     const { training, review } = this.work.current;
     const body = {
@@ -164,11 +172,11 @@ class LabelPage {
   }
 
   skip() {
-    if (['label', 'failed'].includes(this.ui.state)) this.skipping.open();
+    if (['label', 'failed'].includes(this.ui.state) && this.presses.take({ opens: true })) this.skipping.open();
   }
 
   undo() {
-    if (['checking', 'explained'].includes(this.ui.state)) return;
+    if (['checking', 'explained'].includes(this.ui.state) || !this.presses.take({ seen: false })) return;
     if (this.work.current?.review) return;
     if (this.session.reveal && !this.work.history.length) {
       this.ui.say(t('own.stays'), true);
@@ -179,7 +187,7 @@ class LabelPage {
   }
 
   goOn() {
-    if (this.ui.state === 'explained') this.work.next(performance.now());
+    if (this.ui.state === 'explained' && this.presses.take()) this.work.next(performance.now());
   }
 
   delivered(item, reply) {
@@ -201,6 +209,7 @@ class LabelPage {
     this.awaited = null;
     if (names) {
       const { current } = this.work;
+      this.appear();
       this.ui.reveal(names);
       setTimeout(() => { if (this.work.current === current && this.ui.state === 'explained') this.work.next(); }, NAMES_SHOWN);
       return;
@@ -210,6 +219,7 @@ class LabelPage {
       return;
     }
     const other = { left: 'right', right: 'left' }[this.said];
+    this.appear();
     this.ui.explain(result, result.correct === null || !other ? null : result.correct ? this.said : other);
   }
 
@@ -235,7 +245,15 @@ class LabelPage {
 
   // ---- pairs
 
+  // Something else is drawn: from the moment that it is on the screen, presses are meant for it.
+  async appear() {
+    const scene = this.presses.change();
+    await frames(2); // the frame that holds the drawing has gone to the screen
+    this.presses.shown(scene);
+  }
+
   async open(pair, started) {
+    this.presses.change();
     this.looking.begin(pair);
     this.questions.begin(pair.review?.votes);
     this.remark.set(pair.review?.comment);
@@ -249,7 +267,9 @@ class LabelPage {
         shapes = await this.shapes.load(pair);
       } catch (error) {
         if (error.status === 401) signIn();
-        if (this.work.current === pair) this.ui.show('failed', `${error.message} ${t('skipOrReload')}`);
+        if (this.work.current !== pair) return;
+        this.ui.show('failed', `${error.message} ${t('skipOrReload')}`);
+        this.appear();
         return;
       }
       if (this.work.current !== pair) return;
@@ -260,7 +280,7 @@ class LabelPage {
     this.said = null;
     this.showProgress();
     this.watch.start();
-    await frames(2); // the frame that holds the drawing has gone to the screen
+    await this.appear();
     if (started !== null) performance.measure('next-pair', { start: started, end: performance.now() });
   }
 
@@ -294,7 +314,7 @@ class LabelPage {
   }
 
   backToWork() {
-    if (this.work.current?.review) this.work.next(performance.now());
+    if (this.work.current?.review && this.presses.take({ seen: false })) this.work.next(performance.now());
   }
 
   questionBack() {
