@@ -1,7 +1,7 @@
 """What an annotator is shown next, giving that out in short transactions, and how far she is.
 
-The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, then
-trials: one gold check at a hashed place of every `gold_every` trials, repeats and swapped repeats as their shares fall due, otherwise a new
+The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, and
+is waited for, unless its shapes cannot be drawn; then trials: one gold check at a hashed place of every `gold_every` trials, repeats and swapped repeats as their shares fall due, otherwise a new
 pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and lets
 annotators meet on the same pairs; the order within it is each annotator's own.
 
@@ -84,6 +84,7 @@ class Scheduler:
     history: list[Trial]  # by sequence
     last: int  # highest sequence ever used
     ready: Ready
+    lost: Ready = lambda pair: False  # it will never be ready
 
     def __post_init__(self):
         self.settings = self.plan.campaign.settings
@@ -99,9 +100,9 @@ class Scheduler:
         trials = [s for s in self.history if s.kind is not Kind.TRAINING]
         if not trials:
             had = {s.pair.id for s in self.history}
-            lesson = next((pair for pair in self.plan.training if pair.id not in had and self.ready(pair)), None)
+            lesson = next((pair for pair in self.plan.training if pair.id not in had and not self.lost(pair)), None)
             if lesson is not None:
-                return self._on_sides(lesson, sequence, Kind.TRAINING)
+                return self._on_sides(lesson, sequence, Kind.TRAINING) if self.ready(lesson) else None
         limit = self.settings.trials_per_annotator
         if not window or (limit is not None and len(trials) >= limit):
             return None
@@ -163,6 +164,7 @@ class Issuer:
     annotator_id: int
     annotator: str  # name
     clock: Callable[[], float]
+    lost: Ready = lambda pair: False
 
     def __post_init__(self):
         self.campaign_id = self.plan.campaign.id
@@ -246,7 +248,7 @@ class Issuer:
                   choice=r.choice)
             for r in rows if r.answered is not None or _open(r)
         ]  # fmt: skip
-        scheduler = Scheduler(self.plan, self.annotator, history, rows[-1].sequence if rows else 0, ready)
+        scheduler = Scheduler(self.plan, self.annotator, history, rows[-1].sequence if rows else 0, ready, self.lost)
         lost = [row for row in rows if row.answered is None and not _open(row)]
         return _Past(stamp=stamp, scheduler=scheduler, open=sum(_open(row) for row in rows), lost=sorted(lost, key=lambda r: r.pair_id))
 
@@ -292,7 +294,9 @@ class FreePairs:
         return free
 
 
-def read_progress(c: Connection, plan: Plan, annotator_id: int, now: float, free_pairs: FreePairs) -> Progress:
+def read_progress(
+    c: Connection, plan: Plan, annotator_id: int, now: float, free_pairs: FreePairs, lost: Ready = lambda pair: False
+) -> Progress:
     """See `Progress`. The total is exact once no pair is left; before, due repeats and gold checks are estimated from their shares."""
     me = {"campaign": plan.campaign.id, "annotator": annotator_id}
     counts = {row.kind: row for row in c.execute(ANSWERED, me)}
@@ -308,5 +312,5 @@ def read_progress(c: Connection, plan: Plan, annotator_id: int, now: float, free
     if settings.trials_per_annotator is not None:
         total = max(shown, min(total, settings.trials_per_annotator))
     begun = training.shown - training.answered if training else 0
-    to_come = 0 if shown else len(plan.training) - (training.shown if training else 0)
+    to_come = 0 if shown else max(sum(not lost(pair) for pair in plan.training) - (training.shown if training else 0), 0)
     return Progress(done=done, total=total, training_left=begun + to_come, last_hour=left.recent)

@@ -65,7 +65,8 @@ SCALES = {  # what may be answered, a skip aside, by the scale of a campaign's s
     "pairs": (Choice.LEFT, Choice.RIGHT, Choice.TIE, Choice.BAD), "thumbs": (Choice.UP, Choice.DOWN),
     "scores": tuple(map(Choice, "012345")),
 }  # fmt: skip
-SKIP_REASONS = ("broken", "identical", "unsure", "other")
+# as the page lists them; "broken" means that a shape did not appear: one that is damaged is to be judged
+SKIP_REASONS = ("unsure", "identical", "broken", "other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,7 @@ class Submitted:
     training: bool
     correct: bool | None  # of training pairs with a known answer, unless skipped
     explanation: str  # of training pairs, else ''
+    better: str | None = None  # the known answer of training pairs: 'left', 'right', 'up' or 'down'
     reveal: tuple[str, str] | None = None  # the generators' names, left and right, where the campaign tells them
 
 

@@ -219,6 +219,11 @@ class Preparation:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def gave_up(self) -> bool:
+        """Whether the worker has died too often to be started again."""
+        return self._restarts >= _RESTARTS and not self.running
+
+    @property
     def log(self) -> Path:
         """What the worker last wrote to its error stream."""
         return self._file.with_suffix(".log")

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from eg3d_rlhf.label import campaigns, judgements
 from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
-from eg3d_rlhf.label.campaigns import Plan
+from eg3d_rlhf.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.label.database import Database, Lock, annotators, migrate, sessions
 from eg3d_rlhf.label.entities import (
     LOCAL,
@@ -96,6 +96,10 @@ class Store:
     def pairs(self, campaign_id: int) -> list[tuple[str, str]]:
         """Asset tokens of the two of each pair, in order of the plan."""
         return [(pair.first, pair.second) for pair in self._plan(campaign_id).pairs.values()]
+
+    def training(self, campaign_id: int) -> list[StoredPair]:
+        """The practice pairs, in order."""
+        return self._plan(campaign_id).training
 
     # --- annotators: tokens and session ids are random, given out once, and stored as SHA-256 only
 
@@ -189,18 +193,20 @@ class Store:
     # --- work
 
     def assignments(
-        self, campaign_id: int, annotator_id: int, count: int = 3, ready: Callable[[str], bool] | None = None
+        self, campaign_id: int, annotator_id: int, count: int = 3, ready: Callable[[str], bool] | None = None,
+        lost: Callable[[str], bool] | None = None,
     ) -> list[AssignedPair]:
         """Up to `count` open assignments, an undone one first, then the oldest; new ones are issued until there are so many.
 
-        `ready(asset)`: issue only pairs both of whose shapes are prepared. Fewer or none when the annotator is done or must wait.
+        `ready(asset)`: issue only pairs both of whose shapes are prepared. Practice is waited for unless a shape of it is `lost(asset)`, which
+        will never be prepared. Fewer or none when the annotator is done or must wait.
         """
         prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
         if annotator_id not in self._names:
             self._names.update({known.id: known.name for known in self.annotators()})
         if annotator_id not in self._names:
             raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
-        issuer = Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock)
+        issuer = Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock, _lost(lost))
         return issuer.assignments(count, prepared)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
@@ -240,11 +246,11 @@ class Store:
         with self.database.read() as c:
             return comments(c, campaign_id, count)
 
-    def progress(self, campaign_id: int, annotator_id: int) -> Progress:
-        """How far the annotator is."""
+    def progress(self, campaign_id: int, annotator_id: int, lost: Callable[[str], bool] | None = None) -> Progress:
+        """How far the annotator is; `lost` as for `assignments`."""
         plan = self._plan(campaign_id)
         with self.database.read() as c:
-            return read_progress(c, plan, annotator_id, self.clock(), self._free_pairs)
+            return read_progress(c, plan, annotator_id, self.clock(), self._free_pairs, _lost(lost))
 
     def tally(self) -> list[Row]:
         """How much each annotator has done in each campaign, practice and checks included: campaign_id, name, judgements, last (when)."""
@@ -264,6 +270,10 @@ class Store:
             with self.database.read() as c:
                 self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
         return self._plans[campaign_id]
+
+
+def _lost(lost: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
+    return (lambda pair: lost(pair.first) or lost(pair.second)) if lost else (lambda pair: False)
 
 
 def secret_hash(secret: str) -> str:

@@ -69,7 +69,7 @@ def _practise(label: Page) -> None:
     label.ready("explained")
     assert "The other one has spikes." in label.page.inner_text("#explanation")
     assert label.page.locator(".better").count() == 1
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     label.ready(ahead=2)
     assert label.state("done") == 0, "practice does not count"
 
@@ -148,9 +148,9 @@ def test_skipping_takes_a_reason_and_needs_no_mouse(serve, page):
     label.answer("s")
     assert label.page.get_by_role("dialog", name="Why skip this one?").is_visible()
     label.page.keyboard.press("Escape")
-    label.page.keyboard.press("s")
+    label.answer("s")
     assert label.press("2") == first
-    label.page.keyboard.press("s")
+    label.answer("s")
     label.page.keyboard.press("ArrowUp")
     label.press("Enter")
     label.sent()
@@ -238,11 +238,11 @@ def test_shapes_of_the_bundled_generator_from_nothing_to_the_first_answers(tmp_p
     worker.start()
     try:
         label.page.wait_for_function("() => window.labelState.state === 'label'", timeout=120_000)
-        label.page.keyboard.press("Enter")
+        label.answer("Enter")
         assert not blank(label.picture("left")) and not blank(label.picture("right"))
         label.answer("ArrowLeft")
         label.page.wait_for_function("() => window.labelState.state === 'explained'", timeout=20_000)
-        label.page.keyboard.press("Enter")
+        label.answer("Enter")
         for _ in range(2):
             label.page.wait_for_function("() => window.labelState.state === 'label'", timeout=120_000)
             label.press("ArrowRight")

@@ -33,7 +33,7 @@ def test_questions_both_bad_and_a_comment_by_keyboard(serve, page):
     label.page.wait_for_function("!document.querySelector('#bad').disabled")
     label.page.keyboard.press("c")
     label.page.keyboard.type("<i>flat</i>  ears")
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     assert label.page.get_by_role("button", name="Comment").get_attribute("aria-pressed") == "true"
     label.page.wait_for_timeout(400)
     label.press("ArrowUp")
@@ -114,11 +114,11 @@ def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
     label.ready("explained")
     assert "baseline-network" in label.page.inner_text("#explanation") and counting(served)[0].assignment == sent
     label.page.wait_for_timeout(500)
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     label.ready()
     assert label.state("pair.assignment") != sent
     label.page.wait_for_timeout(500)
-    label.page.keyboard.press("u")
+    label.answer("u")
     label.page.wait_for_function("document.querySelector('#toast').textContent.includes('stays')")
     label.page.keyboard.press("a")
     label.page.locator("#ownList button").first.click()

@@ -1,7 +1,7 @@
 """The label page in a real browser where something goes wrong or has to wait: connection, session, another window, the server, shapes."""
 
 from eg3d_rlhf.label.shape_files import ShapeCache
-from tests.label.browser import bumpy_ball, needs_chromium, plan, rows
+from tests.label.browser import bumpy_ball, needs_chromium, plan, rows, small
 
 pytestmark = needs_chromium
 
@@ -32,7 +32,7 @@ def test_an_ended_session_keeps_what_waits(serve, page):
     label = page(served.url)
     label.sign_in(token)
     label.page.wait_for_selector("#helpDialog[open]")
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     label.ready()
     label.context.clear_cookies()
     label.answer("ArrowLeft")
@@ -56,7 +56,7 @@ def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
     assert "already answered" in other.page.inner_text("#toast")
     other.sent()
     assert [(r.assignment, r.choice.value) for r in rows(served)] == [(first, "left")]
-    other.page.keyboard.press("u")  # only the server knows what came last
+    other.answer("u")  # only the server knows what came last
     other.page.wait_for_function("first => window.labelState.pair.assignment === first", arg=first)
     assert [r.undone for r in rows(served)] == [True]
     other.errors = [text for text in other.errors if "409" not in text]  # Chromium's note of the refusal
@@ -80,10 +80,10 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.page.route("**/api/shapes/*", without_the_first)
     label.page.goto(served.url)
     label.ready("failed")
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     assert "No such shape." in label.page.inner_text("#notice") and label.page.get_by_role("button", name="Left is better").is_disabled()
-    label.page.keyboard.press("s")
-    label.page.keyboard.press("1")
+    label.answer("s")
+    label.page.keyboard.press("3")
     label.ready()
     label.press("ArrowLeft")
     label.sent()
@@ -103,7 +103,7 @@ def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     for one in late:
         cache.put_mesh(one, bumpy_ball(one.seed % 6, 4000))
     label.ready()
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     for _ in planned:
         label.answer("ArrowLeft")
         label.drawn()
@@ -111,3 +111,28 @@ def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     assert "thank you" in label.page.inner_text("#notice") and len(rows(served)) == 3
     label.press("u")
     assert label.state("state") == "label", "the last answer can still be taken back"
+
+
+def test_practice_comes_first_even_where_only_other_shapes_are_ready(tmp_path, serve, page):
+    planned = plan(3, training=2)
+    lessons = [s for p in planned[:2] for s in (p.first, p.second)]
+    served = serve(planned, lambda one: None if one in lessons else small(one))
+    label = page(served.url)
+    label.page.goto(served.url)
+    label.ready("waiting")
+    assert "Practice comes first." in label.page.inner_text("#notice")
+    cache = ShapeCache(tmp_path / "cache")
+    cache.put_failure(lessons[0], "no surface")
+    for one in lessons[1:]:
+        cache.put_mesh(one, small(one))
+    label.ready()
+    assert label.state("pair.training")
+    label.page.keyboard.press("Enter")
+    label.page.wait_for_selector("#toast:not([hidden])")
+    assert "Practice cannot be shown in full" in label.page.inner_text("#toast")
+    label.answer("ArrowDown")
+    label.ready("explained")
+    assert "is better" in label.page.inner_text("#explanationTitle") and label.page.locator(".better").count() == 1, "after a tie, too"
+    label.answer("Enter")
+    label.ready()
+    assert not label.state("pair.training")

@@ -127,7 +127,7 @@ def test_a_whole_round_on_labels_from_the_page(begun, shaped, page, repo, tmp_pa
             shown = "before => window.labelState.pair?.assignment !== before || window.labelState.state === 'explained'"
             label.page.wait_for_function(shown, arg=before, timeout=20_000)
             if label.state("state") == "explained":
-                label.page.keyboard.press("Enter")
+                label.answer("Enter")
             label.page.wait_for_function("() => ['label', 'finished'].includes(window.labelState.state)", timeout=20_000)
         label.sent()
     finally:

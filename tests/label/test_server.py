@@ -89,7 +89,7 @@ def test_a_training_pair_is_explained(served):
     assert pair["training"]
     lesson = answer(page, pair["assignment"], "k").json()["training"]
     row = next(served.store.judgements())
-    assert lesson == {"correct": row.expected == "left", "explanation": "The other one has a hole."}
+    assert lesson == {"correct": row.expected == "left", "better": row.expected, "explanation": "The other one has a hole."}
 
 
 def test_a_skip_has_a_reason(served):

@@ -133,7 +133,7 @@ def test_every_trial_gold_ends_when_each_was_shown(store):
 
 
 def test_only_prepared_pairs_are_issued(store):
-    campaign = campaign_of(store, plan(200, gold=3, training=1), gold_every=4)
+    campaign = campaign_of(store, plan(200, gold=3), gold_every=4)
     ann = annotator(store)
     prepared = set()
     assert store.assignments(campaign, ann, ready=prepared.__contains__) == []
@@ -209,3 +209,23 @@ def test_pairs_come_roughly_in_the_plans_order(store):
     early = [work_through(store, campaign, annotator(store, name), most=50) for name in ("ann", "bob")]
     assert all(max(row.left.seed for row in rows) < 2 * 120 for rows in early)
     assert len({row.pair for row in early[0]} & {row.pair for row in early[1]}) > 15  # annotators meet, so that agreement can be told
+
+
+def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
+    campaign = campaign_of(store, plan(4, training=3))
+    ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
+    prepared, lost = set(assets[6:]), set()
+
+    def shown():
+        return store.assignments(campaign, ann, 5, prepared.__contains__, lost.__contains__)
+
+    assert shown() == [] and store.progress(campaign, ann, lost.__contains__).training_left == 3
+    prepared |= set(assets[:2])
+    (first,) = shown()
+    assert first.training
+    store.submit(campaign, ann, answer(first, "k0"))
+    assert shown() == []
+    lost.add(assets[2])  # the second one
+    assert shown() == [] and store.progress(campaign, ann, lost.__contains__).training_left == 1
+    prepared |= set(assets)
+    assert [one.training for one in shown()] == [True, False, False, False, False]

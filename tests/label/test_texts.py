@@ -84,7 +84,7 @@ def test_a_page_says_nothing_in_another_language(serve, page, language):
     label.page.goto(served.url)
     label.page.wait_for_selector("#helpDialog[open]")
     said = set(label.page.evaluate(SHOWN))
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     label.ready()
     for key in ("?", "Escape", "ArrowRight", "Enter", "4", "s", "Escape", "ArrowLeft"):
         label.page.wait_for_timeout(120)
@@ -120,7 +120,7 @@ def test_a_campaigns_own_title_stays_and_refusals_at_the_login_are_translated(se
     label.page.goto(served.url + "/login")
     assert label.page.inner_text("h1") == label.page.title() == "Anmelden"
     label.page.fill("#token", "x" * 32)
-    label.page.keyboard.press("Enter")
+    label.answer("Enter")
     label.page.wait_for_selector("[role=alert]")
     assert label.page.inner_text("[role=alert]") == TEXTS["de"]["401"]
     label.errors = [text for text in label.errors if "401" not in text]  # Chromium's note of the refusal

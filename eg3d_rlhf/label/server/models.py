@@ -138,6 +138,7 @@ class Assignments(BaseModel):
     assignments: list[Assigned]
     progress: Progress
     waiting: bool
+    practice_lost: int  # practice pairs that cannot be drawn
     preparation: Preparing
 
 
@@ -145,6 +146,7 @@ class Lesson(BaseModel):
     """What a training pair teaches."""
 
     correct: bool | None
+    better: Literal["left", "right", "up", "down"] | None  # the known answer
     explanation: str
 
 

@@ -108,6 +108,11 @@ class PreparedShapes:
         self._look()
         return asset in self._files and (not self.blind or not self._missing)
 
+    def lost(self, asset: str) -> bool:
+        """Whether a shape will never be shown: it cannot be drawn, or who draws has given up."""
+        self._look()
+        return asset in self._failed or (asset in self._missing and self.worker is not None and self.worker.gave_up)
+
     def settled(self) -> bool:
         """Whether every shape is prepared or given up."""
         self._look()

@@ -65,7 +65,12 @@ Admin = Annotated[Identity, Depends(admin_of)]
 
 
 def _progress(context: Context, who: Identity) -> dict:
-    return asdict(context.store.progress(context.campaign.id, who.annotator.id))
+    return asdict(context.store.progress(context.campaign.id, who.annotator.id, context.shapes.lost))
+
+
+def _practice_lost(context: Context) -> int:
+    """How many practice pairs cannot be shown."""
+    return sum(context.shapes.lost(pair.first) or context.shapes.lost(pair.second) for pair in context.store.training(context.campaign.id))
 
 
 def _judge(context: Context, who: Identity) -> None:
@@ -93,14 +98,14 @@ def _work(router: APIRouter, context: Context) -> None:
         """The next pairs; those that are open come first. None and not waiting: finished."""
         _judge(context, who)
         shapes, settled = context.shapes, context.shapes.settled()
-        pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready)
+        pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost)
         progress = _progress(context, who)
         waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
         found = [
             {"assignment": p.token, "training": p.training, "left": p.left, "right": p.right, "prompt": shapes.prompt(p.left)}
             for p in pairs
         ]
-        return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "preparation": shapes.progress()})
+        return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context), "preparation": shapes.progress()})
 
     @router.get("/answers", response_model=models.OwnAnswers)
     def answers(
@@ -179,7 +184,7 @@ def _judgements(router: APIRouter, context: Context) -> None:
         conflict = "This assignment is answered already, or the key was another answer's."
         with _refusals(conflict, "Undo that answer first, or go on.", "Correct the answer."):
             kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
-        lesson = {"correct": kept.correct, "explanation": kept.explanation} if kept.training else None
+        lesson = {"correct": kept.correct, "better": kept.better, "explanation": kept.explanation} if kept.training else None
         names = {"left": kept.reveal[0], "right": kept.reveal[1]} if kept.reveal else None
         found = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "reveal": names, "progress": _progress(context, who)}
         return JSONResponse(found, 200 if kept.duplicate else 201)

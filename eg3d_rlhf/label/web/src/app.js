@@ -54,6 +54,7 @@ class LabelPage {
       open: (pair, started) => this.open(pair, started),
       idle: (state, text, share) => this.idle(state, text, share),
       progress: () => this.showProgress(),
+      practiceLost: () => { this.told ??= this.ui.say(t('practice.lost'), true) ?? true; },
       failed: (error) => this.failed(error),
     }, (body) => this.session.reveal && body.choice !== 'skip');
     this.dress();
@@ -218,9 +219,8 @@ class LabelPage {
       this.work.next();
       return;
     }
-    const other = { left: 'right', right: 'left' }[this.said];
     this.appear();
-    this.ui.explain(result, result.correct === null || !other ? null : result.correct ? this.said : other);
+    this.ui.explain(result);
   }
 
   refused(item, error) {
@@ -239,7 +239,7 @@ class LabelPage {
     this.ui.queued(size, late || (size > 0 && !this.ui.queue.hidden));
     if (size && !late) this.late = setTimeout(() => this.ui.queued(this.outbox.size, true), PATIENCE);
     if (this.awaited && stuck && !this.work.current?.training) this.explain(null);
-    if (this.awaited && stuck) this.explain({ correct: null, explanation: t('lesson.offline') });
+    if (this.awaited && stuck) this.explain({ correct: null, better: null, explanation: t('lesson.offline') });
     if (this.work) this.showProgress();
   }
 
@@ -314,7 +314,9 @@ class LabelPage {
   }
 
   backToWork() {
-    if (this.work.current?.review && this.presses.take({ seen: false })) this.work.next(performance.now());
+    if (!this.work.current?.review) return;
+    this.presses.take(); // a second click is not for the pair that comes
+    this.work.next(performance.now());
   }
 
   questionBack() {

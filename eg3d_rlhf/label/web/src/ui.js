@@ -85,10 +85,10 @@ export class Ui {
     this.queue.hidden = !text;
   }
 
-  // better: 'left' or 'right' where that can be told, else null.
-  explain({ correct, explanation }, better) {
+  // The lesson of a practice pair; better: the known answer, 'left' or 'right' of two shapes, or null.
+  explain({ correct, explanation, better }) {
     const praise = t(`lesson.${correct === null ? 'noted' : correct ? 'yes' : 'again'}`);
-    this.explanationTitle.textContent = better && !correct ? `${praise}: ${t(`lesson.${this.side(better)}`)}` : praise;
+    this.explanationTitle.textContent = !this.single && better && !correct ? `${praise}: ${t(`lesson.${this.side(better)}`)}` : praise;
     for (const side of ['left', 'right']) this[side].classList.toggle('better', side === better);
     this.explanation.dataset.correct = String(correct);
     this.explanationText.textContent = known(explanation);

@@ -15,7 +15,7 @@ export class Work {
   changes = 0; // grows with every answer and undo: a list from the server that is older is only added to
   progress = { done: 0, total: 0, training_left: 0, last_hour: 0 };
 
-  // on: {open(pair, started), idle(state, text, share), progress(), failed(error)}
+  // on: {open(pair, started), idle(state, text, share), progress(), practiceLost(), failed(error)}
   // final(body): whether the answer stays, so that there is nothing to take back
   constructor(api, outbox, shapes, annotator, on, final = () => false) {
     Object.assign(this, { api, outbox, shapes, on, final });
@@ -132,6 +132,7 @@ export class Work {
     }
     this.merge(reply.assignments.filter((pair) => !this.answered.has(pair.assignment)), before === this.changes && !this.outbox.size);
     if (!this.outbox.size) this.progress = reply.progress;
+    if (reply.practice_lost && !reply.progress.done) this.on.practiceLost();
     this.on.progress();
     this.shapes.prefetch(this.upcoming);
     if (this.current) return;
@@ -153,12 +154,16 @@ export class Work {
     else if (reply.waiting) {
       const { done, total, seconds_left: left } = reply.preparation;
       const time = (left ?? null) !== null && duration(left);
-      this.on.idle('waiting', t(time ? 'ready.left' : 'ready', { done, total, time }), total ? done / total : 0);
+      this.on.idle('waiting', this.practiceFirst(reply, t(time ? 'ready.left' : 'ready', { done, total, time })), total ? done / total : 0);
       this.later(POLL);
     } else {
       this.on.idle('finished', '');
       this.later(30 * POLL); // another annotator may leave a pair
     }
+  }
+
+  practiceFirst(reply, text) {
+    return reply.progress.training_left ? t('practice.waiting', { text }) : text;
   }
 
   later(milliseconds) {
