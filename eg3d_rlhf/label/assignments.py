@@ -1,9 +1,9 @@
 """What an annotator is shown next, giving that out in short transactions, and how far she is.
 
 The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, and
-is waited for, unless its shapes cannot be drawn; then trials: one gold check at a hashed place of every `gold_every` trials, repeats and swapped repeats as their shares fall due, otherwise a new
-pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and lets
-annotators meet on the same pairs; the order within it is each annotator's own.
+is waited for, unless its shapes cannot be drawn; then trials: one gold check at a hashed place of every `gold_every` trials, repeats and
+swapped repeats as their shares fall due, otherwise a new pair out of a window of the plan. The window keeps the plan's order roughly, so
+that prepared and informative pairs come first, and lets annotators meet on the same pairs; the order within it is each annotator's own.
 
 A place of a pair is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place
 while the annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her

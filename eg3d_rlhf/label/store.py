@@ -198,8 +198,8 @@ class Store:
     ) -> list[AssignedPair]:
         """Up to `count` open assignments, an undone one first, then the oldest; new ones are issued until there are so many.
 
-        `ready(asset)`: issue only pairs both of whose shapes are prepared. Practice is waited for unless a shape of it is `lost(asset)`, which
-        will never be prepared. Fewer or none when the annotator is done or must wait.
+        `ready(asset)`: issue only pairs both of whose shapes are prepared. Practice is waited for, unless a shape of it is `lost(asset)`:
+        it will never be prepared. Fewer or none when the annotator is done or must wait.
         """
         prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
         if annotator_id not in self._names:

@@ -38,7 +38,7 @@ def work_through(store, campaign, who, most=10_000, choice=Choice.LEFT, ready=No
         shown = store.assignments(campaign, who, ready=ready)
         if not shown:
             break
-        store.submit(campaign, who, answer(shown[0], f"{campaign} {k}", choice))
+        store.submit(campaign, who, answer(shown[0], f"{k} {shown[0].token}", choice))
     name = next(a.name for a in store.annotators() if a.id == who)
     return [row for row in store.judgements(annotators=[name])]
 

@@ -105,7 +105,10 @@ def _work(router: APIRouter, context: Context) -> None:
             {"assignment": p.token, "training": p.training, "left": p.left, "right": p.right, "prompt": shapes.prompt(p.left)}
             for p in pairs
         ]
-        return JSONResponse({"assignments": found, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context), "preparation": shapes.progress()})
+        return JSONResponse({
+            "assignments": found, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context),
+            "preparation": shapes.progress(),
+        })  # fmt: skip
 
     @router.get("/answers", response_model=models.OwnAnswers)
     def answers(
