@@ -131,8 +131,9 @@ def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicat
     pair = plan.pairs[assigned.pair_id]
     expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
     correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
-    told = {"correct": correct, "explanation": pair.explanation, "better": expected}
-    return Submitted(judgement=judgement, duplicate=duplicate, training=True, **told)
+    return Submitted(
+        judgement=judgement, duplicate=duplicate, training=True, correct=correct, explanation=pair.explanation, better=expected
+    )  # fmt: skip
 
 
 def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str | None:
