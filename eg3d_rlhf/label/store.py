@@ -210,10 +210,10 @@ class Store:
         return issuer.assignments(count, prepared)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
-        """Record an answer. A key that was used before changes nothing and gives the first result.
+        """Record an answer. The same answer with the same key again changes nothing and gives the first result.
 
         Raises: ValueError for answers that cannot be stored; LookupError for an assignment that is not this annotator's;
-        ConflictError when it is answered already, or the key was an undo's.
+        ConflictError when it is answered already, or the key was an undo's or another answer's.
         """
         judgements.check_answer(answer)
         plan = self._plan(campaign_id)
