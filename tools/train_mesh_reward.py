@@ -19,6 +19,7 @@ from tqdm import tqdm
 from eg3d_rlhf.cli import GroupedCommand, option, options_of
 from eg3d_rlhf.distill.reward_cs.run import REWARD, TABLE, run_table, run_training
 from eg3d_rlhf.distill.reward_cs.train import TRAIN, MeshRewardTraining
+from eg3d_rlhf.reward.amounts import auc_interval, too_few_shapes
 
 
 def lines(summary: dict[str, dict]) -> list[str]:
@@ -63,7 +64,11 @@ def main(seeds: int | None, out: Path | None, resume: bool, dry_run: bool, **set
         return
     kinds = "".join(f", {kind} {value:.3f}" for kind, value in report["auc_by_kind"].items())
     good, others = report["n"]
-    click.echo(f"held-out AUC {report['auc']:.3f} ({good} preferred, {others} others{kinds}); D {report['divergence']:.3f}")
+    low, high = auc_interval(report["auc"], good, others)
+    found = f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({good} preferred, {others} others{kinds})"
+    click.echo(f"{found}; D {report['divergence']:.3f}")
+    if few := too_few_shapes(good, others):
+        click.echo(few)
     click.echo(f"saved to {out / REWARD}")
 
 

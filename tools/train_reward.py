@@ -9,6 +9,7 @@ Example:
 """
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def print_epoch(record: dict) -> None:
         f"member {record['member']}  epoch {record['epoch'] + 1:3d}  train {record['train_accuracy']:6.3f}  "
         f"val {record['val_accuracy']:6.3f}  val log loss {record['val_log_loss']:7.4f}  lr {record['lr']:.2e}  {record['seconds']:6.1f} s"
     )
+
+
+def print_warning(text: str) -> None:
+    """On stderr, before what takes time."""
+    tqdm.write(f"Warning: {text}", file=sys.stderr)
 
 
 def open_bar(total: int, what: str):
@@ -129,7 +135,7 @@ def main(out, labels, observation, preset, device, timeout, dry_run, **options) 
         if ranks.main:
             click.echo(f"training reward '{run.train.preset}' on {run.labels.name} into {run.out}", err=True)
         try:
-            report = run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch) if ranks.main else None, ranks)
+            report = run_reward_training(run, Listener(bar=open_bar, epoch=print_epoch, warn=print_warning) if ranks.main else None, ranks)
         except StoppedError as stopped:
             if ranks.main:
                 click.echo(f"{str(stopped).capitalize()}; whole epochs are kept. Continue with --resume --out={run.out}")
@@ -142,7 +148,12 @@ def main(out, labels, observation, preset, device, timeout, dry_run, **options) 
             low, high = r["interval_95"]
             click.echo(f"{title}: {r['correct']}/{r['n']} = {r['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
     if "unpaired" in report:
-        click.echo(f"unpaired test labels: AUC {report['unpaired']['test']['auc']:.3f}")
+        test = report["unpaired"]["test"]
+        (good, others), (low, high) = test["n"], test["auc_interval_95"]
+        kinds = f"{good} preferred, {others} others"
+        click.echo(f"unpaired test labels: AUC {test['auc']:.3f} ({kinds}), 95 % interval {low:.3f} to {high:.3f}")
+    if report["too_few"]:
+        click.echo(report["too_few"].replace("below", "above"))
     click.echo(f"expected calibration error {report['test']['calibration_error']:.3f}; reward written to {run.out / 'reward.safetensors'}")
 
 

@@ -19,6 +19,7 @@ from eg3d_rlhf.metrics.statistics import wilson_interval
 from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference
+from eg3d_rlhf.reward.amounts import auc_interval
 from eg3d_rlhf.reward.cache import ObservationCache
 from eg3d_rlhf.reward.ensembles import RewardEnsemble
 from eg3d_rlhf.reward.networks import RewardNetwork
@@ -115,8 +116,9 @@ def evaluate_unpaired(model: Network, embed: RewardNetwork, store: ObservationCa
     points = torch.nn.functional.normalize(torch.cat(parts))
     apart = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
     values = np.array([scores[seed] for seed in seeds])
+    n, found = [int(kind.sum()), int((~kind).sum())], auc(values[kind], values[~kind])
     return {
-        "n": [int(kind.sum()), int((~kind).sum())], "auc": auc(values[kind], values[~kind]),
+        "n": n, "auc": found, "auc_interval_95": list(auc_interval(found, *n)),
         "divergence": float(apart), "silhouette": silhouette(points.numpy(), kind),
     }  # fmt: skip
 

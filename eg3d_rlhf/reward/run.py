@@ -14,6 +14,7 @@ from eg3d_rlhf.observations import Observation, observation_of
 from eg3d_rlhf.preferences.dataset import ANCHOR_PSI, Splits, anchor_seeds, common_value, numbered, on_wrong_faces, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
+from eg3d_rlhf.reward.amounts import too_few, too_few_shapes
 from eg3d_rlhf.reward.cache import ObservationCache, cache_name, observe_seeds, untuned
 from eg3d_rlhf.reward.ensembles import AVERAGE, CHOICES, check_joining, combine
 from eg3d_rlhf.reward.evaluation import (
@@ -106,10 +107,11 @@ class RewardRun:
 
 @dataclass(frozen=True)
 class Listener:
-    """Hooks for progress: a bar over an iterable's length, a line per epoch."""
+    """Hooks for progress: a bar over an iterable's length, a line per epoch, and warnings."""
 
     bar: Callable[[int, str], Callable[[int], None]] = lambda total, what: lambda done: None  # (total, what) -> advance(by)
     epoch: Callable[[dict], None] = lambda record: None
+    warn: Callable[[str], None] = lambda text: None
 
 
 def run_reward_training(run: RewardRun, listen: Listener | None = None, ranks: Ranks = SINGLE) -> dict | None:
@@ -208,6 +210,12 @@ def _run_locked(
     if len(generators) > 1:
         splits, shapes = numbered(splits)
     single = split_unpaired(unpaired, splits, run.fractions, run.split_seed)
+    learns = bool(run.train.weights.on_pairs) or not unpaired
+    few = too_few(splits.counts(), run.fractions) if learns else ""
+    if unpaired and not few:
+        few = too_few_shapes(*(sum(label.preferred is kind for label in single["test"]) for kind in (True, False)))
+    if few:
+        listen.warn(few)
     data = collect_observations(run, splits, single, shapes, generators, observation, psi, listen, ranks)
     states, start = _train(run, record, data, listen, ranks)
     ranks.barrier()
@@ -218,7 +226,7 @@ def _run_locked(
     if len(states) > 1:
         observed = untuned(generator.generator, observation, psi, run.cutoff, run.slab_batch)
         model = combine([state.model for state in states], run.aggregate, run.strength, observed)
-    report = assess(run, model, states, data, splits)
+    report = assess(run, model, states, data, splits) | {"too_few": few}
     digest = "+".join(labels_hash(found) for found in (labels if run.labels.file != run.unpaired else [], unpaired) if found)
     report |= {"labels_file": run.labels.name, "labels_sha256": digest, "generator": generator.hash, "psi": psi}
     if unpaired:

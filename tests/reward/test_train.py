@@ -194,6 +194,8 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     result = invoke(*run, "--anchors", 10, "--cache", tmp_path / "cache")
     assert result.exit_code == 0, result.output
     assert "test pairs ordered as labelled" in result.output and "95 % interval" in result.output
+    assert "Warning: too few labels: " in result.stderr and "some 360 labels are wanted" in result.stderr
+    assert "too few labels" in result.stdout.splitlines()[-2] and "figures above" in result.stdout
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
         "reward.safetensors", "reward.json", "report.json", "curves.json", "curves.png", "stats.jsonl", "training_options.json", "state.pt",

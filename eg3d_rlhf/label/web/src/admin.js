@@ -4,7 +4,7 @@ import { Api, signIn } from './api.js';
 import { showComments, showQuestions } from './asked_results.js';
 import { duration } from './pace.js';
 import { People } from './people.js';
-import { rowsPlot, timelinePlot } from './plots.js';
+import { boardPlot, rowsPlot, timelinePlot } from './plots.js';
 import { speak } from './texts.js';
 import { watchTheme } from './theme.js';
 
@@ -48,6 +48,7 @@ async function poll() {
 
 function show(quality, annotators) {
   overview(quality);
+  leaderboards(quality.leaderboards ?? []);
   table(quality.annotators);
   people.show(annotators, new Map(quality.annotators.map((one) => [one.name, one])), me);
   page.timeline.replaceChildren(timelinePlot(quality.timeline));
@@ -58,6 +59,16 @@ function show(quality, annotators) {
   ));
   page.kappas.replaceChildren(...kappas(quality.agreement));
   page.strengths.replaceChildren(strengthsPlot(quality.bradley_terry));
+}
+
+// One figure per question and group of generators that met; what is said of it stands below.
+function leaderboards(all) {
+  page.leaderboardPanel.hidden = !all.length;
+  page.leaderboards.replaceChildren(...all.flatMap((board) => {
+    const heading = document.createElement('h3');
+    heading.textContent = board.question === null ? 'Which is better' : `Question: ${board.question}`;
+    return [...(all.length > 1 ? [heading] : []), ...board.groups.map(boardPlot), ...board.notes.map(quiet)];
+  }));
 }
 
 function kappas({ cohen_kappa: all, least }) {

@@ -50,6 +50,49 @@ export function rowsPlot(entries, { low, high, middle, digits = 2, percent = fal
   return plot;
 }
 
+// Generators, best first: place, name, points with their interval, an arrow where it is open; wins, losses, ties and n in numbers.
+export function boardPlot(group) {
+  const [row, top, left, right, width] = [34, 26, 250, 380, 960];
+  const ends = group.flatMap((one) => [one.points, ...one.ci95]).filter((value) => value !== null);
+  const [low, high] = [50 * Math.floor((Math.min(...ends, 950) - 10) / 50), 50 * Math.ceil((Math.max(...ends, 1050) + 10) / 50)];
+  const x = (value) => left + ((value - low) / (high - low)) * (width - left - right);
+  const bottom = top + group.length * row;
+  const columns = [['points', 325], ['95 %', 205], ['won', 160], ['lost', 120], ['tied', 80], ['both bad', 40], ['n', 0]];
+  const at = (back) => width - 4 - back;
+  const plot = canvas(width, bottom + 24, group.map((one, place) => `${place + 1}. ${one.name}: ${said(one)}, n = ${one.n}`).join('; '));
+  plot.classList.add('board');
+  const step = 50 * Math.ceil((high - low) / 300);
+  for (let value = step * Math.ceil(low / step); value <= high; value += step) {
+    plot.append(line(value === 1000 ? 'middle' : 'axis', x(value), top, x(value), bottom), label('', x(value), bottom + 16, String(value), 'middle'));
+  }
+  for (const [name, back] of columns) plot.append(label('', at(back), 14, name, 'end'));
+  group.forEach((one, place) => {
+    const y = top + (place + 0.5) * row;
+    const entry = node('g', {});
+    const [from, to] = [one.ci95[0] === null ? left : x(one.ci95[0]), one.ci95[1] === null ? width - right : x(one.ci95[1])];
+    entry.append(label('', 24, y + 5, `${place + 1}.`, 'end'), label('name', 34, y + 5, shortened(one.name, 28), 'start'));
+    entry.append(line('range', from, y, to, y));
+    if (one.ci95[0] === null) entry.append(node('path', { class: 'open', d: `M${from + 7},${y - 6} L${from},${y} L${from + 7},${y + 6}` }));
+    if (one.ci95[1] === null) entry.append(node('path', { class: 'open', d: `M${to - 7},${y - 6} L${to},${y} L${to - 7},${y + 6}` }));
+    entry.append(node('circle', { class: 'mark', cx: x(one.points), cy: y, r: 6 }));
+    const figures = [Math.round(one.points), bounds(one.ci95), one.wins, one.losses, one.ties - one.both_bad, one.both_bad, one.n];
+    figures.forEach((figure, k) => entry.append(label(k ? '' : 'name', at(columns[k][1]), y + 5, String(figure), 'end')));
+    entry.append(titled(`${one.name}: ${said(one)}; won ${Math.round(100 * one.score)} %, ties half, n = ${one.n} over ${one.prompts} prompts or pairs`));
+    plot.append(entry);
+  });
+  return plot;
+}
+
+function said(one) {
+  return `${Math.round(one.points)} points (${bounds(one.ci95)})`;
+}
+
+function bounds([low, high]) {
+  if (low === null && high === null) return 'open';
+  if (low === null) return `≤ ${Math.round(high)}`;
+  return high === null ? `≥ ${Math.round(low)}` : `${Math.round(low)} to ${Math.round(high)}`;
+}
+
 function canvas(width, height, description) {
   const plot = node('svg', { viewBox: `0 0 ${width} ${height}`, role: 'img' });
   plot.append(titled(description));
@@ -93,8 +136,8 @@ function niceCount(value) {
   return Number.isInteger(value) ? String(value) : value.toFixed(1);
 }
 
-function shortened(text) {
-  return text.length > 18 ? `${text.slice(0, 17)}…` : text;
+function shortened(text, most = 18) {
+  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
 }
 
 function moment(seconds) {
