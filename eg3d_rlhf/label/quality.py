@@ -255,7 +255,8 @@ def _strengths(comparisons: list[Comparison], name: Callable[[Shape], str], limi
     order = np.argsort(-result.strength, kind="stable")
     return [
         {
-            "label": name(result.items[i]), "strength": float(result.strength[i]), "ci95": [float(result.lo[i]), float(result.hi[i])],
+            "label": name(result.items[i]), "strength": float(result.strength[i]),
+            "ci95": [float(result.lo[i]), float(result.hi[i])] if times[result.items[i]] >= LEAST_UNITS else None,
             "comparisons": times[result.items[i]], "regularised": result.regularised,
         }
         for i in order

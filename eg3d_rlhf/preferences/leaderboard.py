@@ -80,9 +80,9 @@ class Leaderboard:
         if self.groups and self.annotators < FEW:
             whose = "this annotator" if self.annotators == 1 else f"these {self.annotators} annotators"
             found.append(f"The intervals speak of {whose} alone: to speak of people like them takes {FEW - self.annotators} more.")
-        unbeaten = [s.name for group in self.groups for s in group if (s.lo is None) != (s.hi is None)]
-        if unbeaten:
-            found.append("An open end (≥, ≤) means that nobody has lost, or won, enough to bound it.")
+        for s in (s for group in self.groups for s in group if not s.ties and not (s.wins and s.losses)):
+            never, far = ("won", "behind") if s.losses else ("lost", "ahead")
+            found.append(f"{s.name} has never {never}: nothing tells how far {far} it is, so the mean, and the others' points, are open, too.")
         found += [f"{s.name}: {needs(s.games, s.prompts)}." for s in self.few]
         return found
 

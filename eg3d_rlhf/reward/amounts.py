@@ -46,5 +46,5 @@ def auc_interval(value: float, good: int, others: int, confidence: float = 0.95)
         variance = at * (1 - at) * (1 + n * ((1 - at) / (2 - at) + at / (1 + at))) / (good * others)
         return (at - value) ** 2 - z * z * variance
 
-    low = 0.0 if value <= 0 else brentq(beyond, 0.0, value)
-    return low, 1.0 if value >= 1 else brentq(beyond, value, 1.0)
+    inside = min(max(value, 1e-9), 1 - 1e-9)  # at 0 and 1 themselves the variance is 0
+    return (0.0 if value <= 0 else brentq(beyond, 0.0, inside), 1.0 if value >= 1 else brentq(beyond, inside, 1.0))

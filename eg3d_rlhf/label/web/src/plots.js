@@ -52,12 +52,12 @@ export function rowsPlot(entries, { low, high, middle, digits = 2, percent = fal
 
 // Generators, best first: place, name, points with their interval, an arrow where it is open; wins, losses, ties and n in numbers.
 export function boardPlot(group) {
-  const [row, top, left, right, width] = [34, 26, 250, 380, 960];
+  const [row, top, left, right, width] = [34, 26, 250, 420, 960];
   const ends = group.flatMap((one) => [one.points, ...one.ci95]).filter((value) => value !== null);
   const [low, high] = [50 * Math.floor((Math.min(...ends, 950) - 10) / 50), 50 * Math.ceil((Math.max(...ends, 1050) + 10) / 50)];
   const x = (value) => left + ((value - low) / (high - low)) * (width - left - right);
   const bottom = top + group.length * row;
-  const columns = [['points', 325], ['95 %', 205], ['won', 160], ['lost', 120], ['tied', 80], ['both bad', 40], ['n', 0]];
+  const columns = [['points', 350], ['95 %', 235], ['won', 185], ['lost', 145], ['tied', 105], ['both bad', 45], ['n', 0]];
   const at = (back) => width - 4 - back;
   const plot = canvas(width, bottom + 24, group.map((one, place) => `${place + 1}. ${one.name}: ${said(one)}, n = ${one.n}`).join('; '));
   plot.classList.add('board');
