@@ -82,7 +82,7 @@ class Leaderboard:
             found.append(f"The intervals speak of {whose} alone: to speak of people like them takes {FEW - self.annotators} more.")
         for s in (s for group in self.groups for s in group if not s.ties and not (s.wins and s.losses)):
             never, far = ("won", "behind") if s.losses else ("lost", "ahead")
-            found.append(f"{s.name} has never {never}: nothing tells how far {far} it is, so the mean, and the others' points, are open, too.")
+            found.append(f"{s.name} has never {never}: nothing tells how far {far}, so the mean and the others' points are open, too.")
         found += [f"{s.name}: {needs(s.games, s.prompts)}." for s in self.few]
         return found
 
