@@ -65,10 +65,10 @@ def main(seeds: int | None, out: Path | None, resume: bool, dry_run: bool, **set
     kinds = "".join(f", {kind} {value:.3f}" for kind, value in report["auc_by_kind"].items())
     good, others = report["n"]
     low, high = auc_interval(report["auc"], good, others)
-    found = f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({good} preferred, {others} others{kinds})"
-    click.echo(f"{found}; D {report['divergence']:.3f}")
-    if few := too_few_shapes(good, others):
-        click.echo(few)
+    figures = f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({good} preferred, {others} others{kinds})"
+    click.echo(f"{figures}; D {report['divergence']:.3f}")
+    if short := too_few_shapes(good, others):
+        click.echo(short)
     click.echo(f"saved to {out / REWARD}")
 
 

@@ -3,7 +3,11 @@
 import contextlib
 import json
 
+import pytest
+
+from eg3d_rlhf.label.entities import Answer, Choice, PlannedPair
 from tests.label.browser import Page, needs_chromium, plan
+from tests.label.serving import shape
 
 pytestmark = needs_chromium
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -84,6 +88,27 @@ def _check_exports(results: Page) -> None:
         results.page.get_by_role("link", name="All judgements, JSON lines").click()
     lines = download.value.path().read_text().splitlines()
     assert len([json.loads(line) for line in lines]) >= 18
+
+
+@pytest.mark.long
+def test_the_leaderboard_is_a_figure_with_n_and_what_is_missing(serve, page):
+    planned = [PlannedPair(first=shape("a", i), second=shape("b", i)) for i in range(22)]
+    served = serve(planned, campaign={"gold_every": 0, "repeat_share": 0, "swap_share": 0})
+    who = served.store.annotator_without_token("ann").id
+    for done in range(22):
+        if done == 19:
+            _check_board(page(served.url), 0, "19 comparisons over 19; needs 1 more comparison.")
+        (pair,) = served.store.assignments(served.campaign, who, 1)
+        answer = Answer(key=pair.token, assignment=pair.token, choice=(Choice.LEFT, Choice.RIGHT, Choice.TIE)[done % 3])
+        served.store.submit(served.campaign, who, answer)
+    _check_board(page(served.url), 2, "The intervals speak of this annotator alone")
+
+
+def _check_board(results: Page, rows: int, words: str) -> None:
+    results.page.goto(results.url + "/admin")
+    shown = "(words) => document.querySelector('#leaderboards').textContent.includes(words)"
+    results.page.wait_for_function(shown, arg=words, timeout=30_000)
+    assert results.page.locator("#leaderboards svg.board circle").count() == rows
 
 
 def _check_names(results: Page) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
+from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
+from eg3d_rlhf.preferences.coverage import agreement_coverage, agreement_grid, share_coverage
 
 
 def answers(table):
@@ -99,3 +100,24 @@ def test_alpha_is_undefined_without_variation():
     assert krippendorff_alpha([{0: "a", 1: "a"}] * 5).value is None
     assert krippendorff_alpha([{0: "a"}]).to_dict() == {"value": None, "ci95": None, "n": 0}
     assert krippendorff_alpha([{0: "a", 1: "b"}]).n == 1
+
+
+def check_coverage(units: int, studies: int, full: bool, least: float) -> None:
+    found = [agreement_coverage(kind, studies, seed=1)["coverage"] for kind in agreement_grid(units, full)]
+    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least, list(zip(found, agreement_grid(units, full), strict=True))
+
+
+def test_intervals_hold_the_truth_at_the_fewest_units_that_are_shown():
+    check_coverage(LEAST_UNITS, 40, full=False, least=0.8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("units", [LEAST_UNITS, 2 * LEAST_UNITS])
+def test_intervals_hold_the_truth_over_the_whole_grid(units):
+    check_coverage(units, 300, full=True, least=0.85)
+
+
+@pytest.mark.parametrize("n", [LEAST_UNITS, 20, 50])
+def test_intervals_of_shares_hold_the_truth(n):
+    held = share_coverage(n)
+    assert 0.94 <= np.mean(held) <= 0.97 and min(held) > 0.91

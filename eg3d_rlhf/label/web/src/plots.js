@@ -57,7 +57,7 @@ export function boardPlot(group) {
   const [low, high] = [50 * Math.floor((Math.min(...ends, 950) - 10) / 50), 50 * Math.ceil((Math.max(...ends, 1050) + 10) / 50)];
   const x = (value) => left + ((value - low) / (high - low)) * (width - left - right);
   const bottom = top + group.length * row;
-  const columns = [['points', 350], ['95 %', 235], ['won', 185], ['lost', 145], ['tied', 105], ['both bad', 45], ['n', 0]];
+  const columns = [['points', 350], ['95 %', 235], ['won', 185], ['lost', 150], ['tied', 114], ['both bad', 45], ['n', 0]];
   const at = (back) => width - 4 - back;
   const plot = canvas(width, bottom + 24, group.map((one, place) => `${place + 1}. ${one.name}: ${said(one)}, n = ${one.n}`).join('; '));
   plot.classList.add('board');
