@@ -65,6 +65,7 @@ def work(served, page, number: int) -> None:
             keep(page.post("/api/undo", json={"key": f"undo-{next(keys)}"}))
     for body in ({"key": "x"}, {"key": "key-0", "assignment": pair["assignment"], "choice": "tie"}, [1]):
         keep(page.post("/api/judgements", json=body))
+    keep(page.get("/api/answers?count=50"))
     keep(answer(page, pair["assignment"], "late"))
     keep(page.post("/logout"))
 

@@ -226,7 +226,8 @@ class LabelPage {
   refused(item, error) {
     const again = item.body.key === this.awaited;
     this.awaited = null;
-    const why = error.status === 409 ? t('answeredElsewhere') : t('refused', { why: error.message });
+    const conflict = item.path === '/api/undo' ? 'own.stays' : 'answeredElsewhere';
+    const why = error.status === 409 ? t(conflict) : t('refused', { why: error.message });
     this.ui.say(why, true);
     if (item.body.assignment) this.work.forget(item.body.assignment, error.status === 409);
     if (again && this.ui.state === 'checking') this.work.next();
