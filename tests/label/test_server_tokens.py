@@ -218,4 +218,4 @@ def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
     found = [(line["route"], line["status"], line["annotator"], line["by"]) for line in lines[1:]]
     assert ("/api/shapes/{asset}", 200, "ann", "session") in found and ("/api/session", 200, "ann", "token") in found
     assert ("/*", 404, "ann", "session") in found and ("/api/session", 401, None, None) in found
-    assert any("token" in line.get("refused", "") for line in lines if line["status"] == 401)
+    assert any("token" in line.get("refused", "") for line in lines if line.get("status") == 401)
