@@ -8,7 +8,7 @@ import { FRAGMENT, LINE_FRAGMENT, VERTEX } from './shading.js';
 export class Surfaces {
   clay = new ShaderMaterial({
     vertexShader: VERTEX, fragmentShader: FRAGMENT, side: DoubleSide, uniforms: { normals: { value: 0 } },
-    polygonOffset: true, polygonOffsetFactor: 1, polygonOffsetUnits: 1,
+    polygonOffsetFactor: 1, polygonOffsetUnits: 1,
   });
   lines = new ShaderMaterial({ vertexShader: VERTEX, fragmentShader: LINE_FRAGMENT, wireframe: true });
   scene = new Scene();
@@ -54,6 +54,7 @@ export class Surfaces {
   // Geometry alone: clay or normals, with lines where they are asked for. Returns the triangles drawn.
   plain(root, camera, { normals, wireframe }) {
     this.clay.uniforms.normals.value = normals ? 1 : 0;
+    this.clay.polygonOffset = wireframe; // else no: at the outline it pushes the front behind the back, which shows as dark specks
     const drawn = this.draw(root, camera, this.clay);
     if (wireframe) this.draw(root, camera, this.lines);
     return drawn;
