@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.generators import FiniteGenerator, LoadedGenerator, load_generator
 from eg3d_rlhf.label import launch
+from eg3d_rlhf.label.assets.collection import is_asset_folder
+from eg3d_rlhf.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.label.commands import LabelGroup
 from eg3d_rlhf.label.entities import JudgementRow, Kind
 from eg3d_rlhf.label.people import add_annotator, annotators, new_token, revoke
@@ -23,6 +26,7 @@ from eg3d_rlhf.label.store_at import open_store, store_exists
 from eg3d_rlhf.study import design as designs
 from eg3d_rlhf.study import report as reports
 from eg3d_rlhf.study.analysis import sort_rows
+from eg3d_rlhf.study.assets import check_files, read_sides
 from eg3d_rlhf.study.design import ExclusionRules, StudyDesign, contender, read_design, stopped, write_design
 from eg3d_rlhf.study.power import PowerOptions, SampleSize, SimulationOptions, coverage, exact_power, sample_size
 from training.config import knobs_of
@@ -84,12 +88,20 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
         trials, size = planned_trials(flags, warn)
         rules = ExclusionRules(**{rule: flags[rule] for rule in RULES})
     sides, loaded = {}, {}
-    for side in ("a", "b"):
+    assets: dict[str, Any] = {}
+    if of_assets(flags):
+        found, rows, prompts = read_sides(Path(flags["a"]), Path(flags["b"]), warn)
+        sides = {side: replace(one, label=flags[f"label_{side}"] or one.label) for side, one in found.items()}
+        assets = {"assets": tuple(rows), "prompts": prompts}
+        if flags["gold_every"] and not any(all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows):
+            warn("no gold checks and no practice: videos cannot be damaged on purpose")
+            flags = {**flags, "gold_every": 0}
+    for side in () if assets else ("a", "b"):
         with naming(f"--{side}"):
             own = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
             loaded[side] = load_generator(flags[side])
             sides[side] = contender(flags[f"label_{side}"] or own, loaded[side])
-    shapes = common_shapes(loaded["a"], loaded["b"])
+    shapes = len(assets["assets"]) if assets else common_shapes(loaded["a"], loaded["b"])
     if sides["a"].generator == sides["b"].generator:
         raise ValueError("--a, --b: expected two different generators, got the same weights twice. Name another network for --b.")
     if sides["a"].label == sides["b"].label:
@@ -98,13 +110,21 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
         return StudyDesign(
             name=name, a=sides["a"], b=sides["b"], trials=trials, annotators_per_pair=power_options(flags).annotators_per_pair,
             confidence=round(1 - flags["alpha"], 12), exclusions=rules, power=asdict(size) if size else {}, shapes=shapes,
-            **{flag: flags[flag] for flag in FREE},
+            **assets, **{flag: flags[flag] for flag in FREE},
         )  # fmt: skip
 
 
 def _name_of(network: Path) -> str:
     """Of a file its name without the ending; of a run folder all of it, as '00000-x.v1.5' has none."""
     return (network.resolve().name if network.is_dir() else network.stem) or str(network)
+
+
+def of_assets(flags: Mapping) -> bool:
+    """Whether --a and --b are folders of finished assets. Raises: ValueError where one of them alone is."""
+    known = [flags[side] is not None and is_asset_folder(Path(flags[side])) for side in ("a", "b")]
+    if known[0] != known[1]:
+        raise ValueError("--a, --b: expected two generators or two folders of assets, got one of each. Name the other one's assets.")
+    return known[0]
 
 
 def common_shapes(a: LoadedGenerator, b: LoadedGenerator) -> int | None:
@@ -141,11 +161,16 @@ def prepare(folder: Folder, name: str, flags: Mapping, given: set[str], tell: Ca
                     "another --name."
                 )
     if new:
+        wrong = sorted(given & {"psi", "level", "resolution", "triangles"}) if of_assets(flags) else []
+        if wrong:
+            raise ValueError(f"--{wrong[0]}: expected no such flag with assets, which are finished. Leave it out.")
         write_design(folder.design, make_design(name, flags, tell))
     with open_store(folder.url, create=True) as store:
         design = checked_design(folder, store, name if "name" in given or new else None)
         check_given(design, flags, given)
-        for side in ("a", "b"):
+        if design.assets:
+            check_files(design)
+        for side in () if design.assets else ("a", "b"):
             with naming(f"--{side}"):
                 reports.load_contender(getattr(design, side))
         if store.campaign(design.name) is None:
@@ -187,7 +212,10 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
     for side in ("a", "b"):
         if side in given:
             with naming(f"--{side}"):
-                reports.load_contender(replace(getattr(design, side), source=flags[side]))
+                if not design.assets:
+                    reports.load_contender(replace(getattr(design, side), source=flags[side]))
+                elif str(Path(flags[side]).resolve()) != getattr(design, side).source:
+                    raise ValueError(f"expected {getattr(design, side).source}, as designed, got {flags[side]}. Leave the flag out.")
 
 
 def study_rows(folder: Folder) -> tuple[StudyDesign, list[JudgementRow]]:
@@ -212,6 +240,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int, de
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
     design, rows = study_rows(folder)
+    pictures = 0 if design.assets else pictures
     if pictures:
         click.echo(f"analysing, and drawing up to {2 * pictures} pairs ...", err=True)
     found = reports.compute(design, rows, interim, pictures, str(choose_device(device)))
@@ -267,7 +296,8 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 
 
 @click.command("study", cls=LabelGroup, invoke_without_command=True)
-@option("--a", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="Network file or run folder.")
+@option("--a", metavar="PATH", default=None, show_default="the bundled generator", group="Study",
+        help="Network file or run folder; or a folder of finished assets, PROMPT.glb.")
 @option("--b", metavar="PATH", default=None, show_default="the bundled generator", group="Study", help="The one it is compared with.")
 @option("--label-a", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call a.")
 @option("--label-b", metavar="NAME", default=None, show_default="the file's name", group="Study", help="How reports call b.")

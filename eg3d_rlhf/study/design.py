@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from eg3d_rlhf import bundled
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.label.drawing import DAMAGES
+from eg3d_rlhf.label.assets.damage import DAMAGED_KINDS, DAMAGES
+from eg3d_rlhf.label.drawing import DAMAGES as SHAPE_DAMAGES
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.label.pairing import known_answers
 from eg3d_rlhf.preferences.labels import MAX_SEED
@@ -21,7 +23,7 @@ from training.storage import write_atomic
 
 FORMAT = 1
 _OUT = "Exclusions"  # title of flags
-TRAINING_PAIRS = len(DAMAGES)  # one of each kind
+TRAINING_PAIRS = len(SHAPE_DAMAGES)  # one of each kind
 GOLD_PAIRS = 24  # more than an annotator meets in most studies; beyond, the rarest come again
 PLAN = (
     "The win rate is the mean score of b over the counted trials: 1 where b was preferred, 0 where a was; ties by `ties`.",
@@ -80,6 +82,9 @@ class StudyDesign:
     confidence: float = 0.95
     resamples: int = knob(4000, "Of the bootstraps in the report.", _OUT, low=100)
     shapes: int | None = None  # of generators whose shapes can be counted: seeds 0 to shapes - 1 name them
+    # finished assets in place of generators: seed i is {"prompt", "seed", "a": {"file", "hash", "kind"}, "b": the same}
+    assets: tuple[Mapping, ...] = field(default=(), hash=False)
+    prompts: Mapping = field(default_factory=dict, hash=False)  # of assets: {name: {"text", "image", "hash"}}
     exclusions: ExclusionRules = field(default_factory=ExclusionRules)
     power: dict = field(default_factory=dict, hash=False)  # the calculation behind `trials`, as eg3d_rlhf.study.power gives it
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -138,6 +143,7 @@ class StudyDesign:
     def to_dict(self) -> dict:
         """Plain JSON types, with the seeds spelt out and the hash last."""
         content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
+        content = {name: value for name, value in content.items() if value or name not in ("assets", "prompts")}
         return {**content, "hash": content_hash(content)}
 
     @property
@@ -184,7 +190,7 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
         )
     values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
     values |= {"a": Contender(**content["a"]), "b": Contender(**content["b"]), "exclusions": ExclusionRules(**content["exclusions"])}
-    return StudyDesign(**{**values, "plan": tuple(content["plan"])})
+    return StudyDesign(**{**values, "plan": tuple(content["plan"]), "assets": tuple(content.get("assets", ()))})
 
 
 def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> bool:
@@ -206,12 +212,15 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     latent of one generator, whole and damaged; generators and kinds of damage take turns, so nothing but the damage gives the answer.
     """
     seeds, spare = design.seeds()
+    damages = DAMAGES if design.assets else {name: seen for name, (_, seen) in SHAPE_DAMAGES.items()}
+    if design.assets:  # a video cannot be damaged
+        spare = [i for i in spare if all(design.assets[i][side]["kind"] in DAMAGED_KINDS for side in "ab")]
     trials = [PlannedPair(first=shape_of(design, design.a, seed), second=shape_of(design, design.b, seed)) for seed in seeds]
     rng = np.random.default_rng([design.seed, 1])
-    training = known_answers([shape_of(design, design.a, seed) for seed in spare[:TRAINING_PAIRS]], Kind.TRAINING, rng)
+    training = known_answers([shape_of(design, design.a, seed) for seed in spare[:TRAINING_PAIRS]], Kind.TRAINING, rng, damages)
     checks = spare[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
     sides = (design.a, design.b)
-    gold = known_answers([shape_of(design, sides[i // len(DAMAGES) % 2], seed) for i, seed in enumerate(checks)], Kind.GOLD, rng)
+    gold = known_answers([shape_of(design, sides[i // len(damages) % 2], seed) for i, seed in enumerate(checks)], Kind.GOLD, rng, damages)
     starts = range(0, len(trials), design.gold_every or len(trials))  # gold as densely as it will be asked for
     mixed = [pair for i, start in enumerate(starts) for pair in (*gold[i : i + 1], *trials[start : start + starts.step])]
     return [*training, *mixed, *gold[len(starts) :]]
@@ -222,12 +231,22 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
     return CampaignSettings(
         name=design.name, mode=Mode.STUDY, seed=design.seed, annotators_per_pair=design.annotators_per_pair,
         repeat_share=0.0, swap_share=0.0, gold_every=design.gold_every, trials_per_annotator=design.quota, show_render=False,
-        extra={"design_hash": design.hash, "trials": design.trials, "until": design.until},  # answers stay once they are in
+        extra={
+            "design_hash": design.hash, "trials": design.trials, "until": design.until,  # answers stay once they are in
+            **({"conditions": dict(design.prompts)} if design.prompts else {}),
+        },
     )  # fmt: skip
 
 
 def shape_of(design: StudyDesign, of: Contender, seed: int) -> Shape:
-    """One contender's shape of a latent."""
+    """One contender's shape of a latent, or its asset number `seed`."""
+    if design.assets:
+        row = design.assets[seed]
+        one = row["a" if of == design.a else "b"]
+        return Shape(
+            generator=of.generator, source=one["file"], seed=seed, psi=math.nan, level=math.nan, resolution=0, triangles=0,
+            file=one["hash"], condition=row["prompt"],
+        )  # fmt: skip
     return Shape(
         generator=of.generator, source=of.source, seed=seed, psi=design.psi, level=design.level, resolution=design.resolution,
         triangles=design.triangles,

@@ -77,6 +77,30 @@ def read_collection(source: Path, tell: Callable[[str], None] = lambda text: Non
         found = _of_list(source)
     else:
         raise FileNotFoundError(f"expected a folder of assets or a list, got nothing at {source}. Check the path.")
+    return _checked(found, source, tell)
+
+
+def is_asset_folder(path: Path) -> bool:
+    """Whether a folder holds one generator's assets: PROMPT.glb, or what a generator's tool drew."""
+    if not path.is_dir() or any(path.glob("network-snapshot-*")):
+        return False
+    return (path / RANKING).is_file() or any(file.suffix.lower() in reading.SUFFIXES for file in path.iterdir())
+
+
+def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
+    """The assets of one generator's folder, examined; prompts.jsonl lies in it or beside it. Raises: as `read_collection`."""
+    folder = folder.resolve()
+    if (folder / RANKING).is_file():
+        return _checked(_of_rankings({folder.name: folder / RANKING}, folder), folder, tell)
+    assets = [
+        Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0) for path in asset_files(folder, folder)
+    ]  # fmt: skip
+    root = folder if (folder / PROMPTS).is_file() else folder.parent
+    return _checked(Collection(_stems_once(assets), _prompts(root, {asset.prompt for asset in assets})), folder, tell)
+
+
+def _checked(found: Collection, source: Path, tell: Callable[[str], None]) -> Collection:
+    """Not empty, not too many, nothing twice, and examined."""
     if not found.assets:
         raise ValueError(f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a list.")
     if len(found.assets) > MAX_ASSETS:

@@ -32,7 +32,7 @@ from eg3d_rlhf.label.assets.model import (
 )  # fmt: skip
 from eg3d_rlhf.label.assets.pictures import kind_of_picture, stripped
 
-MAX_JSON = 32 << 20  # bytes
+MAX_JSON = 16 << 20  # bytes; Python takes up to some forty times as many
 MAX_NODES, MAX_PARTS = 20_000, 20_000
 MAX_TRIANGLES = 20_000_000  # as drawn: a mesh that is shown twice counts twice
 MAX_PIXELS = 3 * 8192 * 8192  # of all textures

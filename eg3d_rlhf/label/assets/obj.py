@@ -18,7 +18,8 @@ from eg3d_rlhf.label.assets.pictures import stripped
 MAX_MTL, MAX_TEXTURE = 4 << 20, 128 << 20  # bytes
 MAX_MATERIALS = 1000
 _LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+(.+?)[ \t]*\r?$", re.MULTILINE)
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_FACE = re.compile(rb"^[ \t]*f[ \t]", re.MULTILINE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
 @dataclass
@@ -39,6 +40,12 @@ def companions(data: bytes | memoryview, path: Path) -> list[Path]:
             if material.texture is not None:
                 found[material.texture] = None
     return list(found)
+
+
+def check_obj(data: bytes | memoryview) -> None:
+    """Whether there is a mesh to be read. Raises: ValueError."""
+    if _FACE.search(data) is None:
+        raise ValueError("expected triangles in the OBJ file, got none")
 
 
 def read_obj(data: memoryview, path: Path) -> Model:

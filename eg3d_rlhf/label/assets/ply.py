@@ -31,6 +31,7 @@ HEADER = struct.Struct("<4sII3f3f")
 MAX_HEADER = 64 << 10  # bytes
 MAX_SPLATS = 4_000_000
 MAX_FACES = 20_000_000
+_MOST = 2**40  # of anything
 _TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2", "int": "i4",
     "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
@@ -99,9 +100,9 @@ def read_header(data: memoryview) -> Header:
     header = Header(order, [Element(name, count, kinds, frozenset(lists)) for name, count, kinds, lists in elements], stop + 1)
     rest = len(data) - header.length
     for element in header.elements:
-        rest -= element.count * (element.row if order else 2 * len(element.properties))
-        if element.count < 0 or rest < (0 if order else -1):  # text may end without a line break
-            claimed = f"{element.count:,} of {element.name!r:.40}"
+        rest -= min(element.count, _MOST) * (element.row if order else 2 * len(element.properties))
+        if not 0 <= element.count <= _MOST or rest < (0 if order else -1):  # text may end without a line break
+            claimed = f"{str(element.count)[:20]} of {element.name!r:.40}"
             raise ValueError(f"expected a PLY file that holds what it claims, got {claimed} in {len(data):,} bytes")
     return header
 

@@ -8,6 +8,7 @@ Example:
     python -m eg3d_rlhf.label.assets.reading < requests.jsonl
 """
 
+import errno
 import gzip
 import hashlib
 import json
@@ -165,6 +166,8 @@ def _examine(path: Path) -> dict:
             header = ply.read_header(data)
             kind = "splats" if header.splats else kind
             (ply.check_splats if header.splats else ply.check_mesh)(header)
+        elif kind == "obj":
+            obj.check_obj(data)
         elif kind == "film":
             film.examine(path)
         elif kind == "picture":
@@ -209,10 +212,10 @@ def _answer(request: dict) -> dict:
         return _clean(path, request["hash"], request["degradation"], request["seed"], Path(request["out"]))
     except ChangedError as error:
         return {_REFUSED: str(error), "changed": True}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+            return {_REFUSED: "expected an asset that can be read with bounded memory, got one that takes more"}
         return {_REFUSED: str(error) or type(error).__name__}
-    except MemoryError:
-        return {_REFUSED: "expected an asset that can be read with bounded memory, got one that takes more"}
 
 
 def main() -> None:
