@@ -20,7 +20,7 @@ def read_sides(a: Path, b: Path, tell: Callable[[str], None]) -> tuple[dict[str,
     found: dict[str, Collection] = {}
     for side, folder in (("a", a), ("b", b)):
         with naming(f"--{side}"):
-            found[side] = read_generator(folder, tell)
+            found[side] = read_generator(folder)
     by = {side: {(asset.prompt, asset.seed): asset for asset in one.assets} for side, one in found.items()}
     common = sorted(key for key in by["a"] if key in by["b"] and by["a"][key].hash != by["b"][key].hash)
     if not common:
