@@ -41,8 +41,8 @@ def folders(root):
 
 def flags_of(a, b, **more):
     """All flags of the study's command."""
-    given = {p.name: p.default for p in commands.main.params} | {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
-    return launch.filled(given, design.StudyDesign, PowerOptions)
+    own = {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
+    return launch.filled({p.name: p.default for p in commands.main.params} | own, design.StudyDesign, PowerOptions)
 
 
 @pytest.fixture(scope="module")
