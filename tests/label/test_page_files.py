@@ -33,7 +33,7 @@ class Tags(HTMLParser):
             self.texts[tag] = self.texts.get(tag, "") + data
 
 
-@pytest.mark.parametrize("name", ["app.js", "admin.js", "gaussian_worker.js"])
+@pytest.mark.parametrize("name", ["app.js", "admin.js", "gaussian_worker.js", "sw.js"])
 def test_bundles_are_made_from_the_sources_beside_them(name):
     sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*"))])
     digest = hashlib.sha256("".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()).hexdigest()
@@ -91,5 +91,5 @@ def test_scripts_neither_evaluate_text_nor_write_html():
 def test_the_files_are_packed_with_the_project():
     declared = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     packed = {p.name for pattern in declared["eg3d_rlhf.label"] for p in STATIC.parent.glob(pattern)}
-    pages = {"index.html", "app.js", "gaussian_worker.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
+    pages = {"index.html", "app.js", "gaussian_worker.js", "sw.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
     assert pages | {"login.html", "login.js", "login.css", "login.json", "THREE-LICENSE"} == packed

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import gzip
 import hashlib
+import json
 import mimetypes
 import secrets
 import socket
@@ -29,6 +30,7 @@ from eg3d_rlhf.label.server.routes import Admin, Context, Who, admin_api, label_
 
 SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
 LOGIN_COOKIE = "login"
+NOT_KEPT = ("sw.js", "admin.html", "admin.js", "admin.css")  # for use without a network
 
 
 def create_app(options: AppOptions) -> FastAPI:
@@ -162,6 +164,14 @@ def pages(context: Context) -> APIRouter:
     @router.get("/admin")
     async def admin(request: Request, who: Admin) -> Response:
         return _file(context.files["admin.html"], request)
+
+    @router.get("/sw.js")
+    async def service_worker(request: Request) -> Response:
+        """The page's service worker, at the root as it keeps what lies there; it changes with every file of the page."""
+        own = {name: file.etag for name, file in context.files.items() if name not in NOT_KEPT}
+        head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': own})};\n"
+        headers = {"Cache-Control": "private, no-cache"}
+        return Response(head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers)
 
     @router.get("/static/{name}")
     async def static(name: str, request: Request) -> Response:

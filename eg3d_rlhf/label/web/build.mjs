@@ -22,7 +22,7 @@ function sourcesHash() {
 
 async function bundles() {
   const { outputFiles } = await build({
-    entryPoints: ['src/app.js', 'src/admin.js', 'src/gaussian_worker.js'].map((name) => join(HERE, name)),
+    entryPoints: ['src/app.js', 'src/admin.js', 'src/gaussian_worker.js', 'src/sw.js'].map((name) => join(HERE, name)),
     absWorkingDir: HERE,
     bundle: true,
     minify: true,

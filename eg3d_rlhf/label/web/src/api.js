@@ -1,5 +1,6 @@
 // The server's answers as objects, its refusals as errors with a status; status 0 is no connection.
 
+import { forget } from './shelf.js';
 import { t } from './texts.js';
 
 export class ApiError extends Error {
@@ -19,6 +20,7 @@ const TIMEOUT = 20_000; // milliseconds: a phone between two masts hangs rather 
 
 export class Api {
   csrf = '';
+  check = null; // what must be done before pairs are asked for
 
   async session() {
     const session = await this.json('GET', '/api/session');
@@ -26,7 +28,8 @@ export class Api {
     return session;
   }
 
-  assignments(count) {
+  async assignments(count) {
+    await this.check?.();
     return this.json('GET', `/api/assignments?count=${count}`);
   }
 
@@ -76,7 +79,8 @@ export class Api {
   }
 }
 
-export function signIn() {
+export async function signIn() {
+  await forget(true); // somebody else may be next
   location.assign('/login');
 }
 

@@ -13,6 +13,7 @@ import { Pace } from './pace.js';
 import { Presses } from './presses.js';
 import { Questions } from './questions.js';
 import { Shapes } from './shapes.js';
+import { Shelf } from './shelf.js';
 import { Stopwatch } from './stopwatch.js';
 import { fillTexts, t, watchLanguage, when } from './texts.js';
 import { watchTheme } from './theme.js';
@@ -31,6 +32,7 @@ class LabelPage {
   pace = new Pace();
   watch = new Stopwatch();
   presses = new Presses();
+  shelf = new Shelf();
   said = null; // the answer given last, for the screen reader
 
   async start() {
@@ -42,7 +44,7 @@ class LabelPage {
     this.viewer = this.makeViewer();
     if (!this.viewer) return;
     this.looking = new Looking(this.ui, this.viewer, this.session.show_render);
-    this.shapes = new Shapes(this.api, { keep: (data) => this.viewer.keep(data), drop: (shape) => this.viewer.drop(shape) });
+    this.shapes = new Shapes(this.api, { keep: (data) => this.viewer.keep(data), drop: (shape) => this.viewer.drop(shape) }, this.shelf);
     this.outbox = new Outbox(this.api, this.session.annotator, {
       delivered: (item, reply) => this.delivered(item, reply),
       refused: (item, error) => this.refused(item, error),
@@ -57,30 +59,46 @@ class LabelPage {
       practiceLost: () => { this.told ??= this.ui.say(t('practice.lost'), true) ?? true; },
       failed: (error) => this.failed(error),
     }, (body) => this.session.reveal && body.choice !== 'skip');
+    if (this.unchecked) this.work.restore(this.shelf.kept);
     this.dress();
     this.listen();
     this.publish();
     this.queueChanged();
     this.outbox.flush();
-    await this.work.refill();
+    if (this.work.upcoming.length) this.work.next();
+    else await this.work.refill();
     this.help.welcome();
   }
 
-  // The session; waits for the server as long as it takes.
+  // The session; without a network that of the annotator who was here last, until it can be asked for, else the page waits.
   async signedIn() {
     for (let wait = 1000; ; wait = Math.min(2 * wait, 15_000)) {
       try {
-        return await this.api.session();
+        const session = await this.api.session();
+        await this.shelf.begin(session);
+        return session;
       } catch (error) {
         if (error.status === 401) signIn();
+        else if (error.temporary && this.shelf.kept.session) return this.unasked(this.shelf.kept.session);
         else this.ui.show('offline', `${error.message} ${t('tryingAgain')}`);
         await new Promise((resolve) => { setTimeout(resolve, wait); });
       }
     }
   }
 
+  // The session as it was: before pairs are asked for, the server must say whose it is now.
+  unasked(session) {
+    this.unchecked = true;
+    this.api.check = async () => {
+      if (!await this.renewSession()) await new Promise(() => {}); // the page is loaded anew
+      this.api.check = null;
+    };
+    return session;
+  }
+
   async renewSession() {
     const session = await this.api.session();
+    await this.shelf.begin(session);
     if (session.annotator === this.session.annotator) return true;
     location.reload(); // somebody else has signed in here; the answers stay with whose they are
     return false;
@@ -305,6 +323,7 @@ class LabelPage {
 
   showProgress() {
     this.ui.progress(this.work.done, this.work.progress, this.pace, this.work.current?.training ?? false);
+    this.shelf.remember(this.work.atHand, this.work.progress);
     this.ui.undo.disabled = (!this.work.history.length && !this.work.done) || Boolean(this.work.current?.review);
   }
 

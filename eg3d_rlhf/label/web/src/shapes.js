@@ -11,8 +11,8 @@ export class Shapes {
   open = null; // the pair that was asked for last
 
   // keep(data) -> what the viewer draws, with its size as `bytes`; drop(kept) frees it
-  constructor(api, { keep, drop }, budget = BUDGET * (navigator.deviceMemory ?? 4)) {
-    Object.assign(this, { api, keep, drop, budget });
+  constructor(api, { keep, drop }, shelf, budget = BUDGET * (navigator.deviceMemory ?? 4)) {
+    Object.assign(this, { api, keep, drop, shelf, budget });
     this.entries = new Map(); // asset -> {promise, shape}, least recently used first
   }
 
@@ -113,7 +113,7 @@ export class Shapes {
   async draw(asset) {
     for (let attempt = 1; ; attempt += 1) {
       try {
-        const data = await this.api.bytes(`/api/shapes/${encodeURIComponent(asset)}`);
+        const data = await this.shelf.bytes(this.api, `/api/shapes/${encodeURIComponent(asset)}`);
         await idle();
         return await this.keep(data);
       } catch (error) {

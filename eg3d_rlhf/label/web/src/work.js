@@ -37,6 +37,17 @@ export class Work {
     return Math.max(0, waiting.reduce((sum, item) => sum + (item.path.endsWith('/undo') ? -1 : 1), this.progress.done));
   }
 
+  // The pairs that are to be answered, the open one first.
+  get atHand() {
+    return [this.current, ...this.upcoming].filter((pair) => pair && !pair.review && !this.answered.has(pair.assignment));
+  }
+
+  // Takes up what was at hand when the page was here last.
+  restore({ pairs = [], progress = this.progress }) {
+    this.upcoming = pairs.filter((pair) => !this.answered.has(pair.assignment));
+    this.progress = progress;
+  }
+
   // Takes the answer to the open pair.
   answer(body) {
     const pair = this.current;
