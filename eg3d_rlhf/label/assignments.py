@@ -306,9 +306,11 @@ def read_progress(
     left = c.execute(HAD_AND_RECENT if shared else ONLY_RECENT, {**me, "since": now - 3600}).one()
     training = counts.pop(TRAINING, None)
     shown, done = sum(row.shown for row in counts.values()), sum(row.answered for row in counts.values())
+    new_ones = counts[PAIR].shown if PAIR in counts else 0
     checks = 1 / settings.gold_every if settings.gold_every and plan.gold else 0
     new = max(1 - checks - settings.repeat_share - settings.swap_share, 0.1)  # share of the trials that show a new pair
-    total = shown + round((free - left.had) / new)
+    to_show = free - left.had
+    total = max(shown, round((new_ones + to_show) / new)) if to_show > 0 else shown  # the same all along for who works alone
     if settings.trials_per_annotator is not None:
         total = max(shown, min(total, settings.trials_per_annotator))
     begun = training.shown - training.answered if training else 0

@@ -46,3 +46,22 @@ def test_two_answers_a_second_by_keys_are_all_taken(serve, page):
     began = label.page.evaluate("window.began")
     slow = [b - a for a, b in zip(began, began[1:], strict=False)]
     assert len(rows(served)) == 8, slow
+
+
+def test_the_pace_is_told_once_it_is_known_and_outlives_a_reload(serve, page):
+    served = serve(plan(20), campaign=QUIET)
+    label = page(served.url).open()
+    for _ in range(4):
+        label.press("ArrowLeft")
+    label.sent()
+    label.page.reload()
+    label.ready(ahead=2)
+    assert label.page.inner_text("#pace") == "", "three gaps tell nothing, nor do four answers of the last hour"
+    for _ in range(7):
+        label.press("ArrowLeft")
+    told = label.page.inner_text("#pace")
+    assert "an hour" in told
+    label.sent()
+    label.page.reload()
+    label.ready()
+    assert label.page.inner_text("#pace") == told

@@ -229,3 +229,13 @@ def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
     assert shown() == [] and store.progress(campaign, ann, lost.__contains__).training_left == 1
     prepared |= set(assets)
     assert [one.training for one in shown()] == [True, False, False, False, False]
+
+
+def test_the_total_stays_while_one_works_alone(store):
+    campaign = campaign_of(store, plan(100, gold=5), repeat_share=0.05, swap_share=0.05, gold_every=25)
+    ann, totals = annotator(store), []
+    while shown := store.assignments(campaign, ann, 6):
+        totals.append(store.progress(campaign, ann).total)
+        store.submit(campaign, ann, answer(shown[0], f"{len(totals)} {shown[0].token}"))
+    assert len(set(totals[:90])) == 1 and abs(totals[0] - len(totals)) <= 3
+    assert store.progress(campaign, ann).total == len(totals)

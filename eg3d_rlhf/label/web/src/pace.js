@@ -3,21 +3,35 @@
 import { t } from './texts.js';
 
 const LATEST = 30; // answers that count
+const ENOUGH = 8; // below, nothing is claimed
+const KEY = 'eg3d-pace';
 const BREAK = 180_000; // milliseconds: a longer gap is a pause, not slow work
 
 export class Pace {
-  gaps = [];
+  gaps = readKept();
   last = null;
 
   answered(now = Date.now()) {
     if (this.last !== null && now - this.last < BREAK) this.gaps = [...this.gaps, now - this.last].slice(-LATEST);
     this.last = now;
+    try {
+      sessionStorage.setItem(KEY, JSON.stringify(this.gaps));
+    } catch { /* full or forbidden: a reload forgets the pace */ }
   }
 
-  // Judgements per hour: of this sitting once there are three, else of the last hour; null where nothing is known.
-  perHour(lastHour) {
-    if (this.gaps.length < 3) return lastHour >= 3 ? lastHour : null;
-    return 3_600_000 / (this.gaps.reduce((sum, gap) => sum + gap, 0) / this.gaps.length);
+  // Judgements per hour, reloads included; null until there are enough. A gap counts for five usual ones at most.
+  get perHour() {
+    if (this.gaps.length < ENOUGH) return null;
+    const usual = [...this.gaps].sort((a, b) => a - b)[Math.floor(this.gaps.length / 2)];
+    return 3_600_000 / (this.gaps.reduce((sum, gap) => sum + Math.min(gap, 5 * usual), 0) / this.gaps.length);
+  }
+}
+
+function readKept() {
+  try {
+    return JSON.parse(sessionStorage.getItem(KEY)) ?? [];
+  } catch {
+    return [];
   }
 }
 

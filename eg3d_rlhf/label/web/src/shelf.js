@@ -79,6 +79,7 @@ export async function forget(leaving = false) {
   closed ||= leaving;
   try {
     localStorage.removeItem(KEY);
+    sessionStorage.removeItem('eg3d-pace');
     await globalThis.caches?.delete(SHAPES);
   } catch { /* forbidden: there is nothing */ }
 }

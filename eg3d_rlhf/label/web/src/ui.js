@@ -70,11 +70,11 @@ export class Ui {
     return /^\d$/.test(said) ? t('said.score', { score: said }) : t(`said.${this.side(said)}`);
   }
 
-  progress(done, { total, training_left: practice, last_hour: lastHour }, pace, training) {
+  progress(done, { total, training_left: practice }, pace, training) {
     this.bar.max = Math.max(total, 1);
     this.bar.value = done;
     this.count.textContent = training ? t(practice ? 'practice' : 'practice.done', { left: practice }) : t('count', { done, total });
-    this.pace.textContent = training ? t('practice.pace') : paceText(pace.perHour(lastHour), total - done);
+    this.pace.textContent = training ? t('practice.pace') : paceText(pace.perHour, total - done);
   }
 
   queued(count, late) {
