@@ -6,6 +6,14 @@
 const HEADER = 36; // bytes
 const MOST = 1.6e7; // Gaussians: what a texture of 16,384 rows holds
 
+// Every float16 x as a number; and exp(x).
+export const HALVES = Float32Array.from({ length: 65536 }, (_, bits) => {
+  const [exponent, fraction] = [(bits >> 10) & 31, bits & 1023];
+  const size = exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024);
+  return bits & 0x8000 ? -size : size;
+});
+const EXP = HALVES.map((x) => Math.exp(x));
+
 export const PER_ROW = 1024; // Gaussians in a row of the texture `splats`, three texels each
 export const REST_PER_ROW = 512; // in a row of the texture `rest`
 export const REST_TEXELS = [0, 2, 3, 6]; // of each, by degree: eight float16 in a texel
@@ -36,14 +44,13 @@ export function decodeGaussians(buffer) {
 function splatTexels(count, { positions, opacities, scales, rotations, colours }) {
   const words = new Uint32Array(12 * PER_ROW * Math.ceil(count / PER_ROW));
   const floats = new Float32Array(words.buffer);
-  const exp = exponentials();
   for (let i = 0, o = 0; i < count; i += 1, o += 12) {
-    floats.set([positions[3 * i], positions[3 * i + 1], positions[3 * i + 2]], o);
+    floats[o] = positions[3 * i]; floats[o + 1] = positions[3 * i + 1]; floats[o + 2] = positions[3 * i + 2];
     words[o + 3] = colours[3 * i] | (colours[3 * i + 1] << 16);
-    let [w, x, y, z] = [rotations[4 * i], rotations[4 * i + 1], rotations[4 * i + 2], rotations[4 * i + 3]];
-    const length = Math.hypot(w, x, y, z) || 1;
+    let w = rotations[4 * i], x = rotations[4 * i + 1], y = rotations[4 * i + 2], z = rotations[4 * i + 3];
+    const length = Math.sqrt(w * w + x * x + y * y + z * z) || 1;
     w /= length; x /= length; y /= length; z /= length;
-    const [a, b, c] = [exp[scales[3 * i]], exp[scales[3 * i + 1]], exp[scales[3 * i + 2]]];
+    const a = EXP[scales[3 * i]], b = EXP[scales[3 * i + 1]], c = EXP[scales[3 * i + 2]];
     const xa = (1 - 2 * (y * y + z * z)) * a, xb = 2 * (x * y - w * z) * b, xc = 2 * (x * z + w * y) * c; // rotation times scale
     const ya = 2 * (x * y + w * z) * a, yb = (1 - 2 * (x * x + z * z)) * b, yc = 2 * (y * z - w * x) * c;
     const za = 2 * (x * z - w * y) * a, zb = 2 * (y * z + w * x) * b, zc = (1 - 2 * (x * x + y * y)) * c;
@@ -66,31 +73,21 @@ function restTexels(count, degree, values) {
   return new Uint32Array(halves.buffer);
 }
 
-// exp(x) of every float16 x.
-function exponentials() {
-  const found = new Float32Array(65536);
-  for (let bits = 0; bits < 65536; bits += 1) {
-    const [exponent, fraction] = [(bits >> 10) & 31, bits & 1023];
-    const size = exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024);
-    found[bits] = Math.exp(bits & 0x8000 ? -size : size);
-  }
-  return found;
-}
 
 // What is framed: the middle of the box that holds all but a hundredth of the centres on each side, and the radius that holds all but a hundredth
-// of them with a standard deviation around. A few strays must not make the rest small; they are drawn all the same. Centres that can hardly be seen do not count.
+// of them with a standard deviation around, told from some 50,000. A few strays must not make the rest small; they are drawn all the same. Centres that can hardly be seen do not count.
 function ball({ positions, opacities, scales }) {
-  const exp = exponentials();
   const seen = [];
-  for (let i = 0; i < opacities.length; i += 1) if (opacities[i] > 25) seen.push(i);
-  if (!seen.length) for (let i = 0; i < opacities.length; i += 1) seen.push(i);
+  const step = Math.ceil(opacities.length / 50_000);
+  for (let i = 0; i < opacities.length; i += step) if (opacities[i] > 25) seen.push(i);
+  if (!seen.length) for (let i = 0; i < opacities.length; i += step) seen.push(i);
   const share = (values, part) => values.sort()[Math.min(values.length - 1, Math.floor(part * values.length))];
   const centre = [0, 1, 2].map((axis) => {
     const along = Float32Array.from(seen, (i) => positions[3 * i + axis]);
     return (share(along, 0.01) + share(along, 0.99)) / 2;
   });
   const distances = Float32Array.from(seen, (i) => {
-    const size = Math.max(exp[scales[3 * i]], exp[scales[3 * i + 1]], exp[scales[3 * i + 2]]);
+    const size = Math.max(EXP[scales[3 * i]], EXP[scales[3 * i + 1]], EXP[scales[3 * i + 2]]);
     return Math.hypot(...centre.map((middle, axis) => positions[3 * i + axis] - middle)) + size;
   });
   return { centre, radius: share(distances, 0.99) || 1 };

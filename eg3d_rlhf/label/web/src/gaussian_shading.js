@@ -101,20 +101,3 @@ void main() {
   if (alpha < 1.0 / 255.0) discard;
   result = vec4(colour.rgb * alpha, alpha);
 }`;
-
-export const COPY_VERTEX = /* glsl */ `
-uniform vec2 part; // of the picture that is drawn on
-out vec2 at;
-void main() {
-  vec2 corner = vec2(gl_VertexID == 1 ? 2.0 : 0.0, gl_VertexID == 2 ? 2.0 : 0.0);
-  at = corner * part;
-  gl_Position = vec4(2.0 * corner - 1.0, 0.0, 1.0);
-}`;
-
-export const COPY_FRAGMENT = /* glsl */ `
-uniform sampler2D picture;
-in vec2 at;
-out vec4 result;
-void main() {
-  result = texture(picture, at);
-}`;

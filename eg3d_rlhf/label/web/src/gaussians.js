@@ -2,64 +2,39 @@
 // and with the order at hand, at rest sharp and in the exact order.
 
 import {
-  BufferGeometry, BufferAttribute, CustomBlending, DataTexture, GLSL3, Group, HalfFloatType, InstancedBufferGeometry, LinearFilter, Matrix4, Mesh, NearestFilter,
-  OneFactor, OneMinusSrcAlphaFactor, RedIntegerFormat, RGBAIntegerFormat, Scene, ShaderMaterial, UnsignedByteType, UnsignedIntType, Vector2, Vector3, WebGLRenderTarget,
+  BufferAttribute, DataTexture, GLSL3, Group, HalfFloatType, InstancedBufferGeometry, LinearFilter, Matrix4, Mesh, NearestFilter, RedIntegerFormat, RGBAIntegerFormat,
+  Scene, ShaderMaterial, UnsignedByteType, UnsignedIntType, Vector2, Vector3, WebGLRenderTarget,
 } from 'three';
 
 import { PER_ROW, REST_PER_ROW, REST_TEXELS } from './gaussian_file.js';
-import { BATCH, COPY_FRAGMENT, COPY_VERTEX, defines, FRAGMENT, VERTEX } from './gaussian_shading.js';
+import { BATCH, defines, FRAGMENT, VERTEX } from './gaussian_shading.js';
+import { GaussianWorkers } from './gaussian_workers.js';
+import { OVER, Sheet } from './sheet.js';
 import { t } from './texts.js';
 
-const WORKER = '/static/gaussian_worker.js';
 const LEAST = 0.25; // share of the pixels along each axis that is left while moving
-const [SLOW, FAST] = [70, 30]; // milliseconds between two drawings: then coarser, then finer
-const OVER = { transparent: true, blending: CustomBlending, blendSrc: OneFactor, blendDst: OneMinusSrcAlphaFactor, depthTest: false, depthWrite: false };
+const [SLOW, FAST] = [50, 25]; // milliseconds between two drawings: then coarser, then finer
 
 export class Gaussians {
   scale = 1; // share of the pixels along each axis while moving
-  shapes = new Map(); // id -> {resolve, reject} while it is read, then the shape
-  last = 0;
+  shapes = new Map(); // id -> shape
 
   // changed(): a better picture can be drawn.
   constructor(renderer, changed) {
     Object.assign(this, { renderer, changed });
-    this.worker = new Worker(WORKER, { type: 'module' });
-    this.worker.onmessage = ({ data }) => this.told(data);
-    this.worker.onerror = () => this.fail();
+    this.workers = new GaussianWorkers(1, (message) => this.told(message));
     const fine = renderer.extensions.has('EXT_color_buffer_float') || renderer.extensions.has('EXT_color_buffer_half_float');
     this.target = new WebGLRenderTarget(1, 1, { type: fine ? HalfFloatType : UnsignedByteType, depthBuffer: false, magFilter: LinearFilter, minFilter: LinearFilter });
     this.batch = quads();
     this.scene = new Scene();
-    this.copy = new ShaderMaterial({
-      ...OVER, glslVersion: GLSL3, vertexShader: COPY_VERTEX, fragmentShader: COPY_FRAGMENT,
-      uniforms: { picture: { value: this.target.texture }, part: { value: new Vector2(1, 1) } },
-    });
-    const triangle = new BufferGeometry().setIndex([0, 1, 2]);
-    this.sheet = new Scene().add(Object.assign(new Mesh(triangle, this.copy), { frustumCulled: false }));
-  }
-
-  fail() {
-    this.broken = new Error(t('error.worker'));
-    for (const { reject } of this.shapes.values()) reject?.(this.broken);
+    this.sheet = new Sheet(renderer);
   }
 
   async keep(data) {
-    if (this.broken) throw this.broken;
-    this.last += 1;
-    const id = this.last;
-    try {
-      const found = await new Promise((resolve, reject) => {
-        this.shapes.set(id, { resolve, reject });
-        this.worker.postMessage({ id, buffer: data }, [data]);
-      });
-      const shape = this.made(id, found);
-      this.shapes.set(id, shape);
-      this.sort(shape, [0, 0, -1]); // as it is seen first
-      return shape;
-    } catch (error) {
-      this.shapes.delete(id);
-      throw error;
-    }
+    const { id, ...found } = await this.workers.read(data, false);
+    const shape = this.made(id, found);
+    this.shapes.set(id, shape);
+    return shape;
   }
 
   made(id, { count, degree, splats, rest, ball }) {
@@ -89,27 +64,28 @@ export class Gaussians {
 
   drop(shape) {
     this.shapes.delete(shape.id);
-    this.worker.postMessage({ id: shape.id });
+    this.workers.tell(shape.id);
     shape.geometry.setIndex(null); // shared
     shape.geometry.dispose();
     shape.material.dispose();
     for (const one of Object.values(shape.textures)) one.dispose();
   }
 
+  end() {
+    this.workers.end();
+    this.target.dispose();
+  }
+
   // ---- the order
 
-  told({ id, found, error, order, direction }) {
+  told({ id, order, direction }) {
     const shape = this.shapes.get(id);
     if (!shape) return;
-    if (error) shape.reject(new Error(t('error.shape')));
-    else if (found) shape.resolve(found);
-    else {
-      shape.textures.order.image.data = order;
-      shape.textures.order.needsUpdate = true;
-      [shape.sorted, shape.asked] = [direction, null];
-      if (shape.wanted) this.sort(shape, shape.wanted);
-      this.changed();
-    }
+    shape.textures.order.image.data = order;
+    shape.textures.order.needsUpdate = true;
+    [shape.sorted, shape.asked] = [direction, null];
+    if (shape.wanted) this.sort(shape, shape.wanted);
+    this.changed();
   }
 
   // Asks for the order along a direction, once the one asked for before has come.
@@ -117,7 +93,7 @@ export class Gaussians {
     shape.wanted = direction;
     if (shape.asked || equal(shape.sorted, direction)) return;
     shape.asked = direction;
-    this.worker.postMessage({ id: shape.id, direction });
+    this.workers.tell(shape.id, { direction });
   }
 
   // Whether the last drawing had the order of its camera.
@@ -134,13 +110,18 @@ export class Gaussians {
     else if (after < FAST) this.scale = Math.min(1, this.scale * 1.1);
   }
 
-  // size: {width, height} in pixels of the screen.
-  paint(shape, camera, look, size) {
-    shape.root.updateMatrixWorld();
-    const view = new Matrix4().multiplyMatrices(camera.matrixWorldInverse, shape.root.matrixWorld);
+  // Puts a shape in order for a camera; returns what takes it to the camera's coordinates.
+  foresee(shape, camera) {
+    const view = new Matrix4().multiplyMatrices(camera.matrixWorldInverse, shape.root.matrix);
     const [, , x, , , , y, , , , z] = view.elements; // the third row looks back
     const length = Math.hypot(x, y, z);
     this.sort(shape, [-x / length, -y / length, -z / length].map(Math.fround));
+    return view;
+  }
+
+  // size: {width, height} in pixels of the screen.
+  paint(shape, camera, look, size) {
+    const view = this.foresee(shape, camera);
     const share = look.moving ? this.scale : 1;
     const [width, height] = [size.width, size.height].map((pixels) => Math.max(1, Math.round(pixels * share)));
     const { viewport, eye } = shape.material.uniforms;
@@ -161,8 +142,7 @@ export class Gaussians {
     renderer.render(this.scene, camera);
     this.scene.remove(shape.root);
     renderer.setRenderTarget(null);
-    this.copy.uniforms.part.value.set(width / size.width, height / size.height);
-    renderer.render(this.sheet, camera);
+    this.sheet.lay(target.texture, camera, [width / size.width, height / size.height]);
   }
 }
 

@@ -3,6 +3,7 @@
 import { Color, Matrix4, PerspectiveCamera, WebGLRenderer, WebGLRenderTarget } from 'three';
 
 import { FIELD_OF_VIEW, OrbitCamera } from './camera.js';
+import { GaussianPictures } from './gaussian_pictures.js';
 import { Gaussians } from './gaussians.js';
 import { Surfaces } from './surfaces.js';
 import { Textured } from './textured.js';
@@ -37,7 +38,7 @@ export class Viewer {
     this.shown = null;
     new ResizeObserver(() => this.request()).observe(canvas);
     canvas.addEventListener('webglcontextrestored', () => {
-      this.painters.gaussians?.worker.terminate();
+      this.painters.gaussians?.end();
       this.painters = { surface: this.painters.surface };
       this.on.lost();
     });
@@ -47,7 +48,7 @@ export class Viewer {
   painter(kind) {
     this.painters[kind] ??= {
       textured: () => new Textured(this.renderer, this.painters.surface, this.gpu),
-      gaussians: () => new Gaussians(this.renderer, () => this.request(false)),
+      gaussians: () => new (this.gpu ? Gaussians : GaussianPictures)(this.renderer, () => this.request(false)),
       video: () => new Videos(this.panes, (playing) => this.played(playing)),
     }[kind]();
     return this.painters[kind];
@@ -56,7 +57,21 @@ export class Viewer {
   // The bytes of a file as something that can be drawn at once: {kind, ball, bytes, ...}.
   async keep(data) {
     const kind = kindOf(data);
-    return Object.assign(await this.painter(kind).keep(data, this.camera), { kind });
+    const shape = Object.assign(await this.painter(kind).keep(data, this.camera), { kind });
+    this.foresee(shape);
+    return shape;
+  }
+
+  // Lets the painter make ready what is seen first, should the pair be framed by balls.
+  foresee(shape) {
+    const { width, height, aspect } = this.size();
+    const painter = this.painters[shape.kind];
+    if (!painter.foresee || !width || !height) return;
+    place(shape, false);
+    const [orbit, camera] = [new OrbitCamera(), new PerspectiveCamera(FIELD_OF_VIEW)];
+    orbit.frameBall([0, 0, 0], 1, aspect);
+    orbit.apply(camera, aspect);
+    painter.foresee(shape, camera, this.pixels(width, height));
   }
 
   drop(shape) {
@@ -79,13 +94,7 @@ export class Viewer {
   frame({ left, right }) {
     const { aspect } = this.size();
     const world = left.kind === 'surface' && right.kind === 'surface';
-    for (const { root, ball } of [left, right]) {
-      if (!root) continue;
-      const scale = world ? 1 : 1 / ball.radius;
-      root.matrix.makeScale(scale, scale, scale);
-      if (!world) root.matrix.multiply(new Matrix4().makeTranslation(...ball.centre.map((value) => -value)));
-      root.matrixWorldNeedsUpdate = true;
-    }
+    for (const shape of [left, right]) place(shape, world);
     if (world) {
       const low = left.minimum.map((value, axis) => Math.min(value, right.minimum[axis]));
       this.orbit.frame(low, left.maximum.map((value, axis) => Math.max(value, right.maximum[axis])), aspect);
@@ -193,7 +202,7 @@ export class Viewer {
     const now = performance.now();
     const after = now - this.drawn;
     this.drawn = now;
-    this.painters.gaussians?.pace(this.look.moving && after < PAUSE ? after : null);
+    this.painters.gaussians?.pace?.(this.look.moving && after < PAUSE ? after : null);
   }
 
   resize(box) {
@@ -213,6 +222,15 @@ export class Viewer {
     this.renderer.setScissor(x, y, width, height);
     this.renderer.clear();
   }
+}
+
+// Puts a shape where its own coordinates say, or its ball where the ball of radius 1 about the origin is.
+function place({ root, ball }, world) {
+  if (!root) return;
+  const scale = world ? 1 : 1 / ball.radius;
+  root.matrix.makeScale(scale, scale, scale);
+  if (!world) root.matrix.multiply(new Matrix4().makeTranslation(...ball.centre.map((value) => -value)));
+  root.matrixWorldNeedsUpdate = true;
 }
 
 // Which kind a file is, by its first bytes.
