@@ -11,6 +11,7 @@ import { Outbox } from './outbox.js';
 import { OwnAnswers } from './own_answers.js';
 import { Pace } from './pace.js';
 import { Presses } from './presses.js';
+import { Prompt } from './prompt.js';
 import { Questions } from './questions.js';
 import { Shapes } from './shapes.js';
 import { Shelf } from './shelf.js';
@@ -44,6 +45,7 @@ class LabelPage {
     this.viewer = this.makeViewer();
     if (!this.viewer) return;
     this.looking = new Looking(this.ui, this.viewer, this.session.show_render);
+    this.prompt = new Prompt(this.ui);
     this.shapes = new Shapes(this.api, { keep: (data) => this.viewer.keep(data), drop: (shape) => this.viewer.drop(shape) }, this.shelf);
     this.outbox = new Outbox(this.api, this.session.annotator, {
       delivered: (item, reply) => this.delivered(item, reply),
@@ -274,6 +276,7 @@ class LabelPage {
   async open(pair, started) {
     this.presses.change();
     this.looking.begin(pair);
+    this.prompt.show(pair.prompt);
     this.questions.begin(pair.review?.votes);
     this.remark.set(pair.review?.comment);
     this.ui.review(pair.review ? this.reviewed(pair.review) : '', pair.review?.choice);
