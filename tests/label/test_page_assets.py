@@ -88,7 +88,7 @@ def test_videos_in_step(tmp_path, serve, page):
     one, other = label.page.evaluate(times)
     assert one == pytest.approx(other, abs=0.01) and 0.05 < one < 0.95
     label.page.keyboard.press("p")
-    label.page.wait_for_function("() => [...document.querySelectorAll('video')].every(video => !video.paused && video.muted && !video.controls)")
+    label.page.wait_for_function("() => [...document.querySelectorAll('video')].every(v => !v.paused && v.muted && !v.controls)")
     label.page.wait_for_timeout(400)
     one, other = label.page.evaluate(times)
     assert min(abs(one - other), 1 - abs(one - other)) < 0.06
