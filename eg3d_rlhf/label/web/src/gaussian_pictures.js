@@ -52,6 +52,7 @@ export class GaussianPictures {
     [shape.drawn, shape.asked] = [camera.name, null];
     if (camera.moving) this.scale = Math.min(1, Math.max(LEAST, this.scale * Math.min(1.3, Math.max(0.6, Math.sqrt(AIM / milliseconds)))));
     if (shape.wanted) this.ask(shape, shape.wanted);
+    shape.seen?.();
     this.changed();
   }
 
@@ -67,9 +68,12 @@ export class GaussianPictures {
     return Boolean(shape.wanted) && shape.drawn === shape.wanted.name;
   }
 
-  // Draws ahead of its use what will be seen first.
+  // Draws ahead of its use what will be seen first; the promise waits for it.
   foresee(shape, camera, size) {
-    this.ask(shape, this.seen(shape, camera, size, false));
+    return new Promise((resolve) => {
+      shape.seen = resolve;
+      this.ask(shape, this.seen(shape, camera, size, false));
+    });
   }
 
   seen(shape, camera, size, moving) {

@@ -85,6 +85,7 @@ export class Gaussians {
     shape.textures.order.needsUpdate = true;
     [shape.sorted, shape.asked] = [direction, null];
     if (shape.wanted) this.sort(shape, shape.wanted);
+    shape.seen?.();
     this.changed();
   }
 
@@ -110,8 +111,16 @@ export class Gaussians {
     else if (after < FAST) this.scale = Math.min(1, this.scale * 1.1);
   }
 
-  // Puts a shape in order for a camera; returns what takes it to the camera's coordinates.
+  // Puts a shape in order ahead of its use; the promise waits for it.
   foresee(shape, camera) {
+    return new Promise((resolve) => {
+      shape.seen = resolve;
+      this.arrange(shape, camera);
+    });
+  }
+
+  // Puts a shape in order for a camera; returns what takes it to the camera's coordinates.
+  arrange(shape, camera) {
     const view = new Matrix4().multiplyMatrices(camera.matrixWorldInverse, shape.root.matrix);
     const [, , x, , , , y, , , , z] = view.elements; // the third row looks back
     const length = Math.hypot(x, y, z);
@@ -121,7 +130,7 @@ export class Gaussians {
 
   // size: {width, height} in pixels of the screen.
   paint(shape, camera, look, size) {
-    const view = this.foresee(shape, camera);
+    const view = this.arrange(shape, camera);
     const share = look.moving ? this.scale : 1;
     const [width, height] = [size.width, size.height].map((pixels) => Math.max(1, Math.round(pixels * share)));
     const { viewport, eye } = shape.material.uniforms;

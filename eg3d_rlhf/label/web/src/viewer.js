@@ -58,12 +58,12 @@ export class Viewer {
   async keep(data) {
     const kind = kindOf(data);
     const shape = Object.assign(await this.painter(kind).keep(data, this.camera), { kind });
-    this.foresee(shape);
+    await this.foresee(shape);
     return shape;
   }
 
   // Lets the painter make ready what is seen first, should the pair be framed by balls.
-  foresee(shape) {
+  async foresee(shape) {
     const { width, height, aspect } = this.size();
     const painter = this.painters[shape.kind];
     if (!painter.foresee || !width || !height) return;
@@ -71,7 +71,7 @@ export class Viewer {
     const [orbit, camera] = [new OrbitCamera(), new PerspectiveCamera(FIELD_OF_VIEW)];
     orbit.frameBall([0, 0, 0], 1, aspect);
     orbit.apply(camera, aspect);
-    painter.foresee(shape, camera, this.pixels(width, height));
+    await painter.foresee(shape, camera, this.pixels(width, height));
   }
 
   drop(shape) {
