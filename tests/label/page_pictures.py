@@ -23,7 +23,8 @@ from tests.label.serving import Served
 
 SEEDS = (10_003, 10_012, 10_021, 10_030, 10_044, 10_051, 10_060, 10_075)
 LIMIT = 300_000  # bytes of a picture
-PHONE = {"viewport": {"width": 390, "height": 760}, "has_touch": True, "is_mobile": True}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+SIDE = {**PHONE, "viewport": {"width": 844, "height": 390}, "locale": "de"}
 PEOPLE = {"ada": 2.0, "bea": 1.4, "cem": 0.25}  # how sharply they tell shapes apart
 
 
@@ -55,14 +56,14 @@ def judge(served: Served) -> None:
 
 
 def pictures(served: Served, browser, folder: Path) -> None:
-    """All four."""
+    """All of them."""
 
     def page(**context) -> Page:
         return Page(browser, served.url, **{"viewport": {"width": 1280, "height": 780}, "device_scale_factor": 2, **context})
 
     for name, context, keys in [
         ("label-page", {}, ["Shift+ArrowRight"] * 3), ("label-page-dark", {"color_scheme": "dark"}, ["w", "Shift+ArrowLeft"]),
-        ("label-phone", PHONE, []),
+        ("label-phone", PHONE, []), ("label-phone-side", SIDE, []),
     ]:  # fmt: skip
         one = page(**context).open()
         for choice in random.Random(name).choices(["ArrowLeft", "ArrowRight", "ArrowDown"], k=4):
