@@ -23,7 +23,7 @@ PREFERENCES = {
     "marionette.port": 0,  # any free one, written into the profile
     "app.update.disabledForTesting": True, "datareporting.policy.dataSubmissionEnabled": False, "browser.shell.checkDefaultBrowser": False,
     "browser.startup.page": 0, "browser.aboutwelcome.enabled": False, "network.captive-portal-service.enabled": False,
-    "network.connectivity-service.enabled": False, "extensions.update.enabled": False, "services.settings.server": "data:,", "remote.prefs.recommended": True,
+    "network.connectivity-service.enabled": False, "extensions.update.enabled": False, "services.settings.server": "data:,",
     "webgl.force-enabled": True,  # in software
     "dom.w3c_touch_events.enabled": 1,
 }  # fmt: skip
