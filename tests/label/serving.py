@@ -14,8 +14,10 @@ import numpy as np
 from fastapi import FastAPI
 
 from eg3d_rlhf.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
+from eg3d_rlhf.label.server.addresses import Addresses
 from eg3d_rlhf.label.server.app import configure, create_app, listen
 from eg3d_rlhf.label.server.connections import Server
+from eg3d_rlhf.label.server.identity import kept_secret
 from eg3d_rlhf.label.server.options import AppOptions, Limits
 from eg3d_rlhf.label.shape_files import ShapeCache, compress, encode_mesh
 from eg3d_rlhf.label.store import Store
@@ -75,6 +77,14 @@ class Served:
     campaign: int  # id
     app: FastAPI
     url: str = ""
+    addresses: Addresses | None = None
+
+    def asset(self, address: str) -> str:
+        """The store's token of the shape at an address."""
+        if self.addresses is None:
+            secret = self.options.secret or kept_secret(self.options.cache.folder / "server.key")
+            self.addresses = Addresses(secret, (asset for asset, _ in self.store.shapes(self.campaign)))
+        return self.addresses.asset(address)
 
     def client(self, token: str | None = None, **headers: str) -> httpx.Client:
         """A client without cookies; with a token, it sends it."""

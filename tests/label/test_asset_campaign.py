@@ -179,7 +179,7 @@ def test_the_browser_gets_every_kind_with_its_prompt(served):
             assert SECRET not in data and (data[4:8] == b"ftyp" if shape.condition == "turn" else data[:4] == marks[shape.condition])
         assert len({sent(client, a) for a in shapes}) == len(shapes) > 7  # damaged ones differ
         for pair in pairs:
-            condition = shapes[pair["left"]].condition
+            condition = shapes[served.asset(pair["left"])].condition
             expected = {"chair": ("a red chair", True), "cat": ("a cat", False)}.get(condition)
             assert (pair["prompt"] and (pair["prompt"]["text"], bool(pair["prompt"]["image"]))) == expected
         pair = next(pair for pair in pairs if pair["prompt"] and not pair["training"])

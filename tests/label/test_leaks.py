@@ -105,10 +105,12 @@ def test_the_search_itself_finds_a_leak(study):
 
 
 def test_an_assignment_says_nothing_but_tokens_and_training(study):
-    assert {tuple(pair) for pair in study.assigned} == {("assignment", "training", "left", "right", "prompt")}
+    assert {tuple(pair) for pair in study.assigned} == {("assignment", "left", "right", "prompt", "training")}
     assert {pair["prompt"] for pair in study.assigned} == {None}
     named = [p[k] for p in study.assigned for k in ("assignment", "left", "right")]
     assert all(len(token) >= 16 and token.isascii() for token in named)
+    shown = {(p[side], p["assignment"]) for p in study.assigned for side in ("left", "right")}
+    assert len({address for address, _ in shown}) == len(shown)  # nothing comes again under its address, repeats included
 
 
 def test_only_admins_of_a_study_see_results_and_only_others_judge(study, tmp_path):
@@ -157,17 +159,17 @@ def test_tokens_have_no_order(study):
 
 def test_sides_are_even(study):
     name = {t: g for g, tokens in of_generators(study).items() for t in tokens}
-    mixed = {p["assignment"]: p for p in study.assigned if name[p["left"]] != name[p["right"]]}.values()
-    lefts = sum(name[p["left"]] == "a" for p in mixed)
+    mixed = {p["assignment"]: p for p in study.assigned if name[study.asset(p["left"])] != name[study.asset(p["right"])]}.values()
+    lefts = sum(name[study.asset(p["left"])] == "a" for p in mixed)
     assert len(mixed) >= ANNOTATORS * PAIRS and stats.binomtest(lefts, len(mixed)).pvalue > CHANCE
-    sides = [name[p["left"]] for p in mixed]
+    sides = [name[study.asset(p["left"])] for p in mixed]
     changes = sum(x != y for x, y in itertools.pairwise(sides))
     assert stats.binomtest(changes, len(sides) - 1).pvalue > CHANCE
 
 
 def test_order_of_the_plan_is_not_the_order_of_showing(study):
     place = {asset: i for i, asset in enumerate(t for t, _ in study.store.shapes(study.campaign))}
-    shown = [place[p["left"]] for p in study.assigned[:PAIRS] if not p["training"]]
+    shown = [place[study.asset(p["left"])] for p in study.assigned[:PAIRS] if not p["training"]]
     assert abs(stats.spearmanr(shown, range(len(shown))).statistic) < 0.9
 
 
@@ -201,7 +203,7 @@ def test_times_do_not_separate_the_generators(study):
 
 def test_times_of_answers_do_not_tell_which_was_chosen(study):
     name = {t: g for g, tokens in of_generators(study).items() for t in tokens}
-    assert separation(*([s for asset, s in study.times if name[asset] == g] for g in "ab")) > CHANCE
+    assert separation(*([s for asset, s in study.times if name[study.asset(asset)] == g] for g in "ab")) > CHANCE
 
 
 # ---- preparation

@@ -55,7 +55,7 @@ def test_a_judgement_is_kept_as_it_was_sent(served):
     assert (row.assignment, row.choice, row.milliseconds, row.views) == (pair["assignment"], "right", 4321, ("front", "orbit"))
     assert (row.answered_at, row.page_version, row.annotator) == (1.7e9, "abc", "local")
     tokens = dict(served.store.shapes(served.campaign))
-    assert (row.left, row.right) == (tokens[pair["left"]], tokens[pair["right"]])
+    assert (row.left, row.right) == (tokens[served.asset(pair["left"])], tokens[served.asset(pair["right"])])
 
 
 def test_sending_again_changes_nothing(served):
@@ -112,7 +112,7 @@ def test_a_campaign_is_worked_through_to_its_end(served):
 def test_shapes_are_sent_as_they_lie_in_the_cache_and_cached(served):
     page = served.browser()
     asset = next_pair(page)["left"]
-    path = served.options.cache.mesh(dict(served.store.shapes(served.campaign))[asset])
+    path = served.options.cache.mesh(dict(served.store.shapes(served.campaign))[served.asset(asset)])
     with page.stream("GET", f"/api/shapes/{asset}") as response:
         assert b"".join(response.iter_raw()) == path.read_bytes()
     assert response.headers["content-encoding"] == "gzip" and response.headers["content-type"] == "application/octet-stream"
@@ -148,7 +148,7 @@ def test_pictures_are_shown_where_the_campaign_allows(tmp_path):
         with serving.running(tmp_path / mode, mode=mode, pairs=2, campaign={"show_render": True}) as served:
             page = served.browser()
             asset = next_pair(page)["left"]
-            served.options.cache.put_render(dict(served.store.shapes(served.campaign))[asset], b"\x89PNG")
+            served.options.cache.put_render(dict(served.store.shapes(served.campaign))[served.asset(asset)], b"\x89PNG")
             response = page.get(f"/api/renders/{asset}")
             assert response.status_code == status and page.get("/api/session").json()["show_render"] == (status == 200)
             assert status == 404 or (response.content, response.headers["content-type"]) == (b"\x89PNG", "image/png")

@@ -216,6 +216,6 @@ def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
     for line in lines[1:]:
         assert {"time", "request", "address", "method", "route", "status", "milliseconds", "bytes", "annotator", "by"} <= set(line)
     found = [(line["route"], line["status"], line["annotator"], line["by"]) for line in lines[1:]]
-    assert ("/api/shapes/{asset}", 200, "ann", "session") in found and ("/api/session", 200, "ann", "token") in found
+    assert ("/api/shapes/{address}", 200, "ann", "session") in found and ("/api/session", 200, "ann", "token") in found
     assert ("/*", 404, "ann", "session") in found and ("/api/session", 401, None, None) in found
     assert any("token" in line.get("refused", "") for line in lines if line.get("status") == 401)

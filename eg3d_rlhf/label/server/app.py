@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from eg3d_rlhf.label.entities import StoredAnnotator
+from eg3d_rlhf.label.server.addresses import Addresses
 from eg3d_rlhf.label.server.connections import Server
 from eg3d_rlhf.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
 from eg3d_rlhf.label.server.identity import COOKIE, Identities, csrf_token
@@ -43,9 +44,10 @@ def create_app(options: AppOptions) -> FastAPI:
         raise ValueError(f"create_app: expected a campaign of the store, got {options.campaign!r}. Make it with tools/label.py.")
     files = read_static(options.static)
     identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
+    shapes = PreparedShapes(options, campaign)
     context = Context(
-        options=options, store=options.store, campaign=campaign, identities=identities, files=files,
-        shapes=PreparedShapes(options, campaign),
+        options=options, store=options.store, campaign=campaign, identities=identities, files=files, shapes=shapes,
+        addresses=Addresses(identities.secret, shapes.shapes),
         page_version=hashlib.sha256("".join(f"{name}{files[name].etag}" for name in sorted(files)).encode()).hexdigest()[:12],
     )  # fmt: skip
 

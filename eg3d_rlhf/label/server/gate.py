@@ -8,7 +8,7 @@ Fields:
     request       8 random hex digits, also sent as the header X-Request-Id
     address       of the client
     method        GET, POST, ...
-    route         template of the route, as '/api/shapes/{asset}'; of an unknown address its path, long words replaced by '*'
+    route         template of the route, as '/api/shapes/{address}'; of an unknown address its path, long words replaced by '*'
     status        of the response; 0 where the client left before it began
     milliseconds  from the request's head to the response's last byte
     bytes         of the response's body

@@ -74,7 +74,7 @@ class Identities:
     def __init__(self, options: AppOptions, mode: Mode):
         self.store, self.exposed, self.blind = options.store, options.exposed, mode is Mode.STUDY
         self.guesses = Buckets(*options.limits.guesses)
-        self._secret = options.secret or kept_secret(options.cache.folder / "server.key")
+        self.secret = options.secret or kept_secret(options.cache.folder / "server.key")
         self._local = None if options.exposed else self.store.annotator_without_token(LOCAL, "admin")
 
     def find(self, headers: Headers, address: str) -> Identity | None:
@@ -91,7 +91,7 @@ class Identities:
         if annotator is not None:
             return self._identity(annotator, "session", csrf_token(session, "csrf"), session)
         if self._local is not None:
-            return self._identity(self._local, "local", csrf_token(self._secret, "local"))
+            return self._identity(self._local, "local", csrf_token(self.secret, "local"))
         if _plausible(session) and self.store.withdrawn(session):
             raise Withdrawn
         return None

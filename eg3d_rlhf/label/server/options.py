@@ -78,7 +78,7 @@ def is_loopback(host: str) -> bool:
 
 
 class PreparedShapes:
-    """Looks shapes up by asset token. Thread-safe; its methods block.
+    """Looks shapes up by the store's asset token. Thread-safe; its methods block.
 
     In a blind study nothing is served before every shape is prepared, so that waiting tells nothing, and all bodies have one length, so
     that neither size nor transfer time tells which generator a shape is from. Assets differ more in size: there, those that meet have one.
@@ -130,10 +130,10 @@ class PreparedShapes:
         """Whether a prepared shape is a video."""
         return self._files[asset].suffix == ".mp4"
 
-    def prompt(self, asset: str) -> dict | None:
-        """What an asset was asked for: its text, and the address of its picture, which names the asset alone."""
+    def prompt(self, asset: str, address: str) -> dict | None:
+        """What an asset was asked for: its text, and where its picture is, by the asset's address."""
         condition = self._condition(asset)
-        shown = {"text": condition.get("text"), "image": f"/api/prompts/{asset}" if self.prompt_picture(asset) else None}
+        shown = {"text": condition.get("text"), "image": f"/api/prompts/{address}" if self.prompt_picture(asset) else None}
         return shown if any(shown.values()) else None
 
     def prompt_picture(self, asset: str) -> Path | None:

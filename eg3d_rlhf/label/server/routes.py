@@ -20,6 +20,7 @@ from eg3d_rlhf.label.preferences import export_labels, export_unpaired
 from eg3d_rlhf.label.quality import quality_report
 from eg3d_rlhf.label.questions import parse_questions
 from eg3d_rlhf.label.server import models
+from eg3d_rlhf.label.server.addresses import Addresses
 from eg3d_rlhf.label.server.bodies import respond
 from eg3d_rlhf.label.server.identity import Identities, Identity
 from eg3d_rlhf.label.server.models import Refusal
@@ -41,6 +42,7 @@ class Context:
     campaign: StoredCampaign
     identities: Identities
     shapes: PreparedShapes
+    addresses: Addresses
     files: dict  # name -> app.StaticFile
     page_version: str  # changes with any file of the page; judgements name it
 
@@ -62,6 +64,23 @@ async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Ident
 
 Who = Annotated[Identity, Depends(identity_of)]
 Admin = Annotated[Identity, Depends(admin_of)]
+
+
+def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
+    """A pair as its annotator is told of it: where its shapes and its prompt's picture are."""
+    first, second = (context.addresses.of(assignment, asset) for asset in (left, right))
+    return {"assignment": assignment, "left": first, "right": second, "prompt": context.shapes.prompt(left, first)}
+
+
+def _asset(context: Context, address: str) -> str:
+    """The store's token of the shape at an address.
+
+    Raises: Refusal 404.
+    """
+    asset = context.addresses.asset(address)
+    if asset is None or not context.shapes.known(asset):
+        raise Refusal(404, "No such shape.", "Ask for /api/assignments again.")
+    return asset
 
 
 def _progress(context: Context, who: Identity) -> dict:
@@ -101,10 +120,7 @@ def _work(router: APIRouter, context: Context) -> None:
         pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost)
         progress = _progress(context, who)
         waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
-        found = [
-            {"assignment": p.token, "training": p.training, "left": p.left, "right": p.right, "prompt": shapes.prompt(p.left)}
-            for p in pairs
-        ]
+        found = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
         return JSONResponse({
             "assignments": found, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context),
             "preparation": shapes.progress(),
@@ -117,7 +133,7 @@ def _work(router: APIRouter, context: Context) -> None:
         """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment opens one again."""
         _judge(context, who)
         found = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
-        shown = [{**asdict(answer), "prompt": context.shapes.prompt(answer.left)} for answer in found[:count]]
+        shown = [{**asdict(one), **_shown(context, one.assignment, one.left, one.right)} for one in found[:count]]
         return {"answers": shown, "more": len(found) > count}
 
 
@@ -131,35 +147,33 @@ def label_api(context: Context) -> APIRouter:
         200: {"content": binary}, 206: {"content": binary}, 304: {"description": "Not Modified"}, 416: {"description": "No such part"},
     }  # fmt: skip
 
-    @router.get("/shapes/{asset}", response_class=Response, responses=said)
-    def shape(asset: models.AssetPath, request: Request, who: Who) -> Response:
+    @router.get("/shapes/{address}", response_class=Response, responses=said)
+    def shape(address: models.AssetPath, request: Request, who: Who) -> Response:
         """A shape's surface ("SHP1"), or an asset: a GLB or Gaussians ("GSP1"), gzip-encoded all; or a video, of which parts may be had."""
-        shapes = context.shapes
-        if not shapes.known(asset):
-            raise Refusal(404, "No such shape.", "Ask for /api/assignments again.")
+        shapes, asset = context.shapes, _asset(context, address)
         if not shapes.ready(asset):
             raise Refusal(503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"})
-        headers = {"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE}
+        headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
         return respond(shapes.body(asset), request, headers, shapes.film(asset))
 
-    @router.get("/prompts/{asset}", response_class=Response, responses={200: {"content": {"image/webp": {}}}})
-    def prompt(asset: models.AssetPath, who: Who) -> Response:
+    @router.get("/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}})
+    def prompt(address: models.AssetPath, who: Who) -> Response:
         """The picture that an asset was made from."""
-        path = context.shapes.prompt_picture(asset)
+        path = context.shapes.prompt_picture(_asset(context, address))
         if path is None:
             raise Refusal(404, "No such picture.", "Ask for /api/assignments again.")
-        return Response(path.read_bytes(), media_type="image/webp", headers={"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE})
+        return Response(path.read_bytes(), media_type="image/webp", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE})
 
-    @router.get("/renders/{asset}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
-    def render(asset: models.AssetPath, who: Who) -> Response:
+    @router.get("/renders/{address}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+    def render(address: models.AssetPath, who: Who) -> Response:
         """The picture of a shape, where the campaign shows it; never in a study."""
-        shape = context.shapes.shapes.get(asset) if context.campaign.settings.show_render and not context.shapes.blind else None
-        path = context.options.cache.render(shape) if shape is not None else None
+        shown, asset = context.campaign.settings.show_render and not context.shapes.blind, _asset(context, address)
+        path = context.options.cache.render(context.shapes.shapes[asset]) if shown else None
         if path is None:
             raise Refusal(404, "No such picture.", "Pictures are shown where the campaign allows them.")
-        return FileResponse(path, media_type="image/png", headers={"ETag": f'"{asset}"', "Cache-Control": IMMUTABLE})
+        return FileResponse(path, media_type="image/png", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE})
 
     _judgements(router, context)
     return router
