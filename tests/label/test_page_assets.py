@@ -131,6 +131,8 @@ def test_memory_is_steady_over_fifty_pairs(serve, page):
     seen = []
     for place in range(50):
         label.ready(ahead=1)
+        label.drawn()  # an answer counts once the pair is on the screen
+        label.page.wait_for_timeout(150)
         label.press("ArrowLeft")
         if place % 10 == 9:
             seen.append(_memory(label))
