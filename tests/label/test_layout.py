@@ -79,6 +79,7 @@ def all_controls(label: Page, language: str, where: str) -> None:
     else:
         check(label, where, {"language", "theme", "signOut", "ownAnswers", "reset", "normals", "comment"})
     for name, key in (("openHelp", "?"), ("skip", "s"), ("ownAnswers", "a"), ("comment", "c")):
+        label.page.wait_for_timeout(600)
         label.page.keyboard.press(key)
         heading = label.page.locator("dialog[open] h2")
         assert heading.evaluate(SHOWS), (where, name, "opens at its heading")
@@ -108,9 +109,11 @@ def fits(page, served, token: str, scale: str, screen: str, language: str) -> No
     label.page.keyboard.press("Enter")
     label.ready()
     if label.state("pair.training"):
+        label.page.wait_for_timeout(600)
         label.answer("ArrowLeft")
         label.ready("explained")
         check(label, f"{where}, explained", {"onward"})
+        label.page.wait_for_timeout(600)  # sooner, a press is taken for a slip
         label.page.keyboard.press("Enter")
         label.ready()
     all_controls(label, language, where)
