@@ -219,6 +219,28 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
             listening.accept()
 
 
+def second_frame(kind: str) -> bytes:
+    """A picture of 16 x 16 behind a frame that states 16383 x 16383."""
+    data = files.picture(16, kind)
+    if kind == "WEBP":
+        at = data.index(b"VP8 ")
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        frame = data[at : at + 8 + length + length % 2]
+        large = frame[:14] + struct.pack("<HH", 16383, 16383) + frame[18:]
+        return b"RIFF" + struct.pack("<I", 4 + 2 * len(frame)) + b"WEBP" + large + frame
+    at = next(i for i in range(len(data)) if data[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    frame = bytearray(data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")])
+    frame[5:9] = struct.pack(">HH", 16383, 16383)
+    return data[:at] + bytes(frame) + data[at:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_picture_that_states_two_sizes_is_refused(kind):
+    for read in (pictures.stripped, pictures.small):
+        with pytest.raises(ValueError, match="expected .* got .*several"):
+            read(second_frame(kind))
+
+
 SEEDS = {
     "glb": files.glb(60), "splats": files.splats(20, 1), "ply": files.ply(60),
     **{kind: files.picture(16, kind) for kind in ("PNG", "JPEG", "WEBP")},

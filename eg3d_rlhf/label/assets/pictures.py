@@ -58,7 +58,7 @@ def small(data: bytes | memoryview) -> bytes:
             opened.draft("RGB", (2 * SMALL, 2 * SMALL))
             image = ImageOps.exif_transpose(opened)
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a picture that can be decoded, got a damaged one ({type(error).__name__})") from None
     image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
     out = io.BytesIO()
@@ -89,6 +89,8 @@ def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     adobe = False
     for marker, segment in _jpeg_segments(data):
         if marker in _JPEG_SIZES:
+            if size != (0, 0):  # decoders may believe the other one
+                raise ValueError("expected a JPEG of one size, got one that states several")
             height, width = struct.unpack_from(">HH", segment, 5)
             size = width, height
         if marker == 0xEE and (adobe or segment[4:9] != b"Adobe" or len(segment) < 16):
@@ -133,6 +135,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     pieces: list[bytes] = []
     at, size, canvas = 12, (0, 0), None
+    seen: set[bytes] = set()
     stated = struct.unpack_from("<I", data, 4)[0] + 8
     if stated > len(data):
         raise ValueError("expected a whole WebP, got one that is cut off")
@@ -141,8 +144,11 @@ def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
         body = data[at + 8 : at + 8 + length]
         if len(body) != length:
             raise ValueError("expected a whole WebP, got a damaged one")
-        if name == b"ANIM":
+        if name in (b"ANIM", b"ANMF"):
             raise ValueError("expected one picture, got a film in WebP")
+        if name in _WEBP_KEPT and name in seen or name in (b"VP8 ", b"VP8L") and seen & {b"VP8 ", b"VP8L"}:  # decoders may take the other
+            raise ValueError("expected one picture, got several in one WebP")
+        seen.add(name)
         if name == b"VP8X":
             canvas = size = int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
             body = bytes([body[0] & 0x10]) + bytes(3) + body[4:10]  # of the flags, that there is transparency
