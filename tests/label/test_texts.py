@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from eg3d_rlhf.label.assets.damage import DAMAGES as ASSET_DAMAGES
 from eg3d_rlhf.label.drawing import DAMAGES
 from eg3d_rlhf.label.entities import SKIP_REASONS, Mode
 from eg3d_rlhf.label.pairing import BROKEN, EXPLANATION
@@ -46,7 +47,8 @@ def test_pages_name_texts_that_exist_and_no_text_is_left_over():
 
 
 def test_what_the_server_says_to_annotators_is_in_the_table():
-    lessons = [known.format(seen) for known in (EXPLANATION, BROKEN) for _, seen in DAMAGES.values()]
+    damages = {seen for _, seen in DAMAGES.values()} | set(ASSET_DAMAGES.values())
+    lessons = [known.format(seen) for known in (EXPLANATION, BROKEN) for seen in damages]
     assert sorted(lessons) == sorted(text for key, text in ENGLISH.items() if key.startswith("known."))
     assert all(f"skip.{reason}" in ENGLISH for reason in SKIP_REASONS)
 
