@@ -1,9 +1,11 @@
 """Hostile assets are refused with the file's name and the reason: nothing is fetched, nothing is allocated by a claim, no traceback."""
 
 import gzip
+import json
 import os
 import socket
 import struct
+import time
 import tracemalloc
 import zlib
 
@@ -85,6 +87,7 @@ GLBS = {
     "deep": (deep(), "expected JSON"),
     "nan": (changed(nodes=lambda n: [n[0], {**n[1], "translation": [float("nan"), 0, 0]}]), "finite number"),
     "index": (changed(accessors=lambda a: [{**a[0], "count": 10}, {**a[1], "count": 10}, a[2]]), "indices of 10 vertices"),
+    "chain": (changed(nodes=[*({"children": [i + 1]} for i in range(15_000)), {"mesh": 0}], scenes=[{"nodes": [0]}]), "500 deep"),
     "draco": (changed(extensionsRequired=["KHR_draco_mesh_compression"]), "without KHR_draco_mesh_compression"),
     "skin": (changed(nodes=lambda n: [n[0], {**n[1], "skin": 0}]), "expected a static mesh"),
     "lines": (changed(meshes=lambda m: [{"primitives": [{**m[0]["primitives"][0], "mode": 1}]}]), "points or lines"),
@@ -217,6 +220,50 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
         listening.setblocking(False)
         with pytest.raises(BlockingIOError):
             listening.accept()
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\x1b[31m", "a\x07"])
+def test_a_prompt_that_no_answer_can_hold_is_refused(tmp_path, text):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.glb").write_bytes(files.glb(seed=ord(name)))
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": text}) + "\n")
+    with pytest.raises(ValueError, match="prompts.jsonl, line 1: expected \"text\""):
+        read_collection(tmp_path)
+    fine = "two lines\n\tand a family: \U0001f468\u200d\U0001f469"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": fine}) + "\n")
+    assert read_collection(tmp_path).prompts["p"].text == fine
+
+
+@pytest.mark.parametrize("name", [b"a\xff", b"a\x1b[31m", b"a\nb"])
+def test_a_generators_folder_whose_name_cannot_be_shown_is_refused(tmp_path, name):
+    folder = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"p.glb"), "wb") as file:
+        file.write(files.glb())
+    with pytest.raises(ValueError, match="expected a printable text"):
+        read_collection(tmp_path)
+
+
+def test_an_obj_with_a_long_line_is_looked_at_quickly(tmp_path):
+    began = time.process_time()
+    with pytest.raises((ValueError, OSError)):
+        obj.companions(b"mtllib x" + b" " * 30_000 + b"y\n", tmp_path / "a.obj")
+    assert time.process_time() - began < 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
+    path, out = tmp_path / "a.glb", tmp_path / "out"
+    path.write_bytes(files.glb(seed=1))
+    (known,), pack = reading.examine([path]), reading._pack
+
+    def slow(*arguments):
+        path.write_bytes(files.glb(seed=2))
+        pack(*arguments)
+
+    monkeypatch.setattr(reading, "_pack", slow)
+    with pytest.raises(reading.ChangedError, match="got a changed one"):
+        reading._clean(path, known.hash, "", 0, out)
 
 
 def second_frame(kind: str) -> bytes:

@@ -14,6 +14,7 @@ Every file lies in the folder, or beside or below the list.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,7 @@ def is_asset_folder(path: Path) -> bool:
 def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
     """The assets of one generator's folder, examined; prompts.jsonl lies in it or beside it. Raises: as `read_collection`."""
     folder = folder.resolve()
+    _name(folder.name, "folder")
     if (folder / RANKING).is_file():
         return _checked(_of_rankings({folder.name: folder / RANKING}, folder), folder, tell)
     assets = [
@@ -147,6 +149,7 @@ def _of_folder(folder: Path) -> Collection:
         return _of_rankings(ranked, folder)
     assets = []
     for generator in inner:
+        _name(generator.name, folder.name)
         for number, path in enumerate(asset_files(generator, folder)):
             assets.append(Asset(path=path, generator=generator.name, prompt=_name(path.stem, path.name), seed=number))
     if not assets and asset_files(folder, folder):
@@ -187,6 +190,7 @@ def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
 def _of_rankings(lists: dict[str, Path], root: Path) -> Collection:
     assets, prompts = [], {}
     for generator, path in lists.items():
+        _name(generator, root.name)
         for record, where in _lines(path):
             condition, look_at = _text(record, "condition", where), _text(record, "look_at", where)
             prompts[condition] = Prompt(text=condition)
@@ -254,10 +258,15 @@ def _seed(record: dict, where: str) -> int:
 
 def _prompt(record: dict, root: Path, where: str) -> Prompt:
     text = record.get("text")
-    if text is not None and (not isinstance(text, str) or len(text) > MAX_TEXT or "\0" in text):
+    if text is not None and (not isinstance(text, str) or len(text) > MAX_TEXT or not all(map(_in_text, text))):
         raise ValueError(f'{where}: expected "text" of up to {MAX_TEXT} characters, got {str(text)[:40]!r}. Correct it.')
     image = inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
     return Prompt(text=text or None, image=image)
+
+
+def _in_text(character: str) -> bool:
+    """Lines and tabs may be in a text, other control characters and halves of surrogate pairs, which no answer can hold, may not."""
+    return character in "\n\r\t" or unicodedata.category(character) not in ("Cc", "Cs")
 
 
 def inside(path: Path, root: Path, where: str) -> Path:

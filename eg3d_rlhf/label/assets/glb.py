@@ -34,6 +34,7 @@ from eg3d_rlhf.label.assets.pictures import kind_of_picture, stripped
 
 MAX_JSON = 16 << 20  # bytes; Python takes up to some forty times as many
 MAX_NODES, MAX_PARTS = 20_000, 20_000
+MAX_DEPTH = 500  # of the tree of nodes, which browsers go down by recursion
 MAX_TRIANGLES = 20_000_000  # as drawn: a mesh that is shown twice counts twice
 MAX_PIXELS = 3 * 8192 * 8192  # of all textures
 SPARE = 1 << 20  # bytes that arrays may hold beyond _SHARE files
@@ -152,15 +153,17 @@ class _Reader:
         """The nodes below `roots` that lead to a mesh, each once."""
         order: list[tuple[int, int | None]] = []
         seen: set[int] = set()
-        waiting: list[tuple[Any, int | None]] = [(number, None) for number in reversed(roots)]
+        waiting: list[tuple[Any, int | None, int]] = [(number, None, 1) for number in reversed(roots)]
         while waiting:
-            number, parent = waiting.pop()
+            number, parent, depth = waiting.pop()
             record = self._record("nodes", number)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"expected a tree of nodes up to {MAX_DEPTH} deep, got a deeper one")
             if number in seen or len(seen) >= MAX_NODES:
                 raise ValueError(f"expected a tree of up to {MAX_NODES:,} nodes, got one that is larger or comes back to itself")
             seen.add(number)
             order.append((number, parent))
-            waiting += [(child, number) for child in reversed(record.get("children", []))]
+            waiting += [(child, number, depth + 1) for child in reversed(record.get("children", []))]
         children: dict[int | None, list[int]] = {}
         made: dict[int, Node] = {}
         for number, parent in reversed(order):  # children before their parents

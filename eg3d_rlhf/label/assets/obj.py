@@ -17,7 +17,7 @@ from eg3d_rlhf.label.assets.pictures import stripped
 
 MAX_MTL, MAX_TEXTURE = 4 << 20, 128 << 20  # bytes
 MAX_MATERIALS = 1000
-_LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+(.+?)[ \t]*\r?$", re.MULTILINE)
+_LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", re.MULTILINE)
 _FACE = re.compile(rb"^[ \t]*f[ \t]", re.MULTILINE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 

@@ -178,8 +178,7 @@ def _examine(path: Path) -> dict:
 def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) -> dict:
     with _opened(path) as data:
         kind = kind_of(bytes(data[:512]), path.name)
-        if _hash(data, path, kind) != expected:
-            raise ChangedError("expected the file that the campaign was planned with, got a changed one; restore it")
+        _check_hash(data, path, kind, expected)
         if kind == "picture":
             out.write_bytes(small(data))
         elif kind == "film":
@@ -188,7 +187,15 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
             film.clean(path, out)
         else:
             _pack(data, path, kind, degradation, seed, out)
+    with _opened(path) as data:  # nor while it was read: arrays are views of the file, and ffmpeg opens it by itself
+        _check_hash(data, path, kind, expected)
     return {}
+
+
+def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
+    """Raises: ChangedError."""
+    if _hash(data, path, kind) != expected:
+        raise ChangedError("expected the file that the campaign was planned with, got a changed one; restore it")
 
 
 def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
