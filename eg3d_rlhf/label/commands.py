@@ -38,6 +38,7 @@ class LabelGroup(GroupedCommand, click.Group):
 @option("--network", metavar="PATH", default=None, show_default="the bundled generator", help="Network file or run folder.", group="Pairs")
 @option("--assets", metavar="PATH", default=None, show_default="a generator's shapes", group="Pairs",
         help="Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl).")
+@launch.up_option("Pairs")
 @options_of(PairingOptions)
 @option("--active", is_flag=True, help="Short for --strategy=active.", group="Pairs", show_default=False)
 @option("--tournament", is_flag=True, help="Short for --strategy=tournament.", group="Pairs", show_default=False)
@@ -93,6 +94,8 @@ def _request(
         raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
     if assets is not None:
         _refuse_generators_flags(ctx, given, chosen)
+    elif "up" in given:
+        raise ValueError("--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out.")
     flags = launch.filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
     if after is not None and flags["strategy"] != "tournament":
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
@@ -107,7 +110,7 @@ def _request(
         settings |= {name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given}
     request = launch.Request(
         name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings,
-        assets=str(Path(assets).resolve()) if assets else None,
+        assets=str(Path(assets).resolve()) if assets else None, up=flags["up"],
     )  # fmt: skip
     if "prompt" in settings["questions"] and assets is None:
         raise ValueError("--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out.")

@@ -43,12 +43,13 @@ class Request:
     pairing: PairingOptions
     settings: Mapping  # values of SETTINGS
     assets: str | None = None  # folder or list of finished assets, in place of a generator
+    up: str = "y"  # axis of the assets that points up
 
     def to_json(self) -> dict:
         """Everything that the plan depends on, as JSON types."""
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
         settings = {**self.settings, "questions": list(self.settings["questions"])}
-        assets = {"assets": self.assets} if self.assets else {}
+        assets = {"assets": self.assets, "up": self.up} if self.assets else {}
         return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
@@ -88,7 +89,7 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
         with naming("--assets"):
             collection = read_collection(Path(request.assets), tell)
             assets = plan_assets(request.pairing, collection, tell)
-        extra = {FLAGS: request.to_json(), "plan": assets.report, "conditions": conditions(collection)}
+        extra = {FLAGS: request.to_json(), "plan": assets.report, "conditions": conditions(collection), "up": request.up}
         return request.campaign_settings(extra), assets.pairs
     results = []
     if request.after is not None:
@@ -155,6 +156,12 @@ class ServerFlags:
         """JSON types, for --dry-run."""
         reached = {"host": self.host, "port": self.port, "exposed": self.exposed, "https": self.certificate is not None}
         return {**reached, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
+
+
+def up_option(group: str):
+    """A decorator: the flag of how finished assets stand."""
+    return option("--up", type=click.Choice(["y", "z"]), default="y", group=group,
+                  help="Of finished assets: the axis that points up in their files.")
 
 
 def server_options(access_log: str, title: str = "Heading of the page."):

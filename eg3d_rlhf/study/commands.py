@@ -162,6 +162,8 @@ def prepare(folder: Folder, name: str, flags: Mapping, given: set[str], tell: Ca
                 )
     if new:
         wrong = sorted(given & {"psi", "level", "resolution", "triangles"}) if of_assets(flags) else []
+        if "up" in given and not of_assets(flags):
+            raise ValueError("--up: expected folders of assets as --a and --b, got generators, whose shapes stand upright. Leave it out.")
         if wrong:
             raise ValueError(f"--{wrong[0]}: expected no such flag with assets, which are finished. Leave it out.")
         write_design(folder.design, make_design(name, flags, tell))

@@ -21,6 +21,7 @@ from eg3d_rlhf.preferences.labels import MAX_SEED
 from training.config import check_knobs, knob
 from training.storage import write_atomic
 
+UP = "y"
 FORMAT = 1
 _OUT = "Exclusions"  # title of flags
 TRAINING_PAIRS = len(SHAPE_DAMAGES)  # one of each kind
@@ -77,6 +78,7 @@ class StudyDesign:
     resolution: int = knob(128, "Grid points per axis.", "Shapes", metavar="POINTS", low=16, high=512)
     triangles: int = knob(30_000, "Per shape, about.", "Shapes", low=100, high=10**6)
     gold_every: int = knob(10, "One gold check in so many trials of an annotator; 0: none.", "Study", metavar="TRIALS", low=0)
+    up: str = knob(UP, "Of finished assets: the axis that points up in their files.", "Shapes", choices=("y", "z"))
     ties: str = knob("half", "How ties count.", "Study", choices=("half", "excluded"))
     until: str | None = knob(None, "ISO 8601 with offset: over then in any case.", "Study", metavar="TIME", shown="no end")
     confidence: float = 0.95
@@ -143,7 +145,8 @@ class StudyDesign:
     def to_dict(self) -> dict:
         """Plain JSON types, with the seeds spelt out and the hash last."""
         content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
-        content = {name: value for name, value in content.items() if value or name not in ("assets", "prompts")}
+        absent = {"assets": [], "prompts": {}, "up": UP}  # of generators' shapes, and in earlier designs
+        content = {name: value for name, value in content.items() if name not in absent or value != absent[name]}
         return {**content, "hash": content_hash(content)}
 
     @property
@@ -233,7 +236,7 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
         repeat_share=0.0, swap_share=0.0, gold_every=design.gold_every, trials_per_annotator=design.quota, show_render=False,
         extra={
             "design_hash": design.hash, "trials": design.trials, "until": design.until,  # answers stay once they are in
-            **({"conditions": dict(design.prompts)} if design.prompts else {}),
+            **({"conditions": dict(design.prompts), "up": design.up} if design.assets else {}),
         },
     )  # fmt: skip
 

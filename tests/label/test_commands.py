@@ -22,7 +22,7 @@ FLAGS = """
 --access-log --active --after --annotators-per-pair --assets --both-bad --cache --campaign --certificate --db --diversity --doubtful
 --dry-run --first-seed --gold --gold-every --host --key --level --network --no-both-bad --no-reveal --no-show-render --pairs --pool
 --port --proxy --psi --questions --repeat-gap --repeat-share --resolution --reveal --reward --rounds --seed --show-render --single
---strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc -n
+--strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc --up -n
 """.split()
 OTHERS = {
     "add-annotator": ["--address", "--admin", "--db", "--qr"], "new-token": ["--address", "--db", "--qr"], "revoke": ["--db"],

@@ -36,6 +36,17 @@ def width(picture: np.ndarray) -> int:
     return int((np.abs(picture - picture[2, 2]).max(-1) > 24).any(0).sum())
 
 
+def test_assets_whose_z_is_up_are_turned(serve, page):
+    """What a file has along z stands up, what it has along y lies behind; sizes are as ever."""
+    planned, turned = plan(1), {"up": "z"}
+    served = serve(planned, mesh, campaign={"extra": turned})
+    label = page(served.url).open()
+    x, y, z = np.asarray(label.state("places.left")).reshape(4, 4)[:3, :3]  # where the file's axes go
+    scale = x[0]
+    assert scale > 0
+    np.testing.assert_allclose([x, y, z], [[scale, 0, 0], [0, 0, -scale], [0, scale, 0]], atol=1e-9)
+
+
 def test_a_textured_pair(serve, page):
     larger = functools.partial(asset_files.glb, 2000, 64)
     document, binary = asset_files.unpack_glb(larger(seed=1))

@@ -24,7 +24,8 @@ from training import networks
 FLAGS = """
 --a --access-log --alpha --annotator-icc --annotators --annotators-per-pair --b --cache --certificate --db --dry-run --fast-milliseconds
 --fast-share --gold-accuracy --gold-every --gold-least --host --key --label-a --label-b --latent-icc --least-share --level --n --name
---outdir --port --power --proxy --psi --resamples --resolution --seed --tie-share --ties --title --triangles --true-rate --until -n
+--outdir --port --power --proxy --psi --resamples --resolution --seed --tie-share --ties --title --triangles --true-rate --until
+--up -n
 """.split()
 SMALL = ("--annotators=2", "--n=12", "--resolution=16", "--level=1.1", "--triangles=400", "--gold-every=4", "--resamples=200", "--psi=1")
 

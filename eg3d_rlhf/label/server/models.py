@@ -105,6 +105,7 @@ class Session(BaseModel):
     both_bad: bool
     questions: list[Question]
     reveal: bool
+    up: Literal["y", "z"]
 
 
 class Preparing(BaseModel):

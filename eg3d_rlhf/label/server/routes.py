@@ -109,7 +109,7 @@ def _work(router: APIRouter, context: Context) -> None:
             "title": context.options.title, "show_render": settings.show_render and not context.shapes.blind,
             "page_version": context.page_version, "skip_reasons": list(SKIP_REASONS), "exposed": context.options.exposed,
             "both_bad": settings.both_bad, "questions": [asdict(question) for question in parse_questions(settings.questions)],
-            "reveal": settings.reveal,
+            "reveal": settings.reveal, "up": settings.extra.get("up", "y"),
         })  # fmt: skip
 
     @router.get("/assignments", response_model=models.Assignments)

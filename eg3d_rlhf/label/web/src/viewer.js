@@ -24,8 +24,9 @@ export class Viewer {
   painters = {}; // kind -> what keeps, draws and drops its shapes
   drawn = 0; // when, performance.now()
 
-  // on: {lost(): what was on the GPU is gone, playing(whether)}
-  constructor(canvas, panes, on) {
+  // up: the axis of files that points up, 'y' or 'z'; on: {lost(): what was on the GPU is gone, playing(whether)}
+  constructor(canvas, panes, up, on) {
+    this.upright = up === 'z' ? new Matrix4().makeRotationX(-Math.PI / 2) : new Matrix4();
     this.canvas = canvas;
     this.panes = panes; // {left, right}: elements whose rectangles are drawn
     this.on = on;
@@ -67,7 +68,7 @@ export class Viewer {
     const { width, height, aspect } = this.size();
     const painter = this.painters[shape.kind];
     if (!painter.foresee || !width || !height) return;
-    place(shape, false);
+    place(shape, false, this.upright);
     const [orbit, camera] = [new OrbitCamera(), new PerspectiveCamera(FIELD_OF_VIEW)];
     orbit.frameBall([0, 0, 0], 1, aspect);
     orbit.apply(camera, aspect);
@@ -94,7 +95,7 @@ export class Viewer {
   frame({ left, right }) {
     const { aspect } = this.size();
     const world = left.kind === 'surface' && right.kind === 'surface';
-    for (const shape of [left, right]) place(shape, world);
+    for (const shape of [left, right]) place(shape, world, this.upright);
     if (world) {
       const low = left.minimum.map((value, axis) => Math.min(value, right.minimum[axis]));
       this.orbit.frame(low, left.maximum.map((value, axis) => Math.max(value, right.maximum[axis])), aspect);
@@ -225,11 +226,11 @@ export class Viewer {
 }
 
 // Puts a shape where its own coordinates say, or its ball where the ball of radius 1 about the origin is.
-function place({ root, ball }, world) {
+function place({ root, ball }, world, upright) {
   if (!root) return;
   const scale = world ? 1 : 1 / ball.radius;
   root.matrix.makeScale(scale, scale, scale);
-  if (!world) root.matrix.multiply(new Matrix4().makeTranslation(...ball.centre.map((value) => -value)));
+  if (!world) root.matrix.multiply(upright).multiply(new Matrix4().makeTranslation(...ball.centre.map((value) => -value)));
   root.matrixWorldNeedsUpdate = true;
 }
 
