@@ -36,7 +36,8 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     write_conditions(tmp_path / "ASSETS" / CONDITIONS, tiny_trellis.tokens(NAMES))
     run(tmp_path, "tools/trellis_files.py", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
     label = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6", "--training=0", "--gold=0",
+        [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6",
+         "--training=0", "--gold=0",
          "--repeat-share=0", "--swap-share=0", "--port=0", "--cache=cache", "--db=sqlite:///labels.db"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
