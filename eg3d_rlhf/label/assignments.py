@@ -1,9 +1,9 @@
 """What an annotator is shown next, giving that out in short transactions, and how far she is.
 
 The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, and
-is waited for, unless its shapes cannot be drawn; then trials: one gold check at a hashed place of every `gold_every` trials, repeats and
-swapped repeats as their shares fall due, otherwise a new pair out of a window of the plan. The window keeps the plan's order roughly, so
-that prepared and informative pairs come first, and lets annotators meet on the same pairs; the order within it is each annotator's own.
+is waited for, unless its shapes cannot be drawn; then trials: gold checks, repeats and swapped repeats where her timetable has them, otherwise
+a new pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and
+lets annotators meet on the same pairs; the order within it is each annotator's own.
 
 A place of a pair is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place
 while the annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her
@@ -16,13 +16,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, and_, bindparam, func, insert, literal, not_, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, not_, or_, select, update
 
 from eg3d_rlhf.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.label.database import Database, Lock, pairs
 from eg3d_rlhf.label.database import assignments as a
 from eg3d_rlhf.label.database import judgements as j
 from eg3d_rlhf.label.entities import AssignedPair, Choice, Kind, Progress
+from eg3d_rlhf.label.timetable import timetable
 
 WINDOW = 64  # pairs to choose from
 LEASE_SECONDS = 30 * 60
@@ -56,12 +57,7 @@ ANSWERED = select(a.c.kind, func.count(a.c.answered).label("answered"), func.cou
 ANSWERED = ANSWERED.where(MINE, a.c.answered.is_not(None) | OPEN).group_by(a.c.kind)
 FREE = select(func.count()).select_from(pairs).where(ROOM)
 FREE_BUT_HAD = select(func.count()).select_from(a.join(pairs, pairs.c.id == a.c.pair_id)).where(MINE, a.c.kind == PAIR, ROOM)
-RECENT = select(func.count()).select_from(j.join(a, (a.c.id == j.c.assignment_id) & (a.c.answered == j.c.id))).where(
-    j.c.campaign_id == bindparam("campaign"), j.c.annotator_id == bindparam("annotator"), j.c.received_at > bindparam("since"),
-    a.c.kind != TRAINING,
-).scalar_subquery()  # fmt: skip
-HAD_AND_RECENT = select(FREE_BUT_HAD.scalar_subquery().label("had"), RECENT.label("recent"))
-ONLY_RECENT = select(literal(0).label("had"), RECENT.label("recent"))
+FREE_TO_HER = select(pairs.c.id).where(ROOM, not_(HAD))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,43 +102,31 @@ class Scheduler:
         limit = self.settings.trials_per_annotator
         if not window or (limit is not None and len(trials) >= limit):
             return None
-        return self._gold(trials, sequence) or self._again(trials, sequence) or self._on_sides(
-            min(window, key=lambda pair: self.uniform("order", pair.position)), sequence, Kind.PAIR
-        )
+        kind, given = timetable(self.settings, self.annotator, gold_checks(self.plan, self.lost)).kind(len(trials)), None
+        if kind is not Kind.PAIR:
+            given = self._gold(trials, sequence) if kind is Kind.GOLD else self._again(kind, trials, sequence)
+        return given or self._on_sides(min(window, key=lambda pair: self.uniform("order", pair.position)), sequence, Kind.PAIR)
 
     def _on_sides(self, pair: StoredPair, sequence: int, kind: Kind) -> Trial:
         return Trial(pair=pair, sequence=sequence, kind=kind, first_is_left=self.uniform(sequence, "side") < 0.5)
 
     def _gold(self, trials: list[Trial], sequence: int) -> Trial | None:
-        every = self.settings.gold_every
-        if every == 0:
-            return None
-        block, place = divmod(len(trials), every)
-        if place != int(self.uniform("gold", block) * every):
-            return None
         had = [s.pair.id for s in trials if s.kind is Kind.GOLD]
-        ready = [pair for pair in self.plan.gold if self.ready(pair) and (every > 1 or pair.id not in had)]
+        ready = [pair for pair in self.plan.gold if self.ready(pair) and (self.settings.gold_every > 1 or pair.id not in had)]
         if not ready:
             return None
         rare = min(ready, key=lambda pair: (had.count(pair.id), self.uniform("which gold", pair.position)))
         return self._on_sides(rare, sequence, Kind.GOLD)
 
-    def _again(self, trials: list[Trial], sequence: int) -> Trial | None:
-        """A repeat or a swap when its share is due: how much it is behind, against a hashed threshold, so that it cannot be foreseen.
-
-        Of the annotator's own judgements of pairs, at least `repeat_gap` trials ago, that have not been repeated.
-        """
-        for kind, share in ((Kind.REPEAT, self.settings.repeat_share), (Kind.SWAP, self.settings.swap_share)):
-            due = share * (len(trials) + 1) - sum(s.kind is kind for s in trials)
-            if share == 0 or due <= self.uniform(sequence, kind.value):
-                continue
-            repeated = {s.pair.id for s in trials if s.kind in (Kind.REPEAT, Kind.SWAP)}
-            answered = [s for s in trials if s.kind is Kind.PAIR and s.choice not in (None, Choice.SKIP) and s.pair.id not in repeated]
-            before = [s for s in answered if s.sequence < sequence - self.settings.repeat_gap and self.ready(s.pair)]
-            if before:
-                chosen = before[int(self.uniform(sequence, "which") * len(before))]
-                return Trial(pair=chosen.pair, sequence=sequence, kind=kind, first_is_left=chosen.first_is_left != (kind is Kind.SWAP))
-        return None
+    def _again(self, kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
+        """One of the annotator's own judgements of pairs, more than `repeat_gap` trials ago, that have not been repeated."""
+        repeated = {s.pair.id for s in trials if s.kind in (Kind.REPEAT, Kind.SWAP)}
+        answered = [s for s in trials if s.kind is Kind.PAIR and s.choice not in (None, Choice.SKIP) and s.pair.id not in repeated]
+        before = [s for s in answered if s.sequence < sequence - self.settings.repeat_gap and self.ready(s.pair)]
+        if not before:
+            return None
+        chosen = before[int(self.uniform(sequence, "which") * len(before))]
+        return Trial(pair=chosen.pair, sequence=sequence, kind=kind, first_is_left=chosen.first_is_left != (kind is Kind.SWAP))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,42 +261,56 @@ def take_place(c: Connection, pair_id: int) -> bool:
     return c.execute(TAKE, {"pair": pair_id}).rowcount == 1
 
 
-class FreePairs:
-    """How many pairs have room: counted every time where few are left, and where many are, when the last count is SECONDS old."""
+def gold_checks(plan: Plan, lost: Ready) -> int:
+    """How many gold checks can be shown, now or once they are prepared."""
+    return sum(not lost(pair) for pair in plan.gold)
 
-    MANY, SECONDS = 500, 2.0
+
+class Reach:
+    """How many new pairs an annotator has had and may still get: all that others do not take, and that can be drawn.
+
+    Her own answers change nothing of it. What others take is looked up every time where few pairs are left, and else when the last figure is
+    as many seconds old as there are thousands of pairs; so is whether there are any that cannot be drawn.
+    """
+
+    MANY = 500
 
     def __init__(self):
-        self._counted: dict[int, tuple[float, int]] = {}  # campaign -> (when, how many)
+        self._known: dict[tuple[int, int], tuple[float, int]] = {}  # campaign and annotator -> (when, how many)
+        self._gaps: dict[int, tuple[float, bool]] = {}  # campaign -> (when, whether a pair of it cannot be drawn)
 
-    def count(self, c: Connection, campaign_id: int, now: float) -> int:
-        """Pairs of a campaign with room, exact from MANY down."""
-        when, free = self._counted.get(campaign_id, (-math.inf, 0))
-        if free <= self.MANY or not 0 <= now - when < self.SECONDS:
-            free = c.execute(FREE, {"campaign": campaign_id}).scalar_one()
-            self._counted[campaign_id] = now, free
-        return free
+    def count(self, c: Connection, plan: Plan, annotator_id: int, had: int, now: float, lost: Ready) -> int:
+        """Args: had: how many she was shown that are open or answered."""
+        who = (plan.campaign.id, annotator_id)
+        when, reach = self._known.get(who, (-math.inf, 0))
+        if reach - had <= self.MANY or not 0 <= now - when < len(plan.pairs) / 1000:
+            reach = had + self._free(c, plan, {"campaign": who[0], "annotator": who[1]}, now, lost)
+            self._known[who] = now, reach
+        return reach
+
+    def _free(self, c: Connection, plan: Plan, me: dict, now: float, lost: Ready) -> int:
+        when, gaps = self._gaps.get(plan.campaign.id, (-math.inf, False))
+        if not 0 <= now - when < len(plan.pairs) / 1000:
+            gaps = any(lost(pair) for pair in plan.pairs.values())
+            self._gaps[plan.campaign.id] = now, gaps
+        if gaps:
+            return sum(not lost(plan.pairs[row.id]) for row in c.execute(FREE_TO_HER, me))
+        return c.execute(FREE, me).scalar_one() - c.execute(FREE_BUT_HAD, me).scalar_one()
 
 
 def read_progress(
-    c: Connection, plan: Plan, annotator_id: int, now: float, free_pairs: FreePairs, lost: Ready = lambda pair: False
+    c: Connection, plan: Plan, annotator_id: int, annotator: str, now: float, reach: Reach, lost: Ready = lambda pair: False
 ) -> Progress:
-    """See `Progress`. The total is exact once no pair is left; before, due repeats and gold checks are estimated from their shares."""
-    me = {"campaign": plan.campaign.id, "annotator": annotator_id}
-    counts = {row.kind: row for row in c.execute(ANSWERED, me)}
+    """See `Progress`. The total stays while nobody else takes pairs, or leaves them, and nothing of the timetable falls out."""
+    counts = {row.kind: row for row in c.execute(ANSWERED, {"campaign": plan.campaign.id, "annotator": annotator_id})}
     settings = plan.campaign.settings
-    free = free_pairs.count(c, plan.campaign.id, now)
-    shared = settings.annotators_per_pair > 1 or free <= FreePairs.MANY  # else pairs with room are ones that nobody was shown
-    left = c.execute(HAD_AND_RECENT if shared else ONLY_RECENT, {**me, "since": now - 3600}).one()
     training = counts.pop(TRAINING, None)
     shown, done = sum(row.shown for row in counts.values()), sum(row.answered for row in counts.values())
-    new_ones = counts[PAIR].shown if PAIR in counts else 0
-    checks = 1 / settings.gold_every if settings.gold_every and plan.gold else 0
-    new = max(1 - checks - settings.repeat_share - settings.swap_share, 0.1)  # share of the trials that show a new pair
-    to_show = free - left.had
-    total = max(shown, round((new_ones + to_show) / new)) if to_show > 0 else shown  # the same all along for who works alone
+    had = counts[PAIR].shown if PAIR in counts else 0
+    to_show = reach.count(c, plan, annotator_id, had, now, lost) - had
+    total = timetable(settings, annotator, gold_checks(plan, lost)).end(shown, to_show) if to_show > 0 else shown
     if settings.trials_per_annotator is not None:
         total = max(shown, min(total, settings.trials_per_annotator))
     begun = training.shown - training.answered if training else 0
     to_come = 0 if shown else max(sum(not lost(pair) for pair in plan.training) - (training.shown if training else 0), 0)
-    return Progress(done=done, total=total, training_left=begun + to_come, last_hour=left.recent)
+    return Progress(done=done, total=total, training_left=begun + to_come)

@@ -254,4 +254,3 @@ class Progress:
     done: int  # trials that are answered; training aside
     total: int  # trials there will be, as far as can be told while others take from the same pairs
     training_left: int
-    last_hour: int  # trials answered in the last 3,600 s

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from eg3d_rlhf.label import campaigns, judgements
-from eg3d_rlhf.label.assignments import FreePairs, Issuer, read_progress
+from eg3d_rlhf.label.assignments import Issuer, Reach, read_progress
 from eg3d_rlhf.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.label.database import Database, Lock, annotators, migrate, sessions
 from eg3d_rlhf.label.entities import (
@@ -44,7 +44,7 @@ class Store:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
         self.database, self.clock = database, clock
         self._plans: dict[int, Plan] = {}  # a campaign never changes
-        self._free_pairs = FreePairs()
+        self._reach = Reach()
         self._names: dict[int, str] = {}
 
     @classmethod
@@ -202,11 +202,7 @@ class Store:
         it will never be prepared. Fewer or none when the annotator is done or must wait.
         """
         prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
-        if annotator_id not in self._names:
-            self._names.update({known.id: known.name for known in self.annotators()})
-        if annotator_id not in self._names:
-            raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
-        issuer = Issuer(self.database, self._plan(campaign_id), annotator_id, self._names[annotator_id], self.clock, _lost(lost))
+        issuer = Issuer(self.database, self._plan(campaign_id), annotator_id, self._name(annotator_id), self.clock, _lost(lost))
         return issuer.assignments(count, prepared)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
@@ -248,9 +244,9 @@ class Store:
 
     def progress(self, campaign_id: int, annotator_id: int, lost: Callable[[str], bool] | None = None) -> Progress:
         """How far the annotator is; `lost` as for `assignments`."""
-        plan = self._plan(campaign_id)
+        plan, name = self._plan(campaign_id), self._name(annotator_id)
         with self.database.read() as c:
-            return read_progress(c, plan, annotator_id, self.clock(), self._free_pairs, _lost(lost))
+            return read_progress(c, plan, annotator_id, name, self.clock(), self._reach, _lost(lost))
 
     def tally(self) -> list[Row]:
         """How much each annotator has done in each campaign, practice and checks included: campaign_id, name, judgements, last (when)."""
@@ -264,6 +260,13 @@ class Store:
         return judgements.read_judgements(self.database, campaign, annotators, include_undone)
 
     # --- what does not change
+
+    def _name(self, annotator_id: int) -> str:
+        if annotator_id not in self._names:
+            self._names.update({known.id: known.name for known in self.annotators()})
+        if annotator_id not in self._names:
+            raise LookupError(f"store: expected an annotator, got the unknown id {annotator_id}.")
+        return self._names[annotator_id]
 
     def _plan(self, campaign_id: int) -> Plan:
         if campaign_id not in self._plans:

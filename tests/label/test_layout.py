@@ -57,7 +57,7 @@ def crowded(page: Page) -> None:
     def long(route):
         reply = route.fetch()
         body = reply.json()
-        body["progress"] |= {"done": 1234, "total": 8765, "last_hour": 7}
+        body["progress"] |= {"done": 1234, "total": 8765}
         route.fulfill(response=reply, body=json.dumps(body))
 
     page.page.route("**/api/assignments*", long)

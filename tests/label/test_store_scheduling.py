@@ -231,11 +231,43 @@ def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
     assert [one.training for one in shown()] == [True, False, False, False, False]
 
 
-def test_the_total_stays_while_one_works_alone(store):
-    campaign = campaign_of(store, plan(100, gold=5), repeat_share=0.05, swap_share=0.05, gold_every=25)
-    ann, totals = annotator(store), []
-    while shown := store.assignments(campaign, ann, 6):
+@pytest.mark.parametrize("many", [100, pytest.param(1000, marks=pytest.mark.long)])
+def test_the_total_stays_and_is_reached_by_who_works_alone(store, clock, many):
+    campaign = campaign_of(store, plan(many, gold=5), repeat_share=0.05, swap_share=0.05, gold_every=25)
+    ann, totals, shown = annotator(store), [], []
+    while shown or (shown := store.assignments(campaign, ann, 10)):
         totals.append(store.progress(campaign, ann).total)
-        store.submit(campaign, ann, answer(shown[0], f"{len(totals)} {shown[0].token}"))
-    assert len(set(totals[:90])) == 1 and abs(totals[0] - len(totals)) <= 3
-    assert store.progress(campaign, ann).total == len(totals)
+        store.submit(campaign, ann, answer(shown.pop(0), str(len(totals))))
+        clock.now += 0.7
+    kinds = Counter(row.kind for row in store.judgements())
+    assert set(totals) == {len(totals)} and kinds[Kind.PAIR] == many
+    assert [abs(kinds[kind] - len(totals) / 20) <= 2 for kind in (Kind.REPEAT, Kind.SWAP)] == [True, True]
+    assert abs(kinds[Kind.GOLD] - len(totals) / 25) <= 1
+
+
+@pytest.mark.long
+def test_totals_of_who_shares_the_pairs_never_grow_and_are_reached(store, clock):
+    campaign = campaign_of(store, plan(700, gold=3), repeat_share=0.05, swap_share=0.05, gold_every=10, annotators_per_pair=2)
+    pace = {annotator(store, name): step for name, step in [("ann", 1), ("bob", 2), ("eve", 5)]}
+    totals, turn = {who: [] for who in pace}, 0
+    while any(store.assignments(campaign, who, 1) for who in pace):
+        turn += 1
+        clock.now += 0.3
+        for who in (who for who, step in pace.items() if turn % step == 0):
+            totals[who].append(store.progress(campaign, who).total)
+            for one in store.assignments(campaign, who, 10):
+                store.submit(campaign, who, answer(one, one.token, Choice.SKIP if one.left < "c" else Choice.LEFT))
+    for who, seen in totals.items():
+        end = store.progress(campaign, who)
+        assert seen == sorted(seen, reverse=True) and seen[0] > seen[-1] >= end.done == end.total
+
+
+def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
+    campaign = campaign_of(store, plan(40), repeat_share=0.1)
+    ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
+    before, lost = store.progress(campaign, ann).total, set(assets[:9])  # pairs 0 .. 4 of the plan
+    clock.now += 1
+    assert before - 7 <= store.progress(campaign, ann, lost.__contains__).total <= before - 5
+    rows = work_through(store, campaign, ann, ready=lambda asset: asset not in lost)
+    at = store.progress(campaign, ann, lost.__contains__)
+    assert at.done == at.total == len(rows) and Counter(row.kind for row in rows)[Kind.PAIR] == 35

@@ -13,7 +13,7 @@ export class Work {
   current = null;
   upcoming = [];
   changes = 0; // grows with every answer and undo: a list from the server that is older is only added to
-  progress = { done: 0, total: 0, training_left: 0, last_hour: 0 };
+  progress = { done: 0, total: 0, training_left: 0 };
 
   // on: {open(pair, started), idle(state, text, share), progress(), practiceLost(), failed(error)}
   // final(body): whether the answer stays, so that there is nothing to take back
