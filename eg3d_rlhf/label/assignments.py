@@ -1,8 +1,8 @@
 """What an annotator is shown next, giving that out in short transactions, and how far she is.
 
 The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, and
-is waited for, unless its shapes cannot be drawn; then trials: gold checks, repeats and swapped repeats where her timetable has them, otherwise
-a new pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and
+is waited for, unless its shapes cannot be drawn; then trials: gold checks, repeats and swapped repeats where her timetable has them,
+otherwise a new pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and
 lets annotators meet on the same pairs; the order within it is each annotator's own.
 
 A place of a pair is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place
@@ -269,8 +269,8 @@ def gold_checks(plan: Plan, lost: Ready) -> int:
 class Reach:
     """How many new pairs an annotator has had and may still get: all that others do not take, and that can be drawn.
 
-    Her own answers change nothing of it. What others take is looked up every time where few pairs are left, and else when the last figure is
-    as many seconds old as there are thousands of pairs; so is whether there are any that cannot be drawn.
+    Her own answers change nothing of it. What others take is looked up every time where few pairs are left, and else when the last figure
+    is as many seconds old as there are thousands of pairs; so is whether there are any that cannot be drawn.
     """
 
     MANY = 500

@@ -1,8 +1,9 @@
 """Which of an annotator's trials are repeats, swaps and gold checks: decided beforehand, so that the number of her trials is known.
 
-It follows from the campaign's seed and her name alone, and looks like chance: a gold check at a random place of every `gold_every` trials, a
-repeat or a swap where its share has fallen behind a random threshold and a pair more than `repeat_gap` trials ago has not been repeated. What
-cannot be shown in its place (all that she could be asked again was skipped, no check is prepared) becomes a new pair; nothing moves for it.
+It follows from the campaign's seed and her name alone, and looks like chance: a gold check at a random place of every `gold_every`
+trials, a repeat or a swap where its share has fallen behind a random threshold and a pair more than `repeat_gap` trials ago has not been
+repeated. What cannot be shown in its place (all that she could be asked again was skipped, no check is prepared) becomes a new pair;
+nothing moves for it.
 """
 
 import random

@@ -11,8 +11,8 @@ from eg3d_rlhf.label.store import Store
 from tests.label.plans import plan
 
 HOT = {
-    "answered": assignments.ANSWERED, "free": assignments.FREE, "had": assignments.FREE_BUT_HAD, "hers": assignments.FREE_TO_HER, "open": assignments.OPEN_ONES,
-    "past": assignments.PAST, "stamp": assignments.STAMP, "window": assignments.PAGE, "expired": assignments.EXPIRED,
+    "answered": assignments.ANSWERED, "free": assignments.FREE, "had": assignments.FREE_BUT_HAD, "hers": assignments.FREE_TO_HER,
+    "open": assignments.OPEN_ONES, "past": assignments.PAST, "stamp": assignments.STAMP, "window": assignments.PAGE, "expired": assignments.EXPIRED,
 }
 
 
