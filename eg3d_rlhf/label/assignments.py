@@ -2,8 +2,8 @@
 
 The decision is pure: it follows from a hash of the campaign's seed, the annotator's name and the trial's number. Training comes first, and
 is waited for, unless its shapes cannot be drawn; then trials: gold checks, repeats and swapped repeats where her timetable has them,
-otherwise a new pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come first, and
-lets annotators meet on the same pairs; the order within it is each annotator's own.
+otherwise a new pair out of a window of the plan. The window keeps the plan's order roughly, so that prepared and informative pairs come
+first, and lets annotators meet on the same pairs; the order within it is each annotator's own.
 
 A place of a pair is taken by one conditional update, and the database refuses more places than a pair has. An assignment holds its place
 while the annotator is seen with it (its lease); after LEASE_SECONDS unanswered the place goes back, and the annotator takes it again on her

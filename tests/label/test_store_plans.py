@@ -12,7 +12,8 @@ from tests.label.plans import plan
 
 HOT = {
     "answered": assignments.ANSWERED, "free": assignments.FREE, "had": assignments.FREE_BUT_HAD, "hers": assignments.FREE_TO_HER,
-    "open": assignments.OPEN_ONES, "past": assignments.PAST, "stamp": assignments.STAMP, "window": assignments.PAGE, "expired": assignments.EXPIRED,
+    "open": assignments.OPEN_ONES, "past": assignments.PAST, "stamp": assignments.STAMP,
+    "window": assignments.PAGE, "expired": assignments.EXPIRED,
 }
 
 
