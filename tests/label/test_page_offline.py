@@ -93,6 +93,9 @@ def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     assert label.state("pair.assignment") != hers
     kept = label.page.evaluate("localStorage.getItem('eg3d-offline')")
     assert "ada" not in kept and hers not in kept
+    label.page.click("#signOut")
+    label.page.wait_for_function("() => document.body.innerText.includes('No connection to the server.')")
+    assert label.page.url.rstrip("/") == served.url.rstrip("/"), "who cannot be signed out is told so"
     label.context.set_offline(False)
     label.page.reload()
     label.ready()

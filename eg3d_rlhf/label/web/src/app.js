@@ -365,7 +365,14 @@ class LabelPage {
       this.outbox.flush(true);
       return;
     }
-    await this.api.request('POST', '/logout').catch(() => {});
+    try {
+      await this.api.request('POST', '/logout');
+    } catch (error) {
+      if (error.status !== 401) { // the session goes on: whoever takes the device next must not find it
+        this.ui.say(error.message, true);
+        return;
+      }
+    }
     signIn();
   }
 
