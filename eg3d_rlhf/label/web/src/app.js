@@ -365,15 +365,9 @@ class LabelPage {
       this.outbox.flush(true);
       return;
     }
-    try {
-      await this.api.request('POST', '/logout');
-    } catch (error) {
-      if (error.status !== 401) { // the session goes on: whoever takes the device next must not find it
-        this.ui.say(error.message, true);
-        return;
-      }
-    }
-    signIn();
+    const reply = await this.api.request('POST', '/logout').catch((error) => error);
+    if (reply.ok || reply.status === 401) signIn();
+    else this.ui.say(reply.message, true); // the session goes on
   }
 
   // What the page knows, for tests and the curious; reading changes nothing.
