@@ -365,9 +365,8 @@ class LabelPage {
       this.outbox.flush(true);
       return;
     }
-    const reply = await this.api.request('POST', '/logout').catch((error) => error);
-    if (reply.ok || reply.status === 401) signIn();
-    else this.ui.say(reply.message, true); // the session goes on
+    if (await this.api.request('POST', '/logout').then(() => true, (error) => error.status === 401)) signIn();
+    else this.ui.say(t('error.connection'), true); // the session goes on
   }
 
   // What the page knows, for tests and the curious; reading changes nothing.
