@@ -266,6 +266,15 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
         reading._clean(path, known.hash, "", 0, out)
 
 
+def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
+    film.clean(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
+    source = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=10:duration=1", "-c:v", "mpeg4", "-y", str(tmp_path / "b.mp4")]
+    assert film._ffmpeg(source, 30)[0] == 0
+    film.clean(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
+    for name in ("copied.mp4", "encoded-anew.mp4"):
+        assert [word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()] == [], name
+
+
 def second_frame(kind: str) -> bytes:
     """A picture of 16 x 16 behind a frame that states 16383 x 16383."""
     data = files.picture(16, kind)

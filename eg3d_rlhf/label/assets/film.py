@@ -45,12 +45,16 @@ def examine(path: Path) -> tuple[str, str]:
 def clean(path: Path, out: Path) -> None:
     """Write a film's clean form. Raises: ValueError."""
     codec, pixels = examine(path)
-    how: tuple[str, ...] = _ENCODED + _H264_BARE
+    how: tuple[str, ...] = _ENCODED
     if codec == "h264" and pixels in ("yuv420p", "yuvj420p"):
         how = ("-c:v", "copy", *_H264_BARE)
     elif codec == "vp9" and pixels == "yuv420p":
         how = ("-c:v", "copy")
     code, text = _ffmpeg([*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *how, *_OUTPUT, "-y", f"file:{out}"], _PATIENCE)
+    if not code and how is _ENCODED and out.is_file():  # without our encoder's name, as those that are copied
+        encoded = out.rename(out.with_name("encoded.mp4"))
+        code, text = _ffmpeg([*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"], _PATIENCE)
+        encoded.unlink()
     if code or not out.is_file() or out.stat().st_size < 100 or out.stat().st_size >= MAX_BYTES:
         raise ValueError(f"expected a video that can be read, got: {text.strip().splitlines()[-1][:120] if text.strip() else 'nothing'}")
 
