@@ -62,7 +62,7 @@ def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: No
         answers = list(_run([{"do": "examine", "path": str(path)} for path in waiting], lambda n: tell(len(found) + len(wrong) + n)))
         for path, answer in zip(waiting, answers, strict=False):
             if _REFUSED in answer:
-                wrong.append(f"{path.name}: {answer[_REFUSED]}")
+                wrong.append(f"{path}: {answer[_REFUSED]}")
             else:
                 found.append(Examined(**answer))
         waiting = waiting[len(answers) :]
