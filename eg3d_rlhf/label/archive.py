@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from eg3d_rlhf.label.campaigns import create, settings_from_json
 from eg3d_rlhf.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
 from eg3d_rlhf.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape
-from eg3d_rlhf.label.preferences import LabelFilters
+from eg3d_rlhf.label.preferences import LabelFilters, refuse_assets
 from eg3d_rlhf.label.questions import check_stored
 from eg3d_rlhf.label.store import KNOWN, NAME, Store, find_or_add
 from eg3d_rlhf.preferences.labels import load_labels
@@ -291,6 +291,7 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> int:
     numbered = only is not None and only.settings.extra.get("origin") == ORIGIN
     lines = [",".join(HEADER)]
     for number, row in enumerate(kept):
+        refuse_assets(row)
         first, second = (row.left, row.right) if row.choice is Choice.LEFT else (row.right, row.left)
         lines.append(f"{row.sequence - 1 if numbered else number},{first.seed},{second.seed}")
     write_atomic(path, ("\n".join(lines) + "\n").encode())

@@ -122,7 +122,7 @@ def to_preference(row: JudgementRow) -> Preference:
     Raises: ValueError for pairs that the format cannot name: two generators or truncations, one seed twice, shapes damaged on purpose.
     """
     left, right = row.left, row.right
-    _refuse_assets(row, "asset-pairs")
+    refuse_assets(row, "asset-pairs")
     if row.choice.good is not None:
         raise ValueError(f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired.")
     if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
@@ -163,7 +163,7 @@ def both_bad_unpaired(row: JudgementRow) -> list[UnpairedPreference]:
 
 
 def _unpaired(row: JudgementRow, shape: Shape, label: bool | None, score: float | None) -> UnpairedPreference:
-    _refuse_assets(row, "asset-scores")
+    refuse_assets(row, "asset-scores")
     return UnpairedPreference(
         seed=shape.seed, label=label, score=score, generator=shape.generator or None,
         psi=None if math.isnan(shape.psi) else shape.psi, annotator=row.annotator, time=row.received_at,
@@ -171,7 +171,8 @@ def _unpaired(row: JudgementRow, shape: Shape, label: bool | None, score: float 
     )  # fmt: skip
 
 
-def _refuse_assets(row: JudgementRow, kind: str) -> None:
+def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
+    """Raises: ValueError for a judgement of files, which seeds cannot name."""
     if row.left.file or row.right.file:
         raise ValueError(f"campaign {row.campaign}: expected shapes of a generator's seeds, got files. Export it with --kind={kind}.")
 

@@ -63,6 +63,7 @@ def test_the_label_page_in_all_its_states(serve, page, theme, screen):
         seen[menu.inner_text()] = faults(label)
     for key in ("?", "s", "c", "a"):
         label.page.keyboard.press("Escape")
+        label.page.wait_for_timeout(600)  # a key that comes sooner belongs to what was on the screen before
         label.page.keyboard.press(key)
         label.page.wait_for_selector("dialog[open]")
         seen[key] = faults(label)
@@ -100,5 +101,5 @@ def test_the_results_and_the_login(serve, page, theme, screen):
     results.page.goto(served.url + "/admin")
     results.page.wait_for_selector("#timeline svg")
     assert faults(results) == []
-    results.page.get_by_role("button", name="Revoke ada").click()
+    results.page.get_by_role("button", name="Revoke: ada").click()
     assert faults(results) == []

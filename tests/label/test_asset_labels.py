@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.flow.judged import Judged
+from eg3d_rlhf.label.archive import export_ranked_seeds
 from eg3d_rlhf.label.asset_labels import export_assets
 from eg3d_rlhf.label.commands import main
 from eg3d_rlhf.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
@@ -119,6 +120,8 @@ def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
     with pytest.raises(ValueError, match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs"):
         preferences_of(store)
+    with pytest.raises(ValueError, match="got files. Export it with --kind=asset-pairs"):
+        export_ranked_seeds(store, tmp_path / "x.csv")
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
     with pytest.raises(ValueError, match="--kind=rankings: expected judgements of assets, got none"):
         export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")

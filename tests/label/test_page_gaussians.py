@@ -71,7 +71,7 @@ def _difference(served, label: Page, clouds: dict, side: str) -> tuple[float, fl
     size = (round(box["width"]), round(box["height"]))
     camera, place = label.state("cameras")[side], label.state("places")[side]
     view = np.reshape(camera["view"], (4, 4)).T @ np.reshape(place, (4, 4)).T
-    seed = dict(served.store.shapes(served.campaign))[label.state("pair")[side]].seed
+    seed = dict(served.store.shapes(served.campaign))[served.asset(label.state("pair")[side])].seed
     found = label.picture(side)
     drawn = draw(clouds[seed], view, np.reshape(camera["projection"], (4, 4)).T, size, np.array([0xE9, 0xE6, 0xE0]))
     inner = drawn[48 : 48 + found.shape[0], 12 : 12 + found.shape[1]]
