@@ -142,7 +142,7 @@ export class Work {
       return;
     }
     this.merge(reply.assignments.filter((pair) => !this.answered.has(pair.assignment)), before === this.changes && !this.outbox.size);
-    if (!this.outbox.size) this.progress = reply.progress;
+    if (before === this.changes && !this.outbox.size) this.progress = reply.progress; // else it is older than what was answered meanwhile
     if (reply.practice_lost && !reply.progress.done) this.on.practiceLost();
     this.on.progress();
     this.shapes.prefetch(this.upcoming);
