@@ -62,6 +62,7 @@ export class Presses {
 
   // A click belongs to the press that it ends. One without, as screen readers and voice control make, is a press itself.
   click(event) {
+    if (!event.isTrusted) return; // a script's, as the number keys of a dialog make: the key is the press
     const kind = event.detail === 0 ? 'key' : 'pointer';
     const press = this.begun.findLast((one) => one.kind === kind && one.on === button(event) && !one.taken);
     if (!press) {

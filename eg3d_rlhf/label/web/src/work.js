@@ -128,7 +128,7 @@ export class Work {
 
   async fill() {
     clearTimeout(this.timer);
-    const before = this.changes;
+    const before = this.outbox.size ? null : this.changes; // what is on its way may arrive before or after the list is made
     let reply;
     try {
       reply = await this.api.assignments(Math.min(AHEAD + this.outbox.size, MOST));
@@ -141,8 +141,9 @@ export class Work {
       if (!this.current) this.on.idle('offline', t('offline'));
       return;
     }
-    this.merge(reply.assignments.filter((pair) => !this.answered.has(pair.assignment)), before === this.changes && !this.outbox.size);
-    if (before === this.changes && !this.outbox.size) this.progress = reply.progress; // else it is older than what was answered meanwhile
+    const exact = before === this.changes && !this.outbox.size; // else it may be older than an answer
+    this.merge(reply.assignments.filter((pair) => !this.answered.has(pair.assignment)), exact);
+    if (exact) this.progress = reply.progress;
     if (reply.practice_lost && !reply.progress.done) this.on.practiceLost();
     this.on.progress();
     this.shapes.prefetch(this.upcoming);
