@@ -12,6 +12,8 @@ from eg3d_rlhf.preferences.labels import Preference
 
 LEAST = 0.9  # share of the pairs that has to be answered, or skipped
 
+ASKED = {"show_render": False, "both_bad": True, "questions": (), "reveal": False}  # as label.py asks, unless told otherwise
+
 
 def command(url: str, campaign: str) -> str:
     """What people start to label."""
@@ -26,7 +28,7 @@ def make_campaign(url: str, name: str, network: Path, pairing: PairingOptions) -
     with open_store(url, create=True) as store:
         if store.campaign(name) is not None:
             return False
-        defaults = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | {"show_render": False}
+        defaults = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | ASKED
         request = launch.Request(name=name, network=str(network.resolve()), after=None, pairing=pairing, settings=defaults)
         store.create_campaign(*launch.plan_campaign(store, request, print))
         return True

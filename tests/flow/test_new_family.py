@@ -67,7 +67,7 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     model = f"--pipeline={root}"
     assert tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2").exit_code == 0
     early = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'NEW'}")
-    assert early.exit_code == 2 and "ranking.jsonl, line 1: expected a condition and a rank" in early.output
+    assert early.exit_code == 2 and "ranking.jsonl, line 1: expected a rank, got None" in early.output
     again = tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2")
     assert again.exit_code == 2 and "ranking.jsonl, maybe with ranks" in again.output
     path = tmp_path / "ASSETS" / "ranking.jsonl"
@@ -174,7 +174,7 @@ def test_the_flags_are_frozen():
     assert {name: " ".join(sorted(o for p in c.params for o in p.opts)) for name, c in commands.main.commands.items()} == {
         "conditions": "--device --images --out --pipeline", "export": "--out --pipeline --run --weights",
         "draw": "--conditions --device --dtype --each --out --pipeline --run --weights",
-        "ranking": "--limit --list --out --pipeline --scheme --seed",
+        "ranking": "--judged --limit --list --out --pipeline --scheme --seed",
     }
 
 

@@ -160,6 +160,7 @@ def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, said):
     refused(lambda data: glb_parts(obj.read_obj(data, path)), path.read_bytes(), said, 60)
 
 
+@pytest.mark.long
 def test_files_that_are_none_are_refused_by_name(tmp_path):
     folder = tmp_path / "assets" / "a"
     folder.mkdir(parents=True)

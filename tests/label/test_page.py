@@ -139,7 +139,8 @@ def test_the_picture_where_the_campaign_shows_it(tmp_path, serve, page):
         ShapeCache(tmp_path / "cache").put_render(one, png.getvalue())
     label = page(served.url).open()
     label.page.keyboard.press("r")
-    label.page.wait_for_function("() => [...document.images].every(image => image.complete && image.naturalWidth === 64)")
+    there = "[...document.querySelectorAll('.pane img')].every(image => image.complete && image.naturalWidth === 64)"
+    label.page.wait_for_function(f"() => {there}")
     label.drawn()
     picture = label.picture("right")
     assert np.abs(picture[picture.shape[0] // 2, picture.shape[1] // 2] - [200, 30, 30]).max() < 12

@@ -54,6 +54,7 @@ def test_without_questions_one_key_answers_and_nothing_more_is_shown(serve, page
     assert [(row.choice, row.votes, row.comment) for row in rows(served)] == [("left", {}, None)]
 
 
+@pytest.mark.long
 def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page):
     served = serve(plan(30), campaign={**QUIET, "both_bad": True})
     label = page(served.url).open()
@@ -105,6 +106,7 @@ def test_the_list_goes_back_a_page_at_a_time(serve, page):
     assert len(set(found)) == 45
 
 
+@pytest.mark.long
 def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
     served = serve(plan(6), campaign={**QUIET, "reveal": True})
     label = page(served.url).open()
@@ -132,7 +134,8 @@ def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
     assert [row.choice for row in counting(served)] == ["left", "right"]
 
 
-@pytest.mark.parametrize("size", [(360, 640), pytest.param((844, 390), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [(360, 640), (844, 390)])
 def test_everything_is_within_reach_of_a_thumb(serve, page, size):
     served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "texture", "prompt")})
     label = page(served.url, viewport=dict(zip(("width", "height"), size, strict=True)), has_touch=True, is_mobile=True).open()

@@ -108,7 +108,7 @@ def test_videos_in_step(tmp_path, serve, page):
     assert {"orbit", "play"} <= set(rows(served)[0].views)
 
 
-@pytest.mark.parametrize("context", [{}, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("context", [{}, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desktop", "phone"])
 def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
     text = "A teapot in the shape of an elephant, glazed in blue, with a trunk for a spout and two round ears for handles"
     png = io.BytesIO()

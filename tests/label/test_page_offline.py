@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import uvicorn
 
 from eg3d_rlhf.label.server.app import configure, create_app, listen
@@ -70,6 +71,7 @@ def test_a_reload_while_offline_keeps_the_pair_and_three_answers(serve, page):
     label.errors = [text for text in label.errors if "Failed to load resource" not in text]  # Chromium's notes of the time without a server
 
 
+@pytest.mark.long
 def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     served = serve(plan(12), exposed=True)
     tokens = {name: served.store.add_annotator(name) for name in ("ada", "bob")}

@@ -39,6 +39,7 @@ def test_a_double_click_answers_once_and_leaves_the_keys_to_nobody(serve, page):
     assert [row.choice for row in rows(served)] == ["left", "left", "right", "right"]
 
 
+@pytest.mark.long
 def test_two_answers_a_second_by_keys_are_all_taken(serve, page):
     served = serve(plan(16), campaign=QUIET)
     label = page(served.url).open()
@@ -53,6 +54,7 @@ def test_two_answers_a_second_by_keys_are_all_taken(serve, page):
     assert len(rows(served)) == 8, slow
 
 
+@pytest.mark.long
 def test_the_pace_is_told_once_it_is_known_and_outlives_a_reload(serve, page):
     served = serve(plan(20), campaign=QUIET)
     label = page(served.url).open()

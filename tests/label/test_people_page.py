@@ -1,11 +1,14 @@
 """Login links and withdrawn access in a real browser."""
 
+import pytest
+
 from eg3d_rlhf.label.links import login_link
 from tests.label.browser import needs_chromium, plan, rows
 
 pytestmark = needs_chromium
 
 
+@pytest.mark.long
 def test_a_link_logs_in_and_answers_survive_a_withdrawal(serve, page):
     served = serve(plan(8), campaign={"gold_every": 0}, exposed=True)
     token, other = served.store.add_annotator("ann"), served.store.add_annotator("bea")

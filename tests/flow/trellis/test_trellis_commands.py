@@ -20,7 +20,7 @@ from tests.flow.trellis.tiny_trellis import E, tokens
 
 FLAGS = {
     "calibrate": "--also --list --pipeline",
-    "ranking": "--also --conditions --device --limit --list --out --pipeline --scheme --seed --share --views",
+    "ranking": "--also --conditions --device --judged --limit --list --out --pipeline --scheme --seed --share --views",
     "dso": "--also --limit --out --pipeline --samples --seed --stands",
     "conditions": "--also --device --images --out --pipeline --texts",
     "draw": "--also --conditions --device --each --latent --out --pipeline --run --structure",
@@ -119,7 +119,7 @@ def test_draw_rank_import(pipeline, trellis_root, tmp_path):
     assert done.exit_code == 0 and "4 assets; write ranks into" in done.stdout, done.output
     assert read_conditions(tmp_path / "drawn").names == ("a lamp", "a tree")  # where `ranking` looks for them
     path = tmp_path / "drawn" / "ranking.jsonl"
-    with pytest.raises(ValueError, match="line 1: expected a condition, a rank"):
+    with pytest.raises(ValueError, match="line 1: expected a rank, got None"):
         read_ranking(path, pipeline)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     write_list(path.parent, [{**row, "rank": 2 - row["seed"]} for row in rows])
