@@ -51,7 +51,7 @@ zoo: $(STAMP)
 
 test: lint
 	@echo "== Fast tests on 2 processes"
-	OMP_NUM_THREADS=1 MKL_CBWR=AVX2 $(BIN)/python -m pytest -n 2 --dist=loadfile -m "not long and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -m "not long and not gpu" $(PYTEST_ARGS)
 
 test-long: $(STAMP)
 	@echo "== Slow tests"
