@@ -11,6 +11,7 @@ from eg3d_rlhf.label.assets.ply import read_splats, splat_parts
 from eg3d_rlhf.label.shape_files import compress
 from tests.label import asset_files
 from tests.label.browser import needs_chromium, plan
+from tests.label.test_page_assets import stays_over_fifty_pairs
 
 pytestmark = [needs_chromium, pytest.mark.long]
 QUIET = {"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0}
@@ -48,3 +49,8 @@ def test_the_first_pair_and_the_next(serve, page, kind):
     sizes = [round(len(kind(seed)) / 1e6, 1) for seed in (0, 1)]
     print(f"\n{kind.__name__}, {sizes} MB packed: ready {ready:.2f} s; next pair {', '.join(f'{one:.0f}' for one in nexts)} ms")
     assert ready < 20 and len(nexts) == 3 and sorted(nexts)[1] < 2000
+
+
+def test_memory_is_steady_over_fifty_large_pairs(serve, page):
+    served = serve(plan(56), lambda one: mesh(one.seed % 2), campaign=QUIET)
+    stays_over_fifty_pairs(page(served.url).open())

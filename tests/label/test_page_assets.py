@@ -138,7 +138,11 @@ def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
 @pytest.mark.long
 def test_memory_is_steady_over_fifty_pairs(serve, page):
     served = serve(plan(56), lambda one: textured(one.seed % 6, 512))
-    label = page(served.url).open()
+    stays_over_fifty_pairs(page(served.url).open())
+
+
+def stays_over_fifty_pairs(label: Page) -> None:
+    """What the page holds, after each ten of fifty pairs."""
     seen = []
     for place in range(50):
         label.ready(ahead=1)
