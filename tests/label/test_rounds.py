@@ -16,6 +16,8 @@ from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.label.commands import main as label_command
 from eg3d_rlhf.label.entities import Answer, Choice, Kind
 from eg3d_rlhf.label.rounds import answers, command
+from eg3d_rlhf.label.server.addresses import Addresses
+from eg3d_rlhf.label.server.identity import kept_secret
 from eg3d_rlhf.label.shape_files import ShapeCache
 from eg3d_rlhf.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels
@@ -116,8 +118,9 @@ def test_a_whole_round_on_labels_from_the_page(begun, shaped, page, repo, tmp_pa
     try:
         line = next(line for line in served.stdout if "label at" in line)
         label = page(re.search(r"http://127\.0\.0\.1:\d+", line).group()).open()
+        addresses = Addresses(kept_secret(tmp_path / "cache" / "server.key"), shapes)
         while label.state("state") != "finished":
-            left, right = (shapes[label.state(f"pair.{side}")] for side in ("left", "right"))
+            left, right = (shapes[addresses.asset(label.state(f"pair.{side}"))] for side in ("left", "right"))
             if left.seed == right.seed:  # one of the two was damaged on purpose
                 key = "ArrowRight" if left.degradation else "ArrowLeft"
             else:
