@@ -14,7 +14,6 @@ from benchmarks.rows import Case, Outcome, Row, Target
 from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf import experiment
 from eg3d_rlhf.attribution.landmarks import head_landmarks, landmark_partition
-from eg3d_rlhf.attribution.scoring import fast_score
 from eg3d_rlhf.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.reward.reward import load_reward
@@ -87,7 +86,7 @@ def coalitions(device: str, tiny: bool) -> Case:
 
     Reference: captum's ShapleyValueSampling with a feature mask along one order of the regions. It masks the whole slab for each coalition
     and calls the reward's own `score`, one slab at a time; before that, captum walks through the mask voxel by voxel in Python. Fast:
-    `CoalitionValues` on the same coalitions with the fused reward. Both evaluate the original slab and one more for each region, so the
+    `CoalitionValues` on the same coalitions. Both evaluate the original slab and one more for each region, so the
     ratio is that of one evaluation among the 4096 that exact values of 12 regions take; captum's own exact ShapleyValues would walk through
     all 12! orders.
     """
@@ -101,7 +100,6 @@ def coalitions(device: str, tiny: bool) -> Case:
     coarse = torch.rand([2, 1, 9, 9, 9], generator=torch.Generator().manual_seed(0)) * 100  # two smooth random slabs [1, D, H, W]
     original, tuned = F.interpolate(coarse, size=spec.shape, mode="trilinear", align_corners=True).to(device)
     order = np.random.default_rng(0).permutation(regions)
-    score = fast_score(reward)
 
     def reference() -> Outcome:
         method = ShapleyValueSampling(reward.score)
@@ -113,7 +111,7 @@ def coalitions(device: str, tiny: bool) -> Case:
         return Outcome({"marginal contributions": values.float()})
 
     def fast() -> Outcome:
-        values = CoalitionValues(score, original, tuned, labels, regions, 2)  # slabs that are mixed at once
+        values = CoalitionValues(reward.score, original, tuned, labels, regions, 2)  # slabs that are mixed at once
         return Outcome({"marginal contributions": torch.from_numpy(marginals(values, order[None])[0]).float()})
 
     return Case(fast=fast, reference=reference)

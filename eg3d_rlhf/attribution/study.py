@@ -14,7 +14,6 @@ import torch
 from eg3d_rlhf.attribution import cross_checks
 from eg3d_rlhf.attribution.landmarks import back_project, fitted_landmarks, head_partition, landmark_partition, read_landmarks
 from eg3d_rlhf.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks, region_shape
-from eg3d_rlhf.attribution.scoring import fast_score
 from eg3d_rlhf.attribution.shapley import METHODS, Attribution, CoalitionValues, Score, check_gap, shapley
 from eg3d_rlhf.cli import naming
 from eg3d_rlhf.evaluation.comparison import Comparison
@@ -91,8 +90,8 @@ class Study:
 
     @cached_property
     def score(self) -> Score:
-        """The reward without gradients, as fast as this machine computes it."""
-        return fast_score(self.c.reward.network)
+        """The reward of what it reads."""
+        return self.c.reward.network.score
 
     @cached_property
     def slabs(self) -> dict[str, torch.Tensor]:
@@ -215,6 +214,6 @@ class Study:
 
     def redrawn(self, draw: int) -> np.ndarray:
         """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
-        score = fast_score(cross_checks.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1))
+        score = cross_checks.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
         count = min(self.settings.checked, len(self.seeds))
         return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

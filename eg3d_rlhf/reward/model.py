@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.preferences.losses import LossWeights
+from eg3d_rlhf.reward import fused
 from eg3d_rlhf.reward.networks import Preset, RewardNetwork, register
+from eg3d_rlhf.reward.pooling import grid_feature, slice_max_feature
 from eg3d_rlhf.reward.unet3d import UNet3d
 from eg3d_rlhf.shapes import check_shape
 
@@ -95,38 +97,6 @@ HEADS = RewardArch(
 )
 
 
-def slice_windows(slices: int, bins: int) -> torch.Tensor:
-    """Index table [bins, K] int64 of the slices that each bin of an adaptive pool covers, the last one repeated to fill K.
-
-    Bin i covers floor(i * D / bins) ... ceil((i + 1) * D / bins) - 1.
-    """
-    i = torch.arange(bins)
-    first = i * slices // bins
-    last = ((i + 1) * slices + bins - 1) // bins - 1
-    width = int((last - first).max()) + 1
-    return torch.minimum(first[:, None] + torch.arange(width), last[:, None])
-
-
-def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """The paper's global feature: the profile of slices along z, stretched to `bins` values, [N, C, D, H, W] -> [N, bins].
-
-    Equals AdaptiveMaxPool3d((bins, 1, 1)) of the channel maximum, gradients included: an entry that straddles two slices takes the
-    larger and passes its gradient there. At 129 slices it holds at most 129 distinct values, so no pool of 8192 cells is run.
-    """
-    profile = x.max(dim=1).values.flatten(2).max(dim=2).values  # [N, D], the largest response per depth slice
-    windows = slice_windows(profile.shape[1], bins).to(x.device)  # [bins, K]
-    return profile[:, windows].max(dim=2).values
-
-
-def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
-    """Mean and maximum of every channel in every cell of a coarse z, y, x grid: [N, C, D, H, W] -> [N, 2 * C * cells].
-
-    Differentiable in: x. Keeps where along y and x a response lies, which the slice profile forgets.
-    """
-    means = F.adaptive_avg_pool3d(x, cells)
-    return torch.cat([means.flatten(1), F.adaptive_max_pool3d(x, cells).flatten(1)], dim=1)
-
-
 class StridedConv3d(nn.Module):
     """Two input channels (standardised slab, standardised |slab - mirrored slab|), three convolutions of stride 2, flattened.
 
@@ -162,8 +132,7 @@ class StridedConv3d(nn.Module):
             getattr(self, f"{name}_mean").copy_(values.mean(dim=0))
             getattr(self, f"{name}_scale").copy_(scale.clamp_min(_FLOOR * float(scale.mean()) + 1e-6))
 
-    def _features(self, slab: torch.Tensor) -> torch.Tensor:
-        difference = (slab - slab.flip(-1)).abs()
+    def _features(self, slab: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         channels = [(slab - self.slab_mean) / self.slab_scale, (difference - self.difference_mean) / self.difference_scale]
         x = torch.cat(channels, dim=1)  # [N, 2, D, H, W]
         for layer in (self.first, self.second, self.third):
@@ -176,9 +145,12 @@ class StridedConv3d(nn.Module):
         if tuple(slab.shape[2:]) != expected:
             got = list(slab.shape[2:])
             raise ValueError(f"StridedConv3d: expected slabs of {list(expected)} voxels, got {got}. Use the reward's own SlabSpec.")
+        mirrored = slab.flip(-1)
+        difference = (slab - mirrored).abs()  # its mirror image is itself
         if self.training:
-            return self._features(slab)
-        return 0.5 * (self._features(slab) + self._features(slab.flip(-1)))
+            return self._features(slab, difference)
+        both = self._features(torch.cat([slab, mirrored]), torch.cat([difference, difference]))
+        return 0.5 * (both[: len(slab)] + both[len(slab) :])
 
 
 class RewardModel(RewardNetwork):
@@ -215,22 +187,30 @@ class RewardModel(RewardNetwork):
 
     def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Final maps of the U-Net [N, C, D/p, H/p, W/p], and the features pooled from them and the coarsest ones."""
+        arch, (final, bottleneck) = self.arch, self.Conv3DModule(self._patches(slab))
+        response = final[:, arch.recon_channels :]
+        if arch.pooling == "slice_max":
+            return final, slice_max_feature(response, arch.pool_size)
+        return final, torch.cat([grid_feature(response, arch.final_cells), grid_feature(bottleneck, arch.bottleneck_cells)], dim=1)
+
+    def _patches(self, slab: torch.Tensor) -> torch.Tensor:
+        """What the U-Net reads, [N, p^3, D/p, H/p, W/p]."""
         arch = self.arch
         if min(slab.shape[2:]) < arch.smallest_side:
             raise ValueError(
                 f"RewardModel(slab): expected sides of at least {arch.smallest_side} voxels, got {list(slab.shape[2:])}. "
                 "Raise the slab's resolution or use fewer feature_maps."
             )
-        final, bottleneck = self.Conv3DModule(to_patches(slab * arch.input_scale if arch.input_scale != 1 else slab, arch.patch))
-        response = final[:, arch.recon_channels :]
-        if arch.pooling == "slice_max":
-            return final, slice_max_feature(response, arch.pool_size)
-        return final, torch.cat([grid_feature(response, arch.final_cells), grid_feature(bottleneck, arch.bottleneck_cells)], dim=1)
+        return to_patches(slab * arch.input_scale if arch.input_scale != 1 else slab, arch.patch)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
         """Global feature vector before the trunk: slab [N, 1, D, H, W] in [0, 100] -> [N, arch.feature_size]."""
         check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
-        return self.extractor(observed) if self.arch.extractor == "strided" else self._pooled(observed)[1]
+        if self.arch.extractor == "strided":
+            return self.extractor(observed)
+        if fused.applies(self, observed):
+            return fused.features(self, self._patches(observed))
+        return self._pooled(observed)[1]
 
     def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `RewardNetwork`: slab [N, 1, D, H, W] -> features, reconstruction [N, 1, D, H, W]."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.observations import SigmaSlab
 from eg3d_rlhf.reward import model as networks_of_slabs
-from eg3d_rlhf.reward.model import RewardArch, RewardModel, slice_max_feature, slice_windows
+from eg3d_rlhf.reward.model import RewardArch, RewardModel
+from eg3d_rlhf.reward.pooling import slice_max_feature, slice_windows
 from eg3d_rlhf.reward.reward import Reward, check_state, load_reward
 from eg3d_rlhf.sigma.spec import SlabSpec
 
@@ -142,7 +143,8 @@ def test_bad_architectures_are_explained():
 def test_round_trip_keeps_scores_slab_and_meta(tmp_path, model):
     known = {"psi": 1.0, "generator": "ab", "test_accuracy": {"n": 3}}
     loaded = load_reward(Reward(SigmaSlab(SPEC), model, known).save(tmp_path / "r.safetensors"))
-    assert torch.equal(loaded.score_observed(slabs(2)), model.score(slabs(2)))
+    with torch.no_grad():
+        assert torch.equal(loaded.score_observed(slabs(2)), model.score(slabs(2)))
     assert (loaded.observation, loaded.provenance) == (SigmaSlab(SPEC), known)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.safetensors"]

@@ -5,7 +5,19 @@ import torch
 import torch.nn.functional as F
 
 from tests.torch_utils.compilers import needs_cpp
-from torch_utils.ops.volume_block import volume_conv, volume_gate, volume_profile, volume_up
+from torch_utils.ops.volume_block import (
+    transformed_kernel,
+    transposed_kernel,
+    turned,
+    volume_conv,
+    volume_conv_gradient,
+    volume_gate,
+    volume_gate_gradient,
+    volume_join,
+    volume_profile,
+    volume_up,
+    volume_up_gradient,
+)
 
 IMPLS = ["torch", pytest.param("compiled", marks=needs_cpp)]
 
@@ -73,8 +85,85 @@ def test_gate_and_profile(impl, shape):
     torch.testing.assert_close(memory, truth, atol=2e-6, rtol=2e-6)
     final_w, final_b = randn(3, 8, seed=4), randn(3, seed=5)
     response = F.conv3d(truth, final_w[..., None, None, None], final_b)
-    profile = volume_profile(h, channel, w, b, final_w, final_b, impl=impl)
+    profile, places = volume_profile(h, channel, w, b, final_w, final_b, impl=impl)
     torch.testing.assert_close(profile, response.amax(dim=(1, 3, 4)), atol=1e-5, rtol=1e-5)
+    at_places = response.amax(dim=1).flatten(2).gather(2, places[..., None])[..., 0]
+    torch.testing.assert_close(at_places, profile, atol=1e-5, rtol=1e-5)
+
+
+def spread(values):
+    return values[..., None, None, None]
+
+
+@needs_cpp
+@pytest.mark.parametrize("size", [(1, 8, 8, 5, 9, 33), (2, 16, 8, 9, 14, 64), (1, 8, 16, 6, 11, 16), (2, 8, 8, 1, 3, 5)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradient_of_conv(size, mixed):
+    n, c, o, *shape = size
+    w, g, h = randn(o, c, 3, 3, 3, seed=1) / 10, randn(n, o, *shape, seed=2), randn(n, o, *shape, seed=3)
+    factors, other = randn(n, o, 3, seed=4), randn(n, 1 if mixed else c, *shape, seed=5)
+    mix = randn(c, 2, seed=6) if mixed else None
+    arrived = torch.where(h > 0, spread(factors[..., 0]) * g + spread(factors[..., 1]) * h + spread(factors[..., 2]), 0).double()
+    x = torch.zeros(n, c, *shape, dtype=torch.float64, requires_grad=True)
+    (truth,) = torch.autograd.grad(F.conv3d(x, w.double(), padding=1), x, arrived)
+    y, sums = volume_conv_gradient(g, h, factors, transformed_kernel(turned(w)), other, mix)
+    torch.testing.assert_close(y.double(), truth, atol=2e-5, rtol=1e-5)
+    with_ = other.double() if mix is None else other.double() * spread(mix[:, 0]) + spread(mix[:, 1])
+    expected = torch.stack([t.sum(dim=(2, 3, 4)) for t in (truth, truth * with_)], dim=2)
+    torch.testing.assert_close(sums, expected, atol=1e-2, rtol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(4, 6, 8), (5, 7, 9), (2, 3, 37), (1, 1, 4)])
+@pytest.mark.parametrize("given", ["whole", "pooled", "both"])
+def test_gradient_of_gate(shape, given):
+    h, channel = (randn(2, 8, *shape).abs() + 0.01).requires_grad_(), torch.sigmoid(randn(2, 8, seed=1)).requires_grad_()
+    w, b = randn(8, seed=2), randn(1, seed=3)
+    y, _ = volume_gate(h, channel, w, b, impl="torch")
+    whole = randn(*y.shape, seed=4) if given != "pooled" else None
+    small = [s // 2 for s in shape]
+    pooled = randn(2, 8, *small, seed=5) if given != "whole" else None
+    total = torch.zeros([], dtype=torch.float64)
+    if whole is not None:
+        total = total + (y * whole).sum()
+    if pooled is not None and min(small) > 0:
+        total = total + (F.max_pool3d(y, 2) * pooled).sum()
+    truth = torch.autograd.grad(total, [h, channel]) if total.requires_grad else [torch.zeros_like(h), torch.zeros_like(channel)]
+    found = volume_gate_gradient(h.detach(), channel.detach(), w, b, whole, pooled)
+    torch.testing.assert_close(found[0], truth[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1].float(), truth[1], atol=1e-4, rtol=1e-5)
+
+
+@needs_cpp
+def test_a_tied_maximum_gives_its_gradient_to_the_first_voxel():
+    h, one = torch.ones(1, 8, 2, 4, 6), torch.ones(1, 8)
+    found, _ = volume_gate_gradient(h, one, torch.zeros(8), torch.zeros(1), None, torch.ones(1, 8, 1, 2, 3))
+    expected = torch.zeros_like(h)
+    expected[:, :, 0, ::2, ::2] = 1
+    assert torch.equal(found, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("mixed", [False, True])
+def test_join(mixed):
+    g, h, inner = (randn(2, 8, 3, 5, 7, seed=s) for s in (1, 2, 3))
+    r, factors, mix = randn(2, 1 if mixed else 8, 3, 5, 7, seed=4), randn(2, 8, 4, seed=5), randn(8, 2, seed=6) if mixed else None
+    from_ = r if mix is None else r * spread(mix[:, 0]) + spread(mix[:, 1])
+    f = [spread(factors[..., k]) for k in range(4)]
+    truth = torch.where(h > 0, g + f[0], 0) + f[1] * inner + f[2] * from_ + f[3]
+    truth = truth if mix is None else (truth * spread(mix[:, 0])).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(volume_join(g, h, inner, r, factors, mix), truth, atol=1e-5, rtol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(8, 8, 8), (9, 17, 16), (33, 20, 35), (4, 5, 4)])
+def test_gradient_of_up(shape):
+    w, grad = randn(16, 8, 3, 3, 3, seed=2) / 10, randn(2, 8, *shape, seed=3)
+    x = torch.zeros(2, 16, *(n // 2 for n in shape), dtype=torch.float64, requires_grad=True)
+    fine = F.conv_transpose3d(x, w.double(), stride=2, padding=1)
+    (truth,) = torch.autograd.grad(F.interpolate(fine, size=shape, mode="nearest"), x, grad.double())
+    found = volume_up_gradient(grad, transposed_kernel(w.transpose(0, 1)), tuple(x.shape[2:]))
+    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=1e-5)
 
 
 @needs_cpp

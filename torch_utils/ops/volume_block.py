@@ -1,4 +1,4 @@
-"""Parts of a residual squeeze-and-excitation block on volumes, without gradients: for scoring many slabs with one network on a CPU.
+"""Parts of a residual squeeze-and-excitation block on volumes, and their gradients to what they read: for a frozen network on a CPU.
 
     conv     y = [relu](conv3x3x3(scale * x + shift, zeros outside) [+ residual]), with each channel's sum and sum of squares
     up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the skip's size by its nearest neighbour,
@@ -6,12 +6,18 @@
     gate     y = h * max(channel gate, sigmoid(w . h + b)) for h >= 0
     profile  largest response per depth slice of a 1x1x1 convolution after `gate`
 
-The sums make the next group normalisation a scale and a shift per channel, so that no pass over the volume is its own. The convolution is
+The sums make the next group normalisation a scale and a shift per channel, so that no pass over the volume is its own. Its gradient is
+a factor of the gradient that arrives, one of the volume and an offset, once the sums of both products are known; these come out of the
+gradient's own convolution, and the pass that reads them next applies them with the ReLU's mask (`volume_conv_gradient`).
+
+The convolution is
 direct along z and x and Winograd's F(4, 3) along y (Lavin & Gray 2016): half the definition's products. Largest deviation from torch's
 convolution, relative to the largest value: 1e-6 (8 and 16 channels).
 
 Shapes: N batch, C input and O output channels, D, H, W.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +29,11 @@ _LEAST_WIDTH = 4
 define("volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu, Tensor(a!) y) -> Tensor")
 define("volume_up(Tensor skip, Tensor x, Tensor w, Tensor(a!) y) -> Tensor")
 define("volume_gate(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor(a!) y, bool pool) -> Tensor")
-define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> Tensor")
+define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor final_w, Tensor final_b) -> (Tensor, Tensor)")
+define("volume_conv_gradient(Tensor g, Tensor h, Tensor factors, Tensor u, Tensor other, Tensor? mix, Tensor(a!) y) -> Tensor")
+define("volume_gate_gradient(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor? whole, Tensor? pooled, Tensor(a!) y) -> Tensor")
+define("volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, Tensor? mix, Tensor(a!) y) -> ()")
+define("volume_up_gradient(Tensor grad, Tensor u, Tensor(a!) y) -> ()")
 # F(4, 3): transformed taps of the kernel along y
 _TAPS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
 
@@ -132,10 +142,67 @@ def volume_gate(
 def volume_profile(
     h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, final_w: torch.Tensor, final_b: torch.Tensor,
     impl: str = "auto",
-) -> torch.Tensor:
-    """[N, D]: largest of final_w [R, C] . gated h + final_b [R] over responses, rows and columns of each slice; see `volume_gate`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest of final_w [R, C] . gated h + final_b [R] over responses, rows and columns of each slice, [N, D], and where, y W + x.
+
+    See `volume_gate`.
+    """
     if _compiled(impl, h, channel, w, b, final_w, final_b):
         given = (h, channel, w, b, final_w, final_b)
         return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in given))
     response = torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w) + final_b[:, None, None, None]
-    return response.amax(dim=(1, 3, 4))
+    return response.amax(dim=1).flatten(2).max(dim=2)
+
+
+def volume_conv_gradient(
+    g: torch.Tensor, h: torch.Tensor, factors: torch.Tensor, u: torch.Tensor, other: torch.Tensor, mix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a normalised convolution's input, from (f0 g + f1 h + f2 where h > 0) of its result h, with sums for its own.
+
+    Args: g, h [N, O, D, H, W]; factors [N, O, 3]; u: `transformed_kernel(turned(w))`; other: the input [N, C, D, H, W], or, with mix
+    [C, 2], one channel of which each is a factor and an offset.
+    Returns: y [N, C, D, H, W] and the sums [N, C, 2] float64 of y and y * other.
+    """
+    y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
+    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, other, mix, y)
+
+
+def volume_gate_gradient(
+    h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, whole: torch.Tensor | None, pooled: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `volume_gate` to h, [N, C, D, H, W], and to channel, [N, C] float64; `whole`, `pooled`: of its two results, None for 0.
+
+    A maximum's gradient goes to the first voxel that attains it. Where h is 0 the gradient is not defined: the ReLU before it drops it.
+    """
+    whole, pooled = (None if t is None else t.contiguous() for t in (whole, pooled))
+    y = torch.empty_like(h)
+    return y, torch.ops.eg3d_rlhf.volume_gate_gradient(h, channel.contiguous(), w.contiguous(), b, whole, pooled, y)
+
+
+def volume_join(
+    g: torch.Tensor, h: torch.Tensor, inner: torch.Tensor, r: torch.Tensor, factors: torch.Tensor, mix: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of a block's residual r: (g + f0 where h > 0) + f1 inner + f2 r + f3, factors [N, C, 4]; in the memory of g.
+
+    With mix [C, 2] the channels of r are a factor and an offset of the one that is given, and the result, in new memory, is that one's.
+    """
+    y = g if mix is None else torch.empty_like(r)
+    torch.ops.eg3d_rlhf.volume_join(g, h, inner, r, factors.contiguous(), mix, y)
+    return y
+
+
+def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The gradient of `volume_up` to x [N, C, *size] from one of its result [N, O, D, H, W]; u: `transposed_kernel(w.transpose(0, 1))`."""
+    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])
+    torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)
+    return y
+
+
+def turned(w: torch.Tensor) -> torch.Tensor:
+    """Kernels [O, C, 3, 3, 3] with which a convolution's gradient is one, [C, O, 3, 3, 3]."""
+    return w.transpose(0, 1).flip(2, 3, 4)
+
+
+def differentiable() -> bool:
+    """Whether the gradients can be had here: they are compiled or not at all."""
+    return all(choose("volume_block", "auto", op, "cpu") == "compiled" for op in ("volume_block", "volume_block_gradients"))

@@ -1,0 +1,309 @@
+"""A frozen U-Net's features, and their gradient to the slab, through fused ops on a CPU: equal to the network's own up to rounding.
+
+Group normalisation is a scale and a shift per sample and channel once the sums are known, and these come out of the pass before: every
+volume is written once and read once. The backward pass is written out (`torch_utils.ops.volume_block`): a block keeps what it reads, what
+lies between its convolutions and what its gates read, and no normalised, activated or gated volume.
+
+Letters: N slabs, C channels, G groups, M features, D, H, W = z, y, x.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.reward.pooling import grid_feature, slice_windows
+from eg3d_rlhf.reward.unet3d import ResidualBlock
+from torch_utils.ops import volume_block as ops
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.reward.model import RewardModel
+
+Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (final responses [N, R, D, H, W], coarsest maps) -> features [N, M]
+_LANES = 8  # channels that the ops take at a time
+_VOXELS = 1 << 21  # of slabs that are read at once without gradients; more only take memory
+_kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]]" = WeakKeyDictionary()
+
+
+def applies(model: "RewardModel", slab: torch.Tensor) -> bool:
+    """Whether the fused ops cover this network and slab: a CPU, float32, no gradient to the weights, whole lanes of channels."""
+    if slab.device.type != "cpu" or slab.dtype != torch.float32 or any(c % _LANES for c in model.arch.feature_maps):
+        return False
+    weights = next(model.parameters())
+    if weights.dtype != torch.float32 or (torch.is_grad_enabled() and any(p.requires_grad for p in model.Conv3DModule.parameters())):
+        return False
+    return ops.differentiable()
+
+
+def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
+    """Features [N, M] of slabs [N, C, D, H, W], cut into patches. Differentiable in the slab, once."""
+    if torch.is_grad_enabled() and slab.requires_grad:
+        return _Features.apply(slab, model)
+    at_once = max(1, _VOXELS // slab[0, 0].numel())
+    return torch.cat([_Pass(model, kept=False).features(part) for part in slab.split(at_once)])
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, slab, model):
+        ctx.run = _Pass(model, kept=True)
+        return ctx.run.features(slab.detach())
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError('reward: expected one derivative, got create_graph=True. Use implementation("torch") for a second one.')
+        return ctx.run.gradient(grad), None
+
+
+@dataclass
+class _Block:
+    """What a residual block computed."""
+
+    module: Any  # the ResidualBlock, whose parts torch types as tensors or modules
+    r: torch.Tensor  # [N, C, D, H, W], or the one channel of which it is made
+    mix: torch.Tensor | None  # [C, 2], the factor and offset of each
+    first: torch.Tensor  # sums [N, C, 2] of r and r^2
+    inner: torch.Tensor  # between the convolutions
+    second: torch.Tensor  # its sums
+    h: torch.Tensor  # before the gates
+    squeezed: torch.Tensor  # [N, C], means of h
+    gate: torch.Tensor  # [N, C]
+
+    def spatial(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [C] and bias [1] of the gate of voxels."""
+        layer = self.module.se_module.sSE.conv
+        return layer.weight.detach().flatten(), layer.bias.detach()
+
+
+class _Pass:
+    """One forward pass, and, where its volumes are kept, its backward pass."""
+
+    def __init__(self, model: "RewardModel", kept: bool):
+        self.arch, self.net, self.kept = model.arch, model.Conv3DModule, kept
+        self.down: list[_Block] = []
+        self.up: list[_Block] = []
+        self.memory: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def features(self, slab: torch.Tensor) -> torch.Tensor:
+        """[N, M]."""
+        x, skips, net = slab, [], self.net
+        for level, encoder in enumerate(net.encoders):
+            block = self._encode(encoder.basic_module, x)
+            whole, pooled = self._gated(block, pool=level + 1 < len(net.encoders))
+            skips.append(whole)
+            self.down.append(block)
+            x = whole if pooled is None else pooled
+        bottleneck, last = skips.pop(), None
+        for decoder in net.decoders:
+            convolution, skip = _upsampling(decoder), skips.pop()
+            x = bottleneck if last is None else self._gated(last)[0]
+            kernel = _kernel(convolution, "up", ops.transposed_kernel)
+            r, sums = ops.volume_up(skip, x, convolution.weight, kernel, out=skip)
+            last = self._block(decoder.basic_module, r, sums)
+            self.up.append(last)
+        return self._pooled(bottleneck)
+
+    def _encode(self, module: Any, x: torch.Tensor) -> _Block:
+        if x.shape[1] > 1 or isinstance(module.conv1, nn.Identity):
+            r = module.conv1(x).contiguous()  # the weights may lie channels-last
+            return self._block(module, r, _sums(*_moments(r), r[0, 0].numel()))
+        # conv1 reads one channel, r_c = w_c x + b_c, so its normalisation is an affine function of x as well
+        w, b = module.conv1.weight.reshape(1, -1).double(), module.conv1.bias[None].double()
+        mean, variance = _moments(x)  # [N, 1]
+        sums = _sums(mean * w + b, variance * w.square(), x[0, 0].numel())
+        return self._block(module, x, sums, torch.cat([w, b]).T.float().contiguous(), mean, variance)
+
+    def _block(
+        self, module: Any, r: torch.Tensor, sums: torch.Tensor, mix: torch.Tensor | None = None, *moments: torch.Tensor
+    ) -> _Block:
+        channels, voxels = sums.shape[1], r[0, 0].numel()
+        scale, shift = group_affine(module.conv2.groupnorm, sums, voxels)
+        room = self._memory("inner", r, channels)
+        if mix is None:
+            kernel = _kernel(module.conv2.conv, "conv", ops.transformed_kernel)
+            inner, second = ops.volume_conv(r, scale, shift, module.conv2.conv.weight, kernel, relu=True, out=room)
+        else:
+            inner, second = ops.volume_conv(r, *_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=room)
+        scale, shift = group_affine(module.conv3.groupnorm, second, voxels)
+        kernel = _kernel(module.conv3.conv, "conv", ops.transformed_kernel)
+        room = None if self.kept else r if mix is None else self._memory("outer", r, channels)
+        h, third = ops.volume_conv(
+            inner, scale, shift, module.conv3.conv.weight, kernel, residual=r, mix=mix, relu=True, out=room
+        )
+        squeezed = (third[..., 0] / voxels).float()
+        return _Block(module, r, mix, sums, inner, second, h, squeezed, _channel_gate(module, squeezed))
+
+    def _memory(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
+        """Without a backward pass, memory that is used again: the system takes as long to hand out new pages as a pass over them."""
+        if self.kept:
+            return None
+        shape = (len(like), channels, *like.shape[2:])
+        size = len(like) * channels * like[0, 0].numel()
+        if role not in self.memory or self.memory[role].numel() < size:
+            self.memory[role] = like.new_empty(size)
+        return self.memory[role][:size].view(shape)
+
+    def _gated(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return ops.volume_gate(block.h, block.gate, *block.spatial(), out=None if self.kept else block.h, pool=pool)
+
+    def _pooled(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """The features; what `gradient` needs of them is a small graph of torch's own, from leaves."""
+        arch, last, final = self.arch, self.up[-1], self.net.final_conv
+        assert final.bias is not None
+        weight, bias = final.weight.detach()[arch.recon_channels :, :, 0, 0, 0], final.bias.detach()[arch.recon_channels :]
+        with torch.set_grad_enabled(self.kept):
+            if arch.pooling == "slice_max":
+                _, places = ops.volume_profile(last.h, last.gate, *last.spatial(), weight, bias)
+                first = torch.arange(places.shape[1]) * last.h[0, 0, 0].numel()
+                self.places = (places + first)[:, None].expand(-1, last.h.shape[1], -1)  # [N, C, D]
+                self.leaves = [last.h.flatten(2).gather(2, self.places), last.gate]
+                values, gate = (t.requires_grad_(self.kept) for t in self.leaves)
+                w, b = last.spatial()
+                gated = values * torch.maximum(gate[..., None], torch.sigmoid(torch.einsum("ncd,c->nd", values, w) + b)[:, None])
+                profile = (torch.einsum("ncd,rc->nrd", gated, weight) + bias[:, None]).amax(dim=1)
+                self.result = profile[:, slice_windows(profile.shape[1], arch.pool_size)].amax(dim=2)
+            else:
+                self.leaves = [t.requires_grad_(self.kept) for t in (self._gated(last)[0], bottleneck)]
+                whole, coarse = self.leaves
+                response = F.conv3d(whole, weight[..., None, None, None], bias)
+                self.result = torch.cat([grid_feature(response, arch.final_cells), grid_feature(coarse, arch.bottleneck_cells)], dim=1)
+        return self.result.detach()
+
+    @torch.no_grad()
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient to the slab, from one of the features [N, M]."""
+        first, second = torch.autograd.grad(self.result, self.leaves, grad, retain_graph=True)
+        block, skips, bottleneck = self.up[-1], [], None
+        if self.arch.pooling == "slice_max":
+            arrived, gate = torch.zeros_like(block.h), second.double()
+            arrived.flatten(2).scatter_(2, self.places, first)
+            passed = self._through(block, arrived, gate)
+        else:
+            passed, bottleneck = self._through(block, *_ungated(block, first, None)), second
+        for k in reversed(range(len(self.up))):
+            skips.append(passed)
+            below = self.up[k - 1] if k else self.down[-1]
+            kernel = _kernel(_upsampling(self.net.decoders[k]), "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
+            whole = ops.volume_up_gradient(passed, kernel, below.h.shape[2:])
+            if k:
+                passed = self._through(below, *_ungated(below, whole, None))
+        whole = whole if bottleneck is None else whole + bottleneck
+        pooled = None
+        for level in reversed(range(len(self.down))):
+            block = self.down[level]
+            passed = self._through(block, *_ungated(block, whole, pooled))
+            if block.mix is None and not isinstance(block.module.conv1, nn.Identity):
+                weight = block.module.conv1.weight.flatten(1)  # [O, C]
+                passed = (weight.T @ passed.flatten(2)).unflatten(2, passed.shape[2:])
+            if level:
+                whole, pooled = skips.pop(), passed
+        return passed
+
+    def _through(self, block: _Block, arrived: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """The gradient to a block's residual, or to the one channel that it is made of, from those to h and to the channels' gate."""
+        module, voxels = block.module, block.h[0, 0].numel()
+        squeezed = block.squeezed.clone().requires_grad_()
+        with torch.enable_grad():
+            (mean,) = torch.autograd.grad(_channel_gate(module, squeezed), squeezed, gate.float())
+        mean = mean[..., None].double() / voxels
+        factors = torch.cat([torch.ones_like(mean), torch.zeros_like(mean), mean], dim=2).float()
+        outer, inner = (_kernel(c, "gradient", _turned_kernel) for c in (module.conv3.conv, module.conv2.conv))
+        g, sums = ops.volume_conv_gradient(arrived, block.h, factors, outer, block.inner)
+        factors = group_gradient(module.conv3.groupnorm, block.second, sums, voxels).float()
+        g, sums = ops.volume_conv_gradient(g, block.inner, factors, inner, block.r, block.mix)
+        factors = torch.cat([mean, group_gradient(module.conv2.groupnorm, block.first, sums, voxels)], dim=2).float()
+        return ops.volume_join(arrived, block.h, g, block.r, factors, block.mix)
+
+
+def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
+    return decoder.upsampling.upsample.conv_transposed
+
+
+def _turned_kernel(w: torch.Tensor) -> torch.Tensor:
+    return ops.transformed_kernel(ops.turned(w))
+
+
+def _ungated(block: _Block, whole: torch.Tensor | None, pooled: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), whole, pooled)
+
+
+def _channel_gate(module: ResidualBlock, squeezed: torch.Tensor) -> torch.Tensor:
+    gate = module.se_module.cSE
+    return torch.sigmoid(gate["fc2"](F.relu(gate["fc1"](squeezed))))
+
+
+def _of_one_channel(
+    module: Any, mix: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale, shift [N, 2] and kernels [N, O, 2, 3, 3, 3] of conv2 where its C inputs are made of one.
+
+    The convolution of C such channels is one of two: the standardised slab, and ones, which feel the zeros outside.
+    """
+    w, b = mix.double().T[:, None]  # [1, C]
+    deviation = variance.sqrt().clamp_min(1e-12)
+    factors = torch.stack([scale * w * deviation, scale * (w * mean + b) + shift], dim=2)  # [N, C, 2]
+    kernel = torch.einsum("oczyx,nck->nokzyx", module.conv2.conv.weight.double(), factors).float()
+    inverse = 1 / deviation
+    scale = torch.cat([inverse, torch.zeros_like(inverse)], dim=1).float()
+    return scale, torch.cat([-mean * inverse, torch.ones_like(inverse)], dim=1).float(), kernel
+
+
+def _kernel(layer: nn.Module, role: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A layer's weights as an op reads them, kept until they change."""
+    weight: Any = layer.weight
+    known, state = _kernels.setdefault(layer, {}), (weight.data_ptr(), weight._version)
+    if role not in known or known[role][:2] != state:
+        known[role] = (*state, make(weight.detach()))
+    return known[role][2]
+
+
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance [N, C] float64 over the volume."""
+    flat = x.flatten(2)
+    mean = flat.mean(dim=2, keepdim=True)
+    centred = flat - mean
+    return mean[..., 0].double(), torch.einsum("ncv,ncv->nc", centred, centred).double() / flat.shape[2]
+
+
+def _sums(mean: torch.Tensor, variance: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Sums [N, C, 2] of values and squares."""
+    return torch.stack([mean, variance + mean.square()], dim=2) * voxels
+
+
+def _statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and inverse deviation [N, C] of each channel's group."""
+    each = sums.shape[1] // norm.num_groups
+    grouped = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxels * each)  # [N, G, 2]
+    mean = grouped[..., 0]
+    inverse = (grouped[..., 1] - mean.square()).clamp_min(0).add(norm.eps).rsqrt()
+    return mean.repeat_interleave(each, dim=1), inverse.repeat_interleave(each, dim=1)
+
+
+def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group normalisation as scale and shift [N, C] from sums [N, C, 2] float64 of values and squares over `voxels` per channel."""
+    mean, inverse = _statistics(norm, sums, voxels)
+    scale = norm.weight.double() * inverse
+    return scale.float(), (norm.bias.double() - mean * scale).float()
+
+
+def group_gradient(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int) -> torch.Tensor:
+    """Its gradient as f0 g + f1 x + f2, [N, C, 3] float64; arrived: sums [N, C, 2] float64 of g and g x, g being the gradient that arrives.
+
+    With x' = (x - mean) inverse and the means over a group: inverse (w g - mean(w g) - x' mean(w g x')).
+    """
+    mean, inverse = _statistics(norm, sums, voxels)
+    w, each = norm.weight.double(), sums.shape[1] // norm.num_groups
+
+    def over_group(values: torch.Tensor) -> torch.Tensor:
+        return values.unflatten(1, (norm.num_groups, -1)).mean(dim=2).repeat_interleave(each, dim=1) / voxels
+
+    plain = over_group(w * arrived[..., 0])
+    along = over_group(w * (arrived[..., 1] - mean * arrived[..., 0]) * inverse)
+    slope = -inverse.square() * along
+    return torch.stack([(w * inverse).expand_as(slope), slope, -inverse * plain - slope * mean], dim=2)

@@ -1,0 +1,149 @@
+"""A frozen U-Net's fused features and their gradient equal the network's own."""
+
+import copy
+
+import pytest
+import torch
+
+from eg3d_rlhf.reward import fused
+from eg3d_rlhf.reward.ensembles import RewardEnsemble
+from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
+from tests.torch_utils.compilers import needs_cpp
+from torch_utils.ops.implementations import implementation
+
+pytestmark = needs_cpp
+HEADS = {"trunk": (16, 16), "embedding": 16, "heads": (8, 8)}
+NETWORKS = {
+    **{name: (RewardArch.from_dict(PRESETS[name].network), (24, 27, 23)) for name in ("tiny", "small", "small-slice")},
+    "whole slabs": (RewardArch(feature_maps=(8, 16, 32, 64), pool_size=64, **HEADS), (17, 21, 19)),
+    "whole slabs, cells": (RewardArch(feature_maps=(8, 16), pooling="grid", **HEADS), (9, 10, 33)),
+    "no conv1": (RewardArch(feature_maps=(8, 16), patch=2, pool_size=64, **HEADS), (18, 17, 16)),
+    "one group": (RewardArch(feature_maps=(8, 16), groups=16, pool_size=64, **HEADS), (8, 9, 10)),
+}
+
+
+def frozen(arch, seed=0):
+    torch.manual_seed(seed)
+    model = RewardModel(arch).eval().requires_grad_(False)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)):
+        torch.nn.init.normal_(norm.weight, 1, 0.3)
+        torch.nn.init.normal_(norm.bias, 0, 0.3)
+    return model
+
+
+def slabs(*shape, seed=1):
+    return torch.rand([shape[0], 1, *shape[1:]], generator=torch.Generator().manual_seed(seed)) * 100
+
+
+def found(model, x, impl="auto"):
+    """Features, and the gradient of a random combination of them."""
+    x = x.clone().requires_grad_()
+    with implementation(impl):
+        features = model.features(x)
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2)).to(features)
+        (gradient,) = torch.autograd.grad(features, x, weights)
+    return features.detach(), gradient
+
+
+def check(model, x):
+    truth = found(model.double(), x.double(), "ref")
+    model.float()
+    assert fused.applies(model, x)
+    for value, expected in zip(found(model, x), truth, strict=True):
+        assert (value - expected).abs().max() < 3e-6 * expected.abs().max()
+    with torch.no_grad():
+        assert (model.features(x) - truth[0]).abs().max() < 3e-6 * truth[0].abs().max()
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_features_and_gradients(name):
+    arch, shape = NETWORKS[name]
+    check(frozen(arch), slabs(2, *shape))
+
+
+def test_samples_do_not_meet():
+    arch, shape = NETWORKS["whole slabs"]
+    model, x = frozen(arch), slabs(3, *shape)
+    features, gradient = found(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.features(x.flip(0)).flip(0), features, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model.features(x[1:2]), features[1:2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found(model, x.flip(0))[1].shape, gradient.shape)
+
+
+def test_weights_that_change_are_read_again():
+    arch, shape = NETWORKS["small-slice"]
+    model = frozen(arch)
+    check(model, slabs(1, *shape))
+    model.load_state_dict(frozen(arch, seed=3).state_dict())
+    check(model, slabs(1, *shape))
+    check(copy.deepcopy(model), slabs(1, *shape))
+    for convolution in (m for m in model.modules() if isinstance(m, torch.nn.Conv3d)):
+        convolution.to(memory_format=torch.channels_last_3d)
+    check(model, slabs(1, *shape))
+
+
+def test_it_goes_backward_twice_but_has_no_second_derivative():
+    arch, shape = NETWORKS["small"]
+    model, x = frozen(arch), slabs(1, *shape).requires_grad_()
+    score = model.score(x)
+    first, second = (torch.autograd.grad(score, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().max() > 0
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(model.score(x), x, create_graph=True)
+    with implementation("torch"):
+        (gradient,) = torch.autograd.grad(model.score(x), x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), x)[0].abs().max() > 0
+
+
+def test_training_and_other_networks_run_as_they_are():
+    arch, shape = NETWORKS["small"]
+    model, x = frozen(arch), slabs(1, *shape)
+    assert not fused.applies(model.requires_grad_(True), x)
+    with torch.no_grad():
+        assert fused.applies(model, x)
+    model.score(x).sum().backward()
+    assert all(p.grad is not None for n, p in model.Conv3DModule.named_parameters() if "_recon" not in n)
+    assert not fused.applies(model.requires_grad_(False).double(), x.double())
+    narrow = frozen(RewardArch(feature_maps=(4, 8), pool_size=64, **HEADS))  # fewer channels than lanes
+    assert not fused.applies(narrow, x)
+    with implementation("ref"):
+        assert not fused.applies(frozen(arch), x)
+    ensemble = RewardEnsemble.of([frozen(arch, s) for s in (0, 1)])
+    with implementation("ref"):
+        plain = ensemble.score(x)
+    torch.testing.assert_close(ensemble.score(x), plain, atol=2e-5, rtol=2e-5)
+
+
+def test_a_flat_slab_gives_a_number():
+    model = frozen(NETWORKS["one group"][0])
+    flat = torch.zeros(1, 1, 8, 9, 10)
+    score, gradient = found(model, flat)
+    assert score.isfinite().all() and gradient.isfinite().all()
+    with implementation("ref"):
+        torch.testing.assert_close(score, model.features(flat), atol=1e-3, rtol=1e-3)
+
+
+def test_group_normalisation_and_its_gradient():
+    norm = torch.nn.GroupNorm(4, 8).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, g = torch.randn(2, 2, 8, 3, 4, 5, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    (truth,) = torch.autograd.grad(norm(x), x, g)
+
+    def sums(of):
+        return torch.stack([of.flatten(2).sum(dim=2), (of * x.detach()).flatten(2).sum(dim=2)], dim=2)
+
+    def spread(values):
+        return values[..., None, None, None]
+
+    scale, shift = fused.group_affine(norm, sums(x.detach()), 60)
+    torch.testing.assert_close(x * spread(scale) + spread(shift), norm(x), atol=1e-5, rtol=1e-5)
+    f = fused.group_gradient(norm, sums(x.detach()), sums(g), 60)
+    torch.testing.assert_close(spread(f[..., 0]) * g + spread(f[..., 1]) * x.detach() + spread(f[..., 2]), truth)
+
+
+@pytest.mark.long
+def test_full_size():
+    check(frozen(PAPER), torch.nn.functional.interpolate(slabs(1, 9, 9, 9), size=(129, 141, 128), mode="trilinear"))

@@ -1,0 +1,200 @@
+// The backward pass of the parts of a volume block, to its input alone, on a CPU. See volume_block.py for the formulas.
+#include "volume_block.h"
+
+namespace {
+
+using namespace volume;
+
+Tensor volume_conv_gradient(Tensor g, Tensor h, Tensor factors, Tensor u, Tensor other, std::optional<Tensor> mix, Tensor y) {
+  const Sizes from = sizes_of(g), s{from.n, u.size(1) * kOut, from.d, from.h, from.w};
+  Tensor sums = new_sums(g, {s.n, s.c, 2});
+  convolve(Rectified{in(g), in(h), from, in(factors)}, Layer{s, in(u), 0, companion_of(other, mix), true, false, out(y)}, sums);
+  return sums;
+}
+
+// What arrives at a volume's voxels: a gradient of the volume, one of its maxima over 2^3 voxels, or both.
+struct Arrived {
+  const float *whole, *pooled;
+};
+
+// Four rows, of two planes and two rows each, of a sample: their gates, gradients and what reaches the gates.
+struct Quad {
+  int64_t w, length;
+  std::vector<float> gate, value, grad, slope;
+  explicit Quad(int64_t width) : w(width), length(width + kWidth), gate(4 * length), value(4 * length), grad(4 * length), slope(4 * length) {}
+
+  // Hands each maximum's gradient to the first voxel that attains it, along z, y, x.
+  void route(const float* pooled) {
+    for (int64_t i = 0; i < w / 2; ++i) {
+      int64_t best = 2 * i;
+      for (int row = 0; row < 4; ++row)
+        for (int64_t at = row * length + 2 * i, k = 0; k < 2; ++k)
+          if (value[at + k] > value[best]) best = at + k;
+      grad[best] += pooled[i];
+    }
+  }
+};
+
+Tensor volume_gate_gradient(
+    Tensor h, Tensor channel, Tensor w, Tensor b, std::optional<Tensor> whole, std::optional<Tensor> pooled, Tensor y) {
+  const Sizes s = sizes_of(h);
+  const int64_t plane = s.h * s.w, volume = s.volume(), tasks = s.n * ((s.d + 1) / 2), coarse = (s.d / 2) * (s.h / 2) * (s.w / 2);
+  const float *gates = in(channel), *weight = in(w), bias = *in(b), *from = in(h);
+  float* to = out(y);
+  Tensor sums = new_sums(h, {s.n, s.c});
+  std::vector<double> parts(tasks * s.c, 0.0);
+#pragma omp parallel num_threads(threads())
+  {
+    Quad q(s.w);
+    std::vector<float> found(s.c * kWidth);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t n = task / ((s.d + 1) / 2), z = task % ((s.d + 1) / 2) * 2;
+      std::fill(found.begin(), found.end(), 0.0f);
+      for (int64_t j = 0; j < s.h; j += 2) {
+        const bool deep = z + 1 < s.d, high = j + 1 < s.h, inside[4] = {true, high, deep, deep && high};
+        const int64_t start = n * s.c * volume + z * plane + j * s.w, row_at[4] = {start, start + s.w, start + plane, start + plane + s.w};
+        for (int r = 0; r < 4; ++r)
+          for (int64_t i = 0; inside[r] && i < s.w; i += kWidth) {
+            simd::store(&q.gate[r * q.length + i], spatial(from + row_at[r] + i, volume, s.c, weight, bias, lanes(i, s.w)));
+            simd::store(&q.slope[r * q.length + i], vfloat{});
+          }
+        for (int64_t c = 0; c < s.c; ++c) {
+          const float gate = gates[n * s.c + c];
+          vfloat mine{};  // what reaches this channel's gate
+          for (int r = 0; r < 4; ++r)
+            for (int64_t i = 0; inside[r] && i < s.w; i += kWidth) {
+              const int count = lanes(i, s.w);
+              const int64_t at = row_at[r] + c * volume + i, own = r * q.length + i;
+              if (pooled) simd::store(&q.value[own], load(from + at, count) * simd::max(simd::load(&q.gate[own]), vfloat{} + gate));
+              simd::store(&q.grad[own], whole ? load(in(*whole) + at, count) : vfloat{});
+            }
+          if (pooled && deep && high)
+            q.route(in(*pooled) + (n * s.c + c) * coarse + (z / 2 * (s.h / 2) + j / 2) * (s.w / 2));
+          for (int r = 0; r < 4; ++r)
+            for (int64_t i = 0; inside[r] && i < s.w; i += kWidth) {
+              const int count = lanes(i, s.w);
+              const int64_t at = row_at[r] + c * volume + i, own = r * q.length + i;
+              const vfloat grad = simd::load(&q.grad[own]), s_gate = simd::load(&q.gate[own]), product = grad * load(from + at, count);
+              const auto here = s_gate > vfloat{} + gate;
+              simd::store(&q.slope[own], simd::load(&q.slope[own]) + (here ? product : vfloat{}));
+              mine += here ? vfloat{} : product;
+              store(to + at, grad * simd::max(s_gate, vfloat{} + gate), count);
+            }
+          simd::store(&found[c * kWidth], simd::load(&found[c * kWidth]) + mine);
+        }
+        for (int r = 0; r < 4; ++r)
+          for (int64_t i = 0; inside[r] && i < s.w; i += kWidth) {
+            const int count = lanes(i, s.w);
+            const vfloat gate = simd::load(&q.gate[r * q.length + i]), slope = simd::load(&q.slope[r * q.length + i]) * gate * (1.0f - gate);
+            for (int64_t c = 0; c < s.c; ++c) {
+              float* p = to + row_at[r] + c * volume + i;
+              store(p, load(p, count) + slope * weight[c], count);
+            }
+          }
+      }
+      for (int64_t c = 0; c < s.c; ++c) parts[task * s.c + c] = simd::sum(simd::load(&found[c * kWidth]));
+    }
+  }
+  collect(parts, tasks, s.n, s.c, sums);
+  return sums;
+}
+
+// Of a block with residual r: (g + f0) where h > 0, plus f1 inner + f2 r + f3; with `mix`, r is one channel times a factor plus an offset, and
+// the result is that of the one channel.
+void volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, std::optional<Tensor> mix, Tensor y) {
+  const Sizes s = sizes_of(h);
+  const int64_t volume = s.volume(), vectors = (volume + kWidth - 1) / kWidth, outputs = mix ? 1 : s.c;
+  const float *first = in(g), *value = in(h), *second = in(inner), *residual = in(r), *factor = in(factors), *mixing = mix ? in(*mix) : nullptr;
+  float* to = out(y);
+#pragma omp parallel for num_threads(threads()) schedule(static)
+  for (int64_t task = 0; task < s.n * outputs * vectors; ++task) {
+    const int64_t n = task / (outputs * vectors), i = task % vectors * kWidth, own = task / vectors % outputs;
+    const int count = lanes(i, volume);
+    const vfloat x = load(residual + (n * outputs + own) * volume + i, count);
+    vfloat sum{};
+    for (int64_t c = own; c < (mix ? s.c : own + 1); ++c) {
+      const int64_t at = (n * s.c + c) * volume + i;
+      const float* f = factor + (n * s.c + c) * 4;
+      const vfloat through = load(value + at, count) > 0.0f ? load(first + at, count) + f[0] : vfloat{};
+      const vfloat from = mix ? x * mixing[2 * c] + mixing[2 * c + 1] : x;
+      const vfloat all = through + load(second + at, count) * f[1] + from * f[2] + f[3];
+      sum += mix ? all * mixing[2 * c] : all;
+    }
+    store(to + (n * outputs + own) * volume + i, sum, count);
+  }
+}
+
+// First index of 0..out - 1 that reads `source` or a later one by its nearest neighbour, floor(i * in / out).
+int64_t first_reader(int64_t source, int64_t in, int64_t out) { return (source * out + in - 1) / in; }
+
+// The gradient of a resampled plane, of the transposed convolution's fine plane z: rows [channel][y][even, odd columns], odd ones behind a 0.
+void fold_plane(const float* grad, const Sizes& s, const Sizes& small, const std::vector<Run>& runs, int64_t z, int64_t length, float* rows) {
+  const int64_t deep = 2 * small.d - 1, high = 2 * small.h - 1, wide = 2 * small.w - 1;
+  std::vector<float> sum(s.w), fine(wide + 1);
+  for (int64_t c = 0; c < s.c; ++c)
+    for (int64_t y = 0; y < high; ++y, rows += 2 * length) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      std::fill(fine.begin(), fine.end(), 0.0f);
+      for (int64_t k = first_reader(z, deep, s.d); k < first_reader(z + 1, deep, s.d); ++k)
+        for (int64_t j = first_reader(y, high, s.h); j < first_reader(y + 1, high, s.h); ++j) {
+          const float* row = grad + ((c * s.d + k) * s.h + j) * s.w;
+#pragma omp simd
+          for (int64_t i = 0; i < s.w; ++i) sum[i] += row[i];
+        }
+      for (const Run& run : runs) {
+        float* to = fine.data() + run.source;
+        const float* from = sum.data() + run.first;
+#pragma omp simd
+        for (int64_t i = 0; i < run.count; ++i) to[i] += from[i];
+      }
+      for (int64_t i = 0; i < small.w; ++i) rows[i] = fine[2 * i], rows[length + 1 + i] = fine[2 * i + 1];
+    }
+}
+
+void volume_up_gradient(Tensor grad, Tensor u, Tensor y) {
+  const Sizes s = sizes_of(grad), small = sizes_of(y);
+  const int64_t high = 2 * small.h - 1, length = (small.w + kWidth - 1) / kWidth * kWidth + kWidth, plane = s.c * high * 2 * length;
+  const std::vector<Run> runs = nearest_runs(2 * small.w - 1, s.w);
+  const float *from = in(grad), *kernels = in(u);
+  float* to = out(y);
+#pragma omp parallel num_threads(threads())
+  {
+    std::vector<float> rows(3 * plane);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < small.n * small.d; ++task) {
+      const int64_t n = task / small.d, z = task % small.d;
+      const int first_tap = z == 0, last_tap = z == small.d - 1 ? 1 : 2;  // fine plane 2 z - 1 + tap
+      for (int tz = first_tap; tz <= last_tap; ++tz)
+        fold_plane(from + n * s.c * s.volume(), s, small, runs, 2 * z - 1 + tz, length, rows.data() + tz * plane);
+      for (int64_t output = 0; output < small.c; output += kOut)
+        for (int64_t j = 0; j < small.h; ++j)
+          for (int64_t i = 0; i < small.w; i += kWidth) {
+            vfloat acc[kOut] = {};
+            for (int tz = first_tap; tz <= last_tap; ++tz)
+              for (int ty = j == 0; ty <= (j == small.h - 1 ? 1 : 2); ++ty) {
+                const float* row = rows.data() + tz * plane + (2 * j - 1 + ty) * 2 * length + i;
+                const float* k = kernels + output * s.c * 27 + (tz * 9 + ty * 3) * kOut;
+                for (int64_t c = 0; c < s.c; ++c, row += high * 2 * length, k += 27 * kOut) {
+                  const vfloat before = simd::load(row + length), even = simd::load(row), odd = simd::load(row + length + 1);
+#pragma GCC unroll 8
+                  for (int o = 0; o < kOut; ++o) acc[o] += k[o] * before + k[kOut + o] * even + k[2 * kOut + o] * odd;
+                }
+              }
+            for (int o = 0; o < kOut; ++o) {
+              const int64_t at = (((n * small.c + output + o) * small.d + z) * small.h + j) * small.w + i;
+              store(to + at, acc[o], lanes(i, small.w));
+            }
+          }
+    }
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eg3d_rlhf, CPU, m) {
+  m.impl("volume_conv_gradient", TORCH_BOX(&volume_conv_gradient));
+  m.impl("volume_gate_gradient", TORCH_BOX(&volume_gate_gradient));
+  m.impl("volume_join", TORCH_BOX(&volume_join));
+  m.impl("volume_up_gradient", TORCH_BOX(&volume_up_gradient));
+}
