@@ -95,7 +95,7 @@ def mode_of(args: list[str]) -> tuple[str, list[str]]:
         help=f"What is trained: {', '.join(MODES)}. Each has flags of its own: train.py --mode=NAME --help.")
 @option("--outdir", group=RUN, metavar="DIR", type=click.Path(path_type=Path), default=Path("runs"), help="Runs are numbered inside it.")
 @option("--resume", group=RUN, metavar="RUN|FILE", type=click.Path(path_type=Path),
-        help="Continue a run exactly, with its own flags; --kimg changes its length.")
+        help="Continue a run exactly, with its own flags; --kimg changes its length, --workers how images are read.")
 @option("--resume-previous", group=RUN, is_flag=True, help="With --resume: use the previous checkpoint where the newest is damaged.")
 @option("-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop.")
 @option("--no-summary", group=RUN, is_flag=True, help="Skip the before/after evaluation that ends a reward run.")
@@ -104,7 +104,6 @@ def mode_of(args: list[str]) -> tuple[str, list[str]]:
 @options_of(*settings.GROUPS, **settings.BY_PRESET)
 @option("--gpus", group=EG3D, metavar="INT", type=click.IntRange(min=1), help="Must agree with torchrun --nproc-per-node.")
 @option("--metrics", group=EG3D, metavar="LIST", help="Not computed while training: see tools/calc_metrics.py.")
-@option("--workers", group=EG3D, type=click.IntRange(min=0), help="Ignored: images are read by the training process.")
 @option("--nobench", group=EG3D, type=bool, help="Ignored: convolution benchmarking is off.")
 @option("--c-noise", group=EG3D, type=float, help="Ignored, as in EG3D; see --disc-c-noise.")
 @option("--resume-blur", group=EG3D, type=bool, help="Ignored: --resume continues every fade; with --init there is none by default.")
@@ -134,9 +133,9 @@ def main(**flags) -> None:
         if resolved is None and experiment_rounds.begun(flags["resume"]):
             if flags["kimg"] is not None:
                 raise ValueError(f"--kimg: expected none with --resume of rounds, got {flags['kimg']:g}. Start a new run.")
-            experiment_rounds.resume(flags["resume"], flags["resume_previous"], ranks)
+            experiment_rounds.resume(flags["resume"], flags["resume_previous"], ranks, flags["workers"])
         elif resolved is None:
-            experiment.resume(flags["resume"], flags["resume_previous"], flags["kimg"], ranks)
+            experiment.resume(flags["resume"], flags["resume_previous"], flags["kimg"], ranks, flags["workers"])
         else:
             begin = experiment_rounds.start if resolved.rounds.rounds else experiment.start_or_continue
             begin(resolved, flags["outdir"], ranks)
@@ -147,7 +146,7 @@ def check_eg3d_flags(flags: dict) -> dict:
 
     Raises: ValueError where a flag means something else here.
     """
-    names = ("gpus", "metrics", "workers", "nobench", "c_noise", "resume_blur", "sr_first_cutoff", "sr_first_stopband")
+    names = ("gpus", "metrics", "nobench", "c_noise", "resume_blur", "sr_first_cutoff", "sr_first_stopband")
     given = {name: flags[name] for name in names if flags[name] is not None}
     gpus, world = given.pop("gpus", None), int(os.environ.get("WORLD_SIZE", "1"))
     if gpus is not None and gpus != world:

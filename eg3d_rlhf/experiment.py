@@ -19,6 +19,7 @@ from eg3d_rlhf.run.run import STATS, Run, begun_by_this_launch, claim, next_free
 from eg3d_rlhf.settings import Settings, input_files
 from training import checkpoint, networks
 from training.augment import AugmentPipe
+from training.batches import default_workers
 from training.config import networks_for
 from training.dataset import ImageFolderDataset
 from training.distributed import SINGLE, Ranks, leave
@@ -136,7 +137,8 @@ def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
                 early = EarlyStop(nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution).to(device)
         if evaluation is not None:
             evaluation.early_stop = early
-    gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks)
+    workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
+    gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
     carries = {} if early is None else {"early_stop": early}
     loop = TrainingLoop(
         gan, phases, s.loop, files, options=s.to_dict(), on_tick=observers(watch, early), ranks=ranks, carries=carries
@@ -174,15 +176,15 @@ def run(s: Settings, folder: Path, ranks: Ranks = SINGLE) -> Path:
     return folder
 
 
-def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks = SINGLE) -> Path:
-    """Continue a run from its checkpoint with its own settings, to another length if `kimg` is given. Returns the run folder."""
+def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks = SINGLE, workers: int | None = None) -> Path:
+    """Continue a run from its checkpoint with its own settings, but for `kimg` and `workers` that are given. Returns the run folder."""
     started = time.time()
     folder = source if source.is_dir() else source.parent
     if ranks.restarts and checkpoint.available(folder):
         source = folder  # this very launch has come further than the checkpoint that it was given
     with Run(folder, {}, ranks=ranks) as files:
         s = Settings.recorded(ranks.broadcast(checkpoint.read(source, previous)[1]["options"] if ranks.main else None))
-        s = s if kimg is None else s.changed(kimg=kimg)
+        s = s.changed(**{name: value for name, value in (("kimg", kimg), ("workers", workers)) if value is not None})
         files.settings, files.inputs = s.to_dict(), {**input_files(s)}
         files.resume(free=None)  # the settings come from the checkpoint
         objects = build(s, files, warm_start=False)  # as do the weights

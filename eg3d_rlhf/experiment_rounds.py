@@ -60,11 +60,12 @@ def start(s: Settings, outdir: Path, ranks: Ranks = SINGLE) -> Path:
         return _go_on(s, files)
 
 
-def resume(folder: Path, previous: bool, ranks: Ranks = SINGLE) -> Path:
+def resume(folder: Path, previous: bool, ranks: Ranks = SINGLE, workers: int | None = None) -> Path:
     """Go on with a run where it was. Raises: ValueError where its inputs, its ledger or a file that this names are not as they were."""
     if ranks.world > 1:
         raise ValueError(f"--rounds: expected one process, got {ranks.world}. Start without torchrun.")
     s = Settings.recorded(recorded(folder))
+    s = s if workers is None else s.changed(workers=workers)
     with Run(folder, s.to_dict(), input_files(s)) as files:
         files.resume(free=None)  # they are the recorded ones
         return _go_on(s, files, previous)
@@ -216,7 +217,7 @@ class Rounds:
         folder, own = self.of(number) / "tuning", self.settings(number, ledger)
         print(f"Round {number}: tuning.", flush=True)
         if checkpoint.available(folder):
-            experiment.resume(folder, self.previous)
+            experiment.resume(folder, self.previous, workers=self.s.run.workers)
         else:
             experiment.run(own, folder)
         ticks = [json.loads(line) for line in (folder / STATS).read_text().splitlines()] if (folder / STATS).is_file() else []

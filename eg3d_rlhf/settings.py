@@ -21,6 +21,10 @@ class RunConfig:
 
     desc: str | None = knob(None, "Added to the run folder's name.", RUN, metavar="TEXT")
     device: str = knob("auto", "Where to run.", RUN, choices=("auto", "cpu", "cuda"))
+    workers: int | None = knob(
+        None, "Processes of one thread that read images ahead; 0: the training process. No result depends on it.", DATA, low=0, high=64,
+        shown="a core for each, at most 3; 0 for sets under 512 MB, which are kept in memory",
+    )
     no_summary: bool = knob(False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False)
 
 
@@ -256,7 +260,7 @@ _NOT_THE_CONTROLS = {
     "rlr", "anchor_resolution",
     "early_stop", "early_stop_distance", "reference",
     "control", "desc", "device", "launch", "no_summary", "processes", "versions", "init", "tick", "snap", "checkpoint_ticks", "batch_gpu",
-    "hashes", "task",
+    "hashes", "task", "workers",
 }
 
 

@@ -30,7 +30,7 @@ RELEASED = {  # `--cfg=ffhq --data=faces.zip --init=X.pkl --reward=sigma`: every
     "round_preset": None,
     "round_start": "pretrained", "rounds": 0, "seed": 0,
     "snap": 5, "sphere_init": 0.0, "sr_module": None, "sr_noise_mode": "none", "sr_num_fp16_res": 4, "start": "G",
-    "style_mixing_prob": 0.0, "target": 0.6, "task": "reward", "tick": 1.0,
+    "style_mixing_prob": 0.0, "target": 0.6, "task": "reward", "tick": 1.0, "workers": None,
 }
 
 

@@ -12,6 +12,7 @@ Sources: torch_utils/ops/<op>.cpp and <op>.cu, against torch's stable ABI (torch
 nor Python's headers are needed and a CUDA library can be built where there is no GPU.
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -170,11 +171,16 @@ def build(op: str, device_type: str) -> Path:
                 for words in todo.commands:
                     command = [names.get(word, word) for word in words]
                     print("$", shlex.join(command), file=output, flush=True)
-                    if subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT).returncode:
+                    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+                    if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the log would be as short as the library
+                    print(done.stdout + done.stderr, file=output, flush=True)
+                    if done.returncode:
                         raise BuildError(f"The build failed; see {log}.")
             os.replace(folder / "building.so", library)  # it appears under its name only when it is whole
     except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror or error}. Set EG3D_RLHF_CACHE to a folder that can be written.") from error
+        remedy = "Make room, or set EG3D_RLHF_CACHE to a folder that can be written."
+        raise BuildError(f"{cache_dir()}: {error.strerror or error}. {remedy}") from error
     return library
 
 

@@ -3,6 +3,7 @@
 Shape letters: n images before mirroring, C channels, R resolution, L numbers per label.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             keep = np.sort(keep[:max_size])
         self._raw_index = np.tile(keep, 2) if xflip else keep
         self._flipped = np.arange(len(self._raw_index)) >= len(keep)
+        self.in_memory = n * int(np.prod(self._shape)) < CACHE_LIMIT  # whether images stay there once decoded
         self._cache = self._known = None
 
     def __getstate__(self):
@@ -77,7 +79,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def _raw_image(self, raw: int) -> np.ndarray:
         """Image [C, R, R] of a raw index, from memory if it has been decoded before."""
-        if self._cache is None and len(self._files.images) * int(np.prod(self._shape)) < CACHE_LIMIT:
+        if self._cache is None and self.in_memory:
             self._cache = np.empty((len(self._files.images), *self._shape), np.uint8)  # pages are claimed as they are filled
             self._known = np.zeros(len(self._cache), bool)
         if self._cache is not None and self._known[raw]:
@@ -111,6 +113,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if self.label_dim == LABEL_NUMBERS and self._flipped.any():
             labels[self._flipped] = mirror_label(torch.from_numpy(labels[self._flipped])).numpy()
         return labels
+
+    def without_memory(self) -> "ImageFolderDataset":
+        """The same set for other processes: with a handle of its own, which is opened when first read, and no image kept."""
+        other = copy.copy(self)
+        other._files, other.in_memory = copy.copy(self._files), False  # neither copy takes what __getstate__ leaves out
+        return other
 
     def close(self) -> None:
         """Close the zip, if one is open; reading opens it again."""

@@ -6,18 +6,15 @@ the number of workers. The target appears under its own name only when it is who
 Shape letters: H, W = rows and columns of an image, C channels.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +24,7 @@ import torch
 
 from training.dataset_files import LABELS_FILE, ImageFiles, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
+from training.workers import in_order
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
@@ -115,45 +113,6 @@ def png(image: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="png", compress_level=0)
     return buffer.getvalue()
-
-
-_work: Callable | None = None  # in a worker process: handed over once, not with every task
-
-
-def _start_worker(work: Callable) -> None:
-    global _work
-    _work = work
-    torch.set_num_threads(1)
-
-
-def _run_task(task: object) -> object:
-    assert _work is not None
-    return _work(task)
-
-
-def in_order(work: Callable, tasks: Sequence, workers: int, killed: str) -> Iterator:
-    """work(task) of every task in order, from worker processes that run at most a few tasks ahead of what is taken.
-
-    Raises: ValueError saying `killed` where a worker died.
-    """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        yield from map(work, tasks)
-        return
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
-        pending: deque[concurrent.futures.Future] = deque()
-        try:
-            for task in tasks:
-                pending.append(pool.submit(_run_task, task))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise ValueError(killed) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:

@@ -30,7 +30,8 @@ class ImageFiles:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._archive = None
-        if self.path.is_dir():
+        self._folder = self.path.is_dir()  # and not when it is read: it may vanish meanwhile
+        if self._folder:
             entries = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
         elif self.path.is_file():
             entries = self._open_archive().namelist()
@@ -60,19 +61,19 @@ class ImageFiles:
             except (zipfile.BadZipFile, OSError) as error:
                 raise ValueError(
                     f"dataset {self.path}: expected a zip archive, got a file that cannot be read as one ({error}). "
-                    "It is truncated or of another kind: copy or build it again."
+                    "It is gone, truncated or of another kind: copy or build it again."
                 ) from error
         return self._archive
 
     def read(self, entry: str) -> bytes:
         """Content of an entry; ValueError when it is damaged."""
         try:
-            if self.path.is_dir():
+            if self._folder:
                 return (self.path / entry).read_bytes()
             return self._open_archive().read(entry)
         except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
             raise ValueError(
-                f"dataset {self.path}: cannot read entry {entry!r} ({error}). The file is damaged: copy or build it again."
+                f"dataset {self.path}: cannot read entry {entry!r} ({error}). The file is gone or damaged: copy or build it again."
             ) from error
 
     def decode(self, entry: str) -> PIL.Image.Image:

@@ -30,6 +30,7 @@ class Ranks:
     rank: int = 0
     world: int = 1  # number of processes
     local_rank: int = 0  # among those of this machine
+    neighbours: int = 1  # processes of the run on this machine, this one among them
     restarts: int = 0  # how often torchrun has restarted the workers
     device: torch.device = torch.device("cpu")  # where the process computes, and the group exchanges tensors
     minutes: float = 30.0  # how long an answer may take
@@ -151,7 +152,7 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
         return
     try:
         rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts, neighbours = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     except (KeyError, ValueError) as error:
         raise ValueError(f"torchrun: expected RANK, WORLD_SIZE and LOCAL_RANK as integers, got {error}. Start with torchrun.") from None
     if device.type == "cuda":
@@ -160,7 +161,9 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
             raise ValueError(f"torchrun: expected a GPU per process, got {count} and process {local_rank}. Lower --nproc-per-node.")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    ranks = Ranks(rank=rank, world=world, local_rank=local_rank, restarts=restarts, device=device, minutes=minutes)
+    ranks = Ranks(
+        rank=rank, world=world, local_rank=local_rank, neighbours=neighbours, restarts=restarts, device=device, minutes=minutes
+    )
     if world == 1:
         yield ranks
         return

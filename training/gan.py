@@ -14,6 +14,7 @@ import torch
 
 from torch_utils.training_stats import Collector
 from training import networks
+from training.batches import read_batches
 from training.config import GanConfig, LoopConfig
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.distributed import SINGLE, Ranks
@@ -67,16 +68,16 @@ class Gan:
 
     Args:
         nets: G, D and G_ema; dataset: real images; config: of the game; loop: batch and seed.
-        augment_pipe: ADA module with buffer p, or None.
+        augment_pipe: ADA module with buffer p, or None; workers: processes that decode images ahead, 0: this one.
     """
 
     def __init__(
         self, nets: networks.Networks, dataset: ImageFolderDataset, config: GanConfig, loop: LoopConfig, *,
-        augment_pipe: torch.nn.Module | None = None, ranks: Ranks = SINGLE,
+        augment_pipe: torch.nn.Module | None = None, ranks: Ranks = SINGLE, workers: int = 0,
     ):
         assert nets.G is not None and nets.D is not None
         self.nets, self.dataset, self.config, self.loop = nets, dataset, config, loop
-        self.augment_pipe, self.ranks = augment_pipe, ranks
+        self.augment_pipe, self.ranks, self.workers = augment_pipe, ranks, workers
         self.device = next(nets.G.parameters()).device
         self.layout = Layout(loop.batch, ranks, loop.batch_gpu)
         self.moving: torch.nn.Module = nets.G  # its w_avg moves in forward passes
@@ -103,7 +104,8 @@ class Gan:
     def begin(self, cur_nimg: int, folder: Path | None = None) -> None:
         """Start the stream of images after `cur_nimg` of them; in `folder`, on the rank that writes, show the start of a new run."""
         seed = derive_seed(self.loop.seed, "reals") % 2**32
-        self._sampler = iter(InfiniteSampler(self.dataset, self.ranks.rank, self.ranks.world, seed=seed, start_index=cur_nimg))
+        order = iter(InfiniteSampler(self.dataset, self.ranks.rank, self.ranks.world, seed=seed, start_index=cur_nimg))
+        self._batches = read_batches(self.dataset, order, self.loop.batch // self.ranks.world, self.workers)
         if folder is None:
             return
         columns, rows = self.config.grid
@@ -116,10 +118,18 @@ class Gan:
             self._fakes(folder, "_init")
 
     def fetch(self) -> None:
-        """Read images and labels of this rank's rows of the next batch. Raises: ValueError, OSError."""
-        items = [self.dataset[next(self._sampler)] for _ in range(self.loop.batch // self.ranks.world)]
-        images = torch.from_numpy(np.stack([image for image, _ in items])).to(self.device).to(torch.float32) / 127.5 - 1
-        self._fetched = images, torch.from_numpy(np.stack([label for _, label in items])).to(self.device)
+        """Take images and labels of this rank's rows of the next batch. Raises: ValueError, OSError."""
+        images, labels = map(self._moved, next(self._batches))
+        self._fetched = images.to(torch.float32) / 127.5 - 1, labels
+
+    def _moved(self, x: np.ndarray) -> torch.Tensor:
+        """On the device; CUDA copies from pinned memory, while this process goes on."""
+        tensor = torch.from_numpy(x)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+    def end(self) -> None:
+        """End the processes that read images."""
+        self._batches.close()
 
     def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Batch]:
         """The batch of a phase: a function of the round that seeds torch and gives the round's rows."""

@@ -36,6 +36,8 @@ class Subject(Protocol):
 
     def fetch(self) -> None: ...
 
+    def end(self) -> None: ...
+
     def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Any]: ...
 
     def observe(self, name: str, values: torch.Tensor) -> None: ...
@@ -146,30 +148,36 @@ class TrainingLoop:
         files.go_on(self.cur_nimg / 1000)
         total, interval = round(config.kimg * 1000), round(config.tick * 1000)
         self.next_tick = self.next_tick or self.cur_nimg + interval
-        with files.stoppable():
-            while self.cur_nimg < total:
-                if not self._may_go_on():
-                    return
-                self.step()
-                if self.cur_nimg >= min(self.next_tick, total):
-                    self.next_tick = self.cur_nimg + interval
-                    self._tick(done=self.cur_nimg >= total)
+        try:
+            with files.stoppable():
+                while self.cur_nimg < total:
+                    if not self._may_go_on():
+                        return
+                    self.step()
+                    if self.cur_nimg >= min(self.next_tick, total):
+                        self.next_tick = self.cur_nimg + interval
+                        self._tick(done=self.cur_nimg >= total)
+        finally:
+            self.subject.end()
 
     def _may_go_on(self) -> bool:
         """Fetch the next images; False, after a checkpoint, where a rank was asked to stop, an error where one cannot read its data."""
-        error, request, folder = None, self.files.stop_requested, self.files.folder
+        error, folder = None, self.files.folder
         try:
-            self.subject.fetch()
+            with self.files.waiting():
+                self.subject.fetch()
         except (ValueError, OSError) as caught:
             error = caught
+        request = self.files.stop_requested  # a signal to the whole group also ends those that read images
         stop, failed = self.ranks.any(request is not None, error is not None)
         if not stop and not failed:
             return True
         with self.files.writing():
             self.save_checkpoint()
-        if failed:
+        if not stop:
             cause = next(text for text in self.ranks.gather(None if error is None else str(error).strip()) if text is not None)
-            raise ValueError(f"{cause} Stopped at {self.cur_nimg} images; continue with --resume={folder}.") from error
+            go_on = f"continue with --resume={folder}, from {self.files.last_checkpoint.name}"
+            raise ValueError(f"{cause} Stopped at {self.cur_nimg} images; {go_on}.") from error
         self.stopped = next(name for name in self.ranks.gather(request) if name is not None)
         if self.ranks.main:
             print(f"{self.stopped}: stopped at {self.cur_nimg} images. Continue with --resume={folder}", flush=True)

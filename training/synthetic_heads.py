@@ -24,10 +24,11 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
-from training.dataset_convert import ZIP_DATE, in_order, png
+from training.dataset_convert import ZIP_DATE, png
 from training.heads.family import draw_parameters
 from training.heads.render import BACKGROUNDS, render_heads
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
+from training.workers import in_order
 
 PREFIX = "synthetic:"
 FORMAT_VERSION = 1  # raise it whenever the same options would give other files
@@ -165,14 +166,18 @@ def resolve_dataset(name: str | Path, cache_dir: Path | None = None, processes: 
 
     Args:
         name: path or dataset name; cache_dir: None is $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf; processes, progress: as in `write_heads`.
-    Raises: ValueError when a synthetic name does not follow the grammar.
+    Raises: ValueError when a synthetic name does not follow the grammar; OSError when the cache cannot be written.
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
     options = parse_name(str(name))
     path = Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf") / f"{options.stem()}.zip"
     if not (path.exists() and path.with_suffix(".npz").exists()):
-        write_heads(options, path, processes, progress)
+        try:
+            write_heads(options, path, processes, progress)
+        except OSError as error:
+            remedy = "Make room, or set EG3D_RLHF_CACHE to another folder."
+            raise OSError(f"{path}: expected to write the rendered images, got: {error.strerror or error}. {remedy}") from error
     return path
 
 

@@ -55,7 +55,7 @@ class Run:
         self._say = say or (lambda line: print(line, flush=True))
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
-        self._start = (0.0, time.monotonic())
+        self._start, self._waited = (0.0, time.monotonic()), 0.0
 
     def __enter__(self) -> "Run":
         self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
@@ -118,16 +118,27 @@ class Run:
         seconds = time.monotonic() - self._start[1]
         rate = seconds / (done - self._start[0]) if done > self._start[0] else 0.0
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        waited = {"waited": self._waited / seconds} if self._waited else {}
+        more = {**{name: f"{share:.1%}" for name, share in waited.items()}, **(more or {})}
         fields = {
             **at, "time": f"{tqdm.format_interval(seconds):<9s}", f"sec/{unit}": f"{rate:<7.4g}",
-            "eta": f"{tqdm.format_interval(rate * max(total - done, 0)):<9s}", "mem_gb": f"{memory:<5.2f}", **(more or {}),
+            "eta": f"{tqdm.format_interval(rate * max(total - done, 0)):<9s}", "mem_gb": f"{memory:<5.2f}", **more,
         }
         self._say(" ".join(f"{name} {value}" for name, value in fields.items()))
-        self._append(TIMING, {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory})
+        self._append(TIMING, {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory, **waited})
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data; the status then has its share of all time."""
+        since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - since
 
     def go_on(self, done: float, lines: int | None = None) -> None:
         """Count time and work from here. Args: done: work so far; lines: of stats.jsonl that stay, where the run continues from a state."""
-        self._start = (done, time.monotonic())
+        self._start, self._waited = (done, time.monotonic()), 0.0
         if lines is not None and self.ranks.main:
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():

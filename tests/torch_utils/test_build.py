@@ -69,7 +69,33 @@ def test_a_missing_compiler_is_named_and_an_unwritable_cache_too(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     out = python(USE, blocked).communicate()[0]
-    assert out.startswith("1 False 51.05") and "Set EG3D_RLHF_CACHE" in out
+    assert out.startswith("1 False 51.05") and "set EG3D_RLHF_CACHE" in out
+
+
+@needs_cpp
+@pytest.mark.parametrize("who", ["the compiler", "the log"])
+def test_a_full_disk_costs_one_warning_for_all_ops_together(tmp_path, monkeypatch, who):
+    monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    if who == "the compiler":
+        full = tmp_path / "full-compiler"
+        text = "ld: final link failed: No space left on device"
+        full.write_text(f"#!/bin/sh\ncase $1 in --version) echo full 1.0;; *) echo '{text}' >&2; exit 1;; esac\n")
+        full.chmod(0o755)
+        monkeypatch.setenv("CXX", str(full))
+    else:
+        for op in build.ops("cpu"):
+            folder = build.recipe(op, "cpu").folder()
+            folder.mkdir(parents=True)
+            (folder / "build.log").symlink_to("/dev/full")
+    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not any(build.available(op, "cpu") for op in build.ops("cpu"))
+    assert len(caught) == 1
+    reason = f"{tmp_path / 'ops'}: No space left on device. Make room, or set EG3D_RLHF_CACHE"
+    assert f"plain torch is used, which is slower. {reason}" in str(caught[0].message)
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_switched_off_means_no_build_and_no_warning(tmp_path):

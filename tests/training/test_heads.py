@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -147,6 +148,13 @@ def test_images_depend_on_seed_and_index_only():
     assert not np.array_equal(few[0], other[0])
     shape, appearance, labels = few
     assert np.abs(shape).max() <= 1 and appearance.shape == (3, APPEARANCE_COUNT) and labels.shape == (3, 25)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"heads16-n1-\w+.zip: expected to write .*, got: No space left on device. Make room, or set EG3D_"):
+        resolve_dataset("synthetic:heads16@n=1", tmp_path, processes=1, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_resolve_writes_once_and_round_trips(tmp_path):
