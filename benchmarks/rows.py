@@ -1,7 +1,7 @@
 """What a row of the benchmark is: a name, what it should show, how its two paths are made, and whether these computed the same.
 
-The reference is what a straightforward EG3D does: everything inside `implementation("ref")`, or a function of the row's own. The fast path
-is what the project's users get. Both start from the same tensors and the same seed.
+The reference is what EG3D's own code does on a CPU: everything inside `implementation("ref")`, or a function of the row's own. The fast
+path is what the project's users get. Both start from the same tensors and the same seed.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
 _POINT_CHUNK = 1 << 16  # points coloured at once: 25 MB of plane features at 32 channels
-_POINTS_OF_EG3D = 10**6  # points in one call of EG3D's shape extraction
+_POINTS_OF_EG3D = 10**7  # points that EG3D decodes at once
 
 
 class PlaneField:
