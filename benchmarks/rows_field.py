@@ -84,7 +84,8 @@ class PlaneField:
     def pointwise(self) -> torch.Tensor:
         """The reference: three look-ups, their mean, a hidden layer and all outputs at every point, as EG3D's decoder gives them."""
         points = self.spec.points().to(self.planes).reshape(-1, 3)
-        return torch.cat([self._decode(part)[0] for part in points.split(POINTS_AT_ONCE)], dim=1).view(1, *self.spec.shape)
+        parts = [self._decode(part)[0].contiguous() for part in points.split(POINTS_AT_ONCE)]  # a view would keep all outputs
+        return torch.cat(parts, dim=1).view(1, *self.spec.shape)
 
     def _decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sigma_raw [1, P] and colour features [1, P, outputs - 1]."""

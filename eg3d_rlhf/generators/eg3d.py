@@ -59,7 +59,8 @@ class PlaneField:
         """
         if impl == "auto" and implementations.current() == "ref":
             points = grid.points().to(self.ws).reshape(1, -1, 3).expand(len(self), -1, -1)  # [N, P, 3]
-            parts = [self._decoded(part, sigma_only=True)["sigma"] for part in points.split(_POINTS_OF_EG3D, dim=1)]
+            split = points.split(_POINTS_OF_EG3D, dim=1)
+            parts = [self._decoded(part, sigma_only=True)["sigma"].contiguous() for part in split]  # a view would keep all outputs
             return torch.cat(parts, dim=1).reshape(len(self), *grid.shape)
         weights = DecoderWeights(*self._G.decoder.sigma_weights())
         return sigma_from_planes(self.planes, self._axes, weights, grid, self.bounds.side, impl)

@@ -1,6 +1,7 @@
 """Which implementation of a custom op a call gets, and the memory layouts and dtypes that compiled image ops read.
 
-    ref       the definition, written as plainly as torch allows: the oracle of the tests and the slow side of the benchmarks
+    ref       the definition, written as plainly as torch allows: the oracle of the tests, and, as EG3D's own code on a CPU does the same,
+              the slow side of the benchmarks
     torch     plain torch, arranged to be fast; works everywhere
     compiled  C++ on a CPU, CUDA on a GPU; built on first use (torch_utils/build.py)
     auto      compiled where it can be had and applies to the tensors at hand, else torch

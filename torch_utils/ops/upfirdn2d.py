@@ -110,11 +110,10 @@ def _padded_size(x: torch.Tensor, up: Pair, padding: Pads) -> Pair:
 def upfirdn2d_ref(x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float) -> torch.Tensor:
     """The definition, one step after the other: insert zeros, pad or crop, filter every channel, keep every down-th pixel."""
     n, channels, height, width = x.shape
-    x0, x1, y0, y1 = padding
-    x = x.reshape(n, channels, height, 1, width, 1)
-    x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(n, channels, height * up[1], width * up[0])
-    x = F.pad(x, (max(x0, 0), max(x1, 0), max(y0, 0), max(y1, 0)))
-    x = x[:, :, max(-y0, 0) : x.shape[2] - max(-y1, 0), max(-x0, 0) : x.shape[3] - max(-x1, 0)]
+    if up != (1, 1):
+        x = x.reshape(n, channels, height, 1, width, 1)
+        x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(n, channels, height * up[1], width * up[0])
+    x = F.pad(x, padding) if any(padding) else x  # negative ones crop
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
     f = f if flip_filter else f.flip(list(range(f.ndim)))
     for kernel in (f,) if f.ndim == 2 else (f[None, :], f[:, None]):
