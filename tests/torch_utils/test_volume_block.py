@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.volume_block import (
+    differentiable,
     transformed_kernel,
     transposed_kernel,
     turned,
@@ -18,6 +19,13 @@ from torch_utils.ops.volume_block import (
     volume_up,
     volume_up_gradient,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    """The gradients' library, where there is a compiler."""
+    differentiable()
+
 
 IMPLS = ["torch", pytest.param("compiled", marks=needs_cpp)]
 

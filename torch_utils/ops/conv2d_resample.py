@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils.ops.conv3x3 import conv3x3
+from torch_utils.ops.conv3x3_strided import conv3x3_down, conv3x3_up
 from torch_utils.ops.implementations import current, is_channels_last
 from torch_utils.ops.upfirdn2d import Pads, Scale, _parse_padding, same_size_padding, upfirdn2d
 
@@ -67,7 +68,7 @@ def conv2d_resample(
         x = _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
         x = upfirdn2d(x, f, up=up, padding=pads, gain=up**2, flip_filter=flip_filter, impl=impl)
     else:
-        x, rest = _transposed(x, w, up, pads, groups, flip_weight)
+        x, rest = _transposed(x, w, up, pads, groups, flip_weight, impl)
         x = upfirdn2d(x, f, padding=rest, gain=up**2, flip_filter=flip_filter, impl=impl)
     return upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl) if down > 1 else x
 
@@ -81,6 +82,8 @@ def _convolve(x: torch.Tensor, w: torch.Tensor, pads: Pads, stride: int, groups:
         return conv3x3(x, w, x0, impl=impl)
     if w.shape[2:] == (1, 1) and stride == groups == 1 and pads == (0, 0, 0, 0) and impl != "ref" and x.device.type == "cpu":
         return _pointwise(x, w)
+    if w.shape[2:] == (3, 3) and (stride, groups, pads) == (2, 1, (0, 0, 0, 0)):
+        return conv3x3_down(x, w, impl=impl)
     if x0 == x1 and y0 == y1 and x0 >= 0 and y0 >= 0:
         return F.conv2d(x, w, stride=stride, padding=(y0, x0), groups=groups)
     return F.conv2d(F.pad(x, pads), w, stride=stride, groups=groups)
@@ -97,7 +100,9 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def _transposed(x: torch.Tensor, w: torch.Tensor, up: int, pads: Pads, groups: int, flip_weight: bool) -> tuple[torch.Tensor, Pads]:
+def _transposed(
+    x: torch.Tensor, w: torch.Tensor, up: int, pads: Pads, groups: int, flip_weight: bool, impl: str
+) -> tuple[torch.Tensor, Pads]:
     """Zero-insertion and KxK convolution as one transposed convolution, whose borders replace padding.
 
     Returns: the image, and the padding (before, after along x, then y) that is left to the low-pass.
@@ -108,5 +113,8 @@ def _transposed(x: torch.Tensor, w: torch.Tensor, up: int, pads: Pads, groups: i
         w = w.flip([2, 3])
     x0, x1, y0, y1 = pads[0] - (kw - 1), pads[1] - (kw - up), pads[2] - (kh - 1), pads[3] - (kh - up)
     inside = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)  # what conv_transpose2d can crop by itself
-    x = F.conv_transpose2d(x, w, stride=up, padding=(inside[1], inside[0]), groups=groups)
+    if (up, groups, inside, w.shape[2:]) == (2, 1, (0, 0), (3, 3)):
+        x = conv3x3_up(x, w, impl=impl)
+    else:
+        x = F.conv_transpose2d(x, w, stride=up, padding=(inside[1], inside[0]), groups=groups)
     return x, (x0 + inside[0], x1 + inside[0], y0 + inside[1], y1 + inside[1])

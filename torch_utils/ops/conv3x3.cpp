@@ -1,13 +1,14 @@
 // 3x3 convolution of channels-last images by Winograd's F(2x2, 3x3) and F(4x4, 3x3) on a CPU. See conv3x3.py for the formulas.
 //
-// Tiles are worked on in chunks that stay in cache: transform the patches of a chunk, 16 or 36 matrix products, transform back. Products of many
-// channels are torch's; those of few, which a library spends much of its time rearranging, are tile_products.h's.
+// Tiles are worked on in chunks that stay in cache: transform the patches of a chunk, 16 or 36 matrix products, transform back. Products of
+// float64 are torch's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <vector>
 
 #include "conv3x3_tiles.h"
@@ -52,6 +53,26 @@ struct Matrices {
     return torch::stable::view(torch::stable::narrow(all, 1, 0, count * columns), {all.size(0), count, columns});
   }
 };
+
+// out [rows][columns] = or += a b [depth][columns] for each plane.
+void products(
+    const Matrices& a, int64_t rows, int64_t row_step, int64_t step, const Matrices& b, int64_t depth, Range columns, const Matrices& out, bool more) {
+  const tile::Panels<float> panels{columns.count};
+#pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
+  for (int64_t task = 0; task < out.memory.size(0) * panels.count; ++task) {
+    const int64_t plane = task / panels.count;
+    const float *left = data<float>(a.memory) + plane * a.stride, *right = data<float>(b.memory) + plane * b.stride + columns.first;
+    auto row = [&](int64_t k) { return right + k * b.columns; };
+    panels.product(
+        task % panels.count, {left, row_step, step}, rows, row, depth, {data<float>(out.memory) + plane * out.stride, out.columns}, more);
+  }
+}
+
+// out = v u of `count` rows.
+template <typename T> void multiply(const Matrices& v, const Matrices& u, int64_t count, const Matrices& out) {
+  if constexpr (std::is_same_v<T, double>) multiply(v.first(count), u.first(u.rows), out.first(count));
+  else products(v, count, v.columns, 1, u, v.columns, {0, u.columns}, out, false);
+}
 
 template <typename T> void add(const Matrices& part, const Matrices& sum) {
   const T* from = data<T>(part.memory);
@@ -117,23 +138,23 @@ template <int m, typename T> void convolve(const Tensor& x, const Tensor& w, int
     for (int64_t first = 0; first < tiles.count(); first += size) {
       const int64_t count = std::min(size, tiles.count() - first);
       transform_patches(in, tiles, padding, first, count, data<T>(v.memory), v.stride);
-      multiply(v.first(count), u.first(in.c), p.first(count));
+      multiply<T>(v, u, count, p);
       transform_products(data<T>(p.memory), p.stride, tiles, first, count, out.channels(outputs.first, outputs.count));
     }
   }
 }
 
-// sum [planes][I][O] += v^T g of `count` rows, or = where `anew`: as `multiply` and `add`, for few channels.
-template <typename T> void add_products(const Matrices& v, const Matrices& g, int64_t count, const Matrices& sum, bool anew) {
-  const T *left = data<T>(v.memory), *right = data<T>(g.memory);
-  T* const to = data<T>(sum.memory);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(torch::stable::get_num_threads())
-  for (int64_t plane = 0; plane < sum.memory.size(0); ++plane)
-    for (int64_t i = 0; i < v.columns; i += minimal::kStep) {
-      T* const block = to + plane * sum.stride + i * g.columns;
-      if (anew) std::fill_n(block, minimal::kStep * g.columns, T(0));
-      tile::outer_product(left + plane * v.stride + i, v.columns, minimal::kStep, right + plane * g.stride, g.columns, static_cast<int>(count), block);
-    }
+// sum [planes][I][outputs] += v^T g of `count` rows, or = where it is the first.
+template <typename T> void add_products(const Matrices& v, const Matrices& g, Range outputs, int64_t count, const Matrices& sum, bool first) {
+  if constexpr (std::is_same_v<T, double>) {
+    const Matrices part(sum.memory, first ? 0 : sum.memory.size(0), sum.rows, sum.columns);
+    Tensor patches = v.first(count), gradients = g.first(count);
+    patches = torch::stable::transpose(patches, 1, 2), gradients = torch::stable::narrow(gradients, 2, outputs.first, outputs.count);
+    multiply(patches, gradients, (first ? sum : part).first(sum.rows));
+    if (!first) add<T>(part, sum);
+  } else {
+    products(v, v.columns, 1, v.columns, g, count, outputs, sum, !first);
+  }
 }
 
 template <int m, typename T> void weight_gradient(const Tensor& x, const Tensor& grad, int64_t padding, const Tensor& w) {
@@ -142,19 +163,12 @@ template <int m, typename T> void weight_gradient(const Tensor& x, const Tensor&
   const int64_t size = chunk_size(tiles, std::max(in.c, out.c));
   const Matrices v(x, planes(m), size, in.c), g(x, planes(m), size, out.c);
   for (const Range outputs : ranges<m, T>(in.c, out.c)) {
-    const Matrices sum(x, planes(m), in.c, outputs.count), part(x, size < tiles.count() ? planes(m) : 0, in.c, outputs.count);
+    const Matrices sum(x, planes(m), in.c, outputs.count);
     for (int64_t first = 0; first < tiles.count(); first += size) {
       const int64_t count = std::min(size, tiles.count() - first);
       transform_patches(in, tiles, padding, first, count, data<T>(v.memory), v.stride);
       transform_gradients(out, tiles, first, count, data<T>(g.memory), g.stride);
-      if (few(in.c, out.c)) {
-        add_products<T>(v, g, count, sum, first == 0);
-        continue;
-      }
-      Tensor patches = v.first(count), gradients = g.first(count);
-      patches = torch::stable::transpose(patches, 1, 2), gradients = torch::stable::narrow(gradients, 2, outputs.first, outputs.count);
-      multiply(patches, gradients, (first == 0 ? sum : part).first(in.c));
-      if (first > 0) add<T>(part, sum);
+      add_products<T>(v, g, outputs, count, sum, first == 0);
     }
     transform_kernel_gradients<m>(data<T>(sum.memory), sum.stride, outputs, Kernels<T>{data<T>(w), in.c, out.c, false});
   }
