@@ -15,7 +15,7 @@ help:
 	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
-	@echo "make test-gpu      the CUDA ops on this machine's GPU (about two minutes; compiles them where nvcc is found)"
+	@echo "make test-gpu      the CUDA ops and the reader of images on this machine's GPU (about two minutes; compiles them where nvcc is found)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about half an hour; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
@@ -58,8 +58,8 @@ test-long: $(STAMP)
 	$(BIN)/python -m pytest -m "long" $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
-	@echo "== CUDA ops: emulated, compiled, and on the device"
-	$(BIN)/python -m pytest tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py $(PYTEST_ARGS)
+	@echo "== CUDA ops: emulated, compiled, and on the device; images on their way there"
+	$(BIN)/python -m pytest tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py tests/training/test_batches.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@echo "== ruff, then mypy (a minute the first time)"

@@ -120,7 +120,7 @@ class Gan:
     def fetch(self) -> None:
         """Take images and labels of this rank's rows of the next batch. Raises: ValueError, OSError."""
         images, labels = map(self._moved, next(self._batches))
-        self._fetched = images.to(torch.float32) / 127.5 - 1, labels
+        self._fetched = images.to(torch.float32).div_(127.5).sub_(1), labels
 
     def _moved(self, x: np.ndarray) -> torch.Tensor:
         """On the device; CUDA copies from pinned memory, while this process goes on."""

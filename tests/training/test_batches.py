@@ -15,14 +15,17 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 import train
-from tests.tiny_runs import only_run, run, train_flags, whole_run
+from tests.tiny_runs import GAN, LOOP, build_networks, only_run, run, train_flags, whole_run
 from tests.training.test_endurance import RUN, assert_equal_end, assert_one_line
 from training import batches, checkpoint, dataset
 from training.batches import default_workers, read_batches
+from training.config import GanConfig, LoopConfig
 from training.dataset import ImageFolderDataset, InfiniteSampler
 from training.distributed import Ranks
+from training.gan import Gan
 from training.loop import TrainingLoop
 from training.workers import AHEAD
 
@@ -251,3 +254,19 @@ def test_workers_end_with_the_process_after_a_signal_to_all(tiny_data, tiny_netw
         said.seek(0)
         output = said.read()
     assert text in output and "Traceback" not in output, output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_device_gets_the_images_of_the_cpu(tiny_data):
+    for workers in (0, 2):
+        found = []
+        for device in ("cpu", "cuda"):
+            nets = build_networks().to(device)
+            gan = Gan(nets, ImageFolderDataset(tiny_data), GanConfig(**GAN), LoopConfig(**LOOP), workers=workers)
+            gan.begin(0)
+            for _ in range(8):
+                gan.fetch()
+            found.append([x.cpu() for x in gan._fetched])
+            gan.end()
+        torch.testing.assert_close(*found)
