@@ -193,7 +193,7 @@ def test_cut_off_anywhere_a_run_ends_as_the_straight_one(case, straight, shaped,
         with pytest.raises(CutError):
             tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, tmp_path))
     folder = tiny_runs.only_run(tmp_path)
-    result = tiny_runs.run(f"--resume={folder}")
+    result = tiny_runs.run(f"--resume={folder}", "--workers=1")
     assert result.exit_code == 0, result.output
     assert_equal_rounds(straight, folder)
 
