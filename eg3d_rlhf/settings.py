@@ -23,7 +23,7 @@ class RunConfig:
     device: str = knob("auto", "Where to run.", RUN, choices=("auto", "cpu", "cuda"))
     workers: int | None = knob(
         None, "Processes of one thread that read images ahead; 0: the training process. No result depends on it.", DATA, low=0, high=64,
-        shown="a core for each, at most 3; 0 for sets under 512 MB, which are kept in memory",
+        shown="one for each further core, at most 3; 0 for sets under 512 MB, which are kept in memory",
     )
     no_summary: bool = knob(False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False)
 
