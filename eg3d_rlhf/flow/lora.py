@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from torch_utils.ops.linear import Linear, fits, product
 from training.config import check_knobs, knob
 
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")  # of TRELLIS's flows, both stages
@@ -39,6 +41,30 @@ class LoraConfig:
             raise ValueError(f"LoraConfig.targets: expected names of layers, got {list(self.targets)}. Name one at least.")
 
 
+class _Adapted(torch.autograd.Function):
+    """W x + b + scale B A x of a frozen W and b."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        low = product(x, a)  # [..., rank]
+        ctx.save_for_backward(x, low, weight, a, b)
+        ctx.scale = scale
+        y = product(x, weight, bias)
+        y.view(-1, len(b)).addmm_(low.flatten(0, -2), b.t(), alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, low, weight, a, b = ctx.saved_tensors
+        rows, to_x = grad.flatten(0, -2), None
+        to_low = ctx.scale * product(rows, b.t())  # [T, rank]
+        if ctx.needs_input_grad[0]:
+            to_x = product(rows, weight.t()).addmm_(to_low, a).view_as(x)
+        to_a, to_b = product(to_low.t(), x.flatten(0, -2).t()), ctx.scale * product(rows.t(), low.flatten(0, -2).t())
+        return to_x, None, None, to_a, to_b, None
+
+
 class LoraLinear(nn.Module):
     """A linear layer and its adapter. The adapter, zero as made, computes in float32 at least, whatever the base is in."""
 
@@ -56,13 +82,16 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]; exactly the base layer where the adapter is off."""
-        y = self.base_layer(x)
+        base, scale = self.base_layer, self.alpha / self.rank
+        if self.active and fits(x, base.weight) and not (self.dropout and self.training):
+            return _Adapted.apply(x, base.weight, base.bias, self.lora_A.weight, self.lora_B.weight, scale)
+        y = base(x)
         if not self.active:
             return y
         x = x.to(self.lora_A.weight.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return y + (self.alpha / self.rank * self.lora_B(self.lora_A(x))).to(y.dtype)
+        return y + (scale * self.lora_B(self.lora_A(x))).to(y.dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -127,7 +156,7 @@ def attach(model: nn.Module, names: Iterable[str], rank: int, alpha: float, drop
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether it computes W x + b of tensors; subclasses may take other inputs."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, Linear.forward)
 
 
 def matches(name: str, target: str) -> bool:

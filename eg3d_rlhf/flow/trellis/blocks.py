@@ -22,10 +22,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.flow.sparse import SparseBatch
+from torch_utils.ops.feed_forward import feed_forward
+from torch_utils.ops.linear import Linear, fits
+from torch_utils.ops.self_attention import self_attention, tiled
 
 TIME_SCALE = 1000  # the networks read 1000 t
 TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
 MAX_PERIOD = 10000
+LARGE = 512  # tokens of a sample from which on it is worth a pass of its own
+KEPT = 2 / 3  # share of the blocks whose attention is kept where blocks are recomputed: as much as passes of single samples save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +82,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor
 
 
 class DenseLayout:
-    """Tokens [N, T, C], of which only those of `keep` [N, 1, 1, T] are there; None: all."""
+    """Tokens [N, T, C], of which only those of `keep` [N, 1, 1, T] are there; None: all. Maybe of a block that is passed twice."""
 
-    def __init__(self, keep: torch.Tensor | None = None):
-        self.keep = keep
+    def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
+        self.keep, self.passes = keep, passes
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         return values.unsqueeze(1)
@@ -101,6 +106,12 @@ class LayerNorm32(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.float()).to(x.dtype)
 
+    def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """norm(x) (1 + scale) + shift, of a norm without parameters; in one pass where that is one row [1, 1, C] for all."""
+        if x.dtype == scale.dtype == torch.float32 and scale.numel() == x.shape[-1]:
+            return F.layer_norm(x, self.normalized_shape, 1 + scale.flatten(), shift.flatten(), self.eps)
+        return self(x) * (1 + scale) + shift
+
 
 class HeadRMSNorm(nn.Module):
     """x / |x| * gamma * sqrt(D), per head; in float32."""
@@ -112,6 +123,10 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., H, D]
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
+
+    def gain(self) -> torch.Tensor:
+        """[H, D], what normalised vectors are multiplied by."""
+        return self.gamma * self.scale
 
 
 class TimeEmbedder(nn.Module):
@@ -143,10 +158,14 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, ratio: float):
         super().__init__()
         hidden = int(channels * ratio)
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, channels))
+        self.mlp = nn.Sequential(Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x)
+    def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
+        """Tokens [..., C]; skip: nobody reads the result, as long as it has its gradients."""
+        first, _, last = self.mlp
+        if not (type(first) is type(last) is Linear):  # adapters
+            return self.mlp(x)
+        return feed_forward(x, first.weight, first.bias, last.weight, last.bias, skip=skip)
 
 
 class SelfAttention(nn.Module):
@@ -155,13 +174,21 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
         self.heads = heads
-        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_qkv = Linear(channels, 3 * channels)
         self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2))
-        self.to_out = nn.Linear(channels, channels)
+        self.to_out = Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [..., H, D]
-        return self.to_out(layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v).flatten(-2))
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
+        if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
+            known = None if layout.passes is None else layout.passes.attention
+            out = self_attention(qkv, *(norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in (self.q_rms_norm, self.k_rms_norm)), known)
+            if layout.passes is not None and layout.passes.keep:
+                layout.passes.attention = out.detach()
+        else:
+            q, k, v = qkv.unbind(-3)  # [..., H, D]
+            out = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
+        return self.to_out(out.flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -170,10 +197,10 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, cond_channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels)
-        self.to_kv = nn.Linear(cond_channels, 2 * channels)
+        self.to_q = Linear(channels, channels)
+        self.to_kv = Linear(cond_channels, 2 * channels)
         self.q_rms_norm, self.k_rms_norm = (HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2))
-        self.to_out = nn.Linear(channels, channels)
+        self.to_out = Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor, layout: Layout) -> torch.Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [..., H, D]
@@ -203,14 +230,46 @@ class ModulatedBlock(nn.Module):
         """Tokens [..., C], time [N, C] (shared modulation: [N, 6 C]) and cond [N, L, E] -> tokens."""
         values = time if self.share_mod else self.adaLN_modulation(time)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (layout.per_token(v) for v in values.chunk(6, -1))
-        x = x + gate * self.self_attn(self.norm1(x) * (1 + scale) + shift, layout)
+        x = torch.addcmul(x, gate, self.self_attn(self.norm1.modulated(x, shift, scale), layout))
         x = x + self.cross_attn(self.norm2(x), cond, layout)
-        return x + mlp_gate * self.mlp(self.norm3(x) * (1 + mlp_scale) + mlp_shift)
+        again = isinstance(layout, DenseLayout) and layout.passes is not None and layout.passes.second
+        skip = again and not mlp_gate.requires_grad  # a gate's gradient reads what it gates
+        return torch.addcmul(x, mlp_gate, self.mlp(self.norm3.modulated(x, mlp_shift, mlp_scale), skip))
 
 
 def modulation(channels: int) -> nn.Sequential:
     """Time embedding [N, C] -> shift, scale and gate of both branches [N, 6 C]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+
+
+class Passes:
+    """A block's pass, and the second one through it in the backward pass, to which the first may leave its attention."""
+
+    def __init__(self, keep: bool):
+        self.keep, self.second = keep, False
+        self.attention: torch.Tensor | None = None  # [N, T, H, D]
+
+
+def run_blocks(
+    modules: nn.ModuleList, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: Layout, lengths: list[int], *, recompute: bool
+) -> torch.Tensor:
+    """Tokens through blocks in turn; on a CPU large samples one after the other, so that they share working memory.
+
+    Args: as a ModulatedBlock; lengths: [N], tokens of each sample.
+    """
+    if min(lengths) < LARGE or not fits(x):
+        for block in modules:
+            x = run_block(block, x, time, cond, layout, recompute=recompute)
+        return x
+    parts = [part.view(1, -1, x.shape[-1]) for part in x.flatten(0, -2).split(lengths)]
+    for place, block in enumerate(modules):
+        for i, part in enumerate(parts):
+            passes = Passes(keep=place < KEPT * len(modules)) if recompute and torch.is_grad_enabled() else None
+            own = DenseLayout(passes=passes)
+            parts[i] = run_block(block, part, time[i : i + 1], cond[i : i + 1], own, recompute=recompute)
+            if passes is not None:
+                passes.second = True
+    return torch.cat([part[0] for part in parts]).view_as(x)
 
 
 def run_block(block: nn.Module, *args, recompute: bool) -> Any:

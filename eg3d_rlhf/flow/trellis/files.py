@@ -268,13 +268,14 @@ def empty_model(content: Mapping, who: str, architectures: Architectures = ARCHI
 
 
 def return_freed_memory() -> bool:
-    """Have glibc return every freed tensor of 1 MiB or more to the system, from now on in this process. False where there is no glibc.
+    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False where there is no glibc.
 
     By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept between a network's blocks
-    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps.
+    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps. Smaller ones, such as tiles of
+    attention, are made by the thousand, and up to 64 MiB of free memory stay at hand for them.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(mallopt(-3, 1 << 20))  # M_MMAP_THRESHOLD of glibc's malloc.h; bytes
+    return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes

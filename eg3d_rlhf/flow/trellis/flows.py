@@ -80,8 +80,7 @@ class StructureFlow(nn.Module):
             time = self.adaLN_modulation(time)
         h = self.input_layer(to_patches(x_t.float(), config.patch_size)) + self.pos_emb
         h, time, cond = h.to(dtype), time.to(dtype), cond.to(dtype)
-        for block in self.blocks:
-            h = blocks.run_block(block, h, time, cond, layout, recompute=self.recompute)
+        h = blocks.run_blocks(self.blocks, h, time, cond, layout, [h.shape[1]] * len(h), recompute=self.recompute)
         h = F.layer_norm(h.to(x_t.dtype), h.shape[-1:])
         return from_patches(self.out_layer(h.to(self.out_layer.weight.dtype)), config.patch_size).to(x_t.dtype)
 
@@ -170,8 +169,7 @@ class LatentFlow(nn.Module):
             h = blocks.run_block(block, h, time, recompute=self.recompute)
             skips.append(h.feats)
         feats, layout = h.feats + blocks.position_embedding(h.coords[:, 1:], config.model_channels).to(dtype), blocks.SparseLayout(h)
-        for block in self.blocks:
-            feats = blocks.run_block(block, feats, shared, cond, layout, recompute=self.recompute)
+        feats = blocks.run_blocks(self.blocks, feats, shared, cond, layout, h.lengths.tolist(), recompute=self.recompute)
         h = h.with_feats(feats)
         for block, skip in zip(self.out_blocks, reversed(skips), strict=True):  # which sees its input block's features beside its own
             if config.use_skip_connection:

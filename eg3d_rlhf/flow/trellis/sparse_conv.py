@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis.blocks import LayerNorm32
 from eg3d_rlhf.shapes import check_shape
+from torch_utils.ops.linear import Linear, fits, product
 
 BACKENDS = ("auto", "torch", "spconv")
 TAPS = 27
-ROWS = 16384  # pairs of one tap that are gathered at a time: bounds the working memory to ROWS x (A + B) numbers
+NUMBERS = 1 << 20  # features of one tap's pairs that are gathered at a time: bounds the working memory
 
 Pairs = tuple[torch.Tensor, torch.Tensor]  # rows written and rows read, [P] int64 each
 
@@ -38,8 +40,8 @@ class SubmanifoldConv(nn.Module):
         self.conv = Kernel(channels, out_channels)
         self.backend = backend
 
-    def forward(self, x: SparseBatch) -> SparseBatch:
-        return submanifold_conv(x, self.conv.weight, self.conv.bias, self.backend)
+    def forward(self, x: SparseBatch, coarse: torch.Tensor | None = None) -> SparseBatch:
+        return submanifold_conv(x, self.conv.weight, self.conv.bias, self.backend, coarse)
 
 
 class Kernel(nn.Module):
@@ -52,24 +54,32 @@ class Kernel(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
 
 
-def submanifold_conv(x: SparseBatch, weight: torch.Tensor, bias: torch.Tensor, backend: str = "auto") -> SparseBatch:
+def submanifold_conv(
+    x: SparseBatch, weight: torch.Tensor, bias: torch.Tensor, backend: str = "auto", coarse: torch.Tensor | None = None
+) -> SparseBatch:
     """The formula above on the voxels of x, feats [V, A] -> [V, B]; in autocast's type where that is on.
 
     Args:
+        coarse: [W, A], features in place of those of x on the voxels of x halved; each voxel of x has those of the one that it falls into.
         weight: [B, 3, 3, 3, A]; bias: [B].
         backend: "torch"; "spconv", which computes backwards on CUDA only; "auto": spconv on CUDA where it is installed.
     Differentiable in: feats, weight, bias (once).
     Raises: ValueError where shapes disagree, a voxel comes twice, or spconv is asked for and missing.
     """
-    channels = x.feats.shape[1]
+    feats = x.feats if coarse is None else coarse
+    channels = feats.shape[1]
     check_shape("submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Give a kernel for these features.")
     check_backend(backend)
-    feats, device = x.feats, x.feats.device.type
+    device = feats.device.type
     if torch.is_autocast_enabled(device):
         feats, weight, bias = (v.to(torch.get_autocast_dtype(device)) for v in (feats, weight, bias))
     if backend == "spconv" or (backend == "auto" and device == "cuda" and has_spconv()):
-        return x.with_feats(_spconv(x, feats, weight, bias))
-    return x.with_feats(_Convolve.apply(feats, weight.flatten(1, 3), neighbours(x)) + bias)
+        return x.with_feats(_spconv(x, feats if coarse is None else feats[coarser(x).row], weight, bias))
+    pairs = neighbours(x)
+    if coarse is not None:
+        row = coarser(x).row
+        pairs = [(written, row[read]) for written, read in pairs]
+    return x.with_feats(_Convolve.apply(feats, weight.flatten(1, 3), pairs, len(x.coords)) + bias)
 
 
 def check_backend(backend: str) -> None:
@@ -106,12 +116,16 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
     return x.cache["neighbours"]
 
 
-def _chunks(pairs: list[Pairs]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(tap, rows written, rows read), at most ROWS of them at a time."""
+def _taps(pairs: list[Pairs], weight: torch.Tensor, rows: int) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
+    """(tap, its weights [B, A], pairs, whether these are more than all `rows` of the input) of taps that have any, as many pairs at a
+    time as NUMBERS allows."""
+    most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
     for tap, (written, read) in enumerate(pairs):
-        for w, r in zip(written.split(ROWS), read.split(ROWS), strict=True):
-            if len(w):
-                yield tap, w, r
+        own, many = weight[:, tap].contiguous(), len(read) >= rows
+        count = max(len(read), 1) if many else most
+        for pair in zip(written.split(count), read.split(count), strict=True):
+            if len(pair[0]):
+                yield tap, own, pair, many
 
 
 def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
@@ -120,30 +134,38 @@ def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
 
 
 class _Convolve(torch.autograd.Function):
-    """Gather, multiply, add, tap by tap. Both passes keep nothing but their arguments; a frozen kernel keeps no features."""
+    """Gather, multiply, add, tap by tap; where a tap joins more pairs than there are rows to read, these are multiplied once each.
+
+    Both passes keep nothing but their arguments; a frozen kernel keeps no features.
+    """
 
     @staticmethod
-    def forward(ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs]) -> torch.Tensor:  # weight [B, 27, A]
+    def forward(ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], voxels: int) -> torch.Tensor:  # weight [B, 27, A]
         ctx.save_for_backward(feats if ctx.needs_input_grad[1] else None, weight)
         ctx.pairs, ctx.shape = pairs, feats.shape
-        out = _sums(len(feats), len(weight), feats)
-        for tap, written, read in _chunks(pairs):
-            out.index_add_(0, written, (feats[read] @ weight[:, tap].T).to(out.dtype))
+        ctx.multiply = multiply = product if fits(feats, weight) else F.linear
+        out = _sums(voxels, len(weight), feats)
+        for _, own, (written, read), many in _taps(pairs, weight, len(feats)):
+            part = multiply(feats, own).index_select(0, read) if many else multiply(feats.index_select(0, read), own)
+            out.index_add_(0, written, part.to(out.dtype))
         return out.to(feats.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [V, B]
-        feats, weight = ctx.saved_tensors
-        to_feats = _sums(*ctx.shape, grad) if ctx.needs_input_grad[0] else None
-        to_weight = _sums(len(weight), TAPS * weight.shape[2], grad).view(weight.shape) if ctx.needs_input_grad[1] else None
-        for tap, written, read in _chunks(ctx.pairs):
-            part = grad[written]
+        (feats, weight), (rows, channels) = ctx.saved_tensors, ctx.shape
+        to_feats = _sums(rows, channels, grad) if ctx.needs_input_grad[0] else None
+        to_weight = _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
+        for tap, own, (written, read), many in _taps(ctx.pairs, weight, rows):
+            part = grad.index_select(0, written)
+            if many:
+                part = _sums(rows, len(weight), grad).index_add_(0, read, part.to(torch.promote_types(grad.dtype, torch.float32))).to(grad.dtype)
             if to_feats is not None:
-                to_feats.index_add_(0, read, (part @ weight[:, tap]).to(to_feats.dtype))
+                own_part = ctx.multiply(part, own.t()).to(to_feats.dtype)
+                to_feats = to_feats.add_(own_part) if many else to_feats.index_add_(0, read, own_part)
             if to_weight is not None:
-                to_weight[:, tap] += part.T @ feats[read]
-        return (*(None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight)), None)
+                to_weight[:, tap] += ctx.multiply(part.t(), (feats if many else feats.index_select(0, read)).t())
+        return (*(None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight)), None, None)
 
 
 @functools.cache
@@ -222,13 +244,18 @@ class SparseResBlock(nn.Module):
         self.conv1 = SubmanifoldConv(channels, out_channels, backend)
         self.conv2 = SubmanifoldConv(out_channels, out_channels, backend)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, 2 * out_channels))
-        self.skip_connection = nn.Linear(channels, out_channels) if channels != out_channels else nn.Identity()
+        self.skip_connection = Linear(channels, out_channels) if channels != out_channels else nn.Identity()
 
     def forward(self, x: SparseBatch, time: torch.Tensor, fine: SparseBatch | None = None) -> SparseBatch:
         """Features of a batch, time [N, C], and for "up" a batch on the voxels to return to."""
-        if self.resample:
-            x = downsample(x) if self.resample == "down" else upsample(x, fine)
+        if self.resample == "down":
+            x = downsample(x)
         scale, shift = self.emb_layers(time).chunk(2, -1)
-        h = self.conv1(x.with_feats(nn.functional.silu(self.norm1(x.feats))))
-        h = self.norm2(h.feats) * (1 + scale[x.sample]) + shift[x.sample]
-        return x.with_feats(self.conv2(x.with_feats(nn.functional.silu(h))).feats + self.skip_connection(x.feats))
+        h, skip = F.silu(self.norm1(x.feats)), self.skip_connection(x.feats)
+        if self.resample == "up":  # what is done row by row is done before rows are repeated
+            x, coarse = upsample(x.with_feats(skip), fine), h
+            h, skip = self.conv1(x, coarse).feats, x.feats
+        else:
+            h = self.conv1(x.with_feats(h)).feats
+        h = self.norm2(h) * (1 + scale[x.sample]) + shift[x.sample]
+        return x.with_feats(self.conv2(x.with_feats(F.silu(h))).feats + skip)

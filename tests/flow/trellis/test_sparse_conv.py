@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.flow.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.flow.trellis import sparse_conv
-from eg3d_rlhf.flow.trellis.sparse_conv import SubmanifoldConv, neighbours, submanifold_conv
+from eg3d_rlhf.flow.trellis.sparse_conv import SubmanifoldConv, coarser, neighbours, submanifold_conv
 
 R = 6
 
@@ -36,9 +36,9 @@ def dense_oracle(x, weight, bias):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
-@pytest.mark.parametrize("rows", [3, 10_000])
-def test_equals_a_dense_convolution_with_its_gradients(share, rows, monkeypatch):
-    monkeypatch.setattr(sparse_conv, "ROWS", rows)
+@pytest.mark.parametrize("numbers", [15, 10_000])
+def test_equals_a_dense_convolution_with_its_gradients(share, numbers, monkeypatch):
+    monkeypatch.setattr(sparse_conv, "NUMBERS", numbers)
     x, (weight, bias) = random_batch(share=share), kernel()
     inputs = [v.requires_grad_() for v in (x.feats.clone(), weight, bias)]
     out = submanifold_conv(x.with_feats(inputs[0]), *inputs[1:]).feats
@@ -46,6 +46,19 @@ def test_equals_a_dense_convolution_with_its_gradients(share, rows, monkeypatch)
     torch.testing.assert_close(out, want)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
     for got, expected in zip(torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(want, inputs, cotangent), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_features_of_halved_voxels_are_those_of_every_voxel_in_them(share):
+    x, (weight, bias) = random_batch(share=share), kernel()
+    row = coarser(x).row
+    features = torch.randn(len(coarser(x).coords), weight.shape[-1], generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+    inputs = [v.requires_grad_() for v in (features, weight, bias)]
+    out = submanifold_conv(x, *inputs[1:], coarse=inputs[0]).feats
+    want = submanifold_conv(x.with_feats(inputs[0][row]), *inputs[1:]).feats
+    torch.testing.assert_close(out, want)
+    for got, expected in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (out, want)), strict=True):
         torch.testing.assert_close(got, expected)
 
 
