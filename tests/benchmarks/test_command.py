@@ -105,6 +105,7 @@ def test_the_required_rows_are_there_with_their_targets():
         ("voxels 16^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
         ("voxels 24^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
         ("twenty steps of distillation, with RewardCS against without", "bundled"): (1 / 1.5, 0.8),
+        ("TRELLIS structure flow, one DPO update", "full"): (1.5, 2.5), ("TRELLIS latent flow, one DPO update", "full"): (1.5, 2.5),
     }
 
 

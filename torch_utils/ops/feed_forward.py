@@ -19,7 +19,8 @@ def feed_forward(
 ) -> torch.Tensor:
     """W_2 gelu(W_1 x + b_1) + b_2: x [..., A], weight_1 [B, A], weight_2 [A, B] -> [..., A].
 
-    Args: impl: see `torch_utils.ops.implementations`; skip: return zeros, where the result is read by nobody and gradients are still wanted.
+    Args: impl: see `torch_utils.ops.implementations`; skip: return zeros, where nobody reads the result and
+        gradients are still wanted.
     Differentiable in: x, weights and biases (once).
     """
     if x.numel() // x.shape[-1] * len(weight_1) < LARGE or not fits(x, weight_1, weight_2, impl=impl):

@@ -23,14 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.flow.sparse import SparseBatch
 from torch_utils.ops.feed_forward import feed_forward
-from torch_utils.ops.linear import Linear, fits
+from torch_utils.ops.linear import Linear
 from torch_utils.ops.self_attention import self_attention, tiled
 
 TIME_SCALE = 1000  # the networks read 1000 t
 TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
 MAX_PERIOD = 10000
-LARGE = 512  # tokens of a sample from which on it is worth a pass of its own
-KEPT = 2 / 3  # share of the blocks whose attention is kept where blocks are recomputed: as much as passes of single samples save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +179,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
         if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
-            known = None if layout.passes is None else layout.passes.attention
-            out = self_attention(qkv, *(norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in (self.q_rms_norm, self.k_rms_norm)), known)
+            norms = (self.q_rms_norm, self.k_rms_norm)
+            q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
+            out = self_attention(qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention)
             if layout.passes is not None and layout.passes.keep:
                 layout.passes.attention = out.detach()
         else:
@@ -248,28 +247,6 @@ class Passes:
     def __init__(self, keep: bool):
         self.keep, self.second = keep, False
         self.attention: torch.Tensor | None = None  # [N, T, H, D]
-
-
-def run_blocks(
-    modules: nn.ModuleList, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: Layout, lengths: list[int], *, recompute: bool
-) -> torch.Tensor:
-    """Tokens through blocks in turn; on a CPU large samples one after the other, so that they share working memory.
-
-    Args: as a ModulatedBlock; lengths: [N], tokens of each sample.
-    """
-    if min(lengths) < LARGE or not fits(x):
-        for block in modules:
-            x = run_block(block, x, time, cond, layout, recompute=recompute)
-        return x
-    parts = [part.view(1, -1, x.shape[-1]) for part in x.flatten(0, -2).split(lengths)]
-    for place, block in enumerate(modules):
-        for i, part in enumerate(parts):
-            passes = Passes(keep=place < KEPT * len(modules)) if recompute and torch.is_grad_enabled() else None
-            own = DenseLayout(passes=passes)
-            parts[i] = run_block(block, part, time[i : i + 1], cond[i : i + 1], own, recompute=recompute)
-            if passes is not None:
-                passes.second = True
-    return torch.cat([part[0] for part in parts]).view_as(x)
 
 
 def run_block(block: nn.Module, *args, recompute: bool) -> Any:

@@ -16,6 +16,10 @@ from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis import blocks
 from eg3d_rlhf.flow.trellis.sparse_conv import Kernel, SparseResBlock
 from eg3d_rlhf.shapes import check_shape
+from torch_utils.ops.linear import fits
+
+LARGE = 512  # tokens of a sample from which on it is worth a pass of its own
+KEPT = 2 / 3  # share of the blocks whose attention is kept where blocks are recomputed: as much as passes of single samples save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,29 @@ class FlowConfig(blocks.TransformerConfig):
             )
             for _ in range(self.num_blocks)
         )
+
+
+def run_blocks(
+    modules: nn.ModuleList, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: blocks.Layout, lengths: list[int], *,
+    recompute: bool,
+) -> torch.Tensor:
+    """Tokens through blocks in turn; on a CPU large samples one after the other, so that they share working memory.
+
+    Args: as a ModulatedBlock; lengths: [N], tokens of each sample.
+    """
+    if min(lengths) < LARGE or not fits(x):
+        for block in modules:
+            x = blocks.run_block(block, x, time, cond, layout, recompute=recompute)
+        return x
+    parts = [part.view(1, -1, x.shape[-1]) for part in x.flatten(0, -2).split(lengths)]
+    for place, block in enumerate(modules):
+        for i, part in enumerate(parts):
+            passes = blocks.Passes(keep=place < KEPT * len(modules)) if recompute and torch.is_grad_enabled() else None
+            own = blocks.DenseLayout(passes=passes)
+            parts[i] = blocks.run_block(block, part, time[i : i + 1], cond[i : i + 1], own, recompute=recompute)
+            if passes is not None:
+                passes.second = True
+    return torch.cat([part[0] for part in parts]).view_as(x)
 
 
 class StructureFlowConfig(FlowConfig):
@@ -80,7 +107,7 @@ class StructureFlow(nn.Module):
             time = self.adaLN_modulation(time)
         h = self.input_layer(to_patches(x_t.float(), config.patch_size)) + self.pos_emb
         h, time, cond = h.to(dtype), time.to(dtype), cond.to(dtype)
-        h = blocks.run_blocks(self.blocks, h, time, cond, layout, [h.shape[1]] * len(h), recompute=self.recompute)
+        h = run_blocks(self.blocks, h, time, cond, layout, [h.shape[1]] * len(h), recompute=self.recompute)
         h = F.layer_norm(h.to(x_t.dtype), h.shape[-1:])
         return from_patches(self.out_layer(h.to(self.out_layer.weight.dtype)), config.patch_size).to(x_t.dtype)
 
@@ -169,7 +196,7 @@ class LatentFlow(nn.Module):
             h = blocks.run_block(block, h, time, recompute=self.recompute)
             skips.append(h.feats)
         feats, layout = h.feats + blocks.position_embedding(h.coords[:, 1:], config.model_channels).to(dtype), blocks.SparseLayout(h)
-        feats = blocks.run_blocks(self.blocks, feats, shared, cond, layout, h.lengths.tolist(), recompute=self.recompute)
+        feats = run_blocks(self.blocks, feats, shared, cond, layout, h.lengths.tolist(), recompute=self.recompute)
         h = h.with_feats(feats)
         for block, skip in zip(self.out_blocks, reversed(skips), strict=True):  # which sees its input block's features beside its own
             if config.use_skip_connection:

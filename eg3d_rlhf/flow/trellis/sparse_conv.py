@@ -159,7 +159,8 @@ class _Convolve(torch.autograd.Function):
         for tap, own, (written, read), many in _taps(ctx.pairs, weight, rows):
             part = grad.index_select(0, written)
             if many:
-                part = _sums(rows, len(weight), grad).index_add_(0, read, part.to(torch.promote_types(grad.dtype, torch.float32))).to(grad.dtype)
+                total = _sums(rows, len(weight), grad)
+                part = total.index_add_(0, read, part.to(total.dtype)).to(grad.dtype)
             if to_feats is not None:
                 own_part = ctx.multiply(part, own.t()).to(to_feats.dtype)
                 to_feats = to_feats.add_(own_part) if many else to_feats.index_add_(0, read, own_part)

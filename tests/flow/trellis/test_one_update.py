@@ -8,28 +8,27 @@ import torch
 from eg3d_rlhf.flow.dpo import DpoConfig
 from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.flow.reference import AdapterOff, FrozenCopy
-from eg3d_rlhf.flow.trellis import blocks
+from eg3d_rlhf.flow.trellis import flows, random_flows
 from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
-from tools import trellis_step
 from torch_utils.ops import feed_forward, linear, self_attention
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
 
-SIZE = trellis_step.Size(stage="latent", pairs=2, voxels=90, blocks=3, width=128, grid=12)
+SIZE = random_flows.Size(stage="latent", pairs=2, voxels=90, blocks=3, width=128, grid=12)
 LORA = LoraConfig(rank=4, targets=("to_qkv", "to_q", "to_kv", "to_out", "mlp.2"))
 
 
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch):
     """The ways of a large network, for a small one."""
-    for module, limit in ((linear, 1 << 10), (feed_forward, 0), (self_attention, 2), (blocks, 2)):
+    for module, limit in ((linear, 1 << 10), (feed_forward, 0), (self_attention, 2), (flows, 2)):
         monkeypatch.setattr(module, "LARGE", limit)
 
 
 def updates(stage_name, lora, dpo):
     size = replace(SIZE, stage=stage_name, grid=6 if stage_name == "structure" else 12)
     torch.manual_seed(1)
-    stage = trellis_step.build_stage(size)
+    stage = random_flows.build_stage(size)
     if lora is None:
         reference, parameters = FrozenCopy(stage.model), list(stage.model.parameters())
     else:
@@ -40,7 +39,7 @@ def updates(stage_name, lora, dpo):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     config = TrainConfig(lora=lora, steps=1, batch=2, warmup=0, dpo=dpo)
     needed = reference if config.needs_reference else None
-    pairs, conditions = trellis_step.make_pairs(size, stage), trellis_step.RandomConditions()
+    pairs, conditions = random_flows.make_pairs(size, stage), random_flows.RandomConditions()
     return Updates(conditions, stage, pairs, config, stage.model, parameters, needed, SINGLE), parameters
 
 
@@ -56,7 +55,7 @@ def outcome(work, parameters, impl):
     return totals[:4], [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
 
 
-@pytest.mark.parametrize("stage_name", trellis_step.STAGES)
+@pytest.mark.parametrize("stage_name", random_flows.STAGES)
 @pytest.mark.parametrize(
     ("lora", "dpo"),
     [

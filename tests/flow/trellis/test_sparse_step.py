@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.flow.trellis import random_flows
 from tools import trellis_step
 
 SMALL = trellis_step.Size(stage="latent", pairs=2, steps=3, voxels=60, blocks=1, width=64, grid=8, rank=2)
@@ -33,7 +34,7 @@ def test_the_defaults_are_the_full_size():
 
 
 def test_shells_are_thin_and_of_the_size_asked_for():
-    coords = trellis_step.shell(8000, 64, torch.Generator().manual_seed(0))
+    coords = random_flows.shell(8000, 64, torch.Generator().manual_seed(0))
     assert coords.shape == (8000, 3) and len(coords.unique(dim=0)) == 8000 and coords.dtype == torch.int32
     assert ((coords >= 0) & (coords < 64)).all()
     inside = coords.float().sub(31.5).norm(dim=1)
