@@ -19,7 +19,8 @@ from eg3d_rlhf.shapes import check_shape
 from torch_utils.ops.linear import fits
 
 LARGE = 512  # tokens of a sample from which on it is worth a pass of its own
-KEPT = 2 / 3  # share of the blocks whose attention is kept where blocks are recomputed: as much as passes of single samples save
+LONG = 4096  # tokens of a sample from which on attention is worth its memory where blocks are recomputed
+KEPT = 2 / 3  # share of the blocks that then keep it: as much memory as passes of single samples save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ def run_blocks(
     parts = [part.view(1, -1, x.shape[-1]) for part in x.flatten(0, -2).split(lengths)]
     for place, block in enumerate(modules):
         for i, part in enumerate(parts):
-            passes = blocks.Passes(keep=place < KEPT * len(modules)) if recompute and torch.is_grad_enabled() else None
+            keep = part.shape[1] >= LONG and place < KEPT * len(modules)
+            passes = blocks.Passes(keep) if recompute and torch.is_grad_enabled() else None
             own = blocks.DenseLayout(passes=passes)
             parts[i] = blocks.run_block(block, part, time[i : i + 1], cond[i : i + 1], own, recompute=recompute)
             if passes is not None:

@@ -23,6 +23,7 @@ def small_is_large(monkeypatch):
     """The ways of a large network, for a small one."""
     for module, limit in ((linear, 1 << 10), (feed_forward, 0), (self_attention, 2), (flows, 2)):
         monkeypatch.setattr(module, "LARGE", limit)
+    monkeypatch.setattr(flows, "LONG", 2)
 
 
 def updates(stage_name, lora, dpo):
