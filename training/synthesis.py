@@ -8,7 +8,7 @@ import math
 import torch
 
 from torch_utils.ops import bias_act, upfirdn2d
-from torch_utils.ops.implementations import convolution_layout
+from torch_utils.ops.implementations import add_to, convolution_layout
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from training.layers import FullyConnectedLayer, MappingNetwork, block_resolutions, channels_at
 
@@ -122,7 +122,9 @@ class SynthesisBlock(torch.nn.Module):
             img = upfirdn2d.upsample2d(img.to(memory_format=layout), self.resample_filter)
         y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32)
         y = y if ws.device.type == "cpu" else y.contiguous()
-        return x, (y if img is None else img + y)
+        if img is None:
+            return x, y
+        return x, add_to(img, y) if self.upsample else img + y  # the enlarged image is this block's own
 
 
 class SynthesisNetwork(torch.nn.Module):

@@ -117,3 +117,8 @@ def convolution_layout(device: torch.device, resolution: int, channels: int) -> 
     """
     fast = device.type == "cpu" and current() != "ref" and resolution >= (32 if channels <= 64 else 64)
     return torch.channels_last if fast else torch.contiguous_format
+
+
+def add_to(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y of a caller's own x, in its memory where no gradient is asked for: fresh pages cost more than the sum."""
+    return x + y if current() == "ref" or x.requires_grad or y.requires_grad else x.add_(y)

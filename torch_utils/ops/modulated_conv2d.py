@@ -8,7 +8,7 @@ import math
 import torch
 
 from torch_utils.ops.conv2d_resample import conv2d_resample
-from torch_utils.ops.implementations import current
+from torch_utils.ops.implementations import add_to, current
 
 
 def modulated_conv2d(
@@ -62,4 +62,4 @@ def modulated_conv2d(
     else:
         scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
         x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
-    return x if noise is None else x + noise.to(x.dtype)
+    return x if noise is None else add_to(x, noise.to(x.dtype))
