@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.conv3x3_strided import conv3x3_down, conv3x3_up
 from torch_utils.ops.implementations import current, is_channels_last
+from torch_utils.ops.linear import linear
 from torch_utils.ops.upfirdn2d import Pads, Scale, _parse_padding, same_size_padding, upfirdn2d
 
 
@@ -96,7 +97,7 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
         return torch.bmm(rows, w.t().expand(len(rows), -1, -1)).unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
     if is_channels_last(x):
-        return F.linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+        return linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
     return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
