@@ -119,6 +119,7 @@ def fits(page, served, token: str, scale: str, screen: str, language: str) -> No
     all_controls(label, language, where)
 
 
+@pytest.mark.long
 def test_the_label_page_fits_a_phone_in_german(serve, page):
     served, token = served_for(serve, "pairs")
     fits(page, served, token, "pairs", "phone", "de")

@@ -29,6 +29,7 @@ def blank(picture: np.ndarray) -> bool:
     return (np.abs(picture - picture[2, 2]).max(-1) > 24).mean() < 0.02
 
 
+@pytest.mark.long
 def test_thirty_pairs_by_keyboard_two_undone_and_a_reload(serve, page):
     keys = [("ArrowLeft", "left"), ("ArrowRight", "right"), ("ArrowDown", "tie")]
     served = serve(plan(40, training=1), large)

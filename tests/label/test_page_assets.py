@@ -36,6 +36,7 @@ def width(picture: np.ndarray) -> int:
     return int((np.abs(picture - picture[2, 2]).max(-1) > 24).any(0).sum())
 
 
+@pytest.mark.long
 def test_assets_whose_z_is_up_are_turned(serve, page):
     """What a file has along z stands up, what it has along y lies behind; sizes are as ever."""
     planned, turned = plan(1), {"up": "z"}
@@ -108,7 +109,8 @@ def test_videos_in_step(tmp_path, serve, page):
     assert {"orbit", "play"} <= set(rows(served)[0].views)
 
 
-@pytest.mark.parametrize("context", [{}, pytest.param(PHONE, marks=pytest.mark.long)], ids=["desktop", "phone"])
+@pytest.mark.long
+@pytest.mark.parametrize("context", [{}, PHONE], ids=["desktop", "phone"])
 def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
     text = "A teapot in the shape of an elephant, glazed in blue, with a trunk for a spout and two round ears for handles"
     png = io.BytesIO()

@@ -12,6 +12,7 @@ QUIET = {"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0}
 PAUSE = 600  # milliseconds: after so many, a press is another one
 
 
+@pytest.mark.long
 def test_a_double_click_answers_once_and_leaves_the_keys_to_nobody(serve, page):
     served = serve(plan(12), campaign=QUIET)
     label = page(served.url).open()
