@@ -18,7 +18,7 @@ help:
 	@echo "make test-gpu      the CUDA ops and the reader of images on this machine's GPU (about two minutes; compiles them where nvcc is found)"
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (GPU_ARGS='--device=cpu --quick': a rehearsal)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
-	@echo "make bench         speed of every fast path against plain EG3D (about half an hour; BENCH_ARGS=--quick: half a minute)"
+	@echo "make bench         speed of every fast path against plain EG3D (about 45 minutes; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
 
 $(VENV): $(STAMP)
