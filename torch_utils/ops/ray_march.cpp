@@ -37,12 +37,8 @@ template <typename T> struct Lanes {
   static constexpr int width = Pack<T>::width;
   std::vector<T> data;
   explicit Lanes(int64_t samples) : data(samples * width) {}
-  typename Pack<T>::type get(int64_t s) const {
-    typename Pack<T>::type v;
-    std::memcpy(&v, &data[s * width], sizeof v);
-    return v;
-  }
-  void set(int64_t s, typename Pack<T>::type v) { std::memcpy(&data[s * width], &v, sizeof v); }
+  typename Pack<T>::type get(int64_t s) const { return Pack<T>::load(&data[s * width]); }
+  void set(int64_t s, typename Pack<T>::type v) { Pack<T>::store(&data[s * width], v); }
   T& at(int64_t s, int lane) { return data[s * width + lane]; }
 
   // Rows of `rays` rays, samples behind one another; the lanes that are left repeat the last ray.

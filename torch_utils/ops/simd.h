@@ -10,10 +10,11 @@ namespace simd {
 inline constexpr int kWidth = 16;  // lanes of a float vector: one 512-bit register, two 256-bit ones, four 128-bit ones
 typedef float vfloat __attribute__((vector_size(kWidth * sizeof(float)), aligned(4)));
 typedef int32_t vint __attribute__((vector_size(kWidth * sizeof(int32_t)), aligned(4)));
+typedef float vmemory __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));  // g++ copies through the stack for memcpy
 
 inline vfloat broadcast(float x) { return x - vfloat{}; }
-inline vfloat load(const float* p) { vfloat v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+inline vfloat load(const float* p) { return *reinterpret_cast<const vmemory*>(p); }
+inline void store(float* p, vfloat v) { *reinterpret_cast<vmemory*>(p) = v; }
 inline vfloat load_first(const float* p, int n) { vfloat v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
 inline void store_first(float* p, vfloat v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
 inline vfloat max(vfloat a, vfloat b) { return a < b ? b : a; }  // a NaN in a stays
@@ -38,23 +39,13 @@ inline vfloat exp(vfloat x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  vint bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) << 23;
-  vfloat scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  return p * reinterpret_cast<vfloat>((reinterpret_cast<vint>(shifted) - 0x4B400000 + 127) << 23);
 }
 
 // log(u) for normal u > 0, absolute error below 1e-7 max(1, |log u|); NaN for NaN and infinity.
 inline vfloat log(vfloat u) {
-  vint bits;
-  std::memcpy(&bits, &u, sizeof bits);
-  const vint exponent = (bits - 0x3F3504F3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  bits = bits - (exponent << 23);
-  vfloat m;
-  std::memcpy(&m, &bits, sizeof m);
-  const vfloat f = m - 1.0f;
+  const vint bits = reinterpret_cast<vint>(u), exponent = (bits - 0x3F3504F3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  const vfloat f = reinterpret_cast<vfloat>(bits - (exponent << 23)) - 1.0f;
   vfloat p = f * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
   p = p * f - 1.2420140846e-1f;
