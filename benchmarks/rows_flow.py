@@ -40,9 +40,9 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
             parameter.grad = None
 
     def run() -> Outcome:
-        totals = work._pass(draw, pairs, 0)
-        names = ("pairs", "loss", "preferred error", "rejected error")
-        found = dict(zip(names, totals[:4].unbind(), strict=True))
+        _, loss, preferred, rejected = work._pass(draw, pairs, 0)[:4].unbind()
+        margin = -loss.expm1().log() / config.dpo.beta  # the loss has it times beta, and its rounding
+        found = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
         return Outcome(found, {f"adapter {i}": p.grad for i, p in enumerate(adapters) if p.grad is not None})
 
     return Case(fast=run, prepare=prepare)

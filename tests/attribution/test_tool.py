@@ -43,6 +43,7 @@ def test_wrong_settings(tmp_path, arguments, text):
     assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.long
 def test_no_change_attributes_nothing(tmp_path):
     arguments = ["--regions=boxes", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path}"]
     result = call(*arguments)

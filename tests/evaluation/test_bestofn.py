@@ -86,6 +86,7 @@ def command(members, ensemble, tiny_networks, tmp_path):
     return go
 
 
+@pytest.mark.long
 def test_the_page_with_a_reward_as_judge(command):
     flags = ("--reward-ckpt={joined}", "--reward-watch={m2}")
     done, out = command(*flags)

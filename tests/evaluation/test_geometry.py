@@ -73,6 +73,7 @@ def test_a_generator_against_itself(unchanged, tmp_path):
     assert finding.facts.n == geometry.latents(unchanged) == len(finding.rows)
 
 
+@pytest.mark.long
 def test_views_job_runs_and_draws(tiny_comparison, tmp_path):
     job = next(j for j in geometry.jobs(tiny_comparison) if j.key == "view-consistency")
     finding = jobs.run([job], tmp_path, quiet=True)["view-consistency"]

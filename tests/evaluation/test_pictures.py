@@ -136,6 +136,7 @@ def test_full_colour_is_the_first_scale_that_holds_nearly_all():
     assert pictures.full_scale([]) == pictures.SCALES[0] and pictures.full_scale([torch.full((9,), 9.0)]) == pictures.SCALES[-1]
 
 
+@pytest.mark.long
 def test_a_true_head_is_found_again_with_its_colours():
     truth, spec = head(), SlabSpec.cube(64)
     truth.appearance[0, :3] = torch.tensor([0.8, 0.5, 0.3])  # skin

@@ -168,6 +168,7 @@ def picture(tmp_path, cases):
     return tmp_path / "head.png"
 
 
+@pytest.mark.long
 def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
     for name, value in {"CELL": 32, "FILM": 16, "GRID": 32, "RAYS": 16, "SAMPLES": 6}.items():
         monkeypatch.setattr(pictures, name, value)

@@ -41,7 +41,8 @@ def until(page: Page, state: str) -> None:
     raise AssertionError(page.state("state"))
 
 
-@pytest.mark.parametrize("theme", THEMES)
+@LONG
+@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("screen", SCREENS)
 def test_the_label_page_in_all_its_states(serve, page, theme, screen):
     served = serve(plan(3, training=1), exposed=True, campaign={**QUIET, "both_bad": True, "questions": ("geometry",)})

@@ -25,6 +25,7 @@ def judge(served, token: str, choices: str) -> None:
             assert response.status_code == 201, response.text
 
 
+@pytest.mark.long
 def test_results_tokens_and_exports(serve, page):
     served = serve(plan(30), campaign={"annotators_per_pair": 2, "gold_every": 0}, exposed=True)
     ada, bob = (served.store.add_annotator(name) for name in ("ada", "bob"))

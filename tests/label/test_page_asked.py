@@ -17,6 +17,7 @@ def counting(served) -> list:
     return [row for row in rows(served) if not row.undone]
 
 
+@pytest.mark.long
 def test_questions_both_bad_and_a_comment_by_keyboard(serve, page):
     served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which has the finer ears?")})
     label = page(served.url).open()

@@ -88,6 +88,7 @@ def _broken() -> bytes:
     return compress(whole[:at] + bytes(64) + whole[at + 64 :])
 
 
+@pytest.mark.long
 def test_videos_in_step(tmp_path, serve, page):
     films = [asset_files.write_film(tmp_path / f"{i}.mp4", frames=24, seed=i).read_bytes() for i in range(2)]
     served = serve(plan(2), lambda one: compress(films[one.seed % 2]))

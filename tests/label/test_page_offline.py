@@ -42,6 +42,7 @@ def _kept(label, shapes: int = 4) -> None:
     label.page.wait_for_function(KEPT, arg=shapes)
 
 
+@pytest.mark.long
 def test_a_reload_while_offline_keeps_the_pair_and_three_answers(serve, page):
     served = serve(plan(12))
     server = Switched(served)

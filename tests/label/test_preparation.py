@@ -69,6 +69,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_campaign_is_prepared_in_another_process(campaign, tmp_path):
     url = campaign(3, show_render=True, broken=2)
     work = Preparation(url, "first", tmp_path / "cache")

@@ -88,6 +88,7 @@ def run(*flags):
     return CliRunner().invoke(tool.main, [str(flag) for flag in flags])
 
 
+@pytest.mark.long
 def test_the_tool(tiny_networks, tmp_path):
     out = tmp_path / "critic.safetensors"
     small = ("--latents=6", "--heads=8", "--reference=40", "--epochs=1", f"--out={out}")

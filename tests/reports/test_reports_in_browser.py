@@ -19,6 +19,7 @@ from tests.reports.small_attribution import attribution_page
 from tools import embed
 from tools import sweep as sweep_tool
 
+pytestmark = [needs_chromium, pytest.mark.long]
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
 PARTS = "reward-shift,same-latents"  # plots, tables and pictures
 
@@ -68,8 +69,7 @@ def reading(browser, path, **context):
         reader.close()
 
 
-@needs_chromium
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["evaluate", "attribute", "embed", "sweep"])
 def test_pages_open_without_errors_or_requests(browser, pages, name, scheme):
     with reading(browser, pages / name / "index.html", color_scheme=scheme) as reader:
@@ -88,8 +88,6 @@ def test_pages_open_without_errors_or_requests(browser, pages, name, scheme):
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
 
 
-@needs_chromium
-@pytest.mark.long
 def test_pages_fit_a_phone_and_print(browser, pages):
     for name in ("evaluate", "embed", "sweep"):
         with reading(browser, pages / name / "index.html", **PHONE) as reader:
@@ -100,7 +98,6 @@ def test_pages_fit_a_phone_and_print(browser, pages):
             assert reader.page.locator("main .light svg").first.is_visible()
 
 
-@needs_chromium
 def test_the_map_obeys_the_keyboard(browser, pages):
     with reading(browser, pages / "embed/index.html") as reader:
         page, plot = reader.page, reader.page.locator("#points svg")
@@ -127,7 +124,6 @@ def test_the_map_obeys_the_keyboard(browser, pages):
         assert plot.locator(".chosen").get_attribute("cx") != before or plot.locator(".chosen").get_attribute("cy")
 
 
-@needs_chromium
 def test_the_map_obeys_mouse_and_touch(browser, pages):
     with reading(browser, pages / "embed/index.html") as reader:
         dots = reader.page.locator("#points .dot")
@@ -149,7 +145,6 @@ def test_the_map_obeys_mouse_and_touch(browser, pages):
         assert all(box["height"] >= 44 for box in (b.bounding_box() for b in reader.page.locator("#points button").all()))
 
 
-@needs_chromium
 def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, pages):
     with reading(browser, pages / "embed/index.html") as reader:
         place = reader.page.evaluate("""() => {
@@ -162,8 +157,6 @@ def test_the_map_shows_each_shape_where_it_lies_on_the_sheet(browser, pages):
         assert (x, y) == pytest.approx((100 * (number % 20) / 19, 100 * (number // 20)), abs=0.1) and place[1] == "2000% 200%"
 
 
-@needs_chromium
-@pytest.mark.long
 def test_pictures_for_the_documentation_are_small(browser, pages, tmp_path):
     for name in ("report-evaluate", "report-embed", "report-sweep"):
         page_pictures.take(browser, pages, name, tmp_path)

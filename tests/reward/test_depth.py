@@ -107,6 +107,7 @@ def test_it_is_stored_with_what_it_reads(reward):
     assert load_reward(reward).observation.shape == (3, 2, 64, 64)
 
 
+@pytest.mark.long
 def test_it_tunes(tiny_data, tiny_networks, tmp_path):
     observation = Depth.of(of(tiny_runs.networks.load(tiny_networks).G_ema), resolution=16)
     reward = Reward(observation, SmallDepth(views=1, resolution=16)).save(tmp_path / "reward.safetensors")

@@ -32,6 +32,7 @@ def weights(path, key="best"):
     return torch.load(path, weights_only=True)[key]
 
 
+@pytest.mark.long
 def test_members_differ_and_repeat(train):
     done, out = train("run", "--members=2", "--aggregate=min")
     assert done.exit_code == 0, done.output

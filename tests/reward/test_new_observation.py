@@ -68,6 +68,7 @@ def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
         check_reward(elsewhere, generator)
 
 
+@pytest.mark.long
 def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [

@@ -144,7 +144,10 @@ def labels(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("kind", "name"), [("points", "pointnet"), ("points", "pointnet2"), ("lifted-points", "pointnet")])
+LONG = [pytest.param(*other, marks=pytest.mark.long) for other in (("points", "pointnet2"), ("lifted-points", "pointnet"))]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("points", "pointnet"), *LONG])
 def test_it_trains_and_tunes(kind, name, labels, tmp_path):
     succeed(
         train_reward.main, f"--observation={kind}", f"--preset={name}", "--resolution=24", "--points=96", f"--labels={labels}",

@@ -29,8 +29,8 @@ def assert_alike(call, oracle, *inputs, trained=None):
     y, gradients = with_gradients(call, *inputs, trained=trained)
     want, wanted = with_gradients(oracle, *(x.double() for x in inputs), trained=trained)
     torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5 * float(want.abs().max()))
-    for got, expected in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    for got, expected in zip(gradients, wanted, strict=True):  # one token's queries and keys have none
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=max(1e-5 * float(expected.abs().max()), 1e-7))
 
 
 @pytest.fixture(autouse=True)
