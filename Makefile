@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-control seeds reports zoo test test-long test-gpu gpu lint bench assets clean
+.PHONY: help demo demo-control seeds reports zoo test test-long gpu lint bench assets clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,8 +15,7 @@ help:
 	@echo "make zoo           train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
 	@echo "make test          ruff, mypy and the fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-long     the slow ones"
-	@echo "make test-gpu      the CUDA ops and the reader of images on this machine's GPU (about two minutes; compiles them where nvcc is found)"
-	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (GPU_ARGS='--device=cpu --quick': a rehearsal)"
+	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (GPU_ARGS='--device=cpu --quick': a rehearsal; --part=tests: the tests alone)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
 	@echo "make bench         speed of every fast path against plain EG3D (about 45 minutes; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
@@ -57,10 +56,6 @@ test: lint
 test-long: $(STAMP)
 	@echo "== Slow tests"
 	$(BIN)/python -m pytest -m "long" $(PYTEST_ARGS)
-
-test-gpu: $(STAMP)
-	@echo "== CUDA ops: emulated, compiled, and on the device; images on their way there"
-	$(BIN)/python -m pytest tests/torch_utils/cuda tests/torch_utils/test_cuda_check.py tests/training/test_batches.py $(PYTEST_ARGS)
 
 gpu: $(STAMP)
 	@echo "== Compilation, tests, training and benchmark on this machine's GPU, into runs/gpu/gpu.md"

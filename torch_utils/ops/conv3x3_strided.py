@@ -23,14 +23,14 @@ def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.
     """x [N, I, H, W], w [O, I, 3, 3] -> [N, O, (H - 1) // 2, (W - 1) // 2]; `impl` as in `conv3x3`. Differentiable to any order."""
     odd = x.shape[2] % 2 == x.shape[3] % 2 == 1
     if _compiled(x, w, (x.shape[2] - 1) // 2 * ((x.shape[3] - 1) // 2), impl, odd):
-        return _Down.apply(x, w)
+        return _Convolution.apply(x, w, False)
     return F.conv2d(x, w, stride=2)
 
 
 def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """x [N, O, h, w], w [O, I, 3, 3] -> [N, I, 2 h + 1, 2 w + 1]; `impl` as in `conv3x3`. Differentiable to any order."""
     if _compiled(x, w, x.shape[2] * x.shape[3], impl):
-        return _Up.apply(x, w)
+        return _Convolution.apply(x, w, True)
     return F.conv_transpose2d(x, w, stride=2)
 
 
@@ -41,30 +41,21 @@ def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bo
     return choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, applies, dropped) == "compiled"
 
 
-class _Down(torch.autograd.Function):
+class _Convolution(torch.autograd.Function):
+    """Down, or up where that is True."""
+
     @staticmethod
-    def forward(ctx, x, w):
+    def forward(ctx, x, w, up):
         ctx.save_for_backward(x, w)
-        return F.conv2d(x, w, stride=2)
+        ctx.up = up
+        return (F.conv_transpose2d if up else F.conv2d)(x, w, stride=2)
 
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad
-        return _Up.apply(grad, w) if need_x else None, _Weight.apply(x, grad) if need_w else None
-
-
-class _Up(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return F.conv_transpose2d(x, w, stride=2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad
-        return _Down.apply(grad, w) if need_x else None, _Weight.apply(grad, x) if need_w else None
+        large, small = (grad, x) if ctx.up else (x, grad)
+        need_x, need_w, _ = ctx.needs_input_grad
+        return _Convolution.apply(grad, w, not ctx.up) if need_x else None, _Weight.apply(large, small) if need_w else None, None
 
 
 class _Weight(torch.autograd.Function):
@@ -78,7 +69,7 @@ class _Weight(torch.autograd.Function):
     def backward(ctx, grad_w):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad
-        return _Up.apply(grad, grad_w) if need_x else None, _Down.apply(x, grad_w) if need_grad else None
+        return _Convolution.apply(grad, grad_w, True) if need_x else None, _Convolution.apply(x, grad_w, False) if need_grad else None
 
 
 define(
