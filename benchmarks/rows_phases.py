@@ -17,6 +17,7 @@ from eg3d_rlhf.attribution.landmarks import head_landmarks, landmark_partition
 from eg3d_rlhf.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.generators import Generator, of
 from eg3d_rlhf.observations import SigmaSlab
+from eg3d_rlhf.preferences.losses import PreferenceLoss
 from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.reward.reward import load_reward
 from eg3d_rlhf.rlhf.phase import CUTOFF, RewardConfig, RewardTerms, clip_bounds, density_l1, reward_phase
@@ -104,6 +105,23 @@ def reward_network(device: str, tiny: bool) -> Case:
     return Case(fast=run)
 
 
+def reward_training(device: str, tiny: bool) -> Case:
+    """One pair of slabs through the published method's losses: their terms and the gradients of all parameters."""
+    network, _, slabs = paper_reward(device, tiny)
+    network.requires_grad_(True).train()
+    loss, better, worse = PreferenceLoss(PRESETS["paper"].train["weights"]), *torch.tensor([[0], [1]], device=device)
+
+    def run() -> Outcome:
+        out = network(slabs, reconstruct=True)
+        given = {"pair_logits": network.pair_logits, "observed": slabs, "epoch": 0, "generator": torch.Generator()}
+        terms = loss(out, better, worse, **given)
+        torch.stack(list(terms.values())).sum().backward()
+        gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+        return Outcome({n: v.detach() for n, v in terms.items()}, gradients)
+
+    return Case(fast=run, prepare=lambda: network.zero_grad(set_to_none=True))
+
+
 def published_iteration(device: str, tiny: bool) -> Case:
     """The reward phase as `RewardTerms.losses` has it, with batch 1: losses and gradients of G's parameters."""
     nets, _ = configurations.build(tiny, device)
@@ -186,6 +204,10 @@ ROWS = [
     Row(
         name="reward network, forward + backward to the slab", size="full", make=reward_network, seconds=6,
         target=Target(at_least=2, aim=3), tolerance=1e-4, gradient_tolerance=1e-3,
+    ),
+    Row(
+        name="reward training, one pair, forward + backward", size="full", make=reward_training, seconds=30,
+        target=Target(at_least=3, aim=4), tolerance=1e-4, gradient_tolerance=1e-3,
     ),
     Row(
         name="one RLHF iteration of the published method", size="full", make=published_iteration, seconds=20,

@@ -1,10 +1,10 @@
-"""A frozen U-Net's features, and their gradient to the slab, through fused ops on a CPU: equal to the network's own up to rounding.
+"""A U-Net's features or maps, and their gradient to the slab and the weights, through fused ops on a CPU: the network's own up to rounding.
 
 Group normalisation is a scale and a shift per sample and channel once the sums are known, and these come out of the pass before: every
 volume is written once and read once. The backward pass is written out (`torch_utils.ops.volume_block`): a block keeps what it reads, what
 lies between its convolutions and what its gates read, and no normalised, activated or gated volume.
 
-Letters: N slabs, C channels, G groups, M features, D, H, W = z, y, x.
+Letters: N slabs, C channels, M features, R responses, D, H, W = z, y, x.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eg3d_rlhf.reward.fused_weights import WeightGradients
+from eg3d_rlhf.reward.group_sums import group_affine, group_gradient
 from eg3d_rlhf.reward.pooling import grid_feature, slice_windows
-from eg3d_rlhf.reward.unet3d import ResidualBlock
 from torch_utils.ops import volume_block as ops
 
 if TYPE_CHECKING:
     from eg3d_rlhf.reward.model import RewardModel
 
-Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (final responses [N, R, D, H, W], coarsest maps) -> features [N, M]
 _LANES = 8  # channels that the ops take at a time
 _VOXELS = 1 << 21  # of slabs that are read at once without gradients; more only take memory
 _kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]]" = WeakKeyDictionary()
 
 
 def applies(model: "RewardModel", slab: torch.Tensor) -> bool:
-    """Whether the fused ops cover this network and slab: a CPU, float32, no gradient to the weights, whole lanes of channels."""
+    """Whether the fused ops cover this network and slab: a CPU, float32, whole lanes of channels."""
     if slab.device.type != "cpu" or slab.dtype != torch.float32 or any(c % _LANES for c in model.arch.feature_maps):
         return False
-    weights = next(model.parameters())
-    if weights.dtype != torch.float32 or (torch.is_grad_enabled() and any(p.requires_grad for p in model.Conv3DModule.parameters())):
-        return False
-    return ops.differentiable()
+    return next(model.parameters()).dtype == torch.float32 and ops.differentiable()
+
+
+def learns(model: "RewardModel") -> bool:
+    """Whether a gradient to the U-Net's weights is asked for."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in model.Conv3DModule.parameters())
 
 
 def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
@@ -47,6 +49,25 @@ def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
     return torch.cat([_Pass(model, kept=False).features(part) for part in slab.split(at_once)])
 
 
+def maps(model: "RewardModel", slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the U-Net makes of slabs [N, C, D, H, W], see `UNet3d.forward`. Differentiable in the slab and the weights, once."""
+    net = model.Conv3DModule
+    weights = [*net.encoders.parameters(), *net.decoders.parameters()]
+    whole, coarsest = _Maps.apply(slab, model, torch.is_grad_enabled(), *weights)
+    return pointwise(net.final_conv, whole), coarsest
+
+
+def pointwise(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """A 1x1x1 convolution with bias as a product of matrices: [N, C, D, H, W] -> [N, O, D, H, W]. Differentiable in all."""
+    weight = layer.weight.flatten(1).expand(len(x), -1, -1)
+    return torch.baddbmm(layer.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _refuse_a_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError('reward: expected one derivative, got create_graph=True. Use implementation("torch") for a second one.')
+
+
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slab, model):
@@ -55,9 +76,27 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError('reward: expected one derivative, got create_graph=True. Use implementation("torch") for a second one.')
+        _refuse_a_second_derivative()
         return ctx.run.gradient(grad), None
+
+
+class _Maps(torch.autograd.Function):
+    """The last volume after its gates, [N, C, D, H, W], and the coarsest one."""
+
+    @staticmethod
+    def forward(ctx, slab, model, kept, *weights):
+        ctx.save_for_backward(*weights)  # torch refuses a backward pass where they have changed
+        ctx.set_materialize_grads(False)
+        ctx.run = _Pass(model, kept, learns=kept)
+        return ctx.run.maps(slab.detach())
+
+    @staticmethod
+    def backward(ctx, whole, coarsest):
+        _refuse_a_second_derivative()
+        weights, needed = ctx.saved_tensors, ctx.needs_input_grad
+        gathered = WeightGradients(w for w, one in zip(weights, needed[3:], strict=True) if one)
+        slab = ctx.run.gradient_of_maps(whole, coarsest, gathered)
+        return slab if needed[0] else None, None, None, *(gathered.found.get(w) for w in weights)
 
 
 @dataclass
@@ -73,6 +112,7 @@ class _Block:
     h: torch.Tensor  # before the gates
     squeezed: torch.Tensor  # [N, C], means of h
     gate: torch.Tensor  # [N, C]
+    read: Any = None  # what the layer before r read, where its weights learn
 
     def spatial(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [C] and bias [1] of the gate of voxels."""
@@ -83,8 +123,8 @@ class _Block:
 class _Pass:
     """One forward pass, and, where its volumes are kept, its backward pass."""
 
-    def __init__(self, model: "RewardModel", kept: bool):
-        self.arch, self.net, self.kept = model.arch, model.Conv3DModule, kept
+    def __init__(self, model: "RewardModel", kept: bool, learns: bool = False):
+        self.arch, self.net, self.kept, self.learns = model.arch, model.Conv3DModule, kept, learns
         self.down: list[_Block] = []
         self.up: list[_Block] = []
         self.memory: dict[str, torch.Tensor] = {}
@@ -92,9 +132,20 @@ class _Pass:
     @torch.no_grad()
     def features(self, slab: torch.Tensor) -> torch.Tensor:
         """[N, M]."""
+        return self._pooled(self._coarsest(slab))
+
+    @torch.no_grad()
+    def maps(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last volume after its gates, and the coarsest one."""
+        coarsest = self._coarsest(slab)
+        return self._gated(self.up[-1])[0], coarsest.detach()  # not the tensor that a block has kept: it would keep itself
+
+    def _coarsest(self, slab: torch.Tensor) -> torch.Tensor:
+        """Runs all blocks; the coarsest volume after its gates."""
         x, skips, net = slab, [], self.net
         for level, encoder in enumerate(net.encoders):
             block = self._encode(encoder.basic_module, x)
+            block.read = x if self.learns else None
             whole, pooled = self._gated(block, pool=level + 1 < len(net.encoders))
             skips.append(whole)
             self.down.append(block)
@@ -106,12 +157,13 @@ class _Pass:
             kernel = _kernel(convolution, "up", ops.transposed_kernel)
             r, sums = ops.volume_up(skip, x, convolution.weight, kernel, out=skip)
             last = self._block(decoder.basic_module, r, sums)
+            last.read = x if self.learns else None
             self.up.append(last)
-        return self._pooled(bottleneck)
+        return bottleneck
 
     def _encode(self, module: Any, x: torch.Tensor) -> _Block:
         if x.shape[1] > 1 or isinstance(module.conv1, nn.Identity):
-            r = module.conv1(x).contiguous()  # the weights may lie channels-last
+            r = x if isinstance(module.conv1, nn.Identity) else pointwise(module.conv1, x)
             return self._block(module, r, _sums(*_moments(r), r[0, 0].numel()))
         # conv1 reads one channel, r_c = w_c x + b_c, so its normalisation is an affine function of x as well
         w, b = module.conv1.weight.reshape(1, -1).double(), module.conv1.bias[None].double()
@@ -137,7 +189,7 @@ class _Pass:
             inner, scale, shift, module.conv3.conv.weight, kernel, residual=r, mix=mix, relu=True, out=room
         )
         squeezed = (third[..., 0] / voxels).float()
-        return _Block(module, r, mix, sums, inner, second, h, squeezed, _channel_gate(module, squeezed))
+        return _Block(module, r, mix, sums, inner, second, h, squeezed, _channel_gate(squeezed, *module.se_module.cSE.parameters()))
 
     def _memory(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
         """Without a backward pass, memory that is used again: the system takes as long to hand out new pages as a pass over them."""
@@ -179,46 +231,74 @@ class _Pass:
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient to the slab, from one of the features [N, M]."""
         first, second = torch.autograd.grad(self.result, self.leaves, grad, retain_graph=True)
-        block, skips, bottleneck = self.up[-1], [], None
-        if self.arch.pooling == "slice_max":
-            arrived, gate = torch.zeros_like(block.h), second.double()
-            arrived.flatten(2).scatter_(2, self.places, first)
-            passed = self._through(block, arrived, gate)
-        else:
-            passed, bottleneck = self._through(block, *_ungated(block, first, None)), second
+        block = self.up[-1]
+        if self.arch.pooling != "slice_max":
+            return self._back(*_ungated(block, first, None), second)
+        arrived = torch.zeros_like(block.h)
+        arrived.flatten(2).scatter_(2, self.places, first)
+        return self._back(arrived, second.double(), None)
+
+    @torch.no_grad()
+    def gradient_of_maps(self, whole: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients) -> torch.Tensor:
+        """The gradient to the slab, from those to the maps; those to the weights are added to `weights`."""
+        return self._back(*_ungated(self.up[-1], whole, None), coarsest, weights)
+
+    def _back(
+        self, arrived: torch.Tensor, gates: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients | None = None
+    ) -> torch.Tensor:
+        """From gradients to the last volume before its gates, to its gates, and to the coarsest volume after them."""
+        passed, skips = self._through(self.up[-1], arrived, gates, weights), []
         for k in reversed(range(len(self.up))):
             skips.append(passed)
-            below = self.up[k - 1] if k else self.down[-1]
-            kernel = _kernel(_upsampling(self.net.decoders[k]), "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
+            below, layer = self.up[k - 1] if k else self.down[-1], _upsampling(self.net.decoders[k])
+            if weights is not None:
+                weights.upsampling(layer, self.up[k].read, passed)
+            kernel = _kernel(layer, "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
             whole = ops.volume_up_gradient(passed, kernel, below.h.shape[2:])
             if k:
-                passed = self._through(below, *_ungated(below, whole, None))
-        whole = whole if bottleneck is None else whole + bottleneck
+                passed = self._through(below, *_ungated(below, whole, None), weights)
+        whole = whole if coarsest is None else whole + coarsest
         pooled = None
         for level in reversed(range(len(self.down))):
             block = self.down[level]
-            passed = self._through(block, *_ungated(block, whole, pooled))
-            if block.mix is None and not isinstance(block.module.conv1, nn.Identity):
+            passed = self._through(block, *_ungated(block, whole, pooled), weights)
+            if not isinstance(block.module.conv1, nn.Identity) and (block.mix is None or weights is not None):
+                if weights is not None:
+                    weights.pointwise(block.module.conv1, block.read, passed)
                 weight = block.module.conv1.weight.flatten(1)  # [O, C]
                 passed = (weight.T @ passed.flatten(2)).unflatten(2, passed.shape[2:])
             if level:
                 whole, pooled = skips.pop(), passed
         return passed
 
-    def _through(self, block: _Block, arrived: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """The gradient to a block's residual, or to the one channel that it is made of, from those to h and to the channels' gate."""
-        module, voxels = block.module, block.h[0, 0].numel()
-        squeezed = block.squeezed.clone().requires_grad_()
+    def _through(
+        self, block: _Block, arrived: torch.Tensor, gates: torch.Tensor, weights: WeightGradients | None
+    ) -> torch.Tensor:
+        """The gradient to a block's residual, from those to h and to the gates: the channels' [N, C], and the voxels' weights behind them.
+
+        Of a frozen block whose residual is made of one channel it is that one's.
+        """
+        module, voxels, r, mix = block.module, block.h[0, 0].numel(), block.r, block.mix
+        squeezed, *linear = (t.detach().requires_grad_() for t in (block.squeezed, *module.se_module.cSE.parameters()))
         with torch.enable_grad():
-            (mean,) = torch.autograd.grad(_channel_gate(module, squeezed), squeezed, gate.float())
+            gate = _channel_gate(squeezed, *linear)
+            mean, *linear = torch.autograd.grad(gate, [squeezed, *linear], gates[:, : gate.shape[1]].float())
         mean = mean[..., None].double() / voxels
         factors = torch.cat([torch.ones_like(mean), torch.zeros_like(mean), mean], dim=2).float()
         outer, inner = (_kernel(c, "gradient", _turned_kernel) for c in (module.conv3.conv, module.conv2.conv))
         g, sums = ops.volume_conv_gradient(arrived, block.h, factors, outer, block.inner)
+        if weights is not None:
+            weights.gates(module.se_module, linear, gates)
+            weights.convolution(module.conv3, (arrived, block.h, factors), block.inner, None, block.second, sums)
         factors = group_gradient(module.conv3.groupnorm, block.second, sums, voxels).float()
-        g, sums = ops.volume_conv_gradient(g, block.inner, factors, inner, block.r, block.mix)
+        after = g
+        g, sums = ops.volume_conv_gradient(after, block.inner, factors, inner, r, mix)
+        if weights is not None:
+            weights.convolution(module.conv2, (after, block.inner, factors), r, mix, block.first, sums)
+            if mix is not None:
+                r, mix = torch.addcmul(mix[:, 1, None, None, None], r, mix[:, 0, None, None, None]), None
         factors = torch.cat([mean, group_gradient(module.conv2.groupnorm, block.first, sums, voxels)], dim=2).float()
-        return ops.volume_join(arrived, block.h, g, block.r, factors, block.mix)
+        return ops.volume_join(arrived, block.h, g, r, factors, mix)
 
 
 def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
@@ -233,9 +313,9 @@ def _ungated(block: _Block, whole: torch.Tensor | None, pooled: torch.Tensor | N
     return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), whole, pooled)
 
 
-def _channel_gate(module: ResidualBlock, squeezed: torch.Tensor) -> torch.Tensor:
-    gate = module.se_module.cSE
-    return torch.sigmoid(gate["fc2"](F.relu(gate["fc1"](squeezed))))
+def _channel_gate(squeezed: torch.Tensor, *linear: torch.Tensor) -> torch.Tensor:
+    """From means [N, C], and weights and biases of fc1 and fc2."""
+    return torch.sigmoid(F.linear(F.relu(F.linear(squeezed, *linear[:2])), *linear[2:]))
 
 
 def _of_one_channel(
@@ -274,36 +354,3 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _sums(mean: torch.Tensor, variance: torch.Tensor, voxels: int) -> torch.Tensor:
     """Sums [N, C, 2] of values and squares."""
     return torch.stack([mean, variance + mean.square()], dim=2) * voxels
-
-
-def _statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and inverse deviation [N, C] of each channel's group."""
-    each = sums.shape[1] // norm.num_groups
-    grouped = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxels * each)  # [N, G, 2]
-    mean = grouped[..., 0]
-    inverse = (grouped[..., 1] - mean.square()).clamp_min(0).add(norm.eps).rsqrt()
-    return mean.repeat_interleave(each, dim=1), inverse.repeat_interleave(each, dim=1)
-
-
-def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Group normalisation as scale and shift [N, C] from sums [N, C, 2] float64 of values and squares over `voxels` per channel."""
-    mean, inverse = _statistics(norm, sums, voxels)
-    scale = norm.weight.double() * inverse
-    return scale.float(), (norm.bias.double() - mean * scale).float()
-
-
-def group_gradient(norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int) -> torch.Tensor:
-    """Its gradient as f0 g + f1 x + f2, [N, C, 3] float64; arrived: sums [N, C, 2] float64 of g and g x, g being the gradient that arrives.
-
-    With x' = (x - mean) inverse and the means over a group: inverse (w g - mean(w g) - x' mean(w g x')).
-    """
-    mean, inverse = _statistics(norm, sums, voxels)
-    w, each = norm.weight.double(), sums.shape[1] // norm.num_groups
-
-    def over_group(values: torch.Tensor) -> torch.Tensor:
-        return values.unflatten(1, (norm.num_groups, -1)).mean(dim=2).repeat_interleave(each, dim=1) / voxels
-
-    plain = over_group(w * arrived[..., 0])
-    along = over_group(w * (arrived[..., 1] - mean * arrived[..., 0]) * inverse)
-    slope = -inverse.square() * along
-    return torch.stack([(w * inverse).expand_as(slope), slope, -inverse * plain - slope * mean], dim=2)

@@ -187,7 +187,8 @@ class RewardModel(RewardNetwork):
 
     def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Final maps of the U-Net [N, C, D/p, H/p, W/p], and the features pooled from them and the coarsest ones."""
-        arch, (final, bottleneck) = self.arch, self.Conv3DModule(self._patches(slab))
+        arch, patches = self.arch, self._patches(slab)
+        final, bottleneck = fused.maps(self, patches) if fused.applies(self, slab) else self.Conv3DModule(patches)
         response = final[:, arch.recon_channels :]
         if arch.pooling == "slice_max":
             return final, slice_max_feature(response, arch.pool_size)
@@ -208,7 +209,7 @@ class RewardModel(RewardNetwork):
         check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
         if self.arch.extractor == "strided":
             return self.extractor(observed)
-        if fused.applies(self, observed):
+        if fused.applies(self, observed) and not fused.learns(self):
             return fused.features(self, self._patches(observed))
         return self._pooled(observed)[1]
 
@@ -218,7 +219,8 @@ class RewardModel(RewardNetwork):
             return super().reconstruct(observed)
         check_shape("RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives.")
         final, features = self._pooled(observed)
-        out = self.Conv3DModule.conv3d_for_recon(final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values)
+        out, affine = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values, self.Conv3DModule.conv3d_for_recon
+        out = fused.pointwise(affine, out) if fused.applies(self, observed) else affine(out)
         if self.arch.patch > 1:
             out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
         d, h, w = observed.shape[2:]

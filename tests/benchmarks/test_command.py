@@ -101,6 +101,7 @@ def test_the_required_rows_are_there_with_their_targets():
         ("Dreg forward + backward", "full"): (2, 2.5), ("one RLHF iteration, all phases", "bundled"): (2.5, 3),
         ("one RLHF iteration of the published method", "full"): (4.5, 6),
         ("reward network, forward + backward to the slab", "full"): (2, 3),
+        ("reward training, one pair, forward + backward", "full"): (3, 4),
         ("Shapley coalitions of 12 regions, full-size reward", "full"): (4, 5), ("slab of a tri-grid, from slices", "full"): (5, 10),
         ("voxels 16^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),
         ("voxels 24^3, 32 assets x 4 views, forward + backward", "bundled"): (3, 6),

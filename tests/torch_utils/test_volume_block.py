@@ -12,6 +12,7 @@ from torch_utils.ops.volume_block import (
     turned,
     volume_conv,
     volume_conv_gradient,
+    volume_conv_weight,
     volume_gate,
     volume_gate_gradient,
     volume_join,
@@ -122,11 +123,34 @@ def test_gradient_of_conv(size, mixed):
 
 
 @needs_cpp
+@pytest.mark.parametrize(
+    "size", [(1, 8, 8, 5, 9, 33), (2, 16, 8, 9, 14, 64), (3, 8, 16, 6, 35, 130), (1, 5, 24, 1, 1, 1), (1, 8, 264, 2, 2, 2)]
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradient_of_kernels(size, mixed):
+    n, c, o, *shape = size
+    g, h, factors = randn(n, o, *shape, seed=2), randn(n, o, *shape, seed=3), randn(n, o, 3, seed=4)
+    x, scale, shift = randn(n, 1 if mixed else c, *shape), randn(n, c, seed=5), randn(n, c, seed=6)
+    arrived = torch.where(h > 0, spread(factors[..., 0]) * g + spread(factors[..., 1]) * h + spread(factors[..., 2]), 0).double()
+    w = torch.zeros(o, c, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    inner = x.double() * spread(scale.double()) + spread(shift.double())
+    (truth,) = torch.autograd.grad(F.conv3d(inner, w, padding=1), w, arrived)
+    found = volume_conv_weight(g, h, factors, x, scale, shift)
+    assert (found - truth).abs().max() <= 1e-6 * truth.abs().max() + 1e-6
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(volume_conv_weight(g, h, factors, x, scale, shift), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cpp
 @pytest.mark.parametrize("shape", [(4, 6, 8), (5, 7, 9), (2, 3, 37), (1, 1, 4)])
 @pytest.mark.parametrize("given", ["whole", "pooled", "both"])
 def test_gradient_of_gate(shape, given):
     h, channel = (randn(2, 8, *shape).abs() + 0.01).requires_grad_(), torch.sigmoid(randn(2, 8, seed=1)).requires_grad_()
-    w, b = randn(8, seed=2), randn(1, seed=3)
+    w, b = randn(8, seed=2).requires_grad_(), randn(1, seed=3).requires_grad_()
     y, _ = volume_gate(h, channel, w, b, impl="torch")
     whole = randn(*y.shape, seed=4) if given != "pooled" else None
     small = [s // 2 for s in shape]
@@ -136,10 +160,13 @@ def test_gradient_of_gate(shape, given):
         total = total + (y * whole).sum()
     if pooled is not None and min(small) > 0:
         total = total + (F.max_pool3d(y, 2) * pooled).sum()
-    truth = torch.autograd.grad(total, [h, channel]) if total.requires_grad else [torch.zeros_like(h), torch.zeros_like(channel)]
-    found = volume_gate_gradient(h.detach(), channel.detach(), w, b, whole, pooled)
-    torch.testing.assert_close(found[0], truth[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[1].float(), truth[1], atol=1e-4, rtol=1e-5)
+    inputs = [h, channel, w, b]
+    truth = torch.autograd.grad(total, inputs) if total.requires_grad else [torch.zeros_like(t) for t in inputs]
+    found, sums = volume_gate_gradient(*(t.detach() for t in inputs), whole, pooled)
+    torch.testing.assert_close(found, truth[0], atol=1e-5, rtol=1e-5)
+    to_channel, to_w, to_b = sums.float().split([8, 8, 1], dim=1)
+    for value, expected in zip((to_channel, to_w.sum(dim=0), to_b.sum(dim=0)), truth[1:], strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-5)
 
 
 @needs_cpp

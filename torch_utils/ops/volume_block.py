@@ -1,4 +1,4 @@
-"""Parts of a residual squeeze-and-excitation block on volumes, and their gradients to what they read: for a frozen network on a CPU.
+"""Parts of a residual squeeze-and-excitation block on volumes, and their gradients to what they read and to its weights: on a CPU.
 
     conv     y = [relu](conv3x3x3(scale * x + shift, zeros outside) [+ residual]), with each channel's sum and sum of squares
     up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the skip's size by its nearest neighbour,
@@ -33,6 +33,7 @@ define("volume_profile(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor fina
 define("volume_conv_gradient(Tensor g, Tensor h, Tensor factors, Tensor u, Tensor other, Tensor? mix, Tensor(a!) y) -> Tensor")
 define("volume_gate_gradient(Tensor h, Tensor channel, Tensor w, Tensor b, Tensor? whole, Tensor? pooled, Tensor(a!) y) -> Tensor")
 define("volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, Tensor? mix, Tensor(a!) y) -> ()")
+define("volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor scale, Tensor shift) -> Tensor")
 define("volume_up_gradient(Tensor grad, Tensor u, Tensor(a!) y) -> ()")
 # F(4, 3): transformed taps of the kernel along y
 _TAPS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1))
@@ -167,10 +168,22 @@ def volume_conv_gradient(
     return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, other, mix, y)
 
 
+def volume_conv_weight(
+    g: torch.Tensor, h: torch.Tensor, factors: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of a normalised convolution's kernels, [O, C, 3, 3, 3]; the same bits for any number of threads.
+
+    Args: g, h, factors: the gradient of its result, see `volume_conv_gradient`; x, scale, shift: its input, see `volume_conv`.
+    """
+    return torch.ops.eg3d_rlhf.volume_conv_weight(g, h, factors.contiguous(), x, scale.contiguous(), shift.contiguous())[0].float()
+
+
 def volume_gate_gradient(
     h: torch.Tensor, channel: torch.Tensor, w: torch.Tensor, b: torch.Tensor, whole: torch.Tensor | None, pooled: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `volume_gate` to h, [N, C, D, H, W], and to channel, [N, C] float64; `whole`, `pooled`: of its two results, None for 0.
+    """Gradients of `volume_gate` to h, [N, C, D, H, W], and to channel, w and b in turn, [N, 2 C + 1] float64.
+
+    whole, pooled: of its two results, None for 0.
 
     A maximum's gradient goes to the first voxel that attains it. Where h is 0 the gradient is not defined: the ReLU before it drops it.
     """

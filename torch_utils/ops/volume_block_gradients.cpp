@@ -1,4 +1,4 @@
-// The backward pass of the parts of a volume block, to its input alone, on a CPU. See volume_block.py for the formulas.
+// The backward pass of the parts of a volume block, on a CPU. See volume_block.py for the formulas.
 #include "volume_block.h"
 
 namespace {
@@ -41,12 +41,13 @@ Tensor volume_gate_gradient(
   const int64_t plane = s.h * s.w, volume = s.volume(), tasks = s.n * ((s.d + 1) / 2), coarse = (s.d / 2) * (s.h / 2) * (s.w / 2);
   const float *gates = in(channel), *weight = in(w), bias = *in(b), *from = in(h);
   float* to = out(y);
-  Tensor sums = new_sums(h, {s.n, s.c});
-  std::vector<double> parts(tasks * s.c, 0.0);
+  const int64_t values = 2 * s.c + 1;  // to the channels' gates, w and b
+  Tensor sums = new_sums(h, {s.n, values});
+  std::vector<double> parts(tasks * values, 0.0);
 #pragma omp parallel num_threads(threads())
   {
     Quad q(s.w);
-    std::vector<float> found(s.c * kWidth);
+    std::vector<float> found(values * kWidth);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t n = task / ((s.d + 1) / 2), z = task % ((s.d + 1) / 2) * 2;
@@ -88,15 +89,19 @@ Tensor volume_gate_gradient(
             const int count = lanes(i, s.w);
             const vfloat gate = simd::load(&q.gate[r * q.length + i]), slope = simd::load(&q.slope[r * q.length + i]) * gate * (1.0f - gate);
             for (int64_t c = 0; c < s.c; ++c) {
-              float* p = to + row_at[r] + c * volume + i;
-              store(p, load(p, count) + slope * weight[c], count);
+              const int64_t at = row_at[r] + c * volume + i;
+              float* reached = &found[(s.c + c) * kWidth];
+              store(to + at, load(to + at, count) + slope * weight[c], count);
+              simd::store(reached, simd::load(reached) + slope * load(from + at, count));
             }
+            float* reached = &found[2 * s.c * kWidth];
+            simd::store(reached, simd::load(reached) + slope);
           }
       }
-      for (int64_t c = 0; c < s.c; ++c) parts[task * s.c + c] = simd::sum(simd::load(&found[c * kWidth]));
+      for (int64_t k = 0; k < values; ++k) parts[task * values + k] = simd::sum(simd::load(&found[k * kWidth]));
     }
   }
-  collect(parts, tasks, s.n, s.c, sums);
+  collect(parts, tasks, s.n, values, sums);
   return sums;
 }
 
@@ -123,6 +128,90 @@ void volume_join(Tensor g, Tensor h, Tensor inner, Tensor r, Tensor factors, std
     }
     store(to + (n * outputs + own) * volume + i, sum, count);
   }
+}
+
+// Blocks of planes and rows of about kBrick voxels, into which a convolution's gradient and input are cut. Two zeros follow every row, so that
+// the rows of a plane are one for the taps of y and x.
+struct Brick {
+  static constexpr int64_t kBrick = 1024;
+  Sizes s;
+  int64_t pitch, rows, planes, deep, high, units, length;
+  explicit Brick(const Sizes& of) : s(of), pitch(s.w + 2) {
+    high = blocks(s.h, std::max<int64_t>(1, kBrick / pitch)), rows = blocks(s.h, high);
+    deep = blocks(s.d, std::max<int64_t>(1, kBrick / (pitch * rows))), planes = blocks(s.d, deep);
+    units = s.n * deep * high, length = blocks(rows * pitch, kWidth) * kWidth;
+  }
+  static int64_t blocks(int64_t whole, int64_t each) { return (whole + each - 1) / each; }
+  int64_t padded() const { return length + 3 * pitch; }  // places of an input's plane
+  Task at(int64_t unit) const { return {unit / (deep * high), unit / high % deep * planes, unit % high * rows}; }
+  // One channel with `border` voxels more on all sides, zeros outside the volume, of planes of `size` places.
+  template <typename Source> void read(const Source& source, Task at, int64_t c, int64_t border, int64_t size, float* to) const {
+    std::fill_n(to, (planes + 2 * border) * size, 0.0f);
+    for (int64_t z = std::max<int64_t>(0, at.z - border); z < std::min(s.d, at.z + planes + border); ++z) {
+      const auto plane = source.plane(at.n, c, z);
+      for (int64_t y = std::max<int64_t>(0, at.y - border); y < std::min(s.h, at.y + rows + border); ++y) {
+        float* row = to + (z - at.z + border) * size + (y - at.y + border) * pitch + border;
+        for (int64_t i = 0; i < s.w; i += kWidth) store(row + i, plane(y * s.w + i, lanes(i, s.w)), lanes(i, s.w));
+      }
+    }
+  }
+};
+
+// Adds to sums [output][stride], at the taps dx of three, the products of eight channels of a gradient with an input's channel.
+[[gnu::noinline]] void correlate(const Brick& b, const float* grad, const float* input, int64_t stride, double* sums) {
+  vfloat acc[kOut][3] = {};
+  for (int64_t p = 0; p < b.planes; ++p)
+    for (int64_t i = 0; i < b.length; i += kWidth) {
+      const float *g = grad + p * b.length + i, *x = input + p * b.padded() + i;
+      const vfloat left = simd::load(x), here = simd::load(x + 1), right = simd::load(x + 2);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOut; ++o) {
+        const vfloat v = simd::load(g + o * b.planes * b.length);
+        acc[o][0] += v * left, acc[o][1] += v * here, acc[o][2] += v * right;
+      }
+    }
+  vfloat found[kOut][3];
+#pragma GCC unroll 8
+  for (int o = 0; o < kOut; ++o)
+#pragma GCC unroll 3
+    for (int dx = 0; dx < 3; ++dx) found[o][dx] = acc[o][dx];  // apart, so that the sums stay in registers
+  for (int o = 0; o < kOut; ++o)
+    for (int dx = 0; dx < 3; ++dx) sums[o * stride + dx] += simd::sum(found[o][dx]);
+}
+
+// Volumes are cut into as many parts, whose sums are added in order, as make kTasks with the blocks of eight outputs.
+Tensor volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor scale, Tensor shift) {
+  constexpr int64_t kTasks = 32;
+  const Sizes s = sizes_of(h);
+  const int64_t inputs = scale.size(1), blocks = s.c / kOut, parts = std::max<int64_t>(1, kTasks / blocks), values = s.c * inputs * 27;
+  const Brick brick(s);
+  const Rectified gradient{in(g), in(h), s, in(factors)};
+  const Normalised input{in(x), sizes_of(x), inputs, in(scale), in(shift)};
+  const int64_t inside = brick.planes * brick.length;
+  std::vector<double> found(parts * values, 0.0);
+#pragma omp parallel num_threads(threads())
+  {
+    std::vector<float> memory(kOut * inside + (brick.planes + 2) * brick.padded() + kWidth);
+    float* grads = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);  // whole lines
+    float* read = grads + kOut * inside;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < parts * blocks; ++task) {
+      const int64_t part = task / blocks, output = task % blocks * kOut;
+      for (int64_t unit = part * brick.units / parts; unit < (part + 1) * brick.units / parts; ++unit) {
+        const Task at = brick.at(unit);
+        for (int o = 0; o < kOut; ++o) brick.read(gradient, at, output + o, 0, brick.length, grads + o * inside);
+        for (int64_t c = 0; c < inputs; ++c) {
+          brick.read(input, at, c, 1, brick.padded(), read);
+          double* sums = &found[part * values + (output * inputs + c) * 27];
+          for (int tap = 0; tap < 9; ++tap)
+            correlate(brick, grads, read + tap / 3 * brick.padded() + tap % 3 * brick.pitch, inputs * 27, sums + 3 * tap);
+        }
+      }
+    }
+  }
+  Tensor sums = new_sums(g, {1, s.c, inputs, 3, 3, 3});
+  collect(found, parts, 1, values, sums);
+  return sums;
 }
 
 // First index of 0..out - 1 that reads `source` or a later one by its nearest neighbour, floor(i * in / out).
@@ -196,5 +285,6 @@ STABLE_TORCH_LIBRARY_IMPL(eg3d_rlhf, CPU, m) {
   m.impl("volume_conv_gradient", TORCH_BOX(&volume_conv_gradient));
   m.impl("volume_gate_gradient", TORCH_BOX(&volume_gate_gradient));
   m.impl("volume_join", TORCH_BOX(&volume_join));
+  m.impl("volume_conv_weight", TORCH_BOX(&volume_conv_weight));
   m.impl("volume_up_gradient", TORCH_BOX(&volume_up_gradient));
 }
