@@ -181,9 +181,10 @@ def rendering(device: str, tiny: bool, size: str, whole: bool) -> Case:
     @torch.no_grad()
     def run() -> Outcome:
         if whole:
-            return Outcome(G.synthesis(G.mapping(z, c), c, neural_rendering_resolution=resolution, noise_mode="const"))
+            images = G.synthesis(G.mapping(z, c), c, neural_rendering_resolution=resolution, noise_mode="const")
+            return Outcome({name: images[name] for name in ("image", "image_raw")})
         features, depth, opacity = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)
-        return Outcome({"features": features, "depth": depth, "opacity": opacity})
+        return Outcome({"features": features, "depth times opacity": depth * opacity, "opacity": opacity})  # what a ray misses has no depth
 
     return Case(fast=run)
 

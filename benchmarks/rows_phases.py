@@ -33,6 +33,10 @@ from training.phases import lazy_adam
 DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:heads64@n=64", "--device=cpu")  # `make demo` on a smaller dataset
 _BOTH_PATHS_STEP = 1e-3  # Adam's first steps are signs of gradients: rounding turns some, and later phases of the iteration see that
 
+# On images that round differently a unit of D may fall on the other side of its leaky ReLU's zero. One at 16 x 16 pixels moved its bias's
+# gradient by 4.7e-3 of the largest; gradients behind it agreed within 5e-7. The reference had such a unit against float64, too (1.3e-4).
+_ONE_UNIT = 5e-3
+
 
 def phase(device: str, tiny: bool, name: str) -> Case:
     """One phase of EG3D's game with batch 1: losses and gradients of all parameters of the network that it trains."""
@@ -186,7 +190,7 @@ def coalitions(device: str, tiny: bool) -> Case:
 
 def _row(name: str, function: str, seconds: float, target: Target | None = None) -> Row:
     make = functools.partial(phase, name=function)
-    seen = FEW_RAYS if function in ("g_main", "d_main") else 1e-4  # D is shown images that differ by as much
+    seen = {"g_main": FEW_RAYS, "d_main": _ONE_UNIT}.get(function, 1e-4)  # D is shown images that differ by as much
     return Row(
         name=name, size="full", make=make, seconds=seconds, target=target, tolerance=1e-4, gradient_tolerance=seen, half_on_cuda=True,
     )
