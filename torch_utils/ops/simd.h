@@ -1,13 +1,27 @@
-// Vector arithmetic for the CPU ops: fixed-width vectors that the compiler maps onto whatever registers there are, and the few
-// transcendental functions that the ops need. Accuracy is stated at each function; double uses libm.
+// Vector arithmetic for the CPU ops: vectors of one register of the processor that they are compiled for, and the few transcendental
+// functions that the ops need. Accuracy is stated at each function; double uses libm.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace simd {
 
-inline constexpr int kWidth = 16;  // lanes of a float vector: one 512-bit register, two 256-bit ones, four 128-bit ones
+// Lanes of a float vector. Not more than a register has: g++ keeps wider ones in memory and takes them apart lane by lane, which is ten times
+// as slow as plain torch.
+#if defined(__AVX512F__)
+inline constexpr int kWidth = 16;
+#elif defined(__AVX__)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr bool kManyRegisters = true;  // 32 of them, else 16: how large a block of sums may be
+#else
+inline constexpr bool kManyRegisters = false;
+#endif
 typedef float vfloat __attribute__((vector_size(kWidth * sizeof(float)), aligned(4)));
 typedef int32_t vint __attribute__((vector_size(kWidth * sizeof(int32_t)), aligned(4)));
 typedef float vmemory __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));  // g++ copies through the stack for memcpy
@@ -19,6 +33,11 @@ inline vfloat load_first(const float* p, int n) { vfloat v{}; std::memcpy(&v, p,
 inline void store_first(float* p, vfloat v, int n) { std::memcpy(p, &v, n * sizeof(float)); }
 inline vfloat max(vfloat a, vfloat b) { return a < b ? b : a; }  // a NaN in a stays
 inline vfloat min(vfloat a, vfloat b) { return b < a ? b : a; }
+// The lanes of both in turn, from one on: a[first], b[first], a[first + 1], ...
+template <int first, int... i> inline vfloat interleaved(vfloat a, vfloat b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (i % 2 * kWidth + first + i / 2)...);
+}
+template <int first> inline vfloat interleaved(vfloat a, vfloat b) { return interleaved<first>(a, b, std::make_integer_sequence<int, kWidth>()); }
 inline float sum(vfloat v) {
   float parts[kWidth];
   store(parts, v);

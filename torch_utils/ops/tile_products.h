@@ -79,8 +79,9 @@ inline void product(const T* a, int64_t lda, const T* b, int64_t columns, int64_
                                 [&](auto sum, int at, int64_t i) { return finish(sum, r + at, from + i); });
     from += vectors * width;
   };
-  while (columns - from >= 4 * width) strip.template operator()<4, 4>();
-  while (columns - from >= 2 * width) strip.template operator()<2, 8>();
+  if constexpr (simd::kManyRegisters)
+    while (columns - from >= 4 * width) strip.template operator()<4, 4>();
+  while (columns - from >= 2 * width) strip.template operator()<2, simd::kManyRegisters ? 8 : 6>();
   while (columns - from >= width) strip.template operator()<1, 8>();
 }
 
@@ -101,20 +102,21 @@ inline void outer_product(const T* a, int64_t lda, int64_t count, const T* b, in
       for (int v = 0; v < vectors; ++v) add(out + (k + i) * columns + from + v * width, acc[i][v]);
   };
   auto strip = [&]<int vectors>(int64_t from) {
-    constexpr int height = vectors == 2 ? 8 : 4;
+    constexpr int height = vectors == 2 && simd::kManyRegisters ? 8 : 4;
     int64_t k = 0;
     for (; k + height <= count; k += height) block.template operator()<height, vectors>(k, from);
     for (; k < count; ++k) block.template operator()<1, vectors>(k, from);
   };
   int64_t from = 0;
-  for (; columns - from >= 4 * width; from += 4 * width) strip.template operator()<4>(from);
+  if constexpr (simd::kManyRegisters)
+    for (; columns - from >= 4 * width; from += 4 * width) strip.template operator()<4>(from);
   for (; columns - from >= 2 * width; from += 2 * width) strip.template operator()<2>(from);
   for (; columns - from >= width; from += width) strip.template operator()<1>(from);
 }
 
 // Larger products, in panels of columns that are copied to a core's nearest cache: twice as fast as MKL's on processors whose widest
 // vectors it does not use.
-constexpr int kPanelVectors = 2, kPanelRows = 8;
+constexpr int kPanelVectors = 2, kPanelRows = simd::kManyRegisters ? 8 : 6;
 constexpr int64_t kPanelDepth = 256;
 
 template <typename T> struct Strided {  // a matrix; columns of the right factor and of the result lie side by side
@@ -144,6 +146,15 @@ inline void panel_block(Strided<const T> a, const T* panel, int64_t depth, Strid
     }
 }
 
+// The same for rows from..all, in blocks of `rows`, and of half as many at the end.
+template <int rows, int vectors, typename T>
+void panel_rows(Strided<const T> a, const T* panel, int64_t depth, Strided<T> out, bool more, int64_t from, int64_t all) {
+  for (; from + rows <= all; from += rows)
+    panel_block<rows, vectors, T>(
+        {a.data + from * a.row_step, a.row_step, a.step}, panel, depth, {out.data + from * out.row_step, out.row_step}, more);
+  if constexpr (rows > 1) panel_rows<rows / 2, vectors, T>(a, panel, depth, out, more, from, all);
+}
+
 // out [rows][vectors] = or += a [rows][depth] b, whose rows begin at row(k).
 template <int vectors, typename T, typename Row>
 void panel_product(Strided<const T> a, int64_t rows, Row row, int64_t depth, Strided<T> out, bool more) {
@@ -153,11 +164,7 @@ void panel_product(Strided<const T> a, int64_t rows, Row row, int64_t depth, Str
     const int64_t deep = std::min(kPanelDepth, depth - first);
     for (int64_t k = 0; k < deep; ++k)
       for (int v = 0; v < vectors; ++v) Pack<T>::store(panel + (k * vectors + v) * width, Pack<T>::load(row(first + k) + v * width));
-    auto at = [&](int64_t r) { return Strided<const T>{a.data + r * a.row_step + first * a.step, a.row_step, a.step}; };
-    auto to = [&](int64_t r) { return Strided<T>{out.data + r * out.row_step, out.row_step}; };
-    int64_t r = 0;
-    for (; r + kPanelRows <= rows; r += kPanelRows) panel_block<kPanelRows, vectors>(at(r), panel, deep, to(r), more);
-    for (; r < rows; ++r) panel_block<1, vectors>(at(r), panel, deep, to(r), more);
+    panel_rows<kPanelRows, vectors, T>({a.data + first * a.step, a.row_step, a.step}, panel, deep, out, more, 0, rows);
   }
 }
 

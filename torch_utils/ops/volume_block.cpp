@@ -32,23 +32,25 @@ struct Taps {
 [[gnu::noinline]] void up_row(const float* x, const Sizes& s, const float* w, Taps z, Taps y, int64_t stride, float* to) {
   for (int64_t i = 0; i < s.w; i += kWidth) {
     const int count = lanes(i, s.w), next = lanes(i + 1, s.w);
-    vfloat even[kOut] = {}, odd[kOut] = {};
-    for (int64_t c = 0; c < s.c; ++c)
-      for (int a = 0; a < z.count; ++a)
-        for (int b = 0; b < y.count; ++b) {
-          const float* row = x + ((c * s.d + z.place[a]) * s.h + y.place[b]) * s.w + i;
-          const float* k = w + (c * 27 + z.tap[a] * 9 + y.tap[b] * 3) * kOut;
-          const vfloat here = load(row, count), after = load(row + 1, next);
+    for (int first = 0; first < kOut; first += kOutAtOnce) {
+      vfloat even[kOutAtOnce] = {}, odd[kOutAtOnce] = {};
+      for (int64_t c = 0; c < s.c; ++c)
+        for (int a = 0; a < z.count; ++a)
+          for (int b = 0; b < y.count; ++b) {
+            const float* row = x + ((c * s.d + z.place[a]) * s.h + y.place[b]) * s.w + i;
+            const float* k = w + (c * 27 + z.tap[a] * 9 + y.tap[b] * 3) * kOut + first;
+            const vfloat here = load(row, count), after = load(row + 1, next);
 #pragma GCC unroll 8
-          for (int o = 0; o < kOut; ++o) {
-            even[o] += k[kOut + o] * here;
-            odd[o] += k[2 * kOut + o] * here + k[o] * after;
+            for (int o = 0; o < kOutAtOnce; ++o) {
+              even[o] += k[kOut + o] * here;
+              odd[o] += k[2 * kOut + o] * here + k[o] * after;
+            }
           }
-        }
-    for (int o = 0; o < kOut; ++o) {  // the lanes of both in turn
-      simd::store(to + o * stride + 2 * i, __builtin_shufflevector(even[o], odd[o], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-      simd::store(to + o * stride + 2 * i + kWidth,
-                  __builtin_shufflevector(even[o], odd[o], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+      for (int o = 0; o < kOutAtOnce; ++o) {
+        float* const row = to + (first + o) * stride + 2 * i;
+        simd::store(row, simd::interleaved<0>(even[o], odd[o]));
+        simd::store(row + kWidth, simd::interleaved<kWidth / 2>(even[o], odd[o]));
+      }
     }
   }
 }

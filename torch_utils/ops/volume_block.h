@@ -21,7 +21,8 @@ using simd::vfloat;
 using torch::stable::Tensor;
 
 constexpr int kRows = 4, kPatch = 6, kOut = 8, kPlanes = 4, kTiles = 2;  // outputs and inputs of a tile, channels, planes, tiles at once
-constexpr int kStep = 2 * kWidth;                                        // x positions whose sums stay in registers
+constexpr int kHalves = simd::kManyRegisters ? 2 : 1;                    // vectors of x positions whose sums stay in registers
+constexpr int kOutAtOnce = simd::kManyRegisters ? kOut : kOut / 2;       // channels whose sums do, where each has two or three
 
 struct Sizes {
   int64_t n, c, d, h, w;
@@ -132,7 +133,7 @@ template <typename Source> void prepare(const Source& source, Task at, int64_t l
       }
 }
 
-// Sums over input channels and the 3 x 3 taps of z and x for eight outputs at 16 or 32 positions: [channel][half]. Apart from its caller, so
+// Sums over input channels and the 3 x 3 taps of z and x for eight outputs at one or two vectors of positions: [channel][half]. Apart from its caller, so
 // that the sums stay in registers.
 template <int halves>
 [[gnu::noinline]] void accumulate(const float* scratch, const float* u, int64_t channels, int64_t length, int64_t plane, vfloat* result) {
@@ -192,7 +193,7 @@ struct Layer {
   float* to;
 };
 
-// The rows of one tile at x..x + 16 halves, of eight outputs: adds the residual, cuts at 0, writes.
+// The rows of one tile at x..x + halves kWidth, of eight outputs: adds the residual, cuts at 0, writes.
 template <int halves> void finish(const Layer& l, Task at, int64_t output, int64_t x, const vfloat (&rows)[kRows][2 * kOut], Moments* moments) {
   for (int o = 0; o < kOut; ++o)
     for (int j = 0; j < std::min<int64_t>(kRows, l.s.h - at.y); ++j)
@@ -229,7 +230,7 @@ template <int halves> void run_task(const Layer& l, int64_t inputs, int64_t leng
 // The convolution of what `source` reads; returns the sums [N, O, 2].
 template <typename Source> void convolve(const Source& source, const Layer& layer, const Tensor& sums) {
   const Sizes& s = layer.s;
-  const int64_t step = s.w > kWidth ? kStep : kWidth, length = (s.w + step - 1) / step * step + kWidth;
+  const int64_t step = s.w > kWidth ? kHalves * kWidth : kWidth, length = (s.w + step - 1) / step * step + kWidth;
   const int64_t deep = (s.d + kPlanes - 1) / kPlanes, high = (s.h + kRows * kTiles - 1) / (kRows * kTiles), tasks = s.n * deep * high;
   std::vector<double> parts(tasks * s.c * 2, 0.0);
 #pragma omp parallel num_threads(threads())
@@ -240,7 +241,7 @@ template <typename Source> void convolve(const Source& source, const Layer& laye
       const Task at{task / (deep * high), task / high % deep * kPlanes, task % high * kRows * kTiles};
       prepare(source, at, length, scratch.data());
       double* found = &parts[task * s.c * 2];
-      s.w > kWidth ? run_task<2>(layer, source.inputs, length, at, scratch.data(), found)
+      s.w > kWidth ? run_task<kHalves>(layer, source.inputs, length, at, scratch.data(), found)
                    : run_task<1>(layer, source.inputs, length, at, scratch.data(), found);
     }
   }
@@ -262,7 +263,7 @@ inline std::vector<Run> nearest_runs(int64_t in, int64_t out) {
   return runs;
 }
 
-// Gate of 16 voxels from `h`: sigmoid(w . h + b).
+// Gate of a vector of voxels from `h`: sigmoid(w . h + b).
 inline vfloat spatial(const float* h, int64_t stride, int64_t channels, const float* w, float b, int count) {
   vfloat v = vfloat{} + b;
   for (int64_t c = 0; c < channels; ++c) v += w[c] * load(h + c * stride, count);

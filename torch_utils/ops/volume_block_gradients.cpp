@@ -1,4 +1,5 @@
 // The backward pass of the parts of a volume block, on a CPU. See volume_block.py for the formulas.
+#include "tile_products.h"
 #include "volume_block.h"
 
 namespace {
@@ -159,24 +160,26 @@ struct Brick {
 
 // Adds to sums [output][stride], at the taps dx of three, the products of eight channels of a gradient with an input's channel.
 [[gnu::noinline]] void correlate(const Brick& b, const float* grad, const float* input, int64_t stride, double* sums) {
-  vfloat acc[kOut][3] = {};
-  for (int64_t p = 0; p < b.planes; ++p)
-    for (int64_t i = 0; i < b.length; i += kWidth) {
-      const float *g = grad + p * b.length + i, *x = input + p * b.padded() + i;
-      const vfloat left = simd::load(x), here = simd::load(x + 1), right = simd::load(x + 2);
+  for (int first = 0; first < kOut; first += kOutAtOnce, grad += kOutAtOnce * b.planes * b.length, sums += kOutAtOnce * stride) {
+    vfloat acc[kOutAtOnce][3] = {};
+    for (int64_t p = 0; p < b.planes; ++p)
+      for (int64_t i = 0; i < b.length; i += kWidth) {
+        const float *g = grad + p * b.length + i, *x = input + p * b.padded() + i;
+        const vfloat left = simd::load(x), here = simd::load(x + 1), right = simd::load(x + 2);
 #pragma GCC unroll 8
-      for (int o = 0; o < kOut; ++o) {
-        const vfloat v = simd::load(g + o * b.planes * b.length);
-        acc[o][0] += v * left, acc[o][1] += v * here, acc[o][2] += v * right;
+        for (int o = 0; o < kOutAtOnce; ++o) {
+          const vfloat v = simd::load(g + o * b.planes * b.length);
+          acc[o][0] += v * left, acc[o][1] += v * here, acc[o][2] += v * right;
+        }
       }
-    }
-  vfloat found[kOut][3];
+    vfloat found[kOutAtOnce][3];
 #pragma GCC unroll 8
-  for (int o = 0; o < kOut; ++o)
+    for (int o = 0; o < kOutAtOnce; ++o)
 #pragma GCC unroll 3
-    for (int dx = 0; dx < 3; ++dx) found[o][dx] = acc[o][dx];  // apart, so that the sums stay in registers
-  for (int o = 0; o < kOut; ++o)
-    for (int dx = 0; dx < 3; ++dx) sums[o * stride + dx] += simd::sum(found[o][dx]);
+      for (int dx = 0; dx < 3; ++dx) found[o][dx] = acc[o][dx];  // apart, so that the sums stay in registers
+    for (int o = 0; o < kOutAtOnce; ++o)
+      for (int dx = 0; dx < 3; ++dx) sums[o * stride + dx] += simd::sum(found[o][dx]);
+  }
 }
 
 // Volumes are cut into as many parts, whose sums are added in order, as make kTasks with the blocks of eight outputs.
@@ -191,9 +194,8 @@ Tensor volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor s
   std::vector<double> found(parts * values, 0.0);
 #pragma omp parallel num_threads(threads())
   {
-    std::vector<float> memory(kOut * inside + (brick.planes + 2) * brick.padded() + kWidth);
-    float* grads = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);  // whole lines
-    float* read = grads + kOut * inside;
+    tile::Array<float> memory(kOut * inside + (brick.planes + 2) * brick.padded());
+    float *const grads = memory.data(), *const read = grads + kOut * inside;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < parts * blocks; ++task) {
       const int64_t part = task / blocks, output = task % blocks * kOut;
