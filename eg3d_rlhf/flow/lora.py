@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import Linear, fits, product
 from training.config import check_knobs, knob
 
@@ -54,7 +54,7 @@ class _Adapted(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once("LoraLinear")
     def backward(ctx, grad):
         x, low, weight, a, b = ctx.saved_tensors
         rows, to_x = grad.flatten(0, -2), None

@@ -20,6 +20,7 @@ from eg3d_rlhf.reward.fused_weights import WeightGradients
 from eg3d_rlhf.reward.group_sums import group_affine, group_gradient
 from eg3d_rlhf.reward.pooling import grid_feature, slice_windows
 from torch_utils.ops import volume_block as ops
+from torch_utils.ops.implementations import once
 
 if TYPE_CHECKING:
     from eg3d_rlhf.reward.model import RewardModel
@@ -63,11 +64,6 @@ def pointwise(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(layer.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-def _refuse_a_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError('reward: expected one derivative, got create_graph=True. Use implementation("torch") for a second one.')
-
-
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slab, model):
@@ -75,8 +71,8 @@ class _Features(torch.autograd.Function):
         return ctx.run.features(slab.detach())
 
     @staticmethod
+    @once("reward")
     def backward(ctx, grad):
-        _refuse_a_second_derivative()
         return ctx.run.gradient(grad), None
 
 
@@ -91,8 +87,8 @@ class _Maps(torch.autograd.Function):
         return ctx.run.maps(slab.detach())
 
     @staticmethod
+    @once("reward")
     def backward(ctx, whole, coarsest):
-        _refuse_a_second_derivative()
         weights, needed = ctx.saved_tensors, ctx.needs_input_grad
         gathered = WeightGradients(w for w, one in zip(weights, needed[3:], strict=True) if one)
         slab = ctx.run.gradient_of_maps(whole, coarsest, gathered)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from torch_utils.ops.implementations import once
 from torch_utils.ops.slab_density import slab_density
 
 
@@ -80,7 +80,7 @@ class _SampledPlanes(torch.autograd.Function):
         return tuple(features)
 
     @staticmethod
-    @once_differentiable
+    @once("density_grid", 'Use impl="pointwise" for a second one.')
     def backward(ctx, *grads):
         some = next(g for g in grads if g is not None)
         out = some.new_zeros(ctx.shape)

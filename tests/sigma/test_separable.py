@@ -55,6 +55,16 @@ def test_equals_pointwise_with_gradients(layout, box_warp):
         assert relative(got, expected) < 1e-4
 
 
+def test_a_second_derivative_is_refused_and_every_point_on_its_own_has_it(layout):
+    planes, weights, axes = random_planes(1, 3, 9, 9), random_weights(3, 4), generate_planes(layout)
+    planes = planes.requires_grad_()
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        torch.autograd.grad(sigma_from_planes(planes, axes, weights, SPEC).sum(), planes, create_graph=True)
+    sigma = sigma_from_planes(planes, axes, weights, SPEC, impl="pointwise")
+    (first,) = torch.autograd.grad(sigma.sum(), planes, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), planes)[0].abs().max() > 0
+
+
 def test_float64_agrees_to_rounding(layout):
     planes, weights, axes = random_planes(1, 3, 9, 9, torch.float64), random_weights(3, 4, torch.float64), generate_planes(layout)
     fast, fast_grads = forward_backward(planes, weights, axes, "separable")

@@ -49,6 +49,15 @@ def test_gradients_are_those_of_finite_differences(kinds, impl):
     assert torch.autograd.gradcheck(lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 2, 5), impl=impl), inputs)
 
 
+@pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=needs_cpp)])
+def test_a_second_derivative_is_refused_and_the_definition_has_it(impl):
+    *maps, w, b = random_inputs(("xy", "xz"), (3, 2, 5), 2)
+    with pytest.raises(RuntimeError, match="slab_density: expected one derivative"):
+        torch.autograd.grad(slab_density(maps, w, b, (3, 2, 5), impl=impl).sum(), maps, create_graph=True)
+    first = torch.autograd.grad(slab_density(maps, w, b, (3, 2, 5), impl="ref").sum(), maps, create_graph=True)
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(sum(g.square().sum() for g in first), maps))
+
+
 @needs_cpp
 @pytest.mark.parametrize("scale", [40.0, 300.0])
 def test_pre_activations_beyond_the_range_of_exp_stay_finite_and_right(scale):

@@ -9,7 +9,7 @@ from torch_utils.ops import linear as linear_module
 from torch_utils.ops import self_attention as self_attention_module
 from torch_utils.ops.feed_forward import feed_forward
 from torch_utils.ops.implementations import implementation
-from torch_utils.ops.linear import linear
+from torch_utils.ops.linear import fits, linear
 from torch_utils.ops.self_attention import self_attention, tiled
 
 
@@ -91,6 +91,15 @@ def test_a_known_result_is_returned_and_its_gradients_are_those_of_the_formula()
     if tiled(inputs[0]):
         assert torch.equal(y, known)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(not fits(noise(2, 2)), reason="products are torch's own where the processor has no AVX-512")
+def test_a_second_derivative_is_refused_where_there_is_none():
+    feed = noise(9, 6), noise(24, 6, seed=1), noise(24, seed=2), noise(6, 24, seed=3), noise(6, seed=4)
+    for call, inputs in ((feed_forward, feed), (self_attention, (noise(1, 37, 3, 2, 8),))):
+        leaves = [x.requires_grad_() for x in inputs]
+        with pytest.raises(RuntimeError, match=f"{call.__name__}: expected one derivative"):
+            torch.autograd.grad(call(*leaves).sum(), leaves, create_graph=True)
 
 
 def test_the_reference_is_torchs_own():

@@ -5,8 +5,8 @@ Shape letters: A features in and out, B hidden features.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import fits, product
 
 LARGE = 1 << 20  # hidden numbers from which on they are made in parts
@@ -43,7 +43,7 @@ class _FeedForward(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once("feed_forward")
     def backward(ctx, grad):
         x, weight_1, bias_1, weight_2 = ctx.saved_tensors
         need_x, *needed, _ = ctx.needs_input_grad

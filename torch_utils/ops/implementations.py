@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -64,6 +65,24 @@ def implementation(impl: str) -> Iterator[None]:
         yield
     finally:
         _auto = before
+
+
+def once(who: str, remedy: str = 'Use implementation("ref") for a second one.') -> Callable[[Callable], Callable]:
+    """Decorates the backward of an autograd.Function that has no second derivative: create_graph=True is an error that ends with `remedy`.
+
+    torch's once_differentiable leaves that derivative out, silently, where the cotangent is a constant.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{who}: expected one derivative, got create_graph=True. {remedy}")
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
 
 
 def choose(who: str, impl: str, op: str, device_type: str, applies: bool = True, dropped: bool = False) -> str:

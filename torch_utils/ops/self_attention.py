@@ -8,8 +8,8 @@ Shape letters: N samples, T tokens, H heads, D channels of a head.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import fits, product
 
 LARGE = 512  # tokens from which on tiles pay
@@ -58,7 +58,7 @@ class _SelfAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once("self_attention")
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
         to_qkv = torch.empty_like(qkv)

@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from torch_utils.ops.implementations import alike, choose, define
+from torch_utils.ops.implementations import alike, choose, define, once
 
 _T = TypeVar("_T")
 
@@ -75,6 +74,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.present = [m is not None for m in (xy, xz, yz)]
 
 
+@once("slab_density")
 def _gradients(ctx, grad):
     w, *saved = ctx.saved_tensors
     rest = iter(saved)
@@ -186,7 +186,7 @@ class _SlabDensity(torch.autograd.Function):
         return sigma.add_(b)
 
     @staticmethod
-    @once_differentiable
+    @once("slab_density")
     def backward(ctx, grad):
         w, *maps = ctx.saved_tensors
         _, _, need_w, need_b, *need_maps = ctx.needs_input_grad

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from eg3d_rlhf.flow.sparse import SparseBatch
 from eg3d_rlhf.flow.trellis.blocks import LayerNorm32
 from eg3d_rlhf.shapes import check_shape
+from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import Linear, fits, product
 
 BACKENDS = ("auto", "torch", "spconv")
@@ -151,7 +151,7 @@ class _Convolve(torch.autograd.Function):
         return out.to(feats.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once("sparse convolution", "There is no second one.")
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [V, B]
         (feats, weight), (rows, channels) = ctx.saved_tensors, ctx.shape
         to_feats = _sums(rows, channels, grad) if ctx.needs_input_grad[0] else None
