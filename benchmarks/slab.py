@@ -15,7 +15,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a plain checkout, installed or not
 
-import benchmarks  # noqa: E402, F401 (before torch: sets OMP_WAIT_POLICY)
+import benchmarks  # noqa: E402, F401 (before torch: says how threads wait)
 
 # isort: split
 import torch  # noqa: E402

@@ -1,3 +1,3 @@
 """The preference half: rewards on the density field, and fine-tuning with them."""
 
-import torch_utils  # noqa: F401 (before torch: sets OMP_WAIT_POLICY)
+import torch_utils  # noqa: F401 (before torch: says how threads wait)

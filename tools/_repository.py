@@ -1,4 +1,4 @@
-"""Makes the packages of this repository importable by the scripts beside this file; sets OMP_WAIT_POLICY before torch is loaded."""
+"""Makes the packages of this repository importable by the scripts beside this file; says how threads wait before torch is loaded."""
 
 import sys
 from pathlib import Path

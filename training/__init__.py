@@ -1,3 +1,3 @@
 """The GAN half: networks, data, losses and the training loop; knows nothing of rewards."""
 
-import torch_utils  # noqa: F401 (before torch: sets OMP_WAIT_POLICY)
+import torch_utils  # noqa: F401 (before torch: says how threads wait)

@@ -1,4 +1,4 @@
-"""Every entry point sets OMP_WAIT_POLICY before it loads torch, unless the user did."""
+"""Every entry point says how OpenMP's threads wait before it loads torch, unless the user did."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ import os, runpy, sys
 class Torch:
     def find_spec(name, *rest):
         if name == "torch":
-            print("policy", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
             os._exit(0)
 
 
@@ -31,7 +31,7 @@ runpy.run_path(entry, run_name="__main__") if kind == "path" else runpy.run_modu
 
 def policy_when_torch_loads(kind: str, entry: str, **environment: str) -> str:
     """What the environment says when the entry point first asks for torch; the process ends there."""
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "PYTHONPATH")} | environment
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH")} | environment
     done = subprocess.run([sys.executable, "-c", WATCH, kind, entry], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[0]
@@ -39,8 +39,9 @@ def policy_when_torch_loads(kind: str, entry: str, **environment: str) -> str:
 
 @pytest.mark.parametrize(("kind", "entry"), [*(("path", script) for script in SCRIPTS), *(("module", module) for module in MODULES)])
 def test_set_before_torch(kind, entry):
-    assert policy_when_torch_loads(kind, entry) == "policy passive"
+    assert policy_when_torch_loads(kind, entry) == "passive 2000"
 
 
 def test_the_users_own_stays():
-    assert policy_when_torch_loads("path", "train.py", OMP_WAIT_POLICY="active") == "policy active"
+    assert policy_when_torch_loads("path", "train.py", OMP_WAIT_POLICY="active") == "active None"
+    assert policy_when_torch_loads("path", "train.py", GOMP_SPINCOUNT="0") == "passive 0"
