@@ -62,6 +62,7 @@ def test_a_generator_of_true_heads_closes_the_gap(healed):
     assert record["utility_after"] == pytest.approx(record["utility_true"], abs=0.03) and record["utility_true_n"] == 4
 
 
+@pytest.mark.long
 def test_a_generator_of_true_heads_has_their_relief(healed):
     record = judges.relief_shares(healed)
     assert (record["relief_share_before"], record["relief_share"], record["relief_detail_share_after"]) == (0, 1, 1)

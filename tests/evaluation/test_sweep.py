@@ -109,6 +109,7 @@ def cell_finding(reward, distance, normals):
     return Finding(facts=Facts(n=4), data={"measures": steps, "network": "ab" * 32})
 
 
+@pytest.mark.long
 def test_front_of_known_settings(tiny_comparison, tmp_path):
     settings = {(0, 0.0): (0, 0, 0), (1, 0.0): (5, 2, 1), (1, 0.1): (4, 1, 0.5), (10, 0.0): (4.5, 3, 2), (10, 0.1): (4, 1, 0.4)}
     found = {Cell(lambda_r=r, lambda_sigma=s, seed=0): cell_finding(*v) for (r, s), v in settings.items()}

@@ -250,6 +250,7 @@ def foreign(loaded, tmp_path, monkeypatch):
     tiny_runs.forget_plugin("mirrored")
 
 
+@pytest.mark.long
 def test_a_generator_of_another_family_is_inverted_by_a_reward_of_its_own(foreign, reward, tool, tmp_path, monkeypatch):
     monkeypatch.setattr(invert.running, "draw", lambda job, out: None)
     monkeypatch.setattr(invert, "write_page", lambda path, *what: path)

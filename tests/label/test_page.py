@@ -76,6 +76,7 @@ def _practise(label: Page) -> None:
     assert label.state("done") == 0, "practice does not count"
 
 
+@pytest.mark.long
 def test_both_sides_share_one_camera(serve, page):
     planned = plan(3)
     same = bumpy_ball(1, 4000)
@@ -188,6 +189,7 @@ def test_a_screen_reader_hears_what_happens(serve, page):
     assert label.page.get_by_role("img", name="Left shape, seen from behind").count() == 1
 
 
+@pytest.mark.long
 def test_a_phone(serve, page):
     phone = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
     served = serve(plan(8))

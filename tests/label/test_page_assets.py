@@ -48,6 +48,7 @@ def test_assets_whose_z_is_up_are_turned(serve, page):
     np.testing.assert_allclose([x, y, z], [[scale, 0, 0], [0, 0, -scale], [0, scale, 0]], atol=1e-9)
 
 
+@pytest.mark.long
 def test_a_textured_pair(serve, page):
     larger = functools.partial(asset_files.glb, 2000, 64)
     document, binary = asset_files.unpack_glb(larger(seed=1))
@@ -73,6 +74,7 @@ def test_a_textured_pair(serve, page):
     assert {"clay", "normals"} <= set(rows(served)[0].views)
 
 
+@pytest.mark.long
 def test_a_damaged_texture_is_said(serve, page):
     served = serve(plan(1), lambda one: _broken() if one.seed % 2 else textured(1))
     label = page(served.url)

@@ -1,11 +1,14 @@
 """The label page in a real browser where something goes wrong or has to wait: connection, session, another window, the server, shapes."""
 
+import pytest
+
 from eg3d_rlhf.label.shape_files import ShapeCache
 from tests.label.browser import bumpy_ball, needs_chromium, plan, rows, small
 
 pytestmark = needs_chromium
 
 
+@pytest.mark.long
 def test_answers_wait_for_the_connection(serve, page):
     served = serve(plan(20))
     label = page(served.url).open()
@@ -26,6 +29,7 @@ def test_answers_wait_for_the_connection(serve, page):
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_an_ended_session_keeps_what_waits(serve, page):
     served = serve(plan(8), exposed=True)
     token = served.store.add_annotator("ada")
@@ -91,6 +95,7 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.errors = [text for text in label.errors if "Failed to load resource" not in text]  # Chromium's notes of the refusals
 
 
+@pytest.mark.long
 def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     planned = plan(3)
     late = [s for p in planned for s in (p.first, p.second)]
@@ -113,6 +118,7 @@ def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     assert label.state("state") == "label", "the last answer can still be taken back"
 
 
+@pytest.mark.long
 def test_practice_comes_first_even_where_only_other_shapes_are_ready(tmp_path, serve, page):
     planned = plan(3, training=2)
     lessons = [s for p in planned[:2] for s in (p.first, p.second)]

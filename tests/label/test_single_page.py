@@ -23,6 +23,7 @@ def single(serve, page):
     return go
 
 
+@pytest.mark.long
 def test_thumbs_by_keyboard_with_practice_and_undo(single):
     label, served = single("thumbs", training=1)
     assert not label.page.locator("#right").is_visible() and not blank(label.picture("left"))

@@ -52,6 +52,7 @@ def trained(labels, options):
     return evaluate(state.model, store, test)["labels"]["accuracy"]
 
 
+@pytest.mark.long
 def test_the_small_network_learns_and_its_control_does_not():
     options = with_changes(default_options("small", "depth"), epochs=3)
     assert trained(pairs(200), options) > 0.85

@@ -139,7 +139,8 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
         p.requires_grad_("conv2" in name or "conv1.bias" in name)
     some = learnt(model, x)
     assert {name for name in whole if "conv2" in name or "conv1.bias" in name or name == "slab"} == some.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in some.items())
+    for name, value in some.items():  # whether a weight is frozen decides how torch multiplies on some processors
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=2e-6 * float(whole[name].abs().max()))
 
 
 def test_training_has_no_second_derivative_and_refuses_weights_that_changed():

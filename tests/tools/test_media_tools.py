@@ -62,6 +62,7 @@ def test_the_example_of_gen_samples(repo, tmp_path):
     assert (again / "seed0002.png").read_bytes() == (tmp_path / "seed0002.png").read_bytes()
 
 
+@pytest.mark.long
 def test_the_example_of_gen_videos(repo, tmp_path):
     done = execute(smaller(gen_videos, tmp_path, **{"--outdir": str(tmp_path), "--w-frames": "4"}), repo)
     assert "4 frames" in done.stdout

@@ -1,6 +1,7 @@
 """Building and loading the compiled ops: what happens when it works, fails, or is asked for twice at once."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -49,6 +50,22 @@ def test_two_processes_build_one_library_once(tmp_path):
     before = library.stat().st_mtime_ns
     assert python(USE, tmp_path).communicate()[0].startswith("0 True")
     assert library.stat().st_mtime_ns == before  # found, not built
+
+
+@needs_cpp
+@pytest.mark.long
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of the x86-64 instruction set")
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
+def test_the_ops_are_right_on_processors_with_shorter_vectors(level, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {build.compiler("cpu")} "$@" -march={level}\n')  # the last one counts
+    compiler.chmod(0o755)
+    files = [path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not long and not gpu", *map(str, files)]
+    env = {**os.environ, "EG3D_RLHF_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert list((tmp_path / "cache").glob("ops/*/volume_block_gradients.so")), "the ops were not built"
 
 
 def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(tmp_path):

@@ -181,6 +181,7 @@ def two_ranks(request, tiny_data, pairs_of_two, tiny_reward, tmp_path_factory):
     return flags, outdir, output
 
 
+@pytest.mark.long
 def test_two_ranks_equal_two_rounds_of_one_rank_to_the_last_bit(two_ranks, tmp_path):
     flags, outdir, _ = two_ranks
     one_process(*flags(tmp_path), "--batch-gpu=2")

@@ -70,7 +70,7 @@ train.main(sys.argv[1:])
 
 
 def signalled(name: str, then: str, *flags: str) -> subprocess.CompletedProcess:
-    env = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SIGNALLED.format(name, then), *flags]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 

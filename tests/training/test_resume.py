@@ -48,7 +48,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
 
 def test_killed_and_resumed_equals_straight(straight, tiny_data, tiny_networks, tmp_path, repo):
     command = [sys.executable, "-c", KILLED_RUN, *train_flags(tiny_data, tiny_networks, tmp_path, *FLAGS)]
-    env = {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads()), "PATH": os.environ["PATH"]}
+    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run(command, env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = only_run(tmp_path)
