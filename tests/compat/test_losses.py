@@ -70,8 +70,9 @@ def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
     A noise strength is one number whose gradient sums a whole feature map times random noise; most of the sum cancels, in the float32
     reference as here. Its error is therefore taken relative to the gradient of the same layer's weight, its projection also to the factor,
     and 2e-3 of it is allowed: b32.conv0 of small_a, Greg, is 9.280e-3 in our float64, 4.4e-5 off in the reference, 6e-6 in our float32.
-    R1 is a second-order gradient; of its biases one (b16.conv0.bias, small_a) differs by 1.2e-3 in projection. Our float32 lies 2e-4 from
-    our float64 there, the float32 reference 1.4e-3: biases of Dreg get 2e-3 in projection, norms keep 1e-3.
+    R1 is a second-order gradient. A bias has one only through the deviation over the batch, some hundredth of its weight's, and signs of
+    rounding decide at which units: b16.conv0.bias of small_a is 1.7e-3 off on one processor and 3.5e-3 on another, 2e-5 and 4e-5 of its
+    weight's gradient, the float32 reference 1.4e-3. A tenth of that weight's gradient is therefore added to the scale of a bias of Dreg.
     """
     compared = 0
     parameters = dict(module.named_parameters())
@@ -85,8 +86,10 @@ def compare_gradients(module: torch.nn.Module, ref, prefix: str) -> None:
         scale = norm + 2e-6 * largest  # the bias of a density, in a difference of densities, is rounding alone
         if name.endswith("noise_strength"):
             scale = 2 * (scale + ref[key.replace("noise_strength", "weight")][0])
+        if prefix.endswith("Dreg") and name.endswith(".bias"):
+            scale += 0.1 * ref[key.replace(".bias", ".weight")][0]
         assert abs(np.linalg.norm(gradient) - norm) <= 1e-3 * scale, f"{name}: norm"
-        limit = 2e-3 if prefix.endswith("Dreg") and name.endswith(".bias") else 1e-3  # see the docstring
+        limit = 1e-3
         if gradient.ndim == 0:
             limit *= max(1.0, abs(float(direction)))
         assert abs((gradient * direction).sum() - projection) <= limit * scale, f"{name}: projection"
