@@ -14,7 +14,7 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("size", [(1, 16, 32, 4, 5), (2, 48, 16, 7, 3), (3, 32, 64, 40, 33)])
+@pytest.mark.parametrize("size", [(1, 16, 32, 4, 5), (2, 48, 16, 7, 3), (3, 32, 64, 40, 33), (2, 96, 80, 9, 13), (1, 512, 432, 3, 4)])
 @pytest.mark.parametrize("up", [False, True])
 def test_values_and_derivatives_of_two_orders(size, up):
     """The gradient of a function of the gradients, as R1 takes it."""

@@ -1,18 +1,30 @@
-// Minimal filtering along a line: m results of a filter of 3 taps from m + 2 values by m + 2 products (Cook and Toom).
+// Minimal filtering along a line: m results of a filter of 3 taps from m + 2 values by m + 2 products (Cook and Toom), and with stride 2.
 //
 // Polynomials of m and of 3 coefficients are multiplied by way of their values at m + 2 points, infinity among them: A takes the one to its
 // values, G the other, B^-T their product, and B^T interpolates. Transposed, the multiplication is the filter y = A^T [(G g) * (B^T d)].
 // The denominators of B, prod (point - other points), are kept in G, which meets the kernel alone. A square is lines both ways.
 #pragma once
+#include <cstdint>
+
 #include "simd.h"
 
 namespace minimal {
 
 using simd::Pack;
 
+// What all have: values that a tile reads, and by how many the next one is further on; products; results; transformed kernels, of which
+// product i takes that of kernel_of(i). A chunk of tiles has about `elements` transformed values, and no fewer than `least` tiles.
+template <int m, typename T> struct Stride1 {
+  using value = T;
+  using V = typename Pack<T>::type;
+  static constexpr int in = m + 2, in_step = m, products = m + 2, kernels = m + 2, out = m;
+  static constexpr int kernel_of(int product) { return product; }
+  static constexpr int64_t elements = m == 2 ? 1 << 19 : 1 << 18, least = m == 2 ? 64 : 128;
+};
+
 template <int m, typename T> struct Filter;
 
-template <typename T> struct Filter<2, T> {  // points 0, 1, -1 and infinity
+template <typename T> struct Filter<2, T> : Stride1<2, T> {  // points 0, 1, -1 and infinity
   using V = typename Pack<T>::type;
   static void patch(const V (&d)[4], V (&v)[4]) {  // B^T d
     v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
@@ -35,7 +47,7 @@ template <typename T> struct Filter<2, T> {  // points 0, 1, -1 and infinity
 
 // Points 0, a, -a, b, -b and infinity. Of some twenty pairs tried, 5/8 and 3/2 had the least rounding error (root mean square);
 // that of 1 and 2 is twice, their largest single error four times as large. Powers up to the third are exact in float32.
-template <typename T> struct Filter<4, T> {
+template <typename T> struct Filter<4, T> : Stride1<4, T> {
   using V = typename Pack<T>::type;
   static constexpr T a = T(5) / 8, b = T(3) / 2, aa = a * a, bb = b * b, aaa = a * aa, bbb = b * bb;
   static constexpr T at_0 = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)), at_b = 1 / (2 * bb * (bb - aa));  // 1 / prod (point - others)
@@ -75,24 +87,74 @@ template <typename T> struct Filter<4, T> {
   }
 };
 
+// Stride 2: of every second value two taps are a filter, three of its results by four products (points 0, 1, -1 and infinity); the tap
+// between them is multiplied as it is. Seven products where the definition takes nine, and one kernel serves three of them.
+template <typename T> struct Stride2 {
+  using value = T;
+  using V = typename Pack<T>::type;
+  static constexpr int products = 7, kernels = 5;
+  static constexpr int kernel_of(int product) { return product < 4 ? product : 4; }
+  static constexpr int64_t elements = 1 << 18, least = 128;
+
+  static void kernel(const V (&g)[3], V (&u)[5]) {
+    u[0] = g[0], u[1] = (g[0] + g[2]) / 2, u[2] = (g[0] - g[2]) / 2, u[3] = g[2], u[4] = g[1];
+  }
+  static void kernel_gradient(const V (&u)[5], V (&g)[3]) {
+    g[0] = u[0] + (u[1] + u[2]) / 2, g[1] = u[4], g[2] = u[3] + (u[1] - u[2]) / 2;
+  }
+};
+
+template <typename T> struct Down : Stride2<T> {  // y[i] = g0 d[2i] + g1 d[2i + 1] + g2 d[2i + 2]
+  using V = typename Pack<T>::type;
+  static constexpr int in = 7, in_step = 6, out = 3;
+  static void patch(const V (&d)[7], V (&v)[7]) {
+    v[0] = d[0] - d[4], v[1] = d[2] + d[4], v[2] = d[4] - d[2], v[3] = d[2] - d[6];
+    v[4] = d[1], v[5] = d[3], v[6] = d[5];
+  }
+  static void result(const V (&p)[7], V (&y)[3]) {
+    const V sum = p[1] + p[2];
+    y[0] = p[0] + sum + p[4], y[1] = p[1] - p[2] + p[5], y[2] = sum - p[3] + p[6];
+  }
+  static void gradient(const V (&y)[3], V (&p)[7]) {
+    const V sum = y[0] + y[2];
+    p[0] = y[0], p[1] = sum + y[1], p[2] = sum - y[1], p[3] = -y[2];
+    p[4] = y[0], p[5] = y[1], p[6] = y[2];
+  }
+};
+
+// y[2i] = g0 d[i - 1] + g2 d[i], y[2i + 1] = g1 d[i]: the transpose, of taps read back to front
+template <typename T> struct Up : Stride2<T> {
+  using V = typename Pack<T>::type;
+  static constexpr int in = 4, in_step = 3, out = 6;
+  static void patch(const V (&d)[4], V (&v)[7]) {
+    v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
+    v[4] = d[1], v[5] = d[2], v[6] = d[3];
+  }
+  static void result(const V (&p)[7], V (&y)[6]) {
+    const V sum = p[1] + p[2];
+    y[0] = p[0] + sum, y[2] = p[1] - p[2], y[4] = sum - p[3];
+    y[1] = p[4], y[3] = p[5], y[5] = p[6];
+  }
+};
+
 // A map of lines along the columns of load(row, column), then along the rows, to store(row, column, value).
 template <typename V, int in, int out, typename Load, typename Store>
 [[gnu::always_inline]] inline void both_ways(void (*line)(const V (&)[in], V (&)[out]), Load load, Store store) {
   V half[out][in];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
   for (int c = 0; c < in; ++c) {
     V from[in], to[out];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int r = 0; r < in; ++r) from[r] = load(r, c);
     line(from, to);
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int r = 0; r < out; ++r) half[r][c] = to[r];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 7
   for (int r = 0; r < out; ++r) {
     V to[out];
     line(half[r], to);
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int c = 0; c < out; ++c) store(r, c, to[c]);
   }
 }

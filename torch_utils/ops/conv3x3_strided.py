@@ -4,8 +4,10 @@
     up     its transpose: x[n, c, 2 i + a, 2 j + b] += y[n, o, i, j] w[o, c, a, b]
     weight the gradient to w of the sum of y g
 
-Each is the derivative of the others. Both convolutions are torch's; it is the gradient of the kernels that the compiled op makes, four to
-five times as fast as torch for channels-last images on a CPU.
+Each is the derivative of the others. The compiled op takes 49 products where the definition takes 81 (3 x 3 small pixels at a time), by
+minimal filtering as in `conv3x3`: along a line the outer two taps are a filter over every second pixel, three results by Cook and Toom's
+four products, and the middle tap is multiplied as it is, 4 + 3 products for 9. Largest rounding errors in float32, 32 to 512 channels:
+3e-7 to 9e-7 of the largest value, torch's 5e-7 to 2.2e-6.
 
 Shapes: N batch, I channels of the large and O of the small image.
 """
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 
 from torch_utils.ops.implementations import alike, choose, define, is_channels_last
 
-_LANES = 16  # channels that the products take at a time
-_LEAST_PIXELS = 32 * 32  # of the small image
+_LANES = 16  # channels that the transformations take at a time
+_LEAST_PIXELS = 32 * 32  # of the small image: with 16 x 16 of 512 channels torch is 1.2 times as fast, with 32 x 32 0.8 times
 
 
 def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
@@ -48,7 +50,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, w, up):
         ctx.save_for_backward(x, w)
         ctx.up = up
-        return (F.conv_transpose2d if up else F.conv2d)(x, w, stride=2)
+        return torch.ops.eg3d_rlhf.conv3x3_strided(x.contiguous(memory_format=torch.channels_last), w.contiguous(), up)
 
     @staticmethod
     def backward(ctx, grad):
@@ -73,6 +75,12 @@ class _Weight(torch.autograd.Function):
 
 
 define(
+    "conv3x3_strided(Tensor x, Tensor w, bool up) -> Tensor",
+    lambda x, w, up: x.new_empty(
+        [len(x), *((2 * size + 1 if up else (size - 1) // 2) for size in x.shape[2:]), w.shape[1 if up else 0]]
+    ).permute(0, 3, 1, 2),
+)
+define(
     "conv3x3_strided_weight(Tensor x, Tensor grad) -> Tensor",
-    lambda x, grad: x.new_empty([3, 3, grad.shape[1], x.shape[1]]).permute(2, 3, 0, 1),
+    lambda x, grad: x.new_empty([grad.shape[1], x.shape[1], 3, 3]),
 )

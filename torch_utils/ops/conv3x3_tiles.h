@@ -1,4 +1,5 @@
-// The transformations of Winograd's convolution: tiles of m x m pixels to and from m + 2 by m + 2 planes of products, channels as lanes.
+// The transformations of Winograd's convolution: tiles of pixels to and from planes of products, channels as lanes. F: a filter of
+// conv3x3_lines.h, both ways.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +12,11 @@
 namespace minimal {
 
 constexpr int kStep = 16;  // channels at a time; both counts are multiples of it
-constexpr int planes(int m) { return (m + 2) * (m + 2); }
+template <typename F> constexpr int planes = F::products * F::products;
+template <typename F> constexpr int kernel_planes = F::kernels * F::kernels;
+template <typename F> constexpr int kernel_plane(int plane) {
+  return F::kernel_of(plane / F::products) * F::kernels + F::kernel_of(plane % F::products);
+}
 
 template <typename T> struct Image {  // channels-last; c of the channels, `step` elements from pixel to pixel
   T* data;
@@ -39,11 +44,11 @@ struct Place {  // a tile's first pixel
   int64_t image, y, x;
 };
 
-template <int m> struct Tiles {
+struct Tiles {
   int64_t n, rows, columns;
-  template <typename T> explicit Tiles(const Image<T>& y) : n(y.n), rows((y.h + m - 1) / m), columns((y.w + m - 1) / m) {}
+  template <typename T> Tiles(const Image<T>& y, int out) : n(y.n), rows((y.h + out - 1) / out), columns((y.w + out - 1) / out) {}
   int64_t count() const { return n * rows * columns; }
-  Place place(int64_t tile) const { return {tile / (rows * columns), tile / columns % rows * m, tile % columns * m}; }
+  Place place(int64_t tile, int step) const { return {tile / (rows * columns), tile / columns % rows * step, tile % columns * step}; }
 };
 
 // The pixels of squares of one size: a square inside the image lies there, `step` elements from row to row; one that crosses the border is
@@ -74,66 +79,66 @@ template <int size, typename T> class Squares {
 };
 
 // B^T d B of the patch d of each tile, to v [planes][stride], each plane [tiles][C].
-template <int m, typename T>
-void transform_patches(
-    const Image<const T>& x, const Tiles<m>& tiles, int64_t padding, int64_t first, int64_t count, T* v, int64_t stride) {
+template <typename F, typename T = typename F::value>
+void transform_patches(const Image<const T>& x, const Tiles& tiles, int64_t padding, int64_t first, int64_t count, T* v, int64_t stride) {
   using P = Pack<T>;
 #pragma omp parallel num_threads(torch::stable::get_num_threads())
   {
-    Squares<m + 2, T> squares(x);
+    Squares<F::in, T> squares(x);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < count; ++t) {
-      const Place place = tiles.place(first + t);
+      const Place place = tiles.place(first + t, F::in_step);
       const auto from = squares.at({place.image, place.y - padding, place.x - padding});
       T* to = v + t * x.c;
       for (int64_t i = 0; i < x.c; i += P::width)
         both_ways(
-            Filter<m, T>::patch, [&](int r, int c) { return P::load(from.first + r * from.step + c * x.c + i); },
-            [&](int r, int c, auto value) { P::store(to + ((m + 2) * r + c) * stride + i, value); });
+            F::patch, [&](int r, int c) { return P::load(from.first + r * from.step + c * x.c + i); },
+            [&](int r, int c, auto value) { P::store(to + (F::products * r + c) * stride + i, value); });
     }
   }
 }
 
-// A^T p A of the products p [planes][stride], each plane [tiles][C], of each tile, to its m x m results.
-template <int m, typename T>
-void transform_products(const T* p, int64_t stride, const Tiles<m>& tiles, int64_t first, int64_t count, const Image<T>& y) {
+// A^T p A of the products p [planes][stride], each plane [tiles][C], of each tile, to its results.
+template <typename F, typename T = typename F::value>
+void transform_products(const T* p, int64_t stride, const Tiles& tiles, int64_t first, int64_t count, const Image<T>& y) {
   using P = Pack<T>;
 #pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
   for (int64_t t = 0; t < count; ++t) {
-    const Place place = tiles.place(first + t);
+    const Place place = tiles.place(first + t, F::out);
     const int64_t height = y.h - place.y, width = y.w - place.x;
     const T* from = p + t * y.c;
     T* to = y.pixel(place.image, place.y, place.x);
     for (int64_t i = 0; i < y.c; i += P::width)
       both_ways(
-          Filter<m, T>::result, [&](int r, int c) { return P::load(from + ((m + 2) * r + c) * stride + i); },
+          F::result, [&](int r, int c) { return P::load(from + (F::products * r + c) * stride + i); },
           [&](int r, int c, auto value) {
             if (r < height && c < width) P::store(to + (r * y.w + c) * y.step + i, value);
           });
   }
 }
 
-// A dY A^T of the m x m gradients of each tile, to g [planes][stride], each plane [tiles][C].
-template <int m, typename T>
-void transform_gradients(const Image<const T>& grad, const Tiles<m>& tiles, int64_t first, int64_t count, T* g, int64_t stride) {
+// A dY A^T of the gradients of each tile's results, to g [planes][stride], each plane [tiles][C].
+template <typename F, typename T = typename F::value>
+void transform_gradients(const Image<const T>& grad, const Tiles& tiles, int64_t first, int64_t count, T* g, int64_t stride) {
   using P = Pack<T>;
 #pragma omp parallel num_threads(torch::stable::get_num_threads())
   {
-    Squares<m, T> squares(grad);
+    Squares<F::out, T> squares(grad);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < count; ++t) {
-      const auto from = squares.at(tiles.place(first + t));
+      const auto from = squares.at(tiles.place(first + t, F::out));
       T* to = g + t * grad.c;
       for (int64_t i = 0; i < grad.c; i += P::width)
         both_ways(
-            Filter<m, T>::gradient, [&](int r, int c) { return P::load(from.first + r * from.step + c * grad.c + i); },
-            [&](int r, int c, auto value) { P::store(to + ((m + 2) * r + c) * stride + i, value); });
+            F::gradient, [&](int r, int c) { return P::load(from.first + r * from.step + c * grad.c + i); },
+            [&](int r, int c, auto value) { P::store(to + (F::products * r + c) * stride + i, value); });
     }
   }
 }
 
-// G g G^T of kernels for a range of the outputs, to u [planes][stride], each plane [I][outputs].
-template <int m, typename T> void transform_kernels(const Kernels<const T>& w, Range outputs, T* u, int64_t stride) {
+// G g G^T of kernels for a range of the outputs, to u [kernel planes][stride], each plane [I][outputs].
+template <typename F, typename T = typename F::value>
+void transform_kernels(const Kernels<const T>& w, Range outputs, T* u, int64_t stride) {
   using P = Pack<T>;
 #pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
   for (int64_t block = 0; block < w.in; block += kStep)
@@ -146,13 +151,14 @@ template <int m, typename T> void transform_kernels(const Kernels<const T>& w, R
         }
         for (int lane = 0; lane < kStep; lane += P::width)
           both_ways(
-              Filter<m, T>::kernel, [&](int r, int c) { return P::load(taps[3 * r + c] + lane); },
-              [&](int r, int c, auto value) { P::store(u + ((m + 2) * r + c) * stride + i * outputs.count + o + lane, value); });
+              F::kernel, [&](int r, int c) { return P::load(taps[3 * r + c] + lane); },
+              [&](int r, int c, auto value) { P::store(u + (F::kernels * r + c) * stride + i * outputs.count + o + lane, value); });
       }
 }
 
-// G^T u G of sums u [planes][stride], each plane [I][outputs], to gradients of the kernels for these outputs.
-template <int m, typename T> void transform_kernel_gradients(const T* u, int64_t stride, Range outputs, const Kernels<T>& w) {
+// G^T u G of sums u [kernel planes][stride], each plane [I][outputs], to gradients of the kernels for these outputs.
+template <typename F, typename T = typename F::value>
+void transform_kernel_gradients(const T* u, int64_t stride, Range outputs, const Kernels<T>& w) {
   using P = Pack<T>;
 #pragma omp parallel for schedule(static) num_threads(torch::stable::get_num_threads())
   for (int64_t block = 0; block < w.in; block += kStep)
@@ -161,8 +167,8 @@ template <int m, typename T> void transform_kernel_gradients(const T* u, int64_t
         T taps[9][kStep];
         for (int lane = 0; lane < kStep; lane += P::width)
           both_ways(
-              Filter<m, T>::kernel_gradient,
-              [&](int r, int c) { return P::load(u + ((m + 2) * r + c) * stride + i * outputs.count + o + lane); },
+              F::kernel_gradient,
+              [&](int r, int c) { return P::load(u + (F::kernels * r + c) * stride + i * outputs.count + o + lane); },
               [&](int r, int c, auto value) { P::store(taps[3 * r + c] + lane, value); });
         for (int lane = 0; lane < kStep; ++lane)
           for (int k = 0; k < 9; ++k) w.at(i, outputs.first + o + lane)[k] = taps[k][lane];
