@@ -17,7 +17,7 @@ help:
 	@echo "make test-long     the slow ones"
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (GPU_ARGS='--device=cpu --quick': a rehearsal; --part=tests: the tests alone)"
 	@echo "make lint          ruff and mypy (a minute; seconds the second time)"
-	@echo "make bench         speed of every fast path against plain EG3D (about 45 minutes; BENCH_ARGS=--quick: half a minute)"
+	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
 	@echo "make assets        regenerate everything in assets/ (an hour and a half on 2 cores; the generator is made with one thread)"
 
 $(VENV): $(STAMP)
