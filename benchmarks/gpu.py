@@ -73,7 +73,7 @@ def _summary(name: str, lines: list[str], out: Path, quick: bool) -> str:
 
 def page(parts: list[Part], device: str) -> str:
     """The page."""
-    about = ", ".join(f"{value}" for value in {**report.machine(device), **report.versions(device)}.values())
+    about = ", ".join(f"{name} {value}" for name, value in {**report.machine(device), **report.versions(device)}.items())
     rows = [f"| {p.name} | {'passed' if p.passed else '**failed**'} | {p.seconds:.0f} |" for p in parts]
     head = [f"# What this machine shows: {device}", "", about, "", "| part | | seconds |", "| --- | --- | --- |", *rows]
     return "\n".join([*head, *(f"\n## {p.name}\n\n{p.said}" for p in parts)]) + "\n"

@@ -143,10 +143,16 @@ def accumulated(data, folder, batch_gpu, group):
     return {f"{name}.{k}": v for name in ("G", "D", "G_ema") for k, v in state(getattr(loop.subject.nets, name)).items()}
 
 
+def assert_but_for_rounding(one, other):
+    """On some processors a sign flips early and moves a few parameters further; a wrong mean over ranks or rounds moves all of them."""
+    apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
+    assert apart.quantile(0.99) <= MAGNIFIED_ROUNDING and apart.max() <= 100 * MAGNIFIED_ROUNDING
+
+
 @pytest.mark.long
 def test_four_rounds_of_two_equal_one_of_eight(tiny_data, tmp_path):
     whole, split = (accumulated(tiny_data, tmp_path / str(size), size, group=2) for size in (None, 2))
-    assert largest_difference(whole, split) <= MAGNIFIED_ROUNDING
+    assert_but_for_rounding(whole, split)
     assert any(not torch.equal(whole[k], split[k]) for k in whole), "rounding differs: the rounds did run apart"
 
 
@@ -193,9 +199,7 @@ def test_two_ranks_equal_one_rank_at_the_same_batch(two_ranks, tmp_path):
     flags, outdir, _ = two_ranks
     one_process(*flags(tmp_path))
     parameters = [{k: v for k, v in last_state(d).items() if k.split(".")[0] in ("G", "D", "G_ema")} for d in (tmp_path, outdir)]
-    apart = torch.cat([(parameters[0][name] - parameters[1][name]).abs().flatten() for name in parameters[0]])
-    # on some processors a sign flips early enough to move a few parameters further; a wrong mean over ranks moves all of them
-    assert apart.quantile(0.99) <= MAGNIFIED_ROUNDING and apart.max() <= 100 * MAGNIFIED_ROUNDING
+    assert_but_for_rounding(*parameters)
     texts = [(only_run(d) / "stats.jsonl").read_text() for d in (tmp_path, outdir)]
     counts = [re.findall(r'"num": (\d+)', text) for text in texts]
     assert counts[0] == counts[1], "statistics are over all ranks"
