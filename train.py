@@ -18,12 +18,14 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf import experiment, experiment_rounds, settings
-from eg3d_rlhf.cli import MODES, GroupedCommand, choose_device, option, options_of, user_errors
-from eg3d_rlhf.plugins import load_plugins
-from eg3d_rlhf.rlhf.phase import REWARD
-from eg3d_rlhf.rlhf.rounds import ROUNDS
-from eg3d_rlhf.run.run import OPTIONS, recorded_by
+from eg3d_rlhf.core.cli import MODES, GroupedCommand, choose_device, option, options_of, user_errors
+from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
+from eg3d_rlhf.modes import gan as experiment
+from eg3d_rlhf.modes import gan_rounds as experiment_rounds
+from eg3d_rlhf.tuning.gan import settings
+from eg3d_rlhf.tuning.gan.phase import REWARD
+from eg3d_rlhf.tuning.gan.rounds import ROUNDS
 from training import checkpoint
 from training.config import DATA, GAN, NET, OPT, RUN
 from training.distributed import process_group
@@ -31,9 +33,9 @@ from training.distributed import process_group
 EG3D = "Accepted for EG3D's sake"
 TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, ROUNDS, EG3D)
 
-# What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to eg3d_rlhf.cli.MODES.
-MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.flow.circular.commands:circular_dpo",
-              "grpo": "eg3d_rlhf.flow.grpo.commands:grpo", "distill": "eg3d_rlhf.evaluation.distilled:distill"})
+# What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to core.cli.MODES.
+MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.modes.circular_dpo:circular_dpo",
+              "grpo": "eg3d_rlhf.modes.grpo:grpo", "distill": "eg3d_rlhf.modes.distilled:distill"})
 
 
 class ModeCommand(GroupedCommand):

@@ -8,7 +8,7 @@ import torch
 from benchmarks import report
 from benchmarks.rows import all_rows
 from benchmarks.session import Options, Session, select
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, option
 
 DEMO = (str(Path(__file__).parents[1] / "train.py"), "--reward=sigma", "--lambda-r=10")
 CASES = (("quiet", None, False), ("quiet, OMP_WAIT_POLICY=active", "active", False), ("busy", None, True))

@@ -9,9 +9,9 @@ import math
 import torch
 
 import train
-from eg3d_rlhf import experiment
 from eg3d_rlhf.generators import camera
-from eg3d_rlhf.settings import Settings, resolve
+from eg3d_rlhf.modes import gan as experiment
+from eg3d_rlhf.tuning.gan.settings import Settings, resolve
 from training import networks
 from training.config import GanConfig, NetworkConfig, networks_for
 from training.gan_phases import Batch

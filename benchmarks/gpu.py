@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from benchmarks import report
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option, user_errors
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, user_errors
 from training.storage import write_atomic
 
 ROOT = Path(__file__).parents[1]

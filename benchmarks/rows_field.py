@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from benchmarks import configurations
 from benchmarks.rows import Agreement, Case, Outcome, Row, Target
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, of
-from eg3d_rlhf.sigma.mesh import extract_mesh, largest_part, vertex_normals
-from eg3d_rlhf.sigma.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
-from eg3d_rlhf.sigma.slab import DecoderWeights, plane_features, sigma_from_planes
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part, vertex_normals
+from eg3d_rlhf.geometry.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
+from eg3d_rlhf.geometry.slab import DecoderWeights, plane_features, sigma_from_planes
 from training.rendering.renderer import generate_planes
 from training.triplane import TriPlaneGenerator
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 
 from benchmarks.rows import Case, Outcome, Row, Target
-from eg3d_rlhf.flow.lora import LoraConfig, add_lora, lora_parameters
-from eg3d_rlhf.flow.reference import AdapterOff
-from eg3d_rlhf.flow.trellis.files import return_freed_memory
-from eg3d_rlhf.flow.trellis.random_flows import RandomConditions, Size, build_stage, make_pairs
-from eg3d_rlhf.flow.tuning.update import TrainConfig, Updates
+from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
+from eg3d_rlhf.tuning.flow.families.trellis.random_flows import RandomConditions, Size, build_stage, make_pairs
+from eg3d_rlhf.tuning.flow.reference import AdapterOff
+from eg3d_rlhf.tuning.flow.update import TrainConfig, Updates
 from training.distributed import SINGLE
 
 BLOCKS = 2  # of 24

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from benchmarks.rows import Case, Outcome, Row, Target
 from benchmarks.rows_field import CUBE, SLAB, TINY, PlaneField, PlaneSize
-from eg3d_rlhf.sigma.slab import DecoderWeights
-from eg3d_rlhf.sigma.tri_grid import tri_grid_density
+from eg3d_rlhf.geometry.slab import DecoderWeights
+from eg3d_rlhf.geometry.tri_grid import tri_grid_density
 from training.rendering.head_samplers import sample_tri_grid
 
 SLICES = 3

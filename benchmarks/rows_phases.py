@@ -12,17 +12,17 @@ from torch.nn import functional as F
 from benchmarks import configurations
 from benchmarks.rows import Case, Outcome, Row, Target
 from benchmarks.rows_field import FEW_RAYS
-from eg3d_rlhf import experiment
-from eg3d_rlhf.attribution.landmarks import head_landmarks, landmark_partition
-from eg3d_rlhf.attribution.shapley import CoalitionValues, marginals
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation.attribution.landmarks import head_landmarks, landmark_partition
+from eg3d_rlhf.evaluation.attribution.shapley import CoalitionValues, marginals
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import Generator, of
-from eg3d_rlhf.observations import SigmaSlab
+from eg3d_rlhf.modes import gan as experiment
 from eg3d_rlhf.preferences.losses import PreferenceLoss
-from eg3d_rlhf.reward.model import PAPER, PRESETS, RewardArch, RewardModel
-from eg3d_rlhf.reward.reward import load_reward
-from eg3d_rlhf.rlhf.phase import CUTOFF, RewardConfig, RewardTerms, clip_bounds, density_l1, reward_phase
-from eg3d_rlhf.run.run import Run
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.rewards.model import PAPER, PRESETS, RewardArch, RewardModel
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardConfig, RewardTerms, clip_bounds, density_l1, reward_phase
 from torch_utils.training_stats import Collector
 from training.gan import Gan
 from training.gan_phases import GanPhases

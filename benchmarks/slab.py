@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from benchmarks import report  # noqa: E402
 from benchmarks.rows_field import LAYOUTS, ROWS, SLAB  # noqa: E402
 from benchmarks.session import Options, run_row  # noqa: E402
-from eg3d_rlhf.cli import choose_device, user_errors  # noqa: E402
+from eg3d_rlhf.core.cli import choose_device, user_errors  # noqa: E402
 
 PHASES = {"forward": "slab forward, from planes", "train": "slab forward + backward to planes and decoder"}
 

@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, option
 from training.batches import read_batches
 from training.dataset import ImageFolderDataset, InfiniteSampler
 

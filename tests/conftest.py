@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eg3d_rlhf.observations import SigmaSlab
-from eg3d_rlhf.reward.model import RewardArch, RewardModel
-from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.rewards.model import RewardArch, RewardModel
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import Reward
 from tests import tiny_runs
 from training import networks
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from eg3d_rlhf.reward.release import write_example
+from eg3d_rlhf.rewards.release import write_example
 from tests import tiny_runs
-from tests.pickles.writer import SnapshotWriter, stock_networks
+from tests.generators.pickles.writer import SnapshotWriter, stock_networks
 
 # Flags that make a line small, and the names of run folders that follow from them.
 SMALL = {

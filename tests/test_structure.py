@@ -84,7 +84,7 @@ def test_heavy_packages_are_imported_inside_functions():
 
 def test_marching_cubes_belongs_to_the_mesh_exporter():
     users = {name_of(p) for p in sources(*PACKAGES, "train", "tools") for n in ast.walk(tree(p)) if "mcubes" in imported(n)}
-    assert users == {"eg3d_rlhf/sigma/mesh.py"}
+    assert users == {"eg3d_rlhf/geometry/mesh.py"}
 
 
 def module_of(path: Path) -> str:
@@ -92,19 +92,19 @@ def module_of(path: Path) -> str:
 
 
 def test_only_judges_read_the_shape_critic():
-    critic, modules = "eg3d_rlhf.metrics.shape_critic", {module_of(path): path for path in sources(*PACKAGES, "train", "tools")}
+    critic, modules = "eg3d_rlhf.measures.shape_critic", {module_of(path): path for path in sources(*PACKAGES, "train", "tools")}
     named = {  # 'from package import module' counts, too
         name: {found for node in ast.walk(tree(path)) for module in imported(node)
                for found in (module, *(f"{module}.{a.name}" for a in node.names if isinstance(node, ast.ImportFrom))) if found in modules}
         for name, path in modules.items()
     }
     readers = {name for name, found in named.items() if critic in found}
-    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.metrics.critic_training", "tools.train_critic"}
-    learners = ("preferences", "observations", "reward", "rlhf", "label", "flow", "distill")
+    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.measures.critic_training", "tools.train_critic"}
+    learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
     while further := set().union(*(named[name] for name in reached)) - reached:
         reached |= further
-    assert "eg3d_rlhf.rlhf.watch" in reached and critic not in reached
+    assert "eg3d_rlhf.tuning.gan.watch" in reached and critic not in reached
     text = [name for name in reached if "critic.safetensors" in modules[name].read_text()]
     assert text == []
 

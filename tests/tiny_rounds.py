@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf import experiment_rounds
-from eg3d_rlhf.reward import run as reward_run
-from eg3d_rlhf.rlhf import rounds, watch
+from eg3d_rlhf.modes import gan_rounds as experiment_rounds
+from eg3d_rlhf.rewards import run as reward_run
+from eg3d_rlhf.tuning.gan import rounds, watch
 from tests import tiny_runs
 from training import networks
 

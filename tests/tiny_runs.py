@@ -14,9 +14,9 @@ import torch
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf import plugins
+from eg3d_rlhf.core import plugins
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import FAMILIES
-from eg3d_rlhf.run.run import Run
 from training import networks
 from training.config import GanConfig, LoopConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset

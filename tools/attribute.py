@@ -17,16 +17,16 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.attribution import report
-from eg3d_rlhf.attribution.cross_checks import BOUND, MOST_STEPS, STEPS
-from eg3d_rlhf.attribution.shapley import METHODS
-from eg3d_rlhf.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
-from eg3d_rlhf.attribution.surface import PAGE
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.evaluation import flags
+from eg3d_rlhf.evaluation.attribution import report
+from eg3d_rlhf.evaluation.attribution.cross_checks import BOUND, MOST_STEPS, STEPS
+from eg3d_rlhf.evaluation.attribution.shapley import METHODS
+from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
+from eg3d_rlhf.evaluation.attribution.surface import PAGE
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.page import write_page
 from training.storage import write_atomic
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, naming, option
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option
 from eg3d_rlhf.evaluation import bestofn, flags
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.page import write_page
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
-from eg3d_rlhf.reward.reward import check_reward, load_reward
+from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
 
 def trial_of(before, rewards, reward_watch, data, device, **sampling) -> bestofn.Trial:

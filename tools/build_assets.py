@@ -17,7 +17,7 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import ASSETS, GroupedCommand, option
+from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, option
 from training.storage import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]

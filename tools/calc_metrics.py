@@ -21,12 +21,12 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.metrics.evaluation import MetricOptions, append_records, evaluate, training_options
-from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.run.run import OPTIONS
+from eg3d_rlhf.measures.evaluation import MetricOptions, append_records, evaluate, training_options
+from eg3d_rlhf.measures.features import load_features
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
 

@@ -17,7 +17,7 @@ import _repository  # noqa: F401
 import click
 import torch
 
-from eg3d_rlhf.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.generators import find_network, load_networks
 from eg3d_rlhf.generators.conversion import to_tri_grid
 from training import networks, storage

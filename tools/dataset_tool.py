@@ -24,7 +24,7 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, naming, option
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.dataset_files import ImageFiles
 from training.synthetic_heads import resolve_dataset

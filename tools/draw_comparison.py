@@ -12,11 +12,11 @@ import json
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device
+from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation import flags
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
-from eg3d_rlhf.seeds import JUDGE
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

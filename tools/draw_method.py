@@ -15,15 +15,15 @@ import click
 import numpy as np
 import torch
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, naming, option
-from eg3d_rlhf.field import Field
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, naming, option
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.shape_view import shade
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.observations import SigmaSlab
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reward.reward import load_reward
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import load_reward
 
 POOL = range(210_000, 210_040)  # latents among which the shown ones are looked for
 PSI = 0.7

@@ -10,11 +10,11 @@ import json
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.contact_sheet import image_sheet, shape_sheet
+from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.rendering import parse_seeds, png
-from eg3d_rlhf.seeds import JUDGE
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 from training.synthetic_heads import resolve_dataset

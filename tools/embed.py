@@ -14,11 +14,11 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device
 from eg3d_rlhf.evaluation import embedding, flags
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import data_uri, points_section, write_page
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.page import data_uri, points_section, write_page
 
 
 def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:

@@ -13,11 +13,11 @@ import json
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.evaluation import flags, report
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.page import write_page
 from training.storage import write_atomic
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.experiments.media.rendering import StageBar
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.media.rendering import StageBar
-from eg3d_rlhf.sigma.mesh_export import MeshOptions, check_mesh_suffix, export_mesh
+from eg3d_rlhf.geometry.mesh_export import MeshOptions, check_mesh_suffix, export_mesh
 
 DEFAULTS = MeshOptions()
 

@@ -13,10 +13,21 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.experiments.media.rendering import (
+    FFHQ_FOV,
+    StageBar,
+    camera,
+    cameras_of,
+    conditioned_ws,
+    parse_seeds,
+    png,
+    render,
+    sampling_flags,
+    tile,
+)
 from eg3d_rlhf.generators import check_seeds, load_generator
-from eg3d_rlhf.media.rendering import FFHQ_FOV, StageBar, camera, cameras_of, conditioned_ws, parse_seeds, png, render, sampling_flags, tile
-from eg3d_rlhf.sigma.mesh_export import MeshOptions, save_shape, shape_suffix
+from eg3d_rlhf.geometry.mesh_export import MeshOptions, save_shape, shape_suffix
 from training.storage import write_atomic
 
 YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians

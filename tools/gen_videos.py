@@ -16,12 +16,12 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
-from eg3d_rlhf.field import RenderOptions
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.field import RenderOptions
+from eg3d_rlhf.experiments.media.rendering import CAMERAS, MODES, StageBar, cameras_of, parse_seeds, sampling_flags
+from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.rendering import CAMERAS, MODES, StageBar, cameras_of, parse_seeds, sampling_flags
-from eg3d_rlhf.media.video import Film, FilmOptions, check_mp4, write_mp4
-from eg3d_rlhf.sigma.mesh_export import MeshOptions, save_shape, shape_suffix
+from eg3d_rlhf.geometry.mesh_export import MeshOptions, save_shape, shape_suffix
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

@@ -18,12 +18,12 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.spec import LATTICES
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.media.rendering import parse_seeds
-from eg3d_rlhf.reward.release import WEIGHTS, compare_lattices, import_release, write_example
-from eg3d_rlhf.reward.reward import check_reward
-from eg3d_rlhf.sigma.spec import LATTICES
+from eg3d_rlhf.rewards.release import WEIGHTS, compare_lattices, import_release, write_example
+from eg3d_rlhf.rewards.reward import check_reward
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

@@ -15,11 +15,11 @@ import _repository  # noqa: F401
 import click
 import torch
 
-from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.generators import find_network, load_networks, of, ws_of_seeds
-from eg3d_rlhf.pickles.machine import brief_text
-from eg3d_rlhf.pickles.records import admitted
-from eg3d_rlhf.pickles.snapshot import survey
+from eg3d_rlhf.generators.pickles.machine import brief_text
+from eg3d_rlhf.generators.pickles.records import admitted
+from eg3d_rlhf.generators.pickles.snapshot import survey
 from training import networks
 
 

@@ -16,25 +16,25 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option, options_of
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.flags import shared
+from eg3d_rlhf.evaluation.inversion import report
+from eg3d_rlhf.evaluation.inversion.guidance import Guidance
+from eg3d_rlhf.evaluation.inversion.measures import Judges, annotator_judge, reward_judge
+from eg3d_rlhf.evaluation.inversion.perceptual import load_perceptual
+from eg3d_rlhf.evaluation.inversion.pictures import draw
+from eg3d_rlhf.evaluation.inversion.projector import PUBLISHED, InversionConfig, prior_of
+from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, StoppedError, write_json
+from eg3d_rlhf.evaluation.inversion.targets import of_file, of_seed, parse_camera
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.media.video import check_mp4
+from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.inversion import report
-from eg3d_rlhf.inversion.guidance import Guidance
-from eg3d_rlhf.inversion.measures import Judges, annotator_judge, reward_judge
-from eg3d_rlhf.inversion.perceptual import load_perceptual
-from eg3d_rlhf.inversion.pictures import draw
-from eg3d_rlhf.inversion.projector import PUBLISHED, InversionConfig, prior_of
-from eg3d_rlhf.inversion.run import Inversions, Setup, StoppedError, write_json
-from eg3d_rlhf.inversion.targets import of_file, of_seed, parse_camera
-from eg3d_rlhf.media.rendering import parse_seeds
-from eg3d_rlhf.media.video import check_mp4
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
-from eg3d_rlhf.reward.reward import check_reward, load_reward
-from eg3d_rlhf.run.run import OPTIONS, Run, claim, next_free
+from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 PRESETS = {"small": {}, "published": PUBLISHED}

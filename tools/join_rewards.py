@@ -15,12 +15,12 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.reward.ensembles import CHOICES
-from eg3d_rlhf.reward.join import join
-from eg3d_rlhf.reward.reward import load_reward
-from eg3d_rlhf.seeds import SCALES
+from eg3d_rlhf.rewards.ensembles import CHOICES
+from eg3d_rlhf.rewards.join import join
+from eg3d_rlhf.rewards.reward import load_reward
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

@@ -9,12 +9,12 @@ import sys
 
 import _repository  # noqa: F401
 
-from eg3d_rlhf.label.people import is_quick, quick
+from eg3d_rlhf.people.label.people import is_quick, quick
 
 if __name__ == "__main__":
     if is_quick(sys.argv[1:]):
         quick(prog_name="label.py")
     else:
-        from eg3d_rlhf.label.commands import main
+        from eg3d_rlhf.people.label.commands import main
 
         main()

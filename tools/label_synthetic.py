@@ -15,7 +15,7 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, choose_device, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.annotator import UtilityResult
 from eg3d_rlhf.preferences.labels import write_labels

@@ -20,10 +20,10 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.evaluation.comparison import settings_of, snapshots
-from eg3d_rlhf.settings import PRESETS, REWARDED
+from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
 from training import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]

@@ -15,14 +15,14 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, naming, option, options_of
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option, options_of
 from eg3d_rlhf.evaluation import flags, foreign_scores
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.page import write_page
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.generators.placed import Place, Placed
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
-from eg3d_rlhf.reward.reward import check_reward, load_reward
+from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
 
 def named(found: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:

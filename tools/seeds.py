@@ -18,11 +18,11 @@ import _repository  # noqa: F401
 import click
 
 import train
-from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.evaluation.over_seeds import over_seeds, table
-from eg3d_rlhf.media.rendering import parse_seeds
-from eg3d_rlhf.run.run import recorded
-from eg3d_rlhf.settings import input_files, resolve
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.run import recorded
+from eg3d_rlhf.tuning.gan.settings import input_files, resolve
 from training import checkpoint, storage
 
 REPO = Path(__file__).resolve().parents[1]

@@ -17,15 +17,15 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, choose_device, file_hash, option
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.evaluation import flags, sweep
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.sweep import Cell, Training, begun, finished, grid, train_all
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments.process import sigterm_interrupts
 from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
-from eg3d_rlhf.run.process import sigterm_interrupts
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import _repository  # noqa: F401
 import click
 
-from eg3d_rlhf.cli import GroupedCommand, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, naming, option
 from eg3d_rlhf.preferences.elo import DRAWS, elo, markdown, read_judgements
 from training.storage import write_atomic
 

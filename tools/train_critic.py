@@ -17,13 +17,13 @@ import click
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, naming, option, options_of
-from eg3d_rlhf.field import Bounds
+from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
+from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.core.seeds import CRITIC
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
-from eg3d_rlhf.metrics.critic_training import CriticTraining, fake_maps, train_critic, true_maps
-from eg3d_rlhf.metrics.shape_critic import DEFAULT_ASSET, ShapeCritic
-from eg3d_rlhf.metrics.true_heads import true_shapes
-from eg3d_rlhf.seeds import CRITIC
+from eg3d_rlhf.measures.critic_training import CriticTraining, fake_maps, train_critic, true_maps
+from eg3d_rlhf.measures.shape_critic import DEFAULT_ASSET, ShapeCritic
+from eg3d_rlhf.measures.true_heads import true_shapes
 
 REFERENCE, TRAINED = 1_000, 10_000  # first of the true heads behind the Fréchet distance, and of those that are learnt from
 

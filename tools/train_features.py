@@ -14,9 +14,9 @@ import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, option
-from eg3d_rlhf.metrics.feature_training import FeatureTraining, adequacy, factors, read_images, train_features
-from eg3d_rlhf.metrics.features import DEFAULT_ASSET, load_features
+from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.measures.feature_training import FeatureTraining, adequacy, factors, read_images, train_features
+from eg3d_rlhf.measures.features import DEFAULT_ASSET, load_features
 from training.synthetic_heads import load_truth, resolve_dataset
 
 

@@ -16,10 +16,10 @@ import click
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, option, options_of
-from eg3d_rlhf.distill.reward_cs.run import REWARD, TABLE, run_table, run_training
-from eg3d_rlhf.distill.reward_cs.train import TRAIN, MeshRewardTraining
-from eg3d_rlhf.reward.amounts import auc_interval, too_few_shapes
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from eg3d_rlhf.rewards.amounts import auc_interval, too_few_shapes
+from eg3d_rlhf.rewards.meshes.run import REWARD, TABLE, run_table, run_training
+from eg3d_rlhf.rewards.meshes.train import TRAIN, MeshRewardTraining
 
 
 def lines(summary: dict[str, dict]) -> list[str]:

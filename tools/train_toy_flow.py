@@ -15,10 +15,10 @@ import click
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.cli import GroupedCommand, option
-from eg3d_rlhf.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base
-from eg3d_rlhf.flow.toy.judges import RewardTraining, train_reward
-from eg3d_rlhf.flow.toy.pipeline import STRUCTURE, VOXELS
+from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.tuning.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base
+from eg3d_rlhf.tuning.flow.toy.judges import RewardTraining, train_reward
+from eg3d_rlhf.tuning.flow.toy.pipeline import STRUCTURE, VOXELS
 
 PARTS = (STRUCTURE, VOXELS, "reward")
 

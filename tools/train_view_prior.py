@@ -15,9 +15,9 @@ import click
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.bundled import VIEW_PRIOR
-from eg3d_rlhf.cli import GroupedCommand, option, options_of
-from eg3d_rlhf.distill.priors.tiny_unet import PriorTraining, train
+from eg3d_rlhf.core.bundled import VIEW_PRIOR
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from eg3d_rlhf.tuning.distill.priors.tiny_unet import PriorTraining, train
 
 
 @click.command(cls=GroupedCommand, help=__doc__)

@@ -7,7 +7,7 @@ Example:
 
 import _repository  # noqa: F401
 
-from eg3d_rlhf.flow.trellis.commands import main
+from eg3d_rlhf.modes.trellis_files import main
 
 if __name__ == "__main__":
     main()

@@ -23,17 +23,17 @@ import click
 from seeds import known_run
 from tqdm import tqdm
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.evaluation import zoo
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.page import write_page
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.media.rendering import parse_seeds
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports.page import write_page
-from eg3d_rlhf.reward.reward import load_reward
-from eg3d_rlhf.reward.run import BUNDLED_LABELS
-from eg3d_rlhf.settings import PRESETS, REWARDED
+from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.rewards.run import BUNDLED_LABELS
+from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
 from training import checkpoint
 from training.storage import write_atomic
 

@@ -1,6 +1,6 @@
 """Settings of GAN training, a dataclass for each part, and the networks' arguments that follow from them.
 
-A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in eg3d_rlhf/settings.py.
+A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in eg3d_rlhf/tuning/gan/settings.py.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Knob:
 def knob(default: object, help: str, group: str, **more) -> typing.Any:
     """A dataclass field that is also a flag: of the field's name, with its help text, range and default.
 
-    Args: more: see `Knob`. `eg3d_rlhf.cli.options_of` makes the flags, `check_knobs` applies ranges and choices.
+    Args: more: see `Knob`. `eg3d_rlhf.core.cli.options_of` makes the flags, `check_knobs` applies ranges and choices.
 
     >>> gamma: float = knob(1.0, "R1 weight.", "GAN losses", low=0)
     """

@@ -54,7 +54,7 @@ class TrainingLoop:
 
     Args:
         subject: what is trained; phases: in the order in which they run; config: loop settings.
-        files: where everything is written, `eg3d_rlhf.run.run.Run`.
+        files: where everything is written, `eg3d_rlhf.experiments.run.Run`.
         options: the resolved configuration, stored in checkpoints.
         on_tick: called once per tick, on rank 0, with (loop, stats); returns fields to add to the status line.
         ranks: this process among those of the run; all build the same loop.

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator
 from eg3d_rlhf.generators.placed import Similarity, ws_of
-from eg3d_rlhf.sigma.mesh import extract_mesh, largest_part
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
 
 QUANTILES = 64  # of the density above the level, and as many below
 KEPT = 0.8  # share of nearest neighbours that a fit goes by

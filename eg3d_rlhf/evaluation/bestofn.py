@@ -1,7 +1,7 @@
 """How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what a judge thinks of it.
 
 The more samples a reward chooses among, the more it chooses by its mistakes: the judge's mean rises, flattens, and falls (Gao et al. 2022,
-arXiv 2210.10760). See eg3d_rlhf/metrics/best_of_n.py for the maths.
+arXiv 2210.10760). See eg3d_rlhf/measures/best_of_n.py for the maths.
 
 Letters: N latents, T numbers n to choose among, A arms: single rewards, an ensemble's members, and its aggregates.
 """
@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.core.seeds import BEST_OF_N
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.paired import span
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
 from eg3d_rlhf.generators import LoadedGenerator, ws_of_seeds
-from eg3d_rlhf.metrics.best_of_n import best_of, divergence_of, fit, number_at, peak, resampled
-from eg3d_rlhf.observations import Observation
+from eg3d_rlhf.measures.best_of_n import best_of, divergence_of, fit, number_at, peak, resampled
 from eg3d_rlhf.preferences.annotator import utility
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.reward.cache import untuned
-from eg3d_rlhf.reward.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
-from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.rlhf.phase import CUTOFF
-from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration
-from eg3d_rlhf.seeds import BEST_OF_N
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.rewards.cache import untuned
+from eg3d_rlhf.rewards.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
+from eg3d_rlhf.rewards.observations import Observation
+from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.tuning.gan.phase import CUTOFF
+from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration
 
 SCORES, CURVES = "scores", "best-of-n"
 TITLE = "How far can a reward be trusted?"

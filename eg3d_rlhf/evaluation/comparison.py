@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import file_hash, naming
-from eg3d_rlhf.field import Field
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import file_hash, naming
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.seeds import IMAGES, LATENTS, HeldOut
+from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
-from eg3d_rlhf.observations import Observation
-from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
-from eg3d_rlhf.run.run import OPTIONS, recorded
-from eg3d_rlhf.seeds import IMAGES, LATENTS, HeldOut
-from eg3d_rlhf.settings import control_differs
+from eg3d_rlhf.rewards.observations import Observation
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+from eg3d_rlhf.tuning.gan.settings import control_differs
 from training.storage import read_meta
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.core.field import RenderOptions, render_each
 from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions
-from eg3d_rlhf.field import RenderOptions, render_each
+from eg3d_rlhf.experiments.media.sheet import Row, sheet, to_uint8
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, ws_of_seeds
-from eg3d_rlhf.media.sheet import Row, sheet, to_uint8
-from eg3d_rlhf.media.surface_view import SUPERSAMPLE, look, paint, shrink
-from eg3d_rlhf.sigma.level_set import LevelSet
+from eg3d_rlhf.geometry.level_set import LevelSet
+from eg3d_rlhf.measures.surface_view import SUPERSAMPLE, look, paint, shrink
 from training.dataset import ImageFolderDataset
 
 COLUMNS = 8

@@ -15,15 +15,15 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, span
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding, Job
+from eg3d_rlhf.experiments.shape_view import shade
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.metrics.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
-from eg3d_rlhf.metrics.statistics import RANK_INTERVAL, spearman
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding, Job
-from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 
 MAP, APART, SHAPES = "feature-map", "separability", "feature-shapes"
 TITLE = "What the reward sees before and after tuning"

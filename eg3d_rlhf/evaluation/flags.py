@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from eg3d_rlhf.cli import option, together
+from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.evaluation.comparison import Sources
 
 PATH = click.Path(path_type=Path)

@@ -17,18 +17,18 @@ import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from eg3d_rlhf.core.seeds import ALIGNMENT, LATENTS
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.evaluation.alignment import Alignment, align, calibrate_density, mean_surface, pooled
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.experiments.media.sheet import Row, sheet, to_uint8
 from eg3d_rlhf.generators import Generator, LoadedGenerator, camera
 from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
-from eg3d_rlhf.media.sheet import Row, sheet, to_uint8
-from eg3d_rlhf.media.surface_view import SUPERSAMPLE, look, paint, shrink
-from eg3d_rlhf.metrics.statistics import RANK_INTERVAL, spearman
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.seeds import ALIGNMENT, LATENTS
-from eg3d_rlhf.sigma.level_set import LevelSet
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.geometry.level_set import LevelSet
+from eg3d_rlhf.measures.surface_view import SUPERSAMPLE, look, paint, shrink
+from eg3d_rlhf.rewards.reward import Reward
 from training.config import check_knobs, knob
 from training.storage import write_atomic
 

@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from eg3d_rlhf.core.field import Bounds, RenderOptions, render_each
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, compare, plot_changes, plot_values
-from eg3d_rlhf.field import Bounds, RenderOptions, render_each
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding, Job
 from eg3d_rlhf.generators import LoadedGenerator, camera
-from eg3d_rlhf.metrics.surface import main_surface, mean_curvature, topology
-from eg3d_rlhf.metrics.views import MultiViewMeasures, lift, multi_view_measures, spec_for
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding, Job
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.geometry.mesh import extract_mesh
+from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology
+from eg3d_rlhf.measures.views import MultiViewMeasures, lift, multi_view_measures, spec_for
 from training.gan import save_grid
 
 SHARE = 0.25  # of the report's latents for views, surfaces and depth; the rendered views are the most expensive part of it

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from eg3d_rlhf.core.field import Field, render_each
+from eg3d_rlhf.core.seeds import IMAGES
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, ROLES, span
-from eg3d_rlhf.field import Field, render_each
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.generators import LoadedGenerator, camera, latents
-from eg3d_rlhf.metrics import feature_sets, resampling
-from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips, psnr, ssim
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
-from eg3d_rlhf.observations import SigmaSlab
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
-from eg3d_rlhf.seeds import IMAGES
+from eg3d_rlhf.measures import feature_sets, resampling
+from eg3d_rlhf.measures.features import load_features
+from eg3d_rlhf.measures.image_similarity import load_identity, load_lpips, psnr, ssim
+from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
 

@@ -8,26 +8,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.core.field import Bounds, Field
+from eg3d_rlhf.core.seeds import GEOMETRY, IMAGES, JUDGE, SHAPES
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.core.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
 from eg3d_rlhf.evaluation.paired import contains_zero
-from eg3d_rlhf.field import Bounds, Field
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.metrics import shape_critic
-from eg3d_rlhf.metrics.distances import FeatureStatistics, collect
-from eg3d_rlhf.metrics.evaluation import real_batches
-from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.nearest_head import nearest_head_measures
-from eg3d_rlhf.metrics.normal_maps import maps_of
-from eg3d_rlhf.metrics.relief import ALIKE, Relief, relief
-from eg3d_rlhf.metrics.resampling import frechet_change_interval
-from eg3d_rlhf.metrics.statistics import paired_summary, wilson_interval
-from eg3d_rlhf.metrics.true_heads import RAMPS, head_distances, ramped, true_shapes
+from eg3d_rlhf.measures import shape_critic
+from eg3d_rlhf.measures.distances import FeatureStatistics, collect
+from eg3d_rlhf.measures.evaluation import real_batches
+from eg3d_rlhf.measures.features import load_features
+from eg3d_rlhf.measures.nearest_head import nearest_head_measures
+from eg3d_rlhf.measures.normal_maps import maps_of
+from eg3d_rlhf.measures.relief import ALIKE, Relief, relief
+from eg3d_rlhf.measures.resampling import frechet_change_interval
+from eg3d_rlhf.measures.true_heads import RAMPS, head_distances, ramped, true_shapes
 from eg3d_rlhf.preferences.annotator import Calibration, utility
-from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
-from eg3d_rlhf.seeds import GEOMETRY, IMAGES, JUDGE, SHAPES
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
 
 FAKES = 1600  # images per Fréchet distance
 TRUE_HEADS = 32  # whose utility says how far there is to go

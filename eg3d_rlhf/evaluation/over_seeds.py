@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from eg3d_rlhf.metrics.statistics import t_mean_interval
+from eg3d_rlhf.core.statistics import t_mean_interval
 
 FIGURES = {  # of a run's summary, with its interval there where it has one, and the words and form of the table
     "tuned_delta_mean": (None, "mean change of the reward", "+.3f"), "reward_delta_positive": (None, "positive reward deltas", ".0f"),

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, span
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval
 from eg3d_rlhf.preferences.annotator import utility
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding, Job
-from eg3d_rlhf.rlhf.phase import density_l1
-from eg3d_rlhf.rlhf.watch import JUDGE_RESOLUTION, annotator_calibration
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.tuning.gan.phase import density_l1
+from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
 ROLES = ("before", "after", "reward", "held-out")

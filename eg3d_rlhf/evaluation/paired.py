@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, paired_summary
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding
 
 BOOTSTRAP = "95 % percentile bootstrap over latents, 10,000 resamples"
 NO_CONTROL = (

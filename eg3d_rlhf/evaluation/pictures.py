@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from eg3d_rlhf.core.field import Field, RenderOptions, render_each
+from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.true_heads import TrueHead, nearest
-from eg3d_rlhf.field import Field, RenderOptions, render_each
+from eg3d_rlhf.experiments.media.rendering import png
+from eg3d_rlhf.experiments.media.sheet import Row, Scale, sheet, to_uint8
+from eg3d_rlhf.experiments.media.video import check_mp4, write_mp4
 from eg3d_rlhf.generators import Generator, camera
-from eg3d_rlhf.media.rendering import png
-from eg3d_rlhf.media.sheet import Row, Scale, sheet, to_uint8
-from eg3d_rlhf.media.surface_view import BLUE, SUPERSAMPLE, View, look, paint, shrink, tint
-from eg3d_rlhf.media.video import check_mp4, write_mp4
-from eg3d_rlhf.metrics.surface_change import REACH, change_summary, displacement, median_change
-from eg3d_rlhf.seeds import JUDGE
-from eg3d_rlhf.sigma.level_set import LevelSet
-from eg3d_rlhf.sigma.mesh import extract_mesh
-from eg3d_rlhf.sigma.mesh_export import save_mesh
+from eg3d_rlhf.geometry.level_set import LevelSet
+from eg3d_rlhf.geometry.mesh import extract_mesh
+from eg3d_rlhf.geometry.mesh_export import save_mesh
+from eg3d_rlhf.measures.surface_change import REACH, change_summary, displacement, median_change
+from eg3d_rlhf.measures.surface_view import BLUE, SUPERSAMPLE, View, look, paint, shrink, tint
 from training.storage import write_atomic
 
 COMPARISON, TURNTABLE = "comparison.png", "turntable.mp4"

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from eg3d_rlhf.evaluation import geometry, images, overoptimisation, rewards, strips
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
-from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.image_similarity import load_identity, load_lpips
-from eg3d_rlhf.reports.jobs import Finding, Job
-from eg3d_rlhf.settings import control_differs
+from eg3d_rlhf.experiments.jobs import Finding, Job
+from eg3d_rlhf.measures.features import load_features
+from eg3d_rlhf.measures.image_similarity import load_identity, load_lpips
+from eg3d_rlhf.tuning.gan.settings import control_differs
 
 PARTS = (rewards.jobs, images.jobs, geometry.jobs, overoptimisation.jobs, geometry.depth_jobs, strips.jobs)
 TITLE = "Before and after tuning"

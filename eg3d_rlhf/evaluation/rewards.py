@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.core import statistics
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, contains_zero, span
-from eg3d_rlhf.metrics import statistics
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding, Job
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding, Job
 
 PSIS = (0.25, 0.5, 0.7, 1.0)
 ROLES = ("before", "after", "reward")

@@ -12,13 +12,13 @@ import numpy as np
 import PIL.Image
 import torch
 
+from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES
+from eg3d_rlhf.experiments.jobs import Finding, Job
+from eg3d_rlhf.experiments.shape_view import shade
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.reports.jobs import Finding, Job
-from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.seeds import JUDGE
-from eg3d_rlhf.sigma.spec import SlabSpec
 from training.gan import save_grid
 
 K = 5  # shapes in a top or bottom strip, as in the paper

@@ -8,18 +8,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import versions
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs, frechet, geometry, relief_shares, shapes
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
 from eg3d_rlhf.generators import Generator, LoadedGenerator, of
-from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.rlhf.early_stop import EarlyStop
-from eg3d_rlhf.rlhf.watch import Watch
-from eg3d_rlhf.seeds import JUDGE
-from eg3d_rlhf.settings import control_differs
+from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
+from eg3d_rlhf.tuning.gan.settings import control_differs
+from eg3d_rlhf.tuning.gan.watch import Watch
 from training import storage
 from training.networks import state_hash
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, t_mean_interval
 from eg3d_rlhf.evaluation import images, overoptimisation
 from eg3d_rlhf.evaluation.comparison import Comparison, snapshots
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Finding, Job, identity_of_file
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.metrics.features import load_features
-from eg3d_rlhf.metrics.resampling import kernel_change_interval
-from eg3d_rlhf.metrics.statistics import bootstrap_mean_interval, t_mean_interval
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Finding, Job, identity_of_file
-from eg3d_rlhf.rlhf.phase import density_l1
+from eg3d_rlhf.measures.features import load_features
+from eg3d_rlhf.measures.resampling import kernel_change_interval
+from eg3d_rlhf.tuning.gan.phase import density_l1
 from training import checkpoint
 
 TITLE = "Sweep of the reward's and the consistency term's weight"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eg3d_rlhf.metrics.nearest_head import FitOptions, HeadPose, fit_heads, posed_sdf, resample, surface_points
-from eg3d_rlhf.sigma.level_set import LevelSet
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.geometry.level_set import LevelSet
+from eg3d_rlhf.measures.nearest_head import FitOptions, HeadPose, fit_heads, posed_sdf, resample, surface_points
 from training.heads.family import APPEARANCE_NAMES
 from training.heads.render import cone_starts, march, pixel_rays, render_heads, shade, union_field
 from training.heads.sdf import head_geometry

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs
 from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
 from eg3d_rlhf.evaluation.summary import reward_shift
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.experiments.media.rendering import png
+from eg3d_rlhf.experiments.media.sheet import Row, sheet, to_uint8
 from eg3d_rlhf.generators import LoadedGenerator, camera
-from eg3d_rlhf.media.rendering import png
-from eg3d_rlhf.media.sheet import Row, sheet, to_uint8
-from eg3d_rlhf.media.surface_view import SUPERSAMPLE, look, paint, shrink
-from eg3d_rlhf.reports import style
-from eg3d_rlhf.reports.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.reward.reward import Reward
-from eg3d_rlhf.seeds import JUDGE
+from eg3d_rlhf.measures.surface_view import SUPERSAMPLE, look, paint, shrink
+from eg3d_rlhf.rewards.reward import Reward
 from training.storage import write_atomic
 
 PICTURE = "zoo.png"

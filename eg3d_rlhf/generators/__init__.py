@@ -14,9 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from eg3d_rlhf import bundled, pickles
-from eg3d_rlhf.field import Bounds, CameraFamily, Field
-from eg3d_rlhf.plugins import load_plugins
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.field import Bounds, CameraFamily, Field
+from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.generators import pickles
 from training import networks, storage
 
 
@@ -65,7 +66,7 @@ class Generator(Protocol):
         """z [N, Z], conditioning camera c [N, 25] -> ws [N, L, W]."""
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
-        """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.field.NOISE_MODES`."""
+        """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see `eg3d_rlhf.core.field.NOISE_MODES`."""
 
 
 @runtime_checkable
@@ -95,7 +96,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {}
-KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.rlhf.early_stop)
+KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)
 
 
 def register(family: Family) -> Family:

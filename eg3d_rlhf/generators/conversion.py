@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.sigma.separable import interpolation
+from eg3d_rlhf.core.separable import interpolation
 from training import networks
 
 SLICES = 3

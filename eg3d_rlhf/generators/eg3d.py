@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.field import LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions
+from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions
+from eg3d_rlhf.core.separable import SeparableDensity, pair_maps
+from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Family, register
-from eg3d_rlhf.shapes import check_shape
-from eg3d_rlhf.sigma.separable import SeparableDensity, pair_maps
-from eg3d_rlhf.sigma.slab import DecoderWeights, sigma_at, sigma_from_planes
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.geometry.slab import DecoderWeights, sigma_at, sigma_from_planes
 from torch_utils.ops import implementations
 from torch_utils.ops.triplane_decode import MergedPlanes, merge_planes, projection_axes, triplane_decode
 from training.discriminator import DualDiscriminator

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.field import CameraFamily
+from eg3d_rlhf.core.field import CameraFamily
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.eg3d import EG3D, PlaneField
-from eg3d_rlhf.sigma.spec import SlabSpec
 
 _POINT_CHUNK = 1 << 16  # points decoded at once where no gradient is recorded
 

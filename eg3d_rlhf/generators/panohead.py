@@ -7,10 +7,10 @@ import functools
 
 import torch
 
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Family, register
 from eg3d_rlhf.generators.fullhead import FullHead, HeadField
-from eg3d_rlhf.sigma.spec import SlabSpec
-from eg3d_rlhf.sigma.tri_grid import Order, tri_grid_density
+from eg3d_rlhf.geometry.tri_grid import Order, tri_grid_density
 from torch_utils.ops import implementations
 from training.discriminator import DualDiscriminator
 from training.fullhead import PanoHeadGenerator

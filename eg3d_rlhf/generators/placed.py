@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
+from eg3d_rlhf.core.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
-from eg3d_rlhf.sigma.spec import SlabSpec
 from training.rendering.cameras import mirror_label
 
 _FAR_BELOW = 1000.0  # below the level: the density at points outside the generator's own cube

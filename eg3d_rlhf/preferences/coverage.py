@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom
 
-from eg3d_rlhf.metrics.statistics import wilson_interval
+from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.preferences.agreement import Agreement, cohen_kappa, krippendorff_alpha
 from eg3d_rlhf.preferences.clustered_strengths import FEW, Design, fit, strengths
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eg3d_rlhf.core.seeds import ANCHORS
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.seeds import ANCHORS
 
 if TYPE_CHECKING:
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference

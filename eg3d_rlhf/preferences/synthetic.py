@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
 from eg3d_rlhf.preferences.annotator import (
     ANNOTATOR,
@@ -26,8 +28,6 @@ from eg3d_rlhf.preferences.annotator import (
 )
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference
-from eg3d_rlhf.seeds import refuse_held_out
-from eg3d_rlhf.sigma.spec import SlabSpec
 from training.config import knob
 
 KINDS = ("pairs", "thumbs", "scores")

@@ -111,7 +111,7 @@ class Pictures:
 
 def multiview(name: str, views: int = 4) -> StandIn:
     """The stand-in of the multi-view sets, which knows "text" and the empty prompt."""
-    from eg3d_rlhf.distill.schedule import NoiseSchedule
+    from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
     net = under(name, "net")
     embeddings = {"text": net["cond"][0], "": net["null"][0]}

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from eg3d_rlhf.distill.guidance.dreamdpo import DreamDpo
-from eg3d_rlhf.distill.presets import PRESETS
-from eg3d_rlhf.distill.target import distillation_loss
+from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
+from eg3d_rlhf.tuning.distill.presets import PRESETS
+from eg3d_rlhf.tuning.distill.target import distillation_loss
 from tests.compat.distill_reference import Pictures, Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
 
 pytestmark = needs("dreamdpo")

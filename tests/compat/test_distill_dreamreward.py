@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eg3d_rlhf.distill.guidance.dreamreward import DreamReward
-from eg3d_rlhf.distill.presets import PRESETS
-from eg3d_rlhf.distill.target import digits, distillation_loss
+from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
+from eg3d_rlhf.tuning.distill.presets import PRESETS
+from eg3d_rlhf.tuning.distill.target import digits, distillation_loss
 from tests.compat.distill_reference import Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
 
 pytestmark = needs("dreamreward")

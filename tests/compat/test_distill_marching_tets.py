@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.meshing.lattice import Lattice, cube
-from eg3d_rlhf.distill.meshing.tetrahedra import marching_tetrahedra, signed_volume
-from eg3d_rlhf.field import Bounds
+from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.rewards.meshes.meshing.lattice import Lattice, cube
+from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import marching_tetrahedra, signed_volume
 from tests.compat.reference import ROOT
 
 PATH = ROOT / "distill" / "marching_tets.npz"

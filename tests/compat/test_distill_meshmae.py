@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.interfaces import Mesh, Patches
-from eg3d_rlhf.distill.meshing.features import face_features, placed
-from eg3d_rlhf.distill.meshing.maps import subdivided
-from eg3d_rlhf.distill.reward_cs.encoder import EncoderOptions, MeshEncoder, load_meshmae, masked_max
+from eg3d_rlhf.core.interfaces import Mesh, Patches
+from eg3d_rlhf.rewards.meshes.encoder import EncoderOptions, MeshEncoder, load_meshmae, masked_max
+from eg3d_rlhf.rewards.meshes.meshing.features import face_features, placed
+from eg3d_rlhf.rewards.meshes.meshing.maps import subdivided
 from tests.compat.reference import ROOT
 
 PATH = ROOT / "distill" / "meshmae.npz"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.field.views import evenly_around, network_cameras
-from eg3d_rlhf.distill.local_files import build_on_meta, load_strict
-from eg3d_rlhf.distill.priors.ldm_names import to_diffusers_unet, unet_config
-from eg3d_rlhf.distill.priors.mvdream import join_views
+from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras
+from eg3d_rlhf.models.ldm_names import to_diffusers_unet, unet_config
+from eg3d_rlhf.models.local_files import build_on_meta, load_strict
+from eg3d_rlhf.tuning.distill.priors.mvdream import join_views
 from tests.compat.reference import ROOT
 
 FILE = ROOT / "distill" / "mvdream_unet.npz"

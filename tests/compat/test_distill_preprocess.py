@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.rewards.preprocess import CLIP_MEAN, CLIP_STD, clip_preprocess, normalise, pad_preprocess
+from eg3d_rlhf.models.preprocess import CLIP_MEAN, CLIP_STD, clip_preprocess, normalise, pad_preprocess
 from tests.compat.reference import ROOT
 
 FILE = ROOT / "distill" / "preprocess.npz"

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from eg3d_rlhf.distill.local_files import below, build_on_meta, load_strict
-from eg3d_rlhf.distill.priors.ldm_names import to_transformers_text
-from eg3d_rlhf.distill.rewards.blip import BlipSizes
-from eg3d_rlhf.distill.rewards.clip_like import Clip, ClipSizes
-from eg3d_rlhf.distill.rewards.reward3d import Reward3dNetwork
+from eg3d_rlhf.models.blip import BlipSizes
+from eg3d_rlhf.models.clip_like import Clip, ClipSizes
+from eg3d_rlhf.models.ldm_names import to_transformers_text
+from eg3d_rlhf.models.local_files import below, build_on_meta, load_strict
+from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
 FOLDER = ROOT / "distill" / "params"
@@ -87,8 +87,8 @@ def test_stable_diffusion_folders(form, tmp_path):
     for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text_config(form))):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
-    from eg3d_rlhf.distill.priors.local import prior_costs
-    from eg3d_rlhf.distill.priors.stable_diffusion import PriorOptions, meta_prior
+    from eg3d_rlhf.tuning.distill.priors.local import prior_costs
+    from eg3d_rlhf.tuning.distill.priors.stable_diffusion import PriorOptions, meta_prior
 
     prior = meta_prior(tmp_path, PriorOptions(half=True))
     assert shapes(prior.unet) == published(f"{form}_unet")
@@ -103,7 +103,7 @@ def test_stable_diffusion_folders(form, tmp_path):
 @libraries
 @pytest.mark.parametrize("form", ["sd15", "sd21_base"])
 def test_mvdream_files(form):
-    from eg3d_rlhf.distill.priors.mvdream import OPEN_CLIP, TRANSFORMERS, mvdream_networks
+    from eg3d_rlhf.tuning.distill.priors.mvdream import OPEN_CLIP, TRANSFORMERS, mvdream_networks
 
     state = on_meta(f"mvdream_{form}_4view")
     if form == "sd15":

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eg3d_rlhf.distill import gradients
-from eg3d_rlhf.distill.schedule import NoiseSchedule
-from eg3d_rlhf.distill.target import target_loss
+from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+from eg3d_rlhf.tuning.distill.target import target_loss
 from tests.compat.distill_reference import StandIn, cases, close, needs, recipe, under
 
 pytestmark = needs("mvdream_recon")

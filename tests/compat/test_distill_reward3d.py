@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.distill.rewards.blip import BlipSizes
-from eg3d_rlhf.distill.rewards.reward3d import FUSION_STD, MEAN, STD, Reward3dNetwork
+from eg3d_rlhf.models.blip import BlipSizes
+from eg3d_rlhf.rewards.pictures.reward3d import FUSION_STD, MEAN, STD, Reward3dNetwork
 from tests.compat.reference import ROOT, relative_error
 
 FILE = ROOT / "distill" / "dreamreward.npz"

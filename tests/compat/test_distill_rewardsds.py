@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from eg3d_rlhf.distill import gradients
-from eg3d_rlhf.distill.guidance.rewardsds import RewardSds
-from eg3d_rlhf.distill.noise_weighting import NoiseWeighting
-from eg3d_rlhf.distill.presets import PRESETS
-from eg3d_rlhf.distill.schedule import NoiseSchedule, ddim_times
-from eg3d_rlhf.distill.target import distillation_loss, target_loss
+from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
+from eg3d_rlhf.tuning.distill.noise_weighting import NoiseWeighting
+from eg3d_rlhf.tuning.distill.presets import PRESETS
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times
+from eg3d_rlhf.tuning.distill.target import distillation_loss, target_loss
 from tests.compat.distill_reference import Pictures, Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
 
 pytestmark = needs("rewardsds")

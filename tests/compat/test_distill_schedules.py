@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.distill.schedule import NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
 from tests.compat.distill_reference import StandIn, close, needs, recipe, under, values
 
 pytestmark = needs("schedules")

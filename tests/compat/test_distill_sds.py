@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eg3d_rlhf.distill import gradients
-from eg3d_rlhf.distill.guidance.directions import DIRECTIONS, direction_of, mixture
-from eg3d_rlhf.distill.schedule import NoiseSchedule
-from eg3d_rlhf.distill.target import target_loss
+from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.guidance.directions import DIRECTIONS, direction_of, mixture
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+from eg3d_rlhf.tuning.distill.target import target_loss
 from tests.compat.distill_reference import StandIn, cases, close, needs, recipe, under, values
 
 pytestmark = needs("sds_threestudio")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.flow.lora import LoraConfig, adapted_layers, adapter_state, adapters_off, add_lora, lora_parameters, merged_state
-from eg3d_rlhf.flow.policies import (
+from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, adapter_state, adapters_off, add_lora, lora_parameters, merged_state
+from eg3d_rlhf.models.policies import (
     ADAPTER,
     CONFIG,
     PREFIX,
@@ -20,8 +20,8 @@ from eg3d_rlhf.flow.policies import (
     tuned_model,
     write_adapter,
 )
-from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
+from eg3d_rlhf.models.sparse import SparseBatch
+from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 
 TOLERANCE = 1e-5
 MERGED_TOLERANCE = 2e-6  # of outputs, adapter on against merged; up to 9.5e-7 were seen, by the processor

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.preferences import losses
-from eg3d_rlhf.reward.model import PAPER, RewardArch, RewardModel
-from eg3d_rlhf.reward.networks import MLP, RewardOutput
-from eg3d_rlhf.reward.pooling import slice_max_feature
+from eg3d_rlhf.rewards.model import PAPER, RewardArch, RewardModel
+from eg3d_rlhf.rewards.networks import MLP, RewardOutput
+from eg3d_rlhf.rewards.pooling import slice_max_feature
 
 OUTPUT_TOLERANCE = 2e-5  # relative; observed float32 deviation at most 4e-6
 GRADIENT_TOLERANCE = 3e-4  # of (norm + 1e-6 * largest norm)

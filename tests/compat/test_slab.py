@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from eg3d_rlhf.sigma.slab import normalise_slab
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.geometry.slab import normalise_slab
 
 
 def test_the_crop_has_the_reference_indices_and_shapes(fixtures_dir):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from eg3d_rlhf.flow.generate import trajectory
-from eg3d_rlhf.flow.kinds import SparseVoxels
-from eg3d_rlhf.flow.path import FlowPath
-from eg3d_rlhf.flow.sparse import SparseBatch
-from eg3d_rlhf.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.flow.trellis.flows import LatentFlow, LatentFlowConfig
-from eg3d_rlhf.flow.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
-from eg3d_rlhf.flow.trellis.sparse_conv import downsample
+from eg3d_rlhf.models.sparse import SparseBatch
+from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
+from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
+from eg3d_rlhf.models.trellis.sparse_conv import downsample
+from eg3d_rlhf.tuning.flow.generate import trajectory
+from eg3d_rlhf.tuning.flow.kinds import SparseVoxels
+from eg3d_rlhf.tuning.flow.path import FlowPath
+from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
 from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 
 TEXT = dict(

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.observations.depth import PUBLISHED_FOCAL, VIEWS, Depth, nearness
-from eg3d_rlhf.reward import depth
-from eg3d_rlhf.reward.resnet50 import ResNet50
-from eg3d_rlhf.rlhf.nose import floor_loss
+from eg3d_rlhf.models.resnet50 import ResNet50
+from eg3d_rlhf.rewards import depth
+from eg3d_rlhf.rewards.observations.depth import PUBLISHED_FOCAL, VIEWS, Depth, nearness
+from eg3d_rlhf.tuning.gan.nose import floor_loss
 from tests.compat.reference import ROOT, crc_random
 
 ZOO = ROOT / "reward_zoo"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.reward.ensembles import Aggregate
+from eg3d_rlhf.rewards.ensembles import Aggregate
 from tests.compat.reference import ROOT
 
 MISC = ROOT / "reward_zoo" / "misc.npz"

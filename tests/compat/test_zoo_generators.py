@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.generators import of
-from eg3d_rlhf.pickles.families import kind_of
+from eg3d_rlhf.generators.pickles.families import kind_of
 from tests.compat.reference import ROOT, Draws, crc_random, relative_error
 from torch_utils.ops.implementations import implementation
 from training.fullhead import HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator

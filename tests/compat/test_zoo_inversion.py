@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.inversion.projector import learning_rate, noise_scale
+from eg3d_rlhf.evaluation.inversion.projector import learning_rate, noise_scale
 from tests.compat.reference import ROOT
 
 MISC = ROOT / "reward_zoo" / "misc.npz"

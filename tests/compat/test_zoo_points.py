@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.observations.clouds import evenly, lift, self_scaled
-from eg3d_rlhf.reward.points import PointNet, PointNet2, PointNet2Arch, build
-from eg3d_rlhf.reward.points.curvenet import CurveNet, CurveNetArch
-from eg3d_rlhf.reward.points.neighbours import ball, farthest_points
+from eg3d_rlhf.rewards.observations.clouds import evenly, lift, self_scaled
+from eg3d_rlhf.rewards.points import PointNet, PointNet2, PointNet2Arch, build
+from eg3d_rlhf.rewards.points.curvenet import CurveNet, CurveNetArch
+from eg3d_rlhf.rewards.points.neighbours import ball, farthest_points
 from tests.compat.reference import ROOT, crc_random
 
 FOLDER = ROOT / "reward_zoo"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.field import Bounds
+from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import LoadedGenerator
-from eg3d_rlhf.run.run import OPTIONS
 from tests import tiny_runs
 from training import networks
 

@@ -7,11 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import bestofn
+from eg3d_rlhf.experiments.jobs import Finding
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.reports.jobs import Finding
-from eg3d_rlhf.reward.ensembles import RewardEnsemble, Standard
-from eg3d_rlhf.reward.reward import Reward, load_reward
-from tests.reward.test_join import moved
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from tests.rewards.test_join import moved
 from tools.best_of_n import main
 
 N = 1024

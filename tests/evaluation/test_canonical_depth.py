@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.evaluation import geometry
 from eg3d_rlhf.evaluation.geometry import DepthMaps, measures
-from eg3d_rlhf.field import Bounds
-from eg3d_rlhf.reports import jobs
+from eg3d_rlhf.experiments import jobs
 
 
 def face(nose=0.0, bend=0.0, tilt=0.0, valid=None, side=80):

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison, newest_control, snapshots
-from eg3d_rlhf.observations import SigmaSlab
-from eg3d_rlhf.reward.reward import Reward, load_reward
-from eg3d_rlhf.run.run import OPTIONS
+from eg3d_rlhf.experiments.run import OPTIONS
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests.evaluation import comparisons
 
 

@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.summary import control_figures
-from eg3d_rlhf.settings import Settings, input_files
+from eg3d_rlhf.tuning.gan.settings import Settings, input_files
 
 
 def settings(*flags: str) -> dict:

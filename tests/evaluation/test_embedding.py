@@ -8,14 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import embedding
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.metrics.feature_sets import neighbours, paired_separability
-from eg3d_rlhf.reports import jobs as running
-from eg3d_rlhf.reports import page
-from eg3d_rlhf.reports.shape_view import shade
-from eg3d_rlhf.reward.ensembles import RewardEnsemble
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments import page
+from eg3d_rlhf.experiments.shape_view import shade
+from eg3d_rlhf.measures.feature_sets import neighbours, paired_separability
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from tools import embed
 
 RNG = np.random.default_rng(0)

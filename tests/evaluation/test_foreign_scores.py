@@ -8,15 +8,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.field import Bounds, RenderOptions, render_each
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import foreign_scores as fs
 from eg3d_rlhf.evaluation.alignment import align, calibrate_density
-from eg3d_rlhf.field import Bounds, RenderOptions, render_each
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
-from eg3d_rlhf.observations import observation_of
-from eg3d_rlhf.reward.reward import load_reward
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.rewards.observations import observation_of
+from eg3d_rlhf.rewards.reward import load_reward
 from tests.generators.foreign import Foreign
 from tools.score import main
 

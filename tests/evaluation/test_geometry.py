@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.reports import jobs
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.experiments import jobs
 from tests.evaluation.comparisons import Bodies, replaced
 
 

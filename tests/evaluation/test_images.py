@@ -6,10 +6,10 @@ import torch
 
 from eg3d_rlhf.evaluation import images
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.metrics.image_similarity import PSNR_CAP
-from eg3d_rlhf.reports import jobs
+from eg3d_rlhf.experiments import jobs
+from eg3d_rlhf.measures.image_similarity import PSNR_CAP
 from tests.evaluation.comparisons import StandIn, replaced
-from tests.metrics.test_image_similarity import Embed, Pair
+from tests.measures.test_image_similarity import Embed, Pair
 
 
 class Means:

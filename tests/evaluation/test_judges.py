@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import gap_closed, measured, verdict
-from eg3d_rlhf.field import Bounds
-from eg3d_rlhf.metrics import shape_critic
-from eg3d_rlhf.metrics.critic_training import true_maps
-from eg3d_rlhf.metrics.shape_critic import FEATURES, MapNet, ShapeCritic
-from eg3d_rlhf.metrics.true_heads import head_distances, ramped, true_shapes
-from eg3d_rlhf.seeds import HeldOut
+from eg3d_rlhf.measures import shape_critic
+from eg3d_rlhf.measures.critic_training import true_maps
+from eg3d_rlhf.measures.shape_critic import FEATURES, MapNet, ShapeCritic
+from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
 from tests.evaluation.comparisons import Bodies, replaced
 from training.heads.family import SHAPE_COUNT
 

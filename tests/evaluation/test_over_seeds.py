@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.statistics import paired_summary
 from eg3d_rlhf.evaluation.over_seeds import over_seeds, spread, table
-from eg3d_rlhf.metrics.statistics import paired_summary
-from eg3d_rlhf.settings import input_files, resolve
+from eg3d_rlhf.tuning.gan.settings import input_files, resolve
 from tests import tiny_runs
 from tools import seeds as tool
 

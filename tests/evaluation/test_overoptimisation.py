@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.evaluation import overoptimisation as over
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.reports import jobs
-from eg3d_rlhf.reward.reward import Reward
+from eg3d_rlhf.experiments import jobs
+from eg3d_rlhf.rewards.reward import Reward
 
 PROXY = np.array([0.0, 1, 2, 3, 4])
 

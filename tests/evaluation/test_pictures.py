@@ -9,15 +9,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.field import CameraFamily
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import pictures
 from eg3d_rlhf.evaluation.contact_sheet import image_sheet, shape_sheet
 from eg3d_rlhf.evaluation.true_heads import TrueHead, fit_colours, nearest
-from eg3d_rlhf.field import CameraFamily
-from eg3d_rlhf.media.surface_view import CLAY, look, paint, tint
-from eg3d_rlhf.metrics.nearest_head import HeadPose
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.measures.nearest_head import HeadPose
+from eg3d_rlhf.measures.surface_view import CLAY, look, paint, tint
 from tests.evaluation import comparisons
-from tests.sigma.test_level_set import body, sphere
+from tests.geometry.test_level_set import body, sphere
 from tools import draw_comparison, draw_samples
 from training.dataset import ImageFolderDataset
 from training.heads.family import APPEARANCE_COUNT, SHAPE_COUNT
@@ -84,7 +84,7 @@ def test_shapes_without_a_surface_are_white_and_stop_nothing(tiny_comparison, tm
 
 
 def test_a_missing_encoder_is_said_and_the_rest_written(heads, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eg3d_rlhf.media.video.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("eg3d_rlhf.experiments.media.video.importlib.util.find_spec", lambda name: None)
     c = comparisons.dataclasses.replace(heads, data="")
     assert pictures.write_pictures(c, tmp_path, SMALL) == ["comparison.png", "meshes/*.ply"]
     assert "No turntable.mp4: write_mp4: expected the package imageio-ffmpeg" in capsys.readouterr().out

@@ -8,11 +8,11 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf import bundled
-from eg3d_rlhf.cli import file_hash
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation import report
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.reports.jobs import Facts, Finding
+from eg3d_rlhf.experiments.jobs import Facts, Finding
 from tests.evaluation import comparisons
 from tests.tools.examples import example_of, own_cache
 from tools import evaluate

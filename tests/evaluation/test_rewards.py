@@ -8,7 +8,7 @@ import torch
 
 from eg3d_rlhf.evaluation import rewards
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.reports import jobs
+from eg3d_rlhf.experiments import jobs
 from tests.evaluation import comparisons
 
 RNG = np.random.default_rng(0)

@@ -4,9 +4,9 @@ import PIL.Image
 import pytest
 import torch
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.evaluation import strips
-from eg3d_rlhf.reports import jobs, page
+from eg3d_rlhf.experiments import jobs, page
 from tests.evaluation import comparisons
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import sweep
 from eg3d_rlhf.evaluation.sweep import Cell, Training, begun, command, finished, grid, train_all
-from eg3d_rlhf.reports.jobs import Facts, Finding
+from eg3d_rlhf.experiments.jobs import Facts, Finding
 from tools import reports
 from tools import sweep as tool
 

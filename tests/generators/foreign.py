@@ -2,7 +2,7 @@
 
 import torch
 
-from eg3d_rlhf.field import Bounds, Rendering
+from eg3d_rlhf.core.field import Bounds, Rendering
 
 
 class ForeignField:

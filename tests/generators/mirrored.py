@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
+from eg3d_rlhf.core.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
 from eg3d_rlhf.generators import Family, Generator, of, register
 from training.rendering.cameras import mirror_label
 from training.triplane import TriPlaneGenerator

@@ -8,13 +8,13 @@ import torch
 import trimesh
 from click.testing import CliRunner
 
-from eg3d_rlhf import bundled
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import camera, load_generator, of, ws_of_seeds
 from eg3d_rlhf.generators.conversion import EXACT, slice_shares, to_tri_grid
-from eg3d_rlhf.reward.reward import check_reward, load_reward
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from tests import tiny_runs
-from tests.pickles.writer import head_generator
+from tests.generators.pickles.writer import head_generator
 from tools import convert, export_mesh
 from training import networks
 

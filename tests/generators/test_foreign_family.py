@@ -12,20 +12,20 @@ import trimesh
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf import bundled, plugins
-from eg3d_rlhf.field import RenderOptions
+from eg3d_rlhf.core import bundled, plugins
+from eg3d_rlhf.core.field import RenderOptions
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments.media.rendering import camera
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.label.drawing import ShapeDrawer
-from eg3d_rlhf.label.pairing import PairingOptions, plan
-from eg3d_rlhf.label.preparation import prepare
-from eg3d_rlhf.label.shape_files import ShapeCache
-from eg3d_rlhf.media.rendering import camera
-from eg3d_rlhf.observations import SigmaSlab
-from eg3d_rlhf.reward.model import RewardArch, RewardModel
-from eg3d_rlhf.reward.reward import Reward, check_reward, load_reward
-from eg3d_rlhf.sigma.spec import SlabSpec
+from eg3d_rlhf.people.label.drawing import ShapeDrawer
+from eg3d_rlhf.people.label.pairing import PairingOptions, plan
+from eg3d_rlhf.people.label.preparation import prepare
+from eg3d_rlhf.people.label.shape_files import ShapeCache
+from eg3d_rlhf.rewards.model import RewardArch, RewardModel
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
-from tests.label.mesh_reader import decode_mesh
+from tests.people.label.mesh_reader import decode_mesh
 from tools import evaluate, export_mesh, gen_samples, label_synthetic, score
 from training import networks, storage
 from training.rendering.cameras import mirror_label

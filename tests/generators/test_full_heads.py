@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from eg3d_rlhf.field import Field, ProductField, RenderOptions
+from eg3d_rlhf.core.field import Field, ProductField, RenderOptions
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import FAMILIES, Generator, camera, of, ws_of_seeds
-from eg3d_rlhf.sigma.mesh_export import MeshOptions, export_mesh
-from eg3d_rlhf.sigma.spec import SlabSpec
-from tests.pickles.writer import HEAD_CLASSES, head_generator
+from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+from tests.generators.pickles.writer import HEAD_CLASSES, head_generator
 from torch_utils.ops.implementations import implementation
 from training.fullhead import EMPTY
 from training.rendering.head_samplers import equal_area_square, sample_balls, sample_hybrid, sample_tri_grid

@@ -9,9 +9,9 @@ import trimesh
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf import bundled
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.reward.reward import check_reward, load_reward
+from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from tools import convert, export_mesh, label_synthetic, train_reward
 from training import networks, storage
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from eg3d_rlhf.metrics.statistics import wilson_interval
+from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.preferences.clustered_strengths import Design, strengths
 from eg3d_rlhf.preferences.coverage import Games, leaderboard_coverage, leaderboard_grid
 from eg3d_rlhf.preferences.elo import SCALE

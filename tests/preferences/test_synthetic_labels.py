@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.field import Bounds, CameraFamily
+from eg3d_rlhf.core.field import Bounds, CameraFamily
 from eg3d_rlhf.preferences.annotator import ANNOTATOR
 from eg3d_rlhf.preferences.labels import load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate

@@ -1,7 +1,7 @@
 """What `make assets` names must be what its stages write."""
 
 import train
-from eg3d_rlhf.settings import resolve
+from eg3d_rlhf.tuning.gan.settings import resolve
 from tools.build_assets import EARLY, STAGES
 
 

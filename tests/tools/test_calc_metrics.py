@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.metrics.evaluation import MetricOptions, fake_batches
+from eg3d_rlhf.measures.evaluation import MetricOptions, fake_batches
 from tests.tools.examples import example_of, own_cache
 from tools import calc_metrics
 from training.dataset import ImageFolderDataset

@@ -125,7 +125,7 @@ def test_a_mesh_that_is_not_watertight_ends_with_1(tmp_path, monkeypatch):
     def torn(field, options, progress):
         mesh, _ = real(field, options, progress)
         object.__setattr__(mesh, "faces", mesh.faces[1:])
-        from eg3d_rlhf.sigma.mesh_export import check_mesh
+        from eg3d_rlhf.geometry.mesh_export import check_mesh
 
         return mesh, check_mesh(mesh, field, options, len(mesh.faces), 1)
 

@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.cli import GroupedCommand, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, options_of
 from training.config import check_knobs, knob
 
 

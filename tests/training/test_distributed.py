@@ -229,10 +229,10 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     """Two epochs of five steps on toy slabs, the last step of an epoch with one pair; with anchors, dropped features and flips."""
     from dataclasses import replace
 
-    from eg3d_rlhf.reward.model import HEADS, PRESETS
-    from eg3d_rlhf.reward.networks import Preset
-    from eg3d_rlhf.reward.train import TrainData, TrainOptions, train_reward, with_changes
-    from tests.reward.test_train import SHAPE, filled, toy_labels
+    from eg3d_rlhf.rewards.model import HEADS, PRESETS
+    from eg3d_rlhf.rewards.networks import Preset
+    from eg3d_rlhf.rewards.train import TrainData, TrainOptions, train_reward, with_changes
+    from tests.rewards.test_train import SHAPE, filled, toy_labels
 
     pairs, val, anchors = toy_labels(17), toy_labels(6, 100), toy_labels(3, 500)
     seeds = [s for p in anchors for s in (p.winner, p.loser)]
@@ -255,7 +255,7 @@ def test_reward_training_on_two_ranks_equals_one(tmp_path):
 REWARD_TOOL = "import sys; from tools.train_reward import main; main(sys.argv[1:])"
 REWARD_STOPPED = """
 import os, signal, sys
-from eg3d_rlhf.reward import train
+from eg3d_rlhf.rewards import train
 from tools.train_reward import main
 step, count = train._step, []
 def signalled_step(*args):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.preferences.unpaired import from_pairs
-from eg3d_rlhf.reward.model import HEADS, PRESETS
-from eg3d_rlhf.reward.networks import Preset
-from eg3d_rlhf.reward.train import TrainData, TrainOptions, train_reward, with_changes
-from tests.reward.test_train import SHAPE, filled, toy_labels
+from eg3d_rlhf.rewards.model import HEADS, PRESETS
+from eg3d_rlhf.rewards.networks import Preset
+from eg3d_rlhf.rewards.train import TrainData, TrainOptions, train_reward, with_changes
+from tests.rewards.test_train import SHAPE, filled, toy_labels
 from tests.training.test_distributed import REWARD, UNDECIDED, finish, largest_difference, start
 from training.distributed import SINGLE, Ranks
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 import train
-from eg3d_rlhf.run.process import LOCK, StopRequest, run_lock
+from eg3d_rlhf.experiments.process import LOCK, StopRequest, run_lock
 from tests.tiny_runs import assert_same, batch, build_loop, build_networks, only_run, run, state, train_flags, whole_run
 from training import checkpoint, storage
 from training.gan import Gan
@@ -114,7 +114,7 @@ def test_two_runs_on_one_folder(copy):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = "import os, signal\nfrom eg3d_rlhf.run.process import run_lock\nfrom pathlib import Path\n"
+    code = "import os, signal\nfrom eg3d_rlhf.experiments.process import run_lock\nfrom pathlib import Path\n"
     code += f"with run_lock(Path({str(tmp_path)!r})):\n"
     code += "    os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(train.__file__).parent), "PATH": os.environ["PATH"]})

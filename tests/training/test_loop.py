@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.run.run import Run
+from eg3d_rlhf.experiments.run import Run
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, build_loop, build_networks, state
 from training.augment import AugmentPipe

@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from eg3d_rlhf import pickles
-from tests.pickles.writer import G_KWARGS, RENDERING, SnapshotWriter
+from eg3d_rlhf.generators import pickles
+from tests.generators.pickles.writer import G_KWARGS, RENDERING, SnapshotWriter
 from training import networks, storage
 from training.superresolution import MODULES, NoSuperresolution, SuperresolutionHybrid
 from training.triplane import TriPlaneGenerator

@@ -1,0 +1,1 @@
+"""What everybody uses: flags, registry, plugins, settings, seeds, statistics, Field, grids."""

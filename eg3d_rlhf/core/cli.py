@@ -1,0 +1,149 @@
+"""What every command of the project shares: options in titled groups, one-line errors with exit code 2, start-up checks."""
+
+import contextlib
+import functools
+import hashlib
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from training.config import knobs_of
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which commands without tensors are spared
+
+MODES: dict[str, str | click.Command] = {}  # of train.py: by name, a command or 'module:name' of one; plugins may add theirs
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+
+
+class GroupedOption(click.Option):
+    """An option that remembers under which title `--help` lists it."""
+
+    def __init__(self, *args, group: str = "General", **kwargs):
+        self.group = group
+        super().__init__(*args, **kwargs)
+
+
+def _with_dashes(name: str) -> str:
+    """'gen_pose_cond' -> 'gen-pose-cond': click compares names and choices after this."""
+    return name.replace("_", "-")
+
+
+class GroupedCommand(click.Command):
+    """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit code 2.
+
+    Option names may be written with underscores, as EG3D's are.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs["context_settings"] = {"token_normalize_func": _with_dashes, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One section per group, in order of first appearance."""
+        groups: dict[str, list] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "General"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def invoke(self, ctx: click.Context):
+        """Run the command; see the class."""
+        with user_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Translate ValueError and OSError into one line on stderr and exit code 2; assertions and bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        click.echo(f"Error: {str(error).strip()}", err=True)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def naming(flag: str):
+    """Put the flag that is at fault in front of a user's error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {str(error).strip()}") from error
+
+
+def option(*names: str, group: str = "General", **kwargs):
+    """`click.option` in a group, with the default shown."""
+    kwargs.setdefault("show_default", True)
+    return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+
+
+def together(*decorators):
+    """One decorator of several; their flags are listed in this order."""
+    return lambda command: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), command)
+
+
+def options_of(*kinds: type, everywhere: str | None = None, **defaults):
+    """One option for every knob of settings dataclasses, one alone where several share it; None where it is not given, so that a preset
+    may decide.
+
+    Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by flag, words to add to its default.
+    """
+    made: dict[str, Any] = {}
+    for field, hint, knob in (found for kind in kinds for found in knobs_of(kind) if found[2].flag):
+        name = knob.name or field.name
+        if name in made:
+            continue
+        names = (f"--{_with_dashes(name)}", *knob.flags, name)
+        own = next((one for one in (knob.shown, everywhere) if one is not None), field.default)
+        own = f"{own:g}" if isinstance(own, float) else own
+        shown = "; ".join(str(one) for one in (own, defaults.get(name) if knob.shown is None else None) if one is not None)
+        text = f"{knob.help}  [default: {shown}]" if shown else knob.help
+        kind: click.ParamType | type = click.Path(path_type=Path) if hint is Path else hint
+        low, high = knob.low if knob.above is None else knob.above, knob.high if knob.below is None else knob.below
+        if knob.choices is not None:
+            kind = click.Choice(knob.choices)
+        elif hint in (int, float) and (low, high) != (None, None):
+            limited: Any = click.IntRange if hint is int else click.FloatRange
+            kind = limited(low, high, min_open=knob.above is not None, max_open=knob.below is not None)
+        metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
+        made[name] = option(*names, group=knob.group, metavar=metavar, type=kind, default=None, show_default=False, help=text)
+    return together(*made.values())
+
+
+def choose_device(name: str) -> "torch.device":
+    """'auto', 'cpu' or 'cuda' to a device.
+
+    Raises: ValueError where CUDA is asked for and missing.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a CUDA device, got a machine without one. Use --device=cpu or --device=auto.")
+    return torch.device(name)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a record of a run needs."""
+    import numpy
+    import scipy
+    import torch
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
+        "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+    }
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

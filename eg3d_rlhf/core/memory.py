@@ -1,0 +1,152 @@
+"""What networks will hold in memory, found by running them on the meta device: shapes without numbers, so the real sizes cost nothing.
+
+Counted: weights, and every tensor that is alive at once, as PyTorch allocates them. Not counted: the CUDA context (about half a GiB),
+workspaces of convolutions, fragmentation, the asset and its renderer. Attention is counted as fused (no matrix of pixels x pixels).
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eg3d_rlhf.models.tokens import CLIP_TOKENS
+from eg3d_rlhf.tuning.distill.priors.stable_diffusion import LatentPrior
+
+GIB = 2**30
+
+
+class _Fused(torch.autograd.Function):
+    """Attention's output without the matrix of weights; its graph keeps query, key, value and the output."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """torch's attention as _Fused, in backward passes as well."""
+    real = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: _Fused.apply(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that were made inside and are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known and key not in given:  # a view of a weight is no new memory
+            self.known.add(key)
+            weakref.finalize(storage, self._drop, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes alive at once of what `run` makes on the meta device, its result included; its modules and arguments are not."""
+    with _fused_attention(), _Live() as live:
+        held = run()
+        del held
+    return live.peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Weights by network and peaks by stage."""
+
+    weights: dict[str, tuple[int, int]]  # numbers, bytes
+    stages: dict[str, int]  # bytes on top of all weights
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights and the largest stage."""
+        return sum(size for _, size in self.weights.values()) + max(self.stages.values(), default=0)
+
+    def __add__(self, other: "Costs") -> "Costs":
+        """Both in one table: all weights are held, the stages come one after another."""
+        return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
+
+    def __str__(self) -> str:
+        rows = [f"{'weights':44}{'numbers':>12}{'GiB':>9}"]
+        rows += [f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()]
+        rows += [f"{'at its most, on top of the weights':56}{'GiB':>9}"]
+        rows += [f"  {name:54}{size / GIB:>9.2f}" for name, size in self.stages.items()]
+        return "\n".join([*rows, f"{'weights and the largest of these':56}{self.total / GIB:>9.2f}"])
+
+
+def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """(numbers, bytes) of a module whose parameters are kept as `dtype`."""
+    numbers = sum(p.numel() for p in module.parameters())
+    return numbers, numbers * dtype.itemsize
+
+
+def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
+    """Costs of one step of a latent diffusion prior on the meta device: its own methods are run.
+
+    Args: pictures: B, views of all assets of a step. noises: K of the method: 2 of DreamDPO and PSD.
+    """
+    channels, side, _ = prior.latent_shape
+    pixels, width, dtype = prior.image_size, int(prior.text.config.hidden_size), prior.options.unet_dtype
+
+    def meta(*shape: int, grad: bool = False) -> torch.Tensor:
+        return torch.empty(shape, device="meta", requires_grad=grad)
+
+    def noise(batch: int, grad: bool):
+        x, cameras = meta(batch, channels, side, side, grad=grad), meta(batch, 16) if prior.views > 1 else None
+        return x, prior.predict_noise(x, meta(batch).long(), meta(batch, CLIP_TOKENS, width), cameras)
+
+    def back(x: torch.Tensor, out: torch.Tensor):
+        return torch.autograd.grad(out, x, torch.empty_like(out))
+
+    def encode():
+        images = meta(pictures, 3, pixels, pixels, grad=True)
+        return back(images, prior.encode(images))
+
+    def without_graph(run: Callable[[], Any]) -> Callable[[], Any]:
+        return torch.no_grad()(run)
+
+    stages = {
+        f"encode {pictures} pictures of {pixels}^2, and back": encode,
+        f"noise of {2 * noises * pictures} latents of {side}^2 (text and null)": without_graph(lambda: noise(2 * noises * pictures, False)),
+        f"decode {pictures} pictures for a reward": without_graph(lambda: prior.decode(meta(pictures, channels, side, side))),
+        f"gradient through the U-Net, {pictures} latents": lambda: back(*noise(pictures, True)),
+    }
+    return Costs(
+        weights={
+            f"U-Net, {str(dtype).removeprefix('torch.')}": weight_row(prior.unet, dtype), "autoencoder, float32": weight_row(prior.vae),
+            "text encoder, float32": weight_row(prior.text),
+        },
+        stages={name: peak_bytes(stage) for name, stage in stages.items()},
+    )

@@ -1,0 +1,53 @@
+"""Further observations, generator families and modes from outside the package.
+
+A plugin is a module that registers what it brings when it is imported. Name it in the environment,
+
+    EG3D_RLHF_PLUGINS=my_package.panohead,./frontal_depth.py
+
+or install it as an entry point of the group `eg3d_rlhf.core.plugins`. Plugins run with the user's rights: name only what you would import.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+VARIABLE = "EG3D_RLHF_PLUGINS"
+GROUP = "eg3d_rlhf.core.plugins"
+OWN = ("eg3d_rlhf.generators.assets.generator",)  # families of the package that stand above the registry
+
+
+def load_plugins() -> None:
+    """Import every plugin that is named, once each.
+
+    Raises: ValueError for one that cannot be imported.
+    """
+    for name in filter(None, (*OWN, *(part.strip() for part in os.environ.get(VARIABLE, "").split(",")))):
+        _load(name)
+    _load_installed()
+
+
+@functools.cache
+def _load(name: str) -> None:
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = Path(name).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ImportError(f"nothing at {path}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"{VARIABLE}: expected a module or a .py file that can be imported, got {name}: {error}. Correct it.") from error
+
+
+@functools.cache
+def _load_installed() -> None:
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        entry.load()

@@ -1,0 +1,198 @@
+"""Shapley values of regions: exact, from sampled permutations, and from permutations in antithetic pairs.
+
+The value of a coalition of regions is the reward of the original slab with those regions replaced by the tuned slab's. Both slabs are
+normalised already, each on its own scale; the mixture is not normalised again, so that a voxel keeps its value.
+Shapley (1953): phi_i = sum over coalitions S without i of |S|! (R - |S| - 1)! / R! (v(S + i) - v(S)).
+Letters: M coalitions, R regions, P permutations, B slabs at once, V voxels, D, H, W = z, y, x.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.evaluation.attribution.regions import MOST_EXACT, region_shape
+
+Score = Callable[[torch.Tensor], torch.Tensor]  # slabs [B, 1, D, H, W] -> rewards [B]
+Value = Callable[[torch.Tensor], torch.Tensor]  # coalitions, bool [M, R] -> values [M] float64
+METHODS = ("exact", "permutation", "antithetic")
+
+
+class CoalitionValues:
+    """Values of coalitions of one latent; each is computed once, in batches.
+
+    Args:
+        score: the reward; original, tuned: what it reads of one shape each, [1, D, H, W] of slabs; labels: int64, the region of each of
+            its values, [D, H, W]. regions: R; batch: slabs at once, which bounds memory: B slabs and what the reward makes of them.
+    """
+
+    def __init__(self, score: Score, original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, regions: int, batch: int = 16):
+        if original.shape != tuned.shape or region_shape(original.shape) != tuple(labels.shape):
+            got = f"{list(original.shape)}, {list(tuned.shape)}, {list(labels.shape)}"
+            raise ValueError(f"CoalitionValues: expected slabs [1, D, H, W] and labels [D, H, W] of one size, got {got}. Use one SlabSpec.")
+        if batch < 1:
+            raise ValueError(f"CoalitionValues: expected batch >= 1, got {batch}. Raise --batch.")
+        self.score, self.regions, self.batch = score, regions, batch
+        self.original, self.tuned = original, tuned
+        flat = labels.flatten().to(original.device)
+        self.voxels = [torch.nonzero(flat == region).squeeze(1) for region in range(regions)]  # [V of the region] each
+        self.differs = [bool((original.flatten()[v] != tuned.flatten()[v]).any()) for v in self.voxels]
+        self.known: dict[int, float] = {}
+        self.evaluations = 0  # slabs that the reward has read
+
+    def keys(self, coalitions: torch.Tensor) -> list[int]:
+        """One integer per coalition; regions in which the slabs are equal do not count, since they change nothing."""
+        weights = torch.tensor([1 << i if d else 0 for i, d in enumerate(self.differs)], dtype=torch.int64)
+        return (coalitions.cpu().to(torch.int64) * weights).sum(dim=1).tolist()
+
+    def mixed(self, keys: Sequence[int]) -> torch.Tensor:
+        """Slabs [B, 1, D, H, W] of coalitions.
+
+        Neighbours in the list mostly share regions, so each slab is a copy of the one before with the regions that differ written over.
+        """
+        slabs = self.original.new_empty(len(keys), self.original.numel())
+        sources, before, last = (self.original.flatten(), self.tuned.flatten()), None, None
+        for row, key in zip(slabs, keys, strict=True):
+            changed = list(range(self.regions))
+            if last is not None:
+                row.copy_(before)
+                changed = [i for i in changed if (last ^ key) >> i & 1]
+            for i in changed:
+                row[self.voxels[i]] = sources[key >> i & 1][self.voxels[i]]
+            before, last = row, key
+        return slabs.reshape(len(keys), *self.original.shape)
+
+    @torch.no_grad()
+    def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
+        """Values [M] float64 of coalitions, bool [M, R]."""
+        keys = self.keys(coalitions)
+        todo = sorted({key for key in keys if key not in self.known}, key=_gray_rank)
+        for start in range(0, len(todo), self.batch):
+            part = todo[start : start + self.batch]
+            values = self.score(self.mixed(part)).double().cpu().tolist()
+            self.evaluations += len(part)
+            self.known.update(zip(part, values, strict=True))
+        return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
+
+    @torch.no_grad()
+    def difference(self) -> float:
+        """Reward of the tuned slab less that of the original one, from the slabs themselves: no regions, masks or cache are involved."""
+        tuned, original = (float(self.score(slab[None]).double()) for slab in (self.tuned, self.original))
+        return tuned - original
+
+
+def _gray_rank(key: int) -> int:
+    """Place of a bit pattern in the reflected Gray code, in which neighbours differ in one bit."""
+    rank = 0
+    while key:
+        rank ^= key
+        key >>= 1
+    return rank
+
+
+def all_coalitions(regions: int) -> torch.Tensor:
+    """Every coalition, bool [2^R, R]; row k holds the bits of k, the lowest first."""
+    k = torch.arange(1 << regions)
+    return (k[:, None] >> torch.arange(regions) & 1).bool()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """What each region contributes to a reward difference."""
+
+    method: str
+    values: np.ndarray  # [R] float64, in units of the reward
+    errors: np.ndarray | None = None  # [R] standard errors of sampling; None where nothing was sampled
+    gap: float = 0.0  # sum of values - (r_tuned - r_original), the latter from the slabs themselves
+    difference: float = 0.0  # r_tuned - r_original
+
+    @property
+    def relative_gap(self) -> float:
+        """|gap| as a share of |difference|; infinite where the difference is 0 and the gap is not."""
+        return relative_gap(self.gap, self.difference)
+
+
+def relative_gap(gap: float, difference: float) -> float:
+    """|gap| / |difference|, 0 where the gap is 0."""
+    return 0.0 if gap == 0 else abs(gap) / abs(difference) if difference else math.inf
+
+
+def exact(value: Value, regions: int) -> np.ndarray:
+    """Shapley values [R] from all 2^R coalitions. Raises: ValueError for more regions than MOST_EXACT."""
+    if not 1 <= regions <= MOST_EXACT:
+        raise ValueError(
+            f"--method=exact: expected 1 to {MOST_EXACT} regions, got {regions}, for 2^{regions} evaluations. Use --method=antithetic."
+        )
+    return exact_from_table(value(all_coalitions(regions)).numpy())
+
+
+def exact_from_table(table: np.ndarray) -> np.ndarray:
+    """Shapley values [R] of a game given as the values [2^R] of all coalitions; bit i of the index says whether i takes part."""
+    regions = len(table).bit_length() - 1
+    index = np.arange(1 << regions)
+    size = np.array([int(k).bit_count() for k in index])
+    weight = np.array([1 / (regions * math.comb(regions - 1, s)) if s < regions else 0.0 for s in size])
+    out = np.empty(regions)
+    for i in range(regions):
+        without = index[(index >> i & 1) == 0]
+        out[i] = np.sum(weight[without] * (table[without | 1 << i] - table[without]))
+    return out
+
+
+def sampled(value: Value, regions: int, samples: int, seed: int, antithetic: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard errors [R] of marginal contributions along `samples` random orders (Castro et al. 2009).
+
+    Args: antithetic: orders in pairs, each with its reverse (Mitchell et al. 2022, section 4.1); errors from the pairs' means.
+    """
+    if antithetic and samples % 2:
+        raise ValueError(f"--permutations: expected an even number of permutations for antithetic pairs, got {samples}. Add one.")
+    count = samples // 2 if antithetic else samples
+    if count < 2:
+        raise ValueError(f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {count}. Errors need a spread.")
+    rng = np.random.default_rng(seed)
+    orders = np.stack([rng.permutation(regions) for _ in range(count)])
+    along = marginals(value, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders)  # [P, R]
+    along = (along[:count] + along[count:]) / 2 if antithetic else along
+    return along.mean(axis=0), along.std(axis=0, ddof=1) / math.sqrt(count)
+
+
+def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
+    """Contribution [P, R] of each region when it joins, along orders [P, R] of joining."""
+    samples, regions = orders.shape
+    joined = np.argsort(orders, axis=1)  # [P, R], when each region joins
+    steps = np.arange(regions + 1)
+    coalitions = joined[:, None, :] < steps[None, :, None]  # [P, R + 1, R]
+    values = value(torch.from_numpy(coalitions.reshape(-1, regions))).numpy().reshape(samples, regions + 1)
+    return np.take_along_axis(np.diff(values, axis=1), joined, axis=1)
+
+
+def shapley(value: Value, regions: int, difference: float, method: str = "exact", samples: int = 64, seed: int = 0) -> Attribution:
+    """Shapley values by one of METHODS with their efficiency gap.
+
+    Args: difference: r_tuned - r_original, computed apart from the coalitions; samples: permutations of the sampled methods.
+    """
+    if method not in METHODS:
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}. Choose one of them.")
+    if method == "exact":
+        values, errors = exact(value, regions), None
+    else:
+        values, errors = sampled(value, regions, samples, seed, method == "antithetic")
+    return Attribution(method=method, values=values, errors=errors, gap=float(values.sum() - difference), difference=difference)
+
+
+def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: float) -> None:
+    """Refuse attributions whose efficiency gap is above `bound`, as a share of the reward difference.
+
+    Raises: ValueError naming the worst latent.
+    """
+    gaps = [a.relative_gap for a in attributions]
+    worst = int(np.argmax(gaps))
+    if not gaps[worst] <= bound:
+        a = attributions[worst]
+        raise ValueError(
+            f"--gap-bound: expected an efficiency gap of at most {bound:g} of the reward difference, got {gaps[worst]:.3g} for seed "
+            f"{seeds[worst]} (sum {a.values.sum():.6g}, difference {a.difference:.6g}). The attribution does not add up: raise the bound "
+            "if the difference is all but zero, else leave that seed out with another --seed."
+        )

@@ -1,0 +1,219 @@
+"""One attribution study: the latents, their slabs before and after tuning, their regions, and every method's result, each computed once.
+
+Letters: N latents, R regions, K draws of weights, D, H, W = z, y, x of the slab.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation.attribution import cross_checks
+from eg3d_rlhf.evaluation.attribution.landmarks import back_project, fitted_landmarks, head_partition, landmark_partition, read_landmarks
+from eg3d_rlhf.evaluation.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks, region_shape
+from eg3d_rlhf.evaluation.attribution.shapley import METHODS, Attribution, CoalitionValues, Score, check_gap, shapley
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.geometry import depth_maps
+from eg3d_rlhf.rewards.observations import SigmaSlab
+
+BOXES, LANDMARKS, HEAD = "boxes", "landmarks", "head"
+CHECK_ORDERS = 32  # of the noise baseline and of rewards with re-drawn weights
+_CUBE = 64  # grid points per axis of meshes, and of the cubes that heads are fitted to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to attribute."""
+
+    method: str = "exact"
+    regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
+    landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
+    permutations: int = 64  # of the sampled methods
+    steps: int = cross_checks.STEPS  # of the integral, at first
+    most_steps: int = cross_checks.MOST_STEPS
+    gap_bound: float = cross_checks.BOUND  # largest efficiency gap, as a share of the reward difference
+    draws: int = 8  # rewards with re-drawn weights
+    checked: int = 2  # latents behind that check
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {self.method!r}. Choose one of them.")
+        least = {"permutations": 4 if self.method == "antithetic" else 2, "draws": 2, "checked": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"--{name}: expected at least {low}, got {getattr(self, name)}. Raise it.")
+        if self.method == "antithetic" and self.permutations % 2:
+            raise ValueError(f"--permutations: expected an even number for antithetic pairs, got {self.permutations}.")
+        if not 2 <= self.steps <= self.most_steps:
+            raise ValueError(f"--steps: expected 2 to {self.most_steps}, got {self.steps}. It doubles by itself where it is too low.")
+        if not self.gap_bound > 0:
+            raise ValueError(f"--gap-bound: expected a share above 0, got {self.gap_bound}. 0.01 is 1 % of the reward difference.")
+        if self.landmarks is not None and self.regions not in (LANDMARKS, HEAD):
+            raise ValueError(f"--landmarks: expected --regions=landmarks or head beside it, got --regions={self.regions}. Change one.")
+
+
+@dataclass
+class Study:
+    """Everything that the parts of the report share."""
+
+    c: Comparison
+    settings: Settings
+    progress: Callable[[str], None] = lambda text: None
+    _values: dict[int, CoalitionValues] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def seeds(self) -> range:
+        """Held-out seeds of the latents."""
+        return self.c.seeds()
+
+    @property
+    def spec(self) -> SlabSpec:
+        """Of the slabs that the reward reads. Raises: ValueError where it reads something else."""
+        observation = self.c.reward.observation
+        if not isinstance(observation, SigmaSlab):
+            shape = list(region_shape(observation.shape))
+            raise ValueError(
+                f"--regions={self.settings.regions}: expected a reward that reads slabs, got one that reads {observation.kind}. Name "
+                f"integer labels of shape {shape} with --regions=FILE."
+            )
+        return observation.spec
+
+    @property
+    def reads_slabs(self) -> bool:
+        """Whether the reward reads slabs: only they have places, on a surface or about landmarks."""
+        return isinstance(self.c.reward.observation, SigmaSlab)
+
+    @cached_property
+    def score(self) -> Score:
+        """The reward of what it reads."""
+        return self.c.reward.network.score
+
+    @cached_property
+    def slabs(self) -> dict[str, torch.Tensor]:
+        """What the reward reads by role, before and after tuning: normalised slabs [N, 1, D, H, W], or another observation."""
+        return {role: torch.cat(list(self.c.observed(g, self.seeds))) for role, g in (("before", self.c.before), ("after", self.c.after))}
+
+    @cached_property
+    def partitions(self) -> list[Partition]:
+        """One partition per latent; all have the same names. Raises: ValueError naming the flag."""
+        s = self.settings
+        if s.regions == BOXES:
+            found = [face_partition(self.spec)] * len(self.seeds)
+        elif s.regions in (LANDMARKS, HEAD):
+            divide = landmark_partition if s.regions == LANDMARKS else head_partition
+            with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
+                found = [divide(points, self.spec) for points in self.landmarks]
+        else:
+            with naming("--regions"):
+                found = [read_masks(s.regions, region_shape(self.c.reward.observation.shape))] * len(self.seeds)
+        count = len(found[0].names)
+        if s.method == "exact" and count > MOST_EXACT:
+            raise ValueError(f"--method=exact: expected at most {MOST_EXACT} regions, got {count}. Use --method=antithetic.")
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Regions."""
+        return self.partitions[0].names
+
+    def of_the_head(self) -> "Study":
+        """The same latents, slabs and landmarks under the partition of the whole head, which is small enough for exact values."""
+        other = Study(self.c, replace(self.settings, regions=HEAD, method="exact"), self.progress)
+        other.score, other.slabs, other.landmarks = self.score, self.slabs, self.landmarks  # in place of computing them again
+        return other
+
+    @cached_property
+    def landmarks(self) -> list[np.ndarray]:
+        """98 world positions [L, 3] per latent: the user's through the frontal depth map, or those of the nearest head of the family."""
+        if self.settings.landmarks is None:
+            if not self.c.synthetic:
+                raise ValueError(
+                    f"expected a JSON file of 98 points, got none, and {self.c.data or 'the data'} shows no procedural heads. "
+                    "Name --landmarks, or use --regions=boxes."
+                )
+            cubes = torch.cat([self.cube("before", seed) for seed in self.seeds])
+            return list(fitted_landmarks(cubes.cpu(), self.cube_spec, self.level))
+        wanted = read_landmarks(self.settings.landmarks)
+        pixels = [wanted.of(seed) for seed in self.seeds]
+        maps = depth_maps(self.c, self.c.before, self.seeds)
+        return [back_project(p, wanted.size, *view) for p, view in zip(pixels, zip(maps.points, maps.valid, strict=True), strict=True)]
+
+    @property
+    def cube_spec(self) -> SlabSpec:
+        """Grid of meshes and of fitted heads."""
+        return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
+
+    @torch.no_grad()
+    def cube(self, role: str, seed: int) -> torch.Tensor:
+        """Raw density [1, D, H, W] of a latent over the whole scene."""
+        generator = self.c.generators()[role]
+        return generator.generator.field(self.c.ws(generator, [seed])).density_grid(self.cube_spec)
+
+    @property
+    def level(self) -> float:
+        """Raw density of the surface."""
+        return self.c.before.generator.level
+
+    def values(self, i: int, score: Score | None = None, tuned: torch.Tensor | None = None) -> CoalitionValues:
+        """Values of latent i's coalitions; those of the reward itself are kept, those of another score or slab are not."""
+        if score is None and tuned is None and i in self._values:
+            return self._values[i]
+        partition = self.partitions[i]
+        made = CoalitionValues(
+            score or self.score, self.slabs["before"][i], self.slabs["after"][i] if tuned is None else tuned, partition.labels,
+            len(partition.names), self.c.batch,
+        )
+        if score is None and tuned is None:
+            self._values[i] = made
+        return made
+
+    def _checked(self, values: CoalitionValues, i: int) -> np.ndarray:
+        """Shapley values for a comparison: exact where that is cheap, else from CHECK_ORDERS antithetic orders."""
+        exactly = 1 << values.regions <= CHECK_ORDERS * values.regions
+        method = "exact" if exactly else "antithetic"
+        return shapley(values, values.regions, values.difference(), method, CHECK_ORDERS, self.c.seed * 1000 + i).values
+
+    @cached_property
+    def shapley(self) -> list[Attribution]:
+        """Shapley values per latent. Raises: ValueError where an efficiency gap is above the bound."""
+        found, s = [], self.settings
+        for i, seed in enumerate(self.seeds):
+            values = self.values(i)
+            found.append(a := shapley(values, values.regions, values.difference(), s.method, s.permutations, self.c.seed * 1000 + i))
+            self.progress(f"seed {seed}: reward difference {a.difference:+.4f}, efficiency gap {a.gap:+.2e} ({a.relative_gap:.1e} of it)")
+        check_gap(found, self.seeds, s.gap_bound)
+        return found
+
+    @cached_property
+    def integrated(self) -> list[cross_checks.IntegratedGradients]:
+        """Integrated Gradients per latent."""
+        s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
+        return [
+            cross_checks.integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
+            for x, y, a in zip(before, after, self.shapley, strict=True)
+        ]
+
+    @cached_property
+    def methods(self) -> dict[str, np.ndarray]:
+        """Attributions [N, R] by method."""
+        noisy = []
+        for i, partition in enumerate(self.partitions):
+            slab = cross_checks.shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
+            noisy.append(self._checked(self.values(i, tuned=slab), i))
+        integrated = [p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)]
+        occluded = [cross_checks.occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
+        return {
+            "Shapley": np.stack([a.values for a in self.shapley]), "Integrated Gradients": np.stack(integrated),
+            "occlusion": np.stack(occluded), "noise": np.stack(noisy),
+        }
+
+    def redrawn(self, draw: int) -> np.ndarray:
+        """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
+        score = cross_checks.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
+        count = min(self.settings.checked, len(self.seeds))
+        return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

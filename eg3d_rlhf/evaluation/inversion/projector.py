@@ -1,0 +1,211 @@
+"""The two stages of an inversion, step by step: a latent under a frozen generator, then a copy of the generator around that latent.
+
+As the projectors of PanoHead and SphereHead have them (reward-zoo.md, section 4.1): Adam on one w per layer from the mean latent, with a
+learning rate that rises and falls and with noise that fades; then Adam on all parameters (Roich et al. 2021, without their regulariser).
+Whatever is random in step t follows from (seed, t), so a stage goes on from its state as if it had never stopped.
+
+Deviates: one set of ray samples throughout, twice as many as in training (`PUBLISHED` draws others in every step); pi is not 3.14; the
+small generator's 64 features leave more to the squared error, and its latents lie wider, so its own weights differ.
+Letters: L layers of ws, W w_dim, R pixels per edge.
+"""
+
+import copy
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
+from eg3d_rlhf.evaluation.inversion.guidance import Guidance, cube_of, moved
+from eg3d_rlhf.evaluation.inversion.perceptual import Perceptual
+from eg3d_rlhf.generators import Generator, camera, device_of, of
+from training.checkpoint import optimizer_tensors, restore_optimizer
+from training.config import check_knobs, knob
+
+STAGES, LOSS = "Stages", "Loss"  # titles of flags
+LATENTS, LATENT_SEED = 10_000, 123  # behind mean and deviation of w
+FADED, RISING, FALLING = 0.75, 0.05, 0.25  # shares of the steps: noise, and the learning rate's two ramps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InversionConfig:
+    """Settings of both stages; the defaults are those of the small bundled generator, `PUBLISHED` the projectors' own."""
+
+    w_steps: int = knob(128, "Steps on the latent.", STAGES, low=1)
+    pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0)
+    w_lr: float = knob(0.1, "Largest learning rate of the latent.", STAGES, above=0)
+    pivot_lr: float = knob(3e-4, "Learning rate of the generator.", STAGES, above=0)
+    noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0)
+    fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES)
+    sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0)
+    seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0)
+    lambda_mse: float = knob(10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0)
+    lambda_w: float = knob(0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0)
+    lambda_sigma: float = knob(0.01, "Weight of the density's change from the pivot, where the reward's is above 0.", LOSS, low=0)
+    reward_every: int = knob(2, "Steps between two looks at the density; its terms count as often as they are left out.", LOSS, low=1)
+    reward_in_w: bool = knob(False, "Let the reward act in the second half of the first stage, too.", LOSS)
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+PUBLISHED = {
+    "w_steps": 500, "pivot_steps": 500, "noise": 0.05, "fresh_rays": True, "sample_mult": 1.0, "lambda_mse": 0.1, "lambda_w": 1.0,
+}
+
+
+def learning_rate(step: int, steps: int, largest: float = 0.1) -> float:
+    """Of the first stage in `step` of 0..steps-1: from 0 to `largest` over the first 5 %, down along a cosine over the last 25 %."""
+    t = step / steps
+    return largest * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / FALLING))) * min(1.0, t / RISING)
+
+
+def noise_scale(step: int, steps: int, first: float = 0.05) -> float:
+    """Deviation of the noise on w over the deviation of w: first * max(0, 1 - t / 0.75)^2."""
+    return first * max(0.0, 1 - step / steps / FADED) ** 2
+
+
+class Target(NamedTuple):
+    """What is to be reproduced."""
+
+    image: Tensor  # [1, 3, R, R] in [-1, 1]
+    camera: Tensor  # [1, 25]
+    mask: Tensor | None = None  # [1, 1, R, R] in 0..1: what counts
+
+
+class Prior(NamedTuple):
+    """Where latents lie."""
+
+    mean: Tensor  # [1, 1, W]
+    deviation: float  # root of the mean squared distance to it
+
+
+@torch.no_grad()
+def prior_of(generator: Generator) -> Prior:
+    """Mean and deviation of w over 10,000 latents under the frontal camera."""
+    device = device_of(generator)
+    z = torch.from_numpy(np.random.RandomState(LATENT_SEED).randn(LATENTS, generator.z_dim).astype(np.float32)).to(device)
+    front = camera(generator)
+    w = torch.cat([generator.mapping(part, front.expand(len(part), -1))[:, 0] for part in z.split(1000)])  # [10000, W]
+    mean = w.mean(dim=0)
+    return Prior(mean[None, None], float((w - mean).square().sum(dim=1).mean().sqrt()))
+
+
+class Objective:
+    """The image part of the loss for one target, and the guidance where there is one."""
+
+    def __init__(self, config: InversionConfig, target: Target, perceptual: Perceptual, guidance: Guidance | None = None):
+        self.config, self.target, self.perceptual, self.guidance = config, target, perceptual, guidance
+        self.look = RenderOptions(sample_mult=config.sample_mult)
+        self.share = 1.0 if target.mask is None else float(target.mask.mean())
+        with torch.no_grad():
+            self.wanted = perceptual.features(target.image)
+
+    def render(self, field: Field, step: int) -> Tensor:
+        """What the target's camera sees, [1, 3, R, R]; torch's own random state stays."""
+        with fixed_draws((self.config.seed << 20) + (step if self.config.fresh_rays else 0)):
+            return field.render(self.target.camera, self.look).image
+
+    def seen(self, image: Tensor) -> Tensor:
+        """An image [1, 3, R, R]; outside the mask the target's own."""
+        target, mask = self.target.image, self.target.mask
+        return image if mask is None else target + mask * (image - target)
+
+    def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """lambda_mse * mse + perceptual distance; the error is the mean over the mask."""
+        image = self.seen(image)
+        mse = (image - self.target.image).square().mean() / self.share
+        distance = self.perceptual.distance(self.perceptual.features(image), self.wanted)[0]
+        return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
+
+    def guided(self, field: Field, step: int, weight: float) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The reward's part in `step`: 0 without a weight, and in the steps between."""
+        if self.guidance is None or weight == 0 or step % self.config.reward_every:
+            return 0.0, {}
+        term, score = self.guidance.term(field)
+        return weight * self.config.reward_every * term[0], {"reward": score[0]}
+
+
+class LatentStage:
+    """Steps 0..w_steps-1 on ws [1, L, W] under the frozen generator."""
+
+    name = "w"
+
+    def __init__(self, generator: Generator, objective: Objective, prior: Prior, start: Tensor | None = None, weight: float = 0.0):
+        """Args: start: ws [1, L, W]; None is the mean latent. weight: of the reward in the second half, where the settings want it."""
+        generator.module.eval().requires_grad_(False)
+        self.generator, self.objective, self.prior, self.weight = generator, objective, prior, weight
+        self.steps = objective.config.w_steps
+        ws = prior.mean.repeat(1, generator.num_ws, 1) if start is None else start
+        self.ws = ws.detach().clone().requires_grad_(True)
+        self.optimizer = torch.optim.Adam([self.ws], betas=(0.9, 0.999))
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update; returns what was measured before it."""
+        config = self.objective.config
+        scale = self.prior.deviation * noise_scale(step, self.steps, config.noise)
+        draws = torch.Generator().manual_seed((config.seed << 20) + step)
+        field = self.generator.field(self.ws + scale * torch.randn(self.ws.shape, generator=draws).to(self.ws))
+        loss, found = self.objective.image_loss(self.objective.render(field, step))
+        loss = loss + config.lambda_w * (self.ws - self.prior.mean).square().mean()
+        if config.reward_in_w and step >= self.steps // 2:
+            extra, more = self.objective.guided(field, step, self.weight)
+            loss, found = loss + extra, {**found, **more}
+        self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.steps, config.w_lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item(), **{name: value.item() for name, value in found.items()}}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+        return {"ws": self.ws.detach(), **optimizer_tensors("adam", self.optimizer)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        with torch.no_grad():
+            self.ws.copy_(state["ws"])
+        restore_optimizer("adam", self.optimizer, state)
+
+
+class PivotalStage:
+    """Steps 0..pivot_steps-1 on a copy of the generator's parameters, ws [1, L, W] held."""
+
+    name = "pivot"
+
+    def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
+        module = copy.deepcopy(generator.module).eval().requires_grad_(True)
+        self.generator, self.objective, self.ws, self.weight = of(module), objective, ws.detach(), weight
+        self.steps = objective.config.pivot_steps
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999))
+        self.cube = cube_of(generator)
+        with torch.no_grad():
+            self.pivot = generator.field(self.ws).density_grid(self.cube)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update; returns what was measured before it."""
+        config = self.objective.config
+        field = self.generator.field(self.ws)
+        loss, found = self.objective.image_loss(self.objective.render(field, step))
+        extra, more = self.objective.guided(field, step, self.weight)
+        if more and config.lambda_sigma > 0:
+            more["moved"] = moved(field, self.cube, self.pivot)[0]
+            extra = extra + config.lambda_sigma * config.reward_every * more["moved"]
+        loss = loss + extra
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item(), **{name: value.item() for name, value in {**found, **more}.items()}}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+        network = {f"G.{name}": value for name, value in self.generator.module.state_dict().items()}
+        return {"ws": self.ws, **network, **optimizer_tensors("adam", self.optimizer)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        self.generator.module.load_state_dict({k.removeprefix("G."): v for k, v in state.items() if k.startswith("G.")})
+        restore_optimizer("adam", self.optimizer, state)

@@ -1,0 +1,206 @@
+"""The page of an inversion: measures over the weight of the reward with paired intervals, the losses step by step, the strips.
+
+Letters: N targets.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary
+from eg3d_rlhf.evaluation.inversion.measures import MEASURES
+from eg3d_rlhf.evaluation.inversion.pictures import strip_of
+from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup
+from eg3d_rlhf.evaluation.paired import span
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.jobs import Facts, Finding, Job
+from eg3d_rlhf.experiments.run import STATS
+
+TITLE = "Inversion with a reward"
+INTERVAL = "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for few targets"
+KNEE = 0.5  # dB that the target's own view may lose
+
+
+def facts(setup: Setup) -> Facts:
+    """What every figure states."""
+    names = ", ".join(case.name for case in setup.cases[:16])
+    unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
+    return Facts(n=len(setup.cases), unit=unit, seeds=names, networks={"generator": setup.loaded.hash}, interval=interval)
+
+
+def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
+    """Means of every measure by arm, and paired changes of every weight against 0 (against the first where 0 is not among them)."""
+    names, base = [f"{weight:g}" for weight in weights], f"{weights[0]:g}"
+    arms = list(dict.fromkeys(record["arm"] for record in records))
+    table: dict[str, dict] = {}
+    for measure in MEASURES:
+        values = {arm: [r[measure] for r in records if r["arm"] == arm and measure in r] for arm in arms}
+        values = {arm: found for arm, found in values.items() if found}
+        if not values:
+            continue
+        table[measure] = {
+            "means": {arm: bootstrap_mean_interval(found)._asdict() for arm, found in values.items()},
+            "paired": {arm: paired_summary(values[base], values[arm])._asdict() for arm in names if arm != base and arm in values},
+        }
+    return {"base": base, "weights": list(weights), "measures": table, **verdicts(table, names, base)}
+
+
+def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
+    """Whether the reward rises with the weight, the knee, and where the judge falls.
+
+    The knee is the last weight up to which the mean loss of PSNR at the target's camera stays under KNEE. A weight over-optimises where
+    the judge's mean is below the base's; 'clearly' where the whole interval is.
+    """
+    means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
+    judged = table["judge"]["paired"] if "judge" in table else {}
+    knee = base
+    for name in names[1:]:
+        if table["psnr"]["paired"][name]["mean"] <= -KNEE:
+            break
+        knee = name
+    return {
+        "reward_rises": bool(means) and all(a < b for a, b in zip(means, means[1:], strict=False)), "knee": knee,
+        "over_optimised": [name for name in names[1:] if name in judged and judged[name]["mean"] < 0],
+        "clearly_over_optimised": [name for name in names[1:] if name in judged and judged[name]["mean_hi"] < 0],
+    }
+
+
+def verdict_sentences(summary: Mapping, judge: str, features: str) -> list[str]:
+    """Who looked and judged, and what the weights come to."""
+    says, table = [f"Perceptual features: {features}. Judge: {judge}."], summary["measures"]
+    if len(summary["weights"]) == 1:
+        return says
+    last = f"{summary['weights'][-1]:g}"
+    for name in ("psnr", "psnr_side", "depth_side", "reward", "judge"):
+        if name in table:
+            says.append(f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}.")
+    says.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
+    if "reward" in table:
+        says.append(f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to the next.")
+    for name in summary["over_optimised"]:
+        sure = "" if name in summary["clearly_over_optimised"] else ", though the interval holds 0"
+        says.append(f"Over-optimised at λ {name}: the judge's mean is below that of λ {summary['base']}{sure}.")
+    return says
+
+
+def measure_sentences(summary: Mapping) -> list[str]:
+    """Every measure's mean and its changes."""
+    says, base = [], summary["base"]
+    for name, entry in summary["measures"].items():
+        ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
+        says.append(f"{name} ({MEASURES[name][0]}): {entry['means'][base]['mean']:.4g} at λ {base}; change at {ends or 'no other'}.")
+    return [*says, "In the figures, dashed: the truth; dotted: the latent before the second stage; a cross: over-optimised."]
+
+
+def changed(row: Mapping) -> str:
+    """A paired change with its interval, which one target alone does not have."""
+    return f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
+
+
+def curves(folder: Path) -> dict:
+    """Means over targets of what each step measured, by stage: {'w': {...}, 'pivot 0.1': {'mse': [[step, mean], ...], ...}}."""
+    sums: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for line in (folder / STATS).read_text().splitlines():
+        record = json.loads(line)
+        stage = record["stage"] if record["weight"] is None else f"{record['stage']} {record['weight']:g}"
+        for name in ("loss", "mse", "perceptual", "reward", "moved"):
+            if name in record:
+                sums.setdefault(stage, {}).setdefault(name, {}).setdefault(record["step"], []).append(record[name])
+    return {
+        stage: {name: [[step, float(np.mean(values))] for step, values in sorted(steps.items())] for name, steps in measured.items()}
+        for stage, measured in sums.items()
+    }
+
+
+def jobs(inversions: Inversions) -> list[Job]:
+    """The page's parts."""
+    setup = inversions.setup
+    records = inversions.records()
+    shown = setup.cases[: setup.shown]
+    strips = {case.name: strip_of(inversions, case) for case in shown}
+    inputs = {"records": records}
+
+    def measured(folder: Path) -> Finding:
+        del folder
+        summary = summarise(records, setup.weights)
+        return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
+
+    def stepped(folder: Path) -> Finding:
+        del folder
+        found = curves(inversions.run.folder)
+        rows = [{"stage": stage, "measure": name, "step": step, "mean": value}
+                for stage, own in found.items() for name, points in own.items() for step, value in points]
+        return Finding(facts=facts(setup), data={"curves": found}, rows=rows)
+
+    def drawn(folder: Path) -> Finding:
+        for name, path in strips.items():
+            shutil.copyfile(path, folder / f"strip-{name}.png")
+        return Finding(facts=facts(setup), data={}, pictures={
+            f"{name}: the target, then {'the truth and ' if case.truth else ''}every weight; below the same as shapes": f"strip-{name}.png"
+            for name, case in zip(strips, shown, strict=True)
+        })
+
+    found = [Job(key="strips", title="Pictures", compute=drawn, inputs=inputs)] if shown else []
+    return [
+        *found,
+        Job(key="weights", title="Measures over the weight of the reward", compute=measured, inputs=inputs,
+            plots={"means": plot_means, **({"changes": plot_changes} if len(setup.weights) > 1 else {})}),
+        Job(key="steps", title="Step by step", compute=stepped, inputs=inputs,
+            plots={name: partial(plot_steps, name) for name in ("mse", "perceptual")}),
+    ]
+
+
+def _grid(count: int):
+    drawn, axes = style.figure(columns=min(3, count), rows=-(-count // 3), size=(9.4, 2.7 * -(-count // 3)))
+    flat = list(np.atleast_1d(axes).ravel())
+    for axis in flat[count:]:
+        axis.set_axis_off()
+    return drawn, flat[:count]
+
+
+def plot_means(data: dict):
+    """Every measure over the weight, with intervals; dashed: the truth, dotted: before the second stage."""
+    names = [f"{weight:g}" for weight in data["weights"]]
+    drawn, axes = _grid(len(data["measures"]))
+    for axis, (measure, entry) in zip(axes, data["measures"].items(), strict=True):
+        means = entry["means"]
+        style.band(axis, range(len(names)), [means[name] for name in names], style.colour("after"), "weights")
+        for arm, line in (("truth", "--"), ("w", ":")):
+            if arm in means:
+                axis.axhline(means[arm]["mean"], linestyle=line, color=style.colour("noise"))
+        for name in data["over_optimised"] if measure == "judge" else ():
+            axis.plot([names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9)
+        axis.set_xticks(range(len(names)), names)
+        axis.set(title=f"{measure} ({'higher' if MEASURES[measure][1] else 'lower'} is better)", xlabel="weight of the reward")
+    return drawn
+
+
+def plot_changes(data: dict):
+    """Paired changes against weight 0, with intervals."""
+    entries = {name: entry["paired"] for name, entry in data["measures"].items() if entry["paired"]}
+    drawn, axes = _grid(len(entries))
+    for axis, (measure, paired) in zip(axes, entries.items(), strict=True):
+        for i, row in enumerate(paired.values()):
+            error = style.errors(row, lo="mean_lo", hi="mean_hi")
+            axis.errorbar([i], [row["mean"]], yerr=error, fmt="o", capsize=4, color=style.colour("after"))
+        axis.axhline(0, color=style.colour("noise"), linewidth=1)
+        axis.set_xticks(range(len(paired)), list(paired))
+        axis.set(title=f"change of {measure}", xlabel="weight of the reward")
+    return drawn
+
+
+def plot_steps(measure: str, data: dict):
+    """Means over targets at every step: the latent's stage, then every weight's."""
+    drawn, axes = style.figure(columns=2)
+    for stage, found in data["curves"].items():
+        points = found.get(measure, [])
+        axis, name = (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
+        axis.plot([p[0] for p in points], [max(p[1], 1e-12) for p in points], label=f"λ {name}" if axis is axes[1] else name, linewidth=1)
+    for axis, title in zip(axes, ("the latent", "the generator"), strict=True):
+        axis.set(title=f"{measure}: {title}", xlabel="step", yscale="log")
+        axis.legend(fontsize="small")
+    return drawn

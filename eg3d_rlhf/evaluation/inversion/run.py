@@ -1,0 +1,183 @@
+"""Many inversions as one run: every target, its latent once, then the generator once per weight of the reward; resumable at every step.
+
+    targets/<name>/w.safetensors             the first stage's result, which the weights share
+    targets/<name>/<weight>.json             measures at a weight ('0', '0.01', ...), at 'w' (before the second stage) and of the truth
+    targets/<name>/<weight>.safetensors      the tuned generator, for targets whose pictures are drawn; its latent stands in <weight>-ws
+
+The run's checkpoint holds the stage that is under way. Letters: L layers of ws, W w_dim.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eg3d_rlhf.evaluation.inversion.guidance import Guidance, cube_of
+from eg3d_rlhf.evaluation.inversion.measures import Judges, measure, measure_truth
+from eg3d_rlhf.evaluation.inversion.perceptual import Perceptual
+from eg3d_rlhf.evaluation.inversion.projector import InversionConfig, LatentStage, Objective, PivotalStage, Prior
+from eg3d_rlhf.evaluation.inversion.targets import Case
+from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.generators import LoadedGenerator
+from training import checkpoint, networks, storage
+
+EVERY = 32  # steps between two states, and two status lines
+KIND = "inversion"  # of files that hold a latent
+
+
+class StoppedError(Exception):
+    """A signal ended the run; its state is written."""
+
+
+class Leg(NamedTuple):
+    """Steps first..last-1 of a stage of one target."""
+
+    stage: str  # 'w' or 'pivot'
+    weight: float | None  # None where all weights share it
+    first: int
+    last: int
+
+
+def legs(config: InversionConfig, weights: Sequence[float]) -> list[Leg]:
+    """What is done for one target, in order."""
+    shared = config.w_steps // 2 if config.reward_in_w else config.w_steps
+    found = [Leg("w", None, 0, shared)]
+    for weight in weights:
+        found += [Leg("w", weight, shared, config.w_steps)] if shared < config.w_steps else []
+        found.append(Leg("pivot", weight, 0, config.pivot_steps))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that an inversion needs, loaded and checked."""
+
+    loaded: LoadedGenerator
+    perceptual: Perceptual
+    prior: Prior
+    guidance: Guidance | None
+    judges: Judges
+    cases: Sequence[Case]
+    weights: Sequence[float]
+    config: InversionConfig
+    from_truth: bool = False  # start from the true latents
+    shown: int = 1  # targets whose generators are kept, to be drawn
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return len(self.cases) * sum(leg.last - leg.first for leg in legs(self.config, self.weights))
+
+
+class Inversions:
+    """The loop over targets and legs. Args: run: entered; setup: what to do."""
+
+    def __init__(self, run: Run, setup: Setup):
+        self.run, self.setup = run, setup
+        self.done = 0  # steps
+        self.legs = legs(setup.config, setup.weights)
+
+    def folder(self, case: Case) -> Path:
+        """Of a target's results."""
+        return self.run.folder / "targets" / case.name
+
+    def go(self) -> None:
+        """Everything that is not done yet. Raises: StoppedError."""
+        at: tuple[int, ...] = (0, 0, 0)
+        state: dict[str, Tensor] = {}
+        if checkpoint.available(self.run.folder):
+            state, meta = self.run.read()
+            at, self.done = tuple(meta["at"]), meta["done"]
+            self.run.go_on(self.done, meta["lines"])
+        else:
+            self.run.begin()
+            self.run.go_on(0)
+        with self.run.stoppable(), self.run.writing():
+            for i, case in enumerate(self.setup.cases):
+                if i < at[0]:
+                    continue
+                self._target(i, case, at[1:] if i == at[0] else (0, 0), state if i == at[0] else {})
+
+    def _target(self, i: int, case: Case, at: tuple[int, ...], state: dict[str, Tensor]) -> None:
+        """The legs of target i from leg at[0], step at[1], whose state is given."""
+        setup, folder = self.setup, self.folder(case)
+        if at == (0, 0):
+            write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.judges))
+        objective = Objective(setup.config, case.target, setup.perceptual, setup.guidance)
+        for j, leg in enumerate(self.legs):
+            if j < at[0]:
+                continue
+            stage = self._stage(leg, case, objective)
+            if j == at[0] and at[1]:
+                stage.restore(state)
+            self._steps(stage, leg, (i, j), at[1] if j == at[0] else leg.first, case)
+            self._finish(stage, leg, i, objective)
+            self._checkpoint((i, j + 1, 0) if j + 1 < len(self.legs) else (i + 1, 0, 0), {})
+
+    def _stage(self, leg: Leg, case: Case, objective: Objective) -> LatentStage | PivotalStage:
+        generator, weight = self.setup.loaded.generator, leg.weight or 0.0
+        if leg.stage == "pivot":
+            own = self.folder(case) / f"{weight:g}-w.safetensors"
+            source = own if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
+            return PivotalStage(generator, objective, storage.read_tensors(source, KIND)[0]["ws"].to(case.target.image), weight)
+        start = case.truth.ws if self.setup.from_truth and case.truth is not None else None
+        stage = LatentStage(generator, objective, self.setup.prior, start, weight)
+        if leg.first:
+            stage.restore(storage.read_tensors(self.folder(case) / "w.safetensors", KIND)[0])
+        return stage
+
+    def _steps(self, stage: LatentStage | PivotalStage, leg: Leg, place: tuple[int, int], first: int, case: Case) -> None:
+        name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
+        for step in range(max(first, leg.first), leg.last):
+            found = stage.step(step)
+            self.run.stats({"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **found})
+            self.done += 1
+            if self.run.stop_requested:
+                self._checkpoint((*place, step + 1), stage.state())
+                raise StoppedError(f"stopped by {self.run.stop_requested} at {case.name}, {name}, step {step + 1}")
+            if (step + 1) % EVERY == 0 or step + 1 == leg.last:
+                at = {"target": f"{place[0] + 1}/{len(self.setup.cases)} {case.name}", "stage": f"{name:<10}", "at": f"{step + 1:<4}"}
+                self.run.status(at, self.done, self.setup.steps, "step", {"mse": f"{found['mse']:.2e}"})
+                if step + 1 < leg.last:
+                    self._checkpoint((*place, step + 1), stage.state())
+
+    def _finish(self, stage: LatentStage | PivotalStage, leg: Leg, i: int, objective: Objective) -> None:
+        """Write what a leg of target i came to."""
+        setup, case, generator = self.setup, self.setup.cases[i], self.setup.loaded.generator
+        folder = self.folder(case)
+        if isinstance(stage, LatentStage):
+            name = "w" if leg.weight is None else f"{leg.weight:g}-w"
+            storage.write_tensors(folder / f"{name}.safetensors", KIND, stage.state(), {})
+            if leg.last < setup.config.w_steps:
+                return
+            with torch.no_grad():
+                pivot = generator.field(stage.ws).density_grid(cube_of(generator))
+            write_json(folder / f"{name}.json", measure(generator, case, stage.ws.detach(), pivot, objective, setup.judges))
+            return
+        name = f"{leg.weight:g}"
+        write_json(folder / f"{name}.json", measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.judges))
+        if i < setup.shown:
+            tuned = replace(setup.loaded.nets, G=None, D=None, G_ema=stage.generator.module)
+            networks.save(folder / f"{name}.safetensors", tuned, only_ema=True)
+            storage.write_tensors(folder / f"{name}-ws.safetensors", KIND, {"ws": stage.ws}, {})
+
+    def _checkpoint(self, at: tuple[int, ...], state: dict[str, Tensor]) -> None:
+        self.run.checkpoint(self.done, state, {"at": list(at), "done": self.done, "lines": self.run.lines})
+
+    def records(self) -> list[dict]:
+        """One per target and arm: the measures, with 'target' and 'arm' ('truth', 'w', or a weight)."""
+        own = [f"{weight:g}" for weight in self.setup.weights]
+        arms = ["truth", *([f"{name}-w" for name in own] if self.setup.config.reward_in_w else ["w"]), *own]
+        return [
+            {"target": case.name, "arm": arm, **json.loads((self.folder(case) / f"{arm}.json").read_text())}
+            for case in self.setup.cases for arm in arms
+        ]
+
+
+def write_json(path: Path, record: dict) -> None:
+    """A JSON file, whole or not at all."""
+    storage.write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

@@ -1,0 +1,179 @@
+"""Renderings of one latent from any camera, as uint8 pictures that depend on nothing but seed and camera; options of tools that draw.
+
+Letters: L, W = layers and width of ws; H, B = rows and columns of a picture.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.core.cli import option, together
+from eg3d_rlhf.core.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
+from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
+
+FFHQ_FOV = 18.837  # degrees over the image's diagonal
+CAMERAS: dict[str, dict[str, Any]] = {  # by data set: pivot in world units, field of view in degrees
+    "FFHQ": {"pivot": (0.0, 0.0, 0.2), "fov": FFHQ_FOV},
+    "AFHQ": {"pivot": (0.0, 0.0, -0.06), "fov": FFHQ_FOV},
+    "Shapenet": {"pivot": (0.0, 0.0, 0.0), "fov": 45.0},
+}
+MODES = ("image", "image_depth", "image_raw")
+sampling_flags = together(
+    option("--outdir", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write into."),
+    option("--network", metavar="PATH", type=click.Path(path_type=Path), default=None, show_default="the bundled generator",
+           help="Generator file or run folder.", group="Samples"),
+    option("--seeds", metavar="LIST", required=True, help="Seeds and ranges, such as 0,2-5.", group="Samples"),
+    option("--trunc", "--psi", "psi", metavar="FLOAT", type=click.FloatRange(min=0), default=1.0, help="Truncation psi.", group="Samples"),
+    option("--trunc-cutoff", "--cutoff", "cutoff", metavar="INT", type=click.IntRange(min=0), default=14, group="Samples",
+           help="ws that truncation reaches."),
+    option("--noise-mode", metavar="NAME", type=click.Choice(["const", "random", "none"]), default="const", group="Samples",
+           help="Noise of the synthesis; random is drawn from the (first) seed."),
+)  # fmt: skip
+MOST_SEEDS = 100_000
+_LARGEST = 2**32 - 1  # of numpy's RandomState
+_SCALED = 10_000  # totals from here on are shown with k and M
+
+
+def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place) -> CameraFamily:
+    """A generator's own cameras, with a field of view over the image's diagonal in degrees; `place` overrides radius or pivot.
+
+    Raises: ValueError for a field of view outside 0 < fov < 180.
+    """
+    if not 0 < fov < 180:
+        raise ValueError(f"cameras: expected a field of view of 0 < fov < 180 degrees, got {fov:g}. Correct it.")
+    return dataclasses.replace(generator.cameras, focal=1 / (math.tan(fov * 3.14159 / 360) * 1.414), **place)  # as FOV_to_intrinsics
+
+
+def camera(cameras: CameraFamily, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Camera labels [n, 25] of a family, at angles in radians from frontal as EG3D's tools count them (negative pitch looks from above).
+
+    Torch's random state stays as it is.
+    """
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        return cameras.label(yaw, pitch, n, device)
+
+
+@torch.no_grad()
+def conditioned_ws(
+    generator: Generator, seeds: Sequence[int], cameras: CameraFamily, psi: float = 1.0, cutoff: int | None = 14
+) -> torch.Tensor:
+    """ws [N, L, W] of seeds, conditioned on the frontal camera of a family, as EG3D's tools condition them."""
+    check_seeds(generator, max(seeds, default=0), "--seeds")
+    device = device_of(generator)
+    c = camera(cameras, n=len(seeds), device=device)
+    return generator.mapping(latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
+
+
+@torch.no_grad()
+def render(
+    generator: Generator, ws: torch.Tensor, labels: Sequence[torch.Tensor], seed: int = 0, noise_mode: str = "const", mode: str = "image",
+    options: RenderOptions = OWN,
+) -> list[np.ndarray]:
+    """Pictures of ws [1, L, W] from cameras [1, 25], from one synthesis pass.
+
+    The ray sampler's jitter and the noise come from torch's global generator; it is seeded before every picture and its state put back, so
+    that a picture depends on nothing that was drawn before. The first picture follows on the noise of the synthesis, as EG3D draws it.
+
+    Args: mode: 'image', 'image_raw' (before super-resolution) or 'image_depth'.
+    Returns: one array per camera, uint8 [H, B, 3], or `distances` for 'image_depth'.
+    """
+    with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        field = generator.field(ws, noise_mode)
+        first = [field.render(label.to(ws.device), options) for label in labels[:1]]
+    renderings = first + render_each(field, (label.to(ws.device) for label in labels[1:]), options, seed)
+    maps = {"image": "image", "image_raw": "raw"}
+    return [distances(out) if mode == "image_depth" else to_uint8(getattr(out, maps[mode])[0].float().cpu()) for out in renderings]
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """[3, H, B] in -1..1 to uint8 [H, B, 3], as EG3D maps it: x * 127.5 + 128, clamped and cut off."""
+    return (image.permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture, uint8 [H, B, 3], as a PNG file."""
+    import PIL.Image
+
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def distances(out: Rendering) -> np.ndarray:
+    """Distances along the rays [H, B] float32 of a rendering, infinite where a ray's opacity is under one half.
+
+    Deviates: EG3D shows what the march leaves there, the mean distance of next to nothing.
+    """
+    depth, opacity = out.depth[0, 0].float(), out.opacity[0, 0]
+    return torch.where(opacity >= 0.5, depth, torch.full_like(depth, torch.inf)).cpu().numpy()
+
+
+def shade_depth(depth: np.ndarray) -> np.ndarray:
+    """Distances [H, B] to grey uint8 [H, B, 3], each picture from dark grey (far) to white (near); infinite ones are black."""
+    seen = np.isfinite(depth)
+    low, high = (float(depth[seen].min()), float(depth[seen].max())) if seen.any() else (0.0, 0.0)
+    share = (high - np.where(seen, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
+    grey = np.where(seen, np.rint(32 + 223 * share), 0).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures [H, B, 3] of one size as one [rows * H, columns * B, 3], row by row."""
+    stack = np.stack(pictures)
+    height, width = stack.shape[1:3]
+    grid = stack.reshape(-1, columns, height, width, 3)
+    return np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of a comma-separated list of numbers and inclusive ranges, in the order given: '0,2-5' -> [0, 2, 3, 4, 5].
+
+    Raises: ValueError for anything else, an empty list, a range that runs backwards, a seed above 2^32 - 1, over 100,000 seeds.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"seeds: expected numbers and ranges such as 0,2-5, got {text!r}. Correct {part.strip()!r}.")
+        start, end = int(first), int(last or first)
+        if start > end or end > _LARGEST:
+            raise ValueError(f"seeds: expected ranges that rise, up to {_LARGEST}, got {part.strip()!r}. Correct it.")
+        if len(seeds) + end - start >= MOST_SEEDS:
+            raise ValueError(f"seeds: expected at most {MOST_SEEDS} seeds, got more in {text!r}. Run in parts.")
+        seeds += range(start, end + 1)
+    return seeds
+
+
+class StageBar(contextlib.AbstractContextManager):
+    """A bar per stage, with time left; called with (stage, units done, units in all)."""
+
+    def __init__(self, prefix: str = ""):
+        self._prefix, self._stage = prefix, ""
+        self._bar: tqdm | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Move the stage's bar to `done` of `total`; another stage starts a bar of its own."""
+        if self._bar is None or stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=f"{self._prefix}{stage}", unit_scale=total >= _SCALED)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the running bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __exit__(self, *exc) -> None:
+        self.close()

@@ -1,0 +1,173 @@
+"""Films of a generator: a camera that swings about the object while the latent walks through keyframes.
+
+Letters: K keyframes, T frames, N grid cells, L, W = layers and width of ws.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf import generators
+from eg3d_rlhf.core.field import OWN, CameraFamily, RenderOptions
+from eg3d_rlhf.experiments.media.rendering import MODES, camera, conditioned_ws, render, shade_depth, tile
+
+YAW_RANGE, PITCH_RANGE, PITCH_MEAN = 0.35, 0.25, -0.05  # radians, of EG3D's gen_videos
+_SAME_BYTES = ["-f", "mp4", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"]  # each time
+_WRAPS = 2  # copies of the keyframes before and after, so that the cubic closes smoothly
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmOptions:
+    """What a film shows."""
+
+    grid: tuple[int, int] = (1, 1)  # cells across and down, each >= 1
+    keyframes: int | None = None  # latents that every cell walks through, >= 1; None = seeds / cells
+    frames: int = 120  # from one keyframe to the next, >= 1
+    shuffle_seed: int | None = None  # order of the seeds; None = as given
+    mode: str = "image"  # 'image', 'image_depth' or 'image_raw'
+    psi: float = 1.0  # truncation
+    cutoff: int | None = 14  # ws that truncation reaches
+    noise_mode: str = "const"  # of the synthesis
+
+    def __post_init__(self) -> None:
+        if min(self.grid) < 1 or self.frames < 1 or (self.keyframes is not None and self.keyframes < 1):
+            raise ValueError(
+                f"FilmOptions: expected grid, keyframes and frames >= 1, got {self.grid}, {self.keyframes}, {self.frames}. Correct them."
+            )
+        if self.mode not in MODES:
+            raise ValueError(f"FilmOptions: expected an image mode of {', '.join(MODES)}, got {self.mode!r}.")
+
+    def cells(self, seeds: Sequence[int]) -> list[list[int]]:
+        """The seeds that each cell walks through, N lists of K; the seeds are repeated where there are too few.
+
+        Raises: ValueError for no seeds, or where the number of keyframes is not given and the seeds do not fill the grid evenly.
+        """
+        if not seeds:
+            raise ValueError("seeds: expected at least one seed, got none.")
+        cells, keyframes = self.grid[0] * self.grid[1], self.keyframes
+        if keyframes is None:
+            if len(seeds) % cells:
+                raise ValueError(
+                    f"seeds: expected a multiple of {cells} seeds for a grid of {self.grid[0]}x{self.grid[1]}, got {len(seeds)}. "
+                    "Change the seeds or the grid, or give the number of keyframes."
+                )
+            keyframes = len(seeds) // cells
+        chosen = [seeds[i % len(seeds)] for i in range(cells * keyframes)]
+        if self.shuffle_seed is not None:
+            np.random.RandomState(self.shuffle_seed).shuffle(chosen)
+        return [chosen[i * keyframes : (i + 1) * keyframes] for i in range(cells)]
+
+
+class LatentWalk:
+    """A closed cubic spline through keyframes ws [K, L, W], at the times 0, 1, ..., K - 1, and back to the first at K."""
+
+    def __init__(self, ws: torch.Tensor):
+        from scipy.interpolate import interp1d
+
+        count = len(ws)
+        times = np.arange(-count * _WRAPS, count * (_WRAPS + 1))
+        self._ws, self._device = ws, ws.device
+        values = np.tile(ws.cpu().double().numpy(), (2 * _WRAPS + 1, 1, 1))
+        self._spline = interp1d(times, values, kind="cubic", axis=0) if count > 1 else None
+
+    def at(self, time: float) -> torch.Tensor:
+        """ws [1, L, W] at a time of 0..K."""
+        if self._spline is None:
+            return self._ws
+        return torch.from_numpy(self._spline(time)).to(self._device, torch.float32)[None]
+
+
+def camera_at(cameras: CameraFamily, share: float) -> torch.Tensor:
+    """Camera label [1, 25] after a share 0..1 of one closed swing: yaw 0.35 sin, pitch -0.05 + 0.25 cos."""
+    angle = 2 * math.pi * share
+    return camera(cameras, YAW_RANGE * math.sin(angle), PITCH_MEAN + PITCH_RANGE * math.cos(angle))
+
+
+class Film:
+    """All frames of one film.
+
+    Args: seeds: see `FilmOptions.cells`; look: how cameras look at the fields.
+    Deviates: the swing closes (EG3D writes pi as 3.14), and frames do not depend on one another's random numbers.
+    """
+
+    def __init__(
+        self, generator: generators.Generator, seeds: Sequence[int], cameras: CameraFamily, options: FilmOptions, look: RenderOptions = OWN
+    ):
+        self.generator, self.cameras, self.options, self.look = generator, cameras, options, look
+        cells = options.cells(seeds)
+        self.first_seed = cells[0][0]
+        self.walks = [LatentWalk(conditioned_ws(generator, cell, cameras, options.psi, options.cutoff)) for cell in cells]
+        self.count = len(cells[0]) * options.frames  # T
+
+    def ws(self, index: int) -> list[torch.Tensor]:
+        """ws [1, L, W] of every cell in frame `index`."""
+        return [walk.at(index / self.options.frames) for walk in self.walks]
+
+    def frame(self, index: int) -> np.ndarray:
+        """Frame `index` of 0..T-1, uint8 [rows, columns, 3]."""
+        label, options = camera_at(self.cameras, index / self.count), self.options
+        pictures = [
+            render(self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look)[0] for ws in self.ws(index)
+        ]
+        if options.mode == "image_depth":
+            pictures = [shade_depth(picture) for picture in pictures]
+        return tile(pictures, options.grid[0])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.frame(index) for index in range(self.count))
+
+
+def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, bitrate: str = "10M") -> Path:
+    """Write frames, uint8 [H, B, 3] of one size, as H.264 in an .mp4, atomically; the same frames give the same bytes.
+
+    Odd sizes are filled up to even ones by repeating the last row or column, as the format needs.
+
+    Raises: ValueError for another suffix, no frames, or where imageio-ffmpeg is missing; OSError where ffmpeg fails.
+    """
+    path = check_mp4(path)
+    import imageio_ffmpeg
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = None
+    try:
+        for frame in frames:
+            frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+            if writer is None:
+                writer = imageio_ffmpeg.write_frames(
+                    str(temporary), (frame.shape[1], frame.shape[0]), fps=fps, codec="libx264", bitrate=bitrate, macro_block_size=2,
+                    ffmpeg_log_level="error", output_params=_SAME_BYTES,
+                )
+                writer.send(None)
+            try:
+                writer.send(np.ascontiguousarray(frame))
+            except OSError as error:
+                last = str(error).strip().splitlines()[-1]
+                raise OSError(f"{path}: expected ffmpeg to take frame after frame, got {last!r}. Check the disk's free space.") from error
+        if writer is None:
+            raise ValueError("write_mp4: expected at least one frame, got none.")
+        writer.close()
+        if not temporary.exists() or temporary.stat().st_size == 0:
+            raise OSError(f"{path}: expected a film from ffmpeg, got none. Check the disk's free space.")
+        os.replace(temporary, path)
+    finally:
+        if writer is not None:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def check_mp4(path: str | Path) -> Path:
+    """The path, where it ends in .mp4 and there is a writer for it; ValueError otherwise."""
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"write_mp4: expected a file ending in .mp4, got {path.name!r}. Change the suffix.")
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ValueError("write_mp4: expected the package imageio-ffmpeg, got none. Install it with pip.")
+    return path

@@ -1,1 +1,0 @@
-"""Flow-based generators in stages, and preference training of any stage (Circular-DPO)."""

@@ -1,0 +1,160 @@
+"""Assets under optimisation: a `Field` whose numbers are parameters. Slabs, depth maps, clouds, meshes and rewards read it as any other.
+
+Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per edge.
+"""
+
+import abc
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, Rendering, RenderOptions
+from eg3d_rlhf.core.spec import SlabSpec
+from training import networks
+from training.rendering.cameras import RaySampler, ray_limits_box, unpack_label
+from training.rendering.marcher import MipRayMarcher2
+from training.storage import load_strict, read_tensors
+
+ARCHITECTURE = "assets"  # as network files name their family (eg3d_rlhf.generators.assets.generator)
+EMPTY = LEVEL - 1000.0  # raw density outside the bounds
+RESOLUTION = 64  # pixels per edge of a rendering that does not say
+_SAMPLES_AT_ONCE = 1 << 20  # samples of all assets that are decoded together
+_EDGE = 1e-4  # share of half a side by which a point may lie outside: rays end on the bounds
+KINDS: dict[str, type["Asset"]] = {}
+
+
+class Asset(torch.nn.Module, abc.ABC):
+    """A assets at once, each with parameters of its own: the first axis of every parameter is A. Fills the unit cube about the origin.
+
+    Renderings are without jitter, black where nothing is, and differentiable in the parameters.
+    """
+
+    kind: ClassVar[str]
+    level = LEVEL
+    bounds = Bounds(border=0.0)
+
+    def __init_subclass__(cls, **more) -> None:
+        super().__init_subclass__(**more)
+        KINDS[cls.kind] = cls
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> dict:
+        """Arguments of the constructor but for `assets`, as JSON values."""
+
+    @property
+    @abc.abstractmethod
+    def samples(self) -> int:
+        """Samples along a ray that a rendering takes unless it says otherwise."""
+
+    @abc.abstractmethod
+    def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw density [A, P] and colour [A, P, 3] in 0..1 at world points [A, P, 3] inside the bounds."""
+
+    @abc.abstractmethod
+    def regularisers(self) -> dict[str, torch.Tensor]:
+        """Named penalties [A], each smaller for simpler assets; a loss adds them with weights."""
+
+    @abc.abstractmethod
+    def groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Parameters by the learning rate they want: 'grid', and 'decoder' where there is one."""
+
+    def __len__(self) -> int:
+        return len(next(self.parameters()))
+
+    def density(self, points: torch.Tensor) -> torch.Tensor:
+        """See `Field`. Differentiable in the parameters and the points."""
+        points = self._of_each(points)
+        inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
+        return torch.where(inside, self.decode(points)[0], EMPTY)
+
+    def density_grid(self, grid: SlabSpec) -> torch.Tensor:
+        """See `Field`."""
+        return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
+
+    def colour(self, points: torch.Tensor) -> torch.Tensor:
+        """See `Field`."""
+        return self.decode(self._of_each(points))[1]
+
+    def _of_each(self, points: torch.Tensor) -> torch.Tensor:
+        """Points [P, 3] or [A, P, 3] as [A, P, 3]."""
+        return points.to(next(self.parameters())).expand(len(self), -1, -1)
+
+    def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
+        """See `Field`. Where there are many rays they go in parts, and the backward pass computes each part once more."""
+        cam2world, intrinsics = unpack_label(cameras.to(next(self.parameters())).expand(len(self), -1))
+        r, samples = options.resolution or RESOLUTION, max(2, round((options.samples or self.samples) * options.sample_mult))
+        origins, directions = RaySampler()(cam2world, intrinsics, r)  # [A, M, 3]
+        near, far = ray_limits_box(origins, directions, self.bounds.side)  # [A, M, 1]
+        rays = torch.cat([origins, directions, near, far], dim=-1)  # [A, M, 8]
+        parts = rays.split(max(1, _SAMPLES_AT_ONCE // (len(self) * samples)), dim=1)
+        recompute = len(parts) > 1 and torch.is_grad_enabled()
+        seen = [checkpoint(self._march, part, samples, use_reentrant=False) if recompute else self._march(part, samples) for part in parts]
+        rgb, depth, opacity = (torch.cat(each, dim=1).transpose(1, 2).unflatten(2, (r, r)) for each in zip(*seen, strict=True))
+        hit = (far > near).transpose(1, 2).unflatten(2, (r, r))
+        depth = torch.where(hit, depth, far.amax())  # as empty rays: the farthest
+        return Rendering(rgb * 2 - 1, rgb * 2 - 1, depth, opacity)
+
+    def _march(self, rays: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Colour [A, M, 3] in 0..1, depth [A, M, 1] and opacity [A, M, 1] of rays [A, M, 8]."""
+        origins, directions, near, far = rays[..., :3], rays[..., 3:6], rays[..., 6:7], rays[..., 7:]
+        depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [A, M, S, 1]
+        points = origins.unsqueeze(2) + depths * directions.unsqueeze(2)  # [A, M, S, 3]
+        raw, colour = self.decode(points.flatten(1, 2))
+        raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)  # [A, M, S]
+        marcher = MipRayMarcher2(symmetric=False)
+        rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
+        return rgb, depth, weights.sum(dim=2)
+
+    def pick(self, indices: list[int]) -> Self:
+        """A copy of some of the assets, as meshes want one."""
+        chosen = copy.deepcopy(self)
+        for name, parameter in self.named_parameters():
+            kept = torch.nn.Parameter(parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad)
+            setattr(chosen, name, kept)
+        return chosen
+
+    def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
+        """Write as a network file, which tools take as a generator. Args: pairs: prompt and seed of each asset."""
+        held, made = torch.nn.ModuleDict({"asset": self}), {"field": self.kind, "assets": len(self), "settings": self.settings}
+        trained = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
+        networks.save(path, networks.Networks(None, None, held, made, None, trained, architecture=ARCHITECTURE))
+
+
+class AssetNetwork(torch.nn.Module):
+    """What a network file of assets holds: the field of a kind, so many assets, the settings of the kind. Raises: ValueError."""
+
+    def __init__(self, field: str, assets: int, settings: dict):
+        super().__init__()
+        if field not in KINDS:
+            raise ValueError(f"assets: expected a field of {', '.join(sorted(KINDS))}, got {field!r}. Use a file that this version wrote.")
+        self.asset = KINDS[field](assets, **settings)
+
+
+def load_assets(path: str | Path) -> Asset:
+    """The assets that `Asset.save` wrote.
+
+    Raises: ValueError for another kind of file or of field.
+    """
+    tensors, meta = read_tensors(path, "network")
+    if meta.get("architecture") != ARCHITECTURE:
+        got = meta.get("architecture", networks.EG3D)
+        raise ValueError(f"load_assets({Path(path).name}): expected finished assets, got a generator of {got}. Pass another file.")
+    network = AssetNetwork(**meta["G_kwargs"])
+    load_strict(network, {name.removeprefix("G_ema."): value for name, value in tensors.items()}, f"load_assets({Path(path).name})")
+    return network.asset
+
+
+def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
+    """Penalties [A] of raw density [A, ...] at points `step` world units apart, on their opacity o = 1 - exp(-softplus(raw - 1) step).
+
+    Returns: 'sparsity', the mean of o; 'opacity', its mean binary entropy in nats, which is 0 where all is either full or empty.
+    """
+    free = torch.nn.functional.softplus(raw - 1) * step  # optical depth
+    opacity = -torch.expm1(-free)
+    entropy = (1 - opacity) * free - opacity * opacity.clamp_min(1e-12).log()
+    return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}

@@ -1,0 +1,220 @@
+"""Networks from a snapshot: the architecture from its constructor arguments, checked by name and value; the tensors copied name by name."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eg3d_rlhf.generators.pickles.families import Kind, check_class, kind_of
+from eg3d_rlhf.generators.pickles.machine import Refusal, brief, brief_text
+from eg3d_rlhf.generators.pickles.options import BUILT_IN_ACTIVATION, D_OPTIONS, FIXED, G_OPTIONS, OPTIONAL_RENDERING, RENDERING, check
+from eg3d_rlhf.generators.pickles.records import ModuleRecord, TensorRecord
+from eg3d_rlhf.generators.pickles.snapshot import Snapshot, plain, read, refusing, tensors
+from training import networks, storage
+from training.discriminator import DualDiscriminator
+from training.rendering.renderer import generate_planes
+
+G_NAMES = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")  # by position
+D_NAMES = ("c_dim", "img_resolution", "img_channels")
+
+
+def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
+    """_init_args by their names, and _init_kwargs; all of `names` are among them."""
+    args, kwargs = plain(module.state.get("_init_args", ())), plain(module.state.get("_init_kwargs", {}))
+    if not isinstance(args, list) or not isinstance(kwargs, dict) or len(args) > len(names):
+        raise Refusal(f"constructor arguments that are {brief(args)} and {brief(kwargs)}")
+    return _with({**dict(zip(names, args, strict=False)), **kwargs}, names, who)
+
+
+def _with(values: dict, names: Iterable[str], who: str) -> dict:
+    missing = [n for n in names if n not in values]
+    if missing:
+        raise Refusal(f"{who} without {', '.join(missing)}")
+    return values
+
+
+def _ours(values: dict, where: str = "") -> dict:
+    """Without the arguments whose only admitted value is built in here."""
+    built_in = FIXED + (("activation",) if where in BUILT_IN_ACTIVATION else ())
+    return {k: _ours(v, k) if isinstance(v, dict) else v for k, v in values.items() if k not in built_in}
+
+
+def generator_plan(module: ModuleRecord, name: str) -> "Plan":
+    """A generator of the family that its tensors show, with the plane layout that the renderer carries.
+
+    Raises: Refusal for another class, unknown names, implausible values, foreign plane axes.
+    """
+    check_class(module.class_name)
+    found = tensors(module, name)
+    found.pop("dataset_label_std", None)
+    kwargs = _arguments(module, G_NAMES, "a generator")
+    stated = kwargs.pop("rendering_kwargs", {})
+    rendering = plain(module.state.get("rendering_kwargs", stated))
+    check(kwargs, G_OPTIONS, "")
+    if not isinstance(rendering, dict):
+        raise Refusal(f"rendering_kwargs that are {brief(rendering)}")
+    kind = kind_of(module.class_name, {key: value.shape for key, value in found.items()}, rendering)
+    needed = {**RENDERING, **kind.rendering}
+    _with(rendering, [k for k in needed if k != "clamp_mode"], "rendering_kwargs")
+    known = {**needed, **OPTIONAL_RENDERING, **kind.optional}
+    check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
+    layout = {"plane_layout": plane_layout(module, kind)} if kind.layouts else {}
+    return Plan(kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, found, kind.architecture)
+
+
+def _inside(module: ModuleRecord, part: str, name: str) -> Any:
+    """A buffer or module of a module, or None."""
+    children = module.state.get(part)
+    return children.get(name) if isinstance(children, dict) else None
+
+
+def plane_layout(module: ModuleRecord, kind: Kind) -> str:
+    """One of the kind's layouts, from renderer.plane_axes. Raises: Refusal for other axes, or none."""
+    renderer = _inside(module, "_modules", "renderer")
+    axes = renderer.state.get("plane_axes") if isinstance(renderer, ModuleRecord) and renderer.state is not None else None
+    if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
+        raise Refusal("a generator whose renderer carries no plane_axes [3, 3, 3]")
+    value = axes.tensor().to(torch.float32)
+    for layout in kind.layouts:
+        if torch.equal(value, generate_planes(layout)):
+            return layout
+    raise Refusal(f"plane_axes of no layout of {kind.architecture} ({', '.join(kind.layouts)})")
+
+
+def neural_rendering_resolution(module: ModuleRecord) -> int:
+    """As the generator last rendered; EG3D's default is 64. Raises: Refusal."""
+    value = module.state.get("neural_rendering_resolution", 64)
+    if type(value) is not int or not 1 <= value <= 4096:
+        raise Refusal(f"neural_rendering_resolution = {brief(value)} instead of a whole number of 1 to 4096")
+    return value
+
+
+SLACK = 1 << 24  # bytes by which tensors may outweigh the file: small ones may share a storage
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One network, checked and not yet built."""
+
+    cls: type[torch.nn.Module]
+    kwargs: dict
+    tensors: dict[str, TensorRecord]
+    architecture: str = networks.EG3D
+
+    def build(self) -> torch.nn.Module:
+        """The network with the file's tensors."""
+        module = self.cls(**self.kwargs)
+        module.load_state_dict({k: v.tensor() for k, v in self.tensors.items()}, strict=True)
+        return module
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> networks.Networks:
+    """Read an EG3D pickle (network-snapshot-*.pkl, ffhq512-128.pkl, ...) without running anything in it.
+
+    Args:
+        freeze_layers: as in `training.networks.load`.
+    Returns: as `training.networks.load`; `training_set` holds 'options' (training_set_kwargs), 'label_std' (dataset_label_std of G_ema) and
+        'augment' ('options' and 'p' of ADA) where the file has them. cur_nimg is not in such files, and 0.
+    Raises: FileNotFoundError; ValueError of one line for anything that is not such a file, with missing, unexpected and misshapen names.
+    """
+    return rebuild(read(path), freeze_layers).to(device)
+
+
+def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Networks:
+    """As `load`, of a snapshot that was read."""
+    plans = plan(snapshot, freeze_layers)
+    built: dict[str, Any] = {name: p.build() for name, p in plans.items()}
+    with refusing(snapshot.who):
+        for name in built.keys() - {"D"}:
+            built[name].neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
+        training_set = _training_set(snapshot)
+    for name, module in built.items():
+        module.train(name != "G_ema").requires_grad_(False)
+    D_kwargs = plans["D"].kwargs if "D" in plans else None
+    G_kwargs, name = plans["G_ema"].kwargs, plans["G_ema"].architecture
+    return networks.Networks(built.get("G"), built.get("D"), built["G_ema"], G_kwargs, D_kwargs, training_set, architecture=name)
+
+
+def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan]:
+    """Check every network of a snapshot against the architecture that it states, before anything of its size is allocated.
+
+    Raises: ValueError of one line.
+    """
+    with refusing(snapshot.who):
+        if "G_ema" not in snapshot.networks:
+            raise Refusal("a file without G_ema")
+        plans: dict[str, Plan] = {}
+        for name in ("G_ema", "G"):
+            if (module := snapshot.networks.get(name)) is not None:
+                neural_rendering_resolution(module)
+                plans[name] = generator_plan(module, name)
+        if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
+            ours, theirs = plans["G_ema"].kwargs, plans["G"].kwargs
+            differing = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
+            raise Refusal(f"G and G_ema that differ in {', '.join(differing)}")
+        D = snapshot.networks.get("D")
+        if D is not None and D.class_name != "DualDiscriminator":
+            print(f"Warning: {snapshot.who}: D of class {brief(D.class_name)} ignored; only a DualDiscriminator is read.", file=sys.stderr)
+        elif D is not None:
+            kwargs = _arguments(D, D_NAMES, "a discriminator")
+            check(kwargs, D_OPTIONS, "")
+            kwargs = _ours(kwargs)
+            if freeze_layers is not None:
+                kwargs["block_kwargs"] = {**kwargs.get("block_kwargs", {}), "freeze_layers": freeze_layers}
+            plans["D"] = Plan(DualDiscriminator, kwargs, tensors(D, "D"))
+        total = sum(t.nbytes for p in plans.values() for t in p.tensors.values())
+        if total > snapshot.size + SLACK:
+            raise Refusal(f"tensors of {total} bytes in a file of {snapshot.size}")
+    for name, one in plans.items():
+        _check_shapes(one, f"{snapshot.who} ({name})")
+    return plans
+
+
+def _check_shapes(one: Plan, who: str) -> None:
+    """Build on the meta device, where nothing is allocated, and compare names and shapes.
+
+    Raises: ValueError where the arguments make no network, or another one than the tensors belong to.
+    """
+    try:
+        with torch.device("meta"):
+            module = one.cls(**one.kwargs)
+    except (RuntimeError, ZeroDivisionError) as error:  # sizes beyond what torch can count, or layers without channels
+        reason = brief_text(str(error))
+        raise ValueError(f"{who}: expected a network of possible size, got {reason}. Get the file again from its source.") from None
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from None
+    kinds = sorted({str(t.storage.dtype) for t in one.tensors.values() if not t.storage.dtype.is_floating_point})
+    if kinds:
+        raise ValueError(f"{who}: expected tensors of floating-point numbers, got {', '.join(kinds)}. Get the file again from its source.")
+    if any(math.prod(t.shape) > 1 << 40 for t in one.tensors.values()):
+        raise ValueError(f"{who}: expected tensors of possible size, got one above 2^40 elements. Get the file again from its source.")
+    own = {k: (v.shape, v.device) for k, v in module.state_dict().items()}  # filters are real: a few numbers
+    like = {k: own[k][1] if k in own and own[k][0] == t.shape else "meta" for k, t in one.tensors.items()}
+    storage.load_strict(module, {k: torch.empty(t.shape, device=like[k]) for k, t in one.tensors.items()}, who)
+
+
+def _training_set(snapshot: Snapshot) -> dict:
+    """What the file says of the dataset: see `load`. Raises: Refusal."""
+    stated = snapshot.training_set
+    path = stated.get("path")
+    described: dict = {"name": Path(path).stem if isinstance(path, str) else "", "resolution": stated.get("resolution")}
+    if stated:
+        described["options"] = dict(stated)
+    std = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")  # which training adds to G
+    if std is not None:
+        if not isinstance(std, TensorRecord) or len(std.shape) != 1 or std.nbytes > 1 << 16:
+            raise Refusal("a dataset_label_std that is no vector")
+        described["label_std"] = plain([float(v) for v in std.tensor()])
+    if snapshot.augment_pipe is not None:  # ADA
+        p = _inside(snapshot.augment_pipe, "_buffers", "p")
+        if not isinstance(p, TensorRecord) or p.shape != ():
+            raise Refusal("an augment_pipe without its probability p")
+        if not math.isfinite(value := float(p.tensor())):
+            raise Refusal(f"an augment_pipe with p = {value}")
+        options = plain(snapshot.augment_pipe.state.get("_init_kwargs", {}))
+        described["augment"] = {"class_name": snapshot.augment_pipe.class_name, "options": options, "p": value}
+    return described

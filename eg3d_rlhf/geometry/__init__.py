@@ -1,0 +1,1 @@
+"""Shapes as numbers: slabs of density, level sets, meshes."""

@@ -1,1 +1,0 @@
-"""The pairwise labelling application: pairs, prepared shapes, store, web server and page."""

@@ -1,0 +1,1 @@
+"""What is measured of a generator or an asset; knows no reward."""

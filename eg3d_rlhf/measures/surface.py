@@ -1,0 +1,177 @@
+"""Properties of a triangle mesh as a surface: mean curvature, parts and cavities, handles and open rims, watertightness.
+
+Topology is taken corner by corner: two corners of faces are the same point where an edge joins them, so surfaces that only touch at a
+vertex count as separate. Half-edges that several faces share, or that have no partner running the other way, count as open.
+Letters: V vertices, F faces, C = 3F corners of faces (corner 3f + i belongs to face f).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from eg3d_rlhf.geometry.mesh import face_volumes
+
+_SLIVER = 1e-12  # squared twice-area over squared edge length below which a face has no direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Counts over a whole mesh."""
+
+    parts: int  # connected surfaces that enclose material (a positive volume), and those that are open
+    cavities: int  # connected closed surfaces of negative volume: hollows inside a body
+    handles: int  # genus, summed over all surfaces: the holes that one can put a finger through
+    rims: int  # closed loops of open edges: holes in the surface itself
+    euler: int  # vertices - edges + faces, touching points counted apart
+    open_edges: int  # half-edges without a partner
+    main_share: float  # volume of the largest part over that of all parts, 0..1; 1 where there is none
+
+    @property
+    def watertight(self) -> bool:
+        """Whether every edge joins exactly two faces that run through it in opposite directions."""
+        return self.open_edges == 0
+
+    @property
+    def holes(self) -> int:
+        """Handles and rims: what breaks a surface that should be a simple one."""
+        return self.handles + self.rims
+
+
+def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
+    """Parts, cavities, handles and rims of vertices [V, 3] and faces [F, 3], wound counter-clockwise seen from outside.
+
+    Per connected surface, Euler's formula gives vertices - edges + faces = 2 - 2 genus - rims.
+    Raises: ValueError on shapes, a mesh without faces, or a face that uses a vertex twice.
+    """
+    vertices, faces = _check("topology", vertices, faces)
+    partner = _partners(faces)  # [C] half-edge, -1 where open
+    here = np.flatnonzero(partner >= 0)
+    there = partner[here]  # runs the other way: its start is our end
+    point, points = _connected([(here, _next(there)), (_next(here), there)], len(partner))  # the point [C] that each corner is
+    surface, surfaces = _surfaces(partner)
+    first = surface[0::3]  # [F] surface of each face
+    opened, paired = partner < 0, partner >= 0
+    point_surface = np.zeros(points, dtype=np.int64)
+    point_surface[point] = surface
+    count = np.bincount(point_surface, minlength=surfaces)  # vertices of each surface
+    edges = np.bincount(surface, weights=np.where(paired, 0.5, 1.0), minlength=surfaces)
+    euler = np.rint(count - edges + np.bincount(first, minlength=surfaces)).astype(np.int64)  # [S]
+    rims = _rims(point, opened, points, point_surface, surfaces)
+    genus = (2 - euler - rims) // 2
+    volume = np.bincount(first, weights=face_volumes(vertices, faces), minlength=surfaces)
+    closed = np.bincount(surface, weights=opened, minlength=surfaces) == 0
+    cavity = closed & (volume < 0)
+    bodies = np.abs(volume[~cavity])
+    share = float(bodies.max() / bodies.sum()) if bodies.size and bodies.sum() > 0 else 1.0
+    return Topology(
+        parts=int((~cavity).sum()), cavities=int(cavity.sum()), handles=int(genus.sum()), rims=int(rims.sum()), euler=int(euler.sum()),
+        open_edges=int(opened.sum()), main_share=share,
+    )
+
+
+def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Faces [F', 3] of the connected surface with the largest volume (the largest in faces where none encloses any)."""
+    vertices, faces = _check("main_surface", vertices, faces)
+    surface, surfaces = _surfaces(_partners(faces))
+    volume = np.bincount(surface[0::3], weights=face_volumes(vertices, faces), minlength=surfaces)
+    size = volume if volume.max() > 0 else np.bincount(surface[0::3], minlength=surfaces)
+    return faces[surface[0::3] == size.argmax()]
+
+
+def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean curvature H [V] in 1/world unit, and the area [V] that each vertex stands for.
+
+    Meyer et al. 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours of (cot alpha + cot beta)(x_i - x_j), alpha and beta the angles opposite
+    the edge and A the mixed Voronoi area (fig. 4). H > 0 where the surface bends away from its outside: 1/r on a sphere. NaN, with area 0,
+    at vertices on a rim and at vertices that no face uses. Not differentiable.
+    Deviates: faces without area are left out; the sign is that of the area-weighted vertex normal.
+    """
+    vertices, faces = _check("mean_curvature", vertices, faces)
+    corners = vertices[faces]  # [F, 3, 3]
+    sides = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
+    squared = (sides**2).sum(axis=2)  # [F, 3]
+    normal = np.cross(sides[:, 0], sides[:, 1])  # [F, 3], length = twice the area
+    double = np.linalg.norm(normal, axis=1)
+    used = double**2 > _SLIVER * squared.max(axis=1) ** 2
+    faces_used, sides, squared, normal, double = faces[used], sides[used], squared[used], normal[used], double[used]
+    cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double[:, None]  # at corner i, between sides i - 1 and i
+    obtuse, laplace, area = (cot < 0).any(axis=1), np.zeros_like(vertices), np.zeros(len(vertices))
+    for i in range(3):  # side i lies opposite corner i + 2
+        a, b, pull = faces_used[:, i], faces_used[:, (i + 1) % 3], cot[:, (i + 2) % 3, None] * sides[:, i]
+        _add(laplace, a, -pull)
+        _add(laplace, b, pull)
+        before = (i + 2) % 3  # side i joins corners i and i + 1, side i + 2 joins i + 2 and i
+        voronoi = (squared[:, before] * cot[:, (i + 1) % 3] + squared[:, i] * cot[:, before]) / 8
+        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double / 4, double / 8), voronoi)  # half or a quarter where the face is obtuse
+        area += np.bincount(a, weights=mixed, minlength=len(vertices))
+    direction = np.zeros_like(vertices)
+    for i in range(3):
+        _add(direction, faces_used[:, i], normal)
+    rim = np.zeros(len(vertices), dtype=bool)
+    opened = np.flatnonzero(_partners(faces) < 0)
+    rim[faces.reshape(-1)[opened]] = rim[faces[:, [1, 2, 0]].reshape(-1)[opened]] = True
+    known = (area > 0) & ~rim
+    length = np.linalg.norm(laplace, axis=1) * np.where((laplace * direction).sum(axis=1) < 0, -1.0, 1.0)
+    return np.where(known, length / (4 * np.where(known, area, 1.0)), np.nan), np.where(known, area, 0.0)
+
+
+def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
+    for axis in range(3):
+        total[:, axis] += np.bincount(rows, weights=values[:, axis], minlength=len(total))
+
+
+def _check(who: str, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces).astype(np.int64)
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3 or len(faces) == 0:
+        raise ValueError(f"{who}: expected vertices [V, 3] and faces [F, 3], F >= 1, got {vertices.shape} and {faces.shape}.")
+    if faces.min() < 0 or faces.max() >= len(vertices) or not np.isfinite(vertices).all():
+        raise ValueError(f"{who}: expected faces of {len(vertices)} finite vertices, got others. Extract the mesh again.")
+    if (faces == np.roll(faces, 1, axis=1)).any():
+        raise ValueError(f"{who}: expected three different vertices in every face, got a face with one twice. Remove such faces.")
+    return vertices, faces
+
+
+def _partners(faces: np.ndarray) -> np.ndarray:
+    """For each half-edge [C] (corner i of a face to its next corner) the one running the other way; -1 where there is not exactly one."""
+    start, end = faces.reshape(-1), faces[:, [1, 2, 0]].reshape(-1)
+    base = int(faces.max()) + 1
+    forward, backward = start * base + end, end * base + start
+    order = np.argsort(forward, kind="stable")
+    sorted_keys = forward[order]
+    left, right = np.searchsorted(sorted_keys, backward), np.searchsorted(sorted_keys, backward, side="right")
+    own = np.searchsorted(sorted_keys, forward, side="right") - np.searchsorted(sorted_keys, forward)
+    single = (right - left == 1) & (own == 1)
+    return np.where(single, order[np.minimum(left, len(order) - 1)], -1)
+
+
+def _next(corner: np.ndarray) -> np.ndarray:
+    """The corner after each in its face."""
+    return np.where(corner % 3 == 2, corner - 2, corner + 1)
+
+
+def _connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
+    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(count, count))
+    number, labels = connected_components(graph, directed=False)
+    return labels.astype(np.int64), int(number)
+
+
+def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:
+    """The connected surface [C] of each corner, and their number."""
+    here, corner = np.flatnonzero(partner >= 0), np.arange(len(partner))
+    return _connected([(here, partner[here]), (corner, _next(corner))], len(partner))
+
+
+def _rims(point: np.ndarray, opened: np.ndarray, points: int, surface: np.ndarray, surfaces: int) -> np.ndarray:
+    """Loops of open half-edges on each surface, [S]; each point of a rim has one edge that comes and one that goes."""
+    edge = np.flatnonzero(opened)
+    if len(edge) == 0:
+        return np.zeros(surfaces, dtype=np.int64)
+    label, number = _connected([(point[edge], point[_next(edge)])], points)
+    on_rim = np.zeros(points, dtype=bool)
+    on_rim[point[edge]] = True
+    loops, first = np.unique(label[on_rim], return_index=True)
+    return np.bincount(surface[np.flatnonzero(on_rim)[first]], minlength=surfaces)

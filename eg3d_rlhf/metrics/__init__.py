@@ -1,1 +1,0 @@
-"""Independent measurements of generators: image distance, geometry, and the statistics that qualify them."""

@@ -1,0 +1,168 @@
+"""The BLIP trunk of ImageReward and Reward3D: a ViT for the picture, and a BERT whose every layer also attends to the picture.
+
+Modules carry the published names (params/Reward3D_*.tsv), so that published files load as they are. Written from BLIP's description
+(2201.12086): pre-norm ViT with one class token; post-norm BERT, each layer self-attention, cross-attention, feed-forward; no token types.
+
+Shape letters: B pictures, T tokens of a prompt, P patches + 1, D text width, E picture width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.models.local_files import count, shape_of
+
+HEAD_WIDTH = 64  # numbers of an attention head, of both networks in all published sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlipSizes:
+    """Sizes of a trunk; the defaults are BLIP-large."""
+
+    image: int = 224  # pixels per side
+    patch: int = 16  # pixels per side
+    vision_width: int = 1024
+    vision_layers: int = 24
+    text_width: int = 768
+    text_layers: int = 12
+    text_hidden: int = 3072
+    vocabulary: int = 30524  # BERT's and two marks
+    positions: int = 512
+    projection: int = 256  # of a contrastive head that scoring does not use
+
+    @classmethod
+    def of(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
+        """The sizes that a file's shapes tell. Raises: ValueError for another network's file."""
+        vision, text = "blip.visual_encoder.", "blip.text_encoder."
+        width, _, patch, _ = shape_of(state, f"{vision}patch_embed.proj.weight", who, 4)
+        _, tokens, _ = shape_of(state, f"{vision}pos_embed", who, 3)
+        vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
+        return cls(
+            image=round((tokens - 1) ** 0.5) * patch, patch=patch, vision_width=width, vision_layers=count(state, f"{vision}blocks."),
+            text_width=text_width, text_layers=count(state, f"{text}encoder.layer."), vocabulary=vocabulary,
+            text_hidden=shape_of(state, f"{text}encoder.layer.0.intermediate.dense.weight", who, 2)[0],
+            positions=shape_of(state, f"{text}embeddings.position_embeddings.weight", who, 2)[0],
+            projection=shape_of(state, "blip.text_proj.weight", who, 2)[0],
+        )
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention with heads of HEAD_WIDTH numbers. query [B, T, D], key and value [B, P, D]; mask [B, P] bool, True for tokens."""
+    heads = max(query.shape[-1] // HEAD_WIDTH, 1)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B, heads, T, D / heads]
+    return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None]).transpose(1, 2).flatten(2)
+
+
+def tree(**modules: nn.Module) -> Any:
+    """A module that only holds others by name, for the published names' sake."""
+    holder = nn.Module()
+    for name, module in modules.items():
+        holder.add_module(name, module)
+    return holder
+
+
+class VisionBlock(nn.Module):
+    """One pre-norm layer of the ViT."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = tree(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width))
+        self.mlp = tree(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, P, E] -> [B, P, E]."""
+        x = x + self.attn.proj(attend(*self.attn.qkv(self.norm1(x)).chunk(3, -1)))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class VisionEncoder(nn.Module):
+    """The ViT."""
+
+    def __init__(self, sizes: BlipSizes):
+        super().__init__()
+        self.side, width = sizes.image, sizes.vision_width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (sizes.image // sizes.patch) ** 2 + 1, width))
+        self.patch_embed = tree(proj=nn.Conv2d(3, width, sizes.patch, sizes.patch))
+        self.blocks = nn.ModuleList(VisionBlock(width) for _ in range(sizes.vision_layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features [B, P, E] of normalised pictures [B, 3, S, S]; the class token comes first."""
+        x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class TextAttention(nn.Module):
+    """Attention of tokens to what `key_width` wide vectors tell, added and normalised."""
+
+    def __init__(self, width: int, key_width: int):
+        super().__init__()
+        self.add_module("self", tree(query=nn.Linear(width, width), key=nn.Linear(key_width, width), value=nn.Linear(key_width, width)))
+        self.output = tree(dense=nn.Linear(width, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, T, D], seen [B, P, key width], mask [B, P] -> [B, T, D]."""
+        projections: Any = self.get_submodule("self")
+        attended = attend(projections.query(x), projections.key(seen), projections.value(seen), mask)
+        return self.output.LayerNorm(self.output.dense(attended) + x)
+
+
+class TextLayer(nn.Module):
+    """One layer of the BERT."""
+
+    def __init__(self, sizes: BlipSizes):
+        super().__init__()
+        width = sizes.text_width
+        self.attention = TextAttention(width, width)
+        self.crossattention = TextAttention(width, sizes.vision_width)
+        self.intermediate = tree(dense=nn.Linear(width, sizes.text_hidden))
+        self.output = tree(dense=nn.Linear(sizes.text_hidden, width), LayerNorm=nn.LayerNorm(width, eps=1e-12))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D], mask [B, T], picture [B, P, E] -> [B, T, D]."""
+        x = self.crossattention(self.attention(x, x, mask), picture)
+        return self.output.LayerNorm(self.output.dense(F.gelu(self.intermediate.dense(x))) + x)
+
+
+class TextEncoder(nn.Module):
+    """The BERT."""
+
+    def __init__(self, sizes: BlipSizes):
+        super().__init__()
+        self.vocabulary, width = sizes.vocabulary, sizes.text_width
+        self.embeddings = tree(
+            word_embeddings=nn.Embedding(sizes.vocabulary, width), position_embeddings=nn.Embedding(sizes.positions, width),
+            LayerNorm=nn.LayerNorm(width, eps=1e-12),
+        )
+        self.encoder = tree(layer=nn.ModuleList(TextLayer(sizes) for _ in range(sizes.text_layers)))
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        """Features [B, T, D] of tokens [B, T] (mask [B, T] bool: True where there is one) that look at picture [B, P, E]."""
+        place = self.embeddings.position_embeddings.weight[: tokens.shape[1]]
+        x = self.embeddings.LayerNorm(self.embeddings.word_embeddings(tokens) + place)
+        for layer in self.encoder.layer:
+            x = layer(x, mask, picture)
+        return x
+
+
+class Blip(nn.Module):
+    """The trunk. It holds no dropout: the rewards that stand on it are only ever evaluated."""
+
+    def __init__(self, sizes: BlipSizes):
+        super().__init__()
+        self.visual_encoder, self.text_encoder = VisionEncoder(sizes), TextEncoder(sizes)
+        self.vision_proj = nn.Linear(sizes.vision_width, sizes.projection)  # in the files; scoring does not use the two
+        self.text_proj = nn.Linear(sizes.text_width, sizes.projection)
+
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Feature [B, D] of each prompt's class token that has looked at its picture."""
+        return self.text_encoder(tokens, mask, self.visual_encoder(pixels))[:, 0]

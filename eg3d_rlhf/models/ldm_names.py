@@ -1,0 +1,138 @@
+"""From the names of latent diffusion's own files to those of diffusers and transformers, and the sizes that a U-Net's shapes tell.
+
+State dicts go in and come out; tensors are shared, but for 1 x 1 convolutions that become linear layers. Shape letters: C channels.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from eg3d_rlhf.models.local_files import below, count, shape_of
+
+State = dict[str, torch.Tensor]
+UNET = {
+    "time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
+    "camera_embed.0.": "class_embedding.linear_1.", "camera_embed.2.": "class_embedding.linear_2.",
+    "input_blocks.0.0.": "conv_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out.",
+    "middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.", "middle_block.2.": "mid_block.resnets.1.",
+}
+RESNET = {
+    "in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.", "out_layers.0.": "norm2.",
+    "out_layers.3.": "conv2.", "skip_connection.": "conv_shortcut.",
+}
+VAE = {
+    "mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1.", "mid.attn_1.": "mid_block.attentions.0.",
+    "norm_out.": "conv_norm_out.", "nin_shortcut.": "conv_shortcut.", "downsample.": "downsamplers.0.", "upsample.": "upsamplers.0.",
+}
+VAE_ATTENTION = {"norm.": "group_norm.", "q.": "to_q.", "k.": "to_k.", "v.": "to_v.", "proj_out.": "to_out.0."}
+
+
+def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """New name of the beginning of every name: which block of LDM's flat lists is which part of diffusers' tree.
+
+    A level ends with the block that holds nothing but a resampling; an up block carries its upsampling as its last part.
+    """
+    names, level, part = dict(UNET), 0, 0
+    for i in range(1, count(state, "input_blocks.")):
+        block = f"input_blocks.{i}."
+        if any(n.startswith(f"{block}0.op.") for n in state):
+            names[f"{block}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
+            level, part = level + 1, 0
+            continue
+        names[f"{block}0."], names[f"{block}1."] = f"down_blocks.{level}.resnets.{part}.", f"down_blocks.{level}.attentions.{part}."
+        part += 1
+    level = part = 0
+    for i in range(count(state, "output_blocks.")):
+        block = f"output_blocks.{i}."
+        names[f"{block}0."], names[f"{block}1."] = f"up_blocks.{level}.resnets.{part}.", f"up_blocks.{level}.attentions.{part}."
+        part += 1
+        resampled = [n[: -len("conv.weight")] for n in state if re.fullmatch(rf"{re.escape(block)}[12]\.conv\.weight", n)]
+        if resampled:
+            names[f"{resampled[0]}conv."] = f"up_blocks.{level}.upsamplers.0.conv."
+            level, part = level + 1, 0
+    return names
+
+
+def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
+    """A U-Net's state dict (without the prefix model.diffusion_model.) under diffusers' names; unknown names stay."""
+    names, new = unet_names(state), {}
+    for name, tensor in state.items():
+        start = max((old for old in names if name.startswith(old)), key=len, default="")
+        rest = name.removeprefix(start)
+        if "resnets." in names.get(start, ""):
+            rest = next((RESNET[old] + rest.removeprefix(old) for old in RESNET if rest.startswith(old)), rest)
+        new[names.get(start, "") + rest] = tensor
+    return new
+
+
+def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
+    """An autoencoder's state dict (without first_stage_model.) under diffusers' names. LDM counts up blocks from the picture."""
+    ups, new = count(state, "decoder.up."), {}
+    for name, tensor in state.items():
+        name = re.sub(r"\.down\.(\d+)\.(?:block\.(\d+)\.)?", lambda m: f".down_blocks.{m[1]}." + (f"resnets.{m[2]}." if m[2] else ""), name)
+        name = re.sub(
+            r"\.up\.(\d+)\.(?:block\.(\d+)\.)?", lambda m: f".up_blocks.{ups - 1 - int(m[1])}." + (f"resnets.{m[2]}." if m[2] else ""), name
+        )
+        for old, now in VAE.items():
+            name = name.replace(old, now) if f".{old}" in name else name
+        before, mark, rest = name.partition("attentions.0.")
+        if mark:
+            rest = next(now + rest.removeprefix(old) for old, now in VAE_ATTENTION.items() if rest.startswith(old))
+            tensor = tensor[..., 0, 0] if tensor.ndim == 4 else tensor
+        new[before + mark + rest] = tensor
+    return new
+
+
+def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> State:
+    """open_clip's text half (transformer.resblocks.*, ln_final, ...) as the first `layers` layers of transformers' CLIPTextModel."""
+    new = {
+        "embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "embeddings.position_embedding.weight": state["positional_embedding"],
+        **{f"final_layer_norm.{part}": state[f"ln_final.{part}"] for part in ("weight", "bias")},
+    }
+    renamed = {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj",
+    }
+    for i in range(layers):
+        block = below(state, f"transformer.resblocks.{i}.")
+        for part in ("weight", "bias"):
+            new.update({f"encoder.layers.{i}.{now}.{part}": block[f"{old}.{part}"] for old, now in renamed.items()})
+            packed = block[f"attn.in_proj_{part}"].chunk(3)
+            new.update({f"encoder.layers.{i}.self_attn.{q}_proj.{part}": x for q, x in zip("qkv", packed, strict=True)})
+    return {f"text_model.{name}": tensor for name, tensor in new.items()}
+
+
+def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
+    """Arguments of diffusers' UNet2DConditionModel that a state dict's shapes tell (LDM's names, without their prefix).
+
+    Linear projections about the attention mean Stable Diffusion 2's form, heads of 64 channels; convolutions that of 1.x, 8 heads.
+
+    Args: image_size: pixels per side of the latents. Raises: ValueError for another network's file.
+    """
+    first = shape_of(state, "input_blocks.0.0.weight", who, 4)
+    names, channels, attention, layers = unet_names(state), {}, {}, 0
+    for block, target in names.items():
+        found = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
+        if found and found[2] == "resnets":
+            channels[int(found[1])] = shape_of(state, f"{block}in_layers.2.weight", who, 4)[0]
+            layers = max(layers, int(found[3]) + 1)
+        elif found and f"{block}proj_in.weight" in state:
+            attention[int(found[1])] = block
+    if not channels or 0 not in attention and not attention:
+        raise ValueError(f"{who}: expected a U-Net with attention, got no such blocks. Is it another network's file?")
+    block = next(iter(attention.values()))
+    linear = state[f"{block}proj_in.weight"].ndim == 2
+    widths = [channels[level] for level in sorted(channels)]
+    camera = state.get("camera_embed.0.weight")
+    down = tuple("CrossAttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths)))
+    return {
+        "sample_size": image_size, "in_channels": first[1], "out_channels": shape_of(state, "out.2.weight", who, 4)[0],
+        "block_out_channels": tuple(widths), "layers_per_block": layers, "down_block_types": down,
+        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down)), "use_linear_projection": linear,
+        "attention_head_dim": tuple(max(width // 64, 1) for width in widths) if linear else 8,
+        "cross_attention_dim": shape_of(state, f"{block}transformer_blocks.0.attn2.to_k.weight", who, 2)[1],
+        "class_embed_type": None if camera is None else "projection",
+        "projection_class_embeddings_input_dim": None if camera is None else camera.shape[1],
+    }

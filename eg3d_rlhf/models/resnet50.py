@@ -1,0 +1,80 @@
+"""ResNet-50 (He et al. 2016, arXiv 1512.03385), version 1.5: the stride is in the 3x3 convolution. As a frozen backbone, whose weights
+come from a local file in torchvision's format; torchvision itself is not needed and nothing is fetched.
+
+Letters: N samples, C channels, H, W = rows and columns.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training.networks import state_hash
+
+FEATURES = 2048  # channels of the last stage
+_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, inner channels
+_CLASSIFIER = ("fc.weight", "fc.bias")  # the ImageNet classes, not used
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (stride here), 1x1, each with batch normalisation, and a shortcut around them: [N, C, H, W] -> [N, 4 * inner, ...]."""
+
+    def __init__(self, channels: int, inner: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, 4 * inner, 1, bias=False), nn.BatchNorm2d(4 * inner)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels != 4 * inner:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(nn.Module):
+    """Images [N, 3, H, W] -> means over the last stage [N, 2048]. Names are torchvision's; there is no classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        channels = 64
+        for number, (blocks, inner) in enumerate(_STAGES, 1):
+            strides = [1 if number == 1 else 2] + [1] * (blocks - 1)
+            stage = nn.Sequential()
+            for stride in strides:
+                stage.append(Bottleneck(channels, inner, stride))
+                channels = 4 * inner
+            setattr(self, f"layer{number}", stage)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        for number in range(1, len(_STAGES) + 1):
+            x = getattr(self, f"layer{number}")(x)
+        return x.mean(dim=(2, 3))
+
+
+def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
+    """A frozen ResNet-50 in eval mode with the weights of a state dict, a .pth or .safetensors file. Nothing in it is executed.
+
+    Args: sha256: of the backbone that a reward was trained on (`state_hash` of it); None accepts any.
+    Raises: FileNotFoundError; ValueError for another network's weights, and for those of another backbone than `sha256`.
+    """
+    from eg3d_rlhf.rewards.reward import check_state, read_state  # which know the networks
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--backbone: expected a file of ResNet-50's weights, got none at {path}. Check the path.")
+    state, network = read_state(path), ResNet50()
+    state = {name: value for name, value in state.items() if name not in _CLASSIFIER}
+    check_state(f"--backbone={path}", network, state)
+    network.load_state_dict(state)
+    if sha256 is not None and (found := state_hash(network)) != sha256:
+        raise ValueError(
+            f"--backbone={path}: expected the backbone {sha256[:12]}... that the reward was trained on, got {found[:12]}... "
+            "Its scores would mean nothing; name the right file."
+        )
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,226 @@
+"""SAM 3D's first flow: the shape's tokens and those of the pose go through a transformer with layers for each (a mixture of transformers).
+
+The latent is a dictionary of tensors. Each has an input layer, positions and an output layer of its own; those that share a transformer are
+one group of tokens. Self-attention is over the tokens of all groups, but a protected group sees itself alone: the shape does not depend on
+the pose, the pose on the shape (Chen et al. 2025, SAM 3D; Liang et al. 2024, Mixture-of-Transformers). The step size d of a shortcut model
+(Frans et al. 2024) is embedded as the time is, and added to it; d = 0 is the plain flow.
+
+Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A its channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.trellis import blocks
+
+Tokens = dict[str, torch.Tensor]  # by group [N, T_g, C], or by name of the dictionary [N, S, A]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """One tensor of the dictionary."""
+
+    in_channels: int  # A
+    tokens: int  # S
+    resolution: int | None = None  # of the grid that the tokens lie on; None: on none, and their positions are learnt
+
+    def __post_init__(self):
+        if min(self.in_channels, self.tokens) < 1 or (self.resolution is not None and self.resolution**3 != self.tokens):
+            raise ValueError(f"LatentConfig: expected channels, tokens >= 1, resolution^3 of them on a grid, got {self}. Correct it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """What the first flow's file says of its network."""
+
+    latents: Mapping[str, LatentConfig]  # in order
+    model_channels: int
+    cond_channels: int
+    num_blocks: int
+    num_heads: int | None = None  # or model_channels / num_head_channels
+    num_head_channels: int = 64
+    mlp_ratio: float = 4
+    latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> what is in it; others are alone
+    protect_modality_list: tuple[str, ...] = ("shape",)  # groups that see themselves alone
+    is_shortcut_model: bool = False  # whether it reads a step size
+    share_mod: bool = False
+    qk_rms_norm: bool = False
+    qk_rms_norm_cross: bool = False
+    use_fp16: bool = False  # type of the blocks as built; files bring their own
+    use_checkpoint: bool = False  # compute blocks again in the backward pass
+    time_scale: float = 1000.0  # by which times and step sizes are multiplied before they are embedded
+
+    def __post_init__(self):
+        object.__setattr__(self, "protect_modality_list", tuple(self.protect_modality_list))
+        inside = [name for names in self.latent_share_transformer.values() for name in names]
+        if not self.latents or set(inside) - set(self.latents) or len(set(inside)) < len(inside):
+            got = f"{', '.join(self.latents) or 'none'} in {dict(self.latent_share_transformer)}"
+            raise ValueError(f"MixtureConfig: expected latents, each in one group at most, got {got}. Correct the file.")
+        foreign = sorted(set(self.protect_modality_list) - set(self.groups))
+        if foreign or self.model_channels % self.heads:
+            got = f"{', '.join(foreign) or 'no others'} and {self.model_channels} / {self.heads}"
+            raise ValueError(f"MixtureConfig: expected protected groups of this model, channels that heads divide, got {got}. Correct it.")
+
+    @property
+    def heads(self) -> int:
+        """Of every attention."""
+        return self.num_heads or self.model_channels // self.num_head_channels
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Names of the dictionary by group, in order."""
+        shared = {name: group for group, names in self.latent_share_transformer.items() for name in names}
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self.latents:
+            group = shared.get(name, name)
+            found.setdefault(group, tuple(self.latent_share_transformer.get(group, (name,))))
+        return found
+
+
+class Positions(nn.Module):
+    """`pos_emb` [S, C]: sines and cosines of the grid's points, or learnt."""
+
+    def __init__(self, config: LatentConfig, channels: int):
+        super().__init__()
+        if config.resolution is None:
+            self.pos_emb = nn.Parameter(torch.randn(config.tokens, channels) / channels**0.5)
+        else:
+            points = torch.cartesian_prod(*[torch.arange(config.resolution)] * 3)
+            self.register_buffer("pos_emb", blocks.position_embedding(points, channels))
+
+
+class LatentLayers(nn.Module):
+    """In and out of the transformer, for one tensor of the dictionary."""
+
+    def __init__(self, config: LatentConfig, channels: int):
+        super().__init__()
+        self.input_layer, self.out_layer = nn.Linear(config.in_channels, channels), nn.Linear(channels, config.in_channels)
+        self.pos_emb = Positions(config, channels)
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, S, A] -> [N, S, C]."""
+        return self.input_layer(x) + self.pos_emb.pos_emb
+
+    def write(self, h: torch.Tensor) -> torch.Tensor:
+        """[N, S, C] -> [N, S, A]."""
+        return self.out_layer(F.layer_norm(h, h.shape[-1:]).to(self.out_layer.weight.dtype))
+
+
+class MixedAttention(nn.Module):
+    """Self-attention over several groups of tokens, with linear layers for each."""
+
+    def __init__(self, channels: int, heads: int, groups: tuple[str, ...], protected: tuple[str, ...], qk_rms_norm: bool):
+        super().__init__()
+        self.heads, self.protected = heads, protected
+        self.to_qkv = nn.ModuleDict({g: nn.Linear(channels, 3 * channels) for g in groups})
+        if qk_rms_norm:
+            self.q_rms_norm, self.k_rms_norm = (
+                nn.ModuleDict({g: blocks.HeadRMSNorm(heads, channels // heads) for g in groups}) for _ in range(2)
+            )
+        self.qk_rms_norm = qk_rms_norm
+        self.to_out = nn.ModuleDict({g: nn.Linear(channels, channels) for g in groups})
+
+    def forward(self, x: Tokens) -> Tokens:
+        q, k, v = Tokens(), Tokens(), Tokens()
+        for g, h in x.items():
+            q[g], k[g], v[g] = self.to_qkv[g](h).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T_g, H, D]
+            if self.qk_rms_norm:
+                q[g], k[g] = self.q_rms_norm[g](q[g]), self.k_rms_norm[g](k[g])
+        every = [torch.cat([*part.values()], 1) for part in (k, v)]
+        seen = {g: blocks.attend(q[g], *((k[g], v[g]) if g in self.protected else every)) for g in x}
+        return {g: self.to_out[g](h.flatten(-2)) for g, h in seen.items()}
+
+
+class MixedBlock(nn.Module):
+    """As `blocks.ModulatedBlock`, with layers for each group; the modulation of the time is the same for all."""
+
+    def __init__(self, config: MixtureConfig):
+        super().__init__()
+        channels, heads, groups = config.model_channels, config.heads, tuple(config.groups)
+        layout = dict(qk_rms_norm=config.qk_rms_norm_cross)
+        self.norm2 = nn.ModuleDict({g: blocks.LayerNorm32(channels, affine=True) for g in groups})
+        self.self_attn = MixedAttention(channels, heads, groups, config.protect_modality_list, config.qk_rms_norm)
+        self.cross_attn = nn.ModuleDict({g: blocks.CrossAttention(channels, config.cond_channels, heads, **layout) for g in groups})
+        self.mlp = nn.ModuleDict({g: blocks.FeedForward(channels, config.mlp_ratio) for g in groups})
+        self.norm = blocks.LayerNorm32(channels)  # without parameters: one will do
+        if not config.share_mod:
+            self.adaLN_modulation = blocks.modulation(channels)
+        self.share_mod = config.share_mod
+
+    def forward(self, x: Tokens, time: torch.Tensor, cond: torch.Tensor) -> Tokens:
+        """Tokens by group [N, T_g, C], time [N, C] (shared modulation: [N, 6 C]) and cond [N, L, E] -> tokens."""
+        layout, values = blocks.DenseLayout(), time if self.share_mod else self.adaLN_modulation(time)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (layout.per_token(v) for v in values.chunk(6, -1))
+        attended = self.self_attn({g: self.norm(h) * (1 + scale) + shift for g, h in x.items()})
+        found = Tokens()
+        for g, h in x.items():
+            h = h + gate * attended[g]
+            h = h + self.cross_attn[g](self.norm2[g](h), cond, layout)
+            found[g] = h + mlp_gate * self.mlp[g](self.norm(h) * (1 + mlp_scale) + mlp_shift)
+        return found
+
+
+class MixtureFlow(nn.Module):
+    """model(x_t by name [N, S, A], t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocities, like x_t.
+
+    Times are the network's own: t = 1 is data. Differentiable in: everything but t and step.
+    """
+
+    def __init__(self, config: MixtureConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = config.use_checkpoint
+        channels = config.model_channels
+        self.t_embedder = blocks.TimeEmbedder(channels)
+        if config.is_shortcut_model:
+            self.d_embedder = blocks.TimeEmbedder(channels)
+        if config.share_mod:
+            self.adaLN_modulation = blocks.modulation(channels)
+        self.latent_mapping = nn.ModuleDict({name: LatentLayers(one, channels) for name, one in config.latents.items()})
+        self.blocks = nn.ModuleList(MixedBlock(config) for _ in range(config.num_blocks))
+        if config.use_fp16:
+            blocks.convert_torso(self.blocks, torch.float16)
+
+    def forward(
+        self, x_t: Mapping[str, torch.Tensor], t: torch.Tensor, cond: torch.Tensor, step: torch.Tensor | None = None
+    ) -> Tokens:
+        config = self.config
+        if set(x_t) != set(config.latents):
+            got = ", ".join(sorted(x_t))
+            raise ValueError(f"MixtureFlow.x_t: expected {', '.join(sorted(config.latents))}, got {got}. Give latents of this model.")
+        for name, one in config.latents.items():
+            check_shape(f"MixtureFlow.x_t[{name!r}]", x_t[name], [len(t), one.tokens, one.in_channels], "Give latents of its size.")
+        check_shape("MixtureFlow.cond", cond, [len(t), "L", config.cond_channels], "Use embeddings of this model's own embedder.")
+        layers: Any = self.latent_mapping
+        dtype = blocks.torso_dtype(self.blocks)
+        time = embedded_time(self, t, step, config.time_scale)
+        if config.share_mod:
+            time = self.adaLN_modulation(time)
+        time, cond = time.to(dtype), cond.to(dtype)
+        read = {name: layers[name].read(x_t[name].float()).to(dtype) for name in config.latents}
+        h = {g: torch.cat([read[name] for name in names], 1) for g, names in config.groups.items()}
+        for block in self.blocks:
+            h = blocks.run_block(block, h, time, cond, recompute=self.recompute)
+        found = Tokens()
+        for g, names in config.groups.items():
+            parts = h[g].float().split([config.latents[name].tokens for name in names], 1)
+            found |= {name: layers[name].write(part).to(x_t[name].dtype) for name, part in zip(names, parts, strict=True)}
+        return {name: found[name] for name in config.latents}
+
+
+def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Times, and the step sizes of a shortcut model (None: 0), [N] each -> [N, C] float32.
+
+    Raises: ValueError for a step size where the model reads none.
+    """
+    factor, shortcut = scale / blocks.TIME_SCALE, hasattr(flow, "d_embedder")
+    if step is not None and not shortcut:
+        raise ValueError(f"{type(flow).__name__}: expected no step size, since this model reads none, got {step.tolist()}. Leave it out.")
+    time = flow.t_embedder(factor * t)
+    return time + flow.d_embedder(factor * (torch.zeros_like(t) if step is None else step)) if shortcut else time

@@ -1,0 +1,1 @@
+"""People: labelling in the browser, blind studies."""

@@ -1,0 +1,331 @@
+"""A store's campaigns without loss, as JSON lines: for archives, and for moving to another database.
+
+One record per line with a field `record`: campaign, shape, pair, annotator, assignment, judgement; those are the tables' rows, with names
+and tokens where the tables have numbers. Judgements come in order of receipt, with undos. Token hashes, sessions and leases stay behind.
+Reading a file again adds only what is new.
+
+Also ranked-seeds tables: CSV with a row number, the preferred seed and the other, as published with arXiv 2606.27305. A table says neither
+who judged, nor when, nor on which side a shape was: sides are drawn by a hash, so that no side bias is invented.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Row, Table, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.people.label.campaigns import create, settings_from_json
+from eg3d_rlhf.people.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
+from eg3d_rlhf.people.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape
+from eg3d_rlhf.people.label.preferences import LabelFilters, refuse_assets
+from eg3d_rlhf.people.label.questions import check_stored
+from eg3d_rlhf.people.label.store import KNOWN, NAME, Store, find_or_add
+from eg3d_rlhf.preferences.labels import load_labels
+from training.storage import write_atomic
+
+FORMAT = 1
+HEADER = ["", "rank1", "rank2"]  # of a ranked-seeds table
+ORIGIN = "ranked-seeds table"  # in the campaign's settings
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How the rows of a table stand in the file: links are fields of the columns' names without `_id`."""
+
+    table: Table
+    name: str  # column by which other records call a row; for judgements, together with the annotator
+    links: Mapping[str, str]  # column -> kind of record that it points to
+
+
+KEPT = {  # by kind of record, whatever is referred to first
+    "shape": Kept(shapes, "asset", {}),
+    "pair": Kept(pairs, "position", {"first_id": "shape", "second_id": "shape"}),
+    "assignment": Kept(assignments, "token", {"annotator_id": "annotator", "pair_id": "pair"}),
+    "judgement": Kept(judgements, "key", {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"}),
+}
+STATE = {"takes_back", "answered", "leased", "taken"}  # columns that are not written as they are
+DEFAULTS = {"degradation": "", "file": "", "condition": "", "page_version": "", "taken": 0}  # of fields that an export may lack
+
+
+def export_judgements(store: Store, path: str | Path, campaign: str | None = None) -> Path:
+    """Write one campaign, or all. Returns the path. Raises: ValueError for an unknown campaign."""
+    with store.database.read() as c:
+        query = select(campaigns).order_by(campaigns.c.id)
+        found = list(c.execute(query if campaign is None else query.where(campaigns.c.name == campaign)))
+        if campaign is not None and not found:
+            raise ValueError(f"campaign: expected one of the store's, got {campaign!r}. `campaigns` lists them.")
+        lines = [json.dumps({"record": "format", "version": FORMAT})]
+        for row in found:
+            lines += [json.dumps(record) for record in _records(c, row)]
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    return Path(path)
+
+
+def _records(c: Connection, campaign: Row) -> Iterator[dict]:
+    """A campaign's records, and its annotators before their assignments."""
+    yield {"record": "campaign", "name": campaign.name, "settings": json.loads(campaign.settings), "created": campaign.created}
+    known = list(c.execute(KNOWN.order_by(annotators.c.id)))
+    called: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in known}}
+    for kind, kept in KEPT.items():
+        rows = list(c.execute(select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)))
+        if kind == "assignment":
+            taking_part = {row.annotator_id for row in rows}
+            yield from (
+                {"record": "annotator", "name": a.name, "role": a.role, "created": a.created} for a in known if a.id in taking_part
+            )
+        called[kind] = {row.id: row._mapping[kept.name] for row in rows}
+        for row in rows:
+            plain = {k: v for k, v in row._mapping.items() if k != "id" and not k.endswith("_id") and k not in STATE}
+            linked = {column.removesuffix("_id"): called[other].get(row._mapping[column]) for column, other in kept.links.items()}
+            yield {"record": kind, "campaign": campaign.name, **plain, **linked}
+
+
+def import_judgements(store: Store, path: str | Path) -> int:
+    """Add a file's campaigns, or what is new of them; all of it or nothing. Returns the number of new judgements, undos included.
+
+    Annotators are told apart by name; new ones get no token. Raises: FileNotFoundError; ValueError with the line for what does not fit,
+    and for a campaign whose name the store uses for another, or in which both sides have gone on since.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"import_judgements: expected an exported file, got none at {path}. Check the path.")
+    locks = (Lock.SCHEMA, 1), (Lock.SCHEMA, 2)
+    with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as c:
+        reading, line = _Import(c, store.clock()), 0
+        try:
+            for line, text in enumerate(file, 1):
+                try:
+                    record = json.loads(text)
+                    kind = record["record"]
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{path.name}, line {line}: expected an exported record, got {text[:40]!r}. Export again.") from None
+                if line == 1 and (kind != "format" or record.get("version") != FORMAT):
+                    raise ValueError(f"{path.name}, line 1: expected format {FORMAT}, got {text[:60]!r}. Export with this program.")
+                try:
+                    if line > 1:
+                        reading.add(record)
+                except ValueError as error:
+                    raise ValueError(f"{path.name}, line {line}: {error}") from None
+            if line == 0:
+                raise ValueError(f"{path.name}: expected an exported file, got an empty one. Export again.")
+            reading.settle()
+        except IntegrityError as error:
+            reason = str(error.orig).strip().splitlines()[0]
+            raise ValueError(
+                f"{path.name}, up to line {line}: the store has something else in its place ({reason}). Import into another store."
+            ) from None
+    return reading.new
+
+
+class _Import:
+    """Adds records, many at a time: what waits is of one kind and one campaign, and is written before anything asks for its ids."""
+
+    def __init__(self, c: Connection, now: float):
+        self.c, self.now, self.new = c, now, 0
+        self.campaigns: dict[str, int] = {}
+        self.learnt_from: set[str] = set()  # campaigns that collect preferences
+        self.annotators: dict[str, int] = {}  # known to the file
+        self.ids: dict[tuple[str, str], dict] = {}  # (kind, campaign) -> what the file calls a row -> its id
+        self.waiting: dict = {}  # rows by what the file calls them
+        self.kind: tuple[str, str] | None = None  # of what waits
+
+    def add(self, record: dict) -> None:
+        """Store a record unless it is there."""
+        kind = record["record"]
+        adds = {"campaign": self._add_campaign, "annotator": self._add_annotator, **dict.fromkeys(KEPT, self._add_row)}
+        if kind not in adds:
+            raise ValueError(f"expected a known record, got {kind!r}. Export with this program.")
+        try:
+            adds[kind](record)
+        except KeyError as error:
+            raise ValueError(f"expected a field {error} in {kind}, got none. Export again.") from None
+
+    def settle(self) -> None:
+        """Write what waits; which judgements count, and which places are taken, follow from the records."""
+        self._write()
+        back = judgements.alias("back")
+        undone = select(back.c.id).where(back.c.takes_back == judgements.c.id).exists()
+        chosen = (judgements.c.assignment_id == assignments.c.id, judgements.c.type == "choice", ~undone)
+        counting = select(func.max(judgements.c.id)).where(*chosen).scalar_subquery()
+        taken_back = (judgements.c.assignment_id == assignments.c.id, judgements.c.type == "undo")
+        last_undo = select(func.max(judgements.c.received_at)).where(*taken_back).scalar_subquery()
+        waiting = assignments.c.answered.is_(None) & (assignments.c.released.is_(None) | (assignments.c.released < last_undo))
+        holding = (assignments.c.pair_id == pairs.c.id, assignments.c.kind == Kind.PAIR.value, assignments.c.released.is_(None))
+        held = select(func.count()).where(*holding).scalar_subquery()
+        for campaign_id in self.campaigns.values():
+            own = update(assignments).where(assignments.c.campaign_id == campaign_id)
+            self.c.execute(own.values(answered=counting, undone=None))
+            self.c.execute(own.where(waiting).values(undone=last_undo))
+            self.c.execute(update(pairs).where(pairs.c.campaign_id == campaign_id).values(taken=held))
+
+    def _add_campaign(self, record: dict) -> None:
+        self._write()
+        name, settings = record["name"], json.dumps(record["settings"], sort_keys=True)
+        try:
+            parsed = settings_from_json(settings)
+        except (KeyError, TypeError, ValueError):
+            parsed = None
+        if parsed is None or parsed.name != name:
+            raise ValueError(f"expected the settings of campaign {name!r}, got others. Export again.")
+        known = self.c.execute(select(campaigns).where(campaigns.c.name == name)).first()
+        if known is not None and known.settings != settings:
+            raise ValueError(f"expected a new campaign, got {name!r}, which the store uses for another. Use another store.")
+        values = _checked(campaigns, {**record, "settings": settings})
+        self.learnt_from |= {name} if parsed.mode is not Mode.STUDY else set()
+        self.campaigns[name] = known.id if known else self.c.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
+
+    def _add_annotator(self, record: dict) -> None:
+        values = _checked(annotators, {"created": self.now, **record, "token_hash": None, "revoked": None})
+        if values["role"] not in ROLES or not (NAME.fullmatch(values["name"]) or values["name"] == LOCAL):
+            got = f"{values['name']!r}, {values['role']!r}"
+            raise ValueError(f"expected a name and a role of {', '.join(ROLES)}, got {got}. Export again.")
+        known = find_or_add(self.c, values["name"], values["role"], values["created"])
+        self.annotators[record["name"]] = known.id
+
+    def _add_row(self, record: dict) -> None:
+        """Let a row of a campaign wait for writing, unless the store has it."""
+        kind, campaign = record["record"], record["campaign"]
+        kept = KEPT[kind]
+        linked: dict[str, Any] = {}
+        for column, other in kept.links.items():
+            name = record.get(column.removesuffix("_id")) if kept.table.c[column].nullable else record[column.removesuffix("_id")]
+            linked[column] = None if name is None else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
+        name = (linked["annotator_id"], record[kept.name]) if kind == "judgement" else record[kept.name]
+        if (kind, campaign) != self.kind:
+            self._write()
+            self.kind = kind, campaign
+        if name in self._known(kind, campaign) or name in self.waiting:
+            return
+        self.waiting[name] = _checked(kept.table, {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now})
+        if kind == "shape" and campaign in self.learnt_from:
+            refuse_held_out([record["seed"]], f"campaign {campaign}")
+        self.new += kind == "judgement"
+
+    def _id(self, kind: str, campaign: str, name) -> int:
+        """Of the row that the file calls so."""
+        if (kind, campaign) == self.kind and name in self.waiting:
+            self._write()
+        known = self.annotators if kind == "annotator" else self._known(kind, campaign)
+        if name not in known:
+            raise ValueError(f"expected the {kind} to be named earlier in the file, got {name!r}. Export again.")
+        return known[name]
+
+    def _known(self, kind: str, campaign: str) -> dict:
+        """Ids of the rows that are in the database."""
+        if (kind, campaign) not in self.ids:
+            if campaign not in self.campaigns:
+                raise ValueError(f"expected a campaign named earlier in the file, got {campaign!r}. Export again.")
+            columns = KEPT[kind].table.c
+            own = columns.id, columns[KEPT[kind].name], *([columns.annotator_id] if kind == "judgement" else [])
+            rows = self.c.execute(select(*own).where(columns.campaign_id == self.campaigns[campaign]))
+            self.ids[kind, campaign] = {(annotator[0], name) if annotator else name: id for id, name, *annotator in rows}
+        return self.ids[kind, campaign]
+
+    def _write(self) -> None:
+        if self.waiting and self.kind is not None:
+            ids = insert_all(self.c, KEPT[self.kind[0]].table, list(self.waiting.values()))
+            self._known(*self.kind).update(zip(self.waiting, ids, strict=True))
+            self.waiting = {}
+
+
+def _checked(table: Table, record: dict) -> dict:
+    """A record's values for every column of a table. Raises: ValueError for values of a wrong type, which a database may not mind."""
+    values: dict[str, Any] = {}
+    for column in table.columns:
+        if column.name == "id":
+            continue
+        value = record.get(column.name)
+        if value is None and column.name in DEFAULTS:
+            value = DEFAULTS[column.name]
+        kinds = (int, float) if column.type.python_type is float else (column.type.python_type,)
+        if not (value is None and column.nullable) and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ValueError(f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again.")
+        values[column.name] = value
+    if values.get("votes") is not None:
+        check_stored(values["votes"])
+    return values
+
+
+def import_ranked_seeds(
+    store: Store, path: str | Path, campaign: str | None = None, annotator: str = "imported", generator: str = "", psi: float = math.nan
+) -> int:
+    """Make a campaign of a table's pairs, all answered by `annotator`; returns the number of pairs.
+
+    Args: `campaign` name, None: the file's; `generator` sha256 hex of the weights and `psi`, where they are known.
+    Raises: FileNotFoundError; ValueError for a table that does not fit, with the line, and for a campaign's name in use.
+    """
+    path = Path(path)
+    labels, numbers = load_labels(path), _row_numbers(path)
+    name = campaign or path.stem
+    extra = {"origin": ORIGIN, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    settings = CampaignSettings(name=name, repeat_share=0, swap_share=0, gold_every=0, extra=extra)
+    known: dict[str, Any] = {"generator": generator, "source": "", "psi": psi, "level": math.nan, "resolution": 0, "triangles": 0}
+    planned = [PlannedPair(first=Shape(seed=pref.winner, **known), second=Shape(seed=pref.loser, **known)) for pref in labels]
+    who = store.annotator_without_token(annotator)
+    with store.database.write((Lock.SCHEMA, 1)) as c:
+        now = store.clock()
+        campaign_id, ids = create(c, settings, planned, now)
+        _answer_all(c, {"campaign_id": campaign_id, "annotator_id": who.id}, ids, numbers, now)
+    return len(labels)
+
+
+def export_ranked_seeds(store: Store, path: str | Path, **filters) -> int:
+    """Write the table of a store's labels; ties, which it cannot hold, are left out. An imported table comes out as it was.
+
+    Filters as `LabelFilters`. Returns the number of rows. Raises: ValueError when none is left.
+    """
+    chosen = LabelFilters(**filters)
+    kept = [row for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators)) if row.choice in (Choice.LEFT, Choice.RIGHT)]
+    if not kept:
+        raise ValueError("export_ranked_seeds: expected at least one preference, got none that passes the filters. Ask for less.")
+    found = {row.campaign for row in kept}
+    only = store.campaign(next(iter(found))) if len(found) == 1 else None
+    numbered = only is not None and only.settings.extra.get("origin") == ORIGIN
+    lines = [",".join(HEADER)]
+    for number, row in enumerate(kept):
+        refuse_assets(row)
+        first, second = (row.left, row.right) if row.choice is Choice.LEFT else (row.right, row.left)
+        lines.append(f"{row.sequence - 1 if numbered else number},{first.seed},{second.seed}")
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    return len(kept)
+
+
+def _row_numbers(path: Path) -> list[int]:
+    """First column. Raises: ValueError for another header, and for numbers that are not distinct and >= 0."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    if [cell.strip() for cell in rows[0]][1:] != HEADER[1:]:
+        raise ValueError(f"{path.name}, line 1: expected the columns row number, rank1, rank2, got {rows[0]}. Import it as labels instead.")
+    seen: dict[int, int] = {}
+    for line, row in enumerate(rows[1:], 2):
+        if not row[0].strip().isdecimal() or int(row[0]) in seen or int(row[0]) >= 2**31 - 1:
+            raise ValueError(f"{path.name}, line {line}: expected a new row number >= 0, got {row[0]!r}. Number the rows from 0 on.")
+        seen[int(row[0])] = line
+    return list(seen)
+
+
+def _answer_all(c: Connection, mine: dict, ids: list[int], numbers: list[int], now: float) -> None:
+    """One assignment and one judgement per pair, in the table's order; the row number becomes the sequence."""
+    campaign = mine["campaign_id"]
+    first_left = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
+    given = insert_all(c, assignments, [
+        {**mine, "token": secrets.token_urlsafe(18), "pair_id": pair, "sequence": number + 1, "kind": Kind.PAIR.value,
+         "first_is_left": left, "leased": now}
+        for pair, number, left in zip(ids, numbers, first_left, strict=True)
+    ])  # fmt: skip
+    c.execute(insert(judgements), [
+        {**mine, "key": f"{campaign}-{number}", "type": "choice", "choice": (Choice.LEFT if left else Choice.RIGHT).value,
+         "assignment_id": assigned, "milliseconds": 0, "views": "[]", "received_at": now, "page_version": "import"}
+        for assigned, number, left in zip(given, numbers, first_left, strict=True)
+    ])  # fmt: skip
+    own = select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
+    c.execute(update(assignments).where(assignments.c.campaign_id == campaign).values(answered=own))
+    c.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))

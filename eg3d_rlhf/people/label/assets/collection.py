@@ -1,0 +1,282 @@
+"""The assets of a folder or of a list, with their generators, prompts and seeds.
+
+Layouts, told apart by what is there; asset files end in .glb, .ply, .obj, .mp4 or .webm and are told apart by content:
+
+    FOLDER/GENERATOR/PROMPT.glb    one generator a folder, one prompt a file's name; FOLDER/prompts.jsonl may say what is asked for:
+                                   {"prompt": "chair", "text": "a red chair", "image": "inputs/chair.png"}
+    FOLDER/ranking.jsonl           as tools/trellis_files.py draw writes it: one generator, several seeds of each condition; or one such
+                                   folder for each generator, FOLDER/GENERATOR/ranking.jsonl
+    LIST.jsonl                     a line for each asset: {"asset": "a/chair.glb", "generator": "a", "prompt": "chair",
+                                   "text": "a red chair", "image": "inputs/chair.png", "seed": 3}; generator, text, image and seed may
+                                   be left out; text stays with the prompt once it is given
+
+Every file lies in the folder, or beside or below the list.
+"""
+
+import json
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eg3d_rlhf.people.label.assets import reading
+
+RANKING, PROMPTS = "ranking.jsonl", "prompts.jsonl"  # the first as eg3d_rlhf.tuning.flow.ranking names it
+MAX_ASSETS = 100_000
+MAX_LINE, MAX_LIST = 64 << 10, 256 << 20  # bytes
+MAX_TEXT = 2000  # characters of a prompt
+_SEEDS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One asset's file."""
+
+    path: Path  # resolved
+    generator: str  # a label
+    prompt: str  # name
+    seed: int  # the manifest's, or its number among the generator's files
+    kind: str = ""  # as reading.Examined; '' before it was examined
+    hash: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What was asked for."""
+
+    text: str | None = None
+    image: Path | None = None  # resolved
+    hash: str | None = None  # of the image's file
+
+    def to_json(self) -> dict:
+        """As a campaign keeps it."""
+        return {"text": self.text, "image": str(self.image) if self.image else None, **({"hash": self.hash} if self.hash else {})}
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Assets by generator, prompt and seed, and their prompts by name."""
+
+    assets: list[Asset]
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+
+    @property
+    def generators(self) -> list[str]:
+        """Labels, sorted."""
+        return sorted({asset.generator for asset in self.assets})
+
+
+def read_collection(source: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
+    """The assets of a folder or list, each examined; `tell` hears how far that is.
+
+    Raises: ValueError, OSError naming the file and what is wrong with it.
+    """
+    source = source.resolve()
+    if source.is_dir():
+        found = _of_folder(source)
+    elif source.is_file():
+        found = _of_list(source)
+    else:
+        raise FileNotFoundError(f"expected a folder of assets or a list, got nothing at {source}. Check the path.")
+    return _checked(found, source, tell)
+
+
+def is_asset_folder(path: Path) -> bool:
+    """Whether a folder holds one generator's assets: PROMPT.glb, or what a generator's tool drew."""
+    if not path.is_dir() or any(path.glob("network-snapshot-*")):
+        return False
+    return (path / RANKING).is_file() or any(file.suffix.lower() in reading.SUFFIXES for file in path.iterdir())
+
+
+def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Collection:
+    """The assets of one generator's folder, examined; prompts.jsonl lies in it or beside it. Raises: as `read_collection`."""
+    folder = folder.resolve()
+    _name(folder.name, "folder")
+    if (folder / RANKING).is_file():
+        return _checked(_of_rankings({folder.name: folder / RANKING}, folder), folder, tell)
+    assets = [
+        Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0) for path in asset_files(folder, folder)
+    ]  # fmt: skip
+    root = folder if (folder / PROMPTS).is_file() else folder.parent
+    return _checked(Collection(_stems_once(assets), _prompts(root, {asset.prompt for asset in assets})), folder, tell)
+
+
+def _checked(found: Collection, source: Path, tell: Callable[[str], None]) -> Collection:
+    """Not empty, not too many, nothing twice, and examined."""
+    if not found.assets:
+        raise ValueError(f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a list.")
+    if len(found.assets) > MAX_ASSETS:
+        raise ValueError(f"expected up to {MAX_ASSETS:,} assets, got {len(found.assets):,}. Split them.")
+    twice: dict[tuple, Asset] = {}
+    for asset in found.assets:
+        other = twice.setdefault((asset.generator, asset.prompt, asset.seed), asset)
+        if other is not asset:
+            names = f"{other.path.name} and {asset.path.name}"
+            raise ValueError(f"expected one asset of {asset.generator} for {asset.prompt} and seed {asset.seed}, got {names}. Give seeds.")
+    return _examined(found, tell)
+
+
+def _examined(found: Collection, tell: Callable[[str], None]) -> Collection:
+    pictures = [prompt.image for prompt in found.prompts.values() if prompt.image]
+    paths = list(dict.fromkeys([*pictures, *(asset.path for asset in found.assets)]))
+
+    def count(done: int) -> None:
+        if done % 100 == 0 or done == len(paths):
+            tell(f"examined {done} of {len(paths)} files")
+
+    known = dict(zip(paths, reading.examine(paths, count), strict=True))
+    wrong = [path.name for path in pictures if known[path].kind != "picture"]
+    wrong += [asset.path.name for asset in found.assets if known[asset.path].kind == "picture"]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected pictures as prompts and assets as assets, got the other. Correct the list.")
+    assets = [Asset(**{**vars(asset), "kind": known[asset.path].kind, "hash": known[asset.path].hash}) for asset in found.assets]
+    prompts = {
+        name: Prompt(text=prompt.text, image=prompt.image, hash=known[prompt.image].hash if prompt.image else None)
+        for name, prompt in found.prompts.items()
+    }  # fmt: skip
+    return Collection(assets, prompts)
+
+
+# ---- layouts
+
+
+def _of_folder(folder: Path) -> Collection:
+    if (folder / RANKING).is_file():
+        return _of_rankings({folder.name: folder / RANKING}, folder)
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    ranked = {path.name: path / RANKING for path in inner if (path / RANKING).is_file()}
+    if ranked:
+        return _of_rankings(ranked, folder)
+    assets = []
+    for generator in inner:
+        _name(generator.name, folder.name)
+        for number, path in enumerate(asset_files(generator, folder)):
+            assets.append(Asset(path=path, generator=generator.name, prompt=_name(path.stem, path.name), seed=number))
+    if not assets and asset_files(folder, folder):
+        raise ValueError(f"{folder.name}: expected a folder for each generator, GENERATOR/PROMPT.glb, got files alone. Put them in one.")
+    return Collection(_stems_once(assets), _prompts(folder, {asset.prompt for asset in assets}))
+
+
+def asset_files(folder: Path, root: Path) -> list[Path]:
+    """The asset files of a folder, sorted and resolved. Raises: ValueError for one that leads out of `root`."""
+    named = sorted(path for path in folder.iterdir() if path.suffix.lower() in reading.SUFFIXES and not path.name.startswith("."))
+    return [inside(path, root, path.name) for path in named]
+
+
+def _stems_once(assets: list[Asset]) -> list[Asset]:
+    """Each prompt once of each generator; a single file of one is seed 0."""
+    seen: dict[tuple[str, str], Asset] = {}
+    for asset in assets:
+        other = seen.setdefault((asset.generator, asset.prompt), asset)
+        if other is not asset:
+            names = f"{other.path.name} and {asset.path.name}"
+            raise ValueError(f"{asset.generator}: expected one file for {asset.prompt}, got {names}. Remove one, or give a list.")
+    return assets
+
+
+def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
+    """prompts.jsonl, where there is one; each prompt that is known has an entry."""
+    found = {name: Prompt() for name in sorted(known)}
+    if (folder / PROMPTS).is_file():
+        for record, where in _lines(folder / PROMPTS):
+            name = _text(record, "prompt", where)
+            if name in known:
+                found[name] = _prompt(record, folder, where)
+        if known and not any(prompt.text or prompt.image for prompt in found.values()):
+            raise ValueError(f"{PROMPTS}: expected prompts named as the files are, such as {min(known)!r}, got none of them. Correct them.")
+    return found
+
+
+def _of_rankings(lists: dict[str, Path], root: Path) -> Collection:
+    assets, prompts = [], {}
+    for generator, path in lists.items():
+        _name(generator, root.name)
+        for record, where in _lines(path):
+            condition, look_at = _text(record, "condition", where), _text(record, "look_at", where)
+            prompts[condition] = Prompt(text=condition)
+            file = inside(path.parent / look_at, path.parent, where)
+            assets.append(Asset(path=file, generator=generator, prompt=condition, seed=_seed(record, where)))
+    return Collection(assets, _prompts(root, set(prompts)) if (root / PROMPTS).is_file() else prompts)
+
+
+def _of_list(path: Path) -> Collection:
+    assets: list[Asset] = []
+    prompts: dict[str, Prompt] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for record, where in _lines(path):
+        name = _text(record, "prompt", where)
+        generator = _text(record, "generator", where) if record.get("generator") is not None else path.stem
+        number = counts.get((generator, name), 0)
+        counts[generator, name] = number + 1
+        file = inside(path.parent / _text(record, "asset", where), path.parent, where)
+        seed = _seed(record, where) if record.get("seed") is not None else number
+        assets.append(Asset(path=file, generator=generator, prompt=name, seed=seed))
+        prompt, before = _prompt(record, path.parent, where), prompts.get(name, Prompt())
+        if any(new and old and new != old for new, old in ((prompt.text, before.text), (prompt.image, before.image))):
+            raise ValueError(f"{where}: expected one text and one image of prompt {name!r}, got others before. Give prompts other names.")
+        prompts[name] = Prompt(text=prompt.text or before.text, image=prompt.image or before.image)
+    return Collection(assets, prompts)
+
+
+# ---- lines
+
+
+def _lines(path: Path) -> Iterable[tuple[dict, str]]:
+    """Records of JSON lines, with where they stand."""
+    if path.stat().st_size > MAX_LIST:
+        raise ValueError(f"{path.name}: expected a list of up to {MAX_LIST >> 20} MB, got {path.stat().st_size >> 20} MB. Split it.")
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            where = f"{path.name}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line) if len(line) <= MAX_LINE else None
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: expected a JSON object of up to {MAX_LINE >> 10} kB, got {line[:40]!r}. Correct it.")
+            yield record, where
+
+
+def _text(record: dict, key: str, where: str) -> str:
+    return _name(record.get(key), f'{where}: "{key}"')
+
+
+def _name(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
+        raise ValueError(f"{where}: expected a printable text of up to {MAX_TEXT} characters, got {str(value)[:40]!r}. Correct it.")
+    return value
+
+
+def _seed(record: dict, where: str) -> int:
+    seed = record.get("seed")
+    if type(seed) is not int or not 0 <= seed < _SEEDS:
+        raise ValueError(f'{where}: expected "seed" as a number from 0 on, got {str(seed)[:40]!r}. Correct it.')
+    return seed
+
+
+def _prompt(record: dict, root: Path, where: str) -> Prompt:
+    text = record.get("text")
+    if text is not None and (not isinstance(text, str) or len(text) > MAX_TEXT or not all(map(_in_text, text))):
+        raise ValueError(f'{where}: expected "text" of up to {MAX_TEXT} characters, got {str(text)[:40]!r}. Correct it.')
+    image = inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
+    return Prompt(text=text or None, image=image)
+
+
+def _in_text(character: str) -> bool:
+    """Lines and tabs may be in a text, other control characters and halves of surrogate pairs, which no answer can hold, may not."""
+    return character in "\n\r\t" or unicodedata.category(character) not in ("Cc", "Cs")
+
+
+def inside(path: Path, root: Path, where: str) -> Path:
+    """A file's resolved path. Raises: ValueError for one that does not lie below `root`, or is not there."""
+    try:
+        found = path.resolve()
+        if not found.is_relative_to(root.resolve()):
+            raise ValueError(f"{where}: expected a file within {root.name}, got {path.name}, which leads elsewhere. Copy it there.")
+        if not found.is_file():
+            raise ValueError(f"{where}: expected a file, got nothing of that kind at {path.name}. Correct the name.")
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        raise ValueError(f"{where}: expected a file, got {path.name[:60]}: {error}. Correct the name.") from None
+    return found

@@ -1,0 +1,385 @@
+"""Reading GLB 2.0 without trust: whitelisted parts become a `Model`, anything else is left out or refused.
+
+Left out, as nothing of it is seen or as the picture stands without it: names, extras, cameras, lights, animations, materials' finer
+extensions. Refused, as what is left would show something else or cannot be trusted: external files, compression (Draco, meshopt, KTX2),
+skins, instancing, points and lines, anything out of bounds, and claims out of proportion to the file.
+
+Nothing is allocated by a file's claim: arrays are views into the file, and what must be copied is counted before.
+"""
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from eg3d_rlhf.people.label.assets.model import (
+    BIN_CHUNK,
+    CHUNK_HEADER,
+    COMPONENTS,
+    GLB_HEADER,
+    GLB_MAGIC,
+    JSON_CHUNK,
+    WIDTHS,
+    Array,
+    Model,
+    Node,
+    Picture,
+    Primitive,
+)  # fmt: skip
+from eg3d_rlhf.people.label.assets.pictures import kind_of_picture, stripped
+
+MAX_JSON = 16 << 20  # bytes; Python takes up to some forty times as many
+MAX_NODES, MAX_PARTS = 20_000, 20_000
+MAX_DEPTH = 500  # of the tree of nodes, which browsers go down by recursion
+MAX_TRIANGLES = 20_000_000  # as drawn: a mesh that is shown twice counts twice
+MAX_PIXELS = 3 * 8192 * 8192  # of all textures
+SPARE = 1 << 20  # bytes that arrays may hold beyond _SHARE files
+_SHARE = 4
+_REACH = 1e18  # beyond it, nothing can be drawn in 32 bits
+KEPT = {"KHR_materials_unlit", "KHR_texture_transform", "KHR_mesh_quantization"}
+_RESOLVED = KEPT | {"EXT_texture_webp"}
+_NAMES = {"POSITION": (3,), "NORMAL": (3,), "TANGENT": (4,), "COLOR_0": (3, 4), **{f"TEXCOORD_{i}": (2,) for i in range(4)}}
+_TRIANGLE_MODES = (4, 5, 6)
+_SAMPLERS = {
+    "magFilter": (9728, 9729), "minFilter": (9728, 9729, 9984, 9985, 9986, 9987), "wrapS": (33071, 33648, 10497),
+    "wrapT": (33071, 33648, 10497),
+}  # fmt: skip
+
+
+def read_glb(data: memoryview) -> Model:
+    """What is shown of a GLB's bytes. The model's arrays are views into them.
+
+    Raises: ValueError saying what is wrong.
+    """
+    document, binary = _chunks(data)
+    try:
+        return _Reader(document, binary, _SHARE * len(data) + SPARE).model()
+    except (TypeError, KeyError, OverflowError, AttributeError) as error:
+        raise ValueError(f"expected the records of glTF 2.0, got something else ({type(error).__name__})") from None
+
+
+def _chunks(data: memoryview) -> tuple[dict, memoryview]:
+    """The JSON and the binary part."""
+    if len(data) < GLB_HEADER.size + CHUNK_HEADER.size:
+        raise ValueError("expected a whole GLB, got one that is cut off")
+    magic, version, length = GLB_HEADER.unpack_from(data)
+    if magic != GLB_MAGIC or version != 2 or length > len(data):
+        raise ValueError(f"expected a whole GLB of version 2, got version {version} and {len(data)} of {length} bytes")
+    size, kind = CHUNK_HEADER.unpack_from(data, GLB_HEADER.size)
+    start = GLB_HEADER.size + CHUNK_HEADER.size
+    if kind != JSON_CHUNK or size > MAX_JSON or start + size > length:
+        raise ValueError(f"expected a GLB that begins with up to {MAX_JSON >> 20} MB of JSON, got {size} bytes")
+    try:
+        document = json.loads(bytes(data[start : start + size]).decode())
+    except (ValueError, RecursionError):
+        raise ValueError("expected JSON in the GLB, got something else") from None
+    if not isinstance(document, dict):
+        raise ValueError("expected a JSON object in the GLB, got something else")
+    start += size
+    if start + CHUNK_HEADER.size > length:
+        return document, memoryview(b"")
+    size, kind = CHUNK_HEADER.unpack_from(data, start)
+    start += CHUNK_HEADER.size
+    if kind != BIN_CHUNK or start + size > length:
+        raise ValueError("expected a GLB's binary part to lie within the file, got another")
+    return document, data[start : start + size]
+
+
+class _Reader:
+    """One file on its way to a model. Args: budget: bytes that all arrays together may hold."""
+
+    def __init__(self, document: dict, binary: memoryview, budget: int):
+        self.document, self.binary, self.budget = document, binary, budget
+        self.pixels = MAX_PIXELS
+        self.out = Model()
+        self._arrays: dict[tuple[int, bool], Array] = {}
+        self._numbers: dict[tuple[str, int], int] = {}  # (kind, number in the file) -> number in the model
+
+    def model(self) -> Model:
+        """All of it. Raises: ValueError."""
+        required = set(self.document.get("extensionsRequired", [])) - _RESOLVED
+        if required:
+            raise ValueError(f"expected a GLB without {', '.join(sorted(map(str, required)))[:200]}, got one that needs it")
+        if len(self._records("buffers")) > 1 or any("uri" in buffer for buffer in self._records("buffers")):
+            raise ValueError("expected all data inside the GLB, got a reference to another file")
+        scenes = self._records("scenes")
+        if not scenes:
+            raise ValueError("expected a scene in the GLB, got none")
+        scene = self._record("scenes", self.document.get("scene", 0))
+        self._nodes(scene.get("nodes", []))
+        weights = [self._weight(mesh) for mesh in self.out.meshes]
+        drawn = sum(weights[n.mesh] for n in self.out.nodes if n.mesh is not None)
+        if not drawn:
+            raise ValueError("expected triangles in the GLB, got none")
+        if drawn > MAX_TRIANGLES:
+            raise ValueError(f"expected up to {MAX_TRIANGLES:,} triangles, got {drawn:,}")
+        return self.out
+
+    @staticmethod
+    def _weight(mesh: list[Primitive]) -> int:
+        counts = [len((part.indices or part.attributes["POSITION"]).values) for part in mesh]
+        return sum(n // 3 if part.mode == 4 else max(n - 2, 0) for n, part in zip(counts, mesh, strict=True))
+
+    # ---- records
+
+    def _records(self, kind: str) -> list[dict]:
+        found = self.document.get(kind, [])
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise ValueError(f"expected a list of {kind}, got something else")
+        return found
+
+    def _record(self, kind: str, number: object) -> dict:
+        records = self.document.get(kind, [])
+        if type(number) is not int or not 0 <= number < len(records) or not isinstance(records[number], dict):
+            raise ValueError(f"expected the number of one of {len(records)} {kind}, got {str(number)[:40]}")
+        return records[number]
+
+    def _once(self, kind: str, number: Any, kept: list, make: Callable[[dict], Any]) -> int:
+        """The model's number of a record, made on the first call."""
+        record = self._record(kind, number)
+        if (kind, number) not in self._numbers:
+            made = make(record)
+            kept.append(made)
+            self._numbers[kind, number] = len(kept) - 1
+        return self._numbers[kind, number]
+
+    # ---- scene
+
+    def _nodes(self, roots: list) -> None:
+        """The nodes below `roots` that lead to a mesh, each once."""
+        order: list[tuple[int, int | None]] = []
+        seen: set[int] = set()
+        waiting: list[tuple[Any, int | None, int]] = [(number, None, 1) for number in reversed(roots)]
+        while waiting:
+            number, parent, depth = waiting.pop()
+            record = self._record("nodes", number)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"expected a tree of nodes up to {MAX_DEPTH} deep, got a deeper one")
+            if number in seen or len(seen) >= MAX_NODES:
+                raise ValueError(f"expected a tree of up to {MAX_NODES:,} nodes, got one that is larger or comes back to itself")
+            seen.add(number)
+            order.append((number, parent))
+            waiting += [(child, number, depth + 1) for child in reversed(record.get("children", []))]
+        children: dict[int | None, list[int]] = {}
+        made: dict[int, Node] = {}
+        for number, parent in reversed(order):  # children before their parents
+            record = self._record("nodes", number)
+            if "skin" in record or "EXT_mesh_gpu_instancing" in record.get("extensions", {}):
+                raise ValueError("expected a static mesh, got one with a skin or instances; export it as it stands")
+            mesh = None if "mesh" not in record else self._once("meshes", record["mesh"], self.out.meshes, self._mesh)
+            if mesh is not None or number in children:
+                made[number] = Node(children.get(number, [])[::-1], mesh, _place(record))
+                children.setdefault(parent, []).append(number)
+        kept = {number: i for i, number in enumerate(n for n, _ in order if n in made)}
+        self.out.nodes = [made[number] for number in kept]
+        for node in self.out.nodes:
+            node.children = [kept[child] for child in node.children]
+        self.out.roots = [kept[number] for number in children.get(None, [])[::-1]]
+
+    def _mesh(self, record: dict) -> list[Primitive]:
+        if any(record.get("weights") or []):
+            raise ValueError("expected a static mesh, got one with shapes mixed in; export it as it stands")
+        parts = record.get("primitives", [])
+        if sum(len(mesh) for mesh in self.out.meshes) + len(parts) > MAX_PARTS:
+            raise ValueError(f"expected up to {MAX_PARTS:,} parts, got more")
+        return [self._primitive(part) for part in parts]
+
+    def _primitive(self, record: dict) -> Primitive:
+        if set(record.get("extensions", {})) & {"KHR_draco_mesh_compression"}:
+            raise ValueError("expected plain arrays, got Draco compression; export the GLB without it")
+        mode = record.get("mode", 4)
+        if mode not in _TRIANGLE_MODES:
+            raise ValueError("expected triangles, got points or lines")
+        found = {name: self._array(number) for name, number in record["attributes"].items() if name in _NAMES}
+        if "POSITION" not in found:
+            raise ValueError("expected positions, got a part without")
+        count = len(found["POSITION"].values)
+        for name, array in found.items():
+            if array.values.shape[1] not in _NAMES[name] or len(array.values) != count:
+                raise ValueError(f"expected {count} of {name}, got {list(array.values.shape)}")
+            if array.values.dtype.kind == "f" and not (np.abs(array.values) < _REACH).all():
+                raise ValueError(f"expected finite numbers in {name}, got others")
+            if array.values.dtype.str == "<u4":
+                raise ValueError(f"expected {name} as floats or short integers, got long ones")
+            plain = name == "COLOR_0" or (name.startswith("TEXCOORD") and array.normalized and array.values.dtype.kind == "u")
+            if array.values.dtype.itemsize < 4 and not plain:
+                self.out.extensions.add("KHR_mesh_quantization")
+        indices = None if "indices" not in record else self._array(record["indices"], indices=True)
+        if indices is not None:
+            if indices.values.shape[1] != 1 or indices.values.dtype.kind != "u" or (len(indices.values) and indices.values.max() >= count):
+                raise ValueError(f"expected indices of {count} vertices, got others")
+        material = None
+        if "material" in record:
+            material = self._once("materials", record["material"], self.out.materials, self._material)
+        if not count or (indices is not None and not len(indices.values)):
+            raise ValueError("expected at least one triangle in each part, got none")
+        return Primitive(found, indices, mode, material)
+
+    # ---- arrays
+
+    def _array(self, number: Any, indices: bool = False) -> Array:
+        if (number, indices) not in self._arrays:
+            self._arrays[number, indices] = self._read_array(self._record("accessors", number))
+        return self._arrays[number, indices]
+
+    def _read_array(self, record: dict) -> Array:
+        if record.get("componentType") not in COMPONENTS or record.get("type") not in WIDTHS:
+            raise ValueError("expected an array of known numbers, got another")
+        dtype, width, count = np.dtype(COMPONENTS[record["componentType"]]), WIDTHS[record["type"]], _count(record, "count")
+        self.budget -= count * width * dtype.itemsize
+        if self.budget < 0:
+            raise ValueError(f"expected arrays in proportion to the file, got {count:,} x {width} and more")
+        if "bufferView" in record:
+            values = self._view(record["bufferView"], _count(record, "byteOffset", 0), dtype, width, count)
+        else:
+            values = np.zeros((count, width), dtype)
+        if "sparse" in record:
+            values = self._sparse(record["sparse"], values)
+        return Array(values, bool(record.get("normalized", False)) and dtype.kind != "f")
+
+    def _sparse(self, record: dict, values: np.ndarray) -> np.ndarray:
+        some, places, found = _count(record, "count"), record["indices"], record["values"]
+        kind = np.dtype(COMPONENTS[places["componentType"]])
+        at = self._view(places["bufferView"], _count(places, "byteOffset", 0), kind, 1, some)[:, 0]
+        if kind.kind != "u" or (some and at.max() >= len(values)):
+            raise ValueError("expected the places of a sparse array to lie within it, got others")
+        values = values.copy()
+        values[at] = self._view(found["bufferView"], _count(found, "byteOffset", 0), values.dtype, values.shape[1], some)
+        return values
+
+    def _bytes(self, number: Any) -> tuple[memoryview, dict]:
+        record = self._record("bufferViews", number)
+        if "EXT_meshopt_compression" in record.get("extensions", {}) or "KHR_meshopt_compression" in record.get("extensions", {}):
+            raise ValueError("expected plain arrays, got meshopt compression; export the GLB without it")
+        start, length = _count(record, "byteOffset", 0), _count(record, "byteLength")
+        if record.get("buffer") != 0 or start + length > len(self.binary):
+            raise ValueError(f"expected data within the GLB's {len(self.binary)} bytes, got {start}..{start + length}")
+        return self.binary[start : start + length], record
+
+    def _view(self, number: Any, offset: int, dtype: np.dtype, width: int, count: int) -> np.ndarray:
+        """[count, width], not copied."""
+        data, record = self._bytes(number)
+        size = width * dtype.itemsize
+        stride = _count(record, "byteStride", size)
+        if stride < size or (count and offset + stride * (count - 1) + size > len(data)):
+            raise ValueError(f"expected {count:,} x {width} numbers within {len(data):,} bytes, got more")
+        if not count:
+            return np.zeros((0, width), dtype)
+        return np.ndarray((count, width), dtype, data, offset, (stride, dtype.itemsize))
+
+    # ---- materials
+
+    def _material(self, record: dict) -> dict:
+        pbr = record.get("pbrMetallicRoughness", {})
+        out: dict = {}
+        surface: dict = {}
+        for name, size in (("baseColorFactor", 4), ("metallicFactor", 0), ("roughnessFactor", 0)):
+            if name in pbr:
+                surface[name] = _share(pbr[name], size)
+        for name in ("baseColorTexture", "metallicRoughnessTexture"):
+            if name in pbr:
+                surface[name] = self._texture(pbr[name])
+        out["pbrMetallicRoughness"] = surface
+        for name, amount in (("normalTexture", "scale"), ("occlusionTexture", "strength"), ("emissiveTexture", "")):
+            if name in record:
+                out[name] = self._texture(record[name])
+                if amount in record[name]:
+                    out[name][amount] = _number(record[name][amount])
+        if "emissiveFactor" in record:
+            out["emissiveFactor"] = _share(record["emissiveFactor"], 3)
+        if record.get("alphaMode") in ("MASK", "BLEND"):
+            out["alphaMode"] = record["alphaMode"]
+        if "alphaCutoff" in record and out.get("alphaMode") == "MASK":
+            out["alphaCutoff"] = _number(record["alphaCutoff"])
+        if record.get("doubleSided") is True:
+            out["doubleSided"] = True
+        if "KHR_materials_unlit" in record.get("extensions", {}):
+            out["extensions"] = {"KHR_materials_unlit": {}}
+            self.out.extensions.add("KHR_materials_unlit")
+        return out
+
+    def _texture(self, info: dict) -> dict:
+        out: dict = {"index": self._once("textures", info["index"], self.out.textures, self._source)}
+        if "texCoord" in info:
+            out["texCoord"] = _set(info["texCoord"])
+        transform = info.get("extensions", {}).get("KHR_texture_transform")
+        if transform is not None:
+            found: dict = {name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform}
+            found |= {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
+            found |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
+            out["extensions"] = {"KHR_texture_transform": found}
+            self.out.extensions.add("KHR_texture_transform")
+        return out
+
+    def _source(self, record: dict) -> dict:
+        extensions = record.get("extensions", {})
+        source = extensions.get("EXT_texture_webp", {}).get("source", record.get("source"))
+        if source is None:
+            raise ValueError(f"expected PNG, JPEG or WebP textures, got {', '.join(map(str, extensions))[:80] or 'none'}")
+        out = {"source": self._once("images", source, self.out.pictures, self._picture)}
+        if "sampler" in record:
+            out["sampler"] = self._once("samplers", record["sampler"], self.out.samplers, _sampler)
+        return out
+
+    def _picture(self, record: dict) -> Picture:
+        if "bufferView" in record:
+            data, _ = self._bytes(record["bufferView"])
+        else:
+            uri = record.get("uri", "")
+            if not isinstance(uri, str) or not uri.startswith("data:image/") or ";base64," not in uri[:64]:
+                raise ValueError("expected all textures inside the GLB, got a reference to another file")
+            try:
+                data = memoryview(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
+            except binascii.Error:
+                raise ValueError("expected a texture in base64, got something else") from None
+        if kind_of_picture(data) is None:
+            raise ValueError("expected PNG, JPEG or WebP textures, got another format")
+        self.budget -= len(data)
+        picture, pixels = stripped(data)
+        self.pixels -= pixels
+        if self.pixels < 0 or self.budget < 0:
+            raise ValueError(f"expected textures of up to {MAX_PIXELS >> 20} megapixels together, got more")
+        return picture
+
+
+def _count(record: dict, name: str, default: int | None = None) -> int:
+    value = record.get(name, default)
+    if type(value) is not int or not 0 <= value < 2**40:
+        raise ValueError(f"expected a count as {name}, got {str(value)[:40]}")
+    return value
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
+        raise ValueError(f"expected a finite number, got {str(value)[:40]}")
+    return value  # type: ignore[return-value]
+
+
+def _numbers(values: object, size: int) -> list[float]:
+    if not isinstance(values, list) or len(values) != size:
+        raise ValueError(f"expected {size} numbers, got {str(values)[:40]}")
+    return [_number(value) for value in values]
+
+
+def _share(value: object, size: int) -> Any:
+    """A number, or `size` of them, kept within 0..1."""
+    return [min(max(v, 0), 1) for v in _numbers(value, size)] if size else min(max(_number(value), 0), 1)
+
+
+def _set(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 4:
+        raise ValueError(f"expected a set of texture coordinates 0..3, got {str(value)[:40]}")
+    return value
+
+
+def _sampler(record: dict) -> dict:
+    return {name: record[name] for name, known in _SAMPLERS.items() if record.get(name) in known}
+
+
+def _place(record: dict) -> dict:
+    sizes = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
+    return {name: _numbers(record[name], size) for name, size in sizes.items() if name in record}

@@ -1,0 +1,240 @@
+"""From an asset's file to what the browser gets, in a process of its own with limits on memory and time.
+
+The file is told apart by its content, whatever it is called. `examine` looks at files before a campaign is planned, and refuses the
+unfit; `clean` makes one's clean form when its turn comes, and refuses a file that is no longer the one that was planned. Both start this
+module as a process, so that whatever a hostile file makes of a parser, it ends there.
+
+Example:
+    python -m eg3d_rlhf.people.label.assets.reading < requests.jsonl
+"""
+
+import errno
+import gzip
+import hashlib
+import json
+import mmap
+import os
+import resource
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from eg3d_rlhf.people.label.assets import film, glb, obj, ply
+from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
+from eg3d_rlhf.people.label.assets.model import GLB_MAGIC, glb_parts
+from eg3d_rlhf.people.label.assets.pictures import kind_of_picture, small, stripped
+
+SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
+MAX_BYTES = 512 << 20
+MEMORY, PER_BYTE = 1 << 30, 12  # address space of the process: so much, and so many times the file's size
+SECONDS = 600  # of processor time
+_GZIP = 1  # textures do not shrink, and higher levels take three times as long for a few percent of geometry
+_ROOT = Path(__file__).resolve().parents[4]
+_REFUSED = "refused"
+
+
+class ChangedError(ValueError):
+    """A file is not what it was when the campaign was planned, or it is gone: no fault of the asset's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """What is known of a file that is fit to be shown."""
+
+    kind: str  # 'glb', 'ply', 'splats', 'obj', 'film' or 'picture'
+    hash: str  # SHA-256 hex of the file; of an OBJ with companions, of all of them
+
+
+def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: None) -> list[Examined]:
+    """What the files are; `tell` hears how many were looked at.
+
+    Raises: ValueError naming the files that are unfit, and why.
+    """
+    found: list[Examined] = []
+    wrong: list[str] = []
+    waiting = list(paths)
+    while waiting:  # a file that ends the process costs a new one
+        answers = list(_run([{"do": "examine", "path": str(path)} for path in waiting], lambda n: tell(len(found) + len(wrong) + n)))
+        for path, answer in zip(waiting, answers, strict=False):
+            if _REFUSED in answer:
+                wrong.append(f"{path}: {answer[_REFUSED]}")
+            else:
+                found.append(Examined(**answer))
+        waiting = waiting[len(answers) :]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{'; '.join(wrong[:5])}{more}. Mend or remove {'it' if len(wrong) == 1 else 'them'}.")
+    return found
+
+
+def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:
+    """The clean form of an asset, or of a prompt's picture: gzip of a GLB or of GSP1, an MP4, or WebP.
+
+    Args: expected: the file's hash as planned; degradation: one of damage.DAMAGES, placed by `seed`.
+    Raises: ValueError; ChangedError for another file than the planned one.
+    """
+    with tempfile.TemporaryDirectory(prefix="eg3d-label-asset-") as folder:
+        out = Path(folder) / "out"
+        request = {"do": "clean", "path": str(path), "hash": expected, "degradation": degradation, "seed": seed, "out": str(out)}
+        (answer,) = _run([request])
+        if _REFUSED in answer:
+            raise (ChangedError if answer.get("changed") else ValueError)(f"{path.name}: {answer[_REFUSED]}")
+        return out.read_bytes()
+
+
+def _run(requests: Sequence[dict], tell: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
+    """Answers to requests from one process; fewer where it died, the last one saying so."""
+    largest = max((_size(Path(request["path"])) for request in requests), default=0)
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+    command = [sys.executable, "-m", "eg3d_rlhf.people.label.assets.reading", str(MEMORY + PER_BYTE * min(largest, MAX_BYTES))]
+    answers: list[dict] = []
+    with tempfile.TemporaryFile() as asked:
+        asked.write("".join(json.dumps(request) + "\n" for request in requests).encode())
+        asked.seek(0)
+        with subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                answers.append(json.loads(line))
+                tell(len(answers))
+    if len(answers) < len(requests):
+        answers.append({_REFUSED: "expected an asset that can be read with bounded memory and time, got one that takes more"})
+    return answers
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+# ---- in the process
+
+
+@contextmanager
+def _opened(path: Path):
+    """A regular file's bytes, mapped: a view of them."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise ChangedError(f"expected a file, got: {error.strerror}") from None
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("expected a file, got something else")
+        if not 0 < status.st_size <= MAX_BYTES:
+            raise ValueError(f"expected a file of 1 byte to {MAX_BYTES >> 20} MB, got {status.st_size:,} bytes")
+        yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # arrays may outlive this; the process does not
+
+
+def kind_of(head: bytes, name: str) -> str:
+    """What a file is by its first bytes; of an OBJ, which has no mark, also by its name. Raises: ValueError."""
+    if head[:4] == GLB_MAGIC:
+        return "glb"
+    if head[:3] == b"ply" and head[3:4] in b"\r\n":
+        return "ply"
+    if film.is_film(head):
+        return "film"
+    if kind_of_picture(head):
+        return "picture"
+    if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
+        raise ValueError("expected an asset, got a compressed file; unpack it")
+    if name.lower().endswith(".obj") and b"\0" not in head:
+        return "obj"
+    raise ValueError("expected GLB, PLY, OBJ, MP4 or WebM by content, got something else")
+
+
+def _hash(data: memoryview, path: Path, kind: str) -> str:
+    digest = hashlib.sha256(data)
+    for companion in obj.companions(data, path) if kind == "obj" else ():
+        digest.update(f"\0{companion.name}\0{hashlib.sha256(companion.read_bytes()).hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def _examine(path: Path) -> dict:
+    """Kind and hash; everything but what is slow is read as `_clean` will."""
+    with _opened(path) as data:
+        kind = kind_of(bytes(data[:512]), path.name)
+        if kind == "glb":
+            glb.read_glb(data)
+        elif kind == "ply":
+            header = ply.read_header(data)
+            kind = "splats" if header.splats else kind
+            (ply.check_splats if header.splats else ply.check_mesh)(header)
+        elif kind == "obj":
+            obj.check_obj(data)
+        elif kind == "film":
+            film.examine(path)
+        elif kind == "picture":
+            stripped(data)
+        return {"kind": kind, "hash": _hash(data, path, kind)}
+
+
+def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) -> dict:
+    with _opened(path) as data:
+        kind = kind_of(bytes(data[:512]), path.name)
+        _check_hash(data, path, kind, expected)
+        if kind == "picture":
+            out.write_bytes(small(data))
+        elif kind == "film":
+            if degradation:
+                raise ValueError("expected a mesh or splats to damage, got a video")
+            film.clean(path, out)
+        else:
+            _pack(data, path, kind, degradation, seed, out)
+    with _opened(path) as data:  # nor while it was read: arrays are views of the file, and ffmpeg opens it by itself
+        _check_hash(data, path, kind, expected)
+    return {}
+
+
+def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
+    """Raises: ChangedError."""
+    if _hash(data, path, kind) != expected:
+        raise ChangedError("expected the file that the campaign was planned with, got a changed one; restore it")
+
+
+def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
+    """Write gzip of a GLB or GSP1, without a name or a time."""
+    if kind == "ply" and ply.read_header(data).splats:
+        splats = ply.read_splats(data)
+        parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
+    else:
+        model = glb.read_glb(data) if kind == "glb" else ply.read_mesh(data) if kind == "ply" else obj.read_obj(data, path)
+        parts = glb_parts(damage_mesh(model, degradation, seed) if degradation else model)
+    with out.open("wb") as file, gzip.GzipFile("", "wb", _GZIP, file, mtime=0) as packed:
+        for part in parts:
+            packed.write(part)
+
+
+def _answer(request: dict) -> dict:
+    path = Path(request["path"])
+    try:
+        if request["do"] == "examine":
+            return _examine(path)
+        return _clean(path, request["hash"], request["degradation"], request["seed"], Path(request["out"]))
+    except ChangedError as error:
+        return {_REFUSED: str(error), "changed": True}
+    except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
+            return {_REFUSED: "expected an asset that can be read with bounded memory, got one that takes more"}
+        return {_REFUSED: str(error) or type(error).__name__}
+
+
+def main() -> None:
+    """Answer requests, JSON lines from standard input, under limits."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin:
+        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
+        print(json.dumps(_answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The command line of the labelling application: a server with flags of its own, and what is done beside it."""
+
+import json
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
+from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.people.label import launch, questions
+from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
+from eg3d_rlhf.people.label.asset_labels import export_assets
+from eg3d_rlhf.people.label.entities import CampaignSettings
+from eg3d_rlhf.people.label.figure_commands import leaderboard, simulate
+from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.people.label.people import add_annotator, annotators, new_token, revoke, status
+from eg3d_rlhf.people.label.preferences import export_labels, export_unpaired, without_password
+from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER
+from eg3d_rlhf.people.label.store_at import DATABASE, DB, database, open_store, sqlite_file, store_exists
+
+MAKE = "python tools/label.py add-annotator NAME"
+KINDS = {  # with the files' suffixes
+    "labels": (".jsonl", ".csv"), "unpaired": (".jsonl",), "judgements": (".jsonl",), "ranked-seeds": (".csv",),
+    "asset-pairs": (".jsonl",), "rankings": (".jsonl",), "asset-scores": (".jsonl",),
+}  # fmt: skip
+
+
+class LabelGroup(GroupedCommand, click.Group):
+    """A grouped command with sub-commands."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options in groups, then the commands."""
+        GroupedCommand.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+@click.command("label", cls=LabelGroup, invoke_without_command=True)
+@option("--network", metavar="PATH", default=None, show_default="the bundled generator", help="Network file or run folder.", group="Pairs")
+@option("--assets", metavar="PATH", default=None, show_default="a generator's shapes", group="Pairs",
+        help="Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl).")
+@launch.up_option("Pairs")
+@options_of(PairingOptions)
+@option("--active", is_flag=True, help="Short for --strategy=active.", group="Pairs", show_default=False)
+@option("--tournament", is_flag=True, help="Short for --strategy=tournament.", group="Pairs", show_default=False)
+@option("--reward", "rewards", metavar="FILE", multiple=True, show_default="the bundled two", group="Pairs",
+        help="Active: a reward of the ensemble; may be given again.")
+@option("--after", metavar="NAME", default=None, group="Pairs", help="Tournament: campaign whose results decide this next round.")
+@options_of(CampaignSettings)
+@option("--show-render/--no-show-render", default=False, group="Pairs", help="Whether the RGB picture may be asked for.")
+@option("--both-bad/--no-both-bad", default=True, group="Pairs", help="Whether 'both are bad' may be answered; no with --single.")
+@option("--questions", metavar="LIST", default="", show_default="none", group="Pairs",
+        help=f"Asked besides which is better, with commas between: {', '.join(questions.KNOWN)}, or NAME=TEXT.")
+@option("--reveal/--no-reveal", default=False, group="Pairs", help="Whether the generators' names are told after each answer.")
+@option("--db", metavar="URL", default=DB, help=DATABASE)
+@option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
+@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
+@option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
+@launch.server_options("access.jsonl beside the database")
+@click.pass_context
+def main(
+    ctx: click.Context, db: str, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple,
+    dry_run: bool, **flags,
+) -> None:
+    """Label pairs of shapes, or shapes one by one, in the browser; prints the address.
+
+    \b
+    Example:
+        python tools/label.py --network=runs/00001-x --pairs=1000
+        python tools/label.py --assets=FOLDER --pairs=200 --campaign=chairs
+        python tools/label.py add-annotator ann
+        python tools/label.py --host=0.0.0.0
+    """
+    ctx.obj = db
+    if ctx.invoked_subcommand is not None:
+        launch.refuse_flags_before(ctx, "db")
+        return
+    request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
+    wanted = request.to_json()
+    path = sqlite_file(db)
+    server = launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
+    if dry_run:
+        click.echo(json.dumps(_dry_run(db, request, server, wanted, given), indent=1, default=str))
+        return
+    _start(db, request, server, wanted, given)
+
+
+def _request(
+    ctx: click.Context, campaign: str, network: str | None, assets: str | None, after: str | None, rewards: tuple, flags: dict
+) -> tuple[launch.Request, set[str]]:
+    """What is to be planned, and which of its flags are on the command line."""
+    given = launch.given_flags(ctx)
+    chosen = [name for name in ("active", "tournament") if flags[name]] + ([flags["strategy"]] if "strategy" in given else [])
+    if len(set(chosen)) > 1:
+        raise ValueError(f"--strategy, --active, --tournament: expected one strategy, got {' and '.join(chosen)}. Choose one of them.")
+    if assets is not None:
+        _refuse_generators_flags(ctx, given, chosen)
+    elif "up" in given:
+        raise ValueError("--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out.")
+    flags = launch.filled({**flags, "strategy": chosen[0] if chosen else None}, PairingOptions, CampaignSettings)
+    if after is not None and flags["strategy"] != "tournament":
+        raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
+    pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"})
+    with naming("--network"):
+        source = find_network(network).resolve() if network else None
+        if source is not None and not source.is_file():
+            raise FileNotFoundError(f"expected a network file or a run folder, got nothing at {network}. Check the path.")
+    settings = {name: flags[name] for name in launch.SETTINGS}
+    settings["questions"] = tuple(one.strip() for one in flags["questions"].split(",") if one.strip())
+    if pairing.single:
+        settings |= {name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given}
+    request = launch.Request(
+        name=campaign, network=str(source) if source else None, after=after, pairing=pairing, settings=settings,
+        assets=str(Path(assets).resolve()) if assets else None, up=flags["up"],
+    )  # fmt: skip
+    if "prompt" in settings["questions"] and assets is None:
+        raise ValueError("--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out.")
+    questions.parse_questions(settings["questions"])
+    request.campaign_settings({})  # checks the shares before anything slow
+    return request, given | ({"strategy"} if chosen else set())
+
+
+def _refuse_generators_flags(ctx: click.Context, given: set[str], chosen: list[str]) -> None:
+    """Flags that say how a generator's shapes are drawn say nothing of finished assets. Raises: ValueError naming them."""
+    if set(chosen) - {"random"}:
+        raise ValueError(f"--{chosen[0]}: expected random pairs with --assets, which are neither ranked by rewards nor paired by results "
+                         "yet. Leave it out.")  # fmt: skip
+    own = {"pairs", "strategy", "seed", "gold", "training", "single"}
+    drawn = (set(PairingOptions.__dataclass_fields__) - own) | {"network", "rewards", "after", "show_render"}
+    wrong = [p.opts[0] for p in ctx.command.params if p.name in given & drawn]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out.")
+
+
+def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> dict:
+    """What would be done; nothing is written."""
+    resumed = False
+    if store_exists(db):
+        with open_store(db, create=False) as store:
+            found = store.campaign(request.name)
+            if found is not None:
+                resumed, wanted = True, dict(launch.check_resumed(found, wanted, given))
+    kept = {"db": without_password(db), "access_log": str(server.access_log)}
+    return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **server.to_dict(), **kept}
+
+
+def _start(db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]) -> None:
+    """Plan or resume, then serve until interrupted."""
+    planned = None
+    if not store_exists(db):  # whatever is wrong comes to light before a database is made
+        if server.exposed:
+            launch.check_annotators(None, server.host, MAKE)
+        planned = launch.plan_campaign(None, request, click.echo)
+    with open_store(db, create=True) as store:
+        if server.exposed:
+            launch.check_annotators(store, server.host, MAKE)
+        campaign = store.campaign(request.name)
+        if campaign is None:
+            settings, pairs = planned or launch.plan_campaign(store, request, click.echo)
+            store.create_campaign(settings, pairs)
+            click.echo(f"campaign {request.name!r}: {len(pairs)} pairs planned")
+        else:
+            launch.check_resumed(campaign, wanted, given)
+            answered = sum(1 for _ in store.judgements(request.name))
+            click.echo(f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements so far")
+        have = f"{len(launch.with_access(store))} can log in, add-annotator NAME makes more"
+        more = [f"other machines can reach this server, by a token: {have}"] if server.exposed else []
+        launch.serve_campaign(store, db, request.name, server, lambda address: [f"label at {address}  (Ctrl-C stops)", *more], "judgement")
+
+
+@click.command("export", cls=GroupedCommand)
+@click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@option("--kind", type=click.Choice(tuple(KINDS)), default="labels",
+        help="Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without loss (.jsonl), or a table "
+             "of ranked seeds (.csv). Of assets: pairs of files, rankings of each prompt's, scores of single ones.")
+@option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
+@option("--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again.")
+@option("--least-gold-accuracy", metavar="0..1", type=click.FloatRange(0, 1), default=None, help="Leave out annotators below it.")
+@option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
+@option("--min-milliseconds", metavar="INT", type=click.IntRange(min=0), default=0, help="Leave out faster answers.")
+@option("--since", metavar="TIME", default=None, help="Received from then on, ISO 8601.")
+@option("--question", metavar="NAME", default=None, show_default="which is better", help="Take the votes on this question as the answers.")
+@option("--from-pairs", is_flag=True, help="Unpaired, asset-scores: both of each pair that was answered with 'both are bad', as not good.")
+@database
+@click.pass_context
+def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters) -> None:
+    """Write labels or judgements to FILE."""
+    if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
+        raise ValueError(f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}. Leave it out.")
+    if out.suffix not in KINDS[kind]:
+        raise ValueError(f"FILE: expected a name with {' or '.join(KINDS[kind])} for --kind={kind}, got {out.name}. Rename it.")
+    if kind == "judgements":
+        used = [p.opts[0] for p in ctx.command.params if p.name in launch.given_flags(ctx) & set(filters)]
+        if used:
+            raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
+    with open_store(db, create=False) as store:
+        if kind == "judgements":
+            export_judgements(store, out, campaign)
+        elif kind == "labels":
+            export_labels(store, out, campaign=campaign, **filters)
+        elif kind == "unpaired":
+            export_unpaired(store, out, from_pairs, campaign=campaign, **filters)
+        elif kind == "ranked-seeds":
+            export_ranked_seeds(store, out, campaign=campaign, **filters)
+        else:
+            export_assets(store, out, kind, from_pairs, campaign=campaign, **filters)
+    with out.open(encoding="utf-8") as file:
+        count = sum(1 for _ in file) - (out.suffix == ".csv")
+    click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")
+
+
+@click.command("import", cls=GroupedCommand)
+@click.argument("source", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@option("--campaign", metavar="NAME", default=None, show_default="the file's name", help="Of ranked seeds: campaign to make.")
+@option("--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged.")
+@database
+def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
+    """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
+    if source.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it.")
+    if source.suffix == ".jsonl" and (campaign or annotator):
+        raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
+    with open_store(db, create=True) as store:
+        if source.suffix == ".csv":
+            count = import_ranked_seeds(store, source, campaign, annotator or "imported")
+        else:
+            count = import_judgements(store, source)
+    click.echo(f"{source}: {count} judgements imported")
+
+
+for command in (add_annotator, new_token, revoke, annotators, export, import_, status, leaderboard, simulate):
+    main.add_command(command)

@@ -1,0 +1,198 @@
+"""Judgements: taking answers and taking them back, each once per key in one short transaction; and reading them, a page at a time."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
+
+from eg3d_rlhf.people.label.assignments import MINE, take_place
+from eg3d_rlhf.people.label.campaigns import FIELDS, Plan, settings_from_json, shape_of
+from eg3d_rlhf.people.label.database import Database, annotators, campaigns, pairs, shapes
+from eg3d_rlhf.people.label.database import assignments as a
+from eg3d_rlhf.people.label.database import judgements as j
+from eg3d_rlhf.people.label.entities import SCALES, SKIP_REASONS, Answer, Choice, ConflictError, JudgementRow, Kind, Mode, Submitted
+from eg3d_rlhf.people.label.questions import check_votes
+from eg3d_rlhf.people.label.review import check_open, revealed
+
+MAX_TEXT, MAX_COMMENT, MAX_VIEWS, MAX_MILLISECONDS = 200, 500, 64, 2**53
+PAGE = 2000  # judgements read at once
+
+# built once: building a statement takes longer than running it
+BY_KEY = select(j).where(j.c.annotator_id == bindparam("annotator"), j.c.key == bindparam("key"))
+BY_TOKEN = select(a).where(a.c.token == bindparam("token"), MINE)
+LAST = select(a).where(MINE, a.c.answered.is_not(None)).order_by(a.c.answered.desc()).limit(1)
+RECORD = insert(j)
+CLOSE = update(a).where(a.c.id == bindparam("assignment")).values(answered=bindparam("judgement"), undone=None, leased=bindparam("now"))
+CLOSE = CLOSE.returning(a.c.released)
+
+
+def check_answer(answer: Answer) -> None:
+    """Raises: ValueError for what cannot be stored as it is."""
+    check_text("key", answer.key)
+    check_text("page_version", answer.page_version, least=0)
+    for view in answer.views:
+        check_text("view", view)
+    if len(answer.views) > MAX_VIEWS:
+        raise ValueError(f"answer: expected at most {MAX_VIEWS} views, got {len(answer.views)}. Send each once.")
+    if not 0 <= answer.milliseconds <= MAX_MILLISECONDS:
+        raise ValueError(f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time to answer.")
+    if answer.answered_at is not None and not abs(answer.answered_at) < 1e15:
+        raise ValueError(f"answer: expected answered_at in seconds since 1970, got {answer.answered_at}. Correct or drop it.")
+    if answer.comment is not None and (not 1 <= len(answer.comment) <= MAX_COMMENT or not answer.comment.isprintable()):
+        got = repr(answer.comment[:40])
+        raise ValueError(f"answer: expected a comment of 1 to {MAX_COMMENT} printable characters, got {got}. Shorten or drop it.")
+    if answer.reason is not None and (answer.choice is not Choice.SKIP or answer.reason not in SKIP_REASONS):
+        reasons = ", ".join(SKIP_REASONS)
+        raise ValueError(f"answer: expected a reason with a skip alone, one of {reasons}, got {answer.reason!r}. Choose one of them.")
+
+
+def check_text(name: str, value: str, least: int = 1) -> None:
+    """Raises: ValueError for texts that are too long or not printable: control characters, halves of surrogate pairs."""
+    if not least <= len(value) <= MAX_TEXT or not value.isprintable():
+        raise ValueError(f"answer: expected {name} of {least} to {MAX_TEXT} printable characters, got {value[:40]!r}. Send another.")
+
+
+def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: float) -> Submitted:
+    """Record a choice. Raises as `Store.submit`."""
+    before = _by_key(c, annotator_id, answer.key)
+    if before is not None and before.type != "choice":
+        raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which an undo has used. Send another key.")
+    if before is not None:
+        assigned = c.execute(select(a).where(a.c.id == before.assignment_id)).one()
+        kept = (assigned.token, before.choice, before.reason, before.votes)
+        if kept != (answer.assignment, answer.choice.value, answer.reason, _votes(answer)):
+            raise ConflictError(f"answer: expected a new key, got {answer.key!r}, which another answer has used. Send another key.")
+        return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
+    assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
+    settings = plan.campaign.settings
+    allowed = [choice for choice in SCALES[settings.scale] if choice is not Choice.BAD or settings.both_bad]
+    if answer.choice not in (*allowed, Choice.SKIP):
+        raise ValueError(f"answer: expected one of {', '.join(allowed)} or skip, got {answer.choice}. Reload the page.")
+    check_votes(settings.questions, answer.votes, answer.choice)
+    if assigned.answered is not None:
+        raise ConflictError(f"answer: expected an open assignment, got {answer.assignment}, which is answered. Undo that answer first.")
+    values = {
+        "campaign_id": plan.campaign.id, "annotator_id": annotator_id, "key": answer.key, "type": "choice", "assignment_id": assigned.id,
+        "choice": answer.choice.value, "reason": answer.reason, "milliseconds": answer.milliseconds, "views": json.dumps(answer.views),
+        "answered_at": answer.answered_at, "received_at": now, "page_version": answer.page_version,
+        "votes": _votes(answer), "comment": answer.comment,
+    }  # fmt: skip
+    judgement = c.execute(RECORD.returning(j.c.id), values).scalar_one()
+    closed = {"assignment": assigned.id, "judgement": judgement, "now": now}
+    released = c.execute(CLOSE, closed).scalar_one()  # of this moment
+    if released is not None and take_place(c, assigned.pair_id):
+        c.execute(update(a).where(a.c.id == assigned.id).values(released=None))
+    return _outcome(plan, assigned, judgement, answer.choice, duplicate=False)
+
+
+def _votes(answer: Answer) -> str | None:
+    return json.dumps(dict(answer.votes), sort_keys=True) if answer.votes else None
+
+
+def undo(c: Connection, plan: Plan, annotator_id: int, key: str, assignment: str | None, now: float) -> str | None:
+    """Record that a choice is taken back; the token of the assignment that is open again. Raises as `Store.undo`."""
+    campaign_id = plan.campaign.id
+    before = _by_key(c, annotator_id, key)
+    if before is not None:
+        if before.type != "undo":
+            raise ConflictError(f"undo: expected a new key, got {key!r}, which an answer has used. Send another key.")
+        return c.execute(select(a.c.token).where(a.c.id == before.assignment_id)).scalar()
+    if assignment is not None:
+        found: Row | None = _assignment(c, campaign_id, annotator_id, assignment)
+    else:
+        found = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
+    target = found if found is not None and found.answered is not None else None
+    values = {"campaign_id": campaign_id, "annotator_id": annotator_id, "key": key, "type": "undo", "received_at": now}
+    if target is not None:
+        check_open(c, plan, target, now)
+        values |= {"assignment_id": target.id, "takes_back": target.answered}
+        c.execute(update(a).where(a.c.id == target.id).values(answered=None, undone=now, leased=now))
+    c.execute(RECORD, values)
+    return None if target is None else target.token
+
+
+def _by_key(c: Connection, annotator_id: int, key: str) -> Row | None:
+    return c.execute(BY_KEY, {"annotator": annotator_id, "key": key}).first()
+
+
+def _assignment(c: Connection, campaign_id: int, annotator_id: int, token: str) -> Row:
+    found = None
+    if token.isprintable():
+        found = c.execute(BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}).first()
+    if found is None:
+        raise LookupError(f"assignment: expected one of this annotator's, got {token[:60]!r}. Ask for assignments.")
+    return found
+
+
+def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
+    if assigned.kind != Kind.TRAINING:
+        names = revealed(plan, assigned, choice)
+        return Submitted(judgement=judgement, duplicate=duplicate, training=False, correct=None, explanation="", reveal=names)
+    pair = plan.pairs[assigned.pair_id]
+    expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
+    correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
+    return Submitted(
+        judgement=judgement, duplicate=duplicate, training=True, correct=correct, explanation=pair.explanation, better=expected
+    )  # fmt: skip
+
+
+def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str | None:
+    """'left' or 'right' for the plan's 'first' or 'second'; of a shape by itself 'up' or 'down'."""
+    if expected is None:
+        return None
+    if mode is Mode.SINGLE:
+        return {"first": "up", "second": "down"}[expected]
+    return "left" if (expected == "first") == first_is_left else "right"
+
+
+def read_judgements(
+    database: Database, campaign: str | None = None, names: Sequence[str] = (), include_undone: bool = False
+) -> Iterator[JudgementRow]:
+    """Choices of a campaign (None: of all) by some annotators (none named: all), those taken back only on request."""
+    first, second = shapes.alias("first"), shapes.alias("second")
+    named = [first.c[name].label(f"first_{name}") for name in FIELDS] + [second.c[name].label(f"second_{name}") for name in FIELDS]
+    columns = (
+        j.c.id, j.c.choice, j.c.reason, j.c.milliseconds, j.c.views, j.c.answered_at, j.c.received_at, j.c.page_version, j.c.votes,
+        j.c.comment, a.c.token, a.c.sequence, a.c.kind, a.c.first_is_left, a.c.answered, a.c.pair_id, pairs.c.expected,
+        annotators.c.name.label("annotator"), campaigns.c.name.label("campaign"), campaigns.c.settings, *named,
+    )  # fmt: skip
+    joined = j.join(a, and_(a.c.id == j.c.assignment_id, j.c.type == "choice")).join(pairs, pairs.c.id == a.c.pair_id)
+    joined = joined.join(first, first.c.id == pairs.c.first_id).join(second, second.c.id == pairs.c.second_id)
+    joined = joined.join(annotators, annotators.c.id == j.c.annotator_id).join(campaigns, campaigns.c.id == j.c.campaign_id)
+    query = select(*columns).select_from(joined)
+    query = query.where(campaigns.c.name == campaign) if campaign is not None else query
+    query = query.where(annotators.c.name.in_(list(names))) if names else query
+    query = query if include_undone else query.where(a.c.answered == j.c.id)
+    modes: dict[str, str] = {}
+    last = 0
+    while True:
+        with database.read() as c:
+            page = c.execute(query.where(j.c.id > last).order_by(j.c.id).limit(PAGE)).all()
+        for row in page:
+            yield _row(row, modes)
+        if len(page) < PAGE:
+            return
+        last = page[-1].id
+
+
+def tally(c: Connection) -> list[Row]:
+    """Judgements that count by campaign and annotator, in order of their first: campaign_id, name, judgements, last (time of receipt)."""
+    figures = func.count().label("judgements"), func.max(j.c.received_at).label("last")
+    query = select(j.c.campaign_id, annotators.c.name, *figures).join_from(a, j, j.c.id == a.c.answered)
+    query = query.join(annotators, annotators.c.id == j.c.annotator_id).group_by(j.c.campaign_id, j.c.annotator_id, annotators.c.name)
+    return list(c.execute(query.order_by(func.min(j.c.id))))
+
+
+def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
+    if row.campaign not in modes:
+        modes[row.campaign] = settings_from_json(row.settings).mode.value
+    first_is_left = bool(row.first_is_left)
+    first, second = shape_of(row, "first_"), shape_of(row, "second_")
+    left, right = (first, second) if first_is_left else (second, first)
+    return JudgementRow(
+        id=row.id, campaign=row.campaign, mode=modes[row.campaign], annotator=row.annotator, assignment=row.token, sequence=row.sequence,
+        pair=row.pair_id, kind=Kind(row.kind), left=left, right=right, first_is_left=first_is_left, choice=Choice(row.choice),
+        reason=row.reason, expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])), milliseconds=row.milliseconds,
+        views=tuple(json.loads(row.views)), answered_at=row.answered_at, received_at=row.received_at, page_version=row.page_version,
+        undone=row.answered != row.id, votes=json.loads(row.votes) if row.votes else {}, comment=row.comment,
+    )  # fmt: skip

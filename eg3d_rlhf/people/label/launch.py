@@ -1,0 +1,229 @@
+"""What the labelling tools start: a campaign planned from flags or taken up again, its store, and the server's flags."""
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from eg3d_rlhf.core.cli import naming, option, together
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.people.label.assets.collection import read_collection
+from eg3d_rlhf.people.label.assets.planning import conditions, plan_assets
+from eg3d_rlhf.people.label.ensemble import reward_ensemble
+from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Mode, PlannedPair, StoredCampaign
+from eg3d_rlhf.people.label.pairing import PairingOptions, plan
+from eg3d_rlhf.people.label.preferences import LabelFilters, preferences_of
+from eg3d_rlhf.people.label.preparation import Preparation
+from eg3d_rlhf.people.label.server.app import serve
+from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
+from eg3d_rlhf.people.label.shape_files import ShapeCache
+from eg3d_rlhf.people.label.store import Store
+from training.config import knobs_of
+
+SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
+FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
+
+
+def filled(flags: Mapping, *kinds: type) -> dict:
+    """Flags with the defaults of settings' fields where none was given."""
+    own = {field.name: field.default for kind in kinds for field, _, _ in knobs_of(kind)}
+    return {name: own.get(name) if value is None else value for name, value in flags.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the flags ask for."""
+
+    name: str  # of the campaign
+    network: str | None  # file; None: the bundled generator
+    after: str | None  # tournament: the campaign whose results decide this round
+    pairing: PairingOptions
+    settings: Mapping  # values of SETTINGS
+    assets: str | None = None  # folder or list of finished assets, in place of a generator
+    up: str = "y"  # axis of the assets that points up
+
+    def to_json(self) -> dict:
+        """Everything that the plan depends on, as JSON types."""
+        pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
+        settings = {**self.settings, "questions": list(self.settings["questions"])}
+        assets = {"assets": self.assets, "up": self.up} if self.assets else {}
+        return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
+
+    def campaign_settings(self, extra: Mapping) -> CampaignSettings:
+        """The settings that are frozen with the campaign."""
+        how = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
+        return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **self.settings, **how)  # type: ignore[arg-type]
+
+
+def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) -> dict:
+    """The flags that a stored campaign was planned from.
+
+    Args: wanted: as `Request.to_json`; given: names of the flags on the command line, which must agree with the stored ones.
+    Raises: ValueError naming the flag, the stored value and what to do.
+    """
+    name = campaign.settings.name
+    stored = campaign.settings.extra.get(FLAGS)
+    if stored is None:
+        raise ValueError(f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose another name.")
+    for flag in sorted(given & set(wanted)):
+        kept = stored.get(flag, getattr(CampaignSettings, flag, None))  # a flag that there was not yet is at its default
+        kept = list(kept) if isinstance(kept, tuple) else kept
+        if kept != wanted[flag]:
+            raise ValueError(
+                f"--{flag.replace('_', '-')}: expected {kept}, with which campaign {name!r} was planned, got {wanted[flag]}. "
+                "Leave the flag out to go on with that campaign, or begin another with --campaign=NAME."
+            )
+    return stored
+
+
+def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], None]) -> tuple[CampaignSettings, list[PlannedPair]]:
+    """A new campaign, not kept yet.
+
+    Args: store: where the results of an earlier round are; None where there is none yet.
+    Raises: ValueError, OSError naming the flag at fault.
+    """
+    if request.assets is not None:
+        with naming("--assets"):
+            collection = read_collection(Path(request.assets), tell)
+            assets = plan_assets(request.pairing, collection, tell)
+        extra = {FLAGS: request.to_json(), "plan": assets.report, "conditions": conditions(collection), "up": request.up}
+        return request.campaign_settings(extra), assets.pairs
+    results = []
+    if request.after is not None:
+        with naming("--after"):
+            if store is None:
+                raise ValueError(f"expected a campaign of the database, got {request.after!r} and no database. Check --db.")
+            results = preferences_of(store, LabelFilters(campaign=request.after))
+    with naming("--network"):
+        generator = load_generator(request.network)
+    what = "shapes" if request.pairing.single else "pairs"
+    tell(f"planning {request.pairing.pairs} {what} ({request.pairing.strategy}) ...")
+    judges = reward_ensemble(request.pairing, generator) if request.pairing.strategy == "active" else None
+    planned = plan(request.pairing, generator, results, judges)
+    return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
+
+
+def with_access(store: Store) -> list[str]:
+    """Names of those who may log in."""
+    return [one.name for one in store.annotators() if one.revoked is None and one.name != LOCAL]
+
+
+def check_annotators(store: Store | None, host: str, make: str) -> None:
+    """Refuse to expose a server that nobody could use.
+
+    Args: make: the command that makes an annotator.
+    Raises: ValueError naming the flag and the remedy.
+    """
+    if store is None or not with_access(store):
+        raise ValueError(
+            f"--host={host}: expected at least one annotator, as tokens are compulsory where other machines reach the server, got none. "
+            f"Make one with: {make}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    """How the server is reached."""
+
+    host: str
+    port: int
+    certificate: Path | None
+    key: Path | None
+    proxy: str | None
+    access_log: Path
+    title: str
+    cache: Path
+
+    def __post_init__(self):
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("--certificate, --key: expected both or neither. Give the PEM files of the certificate and of its key.")
+
+    @classmethod
+    def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
+        """The flags of `server_options` and --cache; the access log lies in `folder` unless they name another."""
+        chosen = {field.name: flags[field.name] for field in fields(cls)}
+        return cls(**{**chosen, "access_log": flags["access_log"] or folder / "access.jsonl"})
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines reach the server; then tokens are compulsory."""
+        return not is_loopback(self.host) or self.proxy is not None
+
+    def to_dict(self) -> dict:
+        """JSON types, for --dry-run."""
+        reached = {"host": self.host, "port": self.port, "exposed": self.exposed, "https": self.certificate is not None}
+        return {**reached, "proxy": self.proxy, "title": self.title, "cache": str(self.cache)}
+
+
+def up_option(group: str):
+    """A decorator: the flag of how finished assets stand."""
+    return option("--up", type=click.Choice(["y", "z"]), default="y", group=group,
+                  help="Of finished assets: the axis that points up in their files.")
+
+
+def server_options(access_log: str, title: str = "Heading of the page."):
+    """A decorator: the flags that a labelling server takes; `access_log` says where that file lies by default."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    pem = click.Path(path_type=Path, exists=True, dir_okay=False)
+    flags = (
+        option("--host", metavar="ADDRESS", default="127.0.0.1", group="Server",
+               help="Address to bind to. Any but loopback makes annotators' tokens compulsory."),
+        option("--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one.", group="Server"),
+        option("--certificate", metavar="FILE", type=pem, default=None, group="Server",
+               help="PEM file; with --key, the server speaks https."),
+        option("--key", metavar="FILE", type=pem, default=None, group="Server", help="PEM file of the certificate's key."),
+        option("--proxy", metavar="ADDRESS", default=None, group="Server",
+               help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory."),
+        option("--access-log", metavar="FILE", type=file, default=None, group="Server", show_default=access_log,
+               help="Requests as JSON lines, without tokens."),
+        option("--title", metavar="TEXT", default=AppOptions.title, help=title, group="Server",
+               show_default="the question, in the annotator's language"),
+    )
+    return together(*flags)
+
+
+def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, announce: Callable[[str], list[str]], what: str) -> None:
+    """Prepare a campaign's shapes and serve it until interrupted.
+
+    Args: announce: what to print, given the server's address; what: how answers are called.
+    """
+    cache, found = ShapeCache(server.cache), store.campaign(campaign)
+    if found is not None:
+        cache.forget_passing(shape for _, shape in store.shapes(found.id) if shape.file)
+    options = AppOptions(
+        store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
+        title=server.title, access_log=server.access_log,
+    )  # fmt: skip
+
+    def listening(address: str) -> None:
+        for everywhere in ("//0.0.0.0:", "//[::]:"):
+            address = address.replace(everywhere, f"//{socket.gethostname()}:")
+        for line in announce(address):
+            click.echo(line)
+        if server.key is not None and server.key.stat().st_mode & 0o077:
+            click.echo(f"--key: other accounts of this machine can read it; chmod 600 {server.key}")
+        if server.exposed and server.certificate is None and server.proxy is None:
+            click.echo("tokens travel unencrypted: give --certificate and --key, or use a proxy with https, outside a trusted network")
+
+    try:
+        serve(
+            options, server.host, server.port, certificate=server.certificate, key=server.key, proxy=server.proxy, on_listening=listening
+        )
+    except KeyboardInterrupt:
+        click.echo(f"stopped; every {what} is kept, the same command goes on")
+
+
+def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
+    """Sub-commands take these parameters alone from before their name. Raises: ValueError naming the others that were given."""
+    used = [p.opts[0] for p in ctx.command.params if p.name in given_flags(ctx) and p.name not in allowed]
+    if used:
+        names = " and ".join(f"--{name}" for name in allowed)
+        raise ValueError(f"{', '.join(used)}: expected only {names} before {ctx.invoked_subcommand}. Write other flags after it.")
+
+
+def given_flags(ctx: click.Context) -> set[str]:
+    """Names of the parameters that are on the command line."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}

@@ -1,0 +1,252 @@
+"""Preferences out of a store: which judgements count, what they say in the open label format, and how a store is named.
+
+Importing this needs no database package; reading a store does.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, Mode, Shape
+from eg3d_rlhf.people.label.questions import answers_to, parse_questions
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.store import Store
+
+_STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
+COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)  # gold and training pairs have known answers and damaged shapes
+WORDS = {Mode.LABEL: "one that collects preferences", Mode.STUDY: "a study", Mode.SINGLE: "one of shapes judged one by one"}
+_PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
+
+
+def is_store_url(source: object) -> bool:
+    """Whether `source` names a store and not a file."""
+    return isinstance(source, str) and _STORE.match(source) is not None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and written down."""
+    return _PASSWORD.sub(r"\1:***@", url)
+
+
+def labels_source(source: str | Path) -> str | Path:
+    """A store's URL as it is, anything else as a path."""
+    return source if is_store_url(source) else Path(source)
+
+
+def source_stem(source: str | Path) -> str:
+    """A short name: the file's or database's, without its ending."""
+    if is_store_url(source) and not str(source).startswith("sqlite"):
+        return str(source).split("?")[0].rpartition("/")[2]  # a database's name has no ending
+    return Path(str(source).split("?")[0] if is_store_url(source) else source).stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFilters:
+    """Which judgements become labels. Skips, gold checks, training and what was undone never do."""
+
+    campaign: str | None = None  # name; None: all that collect preferences
+    annotators: tuple[str, ...] = ()  # names; empty: all
+    least_gold_accuracy: float | None = None  # 0..1; annotators below it, or without an answered gold check, are left out
+    drop_repeats: bool = False  # keep each annotator's first answer to a pair alone
+    min_milliseconds: int = 0  # leave out faster answers
+    question: str | None = None  # take the votes on it as answers; judgements without one are left out. None: which one is better
+    since: str | float | None = None  # received from then on: ISO 8601 (local time unless it says otherwise), or seconds since 1970
+
+    def __post_init__(self):
+        if self.least_gold_accuracy is not None and not 0 <= self.least_gold_accuracy <= 1:
+            raise ValueError(f"least_gold_accuracy must be 0..1, got {self.least_gold_accuracy}")
+        if self.min_milliseconds < 0:
+            raise ValueError(f"min_milliseconds must be >= 0, got {self.min_milliseconds}")
+        _ = self.start  # says at once what is wrong with `since`
+
+    @property
+    def start(self) -> float:
+        """`since` in seconds since 1970; minus infinity for None."""
+        if self.since is None:
+            return -math.inf
+        with contextlib.suppress(ValueError):
+            return float(self.since)
+        try:
+            return datetime.fromisoformat(str(self.since)).timestamp()
+        except ValueError:
+            raise ValueError(f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so.") from None
+
+    def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
+        """The judgements that count, in their order. Args: mode: of the campaigns, where none is named."""
+        rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
+        rows = [row for row in rows if self.campaign in (None, row.campaign) and (not self.annotators or row.annotator in self.annotators)]
+        trusted = {row.annotator for row in rows}
+        if self.least_gold_accuracy is not None:  # those whose gold checks suffice, over all their checks in these rows
+            hits: dict[str, list[bool]] = defaultdict(list)
+            for row in rows:
+                if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
+                    hits[row.annotator].append(row.choice.meets(row.expected))
+            trusted = {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
+        kinds = COMPARED[:1] if self.drop_repeats else COMPARED
+        kept = [
+            row for row in rows
+            if row.kind in kinds and row.choice is not Choice.SKIP and row.annotator in trusted
+            and row.milliseconds >= self.min_milliseconds and row.received_at >= self.start
+        ]  # fmt: skip
+        return kept if self.question is None else answers_to(self.question, kept)
+
+
+def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
+    """Labels by the name of their file or the URL of their store. Raises: ValueError when a file is to be filtered."""
+    if is_store_url(source):
+        name, filters = without_password(str(source)), filters or LabelFilters()
+        return LabelSource(name, functools.partial(read_preferences, str(source), filters), {"labels": name, "filters": asdict(filters)})
+    given = [name for name, value in asdict(filters or LabelFilters()).items() if value != getattr(LabelFilters(), name)]
+    if given:
+        flags = ", ".join("--" + {"annotators": "annotator"}.get(name, name).replace("_", "-") for name in given)
+        raise ValueError(
+            f"{flags}: expected a store in --labels, got the file {Path(source).name}. Leave {'it' if len(given) == 1 else 'them'} out, or "
+            "write --labels=sqlite:///labels.db."
+        )
+    return LabelSource.of_file(Path(source))
+
+
+def to_preference(row: JudgementRow) -> Preference:
+    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so that CSV holds them too.
+
+    Raises: ValueError for pairs that the format cannot name: two generators or truncations, one seed twice, shapes damaged on purpose.
+    """
+    left, right = row.left, row.right
+    refuse_assets(row, "asset-pairs")
+    if row.choice.good is not None:
+        raise ValueError(f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired.")
+    if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
+        raise ValueError(
+            f"judgement {row.id} of campaign {row.campaign}: expected two seeds of one generator, got a pair that seeds alone do not tell "
+            "apart. Name another campaign, or export the judgements whole."
+        )
+    winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+    side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
+    both = "bad" if row.choice is Choice.BAD else None
+    known = {**_known(row), "side": side, "left_seed": left.seed, "both": both}
+    return Preference(
+        winner=winner.seed, loser=loser.seed, generator=left.generator or None, psi=None if math.isnan(left.psi) else left.psi,
+        annotator=row.annotator, time=row.received_at, tie=row.choice.equal,
+        extra={k: v for k, v in known.items() if v is not None},
+    )  # fmt: skip
+
+
+def _known(row: JudgementRow) -> dict:
+    """Where a label comes from, and how its shapes were drawn."""
+    shape = row.left
+    return {
+        "campaign": row.campaign, "judgement": row.id, "pair": row.pair, "kind": row.kind.value, "milliseconds": row.milliseconds,
+        "views": " ".join(row.views), "answered_at": row.answered_at, "page_version": row.page_version,
+        "level": None if math.isnan(shape.level) else shape.level, "resolution": shape.resolution, "triangles": shape.triangles,
+    }  # fmt: skip
+
+
+def to_unpaired(row: JudgementRow) -> UnpairedPreference:
+    """A judgement of a shape by itself as a label, its provenance in `extra`."""
+    score = float(row.choice.value) if row.choice.value.isdigit() else None
+    return _unpaired(row, row.left, row.choice.good if score is None else None, score)
+
+
+def both_bad_unpaired(row: JudgementRow) -> list[UnpairedPreference]:
+    """What the answer "both are bad" says of either shape: not good."""
+    return [_unpaired(row, shape, False, None) for shape in (row.left, row.right)]
+
+
+def _unpaired(row: JudgementRow, shape: Shape, label: bool | None, score: float | None) -> UnpairedPreference:
+    refuse_assets(row, "asset-scores")
+    return UnpairedPreference(
+        seed=shape.seed, label=label, score=score, generator=shape.generator or None,
+        psi=None if math.isnan(shape.psi) else shape.psi, annotator=row.annotator, time=row.received_at,
+        extra={k: v for k, v in _known(row).items() if v is not None},
+    )  # fmt: skip
+
+
+def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
+    """Raises: ValueError for a judgement of files, which seeds cannot name."""
+    if row.left.file or row.right.file:
+        raise ValueError(f"campaign {row.campaign}: expected shapes of a generator's seeds, got files. Export it with --kind={kind}.")
+
+
+def _drawn(shape: Shape) -> tuple:
+    values = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
+    return tuple(None if isinstance(v, float) and math.isnan(v) else v for v in values)
+
+
+def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
+    """Labels of a store in order of receipt.
+
+    Raises: ValueError for an unknown campaign or annotator, a campaign of another kind, and pairs that the label format cannot name.
+    """
+    return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
+
+
+def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
+    """The judgements that become labels, of campaigns of one mode.
+
+    Raises: ValueError for an unknown campaign or annotator, and a campaign of another kind.
+    """
+    if chosen.campaign is not None:
+        campaign = store.campaign(chosen.campaign)
+        if campaign is None:
+            known = ", ".join(found.settings.name for found in store.campaigns()) or "none"
+            raise ValueError(f"campaign: expected one of the store's ({known}), got {chosen.campaign!r}. Name one of them.")
+        if campaign.settings.mode is not mode:
+            wanted, got = (WORDS[one] for one in (mode, campaign.settings.mode))
+            raise ValueError(f"campaign {chosen.campaign}: expected {wanted}, got {got}. Name another.")
+    if chosen.question is not None:
+        named = [c for c in store.campaigns() if chosen.campaign in (None, c.settings.name)]
+        asked = {question.name for c in named for question in parse_questions(c.settings.questions)}
+        if chosen.question not in asked:
+            listed = ", ".join(sorted(asked)) or "none"
+            raise ValueError(f"question: expected one that was asked ({listed}), got {chosen.question!r}. Name one of them.")
+    names = {annotator.name for annotator in store.annotators()}
+    unknown = sorted(set(chosen.annotators) - names)
+    if unknown:
+        listed = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others.")
+    return chosen.keep(store.judgements(chosen.campaign, chosen.annotators), mode)
+
+
+def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
+    """Labels of the store at a URL, in order of receipt.
+
+    Raises: as `Store.open` and `preferences_of`; ValueError where no label is left, or the database packages are missing.
+    """
+    try:
+        from eg3d_rlhf.people.label.store import Store
+    except ImportError as error:
+        raise ValueError(f"--labels: expected SQLAlchemy to read a store, got: {error}. pip install 'eg3d-rlhf[label]'.") from None
+    with Store.open(url, create=False) as store:
+        labels = preferences_of(store, filters)
+    if not labels:
+        name = without_password(url)
+        raise ValueError(f"{name}: expected at least one label, got none that passes the filters. Label some pairs first, or ask for less.")
+    return labels
+
+
+def export_labels(store: "Store", path: str | Path, **filters) -> Path:
+    """Write .jsonl or .csv in the open label format, with everything known of each judgement as further fields. Returns the path."""
+    return write_labels(path, preferences_of(store, LabelFilters(**filters)))
+
+
+def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:
+    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields. Returns the path.
+
+    Args: from_pairs: of campaigns of pairs, both shapes of each pair that was answered with "both are bad", as not good.
+    Raises: as `preferences_of`.
+    """
+    chosen = LabelFilters(**filters)
+    if from_pairs:
+        bad = (row for row in kept_judgements(store, chosen, Mode.LABEL) if row.choice is Choice.BAD)
+        return write_unpaired(path, [label for row in bad for label in both_bad_unpaired(row)])
+    return write_unpaired(path, [to_unpaired(row) for row in kept_judgements(store, chosen, Mode.SINGLE)])

@@ -1,0 +1,283 @@
+"""Draw the shapes of a campaign ahead of the annotators, in a process of its own that leaves the machine to others.
+
+It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and takes up where it was. A shape
+that cannot be drawn is noted and passed over. It ends by itself when the process that started it is gone, however that ended.
+
+
+Example:
+    python -m eg3d_rlhf.people.label.preparation --url=sqlite:///labels.db --campaign=first
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.people.label.assets.drawing import AssetDrawer, prepare_prompts
+from eg3d_rlhf.people.label.assets.reading import ChangedError
+from eg3d_rlhf.people.label.entities import Shape
+from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
+from eg3d_rlhf.people.label.store import Store
+from training.storage import write_atomic
+
+_RECENT = 50  # shapes over which the pace is taken
+
+
+class Drawer(Protocol):
+    """What draws; see `drawing.ShapeDrawer`."""
+
+    def generator(self, shape: Shape) -> object:
+        """The generator of a shape; ValueError or OSError where it cannot be had."""
+
+    def mesh(self, shape: Shape) -> bytes:
+        """The compressed mesh; ValueError for a shape that cannot be drawn."""
+
+    def picture(self, shape: Shape) -> bytes:
+        """The PNG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeProgress:
+    """How far the preparation of a campaign is."""
+
+    campaign: str
+    done: int = 0  # shapes that are prepared
+    total: int = 0  # distinct shapes
+    failed: int = 0  # shapes that cannot be drawn; their pairs are never shown
+    reason: str | None = None  # why, of the last one; may name files
+    seconds_per_shape: float | None = None  # over the last 50 that were drawn; None before the first
+    seconds_left: float | None = None
+    finished: bool = False  # nothing is left to draw
+    error: str | None = None  # why the worker gave up; may name files, so it is for administrators
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        write_atomic(path, (json.dumps(asdict(self)) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "ShapeProgress | None":
+        """What was written; None where there is nothing of this version."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
+    """Where a campaign's progress is written: campaigns of several databases may share a cache."""
+    name = hashlib.sha256(json.dumps([url, campaign]).encode()).hexdigest()[:16]
+    return cache.folder / f"progress-{name}.json"
+
+
+def prepare(
+    shapes: Iterable[Shape], cache: ShapeCache, drawer: Drawer, renders: bool = False, tell: Callable[[dict], None] = lambda fields: None
+) -> None:
+    """Draw whatever of the shapes is missing in the cache, in order.
+
+    Args: renders: also the RGB pictures; tell: hears the fields of `ShapeProgress` that it knows, before the first shape and after each.
+    Raises: ValueError, OSError where a generator or the disk fails: that is no shape's fault, and nothing is noted against one.
+    """
+    distinct = {shape_key(shape): shape for shape in shapes}
+    failed = {key for key, shape in distinct.items() if cache.failure(shape)}
+    drawn = {key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))}
+    missing = [key for key in distinct if key not in failed and key not in drawn]
+    seconds: deque[float] = deque(maxlen=_RECENT)
+    reason = next((cache.failure(distinct[key]) for key in failed), None)
+
+    def report(left: int) -> None:
+        pace = sum(seconds) / len(seconds) if seconds else None
+        tell({
+            "done": len(distinct) - len(failed) - left, "total": len(distinct), "failed": len(failed), "reason": reason,
+            "seconds_per_shape": pace, "seconds_left": 0.0 if left == 0 else pace and pace * left, "finished": left == 0,
+        })  # fmt: skip
+
+    report(len(missing))
+    for number, key in enumerate(missing, 1):
+        start = time.monotonic()
+        drawer.generator(distinct[key])
+        wrong = _draw(distinct[key], cache, drawer, renders)
+        if wrong is not None:
+            reason = str(wrong)
+            cache.put_failure(distinct[key], reason, passing=isinstance(wrong, ChangedError))
+            failed.add(key)
+            print(f"not shown: {reason}", file=sys.stderr, flush=True)
+        seconds.append(time.monotonic() - start)
+        report(len(missing) - number)
+
+
+def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> ValueError | None:
+    """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh. Returns why it cannot be drawn."""
+    try:
+        picture = drawer.picture(shape) if renders and cache.render(shape) is None else None
+        mesh = drawer.mesh(shape) if cache.mesh(shape) is None else None
+    except ValueError as error:
+        return error
+    if picture is not None:
+        cache.put_render(shape, picture)
+    if mesh is not None:
+        cache.put_mesh(shape, mesh)
+    return None
+
+
+_ROOT = Path(__file__).resolve().parents[3]  # found by the worker, wherever the server was started
+URL_VARIABLE = "EG3D_RLHF_LABEL_URL"  # passes the database's address, password included, out of sight of the process list
+_WRITE_EVERY = 0.5  # seconds between two writes of the progress
+_WATCH_EVERY = 0.5  # seconds between two looks at the parent
+_PATIENCE = 5.0  # seconds that a worker has to end when it is asked to
+_RESTARTS = 3  # of a worker that died, without a shape in between
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process at once when `parent` is no longer its parent. What it writes it writes whole, so it may be cut off anywhere."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_EVERY)
+        os._exit(3)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+@click.command(cls=GroupedCommand, help=__doc__)
+@option("--url", metavar="URL", required=True, envvar=URL_VARIABLE, show_envvar=True, help="Database of the labelling application.")
+@option("--campaign", metavar="NAME", required=True, help="Campaign whose shapes are drawn.")
+@option("--cache", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_FOLDER, help="Where shapes are kept.")
+@option("--nice", metavar="0..19", type=click.IntRange(0, 19), default=10, help="How far other processes go first.")
+@option("--parent", metavar="PID", type=int, default=None, help="Process with which this one ends.")
+def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) -> None:
+    """The worker; see the module."""
+    if parent is not None:
+        end_with_parent(parent)
+    os.nice(nice)
+    import torch
+
+    torch.set_num_threads(1)
+    shapes = ShapeCache(cache)
+    shapes.remove_leftovers()
+    file, progress, last = progress_file(shapes, url, campaign), ShapeProgress(campaign=campaign), -float("inf")
+
+    def tell(fields: dict) -> None:
+        """Write the progress now and then, and at once when it is finished."""
+        nonlocal progress, last
+        progress = ShapeProgress(campaign=campaign, **fields)
+        if progress.finished or time.monotonic() - last >= _WRITE_EVERY:
+            progress.write(file)
+            last = time.monotonic()
+
+    try:
+        with Store.open(url, create=False) as store:
+            stored = store.campaign(campaign)
+            if stored is None:
+                wrong = f"--campaign: expected the name of a campaign in the database, got {campaign!r}."
+                raise ValueError(f"{wrong} Make it with tools/label.py.")
+            planned = [shape for _, shape in store.shapes(stored.id)]
+        prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
+        prepare(planned, shapes, _drawer_of(planned), stored.settings.show_render, tell)
+    except Exception as error:
+        replace(progress, error=str(error).strip() or type(error).__name__).write(file)
+        raise
+
+
+def _drawer_of(planned: list[Shape]) -> Drawer:
+    """What draws a campaign's shapes: all are assets, or none is."""
+    if planned[0].file:
+        return AssetDrawer()
+    from eg3d_rlhf.people.label.drawing import ShapeDrawer
+
+    return ShapeDrawer()
+
+
+class Preparation:
+    """The worker of one campaign, as the server sees it. Its methods may be called from any thread.
+
+    Args: url of the database, name of the campaign, the cache or its folder; `nice` as the worker's flag.
+    """
+
+    def __init__(self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10):
+        self.cache = cache if isinstance(cache, ShapeCache) else ShapeCache(cache)
+        self.url, self.campaign, self.nice = url, campaign, nice
+        self._file = progress_file(self.cache, url, campaign)
+        self._process: subprocess.Popen | None = None
+        self._restarts, self._done = 0, 0  # starts after a death, and how many shapes there were at the last one
+        self._lock = threading.RLock()
+
+    @property
+    def running(self) -> bool:
+        """Whether the worker is at work."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the worker has died too often to be started again."""
+        return self._restarts >= _RESTARTS and not self.running
+
+    @property
+    def log(self) -> Path:
+        """What the worker last wrote to its error stream."""
+        return self._file.with_suffix(".log")
+
+    def start(self) -> None:
+        """Start the worker; nothing happens where it is running."""
+        with self._lock:
+            if self.running:
+                return
+            self.cache.folder.mkdir(0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._file.unlink()  # what an earlier worker said is no longer so
+            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
+            flags = [f"--campaign={self.campaign}", f"--cache={self.cache.folder}", f"--nice={self.nice}", f"--parent={os.getpid()}"]
+            with self.log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "eg3d_rlhf.people.label.preparation", *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True, env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
+                )  # fmt: skip
+
+    def stop(self) -> None:
+        """End the worker, by force where it does not heed."""
+        with self._lock:
+            if self._process is None:
+                return
+            self._process.terminate()
+            try:
+                self._process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def ensure(self) -> None:
+        """Start a worker that was started and died before it was done; gives up after three deaths without a shape in between."""
+        with self._lock:
+            if self._process is None or self.running or self._process.returncode == 0:
+                return
+            progress = ShapeProgress.read(self._file)
+            done = progress.done if progress else 0
+            self._restarts = 0 if done > self._done else self._restarts + 1
+            self._done = max(done, self._done)
+            if self._restarts < _RESTARTS:
+                self.start()
+
+    def progress(self) -> dict:
+        """The fields of `ShapeProgress`, and 'running'; 'error' also says that the worker died."""
+        progress = ShapeProgress.read(self._file) or ShapeProgress(campaign=self.campaign)
+        process, error = self._process, progress.error
+        if error is None and not progress.finished and process is not None and process.poll() not in (None, 0):
+            error = f"the worker ended with code {process.returncode}; see {self.log}"
+        return {**asdict(progress), "error": error, "running": self.running}
+
+
+if __name__ == "__main__":
+    main()

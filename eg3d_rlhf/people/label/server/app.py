@@ -1,0 +1,269 @@
+"""The application: its pages and routes behind the gate, log-in and log-out, and the process that serves it."""
+
+import contextlib
+import gc
+import gzip
+import hashlib
+import json
+import mimetypes
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+
+from eg3d_rlhf.people.label.entities import StoredAnnotator
+from eg3d_rlhf.people.label.server.addresses import Addresses
+from eg3d_rlhf.people.label.server.connections import Server
+from eg3d_rlhf.people.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
+from eg3d_rlhf.people.label.server.identity import COOKIE, Identities, csrf_token
+from eg3d_rlhf.people.label.server.login_page import SCRIPT_SOURCE, STYLE_SOURCE, login_page
+from eg3d_rlhf.people.label.server.models import Refusal, add_handlers, note
+from eg3d_rlhf.people.label.server.options import AppOptions, Limits, PreparedShapes, is_loopback
+from eg3d_rlhf.people.label.server.routes import Admin, Context, Who, admin_api, label_api
+
+SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
+LOGIN_COOKIE = "login"
+NOT_KEPT = ("sw.js", "admin.html", "admin.js", "admin.css")  # for use without a network
+
+
+def create_app(options: AppOptions) -> FastAPI:
+    """The application for one campaign.
+
+    Raises: ValueError where the campaign or the page's files are missing.
+    """
+    campaign = options.store.campaign(options.campaign)
+    if campaign is None:
+        raise ValueError(f"create_app: expected a campaign of the store, got {options.campaign!r}. Make it with tools/label.py.")
+    files = read_static(options.static)
+    identities, log = Identities(options, campaign.settings.mode), AccessLog(options.access_log)
+    shapes = PreparedShapes(options, campaign)
+    context = Context(
+        options=options, store=options.store, campaign=campaign, identities=identities, files=files, shapes=shapes,
+        addresses=Addresses(identities.secret, shapes.shapes),
+        page_version=hashlib.sha256("".join(f"{name}{files[name].etag}" for name in sorted(files)).encode()).hexdigest()[:12],
+    )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        log.write("start", {"mode": campaign.settings.mode.value, "exposed": options.exposed, "page_version": context.page_version})
+        yield
+        log.close()
+
+    app = FastAPI(title="Labelling application", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    app.add_middleware(Gate, options=options, identities=identities, log=log)
+    add_handlers(app)
+    for router in (pages, label_api, admin_api):
+        app.include_router(router(context))
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises: OSError naming the flags.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY only where it is
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host.strip("[]"), port))
+        server.listen(1024)
+    except OSError as error:
+        server.close()
+        raise OSError(
+            f"--host={host} --port={port}: expected a free port on an address of this machine, got: {error.strerror or error}. "
+            "Choose another, or --port=0 for a free one."
+        ) from error
+    return server
+
+
+def configure(app: FastAPI, certificate: Path | None = None, key: Path | None = None, proxy: str | None = None) -> uvicorn.Config:
+    """uvicorn's settings; arguments as `serve`."""
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, ssl_certfile=certificate, ssl_keyfile=key,
+        proxy_headers=proxy is not None, forwarded_allow_ips=proxy, ws="none",
+        timeout_keep_alive=int(Limits.keep_seconds), timeout_graceful_shutdown=5, h11_max_incomplete_event_size=2 * Limits.headers,
+    )
+
+
+def serve(
+    options: AppOptions, host: str = "127.0.0.1", port: int = 8000, *, certificate: Path | None = None, key: Path | None = None,
+    proxy: str | None = None, on_listening: Callable[[str], None] = print,
+) -> None:
+    """Serve until interrupted; the preparation runs meanwhile.
+
+    Args:
+        certificate, key: PEM files; with them the server speaks https.
+        proxy: address of a reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are believed, and which may have all connections.
+        on_listening: is told the server's address.
+    Raises: ValueError for a host that others can reach with options that are not `exposed`; OSError where the port is taken.
+    """
+    if not options.exposed and not is_loopback(host):
+        raise ValueError(f"serve: expected AppOptions(exposed=True) for host {host}, which other machines can reach.")
+    config = configure(create_app(options), certificate, key, proxy)
+    server = listen(host, port)
+    shown = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
+    try:
+        if options.preparation is not None:
+            options.preparation.start()
+        on_listening(f"{'https' if certificate else 'http'}://{shown}:{server.getsockname()[1]}/")
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: the garbage collector looks at requests and connections alone, often and quickly
+        Server(config, options.limits, proxy).run(sockets=[server])
+    finally:
+        if options.preparation is not None:
+            options.preparation.stop()
+        server.close()
+
+
+@dataclass(frozen=True)
+class StaticFile:
+    """A file of the page, kept in memory."""
+
+    data: bytes
+    packed: bytes  # gzip
+    kind: str  # media type
+    etag: str
+
+
+def read_static(folder: Path) -> dict[str, StaticFile]:
+    """The files that are served, by name: those of `folder` itself with a suffix of SUFFIXES.
+
+    Raises: ValueError where the pages are missing.
+    """
+    found = {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.suffix in SUFFIXES and p.is_file()}
+    missing = sorted({"index.html", "admin.html"} - set(found))
+    if missing:
+        raise ValueError(f"{folder}: expected {' and '.join(missing)}, got {len(found)} other files. Install the package again.")
+    files = {}
+    for name, data in found.items():
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind = "text/javascript" if name.endswith(".js") else kind
+        files[name] = StaticFile(data, gzip.compress(data, mtime=0), kind, f'"{hashlib.sha256(data).hexdigest()[:20]}"')
+    return files
+
+
+def pages(context: Context) -> APIRouter:
+    """The router."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/health")
+    async def health() -> dict:
+        return {"status": "ok"}
+
+    @router.get("/")
+    async def index(request: Request) -> Response:
+        return _file(context.files["index.html"], request)
+
+    @router.get("/admin")
+    async def admin(request: Request, who: Admin) -> Response:
+        return _file(context.files["admin.html"], request)
+
+    @router.get("/sw.js")
+    async def service_worker(request: Request) -> Response:
+        """The page's service worker, at the root as it keeps what lies there; it changes with every file of the page."""
+        own = {name: file.etag for name, file in context.files.items() if name not in NOT_KEPT}
+        head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': own})};\n"
+        headers = {"Cache-Control": "private, no-cache"}
+        return Response(head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers)
+
+    @router.get("/static/{name}")
+    async def static(name: str, request: Request) -> Response:
+        if name not in context.files:
+            raise Refusal(404, "No such file.", "Check the address.")
+        return _file(context.files[name], request)
+
+    @router.get("/login")
+    async def login_form(request: Request) -> Response:
+        try:
+            await run_in_threadpool(context.identities.find, Headers({"cookie": request.headers.get("cookie", "")}), "")
+        except Refusal as refusal:
+            return _login_page(request, refusal, 200)
+        return _login_page(request)
+
+    @router.post("/login")
+    async def login(request: Request) -> Response:
+        token, link = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
+        address, seconds = request.client.host if request.client else "", context.options.limits.session_seconds
+        try:
+            known = await run_in_threadpool(context.identities.by_token, token, address)
+            if link:
+                await run_in_threadpool(_check_nobody_else, context, request, known)
+        except Refusal as refusal:
+            note(request, refusal)
+            return _login_page(request, refusal)
+        response = RedirectResponse("/", 303)
+        _set_cookie(response, request, COOKIE, await run_in_threadpool(context.store.open_session, known.id, seconds), int(seconds))
+        response.delete_cookie(LOGIN_COOKIE, path="/login")
+        return response
+
+    @router.post("/logout")
+    async def logout(who: Who) -> Response:
+        if who.session:
+            await run_in_threadpool(context.store.close_session, who.session)
+        response = JSONResponse({"closed": bool(who.session)}) if who.by == "token" else RedirectResponse("/login", 303)
+        response.headers.append("Set-Cookie", FORGET)
+        return response
+
+    return router
+
+
+def _file(file: StaticFile, request: Request) -> Response:
+    headers = {"ETag": file.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    if request.headers.get("if-none-match") == file.etag:
+        return Response(None, 304, headers)
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(file.packed, media_type=file.kind, headers={**headers, "Content-Encoding": "gzip"})
+    return Response(file.data, media_type=file.kind, headers=headers)
+
+
+def _check_nobody_else(context: Context, request: Request, known: StoredAnnotator) -> None:
+    """A link, which anybody may have sent, takes nobody's place unasked.
+
+    Raises: Refusal 409.
+    """
+    session = request.cookies.get(COOKIE, "")
+    here = context.store.session(session) if session else None
+    if here is not None and here.id != known.id:
+        raise Refusal(409, "Somebody else is logged in here.", "Sign out on that page, then open the link again.")
+
+
+def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
+    """The token of a log-in form whose CSRF field fits the cookie, and whether it is from a link.
+
+    Raises: Refusal 400, 403.
+    """
+    try:
+        fields = parse_qs(body.decode("ascii"), keep_blank_values=True, strict_parsing=True, max_num_fields=4, errors="strict")
+    except ValueError:
+        raise Refusal(400, "Expected a form with token and csrf.", "Use the log-in page.") from None
+    if sorted({**fields, "link": []}) != ["csrf", "link", "token"] or any(len(values) != 1 for values in fields.values()):
+        raise Refusal(400, "Expected a form with token and csrf, each once.", "Use the log-in page.")
+    if not cookie or not secrets.compare_digest(csrf_token(cookie, "login").encode(), fields["csrf"][0].encode()):
+        raise Refusal(403, "This form is not from the log-in page, or its cookie is gone.", "Load /login again, with cookies allowed.")
+    return fields["token"][0].strip(), fields.get("link") == ["yes"]
+
+
+def _login_page(request: Request, refusal: Refusal | None = None, status: int | None = None) -> Response:
+    cookie = secrets.token_urlsafe(24)
+    page = login_page(request.headers.get("accept-language", ""), csrf_token(cookie, "login"), refusal)
+    response = HTMLResponse(page, status or (refusal.status if refusal else 200), refusal.headers if refusal else None)
+    response.headers["Vary"] = "Accept-Language"
+    sources = f"style-src {STYLE_SOURCE}; script-src {SCRIPT_SOURCE}"  # these two texts and nothing else
+    response.headers["Content-Security-Policy"] = f"default-src 'none'; {sources}; {COMMON_POLICY}"
+    response.headers["Referrer-Policy"] = "same-origin"  # under no-referrer a form is sent with 'Origin: null'
+    _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
+    return response
+
+
+def _set_cookie(response: Response, request: Request, name: str, value: str, seconds: int, path: str = "/") -> None:
+    https = request.url.scheme == "https"
+    response.set_cookie(name, value, max_age=seconds, path=path, secure=https, httponly=True, samesite="strict")

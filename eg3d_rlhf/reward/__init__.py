@@ -1,1 +1,0 @@
-"""Rewards: networks on what an observation gives, their files, their training."""

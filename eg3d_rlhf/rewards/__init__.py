@@ -1,0 +1,1 @@
+"""Rewards: observations, networks, training, ensembles; pictures and meshes."""

@@ -1,0 +1,238 @@
+"""The CPU test problem: box heads of 16^3 voxels whose four sides are recessed, and a prior that sees one side at a time.
+
+A side is *plain*, or a *face*: two painted eyes and a nose that stands in the recess without protruding from it, so that what one side
+shows never changes what another camera sees. Two kinds of prompts:
+
+- **mini-Janus**: the prior's modes are face and plain. Each side starts near the face with probability p, and the prior keeps what it
+  finds, so the number of noses is binomial: with p = .45, two or more of four are P = .609, as DreamFusion's published .61. This tests
+  whether a method removes surplus faces, not whether score distillation invents them.
+- **mode**: two emblems that are one another's mirror images, transposes or colour permutations; the first is preferred. Sides start grey.
+
+Letters: A assets, V = 4 views, B = A V, K modes, N voxels per edge, R = 16 pixels.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from eg3d_rlhf.generators.assets.render import four_views
+from eg3d_rlhf.generators.assets.voxels import Voxels
+from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
+
+RESOLUTION = 16
+SIDES = 4
+GUIDANCE_SCALE = 1.0  # of the analytic prior
+FACE_PROBABILITY = 0.45  # of DreamFusion's Janus ratio; .40 gives .525, MVDream's
+SOLID, EMPTY = 3.0, -2.0  # `Voxels.shape` of a finished object
+_STARTED_SOLID, _STARTED_EMPTY = 1.5, -1.2  # the same at the start: soft enough to change
+_NEAR, _FAR = (0.7, 0.95), (0.05, 0.3)  # how much of a face a side has at the start, where it is near the face and where not
+_NEVER = -30.0  # logit of a mode that a prompt does not have
+_START_NOISE = 0.1  # deviation of all parameters at the start
+
+# in voxels of 0..15, both ends included; a side's own axes: across, up, towards the camera
+_BODY, _RECESS, FLOOR = (1, 14), (4, 11), 11
+_NOSE = ((6, 9), (6, 9), (12, 13))  # two of the recess's three voxels deep
+_EYES = (((5, 5), (9, 10)), ((10, 10), (9, 10)))
+
+COLOURS = {
+    "red": (0.85, 0.15, 0.15), "green": (0.15, 0.85, 0.15), "blue": (0.15, 0.15, 0.85), "yellow": (0.85, 0.85, 0.15),
+    "grey": (0.5, 0.5, 0.5), "white": (0.85, 0.85, 0.85),
+}  # fmt: skip
+_DARK = (0.1, 0.1, 0.1)
+
+Inside = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # whether (across, up) of the recess's floor is painted
+_EMBLEMS: dict[str, Inside] = {  # 6 x 6 voxels at most: those beside it belong to the next side, too
+    "disc": lambda u, v: (u - 7.5) ** 2 + (v - 7.5) ** 2 < 8,
+    "upright bar": lambda u, v: ((u - 7.5).abs() < 1.1) & ((v - 7.5).abs() < 2.6),
+    "level bar": lambda u, v: ((v - 7.5).abs() < 1.1) & ((u - 7.5).abs() < 2.6),
+    "left half": lambda u, v: (u < 7.5) & (u > 4.5) & ((v - 7.5).abs() < 2.6),
+    "right half": lambda u, v: (u > 7.5) & (u < 10.5) & ((v - 7.5).abs() < 2.6),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side shows: a nose of a colour and eyes, an emblem of a colour, or nothing."""
+
+    nose: str | None = None
+    emblem: tuple[str, str] | None = None  # name, colour
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its two modes; the first is the face, or the preferred emblem."""
+
+    text: str
+    kind: str  # "janus" or "mode"
+    body: str  # colour
+    sides: tuple[Side, Side]
+
+
+def _janus(body: str, nose: str) -> Prompt:
+    return Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
+
+
+def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
+    text = f"a {body} box, each side with a {first[1]} {first[0]} rather than a {second[1]} {second[0]}"
+    return Prompt(text, "mode", body, (Side(emblem=first), Side(emblem=second)))
+
+
+_HUES = ("red", "green", "blue", "yellow")
+PROMPTS: tuple[Prompt, ...] = (
+    *(_janus(body, nose) for body, nose in [
+        ("white", "red"), ("white", "green"), ("white", "blue"), ("grey", "red"), ("grey", "green"), ("grey", "blue"), ("grey", "yellow"),
+        ("yellow", "red"), ("yellow", "blue"), ("blue", "red"), ("green", "yellow"),
+    ]),
+    *(_mode("grey", ("disc", a), ("disc", b)) for a, b in [("red", "blue"), ("green", "red"), ("blue", "green")]),
+    *(_mode("grey", ("upright bar", hue), ("level bar", hue)) for hue in _HUES),
+    *(_mode("grey", ("left half", hue), ("right half", hue)) for hue in _HUES),
+)  # fmt: skip
+SEEDS = 5  # of each prompt: 22 x 5 = 110 pairs, as many as GPTEval3D's prompts
+_BY_TEXT = {prompt.text: prompt for prompt in PROMPTS}
+
+
+def prompt_of(text: str) -> Prompt:
+    """The prompt of a text. Raises: ValueError for one that the problem does not know."""
+    if text not in _BY_TEXT:
+        example = PROMPTS[0].text
+        raise ValueError(f"--prompt: expected one of the test problem's {len(PROMPTS)} prompts, got {text!r}. The first is {example!r}.")
+    return _BY_TEXT[text]
+
+
+def pairs(seeds: int = SEEDS) -> list[tuple[str, int]]:
+    """(prompt, seed) of the default problem, kinds in turn so that any first part holds both."""
+    half = len(PROMPTS) // 2
+    order = [PROMPTS[i // 2 + half * (i % 2)] for i in range(len(PROMPTS))]
+    return [(prompt.text, seed) for seed in range(seeds) for prompt in order]
+
+
+@functools.cache
+def _coordinates(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, y, z [N, N, N] of voxels in 0..15, axes z, y, x."""
+    axis = torch.linspace(0, 15, n)
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    return x, y, z
+
+
+def side_axes(n: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(across, up, towards the camera) [N, N, N] of voxels as side 0..3 has them (front, +x, back, -x), in 0..15; across rises to the
+    camera's right."""
+    x, y, z = _coordinates(n)
+    return ((x, y, z), (15 - z, y, x), (15 - x, y, 15 - z), (z, y, 15 - x))[side]
+
+
+def _within(axes: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+    inside = torch.ones_like(axes[0], dtype=torch.bool)
+    for axis, (low, high) in zip(axes, ranges, strict=True):
+        inside &= (axis > low - 0.5) & (axis < high + 0.5)
+    return inside
+
+
+def nose_voxels(n: int, side: int) -> torch.Tensor:
+    """Mask [N, N, N] of a side's nose."""
+    return _within(side_axes(n, side), _NOSE)
+
+
+def _painted(n: int, side: int, shown: Side) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
+    """Masks [N, N, N] and colours of what a side shows on its floor."""
+    across, up, towards = side_axes(n, side)
+    floor = (towards - FLOOR).abs() < 0.5
+    marks = []
+    if shown.nose is not None:
+        marks += [(floor & _within((across, up), eye), _DARK) for eye in _EYES]
+        marks.append((nose_voxels(n, side), COLOURS[shown.nose]))
+    if shown.emblem is not None:
+        name, colour = shown.emblem
+        marks.append((floor & _EMBLEMS[name](across, up), COLOURS[colour]))
+    return marks
+
+
+def emblem_points(prompt: Prompt, side: int, n: int = RESOLUTION) -> tuple[torch.Tensor, torch.Tensor]:
+    """World points [P, 3] of a side's floor at which a prompt's two emblems differ, and the colours [2, P, 3] that they have there."""
+    body = torch.tensor(COLOURS[prompt.body])
+    painted = torch.stack([body.expand(n, n, n, 3).clone() for _ in prompt.sides])
+    for mode, shown in enumerate(prompt.sides):
+        for mask, colour in _painted(n, side, shown):
+            painted[mode][mask] = torch.tensor(colour)
+    differ = (painted[0] != painted[1]).any(dim=-1)
+    points = torch.stack(_coordinates(n), dim=-1) / 15 - 0.5  # [N, N, N, 3]
+    return points[differ], painted[:, differ]
+
+
+def _logit(colour: Sequence[float]) -> torch.Tensor:
+    return torch.logit(torch.tensor(colour))[:, None]  # [3, 1]
+
+
+@torch.no_grad()
+def build(prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY) -> Voxels:
+    """Objects [A] of a prompt whose sides lie between their second mode (share 0) and their first (1).
+
+    Args: shares [A, 4] in 0..1; solid, empty: `Voxels.shape` of matter and of nothing.
+    """
+    voxels = Voxels(len(shares), n).requires_grad_(False)
+    body = _within(_coordinates(n), [_BODY] * 3)
+    for side in range(SIDES):
+        across, up, towards = side_axes(n, side)
+        body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > FLOOR + 0.5))
+    voxels.shape.copy_(torch.where(body, solid, empty).expand_as(voxels.shape))
+    voxels.paint.copy_(_logit(COLOURS[prompt.body]).view(3, 1, 1, 1).expand_as(voxels.paint))
+    for side in range(SIDES):
+        share = shares[:, side].to(voxels.shape)
+        for mode, weight in ((1, 1 - share), (0, share)):
+            for mask, colour in _painted(n, side, prompt.sides[mode]):
+                there = voxels.paint[:, :, mask]  # [A, 3, voxels]
+                voxels.paint[:, :, mask] = there + weight[:, None, None] * (_logit(colour) - _logit(COLOURS[prompt.body]))
+        if prompt.kind == "janus":
+            voxels.shape[:, nose_voxels(n, side)] = (empty + share * (solid - empty))[:, None]
+    return voxels
+
+
+@functools.cache
+def modes() -> torch.Tensor:
+    """Latents [K, 4, R, R] of all modes in -1..1, two of each prompt in the order of `PROMPTS`: RGB and inverse depth of a side."""
+    both = []
+    for prompt in PROMPTS:
+        made = build(prompt, torch.eye(2)[:, :1].expand(2, SIDES))
+        both.append(four_views(made.raw, torch.sigmoid(made.paint), made.pitch)[0][:, 0])
+    return torch.cat(both) * 2 - 1
+
+
+def modes_of(texts: Sequence[str]) -> torch.Tensor:
+    """Images [B, 2, 4, R, R] in 0..1 of the two modes of each of B prompts."""
+    rows = torch.tensor([PROMPTS.index(prompt_of(text)) for text in texts], dtype=torch.long)
+    return (modes().unflatten(0, (-1, 2))[rows] + 1) / 2
+
+
+def prior(std: float = 0.3) -> GmmPrior:
+    """The analytic prior: each prompt an even mixture of its two modes, of deviation `std` in latents of -1..1; the null one of all.
+
+    It is exact, so guide by GUIDANCE_SCALE = 1: larger scales push away from what all prompts share, and so from plain sides.
+    """
+    means = modes()
+    embeddings = {"": torch.zeros(len(means))}
+    for i, prompt in enumerate(PROMPTS):
+        embeddings[prompt.text] = torch.full((len(means),), _NEVER)
+        embeddings[prompt.text][2 * i : 2 * i + 2] = 0
+    return GmmPrior(means, torch.full((len(means),), std), embeddings)
+
+
+@torch.no_grad()
+def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float = FACE_PROBABILITY) -> Voxels:
+    """Voxels [A] to begin with, of A prompts with a generator each: whole bodies; each side of a head near the face with probability p,
+    emblems half way between both.
+
+    Raises: ValueError for an unknown prompt, or another number of generators.
+    """
+    if len(texts) != len(generators):
+        raise ValueError(f"problem.start: expected a generator for each of {len(texts)} prompts, got {len(generators)}. Give one each.")
+    started = Voxels(len(texts), RESOLUTION)
+    for i, (text, rng) in enumerate(zip(texts, generators, strict=True)):
+        prompt, u, v = prompt_of(text), torch.rand(SIDES, generator=rng), torch.rand(SIDES, generator=rng)
+        low, width = (torch.where(u < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
+        share = torch.lerp(low, width, v) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
+        made = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
+        for own, parameter in zip(started.parameters(), made.parameters(), strict=True):
+            own[i] = parameter[0] + _START_NOISE * torch.randn(parameter.shape[1:], generator=rng)
+    return started

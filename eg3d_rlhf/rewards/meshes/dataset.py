@@ -1,0 +1,167 @@
+"""Meshes with unpaired labels: drawn with known defects, or files of the user's.
+
+A drawn shape of severity s has the score 5 - 4 s. As everywhere with unpaired labels, scores from 4.0 on are preferred, those up to 3.5
+are not, and what lies between is left out.
+Letters: N meshes, P patches, F faces of a patch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core.interfaces import Mesh, Patches
+from eg3d_rlhf.preferences.dataset import Splits
+from eg3d_rlhf.preferences.labels import jsonl_records
+from eg3d_rlhf.preferences.unpaired import BAD, GOOD, SCALE, UnpairedPreference, split_unpaired
+from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
+from eg3d_rlhf.rewards.meshes.meshing.nets import net_mesh
+from eg3d_rlhf.rewards.meshes.meshing.patches import PatchOptions, patches_of, stacked
+from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, signed_volume
+from eg3d_rlhf.rewards.meshes.shapes import KINDS, SOURCES
+from training.phases import derive_seed
+
+FALL = 4.0  # of the score from a perfect shape to one of severity 1
+BETWEEN = 20  # every so-many-th shape lies between the thresholds
+OnShape = Callable[[int], object] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSet:
+    """Meshes as patches, with their labels: label i is of row i, and its seed is i."""
+
+    patches: Patches  # [N, P, F, ...]
+    labels: tuple[UnpairedPreference, ...]
+    prompts: tuple[str, ...]
+    kinds: tuple[str, ...]  # of the defect; '' where it is not known
+
+    def split(self, held_out: float, seed: int = 0) -> tuple[list[UnpairedPreference], list[UnpairedPreference]]:
+        """Usable labels to learn from and held-out ones, each kind of label by itself. Raises: ValueError where a part lacks a kind."""
+        parts = split_unpaired(self.labels, Splits(train=(), val=(), test=(), dropped=0, ties=0), (1 - held_out, 0.0, held_out), seed)
+        for name in ("train", "test"):
+            kinds = [sum(label.preferred is kind for label in parts[name]) for kind in (True, False)]
+            if min(kinds) < 2:
+                raise ValueError(f"meshes: expected at least 2 of both kinds in each part, got {kinds} ({name}). Label more meshes.")
+        return list(parts["train"]), list(parts["test"])
+
+    def of(self, labels: Sequence[UnpairedPreference]) -> tuple[Patches, list[str]]:
+        """Patches and prompts of labels."""
+        rows = torch.tensor([label.seed for label in labels])
+        return Patches(*(part[rows] for part in self.patches)), [self.prompts[label.seed] for label in labels]
+
+
+def severity_of(index: int, u: float) -> float:
+    """Severity of shape `index`: preferred and other ones in turn, and one in BETWEEN that is neither. Args: u in 0..1."""
+    good, bad = ((5 - score) / FALL for score in (GOOD, BAD))
+    if index % BETWEEN == BETWEEN - 1:
+        return good + (bad - good) * (0.1 + 0.8 * u)
+    return good * u if index % 2 == 0 else bad + (1 - bad) * u
+
+
+def drawn(source: str, count: int, options: PatchOptions, resolution: int, seed: int = 0, on_shape: OnShape = None) -> MeshSet:
+    """`count` meshes of a source of SOURCES, on a lattice of `resolution` cells per edge. Shape i depends on seed and i alone.
+
+    Raises: ValueError for an unknown source.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"--source: expected one of {', '.join(SOURCES)}, got {source!r}. Choose one.")
+    lattice, found, labels = cube(resolution), [], list[UnpairedPreference]()
+    prompts, kinds = list[str](), list[str]()
+    known = KINDS[source]
+    for i in range(count):
+        draw = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, i))
+        kind, severity = known[i // 2 % len(known)], severity_of(i, float(torch.rand((), generator=draw)))
+        level, prompt = SOURCES[source](lattice, kind, severity, draw)
+        found.append(patches_of([net_mesh(closed_level(level, lattice), lattice)], options))
+        labels.append(UnpairedPreference(seed=i, score=SCALE - FALL * severity))
+        prompts.append(prompt)
+        kinds.append(kind)
+        if on_shape is not None:
+            on_shape(1)
+    return MeshSet(patches=stacked(found), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds))
+
+
+def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet:
+    """Meshes of a .jsonl file, a line each: {"mesh": "chair.glb", "prompt": "a chair", "score": 4.5}, or "label": 1 or 0 for the score.
+
+    Paths are relative to the file. Raises: FileNotFoundError; ValueError with the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--data: expected a .jsonl file, got nothing at {path}. Check the path.")
+    found, labels, prompts = [], list[UnpairedPreference](), list[str]()
+    for line, record in jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"):
+        try:
+            labels.append(_label(len(labels), record))
+            prompts.append(str(record.get("prompt", "")))
+            found.append(patches_of([load_mesh(path.parent / str(record.get("mesh", "")))], options))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--data: {path.name}, line {line}: {error}") from error
+        if on_shape is not None:
+            on_shape(1)
+    if not found:
+        raise ValueError(f"--data: {path.name}: expected at least one mesh, got an empty file. Label some meshes.")
+    return MeshSet(patches=stacked(found), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels))
+
+
+def _label(number: int, record: Mapping) -> UnpairedPreference:
+    score, label = record.get("score"), record.get("label")
+    if label not in (None, 0, 1) or isinstance(score, (str, bool, list, dict)):
+        got = label if score is None else score
+        raise ValueError(f"expected a score from 0 to {SCALE:g}, or a label of 1 or 0, got {got!r}. Correct it.")
+    return UnpairedPreference(seed=number, score=None if score is None else float(score), label=None if label is None else bool(label))
+
+
+def load_mesh(path: Path) -> Mesh:
+    """A triangle mesh of any format that trimesh reads, its parts together; turned inside out where its volume is negative.
+
+    Raises: FileNotFoundError; ValueError where there are no finite triangles.
+    """
+    import trimesh
+
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a mesh, got nothing at {path}. Check the path.")
+    try:
+        loaded = trimesh.load_mesh(path, process=False)
+        vertices, faces = np.asarray(loaded.vertices, np.float32), np.asarray(loaded.faces, np.int64)
+    except Exception as error:  # its readers raise what they like
+        raise ValueError(f"expected a mesh that trimesh reads, got {path.name}: {error}. Convert it to .glb, .ply or .obj.") from error
+    if not len(faces) or not np.isfinite(vertices).all():
+        raise ValueError(f"expected finite triangles, got {len(faces)} in {path.name}. Export the surface as triangles.")
+    mesh = Mesh(torch.from_numpy(vertices), torch.from_numpy(faces))
+    return mesh if float(signed_volume(mesh)) >= 0 else Mesh(mesh.vertices, mesh.faces.flip(1))
+
+
+def shuffled(labels: Sequence[UnpairedPreference], seed: int) -> list[UnpairedPreference]:
+    """The labels, their verdicts dealt anew: a control."""
+    order = np.random.default_rng([seed, 3]).permutation(len(labels))
+    return [replace(label, score=labels[i].score, label=labels[i].label) for label, i in zip(labels, order, strict=True)]
+
+
+def turned(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) -> Patches:
+    """Meshes turned by quarters [N] about the upward axis through the origin, and then mirrored in x where mirrored [N] says so."""
+    flip_x = ((quarters == 2) | (quarters == 3)) ^ mirrored
+    flip_z = (quarters == 1) | (quarters == 2)
+    swap = (quarters % 2 == 1).view(-1, 1, 1)
+    sign = torch.stack([1 - 2.0 * flip_x, torch.ones(len(quarters)), 1 - 2.0 * flip_z], dim=1)[:, None, None]  # [N, 1, 1, 3]
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        a, b, c = x.unbind(-1)
+        return torch.stack([torch.where(swap, c, a), b, torch.where(swap, a, c)], dim=-1) * sign
+
+    features = torch.cat([patches.features[..., :1], moved(patches.features[..., 1:4]), patches.features[..., 4:]], dim=-1)
+    return Patches(features, moved(patches.centres), patches.mask)
+
+
+def dealt(patches: Patches, draw: torch.Generator) -> Patches:
+    """Meshes with the faces of every patch in a random order, which the encoder would otherwise learn by heart."""
+    order = torch.rand(patches.features.shape[:3], generator=draw).argsort(dim=2)[..., None]
+    features, centres = (part.gather(2, order.expand(-1, -1, -1, part.shape[3])) for part in (patches.features, patches.centres))
+    return Patches(features, centres, patches.mask)
+
+
+def area_only(patches: Patches) -> Patches:
+    """What is left of patches without shape and place: a control that must not see a second nose."""
+    area, others = patches.features[..., :1], patches.features[..., 1:]
+    return Patches(torch.cat([area, torch.zeros_like(others)], dim=-1), torch.zeros_like(patches.centres), patches.mask)

@@ -1,0 +1,179 @@
+"""From fields to patches that a mesh reward reads. Cuts and patches are chosen without gradient every k steps, and kept between.
+
+    read = MeshReader(cube(16), PatchOptions(patches=32, faces=32))
+    patches = read(field, step)           # differentiable in what made the field
+    reward.score(patches, prompts)
+
+Between rebuilds every crossing stays on its lattice edge and moves along it; one whose edge is no longer crossed waits at its end, without
+gradient. A surface therefore neither appears nor vanishes until the next rebuild, and topology gets no gradient at all.
+Letters: A assets, V vertices of the lattice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.interfaces import Mesh, Patches
+from eg3d_rlhf.rewards.meshes.meshing.features import AREAS, PLACES, Owners, Plan, framed, patch_features, vertex_normals, whereabouts
+from eg3d_rlhf.rewards.meshes.meshing.lattice import Lattice
+from eg3d_rlhf.rewards.meshes.meshing.maps import maps
+from eg3d_rlhf.rewards.meshes.meshing.nets import Net, net, net_mesh
+from eg3d_rlhf.rewards.meshes.meshing.regions import regions
+from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, crossed, densities, isovalues
+
+PATCHIFIERS = {"regions": regions, "maps": maps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchOptions:
+    """What a reward of meshes reads; its file says so."""
+
+    kind: str = "regions"  # of PATCHIFIERS
+    patches: int = 64
+    faces: int = 64  # of a patch; a power of 4 for maps
+    area: str = "share"  # of AREAS
+    place: str = "centre"  # of PLACES: where centres are measured from
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", tuple(PATCHIFIERS)), ("area", AREAS), ("place", PLACES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"PatchOptions: expected {name} of {', '.join(known)}, got {getattr(self, name)!r}. Choose one.")
+        if min(self.patches, self.faces) < 1:
+            raise ValueError(f"PatchOptions: expected positive numbers, got {self.patches} patches of {self.faces} faces. Correct them.")
+
+    def plan(self, mesh: Mesh) -> Plan:
+        """Which faces stand in which patch."""
+        return PATCHIFIERS[self.kind](mesh, self.patches, self.faces)
+
+    def features(self, vertices: torch.Tensor, plan: Plan) -> Patches:
+        """Patches [1, ...] of vertices [N, 3]. Differentiable in them."""
+        return patch_features(vertices, plan, self.area, self.place)
+
+
+def stacked(patches: Sequence[Patches]) -> Patches:
+    """Patches of several meshes as one."""
+    return Patches(*(torch.cat(parts) for parts in zip(*patches, strict=True)))
+
+
+def patches_of(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
+    """Patches [A, ...] of meshes, with plans of their own. Differentiable in vertices."""
+    return stacked([options.features(mesh.vertices, options.plan(mesh)) for mesh in meshes])
+
+
+class Held(NamedTuple):
+    """What is kept between rebuilds for one asset."""
+
+    isovalue: float
+    inside: torch.Tensor  # [V] bool
+    around: torch.Tensor  # [N', 3] normals at the vertices that the plan's faces have
+    net: Net
+    plan: Plan
+
+
+class _Batch(NamedTuple):
+    """What is held of all assets at once. Letters: N crossings of A assets, U vertices of all meshes."""
+
+    isovalue: torch.Tensor  # [A, 1]
+    ends: torch.Tensor  # [2 N] of levels [A * V]: the first ends, then the second ones
+    net: Net  # of all assets; vertex 0 stands still
+    mixture: tuple[torch.Tensor, torch.Tensor] | None  # [U, 3] of the net's vertices, weights [U, 3, 1]; None: U are the net's own
+    faces: torch.Tensor  # [M, 3] of U
+    owners: Owners  # of U and M
+    corners: torch.Tensor  # [A, P, F, 3] of U
+    around: torch.Tensor  # [A, P, F, 3, 3]
+    mask: torch.Tensor  # [A, P]
+
+
+class MeshReader:
+    """Fields to patches. Call it with steps in order; `state_dict` and `load_state_dict` carry on where a run was cut off.
+
+    Args: lattice: a `cube`; every: steps between rebuilds; isovalue: as `tetrahedra.extract` has it. A vertex takes longer than
+    20 steps to leave its edge at the default learning rate.
+    """
+
+    def __init__(self, lattice: Lattice, options: PatchOptions, isovalue: float | str | None = None, every: int = 20):
+        if every < 1:
+            raise ValueError(f"MeshReader: expected at least 1 step between rebuilds, got {every}. Raise it.")
+        self.lattice, self.options, self.isovalue, self.every = lattice, options, isovalue, every
+        self.held: list[Held] = []
+        self._batch: _Batch | None = None
+
+    def __call__(self, field: Field, step: int) -> Patches:
+        """Patches [A, ...] of a field of A shapes. Differentiable in what made the field, but that vertex normals stand still between
+        rebuilds. Rebuilds at multiples of `every`."""
+        density = densities(field, self.lattice)  # [A, V]
+        if step % self.every == 0 or len(self.held) != len(density):
+            self.held = self._rebuilt(density.detach(), field.level)
+            self._batch = None
+        self._batch = batch = self._batch or self._joined()
+        level = closed_level(batch.isovalue.to(density) - density, self.lattice)
+        vertices = batch.net.vertices(crossed(*level.flatten().index_select(0, batch.ends).view(2, -1)))
+        if batch.mixture is not None:
+            vertices = (vertices[batch.mixture[0]] * batch.mixture[1]).sum(dim=1)
+        whole = whereabouts(Mesh(vertices, batch.faces), batch.owners, self.options.place)
+        corner = vertices.index_select(0, batch.corners.flatten()).view(*batch.corners.shape, 3)
+        return Patches(*framed(corner, batch.around, *whole, self.options.area), batch.mask)
+
+    @torch.no_grad()
+    def _rebuilt(self, density: torch.Tensor, level: float) -> list[Held]:
+        """Vertex normals of all assets; where a sign on the lattice has changed, a net and a plan."""
+        made = []
+        for i, iso in enumerate(isovalues(density, self.lattice, level, self.isovalue)):
+            own = closed_level(iso - density[i], self.lattice)
+            past = self.held[i] if len(self.held) == len(density) else None
+            same = past is not None and torch.equal(past.inside, own < 0)
+            known = past.net if past is not None and same else net(own, self.lattice)
+            mesh = net_mesh(own, self.lattice, known)
+            plan = past.plan if past is not None and same else self.options.plan(mesh)
+            made.append(Held(iso, own < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
+        return made
+
+    @torch.no_grad()
+    def _joined(self) -> _Batch:
+        """One graph for all assets. What an asset without a surface reads is vertex 0."""
+        places, shape = self.lattice.vertices, (self.options.patches, self.options.faces, 3)
+        nets, sources, weights, faces, corners, around, counts = [], [], [], [], [], [], []
+        mixed, first, new = any(held.plan.source is not None for held in self.held), 1, 1
+        for i, (_, _, normals, known, plan) in enumerate(self.held):
+            nets.append((known.edges + i * len(places), known.corners + first, known.row + 3 * first, known.reach, known.base))
+            if plan.source is not None and plan.weight is not None:
+                sources.append(plan.source + first)
+                weights.append(plan.weight)
+            there = len(plan.faces) > 0
+            pick = plan.faces[plan.select] if there else torch.zeros(shape, dtype=torch.int64, device=places.device)  # [P, F, 3]
+            around.append(normals[pick] if there else places.new_zeros(*shape, 3))
+            corners.append(pick + new if there else pick)
+            faces.append(plan.faces + new)
+            counts.append((len(normals), len(plan.faces)))
+            first, new = first + len(known.base) // 3, new + len(normals)
+        edges, cells, row, reach, base = (torch.cat(parts) for parts in zip(*nets, strict=True))
+        index = torch.arange(len(self.held), device=places.device)
+        of_vertices, of_faces = (index.repeat_interleave(torch.tensor(n, device=places.device)) for n in zip(*counts, strict=True))
+        still = torch.zeros(1, 3, dtype=torch.int64, device=places.device)  # the new vertex 0
+        return _Batch(
+            isovalue=torch.tensor([held.isovalue for held in self.held], device=places.device)[:, None], ends=edges.T.flatten(),
+            net=Net(edges, cells, row, reach, torch.cat([base.new_zeros(3), base])),
+            mixture=(torch.cat([still, *sources]), torch.cat([places.new_zeros(1, 3), *weights])[..., None]) if mixed else None,
+            faces=torch.cat(faces), owners=Owners(len(self.held), torch.cat([still[0, :1], of_vertices]), of_faces),
+            corners=torch.stack(corners), around=torch.stack(around), mask=torch.stack([held.plan.mask for held in self.held]),
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs, as tensors by name."""
+        found: dict[str, torch.Tensor] = {}
+        for i, (iso, inside, around, known, plan) in enumerate(self.held):
+            own = {"isovalue": torch.tensor(iso, dtype=torch.float64), "inside": inside, "around": around, **known._asdict()}
+            own |= plan._asdict()
+            found |= {f"{i}.{name}": value for name, value in own.items() if value is not None}
+        return found
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        self.held, self._batch = [], None
+        while (first := f"{len(self.held)}.") + "inside" in state:
+            parts = [part(*(state.get(first + name) for name in part._fields)) for part in (Net, Plan)]  # type: ignore[arg-type]
+            inside, around = state[first + "inside"], state[first + "around"]
+            self.held.append(Held(float(state[first + "isovalue"]), inside, around, *parts))  # type: ignore[arg-type]

@@ -1,0 +1,193 @@
+"""Training of RewardCS on unpaired labels: mean (r - score / 5)^2 - lambda D, D the Cauchy-Schwarz divergence of embeddings of length 1.
+
+Batches hold as many preferred meshes as others. The kernel's width is the batch's median distance, averaged over steps, but never below a
+floor: once both kinds have drawn together, a narrow kernel has no slope at those that stand with the wrong ones. The published width,
+learning rate and batch are unknown. Letters: N meshes, P patches, C width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
+from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of
+from eg3d_rlhf.rewards.evaluation import auc, silhouette
+from eg3d_rlhf.rewards.meshes.dataset import MeshSet, OnShape, area_only, dealt, drawn, read, shuffled, turned
+from eg3d_rlhf.rewards.meshes.encoder import EncoderOptions
+from eg3d_rlhf.rewards.meshes.meshing.features import AREAS, PLACES
+from eg3d_rlhf.rewards.meshes.meshing.patches import PATCHIFIERS, PatchOptions
+from eg3d_rlhf.rewards.meshes.model import RewardCS
+from eg3d_rlhf.rewards.meshes.shapes import SOURCES
+from training import checkpoint
+from training.config import check_knobs, knob
+from training.phases import derive_seed
+
+DATA, NET, TRAIN = "Data", "Network", "Training"
+MOMENTUM, TINY = 0.9, 1e-3  # of the bandwidth over steps; least distance in figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshRewardTraining:
+    """One training; with one thread it repeats to the byte on the same machine."""
+
+    source: str = knob("heads", "Drawn meshes: smooth heads, or the default problem's objects.", DATA, choices=tuple(SOURCES))
+    data: Path | None = knob(None, "Meshes with scores or labels, .jsonl, in place of drawn ones.", DATA, metavar="FILE", shown="none")
+    shapes: int = knob(840, "Drawn meshes; one in 20 lies between the thresholds.", DATA, low=20)
+    data_seed: int = knob(0, "Of the drawn meshes and of which are held out, whatever --seed is.", DATA, low=0)
+    held_out: float = knob(0.25, "Share of the meshes for the figures.", DATA, above=0, below=1)
+    resolution: int = knob(20, "Cells of the lattice per edge.", DATA, low=4, high=128)
+    patchifier: str = knob("regions", "How meshes become patches.", NET, choices=tuple(PATCHIFIERS))
+    patches: int = knob(64, "Patches of a mesh.", NET, low=4)
+    faces: int = knob(64, "Faces of a patch.", NET, low=1)
+    area: str = knob("share", "Areas as shares of the mesh's, or as they are.", NET, choices=AREAS)
+    place: str = knob("centre", "Where centres are measured from: the surface's, its box's least corner, the origin.", NET, choices=PLACES)
+    width: int = knob(64, "Width of the encoder.", NET, low=4)
+    depth: int = knob(3, "Blocks of the encoder.", NET, low=0)
+    heads: int = knob(4, "Heads of attention.", NET, low=1)
+    divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz term.", TRAIN, low=0)
+    divergence_ramp: float = knob(0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", TRAIN, low=0, high=1)
+    bandwidth: float = knob(0.7, "Least width of the kernel; the batch's median distance where that is larger.", TRAIN, above=0)
+    regression: float = knob(25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", TRAIN, above=0)
+    steps: int = knob(400, "Updates.", TRAIN, low=1)
+    batch: int = knob(64, "Meshes of an update, half of each kind.", TRAIN, low=4)
+    lr: float = knob(1e-3, "Of AdamW, after a warm-up, falling to 0 along a cosine.", TRAIN, above=0)
+    weight_decay: float = knob(0.05, "Of AdamW.", TRAIN, low=0)
+    forget: float = knob(0.25, "Share of prompts that are taken as unknown.", TRAIN, low=0, high=1)
+    turns: bool = knob(True, "Turn meshes by random quarters about the upward axis, and mirror them.", TRAIN, flag=False)
+    shuffled: bool = knob(False, "A control: deal the labels anew. AUC must then be near one half.", TRAIN, flag=False)
+    area_only: bool = knob(False, "A control: read areas alone. It must not see a second nose.", TRAIN, flag=False)
+    seed: int = knob(0, "Of initialisation and order.", TRAIN, low=0)
+
+    def __post_init__(self) -> None:
+        check_knobs(self)
+        if self.batch % 2:
+            raise ValueError(f"--batch: expected an even number, got {self.batch}. Half of each kind are drawn.")
+        if self.turns and self.place == "box":
+            raise ValueError("--place: expected centre or world with --turns, got box, which meshes are not turned about. Add --no-turns.")
+        self.encoder, self.read  # noqa: B018  their own checks
+
+    def to_dict(self) -> dict:
+        """JSON values."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @property
+    def read(self) -> PatchOptions:
+        """How meshes become patches."""
+        return PatchOptions(kind=self.patchifier, patches=self.patches, faces=self.faces, area=self.area, place=self.place)
+
+    @property
+    def encoder(self) -> EncoderOptions:
+        """Sizes of the network."""
+        return EncoderOptions(faces=self.faces, width=self.width, depth=self.depth, heads=self.heads)
+
+    def meshes(self, on_shape: OnShape = None) -> MeshSet:
+        """The data."""
+        if self.data is not None:
+            return read(self.data, self.read, on_shape)
+        return drawn(self.source, self.shapes, self.read, self.resolution, self.data_seed, on_shape)
+
+
+class MeshTraining:
+    """A training that can be cut off: `state` after any step, and `load`, give the same reward to the last bit."""
+
+    def __init__(self, options: MeshRewardTraining, meshes: MeshSet):
+        self.o = o = options
+        self.meshes = replace(meshes, patches=area_only(meshes.patches)) if o.area_only else meshes
+        self.train, self.test = meshes.split(o.held_out, o.data_seed)
+        if o.shuffled:
+            self.train = shuffled(self.train, o.seed)
+        if o.batch // 2 > min(sum(label.preferred is kind for label in self.train) for kind in (True, False)):
+            raise ValueError(f"--batch: expected at most as many of each kind as there are to learn from, got {o.batch}. Lower it.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(o.seed)
+            self.reward = RewardCS(o.read, o.encoder, tuple(sorted(set(meshes.prompts))), o.resolution)
+        self.reward.calibrate(self.meshes.of(self.train)[0])
+        self.optimizer = torch.optim.AdamW(self.reward.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+        self.loss = PreferenceLoss(LossWeights(pairs=0, scalar=0, bradley_terry=0, strength=0, reconstruction=0,
+                                               regression=o.regression, divergence=o.divergence))  # fmt: skip
+        self.bandwidth: float | None = None
+        self.done = 0
+
+    def run(self, until: int) -> dict[str, float]:
+        """Go on to step `until`; returns the means of the terms."""
+        batches = batches_of(self.train, self.o.batch, np.random.default_rng([self.o.seed, 4]))
+        for _ in range(self.done):
+            next(batches)
+        self.reward.train()
+        seen = []
+        while self.done < until:
+            seen.append(self._step(next(batches)))
+            self.done += 1
+        self.reward.eval()
+        return {name: float(np.mean([one[name] for one in seen])) for name in (seen[0] if seen else ())}
+
+    def _step(self, labels: Sequence[UnpairedPreference]) -> dict[str, float]:
+        o, warm = self.o, max(self.o.steps // 20, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = o.lr * min((self.done + 1) / warm, 0.5 * (1 + np.cos(np.pi * self.done / o.steps)))
+        patches, prompts = self.meshes.of(labels)
+        draw = torch.Generator().manual_seed(derive_seed(o.seed, "step", self.done))
+        patches = dealt(patches, draw)
+        if o.turns:
+            patches = turned(patches, torch.randint(4, (len(labels),), generator=draw), torch.rand(len(labels), generator=draw) < 0.5)
+        scores, embedding = self.reward(patches, prompts, torch.rand(len(labels), generator=draw) < o.forget)
+        now = max(float(median_distance(embedding)), o.bandwidth)
+        self.bandwidth = now if self.bandwidth is None else MOMENTUM * self.bandwidth + (1 - MOMENTUM) * now
+        target = torch.tensor([label.target for label in labels])
+        preferred = torch.tensor([label.preferred is True for label in labels])
+        terms = self.loss.unpaired(
+            UnpairedOutput(scalar=scores, target=target, embedding=embedding, preferred=preferred, bandwidth=self.bandwidth)
+        )
+        if "divergence" in terms and o.divergence_ramp:
+            terms["divergence"] = terms["divergence"] * min(self.done / (o.divergence_ramp * o.steps), 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        cast(torch.Tensor, sum(terms.values())).backward()
+        torch.nn.utils.clip_grad_norm_(self.reward.parameters(), 1.0, error_if_nonfinite=True)
+        self.optimizer.step()
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Everything that changes, as tensors and JSON."""
+        tensors = {f"reward.{name}": value for name, value in self.reward.state_dict().items()}
+        return {**tensors, **checkpoint.optimizer_tensors("optim", self.optimizer)}, {"done": self.done, "bandwidth": self.bandwidth}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
+        """Inverse of `state`."""
+        prefix = "reward."
+        self.reward.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+        checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
+        self.done, self.bandwidth = meta["done"], meta["bandwidth"]
+
+    @torch.no_grad()
+    def report(self) -> dict:
+        """Figures of the held-out meshes: AUC, also of each defect against all preferred ones; D (without bias, and as it is trained on)
+        of the two kinds at their median distance, without bias also at the width `--bandwidth`, which arms share; silhouette."""
+        labels = self.test
+        patches, prompts = self.meshes.of(labels)
+        scores, points = self.reward.eval()(patches, prompts)
+        kind = np.array([label.preferred is True for label in labels])
+        defects, values = np.array([self.meshes.kinds[label.seed] for label in labels]), scores.numpy()
+        apart = points[torch.from_numpy(kind)], points[torch.from_numpy(~kind)], max(float(median_distance(points)), TINY)
+        found = {
+            "n": [int(kind.sum()), int((~kind).sum())], "auc": auc(values[kind], values[~kind]),
+            "divergence": float(cs_divergence(*apart, "U")), "divergence_v": float(cs_divergence(*apart)),
+            "divergence_fixed": float(cs_divergence(*apart[:2], self.o.bandwidth, "U")),
+            "silhouette": silhouette(points.numpy(), kind),
+        }  # fmt: skip
+        known = sorted({str(name) for name in defects[~kind] if name})
+        return {**found, "auc_by_kind": {name: auc(values[kind], values[~kind & (defects == name)]) for name in known}}
+
+    def finished(self) -> RewardCS:
+        """The reward with what it is worth."""
+        with torch.no_grad():
+            scores = self.reward.eval().score(*self.meshes.of(self.train))
+        self.reward.provenance = {
+            "method": "RewardCS (reconstructed)", "training": self.o.to_dict(), "held_out": self.report(),
+            "score_mean": float(scores.mean()), "score_std": float(scores.std()),
+        }  # fmt: skip
+        return self.reward

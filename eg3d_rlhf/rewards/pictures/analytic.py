@@ -1,0 +1,199 @@
+"""Rewards in closed form: of pictures, and of geometry. What they judge is known, so what a method makes of them can be checked.
+
+`RewardModel` of pictures: scores [B] of [B, C, h, w] in 0..1 (C is 3, or 4 with inverse depth). `GeometryReward` (guidance/geometry.py) of
+fields: scores [A]. Neither is the judge (judges.py) nor the detector (noses.py). Letters: A assets, V views of each, B = A V.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.interfaces import Modality, RewardModel
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.rewards.boxes import RESOLUTION, SIDES, modes_of, nose_voxels, prompt_of
+
+_SHARP = 6.0  # slope of the soft "this view is a face" in the difference of squared distances over that of the modes
+
+
+def nearer_first(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """(|x - second|^2 - |x - first|^2) / |first - second|^2 [B] of a prompt's two modes: 1 at the first, -1 at the second."""
+    channels = pixels.shape[1]
+    first, second = modes_of(prompts)[:, :, :channels].to(pixels).unbind(1)
+    if pixels.shape != first.shape:
+        expected = list(first.shape[2:])
+        raise ValueError(f"--reward: expected the test problem's pictures of {expected} pixels, got {list(pixels.shape[2:])}. Use another.")
+    apart = (pixels - second).square().flatten(1).sum(1) - (pixels - first).square().flatten(1).sum(1)
+    return apart / (first - second).square().flatten(1).sum(1)
+
+
+class ModeDistance:
+    """Each view alone: how near the prompt's first mode. Of heads that is a face in every view: the bias of 2D rewards towards Janus."""
+
+    modality: ClassVar[Modality] = "image"
+    views, differentiable = 1, True
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        return nearer_first(pixels, prompts)
+
+
+class OneFace:
+    """Four views of an asset together. Heads: the largest face-likeness less all others'; boxes: the mean of `ModeDistance`.
+
+    The face-likeness of a view is sigmoid(6 nearer_first). Best is exactly one face: 1 less what the other three have of one.
+    """
+
+    modality: ClassVar[Modality] = "multiview"
+    views, differentiable = SIDES, True
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        near = nearer_first(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
+        faces = torch.sigmoid(_SHARP * near)
+        of_heads = 2 * faces.amax(dim=1) - faces.sum(dim=1)
+        heads = torch.tensor([prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device)
+        return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
+
+
+@dataclass(frozen=True)
+class Colour:
+    """Minus the RMS distance of the picture's mean colour to a target, both in 0..1."""
+
+    target: tuple[float, float, float]
+    modality: ClassVar[Modality] = "image"
+    views: ClassVar[int] = 1
+    differentiable: ClassVar[bool] = True
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        del prompts
+        return -(pixels[:, :3].mean(dim=(2, 3)) - pixels.new_tensor(self.target)).square().mean(dim=1).add(1e-12).sqrt()
+
+
+class Symmetry:
+    """Minus the mean absolute difference of a picture and its mirror image."""
+
+    modality: ClassVar[Modality] = "image"
+    views, differentiable = 1, True
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        del prompts
+        return -(pixels - pixels.flip(3)).abs().flatten(1).mean(dim=1)
+
+
+class MeanPixel:
+    """The mean of a picture: the smoke test of any guidance."""
+
+    modality: ClassVar[Modality] = "image"
+    views, differentiable = 1, True
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        del prompts
+        return pixels.flatten(1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Numbers of 0..1 that mean nothing, the same for the same pictures: the fractional part of a large random projection.
+
+    The control of every arm with a reward: what it changes, the reward's content did not.
+    """
+
+    seed: int = 0
+    views: int = 1
+    modality: ClassVar[Modality] = "image"
+    differentiable: ClassVar[bool] = False
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        del prompts
+        flat = pixels.detach().unflatten(0, (-1, self.views)).flatten(1).double()
+        weights = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64).to(flat)
+        return ((flat @ weights) * 1e4).remainder(1.0).to(pixels).repeat_interleave(self.views)
+
+
+class Inverted:
+    """The negative of another reward: a method that follows rewards must fail with it."""
+
+    def __init__(self, reward: RewardModel):
+        self._reward = reward
+        self.modality, self.views, self.differentiable = reward.modality, reward.views, reward.differentiable
+        self.view_prompts = getattr(reward, "view_prompts", False)
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """See `RewardModel`."""
+        return -self._reward.score(pixels, prompts)
+
+
+def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
+    """Opacity [A, D, H, W] of a grid's cells, 1 - exp(-softplus(raw - 1) step). Differentiable in the field."""
+    grid = SlabSpec.of(field.bounds, resolution)
+    return -torch.expm1(-torch.nn.functional.softplus(field.density_grid(grid) - 1) * grid.voxel)
+
+
+class OneNose:
+    """-(sum - largest) of four nose masses, each the mean opacity where a side's nose would be: an oracle's ceiling for learned rewards.
+
+    Deviates from "no more than one nose's worth" of the sum, which removes all noses of most assets and still lowers the Janus ratio.
+    """
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`; 0 for prompts that are not of heads."""
+        del step
+        filled = occupancy(field)
+        mass = torch.stack([filled[:, nose_voxels(RESOLUTION, side).to(filled.device)].mean(dim=1) for side in range(SIDES)], dim=1)
+        heads = torch.tensor([prompt_of(text).kind == "janus" for text in prompts], device=filled.device)
+        return torch.where(heads, mass.amax(dim=1) - mass.sum(dim=1), 0.0)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Minus the squared relative error of the filled volume, in shares of the bounds."""
+
+    target: float
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`."""
+        del prompts, step
+        return -(occupancy(field).mean(dim=(1, 2, 3)) / self.target - 1).square()
+
+
+class Floaters:
+    """Minus the share of the filled volume that hangs apart from the largest connected part. Parts are found without gradient."""
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`."""
+        del prompts, step
+        filled = occupancy(field)
+        apart = torch.stack([_apart(one.detach().cpu().numpy()) for one in filled]).to(filled)
+        return -(filled * apart).sum(dim=(1, 2, 3)) / filled.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+
+
+def _apart(filled: np.ndarray) -> torch.Tensor:
+    """Mask [D, H, W] of half-filled cells outside the largest part; none where there is one part."""
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(filled >= 0.5)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return torch.from_numpy((labels > 0) & (labels != sizes.argmax()))
+
+
+def euler_characteristic(filled: torch.Tensor) -> torch.Tensor:
+    """Vertices - edges + faces - cells [A] of the union of closed cells [A, D, H, W] bool: parts - handles + cavities. For evaluation."""
+    padded = torch.nn.functional.pad(filled.bool(), (1,) * 6)
+    total = torch.zeros(len(filled), dtype=torch.long, device=filled.device)
+    for number in range(8):  # a cell's part of dimension 3 - k is shared by the cells on both sides along k axes
+        axes = [dim + 1 for dim in range(3) if number >> dim & 1]
+        there = padded
+        for axis in axes:
+            there = there.narrow(axis, 0, there.shape[axis] - 1) | there.narrow(axis, 1, there.shape[axis] - 1)
+        total += int(math.pow(-1, 3 - len(axes))) * there.flatten(1).sum(dim=1)
+    return total

@@ -1,0 +1,120 @@
+"""A reward from a path: which of the published files it is; and objects of the user's own with imscore's signature.
+
+Shape letters: B pictures.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eg3d_rlhf.core.interfaces import Modality, RewardModel
+from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
+from eg3d_rlhf.core.ranges import SLACK
+from eg3d_rlhf.models.clip_like import FLAG, Clip, ClipSizes, load_clip_score, load_hpsv2
+from eg3d_rlhf.models.local_files import build_on_meta, existing, only_file, read_state, require_extra
+from eg3d_rlhf.rewards.pictures.checks import CheckedReward
+from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork, load_blip_reward
+
+WEIGHTS = (".pt", ".pth", ".safetensors")
+
+
+class ImscoreReward:
+    """An object with imscore's score(pixels, prompts) as a reward of single pictures, in eval mode.
+
+    Its scores [B, 1] become [B]; pictures outside 0..1, which imscore does not look for, are warned of.
+    """
+
+    modality: Modality = "image"
+    views = 1
+    differentiable = True
+
+    def __init__(self, model: Any):
+        if not callable(getattr(model, "score", None)):
+            raise ValueError(f"{FLAG}: expected an object with score(pixels, prompts), got {type(model).__name__}. Use one of imscore's.")
+        self.model = model.eval() if hasattr(model, "eval") else model
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Scores [B] of pictures [B, 3, h, w] in 0..1. Raises: ValueError for another number of scores."""
+        low, high = (float(x) for x in pixels.detach().aminmax())
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            warnings.warn(f"{FLAG}: expected pictures within 0..1, got {low:.3g}..{high:.3g}. Its scores mean little.", stacklevel=2)
+        scores = self.model.score(pixels, prompts)
+        if scores.numel() != len(pixels):
+            raise ValueError(f"{FLAG}: expected {len(pixels)} scores, got {list(scores.shape)}. The model must score each picture.")
+        return scores.reshape(-1)
+
+
+def load_reward(path: str | Path, device: str | torch.device = "cpu") -> CheckedReward:
+    """ImageReward, Reward3D or HPSv2 (a file, or a folder with one), or CLIP score (a transformers folder). In eval mode, with checks.
+
+    Raises: FileNotFoundError; ValueError for foreign files: one line with flag and remedy. Nothing in a file is run.
+    """
+    path = existing(path, FLAG)
+    if (path / "config.json").is_file():
+        return CheckedReward(load_clip_score(_clip_folder(path), device))
+    file = weights_of(path)
+    state = read_state(file, FLAG)
+    loaded: RewardModel = (load_blip_reward if _is_blip(state, file) else load_hpsv2)(file, state, device)
+    return CheckedReward(loaded)
+
+
+def weights_of(path: Path) -> Path:
+    """A file, or the only one of a folder. Raises: ValueError."""
+    return only_file(path, WEIGHTS, FLAG, "config.json (CLIP) or one file of weights")
+
+
+def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
+    """What a reward will hold in memory for a step of B pictures, from its file's shapes alone: K B of them scored, B back-propagated."""
+    path = existing(path, FLAG)
+    if (path / "config.json").is_file():
+        require_extra(FLAG, "transformers")
+        from transformers import CLIPConfig, CLIPModel
+
+        config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
+        clip = build_on_meta(lambda: CLIPModel(config))
+        return _costs(clip, lambda x: clip.get_image_features(pixel_values=x), pictures, noises, config.vision_config.image_size)
+    file = weights_of(path)
+    state = read_state(file, FLAG)
+    if _is_blip(state, file):
+        blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
+        return _costs(blip, blip.blip.visual_encoder, pictures, noises, blip.blip.visual_encoder.side)
+    sizes = ClipSizes.of(state, f"{FLAG}: {file.name}")
+    hps = build_on_meta(lambda: Clip(sizes))
+    return _costs(hps, hps.visual, pictures, noises, sizes.image)
+
+
+def _costs(network: torch.nn.Module, run: Any, pictures: int, noises: int, side: int) -> Costs:
+    network.eval().requires_grad_(False)
+
+    def back():
+        x = torch.empty(pictures, 3, side, side, device="meta", requires_grad=True)
+        out = run(x)
+        return torch.autograd.grad(out, x, torch.empty_like(out))
+
+    def scored():
+        with torch.no_grad():
+            return run(torch.empty(noises * pictures, 3, side, side, device="meta"))
+
+    stages = {f"score {noises * pictures} pictures of {side}^2": scored, f"score {pictures} of them, and back": back}
+    return Costs(
+        weights={"reward, float32": weight_row(network)}, stages={name: peak_bytes(stage) for name, stage in stages.items()}
+    )
+
+
+def _clip_folder(path: Path) -> Path:
+    kind = json.loads((path / "config.json").read_text()).get("model_type")
+    if kind != "clip":
+        raise ValueError(f"{FLAG}: expected a folder of transformers' CLIPModel, got model_type {kind!r} in {path}. Use a CLIP folder.")
+    return path
+
+
+def _is_blip(state: dict[str, torch.Tensor], file: Path) -> bool:
+    """Whether the file is ImageReward's or Reward3D's, not HPSv2's. Raises: ValueError for neither."""
+    blip, clip = any(name.startswith("blip.") for name in state), "visual.conv1.weight" in state
+    if not blip and not clip:
+        known = "ImageReward (blip.*), Reward3D (blip.*) or HPSv2 (visual.*)"
+        raise ValueError(f"{FLAG}: expected {known} in {file.name}, got {', '.join(sorted(state)[:3])}. Is it another network's file?")
+    return blip

@@ -1,0 +1,102 @@
+"""What the networks on clouds of points share: their description, their normalisation, the check of what they read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.rewards.networks import RewardNetwork
+
+NORMS = ("batch", "layer")
+_NARROW = 8  # layers of fewer channels are not normalised: of one or two channels nothing but a sign would be left
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a value that is not known."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}. Choose one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointArch:
+    """Everything that decides the parameters' names and shapes, and the function they compute. The defaults are the published ones."""
+
+    network: ClassVar[str]  # as files name it
+    inputs: int = 3  # channels of a point: position, or position and normal (6)
+    norm: str = "batch"  # 'batch' = the published; 'layer' = over the channels of each point, so that no sample depends on another
+    trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
+    embedding: int = 512  # length of the trunk's output, which all heads read
+    heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
+
+    def __post_init__(self) -> None:
+        one_of(f"{type(self).__name__}.norm", self.norm, NORMS)
+        if self.inputs not in (3, 6):
+            raise ValueError(f"{type(self).__name__}.inputs: expected 3 or 6, got {self.inputs!r}. Points have positions, perhaps normals.")
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Keywords of `RewardNetwork`."""
+        return {"trunk": self.trunk, "embedding": self.embedding, "heads": self.heads}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, `network` among them."""
+        return {"network": self.network, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`, without `network`. Raises: ValueError for fields that are unknown or out of range."""
+        try:
+            return cls(**{name: _tuples(value) for name, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: expected its own fields, got: {error}. Is the file from a later version?") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+class PointNorm(nn.LayerNorm):
+    """Layer normalisation of each point's channels, [N, C, ...], as the batch normalisations whose place it takes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, ...] -> [N, C, ...]."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def norm(kind: str, channels: int, axes: int = 1) -> nn.Module:
+    """A normalisation of [N, channels, ...] with so many axes behind the channels (batch: 1, also none; or 2)."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels) if axes == 2 else nn.BatchNorm1d(channels)
+    return PointNorm(channels) if channels >= _NARROW else nn.Identity()
+
+
+class PointNetwork(RewardNetwork):
+    """A reward network on clouds [N, C, P]."""
+
+    arch: PointArch
+
+    def describe(self) -> dict[str, Any]:
+        """See `RewardNetwork`."""
+        return self.arch.to_dict()
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Clouds of so many channels, and any number of points."""
+        if len(shape) != 2 or shape[0] != self.arch.inputs:
+            raise ValueError(
+                f"reward: expected clouds of {self.arch.inputs} channels per point, got {list(shape)}. Use its own observation."
+            )
+
+    def _read(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cloud itself and its positions [N, 3, P]. Raises: ValueError for other shapes."""
+        if observed.ndim != 3:
+            raise ValueError(f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observed.shape)}. Pass what is observed.")
+        self.check(observed.shape[1:])
+        return observed, observed[:, :3]
+
+
+def leaky(x: torch.Tensor) -> torch.Tensor:
+    """Leaky ReLU of slope 0.2."""
+    return F.leaky_relu(x, 0.2)

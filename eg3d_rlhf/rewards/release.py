@@ -1,0 +1,352 @@
+"""The paper's released reward: read from its published files with weights only, and scored on both lattices.
+
+A release is a folder with `best_model.pt` (a plain state dict, or one under 'state_dict') and `release_config.yaml` or `run_config.yaml`.
+Layer sizes come from the weights. The configuration is the record of a training run: YAML with `${...}` references. It comes from
+elsewhere, so it is read as plain data (no tags that build objects, no aliases), and of its fields only those below are looked at:
+
+    data.dset_dict.selected_dtypes     first entry sigma_field_<N>: the cube has N points per axis
+    data.augmentations.tune            the transform of fine-tuning: self-normalisation to [lower, upper]
+    data.augmentations.upper_norm      the upper end, where `tune` leaves it out
+    model                              num_groups, f_maps, layer_order, in_channels, is_segmentation, residual, input_size, external
+
+The crop is no field: the published code derives it from N with the fractions that are SlabSpec's default.
+Shape letters: N samples, D, H, W = z, y, x.
+"""
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.spec import LATTICES, SlabSpec
+from eg3d_rlhf.generators import Generator, ws_of_seeds
+from eg3d_rlhf.rewards.model import PAPER, RewardArch, RewardModel
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import Reward, check_state, read_state
+
+WEIGHTS = "best_model.pt"
+CONFIG_NAMES = ("release_config.yaml", "run_config.yaml")
+EXAMPLE_ARCH = RewardArch(feature_maps=(4, 8, 16), pool_size=256, trunk=(24, 24), embedding=32, heads=(16, 8))
+_EXAMPLE_CONFIG = """\
+data:
+  dset_dict: {selected_dtypes: [sigma_field_32]}
+  augmentations:
+    upper_norm: 100
+    tune: {_target_: transforms.normalise_sigma_self, lower: 0, upper: "${data.augmentations.upper_norm}"}
+model:
+  Conv3DModule: {in_channels: 1, f_maps: [4, 8, 16], num_groups: 8, layer_order: gcr, is_segmentation: false}
+  mlp_global: {input_size: 256}
+"""
+_MAX_BYTES = 1 << 18
+_MAX_DEPTH = 64
+_MAX_STEPS = 64  # references followed for one value
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # innermost first
+_ENDS = dict.fromkeys(("lo", "low", "lower", "lower_norm", "min"), "lower")
+_ENDS |= dict.fromkeys(("hi", "high", "upper", "upper_norm", "max"), "upper")
+_NEUTRAL = ("_target_", "_partial_", "_convert_", "_recursive_", "keys")  # of a transform: how it is built, not what it computes
+_FIXED = {"layer_order": "gcr", "in_channels": 1, "is_segmentation": False, "residual": True}  # what our network computes
+_REMEDY = "Pass --transform=published to use the published slab instead."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseConfig:
+    """The fields that decide how a released reward is fed and built."""
+
+    resolution: int = 256  # grid points per axis of the cube
+    value_max: float = 100.0  # upper end of the self-normalised range
+    groups: int = 8  # of every group normalisation
+    feature_maps: tuple[int, ...] | None = None  # channels per level, None where the file does not say
+    input_size: int | None = None  # of the trunk, None where the file does not say
+
+
+class LatticeScores(NamedTuple):
+    """One sample's reward on both lattices."""
+
+    seed: int
+    straight: float
+    skewed: float
+
+
+def import_release(
+    source: str | Path, config: str | Path | None = None, weights: str = WEIGHTS, transform: str = "config", lattice: str = "straight"
+) -> Reward:
+    """Read a released reward, in eval mode; nothing in its files is executed. Its provenance names both files and their SHA-256.
+
+    Args:
+        source: the folder, or the weights file itself (its configuration beside it).
+        config: the configuration, where it has another name or place.
+        weights: name of the weights inside the folder (`swa_weights.pt` has the same entries).
+        transform: see `read_config`; lattice: that the reward reads, see `SlabSpec`.
+
+    Raises: FileNotFoundError; ValueError on damaged or foreign files, entries that do not fit, or a configuration that is not understood.
+    """
+    source = Path(source)
+    file = source / weights if source.is_dir() else source
+    state = read_state(file)
+    names = [name for name in CONFIG_NAMES if (file.parent / name).is_file()]
+    if config is None and not names:
+        found = f"got neither in {file.parent}. Name it with --config."
+        raise FileNotFoundError(f"import_release: expected {' or '.join(CONFIG_NAMES)} beside the weights, {found}")
+    if config is None and len({read_config(file.parent / name) for name in names}) == 2:  # both may be there if they say the same
+        found = f"got two that disagree ({' and '.join(names)}). Name one with --config."
+        raise ValueError(f"import_release: expected one configuration, {found}")
+    config = file.parent / names[0] if config is None else Path(config)
+    settings = read_config(config, transform)
+    arch = arch_from_state(state, settings)
+    model = RewardModel(arch)
+    check_state(f"import_release({file.name})", model, state)
+    model.load_state_dict(state)
+    spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max, lattice=lattice)
+    if min(spec.shape) < arch.smallest_side:
+        raise ValueError(
+            f"import_release: expected a slab with sides of at least {arch.smallest_side} points, got {list(spec.shape)} from "
+            f"{config.name}. Use the configuration that belongs to these weights."
+        )
+    provenance = {
+        "preset": "paper" if arch == PAPER else "release", "weights": file.name, "weights_sha256": file_hash(file),
+        "config": config.name, "config_sha256": file_hash(config), "transform": transform, "trained_on_lattice": "skewed",
+    }
+    return Reward(SigmaSlab(spec), model, provenance).eval().requires_grad_(False)
+
+
+def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) -> RewardArch:
+    """Architecture whose entries have the shapes of `state`; the paper's where entries are missing, so that a check can name them.
+
+    Half of the last convolution's channels reconstruct, the other half are the feature (4 + 4 in the paper).
+    Raises: ValueError when the configuration names other sizes than the weights have.
+    """
+
+    def sizes(pattern: str) -> tuple[int, ...]:  # first dimension of the numbered entries, as far as they go; one at least
+        names = [pattern.format(0), *itertools.takewhile(state.__contains__, map(pattern.format, itertools.count(1)))]
+        return tuple(len(state[name]) for name in names)
+
+    def hidden(name: str) -> tuple[int, ...]:
+        return (len(state[f"{name}.input_layer.weight"]), *sizes(f"{name}.hidden_layers.{{}}.0.weight"))
+
+    try:
+        maps = sizes("Conv3DModule.encoders.{}.basic_module.conv2.conv.weight")
+        channels, trunk, heads = len(state["Conv3DModule.final_conv.weight"]), hidden("MLP"), hidden("scalar_rwd_head")
+        pool_size, embedding = state["MLP.input_layer.weight"].shape[1], len(state["MLP.output_layer.weight"])
+    except (KeyError, IndexError, TypeError):
+        return replace(PAPER, groups=settings.groups)
+    for name, got, wanted in (("f_maps", maps, settings.feature_maps), ("input_size", pool_size, settings.input_size)):
+        if wanted is not None and wanted != got:
+            raise ValueError(
+                f"import_release: expected weights for the configuration's {name} = {wanted}, got {got}. Use the files of one release."
+            )
+    return RewardArch(
+        feature_maps=maps, groups=settings.groups, recon_channels=channels // 2, feature_channels=channels - channels // 2,
+        pool_size=pool_size, trunk=trunk, embedding=embedding, heads=heads,
+    )
+
+
+@torch.no_grad()
+def compare_lattices(
+    reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0, cutoff: int | None = 14,
+    on_seed: Callable[[LatticeScores], None] = lambda scores: None,
+) -> list[LatticeScores]:
+    """Rewards of a generator's samples on the straight lattice and on the one that the published reward was trained on.
+
+    Args: reward: on either lattice; seeds of z; psi, cutoff: truncation; on_seed: told each result.
+    Raises: ValueError for no seeds, and for a reward that reads no slabs.
+    """
+    if not seeds:
+        raise ValueError("compare_lattices: expected at least one seed, got none. Name some, such as 0-3.")
+    if not isinstance(reward.observation, SigmaSlab):
+        raise ValueError(f"compare_lattices: expected a reward that reads slabs, got one of {reward.observation.kind}. Name another.")
+    slabs = {lattice: SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES}
+    results = []
+    for seed in seeds:
+        field = generator.field(ws_of_seeds(generator, [seed], psi, cutoff))
+        scores = {lattice: float(reward.score_observed(slab.observe(field))) for lattice, slab in slabs.items()}
+        results.append(LatticeScores(seed=seed, **scores))
+        on_seed(results[-1])
+    return results
+
+
+def write_example(folder: str | Path, seed: int = 0) -> Path:
+    """A small untrained reward in the published layout, to try the import with; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = RewardModel(EXAMPLE_ARCH)
+    torch.save(model.state_dict(), folder / WEIGHTS)
+    (folder / CONFIG_NAMES[0]).write_text(_EXAMPLE_CONFIG)
+    return folder
+
+
+def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
+    """Read the fields listed at the top of this file.
+
+    Args: path of the YAML file; transform: 'config' takes grid and range from it, 'published' takes 256 points and [0, 100].
+    Raises: FileNotFoundError; ValueError naming the field for anything that is missing, not understood, or not what our network computes.
+    """
+    root = read_yaml(path)
+    where = f"reward config {Path(path).name}"
+    settings = dict(_model_settings(root, where))
+    if transform == "published":
+        return ReleaseConfig(**settings)
+    kinds = resolve(root, lookup(root, "data.dset_dict.selected_dtypes"), where)
+    kind = resolve(root, kinds[0] if isinstance(kinds, list) and kinds else kinds, where)
+    match = re.fullmatch(r"sigma_field_(\d{1,4})", kind) if isinstance(kind, str) else None
+    if match is None:
+        raise ValueError(
+            f"{where}: data.dset_dict.selected_dtypes: expected sigma_field_<points> first, got {kind!r}. Rewards on depth maps or point "
+            "clouds are not read; for a sigma-field reward without this field pass --transform=published."
+        )
+    return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, where), **settings)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """A small YAML file as plain dicts, lists and scalars; no object of any other kind is built.
+
+    Raises: FileNotFoundError; ValueError for a file that is large, no YAML, uses tags or aliases, or holds no mapping.
+    """
+    import yaml  # only here: nothing else needs it
+
+    path = Path(path)
+    where = f"reward config {path.name}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: expected a file at {path}, got none. Name the configuration with --config.")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{where}: expected at most {_MAX_BYTES >> 10} KiB, got {path.stat().st_size >> 10}. Is it another file?")
+    try:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily, so that what is refused is not read to its end
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
+                raise ValueError("it uses aliases (*name)" if depth <= _MAX_DEPTH else f"it nests deeper than {_MAX_DEPTH} levels")
+        root = yaml.load(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where}: expected plain YAML without tags and aliases, got: {reason}. Copy the released file again.") from error
+    if not isinstance(root, dict):
+        raise ValueError(f"{where}: expected a mapping at the top, got {type(root).__name__}. Is it another file?")
+    return root
+
+
+def lookup(root: Mapping, dotted: str) -> Any:
+    """The value at `a.b.c` (list entries by number), None where it does not exist."""
+    value: Any = root
+    for part in dotted.split("."):
+        entries = {str(i): entry for i, entry in enumerate(value)} if isinstance(value, list) else value
+        value = entries.get(part) if isinstance(entries, Mapping) else None
+    return value
+
+
+def resolve(root: Mapping, value: Any, where: str) -> Any:
+    """Follow `${a.b}` and `${multiply:x,y}` in a scalar; anything else is returned as it is.
+
+    Raises: ValueError for a reference to nothing, an unknown resolver, or references that do not end.
+    """
+    for _ in range(_MAX_STEPS):
+        found = _REFERENCE.search(value) if isinstance(value, str) else None
+        if found is None:
+            if isinstance(value, str) and "${" in value:
+                raise ValueError(f"{where}: expected whole references, got {value[:80]!r}. Write the value out.")
+            return value
+        name, colon, rest = (inside := found[1].strip()).partition(":")
+        if colon and name == "multiply":
+            target = math.prod(_number(factor, f"{where}: ${{{inside}}}") for factor in rest.split(","))
+        elif colon or (target := lookup(root, inside)) is None:
+            accepted = "${a field of this file} or ${multiply:x,y}"
+            raise ValueError(f"{where}: expected {accepted}, got ${{{inside[:80]}}}. Write the value out.")
+        if found[0] == value.strip():
+            value = target  # keeps its type
+        elif isinstance(target, (str, int, float)):
+            value = value[: found.start()] + str(target) + value[found.end() :]
+        else:
+            raise ValueError(f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Write the value out.")
+        if isinstance(value, str) and len(value) > 4096:
+            break
+    raise ValueError(f"{where}: expected references that end, got a circle. Write the values out.")
+
+
+def _number(value: Any, what: str) -> int | float:
+    """An int or float; YAML 1.1 reads 1e-5 as text."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+            break
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+        raise ValueError(f"{what}: expected a number, got {value!r}. {_REMEDY}")
+    return value
+
+
+def _value_max(root: Mapping, where: str) -> float:
+    """Upper end of the range that `data.augmentations.tune` normalises to."""
+    what, bounds = f"{where}: data.augmentations.tune", {}
+    found = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
+    if len(found) > 1:
+        raise ValueError(f"{what}: expected one self-normalisation, got {len(found)}. {_REMEDY}")
+    for key, value in found[0].items() if found else ():
+        if key in _ENDS:
+            bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
+        elif key not in _NEUTRAL:
+            raise ValueError(f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}")
+    if bounds.get("lower", 0) != 0:
+        raise ValueError(f"{what}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
+    if "upper" in bounds:
+        return float(bounds["upper"])
+    default = lookup(root, "data.augmentations.upper_norm")
+    if default is None:
+        raise ValueError(f"{what}: expected an upper end there or in data.augmentations.upper_norm, got neither. {_REMEDY}")
+    return float(_number(resolve(root, default, what), f"{where}: data.augmentations.upper_norm"))
+
+
+def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
+    """The self-normalisations inside a transform: one mapping with `_target_`, a list, a composition, or a mapping of named ones."""
+    pending = [node]
+    for _ in range(_MAX_STEPS):  # references may lead back to where they stand
+        if not pending:
+            return
+        node = resolve(root, pending.pop(), what)
+        if isinstance(node, Mapping) and "_target_" in node:
+            name = str(resolve(root, node["_target_"], what)).rpartition(".")[2]
+            plain = name.lower().replace("_", "").replace("normalize", "normalise")
+            if plain == "compose":
+                pending.append(node.get("transforms"))
+            elif "normalise" in plain and "self" in plain:
+                yield node
+            else:
+                raise ValueError(f"{what}: expected a self-normalisation to a fixed range, got {name[:60]!r}. {_REMEDY}")
+        elif isinstance(node, (list, Mapping)):
+            pending += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
+        elif node is not None:
+            raise ValueError(f"{what}: expected a transform, got {node!r}. {_REMEDY}")
+    raise ValueError(f"{what}: expected at most {_MAX_STEPS} entries and references that end, got more. {_REMEDY}")
+
+
+def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
+    """Settings of the `model` node that the weights do not show, checked against what our network computes."""
+    if lookup(root, "model.external"):
+        raise ValueError(f"{where}: model.external: expected none for a sigma-field reward, got one: this reward reads depth maps.")
+    for path, key, value in _walk(root.get("model"), "model"):
+        value = resolve(root, value, where)
+        if key in _FIXED and value is not None and value != _FIXED[key]:
+            raise ValueError(f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Its scores cannot be reproduced.")
+        if key == "num_groups":
+            yield "groups", int(_number(value, f"{where}: {path}"))
+        elif key == "f_maps" and isinstance(value, list):
+            yield "feature_maps", tuple(int(_number(resolve(root, entry, where), f"{where}: {path}")) for entry in value)
+    size = resolve(root, lookup(root, "model.mlp_global.input_size"), where)
+    if size is not None:
+        yield "input_size", int(_number(size, f"{where}: model.mlp_global.input_size"))
+
+
+def _walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """(path, key, value) of the known keys under a node."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        if key in _FIXED or key in ("num_groups", "f_maps"):
+            yield f"{path}.{key}", key, value
+        else:
+            yield from _walk(value, f"{path}.{key}")

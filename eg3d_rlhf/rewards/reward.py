@@ -1,0 +1,215 @@
+"""A reward: what it reads of a field, the network that scores it, and where both come from; and its files.
+
+A reward is stored as `<name>.safetensors` (the state dict; of networks that read slabs with the names and order of published checkpoints)
+beside `<name>.json` (observation, network, provenance). Published `.pt` state dicts of the full-size network load as well.
+"""
+
+import json
+import pickle
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.generators import Generator
+from eg3d_rlhf.rewards import observations
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble, build_network
+from eg3d_rlhf.rewards.model import PAPER
+from eg3d_rlhf.rewards.networks import RewardNetwork
+from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
+from training.networks import state_hash
+from training.storage import write_atomic
+
+_FORMAT, _VERSION = "eg3d-rlhf reward", 2  # files of version 1 read slabs, and say 'arch', 'spec' and 'meta'
+
+
+class Reward(nn.Module):
+    """Observation, network (or ensemble of networks) and provenance: everything that a score depends on.
+
+    Args: provenance: JSON values; tools/train_reward.py writes generator (SHA-256 of its state), architecture, psi, truncation_cutoff,
+    labels (SHA-256; several with + between them), preset, seed, temperature, test_accuracy and test_accuracy_clean, score_mean and
+    score_std, and start (SHA-256) where members went on from one network.
+    Raises: ValueError where the network cannot read the observation.
+    """
+
+    def __init__(self, observation: Observation, network: RewardNetwork | RewardEnsemble, provenance: Mapping[str, Any] | None = None):
+        super().__init__()
+        network.check(observation.shape)
+        self.observation, self.network, self.provenance = observation, network, dict(provenance or {})
+
+    def score(self, field: Field) -> torch.Tensor:
+        """The reward of each shape, [N], higher is better. Differentiable in the field and the parameters."""
+        return self.network.score(self.observation.observe(field))
+
+    def score_observed(self, observed: torch.Tensor) -> torch.Tensor:
+        """The reward of what the observation gave, [N, ...] -> [N]."""
+        return self.network.score(observed)
+
+    @property
+    def temperature(self) -> float:
+        """Divisor of differences of scores that makes them log odds; 1 where training did not fit one."""
+        return float(self.provenance.get("temperature") or 1.0)
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """SHA-256 of the label sets that it learnt from; empty where that is not recorded."""
+        return frozenset((self.provenance.get("labels") or "").split("+")) - {""}
+
+    def members(self) -> list["Reward"]:
+        """The rewards of an ensemble one by one; itself where it is a single one."""
+        if not isinstance(self.network, RewardEnsemble):
+            return [self]
+        return [Reward(self.observation, member, self.provenance) for member in self.network.members]
+
+    def is_member_of(self, other: "Reward") -> bool:
+        """Whether it is, or shares, a member of an ensemble."""
+        if not isinstance(other.network, RewardEnsemble):
+            return False
+        own, others = ({state_hash(one.network) for one in reward.members()} for reward in (self, other))
+        return bool(own & others)
+
+    def arranged(self) -> "Reward":
+        """Itself, with the weights of 3-D convolutions as they run fastest: a tenth faster, the same values."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+                module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says beside the weights."""
+        return {"observation": self.observation.to_dict(), "network": self.network.describe(), "provenance": self.provenance}
+
+    def save(self, path: str | Path) -> Path:
+        """Write `path` (.safetensors) and its `.json`, each atomically; returns the path.
+
+        Raises: ValueError on another suffix or on a provenance that JSON cannot hold.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"Reward.save: expected a name ending in .safetensors, got {path.name}. Rename it.")
+        tag = f"{_FORMAT} {_VERSION}"
+        try:
+            text = json.dumps({"format": tag, **self.describe()}, indent=2)
+        except TypeError as error:
+            raise ValueError(f"Reward.save: expected plain JSON values, got: {error}. Convert tensors and paths first.") from error
+        state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        write_atomic(path, safetensors.torch.save(state, metadata={"format": tag}))
+        write_atomic(path.with_suffix(".json"), (text + "\n").encode())
+        return path
+
+
+def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Reward:
+    """Read a reward, in eval mode and without gradients to its parameters.
+
+    `.safetensors` needs its `.json`; `.pt`, `.pth` and `.ckpt` are read as a published state dict of the full-size network (or a
+    {'state_dict': ...} of one) with the paper's slab and no provenance. Nothing in the file is executed.
+
+    Raises: FileNotFoundError; ValueError on truncated or foreign files, on entries that do not fit the network, on an unknown observation,
+    and on a file of a later version.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        observation, description, provenance = _read_description(path.with_suffix(".json"))
+    else:
+        observation, description, provenance = SigmaSlab(), PAPER.to_dict(), {}
+    state = read_state(path)
+    try:
+        reward = Reward(observation, build_network(observation.kind, description), provenance)
+    except ValueError as error:
+        raise ValueError(f"load_reward({path.name}): {error}") from error
+    check_state(f"load_reward({path.name})", reward.network, state)
+    reward.network.load_state_dict(state)
+    return reward.to(device).eval().requires_grad_(False)
+
+
+def check_reward(reward: Reward, generator: Generator, who: str = "reward") -> None:
+    """Refuse a reward that cannot see what this generator makes, and say on stderr where it was trained on the shapes of another one.
+
+    Another generator in the same bounds may be a descendant of the reward's own, whose shapes it knows well enough.
+
+    Args: who: begins the message, such as a flag.
+    Raises: ValueError with what differs.
+    """
+    misfits = reward.observation.misfits(generator)
+    if misfits:
+        raise ValueError(
+            f"{who}: expected a generator with {'; with '.join(misfits)}. Name a reward of this generator; tools/train_reward.py makes one."
+        )
+    made_for = reward.provenance.get("generator")
+    if made_for is not None and (digest := state_hash(generator.module)) not in reward.provenance.get("generators", [made_for]):
+        kind = reward.provenance.get("architecture", generator.architecture)
+        print(
+            f"Warning: {who}: it was trained on shapes of the {kind} generator {made_for[:12]}..., not of {generator.architecture} "
+            f"{digest[:12]}...; unless that one descends from it, its scores may say little.", file=sys.stderr,
+        )
+
+
+def check_state(who: str, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError naming every missing, unexpected and misshapen entry of `state` for `model` (the first eight of each)."""
+    old = next((name for name in state if name.endswith("upsampling.upsample.weight")), None)
+    if old is not None:
+        raise ValueError(
+            f"{who}: expected '...upsample.conv_transposed.weight', got '{old}'. These weights were trained with pytorch-3dunet 1.8.1 "
+            "or older, whose upsampling computes other numbers; renaming the key would change the scores. Use weights trained with 1.8.2 "
+            "or later."
+        )
+    own = model.state_dict()
+    shapes = [(k, list(own[k].shape), list(state[k].shape)) for k in own if k in state and own[k].shape != state[k].shape]
+    wrong = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "misshapen": [f"{k} (expected {a}, got {b})" for k, a, b in shapes],
+    }
+    found = [f"{len(v)} {k}: {', '.join(v[:8])}{', ...' if len(v) > 8 else ''}" for k, v in wrong.items() if v]
+    if found:
+        listed = "; ".join(found)
+        raise ValueError(f"{who}: expected the {len(own)} entries of this architecture, got {listed}. Is it another network's file?")
+
+
+def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str, Any]]:
+    """Observation, network and provenance of a file's description."""
+    who = f"load_reward({path.name})"
+    if not path.is_file():
+        raise FileNotFoundError(f"load_reward: expected the description {path} beside the weights, got none. Copy both files together.")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{who}: expected JSON, got: {error}. Was the file cut short? Copy it again.") from error
+    found = re.fullmatch(rf"{_FORMAT} (\d+)", str(values.get("format"))) if isinstance(values, dict) else None
+    if found is None:
+        raise ValueError(f"{who}: expected format '{_FORMAT} {_VERSION}', got another file. Use a reward of this package.")
+    if int(found[1]) > _VERSION:
+        raise ValueError(f"{who}: expected format '{_FORMAT} {_VERSION}' or earlier, got {found[0]!r}. Use a later package.")
+    if int(found[1]) == 1:
+        spec, network = values.get("spec", {}), values.get("arch", {})
+        values = {"observation": {"kind": "sigma", **spec}, "network": network, "provenance": values.get("meta", {})}
+    try:
+        return observations.from_dict(values["observation"]), dict(values["network"]), dict(values["provenance"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{who}: expected observation, network and provenance, got no such {error}. Copy the file again.") from error
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, or a published state dict of any other; nothing in it is executed.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"load_reward: expected a file, got none at {path}. Check the path.")
+    own = path.suffix == ".safetensors"
+    try:
+        state = safetensors.torch.load_file(path) if own else torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        kind, reason = "safetensors" if own else "a state dict", next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"load_reward({path.name}): expected {kind}, got: {reason}. Truncated or foreign? Copy it again.") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"load_reward({path.name}): expected a dict of tensors, got {type(state).__name__}. Export the weights alone.")
+    return dict(state)

@@ -1,0 +1,310 @@
+"""Train a reward network on labelled pairs, on unpaired labels, or on both: the paper's losses and anchors, early stopping on validation
+pairs, exact resume.
+
+Source: arXiv 2606.27305 (2026), reward training. The test split is never read here.
+Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks, W ranks.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.experiments.process import StopRequest
+from eg3d_rlhf.preferences.divergence import median_distance
+from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput, reconstruction_loss
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of, redrawn
+from eg3d_rlhf.rewards.cache import ObservationCache
+from eg3d_rlhf.rewards.evaluation import auc, log_loss, margins, score_seeds
+from eg3d_rlhf.rewards.networks import RewardNetwork, RewardOutput, preset, readers_of
+from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
+from eg3d_rlhf.rewards.shares import Share, Step
+from eg3d_rlhf.rewards.state_file import load_state, save_state
+from training.config import check_knobs, knob
+from training.distributed import SINGLE, Ranks
+
+TRAINING = "Training"  # title of its flags
+MOMENTUM = 0.9  # of the divergence's bandwidth over steps
+LEAST_BANDWIDTH = 1e-3  # embeddings that fall together have no distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Everything that decides a training run besides its data; the defaults are those of the small preset."""
+
+    preset: str = "small"  # architecture, see eg3d_rlhf.rewards.networks.preset
+    backbone: str = knob("", "Weights of a frozen part that the preset has, such as resnet50.pth.", "Network", metavar="FILE", shown="none")
+    epochs: int = knob(10, "Passes, at most.", TRAINING, low=1)
+    patience: int = knob(5, "Stop after so many epochs without a better validation accuracy.", TRAINING, metavar="EPOCHS", low=1)
+    batch: int = knob(16, "Pairs per step.", TRAINING, metavar="PAIRS", low=1)
+    unpaired_batch: int = knob(64, "Unpaired labels per step, half of them preferred.", TRAINING, metavar="SHAPES", low=2)
+    lr: float = knob(2e-3, "Adam's learning rate at the start.", TRAINING, above=0, high=1)
+    cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
+    weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0)
+    decoupled: bool = False  # AdamW: decay apart from the gradient
+    anchors: int = knob(0, "High-quality anchors (psi 0.25) that should beat every labelled shape.", TRAINING, metavar="SEEDS", low=0)
+    mirror: bool = True  # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
+    weights: LossWeights = field(default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0))
+    seed: int = knob(0, "Initialisation, order, anchors, flips, bootstrap.", "Run", low=0, shown="0")
+    bootstrap: bool = False  # train on as many pairs, drawn with replacement by the seed
+    start: str = ""  # SHA-256 of the network that training goes on from; '' begins anew
+
+    def __post_init__(self):
+        check_knobs(self)
+        if self.unpaired_batch % 2:
+            raise ValueError(f"--unpaired-batch: expected an even number, got {self.unpaired_batch}. Half of them are preferred.")
+        if self.anchors and not self.weights.on_pairs:
+            raise ValueError(f"--anchors: expected 0 where nothing is learnt from pairs, got {self.anchors}. Leave it out.")
+
+
+def default_options(name: str | None = None, kind: str = "sigma") -> TrainOptions:
+    """The settings that suit a preset of the networks that read `kind`. Raises: ValueError for an unknown one."""
+    chosen = preset(name, kind)
+    return TrainOptions(preset=name or next(iter(readers_of(kind).presets)), **chosen.train)
+
+
+def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
+    """An untrained network that reads `kind`. Raises: ValueError, FileNotFoundError for a backbone that does not fit."""
+    description = dict(preset(options.preset, kind).network)
+    if options.backbone and "backbone" not in description:
+        raise ValueError(f"--backbone: expected none for preset {options.preset} of {kind}, got {options.backbone}. Leave it out.")
+    return readers_of(kind).build({**description, **({"backbone": options.backbone} if options.backbone else {})})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainData:
+    """What training may see."""
+
+    train: Sequence[Preference]
+    val: Sequence[Preference]
+    store: ObservationCache  # of all labelled seeds
+    anchors: Sequence[int] = ()  # seeds of the training anchors
+    anchor_store: ObservationCache | None = None  # of those
+    observation: Observation = SigmaSlab()
+    unpaired: Sequence[UnpairedPreference] = ()  # to learn from; every one with a preference
+    unpaired_val: Sequence[UnpairedPreference] = ()
+
+    def learns_pairs(self, options: TrainOptions) -> bool:
+        """Whether steps are made of pairs; else they are made of unpaired labels, and pairs choose the epoch alone."""
+        return options.weights.on_pairs or not self.unpaired
+
+    def steps(self, options: TrainOptions) -> int:
+        """Of an epoch."""
+        if self.learns_pairs(options):
+            return math.ceil(len(self.train) / options.batch)
+        return math.ceil(len(self.unpaired) / options.unpaired_batch)
+
+
+class StoppedError(Exception):
+    """SIGTERM or SIGINT arrived; what was trained up to the last whole epoch is in the state file."""
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; what a resume needs."""
+
+    model: RewardNetwork
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0  # epochs done
+    history: list[dict] = field(default_factory=list)  # one record per epoch
+    best: dict[str, torch.Tensor] = field(default_factory=dict)  # state dict of the best epoch so far
+    best_epoch: int = -1
+    bandwidth: float | None = None  # of the divergence's kernel: a moving average
+    ranks: Ranks = SINGLE  # this process among those of the run
+    request: StopRequest = field(default_factory=StopRequest)
+
+
+def train_reward(
+    data: TrainData, options: TrainOptions, *, device: str | torch.device = "cpu", state_file: Path | None = None,
+    on_step: Callable[[], None] | None = None, on_epoch: Callable[[dict], None] | None = None, ranks: Ranks = SINGLE,
+    start: RewardNetwork | None = None,
+) -> TrainState:
+    """Train until `epochs` or `patience` run out; returns the state with the best epoch's weights in the model.
+
+    Every draw depends on (seed, epoch) alone, so a run resumed from `state_file` equals an uninterrupted one.
+
+    Args:
+        state_file: written after each epoch; a matching one that exists is continued.
+        on_step, on_epoch: for progress bars and logs; on_epoch gets the epoch's record.
+        ranks: this process among those that train together; each step's pairs are divided among them.
+        start: the network whose weights training goes on from; `options.start` names it.
+    Raises: ValueError when the pairs are missing, or when `state_file` belongs to other options; StoppedError after SIGTERM or SIGINT.
+    """
+    if not data.train or not data.val:
+        raise ValueError(f"train_reward: expected training and validation pairs, got {len(data.train)} and {len(data.val)}. Label more.")
+    _check_unpaired(data, options)
+    if options.bootstrap:
+        drawn = np.random.default_rng([options.seed, len(data.train)]).integers(len(data.train), size=len(data.train))
+        again = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
+        data = replace(data, train=[data.train[i] for i in drawn], unpaired=again)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = new_network(options, data.observation.kind).to(device)
+    family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
+    state = TrainState(model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay), ranks=ranks)
+    seeds = [seed for label in data.train for seed in (label.winner, label.loser)] + [label.seed for label in data.unpaired]
+    model.calibrate(lambda: data.store.take(seeds, device))
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    if state_file is not None and ranks.broadcast(state_file.is_file()):
+        load_state(state_file, state, options)
+    ranks.broadcast_((*model.parameters(), *model.buffers()))
+    while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
+        with state.request:
+            record = _epoch(state, data, options, on_step)
+        state.history.append(record)
+        state.epoch += 1
+        if record is max(state.history, key=lambda one: (one["val_accuracy"], -one["val_log_loss"])):  # the first of equal ones
+            state.best_epoch = record["epoch"]
+            state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        if state_file is not None and ranks.main:
+            save_state(state_file, state, options)
+        if on_epoch:
+            on_epoch(record)
+    model.load_state_dict(state.best)
+    model.eval().requires_grad_(False)
+    return state
+
+
+def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
+    """Raise ValueError where weights and unpaired labels do not go together."""
+    used = options.weights.regression or options.weights.divergence
+    kinds = {label.preferred for label in data.unpaired}
+    if data.unpaired and not used:
+        raise ValueError("--unpaired: expected --regression or --divergence above 0 with it, got neither. Set one, or leave it out.")
+    if used and kinds != {True, False}:
+        got = "none of one kind" if kinds else "none"
+        raise ValueError(f"--regression, --divergence: expected unpaired labels of both kinds, got {got}. Pass --unpaired, or label more.")
+
+
+def _epoch(state: TrainState, data: TrainData, options: TrainOptions, on_step: Callable[[], None] | None) -> dict:
+    """One pass over the training pairs, or unpaired labels, then the validation pairs. Returns the epoch's record."""
+    began = time.monotonic()
+    rng, draws = np.random.default_rng([options.seed, state.epoch]), np.random.default_rng([options.seed, state.epoch, 1])
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    steps, shapes = data.steps(options), batches_of(data.unpaired, options.unpaired_batch, draws)
+    sums: dict[str, float] = {}
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+        torch.manual_seed(int(rng.integers(2**62)))
+        state.model.train()
+        order = rng.permutation(len(data.train) if data.learns_pairs(options) else 0)
+        for step in range(steps):
+            if options.cosine:
+                done = (state.epoch + step / steps) / options.epochs
+                state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * done))
+            items = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
+            part, whole = (len(items), len(order)) if items else (1, steps)
+            batch = Step(items, next(shapes) if data.unpaired else [], state.ranks)
+            for name, value in _step(state, batch, data, options, (rng, draws), generator).items():
+                sums[name] = sums.get(name, 0.0) + value * part / whole
+            if on_step:
+                on_step()
+    correct = sums.pop("correct")
+    state.model.eval()
+    scores = score_seeds(state.model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)], state.ranks)
+    margin = margins(scores, data.val)
+    record = {
+        "epoch": state.epoch, "seconds": time.monotonic() - began, "lr": state.optimizer.param_groups[0]["lr"], "loss": sums,
+        "train_accuracy": correct, "val_accuracy": float((margin > 0).mean()), "val_log_loss": log_loss(margin),
+    }  # fmt: skip
+    if data.unpaired_val:
+        found = score_seeds(state.model, data.store, [label.seed for label in data.unpaired_val], state.ranks)
+        record["val_auc"] = auc(*([found[label.seed] for label in data.unpaired_val if label.preferred is kind] for kind in (True, False)))
+    return record
+
+
+def _step(
+    state: TrainState, batch: Step, data: TrainData, options: TrainOptions, rngs: tuple[np.random.Generator, np.random.Generator],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """One update on a batch; returns its weighted loss terms and, as `correct`, the share of pairs ordered as labelled."""
+    device, weights = next(state.model.parameters()).device, options.weights
+    loss, terms, figures = PreferenceLoss(weights), {}, {}
+    paired = _batch(batch.items, batch.of_items, data, options, rngs[0], device) if batch.items else None
+    shown = [] if paired is None else [paired[0]]
+    if batch.shapes:
+        shown.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
+    rows = 0 if paired is None else len(paired[0])
+    with batch.draws(rows):
+        out = state.model(shown[0] if len(shown) == 1 else torch.cat(shown), reconstruct=weights.reconstruction > 0)
+    if paired is not None:
+        count, own = len(batch.of_items.rows), out.rows(0, rows)
+        with batch.block_draws():
+            terms = loss(own, *paired[1:], pair_logits=state.model.pair_logits, observed=paired[0], epoch=state.epoch, generator=generator)
+        figures["correct"] = float((own.scalar[:count] > own.scalar[count : 2 * count]).float().mean())
+    if batch.shapes:
+        found, correct = _unpaired(out.rows(rows, len(out.scalar)), batch, state)
+        terms |= loss.unpaired(found)
+        if paired is None:
+            figures["correct"] = correct
+            if out.reconstruction is not None:
+                terms["reconstruction"] = weights.reconstruction * reconstruction_loss(out.reconstruction, shown[0]).mean()
+    return _update(state, batch, terms, figures)
+
+
+def _update(state: TrainState, batch: Step, terms: dict[str, torch.Tensor], figures: dict[str, float]) -> dict[str, float]:
+    """Descend on the terms of all ranks; returns their figures."""
+    main, evenly = batch.of_items if batch.items else batch.of_shapes, 1 / batch.ranks.world
+    scales = {"regression": batch.of_shapes.weight, "divergence": 1.0}  # the divergence is of the whole step, on every rank
+    state.optimizer.zero_grad(set_to_none=True)
+    cast(torch.Tensor, sum(value * scales.get(name, main.weight) for name, value in terms.items())).backward()
+    figures = {**{name: float(value.detach()) for name, value in terms.items()}, **figures}
+    weights = {"regression": batch.of_shapes.weight, "divergence": evenly, **({} if batch.items else {"correct": evenly})}
+    figures, stop = main.update(state.model, figures, state.request.received is not None, weights)
+    if stop:
+        raise StoppedError(f"stopped in epoch {state.epoch + 1}")
+    state.optimizer.step()
+    return figures
+
+
+def _unpaired(out: RewardOutput, batch: Step, state: TrainState) -> tuple[UnpairedOutput, float]:
+    """What the unpaired terms read, and the share of the step's pairs of a preferred and another shape that are ordered so."""
+    device, share = out.scalar.device, batch.of_shapes
+    target = torch.tensor([batch.shapes[i].target for i in share.rows], dtype=out.scalar.dtype, device=device)
+    preferred = torch.tensor([label.preferred is True for label in batch.shapes], device=device)
+    whole = share.gather(torch.cat([torch.nn.functional.normalize(out.embedding), out.scalar.detach()[:, None]], 1))  # [B, M + 1]
+    now = max(float(median_distance(whole[:, :-1])), LEAST_BANDWIDTH)
+    state.bandwidth = now if state.bandwidth is None else MOMENTUM * state.bandwidth + (1 - MOMENTUM) * now
+    scores = whole[:, -1].detach()
+    correct = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
+    found = UnpairedOutput(scalar=out.scalar, target=target, embedding=whole[:, :-1], preferred=preferred, bandwidth=state.bandwidth)
+    return found, correct
+
+
+def _shapes(labels: Sequence[UnpairedPreference], share: Share, data: TrainData, options: TrainOptions, draws: np.random.Generator, device):
+    """Observations [U, ...] of this rank's unpaired labels."""
+    observed = data.store.take([labels[i].seed for i in share.rows], device)
+    return data.observation.augment(observed, draws.random(len(labels))[share.rows]) if options.mirror else observed
+
+
+def _batch(items: Sequence[Preference], share: Share, data: TrainData, options: TrainOptions, rng: np.random.Generator, device):
+    """Observations [N, ...] in the order winners, losers, anchors, and index pairs (better, worse), int64 [P] each, of this rank's items.
+
+    With anchors an item is the triple (anchor, winner, loser) and every ordered pair inside it is a comparison, anchor first.
+    """
+    items, total = [items[i] for i in share.rows], len(items)
+    count = len(items)
+    observed = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
+    row = torch.arange(count)
+    better, worse = [row], [row + count]
+    if data.anchors and data.anchor_store is not None:
+        drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
+        observed = torch.cat([observed, data.anchor_store.take(drawn, device)])
+        better += [row + 2 * count, row + 2 * count]
+        worse += [row, row + count]
+    if options.mirror:
+        observed = data.observation.augment(observed, share.of_blocks(rng.random(len(observed) // count * total)))
+    return observed, torch.cat(better).to(device), torch.cat(worse).to(device)
+
+
+def with_changes(options: TrainOptions, **changes) -> TrainOptions:
+    """A copy with every change that is not None; names of LossWeights' fields (pairs, scalar, ...) change its `weights`."""
+    given = {k: v for k, v in changes.items() if v is not None}
+    weights = {k: given.pop(k) for k in list(given) if k in LossWeights.__dataclass_fields__}
+    return replace(options, weights=replace(options.weights, **weights), **given)

@@ -1,0 +1,137 @@
+"""Residual squeeze-and-excitation 3-D U-Net that reads a density slab; parameter names match published reward checkpoints.
+
+Sources: U-Net in 3-D (Cicek 2016, arXiv 1606.06650), residual blocks with summation joining (Lee 2017, arXiv 1706.00120),
+concurrent spatial and channel squeeze-and-excitation, joined by maximum (Roy 2018, arXiv 1803.02579), group normalisation
+(Wu 2018, arXiv 1803.08494).
+
+Shape letters: N samples, C channels, D, H, W = z, y, x (see eg3d_rlhf/core/shapes.py).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ScSE(nn.Module):
+    """Concurrent gates joined by the elementwise maximum: out = max(h * g, h * s).
+
+    cSE: one gate per channel, g = sigmoid(fc2(relu(fc1(mean over z, y, x)))); reduction ratio 1.
+    sSE: one gate per voxel, s = sigmoid(1x1x1 convolution to one channel).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.cSE = nn.ModuleDict({name: nn.Linear(channels, channels) for name in ("fc1", "fc2")})
+        self.sSE = nn.ModuleDict({"conv": nn.Conv3d(channels, 1, kernel_size=1)})
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:  # [N, C, D, H, W] -> same
+        g = torch.sigmoid(self.cSE["fc2"](F.relu(self.cSE["fc1"](h.mean(dim=(2, 3, 4))))))[:, :, None, None, None]  # [N, C, 1, 1, 1]
+        return torch.maximum(h * g, h * torch.sigmoid(self.sSE["conv"](h)))
+
+
+class NormConv(nn.Module):
+    """GroupNorm, then a 3x3x3 convolution without bias. Fewer channels than groups: one group, the checkpoints' rule."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        groups = 1 if channels < groups else groups
+        if channels % groups:
+            raise ValueError(f"NormConv: expected channels divisible by {groups} groups, got {channels}. Change feature_maps or groups.")
+        self.groupnorm = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.conv = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, C, D, H, W] -> same
+        return self.conv(self.groupnorm(x))
+
+
+class ResidualBlock(nn.Module):
+    """r = conv1(x); h = relu(r + conv3(norm(relu(conv2(norm(r)))))); out = scSE(h). The residual is r, not x.
+
+    conv1 is a biased 1x1x1 convolution where the channel count changes, and absent (no parameters) where it does not.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int):
+        super().__init__()
+        self.conv1 = nn.Identity() if channels_in == channels_out else nn.Conv3d(channels_in, channels_out, kernel_size=1)
+        self.conv2 = NormConv(channels_out, groups)
+        self.conv3 = NormConv(channels_out, groups)
+        self.se_module = ScSE(channels_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, C_in, D, H, W] -> [N, C_out, D, H, W]
+        r = self.conv1(x)
+        h = F.relu(self.conv2(r))
+        return self.se_module(F.relu(self.conv3(h) + r))
+
+
+class Encoder(nn.Module):
+    """Optional max-pool by 2 (floor), then a residual block."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int, pool: bool):
+        super().__init__()
+        self.pool = pool
+        self.basic_module = ResidualBlock(channels_in, channels_out, groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.basic_module(F.max_pool3d(x, 2) if self.pool else x)
+
+
+class Upsampler(nn.Module):
+    """Transposed convolution n -> 2n - 1, then nearest-neighbour resampling to the skip's size (src = floor(dst * in / out))."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        convolution = nn.ConvTranspose3d(channels_in, channels_out, kernel_size=3, stride=2, padding=1, bias=False)
+        self.upsample = nn.ModuleDict({"conv_transposed": convolution})  # a name level of the state dict
+
+    def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:  # [N, C_in, d, h, w] -> [N, C_out, *size]
+        return F.interpolate(self.upsample["conv_transposed"](x), size=tuple(size), mode="nearest")
+
+
+class Decoder(nn.Module):
+    """Upsample, add the skip (sum, no concatenation), then a residual block without conv1."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int):
+        super().__init__()
+        self.upsampling = Upsampler(channels_in, channels_out)
+        self.basic_module = ResidualBlock(channels_out, channels_out, groups)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:  # -> shape of skip
+        return self.basic_module(skip + self.upsampling(x, skip.shape[2:]))
+
+
+class UNet3d(nn.Module):
+    """The U-Net, its final 1x1x1 convolution, and the scalar affine that turns its first channels into a reconstruction.
+
+    Args:
+        in_channels: channels of the input (1 for a slab, p^3 for a slab cut into p^3 patches).
+        feature_maps: channels per level, finest first, e.g. (8, 16, 32, 64, 128, 256).
+        out_channels: channels of the final convolution.
+        groups: groups of every GroupNorm.
+
+    Differentiable in: input and parameters. `conv1d_for_recon` is in the checkpoints' state dict but never used: its grad stays None.
+    """
+
+    def __init__(self, in_channels: int, feature_maps: Sequence[int], out_channels: int, groups: int):
+        super().__init__()
+        f = list(feature_maps)
+        self.encoders = nn.ModuleList(Encoder([in_channels, *f][k], f[k], groups, pool=k > 0) for k in range(len(f)))
+        self.decoders = nn.ModuleList(Decoder(f[k + 1], f[k], groups) for k in reversed(range(len(f) - 1)))
+        self.final_conv = nn.Conv3d(f[0], out_channels, kernel_size=1)
+        self.conv1d_for_recon = nn.Conv1d(1, 1, kernel_size=1)
+        self.conv3d_for_recon = nn.Conv3d(1, 1, kernel_size=1)
+        nn.init.ones_(self.conv3d_for_recon.weight)
+        assert self.conv3d_for_recon.bias is not None
+        nn.init.uniform_(self.conv3d_for_recon.bias, -0.005, 0.005)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, C_in, D, H, W], each side at least 2^(levels - 1) -> maps [N, C_out, D, H, W], and the coarsest [N, C_last, d, h, w]."""
+        skips = []
+        for encoder in self.encoders:
+            x = encoder(x)
+            skips.append(x)
+        bottleneck = skips.pop()
+        for decoder in self.decoders:
+            x = decoder(x, skips.pop())
+        return self.final_conv(x), bottleneck

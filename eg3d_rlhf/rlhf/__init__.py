@@ -1,1 +1,0 @@
-"""Reward fine-tuning: one more phase of the training loop."""

@@ -1,1 +1,0 @@
-"""The blind user study: its design fixed before the first answer, and its statistics."""

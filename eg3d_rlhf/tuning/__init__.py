@@ -1,0 +1,1 @@
+"""The three ways to tune: gan/, flow/, distill/."""

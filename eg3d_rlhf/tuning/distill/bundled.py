@@ -1,0 +1,100 @@
+"""The bundled problem as a scene: box heads and emblems seen from four sides, a mixture in closed form as the prior, or a U-Net that
+has learned it; analytic rewards, and a judge that none of them knows.
+
+Letters: A assets.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+
+from eg3d_rlhf.core.bundled import VIEW_PRIOR
+from eg3d_rlhf.core.interfaces import PairwiseJudge, RewardModel
+from eg3d_rlhf.generators.assets.asset import Asset
+from eg3d_rlhf.generators.assets.render import FourViews
+from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.pictures import analytic
+from eg3d_rlhf.rewards.pictures.judges import AssetJudge, YesNoJudge, emblem_sides, plausibility
+from eg3d_rlhf.rewards.pictures.noses import noses
+from eg3d_rlhf.tuning.distill.config import DistillSettings
+from eg3d_rlhf.tuning.distill.geometry_rewards import load_geometry
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward
+from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
+from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
+from eg3d_rlhf.tuning.distill.scene import Scene
+
+REWARD = "one-face"
+REWARDS: dict[str, Callable] = {
+    "one-face": analytic.OneFace, "mode-distance": analytic.ModeDistance, "symmetry": analytic.Symmetry, "mean-pixel": analytic.MeanPixel,
+}  # fmt: skip
+_NARROW, _BROAD = 0.1, 1.0  # deviations about a mode, in latents of -1..1
+_NEVER = -60.0  # logit of a component that a condition does not have
+GEOMETRIES: dict[str, Callable[[], GeometryReward]] = {"one-nose": analytic.OneNose, "floaters": analytic.Floaters}
+
+
+def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tuple[tuple[str, ...], int]:
+    """Prompts and assets of each: the problem's own where none are given. Raises: ValueError for a prompt that it does not know."""
+    for text in prompts:
+        problem.prompt_of(text)
+    chosen = prompts or tuple(dict.fromkeys(text for text, _ in problem.pairs(1)))
+    return chosen, assets or (problem.SEEDS if comparison and not prompts else 1)
+
+
+def mixture() -> GmmPrior:
+    """Every mode as a narrow component and as a broad one: a prompt has its two narrow ones in equal parts, the null all broad ones.
+
+    The broad null makes guidance an anchor: e(text) - e(null) then points to the modes (DreamDPO's push away has no other).
+    """
+    modes = problem.modes()
+    k = len(modes)
+    embeddings = {"": torch.cat([torch.full((k,), _NEVER), torch.zeros(k)])}
+    for i, prompt in enumerate(problem.PROMPTS):
+        embeddings[prompt.text] = torch.full((2 * k,), _NEVER)
+        embeddings[prompt.text][2 * i : 2 * i + 2] = 0
+    return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
+
+
+def reward_of(name: str) -> RewardModel:
+    """A reward by name. Raises: ValueError."""
+    if name not in REWARDS:
+        raise ValueError(f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one of them.")
+    return cast(RewardModel, REWARDS[name]())
+
+
+def judge_of(name: str | None) -> PairwiseJudge | None:
+    """A judge of pairs by name. Raises: ValueError."""
+    if name not in (None, "questions"):
+        raise ValueError(f"--judge: expected questions with the bundled prior, got {name}. Use that, or leave it out.")
+    return None if name is None else YesNoJudge()
+
+
+def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
+    """The scene of the bundled problem. Raises: ValueError."""
+    if device.type != "cpu":
+        raise ValueError(f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a GPU.")
+    exact, name, shape = mixture(), settings.scene.reward, settings.scene.geometry_reward
+    learned = settings.scene.prior == "bundled-unet"
+    return Scene(
+        prior=load_view_prior() if learned else exact, renderer=FourViews(), views=problem.SIDES, start=problem.start,
+        reward=None if name is None else reward_of(name),
+        pair_judge=judge_of(settings.scene.judge), geometry=GEOMETRIES.get(shape) or load_geometry(shape, device), measures=measures,
+        final=AssetJudge(),
+        judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's "
+              "modes. It trained nothing",
+        background=torch.zeros(3), log_prob=lambda x, prompts: exact.log_prob(x, exact.embed(prompts)),
+        inputs={"prior": VIEW_PRIOR} if learned else {},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Figures [A] of finished assets: noses of heads, preferred sides of boxes, RMS difference of pictures to the prior's nearest modes."""
+    heads = torch.tensor([problem.prompt_of(text).kind == "janus" for text in prompts])
+    found = noses(asset).cpu()
+    shares = {name: hit.double() for name, hit in (("no nose", found == 0), ("one nose", found == 1), ("more", found > 1))}
+    return {
+        **{name: torch.where(heads, share, torch.nan) for name, share in shares.items()},
+        "preferred sides": torch.where(heads, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
+        "rms": -plausibility(asset)(prompts).double(),
+    }

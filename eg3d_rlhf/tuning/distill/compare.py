@@ -1,0 +1,96 @@
+"""Arms of a comparison against plain score distillation: win rates by a judge that trains nothing, with intervals, paired changes, and Elo.
+
+Letters: N pairs of (prompt, seed); every arm has an asset for each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, wilson_interval
+from eg3d_rlhf.generators.assets.asset import Asset
+from eg3d_rlhf.preferences.elo import Judgement, elo
+
+BASE = "sds"
+SHAPE_JUDGES: dict[str, Callable[[Asset], torch.Tensor]] = {}  # by name: scores [A] of finished shapes, higher is better. Handed in from
+# above (eg3d_rlhf.modes.distilled), since nothing here may know them
+INTERVAL = "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000 resamples"
+_WINNER = {0: "a", 1: "b", -1: "tie"}
+_POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
+
+
+class FinalJudge(Protocol):
+    """Compares finished assets; it trains nothing, and no reward reads what it reads."""
+
+    def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
+        """0 or 1 for the better one of each pair of assets [N], -1 for a tie."""
+
+
+def compare(
+    assets: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], judge: FinalJudge, measured: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[dict, list[Judgement]]:
+    """The table as JSON, and every judgement behind it.
+
+    Args:
+        assets: N of every arm, in the order of the pairs (prompt, seed). measured: by arm, by name, figures [N] to report beside the win
+            rates; NaN where one does not apply, and one that applies to none is left out.
+    Raises: ValueError without the arm that is the base, and for arms of another length.
+    """
+    if BASE not in assets:
+        raise ValueError(f"compare: expected the arm {BASE} among {', '.join(assets)}, got none. Add it.")
+    for arm, own in assets.items():
+        if len(own) != len(pairs):
+            raise ValueError(f"compare: expected {len(pairs)} assets of {arm}, got {len(own)}. Finish the arm.")
+    prompts, names = [prompt for prompt, _ in pairs], [f"{prompt} #{seed}" for prompt, seed in pairs]
+    answers = {(a, b): judge.compare(assets[a], assets[b], prompts) for a, b in combinations(assets, 2)}
+    judgements = [
+        Judgement(a, b, _WINNER[answer], name) for (a, b), found in answers.items() for answer, name in zip(found, names, strict=True)
+    ]
+    rated, arms = elo(judgements), {}
+    for arm in assets:
+        if (BASE, arm) in answers:
+            won = 1 - np.array([_POINTS[answer] for answer in answers[BASE, arm]])
+        else:
+            won = np.array([_POINTS[answer] for answer in answers.get((arm, BASE), [-1] * len(pairs))])  # sds itself ties
+        rating = rated.ratings[arm]
+        arms[arm] = {
+            "win_rate": float(won.mean()), "ci95": list(wilson_interval(float(won.sum()), len(won))), "n": len(won),
+            "ties": int((won == 0.5).sum()), "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
+            "measures": {name: _mean(values) for name, values in measured[arm].items() if not bool(values.isnan().all())},
+            "changes": {name: _mean(change) for name, values in measured[arm].items()
+                        if not bool((change := values - measured[BASE][name]).isnan().all())},  # paired
+        }  # fmt: skip
+    return {"arms": arms, "base": BASE, "n": len(pairs), "interval": INTERVAL, "elo_regularised": rated.regularised}, judgements
+
+
+def _mean(values: torch.Tensor) -> dict:
+    known = values[~values.isnan()].double().cpu().numpy()
+    mean, lo, hi = bootstrap_mean_interval(known)
+    return {"mean": mean, "ci95": [lo, hi], "n": len(known)}
+
+
+def markdown(table: Mapping) -> str:
+    """The table for people."""
+    measures = list(table["arms"][BASE]["measures"])
+    head = ["arm", f"wins against {BASE}", *measures, "Elo"]
+    lines = [
+        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.", "",
+        "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
+    ]  # fmt: skip
+    for arm, one in table["arms"].items():
+        wins = f"{one['win_rate']:.3f} [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]" if arm != BASE else ""
+        rating = f"{one['elo']['mean']:.0f} [{one['elo']['ci95'][0]:.0f}, {one['elo']['ci95'][1]:.0f}]"
+        cells = [arm, wins, *(f"{one['measures'][m]['mean']:.3g}" for m in measures), rating]
+        lines.append("| " + " | ".join(cells) + " |")
+    others = [arm for arm in table["arms"] if arm != BASE]
+    if measures and others:
+        names = "| " + " | ".join(["arm", *measures]) + " |"
+        lines += ["", f"Changes against {BASE}, paired:", "", names, "|" + " --- |" * (1 + len(measures))]
+    for arm in others if measures else []:
+        changes = [table["arms"][arm]["changes"][name] for name in measures]
+        cells = [f"{one['mean']:+.3g} [{one['ci95'][0]:+.3g}, {one['ci95'][1]:+.3g}]" for one in changes]
+        lines.append("| " + " | ".join([arm, *cells]) + " |")
+    return "\n".join([*lines, "", f"Brackets: {table['interval']}.", ""])

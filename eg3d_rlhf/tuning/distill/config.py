@@ -1,0 +1,164 @@
+"""Settings of `train.py --mode=distill`: one tree from flags to JSON, and presets as a table with a row for each kind of prior."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
+from training.config import built, check_knobs, knob, values_of
+
+ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
+METHODS = ("sds", "dreamreward", "dreamdpo", "rewardsds", "psd", "best-of-n")
+BOXES = ("bundled", "bundled-unet")  # priors of the bundled problem: exact, learned
+TWISTS = ("inverted", "random")  # of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
+_TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
+_ARM = re.compile(rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of a comparison: a method, what is done to its reward, and whether a reward looks at the geometry, too."""
+
+    method: str
+    twist: str | None = None
+    geometry: bool = False
+    geometry_twist: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """'dreamdpo', 'dreamdpo-random', 'sds+geometry', 'sds+geometry-inverted'. Raises: ValueError."""
+        found = _ARM.fullmatch(text.strip())
+        if found is None or (found[1] == "sds" and found[2]):
+            raise ValueError(
+                f"expected arms such as {', '.join(METHODS)}, with -{' or -'.join(TWISTS)} after a method that has a reward, and "
+                f"+geometry at the end, twisted likewise, got {text.strip()!r}. Correct it."
+            )
+        return cls(found[1], found[2], bool(found[3]), found[4])
+
+    @property
+    def name(self) -> str:
+        """As `parse` reads it."""
+        shape = "+geometry" * self.geometry + (f"-{self.geometry_twist}" if self.geometry_twist else "")
+        return self.method + (f"-{self.twist}" if self.twist else "") + shape
+
+
+def ramp_of(text: str) -> Ramp:
+    """'0.02', or a ramp 's0,v0,v1,s1': linear from v0 at step s0 to v1 at step s1. Raises: ValueError."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected a number or a ramp s0,v0,v1,s1, got {text!r}. Correct it.") from None
+    return Ramp(numbers[0] if len(numbers) == 1 else numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How assets are optimised, whatever the method."""
+
+    steps: int = knob(100, "Steps of each asset.", OPT, low=1, shown="100; 10000 with a prior from files")
+    batch: int = knob(55, "Assets that are optimised together; processes share the batches.", OPT, low=1,
+                      shown="55; 1 with a prior from files")
+    lr: float = knob(0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0)
+    lr_end: float = knob(0.05, "Learning rates at the end, as a share of those at the start; linear in between.", OPT, low=0, high=1)
+    decoder_lr: float = knob(0.001, "Learning rate of decoders.", OPT, above=0)
+    t_min: str = knob("0.02", "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.", OPT, metavar="RAMP",
+                      shown="by prior")
+    t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", shown="by prior")
+    shared_time: bool = knob(True, "One time for all views of an asset; priors that see views together need it.", OPT)
+    grad_clamp: float | None = knob(None, "Clamp the gradient on the latents to +- this.", OPT, above=0, shown="off")
+    sparsity: str = knob("0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP")
+    opacity: str = knob("0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP")
+    tick: int = knob(20, "Steps between two lines of stats.jsonl.", OPT, low=1)
+    checkpoint_ticks: int = knob(3, "Lines between two states to go on from.", OPT, low=1)
+
+    def __post_init__(self) -> None:
+        check_knobs(self)
+        for name in ("t_min", "t_max", "sparsity", "opacity"):
+            try:
+                ramp_of(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+        for step in (0, self.steps - 1):
+            self.window.at(step)
+
+    @property
+    def window(self) -> TimeWindow:
+        """Where times are drawn from."""
+        return TimeWindow(low=ramp_of(self.t_min), high=ramp_of(self.t_max))
+
+    def penalties(self, step: int) -> dict[str, float]:
+        """Weights of the asset's regularisers at a step, those that are not 0."""
+        weights = {name: ramp_of(getattr(self, name))(step) for name in ("sparsity", "opacity")}
+        return {name: weight for name, weight in weights.items() if weight}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """What is made, and who has a say in it."""
+
+    prior: str = knob("bundled", "Diffusion model of pictures: the bundled problem's, in closed form or as a U-Net that learned it, "
+                      "the procedural heads', a Stable Diffusion folder, or an MVDream file.", ASSETS,
+                      metavar="bundled|bundled-unet|heads|DIR|FILE")
+    reward: str | None = knob(None, "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
+                              "ImageReward, Reward3D or HPSv2, or a CLIP folder.", ASSETS, metavar="NAME|FILE",
+                              shown="one-face with the bundled prior")
+    judge: str | None = knob(None, "Ranks pairs in the reward's place, for dreamdpo and psd: questions, with the bundled prior.",
+                             ASSETS, metavar="NAME", shown="none")
+    geometry_reward: str = knob("none", "A reward on the shape itself, beside the method: sigma is the bundled reward of densities; "
+                                "with the bundled prior also one-nose and floaters, in closed form.", ASSETS, metavar="none|NAME|FILE")
+    assets: int = knob(1, "Assets of each prompt, of different seeds.", ASSETS, low=1,
+                      shown="1; 5 for the bundled comparison, 2 for that of heads")
+    views: int = knob(4, "Views of each asset in a step.", REAL, low=1)
+    resolution: int = knob(64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8)
+    planes: int = knob(64, "Texels per edge of an asset's planes.", REAL, low=4)
+    amp: str = knob("auto", "Half precision for the prior's network alone; auto: on a GPU.", REAL, choices=("auto", "off", "half"))
+
+    def __post_init__(self) -> None:
+        check_knobs(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """Everything that decides a run."""
+
+    prompts: tuple[str, ...]
+    arms: tuple[str, ...]  # names of `Arm`s; one: no comparison
+    scene: SceneConfig = field(default_factory=SceneConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    guidance: Mapping[str, Any] = field(default_factory=dict)  # settings of methods that flags have changed, by name
+    preset: str | None = None  # of a method, below `guidance`
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(set(self.prompts)) != len(self.prompts):
+            raise ValueError(f"--prompt: expected different prompts, at least one, got {list(self.prompts)[:3]}. For more use --assets.")
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"--compare: expected different arms, at least one, got {','.join(self.arms)}. Leave one out.")
+        for name in self.arms:
+            Arm.parse(name)
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of every asset: all prompts with the first seed, with the second, ..."""
+        return [(prompt, seed) for seed in range(self.scene.assets) for prompt in self.prompts]
+
+    def batches(self) -> list[list[tuple[str, int]]]:
+        """The same in batches."""
+        pairs = self.pairs()
+        return [pairs[i : i + self.loop.batch] for i in range(0, len(pairs), self.loop.batch)]
+
+    def to_dict(self) -> dict:
+        """As JSON."""
+        return {
+            "prompts": list(self.prompts), "arms": list(self.arms), "scene": values_of(self.scene), "loop": values_of(self.loop),
+            "guidance": dict(self.guidance), "preset": self.preset, "seed": self.seed,
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, record: Mapping) -> "DistillSettings":
+        """Inverse of `to_dict`."""
+        return cls(
+            prompts=tuple(record["prompts"]), arms=tuple(record["arms"]), scene=built(SceneConfig, record["scene"]),
+            loop=built(LoopConfig, record["loop"]), guidance=dict(record["guidance"]), preset=record["preset"],
+            seed=record["seed"],
+        )  # fmt: skip

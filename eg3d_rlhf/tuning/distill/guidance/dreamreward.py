@@ -1,0 +1,135 @@
+"""DreamReward (Ye et al. 2024, arXiv 2403.14613): the gradient of a reward on the one-step estimate, beside distillation.
+
+Letters: A assets, V views, B = A V pictures.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.directions import told
+from eg3d_rlhf.tuning.distill.schedule import Ramp
+from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.target import Balance, digits, norm_per_asset
+from training.config import check_knobs, knob
+
+DREAMREWARD = "DreamReward"
+ALONE = 1e6  # weight of the reward in the released code's last steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamRewardSettings:
+    """How strong the reward's gradient is, where it is taken and where it goes."""
+
+    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
+    weight: Ramp = Ramp(0.3)  # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
+    balance: str = knob("grad-norm", "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
+                        "printed losses as in DreamReward's code, or nothing.", DREAMREWARD, choices=("grad-norm", "digits", "none"))
+    ceiling: float | None = knob(None, "Reward above which nothing is gained.", DREAMREWARD, shown="none")
+    through: str = knob("latents", "Where the reward's gradient goes: to the latents, or to the rendered pictures.", DREAMREWARD,
+                        choices=("latents", "images"))
+    x0_until: int = knob(999, "Largest time at which the estimate is scored; above, the render.", DREAMREWARD, low=-1, high=999)
+    reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0)
+    reward_only_from: int | None = knob(None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never")
+
+    def __post_init__(self):
+        check_knobs(self)
+        if self.through == "images" and self.balance == "grad-norm":
+            raise ValueError("--through: expected latents with --balance=grad-norm, got images. Their norms do not compare.")
+        if min(value for _, value in self.weight.knots()) < 0:
+            raise ValueError(f"--reward-weight: expected weights >= 0, got {self.weight.spec}. Correct it.")
+
+
+class DreamReward:
+    """Distillation, and minus the gradient of the mean reward of an asset."""
+
+    def __init__(
+        self, prior: DiffusionPrior, settings: DreamRewardSettings, *, views: int, streams: Streams, reward: RewardModel
+    ):
+        """Raises: ValueError for a reward without gradient."""
+        if not reward.differentiable:
+            raise ValueError("--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or rewardsds.")
+        self.settings, self.reward, self.balance = settings, reward, Balance()
+        self.denoiser = Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.denoiser.check_reward(reward)
+        if isinstance(reward, torch.nn.Module):
+            reward.eval()  # dropout would make its gradients noisy
+
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        images: torch.Tensor | None = None,
+    ) -> GuidanceOutput:
+        """One step; arguments as in interfaces.Guidance.
+
+        Raises: ValueError where the reward's gradient goes to pictures and none are given.
+        """
+        d, s = self.denoiser, self.settings
+        if s.through == "images" and images is None:
+            raise ValueError("--through: expected the rendered pictures with images, got none. Give images to the guidance.")
+        x = x.detach()
+        with torch.no_grad():
+            noise, x_t, _, prediction = d.ask(1, x, t, prompts, cameras, step)
+            residuals = d.residuals(x, noise, t, x_t, prediction)
+            grad = residuals.mean(0)
+            # the rescaled estimate that the reconstruction form moves to, or the plain one
+            x0 = x - grad if s.prior.form == "recon" else d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)[0]
+        terms = {"sds_norm": norm_per_asset(grad, d.views)}
+        weight, alone = s.weight(step), s.reward_only_from is not None and step >= s.reward_only_from
+        if step < s.reward_from or (weight == 0 and not alone):
+            return GuidanceOutput(grad=grad, terms=terms)
+        scores, loss, pixels = self._reward(x, x0, t, told(self.reward, prompts, cameras), images, alone)
+        added = pixels if s.through == "images" else self._pull(x, pixels)
+        scale = self._scale(grad, added, float(loss), alone) * (1.0 if alone and s.balance == "digits" else weight)
+        added = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * added
+        distilled = torch.zeros_like(grad) if alone else grad
+        terms["preference_norm"] = norm_per_asset(added, d.views)
+        if s.through == "images":
+            return GuidanceOutput(grad=distilled, image_grad=added, terms=terms, scores=scores[None])
+        terms |= d.compare(residuals, grad + added)
+        return GuidanceOutput(grad=distilled + added, terms=terms, scores=scores[None])
+
+    def _reward(
+        self, x: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, prompts: list[str], images: torch.Tensor | None, alone: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores [A], the mean over assets of their losses, and the gradient of each asset's loss on the scored pictures [B, 3, h, w]."""
+        d, s = self.denoiser, self.settings
+        with torch.no_grad():
+            rendered = d.prior.decode(x) if images is None else images
+            estimated = (t <= s.x0_until).view(-1, 1, 1, 1).to(x.device) & (not alone)
+            seen = torch.where(estimated, d.prior.decode(x0), rendered) if estimated.any() else rendered
+        seen = seen.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = d.per_asset(d.score(self.reward, seen[None], prompts))[0]
+            losses = -scores if s.ceiling is None else F.relu(s.ceiling - scores)
+            pixels = torch.autograd.grad(losses.sum(), seen)[0]
+        return scores.detach(), losses.detach().mean(), pixels
+
+    def _pull(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """The gradient on latents of one on pictures: that of the decoder at the render."""
+        with torch.enable_grad():
+            own = x.detach().requires_grad_()
+            return torch.autograd.grad(self.denoiser.prior.decode(own), own, pixels)[0]
+
+    def _scale(self, grad: torch.Tensor, added: torch.Tensor, loss: float, alone: bool) -> torch.Tensor:
+        """Factor of each asset's reward gradient, [A]; the loss of pictures is a mean over B, that of assets over A: hence V."""
+        d, s = self.denoiser, self.settings
+        ones = grad.new_ones(len(grad) // d.views)
+        if s.balance == "grad-norm":
+            return self.balance(norm_per_asset(grad, d.views), norm_per_asset(added, d.views))
+        if s.balance == "none":
+            return d.views * ones
+        if alone:
+            return ALONE * d.views * ones
+        distilled = float(0.5 * grad.square().sum() / len(grad))
+        return 10.0 ** (digits(distilled) - digits(loss)) * d.views * ones
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Norms of the last steps."""
+        return self.balance.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.balance.load_state_dict(state)

@@ -1,0 +1,176 @@
+"""The progressive geometry reward of DreamCS (2506.09814; reconstructed, its constants are not published): beside the distillation of
+pictures, the shape itself climbs a reward,
+
+    g <- g - alpha(step) (|g| / |g_r|) g_r,   g_r = gradient of r(shape | prompt),
+
+for each asset apart, alpha rising linearly from `geometry_start` of the run to its end. The norms are means over 50 steps.
+
+Letters: A assets.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.interfaces import MeshReward
+from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader
+from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.tuning.distill.schedule import Ramp
+from eg3d_rlhf.tuning.distill.target import Balance
+from training.config import check_knobs, knob
+
+GEOMETRY = "Geometry reward"  # title of the flags
+
+
+@runtime_checkable
+class GeometryReward(Protocol):
+    """Scores shapes by their density or surface. Differentiable in what made the field."""
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """Scores [A] of a field of A shapes at a step of the run."""
+
+
+@dataclass(frozen=True)
+class MeshGeometry:
+    """A mesh reward on a field: the surface is rebuilt every few steps, and its vertices carry the gradient to the field."""
+
+    reader: MeshReader
+    reward: MeshReward
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`."""
+        return self.reward.score(self.reader(field, step), list(prompts))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs."""
+        return self.reader.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.reader.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class ObservedGeometry:
+    """A reward of density, depth or points as `tools/train_reward.py` makes it, as it stands. It knows no prompts."""
+
+    reward: Reward
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`."""
+        del prompts, step
+        return self.reward.score(field)
+
+
+@dataclass(frozen=True)
+class InvertedGeometry:
+    """Control: the same reward with its sign turned."""
+
+    reward: GeometryReward
+
+    def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
+        """See `GeometryReward`."""
+        return -self.reward(field, prompts, step)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs."""
+        return getattr(self.reward, "state_dict", dict)()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        if hasattr(self.reward, "load_state_dict"):
+            self.reward.load_state_dict(state)
+
+
+@torch.no_grad()
+def twisted(geometry: GeometryReward, twist: str | None, seed: int) -> GeometryReward:
+    """A control: `inverted`, or `random`, a learned reward whose numbers are dealt anew within each tensor of its weights; None: itself.
+
+    Raises: ValueError where nothing was learned that could be dealt.
+    """
+    if twist != "random":
+        return InvertedGeometry(geometry) if twist else geometry
+    if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(geometry.reward, torch.nn.Module):
+        raise ValueError("+geometry-random: expected a learned --geometry-reward, got one in closed form. Leave that arm out.")
+    dealt, rng = copy.deepcopy(geometry.reward), torch.Generator().manual_seed(seed)
+    for weight in dealt.parameters():
+        weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight))
+    return dataclasses.replace(geometry, reward=dealt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometrySettings:
+    """How strongly, and from when on, a geometry reward pulls."""
+
+    geometry_weight: float = knob(0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0)
+    geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0)
+    geometry_start: float = knob(0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1)
+    geometry_every: int = knob(10, "Steps between two looks at the shapes; the gradient stays the same in between.", GEOMETRY, low=1)
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+class ProgressiveGeometry:
+    """A geometry reward with its ramp and balance, for a run of `steps`."""
+
+    def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int):
+        """Raises: ValueError where the ramp has no length."""
+        self.reward, self.balance, self.every = reward, Balance(), settings.geometry_every
+        self.first = int(settings.geometry_start * steps)
+        if self.first >= steps:
+            raise ValueError(f"--geometry-start: expected less than the whole run, got {settings.geometry_start:g}. Lower it.")
+        self.alpha = Ramp((self.first, settings.geometry_weight_from, settings.geometry_weight, steps))
+        self.scores: torch.Tensor | None = None  # [A] rewards of the last look, and
+        self.slopes: dict[int, torch.Tensor] = {}  # their gradients [A, ...], by the number of the parameter
+
+    def add(self, field: Field, parameters: Sequence[torch.nn.Parameter], prompts: Sequence[str], step: int) -> dict[str, torch.Tensor]:
+        """Add its gradient to what the distillation left in `.grad` of parameters [A, ...], and say what it did.
+
+        Without weight or before its time nothing is computed and nothing changes.
+        Returns: 'geometry' rewards [A] of the last look, 'geometry_cosine' between both gradients [A], 'geometry_alpha' [1]; empty where
+        it rests.
+        """
+        alpha = self.alpha(step) if step >= self.first else 0.0
+        if alpha == 0:
+            return {}
+        if self.scores is None or step % self.every == 0:
+            scores = self.reward(field, prompts, step)
+            found = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
+            self.scores, self.slopes = scores.detach(), {i: g.nan_to_num() for i, g in enumerate(found) if g is not None}
+        device, scores = parameters[0].device, self.scores
+        slopes = {i: slope.to(device) for i, slope in self.slopes.items()}
+        distilled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        first, second = _norm(distilled), _norm(list(slopes.values())) if slopes else torch.zeros(len(scores), device=device)
+        scale = alpha * self.balance(first, second)  # [A]
+        dot = torch.zeros_like(second)
+        for i, slope in slopes.items():
+            dot = dot + (distilled[i] * slope).flatten(1).sum(dim=1)
+            parameters[i].grad = distilled[i] - scale.view(-1, *[1] * (slope.ndim - 1)).to(slope) * slope
+        cosine = -dot / (first * second).clamp_min(1e-30)  # of both descents
+        return {"geometry": scores.to(device), "geometry_cosine": cosine, "geometry_alpha": torch.tensor([alpha])}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a resumed run needs."""
+        of_reward: dict[str, torch.Tensor] = getattr(self.reward, "state_dict", dict)()
+        seen = {} if self.scores is None else {"scores": self.scores, **{f"slope.{i}": slope for i, slope in self.slopes.items()}}
+        return {**self.balance.state_dict(), **seen, **{f"reward.{name}": value for name, value in of_reward.items()}}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.balance.load_state_dict(state)
+        self.scores = state.get("scores")
+        self.slopes = {int(name.removeprefix("slope.")): value.clone() for name, value in state.items() if name.startswith("slope.")}
+        if hasattr(self.reward, "load_state_dict"):
+            prefix = "reward."
+            self.reward.load_state_dict({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+
+
+def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[A] over all parameters of an asset."""
+    return torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()

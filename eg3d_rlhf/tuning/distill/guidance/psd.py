@@ -1,0 +1,165 @@
+"""Preference score distillation (arXiv 2603.01594), reconstructed: its body was not reachable; each assumption is a setting.
+
+Distillation of two noises, a push from loser to winner beside it, and a null embedding that learns what the loser has.
+Letters: K = 2 noises, A assets, V views, B = A V pictures; n the null embedding [A, T, D].
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
+from eg3d_rlhf.preferences.losses import preference_loss
+from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings, Prediction
+from eg3d_rlhf.tuning.distill.guidance.directions import told
+from eg3d_rlhf.tuning.distill.guidance.ranking import Ranking, RankingSettings, Ranks
+from eg3d_rlhf.tuning.distill.streams import Streams
+from training.config import check_knobs, knob
+
+PSD = "Preference score distillation"
+PREDICTORS, GAP_WEIGHTS, NEGATIVES = ("cond", "cfg"), ("none", "sigmoid", "dpo", "linear"), ("auto", "reward", "preference", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PsdSettings:
+    """The push, its predictor, and the null embedding."""
+
+    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+    eta: float = knob(1.0, "Weight of the push.", PSD, low=0)
+    predictor: str = knob("cond", "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.", PSD, choices=PREDICTORS)
+    rank_predictor: str | None = knob(None, "Whose estimate is ranked, if another one.", PSD, choices=PREDICTORS, shown="--predictor")
+    allow_mixed_predictor: bool = knob(False, "Allow another one: the push may have the wrong sign.", PSD)
+    gap_weight: str = knob("sigmoid", "What the gap says: 1, sigmoid(b gap), 1 - sigmoid(b gap), or b gap.", PSD, choices=GAP_WEIGHTS)
+    gap_beta: float = knob(1.0, "b, per unit of the scores.", PSD, above=0)
+    negative_update: str = knob("auto", "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
+                                "allows, or not.", PSD, choices=NEGATIVES)
+    negative_rate: float = knob(1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0)
+    negative_ball: float = knob(0.5, "Largest distance from where it began, in its norm.", PSD, above=0)
+    negative_beta: float = knob(1000.0, "Of the preference loss, per unit of squared error.", PSD, above=0)
+    negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0)
+    negative_every: int = knob(4, "Steps between its changes.", PSD, low=1)
+
+    def __post_init__(self):
+        check_knobs(self)
+        if self.prior.form != "sds":
+            raise ValueError(f"--form: expected sds with psd, got {self.prior.form}. Its push is a difference of noises.")
+        if self.rank_predictor not in (None, self.predictor) and not self.allow_mixed_predictor:
+            raise ValueError(
+                f"--rank-predictor: expected {self.predictor} as --predictor, got {self.rank_predictor}. Use it, or allow mixing."
+            )
+
+
+class Psd:
+    """Distillation, push, and the null embedding of each asset, which is state."""
+
+    def __init__(
+        self, prior: DiffusionPrior, settings: PsdSettings, *, views: int, streams: Streams, reward: RewardModel | None = None,
+        judge: PairwiseJudge | None = None,
+    ):
+        """Raises: ValueError where the null embedding should follow a reward's gradient that does not exist."""
+        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.ranking, self.reward = Ranking(self.denoiser, reward, judge, settings.ranking), reward
+        differentiable = reward is not None and reward.differentiable and judge is None
+        if settings.negative_update == "reward" and not differentiable:
+            raise ValueError("--negative-update: expected a differentiable reward and no judge with reward, got none. Use preference.")
+        self.update = settings.negative_update
+        if self.update == "auto":
+            self.update = "reward" if differentiable else "preference"
+        self.moved: torch.Tensor | None = None  # n - n0, [A, T, D]
+
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        images: torch.Tensor | None = None,
+    ) -> GuidanceOutput:
+        """One step; arguments as in interfaces.Guidance."""
+        d, s = self.denoiser, self.settings
+        d.check(x, t, prompts)
+        with torch.no_grad():
+            start = d.conditions(prompts, cameras)
+            moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
+            conditions = start._replace(null=start.null + moved)
+            noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step, conditions)
+            ranked = d.x0(x_t, self._of(prediction, s.rank_predictor or s.predictor), t)
+            ranks = self.ranking(torch.stack([d.prior.decode(x0) for x0 in ranked]), prompts, cameras, step)
+            anchors = d.residuals(x, noise, t, x_t, prediction)
+            grad = self._gradient(x, t, noise, anchors, self._of(prediction, s.predictor), ranks)
+        terms = {"gap": ranks.gap, **d.compare(anchors, grad)}
+        if self.update != "none" and step >= s.negative_from and step % s.negative_every == 0:
+            self._learn(x_t, t, noise, prompts, start, conditions, cameras, ranks)
+        if self.moved is not None:
+            begun = start.null[:: d.views].flatten(1).norm(dim=1)
+            terms["negative_drift"] = self.moved.flatten(1).norm(dim=1) / begun
+        return GuidanceOutput(grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=ranks.winner < 0)
+
+    def _of(self, prediction: Prediction, predictor: str) -> torch.Tensor:
+        return prediction.text if predictor == "cond" else prediction.guided(self.settings.prior.guidance_scale)
+
+    def _gradient(
+        self, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, anchors: torch.Tensor, q: torch.Tensor, ranks: Ranks
+    ) -> torch.Tensor:
+        s = self.settings
+        says = {
+            "none": torch.ones_like, "sigmoid": lambda gap: (s.gap_beta * gap).sigmoid(),
+            "dpo": lambda gap: (-s.gap_beta * gap).sigmoid(), "linear": lambda gap: s.gap_beta * gap,
+        }[s.gap_weight](ranks.gap)
+        strength = s.eta * says * (ranks.winner >= 0)
+        first = (ranks.winner < 1).repeat_interleave(len(x) // len(ranks.winner)).view(-1, 1, 1, 1)
+        win, lose = torch.where(first, q[0], q[1]), torch.where(first, q[1], q[0])
+        noise_win, noise_lose = torch.where(first, noise[0], noise[1]), torch.where(first, noise[1], noise[0])
+        weight = self.denoiser.schedule.weight(t, s.prior.weighting, x)  # type: ignore[arg-type]
+        spread = strength.repeat_interleave(len(x) // len(strength))
+        return gradients.psd(anchors, win, lose, noise_win, noise_lose, strength=spread, weight=weight)
+
+    def _learn(
+        self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, prompts: list[str], start: Conditions, now: Conditions,
+        cameras: torch.Tensor | None, ranks: Ranks,
+    ) -> None:
+        """One step of n: a gradient of at most 1 per entry (root mean square), the rate, the ball."""
+        d, s = self.denoiser, self.settings
+        begun = start.null[:: d.views]  # [A, T, D]
+        n = now.null[:: d.views].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            asked = now._replace(null=n.repeat_interleave(d.views, 0))
+            prediction = d.predict(x_t, t, asked, cameras)
+            if self.update == "reward":
+                gain = self._reward(x_t, t, prediction, told(self.reward, prompts, cameras))  # type: ignore[arg-type]
+            else:
+                with torch.no_grad():
+                    reference = d.predict(x_t, t, start, cameras).null
+                gain = -self._preference(prediction.null, reference, noise, ranks)
+            slope = torch.autograd.grad(gain.sum(), n)[0].nan_to_num()
+        size = begun.flatten(1).norm(dim=1).view(-1, 1, 1)
+        entries = begun[0].numel()
+        slope = slope / (slope.flatten(1).norm(dim=1).view(-1, 1, 1) / entries**0.5).clamp_min(1.0)
+        moved = n.detach() + s.negative_rate * size / entries**0.5 * slope - begun
+        length = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
+        self.moved = moved * (s.negative_ball * size / length.clamp_min(1e-30)).clamp_max(1.0)
+
+    def _reward(self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]) -> torch.Tensor:
+        """Mean reward of both guided estimates, [A], in deviations of the last ones."""
+        d = self.denoiser
+        x0 = d.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
+        scores = d.score(self.reward, torch.stack([d.prior.decode(latents) for latents in x0]), prompts)  # type: ignore[arg-type]
+        spread = self.ranking.history.deviation() if self.settings.ranking.standardise else 1.0
+        return d.per_asset(scores).mean(0) / spread
+
+    def _preference(self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Preference loss of delta = (e_ref - e)_win - (e_ref - e)_lose, [A]; e: mean squared error of the noise that n predicts, e_ref:
+        that of n0. The winner's x_t already leans to what is wanted, so n explains its noise better by leaning the other way. No answer: 0.
+        """
+        better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)  # [2, B]
+        first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
+        delta = torch.where(ranks.winner < 1, first - second, second - first)
+        loss = preference_loss(delta, beta=self.settings.negative_beta) * (ranks.winner >= 0)
+        return loss.unflatten(0, (null.shape[1] // self.denoiser.views, -1)).mean(1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Scores of the last steps, and how far the null embedding has moved."""
+        return {"scores": self.ranking.history.rows, **({} if self.moved is None else {"moved": self.moved})}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.ranking.history.rows = state["scores"].clone()
+        self.moved = state["moved"].clone() if "moved" in state else None

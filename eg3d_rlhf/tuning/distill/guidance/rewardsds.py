@@ -1,0 +1,98 @@
+"""RewardSDS (Chachy et al. 2025, arXiv 2503.09601): several noises, each weighted by the reward of what the prior makes of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
+from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.directions import told
+from eg3d_rlhf.tuning.distill.noise_weighting import NOISES, NoiseWeighting
+from eg3d_rlhf.tuning.distill.schedule import ddim_times
+from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.target import History
+from training.config import check_knobs, knob
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSdsSettings:
+    """How many noises, how they are explored, and what their rewards weigh."""
+
+    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
+    weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
+    noises: int = knob(8, "Per step and asset.", NOISES, low=1)
+    until: int | None = knob(None, "Step from which it is plain distillation with one noise.", NOISES, metavar="STEP", low=0, shown="never")
+    explore_steps: int = knob(1, "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.", NOISES, low=1)
+    explore_scale: float | None = knob(None, "Guidance scale of those steps.", NOISES, low=0, shown="--guidance-scale")
+    explore_end: str = knob("x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", NOISES, choices=("x0", "t0"))
+    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES)
+
+    def __post_init__(self):
+        check_knobs(self)
+        if self.explore_end == "t0" and self.explore_steps == 1:
+            raise ValueError("--explore-end: expected x0 with one step of exploration, got t0. Raise --explore-steps.")
+
+
+class RewardSds:
+    """Sum over noises of weight times distillation gradient."""
+
+    def __init__(self, prior: DiffusionPrior, settings: RewardSdsSettings, *, views: int, streams: Streams, reward: RewardModel):
+        self.settings, self.denoiser = settings, Denoiser(prior, settings.prior, views=views, streams=streams)
+        self.denoiser.check_reward(reward)
+        self.reward, self.history = reward, History()
+
+    @torch.no_grad()
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int,
+        images: torch.Tensor | None = None,
+    ) -> GuidanceOutput:
+        """One step; arguments as in interfaces.Guidance."""
+        d, s = self.denoiser, self.settings
+        count = s.noises if s.until is None or step < s.until else 1
+        noise, x_t, conditions, prediction = d.ask(count, x, t, prompts, cameras, step)
+        residuals = d.residuals(x, noise, t, x_t, prediction)
+        scores = None
+        if len(noise) > 1:
+            scale = s.prior.guidance_scale if s.explore_scale is None else s.explore_scale
+            one_step = d.x0(x_t, prediction.guided(scale), t)
+            explored = one_step if s.explore_steps == 1 else self.explore(x_t, t, conditions, cameras, scale)
+            scores = self._score(torch.stack([d.prior.decode(latents) for latents in explored]), told(self.reward, prompts, cameras))
+        weights = x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)  # [K, B]
+        grad = gradients.reward_weighted(residuals, weights)
+        winner = None if scores is None else scores.argmax(0)
+        return GuidanceOutput(grad=grad, terms=d.compare(residuals, grad), scores=scores, winner=winner)
+
+    def explore(
+        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, cameras: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        """Where DDIM leads from x_t [K, B, C, H, W]: over t and those of `explore_steps` even times 0..999 that are below it."""
+        d, k = self.denoiser, len(x_t)
+
+        def predict(flat: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+            found = d.predict(flat.unflatten(0, (k, -1)), now[: len(t)], conditions, cameras)
+            return found.guided(scale).flatten(0, 1)
+
+        even = [time for time in ddim_times(self.settings.explore_steps, "floor") if time < int(t.max())]
+        ends_at_x0 = self.settings.explore_end == "x0"
+        falling = [t, *(t.clamp_max(time) for time in even if time or not ends_at_x0)]
+        times = [time.repeat(k) for time in falling]
+        latents = d.schedule.ddim_chain(x_t.flatten(0, 1), times, predict)
+        if ends_at_x0:
+            latents = d.schedule.x0(latents, predict(latents, times[-1]), times[-1])
+        return latents.unflatten(0, (k, -1))
+
+    def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        scores = self.denoiser.per_asset(self.denoiser.score(self.reward, images, prompts))
+        if not self.settings.standardise:
+            return scores
+        self.history.add(scores)
+        return (scores - self.history.mean()) / self.history.deviation()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Scores of the last steps."""
+        return self.history.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.history.load_state_dict(state)

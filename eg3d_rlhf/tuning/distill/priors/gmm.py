@@ -1,0 +1,96 @@
+"""A prior in closed form: a mixture of Gaussians, whose noise prediction and likelihood are exact.
+
+Letters: B pictures, M components, E entries of an embedding, C, H, W of pictures; a, s as in interfaces.py.
+"""
+
+import math
+
+import torch
+
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+
+
+class GmmPrior:
+    """p(x | embedding) = sum_m softmax(to_logits embedding)_m N(x; mean_m, std_m^2); noised: means a mean_m, variances a^2 std_m^2 + s^2.
+
+    Latents are scale (2 images - 1), of as many channels as the means have; decoding does not clip.
+    To be fair to all modes of an optimiser that works entry by entry (Adam), choose means that are permutations of one another.
+    """
+
+    views = 1
+
+    def __init__(
+        self, means: torch.Tensor, stds: torch.Tensor, prompts: dict[str, torch.Tensor], to_logits: torch.Tensor | None = None, *,
+        scale: float = 1.0, alphas_cumprod: torch.Tensor | None = None,
+    ):
+        """Args: means [M, C, H, W]; stds [M] > 0; prompts: text -> embedding [E], "" the null one, "text, side" for a view of one;
+        to_logits [M, E]: the identity by default.
+
+        Raises: ValueError for sizes that do not fit, or no null embedding.
+        """
+        self.to_logits = torch.eye(len(means)).to(means) if to_logits is None else to_logits
+        sizes = {len(e) for e in prompts.values()}
+        if means.ndim != 4 or stds.shape != means.shape[:1] or self.to_logits.shape != (len(means), *sizes) or not (stds > 0).all():
+            raise ValueError(
+                f"GmmPrior: expected means [M, C, H, W], stds [M] > 0, to_logits [M, E] and embeddings [E], got {list(means.shape)}, "
+                f"{list(stds.shape)}, {list(self.to_logits.shape)} and lengths {sorted(sizes)}. Give matching ones."
+            )
+        if "" not in prompts:
+            raise ValueError("GmmPrior: expected an embedding of the empty prompt, got none. Add the null condition.")
+        self.means, self.stds, self.prompts, self.scale = means, stds, prompts, scale
+        self.alphas_cumprod = NoiseSchedule(alphas_cumprod).alphas_cumprod
+        self.latent_shape = (means.shape[1], means.shape[2], means.shape[3])
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents of images, both [B, C, H, W]."""
+        return self.scale * (2 * images - 1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of latents; outside 0..1 where the latents leave -scale..scale."""
+        return (latents / self.scale + 1) / 2
+
+    def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
+        """[B, 1, E]. A view without an embedding of its own has that of its prompt.
+
+        Raises: ValueError naming a prompt that is not known.
+        """
+        found = []
+        for prompt, direction in zip(prompts, directions or [""] * len(prompts), strict=True):
+            key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
+            if key not in self.prompts:
+                known = ", ".join(repr(p) for p in self.prompts)
+                raise ValueError(f"GmmPrior.embed: expected one of {known}, got {prompt!r}. Choose one of them.")
+            found.append(self.prompts[key])
+        return torch.stack(found)[:, None]
+
+    def predict_noise(
+        self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """-s times the score of the noised mixture, [B, C, H, W]; cameras are not read. Differentiable in: x_t, cond."""
+        bar = self.alphas_cumprod.to(x_t)[t.to(x_t.device)][:, None]  # [B, 1]
+        share, variance = self._shares(x_t, cond, bar)
+        pull = share / variance  # [B, M]
+        x, means = x_t.flatten(1), self.means.flatten(1)
+        from_means = pull.sum(1, keepdim=True) * x - bar.sqrt() * (pull @ means)  # [B, C*H*W]
+        return ((1 - bar).sqrt() * from_means).view_as(x_t)
+
+    def log_prob(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """Exact log p(x | cond) of latents, [B], in nats."""
+        return self._log_joint(x, cond, torch.ones(len(x), 1).to(x))[0].logsumexp(1)
+
+    def nearest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of the nearest mean [B] and the root mean square distance to it per entry [B]."""
+        distance, index = torch.cdist(x.flatten(1), self.means.flatten(1)).min(1)
+        return index, distance / math.sqrt(x[0].numel())
+
+    def _log_joint(self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log(share_m N_m(x_t)) and the variances, [B, M] both."""
+        logits = cond.mean(1) @ self.to_logits.T
+        x, means = x_t.flatten(1), self.means.flatten(1)
+        square = x.square().sum(1, keepdim=True) - 2 * bar.sqrt() * (x @ means.T) + bar * means.square().sum(1)
+        variance = bar * self.stds.square() + 1 - bar
+        return logits.log_softmax(1) - square / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log(), variance
+
+    def _shares(self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_joint, variance = self._log_joint(x_t, cond, bar)
+        return log_joint.softmax(1), variance

@@ -1,0 +1,84 @@
+"""What an optimisation runs on: prior, views, starts, rewards, judge; opened from the settings, joined with an arm to a `Distillation`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
+from eg3d_rlhf.generators.assets.asset import Asset
+from eg3d_rlhf.generators.assets.render import Renderer
+from eg3d_rlhf.rewards.pictures.analytic import Inverted, Random
+from eg3d_rlhf.tuning.distill.compare import FinalJudge
+from eg3d_rlhf.tuning.distill.config import BOXES, Arm, DistillSettings
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, twisted
+from eg3d_rlhf.tuning.distill.loop import Distillation
+from eg3d_rlhf.tuning.distill.methods import guidance_of, of_arm
+from eg3d_rlhf.tuning.distill.streams import Streams
+from training.config import built
+from training.phases import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One problem, on one device."""
+
+    prior: DiffusionPrior
+    renderer: Renderer
+    views: int  # of each asset
+    start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]  # assets to begin with, a generator each
+    reward: RewardModel | None
+    measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]  # of finished assets, by name [A]; NaN where one does not apply
+    final: FinalJudge | None = None  # of comparisons
+    judge: str = ""  # the same in words
+    pair_judge: PairwiseJudge | None = None  # ranks noises in the reward's place
+    geometry: Callable[[], GeometryReward] | None = None  # a fresh one, since some have a state
+    background: torch.Tensor | None = None
+    log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None
+    device: torch.device = torch.device("cpu")
+    inputs: Mapping[str, Path] = field(default_factory=dict)  # files whose bytes a run depends on
+
+    def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
+        """A batch of assets under one arm. Starts, views, times and noises are the same for all arms; of several starts the first is."""
+        own, starts, _ = of_arm(settings, arm.name)
+        begun = [(prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]]
+        prompts = [prompt for prompt, _, _ in begun]
+        names = [(prompt, seed, *((start,) if start else ())) for prompt, seed, start in begun]
+        draws = [torch.Generator().manual_seed(derive_seed(settings.seed, "start", *name)) for name in names]
+        streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
+        asset = self.start(prompts, draws).to(self.device)
+        judge = None if arm.twist else self.pair_judge  # the controls have their own reward alone
+        return Distillation(
+            asset=asset, prompts=prompts, prior=self.prior, renderer=self.renderer, config=settings.loop, streams=streams,
+            guidance=guidance_of(arm.method, own, self.prior, self._reward(arm), judge, self.views, streams),
+            background=self.background, geometry=self._geometry(settings, arm) if arm.geometry else None, log_prob=self.log_prob,
+        )  # fmt: skip
+
+    def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
+        if self.geometry is None:
+            raise ValueError("--geometry-reward: expected a reward for the arms with +geometry, got none. Name one, or leave them out.")
+        reward = twisted(self.geometry(), arm.geometry_twist, settings.seed)
+        return ProgressiveGeometry(reward, built(GeometrySettings, settings.guidance), settings.loop.steps)
+
+    def _reward(self, arm: Arm) -> RewardModel | None:
+        if self.reward is None or arm.twist is None:
+            return self.reward
+        made = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
+        return cast(RewardModel, made)
+
+
+def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
+    """The scene of a run. Raises: ValueError, OSError: one line with flag and remedy."""
+    if settings.scene.prior in BOXES:
+        from eg3d_rlhf.tuning.distill.bundled import bundled_scene
+
+        return bundled_scene(settings, device)
+    if settings.scene.prior == "heads":
+        from eg3d_rlhf.tuning.distill.heads import heads_scene
+
+        return heads_scene(settings, device)
+    from eg3d_rlhf.tuning.distill.real import real_scene
+
+    return real_scene(settings, device)

@@ -1,0 +1,105 @@
+"""Artefacts of a run: folders named by all that they are made from, made once, found again by this run or another.
+
+    <store>/<kind>-<first digits of the hash of the inputs>/
+        inputs.json    what it is made from; other artefacts by the hash of their content
+        done.json      written last: the products with their hashes, and the maker's record
+        ...            the products, and what an unfinished making left to go on from
+
+An artefact without done.json is unfinished: its maker is called again, on the same folder.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.experiments.process import run_lock
+from eg3d_rlhf.tuning.flow.pairs import json_hash
+from training.distributed import SINGLE, Ranks
+from training.storage import write_atomic
+
+INPUTS, DONE = "inputs.json", "done.json"
+FORMAT = 1  # goes up when equal inputs come to mean other results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """A finished artefact."""
+
+    folder: Path
+    content: str  # SHA-256 over the names and bytes of the products: what artefacts made from it depend on
+    record: Mapping  # what its maker had to say, JSON
+    reused: bool  # found, not made
+
+
+# Given the folder, in which it may find what an earlier, interrupted call left; returns files and folders inside it, without times or
+# places in them (equal inputs, equal bytes), and a record, JSON.
+Maker = Callable[[Path], tuple[Iterable[Path], Mapping]]
+
+
+class ArtefactStore:
+    """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints."""
+
+    def __init__(self, root: Path, ranks: Ranks = SINGLE, tell: Callable[[str], None] = lambda line: None):
+        self.root, self.ranks, self._tell = root, ranks, tell
+        self._seen: dict[str, Artefact] = {}  # checked in this process, by name
+
+    def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
+        """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
+
+        Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for the progress line.
+        Raises: ValueError where the folder holds other inputs, or products that are not those it was finished with; what the maker raises.
+        """
+        name = f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}"
+        if name in self._seen:
+            return self._seen[name]
+        folder = self.root / name
+        if self.ranks.main:
+            self.root.mkdir(parents=True, exist_ok=True)
+        done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
+        reused = done is not None
+        if self.ranks.main:
+            self._tell(f"{title or name}: {'found in' if reused else 'going on in' if folder.exists() else 'into'} {folder}")
+        if not reused:
+            if self.ranks.main:
+                folder.mkdir(parents=True, exist_ok=True)
+            self.ranks.barrier()
+            with run_lock(folder, enabled=self.ranks.main):
+                if self.ranks.main:
+                    write_atomic(folder / INPUTS, _text(inputs))
+                products, record = maker(folder)
+                self.ranks.barrier()
+                if self.ranks.main:
+                    paths = {file for path in products for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+                    files = {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(paths)}
+                    done = {"files": files, "content": json_hash(files), "record": record}
+                    write_atomic(folder / DONE, _text(done))
+                done = self.ranks.broadcast(done)
+        self._seen[name] = Artefact(folder=folder, content=done["content"], record=done["record"], reused=reused)
+        return self._seen[name]
+
+    def _finished(self, folder: Path, inputs: Mapping) -> dict | None:
+        """done.json of a finished artefact, after checking that it is what it says."""
+        if not (folder / DONE).exists():
+            return None
+        try:
+            stated, done = (json.loads((folder / name).read_text()) for name in (INPUTS, DONE))
+            files = dict(done["files"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"artefact {folder}: expected {INPUTS} and {DONE} whole, got: {error}. Delete the folder.") from None
+        if json_hash(stated) != json_hash(inputs):
+            raise ValueError(f"artefact {folder}: expected the inputs that its name stands for, got others. Delete the folder.")
+        for name, expected in files.items():
+            path = folder / name
+            got = file_hash(path) if path.is_file() else "nothing"
+            if got != expected:
+                raise ValueError(
+                    f"artefact {folder}: expected {name} as it was finished ({expected[:8]}), got {got[:8]}. Delete the folder: it is made "
+                    "again."
+                )
+        return done
+
+
+def _text(values: Mapping) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

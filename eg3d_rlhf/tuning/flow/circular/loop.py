@@ -1,0 +1,257 @@
+"""Circular-DPO: preferences on finished assets reach every stage of a generator, from the last to the first.
+
+    1. the last stage learns from people's pairs (DPO; Circular-DPO, equation 8);
+    2. what it then samples and what its reference samples, decoded and encoded again, are pairs of the stage before (loop_pairs.py);
+    3. that stage learns from them (equation 9), filtered by w1 and weighed by w2; and so on to the first stage.
+Every step is an artefact (artefacts.py): a run that was killed goes on where it was, and runs share what they have in common.
+A further round does the same again, with the networks of the round before as start and as reference, and with noises of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.models.policies import tuned_model, with_models
+from eg3d_rlhf.tuning.flow.circular.artefacts import Artefact, ArtefactStore
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import make_in_chunks, stage_behind, turned, weigh, with_roles
+from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, Weighing
+from eg3d_rlhf.tuning.flow.circular.table import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, Judging, judge
+from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
+from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.train import FREE, train_stage
+from eg3d_rlhf.tuning.flow.update import TrainConfig
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
+
+Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
+
+
+NO_BETA = 1e-6  # the preference term of a loss with a gradient of nothing beside its anchor's
+
+
+class NoPairsError(ValueError):
+    """Nothing crosses the gap: no pair of the loop is left to learn from."""
+
+
+@dataclass(kw_only=True)
+class CircularLoop:
+    """The steps of a run. Each makes an artefact, or finds it."""
+
+    problem: Problem
+    settings: CircularSettings
+    store: ArtefactStore
+    ranks: Ranks = SINGLE
+    bars: bool = False  # show progress bars
+    say: Callable[[str], None] = print  # status lineage and warnings of trainings
+    _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
+
+    def of_round(self, number: int) -> "CircularLoop":
+        """The same steps with the noises, orders and adapters of a round; the first round's are those of the run's seed itself."""
+        if number == 1:
+            return self
+        seed = derive_seed("round", self.settings.seed, number) % 2**31
+        return replace(self, settings=replace(self.settings, seed=seed))
+
+    # Networks.
+
+    def models(self, lineage: Lineage) -> dict[str, torch.nn.Module]:
+        """The networks of the stages that were trained."""
+        return {stage: self._model(stage, line) for stage, line in lineage.items() if line}
+
+    def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
+        key = (stage, *(one.content for one in line))
+        if key not in self._models:
+            base = self._model(stage, line[:-1]) if len(line) > 1 else stage_of(self.problem.pipeline, stage).model
+            self._models[key] = tuned_model(base, weights_of(line[-1]), merge=True)
+        return self._models[key]
+
+    def _named(self, lineage: Lineage) -> dict[str, list[str]]:
+        """Networks as inputs of an artefact."""
+        return {stage: [one.content for one in line] for stage, line in sorted(lineage.items()) if line}
+
+    # Steps.
+
+    def from_people(self, stage: str, lineage: Lineage | None = None, supervised: bool = False) -> Artefact:
+        """Train a stage on people's pairs, from the networks of `lineage`."""
+        config, lineage = self.settings.sft if supervised else self.settings.human, lineage or {}
+        what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
+        return self._train(stage, lineage, config, {"source": "human"}, lambda: (self.problem.human_pairs(stage), {}), what)
+
+    def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
+        """Pairs of a stage from what `lineage` made of the stage behind it; `before`: its reference."""
+        before, seed = before or {}, self.settings.seed
+        behind = stage_behind(self.problem, stage).name
+        un_op = {behind: before[behind]} if before.get(behind) else {}
+        inputs = {
+            "step": "loop pairs", "problem": self.problem.identity, "stage": stage, "seed": seed,
+            "config": {"per_pair": self.settings.loop_pairs.per_pair}, "op": self._named({k: v for k, v in lineage.items() if k != stage}),
+            "un_op": self._named(un_op),
+        }
+
+        def maker(folder: Path) -> tuple[list[Path], Mapping]:
+            total = -(-len(self.problem.human_pairs(stage)) // self.ranks.world)
+            with self._bar(f"pairs for {stage}", total) as bar:
+                place, figures = make_in_chunks(
+                    folder, self.problem, self.models(lineage), self.settings.loop_pairs, seed, stage=stage, models_unop=self.models(un_op),
+                    ranks=self.ranks, on_pair=bar.update,
+                )
+            return [place], figures
+
+        return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
+
+    def from_loop(
+        self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None, use: str = PAIRS
+    ) -> Artefact:
+        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, one of table.USES."""
+        weighing, config = weighing or self.settings.weighing, self.settings.loop
+        source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
+        if use == ANCHOR:
+            config = replace(config, dpo=replace(config.dpo, kind="sigmoid", margin=0.0, beta=NO_BETA))
+        elif use == WINNERS:
+            config = replace(config, dpo=self.settings.sft.dpo)
+        elif use != PAIRS:
+            source["use"] = use
+
+        def read() -> tuple[list[PreferencePair], dict]:
+            kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
+            return used(kept, use, self.settings.seed, self.problem.human_pairs), report
+
+        return self._train(stage, lineage, config, source, read, "DPO on the loop's pairs" if use == PAIRS else f"the loop's pairs: {use}")
+
+    def _train(
+        self, stage: str, lineage: Lineage, config: TrainConfig, source: Mapping,
+        read: Callable[[], tuple[Sequence[PreferencePair], Mapping]], what: str,
+    ) -> Artefact:
+        config = self.settings.training(config, stage_of(self.problem.pipeline, stage))
+        chooser = self.problem.chooser
+        choosing = self.settings.choosing if chooser is not None else None
+        inputs = {
+            "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lineage), "pairs": source,
+            "config": {k: v for k, v in asdict(config).items() if k not in FREE},
+            "choosing": None if choosing is None else asdict(choosing),
+        }
+
+        def maker(folder: Path) -> tuple[list[Path], Mapping]:
+            pairs, report = read()
+            models = self.models(lineage)
+            with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
+                held_out = None
+                if choosing is not None and chooser is not None:  # against the networks that this starts from, all other stages alike
+                    conditions, seeds = crossed(self.problem.choosing, choosing.per_condition, choosing.seed)
+                    held_out = HeldOut(
+                        pipeline=self.problem.pipeline, stage=stage, reward=chooser, conditions=conditions, seeds=seeds,
+                        others={k: v for k, v in models.items() if k != stage}, against=dict(models), batch=choosing.batch,
+                    )
+                result = train_stage(
+                    self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
+                    say=self.say,
+                )
+            rates = [[line["step"], line["win_rate"]] for line in result.stats if line.get("win_rate") is not None]
+            last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
+            return [result.weights], {
+                "weights": result.weights.relative_to(folder).as_posix(), "kept_step": result.kept_step,
+                "warnings": list(result.warnings), "win_rates": rates, "last": last, "pairs": len(pairs), "weighing": report,
+            }
+
+        return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
+
+    def _bar(self, title: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
+
+    def judged(self, lineage: Lineage, judging: Judging) -> Artefact:
+        """Scores of the held-out conditions' assets by every judge; the record holds them."""
+        inputs = {"step": "judge", "problem": self.problem.identity, "networks": self._named(lineage), "judging": asdict(judging)}
+
+        def maker(folder: Path) -> tuple[list[Path], Mapping]:
+            del folder
+            with self._bar("judging", judging.per_condition * len(self.problem.held_out_conditions)) as bar:
+                return [], judge(self.problem, self.models(lineage), judging, bar.update)
+
+        names = ", ".join(k for k, v in lineage.items() if v) or "none"
+        return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
+
+
+def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False) -> CircularLoop:
+    """The steps of a run for a training seed."""
+    store = ArtefactStore(Path(run.artefacts), ranks, tqdm.write)
+    return CircularLoop(problem=problem, settings=replace(run.circular, seed=seed), store=store, ranks=ranks, say=tqdm.write, bars=bars)
+
+
+def check(problem: Problem) -> None:
+    """Raise ValueError for a problem that no loop can be run on."""
+    stages = [stage.name for stage in problem.pipeline.stages]
+    if len(stages) < 2:
+        remedy = f"One stage needs no loop: --stage={stages[0]}."
+        raise ValueError(f"circular: expected a pipeline of two stages or more, got {', '.join(stages)}. {remedy}")
+    if problem.reward is None:
+        raise ValueError("circular: expected a reward for the loop's assets, got none of this generator. Train its stages alone: --stage.")
+
+
+def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
+    """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
+
+    A later round in which nothing crosses a gap ends the loop with the networks of the one before.
+    Raises: ValueError for a pipeline of one stage, or where nothing crosses a gap in the first round.
+    """
+    check(loop.problem)
+    stages = [stage.name for stage in loop.problem.pipeline.stages]
+    lineage: dict[str, tuple[Artefact, ...]] = {}
+    steps: list[dict] = []
+
+    def done(number: int, kind: str, stage: str, artefact: Artefact) -> Artefact:
+        steps.append({"round": number, "step": kind, "stage": stage, "artefact": artefact.folder.name, **artefact.record})
+        on_step(steps[-1])
+        return artefact
+
+    for number in range(1, loop.settings.rounds + 1):
+        before, own = dict(lineage), loop.of_round(number)
+        tuned = done(number, "people", stages[-1], own.from_people(stages[-1], before))
+        lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)
+        try:
+            for stage in reversed(stages[:-1]):
+                pairs = done(number, "pairs", stage, own.pairs(stage, lineage, before))
+                tuned = done(number, "loop", stage, own.from_loop(stage, pairs, lineage))
+                lineage[stage] = (*before.get(stage, ()), tuned)
+        except NoPairsError as error:
+            if number == 1:
+                raise
+            loop.say(f"Warning: round {number} has nothing to learn from, so the networks of round {number - 1} are the result. {error}")
+            return before, steps
+    return lineage, steps
+
+
+def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
+    """The loop's pairs that are trained on, and a report of those that are not.
+
+    Raises: NoPairsError where none is left.
+    """
+    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.tau, weighing.use_w1, weighing.use_w2, weighing.w2_norm)
+    if not kept:
+        dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
+        raise NoPairsError(
+            f"loop: expected pairs to learn from, got none of {len(pairs)} ({dropped}). Train the stage behind further, or take more pairs "
+            "(--loop-pairs)."
+        )
+    return kept, report
+
+
+def used(pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Callable[[str], list[PreferencePair]]) -> list[PreferencePair]:
+    """What a control trains on in place of the loop's kept pairs; `use` is one of table.USES, seed that of the coin."""
+    if use == PEOPLES:
+        origins = {pair.provenance["human_pair"] for pair in pairs}
+        return [pair for pair in human_pairs(pairs[0].stage) if pair.id in origins]
+    if use == TURNED:
+        return [turned(pair) for pair in pairs]
+    if use == SHUFFLED:
+        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+    return list(pairs)
+
+
+def weights_of(training: Artefact) -> Path:
+    """Where a finished training keeps its weights."""
+    return training.folder / training.record["weights"]

@@ -1,0 +1,297 @@
+"""Pairs that the loop makes for a stage out of the stage behind it: how a preference crosses the gap that no gradient crosses; which of
+them are kept, and how much each counts.
+
+For each human pair (Circular-DPO, section 4.2 and appendix C.3), with i the stage to be trained:
+    1. the gap behind stage i is crossed with the preferred asset's own latent, for both sides alike;
+    2. stage i + 1 is sampled on it twice from the same noise: `op` from the tuned network, `un-op` from its reference; stages further
+       behind, where there are any, are the same for both;
+    3. both are decoded to assets, scored, and encoded back: their latents of stage i are the new pair, op preferred.
+They differ at stage i only where decoding changed what encoding sees; pairs that do not are marked in `provenance`, since with shared noise
+they have loss log 2 and no gradient. Of the others w1 filters and w2 weighs (equations 10-14):
+
+    w1 = G_preferred - G_rejected,  G = 2^P - 1,  P_i = 2 C_i / (n (n - 1)),  C_i the comparisons that candidate i of n wins by reward
+    w2 = sigmoid(r_preferred - r_rejected) / its mean over the pairs that are kept
+
+With one reward and a threshold of 0, w1 keeps a pair exactly where its reward gap is positive, whatever the other candidates.
+Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in algorithm 1 and equation 11, un-op is the
+reference's sample. The paper attributes w2 to Dr. DPO, whose weights come from the policy's own losses; that is preference_loss.aggregate.
+"""
+
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.models.sparse import NamedSample, SparseSample, collate, to_cpu
+from eg3d_rlhf.tuning.flow.generate import Models, generate
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique, read_pairs, write_pairs
+from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.stage import FlowStage, stage_of
+from training.config import check_knobs, knob
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
+
+SAME = "same_structure"  # in a pair's provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPairsConfig:
+    """How many pairs are made."""
+
+    per_pair: int = knob(1, "New pairs, so noises, for each human pair.", "The loop", name="loop_pairs", low=1)
+    batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
+    chunk: int = 64  # human pairs between what is kept of an interrupted making
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+def stage_behind(problem: Problem, stage: str) -> FlowStage:
+    """The stage whose samples pairs of `stage` are made from.
+
+    Raises: ValueError for the last stage.
+    """
+    stages = list(problem.pipeline.stages)
+    place = stages.index(stage_of(problem.pipeline, stage))
+    if place + 1 == len(stages):
+        raise ValueError(f"loop pairs: expected a stage with one behind it, got {stage!r}, the last. It learns from the human pairs.")
+    return stages[place + 1]
+
+
+def make_loop_pairs(
+    problem: Problem, models_op: Models, config: LoopPairsConfig, seed: int, *, stage: str | None = None, models_unop: Models | None = None,
+    pairs: Sequence[PreferencePair] | None = None, on_pair: Callable[[int], None] | None = None,
+) -> list[PreferencePair]:
+    """New pairs of `stage`, by default the first.
+
+    Args:
+        models_op: tuned networks by stage name, that of the stage behind among them; models_unop: their references, by default the
+            pipeline's own. Only the stage behind differs between the sides: further ones are models_op's for both.
+        seed: of the noises, with the human pair's id: a part of the pairs gives the same part of the result.
+        pairs: human pairs of `stage`; None: all of the problem. on_pair: called with the number of human pairs done.
+    Raises: ValueError for a stage that has none behind it, or without a tuned network for that one.
+    """
+    stage = stage or problem.pipeline.stages[0].name
+    behind = stage_behind(problem, stage).name
+    if problem.reward is None:
+        raise ValueError("loop pairs: expected a reward for the assets, got none of this problem. Train its stages by themselves.")
+    if behind not in models_op:
+        raise ValueError(f"loop pairs: expected a tuned network of stage {behind!r}, got {', '.join(models_op) or 'none'}. Tune it first.")
+    un_op = {k: v for k, v in models_op.items() if k != behind} | {k: v for k, v in (models_unop or {}).items() if k == behind}
+    pairs = problem.human_pairs(stage) if pairs is None else pairs
+    per_batch, found = max(1, config.batch // config.per_pair), []
+    for i in range(0, len(pairs), per_batch):
+        part = pairs[i : i + per_batch]
+        found += _batch(problem, stage, behind, (models_op, un_op), part, config, seed)
+        if on_pair:
+            on_pair(len(part))
+    return found
+
+
+@torch.no_grad()
+def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], pairs, config: LoopPairsConfig, seed: int) -> list:
+    device = next(stage_of(problem.pipeline, stage).model.parameters()).device
+    given = problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
+    rows = [(pair, places, k) for pair, places in zip(pairs, given, strict=True) for k in range(config.per_pair)]
+    conditions = [pair.condition for pair, _, _ in rows]
+    seeds = [derive_seed("loop", seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
+    stages_given = {behind: [places for _, places, _ in rows]}
+    latents, rewards = [], []
+    for models in sides:
+        assets = generate(problem.pipeline, conditions, seeds, models, config.batch, stages_given)
+        rewards.append(problem.reward(assets, conditions).detach().float().cpu())
+        latents.append([to_cpu(encoded[stage]) for encoded in problem.pipeline.encode(assets)])
+    if not all(bool(values.isfinite().all()) for values in rewards):
+        raise ValueError(f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}. Correct the reward.")
+    found = [
+        PreferencePair(
+            id=f"{pair.id}/{k}", condition=pair.condition, stage=stage, preferred=op, rejected=un_op, source="loop",
+            reward_preferred=float(rewards[0][n]), reward_rejected=float(rewards[1][n]),
+            provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
+        )
+        for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
+    ]
+    return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in found]
+
+
+ROLES = OP, REWARD, EXTREMES = ("op", "reward", "extremes")
+
+
+def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
+    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward"); "extremes": for each human pair
+    one, of the op that the reward likes best and the un-op that it likes least."""
+    if roles not in ROLES:
+        raise ValueError(f"roles: expected {', '.join(ROLES)}, got {roles!r}. Choose one.")
+    if roles == EXTREMES:
+        groups: dict[str, list[PreferencePair]] = defaultdict(list)
+        for pair in pairs:
+            groups[pair.provenance["human_pair"]].append(pair)
+        return [_extremes(group) for group in groups.values()]
+    return [turned(pair) if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs]
+
+
+def _extremes(group: Sequence[PreferencePair]) -> PreferencePair:
+    """One pair of several that were sampled on the same structure."""
+    best, worst = max(group, key=lambda pair: pair.reward_preferred), min(group, key=lambda pair: pair.reward_rejected)
+    kept = {name: value for name, value in best.provenance.items() if name != SAME}
+    seeds = {"noise_seed": best.provenance["noise_seed"], "noise_seed_rejected": worst.provenance["noise_seed"], "of": len(group)}
+    pair = replace(best, rejected=worst.rejected, reward_rejected=worst.reward_rejected, provenance={**kept, **seeds})
+    return replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)})
+
+
+def turned(pair: PreferencePair) -> PreferencePair:
+    """The same pair the other way round, which its provenance says."""
+    return replace(
+        pair, preferred=pair.rejected, rejected=pair.preferred, provenance={**pair.provenance, "turned": True},
+        reward_preferred=pair.reward_rejected, reward_rejected=pair.reward_preferred,
+    )
+
+
+def make_in_chunks(
+    folder: Path, problem: Problem, models_op: Models, config: LoopPairsConfig, seed: int, *, stage: str, models_unop: Models,
+    ranks: Ranks = SINGLE, on_pair: Callable[[int], None] | None = None,
+) -> tuple[Path, Mapping]:
+    """`make_loop_pairs` of all human pairs into folder/pairs, resumable: ranks make chunks in turn and keep each as it is done.
+
+    Returns: that folder and figures of the pairs.
+    """
+    human = problem.human_pairs(stage)
+    starts, chunks = range(0, len(human), config.chunk), folder / "chunks"
+    for number, start in list(enumerate(starts))[ranks.rank :: ranks.world]:
+        part, place = human[start : start + config.chunk], chunks / f"{number:05d}"
+        if place.exists():
+            if on_pair:
+                on_pair(len(part))
+            continue
+        made = make_loop_pairs(problem, models_op, config, seed, stage=stage, models_unop=models_unop, pairs=part, on_pair=on_pair)
+        unfinished = place.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_pairs(unfinished, made, {"seed": seed, "chunk": number})
+        os.replace(unfinished, place)
+    ranks.barrier()
+    if not ranks.main:
+        return folder / "pairs", {}
+    pairs = [pair for number in range(len(starts)) for pair in read_pairs(chunks / f"{number:05d}", stage)[0]]
+    shutil.rmtree(folder / "pairs", ignore_errors=True)
+    write_pairs(folder / "pairs", pairs, {"seed": seed, "stage": stage, "source": "loop", "config": asdict(config)})
+    shutil.rmtree(chunks)
+    return folder / "pairs", figures(pairs)
+
+
+def figures(pairs: Sequence[PreferencePair]) -> Mapping:
+    """What the pairs are like, before any of them is dropped."""
+    if not pairs:
+        return {"pairs": 0}
+    gaps = torch.tensor([pair.reward_preferred - pair.reward_rejected for pair in pairs], dtype=torch.float64)
+    changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
+    return {
+        "pairs": len(pairs), "changed_structure": float(changed.double().mean()), "op_rewarded": float((gaps > 0).double().mean()),
+        "op_rewarded_where_changed": float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None,
+        "reward_gap_mean": float(gaps.mean()), "reward_gap_std": float(gaps.std(correction=0)),
+    }
+
+
+W2_NORMS = ("dataset", "batch", "none")
+EQUAL = 1e-5  # of the largest value: latents that differ by less are one structure, encoded twice
+
+
+def win_shares(rewards: torch.Tensor) -> torch.Tensor:
+    """P of each candidate, rewards [n] -> [n] float64 that sum to 1; an equal reward is half a win for both.
+
+    >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
+    tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
+    """
+    n = len(rewards)
+    if n < 2 or not torch.isfinite(rewards).all():
+        raise ValueError(f"win_shares: expected finite rewards of two candidates or more, got {rewards.tolist()}. Check the reward.")
+    wins = (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards).double()
+    return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # less the half win against itself
+
+
+def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """w1 of pairs among candidates, [P] float64.
+
+    Args: rewards [n] of all candidates of one condition; preferred, rejected [P] int64 indices into them.
+    """
+    gains = torch.exp2(win_shares(rewards)) - 1
+    return gains[preferred] - gains[rejected]
+
+
+def w2(gaps: torch.Tensor, kept: torch.Tensor, norm: str = "dataset") -> torch.Tensor:
+    """sigmoid of the reward gaps, [P] -> [P] float64; "dataset": over its mean where `kept` [P] bool, so that the mean there is 1.
+
+    "none" and "batch" leave it as it is; draw_pairs divides the latter's by the mean of each batch.
+    """
+    if norm not in W2_NORMS:
+        raise ValueError(f"w2: expected norm one of {', '.join(W2_NORMS)}, got {norm!r}. Choose one.")
+    weights = torch.sigmoid(gaps.double())
+    return weights / weights[kept].mean() if norm == "dataset" and kept.any() else weights
+
+
+def same_structure(pair: PreferencePair) -> bool:
+    """Whether both latents are one, so that there is nothing to learn; what `provenance` says under "same_structure" goes first."""
+    if pair.provenance.get(SAME) is not None:
+        return bool(pair.provenance[SAME])
+    a, b = pair.preferred, pair.rejected
+    if isinstance(a, NamedSample):
+        a, b = a.feats, b.feats
+    elif isinstance(a, SparseSample):
+        if len(a.coords) != len(b.coords):
+            return False
+        a_order, b_order = torch.argsort(a.places), torch.argsort(b.places)
+        if not torch.equal(a.coords[a_order], b.coords[b_order]):
+            return False
+        a, b = a.feats[a_order], b.feats[b_order]
+    return bool((a - b).abs().max() <= EQUAL * a.abs().max())
+
+
+def weigh(
+    pairs: Sequence[PreferencePair], tau: float = 0.0, use_w1: bool = True, use_w2: bool = True, w2_norm: str = "dataset"
+) -> tuple[list[PreferencePair], dict]:
+    """The pairs that are kept, with w1 and w2 filled, and a report of how many were dropped and why.
+
+    Pairs of one structure go first, then, with `use_w1`, those with w1 <= tau; both ends of all pairs of a condition are its candidates.
+    Without `use_w1` the column w1 is filled and drops nothing; without `use_w2` the column w2 stays empty and all pairs count alike.
+    Raises: ValueError for pairs without finite rewards where these are needed.
+    """
+    if not math.isfinite(tau):
+        raise ValueError(f"weigh: expected a finite tau, got {tau}. 0 keeps what the reward prefers.")
+    check_unique("weigh", pairs)
+    differing = [p for p in pairs if not same_structure(p)]
+    scored = bool(pairs) and all(p.reward_preferred is not None and p.reward_rejected is not None for p in pairs)
+    if pairs and (use_w1 or use_w2) and not scored:
+        unscored = next(p for p in pairs if p.reward_preferred is None or p.reward_rejected is None)
+        raise ValueError(f"weigh: expected both rewards on every pair, got none on {unscored.id}. Score the assets first.")
+    values: dict[str, float] = {}
+    groups: dict[str, list[PreferencePair]] = defaultdict(list)
+    for pair in pairs if scored else ():
+        groups[pair.condition].append(pair)
+    for group in groups.values():
+        rewards = torch.tensor([p.reward_preferred for p in group] + [p.reward_rejected for p in group], dtype=torch.float64)
+        first, second = torch.arange(len(rewards)).chunk(2)
+        values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)
+    kept = [p for p in differing if not use_w1 or values[p.id] > tau]
+    weights: list[float | None] = [None] * len(kept)
+    if use_w2 and kept:
+        gaps = torch.tensor([p.reward_preferred - p.reward_rejected for p in kept], dtype=torch.float64)
+        weights = w2(gaps, torch.ones(len(kept), dtype=torch.bool), w2_norm).tolist()
+    note = {"w2_norm": w2_norm} if use_w2 else {}
+    columns = [replace(p, w1=values.get(p.id), w2=w, provenance={**p.provenance, **note}) for p, w in zip(kept, weights, strict=True)]
+    report = {
+        "pairs": len(pairs), "kept": len(kept),
+        "dropped": {"same_structure": len(pairs) - len(differing), "w1": len(differing) - len(kept)},
+        "tau": tau if use_w1 else None, "w2_norm": w2_norm if use_w2 else None,
+        "w1": _summary([values[p.id] for p in differing] if scored else []),
+        "w2": _summary([w for w in weights if w is not None]),
+        "reward_gap": _summary([p.reward_preferred - p.reward_rejected for p in kept] if scored else []),
+    }  # fmt: skip
+    return columns, report
+
+
+def _summary(values: Sequence[float]) -> dict[str, float] | None:
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None

@@ -1,0 +1,177 @@
+"""Embeddings of conditions by name, and the files that keep them: ours, or those of other programs, one file per condition.
+
+Shape letters: N conditions, L tokens, E their size.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from eg3d_rlhf.tuning.flow.condition import Condition, each
+from training.storage import read_tensors, write_tensors
+
+KIND = "conditions"
+CONDITIONS = "conditions.safetensors"  # usual name of the file of `write_conditions`
+NULL = ""  # name of the empty condition, where a file has one
+SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Tokens by name, or several tensors for each. Images have a null of zeros; a text's null is the embedding of '' and must be there."""
+
+    tokens: Mapping[str, Condition]  # [L, E] float32 each, or tensors by name; all alike
+    encoder: str = ""  # what computed them; "" where it is unknown
+    zero_null: bool = False  # the empty condition is zeros
+    names: tuple[str, ...] = field(init=False)  # all but the empty one
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(name for name in self.tokens if name != NULL))
+        forms = {str(form_of(t)) for t in self.tokens.values()}
+        one = next(iter(self.tokens.values()), None)
+        if not self.names or len(forms) != 1 or (isinstance(one, torch.Tensor) and one.ndim != 2) or not form_of(one):
+            raise ValueError(f"conditions: expected embeddings [L, E], all alike, got shapes {', '.join(sorted(forms))}. Use one encoder.")
+        bad = next((name for name, t in self.tokens.items() if not all(torch.isfinite(x).all() for x in tensors_of(t))), None)
+        if bad is not None:
+            raise ValueError(f"conditions: expected finite embeddings, got others for {bad!r}. Embed it again.")
+        if not self.zero_null and NULL not in self.tokens:
+            raise ValueError("conditions: expected the embedding of the empty text, named '', for guidance, got none. Embed '' as well.")
+
+    @property
+    def form(self) -> Mapping[str, list[int]] | list[int]:
+        """Shape of each, or shapes by name."""
+        return form_of(next(iter(self.tokens.values())))
+
+    @property
+    def size(self) -> int:
+        """E, of tokens alone."""
+        form = self.form
+        if isinstance(form, Mapping):
+            raise ValueError(f"conditions: expected tokens alone, got {dict(form)}. Use embeddings of this generator's encoder.")
+        return form[1]
+
+    def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
+        """Raise ValueError, in the name of `who`, unless each has this shape, or these shapes by name."""
+        if self.form != expected:
+            source = f" of {self.encoder}" if self.encoder else ""
+            raise ValueError(f"{who}: expected embeddings {expected}, got {self.form}{source}. Embed them with {encoder}.")
+
+    def of(self, names: Sequence[str]) -> Condition:
+        """[N, L, E], or by name [N, ...]. Raises: ValueError for names without an embedding."""
+        missing = sorted({name for name in names if name not in self.tokens})
+        if missing:
+            raise ValueError(f"conditions: expected embeddings of all names, got none for {_listed(missing)}. Embed them too.")
+        first, *others = [self.tokens[name] for name in names]
+        return each(lambda *rows: torch.stack(rows), first, *others)
+
+    def null(self, n: int) -> Condition:
+        """The empty condition, n times."""
+        one = each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
+        return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), one)
+
+
+def form_of(condition: Condition | None) -> Any:
+    """Its shape, or shapes by name."""
+    if condition is None or isinstance(condition, torch.Tensor):
+        return [] if condition is None else list(condition.shape)
+    return {name: list(tensor.shape) for name, tensor in sorted(condition.items())}
+
+
+def tensors_of(condition: Condition) -> list[torch.Tensor]:
+    """All of them."""
+    return [condition] if isinstance(condition, torch.Tensor) else list(condition.values())
+
+
+def write_conditions(path: Path, conditions: Conditions) -> None:
+    """One file of all embeddings."""
+    names = list(conditions.tokens)
+    tensors: dict[str, torch.Tensor] = {}
+    for i, name in enumerate(names):
+        found = conditions.tokens[name]
+        own = {"": found} if isinstance(found, torch.Tensor) else {f"/{key}": tensor for key, tensor in found.items()}
+        tensors |= {f"tokens.{i}{key}": tensor for key, tensor in own.items()}
+    meta = {"names": names, "encoder": conditions.encoder, "zero_null": conditions.zero_null}
+    write_tensors(path, KIND, tensors, meta)
+
+
+def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
+    """A file of `write_conditions`, its folder, or one of <name>.pt, .npy, .npz or .safetensors with one tensor [L, E] or [1, L, E] each.
+
+    Args:
+        zero_null: for a folder: the empty condition is zeros, as for images, rather than the embedding of '' in a file named null.
+    Raises: FileNotFoundError; ValueError for what is not an embedding.
+    """
+    path = Path(path)
+    path = path / CONDITIONS if (path / CONDITIONS).is_file() else path
+    if path.is_file():
+        tensors, meta = read_tensors(path, KIND)
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, part = key.removeprefix("tokens.").partition("/")
+            parts.setdefault(number, {})[part] = tensor
+        tokens = {name: own.get("", own) for name, own in ((name, parts[str(i)]) for i, name in enumerate(meta["names"]))}
+        return Conditions(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
+    files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
+    if not files:
+        endings = ", ".join(SUFFIXES)
+        raise FileNotFoundError(f"conditions: expected a file or a folder of {endings}, got none at {path}. Embed the conditions first.")
+    named = {p.stem: read_embedding(p) for p in files}
+    if not zero_null and "null" in named:
+        named[NULL] = named.pop("null")
+    return Conditions(tokens=named, zero_null=zero_null)
+
+
+def read_embedding(path: Path) -> torch.Tensor:
+    """One condition's tokens [L, E] as float32."""
+    found = read_array(path)
+    if found.ndim == 3 and len(found) == 1:
+        found = found[0]
+    if found.ndim != 2:
+        raise ValueError(f"{path}: expected tokens [L, E], got {list(found.shape)}. Save one condition per file.")
+    return found.float()
+
+
+def read_array(path: Path, key: str | None = None) -> torch.Tensor:
+    """The one array of a .pt, .npy, .npz or .safetensors file, or the one called `key` in a file of several.
+
+    Raises: FileNotFoundError; ValueError for a damaged file, one that would run code, or one without that array.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"array: expected a file, got none at {path}. Check the path.")
+    try:
+        found = _READERS[path.suffix](path)
+    except KeyError:
+        raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}. Convert it.") from None
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it.") from None
+    if isinstance(found, Mapping):
+        names = list(found)
+        chosen = key if key in names else names[0] if len(names) == 1 else None
+        if chosen is None:
+            raise ValueError(f"{path}: expected an array {key or ''} alone, got {_listed(names)}. Save it under that name.")
+        found = found[chosen]
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"{path}: expected an array, got {type(found).__name__}. Save the tensor alone.")
+    return found
+
+
+def _npz(path: Path) -> dict[str, torch.Tensor]:
+    with np.load(path) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+_READERS = {
+    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True), ".npz": _npz,
+    ".npy": lambda path: torch.from_numpy(np.load(path)), ".safetensors": load_file,
+}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,109 @@
+"""Conditions computed by CLIP, where transformers is, or by DINOv2; of weights that are on this machine. Nothing is downloaded.
+
+Shape letters: N conditions, L tokens, E their size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from eg3d_rlhf.models.dino_files import read_dino
+from eg3d_rlhf.tuning.flow.embeddings import NULL, Conditions
+
+IMAGE_SIZE = 518  # pixels; 37 patches of 14
+TEXT_TOKENS = 77
+MARGIN = 1.2  # side of the square cut out, in sides of what the image shows
+
+
+def pretrained(kind: str, name: str):
+    """Class and weights from the local cache."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"{name}: expected the transformers package to embed conditions, got none. Install it, or give embeddings in files."
+        ) from None
+    try:
+        return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0][:100]
+        raise ValueError(
+            f"{name}: expected its weights on this machine, got none ({first}). Fetch them once yourself, or give embeddings in files."
+        ) from None
+
+
+class TextEncoder:
+    """CLIP's last hidden states of texts, padded to 77 tokens, with no attention mask."""
+
+    def __init__(self, name: str, device: str | torch.device = "cpu"):
+        self.name = name
+        self.tokenizer = pretrained("AutoTokenizer", name)
+        self.model = pretrained("CLIPTextModel", name).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """[N, 77, E] float32 on the CPU."""
+        ids = self.tokenizer(list(texts), max_length=TEXT_TOKENS, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float().cpu()
+
+    def conditions(self, texts: Sequence[str]) -> Conditions:
+        """Of texts by themselves, and of the empty one."""
+        names = list(dict.fromkeys([*texts, NULL]))
+        return Conditions(tokens={name: self([name])[0] for name in names}, encoder=self.name)
+
+
+class ImageEncoder:
+    """DINOv2's tokens of images before its last norm: 1 for the whole, 4 registers, 37 x 37 patches."""
+
+    def __init__(self, name: str = "dinov2_vitl14_reg", device: str | torch.device = "cpu"):
+        self.name, self.model = name, read_dino(name, device)
+        self.size = self.model.config.image_size  # pixels per side
+
+    @torch.no_grad()
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, 518, 518] of 0..1 -> [N, L, E] float32, before the last norm."""
+        return self.model(images.to(self.model.layernorm.weight.device), normed=False)
+
+    def patches(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, E, 37, 37] of the patches alone."""
+        config = self.model.config
+        grid = config.image_size // config.patch_size
+        return self.tokens(images)[:, 1 + config.num_register_tokens :].transpose(1, 2).unflatten(2, (grid, grid))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Condition tokens [N, L, E] on the CPU: normalised without parameters."""
+        tokens = self.tokens(images)
+        return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
+
+    def conditions(self, images: dict[str, Image.Image]) -> Conditions:
+        """Of images by name."""
+        tokens = {name: self(cut_out(image, self.size)[None])[0] for name, image in images.items()}
+        return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
+
+
+def cut_out(image: Image.Image, size: int = IMAGE_SIZE, margin: float = MARGIN) -> torch.Tensor:
+    """What an image with a transparent background shows, in the middle of a black square -> [3, size, size] of 0..1, in steps of 1/255.
+
+    As TRELLIS's pipeline: with (l, t) and (r, b) the first and the last pixel of an opacity above 0.8, the square about their middle has
+    sides of 2 floor(floor(margin max(r - l, b - t)) / 2), its corners rounded to the nearest pixel, halves to the even one. Resized by
+    Lanczos, its colours are multiplied by opacity and cut down, not rounded, to 8 bits.
+    Raises: ValueError for an image without transparency: backgrounds are removed elsewhere; or one that shows a pixel or two.
+    """
+    if image.mode != "RGBA" or image.getextrema()[3][0] == 255:
+        raise ValueError(f"image: expected a transparent background (RGBA), got {image.mode} without. Remove the background first.")
+    box = image.getchannel("A").point(lambda a: 255 if a > 0.8 * 255 else 0).getbbox()
+    if box is None:
+        raise ValueError("image: expected something that is not transparent, got nothing. Choose another image.")
+    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
+    half = int(max(right - left, bottom - top) * margin) // 2
+    if half < 1:
+        raise ValueError("image: expected something larger than two pixels, got less. Choose another image.")
+    x, y = (left + right) / 2, (top + bottom) / 2
+    square = image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
+    square = square.resize((size, size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(square).astype(np.float32) / 255
+    seen = (pixels[..., :3] * pixels[..., 3:] * 255).astype(np.uint8)
+    return torch.from_numpy(seen.astype(np.float32) / 255).permute(2, 0, 1).contiguous()

@@ -1,0 +1,281 @@
+"""TRELLIS's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded or run."""
+
+import ctypes
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.models.policies import read_state, split_state
+from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
+from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
+from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig
+from eg3d_rlhf.tuning.flow.stage import Sampling
+from training.storage import load_strict
+
+STRUCTURE, LATENT = "structure", "latent"  # names of the stages
+FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
+SAMPLERS = {STRUCTURE: "sparse_structure_sampler", LATENT: "slat_sampler"}
+STRUCTURE_DECODER, GAUSSIAN_DECODER = "sparse_structure_decoder", "slat_decoder_gs"
+STRUCTURE_ENCODER, LATENT_ENCODER = "sparse_structure_encoder", "slat_encoder"
+NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # besides the flows, by a whole pipeline
+USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}  # pipeline.json leaves them out
+WEIGHTS = (".safetensors", ".pt")
+KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}
+ENCODERS = {"text": "openai/clip-vit-large-patch14", "image": "dinov2_vitl14_reg"}
+NORMALIZATION = {  # of the released latents, where pipeline.json says nothing
+    "mean": (-2.16875, -0.00435, -0.13352, -0.08418, -0.52712, 0.72387, -1.14145, 1.20394),
+    "std": (2.37765, 2.38639, 2.12442, 2.17486, 2.66394, 2.37119, 2.62174, 2.68452),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFile:
+    """What pipeline.json says, with TRELLIS's defaults where it says nothing."""
+
+    root: Path
+    kind: str  # "text" or "image": what conditions are
+    models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>"
+    sampling: Mapping[str, Sampling]  # by stage
+    sigma_min: Mapping[str, float]  # by stage
+    mean: tuple[float, ...]  # of the second stage's latents, per channel
+    std: tuple[float, ...]
+    encoder: str  # of the conditions
+    content: Mapping  # all of it
+
+    def __post_init__(self):
+        if len(self.mean) != len(self.std) or not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
+            raise ValueError(
+                f"{self.root.name}/pipeline.json: expected slat_normalization with a finite mean and a std > 0 per channel, got "
+                f"{list(self.mean)} and {list(self.std)}. Correct it."
+            )
+
+
+def read_pipeline(root: Path) -> PipelineFile:
+    """Read <root>/pipeline.json.
+
+    Raises: FileNotFoundError; ValueError for a file that is not TRELLIS's, lacks a stage, or whose sampler follows another convention.
+    """
+    root = Path(root)
+    path = root / "pipeline.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"pipeline: expected TRELLIS's pipeline.json, got none in {root}. Name the folder of a TRELLIS model.")
+    content = read_json(path)
+    name, args = content.get("name", ""), content.get("args")
+    kind = next((k for k in KINDS if f"{k}to3d" in str(name).lower()), None)
+    if kind is None or not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+        raise ValueError(f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline and args.models, got {name!r}. "
+                         "Name the folder of a TRELLIS model.")
+    missing = [stage for stage, model in FLOWS.items() if model not in args["models"]]
+    if missing:
+        raise ValueError(f"{path}: expected both stages, got none for {', '.join(missing)} ({FLOWS[missing[0]]}). Restore it.")
+    samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
+    norm = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
+    return PipelineFile(
+        root=root, kind=kind, models=dict(args["models"]), content=content, encoder=args.get(f"{kind}_cond_model") or ENCODERS[kind],
+        sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
+        sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
+        mean=tuple(map(float, norm["mean"])), std=tuple(map(float, norm["std"])),
+    )
+
+
+def read_json(path: Path) -> dict:
+    """An object from a JSON file. Raises: ValueError with the path."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}. Restore the file.")
+    return content
+
+
+def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
+    content = content or {}
+    name = content.get("name", "FlowEulerGuidanceIntervalSampler")
+    if not str(name).startswith("FlowEuler"):
+        raise ValueError(f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other conventions are not read.")
+    params = content.get("params") or {}
+    interval = params.get("cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0))
+    try:
+        sampling = Sampling(
+            steps=int(params.get("steps", default.steps)), rescale_t=float(params.get("rescale_t", default.rescale_t)),
+            cfg_strength=float(params.get("cfg_strength", default.cfg_strength)) if name != "FlowEulerSampler" else 0.0,
+            cfg_interval=(float(interval[0]), float(interval[1])),
+        )
+        return sampling, float((content.get("args") or {}).get("sigma_min", 1e-5))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}, {key}: {error}") from None
+
+
+class ModelFolder(Protocol):
+    """A folder, and where the models of its pipeline.json are."""
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        """Model -> "ckpts/<stem>", or "owner/repo/<path>"."""
+
+
+def find_model(file: ModelFolder, model: str, also: Sequence[Path] = ()) -> Path:
+    """The path, without ending, of a model's JSON file and weights.
+
+    Looks in the root; for "owner/repo/path" also beside the root (as repo or owner/repo), in the folders `also`, and in the local cache of
+    the Hugging Face hub. The encoders, which pipeline.json leaves out, are looked for under their usual names beside what it names.
+
+    Raises: FileNotFoundError naming the model and every place.
+    """
+    places = list(_places(file, file.models[model], also)) if model in file.models else []
+    if model in USUAL_STEMS:
+        folders = [file.root / "ckpts", *(Path(a) for a in also), *(Path(a) / "ckpts" for a in also)]
+        decoders = [file.models[key] for key in (STRUCTURE_DECODER, GAUSSIAN_DECODER) if key in file.models]
+        folders += [place.parent for value in decoders for place in _places(file, value, also)]
+        places += [folder / USUAL_STEMS[model] for folder in folders]
+    for place in places:
+        if with_ending(place, ".json").is_file() and find_weights(place) is not None:
+            return place
+    looked = ", ".join(dict.fromkeys(str(p) for p in places)) or "no place: pipeline.json does not name it"
+    endings = " or ".join(WEIGHTS)
+    raise FileNotFoundError(f"{model}: expected its .json and {endings}, got none at {looked}. Put the files there, or name their folder.")
+
+
+def find_weights(stem: Path) -> Path | None:
+    """The weights of a model, where there are any."""
+    return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
+
+
+def _places(file: ModelFolder, value: str, also: Sequence[Path]):
+    yield file.root / value
+    owner, repo, *rest = [*Path(value).parts, "", ""]
+    below = "/".join(part for part in rest if part)
+    for folder in map(Path, also):
+        yield from (folder / value, folder / Path(value).name)
+    if not below:
+        return
+    for folder in (file.root.parent, *map(Path, also)):
+        yield from (folder / repo / below, folder / owner / repo / below, folder / below)
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub")
+    for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
+        yield snapshot / below
+
+
+def with_ending(stem: Path, ending: str) -> Path:
+    """with_suffix would cut names that have dots."""
+    return stem.with_name(stem.name + ending)
+
+
+ARCHITECTURES = {  # TRELLIS's names of classes; it also writes them with "Elastic" in front, which changes nothing here
+    "SparseStructureFlowModel": (StructureFlow, StructureFlowConfig),
+    "SparseStructureEncoder": (StructureEncoder, StructureVAEConfig),
+    "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig),
+    "SLatFlowModel": (LatentFlow, LatentFlowConfig),
+    "SLatEncoder": (LatentEncoder, LatentEncoderConfig),
+    "SLatGaussianDecoder": (GaussianDecoder, GaussianDecoderConfig),
+}
+
+
+Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class -> model and its configuration
+
+
+def build_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
+    """An untrained model of what a JSON file describes: {"name": class, "args": {...}}.
+
+    Raises: ValueError for another class, or arguments that it does not have.
+    """
+    name, args = content.get("name"), content.get("args")
+    entry = architectures.get(str(name).removeprefix("Elastic"))
+    if entry is None or not isinstance(args, Mapping):
+        raise ValueError(f"{who}: expected a name among {', '.join(architectures)} and args, got {name!r}. Name a file of TRELLIS.")
+    model, config = entry
+    fields, missing = dataclasses.fields(config), dataclasses.MISSING
+    foreign = sorted(set(args) - {field.name for field in fields})
+    needed = sorted(f.name for f in fields if f.default is missing and f.default_factory is missing and f.name not in args)
+    if foreign or needed:
+        raise ValueError(f"{who}: expected the args of {name}, got unknown {foreign}, missing {needed}. Name a file of TRELLIS.")
+    return model(config(**args))
+
+
+def load_model(
+    stem: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A model from <stem>.json and its weights, in evaluation mode.
+
+    Args:
+        stem: path without ending; weights: another file for them, as a training checkpoint (.pt).
+        dtype: of the layers that TRELLIS has in half precision, others are float32; None keeps the types of the file.
+
+    Raises: FileNotFoundError; ValueError for files that do not fit each other, and for weights that are not finite.
+    """
+    json_file = with_ending(stem, ".json")
+    weights = weights or find_weights(stem)
+    if not json_file.is_file() or weights is None:
+        raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
+    state, content = base_state(weights), read_json(json_file)
+    model = empty_model(content, str(json_file))
+    half = empty_model({**content, "args": {**content["args"], "use_fp16": True}}, str(json_file))
+    return filled(model, state, str(weights), half, dtype, device)
+
+
+def filled(
+    model: nn.Module, state: dict[str, torch.Tensor], who: str, half: nn.Module, dtype: torch.dtype | None, device: str | torch.device
+) -> nn.Module:
+    """An empty model with the tensors of a file, strictly by name and shape, in evaluation mode.
+
+    Args:
+        half: the same as it is built in half precision, whose layers of that kind are given `dtype`, others float32; None keeps the types
+            of the file.
+    Raises: ValueError in the name of `who` for missing, unexpected or misshapen tensors.
+    """
+    types = {name: tensor.dtype for name, tensor in state.items()}
+    if dtype is not None:
+        halved = {name for name, tensor in half.state_dict().items() if tensor.dtype in (torch.float16, torch.bfloat16)}
+        types = {name: dtype if name in halved else torch.float32 for name in types}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in types and tensor.is_floating_point():
+            tensor.data = tensor.data.to(types[name])
+    model = model.to_empty(device=device)
+    load_strict(model, state, who)
+    return model.eval()
+
+
+def base_state(path: Path) -> dict[str, torch.Tensor]:
+    """Named tensors of a model by itself, from a safetensors file or a training checkpoint.
+
+    Raises: FileNotFoundError; ValueError for a damaged file, adapters, or weights that are not finite.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: expected a file, got none at {path}. Check the path.")
+    state, adapters = split_state(read_state(Path(path)), Path(path).name)
+    if adapters:
+        raise ValueError(f"{path}: expected the weights of a model, got adapters. Give them as tuned weights of their base.")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def empty_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
+    """`build_model` without memory for weights, on the meta device."""
+    with torch.device("meta"):
+        return build_model(content, who, architectures)
+
+
+def return_freed_memory() -> bool:
+    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False where there is no glibc.
+
+    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept between a network's blocks
+    then break into pieces too small to use: a pass over TRELLIS's flows grew by 15 times what it keeps. Smaller ones, such as tiles of
+    attention, are made by the thousand, and up to 64 MiB of free memory stay at hand for them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes

@@ -1,0 +1,205 @@
+"""Pairs of TRELLIS's latents from what people have: a ranked list of assets, or a folder of samples as the DSO project writes it.
+
+Ranked list: JSON lines, one per asset, paths relative to the list:
+    {"condition": "a red chair", "rank": 1, "structure": "ss_latents/0a.npz", "latent": "latents/0a.npz"}
+    {"condition": "a red chair", "rank": 2, "asset": "0b.ply"}
+    rank        1 is best; equal ranks are not paired
+    structure   mean [8, 16, 16, 16] in .npz (TRELLIS's data tools), or a tensor in .pt, .npy or .safetensors
+    latent      coords [v, 3] and feats [v, 8], not normalised, in .npz or .safetensors
+    asset       a .ply of Gaussians, for what is not given; encoding it for the second stage needs DINOv2 on this machine
+DSO's folder, anywhere below the root (first stage alone):
+    NNN_cond.pt  NNN_sparse_sample_MMM.pt  model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go; of several
+    columns, as of two simulations, the largest counts)
+
+`draw_to` makes assets to rank: per condition and seed a .ply, the latents of both stages, and a line for the ranked list. The latents are
+the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from eg3d_rlhf.models.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
+from eg3d_rlhf.tuning.flow.embeddings import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
+from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, read_ply, write_ply
+from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, PipelineFile
+from eg3d_rlhf.tuning.flow.families.trellis.pipeline import TrellisPipeline
+from eg3d_rlhf.tuning.flow.generate import stage_latents
+from eg3d_rlhf.tuning.flow.judged import Judged
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.tuning.flow.path import CONVENTION
+from eg3d_rlhf.tuning.flow.ranking import Candidate, draw_each, file_of, pair_up, rank_of
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from training.storage import write_atomic
+
+STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What was read."""
+
+    pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
+    conditions: Conditions | None = None  # embeddings, where they came along
+    report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
+
+
+def write_import(folder: Path, imported: Imported, file: PipelineFile) -> dict[str, str]:
+    """Write pairs, and embeddings where there are any, as problem.py reads them; returns the hash of each stage's pairs."""
+    hashes = {}
+    for stage, pairs in imported.pairs.items():
+        meta = {"convention": CONVENTION, "normalization": normalization(file, stage), "report": dict(imported.report)}
+        hashes[stage] = write_pairs(Path(folder) / stage, pairs, meta)
+    if imported.conditions is not None:
+        write_conditions(Path(folder) / CONDITIONS, imported.conditions)
+    return hashes
+
+
+def normalization(file: PipelineFile, stage: str) -> dict | None:
+    """How a stage's latents are normalised, in JSON types; None: not at all."""
+    return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
+
+
+def read_ranking(
+    path: Path, pipeline: TrellisPipeline, scheme: str = "all", limit: int | None = None, seed: int = 0,
+    on_asset: Callable[[], None] | None = None, judged: Judged | None = None,
+) -> Imported:
+    """Pairs of a ranked list, or of a list whose pairs are judged; see the module. `on_asset` is called after each.
+
+    Raises: FileNotFoundError or ValueError with the line that is at fault.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
+    candidates: list[Candidate] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                candidates.append(_candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, judged is None))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            if on_asset:
+                on_asset()
+    partial = {stage for stage in (STRUCTURE, LATENT) if 0 < sum(stage in c.latents for c in candidates) < len(candidates)}
+    if partial:
+        raise ValueError(f"{path.name}: expected latents of stage {partial.pop()!r} for all assets or none, got some. Complete it.")
+    pairs = pair_up(candidates, scheme, limit, seed, judged)
+    counts = {stage: len(found) for stage, found in pairs.items()}
+    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else scheme, "pairs": counts})
+
+
+def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, ranked: bool) -> Candidate:
+    condition = record.get("condition") if isinstance(record, dict) else None
+    if not isinstance(condition, str) or not condition or not {STRUCTURE, LATENT, "asset"} & set(record):
+        raise ValueError(f"expected a condition, a rank and structure, latent or asset, got {record!r:.120}. Write all of them.")
+    rank = rank_of(record, ranked)
+    latents: dict[str, Latent] = {}
+    if STRUCTURE in record:
+        latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
+    if LATENT in record:
+        coords, feats = (read_array(folder / record[LATENT], key) for key in ("coords", "feats"))
+        if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
+            coords = coords[:, 1:]  # of a batch of one
+        sample = SparseSample(coords.int().contiguous(), feats.float())
+        latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
+    if "asset" in record:
+        encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
+        latents.update({stage: to_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents})
+    for stage, latent in latents.items():
+        who = str(record.get(stage, record.get("asset")))
+        stage_of(pipeline, stage).check(who, latent)
+        if not torch.isfinite(feats_of(collate([latent]))).all():
+            raise ValueError(f"{who}: expected finite latents, got others. Encode the asset again, or leave it out.")
+    return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
+
+
+def read_structure(path: Path) -> torch.Tensor:
+    """A structure's latent [C, R, R, R] from a file."""
+    found = read_array(path, "mean").float()
+    return found[0] if found.ndim == 5 and len(found) == 1 else found
+
+
+def read_dso(root: Path, pipeline: TrellisPipeline, stands: float = STANDS, limit: int | None = None, seed: int = 0) -> Imported:
+    """Pairs of the first stage from DSO's samples: an asset that stands (tilt below `stands` degrees) is preferred to one that falls.
+
+    Where the table has several columns of angles, an asset stands only if it does in all. Samples without an angle, or with one that is not
+    finite (a failed simulation), are left out and counted.
+    Raises: FileNotFoundError or ValueError for files that are missing or do not fit.
+    """
+    tables = sorted(Path(root).rglob("model_info.npz"))
+    if not tables:
+        raise FileNotFoundError(f"DSO samples: expected model_info.npz at or below {root}, got none. Name the folder of the samples.")
+    candidates, tokens, left_out = [], {}, 0
+    for table in tables:
+        try:
+            with np.load(table) as file:
+                images, samples, angles = (file[name] for name in ("image_ids", "glb_ids", "angles"))
+                tilts = angles.max(1) if angles.ndim == 2 and len(angles) == images.size else angles.reshape(-1)
+                columns = [images.reshape(-1), samples.reshape(-1), tilts]
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{table}: expected plain arrays image_ids, glb_ids and angles, got: {error}. Write them so.") from None
+        if len({len(column) for column in columns}) != 1:
+            raise ValueError(f"{table}: expected three arrays of one length, got {[len(c) for c in columns]}. Write the table again.")
+        tilt = {(_plain(image), _plain(sample)): float(angle) for image, sample, angle in zip(*columns, strict=True)}
+        prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
+        for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
+            image, sample = re.fullmatch(r"(.+)_sparse_sample_(.+)\.pt", path.name).groups()
+            angle = tilt.get((_plain(image), _plain(sample)), math.nan)
+            if not math.isfinite(angle):
+                left_out += 1
+                continue
+            latent = read_structure(path)
+            stage_of(pipeline, STRUCTURE).check(str(path), latent)
+            name = prefix + image
+            candidates.append(Candidate(name=sample, condition=name, rank=float(angle >= stands), latents={STRUCTURE: latent}))
+            if name not in tokens:
+                tokens[name] = read_embedding(table.parent / f"{image}_cond.pt")
+    if not candidates:
+        raise ValueError(f"DSO samples: expected NNN_sparse_sample_MMM.pt beside model_info.npz, got none with an angle in {root}.")
+    pairs = pair_up(candidates, "all", limit, seed)
+    paired = {pair.condition for pair in pairs[STRUCTURE]}
+    conditions = Conditions(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
+    report = {"assets": len(candidates), "without_angle": left_out, "one_sided": len(tokens) - len(paired), "pairs": len(pairs[STRUCTURE])}
+    return Imported(pairs=pairs, conditions=conditions, report=report)
+
+
+def _plain(number: object) -> str:
+    """One spelling for 7, "007" and "7"."""
+    text = number.decode() if isinstance(number, bytes) else str(number)
+    return str(int(text)) if text.isdecimal() else text
+
+
+def draw(pipeline: TrellisPipeline, condition: str, seed: int) -> tuple[dict[str, Latent], SplatAsset]:
+    """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage, as the flows see them.
+
+    Raises: ValueError for a structure without a voxel.
+    """
+    structure = stage_latents(pipeline, pipeline.stages[0], [condition], [seed], [None])
+    latent = stage_latents(pipeline, pipeline.stages[1], [condition], [seed], pipeline.advance(STRUCTURE, structure))
+    return {STRUCTURE: structure[0], LATENT: separate(latent)[0]}, pipeline.decode(latent)[0]
+
+
+def draw_to(
+    folder: Path, pipeline: TrellisPipeline, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping,
+    on_asset: Callable[[], None] | None = None,
+) -> Path:
+    """Draw every condition with every seed; returns the list, whose ranks are left to fill in. See ranking.draw_each."""
+
+    def one(stem: str, condition: str, seed: int) -> dict[str, str]:
+        files = {stage: f"{stem}-{stage}.safetensors" for stage in (STRUCTURE, LATENT)}
+        if not (folder / f"{stem}.ply").exists():  # written last
+            latents, asset = draw(pipeline, condition, seed)
+            latent = latents[LATENT]
+            write_atomic(folder / files[STRUCTURE], save({"mean": latents[STRUCTURE].cpu().contiguous()}))
+            tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
+            write_atomic(folder / files[LATENT], save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+            write_ply(folder / f"{stem}.ply", asset)
+        return {**files, "look_at": f"{stem}.ply"}
+
+    return draw_each(folder, conditions, seeds, identity, one, on_asset)

@@ -1,0 +1,201 @@
+"""TRELLIS as a generator in two stages: structure, then latents on its voxels.
+
+Shape letters: N samples, C channels, R grid points per axis, L tokens of a condition, E their size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
+from eg3d_rlhf.models.trellis.structure_vae import grid_of, voxels_of
+from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.families.trellis import files
+from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
+from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder
+from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
+from eg3d_rlhf.tuning.flow.opened import OpenedFolder, normalised, unnormalised
+from eg3d_rlhf.tuning.flow.path import FlowPath
+from eg3d_rlhf.tuning.flow.stage import FlowStage, Voxels
+
+LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How finished assets become latents again."""
+
+    share: float = 0.25  # of the mean opacity of filled voxels, above which a voxel counts as filled
+    views: int = 150  # images per asset that features are averaged over
+    image_model: str = "dinov2_vitl14_reg"  # whose features the encoder of the second stage reads
+
+    def __post_init__(self):
+        if not 0 < self.share or self.views < 1:
+            raise ValueError(f"Encoding: expected share > 0 and views >= 1, got {self.share} and {self.views}. Set them.")
+
+
+class TrellisPipeline(OpenedFolder):
+    """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first needed.
+
+    Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees them.
+    """
+
+    def __init__(
+        self, file: files.PipelineFile, flows: Mapping[str, nn.Module], conditions: Conditions | None, parts: Callable[[str], nn.Module],
+        device: str | torch.device = "cpu", encoding: Encoding | None = None,
+    ):
+        """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders by TRELLIS's names of them."""
+        super().__init__(conditions, parts, device)
+        self.file, self.encoding = file, encoding or Encoding()
+        self._image_encoder: ImageEncoder | None = None
+        self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
+        channels, self.resolution = flows[files.LATENT].config.in_channels, flows[files.LATENT].config.resolution
+        if len(file.mean) != channels:
+            raise ValueError(f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}. Correct it.")
+
+    def _stage(self, name: str, model: nn.Module) -> FlowStage:
+        config = model.config
+        if self.tokens is not None and config.cond_channels != self.tokens.size:
+            raise ValueError(
+                f"conditions: expected embeddings of size {config.cond_channels} for stage {name!r}, got {self.tokens.size}"
+                f"{f' of {self.tokens.encoder}' if self.tokens.encoder else ''}. Embed them with {self.file.encoder}."
+            )
+        kind = SparseVoxels if name == files.LATENT else DenseGrid
+        return FlowStage(
+            name=name, model=model, latents=kind(channels=config.in_channels, resolution=config.resolution),
+            path=FlowPath(sigma_min=self.file.sigma_min[name]), sampling=self.file.sampling[name],
+        )
+
+    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
+        """[N, L, E]; the same for both stages."""
+        return self.embedded(names)
+
+    def no_condition(self, n: int, stage: str) -> torch.Tensor:
+        """[n, L, E]."""
+        return self.embedded(n)
+
+    @torch.no_grad()
+    def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
+        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its likeliest."""
+        if stage != files.STRUCTURE:
+            raise ValueError(f"advance: expected stage {files.STRUCTURE!r}, got {stage!r}. Nothing comes after the last stage.")
+        check_finite("advance", x_0)
+        decoder = self.part(files.STRUCTURE_DECODER)
+        found = []
+        for one in x_0:  # one by one: 64^3 x 128 floats each
+            logits = decoder(one[None].to(self.device, torch.float32))
+            found += voxels_of(logits.where(logits != logits.amax(), 1.0))
+        return found
+
+    @torch.no_grad()
+    def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
+        """Latents of the last stage -> assets."""
+        check_finite("decode", x_0)
+        decoder = self.part(files.GAUSSIAN_DECODER)
+        found = []
+        for sample in x_0.samples():
+            latent = SparseSample(sample.coords, self.unnormalised(sample.feats.float()))
+            (g,) = decoder(SparseBatch.join([latent]).to(self.device))
+            found.append(SplatAsset(
+                means=g.means, features_dc=g.features_dc[:, 0], scales=g.scales, rotations=g.rotations, opacities=g.opacities[:, 0]
+            ))
+        return found
+
+    def encode(self, assets: Sequence[SplatAsset]) -> list["AssetLatents"]:
+        """Per asset the latents of both stages, each computed when it is asked for."""
+        return [AssetLatents(self, asset) for asset in assets]
+
+    @torch.no_grad()
+    def encode_stage(self, asset: SplatAsset, stage: str) -> Latent:
+        """An asset's latent of one stage: the mean of the encoder's distribution, the second stage's normalised.
+
+        Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
+        """
+        voxels, size = self.voxels(asset), self.resolution
+        if stage == files.STRUCTURE:
+            return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
+        encoder = self.part(files.LATENT_ENCODER)
+        if self._image_encoder is None:
+            self._image_encoder = ImageEncoder(self.encoding.image_model, self.device)
+        features = voxel_features(asset.to(self.device), voxels.to(self.device), self._image_encoder, size, self.encoding.views)
+        latent, _ = encoder(SparseBatch.join([SparseSample(voxels.to(self.device), features)]))
+        return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
+
+    def voxels(self, asset: SplatAsset) -> torch.Tensor:
+        """Those that an asset fills, [v, 3]."""
+        return voxels_filled(asset, self.resolution, self.encoding.share)
+
+    def normalised(self, feats: torch.Tensor) -> torch.Tensor:
+        """Latents [v, C] as encoders write them -> as the flow sees them."""
+        return normalised(feats, self.file.mean, self.file.std)
+
+    def unnormalised(self, feats: torch.Tensor) -> torch.Tensor:
+        """Inverse of `normalised`."""
+        return unnormalised(feats, self.file.mean, self.file.std)
+
+
+class AssetLatents(Mapping[str, Latent]):
+    """The latents of an asset by stage, computed once, when asked for: the second stage's needs DINOv2."""
+
+    def __init__(self, pipeline: TrellisPipeline, asset: SplatAsset):
+        self._pipeline, self._asset, self._found = pipeline, asset, {}
+
+    def __getitem__(self, stage: str) -> Latent:
+        if stage not in (files.STRUCTURE, files.LATENT):
+            raise KeyError(stage)
+        if stage not in self._found:
+            self._found[stage] = self._pipeline.encode_stage(self._asset, stage)
+        return self._found[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((files.STRUCTURE, files.LATENT))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def load_pipeline(
+    root: Path, conditions: Conditions | None, *, also: Sequence[Path] = (), weights: Mapping[str, Path] | None = None,
+    dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu", encoding: Encoding | None = None, whole: bool = True,
+    sampled: bool = True,
+) -> TrellisPipeline:
+    """A pipeline from TRELLIS's files.
+
+    Args:
+        also: further folders to look for models in; weights: other weights of flows, by stage, such as training checkpoints.
+        dtype: of the flows' weights; None keeps the file's. Decoders and encoders are float32.
+        sampled: False leaves the flows without weights: to encode and decode alone.
+        whole: refuse at once if a decoder or the structure's encoder is missing, rather than when it is needed.
+    Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
+    """
+    file = files.read_pipeline(root)
+    unknown = sorted(set(weights or {}) - set(files.FLOWS))
+    if unknown:
+        got = ", ".join(unknown)
+        raise ValueError(f"weights: expected stages among {', '.join(files.FLOWS)}, got {got}. Name a stage of this pipeline.")
+    stems = {stage: files.find_model(file, model, also) for stage, model in files.FLOWS.items()}
+    for name in files.NEEDED if whole else ():
+        files.find_model(file, name, also)
+    flows = {
+        stage: files.load_model(stem, weights=(weights or {}).get(stage), dtype=dtype, device=device) if sampled
+        else files.empty_model(files.read_json(path := files.with_ending(stem, ".json")), str(path))
+        for stage, stem in stems.items()
+    }
+    if torch.device(device).type == "cpu" and max(sum(p.numel() for p in flow.parameters()) for flow in flows.values()) > LARGE:
+        files.return_freed_memory()
+
+    return TrellisPipeline(
+        file, flows, conditions, lambda name: files.load_model(files.find_model(file, name, also), dtype=torch.float32, device=device),
+        device, encoding,
+    )
+
+
+def check_finite(who: str, x_0: Batch) -> None:
+    """Raise ValueError, in the name of `who`, for latents that are not finite."""
+    values = feats_of(x_0)
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier checkpoint.")

@@ -1,0 +1,165 @@
+"""TRELLIS.2's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing is downloaded or run.
+
+The structure's autoencoder is TRELLIS's own, and is named by reference into a folder of it.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureVAEConfig
+from eg3d_rlhf.models.trellis2.flows import Flow, FlowConfig, StructureFlow, VoxelFlow
+from eg3d_rlhf.models.trellis2.voxel_decoder import VoxelDecoder, VoxelDecoderConfig
+from eg3d_rlhf.tuning.flow.families.trellis import files
+from eg3d_rlhf.tuning.flow.stage import Sampling
+
+NAME = "Trellis2ImageTo3DPipeline"
+STRUCTURE, LOW, HIGH, TEXTURE = STAGES = ("structure", "shape_512", "shape_1024", "texture")
+CHAINS = {  # pipeline_type -> its stages, and their models in pipeline.json
+    "512": {STRUCTURE: "sparse_structure_flow_model", LOW: "shape_slat_flow_model_512", TEXTURE: "tex_slat_flow_model_512"},
+    "1024": {STRUCTURE: "sparse_structure_flow_model", HIGH: "shape_slat_flow_model_1024", TEXTURE: "tex_slat_flow_model_1024"},
+    "1024_cascade": {
+        STRUCTURE: "sparse_structure_flow_model", LOW: "shape_slat_flow_model_512", HIGH: "shape_slat_flow_model_1024",
+        TEXTURE: "tex_slat_flow_model_1024",
+    },
+}
+STRUCTURE_DECODER, SHAPE_DECODER, TEXTURE_DECODER = DECODERS = ("sparse_structure_decoder", "shape_slat_decoder", "tex_slat_decoder")
+SAMPLERS = {STRUCTURE: "sparse_structure_sampler", LOW: "shape_slat_sampler", HIGH: "shape_slat_sampler", TEXTURE: "tex_slat_sampler"}
+NORMALIZATIONS = {LOW: "shape_slat_normalization", HIGH: "shape_slat_normalization", TEXTURE: "tex_slat_normalization"}
+ENCODER = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # where pipeline.json names none
+ARCHITECTURES: files.Architectures = {  # published names of classes; "Elastic" in front changes nothing
+    "SparseStructureFlowModel": (StructureFlow, FlowConfig), "SLatFlowModel": (VoxelFlow, FlowConfig),
+    "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig), "FlexiDualGridVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
+    "SparseUnetVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
+}
+_NESTED = re.compile(r"\.(conv[12]?)\.conv\.(weight|bias)$")  # as spconv names a convolution's tensors; others leave the second conv out
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFile:
+    """What pipeline.json says."""
+
+    root: Path
+    kind: str  # of CHAINS
+    models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>"
+    sampling: Mapping[str, Sampling]  # by stage
+    sigma_min: Mapping[str, float]  # by stage
+    normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]  # mean and std per channel, by stage but the first
+    encoder: str  # of the conditions
+    content: Mapping  # all of it
+
+    @property
+    def flows(self) -> dict[str, str]:
+        """Models of the flows by stage, in order."""
+        return CHAINS[self.kind]
+
+
+def read_pipeline(root: Path) -> PipelineFile:
+    """Read <root>/pipeline.json.
+
+    Raises: FileNotFoundError; ValueError for a file that is not TRELLIS.2's, lacks a model, or whose samplers follow another convention.
+    """
+    root, path = Path(root), Path(root) / "pipeline.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"pipeline: expected TRELLIS.2's pipeline.json, got none in {root}. Name the folder of a TRELLIS.2 model.")
+    content = files.read_json(path)
+    name, args = content.get("name"), content.get("args")
+    if name != NAME or not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+        raise ValueError(f"{path}: expected the name {NAME} and args.models, got {name!r}. Name the folder of a TRELLIS.2 model.")
+    kind = args.get("default_pipeline_type", "1024_cascade")
+    if kind not in CHAINS:
+        raise ValueError(f"{path}: expected default_pipeline_type {', '.join(CHAINS)}, got {kind!r}. Write one of them.")
+    chain, models = CHAINS[kind], args["models"]
+    missing = [model for model in (*chain.values(), *DECODERS) if model not in models]
+    if missing:
+        raise ValueError(f"{path}: expected all models of {kind!r}, got none for {', '.join(missing[:8])}. Restore it.")
+    samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
+    image = args.get("image_cond_model") or {}
+    return PipelineFile(
+        root=root, kind=kind, models=dict(models), content=content,
+        encoder=str((image.get("args") or {}).get("model_name") or ENCODER) if isinstance(image, Mapping) else str(image),
+        sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
+        sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
+        normalization={stage: _normalization(path, args, key) for stage, key in NORMALIZATIONS.items() if stage in chain},
+    )
+
+
+def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
+    """Settings and sigma_min; guidance_strength g is our 1 + w."""
+    content = args.get(key) or {}
+    name, params = str(content.get("name", "FlowEulerGuidanceIntervalSampler")), content.get("params") or {}
+    if not name.startswith("FlowEuler"):
+        raise ValueError(f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other conventions are not read.")
+    foreign = sorted(str(k) for k in params if str(k).startswith("cfg_"))
+    if foreign:
+        raise ValueError(
+            f"{path}, {key}: expected guidance_strength, of which 1 is none, got {', '.join(foreign)}, of which 0 is none in TRELLIS. "
+            "Write which it is."
+        )
+    try:
+        strength = float(params.get("guidance_strength", 1.0))
+        low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
+        if strength < 1:
+            raise ValueError(f"expected guidance_strength >= 1, got {strength}. Less is no guidance towards the condition.")
+        sampling = Sampling(
+            steps=int(params.get("steps", 12)), rescale_t=float(params.get("rescale_t", 1.0)), cfg_strength=strength - 1,
+            cfg_interval=(low, high), cfg_rescale=float(params.get("guidance_rescale", 0.0)),
+        )
+        return sampling, float((content.get("args") or {}).get("sigma_min", 1e-5))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}, {key}: {error}") from None
+
+
+def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    content = args.get(key) or {}
+    try:
+        mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        mean, std = (), ()
+    if not mean or len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+        raise ValueError(f"{path}: expected {key} with a finite mean and a std > 0 per channel, got {str(content)[:80]}. Restore it.")
+    return mean, std
+
+
+def load_model(
+    stem: Path, *, weights: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A model from <stem>.json and its weights, as trellis.files.load_model.
+
+    Raises: ValueError also for a file with the angles of other rotary positions (`rope_phases`) than its JSON file speaks of.
+    """
+    json_file, weights = files.with_ending(stem, ".json"), weights or files.find_weights(stem)
+    if not json_file.is_file() or weights is None:
+        raise FileNotFoundError(f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore the files.")
+    state, content = files.base_state(weights), files.read_json(json_file)
+    model = files.empty_model(content, str(json_file), ARCHITECTURES)
+    args = {**content["args"], **({"dtype": "float16"} if isinstance(model, Flow) else {"use_fp16": True})}
+    half = files.empty_model({**content, "args": args}, str(json_file), ARCHITECTURES)
+    if isinstance(model, VoxelDecoder):
+        state = {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
+    if isinstance(model, StructureFlow) and "rope_phases" in state:
+        _check_phases(model, state.pop("rope_phases"), str(weights))
+    return files.filled(model, state, str(weights), half, dtype, device)
+
+
+def _check_phases(model: StructureFlow, stored: torch.Tensor, who: str) -> None:
+    """Angles are computed; where a file has them, as complex numbers of length 1, they must be the same."""
+    angles = model.config.angles(model.places())
+    own = torch.polar(torch.ones_like(angles), angles)
+    if not stored.is_complex() or stored.shape != own.shape or not torch.allclose(stored.to(own), own, atol=1e-2):
+        got = f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"{who}: expected rope_phases of its rope_freq, complex {list(own.shape)}, got {got} of others. Correct its JSON.")
+
+
+def model_files(file: PipelineFile, also: Sequence[Path] = ()) -> dict[str, Path]:
+    """All files that the pipeline is read from, by name. Raises: FileNotFoundError."""
+    found = {"pipeline.json": file.root / "pipeline.json"}
+    for name in (*file.flows.values(), *DECODERS):
+        stem = files.find_model(file, name, also)
+        found |= {f"{name}.json": files.with_ending(stem, ".json"), name: files.find_weights(stem) or stem}
+    return found

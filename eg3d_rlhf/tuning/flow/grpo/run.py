@@ -1,0 +1,184 @@
+"""A run of GRPO from its settings to its folder: arms trained with one seed or several, judged on the same noises of held-out conditions.
+
+    <arm>-<seed>/          a training, see flow/tuning/train.py; its policy/, and scores.json once it is judged
+    <stage>/               the weights of GRPO's first seed
+    grpo.json, grpo.md     the table
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
+from eg3d_rlhf.experiments.task_pool import run_tasks
+from eg3d_rlhf.models.policies import link, tuned_model
+from eg3d_rlhf.tuning.flow.circular.settings import from_dict
+from eg3d_rlhf.tuning.flow.generate import Models, generate
+from eg3d_rlhf.tuning.flow.grpo import report
+from eg3d_rlhf.tuning.flow.grpo.arms import Bench, drift
+from eg3d_rlhf.tuning.flow.grpo.groups import Task
+from eg3d_rlhf.tuning.flow.grpo.rewards import reward_of
+from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, placed
+from eg3d_rlhf.tuning.flow.problem import Problem, open_problem
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.train import StoppedError
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
+from training.storage import write_atomic
+
+MODE = "grpo"
+SCORES = "scores.json"
+BASE = "base"
+
+
+def read_run(folder: Path) -> tuple[GrpoRun, dict]:
+    """Settings of a run folder, as objects and as they were recorded. Raises: FileNotFoundError, ValueError for another folder."""
+    record = recorded_by(folder, MODE)
+    return from_dict(GrpoRun, record["run"], str(folder / OPTIONS)), record["run"]
+
+
+def start(settings: GrpoRun, outdir: Path, desc: str | None, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
+    """A new run in `outdir`; returns its folder. Its problem is opened first, so that a mistake leaves no folder behind."""
+    problem = open_problem(settings.source, device)
+    bench = bench_of(settings, problem, settings.training_seeds[0])
+    bench.grpo.sampling(bench.task.stage)
+    name = f"{MODE}-{Path(settings.source.pipeline).name}-{bench.task.stage.name}" + (f"-{desc}" if desc else "")
+    folder = claim(next_free(outdir, name), ranks)
+    with Run(folder, {"mode": MODE, "run": asdict(settings), "problem": dict(problem.identity)}, ranks=ranks) as run:
+        run.begin()
+        return work(settings, problem, run, device, workers)
+
+
+def resume(folder: Path, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
+    """Go on with a run where it was; one that is finished is only written anew.
+
+    Raises: ValueError for a folder of another kind, or where what it started from has changed.
+    """
+    settings, written = read_run(folder)
+    problem = open_problem(settings.source, device)
+    with Run(folder, {"mode": MODE, "run": written, "problem": dict(problem.identity)}, ranks=ranks) as run:
+        run.resume()
+        return work(settings, problem, run, device, workers)
+
+
+def bench_of(settings: GrpoRun, problem: Problem, seed: int) -> Bench:
+    """What the arms of a training seed share."""
+    stage = stage_of(problem.pipeline, settings.stage or problem.pipeline.stages[-1].name)
+    reward = reward_of(settings.reward, problem)
+    task = Task(pipeline=problem.pipeline, stage=stage, reward=reward, conditions=problem.train_conditions)
+    return Bench(
+        problem=replace(problem, reward=reward), task=task, grpo=placed(settings.grpo, stage, seed), dpo=placed(settings.dpo, stage, seed),
+        choosing=settings.choosing, known={**problem.identity, "reward": settings.reward},
+    )
+
+
+def work(settings: GrpoRun, problem: Problem, run: Run, device: str, workers: int) -> Path:
+    """Do what is left to do of a run, and write its results."""
+    started, folder, ranks = time.time(), run.folder, run.ranks
+    settings = replace(settings, summary=settings.summary and bool(problem.held_out_conditions))
+    tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
+    if ranks.main:
+        print(f"Run folder {folder}.", flush=True)
+    if len(tasks) == 1:
+        results = {tasks[0]: Worker(settings, folder, problem, ranks)(tasks[0])}
+        if ranks.main and settings.summary:
+            results[BASE] = Worker(settings, folder, problem)(BASE)
+    else:
+        needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
+        print(f"{len(needs)} tasks on {workers} processes; what several print is in {folder / 'logs'}.", flush=True)
+        with tqdm(total=len(needs), desc="arms", unit="task", dynamic_ncols=True) as bar:
+            arguments = (settings, folder, device, workers == 1)
+            expected = (ValueError, OSError, StoppedError)
+            results = run_tasks(needs, worker_of, arguments, workers, folder / "logs", lambda name, result: bar.update(), expected)
+    if not ranks.main:
+        return folder
+    stage = bench_of(settings, problem, settings.training_seeds[0]).task.stage.name
+    if "grpo" in settings.arms:
+        source = folder / f"grpo-{settings.training_seeds[0]}" / "policy"
+        for file in sorted(source.iterdir()):
+            link(file, folder / stage / file.name)
+        print(f"Weights in {folder / stage}.")
+    if settings.summary:
+        facts = {"stage": stage, "problem": dict(problem.identity), "run": asdict(settings), "versions": versions()}
+        data = report.table(results, settings.arms, settings.training_seeds, facts)
+        for path in report.write(data, folder):
+            print(f"Written: {path}")
+        print(report.markdown(data))
+    print(f"Done in {tqdm.format_interval(time.time() - started)}: {folder}", flush=True)
+    return folder
+
+
+@dataclass
+class Worker:
+    """Does tasks, "<arm>-<seed>" or "base", and returns their results as JSON; what is done already is read."""
+
+    settings: GrpoRun
+    folder: Path
+    problem: Problem
+    ranks: Ranks = SINGLE
+    say: Callable[[str], None] = tqdm.write
+
+    def __call__(self, task: str) -> dict:
+        """Train and judge."""
+        path = self.folder / task / SCORES
+        done = self.ranks.broadcast(json.loads(path.read_text()) if self.ranks.main and path.exists() else None)
+        if done is not None:
+            return done
+        arm, _, seed = task.rpartition("-")
+        bench = bench_of(self.settings, self.problem, int(seed) if arm else self.settings.training_seeds[0])
+        result = self._trained(arm, bench, path.parent) if arm else {"models": {}}
+        models = result.pop("models")
+        if self.ranks.main and self.settings.summary:
+            result["scores"] = measured(bench.problem, models, self.settings)
+        if self.ranks.main:
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, (json.dumps(result) + "\n").encode())
+        return result
+
+    def _trained(self, arm: str, bench: Bench, folder: Path) -> dict:
+        stage = bench.task.stage
+        done = bench.train(arm, folder, self.ranks, self.say)
+        model = tuned_model(stage.model, done.weights)
+        planned = bench.grpo.steps * bench.grpo.batch * bench.grpo.group
+        drawn = planned if arm == "dpo" else sum(line.get("samples", 0) for line in done.stats)
+        held = list(bench.problem.held_out_conditions)
+        far = drift(bench.task, model, bench.grpo, held, self.settings.judging.seed) if held and self.ranks.main else None
+        return {
+            "models": {stage.name: model}, "kept_step": done.kept_step, "warnings": done.warnings, "samples": drawn, "kl": far,
+            "win_rates": [[line["step"], line["win_rate"]] for line in done.stats if "win_rate" in line],
+        }
+
+
+def worker_of(settings: GrpoRun, folder: Path, device: str, alone: bool) -> Worker:
+    """What a process does tasks with; on one thread where it is not alone."""
+    if not alone:
+        torch.set_num_threads(1)
+    return Worker(settings, folder, open_problem(settings.source, device))
+
+
+def measured(problem: Problem, models: Models, settings: GrpoRun) -> dict[str, list]:
+    """Scores [C][S] of assets of held-out conditions by every judge that there is: reward, chooser, final.
+
+    The noises are the same whatever is judged, so that generators are compared asset by asset.
+    """
+    known = {"reward": problem.reward, "chooser": problem.chooser, "final": problem.final}
+    judges = {name: one for name, one in known.items() if one is not None}
+    judging, found = settings.judging, {name: list[list[float]]() for name in judges}
+    names, S = list(problem.held_out_conditions), judging.per_condition
+    block = max(1, judging.batch // S)
+    for i in tqdm(range(0, len(names), block), desc="judging", unit="batch", leave=False, disable=None):
+        conditions = [name for name in names[i : i + block] for _ in range(S)]
+        seeds = [derive_seed("table", judging.seed, name, k) % 2**31 for name in names[i : i + block] for k in range(S)]
+        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch)
+        for name, judge in judges.items():
+            values = judge(assets, conditions)
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"{name}: expected finite scores, got {values.tolist()}. Correct that judge.")
+            found[name] += values.detach().double().cpu().view(-1, S).tolist()
+    return found

@@ -1,0 +1,204 @@
+"""Assets that people rank, from drawing them to pairs of every stage's latents.
+
+A folder of drawn assets has, per condition and seed, a file to look at and one of the latents that it came from, as the flows see them; and
+ranking.jsonl, a line per asset, whose rank is left to fill in (1 is best; equal ranks are not paired), unless pairs are judged (judged.py).
+The latents are the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+from random import Random
+
+import torch
+
+from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, separate, to_cpu
+from eg3d_rlhf.tuning.flow.generate import stage_latents
+from eg3d_rlhf.tuning.flow.judged import Judged
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.stage import Asset, Pipeline, Voxels, stage_of
+from training.storage import read_tensors, write_atomic, write_tensors
+
+SCHEMES = ("all", "adjacent", "extremes")
+RANKING, IDENTITY = "ranking.jsonl", "drawn_from.json"
+KIND = "latents"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One asset of a condition."""
+
+    name: str  # unique within its condition
+    condition: str
+    rank: float  # smaller is better; nan where pairs are judged
+    latents: Mapping[str, Latent]  # by stage
+    file: Path | None = None  # what people look at
+
+
+def pair_up(
+    candidates: Sequence[Candidate], scheme: str = "all", limit: int | None = None, seed: int = 0, judged: Judged | None = None
+) -> dict[str, list[PreferencePair]]:
+    """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
+
+    Args:
+        scheme: "all" pairs; "adjacent": of neighbouring ranks; "extremes": of the best rank with the worst.
+        limit: at most so many pairs per condition, drawn with the seed.
+        judged: in place of ranks and scheme; pairs without a majority are left out.
+    Raises: ValueError for another scheme, or where no pair is left.
+    """
+    if scheme not in SCHEMES or (limit is not None and limit < 1):
+        raise ValueError(f"pairs: expected scheme among {', '.join(SCHEMES)} and limit >= 1, got {scheme!r} and {limit}. Correct them.")
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.condition, []).append(candidate)
+    named = dict.fromkeys(stage for c in candidates for stage in c.latents)
+    stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
+    found: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
+    for condition, group in groups.items():
+        chosen = _ranked(group, scheme) if judged is None else _voted(group, judged)
+        if limit is not None and len(chosen) > limit:
+            chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
+        for better, worse, why in chosen:
+            for stage in stages:
+                found[stage].append(PreferencePair(
+                    id=f"{condition}/{better.name}>{worse.name}", condition=condition, stage=stage, preferred=better.latents[stage],
+                    rejected=worse.latents[stage], provenance=why,
+                ))
+    if not any(found.values()):
+        what, which = ("of unequal rank", "ranks") if judged is None else ("with a majority of votes", "judgements")
+        raise ValueError(f"pairs: expected assets {what} under one condition, got none among {len(candidates)}. Check the {which}.")
+    return found
+
+
+Chosen = list[tuple[Candidate, Candidate, dict]]  # the better one, the worse one, provenance
+
+
+def _ranked(group: Sequence[Candidate], scheme: str) -> Chosen:
+    ranks = sorted({c.rank for c in group})
+    wanted = {"all": combinations(ranks, 2), "adjacent": pairwise(ranks), "extremes": [(ranks[0], ranks[-1])]}[scheme]
+    return [
+        (a, b, {"ranks": [high, low]}) for high, low in wanted if high < low
+        for a in group if a.rank == high for b in group if b.rank == low
+    ]  # fmt: skip
+
+
+def _voted(group: Sequence[Candidate], judged: Judged) -> Chosen:
+    found: Chosen = []
+    for a, b in combinations([c for c in group if c.file is not None], 2):
+        assert a.file is not None and b.file is not None
+        first, second = judged.votes(a.file, b.file)
+        if first != second:
+            found.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
+    return found
+
+
+def draw_each(
+    folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, one: Callable[[str, str, int], Mapping[str, str]],
+    on_asset: Callable[[], None] | None = None,
+) -> Path:
+    """Draw every condition with every seed; returns the list, whose ranks are left to fill in.
+
+    Assets that an interrupted call left are kept.
+    Args: identity: JSON, hashes of all files that they come from.
+        one: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are.
+    Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost.
+    """
+    path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
+    other = path.is_file() and path.read_text() != text
+    if other or (folder / RANKING).exists():
+        got = "assets of other networks or conditions" if other else f"{RANKING}, maybe with ranks"
+        raise ValueError(f"draw: expected a new folder or an interrupted one, got {folder} with {got}. Name another.")
+    write_atomic(path, text.encode())
+    lines = []
+    for c, condition in enumerate(conditions):
+        for seed in seeds:
+            files = dict(one(f"{c:05d}-{seed}", condition, seed))
+            look_at = files.pop("look_at")
+            lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": look_at}))
+            if on_asset:
+                on_asset()
+    write_atomic(folder / RANKING, "".join(line + "\n" for line in lines).encode())
+    return folder / RANKING
+
+
+def draw(pipeline: Pipeline, condition: str, seed: int) -> tuple[dict[str, Latent], Asset]:
+    """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage.
+
+    Raises: ValueError for a structure without a voxel.
+    """
+    given: Sequence[Voxels] = [None]
+    found: dict[str, Latent] = {}
+    for number, stage in enumerate(pipeline.stages, 1):
+        x_0 = stage_latents(pipeline, stage, [condition], [seed], given)
+        found[stage.name] = separate(x_0)[0]
+        if number < len(pipeline.stages):
+            given = pipeline.advance(stage.name, x_0)
+    return found, pipeline.decode(x_0)[0]
+
+
+def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
+    """The latents of an asset, by stage, in one file."""
+    stages = list(latents)
+    tensors = {f"{i}.{part}": x for i, stage in enumerate(stages) for part, x in parts_of(to_cpu(latents[stage])).items()}
+    write_tensors(path, KIND, tensors, {"stages": stages})
+
+
+def read_latents(path: Path) -> dict[str, Latent]:
+    """Inverse of write_latents. Raises: FileNotFoundError, ValueError for a damaged or foreign file."""
+    tensors, meta = read_tensors(path, KIND)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, _, part = name.partition(".")
+        parts.setdefault(number, {})[part] = tensor
+    return {stage: latent_of(parts[str(i)]) for i, stage in enumerate(meta["stages"])}
+
+
+def rank_of(record: Mapping, ranked: bool) -> float:
+    """The rank in a line of a list; nan where it is not asked for. Raises: ValueError for none."""
+    rank = record.get("rank")
+    if not ranked:
+        return math.nan
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
+        raise ValueError(f"expected a rank, got {rank!r}. Write 1 for the best asset of a condition, or give --judged.")
+    return float(rank)
+
+
+def file_of(record: Mapping, folder: Path) -> Path | None:
+    """What people look at, of a line of a list."""
+    name = record.get("look_at", record.get("asset"))
+    return folder / name if isinstance(name, str) else None
+
+
+def read_candidates(
+    path: Path, pipeline: Pipeline, on_asset: Callable[[], None] | None = None, ranked: bool = True
+) -> list[Candidate]:
+    """The assets of a list, whose latents are files of `write_latents`; `ranked`: all lines must have a rank.
+
+    Raises: FileNotFoundError or ValueError with the line that is at fault.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
+    found: list[Candidate] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            condition, file = (record[key] for key in ("condition", "latents"))
+            if not (isinstance(condition, str) and condition):
+                raise ValueError(f"expected a condition, got {record!r:.120}. Write it.")
+            rank = rank_of(record, ranked)
+            latents = read_latents(path.parent / file)
+            for stage, latent in latents.items():
+                stage_of(pipeline, stage).check(file, latent)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path.name}, line {number}: expected a condition, a rank and latents, got {error} wrong.") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path.name}, line {number}: {error}") from error
+        found.append(Candidate(name=f"{number:06d}", condition=condition, rank=rank, latents=latents, file=file_of(record, path.parent)))
+        if on_asset:
+            on_asset()
+    return found

@@ -1,0 +1,327 @@
+"""The bundled toy: its two velocity networks, small transformers over patches of the grid and over voxels; how they are trained on drafts
+and stored; and the problem of Circular-DPO that they make.
+
+Shape letters: L tokens of the longest sample, V voxels of all samples, C width, H heads, D entries per head; others as in the package.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.core.cli import ASSETS, file_hash
+from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
+from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.tuning.flow.circular.settings import Choosing, CircularSettings, supervised
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs
+from eg3d_rlhf.tuning.flow.toy.pipeline import (
+    CHOOSING,
+    COLOURS,
+    CONDITIONS,
+    DEFECTS,
+    HELD_OUT,
+    SHAPES,
+    STRUCTURE,
+    TRAINED,
+    VOXELS,
+    R,
+    ToyPipeline,
+    draw_drafts,
+)
+from eg3d_rlhf.tuning.flow.update import TrainConfig
+from training.storage import read_tensors, write_tensors
+
+PATCH = 2  # places per axis of one token of the structure
+FREQUENCIES = 32  # of the embedding of the time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """Size of a network."""
+
+    width: int = 64
+    blocks: int = 2
+    heads: int = 2
+    condition: int = len(SHAPES) + len(COLOURS)  # E, entries of a condition's token
+
+    def __post_init__(self):
+        if min(self.width, self.blocks, self.heads, self.condition) < 1 or self.width % self.heads:
+            raise ValueError(f"Width: expected positive numbers and a width that the heads divide, got {self}. Correct it.")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows [V, ...] of several samples stand as [N, L, ...]: each sample's in order, zeros behind the shorter ones."""
+
+    shape: tuple[int, int]  # N, L
+    places: torch.Tensor  # [V] int64, rows of N * L
+    keep: torch.Tensor  # [N, 1, 1, L] bool, where there is a row
+
+    @classmethod
+    def of(cls, batch: SparseBatch) -> "Packing":
+        """Of a batch's voxels; kept in its cache."""
+        if "packing" not in batch.cache:
+            lengths, n = batch.lengths, batch.size
+            longest = int(lengths.max())
+            order = torch.arange(len(batch.sample), device=lengths.device) - (lengths.cumsum(0) - lengths)[batch.sample]
+            keep = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [N, L]
+            batch.cache["packing"] = cls((n, longest), batch.sample * longest + order, keep[:, None, None])
+        return batch.cache["packing"]
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """[V, ...] -> [N, L, ...]."""
+        padded = rows.new_zeros(math.prod(self.shape), *rows.shape[1:])
+        return padded.index_copy(0, self.places, rows).unflatten(0, self.shape)
+
+    def flat(self, padded: torch.Tensor) -> torch.Tensor:
+        """Inverse of pad."""
+        return padded.flatten(0, 1).index_select(0, self.places)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, both modulated by the sample's time and condition, with cross-attention between them."""
+
+    def __init__(self, size: Width):
+        super().__init__()
+        C = size.width
+        self.self_attn = SelfAttention(C, size.heads)
+        self.cross_attn = CrossAttention(C, size.condition, size.heads)
+        self.norm = nn.LayerNorm(C)
+        self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(approximate="tanh"), nn.Linear(2 * C, C))
+        self.modulation = nn.Parameter(torch.randn(6 * C) * 0.02)  # added to what all blocks share
+
+    def forward(self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        """[N, L, C], [N, 6 C], [N, T, E] -> [N, L, C]."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(6, dim=2)  # each [N, 1, C]
+        x = x + gate_1 * self.self_attn(torch.addcmul(shift_1, _norm(x), 1 + scale_1), DenseLayout(keep))
+        x = x + self.cross_attn(self.norm(x), cond, DenseLayout(keep))
+        return x + gate_2 * self.mlp(torch.addcmul(shift_2, _norm(x), 1 + scale_2))
+
+
+class Trunk(nn.Module):
+    """What both networks share: tokens in, tokens out."""
+
+    def __init__(self, size: Width, channels: int, positions: int):
+        super().__init__()
+        C = size.width
+        self.input_layer = nn.Linear(channels, C)
+        self.position = nn.Parameter(torch.randn(positions, C) * 0.2)
+        self.t_embedder = nn.Sequential(nn.Linear(2 * FREQUENCIES, C), nn.SiLU(), nn.Linear(C, C))
+        self.c_embedder = nn.Linear(size.condition, C)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
+
+    def forward(
+        self, tokens: torch.Tensor, position: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[N, L, channels], embeddings that broadcast to [N, L, C], times [N], conditions [N, T, E] -> [N, L, C]."""
+        angles = t[:, None] * 100 ** torch.linspace(0, 1, FREQUENCIES, device=t.device)  # wavelengths from 2 pi to 2 pi / 100
+        time = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
+        shared = self.modulation(time + self.c_embedder(cond.sum(1)))
+        x = self.input_layer(tokens) + position
+        for block in self.blocks:
+            x = block(x, shared, cond, keep)
+        return _norm(x)
+
+
+class StructureFlow(nn.Module):
+    """Velocity over the occupancy grid, [N, 1, R, R, R]."""
+
+    def __init__(self, size: Width | None = None):
+        super().__init__()
+        size = size or Width()
+        self.trunk = Trunk(size, PATCH**3, (R // PATCH) ** 3)
+        self.out_layer = _zeros(nn.Linear(size.width, PATCH**3))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """See flow/stage.py: the velocity at x_t, times t [N] and conditions [N, T, E]."""
+        n, side = len(x_t), R // PATCH
+        cells = x_t.view(n, side, PATCH, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)  # [N, 4, 4, 4, 2, 2, 2]
+        out = self.out_layer(self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond))  # [N, 64, 8]
+        cells = out.view(n, side, side, side, PATCH, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
+        return cells.reshape(x_t.shape)
+
+
+class VoxelFlow(nn.Module):
+    """Velocity over colour and size of voxels, [V, 4]; a voxel also sees which of the 26 places around it are filled."""
+
+    def __init__(self, size: Width | None = None):
+        super().__init__()
+        size = size or Width()
+        self.trunk = Trunk(size, 4 + 27, R**3)
+        self.out_layer = _zeros(nn.Linear(size.width, 4))
+
+    def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
+        """See flow/stage.py: the velocity at x_t, times t [N] and conditions [N, T, E]."""
+        around = surroundings(x_t)
+        x, y, z = x_t.coords[:, 1:].long().unbind(1)
+        tokens = torch.cat([x_t.feats, around.to(x_t.feats.dtype)], dim=1)
+        packing, position = Packing.of(x_t), self.trunk.position.index_select(0, (x * R + y) * R + z)
+        out = self.out_layer(self.trunk(packing.pad(tokens), packing.pad(position), t, cond, packing.keep))
+        return x_t.with_feats(packing.flat(out))
+
+
+def surroundings(batch: SparseBatch) -> torch.Tensor:
+    """Which of the 27 places around a voxel are filled, [V, 27] float; kept in the batch's cache."""
+    if "surroundings" not in batch.cache:
+        sample, x, y, z = batch.coords.long().unbind(1)
+        filled = torch.zeros(batch.size, R + 2, R + 2, R + 2, device=batch.coords.device)
+        filled[sample, x + 1, y + 1, z + 1] = 1
+        steps = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
+        batch.cache["surroundings"] = torch.stack([filled[sample, x + i, y + j, z + k] for i, j, k in steps], dim=1)
+    return batch.cache["surroundings"]
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def _zeros(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+FOLDER = ASSETS / "toy-flow"
+NETWORKS: dict[str, Callable[[], nn.Module]] = {STRUCTURE: StructureFlow, VOXELS: VoxelFlow, "reward": LearnedReward}
+KIND = "toy-flow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTraining:
+    """How the base networks learn to draw drafts."""
+
+    steps: int = 2500
+    batch: int = 32
+    lr: float = 3e-3  # of AdamW, after a warm-up, falling to 0 along a cosine
+    warm_up: int = 50  # steps
+    ema: float = 0.99  # kept of the average per step; the average is what is stored
+    no_condition: float = 0.1  # share of samples that are drawn without their condition
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.steps, self.batch, self.warm_up) < 1 or not (self.lr > 0 and 0 <= self.ema < 1 and 0 <= self.no_condition < 1):
+            raise ValueError(f"BaseTraining: expected positive numbers and shares below 1, got {self}. Correct them.")
+
+
+BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}  # of the bundled ones
+
+
+def train_base(stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None) -> nn.Module:
+    """Plain flow matching on fresh drafts of all conditions; returns the average of the weights.
+
+    Args: on_step: called with (step, steps, mean loss of the batch).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        pipeline = ToyPipeline(StructureFlow(), VoxelFlow())
+    stage = stage_of(pipeline, stage_name)
+    generator = torch.Generator().manual_seed(training.seed + 1)
+    average = torch.optim.swa_utils.AveragedModel(stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema))
+    optimizer = torch.optim.AdamW(stage.model.parameters(), lr=training.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=training.warm_up),
+         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.steps - training.warm_up, 1))],
+        [training.warm_up],
+    )  # fmt: skip
+    for step in range(1, training.steps + 1):
+        names = [CONDITIONS[i] for i in torch.randint(len(CONDITIONS), (training.batch,), generator=generator).tolist()]
+        x_0: Batch = draw_drafts(names, generator).latents(stage.name)
+        eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
+        t, cond = stage.path.times(count(x_0), generator), pipeline.conditions(names, stage.name)
+        known = torch.rand(len(names), generator=generator) >= training.no_condition
+        x_t = stage.path.mix(x_0, t, eps)
+        if isinstance(x_t, SparseBatch):  # a batch of its own: every step computes what depends on its voxels once and for itself
+            x_t = SparseBatch(x_t.coords, x_t.feats, x_t.size)
+        loss = stage.path.errors(stage.model(x_t, t, cond * known.view(-1, 1, 1)), x_0, eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(stage.model)
+        if on_step is not None:
+            on_step(step, training.steps, float(loss.detach()))
+    return average.module.eval()
+
+
+def path_of(name: str, folder: Path = FOLDER) -> Path:
+    """File of a stage's network, or of "reward"."""
+    return folder / f"{name}.safetensors"
+
+
+def save_network(name: str, network: nn.Module, meta: dict, folder: Path = FOLDER) -> Path:
+    """Store as half precision with a description."""
+    tensors = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    write_tensors(path_of(name, folder), KIND, tensors, {"name": name, **meta})
+    return path_of(name, folder)
+
+
+def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
+    """Read what save_network wrote, in single precision, for inference.
+
+    Raises: FileNotFoundError, ValueError for files that are missing, damaged, or of another network.
+    """
+    path = path_of(name, folder)
+    tensors, meta = read_tensors(path, KIND)
+    if meta.get("name") != name:
+        raise ValueError(f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file.")
+    network = NETWORKS[name]()
+    try:
+        network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path}: expected the weights of this version's {name!r}, got others ({reason}). Train them again.") from None
+    return network.eval()
+
+
+PAIRS_PER_CONDITION = 20
+_HUMAN = TrainConfig(
+    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
+    checkpoint_every=50,
+)  # fmt: skip
+_LOOP = replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4)
+TOY_DEFAULTS = CircularSettings(  # chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never with FinalOracle
+    human=_HUMAN, loop=_LOOP, sft=supervised(_HUMAN), loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
+    choosing=Choosing(per_condition=4),
+)
+
+
+def toy_problem(
+    seed: int = 0, device: str | torch.device = "cpu", pairs_per_condition: int = PAIRS_PER_CONDITION, labelled: str = "others"
+) -> Problem:
+    """The bundled toy with the people's pairs of a seed.
+
+    Args: labelled: "own": people judged drafts as the generator learnt to make them; "others": those of another maker, with twice the
+    defects, as where labels exist for finished assets of older generators only.
+
+    Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours that a shape has not been
+    tuned on.
+    """
+    if pairs_per_condition < 1:
+        raise ValueError(f"toy_problem: expected pairs_per_condition >= 1, got {pairs_per_condition}. Ask for one at least.")
+    return Problem(
+        pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
+        human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
+        reward=load_network("reward"),
+        chooser=ChooserOracle(),
+        final=FinalOracle(),
+        parts=FinalOracle().parts,
+        train_conditions=TRAINED,
+        held_out_conditions=HELD_OUT,
+        choosing_conditions=CHOOSING,
+        identity={
+            "problem": "toy", "seed": seed, "pairs_per_condition": pairs_per_condition, "labelled": labelled,
+            **{name: file_hash(path_of(name)) for name in NETWORKS},
+        },
+    )

@@ -1,0 +1,271 @@
+"""The reward phase (Grlhf): L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean |sigma_G - sigma_ref| (+ front growth).
+
+o is what the reward observes, shape one of `SHAPINGS`, and the clip acts as a trust region.
+Letters: N batch, M reference samples, E embedding; observed [N, ...] is what the reward reads; D, H, W grid points along z, y, x.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
+from eg3d_rlhf.rewards.evaluation import Network
+from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.tuning.gan import nose
+from training.config import check_knobs, knob
+from training.gan_phases import Batch
+from training.phases import Loss, Phase
+
+REWARD = "Reward fine-tuning"  # title of its flags
+CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
+MOSTLY = 0.5  # share of untuned scores outside the trust region from which the user is warned
+
+
+class Shaping(torch.nn.Module):
+    """Turns what a reward reads into the quantity that the reward phase maximises. This one is the score itself."""
+
+    def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """observed [N, ...], places [N] of the samples in the whole run -> shaped [N], raw score [N]. Differentiable in observed."""
+        del places
+        score = network.score(observed)
+        return self.shaped(score), score
+
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """[N] -> [N], of scores alone."""
+        return score
+
+
+class Standardised(Shaping):
+    """(r - mean) * scale over the initial samples, with scale = min(1 / max(std, 0.5 |mean|), 10) (sigma-reward.md, section 4)."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, initial_scores: torch.Tensor):
+        """initial_scores: [M] scores of the untuned generator; those beyond 1.5 interquartile ranges of the quartiles are left out."""
+        super().__init__()
+        low, high = widened_quartiles(initial_scores)
+        initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
+        mean, std = initial_scores.mean(), initial_scores.std()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(10.0))
+
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """See `Shaping`."""
+        return (score - self.mean) * self.scale
+
+
+class NegativeSoftplus(Shaping):
+    """-softplus(-2 r): saturates for good samples, linear for bad ones."""
+
+    def shaped(self, score: torch.Tensor) -> torch.Tensor:
+        """See `Shaping`."""
+        return -torch.nn.functional.softplus(-2 * score)
+
+
+class ReferenceWins(Shaping):
+    """Mean probability, by the pairs head, of winning against `comparisons` reference samples, in both orders.
+
+    The references are embeddings of samples of the untuned generator. The run's sample i meets references i * comparisons, and those after
+    it, cyclically: whichever rank or accumulation round it falls to.
+    """
+
+    references: torch.Tensor
+
+    def __init__(self, references: torch.Tensor, comparisons: int = 4):
+        """references: [M, E] embeddings."""
+        super().__init__()
+        self.comparisons = comparisons
+        self.register_buffer("references", references)
+        self.register_buffer("offset", torch.zeros([], dtype=torch.int64))  # unused: checkpoints of earlier versions hold it
+
+    def forward(self, network: Network, observed: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Shaping`."""
+        embedding = network.embed(observed)  # [N, E]
+        score = network.score_embedding(embedding)
+        count = self.comparisons
+        index = (places[:, None] * count + torch.arange(count, device=places.device)).flatten() % len(self.references)  # [N * count]
+        margin = network.pair_margin(embedding.repeat_interleave(count, dim=0), self.references[index])  # [N * count]
+        return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
+
+
+SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], Shaping]] = {  # from the untuned generator's scores [M], embeddings [M, E]
+    "none": lambda scores, embeddings: Shaping(),
+    "standardised": lambda scores, embeddings: Standardised(scores),
+    "softplus": lambda scores, embeddings: NegativeSoftplus(),
+    "reference": lambda scores, embeddings: ReferenceWins(embeddings),
+}
+
+
+def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
+    """The quartiles of values [M], widened by 1.5 interquartile ranges."""
+    low, high = torch.quantile(values.float(), torch.tensor([0.25, 0.75], device=values.device)).tolist()
+    return low - 1.5 * (high - low), high + 1.5 * (high - low)
+
+
+def clip_bounds(spec: str, initial_shaped: torch.Tensor | None = None) -> tuple[float, float]:
+    """Bounds of the trust region.
+
+    Args:
+        spec: 'LOW,HIGH', 'none', or 'iqr': the quartiles of the untuned generator's shaped rewards, widened by 1.5 interquartile ranges.
+        initial_shaped: [M]; None: not known yet, so that 'iqr' is infinite.
+    Raises: ValueError for anything else.
+    """
+    if spec == "iqr" and initial_shaped is not None:
+        return widened_quartiles(initial_shaped)
+    if spec in ("none", "iqr"):
+        return -float("inf"), float("inf")
+    try:
+        low, high = (float(part) for part in spec.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
+    return low, high
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Settings of the reward phase."""
+
+    lambda_r: float = knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0)
+    lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
+    lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0)
+    lambda_nose: float = knob(0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", REWARD, low=0)
+    nose_floor: str = knob("window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=nose.KINDS)
+    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
+    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=tuple(SHAPINGS))
+    anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
+    truncation_psi: float = 1.0  # of the samples that are scored
+    anchor_psi: float = 0.7  # of the samples that are held to the reference
+
+    def __post_init__(self):
+        check_knobs(self)
+        clip_bounds(self.reward_clip)
+
+
+class RewardPhaseState(torch.nn.Module):
+    """What the phase carries through a checkpoint: the frozen reference, the shaping's constants, the clip bounds, the nose floor."""
+
+    bounds: torch.Tensor
+
+    def __init__(
+        self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float], nose_floor: nose.NoseFloor | None = None
+    ):
+        super().__init__()
+        self.G_ref = G_ref
+        self.shaping = shaping
+        self.nose_floor = nose_floor
+        self.register_buffer("bounds", torch.tensor(bounds))
+        self.eval().requires_grad_(False)
+
+
+class RewardTerms:
+    """Losses of Grlhf.
+
+    Args:
+        G: the generator being tuned; G_ema: the pretrained moving average, copied and frozen as the reference.
+        reward: frozen; it has been checked against the generator.
+    """
+
+    def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
+        self.generator, self.config = of(G), config
+        self.reward = reward.eval().requires_grad_(False).arranged()
+        G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
+        self.reference = of(G_ref)
+        self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
+        with torch.no_grad():
+            shaping, bounds = self._calibrate()
+            floor = None
+            if config.lambda_nose > 0:
+                ws = ws_of_seeds(self.reference, CALIBRATION.all, nose.PSI, CUTOFF)
+                floor = nose.NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
+        self.state = RewardPhaseState(G_ref, shaping, bounds, floor)
+
+    def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
+        """The shaping and its bounds, from the scores of the reference."""
+        reference, network, seen = self.reference, self.reward.network, []
+        device = device_of(reference)
+        seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
+        for part in latents(seeds, reference.z_dim).to(device).split(16):
+            ws = reference.mapping(part, camera(reference, n=len(part)), truncation_cutoff=CUTOFF)
+            seen.append(self.reward.observation.observe(reference.field(ws)))
+        embeddings = torch.cat([network.embed(s) for s in seen])
+        self.initial_scores = torch.cat([network.score(s) for s in seen])
+        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings).to(device)
+        shaped = torch.cat([shaping(network, s, torch.arange(len(s), device=device))[0] for s in seen])
+        low, high = clip_bounds(self.config.reward_clip, shaped)
+        outside = ((shaped < low) | (shaped > high)).float().mean().item()
+        if outside > MOSTLY:
+            remedy = "Use --reward-shaping=standardised, or other bounds."
+            warnings.warn(f"--reward-clip: {outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient. {remedy}",
+                          stacklevel=2)
+        return shaping, (low, high)
+
+    def losses(self, batch: Batch) -> Iterator[Loss]:
+        """The reward on the batch's latents, then the anchors on fresh ones; each runs backward on its own."""
+        config = self.config
+        ws = self.generator.mapping(batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF)
+        field = self.generator.field(ws)  # one synthesis for all that looks at it
+        observed = self.reward.observation.observe(field)
+        shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
+        low, high = self.state.bounds.tolist()
+        loss = -config.lambda_r * shaped.clamp(low, high)
+        stats = {"RLHF/reward": score, "RLHF/shaped": shaped, "RLHF/clipped": ((shaped < low) | (shaped > high)).float()}
+        if self.state.nose_floor is not None:
+            stats["RLHF/nose"] = self.state.nose_floor(field)
+            loss = loss + config.lambda_nose * stats["RLHF/nose"]
+        yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
+        if config.lambda_sigma > 0 or config.lambda_front > 0:
+            yield self._anchors(torch.randn_like(batch.gen_z), batch.gen_c)
+
+    def _anchors(self, z: torch.Tensor, c: torch.Tensor) -> Loss:
+        config = self.config
+
+        def density(generator: Generator) -> torch.Tensor:
+            ws = generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+            return generator.field(ws).density_grid(self.cube)
+
+        sigma = density(self.generator)
+        with torch.no_grad():
+            sigma_ref = density(self.reference)
+        distance = density_l1(sigma, sigma_ref)
+        loss = config.lambda_sigma * distance
+        stats = {"RLHF/consistency": distance}
+        if config.lambda_front > 0:
+            growth = front_growth(sigma, sigma_ref, self.generator.level)
+            loss = loss + config.lambda_front * growth
+            stats["RLHF/front_growth"] = growth
+        return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
+
+
+def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of raw densities (sigma-reward.md, section 4). sigma, sigma_ref [N, D, H, W] -> [N]."""
+    return (sigma - sigma_ref).abs().mean(dim=[1, 2, 3])
+
+
+def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10.0) -> torch.Tensor:
+    """Mean positive growth of density in front of the reference surface.
+
+    A voxel is in front where neither it nor any voxel between it and the camera side (+z) reaches `level` in the reference.
+
+    Args:
+        sigma, sigma_ref: [N, D, H, W] raw; level: isosurface level.
+    Returns: [N]. Differentiable in sigma.
+    """
+    reached = (sigma_ref >= level).flip(1).cummax(dim=1).values.flip(1)
+    front = ~reached
+    growth = torch.relu(sigma - sigma_ref) * front
+    return growth.sum(dim=[1, 2, 3]) / front.sum(dim=[1, 2, 3]).clamp_min(1)
+
+
+def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:
+    """Grlhf as one more phase of the loop, every iteration, with its own optimizer on G."""
+    return Phase(
+        name="Grlhf", module=terms.generator.module, optimizer=optimizer, losses=terms.losses, state=terms.state, own_optimizer=True,
+    )

@@ -1,0 +1,246 @@
+"""train.py from the outside: its flags, its dry run, and one line with exit code 2 for every mistake a user can make."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.experiments.run import next_free
+from eg3d_rlhf.modes import gan as experiment
+from eg3d_rlhf.tuning.gan.settings import resolve
+from tests import tiny_runs
+
+FLAGS = """
+--amp --aug --batch --batch-gpu --blur-fade-kimg --c-noise --c-scale --cbase --cfg --checkpoint-ticks --cmax --cond --control
+--d-num-fp16-res --data --decoder-lr-mul --density-reg --density-reg-every --density-reg-p-dist --desc --device --disc-c-noise --dlr
+--dry-run --early-stop --early-stop-distance --ema-kimg --field-colour --field-kimg --field-lr --field-soft --freezed --g-num-fp16-res
+--gamma --gen-pose-cond --glr --gpc-reg-fade-kimg --gpc-reg-prob --gpus --init --kimg --lambda-front --lambda-nose --lambda-r --lambda-sigma
+--map-depth --mbstd-group --metrics --mirror --mode --neural-rendering-resolution-fade-kimg --neural-rendering-resolution-final
+--neural-rendering-resolution-initial --no-summary --nobench --nose-floor --nrr-fade-kimg --nrr-final --nrr-initial --outdir --p
+--picture-hold --picture-kimg --picture-lr --plane-layout --reg-type --resume --resume-blur --resume-previous --reward --reward-ckpt
+--reward-clip --reward-shaping --reward-watch --rlr --round-aggregate --round-doubtful --round-labels --round-members --round-pairs
+--round-preset --round-start --rounds --seed --snap --sphere-init --sr-first-cutoff --sr-first-stopband --sr-module --sr-noise-mode
+--sr-num-fp16-res --start --style-mixing-prob --target --tick --timeout --workers -n
+""".split()
+
+
+def run(*flags: str):
+    return CliRunner().invoke(train.main, [str(f) for f in flags])
+
+
+def test_the_flags_are_frozen():
+    assert sorted(name for p in train.main.params for name in p.opts + p.secondary_opts) == FLAGS
+
+
+def test_help_lists_every_flag_in_its_group():
+    text = run("--help").stdout
+    assert [flag for flag in FLAGS if flag not in text] == []
+    for title in train.TITLES:
+        assert f"{title}:\n" in text
+
+
+def test_eg3d_spellings_with_underscores_mean_the_same():
+    eg3d = (
+        "--gen_pose_cond=False --neural_rendering_resolution_initial=32 --density_reg=0.5 --blur_fade_kimg=3 --gpc_reg_prob=0.4 "
+        "--sr_noise_mode=none --reg_type=monotonic-detach --decoder_lr_mul=2 --disc_c_noise=0.1 --style_mixing_prob=0.1 --cbase=2048 "
+        "--map-depth=3 --gpus=1 --metrics=none"
+    ).split()
+    ours = [flag.replace("_", "-") for flag in eg3d]
+    first, second = run("-n", "--init=scratch", *eg3d), run("-n", "--init=scratch", *ours)
+    assert first.exit_code == 0 and first.stdout == second.stdout and first.stderr == ""
+    assert json.loads(first.stdout)["density_reg"] == 0.5
+
+
+def test_flags_without_effect_are_named_and_those_that_differ_refused(tmp_path):
+    result = run("-n", "--workers=3", "--metrics=fid50k_full", "--nobench=True")
+    assert result.exit_code == 0 and "--metrics, --nobench ignored" in result.stderr
+    assert json.loads(result.stdout)["workers"] == 3
+    assert_one_line(run("-n", "--gpus=8"), "--gpus: expected 1, the number of processes, got 8. Start with torchrun --nproc-per-node=8")
+    assert_one_line(run("--resume=ffhq.pkl"), "Use --init=ffhq.pkl to start from its weights.")
+
+
+def test_dry_run_prints_the_settings_as_json_and_touches_nothing(tmp_path):
+    result = run("-n", "--reward=sigma", "--lambda-r=3", f"--outdir={tmp_path / 'runs'}", "--desc=x")
+    assert result.exit_code == 0, result.stderr
+    settings = json.loads(result.stdout)
+    assert list(settings) == sorted(settings)
+    expected = {"reward": "sigma", "lambda_r": 3.0, "init": "bundled", "data": "synthetic:heads64", "batch": 8, "reward_clip": "-10,10"}
+    assert {k: settings[k] for k in expected} == expected
+    filled = ("kimg", "glr", "dlr", "rlr", "gamma", "tick", "snap", "ema_kimg", "nrr_initial", "reward_ckpt")
+    assert None not in [settings[k] for k in filled]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_published_presets_keep_eg3ds_defaults():
+    flags = ("-n", "--cfg=ffhq", "--data=x.zip", "--gamma=1", "--batch=16")
+    settings = json.loads(run(*flags).stdout)
+    expected = {
+        "init": "scratch", "glr": 0.0025, "dlr": 0.002, "kimg": 25000, "cbase": 32768, "cmax": 512, "ema_kimg": 5.0,
+        "blur_fade_kimg": 100.0, "nrr_initial": 64, "plane_layout": "eg3d", "gen_pose_cond": False, "tick": 4, "snap": 50,
+    }
+    assert {k: settings[k] for k in expected} == expected
+
+
+MISTAKES = {  # flags -> what the line must say
+    "clip": (["--reward=sigma", "--reward-clip=5,1"], "--reward-clip: expected LOW,HIGH"),
+    "clip words": (["--reward=sigma", "--reward-clip=wide"], "--reward-clip: expected LOW,HIGH"),
+    "batch split": (["--batch=8", "--batch-gpu=3"], "--batch-gpu: expected a divisor of --batch=8, got 3"),
+    "no data": (["--cfg=ffhq", "--gamma=1", "--batch=8"], "--data: expected a dataset for --cfg=ffhq"),
+    "no gamma": (["--cfg=ffhq", "--data=x.zip", "--batch=8"], "--gamma: expected a value"),
+    "no batch": (["--cfg=ffhq", "--data=x.zip", "--gamma=1"], "--batch: expected a value"),
+    "reward from scratch": (["--reward=sigma", "--init=scratch"], "--reward=sigma: expected pretrained networks, got --init=scratch"),
+    "unconditional": (["--cond=False"], "--cond: expected True"),
+    "missing data": (["--data={tmp}/missing.zip"], "--data: dataset {tmp}/missing.zip: expected a folder or a .zip file"),
+    "bad synthetic name": (["--data=synthetic:cats"], "--data: parse_name: expected 'synthetic:heads<R>"),
+    "missing control": (["--reward=sigma", "--control={tmp}/none"], "--control: expected a run folder or its summary.json"),
+    "missing resume": (["--resume={tmp}/none"], "--resume: expected a run folder or checkpoint file, got nothing at {tmp}/none"),
+    "empty resume": (["--resume={tmp}"], "--resume: expected a run folder with checkpoint-*.safetensors, got {tmp}"),
+}
+
+
+def assert_one_line(result, *texts: str) -> None:
+    """Exit code 2, nothing but one line on standard error, and the texts in it."""
+    assert result.exit_code == 2, (result.exit_code, result.exception)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+    for text in texts:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_flags(case, tmp_path):
+    flags, text = MISTAKES[case]
+    result = run(*(f.format(tmp=tmp_path) for f in flags), f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, text.format(tmp=tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def attempt(tiny_data, tiny_networks, tmp_path):
+    """Run the tiny set-up with flags that must fail; nothing may be left behind."""
+
+    def go(*flags: str, **paths):
+        result = run(*tiny_runs.train_flags(paths.get("data", tiny_data), paths.get("init", tiny_networks), tmp_path / "runs", *flags))
+        assert not (tmp_path / "runs").exists()
+        return result
+
+    return go
+
+
+def test_missing_network(attempt, tmp_path):
+    assert_one_line(attempt(init=tmp_path / "missing"), f"--init: {tmp_path / 'missing'}: expected a network file, got nothing there")
+
+
+def test_folder_without_networks(attempt, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert_one_line(attempt(init=tmp_path / "run"), "--init: network: expected a network-snapshot-*.safetensors")
+
+
+def test_truncated_network(attempt, tiny_networks, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(tiny_networks.read_bytes()[:-1000])
+    assert_one_line(attempt(init=path), f"--init: {path}: expected a network file, got a truncated or foreign one")
+
+
+def test_a_reward_is_no_network(attempt, tiny_reward):
+    assert_one_line(attempt(init=tiny_reward), "--init: ", "Name a file that train.py or a tool wrote")
+
+
+def test_networks_without_a_discriminator(attempt, tmp_path):
+    tiny_runs.networks.save(tmp_path / "ema.safetensors", tiny_runs.build_networks(), only_ema=True)
+    assert_one_line(attempt(init=tmp_path / "ema.safetensors"), "--init: expected a network file with G, D and G_ema")
+
+
+def test_data_of_another_resolution(attempt, tmp_path):
+    other = tiny_runs.write_dataset(tmp_path / "large.zip", resolution=64)
+    assert_one_line(attempt(data=other), "--data: expected images of 32 pixels", "got 64")
+
+
+def test_grey_data(attempt, tmp_path):
+    grey = tiny_runs.write_dataset(tmp_path / "grey.zip", mode="L")
+    assert_one_line(attempt(data=grey), "--data: ", "expected RGB images, got 1 channel")
+
+
+def test_data_of_a_size_that_no_network_has(tmp_path):
+    odd = tiny_runs.write_dataset(tmp_path / "odd.zip", resolution=40)
+    result = run("--init=scratch", f"--data={odd}", f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, "expected a power of two >= 4, got 40")
+    result = run("--cfg=ffhq", "--gamma=1", "--batch=4", f"--data={odd}", f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, "--data: expected images of 512, 256, 128 pixels for --cfg=ffhq, got 40")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_batch_that_does_not_fit_the_minibatch_std_groups(attempt):
+    assert_one_line(attempt("--batch=6"), "--batch: expected a multiple of D's minibatch-std group of 4, got 6")
+    assert_one_line(attempt("--batch=12", "--batch-gpu=6"), "--batch-gpu: expected a multiple of D's minibatch-std group of 4, got 6")
+
+
+def test_camera_conditioning_must_match_the_networks(attempt):
+    assert_one_line(attempt("--gen-pose-cond=False"), "--gen-pose-cond: expected True for a generator conditioned on the camera, got False")
+
+
+def test_rendering_above_what_the_super_resolution_takes(tmp_path):
+    data = tiny_runs.write_dataset(tmp_path / "large.zip", resolution=256)
+    flags = ("--cfg=ffhq", f"--data={data}", "--gamma=1", "--batch=4", "--cbase=512", "--cmax=8", "--nrr-final=160")
+    result = run(*flags, f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(result, "--nrr-initial, --nrr-final: expected at most 128 pixels for SuperresolutionHybrid4X, got 160")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_freezing_applies_to_loaded_networks(tiny_data, tiny_networks, tmp_path):
+    flags = tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, "--freezed=2")
+    D = experiment.open_networks(resolve(train.main.make_context("train", flags).params), tiny_runs.RESOLUTION).D
+    assert "b32.conv0.weight" in dict(D.named_buffers()) and "b32.conv1.weight" in dict(D.named_parameters())
+
+
+def test_missing_or_damaged_rewards(attempt, tiny_reward, tmp_path):
+    missing = tmp_path / "none.safetensors"
+    assert_one_line(attempt("--reward=sigma", f"--reward-ckpt={missing}"), "--reward-ckpt: load_reward: expected the description")
+    result = attempt("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={missing}")
+    assert_one_line(result, "--reward-watch: load_reward: expected the description")
+
+
+def test_cuda_where_there_is_none(attempt, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_one_line(attempt("--device=cuda"), "--device: expected a CUDA device, got a machine without one")
+
+
+def test_an_unknown_mode_names_those_that_are_known():
+    assert_one_line(run("--mode=gann", "--kimg=1"), "--mode: expected one of gan, circular-dpo, grpo, distill, got gann.")
+
+
+def test_flags_of_another_mode_are_refused_by_name():
+    assert_one_line(run("--ablate=a..i"), "--ablate: belongs to --mode=circular-dpo.")
+    assert_one_line(run("--mode=circular-dpo", "--gamma=1"), "--gamma: belongs to --mode=gan.")
+
+
+def test_a_plugin_brings_a_mode_with_flags_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MODES", dict(train.MODES))
+    monkeypatch.setattr("eg3d_rlhf.core.cli.MODES", train.MODES)
+    lines = ["import click", "from eg3d_rlhf.core.cli import MODES, GroupedCommand, option", "", "@click.command(cls=GroupedCommand)"]
+    lines += ['@option("--height", type=float, default=1.0)', "def towers(height):", '    click.echo(f"towers of {height:g}")']
+    (tmp_path / "towers_mode.py").write_text("\n".join([*lines, "", 'MODES["towers"] = towers', ""]))
+    monkeypatch.setenv("EG3D_RLHF_PLUGINS", str(tmp_path / "towers_mode.py"))
+    assert run("--mode=towers", "--height=3").stdout == "towers of 3\n" and run("--height=2", "--mode", "towers").stdout == "towers of 2\n"
+    assert_one_line(run("--mode=towers", "--gamma=1"), "--gamma: belongs to --mode=gan.")
+    assert_one_line(run("--height=2"), "--height: belongs to --mode=towers.")
+    assert "towers" in run("--mode=other").stderr
+
+
+def test_clicks_own_errors_exit_with_2():
+    for flags in (["--lambda-r=-1"], ["--batch=0"], ["--cfg=cats"], ["--aug=some"], ["--nonsense"]):
+        result = run(*flags)
+        assert result.exit_code == 2 and flags[0].split("=")[0] in result.stderr
+
+
+def test_runs_are_numbered(tmp_path):
+    for name in ("00000-a", "00007-b", "notes", "123-c"):
+        (tmp_path / name).mkdir()
+    assert next_free(tmp_path, "x").name == "00008-x"
+    assert next_free(tmp_path / "new", "x").name == "00000-x"
+
+
+def test_flags_that_existing_networks_cannot_follow_are_named():
+    assert run("-n").stderr == "" and run("-n", "--init=scratch", "--map-depth=8").stderr == ""
+    assert "--cmax, --map-depth ignored" in run("-n", "--map-depth=8", "--cmax=64").stderr

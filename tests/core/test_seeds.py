@@ -1,0 +1,71 @@
+"""Held-out seeds: one register, no overlaps, and everything that learns refuses them."""
+
+import ast
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from eg3d_rlhf.core import seeds
+from eg3d_rlhf.core.seeds import HELD_OUT, STRIDE, refuse_held_out
+from eg3d_rlhf.preferences.dataset import anchor_seeds
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, load_labels, write_labels
+from eg3d_rlhf.preferences.synthetic import AnnotationOptions
+from eg3d_rlhf.rewards.run import BUNDLED_LABELS, RewardRun, run_reward_training
+
+
+def test_ranges_do_not_overlap():
+    for one, other in itertools.combinations(HELD_OUT, 2):
+        assert not set(one.all) & set(other.all)
+    assert all(seeds.ANCHORS + 1000 <= held.first and held.all[-1] < STRIDE for held in HELD_OUT)
+    assert len({held.name for held in HELD_OUT}) == len(HELD_OUT)
+
+
+def test_the_package_writes_no_held_out_seed_elsewhere(repo):
+    for path in sorted((repo / "eg3d_rlhf").rglob("*.py")):
+        if path.name != "seeds.py":
+            numbers = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            whole = [n for n in numbers if type(n) is int]
+            assert not [n for n in whole for held in HELD_OUT if n in held.all], f"{path}: draw from eg3d_rlhf/core/seeds.py instead"
+
+
+@pytest.mark.parametrize(
+    ("drawn", "named"),
+    [
+        ([5, 210_003, 300_000], "210003 (judge, 210000 to 210199)"), (range(199_990, 200_010), "200000 (latents, 200000 to 209999)"),
+        ([3_210_003], "3210003 (judge of --seed=3, 3210000 to 3210199)"), ([300_031], "300031 (watch, 300000 to 300031)"),
+        ([500_127], "500127 (calibration, 500000 to 500127)"), ([220_000], "220000 (geometry, 220000 to 220039)"),
+    ],
+)
+def test_a_held_out_seed_is_refused_by_name(drawn, named):
+    with pytest.raises(ValueError) as caught:
+        refuse_held_out(drawn, "labels")
+    assert str(caught.value) == f"labels: expected seeds that are not held out, got {named}. Choose others."
+
+
+def test_other_seeds_pass():
+    refuse_held_out([0, 9_999, 100_000, 199_999, 210_200, 300_032, 1_300_000, 1_500_000, 2**32 - 1], "labels")
+    refuse_held_out([seed for part in anchor_seeds().values() for seed in part], "anchors")
+    refuse_held_out([seed for label in load_labels(BUNDLED_LABELS) for seed in (label.winner, label.loser)], "bundled labels")
+
+
+def test_ranges_give_no_more_than_they_hold():
+    assert seeds.JUDGE.take(6, move=2) == range(2_210_000, 2_210_006)
+    with pytest.raises(ValueError, match="watch seeds: expected at most 32, got 33. Ask for fewer."):
+        seeds.WATCH.take(33)
+
+
+def test_synthetic_labels_refuse_held_out_seeds(repo, tmp_path):
+    with pytest.raises(ValueError, match="--first-seed: .* got 200000 "):
+        AnnotationOptions(first_seed=199_000, pairs=501)
+    command = [sys.executable, "tools/label_synthetic.py", "--pairs=4", "--first-seed=210000", f"--out={tmp_path / 'labels.jsonl'}"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith("got 210000 (judge, 210000 to 210199). Choose others.")
+
+
+def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    write_labels(path, [Preference(winner=1, loser=2), Preference(winner=3, loser=300_007), Preference(winner=210_000, loser=5)])
+    with pytest.raises(ValueError, match=r"labels.jsonl: expected seeds that are not held out, got 300007 \(watch"):
+        run_reward_training(RewardRun(out=tmp_path / "out", labels=LabelSource.of_file(path)))

@@ -1,0 +1,106 @@
+"""tools/attribute.py from end to end: a network against itself, and settings that are refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.plugins import VARIABLE
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.rewards.ensembles import build_network
+from eg3d_rlhf.rewards.observations import known
+from eg3d_rlhf.rewards.reward import Reward
+from tools.attribute import main
+from training import networks
+
+pytest.importorskip("captum")
+SAME = [f"--after={bundled.GENERATOR}", "--device=cpu"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [*SAME, *arguments])
+
+
+def test_dry_run_is_json(tmp_path):
+    found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
+    assert found["regions"] == "landmarks" and found["n"] == 3 and found["method"] == "exact"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["--method=antithetic", "--permutations=5"], "--permutations"), (["--regions=none.npy"], "--regions"),
+     (["--steps=99999"], "--steps"),
+     (["--landmarks=none.json"], "--landmarks"),
+     (["--landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
+)  # fmt: skip
+def test_wrong_settings(tmp_path, arguments, text):
+    result = call(*arguments, "--n=2", f"--out={tmp_path}")
+    assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.long
+def test_no_change_attributes_nothing(tmp_path):
+    arguments = ["--regions=boxes", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path}"]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "data" / "shapley.json").read_text())["data"]
+    assert {v for latent in data["values"] for v in latent} == {0.0} and data["largest_relative_gap"] == 0
+    page = (tmp_path / "index.html").read_text()
+    assert "no ranks to compare" in page and "srcdoc=" in page and (tmp_path / "data" / "regions.png").is_file()
+    before = (tmp_path / "data" / "shapley.json").stat().st_mtime_ns
+    assert call(*arguments).exit_code == 0
+    assert (tmp_path / "data" / "shapley.json").stat().st_mtime_ns == before  # nothing is computed again
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """The bundled generator with another density."""
+    path = tmp_path / "changed.safetensors"
+    nets = networks.load(bundled.GENERATOR)
+    with torch.no_grad():
+        nets.G_ema.decoder.net[2].weight[0, ::2] *= 1.2
+        nets.G_ema.decoder.net[2].bias[0] -= 20  # the surface moves inwards
+    networks.save(path, nets)
+    return path
+
+
+def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_path, changed, monkeypatch):
+    """Boxes, landmarks and the surface are places of a slab: refused by name, or left out."""
+    monkeypatch.setenv(VARIABLE, str(Path(__file__).parents[2] / "rewards" / "frontal_depth.py"))
+    torch.manual_seed(0)
+    observation = known("frontal-depth").of(load_generator().generator)
+    reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(tmp_path / "depth.safetensors")
+    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", "--draws=2", "--checked=1"]
+    flags.append(f"--out={tmp_path / 'out'}")
+    refused = CliRunner().invoke(main, [*flags, "--regions=boxes"])
+    assert refused.exit_code == 2, refused.output
+    assert "--regions=boxes: expected a reward that reads slabs, got one that reads frontal-depth" in refused.output
+    assert "labels of shape [16, 16] with --regions=FILE" in refused.output
+    np.save(tmp_path / "halves.npy", np.repeat([[0, 1]], 8, axis=1).repeat(16, axis=0))
+    (tmp_path / "halves.json").write_text('["left", "right"]')
+    result = CliRunner().invoke(main, [*flags, f"--regions={tmp_path / 'halves.npy'}"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    folder = tmp_path / "out" / "data"
+    data = json.loads((folder / "shapley.json").read_text())["data"]
+    assert data["names"] == ["left", "right"] and data["largest_relative_gap"] < 0.01
+    assert np.sum(data["values"]) == pytest.approx(2 * data["difference"]["mean"], rel=0.02) != 0
+    assert all(entry["complete"] for entry in json.loads((folder / "methods.json").read_text())["data"]["integrated"])
+    assert not (folder / "surface.json").exists()
+
+
+@pytest.mark.long
+def test_the_whole_head_stands_beside_the_landmarks(tmp_path, changed):
+    """Both partitions divide the same difference, and both are drawn."""
+    arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path / 'out'}"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    parts = [json.loads((tmp_path / "out" / "data" / f"{key}.json").read_text())["data"] for key in ("shapley", "whole-head")]
+    assert [len(part["names"]) for part in parts] == [12, 8] and parts[0]["difference"] == parts[1]["difference"]
+    for part in parts:
+        assert np.sum(part["values"]) == pytest.approx(2 * part["difference"]["mean"], rel=1e-4) != 0
+    assert {p.name for p in (tmp_path / "out" / "data").glob("*.png")} >= {"regions.png", "whole-head.png"}

@@ -1,0 +1,47 @@
+"""A tiny generator, its features and a target of its own, for inversions of a few steps."""
+
+import pytest
+
+from eg3d_rlhf.evaluation.inversion.guidance import Guidance
+from eg3d_rlhf.evaluation.inversion.perceptual import load_perceptual
+from eg3d_rlhf.evaluation.inversion.projector import InversionConfig, prior_of
+from eg3d_rlhf.evaluation.inversion.targets import of_seed
+from eg3d_rlhf.generators import camera, load_generator
+from eg3d_rlhf.rewards.reward import load_reward
+
+CONFIG = InversionConfig(w_steps=6, pivot_steps=5, lambda_sigma=0.5, sample_mult=1.0)
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_networks):
+    return load_generator(tiny_networks)
+
+
+@pytest.fixture(scope="session")
+def generator(loaded):
+    return loaded.generator
+
+
+@pytest.fixture(scope="session")
+def perceptual():
+    return load_perceptual(None, 32)
+
+
+@pytest.fixture(scope="session")
+def prior(generator):
+    return prior_of(generator)
+
+
+@pytest.fixture(scope="session")
+def cases(generator):
+    return [of_seed(generator, seed, camera(generator)) for seed in (5, 6)]
+
+
+@pytest.fixture(scope="session")
+def reward(tiny_reward):
+    return load_reward(tiny_reward)
+
+
+@pytest.fixture(scope="session")
+def guidance(generator, reward):
+    return Guidance(generator, reward)

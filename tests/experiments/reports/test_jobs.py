@@ -1,0 +1,123 @@
+"""The frame of every report: findings are kept as JSON, drawn from JSON, and computed again only when what they depend on changes."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from eg3d_rlhf.experiments import jobs, page, style
+from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, csv_text, seed_range
+
+
+def plot(data):
+    drawn, axes = style.figure()
+    axes.plot(data["x"], data["y"])
+    axes.set_xlabel("reward <r>")
+    return drawn
+
+
+class Counting:
+    """A computation that counts its calls."""
+
+    def __init__(self, value=1.0):
+        self.calls, self.value = 0, value
+
+    def __call__(self, folder):
+        self.calls += 1
+        rows = [{"seed": i, "delta": self.value * i} for i in range(3)]
+        facts = Facts(n=3, seeds="0..2", psi=0.7, networks={"before": "ab" * 32}, interval="none")
+        return Finding(facts=facts, data={"x": [0, 1, 2], "y": [r["delta"] for r in rows]}, rows=rows, says=["a <b> & c"])
+
+
+def job(compute, inputs=None, version=1):
+    inputs = inputs or {"seeds": [0, 2]}
+    return Job(key="shift", title="Reward shift", compute=compute, plots={"line": plot}, inputs=inputs, version=version)
+
+
+def test_a_second_call_computes_nothing(tmp_path):
+    compute = Counting()
+    first = jobs.run([job(compute)], tmp_path, quiet=True)
+    again = jobs.run([job(compute)], tmp_path, quiet=True)
+    assert compute.calls == 1 and first["shift"].to_dict() == again["shift"].to_dict()
+
+
+@pytest.mark.parametrize("change", [{"inputs": {"seeds": [0, 3]}}, {"version": 2}])
+def test_changed_inputs_compute_again(tmp_path, change):
+    compute = Counting()
+    jobs.run([job(compute)], tmp_path, quiet=True)
+    jobs.run([job(compute, **change)], tmp_path, quiet=True)
+    assert compute.calls == 2
+
+
+def test_half_a_file_computes_again(tmp_path):
+    compute = Counting()
+    jobs.run([job(compute)], tmp_path, quiet=True)
+    file = jobs.data_file(tmp_path, "shift")
+    file.write_text(file.read_text()[:-20])
+    jobs.run([job(compute)], tmp_path, quiet=True)
+    assert compute.calls == 2
+
+
+def test_plots_read_the_json_alone(tmp_path):
+    jobs.run([job(Counting())], tmp_path, quiet=True)
+    drawn = (tmp_path / "figures" / "shift-line.svg").read_bytes()
+    file = jobs.data_file(tmp_path, "shift")
+    values = json.loads(file.read_text())
+    values["data"]["y"] = [0, 5, 1]
+    file.write_text(json.dumps(values))
+    jobs.draw(job(None), tmp_path)
+    assert (tmp_path / "figures" / "shift-line.svg").read_bytes() != drawn
+
+
+def test_figures_are_the_same_bytes_again(tmp_path):
+    jobs.run([job(Counting())], tmp_path / "a", quiet=True)
+    jobs.run([job(Counting())], tmp_path / "b", quiet=True)
+    for name in ("shift-line.svg", "shift-line-dark.svg", "shift-line.png"):
+        assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
+
+
+def test_table_is_csv(tmp_path):
+    jobs.run([job(Counting(2.0))], tmp_path, quiet=True)
+    with (tmp_path / "data" / "shift.csv").open() as file:
+        assert [float(row["delta"]) for row in csv.DictReader(file)] == [0, 2, 4]
+    assert csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
+
+
+class Structure(HTMLParser):
+    """Ids and addresses of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.addresses = [], []
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href"):
+                self.addresses.append(value)
+
+
+def test_page_needs_nothing_from_elsewhere(tmp_path):
+    one = job(Counting())
+    findings = jobs.run([one], tmp_path, quiet=True)
+    text = page.write_page(tmp_path / "index.html", "Evidence <1>", "What changed.", [one], findings, ["first & foremost"]).read_text()
+    structure = Structure()
+    structure.feed(text)
+    assert all(address.startswith(("data:", "#")) for address in structure.addresses)
+    assert len(structure.ids) == len(set(structure.ids))
+    assert {address[1:] for address in structure.addresses if address.startswith("#")} <= set(structure.ids)
+    assert "<b>" not in text and "a &lt;b&gt; &amp; c" in text and "n = 3 latents" in text and "abababababab" in text
+    assert not re.search(r"url\((?!#)", text) and "<script" not in text
+
+
+def test_unknown_theme_is_refused():
+    with pytest.raises(ValueError, match="light"), style.theme("sepia"):
+        pass
+
+
+@pytest.mark.parametrize(("seeds", "text"), [(range(5, 9), "5..8"), ([1, 3, 9], "3 from 1 to 9")])
+def test_seeds_in_words(seeds, text):
+    assert seed_range(seeds) == text

@@ -1,0 +1,117 @@
+"""One run of any kind of job: its record, what a resume checks, its lines and states."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from eg3d_rlhf.experiments.run import OPTIONS, Run, begun_by_this_launch, claim, next_free, recorded
+from training.distributed import Ranks
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Folder, settings and inputs of a run that was begun."""
+    network = tmp_path / "network.bin"
+    network.write_bytes(b"weights")
+    settings, inputs = {"kind": "toy", "loop": {"lr": 0.1, "steps": 4}}, {"init": network}
+    folder = claim(next_free(tmp_path / "runs", "toy"))
+    with Run(folder, settings, inputs) as run:
+        run.begin()
+    return folder, settings, inputs
+
+
+def test_a_run_records_what_it_starts_from(begun):
+    folder, settings, _ = begun
+    record = recorded(folder)
+    assert {k: record[k] for k in settings} == settings and len(record["hashes"]["init"]) == 64
+    assert record["processes"] == 1 and "torch" in record["versions"] and folder.name == "00000-toy"
+    assert [p.name for p in folder.iterdir()] == [OPTIONS], "the lock is gone"
+
+
+def test_another_input_is_refused_by_name_on_resume(begun):
+    folder, settings, inputs = begun
+    with Run(folder, settings, inputs) as run:
+        run.resume()
+    inputs["init"].write_bytes(b"others")
+    with Run(folder, settings, inputs) as run, pytest.raises(ValueError, match=r"--resume: init .*network.bin: expected the bytes that"):
+        run.resume()
+
+
+def test_other_settings_are_refused_by_name_unless_they_may_change(begun):
+    folder, settings, inputs = begun
+    other = {"kind": "toy", "loop": {"lr": 0.1, "steps": 8}, "new": 1}
+    with Run(folder, other, inputs) as run, pytest.raises(ValueError, match=r"got loop.steps 8 instead of 4; new 1 instead of None. Use"):
+        run.resume()
+    with Run(folder, other, inputs) as run:
+        run.resume(free=("steps", "new"))
+        run.resume(free=None)
+
+
+def test_two_runs_in_one_folder_are_refused(begun):
+    folder, settings, inputs = begun
+    with Run(folder, settings, inputs), pytest.raises(ValueError, match=f"expected no other run in it, got process {os.getpid()} on "):
+        with Run(folder, settings, inputs):
+            pass
+
+
+def test_lines_and_states_go_on_where_the_state_was_written(begun, capsys):
+    folder, settings, inputs = begun
+    with Run(folder, settings, inputs) as run:
+        for step in (1, 2, 3):
+            run.stats({"step": step})
+            run.checkpoint(step, {"w": torch.full([2], float(step))}, {"lines": run.lines})
+        run.status({"step": "3   "}, 3, 6, "step", {"loss": "0.5"})
+        run.stats({"step": "lost"})
+    assert [p.name for p in sorted(folder.glob("checkpoint*"))] == ["checkpoint-000000002.safetensors", "checkpoint-000000003.safetensors"]
+    line = capsys.readouterr().out
+    assert line.startswith("step 3    time 00:00 ") and line.rstrip().endswith("loss 0.5")
+    assert "sec/step 0.0" in line and "eta 00:00" in line
+    assert json.loads((folder / "timing.jsonl").read_text())["step"] == 3
+    with Run(folder, settings, inputs) as run:
+        tensors, meta = run.read()
+        run.go_on(3, meta["lines"])
+        run.stats({"step": 4})
+    assert tensors["w"].tolist() == [3, 3] and run.last_checkpoint.name == "checkpoint-000000003.safetensors"
+    assert [json.loads(line)["step"] for line in (folder / "stats.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_signal_is_noted_inside_alone(begun):
+    folder, settings, inputs = begun
+    before = signal.getsignal(signal.SIGTERM)
+    with Run(folder, settings, inputs) as run:
+        with run.stoppable():
+            assert run.stop_requested is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run.stop_requested == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_folder_that_cannot_be_written_names_the_last_state(begun):
+    folder, settings, inputs = begun
+    with Run(folder, settings, inputs) as run, pytest.raises(OSError, match="got: .*disk full. Last good checkpoint: none"):
+        with run.writing():
+            raise OSError("disk full")
+
+
+def test_other_ranks_write_nothing(begun):
+    folder, settings, inputs = begun
+    with Run(folder, settings, inputs, ranks=Ranks(rank=1, world=2)) as run:
+        run.begin()
+        run.stats({"step": 1})
+        run.status({}, 1, 2, "step")
+    assert [p.name for p in folder.iterdir()] == [OPTIONS] and run.lines == 0
+
+
+def test_runs_that_start_together_take_different_folders(tmp_path):
+    wanted = next_free(tmp_path, "a")
+    assert [claim(wanted).name for _ in range(3)] == ["00000-a", "00001-a", "00002-a"]
+    assert begun_by_this_launch(tmp_path) is None
+
+
+def test_a_damaged_record_is_an_error(begun):
+    (begun[0] / OPTIONS).write_text("{")
+    with pytest.raises(ValueError, match="training_options.json: expected JSON, got: "):
+        recorded(begun[0])

@@ -1,0 +1,169 @@
+"""Hostile and damaged files: nothing runs, nothing hangs, nothing fills the memory, and one line says why."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eg3d_rlhf.generators import pickles
+from tests.generators.pickles import hostile
+from tests.generators.pickles.writer import SnapshotWriter, dumps, stock_networks
+
+SECONDS, MEBIBYTES = 10, 2048
+MARKER = Path("executed")
+NAMES = [name for source in hostile.SOURCES[:3] for name, _ in source(str(MARKER))]  # the cheap ones; all are judged below
+
+
+@pytest.fixture(scope="module", params=["0.1", pytest.param("1", marks=pytest.mark.long)], ids="{} of the opcodes".format)
+def report(request, repo, tmp_path_factory) -> dict:
+    """All hostile files, read by one process of their own, and whether any of them wrote the marker."""
+    folder = tmp_path_factory.mktemp("hostile")
+    command = [sys.executable, "-m", "tests.generators.pickles.hostile", str(folder / "marker"), request.param]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
+    result = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=850)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    found["executed"] = sorted(p.name for p in folder.iterdir())
+    return found
+
+
+def problem(text: str, who: str) -> str | None:
+    """What is wrong with a refusal, if anything."""
+    if "\n" in text or not text.isprintable():
+        return "not one printable line"
+    if not text.startswith(who) or "expected" not in text or "got" not in text:
+        return "not in the form of our messages"
+    return "too long" if len(text) > 1000 else None
+
+
+def test_every_hostile_file_is_refused_in_one_line(report):
+    wrong = {n: (why, text) for n, (text, _) in report["outcomes"].items() if (why := problem(text, "FILE")) is not None}
+    assert wrong == {}
+    assert len(report["outcomes"]) > 150 and set(NAMES) <= set(report["outcomes"])
+
+
+def test_nothing_was_executed(report):
+    assert report["executed"] == []
+
+
+def test_nothing_hangs_and_memory_stays_small(report):
+    assert {n: s for n, (_, s) in report["outcomes"].items() if s > SECONDS} == {}
+    assert report["peak"] < MEBIBYTES
+
+
+def test_the_attempts_are_real(tmp_path):
+    """The ordinary unpickler does run such files."""
+    import pickle
+
+    marker = tmp_path / "marker"
+    files = dict(hostile.calls(str(marker)))
+    pickle.loads(files["os.system, protocol 4"])
+    assert marker.exists()
+
+
+def test_the_refused_name_is_told(report):
+    assert "the global os.system, which no network needs" in report["outcomes"]["os.system, protocol 4"][0]
+    assert "the global os.system in a tensor stream" in report["outcomes"]["stream: a storage that is os.system"][0]
+    assert "Nothing in it was run" in report["outcomes"]["eval, protocol 2"][0]
+
+
+def test_a_hostile_file_can_be_surveyed(tmp_path):
+    path = tmp_path / "x.pkl"
+    for name, data in hostile.calls(str(tmp_path / "marker")):
+        path.write_bytes(data)
+        found = pickles.survey(path)
+        if name == "getattr chain, protocol 4":
+            assert found.asked == {"builtins.getattr": 1, "builtins.__import__": 1} and found.stopped is None
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    """Honest files to damage."""
+    nets = stock_networks()
+    small = SnapshotWriter().snapshot(nets, ("G_ema",), training_set_kwargs={"path": "a.zip", "resolution": 128})
+    return {"protocol 4": small, "protocol 2": SnapshotWriter(2).snapshot(nets, ("D",))}
+
+
+def survives(data: bytes) -> str:
+    """Outcome of a damaged file, within the time."""
+    started = time.process_time()
+    try:
+        pickles.plan(pickles.parse(memoryview(data), "FILE"))
+        outcome = "loaded"
+    except ValueError as error:
+        outcome = str(error)
+        assert problem(outcome, "FILE") is None, outcome
+    assert time.process_time() - started < SECONDS
+    return outcome
+
+
+@pytest.mark.parametrize("name", ["protocol 4", "protocol 2"])
+def test_truncation_at_every_percent(files, name):
+    data = files[name]
+    for percent in range(100):
+        assert survives(data[: len(data) * percent // 100]) != "loaded" or percent == 100
+
+
+def test_an_empty_and_a_missing_file(tmp_path):
+    (tmp_path / "empty.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="got an empty file"):
+        pickles.read(tmp_path / "empty.pkl")
+    with pytest.raises(FileNotFoundError, match="got nothing there"):
+        pickles.read(tmp_path / "none.pkl")
+
+
+def structure(data: bytes) -> list[int]:
+    """Positions outside long runs of payload: where a flipped bit changes what the file says."""
+    import pickletools
+
+    found, steps = [], list(pickletools.genops(data))
+    for (_, arg, start), (_, _, end) in zip(steps, [*steps[1:], (None, None, len(data))], strict=True):
+        head = 300 if isinstance(arg, (bytes, str)) else 100
+        found += range(start, min(end, start + head))
+    return found
+
+
+def flip_bytes(data: bytes, seed: int, count: int) -> dict[str, int]:
+    """Flip bits of single bytes, half of them anywhere and half in the structure; how many loaded, how many were refused."""
+    rng, spots = random.Random(seed), structure(data)
+    outcomes = {"loaded": 0, "refused": 0}
+    for i in range(count):
+        damaged = bytearray(data)
+        position = rng.choice(spots) if i % 2 else rng.randrange(len(data))
+        damaged[position] ^= rng.randrange(1, 256)
+        outcomes["loaded" if survives(bytes(damaged)) == "loaded" else "refused"] += 1
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def small_file() -> bytes:
+    """A discriminator-sized module tree under G_ema's name: small, so that many copies can be damaged; refused in the end for its class."""
+    nets = stock_networks()
+    return dumps({"G_ema": SnapshotWriter().discriminator(nets.D, nets.D_kwargs)})
+
+
+def test_a_sample_of_flipped_bytes(files, small_file):
+    assert flip_bytes(small_file, 1, 200)["refused"] == 200
+    outcomes = flip_bytes(files["protocol 4"], 2, 60)
+    assert outcomes["refused"] > 10 and outcomes["loaded"] > 10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_ten_thousand_flipped_bytes(files, seed):
+    outcomes = flip_bytes(files["protocol 4"], seed, 1000)
+    assert sum(outcomes.values()) == 1000 and min(outcomes.values()) > 100
+
+
+@pytest.mark.long
+def test_the_official_file_truncated_at_every_percent(fixtures_dir):
+    for path in sorted((fixtures_dir / "eg3d_pickle").glob("snapshot_*.pkl")):
+        data = path.read_bytes()
+        for percent in range(100):
+            assert survives(data[: len(data) * percent // 100]) != "loaded"

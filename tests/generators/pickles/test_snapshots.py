@@ -1,0 +1,230 @@
+"""Official-format snapshots: values equal to those recorded with the original code, nothing lost on the way to our format and back."""
+
+import json
+import os
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import torch_utils
+from eg3d_rlhf import generators
+from eg3d_rlhf.generators import pickles
+from tests.compat.reference import ROOT, Draws, relative_error
+from tests.generators.pickles.writer import SnapshotWriter, dumps, ref, stock_networks, tensor
+from tools.convert import convert, foreign_sizes
+from training import networks
+
+FILES = sorted((ROOT / "eg3d_pickle").glob("snapshot_*.pkl"))
+USERS = [Path(os.environ["EG3D_PKL"])] if os.environ.get("EG3D_PKL") else []
+BOUND = {"ws": 1e-5, "sigma": 1e-5, "image_raw": 1e-4, "image_depth": 1e-4, "image_sub": 1e-4, "logits": 1e-4}
+
+
+@pytest.fixture(scope="module", params=FILES + USERS, ids=lambda p: p.stem)
+def loaded(request, fixtures_dir):
+    """A snapshot's path and its networks."""
+    return request.param, pickles.load(request.param)
+
+
+def recorded(path: Path):
+    """The original code's outputs beside a snapshot, and its description."""
+    if not path.with_suffix(".npz").exists():
+        pytest.skip(f"no recorded outputs beside {path.name}")
+    return np.load(path.with_suffix(".npz")), json.loads(path.with_suffix(".json").read_text())
+
+
+def outputs(G, ref) -> dict:
+    """What was recorded of one generator, in the recorded way."""
+    z, c, points = (torch.as_tensor(ref[k]) for k in ("z", "c", "points"))
+    with torch.no_grad(), Draws(None).injected():
+        ws = G.mapping(z, c, truncation_psi=0.7)
+        img = G.synthesis(ws, c, noise_mode="const")
+        sigma = G.sample_mixed(points, None, ws, noise_mode="const")["sigma"]
+    stride = img["image"].shape[-1] // ref["image_sub"].shape[-1]
+    return {
+        "ws": ws[:, 0], "sigma": sigma, "image_raw": img["image_raw"], "image_depth": img["image_depth"],
+        "image_sub": img["image"][:, :, ::stride, ::stride], "_img": img, "_c": c,
+    }
+
+
+def test_recorded_outputs(loaded):
+    path, nets = loaded
+    arrays, described = recorded(path)
+    compared = set()
+    for name in ("G", "G_ema"):
+        if f"{name}/z" not in arrays:
+            continue
+        expected = {k.removeprefix(f"{name}/"): arrays[k] for k in arrays if k.startswith(f"{name}/")}
+        found = outputs(getattr(nets, name).eval(), expected)
+        for key in BOUND.keys() & expected.keys():
+            assert relative_error(found[key], expected[key]) <= BOUND[key], (name, key)
+            compared.add(f"{name}/{key}")
+        if f"D/logits_on_{name}" in arrays:
+            with torch.no_grad():
+                logits = nets.D.eval()(found["_img"], found["_c"])
+            assert relative_error(logits, arrays[f"D/logits_on_{name}"]) <= BOUND["logits"]
+            compared.add(f"D/logits_on_{name}")
+    inputs = {k for k in arrays if k.rsplit("/", 1)[-1] in ("z", "c", "points")}
+    assert compared == set(arrays) - inputs
+
+
+def test_recorded_description(loaded):
+    path, nets = loaded
+    _, described = recorded(path)
+    G = nets.G_ema
+    for key in ("z_dim", "w_dim", "img_resolution", "neural_rendering_resolution", "rendering_kwargs"):
+        assert getattr(G, key) == described[key], key
+    assert G.renderer.plane_axes.tolist() == described["plane_axes"]
+    snapshot = pickles.read(path)
+    assert {k: len(pickles.tensors(v, k)) for k, v in snapshot.networks.items()} == described["num_tensors"]
+    extra = 0 if nets.training_set.get("label_std") is None else 1
+    assert len(G.state_dict()) + extra == described["num_tensors"]["G_ema"]
+    assert nets.training_set["augment"]["p"] == described["augment"]
+    assert nets.training_set["options"]["class_name"] == "training.dataset.ImageFolderDataset"
+
+
+def test_to_our_format_and_back(loaded, tmp_path):
+    path, nets = loaded
+    out = tmp_path / "converted.safetensors"
+    convert(nets, out)
+    assert_same(networks.load(out), nets)
+    assert generators.load_generator(out).hash == generators.load_generator(path).hash
+
+
+def assert_same(a: networks.Networks, b: networks.Networks) -> None:
+    for name in ("G", "D", "G_ema"):
+        one, two = getattr(a, name), getattr(b, name)
+        assert (one is None) == (two is None)
+        if one is not None:
+            assert networks.state_hash(one) == networks.state_hash(two), name
+    for name in ("G", "G_ema"):
+        one, two = getattr(a, name), getattr(b, name)
+        if one is not None:
+            assert one.neural_rendering_resolution == two.neural_rendering_resolution
+            assert torch.equal(one.renderer.plane_axes, two.renderer.plane_axes)
+            assert json.dumps(one.rendering_kwargs, sort_keys=True) == json.dumps(two.rendering_kwargs, sort_keys=True)
+    assert (a.G_kwargs, a.D_kwargs, a.training_set, a.cur_nimg) == (b.G_kwargs, b.D_kwargs, b.training_set, b.cur_nimg)
+
+
+STD = torch.linspace(0, 1, 25)
+
+
+@pytest.fixture(scope="module")
+def marker(tmp_path_factory) -> Path:
+    """What the source that our snapshots embed would write."""
+    return tmp_path_factory.mktemp("executed") / "marker"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("numpy", ["numpy.core", "numpy._core"])
+def test_protocols_and_numpy_names(protocol, numpy, marker, tmp_path):
+    nets = stock_networks("fixed" if protocol % 2 else "eg3d")
+    writer = SnapshotWriter(protocol, numpy, source=f"open({str(marker)!r}, 'w').write('executed')")
+    path = tmp_path / "x.pkl"
+    path.write_bytes(writer.snapshot(nets, ("D", "G_ema") if protocol < 4 else ("G_ema",), STD, training_set_kwargs={"path": "a/b.zip"}))
+    found = pickles.load(path)
+    assert networks.state_hash(found.G_ema) == networks.state_hash(nets.G_ema)
+    assert found.G is None and (found.D is None) == (protocol >= 4)
+    assert found.G_ema.plane_layout == nets.G_ema.plane_layout and found.G_ema.neural_rendering_resolution == 8
+    assert not found.G_ema.training and not any(p.requires_grad for p in found.G_ema.parameters())
+    assert found.training_set["name"] == "b" and torch.equal(torch.tensor(found.training_set["label_std"]), STD)
+    assert not marker.exists()
+    assert pickles.survey(path).protocol == protocol and f"{numpy}.multiarray.scalar" in pickles.survey(path).asked
+
+
+def test_a_generator_by_itself_and_the_augmentation(tmp_path):
+    nets, writer = stock_networks(), SnapshotWriter()
+    alone = pickles.parse(memoryview(dumps(writer.generator(nets.G_ema, nets.G_kwargs))), "alone")
+    assert networks.state_hash(pickles.rebuild(alone).G_ema) == networks.state_hash(nets.G_ema)
+    state = {"_buffers": {"p": tensor(torch.tensor(0.375))}, "_init_kwargs": {"xflip": 1}}
+    augment = writer.persistent("AugmentPipe", state)
+    snapshot = pickles.parse(memoryview(writer.snapshot(nets, ("G_ema",), augment_pipe=augment)), "augmented")
+    assert pickles.rebuild(snapshot).training_set["augment"] == {"class_name": "AugmentPipe", "options": {"xflip": 1}, "p": 0.375}
+
+
+def test_storages_of_another_device_or_precision():
+    nets = stock_networks()
+    data = SnapshotWriter(storage=ref("torch.cuda", "FloatStorage")).snapshot(nets, ("G_ema",))
+    assert networks.state_hash(pickles.rebuild(pickles.parse(memoryview(data), "cuda")).G_ema) == networks.state_hash(nets.G_ema)
+    for dtype, name in ((torch.float16, "HalfStorage"), (torch.float64, "DoubleStorage")):
+        value = torch.randn(3, 4).to(dtype)
+        state = {"_buffers": {"x": tensor(value, ref("torch", name))}}
+        content = dumps({"G_ema": SnapshotWriter().persistent("TriPlaneGenerator", state)})
+        record = pickles.tensors(pickles.parse(memoryview(content), "x").networks["G_ema"], "x")["x"]
+        assert torch.equal(record.tensor(), value) and record.tensor().dtype == dtype
+
+
+def test_missing_unexpected_and_misshapen_names_are_listed():
+    nets, writer = stock_networks(), SnapshotWriter()
+    G = writer.generator(nets.G_ema, nets.G_kwargs)
+    modules = G.args[0]["state"]["_modules"]
+    net = modules["decoder"].state["_modules"]["net"].state["_modules"]
+    parameters = net["0"].args[0]["state"]["_parameters"]
+    parameters["extra"] = parameters.pop("bias")
+    parameters["weight"] = tensor(torch.zeros(3, 3))
+    with pytest.raises(ValueError) as caught:
+        pickles.rebuild(pickles.parse(memoryview(dumps({"G_ema": G})), "file.pkl"))
+    text = str(caught.value)
+    assert text.startswith("file.pkl (G_ema): ") and "\n" not in text
+    assert "missing: decoder.net.0.bias" in text and "unexpected: decoder.net.0.extra" in text
+    assert "misshapen: decoder.net.0.weight [3, 3] instead of [64, 32]" in text
+
+
+def test_discriminator_of_another_class_is_left_out(capsys):
+    nets, writer = stock_networks(), SnapshotWriter()
+    D = writer.persistent("SingleDiscriminator", {"_init_kwargs": {}})
+    found = pickles.rebuild(pickles.parse(memoryview(writer.snapshot(nets, ("G_ema",), D=D)), "x.pkl"))
+    assert found.D is None and "SingleDiscriminator" in capsys.readouterr().err
+
+
+def test_frozen_layers_of_D_are_chosen_on_loading(tmp_path):
+    nets, path = stock_networks(), tmp_path / "x.pkl"
+    path.write_bytes(SnapshotWriter().snapshot(nets))
+    found = generators.load_networks(path, freeze_layers=2)
+    assert "fromrgb.weight" in dict(found.D.b128.named_buffers()) and networks.state_hash(found.D) == networks.state_hash(nets.D)
+    assert networks.state_hash(found.G) == networks.state_hash(nets.G) != networks.state_hash(found.G_ema)
+
+
+def test_a_run_folder_of_eg3d(tmp_path):
+    nets = stock_networks()
+    (tmp_path / "network-snapshot-000200.pkl").write_bytes(SnapshotWriter().snapshot(nets, ("G_ema",)))
+    (tmp_path / "network-snapshot-000100.pkl").write_bytes(b"older")
+    found = generators.load_generator(tmp_path)
+    assert found.path.name == "network-snapshot-000200.pkl" and found.hash == networks.state_hash(nets.G_ema)
+
+
+def copy_params_and_buffers(src: torch.nn.Module, dst: torch.nn.Module, require_all: bool = False) -> None:
+    """As a checkout of EG3D has it: by name, from one module to another."""
+    named = {**dict(src.named_parameters()), **dict(src.named_buffers())}
+    for name, value in [*dst.named_parameters(), *dst.named_buffers()]:
+        assert name in named or not require_all, name
+        if name in named:
+            value.copy_(named[name].detach())
+
+
+def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
+    """Its lines, with a stand-in for EG3D's own function, give the same generator; training's extra buffer is there too."""
+    nets = stock_networks("fixed")
+    nets = networks.Networks(nets.G, nets.D, nets.G_ema, nets.G_kwargs, nets.D_kwargs, {"label_std": STD.tolist()})
+    assert foreign_sizes(nets) == []
+    counts = convert(nets, tmp_path / "ffhq.pt")
+    assert counts["G_ema"] == len(nets.G_ema.state_dict()) + 1
+    text = (repo / "docs" / "checkpoints.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "copy_params_and_buffers" in c]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch_utils, "misc", types.SimpleNamespace(copy_params_and_buffers=copy_params_and_buffers), raising=False)
+    scope: dict = {}
+    exec(code, scope)
+    assert networks.state_hash(scope["G"]) == networks.state_hash(nets.G_ema)
+    assert torch.equal(scope["G"].renderer.plane_axes, nets.G_ema.renderer.plane_axes)
+    assert scope["G"].neural_rendering_resolution == nets.G_ema.neural_rendering_resolution
+    assert torch.equal(scope["saved"]["G"]["dataset_label_std"], STD)
+
+
+def test_the_fixtures_source_would_raise():
+    """The tests above prove something: the embedded source is there, and raises."""
+    for path in FILES:
+        assert b"raise RuntimeError" in path.read_bytes()

@@ -1,0 +1,183 @@
+"""The separable path against the point-wise oracle and plain autograd."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from eg3d_rlhf.core.separable import pair_maps
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.geometry.slab import DecoderWeights, sigma_from_planes
+from tests.geometry.stand_in import random_planes, random_weights
+from torch_utils.ops.slab_density import slab_density
+from torch_utils.ops.triplane_decode import projection_axes
+from training.rendering.renderer import generate_planes
+
+SPEC = SlabSpec(resolution=24, crop=(0.1, 0.2, 0.0, 0.3, 0.25, 0.15))  # [D, H, W] of three different sizes
+
+
+def with_grad(planes, weights):
+    return planes.clone().requires_grad_(), DecoderWeights(*(w.clone().requires_grad_() for w in weights))
+
+
+def forward_backward(planes, weights, axes, impl, box_warp=1.0, cotangent=None):
+    planes, weights = with_grad(planes, weights)
+    sigma = sigma_from_planes(planes, axes, weights, SPEC, box_warp, impl)
+    if cotangent is None:
+        cotangent = torch.randn(sigma.shape, generator=torch.Generator().manual_seed(3), dtype=sigma.dtype)
+    return sigma.detach(), torch.autograd.grad(sigma, [planes, *weights], cotangent)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def test_projection_axes_of_the_two_layouts():
+    assert projection_axes(generate_planes("eg3d")) == ((0, 1), (0, 2), (2, 0))
+    assert projection_axes(generate_planes("fixed")) == ((0, 1), (0, 2), (2, 1))
+
+
+@pytest.mark.parametrize("scale", [2.0, -1.0])
+def test_scaled_or_mirrored_axes_are_not_separable(scale):
+    axes = generate_planes("eg3d")
+    axes[1] *= scale
+    assert projection_axes(axes) is None
+
+
+@pytest.mark.parametrize("box_warp", [1.0, 1.7, 0.6])  # 0.6: part of the slab lies outside the planes
+def test_equals_pointwise_with_gradients(layout, box_warp):
+    planes, weights, axes = random_planes(2, 5, 16, 21), random_weights(5, 7), generate_planes(layout)
+    fast, fast_grads = forward_backward(planes, weights, axes, "separable", box_warp)
+    slow, slow_grads = forward_backward(planes, weights, axes, "pointwise", box_warp)
+    assert fast.shape == (2, *SPEC.shape)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-5)
+    for got, expected in zip(fast_grads, slow_grads, strict=True):
+        assert relative(got, expected) < 1e-4
+
+
+def test_a_second_derivative_is_refused_and_every_point_on_its_own_has_it(layout):
+    planes, weights, axes = random_planes(1, 3, 9, 9), random_weights(3, 4), generate_planes(layout)
+    planes = planes.requires_grad_()
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        torch.autograd.grad(sigma_from_planes(planes, axes, weights, SPEC).sum(), planes, create_graph=True)
+    sigma = sigma_from_planes(planes, axes, weights, SPEC, impl="pointwise")
+    (first,) = torch.autograd.grad(sigma.sum(), planes, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), planes)[0].abs().max() > 0
+
+
+def test_float64_agrees_to_rounding(layout):
+    planes, weights, axes = random_planes(1, 3, 9, 9, torch.float64), random_weights(3, 4, torch.float64), generate_planes(layout)
+    fast, fast_grads = forward_backward(planes, weights, axes, "separable")
+    slow, slow_grads = forward_backward(planes, weights, axes, "pointwise")
+    torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)
+    for got, expected in zip(fast_grads, slow_grads, strict=True):
+        assert relative(got, expected) < 1e-11
+
+
+def test_one_point_by_hand():
+    """float64 numpy, from the definition: bilinear samples, mean over planes, two layers."""
+    planes, weights = random_planes(1, 2, 8, 8, torch.float64), random_weights(2, 3, torch.float64)
+    sigma = sigma_from_planes(planes, generate_planes("eg3d"), weights, SPEC)
+    d, h, w = 5, 7, 3
+    x, y, z = (float(axis[i]) * 2 for axis, i in zip(SPEC.axes(), (w, h, d), strict=True))
+    feature = np.zeros(2)
+    for plane, (u, v) in zip(planes[0].numpy(), ((x, y), (x, z), (z, x)), strict=True):
+        column, row = ((u + 1) * 8 - 1) / 2, ((v + 1) * 8 - 1) / 2
+        for i in (int(np.floor(row)), int(np.floor(row)) + 1):
+            for j in (int(np.floor(column)), int(np.floor(column)) + 1):
+                if 0 <= i < 8 and 0 <= j < 8:
+                    feature += plane[:, i, j] * (1 - abs(row - i)) * (1 - abs(column - j)) / 3
+    w0, b0, w_sigma, b_sigma = (t.numpy() for t in weights)
+    assert sigma[0, d, h, w].item() == pytest.approx(w_sigma @ np.log1p(np.exp(w0 @ feature + b0)) + b_sigma, rel=1e-10)
+
+
+def random_maps(size, pairs, dtype, scale=1.0):
+    x, j, y, z = size
+    shapes = {"xy": (x, j, y, 1), "xz": (x, j, 1, z), "yz": (1, j, y, z)}
+    rng = torch.Generator().manual_seed(11)
+    return [(torch.randn(shapes[pair], generator=rng, dtype=dtype) * scale).requires_grad_() for pair in pairs]
+
+
+PAIR_SETS = [("xy", "xz"), ("xy", "xz", "yz"), ("yz",), ("xy", "yz"), ("xz",)]
+
+
+@pytest.mark.parametrize("pairs", PAIR_SETS)
+@pytest.mark.parametrize("chunk", [1, 10, 10_000])
+def test_gradcheck(pairs, chunk):
+    maps = random_maps((3, 2, 4, 2), pairs, torch.float64)
+    w = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    b = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, b, *maps: slab_density(maps, w, b, (3, 4, 2), chunk=chunk), (w, b, *maps))
+
+
+@pytest.mark.parametrize("pairs", PAIR_SETS)
+@pytest.mark.parametrize("scale", [1.0, 12.0, 60.0])  # 60: exp(h) would overflow, so the direct form is taken
+@pytest.mark.parametrize("threads", [1, 3])
+def test_maps_against_plain_autograd(pairs, scale, threads):
+    size = (6, 5, 7, 4)
+    maps = random_maps(size, pairs, torch.float32, scale)
+    w, b = torch.randn(5, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    cotangent = torch.randn(6, 7, 4)
+    hidden = sum(maps).expand(size)
+    expected = torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
+    expected_grads = torch.autograd.grad(expected, [w, b, *maps], cotangent)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        sigma = slab_density(maps, w, b, (6, 7, 4), chunk=150)
+        grads = torch.autograd.grad(sigma, [w, b, *maps], cotangent)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(sigma, expected, rtol=2e-5, atol=1e-5 * scale)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert relative(got, want) < 1e-5
+
+
+def test_only_the_gradients_asked_for():
+    maps = random_maps((3, 2, 4, 2), ("xy", "yz"), torch.float32)
+    maps[0].requires_grad_(False)
+    w, b = torch.randn(2), torch.zeros(())
+    slab_density(maps, w, b, (3, 4, 2)).sum().backward()
+    assert maps[0].grad is None
+    assert maps[1].grad is not None
+
+
+def test_chunks_do_not_change_the_values():
+    maps = random_maps((6, 5, 7, 4), ("xy", "xz", "yz"), torch.float32)
+    w, b = torch.randn(5), torch.zeros(())
+    values = [slab_density(maps, w, b, (6, 7, 4), chunk=chunk) for chunk in (1, 37, 140, 300, 10**6)]
+    for other in values[1:]:
+        torch.testing.assert_close(other, values[0], rtol=1e-6, atol=1e-6)
+
+
+def test_pair_maps_merge_the_repeated_plane_of_released_checkpoints():
+    planes, weights = random_planes(1, 2, 8, 8), random_weights(2, 3)
+    axes = [axis * 2 for axis in SPEC.axes()]
+    depth, height, width = SPEC.shape
+
+    def shapes(layout):
+        maps = pair_maps(planes, projection_axes(generate_planes(layout)), axes, weights.w0, weights.b0)
+        return [tuple(m.shape[1:]) for m in maps]
+
+    assert shapes("eg3d") == [(width, 3, height, 1), (width, 3, 1, depth)]
+    assert shapes("fixed") == [(width, 3, height, 1), (width, 3, 1, depth), (1, 3, height, depth)]
+
+
+def test_saved_for_backward_does_not_grow_with_the_volume_times_hidden(layout):
+    """What autograd keeps is the pair maps, the planes and small matrices: far below volume * hidden, whatever the resolution."""
+    planes, weights = with_grad(random_planes(1, 4, 16, 16), random_weights(4, 32))
+    sizes = {}
+    for resolution in (16, 32):
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sigma = sigma_from_planes(planes, generate_planes(layout), weights, SlabSpec.cube(resolution))
+        sizes[resolution] = sum(kept.values())
+        assert sigma.shape == (1, resolution, resolution, resolution)
+    assert sizes[32] < 4.5 * sizes[16]  # area, not volume (which would be 8)
+    assert sizes[32] < 32**3 * 32 / 4

@@ -1,0 +1,139 @@
+"""The bundled feature network: distances under it rise with every kind of damage, and files are checked before use."""
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.measures.feature_training import (
+    DAMAGES,
+    FeatureTraining,
+    adequacy,
+    damage_batch,
+    factors,
+    mirror_batch,
+    to_float,
+    train_features,
+)
+from eg3d_rlhf.measures.features import (
+    DAMAGE_NAMES,
+    DEFAULT_ASSET,
+    DIM,
+    FACTOR_NAMES,
+    HeadFactorFeatures,
+    HeadFactorNet,
+    InceptionFeatures,
+    load_features,
+)
+from training.heads.render import render_heads
+from training.synthetic_heads import HeadsOptions, HeadsTruth, head_parameters
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """256 clean heads of a seed that no training used: uint8 [256, 3, 64, 64] and their factors."""
+    shape, appearance, labels = head_parameters(HeadsOptions(seed=123, n=256), range(256))
+    c = torch.from_numpy(labels)
+    image, _ = render_heads(
+        torch.from_numpy(shape), torch.from_numpy(appearance), c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3), 64, supersample=1
+    )
+    truth = HeadsTruth(shape=shape, appearance=appearance, labels=labels, depth=np.zeros((256, 1, 1), np.float32))
+    return (image * 255).round().to(torch.uint8), factors(truth)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    if not DEFAULT_ASSET.is_file():
+        pytest.skip(f"bundled feature network not found at {DEFAULT_ASSET}; run tools/train_features.py")
+    return load_features()
+
+
+def test_distance_rises_with_every_damage(bundled, heads):
+    rows = adequacy(bundled, heads[0])
+    assert [row.damage for row in rows] == list(DAMAGES)
+    for row in rows:  # with 128 images per half the smallest strength drowns in the sampling error; with 2000 every step rises
+        rising = row.distances[1:]
+        assert all(a < b for a, b in zip(rising, rising[1:], strict=False)), row
+        assert row.distances[-1] > 2 * row.distances[0], row
+
+
+def test_features_know_the_camera_and_the_colours(bundled, heads):
+    images, truth = heads
+    with torch.no_grad():
+        predicted = bundled.net(to_float(images))
+    for name in ("yaw", "pitch", "skin_g", "hair_g"):
+        column = FACTOR_NAMES.index(name)
+        assert np.corrcoef(predicted[:, column], truth[:, column])[0, 1] > 0.9, name
+
+
+def test_features_are_standardised_and_accept_other_sizes(bundled, heads):
+    features = bundled(to_float(heads[0]))
+    assert features.shape == (256, DIM)
+    assert features.mean(0).abs().max() < 0.5 and (features.std(0) - 1).abs().max() < 0.5
+    large = torch.nn.functional.interpolate(to_float(heads[0][:8]), scale_factor=2, mode="bilinear")
+    assert (bundled(large) - features[:8]).abs().mean() < 0.3
+
+
+def test_training_repeats_and_survives_saving(heads, tmp_path):
+    options = FeatureTraining(epochs=2, batch=32)
+    first, second = train_features(*heads, options), train_features(*heads, options)
+    assert first.name == second.name and first.record == second.record
+    first.save(tmp_path / "features.safetensors")
+    loaded = HeadFactorFeatures.load(tmp_path / "features.safetensors")
+    assert loaded.name == first.name and (tmp_path / "features.json").is_file()
+    images = to_float(heads[0][:4])
+    assert torch.equal(loaded(images), first(images))
+
+
+def test_the_network_stays_small():
+    assert sum(p.numel() for p in HeadFactorNet().parameters()) < 400_000
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_no_strength_is_no_change(name, heads):
+    images = to_float(heads[0][:4])
+    damaged = DAMAGES[name][0](images, torch.zeros(4), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(damaged, images, atol=1e-4, rtol=0)
+
+
+def test_damage_is_reported_with_its_strength(heads):
+    images = to_float(heads[0])
+    damaged, strengths = damage_batch(images, torch.Generator().manual_seed(0))
+    assert strengths.shape == (256, len(DAMAGE_NAMES)) and strengths.abs().max() <= 1
+    changed = (damaged - images).abs().amax(dim=(1, 2, 3)) > 1e-6
+    assert torch.equal(changed, strengths.abs().sum(1) > 0)
+
+
+def test_mirroring_turns_camera_and_light(heads):
+    images, truth = to_float(heads[0][:32]), heads[1][:32]
+    mirrored, wanted = mirror_batch(images, truth, torch.Generator().manual_seed(1))
+    yaw, skin = FACTOR_NAMES.index("yaw"), FACTOR_NAMES.index("skin_r")
+    flipped = wanted[:, yaw] == -truth[:, yaw]
+    assert 0 < flipped.sum() < 32 and torch.equal(wanted[:, skin], truth[:, skin])
+    assert torch.equal(mirrored[flipped], images[flipped].flip(3)) and torch.equal(mirrored[~flipped], images[~flipped])
+
+
+class _Detector(torch.nn.Module):
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features
+        return images.float().mean(dim=[2, 3])
+
+
+def test_a_users_torchscript_detector(tmp_path):
+    path = tmp_path / "detector.pt"
+    torch.jit.script(_Detector()).save(str(path))
+    network = load_features(path)
+    assert network.dim == 3
+    torch.testing.assert_close(network(torch.zeros(2, 3, 8, 8)), torch.full((2, 3), 128.0))
+
+
+def test_mistakes_are_named(tmp_path, heads):
+    with pytest.raises(ValueError, match="train_features"):
+        HeadFactorFeatures.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_features(tmp_path / "bad.safetensors")
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    with pytest.raises(ValueError, match="TorchScript"):
+        InceptionFeatures(tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="at least 130"):
+        adequacy(HeadFactorFeatures(HeadFactorNet(), {}), heads[0][:10])

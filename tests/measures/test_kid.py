@@ -1,0 +1,128 @@
+"""KID and FID against torchmetrics with the same feature module, and KID's subsets against direct sums."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from eg3d_rlhf.measures.distances import (
+    FeatureStatistics,
+    collect,
+    draw_subsets,
+    frechet_distance,
+    kernel_distance,
+    kernel_inception_distance,
+)
+
+RELATIVE = 1e-4  # of torchmetrics' own value
+
+
+class Detector(nn.Module):
+    """A small random feature module, in the shape that torchmetrics takes: uint8 images in, features out."""
+
+    def __init__(self, dim: int = 24):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(dim, 3 * 8 * 8, generator=generator) / 14)
+        self.name, self.dim, self.num_features = "detector", dim, dim
+
+    def forward(self, images):
+        pixels = nn.functional.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
+        return torch.relu(pixels @ self.weight.T) + 0.1 * (pixels @ self.weight.T)
+
+
+def images(n, seed, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator) * 200 + shift
+    return nn.functional.interpolate(coarse, (16, 16), mode="bilinear").round().clamp(0, 255).to(torch.uint8)
+
+
+def features(detector, pixels):
+    """Through our own collection."""
+    return collect(detector, pixels.split(50))
+
+
+@pytest.mark.parametrize("dim", [24, pytest.param(2048, marks=pytest.mark.long)])
+def test_fid_equals_torchmetrics_with_the_same_module(dim):
+    image = pytest.importorskip("torchmetrics.image.fid")
+    detector, real, fake = Detector(dim), images(300, 1), images(260, 2, 30)
+    metric = image.FrechetInceptionDistance(feature=detector, normalize=False)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    ours = features(detector, fake)[0].distance(features(detector, real)[0])
+    assert ours == pytest.approx(float(metric.compute()), rel=RELATIVE)
+
+
+def test_kid_equals_torchmetrics_on_the_same_subsets():
+    image = pytest.importorskip("torchmetrics.image.kid")
+    detector, real, fake = Detector(), images(300, 1), images(260, 2, 30)
+    metric = image.KernelInceptionDistance(feature=detector, subsets=7, subset_size=50, normalize=False)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    torch.manual_seed(5)
+    mean, std = (float(value) for value in metric.compute())
+    torch.manual_seed(5)
+    draws = [(torch.randperm(300)[:50].numpy(), torch.randperm(260)[:50].numpy()) for _ in range(7)]
+    ours = kernel_inception_distance(features(detector, real)[1], features(detector, fake)[1], draws=draws)
+    assert ours.mean == pytest.approx(mean, rel=RELATIVE) and ours.std == pytest.approx(std, rel=1e-2)
+    assert (ours.subsets, ours.size) == (7, 50)
+
+
+def moments(seed, dim, samples):
+    """Moments of features whose variance falls off as those of a network do."""
+    random = np.random.RandomState(seed)
+    scale = 1 / np.sqrt(1 + np.arange(dim))
+    rows = np.maximum(random.randn(samples, dim) * scale + 0.2 * random.randn(dim) * scale, -0.5)
+    return FeatureStatistics(dim).update(rows).moments()
+
+
+def reference(mean_1, cov_1, mean_2, cov_2):
+    """Heusel et al.'s formula with the eigenvalues of the unsymmetric product."""
+    cross = np.sqrt(np.linalg.eigvals(cov_1 @ cov_2).astype(complex)).real.sum()
+    return ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * cross
+
+
+@pytest.mark.parametrize("samples", [60, 400])
+def test_distance_with_and_without_full_rank(samples):
+    first, second = moments(0, 100, samples), moments(1, 100, samples)
+    assert frechet_distance(*first, *second) == pytest.approx(reference(*first, *second), rel=1e-6)
+
+
+def test_second_set_must_be_a_covariance_too():
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.diag([1.0, -1.0]))
+    assert frechet_distance(np.zeros(2), np.zeros((2, 2)), np.ones(2), np.eye(2)) == pytest.approx(4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("samples", [1500, 5000])
+def test_inceptions_dimension_takes_seconds_and_is_right(samples):
+    first, second = moments(0, 2048, samples), moments(1, 2048, samples)
+    started = time.process_time()
+    ours = frechet_distance(*first, *second)
+    assert time.process_time() - started < 15
+    assert ours == pytest.approx(reference(*first, *second), rel=RELATIVE)
+
+
+def test_subsets_do_not_repeat_and_repeat_with_the_seed():
+    draws = list(draw_subsets(9, 7, subsets=5, size=20, seed=3))
+    assert len(draws) == 5
+    for first, second in draws:
+        assert len(set(first)) == len(first) == len(second) == len(set(second)) == 7  # the smaller set
+        assert first.max() < 9 and second.max() < 7
+    again = list(draw_subsets(9, 7, subsets=5, size=20, seed=3))
+    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(draws, again, strict=True))
+    assert any(set(a[0]) != set(b[0]) for a, b in zip(draws, draw_subsets(9, 7, 5, 20, seed=4), strict=True))
+
+
+def test_published_estimate_is_the_mean_over_subsets():
+    random = np.random.RandomState(0)
+    first, second = random.randn(40, 5), random.randn(30, 5) + 0.5
+    found = kernel_inception_distance(first, second, subsets=6, size=12, seed=1)
+    values = [kernel_distance(first[a], second[b]) for a, b in draw_subsets(40, 30, 6, 12, 1)]
+    assert found.mean == pytest.approx(np.mean(values)) and found.std == pytest.approx(np.std(values))
+    assert kernel_inception_distance(first, second, subsets=2, size=1000).size == 30
+    with pytest.raises(ValueError, match="at least one subset"):
+        kernel_inception_distance(first, second, subsets=0)

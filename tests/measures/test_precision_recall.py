@@ -1,0 +1,63 @@
+"""Improved precision and recall against the paper's definition written as loops, and on sets whose overlap is known."""
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.measures import feature_sets as module
+from eg3d_rlhf.measures.feature_sets import neighbour_radii, precision_recall
+
+
+def brute_force(points, manifold, k):
+    """Equation 1 with loops in float64."""
+    radii = [sorted(np.linalg.norm(a - b) for j, b in enumerate(manifold) if j != i)[k - 1] for i, a in enumerate(manifold)]
+    return np.array([any(np.linalg.norm(p - a) <= r for a, r in zip(manifold, radii, strict=True)) for p in points])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("block", [7, 4_000_000])
+def test_equals_brute_force(k, block, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_CELLS", block)
+    random = np.random.RandomState(k)
+    fake, real = random.randn(40, 4) * 1.3 + 0.7 + 50, random.randn(55, 4) + 50  # far from the origin: rounding of squares shows
+    found = precision_recall(fake, real, k)
+    assert (found.fake_inside == brute_force(fake, real, k)).all() and (found.real_inside == brute_force(real, fake, k)).all()
+    assert found.precision == found.fake_inside.mean() and found.recall == found.real_inside.mean() and found.k == k
+    assert 0 < found.precision < 1 and 0 < found.recall < 1
+
+
+def test_equal_sets_are_all_inside_and_distant_ones_never():
+    x = np.random.RandomState(0).randn(50, 6)
+    assert (precision_recall(x, x).precision, precision_recall(x, x).recall) == (1, 1)
+    assert (precision_recall(x, x + 100).precision, precision_recall(x, x + 100).recall) == (0, 0)
+
+
+def test_a_collapse_lowers_recall_alone():
+    random = np.random.RandomState(1)
+    real, collapsed = random.randn(300, 3), 0.05 * random.randn(300, 3)
+    found = precision_recall(collapsed, real)
+    assert found.precision > 0.99 and found.recall < 0.05
+    noisy = precision_recall(random.randn(300, 3) * 4, real)
+    assert noisy.precision < 0.5 and noisy.recall > 0.8
+
+
+def test_an_item_is_no_neighbour_of_itself():
+    assert neighbour_radii(np.array([[0.0], [1.0], [3.0]]), 1).tolist() == [1, 1, 4]
+
+
+def test_intervals_hold_the_shares():
+    random = np.random.RandomState(2)
+    found = precision_recall(random.randn(60, 3), random.randn(70, 3) + 0.5)
+    for name, interval in found.intervals().items():
+        assert interval.lo <= getattr(found, name) <= interval.hi
+
+
+@pytest.mark.parametrize(
+    ("fake", "real", "k", "says"),
+    [
+        (np.zeros((5, 2)), np.zeros((5, 3)), 3, "Use one network"), (np.zeros((3, 2)), np.zeros((5, 2)), 3, "more than k = 3"),
+        (np.full((5, 2), np.nan), np.zeros((5, 2)), 3, "finite"), (np.zeros((5, 2)), np.zeros((5, 2)), 0, "k >= 1"),
+    ],
+)
+def test_refused(fake, real, k, says):
+    with pytest.raises(ValueError, match=says):
+        precision_recall(fake, real, k)

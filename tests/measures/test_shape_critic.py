@@ -1,0 +1,112 @@
+"""The shape critic: what it learns, what its file holds, and that training repeats."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.core.seeds import SHAPES
+from eg3d_rlhf.measures.critic_training import CriticTraining, fake_maps, held_out_figures, train_critic, true_maps
+from eg3d_rlhf.measures.distances import FeatureStatistics
+from eg3d_rlhf.measures.normal_maps import box, normal_maps
+from eg3d_rlhf.measures.shape_critic import FEATURES, ShapeCritic
+from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
+from tools import train_critic as tool
+
+QUICK = CriticTraining(latents=20, reference=40, epochs=6, batch=20)
+
+
+def balls(n: int) -> torch.Tensor:
+    """Maps [N, F, 4, R, R] of balls of several sizes: no heads."""
+    spec, sizes = box(Bounds()), torch.linspace(0.12, 0.2, n)
+    return normal_maps(ramped(spec.points().norm(dim=-1)[None] - sizes[:, None, None, None])).half()
+
+
+@pytest.fixture(scope="module")
+def material():
+    shape = true_shapes(20, 500)
+    return true_maps(shape, Bounds()), shape, true_maps(true_shapes(40, 600), Bounds()), {"balls": balls(20)}
+
+
+@pytest.fixture(scope="module")
+def critic(material):
+    return train_critic(*material, QUICK)
+
+
+def test_heads_are_told_from_balls(critic, material):
+    assert critic.record["accuracy"] == 1 and critic.record["held_out"] == 8 and critic.record["parameters"] < 100_000
+    heads = critic.logits(true_maps(true_shapes(6, 900), Bounds()).float())
+    assert heads.min() > 0 > critic.logits(balls(5).float()).max()
+    distances = critic.record["frechet"]
+    assert distances["balls"] > 3 * distances["true heads, by halves"]
+
+
+def test_equal_sets_have_distance_0_and_damage_moves_away(critic):
+    distance = head_distances(true_shapes(24, 700), box(Bounds()))
+    x, y, z = box(Bounds()).points().unbind(-1)
+    waves = torch.sin(70 * x) * torch.sin(75 * y) * torch.sin(65 * z)
+    true, same, small, large = (  # waves on the surface, in world units
+        FeatureStatistics(FEATURES).update(critic.features(normal_maps(ramped(distance + a * waves)))) for a in (0, 0, 0.004, 0.012)
+    )
+    assert same.distance(true) == pytest.approx(0, abs=1e-6)
+    assert 0.01 < small.distance(true) < large.distance(true)
+
+
+def test_training_repeats(critic, material):
+    again = train_critic(*material, QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(critic.critic.state_dict().values(), again.critic.state_dict().values(), strict=True))
+    assert torch.equal(critic.true, again.true) and again.record == critic.record
+
+
+def test_the_file_holds_all_and_stays_small(critic, material, tmp_path):
+    path = tmp_path / "critic.safetensors"
+    critic.save(path)
+    loaded = ShapeCritic.load(path)
+    maps = material[0][:3].float()
+    assert torch.equal(loaded.logits(maps), critic.logits(maps)) and torch.equal(loaded.features(maps), critic.features(maps))
+    assert loaded.record == json.loads(path.with_suffix(".json").read_text()) and path.stat().st_size < 600_000
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="shape critic file"):
+        ShapeCritic.load(path)
+
+
+def test_calibration_counts_shapes_by_what_was_predicted(critic, monkeypatch):
+    monkeypatch.setattr(critic, "logits", lambda maps: maps)
+    found = held_out_figures(critic, torch.tensor([4.0, 4.0, -0.1]), {"a": torch.tensor([-4.0, 0.1])})
+    assert found["accuracy"] == 3 / 5 and [(b["n"], b["observed"]) for b in found["calibration"]] == [(1, 0), (1, 1), (1, 0), (2, 1)]
+    assert found["mean_logits"]["a"] == pytest.approx(-1.95)
+
+
+def test_held_out_latents_are_refused(tiny_networks):
+    with pytest.raises(ValueError, match=r"shape critic: expected seeds that are not held out, got 221000 \(shapes"):
+        fake_maps(None, SHAPES.take(2))
+
+
+def run(*flags):
+    return CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+
+
+@pytest.mark.long
+def test_the_tool(tiny_networks, tmp_path):
+    out = tmp_path / "critic.safetensors"
+    small = ("--latents=6", "--heads=8", "--reference=40", "--epochs=1", f"--out={out}")
+    result = run(f"--fakes={tiny_networks}", *small)
+    assert result.exit_code == 0, result.output
+    assert "accuracy on 2 held-out shapes" in result.stdout and "shape Fréchet distance" in result.stdout
+    (fakes,) = ShapeCritic.load(out).record["fakes"]
+    assert fakes["network"] == f"{tiny_networks.parent.name}/{tiny_networks.name}" and fakes["seeds"] == [400_000, 400_005]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--fakes={tmp}/none"], "--fakes: "), (["--fakes={net}", "--fakes={net}"], "--fakes: expected different networks"),
+        (["--fakes={net}", "--latents=1"], "--latents"),
+        (["--fakes={net}", "--latents=9", "--heads=8"], "as there are fakes, 9, got 8. Raise it."), ([], "--fakes"),
+    ],
+)
+def test_mistakes_leave_nothing(flags, text, tiny_networks, tmp_path):
+    result = run(*(flag.format(tmp=tmp_path, net=tiny_networks) for flag in flags), f"--out={tmp_path / 'x' / 'c.safetensors'}")
+    assert result.exit_code == 2 and text in result.stderr and not (tmp_path / "x").exists()

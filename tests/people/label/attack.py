@@ -1,0 +1,98 @@
+"""Slow and silent connections without a token, against one's own server: `python -m tests.people.label.attack PORT COUNT SECONDS`.
+
+They go to 127.0.0.1 only, from there or each from an address of its own in 127.0.0.0/8, and end by themselves. Whoever is closed comes
+again after a while.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import ssl
+from collections import Counter
+
+KINDS = ("silent", "header", "body", "handshake")
+BEGUN = {
+    "header": b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
+    "body": b"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nSec-Fetch-Site: same-origin\r\nContent-Length: 9000\r\n"
+    b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntoken=",
+}
+BACK = 5.0  # seconds until one whose connection was closed comes again
+
+
+def client_hello() -> bytes:
+    """The first message of a TLS handshake."""
+    context, out = any_server(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
+    return out.read()
+
+
+def any_server() -> ssl.SSLContext:
+    """Settings of a client that trusts everybody."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+class Attack:
+    """So many clients, each of one kind; counts what becomes of them."""
+
+    def __init__(self, port: int, tls: bool, many: bool):
+        self.port, self.many, self.counts = port, many, Counter()
+        self.context, self.hello = (any_server(), client_hello()) if tls else (None, b"")
+
+    async def client(self, number: int, kind: str) -> None:
+        """Connect, be slow, come again."""
+        address = f"127.{1 + number // 62500}.{number // 250 % 250}.{1 + number % 250}" if self.many else "127.0.0.1"
+        context = self.context if kind in BEGUN else None
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=context, local_addr=(address, 0))
+                self.counts["connected"] += 1
+                try:
+                    writer.write(BEGUN.get(kind, self.hello[: len(self.hello) // 2] if kind == "handshake" else b""))
+                    while not await self.closed(reader):
+                        writer.write(b"a" if kind in BEGUN else b"")
+                finally:
+                    writer.transport.abort()
+                self.counts["closed"] += 1
+            except OSError:
+                self.counts["refused"] += 1
+            await asyncio.sleep(BACK)
+
+    async def closed(self, reader: asyncio.StreamReader) -> bool:
+        """Whether the server ends it within a second."""
+        try:
+            async with asyncio.timeout(1.0):
+                return not await reader.read(4096)
+        except TimeoutError:
+            return False
+
+    async def run(self, count: int, seconds: float) -> None:
+        """Let them come as fast as they can, and end after so long."""
+        kinds = itertools.cycle(kind for kind in KINDS if kind != "handshake" or self.context)
+        clients = [asyncio.create_task(self.client(i, next(kinds))) for i in range(count)]
+        await asyncio.sleep(seconds)
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+
+
+def main() -> None:
+    """Attack; print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("port", type=int)
+    parser.add_argument("count", type=int)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--many", action="store_true", help="from addresses of their own")
+    flags = parser.parse_args()
+    attack = Attack(flags.port, flags.tls, flags.many)
+    asyncio.run(attack.run(flags.count, flags.seconds))
+    print(json.dumps(attack.counts))
+
+
+if __name__ == "__main__":
+    main()

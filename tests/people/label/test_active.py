@@ -1,0 +1,171 @@
+"""Active selection: it finds the doubtful pairs, spreads them, and uses no seed twice."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.people.label.entities import Kind
+from eg3d_rlhf.people.label.launch import reward_ensemble
+from eg3d_rlhf.people.label.pairing import Judged, PairingOptions, candidates, disagreement, judge, pair_features, plan, select
+from eg3d_rlhf.rewards.cache import observe_seeds
+from eg3d_rlhf.rewards.model import RewardModel
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_networks):
+    return load_generator(tiny_networks)
+
+
+@pytest.fixture(scope="module")
+def rewards(tiny_reward, tmp_path_factory):
+    """Two reward files of one architecture, the second with a temperature."""
+    first = load_reward(tiny_reward)
+    torch.manual_seed(11)
+    second = Reward(first.observation, RewardModel(first.network.arch), {"temperature": 2.0})
+    return str(tiny_reward), str(second.save(tmp_path_factory.mktemp("rewards") / "second.safetensors"))
+
+
+def judged(seeds: int = 40, members: int = 2, seed: int = 0) -> Judged:
+    rng = np.random.default_rng(seed)
+    return Judged(rng.normal(size=(members, seeds)), rng.normal(size=(seeds, 6)))
+
+
+def test_disagreement_against_a_plain_loop():
+    scores, pairs = judged(members=3).scores, candidates(40, np.random.default_rng(1))
+
+    def by_hand(a: int, b: int) -> float:
+        chances = [1 / (1 + math.exp(-(row[a] - row[b]))) for row in scores]
+        mean = sum(chances) / 3
+        return math.sqrt(sum((p - mean) ** 2 for p in chances) / 3)
+
+    assert np.allclose(disagreement(scores, pairs), [by_hand(a, b) for a, b in pairs])
+    assert np.allclose(disagreement(scores, pairs), disagreement(scores, pairs[:, ::-1]))
+    assert np.all(disagreement(np.repeat(scores[:1], 3, axis=0), pairs) < 1e-12)  # members that agree
+
+
+def test_features_do_not_depend_on_the_order_within_a_pair_nor_on_units():
+    embeddings, pairs = judged().embeddings, candidates(40, np.random.default_rng(1))
+    features = pair_features(embeddings, pairs)
+    assert np.allclose(features, pair_features(embeddings, pairs[:, ::-1]))
+    assert np.allclose(features, pair_features(embeddings * [1, 10, 0.1, 3, 7, 100] + 5, pairs))
+    embeddings[:, 2] = 1.0  # a dead entry says nothing and breaks nothing
+    assert np.isfinite(pair_features(embeddings, pairs)).all()
+
+
+def test_candidates_are_distinct_and_every_seed_is_in_some():
+    pairs = candidates(41, np.random.default_rng(0))
+    assert len({tuple(p) for p in pairs.tolist()}) == len(pairs) and np.all(pairs[:, 0] < pairs[:, 1])
+    assert len(np.unique(pairs)) == 41 and 60 < len(pairs) <= 80
+
+
+def test_without_diversity_each_step_takes_the_greatest_doubt_left():
+    data, pairs = judged(), candidates(40, np.random.default_rng(1))
+    chosen = select(data, pairs, 8, diversity=0.0)
+    doubt = dict(zip(map(tuple, pairs.tolist()), disagreement(data.scores, pairs), strict=True))
+    used: set[int] = set()
+    for a, b in chosen.pairs.tolist():
+        assert (a, b) == max((p for p in doubt if used.isdisjoint(p)), key=doubt.get)
+        used |= {a, b}
+    assert len(used) == 16
+
+
+def test_with_diversity_alone_each_step_takes_the_farthest_pair_left():
+    data, pairs = judged(), candidates(40, np.random.default_rng(1))
+    chosen = select(data, pairs, 8, diversity=1.0)
+    place = dict(zip(map(tuple, pairs.tolist()), pair_features(data.embeddings, pairs), strict=True))
+    taken = [tuple(chosen.pairs[0].tolist())]
+    for pair, distance in zip(chosen.pairs[1:].tolist(), chosen.distance[1:], strict=True):
+        used = set(itertools.chain(*taken))
+        far = {p: min(np.linalg.norm(place[p] - place[q]) for q in taken) for p in place if used.isdisjoint(p)}
+        assert tuple(pair) == max(far, key=far.get) and distance == pytest.approx(far[tuple(pair)])
+        taken.append(tuple(pair))
+    assert chosen.distance[0] == np.inf
+
+
+def test_diversity_trades_doubt_for_spread():
+    data, pairs = judged(400), candidates(400, np.random.default_rng(1))
+    plain, mixed = (select(data, pairs, 50, diversity) for diversity in (0.0, 0.6))
+    everyone = disagreement(data.scores, pairs).mean()
+    assert plain.disagreement.mean() > mixed.disagreement.mean() > 1.2 * everyone
+    spread = [
+        min(np.linalg.norm(a - b) for a, b in itertools.combinations(pair_features(data.embeddings, s.pairs), 2)) for s in (plain, mixed)
+    ]
+    assert spread[1] > spread[0]
+
+
+def test_a_pool_of_two_is_always_enough_and_less_is_told():
+    for count in (1, 2, 3, 5, 30):
+        for seed in range(10):
+            data, pairs = judged(4 * count, seed=seed), candidates(4 * count, np.random.default_rng(seed))
+            assert len(np.unique(select(data, pairs, count, 0.3).pairs)) == 2 * count
+    with pytest.raises(ValueError, match="Raise the pool"):
+        select(judged(4), candidates(4, np.random.default_rng(0)), 3, 0.3)
+
+
+def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewards):
+    ensemble = reward_ensemble(PairingOptions(rewards=rewards, psi=0.8), generator)
+    seeds = range(5, 25)  # more than a batch
+    found = judge(ensemble, seeds)
+    for row, path, temperature in zip(found.scores, rewards, (1.0, 2.0), strict=True):
+        reward = load_reward(path)
+        expected = reward.score_observed(observe_seeds(generator.G, reward.observation, psi=0.8)(list(seeds))) / temperature
+        assert np.allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert found.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
+
+
+def test_one_reward_cannot_disagree(generator, rewards):
+    with pytest.raises(ValueError, match="at least 2 rewards, got 1"):
+        reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
+
+
+def test_a_reward_of_another_generator_is_told(generator, rewards, tmp_path, capsys):
+    first = load_reward(rewards[0])
+    foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(tmp_path / "foreign.safetensors")
+    reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)
+    assert "foreign.safetensors: it was trained on shapes of the eg3d generator ffffffffffff..., not of" in capsys.readouterr().err
+
+
+def test_the_plan_says_who_chose_what_and_why(generator, rewards):
+    options = PairingOptions(pairs=6, strategy="active", rewards=rewards, first_seed=50, diversity=0.4)
+    ensemble = reward_ensemble(options, generator)
+    found = plan(options, generator, ensemble=ensemble)
+    assert found == plan(options, generator, ensemble=ensemble) and json.loads(json.dumps(found.report)) == found.report
+    pairs = [pair for pair in found.pairs if pair.kind is Kind.PAIR]
+    assert [[p.first.seed, p.second.seed] for p in pairs] == [entry["seeds"] for entry in found.report["why"]]
+    assert all(50 <= seed < 50 + 24 for entry in found.report["why"] for seed in entry["seeds"])
+    assert found.report["disagreement_chosen"] > found.report["disagreement_candidates"]
+    assert [r["file"] for r in found.report["rewards"]] == ["tiny.safetensors", "second.safetensors"]
+    assert plan(replace(options, seed=1), generator, ensemble=ensemble).pairs != found.pairs
+
+
+def test_the_active_strategy_needs_an_ensemble_that_is_handed_in(generator):
+    with pytest.raises(ValueError, match="expected an ensemble of rewards"):
+        plan(PairingOptions(pairs=2, strategy="active"), generator)
+
+
+def test_labelling_knows_rewards_only_where_it_is_started():
+    code = "import sys, eg3d_rlhf.people.label.commands; assert not [m for m in sys.modules if m.startswith('eg3d_rlhf.reward')]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_a_share_of_an_active_plan_is_random(generator, rewards):
+    options = PairingOptions(pairs=8, strategy="active", rewards=rewards, gold=0, training=0, diversity=0.0, doubtful=0.5)
+    ensemble = reward_ensemble(options, generator)
+    planned = plan(options, generator, ensemble=ensemble)
+    pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
+    assert len({seed for pair in pairs for seed in pair}) == 16 and pairs == [
+        (pair.first.seed, pair.second.seed) for pair in plan(options, generator, ensemble=ensemble).pairs
+    ]
+    why = {tuple(entry["seeds"]) for entry in planned.report["why"]}
+    whole = plan(replace(options, doubtful=1.0), generator, ensemble=ensemble).report["why"]
+    assert len(why) == 4 and why < set(pairs) and why == {tuple(entry["seeds"]) for entry in whole[:4]}, "the greatest doubts come first"

@@ -1,0 +1,121 @@
+"""The results page in a real browser: figures as they come in, tokens, exports."""
+
+import contextlib
+import json
+
+import pytest
+
+from eg3d_rlhf.people.label.entities import Answer, Choice, PlannedPair
+from tests.people.label.browser import Page, needs_chromium, plan
+from tests.people.label.serving import shape
+
+pytestmark = needs_chromium
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def judge(served, token: str, choices: str) -> None:
+    """Answer as many pairs as there are letters: l(eft), r(ight), t(ie), s(kip)."""
+    words = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
+    with contextlib.closing(served.browser(token)) as client:
+        for letter in choices:
+            (pair,) = client.get("/api/assignments?count=1").json()["assignments"]
+            body = {"key": f"{pair['assignment']}-1", "assignment": pair["assignment"], "choice": words[letter], "milliseconds": 2500,
+                    "views": ["front"], "answered_at": 1.7e9, "page_version": "t"}
+            response = client.post("/api/judgements", json={**body, **({"reason": "unsure"} if letter == "s" else {})})
+            assert response.status_code == 201, response.text
+
+
+@pytest.mark.long
+def test_results_tokens_and_exports(serve, page):
+    served = serve(plan(30), campaign={"annotators_per_pair": 2, "gold_every": 0}, exposed=True)
+    ada, bob = (served.store.add_annotator(name) for name in ("ada", "bob"))
+    chief = served.store.add_annotator("chief", "admin")
+    judge(served, ada, "llrtllrs")
+    judge(served, bob, "lrrtlrrl")
+    results = page(served.url)
+    results.sign_in(chief)
+    results.page.goto(served.url + "/admin")
+    results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '16'")
+    _check_figures(results)
+    judge(served, ada, "ll")
+    _check_names(results)
+    results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '18'", timeout=10_000)
+    _check_tokens(results, served)
+    _check_exports(results)
+
+
+def _check_figures(results: Page) -> None:
+    line = results.page.locator("#annotators tr", has_text="ada").locator("td")
+    shown = [line.nth(i).inner_text().split("\n")[0] for i in range(10)]
+    assert (shown[0], shown[1], shown[3], shown[4], shown[8], shown[9]) == ("ada", "8", "2.5 s", "4 of 6", "1", "1")
+    assert results.page.locator("#timeline svg rect.mark").count() >= 1
+    assert results.page.locator("#sides svg").count() == 0  # seven answers are no share yet
+    assert " more for a figure" in results.page.inner_text("#alphaNote")
+    assert results.page.inner_text("#prepared") == "60 of 60"
+
+
+def _check_tokens(results: Page, served) -> None:
+    results.page.fill("#name", "carol")
+    results.page.keyboard.press("Enter")
+    results.page.wait_for_selector("#tokenDialog[open]")
+    token = results.page.inner_text("#token")
+    with served.client(token) as client:
+        assert client.get("/api/session").json()["annotator"] == "carol"
+    link = results.page.inner_text("#link")
+    assert link == f"{served.url}/login#token={token}" and results.page.evaluate("document.querySelector('#qr').naturalWidth > 50")
+    results.page.get_by_role("button", name="Done").click()
+    results.page.wait_for_function("() => !document.querySelector('#token').textContent && !document.querySelector('#qr').src")
+    assert results.page.get_by_role("button", name="Revoke: chief").count() == 0, "not oneself"
+    replace = results.page.get_by_role("button", name="New token and link: carol")
+    replace.focus()
+    for key in ("Enter", "Shift+Tab", "Enter"):  # Cancel has the focus
+        results.page.keyboard.press(key)
+    results.page.wait_for_selector("#tokenDialog[open]")
+    results.page.keyboard.press("Escape")
+    results.page.get_by_role("button", name="Revoke: carol").click()
+    results.page.locator("#revokeDialog").get_by_role("button", name="Revoke").click()
+    results.page.wait_for_selector("#people .revoked:has-text('carol')")
+    with served.client(token) as client:
+        assert client.get("/api/session").status_code == 401
+    shown = results.page.locator("#people li", has_text="ada").inner_text()
+    assert "annotator · 10 answers, last " in shown
+    results.page.set_viewport_size({"width": 360, "height": 640})
+    boxes = [one.bounding_box() for one in results.page.locator("#people button, #add input, #add button").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["height"] >= 40 for box in boxes), boxes
+
+
+def _check_exports(results: Page) -> None:
+    with results.page.expect_download() as download:
+        results.page.get_by_role("link", name="All judgements, JSON lines").click()
+    lines = download.value.path().read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) >= 18
+
+
+@pytest.mark.long
+def test_the_leaderboard_is_a_figure_with_n_and_what_is_missing(serve, page):
+    planned = [PlannedPair(first=shape("a", i), second=shape("b", i)) for i in range(22)]
+    served = serve(planned, campaign={"gold_every": 0, "repeat_share": 0, "swap_share": 0})
+    who = served.store.annotator_without_token("ann").id
+    for done in range(22):
+        if done == 19:
+            _check_board(page(served.url), 0, "19 comparisons over 19; needs 1 more comparison.")
+        (pair,) = served.store.assignments(served.campaign, who, 1)
+        answer = Answer(key=pair.token, assignment=pair.token, choice=(Choice.LEFT, Choice.RIGHT, Choice.TIE)[done % 3])
+        served.store.submit(served.campaign, who, answer)
+    _check_board(page(served.url), 2, "The intervals speak of this annotator alone")
+
+
+def _check_board(results: Page, rows: int, words: str) -> None:
+    results.page.goto(results.url + "/admin")
+    shown = "(words) => document.querySelector('#leaderboards').textContent.includes(words)"
+    results.page.wait_for_function(shown, arg=words, timeout=30_000)
+    assert results.page.locator("#leaderboards svg.board circle").count() == rows
+
+
+def _check_names(results: Page) -> None:
+    """The server takes no such name; should one get in another way, it is text and not markup."""
+    people = [{"name": HOSTILE, "role": "annotator", "created": 0.0, "revoked": None}]
+    results.page.route("**/api/admin/annotators", lambda route: route.fulfill(json=people))
+    results.page.wait_for_selector(f"#people li:has-text({json.dumps(HOSTILE)})", timeout=10_000)
+    assert results.page.locator("#people img").count() == 0
+    results.page.unroute("**/api/admin/annotators")

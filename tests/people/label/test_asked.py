@@ -1,0 +1,336 @@
+"""What a campaign may ask and tell besides which is better: both bad, questions, comments, names after the answer, one's own answers."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from eg3d_rlhf.people.label import commands
+from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
+from eg3d_rlhf.people.label.preferences import LabelFilters, export_labels, export_unpaired, preferences_of
+from eg3d_rlhf.people.label.quality import quality_report
+from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.preferences.unpaired import load_unpaired
+from tests.people.label import serving
+from tests.people.label.plans import Clock, answer, plan, shape
+from tests.people.label.serving import GENEROUS
+
+QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
+ASKED = ("geometry", "ears=Which has the finer ears?")
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path / 'labels.db'}", clock=Clock()) as opened:
+        yield opened
+
+
+def begin(store, pairs=None, **values) -> tuple[int, int]:
+    """A campaign and an annotator."""
+    campaign = store.create_campaign(CampaignSettings(**{"name": "c", **QUIET, **values}), pairs or plan(6))
+    return campaign, store.annotator_without_token("ann").id
+
+
+def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(store, tmp_path):
+    campaign, ann = begin(store, both_bad=True)
+    for k, choice in enumerate((Choice.BAD, Choice.TIE, Choice.LEFT)):
+        shown = store.assignments(campaign, ann, 1)[0]
+        store.submit(campaign, ann, answer(shown, f"k{k}", choice))
+    bad, tie, left = preferences_of(store)
+    assert (bad.tie, tie.tie, left.tie) == (True, True, False) and (bad.extra.get("both"), tie.extra.get("both")) == ("bad", None)
+    assert [row.choice for row in store.judgements()][0] == "bad"
+    export_unpaired(store, tmp_path / "bad.jsonl", from_pairs=True)
+    labels = load_unpaired(tmp_path / "bad.jsonl")
+    assert {label.seed for label in labels} == {bad.winner, bad.loser} and [label.preferred for label in labels] == [False, False]
+    found = quality_report(store.judgements())["annotators"][0]
+    assert (found["ties"], found["both_bad"], found["left_right_n"]) == (1, 1, 1)
+
+
+def test_both_bad_is_refused_where_it_is_not_asked(store):
+    campaign, ann = begin(store)
+    (shown, *_) = store.assignments(campaign, ann)
+    with pytest.raises(ValueError, match="expected one of left, right, tie or skip, got bad"):
+        store.submit(campaign, ann, answer(shown, "k", Choice.BAD))
+    with pytest.raises(ValueError, match="--both-bad: expected pairs"):
+        CampaignSettings(name="s", mode=Mode.SINGLE, scale="thumbs", swap_share=0, both_bad=True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "votes", "words"),
+    [
+        ("left", {}, "a vote of left, right, tie on each of ears, geometry"), ("left", {"geometry": "left"}, "each of ears, geometry"),
+        ("tie", {"geometry": "left", "ears": "tie", "hair": "tie"}, "on each of"), ("skip", {"geometry": "left"}, "expected no votes"),
+        ("left", {"geometry": "bad", "ears": "tie"}, "a vote of left"),
+    ],
+)  # fmt: skip
+def test_every_question_and_no_other_is_voted_on(store, choice, votes, words):
+    campaign, ann = begin(store, questions=ASKED)
+    (shown, *_) = store.assignments(campaign, ann)
+    with pytest.raises(ValueError, match=words):
+        store.submit(campaign, ann, answer(shown, "k", Choice(choice), votes=votes, reason="unsure" if choice == "skip" else None))
+    assert list(store.judgements()) == []
+
+
+@pytest.mark.parametrize(
+    "written", ["hair", "Hair=Which?", "ears=", "ears=\u202eWhich?", "ears=" + 121 * "x", "=Which?", "geometry,geometry",
+                "a=1,b=1,c=1,d=1,e=1,f=1,g=1"],
+)  # fmt: skip
+def test_questions_that_cannot_be_asked_are_refused(store, written):
+    with pytest.raises(ValueError, match="--questions: expected"):
+        begin(store, questions=tuple(written.split(",")))
+    assert store.campaigns() == []
+
+
+def test_the_votes_on_a_question_become_labels(store, tmp_path):
+    campaign, ann = begin(store, questions=ASKED)
+    given = [("left", "right", "tie"), ("left", "left", "left"), ("right", "tie", "right")]
+    for k, (choice, geometry, ears) in enumerate(given):
+        shown = store.assignments(campaign, ann, 1)[0]
+        store.submit(campaign, ann, answer(shown, f"k{k}", Choice(choice), votes={"geometry": geometry, "ears": ears}))
+    store.submit(campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure"))
+    rows = list(store.judgements())
+    labels = preferences_of(store, LabelFilters(question="geometry"))
+    seeds = [rows[0].right.seed, rows[1].left.seed, rows[2].left.seed]
+    assert [(label.winner, label.tie) for label in labels] == list(zip(seeds, (False, False, True), strict=True))
+    export_labels(store, tmp_path / "ears.csv", question="ears")
+    assert (tmp_path / "ears.csv").read_text().count("\n") == 4
+    figures = {one["name"]: one for one in quality_report(rows)["questions"]}
+    assert {k: figures["geometry"][k] for k in ("n", "left", "right", "tie", "decided", "as_overall")} == {
+        "n": 3, "left": 1, "right": 1, "tie": 1, "decided": 2, "as_overall": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"one that was asked \(ears, geometry\), got 'hair'"):
+        preferences_of(store, LabelFilters(question="hair"))
+
+
+@pytest.mark.parametrize("comment", ["", 501 * "x", "a\nb", "\u202eb", "\x1b[2J", "\ud800"])
+def test_comments_that_cannot_be_shown_are_refused(store, comment):
+    campaign, ann = begin(store)
+    (shown, *_) = store.assignments(campaign, ann)
+    with pytest.raises(ValueError, match="comment of 1 to 500 printable"):
+        store.submit(campaign, ann, answer(shown, "k", comment=comment))
+
+
+def two_generators() -> list[PlannedPair]:
+    """Pairs, two checks and a lesson of two generators whose files have one name."""
+    first, second = (replace(shape(0), generator=c * 64, source=f"/secret/run-{c}/network.safetensors") for c in "ab")
+    kinds = [Kind.TRAINING, Kind.GOLD, Kind.GOLD] + 12 * [Kind.PAIR]
+    return [
+        PlannedPair(
+            first=replace(first, seed=i), second=replace(second, seed=i), kind=kind, expected=None if kind is Kind.PAIR else "first"
+        )
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+
+
+def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
+    campaign, ann = begin(store, two_generators(), reveal=True, gold_every=3, repeat_share=0.25, repeat_gap=1)
+    told: dict[Kind, set] = {}
+    for k in range(12):
+        shown = store.assignments(campaign, ann, 1)[0]
+        choice = Choice.SKIP if k == 11 else Choice.LEFT
+        sent = answer(shown, f"k{k}", choice, reason="unsure" if k == 11 else None)
+        kept = store.submit(campaign, ann, sent)
+        assert store.submit(campaign, ann, sent).reveal == kept.reveal
+        row = list(store.judgements())[-1]
+        names = tuple({"a": "run-a/network", "b": "run-b/network"}[side.generator[0]] for side in (row.left, row.right))
+        assert kept.reveal in (None, names)
+        told.setdefault(row.kind if k < 11 else "skip", set()).add(kept.reveal is not None)
+        if k < 11 and row.kind is not Kind.TRAINING:
+            with pytest.raises(ConflictError, match="It stays"):
+                store.undo(campaign, ann, f"u{k}")
+    assert store.undo(campaign, ann, "last") == shown.token, "a skip tells nothing"
+    assert told == {Kind.TRAINING: {False}, Kind.GOLD: {False}, Kind.REPEAT: {False}, Kind.PAIR: {True}, "skip": {False}}
+    assert {one.changeable for one in store.answers(campaign, ann)} == {False}
+
+
+def test_a_study_tells_no_names():
+    with pytest.raises(ValueError, match="reveal: expected no names in a study"):
+        CampaignSettings(name="s", mode=Mode.STUDY, reveal=True)
+
+
+def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_its_place(store):
+    pairs = plan(12, gold=2, training=1)
+    campaign, ann = begin(store, pairs, gold_every=3, repeat_share=0.25, repeat_gap=1)
+    bob = store.annotator_without_token("bob").id
+    given = []
+    for k in range(13):
+        shown = store.assignments(campaign, ann, 1)[0]
+        store.submit(campaign, ann, answer(shown, f"k{k}", comment="hm" if k == 4 else None))
+        given += [] if shown.training else [shown.token]
+    kinds = {row.kind for row in store.judgements()}
+    assert kinds == {Kind.TRAINING, Kind.GOLD, Kind.REPEAT, Kind.PAIR}
+    pages, before = [], None
+    while page := store.answers(campaign, ann, before, 5):
+        pages.append(page)
+        before = page[-1].sequence
+    assert [len(page) for page in pages] == [5, 5, 2] and [one.assignment for page in pages for one in page] == given[::-1]
+    assert [one.sequence for page in pages for one in page] == list(range(13, 1, -1)), "no gap tells of a check"
+    assert {one.changeable for page in pages for one in page} == {True} and pages[1][3].comment == "hm"
+    old = given[1]
+    assert store.undo(campaign, ann, "u", old) == old
+    assert old not in [one.assignment for one in store.answers(campaign, ann, count=50)]
+    store.submit(campaign, ann, answer(old, "anew", Choice.RIGHT))
+    found = store.answers(campaign, ann, count=50)
+    assert [one.assignment for one in found] == given[::-1] and found[-2].choice is Choice.RIGHT
+    assert store.answers(campaign, bob) == []
+    with pytest.raises(LookupError):
+        store.undo(campaign, bob, "theirs", old)
+
+
+def test_changed_answers_say_nothing_about_consistency(store):
+    campaign, ann = begin(store, plan(12), repeat_share=0.5, repeat_gap=1)
+    for k in range(12):
+        shown = store.assignments(campaign, ann, 1)[0]
+        store.submit(campaign, ann, answer(shown, f"k{k}", Choice.RIGHT if k % 3 else Choice.LEFT))
+    rows = list(store.judgements(include_undone=True))
+    before = quality_report(rows)["annotators"][0]
+    inconsistent = next(r for r in rows if r.kind is Kind.REPEAT and r.choice is not next(o.choice for o in rows if o.pair == r.pair))
+    store.undo(campaign, ann, "u", inconsistent.assignment)  # and made to agree, after a look at the list
+    other = Choice.LEFT if inconsistent.choice is Choice.RIGHT else Choice.RIGHT
+    store.submit(campaign, ann, answer(inconsistent.assignment, "agrees", other))
+    after = quality_report(store.judgements(include_undone=True))["annotators"][0]
+    assert after["self_consistency_n"] == before["self_consistency_n"] - 1 and after["judgements"] == before["judgements"]
+    hits = [found["self_consistency"] * found["self_consistency_n"] for found in (before, after)]
+    assert hits[0] == pytest.approx(hits[1])
+
+
+def test_changes_of_one_answer_from_many_windows_leave_one_answer(database_url):
+    with Store.open(database_url) as store:
+        campaign, ann = begin(store)
+        token = store.assignments(campaign, ann, 1)[0].token
+        store.submit(campaign, ann, answer(token, "first"))
+
+        def change(k: int) -> bool:
+            store.undo(campaign, ann, f"u{k}", token)
+            try:
+                store.submit(campaign, ann, answer(token, f"k{k}", Choice.RIGHT if k % 2 else Choice.TIE))
+            except ConflictError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            kept = sum(pool.map(change, range(24)))
+        (own,) = store.answers(campaign, ann)
+        (counting,) = store.judgements()
+        assert kept >= 1 and (own.assignment, own.choice) == (token, counting.choice) and counting.choice is not Choice.LEFT
+        assert len(list(store.judgements(include_undone=True))) == 1 + kept
+
+
+def test_answers_of_a_complete_study_stay(store):
+    extra = {"trials": 4, "until": None}
+    campaign, ann = begin(store, plan(4), mode=Mode.STUDY, extra=extra)
+    for k in range(4):
+        shown = store.assignments(campaign, ann, 1)[0]
+        store.submit(campaign, ann, answer(shown, f"k{k}"))
+        if k == 2:
+            assert store.undo(campaign, ann, "slip") == shown.token
+            store.submit(campaign, ann, answer(shown, "k2 again"))
+            assert {one.changeable for one in store.answers(campaign, ann)} == {True}
+    with pytest.raises(ConflictError, match="complete"):
+        store.undo(campaign, ann, "late")
+    assert {one.changeable for one in store.answers(campaign, ann)} == {False}
+
+
+def test_a_study_that_is_over_in_time_stays(store):
+    campaign, ann = begin(store, plan(4), mode=Mode.STUDY, extra={"trials": 4, "until": "2025-06-15T15:06:41+00:00"})  # one second from now
+    store.submit(campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "k"))
+    store.clock.now += 1
+    with pytest.raises(ConflictError, match="complete"):
+        store.undo(campaign, ann, "late")
+
+
+# ---- over HTTP
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A server where two annotators and an admin are known."""
+    campaign, planned = {"questions": ASKED, "both_bad": True, **QUIET}, serving.plan(8, training=0, gold=0)
+    with serving.running(tmp_path / "s", exposed=True, limits=GENEROUS, campaign=campaign, planned=planned) as s:
+        roles = {"ann": "annotator", "bob": "annotator", "eve": "admin"}
+        s.tokens = {name: s.store.add_annotator(name, role) for name, role in roles.items()}
+        yield s
+
+
+def send(page, key: str, **values):
+    """Answer the next pair."""
+    pair = page.get("/api/assignments?count=1").json()["assignments"][0]
+    votes = {"geometry": "left", "ears": "tie"}
+    return pair, serving.answer(page, pair["assignment"], key, **{"choice": "bad", "votes": votes, **values})
+
+
+def test_the_page_is_told_what_to_ask(served):
+    found = served.browser(served.tokens["ann"]).get("/api/session").json()
+    assert found["questions"] == [{"name": "geometry", "text": None}, {"name": "ears", "text": "Which has the finer ears?"}]
+    assert (found["both_bad"], found["reveal"]) == (True, False)
+
+
+def test_own_answers_over_http(served):
+    ann, bob = (served.browser(served.tokens[name]) for name in ("ann", "bob"))
+    sent = [send(ann, f"k{k}", comment=f"remark {k}")[0] for k in range(5)]
+    first = ann.get("/api/answers?count=3").json()
+    assert first["more"] and [one["assignment"] for one in first["answers"]] == [pair["assignment"] for pair in sent[:1:-1]]
+    rest = ann.get(f"/api/answers?count=3&before={first['answers'][-1]['sequence']}").json()
+    assert not rest["more"] and [one["comment"] for one in rest["answers"]] == ["remark 1", "remark 0"]
+    one = rest["answers"][0]
+    assert (one["left"], one["right"], one["choice"]) == (sent[1]["left"], sent[1]["right"], "bad") and one["votes"]["ears"] == "tie"
+    known = {"sequence", "assignment", "left", "right", "choice", "reason", "votes", "comment", "answered", "changeable", "prompt"}
+    assert set(one) == known
+    assert ann.get(f"/api/shapes/{one['left']}").status_code == 200
+    token = one["assignment"]
+    assert bob.get("/api/answers").json() == {"answers": [], "more": False}
+    assert bob.post("/api/undo", json={"key": "u", "assignment": token}).status_code == 404
+    assert serving.answer(bob, token, "k", "left").status_code == 404
+    assert ann.post("/api/undo", json={"key": "u", "assignment": token}).json()["assignment"] == token
+    votes = {"geometry": "tie", "ears": "tie"}
+    assert serving.answer(ann, token, "anew", "right", votes=votes).status_code == 201
+    assert [a["choice"] for a in ann.get("/api/answers").json()["answers"]] == ["bad", "bad", "bad", "right", "bad"]
+    for query in ("before=-1", "before=x", "count=0", "count=51", f"before={2**31}"):
+        assert ann.get(f"/api/answers?{query}").status_code == 422
+    with served.client() as stranger:
+        assert stranger.get("/api/answers").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "values", [{"votes": {}}, {"votes": {"geometry": "left", "ears": "up"}}, {"votes": {"__proto__": "left"}}, {"votes": None},
+               {"comment": ""}, {"comment": "x" * 501}, {"comment": "a\u0000b"}, {"comment": 5}],
+)  # fmt: skip
+def test_bad_votes_and_comments_are_refused_and_nothing_is_kept(served, values):
+    _, response = send(served.browser(served.tokens["ann"]), "k", **values)
+    assert response.status_code == 422 and set(response.json()) == {"error", "remedy"} and list(served.store.judgements()) == []
+
+
+def test_admins_read_comments_as_they_were_written(served):
+    ann, eve = served.browser(served.tokens["ann"]), served.browser(served.tokens["eve"])
+    send(ann, "k0", comment="<img src=x onerror=alert(1)> 耳")
+    send(ann, "k1", comment="taken back")
+    ann.post("/api/undo", json={"key": "u"})
+    (found,) = eve.get("/api/admin/comments").json()
+    assert (found["annotator"], found["choice"], found["comment"]) == ("ann", "bad", "<img src=x onerror=alert(1)> 耳")
+    assert ann.get("/api/admin/comments").status_code == 403
+
+
+# ---- the command line
+
+
+def resolved(tmp_path, *flags) -> dict:
+    """What --dry-run prints, or the error's text."""
+    from click.testing import CliRunner
+
+    found = CliRunner().invoke(commands.main, [f"--db=sqlite:///{tmp_path / 'l.db'}", "--dry-run", *flags])
+    return json.loads(found.output) if found.exit_code == 0 else {"error": found.output}
+
+
+def test_flags_of_what_is_asked(tmp_path):
+    usual = resolved(tmp_path)
+    assert (usual["both_bad"], usual["questions"], usual["reveal"]) == (True, [], False)
+    assert resolved(tmp_path, "--single=thumbs")["both_bad"] is False
+    assert resolved(tmp_path, "--questions=geometry, ears=Which?")["questions"] == ["geometry", "ears=Which?"]
+    assert "--both-bad: expected pairs" in resolved(tmp_path, "--single=thumbs", "--both-bad")["error"]
+    assert "expected no 'prompt' without --assets" in resolved(tmp_path, "--questions=prompt")["error"]
+    assert "--questions: expected geometry, texture, prompt or NAME=TEXT" in resolved(tmp_path, "--questions=hair")["error"]
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:  # a campaign from before these flags
+        store.create_campaign(CampaignSettings(name="labels", extra={"flags": {}}), plan(2))
+    assert resolved(tmp_path)["action"] == "resume" and resolved(tmp_path, "--no-both-bad")["action"] == "resume"
+    assert "--both-bad: expected False" in resolved(tmp_path, "--both-bad")["error"]

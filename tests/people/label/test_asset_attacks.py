@@ -1,0 +1,342 @@
+"""Hostile assets are refused with the file's name and the reason: nothing is fetched, nothing is allocated by a claim, no traceback."""
+
+import gzip
+import json
+import os
+import re
+import socket
+import struct
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eg3d_rlhf.people.label.assets import film, glb, obj, pictures, ply, reading
+from eg3d_rlhf.people.label.assets.collection import read_collection
+from eg3d_rlhf.people.label.assets.model import glb_parts
+from tests.people.label import asset_files as files
+
+
+def changed(**parts) -> bytes:
+    """A GLB whose parts are replaced; a callable is given the old one."""
+    document, binary = files.glb_document()
+    for name, value in parts.items():
+        document[name] = value(document[name]) if callable(value) else value
+    return files.pack_glb(document, binary)
+
+
+def first(**fields):
+    """Changes the first of a list of records."""
+    return lambda records: [{**records[0], **fields}, *records[1:]]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that states a size and holds few bytes."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return pictures.PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def bomb_of_pixels() -> bytes:
+    document, binary = files.glb_document()
+    document["bufferViews"].append({"buffer": 0, "byteOffset": len(binary), "byteLength": len(png_of(60_000, 60_000))})
+    document["images"][0]["bufferView"] = 4
+    return files.pack_glb(document, binary + png_of(60_000, 60_000))
+
+
+def many_textures() -> bytes:
+    document, binary = files.glb_document()
+    document["bufferViews"].append({"buffer": 0, "byteOffset": len(binary), "byteLength": len(png_of(8192, 8192))})
+    document["images"] = [{"bufferView": 4, "mimeType": "image/png"}] * 4
+    document["textures"] = [{"source": i} for i in range(4)]
+    names = ("normalTexture", "occlusionTexture", "emissiveTexture")
+    document["materials"][0] |= {name: {"index": i + 1} for i, name in enumerate(names)}
+    return files.pack_glb(document, binary + png_of(8192, 8192))
+
+
+def deep() -> bytes:
+    text = b'{"asset": {"version": "2.0"}, "extras": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    return struct.pack("<4sII", b"glTF", 2, 20 + len(text)) + struct.pack("<II", len(text), 0x4E4F534A) + text
+
+
+GLBS = {
+    "points": (changed(accessors=first(count=10**12)), "in proportion to the file"),
+    "many-arrays": (changed(accessors=first(count=2**40 - 1, bufferView=None)), "expected"),
+    "zeros": (changed(accessors=lambda a: [{"componentType": 5126, "count": 10**8, "type": "VEC3"}, *a[1:]]), "in proportion to the file"),
+    "beyond": (changed(accessors=first(byteOffset=10**6)), "numbers within"),
+    "view": (changed(bufferViews=first(byteLength=10**9)), "data within the GLB's"),
+    "stride": (changed(bufferViews=first(byteStride=4)), "numbers within"),
+    "negative": (changed(accessors=first(byteOffset=-4)), "expected a count"),
+    "fraction": (changed(accessors=first(count=1.5)), "expected a count"),
+    "buffer": (changed(buffers=[{"byteLength": 4, "uri": "http://127.0.0.1:9/x.bin"}]), "reference to another file"),
+    "image": (changed(images=[{"uri": "http://127.0.0.1:9/x.png"}]), "reference to another file"),
+    "passwd": (changed(images=[{"uri": "../../../etc/passwd"}]), "reference to another file"),
+    "svg": (changed(images=[{"uri": "data:image/svg+xml;base64,PHN2Zz48c2NyaXB0Lz48L3N2Zz4="}]), "another format"),
+    "cycle": (changed(nodes=[{"children": [1]}, {"children": [0], "mesh": 0}]), "comes back to itself"),
+    "self": (changed(nodes=[{"children": [0], "mesh": 0}]), "comes back to itself"),
+    "nodes": (changed(nodes=[{"children": list(range(1, 30_000))}, *[{"mesh": 0}] * 30_000]), "larger or comes back"),
+    "instances": (changed(nodes=[{"children": list(range(1, 19_990))}, *[{"mesh": 0}] * 20_000], meshes=lambda m: [
+        {"primitives": m[0]["primitives"] * 20}]), "triangles, got"),
+    "pixels": (bomb_of_pixels(), "megapixels, got 60000 x 60000"),
+    "textures": (many_textures(), "megapixels together"),
+    "deep": (deep(), "expected JSON"),
+    "nan": (changed(nodes=lambda n: [n[0], {**n[1], "translation": [float("nan"), 0, 0]}]), "finite number"),
+    "index": (changed(accessors=lambda a: [{**a[0], "count": 10}, {**a[1], "count": 10}, a[2]]), "indices of 10 vertices"),
+    "chain": (changed(nodes=[*({"children": [i + 1]} for i in range(15_000)), {"mesh": 0}], scenes=[{"nodes": [0]}]), "500 deep"),
+    "draco": (changed(extensionsRequired=["KHR_draco_mesh_compression"]), "without KHR_draco_mesh_compression"),
+    "skin": (changed(nodes=lambda n: [n[0], {**n[1], "skin": 0}]), "expected a static mesh"),
+    "lines": (changed(meshes=lambda m: [{"primitives": [{**m[0]["primitives"][0], "mode": 1}]}]), "points or lines"),
+    "empty": (changed(scenes=[{"nodes": []}]), "expected triangles"),
+    "list": (changed(nodes="x"), "expected"),
+    "null": (changed(accessors=None), "expected"), "words": (changed(meshes=[{"primitives": "abc"}]), "expected"),
+}  # fmt: skip
+
+
+def ply_of(vertices: int | str, faces: int = 0, body: bytes = b"", order: str = "binary_little_endian") -> bytes:
+    head = f"ply\nformat {order} 1.0\nelement vertex {vertices}\nproperty float x\nproperty float y\nproperty float z\n"
+    return f"{head}element face {faces}\nproperty list uchar int vertex_indices\nend_header\n".encode() + body
+
+
+PLYS = {
+    "points": (ply_of(10**12, 10**12), "got 1000000000000 of 'vertex'"), "faces": (ply_of(1, 10**12, bytes(12)), "of 'face'"),
+    "text": (ply_of(10**12, 1, b"0 0 0\n", "ascii"), "of 'vertex'"), "negative": (ply_of(-5, 3), "expected a PLY"),
+    "huge": (ply_of("9" * 4000), "expected a PLY"), "word": (ply_of("many"), "damaged"),
+    "header": (b"ply\n" + b"comment x\n" * 10_000, "header"),
+    "cloud": (ply_of(2, 0, bytes(24)), "points alone"),
+    "index": (ply_of(3, 1, bytes(36) + b"\3" + np.array([0, 1, 7], "<i4").tobytes()), "expected indices of 3 vertices"),
+    "nan": (ply_of(3, 1, np.full(9, np.nan, "<f4").tobytes() + b"\3" + np.array([0, 1, 2], "<i4").tobytes()), "expected finite"),
+    "splats": (files.splats(10)[:-4], "got 10 of 'vertex'"), "degree": (files.splats(10, 1).replace(b"f_rest_8", b"f_rest_9"), "harmonics"),
+}  # fmt: skip
+
+
+def refused(read, data: bytes, said: str, megabytes: float = 4) -> None:
+    """`read` refuses the data with a ValueError that says so, in little memory beyond some forty times the data, as JSON takes."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="expected") as caught:
+            read(memoryview(data))
+        assert said in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        assert tracemalloc.get_traced_memory()[1] < megabytes * 1e6 + 40 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", GLBS)
+def test_a_hostile_glb_is_refused(name):
+    refused(lambda data: glb_parts(glb.read_glb(data)), *GLBS[name])
+
+
+def read_ply(data: memoryview) -> list:
+    return ply.splat_parts(ply.read_splats(data)) if ply.read_header(data).splats else glb_parts(ply.read_mesh(data))
+
+
+@pytest.mark.parametrize("name", PLYS)
+def test_a_hostile_ply_is_refused(name):
+    refused(read_ply, *PLYS[name], megabytes=30)  # trimesh's import, where it is the first
+
+
+@pytest.mark.parametrize(("library", "said"), [
+    ("map_Kd /etc/passwd", "expected files beside a.mtl, got '/etc/passwd'"), ("map_Kd http://127.0.0.1:9/x.png", "expected files beside"),
+    ("map_Bump ../../secret.png", "expected files beside"), ("map_Kd C:\\x.png", "expected files beside"),
+    ("map_Kd gone.png", "no such file"),
+    ("map_Kd link.png", "which leads elsewhere"), ("map_Kd -s 2 2 2 a.png", "without options"), ("Kd red", "expected numbers"),
+    ("map_Kd a.mtl", "expected PNG, JPEG or WebP"), (None, "expected files beside a.obj, got '/etc/passwd'"),
+])  # fmt: skip
+def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, said):
+    (tmp_path / "inner").mkdir()
+    path = files.write_obj(tmp_path / "inner" / "a.obj")
+    (tmp_path / "secret.png").write_bytes(files.picture())
+    (tmp_path / "inner" / "link.png").symlink_to(tmp_path / "secret.png")
+    if library is None:
+        path.write_text(path.read_text().replace("mtllib a.mtl", "mtllib /etc/passwd"))
+    else:
+        path.with_suffix(".mtl").write_text(f"newmtl {files.SECRET}\n{library}\n")
+    refused(lambda data: glb_parts(obj.read_obj(data, path)), path.read_bytes(), said, 60)
+
+
+@pytest.mark.long
+def test_files_that_are_none_are_refused_by_name(tmp_path):
+    folder = tmp_path / "assets" / "a"
+    folder.mkdir(parents=True)
+    outside = tmp_path / "outside.glb"
+    outside.write_bytes(files.glb())
+    wrong = {
+        "film.mp4": b"\0\0\0\x20ftypisom" + os.urandom(2000), "zip.glb": b"PK\3\4" + bytes(100), "packed.ply": gzip.compress(bytes(10**7)),
+        "page.glb": b"<html><script>", "empty.obj": b"", "nothing.obj": b"# no triangle\nv 0 0 0\n", "list.mp4": b"#EXTM3U\nhttp://127.0.0.1:9/x",
+        "points.ply": ply_of(10**12), "cyclic.glb": GLBS["cycle"][0],
+    }  # fmt: skip
+    for name, data in wrong.items():
+        (folder / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(folder / name))}: expected .*Mend or remove it\.$"):
+            read_collection(tmp_path / "assets")
+        (folder / name).unlink()
+    (folder / "link.glb").symlink_to(outside)
+    with pytest.raises(ValueError, match="link.glb: expected a file within assets, got link.glb, which leads elsewhere"):
+        read_collection(tmp_path / "assets")
+
+
+@pytest.mark.parametrize("suffix", [".pipe", ".loop"])
+def test_what_is_no_file_at_all_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}.glb"
+    if suffix == ".pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path)
+    with pytest.raises(ValueError, match=f"a{suffix}.glb: expected a file, got"):
+        reading.examine([path])
+
+
+def test_a_file_that_takes_too_much_is_refused_and_the_others_are_still_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MEMORY", 150 << 20)
+    monkeypatch.setattr(reading, "PER_BYTE", 0)
+    fine, large = tmp_path / "fine.glb", tmp_path / "large.glb"
+    fine.write_bytes(files.glb())
+    large.write_bytes(b"glTF" + bytes(200 << 20))
+    (found,) = reading.examine([fine])
+    assert found.kind == "glb"
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(large))}: expected .*got one that takes more. Mend or remove it.$"):
+        reading.examine([large, fine])
+    with pytest.raises(ValueError, match="fine.glb: expected an asset that can be read with bounded memory"):
+        monkeypatch.setattr(reading, "MEMORY", 20 << 20)
+        reading.clean(fine, found.hash)
+
+
+def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
+    """A playlist or a script for ffmpeg behind a film's first bytes, and one without: neither is followed."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/x.mp4"
+        other = files.write_film(tmp_path / "other.mp4")
+        scripts = [f"#EXTM3U\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n", f"ffconcat version 1.0\nfile '{address}'\nfile '{other}'\n"]
+        for text in (*scripts, *("\0\0\0\x10ftypisom\n\n\n\n" + script for script in scripts)):
+            path, out = tmp_path / "a.mp4", tmp_path / "out.mp4"
+            path.write_text(text)
+            with pytest.raises(ValueError, match="expected a video"):
+                film.clean(path, out)
+            assert not out.exists()
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\x1b[31m", "a\x07"])
+def test_a_prompt_that_no_answer_can_hold_is_refused(tmp_path, text):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.glb").write_bytes(files.glb(seed=ord(name)))
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": text}) + "\n")
+    with pytest.raises(ValueError, match="prompts.jsonl, line 1: expected \"text\""):
+        read_collection(tmp_path)
+    fine = "two lines\n\tand a family: \U0001f468\u200d\U0001f469"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "p", "text": fine}) + "\n")
+    assert read_collection(tmp_path).prompts["p"].text == fine
+
+
+@pytest.mark.parametrize("name", [b"a\xff", b"a\x1b[31m", b"a\nb"])
+def test_a_generators_folder_whose_name_cannot_be_shown_is_refused(tmp_path, name):
+    folder = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"p.glb"), "wb") as file:
+        file.write(files.glb())
+    with pytest.raises(ValueError, match="expected a printable text"):
+        read_collection(tmp_path)
+
+
+def test_an_obj_with_a_long_line_is_looked_at_quickly(tmp_path):
+    began = time.process_time()
+    with pytest.raises((ValueError, OSError)):
+        obj.companions(b"mtllib x" + b" " * 30_000 + b"y\n", tmp_path / "a.obj")
+    assert time.process_time() - began < 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
+    path, out = tmp_path / "a.glb", tmp_path / "out"
+    path.write_bytes(files.glb(seed=1))
+    (known,), pack = reading.examine([path]), reading._pack
+
+    def slow(*arguments):
+        path.write_bytes(files.glb(seed=2))
+        pack(*arguments)
+
+    monkeypatch.setattr(reading, "_pack", slow)
+    with pytest.raises(reading.ChangedError, match="got a changed one"):
+        reading._clean(path, known.hash, "", 0, out)
+
+
+def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
+    film.clean(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
+    source = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=10:duration=1", "-c:v", "mpeg4", "-y", str(tmp_path / "b.mp4")]
+    assert film._ffmpeg(source, 30)[0] == 0
+    film.clean(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
+    for name in ("copied.mp4", "encoded-anew.mp4"):
+        assert [word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()] == [], name
+
+
+def second_frame(kind: str) -> bytes:
+    """A picture of 16 x 16 behind a frame that states 16383 x 16383."""
+    data = files.picture(16, kind)
+    if kind == "WEBP":
+        at = data.index(b"VP8 ")
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        frame = data[at : at + 8 + length + length % 2]
+        large = frame[:14] + struct.pack("<HH", 16383, 16383) + frame[18:]
+        return b"RIFF" + struct.pack("<I", 4 + 2 * len(frame)) + b"WEBP" + large + frame
+    at = next(i for i in range(len(data)) if data[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    frame = bytearray(data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")])
+    frame[5:9] = struct.pack(">HH", 16383, 16383)
+    return data[:at] + bytes(frame) + data[at:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_picture_that_states_two_sizes_is_refused(kind):
+    for read in (pictures.stripped, pictures.small):
+        with pytest.raises(ValueError, match="expected .* got .*several"):
+            read(second_frame(kind))
+
+
+SEEDS = {
+    "glb": files.glb(60), "splats": files.splats(20, 1), "ply": files.ply(60),
+    **{kind: files.picture(16, kind) for kind in ("PNG", "JPEG", "WEBP")},
+}  # fmt: skip
+READERS = {
+    "glb": lambda data: glb_parts(glb.read_glb(data)), "splats": read_ply, "ply": read_ply,
+    **dict.fromkeys(("PNG", "JPEG", "WEBP"), pictures.stripped),
+}  # fmt: skip
+CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+@settings(max_examples=150, deadline=None)
+@given(cut=st.floats(0, 1), changes=CHANGES)
+def test_damaged_files_are_read_or_refused_and_nothing_else(kind, cut, changes):
+    data = bytearray(SEEDS[kind])
+    data = data[: max(1, round(cut * len(data)))] if cut < 0.7 else data
+    for place, value in changes:
+        data[min(int(place * len(data)), len(data) - 1)] = value
+    tracemalloc.start()
+    try:
+        READERS[kind](memoryview(bytes(data)))
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    finally:
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert used < 30e6
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@settings(max_examples=60, deadline=None)
+@given(changes=CHANGES)
+def test_damaged_pictures_of_prompts_are_shown_or_refused(kind, changes):
+    data = bytearray(SEEDS[kind])
+    for place, value in changes:
+        data[min(int(place * len(data)), len(data) - 1)] = value
+    try:
+        assert pictures.kind_of_picture(pictures.small(bytes(data))) == "image/webp"
+    except ValueError as error:
+        assert "expected" in str(error)

@@ -1,0 +1,252 @@
+"""From a folder of assets to what the browser gets: planning, preparation, prompts, films in parts; and what is refused before."""
+
+import contextlib
+import io
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from eg3d_rlhf.people.label.assets.collection import Asset, Collection, read_collection
+from eg3d_rlhf.people.label.assets.drawing import AssetDrawer, prepare_prompts
+from eg3d_rlhf.people.label.assets.planning import balanced, conditions, plan_assets
+from eg3d_rlhf.people.label.commands import main
+from eg3d_rlhf.people.label.entities import CampaignSettings, Kind
+from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.people.label.preparation import Preparation, prepare
+from eg3d_rlhf.people.label.shape_files import ShapeCache
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label import asset_files as files
+from tests.people.label import serving
+
+SECRET = files.SECRET.encode()
+
+
+def folder_of(root: Path, generators=("alpha-net", "beta-net"), films: bool = True) -> Path:
+    """A folder GENERATOR/PROMPT.* with every format, and prompts."""
+    for number, generator in enumerate(generators):
+        (root / generator).mkdir(parents=True)
+        (root / generator / "chair.glb").write_bytes(files.glb(300 + 3000 * number, seed=number))
+        (root / generator / "cat.ply").write_bytes(files.splats(200 + number, seed=number))
+        (root / generator / "mug.ply").write_bytes(files.ply(seed=number))
+        files.write_obj(root / generator / "dog.obj", seed=number)
+        if films:
+            files.write_film(root / generator / "turn.mp4", frames=6 + 20 * number, seed=number)
+    (root / "asked").mkdir()
+    (root / "asked" / "chair.jpg").write_bytes(files.picture(1400, "JPEG"))
+    asked = [{"prompt": "chair", "text": "a red chair", "image": "asked/chair.jpg"}, {"prompt": "cat", "text": "a cat"}]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Collection:
+    return read_collection(folder_of(tmp_path_factory.mktemp("assets")))
+
+
+def test_a_folder_is_read_as_it_is_laid_out(found):
+    assert found.generators == ["alpha-net", "beta-net"] and len({asset.hash for asset in found.assets}) == 10
+    kinds = {asset.prompt: asset.kind for asset in found.assets}
+    assert kinds == {"chair": "glb", "cat": "splats", "mug": "ply", "dog": "obj", "turn": "film"}
+    asked = conditions(found)
+    assert asked["chair"]["text"] == "a red chair" and asked["chair"]["image"].endswith("asked/chair.jpg") and asked["mug"]["text"] is None
+
+
+def test_a_list_names_assets_seeds_and_prompts(tmp_path):
+    root = folder_of(tmp_path, films=False)
+    lines = [
+        {"asset": "alpha-net/chair.glb", "generator": "a", "prompt": "chair", "text": "a red chair", "image": "asked/chair.jpg", "seed": 7},
+        {"asset": "alpha-net/mug.ply", "generator": "a", "prompt": "chair"}, {"asset": "beta-net/chair.glb", "prompt": "a cup"},
+    ]  # fmt: skip
+    (root / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_collection(root / "list.jsonl")
+    assert [(a.generator, a.prompt, a.seed) for a in found.assets] == [("a", "chair", 7), ("a", "chair", 1), ("list", "a cup", 0)]
+    assert found.prompts["chair"].text == "a red chair" and found.prompts["a cup"].text is None
+    (root / "list.jsonl").write_text("\n".join(map(json.dumps, [lines[0], {**lines[1], "text": "a blue chair"}])))
+    with pytest.raises(ValueError, match="list.jsonl, line 2: expected one text and one image of prompt 'chair', got others before"):
+        read_collection(root / "list.jsonl")
+
+
+def test_a_drawn_folder_pairs_the_seeds_of_each_condition(tmp_path):
+    lines = []
+    for number in range(6):
+        (tmp_path / f"{number}.ply").write_bytes(files.splats(50, seed=number))
+        lines.append({"condition": f"thing {number // 3}", "rank": None, "latents": "x", "seed": 100 + number, "look_at": f"{number}.ply"})
+    (tmp_path / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_collection(tmp_path)
+    assert found.generators == [tmp_path.name] and {a.seed for a in found.assets} == set(range(100, 106))
+    planned = plan_assets(PairingOptions(pairs=100, gold=0, training=0), found)
+    assert Counter(pair.first.condition for pair in planned.pairs) == {"thing 0": 3, "thing 1": 3}
+    assert all(pair.first.condition == pair.second.condition and pair.first.seed != pair.second.seed for pair in planned.pairs)
+    assert conditions(found)["thing 0"] == {"text": "thing 0", "image": None}
+
+
+def made_up(generators: int, prompts: int, seeds: int = 1) -> Collection:
+    """Assets of which nothing is read."""
+    return Collection([
+        Asset(path=Path(f"/{g}/{p}-{s}.glb"), generator=f"g{g}", prompt=f"p{p:03d}", seed=s, kind="glb", hash=f"{g}-{p}-{s}")
+        for g in range(generators) for p in range(prompts) for s in range(seeds)
+    ])  # fmt: skip
+
+
+def test_the_first_pairs_are_balanced_over_generators_and_prompts():
+    planned = plan_assets(PairingOptions(pairs=60, gold=0, training=0), made_up(4, 30, 2)).pairs
+    meetings = Counter(frozenset((pair.first.generator, pair.second.generator)) for pair in planned)
+    assert len(meetings) == 6 and set(meetings.values()) == {10}
+    for met in meetings:
+        assert max(Counter(p.first.condition for p in planned if {p.first.generator, p.second.generator} == met).values()) == 1
+    sides = sum(pair.first.generator < pair.second.generator for pair in planned)
+    assert 15 < sides < 45 and all(pair.first.condition == pair.second.condition for pair in planned)
+    again = plan_assets(PairingOptions(pairs=60, gold=0, training=0), made_up(4, 30, 2)).pairs
+    other = plan_assets(PairingOptions(pairs=60, gold=0, training=0, seed=1), made_up(4, 30, 2)).pairs
+    assert planned == again != other
+
+
+def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
+    said = []
+    collection = made_up(2, 5)
+    same = replace(collection.assets[5], hash=collection.assets[0].hash)
+    planned = plan_assets(PairingOptions(pairs=50), Collection([*collection.assets[:5], same, *collection.assets[6:]]), said.append)
+    kinds = Counter(pair.kind for pair in planned.pairs)
+    assert kinds == {Kind.PAIR: 4, Kind.GOLD: 4, Kind.TRAINING: 3} and said == ["4 pairs: there are no more"]
+    for pair in planned.pairs:
+        broken = pair.second if pair.expected == "first" else pair.first
+        assert (pair.kind is Kind.PAIR) == (pair.expected is None) == (not broken.degradation) and pair.first.file
+        if pair.expected:
+            assert pair.first.file == pair.second.file and pair.first.condition == pair.second.condition
+    films = Collection([replace(asset, kind="film") for asset in collection.assets])
+    assert {pair.kind for pair in plan_assets(PairingOptions(pairs=50), films, said.append).pairs} == {Kind.PAIR}
+    assert said[-1] == "no attention checks and no practice: videos cannot be damaged on purpose"
+
+
+def test_single_assets_are_judged_one_by_one():
+    planned = plan_assets(PairingOptions(pairs=6, single="scores", gold=0, training=2), made_up(3, 4)).pairs
+    shown = [pair for pair in planned if pair.kind is Kind.PAIR]
+    assert all(pair.first == pair.second for pair in planned) and Counter(p.first.generator for p in shown) == {"g0": 2, "g1": 2, "g2": 2}
+    assert all(pair.first.degradation and pair.expected == "second" for pair in planned if pair.kind is Kind.TRAINING)
+
+
+def test_nothing_to_compare_is_said():
+    with pytest.raises(ValueError, match="expected at least two assets of one prompt that differ, got none"):
+        plan_assets(PairingOptions(pairs=3), made_up(1, 5))
+    assert list(balanced({}, np.random.default_rng(0))) == []
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--tournament"], "--tournament: expected random pairs with --assets"), (["--active"], "--active: expected random pairs"),
+    (["--trunc=0.7", "--level=3"], "--psi, --level: expected no such flag with --assets"),
+    (["--network=x"], "--network: expected no such flag"), (["--show-render"], "--show-render: expected no such flag"),
+])  # fmt: skip
+def test_flags_of_generators_are_refused(tmp_path, flags, said):
+    done = CliRunner().invoke(main, [f"--assets={tmp_path}", f"--db=sqlite:///{tmp_path}/x.db", *flags, "--dry-run"])
+    assert done.exit_code == 2 and said in done.output
+
+
+@pytest.fixture(scope="module")
+def served(found, tmp_path_factory):
+    """A server of a campaign of most of `found`, prepared."""
+    folder = tmp_path_factory.mktemp("campaign")
+    found = Collection([asset for asset in found.assets if asset.kind in ("glb", "splats", "film")], found.prompts)  # others are slow
+    planned = plan_assets(PairingOptions(pairs=50, gold=2, training=1), found).pairs
+    campaign, cache, said = {"extra": {"conditions": conditions(found)}}, ShapeCache(folder / "cache"), {}
+    prepare_prompts(conditions(found).values(), cache)
+    prepare([shape for pair in planned for shape in (pair.first, pair.second)], cache, AssetDrawer(), tell=said.update)
+    assert said["finished"] and said["failed"] == 0, said
+    with serving.running(folder, planned=planned, prepared=False, campaign=campaign, limits=serving.GENEROUS) as running:
+        yield running
+
+
+def sent(client, asset: str) -> bytes:
+    response = client.get(f"/api/shapes/{asset}")
+    assert response.status_code == 200
+    return response.content
+
+
+def test_the_browser_gets_every_kind_with_its_prompt(served):
+    with contextlib.closing(served.browser()) as client:
+        pairs = client.get("/api/assignments?count=10").json()["assignments"]
+        shapes = dict(served.store.shapes(served.campaign))
+        marks = {"chair": b"glTF", "cat": b"GSP1"}
+        for asset, shape in shapes.items():
+            data = sent(client, asset)
+            assert SECRET not in data and (data[4:8] == b"ftyp" if shape.condition == "turn" else data[:4] == marks[shape.condition])
+        assert len({sent(client, a) for a in shapes}) == len(shapes) > 7  # damaged ones differ
+        for pair in pairs:
+            condition = shapes[served.asset(pair["left"])].condition
+            expected = {"chair": ("a red chair", True), "cat": ("a cat", False)}.get(condition)
+            assert (pair["prompt"] and (pair["prompt"]["text"], bool(pair["prompt"]["image"]))) == expected
+        pair = next(pair for pair in pairs if pair["prompt"] and not pair["training"])
+        serving.answer(client, pair["assignment"], "seen-again")
+        (again,) = client.get("/api/answers").json()["answers"]
+        assert {name: again[name] for name in ("left", "right", "prompt")} == {name: pair[name] for name in ("left", "right", "prompt")}
+        chair = next(asset for asset, shape in shapes.items() if shape.condition == "chair")
+        picture = client.get(f"/api/prompts/{chair}")
+        shown = Image.open(io.BytesIO(picture.content))
+        assert picture.headers["content-type"] == "image/webp" and max(shown.size) == 1024 and SECRET not in picture.content
+        assert client.get(f"/api/prompts/{next(a for a, s in shapes.items() if s.condition == 'cat')}").status_code == 404
+
+
+def test_films_are_sent_in_parts(served):
+    asset = next(asset for asset, shape in served.store.shapes(served.campaign) if shape.condition == "turn")
+    with contextlib.closing(served.browser()) as client:
+        whole = client.get(f"/api/shapes/{asset}")
+        assert whole.headers["content-type"] == "video/mp4" and whole.headers["accept-ranges"] == "bytes"
+        assert "content-encoding" not in whole.headers and int(whole.headers["content-length"]) == len(whole.content)
+        size = len(whole.content)
+        for asked, first, stop in (("0-99", 0, 100), ("100-", 100, size), ("-50", size - 50, size), (f"10-{size + 99}", 10, size)):
+            part = client.get(f"/api/shapes/{asset}", headers={"Range": f"bytes={asked}"})
+            assert part.status_code == 206 and part.content == whole.content[first:stop]
+            assert part.headers["content-range"] == f"bytes {first}-{stop - 1}/{size}"
+        assert client.get(f"/api/shapes/{asset}", headers={"Range": f"bytes={size}-"}).status_code == 416
+        for ignored in ("bytes=5-2,8-9", "bytes=-", "lines=1-2", "bytes=9999999999999999999-"):
+            assert client.get(f"/api/shapes/{asset}", headers={"Range": ignored}).status_code == 200
+        assert client.get(f"/api/shapes/{asset}", headers={"Range": "bytes=0-9", "If-Range": '"x"'}).status_code == 200
+
+
+def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tmp_path):
+    root = folder_of(tmp_path / "assets", films=False)
+    planned = plan_assets(PairingOptions(single="thumbs", gold=0, training=0), read_collection(root)).pairs
+    shapes = [pair.first for pair in planned if pair.first.condition == "chair"]
+    path, cache, said = root / "alpha-net" / "chair.glb", ShapeCache(tmp_path / "cache"), {}
+    before = path.read_bytes()
+    for content, failed in ((files.glb(seed=9), 1), (None, 1), (before, 0)):
+        path.unlink(missing_ok=True)
+        if content:
+            path.write_bytes(content)
+        cache.forget_passing(shapes)
+        prepare(shapes, cache, AssetDrawer(), tell=said.update)
+        assert said["finished"] and said["failed"] == failed
+        if content != before:
+            wrong = "the file that the campaign was planned with, got a changed one" if content else "a file, got: No such file"
+            assert f"chair.glb: expected {wrong}" in said["reason"]
+
+
+@pytest.mark.long
+def test_the_worker_prepares_assets_and_prompts(tmp_path):
+    found = read_collection(folder_of(tmp_path / "assets"))
+    url, cache = f"sqlite:///{tmp_path / 'labels.db'}", ShapeCache(tmp_path / "cache")
+    with Store.open(url) as store:
+        extra = {"conditions": conditions(found)}
+        store.create_campaign(CampaignSettings(name="c", extra=extra), plan_assets(PairingOptions(), found).pairs)
+    worker = Preparation(url, "c", cache, nice=0)
+    worker.start()
+    until = time.monotonic() + 120
+    while worker.running and time.monotonic() < until:
+        time.sleep(0.1)
+    progress = worker.progress()
+    worker.stop()
+    assert progress["finished"] and progress["failed"] == 0 and progress["error"] is None, progress
+    assert cache.prompt(found.prompts["chair"].hash)
+
+
+def test_assets_survive_the_store(served):
+    shapes = [shape for _, shape in served.store.shapes(served.campaign)]
+    assert {shape.generator for shape in shapes} == {"alpha-net", "beta-net"}
+    assert all(math.isnan(shape.psi) and len(shape.file) == 64 for shape in shapes)

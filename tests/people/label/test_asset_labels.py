@@ -1,0 +1,135 @@
+"""Judgements of assets become pairs of files, rankings and scores that the trainings read."""
+
+import json
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.people.label.archive import export_ranked_seeds
+from eg3d_rlhf.people.label.asset_labels import export_assets
+from eg3d_rlhf.people.label.commands import main
+from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
+from eg3d_rlhf.people.label.preferences import preferences_of
+from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.tuning.flow.judged import Judged
+from tests.people.label.plans import answer
+from tests.people.label.plans import plan as plan_of_seeds
+
+CONDITIONS = {"chair": {"text": "a chair of oak", "image": None}, "cup": {"text": None, "image": "cup.png"}}
+
+
+def asset(folder, name: str, condition: str = "chair", generator: str = "one") -> Shape:
+    """An asset of a file; nothing is read."""
+    return Shape(
+        generator=generator, source=str(folder / f"{name}.glb"), seed=ord(name[0]), psi=math.nan, level=math.nan, resolution=0, triangles=0,
+        file=name * 64, condition=condition,
+    )  # fmt: skip
+
+
+def judged(folder, pairs, mode=Mode.LABEL, **settings) -> Store:
+    """A store in which 'ann' has answered pairs (first, second, what she prefers: 'first', 'second' or a choice)."""
+    store = Store.open(f"sqlite:///{folder / 'labels.db'}")
+    ann = store.annotator_without_token("ann", "annotator").id
+    quiet = {"repeat_share": 0, "swap_share": 0, "gold_every": 0}
+    made = CampaignSettings(name="assets", mode=mode, extra={"conditions": CONDITIONS}, **quiet, **settings)
+    campaign = store.create_campaign(made, [PlannedPair(first=a, second=b) for a, b, _ in pairs])
+    said = {(a.source, b.source): choice for a, b, choice in pairs}
+    files = {token: shape.source for token, shape in store.shapes(campaign)}
+    for number in range(len(pairs)):
+        (given,) = store.assignments(campaign, ann, 1)
+        sides = files[given.left], files[given.right]
+        choice = said.get(sides) or said[sides[::-1]]
+        if choice in ("first", "second"):
+            choice = "left" if (sides in said) == (choice == "first") else "right"
+        store.submit(campaign, ann, answer(given, f"key-{number}", Choice(choice)))
+    return store
+
+
+@pytest.fixture
+def five(tmp_path):
+    """Files a > b > c of one prompt, b and d tied, and e of another prompt against f."""
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    a, b, c, d = (asset(folder, name) for name in "abcd")
+    e, f = (asset(folder, name, "cup", generator) for name, generator in (("e", "one"), ("f", "two")))
+    pairs = [(a, b, "first"), (c, b, "second"), (a, c, "first"), (b, d, "tie"), (a, d, "first"), (d, c, "first"), (e, f, "second")]
+    with judged(tmp_path, pairs) as store:
+        yield store, folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
+    store, folder = five
+    path = export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs")
+    found = lines(path)
+    assert {(one["preferred"], one["rejected"]) for one in found if not one["tie"]} == {
+        ("drawn/a.glb", "drawn/b.glb"), ("drawn/b.glb", "drawn/c.glb"), ("drawn/a.glb", "drawn/c.glb"), ("drawn/a.glb", "drawn/d.glb"),
+        ("drawn/d.glb", "drawn/c.glb"), ("drawn/f.glb", "drawn/e.glb"),
+    }  # fmt: skip
+    assert {one["prompt"] for one in found} == {"a chair of oak", "cup"} and found[0]["annotator"] == "ann"
+    assert [one["preferred_generator"] for one in found if one["condition"] == "cup"] == ["two"]
+    votes = Judged(path)
+    assert votes.votes(folder / "a.glb", folder / "b.glb") == (1, 0) and votes.votes(folder / "b.glb", folder / "d.glb") == (0, 0)
+
+
+def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path):
+    store, folder = five
+    drawn = [{"condition": "chair", "rank": None, "latents": f"{name}.safetensors", "seed": i, "look_at": f"{name}.glb"}
+             for i, name in enumerate("abc")]
+    (folder / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in drawn))
+    elsewhere = tmp_path / "out"
+    elsewhere.mkdir()
+    found = lines(export_assets(store, elsewhere / "ranked.jsonl", "rankings"))
+    chairs = [one for one in found if one["condition"] == "chair"]
+    assert [(one.get("look_at") or one["asset"]).split("/")[-1] for one in chairs] == ["a.glb", "b.glb", "d.glb", "c.glb"]
+    assert [one["rank"] for one in chairs] == [1, 2, 2, 4] and [one["judgements"] for one in chairs] == [3, 3, 3, 3]
+    assert chairs[0]["latents"] == str(folder / "a.safetensors") and chairs[1]["seed"] == 1 and "latents" not in chairs[2]
+    assert [one["rank"] for one in found if one["condition"] == "cup"] == [1, 2]
+
+
+def test_assets_that_nothing_links_are_not_ranked_together(tmp_path):
+    a, b, c, d, e = (asset(tmp_path, name) for name in "abcde")
+    with judged(tmp_path, [(a, b, "first"), (c, d, "first"), (d, e, "first")]) as store:
+        found = lines(export_assets(store, tmp_path / "ranked.jsonl", "rankings"))
+    assert [(one["asset"], one["rank"]) for one in found] == [("c.glb", 1), ("d.glb", 2), ("e.glb", 3)]
+
+
+@pytest.mark.parametrize(("scale", "said", "expected"), [("thumbs", "up", {"label": 1}), ("scores", "2", {"score": 2.0})])
+def test_scores_of_single_assets_are_what_the_mesh_reward_reads(tmp_path, scale, said, expected):
+    a = asset(tmp_path, "a", "cup")
+    with judged(tmp_path, [(a, a, said)], Mode.SINGLE, scale=scale) as store:
+        (found,) = lines(export_assets(store, tmp_path / "scores.jsonl", "asset-scores"))
+    assert found["mesh"] == "a.glb" and found["prompt"] == "cup" and expected.items() <= found.items()
+    assert ("label" in found) != ("score" in found)
+
+
+def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
+    a, b, c, d = (asset(tmp_path, name) for name in "abcd")
+    with judged(tmp_path, [(a, b, "first"), (c, d, "bad")], both_bad=True) as store:
+        pairs = lines(export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs"))
+        assert [one["choice"] for one in pairs if one["tie"]] == ["bad"]
+        found = lines(export_assets(store, tmp_path / "bad.jsonl", "asset-scores", from_pairs=True))
+    assert sorted((one["mesh"], one["label"], one["prompt"]) for one in found) == [(f"{n}.glb", 0, "a chair of oak") for n in "cd"]
+
+
+def test_files_are_never_taken_for_seeds(five, tmp_path):
+    store, _ = five
+    with pytest.raises(ValueError, match="expected shapes of a generator's seeds, got files. Export it with --kind=asset-pairs"):
+        preferences_of(store)
+    with pytest.raises(ValueError, match="got files. Export it with --kind=asset-pairs"):
+        export_ranked_seeds(store, tmp_path / "x.csv")
+    store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
+    with pytest.raises(ValueError, match="--kind=rankings: expected judgements of assets, got none"):
+        export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")
+
+
+def test_the_command_writes_them(five, tmp_path):
+    url = f"--db=sqlite:///{tmp_path / 'labels.db'}"
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "p.jsonl"), "--kind=asset-pairs", "--campaign=assets", url])
+    assert done.exit_code == 0 and done.output.endswith("p.jsonl: 7 lines written\n") and len(lines(tmp_path / "p.jsonl")) == 7
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "p.csv"), "--kind=rankings", url])
+    assert done.exit_code == 2 and "expected a name with .jsonl for --kind=rankings" in done.output

@@ -1,0 +1,72 @@
+"""From a TRELLIS folder to a tuned first stage, by the commands: assets are drawn, judged in the browser, made into pairs, learnt from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from eg3d_rlhf.tuning.flow.embeddings import CONDITIONS, write_conditions
+from eg3d_rlhf.tuning.flow.pairs import read_pairs
+from tests.people.label.browser import Page, browser, needs_chromium
+from tests.tuning.flow.trellis import tiny_trellis
+
+__all__ = ["browser"]
+ROOT = Path(__file__).resolve().parents[3]
+NAMES = tiny_trellis.NAMES[:2]
+
+
+def run(folder: Path, program: str, *flags: str) -> str:
+    """A command of the repository in `folder`; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, (program, flags, done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.mark.long
+@needs_chromium
+def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
+    root = tiny_trellis.write_trellis(tmp_path / "ROOT")
+    write_conditions(tmp_path / "ASSETS" / CONDITIONS, tiny_trellis.tokens(NAMES))
+    run(tmp_path, "tools/trellis_files.py", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
+    label = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6",
+         "--training=0", "--gold=0",
+         "--repeat-share=0", "--swap-share=0", "--port=0", "--cache=cache", "--db=sqlite:///labels.db"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        said = next(line for line in label.stdout if line.startswith("label at "))
+        page = Page(browser, said.split()[2].rstrip("/")).open()
+        chosen = ["ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowDown", "ArrowRight", "ArrowLeft"]
+        for key in chosen[:-1]:
+            page.press(key)
+        page.answer(chosen[-1])
+        page.ready("finished")
+        page.sent()
+        assert page.errors == [] and page.strangers == []
+        page.context.close()
+    finally:
+        label.terminate()
+        label.wait(20)
+    run(tmp_path, "tools/label.py", "export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", "--db=sqlite:///labels.db")
+    judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert len(judged) == 6 and sum(line["tie"] for line in judged) == 1 and {line["condition"] for line in judged} == set(NAMES)
+    made = run(tmp_path, "tools/trellis_files.py", "ranking", "--list=ASSETS", "--judged=judged.jsonl", f"--pipeline={root}", "--out=PAIRS")
+    assert json.loads(made)["pairs"] == {"structure": 5, "latent": 5}
+    drawn = {line["look_at"]: line for line in map(json.loads, (tmp_path / "ASSETS" / "ranking.jsonl").read_text().splitlines())}
+    pairs, first = read_pairs(tmp_path / "PAIRS" / "structure")[0], next(line for line in judged if not line["tie"])
+    preferred, rejected = (load_file(tmp_path / "ASSETS" / drawn[Path(first[side]).name]["structure"])["mean"]
+                           for side in ("preferred", "rejected"))  # fmt: skip
+    assert sum(pair.preferred.equal(preferred) and pair.rejected.equal(rejected) for pair in pairs) == 1
+    flags = "--mode=circular-dpo --stage=structure --pairs=PAIRS --steps=2 --batch=2 --lr=0.02 --warmup=0 --choose-noises=0 --no-summary"
+    run(tmp_path, "train.py", f"--pipeline={root}", *flags.split(), "--device=cpu")
+    (tuned,) = (tmp_path / "runs").glob("00000-*/structure")
+    weights = {name: x for path in tuned.glob("*.safetensors") for name, x in load_file(path).items()}
+    assert any("lora_B" in name and bool(x.any()) for name, x in weights.items())  # adapters begin as zeros

@@ -1,0 +1,264 @@
+"""tools/label.py from the outside: its flags, planning and resuming, sub-commands, and one line for every mistake."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.people.label import commands, launch
+from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice
+from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label import serving
+
+FLAGS = """
+--access-log --active --after --annotators-per-pair --assets --both-bad --cache --campaign --certificate --db --diversity --doubtful
+--dry-run --first-seed --gold --gold-every --host --key --level --network --no-both-bad --no-reveal --no-show-render --pairs --pool
+--port --proxy --psi --questions --repeat-gap --repeat-share --resolution --reveal --reward --rounds --seed --show-render --single
+--strategy --swap-share --title --tournament --training --trials-per-annotator --triangles --trunc --up -n
+""".split()
+OTHERS = {
+    "add-annotator": ["--address", "--admin", "--db", "--qr"], "new-token": ["--address", "--db", "--qr"], "revoke": ["--db"],
+    "annotators": ["--db", "--json"], "status": ["--db", "--json"],
+    "import": ["--annotator", "--campaign", "--db"],
+    "leaderboard": ["--campaign", "--csv", "--db", "--json", "--question"], "simulate": ["--json", "--n", "--seed", "--studies"],
+    "export": ["--annotator", "--campaign", "--db", "--drop-repeats", "--from-pairs", "--kind", "--least-gold-accuracy",
+               "--min-milliseconds", "--question", "--since"],
+}  # fmt: skip
+
+
+def run(*flags) -> object:
+    return CliRunner().invoke(commands.main, [str(f) for f in flags])
+
+
+def options_of(command) -> list[str]:
+    return sorted(name for p in command.params for name in p.opts + p.secondary_opts if name.startswith("-"))
+
+
+@pytest.fixture
+def db(tmp_path) -> str:
+    """URL of a database that does not exist yet, in a folder that does not either."""
+    return f"sqlite:///{tmp_path / 'new' / 'labels.db'}"
+
+
+@pytest.fixture
+def planned(db, monkeypatch):
+    """Start the command without serving; returns the result and what would have been served."""
+    served = []
+    monkeypatch.setattr(launch, "serve", lambda options, *args, **kwargs: served.append((options, args, kwargs)))
+
+    def go(*flags):
+        served.clear()
+        result = run(f"--db={db}", *flags)
+        return result, served[0] if served else None
+
+    return go
+
+
+def test_the_flags_are_frozen():
+    assert options_of(commands.main) == FLAGS
+    assert {name: options_of(command) for name, command in commands.main.commands.items()} == OTHERS
+
+
+def test_help_lists_every_flag_and_command():
+    text = run("--help").stdout
+    assert [flag for flag in [*FLAGS, *OTHERS] if flag not in text] == []
+    assert all(f"{title}:\n" in text for title in ("Pairs", "Server", "Commands"))
+
+
+def test_dry_run_prints_everything_and_touches_nothing(db, tmp_path):
+    result = run("-n", f"--db={db}", "--pairs=7", "--active", "--seed=3", f"--cache={tmp_path / 'cache'}")
+    settings = json.loads(result.stdout)
+    expected = {"action": "plan", "pairs": 7, "strategy": "active", "seed": 3, "network": None, "host": "127.0.0.1", "exposed": False}
+    assert {k: settings[k] for k in expected} == expected and list(tmp_path.iterdir()) == []
+
+
+def test_underscores_mean_the_same():
+    dashes = run("-n", "--first-seed=5", "--annotators-per-pair=2", "--repeat-share=0.2")
+    assert run("-n", "--first_seed=5", "--annotators_per_pair=2", "--repeat_share=0.2").stdout == dashes.stdout != run("-n").stdout
+
+
+def test_a_password_is_not_shown():
+    assert "sesame" not in run("-n", "--db=postgresql://user:sesame@127.0.0.1:1/x").output
+
+
+def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
+    first, (options, args, _) = planned("--pairs=5", "--seed=2", "--psi=0.8")
+    assert first.exit_code == 0, first.stderr
+    assert "12 pairs planned" in first.stdout and args == ("127.0.0.1", 8000) and options.campaign == "labels" and not options.exposed
+    assert options.preparation is not None and options.access_log.name == "access.jsonl"
+    with Store.open(db, create=False) as store:
+        shapes = store.shapes(1)
+        pair = store.assignments(1, store.annotator_without_token("local", "admin").id)[0]
+        store.submit(1, store.annotator_without_token("local", "admin").id, Answer(key="k", assignment=pair.token, choice=Choice.LEFT))
+    again, (options, _, _) = planned()
+    assert "taken up again, 12 pairs, 1 judgements so far" in again.stdout
+    with Store.open(db, create=False) as store:
+        assert store.shapes(1) == shapes and len(store.campaigns()) == 1 and {s.psi for _, s in shapes} == {0.8}
+    resumed = json.loads(run(f"--db={db}", "-n").stdout)
+    assert (resumed["action"], resumed["pairs"], resumed["psi"]) == ("resume", 5, 0.8)
+
+
+def test_equal_flags_make_equal_plans(planned, db):
+    for name in ("one", "two", "three"):
+        assert planned("--pairs=6", f"--seed={7 + (name == 'three')}", f"--campaign={name}")[0].exit_code == 0
+    with Store.open(db, create=False) as store:
+        one, two, three = ([s for _, s in store.shapes(c.id)] for c in store.campaigns())
+    assert one == two != three
+
+
+def test_a_resumed_campaign_keeps_its_flags(planned):
+    planned("--pairs=5")
+    result, served = planned("--pairs=6")
+    assert_one_line(result, "--pairs: expected 5, with which campaign 'labels' was planned, got 6", "--campaign=NAME")
+    assert served is None and planned("--pairs=5")[0].exit_code == 0
+    assert_one_line(planned("--tournament")[0], "--strategy: expected random, with which")
+
+
+def test_a_tournament_goes_on_from_its_results(planned, db):
+    planned("--tournament", "--pairs=8", "--rounds=2", "--campaign=first")
+    with Store.open(db, create=False) as store:
+        me = store.annotator_without_token("local", "admin").id
+        number = 0
+        while pairs := store.assignments(1, me):
+            store.submit(1, me, Answer(key=f"k{(number := number + 1)}", assignment=pairs[0].token, choice=Choice.LEFT))
+        seeds = {s.seed for _, s in store.shapes(1)}
+    result, _ = planned("--tournament", "--pairs=4", "--rounds=2", "--campaign=second", "--after=first")
+    assert result.exit_code == 0, result.stderr
+    with Store.open(db, create=False) as store:
+        assert len({s.seed for _, s in store.shapes(2)} & seeds) >= 8
+    assert_one_line(planned("--after=first", "--campaign=x")[0], "--after: expected --strategy=tournament, got random")
+    assert_one_line(planned("--tournament", "--after=none", "--campaign=x")[0], "--after: ", "'none'")
+
+
+def test_exposing_needs_an_annotator_and_says_that_tokens_are_compulsory(planned, db, tmp_path):
+    result, served = planned("--pairs=5", "--host=0.0.0.0")
+    assert_one_line(result, "--host=0.0.0.0: expected at least one annotator", "tokens are compulsory", "add-annotator NAME")
+    assert served is None and not (tmp_path / "new").exists()
+    assert len(run("add-annotator", "ann", f"--db={db}").stdout.strip()) >= 32
+    result, (options, _, kwargs) = planned("--pairs=5", "--host=0.0.0.0")
+    assert result.exit_code == 0 and options.exposed
+    assert planned("--proxy=127.0.0.1")[1][0].exposed
+    run("revoke", "ann", f"--db={db}")
+    assert planned("--host=0.0.0.0")[0].exit_code == 2
+
+
+def test_annotators_come_and_go(db):
+    token = run(f"--db={db}", "add-annotator", "Zoë", "--admin").stdout.strip()
+    with Store.open(db, create=False) as store:
+        assert store.authenticate(token).role == "admin"
+    assert run("revoke", "Zoë", f"--db={db}").exit_code == 0
+    with Store.open(db, create=False) as store:
+        assert store.authenticate(token) is None
+    listed = json.loads(run("annotators", "--json", f"--db={db}").stdout)
+    assert [(a["name"], a["role"], a["revoked"] is None) for a in listed] == [("Zoë", "admin", False)]
+    assert "Zoë" in run("annotators", f"--db={db}").stdout and token not in run("annotators", f"--db={db}").stdout
+
+
+def test_export_and_import(planned, db, tmp_path):
+    planned("--pairs=5", "--training=0", "--gold=0")
+    with Store.open(db, create=False) as store:
+        me = store.annotator_without_token("local", "admin").id
+        for number in range(5):
+            pair = store.assignments(1, me)[0]
+            store.submit(1, me, Answer(key=f"k{number}", assignment=pair.token, choice=Choice.LEFT, milliseconds=100 * number))
+    assert run("export", tmp_path / "all.jsonl", f"--db={db}").exit_code == 0
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 5
+    assert run("export", tmp_path / "slow.csv", "--min-milliseconds=200", f"--db={db}").stdout.endswith("3 lines written\n")
+    assert run("export", tmp_path / "table.csv", "--kind=ranked-seeds", f"--db={db}").exit_code == 0
+    assert run("export", tmp_path / "whole.jsonl", "--kind=judgements", f"--db={db}").exit_code == 0
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    assert "5 judgements imported" in run("import", tmp_path / "whole.jsonl", f"--db={other}").stdout
+    assert "5 judgements imported" in run("import", tmp_path / "table.csv", "--campaign=table", f"--db={other}").stdout
+    status = json.loads(run("status", "--json", f"--db={other}").stdout)
+    assert [(c["name"], c["judgements"]) for c in status["campaigns"]] == [("labels", 5), ("table", 5)]
+    assert "labels: label, 5 pairs, 5 judgements of 1 annotators" in run("status", f"--db={other}").stdout
+
+
+def assert_one_line(result, *texts: str) -> None:
+    """Exit code 2, nothing but one line on standard error, and the texts in it."""
+    assert result.exit_code == 2, (result.exit_code, result.exception, result.output)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+    for text in texts:
+        assert text in result.stderr
+
+
+MISTAKES = {  # flags -> what the line must say
+    "two strategies": (["--active", "--tournament"], "--strategy, --active, --tournament: expected one strategy"),
+    "contradiction": (["--active", "--strategy=random"], "expected one strategy, got active and random"),
+    "missing network": (["--network={tmp}/none.pkl"], "--network: expected a network file or a run folder, got nothing at {tmp}/none.pkl"),
+    "shares": (["--repeat-share=0.3", "--swap-share=0.3"], "repeat_share and swap_share must add up to 0..0.5"),
+    "tournament too small": (["--tournament", "--pairs=3"], "pairs"),
+    "certificate alone": (["--certificate={file}"], "--certificate, --key: expected both or neither"),
+    "no URL": (["--db=labels"], "--db: store: expected a database URL, got 'labels'"),
+    "another database": (["--db=mysql://x/y"], "--db: store: expected SQLite or PostgreSQL, got mysql"),
+    "flags before a command": (["--pairs=3", "status"], "--pairs: expected only --db before status"),
+    "no database": (["status", "--db=sqlite:///{tmp}/none.db"], "--db: store: expected a database at {tmp}/none.db"),
+    "revoking nobody": (["revoke", "nobody", "--db=sqlite:///{tmp}/some.db"], "expected one with a token, got 'nobody'"),
+    "script in a name": (["add-annotator", "<script>", "--db=sqlite:///{tmp}/some.db"], "annotator: expected a name of"),
+    "export to another form": (["export", "{tmp}/x.txt", "--db=sqlite:///{tmp}/some.db"], "FILE: expected a name with .jsonl or .csv"),
+    "filter on a whole export": (["export", "{tmp}/x.jsonl", "--kind=judgements", "--drop-repeats"], "--drop-repeats: expected no filter"),
+    "import of another form": (["import", "{file}"], "FILE: expected .jsonl (judgements) or .csv (ranked seeds)"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case, tmp_path):
+    flags, text = MISTAKES[case]
+    file = tmp_path / "file.pem"
+    file.write_text("x")
+    Store.open(f"sqlite:///{tmp_path / 'some.db'}").close()
+    flags = [flag.format(tmp=tmp_path, file=file) for flag in flags]
+    if not any(flag.startswith("--db") for flag in flags) and not set(flags) & set(OTHERS):
+        flags.append(f"--db=sqlite:///{tmp_path / 'new' / 'labels.db'}")
+    assert_one_line(run(*flags), text.format(tmp=tmp_path))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_taken_port_is_named(db, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run(f"--db={db}", "--pairs=4", f"--port={port}", f"--cache={tmp_path / 'cache'}")
+    assert_one_line(result, f"--host=127.0.0.1 --port={port}: expected a free port", "--port=0")
+
+
+def test_every_default_comes_from_its_owner():
+    found = launch.filled({"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings)
+    assert found == {"pairs": 1000, "gold_every": 25, "psi": 0.3, "db": None}
+
+
+@pytest.mark.long
+def test_the_command_serves_prepares_and_stops(repo, db, tmp_path):
+    """The whole: the bundled generator, a worker that draws, pairs that can be fetched, Ctrl-C, and the same command again."""
+    command = [sys.executable, "tools/label.py", f"--db={db}", "--pairs=4", "--training=1", "--gold=1", "--resolution=32", "--port=0"]
+    command += ["--triangles=2000", f"--cache={tmp_path / 'cache'}"]
+    process = subprocess.Popen(command, cwd=repo, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while not lines or "label at" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "the command ended early"
+        url = re.search(r"http://127\.0\.0\.1:\d+", lines[-1]).group()
+        client = httpx.Client(base_url=url, verify=False, timeout=30, headers=serving.SAME)
+        end = time.monotonic() + 120
+        while not (state := client.get("/api/assignments").json())["assignments"]:
+            assert state["waiting"] and time.monotonic() < end
+            time.sleep(0.2)
+        pair = state["assignments"][0]
+        mesh = client.get(f"/api/shapes/{pair['left']}").content
+        assert mesh[:4] == b"SHP1" and int.from_bytes(mesh[8:12], "little") > 100
+        client.headers["X-CSRF-Token"] = client.get("/api/session").json()["csrf"]
+        assert serving.answer(client, pair["assignment"], "k").status_code == 201
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "stopped; every judgement is kept" in out

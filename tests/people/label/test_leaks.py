@@ -1,0 +1,255 @@
+"""A blind study tells annotators nothing: not in texts, headers, addresses, sizes, orders, sides or times."""
+
+import gzip
+import itertools
+import random
+import time
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from eg3d_rlhf.people.label.entities import Mode
+from eg3d_rlhf.people.label.server.bodies import body_of, read_whole
+from eg3d_rlhf.people.label.server.options import Limits
+from eg3d_rlhf.people.label.shape_files import ShapeCache, shape_key
+from tests.people.label import serving
+from tests.people.label.serving import FIRST_SEED, GENEROUS, NAMES, answer
+
+PAIRS, ANNOTATORS = 24, 3
+CHANCE = 1e-4  # a rank test below it is a leak
+GENERATORS = {serving.shape(name, 0).generator: name for name in "ab"}
+
+
+def vertices(shape) -> int:
+    """Shapes of 'b' are larger by far: what must not be seen."""
+    return 60 if GENERATORS[shape.generator] == "a" else 120
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """An exposed study, prepared, and all responses that its annotators got while they answered everything."""
+    folder = tmp_path_factory.mktemp("study")
+    campaign = {"annotators_per_pair": ANNOTATORS, "repeat_share": 0.1, "swap_share": 0.1, "gold_every": 10, "repeat_gap": 3}
+    options = {"mode": Mode.STUDY, "exposed": True, "limits": GENEROUS, "campaign": campaign, "access_log": folder / "access.jsonl"}
+    with serving.running(folder, pairs=PAIRS, prepared=False, **options) as served:
+        serving.fill(served.options.cache, (s for _, s in served.store.shapes(served.campaign)), vertices)
+        served.seen, served.assigned, served.times = [], [], []
+        for number in range(ANNOTATORS):
+            work(served, served.browser(served.store.add_annotator(f"ann{number}")), number)
+        yield served
+
+
+def work(served, page, number: int) -> None:
+    """Answer everything, undoing now and then, and provoke errors; keeps all responses."""
+    rng, keep = random.Random(number), served.seen.append
+    for path in ("", "login", "static/app.js", "admin", "openapi.json", "nothing"):
+        keep(page.get(f"/{path}"))
+    for path in ("session", "admin/quality", "admin/export?format=csv", "renders/x", "shapes/unknown"):
+        keep(page.get(f"/api/{path}"))
+    fetched, keys = set(), itertools.count()
+    while pairs := page.get("/api/assignments?count=2").json()["assignments"]:
+        keep(page.get("/api/assignments?count=3"))
+        pair = pairs[0]
+        served.assigned.append(pair)
+        for asset in (pair["left"], pair["right"]):
+            if asset not in fetched and len(fetched) < 12:
+                fetched.add(asset)
+                keep(page.get(f"/api/shapes/{asset}"))
+                keep(page.get(f"/api/shapes/{asset}", headers={"If-None-Match": f'"{asset}"'}))
+        choice = rng.choice(["left", "right"])
+        began = time.perf_counter()
+        keep(answer(page, pair["assignment"], f"key-{next(keys)}", choice))
+        served.times.append((pair[choice], time.perf_counter() - began))
+        if next(keys) % 20 == 0:
+            keep(page.post("/api/undo", json={"key": f"undo-{next(keys)}"}))
+    for body in ({"key": "x"}, {"key": "key-0", "assignment": pair["assignment"], "choice": "tie"}, [1]):
+        keep(page.post("/api/judgements", json=body))
+    keep(page.get("/api/answers?count=50"))
+    keep(answer(page, pair["assignment"], "late"))
+    keep(page.post("/logout"))
+
+
+def secrets(served) -> list[str]:
+    """Whatever would tell an annotator which shape is which, or why a pair is shown."""
+    found = [*NAMES.values(), "baseline", "finetuned", "0.7125", "10.25", "safetensors", "/secret", ".shp"]
+    found.append(str(served.options.cache.folder))
+    for asset, shape in served.store.shapes(served.campaign):
+        found += [shape.generator[:10], str(shape.seed), f"{shape.seed:x}", shape_key(shape)[:10]]
+        assert asset not in found
+    return [*set(found), "gold", "repeat", "swap", "first_is_left", *(f'"{word}"' for word in ("first", "second", "expected", "kind"))]
+
+
+def test_everything_was_answered(study):
+    rows = list(study.store.judgements())
+    kinds = {row.kind.value for row in rows}
+    assert {"pair", "gold", "training", "repeat", "swap"} <= kinds and len(rows) >= ANNOTATORS * PAIRS
+    assert len({(r.request.method, r.request.url.path.split("/")[2:3].__str__(), r.status_code) for r in study.seen}) > 12
+    assert all(r.status_code < 500 for r in study.seen)
+
+
+def test_no_response_holds_a_name_seed_kind_or_side(study):
+    words = [word.lower() for word in secrets(study)]
+    public = {"repeat"}  # a word of CSS and of the page's own texts
+    for response in study.seen:
+        texts = [str(response.url), str(response.request.headers), str(response.headers.multi_items()), response.content.decode("latin-1")]
+        static = response.request.url.path.startswith(("/static", "/login"))
+        for text in texts:
+            assert [w for w in words if w in text.lower() and not (static and w in public)] == [], response.url
+
+
+def test_the_search_itself_finds_a_leak(study):
+    words = [word.lower() for word in secrets(study)]
+    row = next(study.store.judgements())
+    assert all(any(word in text for word in words) for text in (row.left.generator, str(FIRST_SEED + 7), NAMES["b"]))
+
+
+def test_an_assignment_says_nothing_but_tokens_and_training(study):
+    assert {tuple(pair) for pair in study.assigned} == {("assignment", "left", "right", "prompt", "training")}
+    assert {pair["prompt"] for pair in study.assigned} == {None}
+    named = [p[k] for p in study.assigned for k in ("assignment", "left", "right")]
+    assert all(len(token) >= 16 and token.isascii() for token in named)
+    shown = {(p[side], p["assignment"]) for p in study.assigned for side in ("left", "right")}
+    assert len({address for address, _ in shown}) == len(shown)  # nothing comes again under its address, repeats included
+
+
+def test_only_admins_of_a_study_see_results_and_only_others_judge(study, tmp_path):
+    refused = [r for r in study.seen if "admin" in r.request.url.path]
+    assert refused and all(r.status_code == 403 for r in refused)
+    boss = study.client(study.store.add_annotator("boss", "admin"))
+    assert boss.get("/api/admin/quality").status_code == 200
+    assert boss.get("/api/assignments").status_code == answer(boss, "x", "x").status_code == 403
+    assert boss.post("/api/undo", json={"key": "x"}).status_code == 403
+    with serving.running(tmp_path, pairs=1, mode=Mode.STUDY) as served:
+        local = served.browser()
+        assert local.get("/api/session").json()["role"] == "annotator"
+        assert local.get("/api/admin/quality").status_code == 403 and local.get("/api/assignments").json()["assignments"]
+
+
+def test_no_description_of_the_api_is_open(study):
+    for client, status in ((study.client(), 401), (study.client(study.store.add_annotator("plain")), 404)):
+        for path in ("/docs", "/redoc", "/openapi.json", "/api/openapi.json"):
+            assert client.get(path).status_code == status
+        assert client.get("/api/admin/openapi.json").status_code == (401 if status == 401 else 403)
+
+
+# ---- ranks: sizes, orders, sides, times
+
+
+def of_generators(study) -> dict[str, list[str]]:
+    """Asset tokens of each generator, in order of the plan."""
+    by = {"a": [], "b": []}
+    for asset, shape in study.store.shapes(study.campaign):
+        by[GENERATORS[shape.generator]].append(asset)
+    return by
+
+
+def separation(first, second) -> float:
+    """p of a two-sided Mann-Whitney test that both come from one distribution."""
+    return float(stats.mannwhitneyu(list(first), list(second)).pvalue)
+
+
+def test_tokens_have_no_order(study):
+    by = of_generators(study)
+    rank = {asset: i for i, asset in enumerate(sorted(by["a"] + by["b"]))}
+    assert separation((rank[t] for t in by["a"]), (rank[t] for t in by["b"])) > CHANCE
+    letters = [separation((ord(t[i]) for t in by["a"]), (ord(t[i]) for t in by["b"])) for i in range(16)]
+    assert min(letters) > CHANCE / 16
+
+
+def test_sides_are_even(study):
+    name = {t: g for g, tokens in of_generators(study).items() for t in tokens}
+    mixed = {p["assignment"]: p for p in study.assigned if name[study.asset(p["left"])] != name[study.asset(p["right"])]}.values()
+    lefts = sum(name[study.asset(p["left"])] == "a" for p in mixed)
+    assert len(mixed) >= ANNOTATORS * PAIRS and stats.binomtest(lefts, len(mixed)).pvalue > CHANCE
+    sides = [name[study.asset(p["left"])] for p in mixed]
+    changes = sum(x != y for x, y in itertools.pairwise(sides))
+    assert stats.binomtest(changes, len(sides) - 1).pvalue > CHANCE
+
+
+def test_order_of_the_plan_is_not_the_order_of_showing(study):
+    place = {asset: i for i, asset in enumerate(t for t, _ in study.store.shapes(study.campaign))}
+    shown = [place[study.asset(p["left"])] for p in study.assigned[:PAIRS] if not p["training"]]
+    assert abs(stats.spearmanr(shown, range(len(shown))).statistic) < 0.9
+
+
+def test_all_bodies_have_one_length_and_the_same_headers(study):
+    client, by = study.client(study.store.add_annotator("ruler")), of_generators(study)
+    found = {}
+    for asset in by["a"] + by["b"]:
+        with client.stream("GET", f"/api/shapes/{asset}") as response:
+            data = b"".join(response.iter_raw())
+        own = {"etag", "x-request-id", "date"}
+        found[asset] = (len(data), tuple((k, v) for k, v in response.headers.multi_items() if k not in own))
+        shape = dict(study.store.shapes(study.campaign))[asset]
+        assert gzip.decompress(data) == gzip.decompress(study.options.cache.mesh(shape).read_bytes())
+        assert response.headers["etag"] == f'"{asset}"'
+    assert len(set(found.values())) == 1
+    lengths = {g: [len(study.options.cache.mesh(dict(study.store.shapes(study.campaign))[t]).read_bytes()) for t in by[g]] for g in by}
+    assert separation(*lengths.values()) < 1e-6  # on the disk they do differ
+
+
+def test_times_do_not_separate_the_generators(study):
+    client, by, rng = study.client(study.store.add_annotator("clock")), of_generators(study), random.Random(0)
+    taken = {"a": [], "b": []}
+    for turn in range(4):
+        for pair in zip(rng.sample(by["a"], PAIRS), rng.sample(by["b"], PAIRS), strict=True):
+            for name, asset in rng.sample([("a", pair[0]), ("b", pair[1])], 2):
+                began = time.perf_counter()
+                client.get(f"/api/shapes/{asset}")
+                taken[name].append((time.perf_counter() - began) if turn else None)
+    assert separation((t for t in taken["a"] if t), (t for t in taken["b"] if t)) > CHANCE
+
+
+def test_times_of_answers_do_not_tell_which_was_chosen(study):
+    name = {t: g for g, tokens in of_generators(study).items() for t in tokens}
+    assert separation(*([s for asset, s in study.times if name[study.asset(asset)] == g] for g in "ab")) > CHANCE
+
+
+# ---- preparation
+
+
+def test_nothing_is_shown_before_everything_is_prepared(tmp_path):
+    with serving.running(tmp_path, pairs=6, mode=Mode.STUDY, prepared=False) as served:
+        page, shapes = served.browser(), served.store.shapes(served.campaign)
+        serving.fill(served.options.cache, [s for _, s in shapes[:-1]])
+        state = page.get("/api/assignments").json()
+        assert state["waiting"] and state["assignments"] == []
+        assert state["preparation"] == {"done": len(shapes) - 1, "total": len(shapes), "seconds_left": None}
+        early = [page.get(f"/api/shapes/{asset}") for asset, _ in shapes]
+        assert {r.status_code for r in early} == {503} and all("Retry-After" in r.headers for r in early)
+        serving.fill(served.options.cache, [shapes[-1][1]])
+        time.sleep(0.6)
+        state = page.get("/api/assignments").json()
+        assert not state["waiting"] and len(state["assignments"]) == 3
+        assert {page.get(f"/api/shapes/{asset}").status_code for asset, _ in shapes} == {200}
+
+
+def test_a_shape_that_cannot_be_drawn_does_not_hold_up_a_study(tmp_path):
+    with serving.running(tmp_path, pairs=6, mode=Mode.STUDY, prepared=False, limits=Limits()) as served:
+        shapes = served.store.shapes(served.campaign)
+        serving.fill(served.options.cache, [s for _, s in shapes[:-1]])
+        served.options.cache.put_failure(shapes[-1][1], "no surface")
+        page = served.browser()
+        shown = set()
+        for number in range(30):
+            pairs = page.get("/api/assignments?count=1").json()["assignments"]
+            if not pairs:
+                break
+            shown |= {pairs[0]["left"], pairs[0]["right"]}
+            answer(page, pairs[0]["assignment"], f"k{number}")
+        assert len(shown) > 8 and shapes[-1][0] not in shown
+        assert page.get(f"/api/shapes/{shapes[-1][0]}").status_code == 404
+
+
+def test_padding_keeps_the_contents_and_refuses_what_it_cannot_pad(tmp_path):
+    cache = ShapeCache(Path(tmp_path))
+    path = cache.put_mesh(serving.shape("a", 1), serving.mesh(1))
+    data = path.read_bytes()
+    for length in (len(data) + 1, len(data) + 2, 20_000):
+        longer = read_whole(body_of(path, length))
+        assert len(longer) == length and gzip.decompress(longer) == gzip.decompress(data)
+    for wrong, length in ((data, len(data)), (b"SHP1" + data, 99_999), (gzip.compress(b"x")[:3] + b"\x08" + data[4:], 99_999)):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="expected a bare gzip member"):
+            body_of(path, length)

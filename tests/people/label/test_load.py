@@ -1,0 +1,89 @@
+"""Many annotators at once and a server killed in the middle of it: what was acknowledged is kept, once, and answers come fast."""
+
+import asyncio
+import json
+import socket
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.people.label.shape_files import ShapeCache
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label import serving
+from tests.people.label.load import Annotator, ServerProcess, Work, labour
+
+
+def free_port() -> int:
+    """A port that nobody uses now; the server comes back on it after every kill."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run(folder, url: str, annotators: int, each: int, kills: int, look: float) -> Work:
+    """Annotators on a fresh campaign; checks that nothing acknowledged is lost or kept twice. Returns what they saw."""
+    total, settings = annotators * each, serving.settings()
+    with Store.open(url) as store:
+        campaign = store.create_campaign(settings, serving.plan(total, training=2, gold=4))
+        tokens = {f"annotator{i:02d}": store.add_annotator(f"annotator{i:02d}") for i in range(annotators)}
+        few = [shape for _, shape in store.shapes(campaign)[:1]]
+        cache = ShapeCache(folder / "cache")
+        serving.fill(cache, few)
+        original = cache.mesh(few[0])
+        for _, shape in store.shapes(campaign)[1:]:  # thousands: links are enough where nobody looks
+            link = cache._path(shape, ".shp.gz")
+            link.parent.mkdir(exist_ok=True)
+            link.hardlink_to(original)
+    server = ServerProcess(url, settings.name, folder / "cache", serving.static(folder), free_port())
+    server.start()
+    work = Work()
+    try:
+        crowd = [Annotator(name, token, server.base, work, each, look) for name, token in tokens.items()]
+        asyncio.run(labour(crowd, server, kills, total))
+    finally:
+        server.kill()
+    check(url, work, total)
+    return work
+
+
+def check(url: str, work: Work, total: int) -> None:
+    """The store holds every acknowledged judgement once, as it was sent, and nothing that nobody sent."""
+    assert work.refused == {} and len(work.acknowledged) == total
+    with Store.open(url, create=False) as store:
+        rows = list(store.judgements(include_undone=True))
+    assert len(rows) == total
+    assert max(Counter(row.assignment for row in rows).values()) == 1
+    kept = Counter((row.annotator, row.choice.value) for row in rows)
+    assert kept == Counter((annotator, choice) for (annotator, _), choice in work.acknowledged.items())
+
+
+def figures(work: Work, **more) -> dict:
+    """What is measured, for the record."""
+    ms = 1000 * np.array(work.seconds)
+    resent = sum(n > 1 for n in work.sent.values())
+    p50, p95, p99 = (round(float(np.percentile(ms, q)), 1) for q in (50, 95, 99))
+    counts = {"judgements": len(work.acknowledged), "sent_again": resent, "found_kept": work.duplicates}
+    return {**more, **counts, "p50": p50, "p95": p95, "p99": p99}
+
+
+@pytest.mark.long
+def test_five_annotators_and_one_kill(tmp_path, capsys):
+    work = run(tmp_path, f"sqlite:///{tmp_path / 'labels.db'}", annotators=5, each=20, kills=1, look=0.05)
+    with capsys.disabled():
+        print(json.dumps(figures(work)))
+    assert len(work.seconds) >= 100
+    lines = [json.loads(line) for line in (tmp_path / "cache" / "access.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "start" for line in lines) == 2
+    assert sum(line.get("route") == "/api/judgements" and line["status"] == 201 for line in lines) >= 95
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_fifty_annotators_and_five_kills(tmp_path, database, request, capsys):
+    url = f"sqlite:///{tmp_path / 'labels.db'}" if database == "sqlite" else request.getfixturevalue("postgres_url")
+    work = run(tmp_path, url, annotators=50, each=200, kills=5, look=1.0)  # people look for several seconds
+    found = figures(work, database=database)
+    with capsys.disabled():
+        print(json.dumps(found))
+    assert found["p95"] < 80

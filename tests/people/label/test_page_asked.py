@@ -1,0 +1,181 @@
+"""The label page where a campaign asks and tells more: both bad, questions, comments, names after the answer, one's own answers."""
+
+import pytest
+
+from eg3d_rlhf.people.label.entities import Choice
+from tests.people.label.browser import needs_chromium, plan, rows
+from tests.people.label.plans import answer
+
+pytestmark = needs_chromium
+STAGE = "document.querySelector('.stage').offsetHeight / innerHeight"
+HOSTILE = "<img src=x onerror=alert(1)>"
+QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
+
+
+def counting(served) -> list:
+    """Judgements that count, as they arrived."""
+    return [row for row in rows(served) if not row.undone]
+
+
+@pytest.mark.long
+def test_questions_both_bad_and_a_comment_by_keyboard(serve, page):
+    served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which has the finer ears?")})
+    label = page(served.url).open()
+    assert label.page.inner_text("#askedText") == "Which has the better geometry?"
+    label.answer("ArrowUp")
+    assert label.page.inner_text("#askedText") == "Which has the better geometry?", "both bad answers no question"
+    label.answer("ArrowLeft")
+    label.page.wait_for_function("document.querySelector('#askedText').textContent === 'Which has the finer ears?'")
+    label.answer("Backspace")
+    label.page.wait_for_timeout(400)
+    label.answer("ArrowRight")
+    label.page.wait_for_timeout(400)
+    label.answer("ArrowDown")
+    label.page.wait_for_function("!document.querySelector('#bad').disabled")
+    label.page.keyboard.press("c")
+    label.page.keyboard.type("<i>flat</i>  ears")
+    label.answer("Enter")
+    assert label.page.get_by_role("button", name="Comment").get_attribute("aria-pressed") == "true"
+    label.page.wait_for_timeout(400)
+    label.press("ArrowUp")
+    label.sent()
+    (row,) = rows(served)
+    assert (row.choice, row.votes, row.comment) == ("bad", {"geometry": "right", "ears": "tie"}, "<i>flat</i> ears")
+    assert label.page.get_by_role("button", name="Comment").get_attribute("aria-pressed") == "false", "a remark is for one pair"
+    assert label.page.inner_text("#askedText") == "Which has the better geometry?"
+
+
+def test_without_questions_one_key_answers_and_nothing_more_is_shown(serve, page):
+    served = serve(plan(4), campaign=QUIET)
+    label = page(served.url).open()
+    assert not label.page.locator("#asked").is_visible() and not label.page.locator("#bad").is_visible()
+    label.answer("ArrowUp")
+    label.press("ArrowLeft")
+    label.sent()
+    assert [(row.choice, row.votes, row.comment) for row in rows(served)] == [("left", {}, None)]
+
+
+@pytest.mark.long
+def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page):
+    served = serve(plan(30), campaign={**QUIET, "both_bad": True})
+    label = page(served.url).open()
+    given = [label.press(key) for key in ("ArrowLeft", "ArrowRight", "ArrowUp")]
+    label.sent()
+    waiting = label.state("pair.assignment")
+    label.page.keyboard.press("a")
+    lines = label.page.locator("#ownList button")
+    lines.nth(2).wait_for()
+    assert [line.get_attribute("data-assignment") for line in lines.all()] == given[::-1]
+    lines.nth(2).click()
+    label.ready()
+    assert label.state("pair.assignment") == given[0] and label.page.locator(".given").get_attribute("data-choice") == "left"
+    assert label.page.locator("#backToWork").is_visible()
+    label.page.keyboard.press("Escape")
+    label.ready()
+    assert label.state("pair.assignment") == waiting and len(rows(served)) == 3, "looking changes nothing"
+    assert not label.page.locator("#asked").is_visible()
+    label.page.keyboard.press("a")
+    lines.nth(2).wait_for()
+    lines.nth(2).click()
+    label.ready()
+    label.page.wait_for_timeout(500)
+    label.press("ArrowDown")
+    label.sent()
+    assert label.state("pair.assignment") == waiting and label.state("done") == 3
+    assert [(row.assignment, row.choice) for row in counting(served)] == [(given[1], "right"), (given[2], "bad"), (given[0], "tie")]
+    assert [(row.assignment, row.choice) for row in rows(served) if row.undone] == [(given[0], "left")]
+    label.page.wait_for_timeout(500)
+    label.press("u")
+    assert label.state("pair.assignment") == given[2], "undo goes on where it was"
+
+
+@pytest.mark.long
+def test_the_list_goes_back_a_page_at_a_time(serve, page):
+    served = serve(plan(60), campaign=QUIET)
+    who = served.store.annotator_without_token("local").id
+
+    for k in range(45):
+        served.store.submit(served.campaign, who, answer(served.store.assignments(served.campaign, who, 1)[0], f"k{k}"))
+    label = page(served.url).open()
+    label.page.keyboard.press("a")
+    for shown in (20, 40, 45):
+        label.page.wait_for_function("count => document.querySelectorAll('#ownList li').length === count", arg=shown)
+        if shown < 45:
+            label.page.get_by_role("button", name="Older ones").click()
+    assert not label.page.locator("#ownOlder").is_visible()
+    found = label.page.eval_on_selector_all("#ownList button", "all => all.map(one => one.dataset.assignment)")
+    assert len(set(found)) == 45
+
+
+@pytest.mark.long
+def test_names_come_after_the_answer_and_the_answer_stays(serve, page):
+    served = serve(plan(6), campaign={**QUIET, "reveal": True})
+    label = page(served.url).open()
+    sent = label.state("pair.assignment")
+    assert "baseline-network" not in label.page.content()
+    label.answer("ArrowLeft")
+    label.ready("explained")
+    assert "baseline-network" in label.page.inner_text("#explanation") and counting(served)[0].assignment == sent
+    label.page.wait_for_timeout(500)
+    label.answer("Enter")
+    label.ready()
+    assert label.state("pair.assignment") != sent
+    label.page.wait_for_timeout(500)
+    label.answer("u")
+    label.page.wait_for_function("document.querySelector('#toast').textContent.includes('stays')")
+    label.page.keyboard.press("a")
+    label.page.locator("#ownList button").first.click()
+    label.ready("shown")
+    assert label.page.locator("[data-choice=left]").is_disabled()
+    label.page.keyboard.press("Escape")
+    label.ready()
+    label.answer("ArrowRight")
+    label.ready("explained")
+    label.ready()  # by itself, after a moment
+    assert [row.choice for row in counting(served)] == ["left", "right"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [(360, 640), (844, 390)])
+def test_everything_is_within_reach_of_a_thumb(serve, page, size):
+    served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "texture", "prompt")})
+    label = page(served.url, viewport=dict(zip(("width", "height"), size, strict=True)), has_touch=True, is_mobile=True).open()
+    for choice in ("left", "right", "tie"):
+        label.page.wait_for_timeout(600)
+        label.page.locator(f"[data-choice={choice}]").tap()
+    label.page.wait_for_timeout(600)
+    label.page.get_by_role("button", name="View", exact=True).tap()
+    label.page.locator("#comment").tap()
+    label.page.locator("#commentText").fill("ok")
+    label.page.locator("#commentDialog .primary").tap()
+    label.page.wait_for_timeout(600)
+    before = label.state("pair.assignment")
+    label.page.locator("#bad").tap()
+    label.page.wait_for_function("before => window.labelState.pair?.assignment !== before", arg=before)
+    label.sent()
+    (row,) = rows(served)
+    assert (row.choice, row.comment) == ("bad", "ok") and row.votes == {"geometry": "left", "texture": "right", "prompt": "tie"}
+    label.page.get_by_role("button", name="More").tap()
+    label.page.locator("#ownAnswers").tap()
+    label.page.locator("#ownList button").first.tap()
+    label.ready()
+    assert label.page.locator("#backToWork").is_visible() and label.page.evaluate(STAGE) >= 0.4, "shapes stay large"
+    label.page.locator("#backToWork").tap()
+    label.ready()
+    assert not label.page.locator("#backToWork").is_visible() and label.page.evaluate(STAGE) >= 0.4
+
+
+def test_results_show_questions_and_comments_as_text(serve, page):
+    served = serve(plan(6), campaign={**QUIET, "both_bad": True, "questions": ("geometry", "ears=Which?")})
+    who = served.store.annotator_without_token("local").id
+    for k, (choice, geometry) in enumerate((("left", "left"), ("bad", "tie"), ("right", "left"))):
+        shown = served.store.assignments(served.campaign, who, 1)[0]
+        votes = {"geometry": geometry, "ears": "right"}
+        served.store.submit(served.campaign, who, answer(shown, f"k{k}", Choice(choice), votes=votes, comment=HOSTILE if k == 1 else None))
+    results = page(served.url)
+    results.page.goto(served.url + "/admin")
+    results.page.locator("#commentRows tr").wait_for()
+    assert results.page.locator("#commentRows td").all_inner_texts()[1:] == ["local", "bad", HOSTILE]
+    rows_shown = [line.split("\t") for line in results.page.locator("#questionRows tr").all_inner_texts()]
+    assert rows_shown == [["ears", "3", "0 %", "0 %", "100 %", "1 of 2", "–"], ["geometry", "3", "67 %", "33 %", "0 %", "1 of 2", "–"]]
+    assert "and 1 both bad" in results.page.inner_text("#annotators")

@@ -1,0 +1,202 @@
+"""Double clicks, double taps, bouncing and held keys: a burst of presses answers the pair on which it began, and no other."""
+
+import random
+
+import pytest
+
+from tests.people.label.browser import Page, bumpy_ball, needs_chromium, plan, rows
+from tests.people.label.serving import GENEROUS
+
+pytestmark = needs_chromium
+QUIET = {"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0}
+PAUSE = 600  # milliseconds: after so many, a press is another one
+
+
+@pytest.mark.long
+def test_a_double_click_answers_once_and_leaves_the_keys_to_nobody(serve, page):
+    served = serve(plan(12), campaign=QUIET)
+    label = page(served.url).open()
+    for gap in (120, 300):
+        label.page.wait_for_timeout(PAUSE)
+        before = label.state("done")
+        label.page.click("[data-choice=left]", click_count=2, delay=10)
+        label.page.click("[data-choice=right]")
+        label.page.wait_for_timeout(gap)
+        label.page.click("[data-choice=left]")
+        for key in (" ", "Enter"):
+            label.page.wait_for_timeout(PAUSE)
+            label.page.keyboard.press(key)
+        assert label.state("done") == before + 1
+    label.page.wait_for_timeout(PAUSE)
+    label.page.focus("[data-choice=right]")
+    label.page.keyboard.down("Enter")  # who has come to a button by Tab answers with Space and Enter, once for each press
+    for _ in range(3):
+        label.page.wait_for_timeout(PAUSE)
+        label.page.keyboard.down("Enter")
+    label.page.keyboard.up("Enter")
+    label.page.wait_for_timeout(PAUSE)
+    label.page.keyboard.press(" ")
+    label.sent()
+    assert [row.choice for row in rows(served)] == ["left", "left", "right", "right"]
+
+
+@pytest.mark.long
+def test_two_answers_a_second_by_keys_are_all_taken(serve, page):
+    served = serve(plan(16), campaign=QUIET)
+    label = page(served.url).open()
+    label.ready(ahead=4)
+    label.page.evaluate("window.began = []; addEventListener('keydown', (event) => window.began.push(event.timeStamp), true)")
+    for _ in range(8):
+        label.page.wait_for_timeout(490)
+        label.page.keyboard.press("ArrowLeft")
+    label.sent()
+    began = label.page.evaluate("window.began")
+    slow = [b - a for a, b in zip(began, began[1:], strict=False)]
+    assert len(rows(served)) == 8, slow
+
+
+@pytest.mark.long
+def test_the_pace_is_told_once_it_is_known_and_outlives_a_reload(serve, page):
+    served = serve(plan(20), campaign=QUIET)
+    label = page(served.url).open()
+    for _ in range(4):
+        label.press("ArrowLeft")
+    label.sent()
+    label.page.reload()
+    label.ready(ahead=2)
+    assert label.page.inner_text("#pace") == "", "three gaps tell nothing, nor do four answers of the last hour"
+    for _ in range(7):
+        label.press("ArrowLeft")
+    told = label.page.inner_text("#pace")
+    assert "an hour" in told
+    label.sent()
+    label.page.reload()
+    label.ready()
+    assert label.page.inner_text("#pace") == told
+
+
+CLOCK = """
+const stamp = Object.getOwnPropertyDescriptor(Event.prototype, 'timeStamp').get, now = performance.now.bind(performance);
+window.at = null; // the time, once a test sets it
+performance.now = () => window.at ?? now();
+Object.defineProperty(Event.prototype, 'timeStamp', { get() { return window.at ?? stamp.call(this); } });
+"""
+PASS = """async ([milliseconds, frames]) => {
+  for (let i = 0; i < frames; i += 1) await new Promise((resolve) => { requestAnimationFrame(resolve); });
+  window.at += milliseconds;
+}"""
+SPOTS = {
+    "left": "[data-choice=left]", "tie": "[data-choice=tie]", "right": "[data-choice=right]", "skip": "#skip", "undo": "#undo",
+    "help": "#openHelp", "pane": "#left",
+}  # fmt: skip
+CHOICES = ("left", "tie", "right")
+KEYS = (*3 * ("ArrowLeft", "ArrowRight", "ArrowDown"), " ", "Enter", "1", "2", "4", "s", "u", "c", "?", "Escape")
+
+
+class Bursts:
+    """Presses of all kinds with 10 to 300 ms between them, in the browser's own events; their times are the script's."""
+
+    def __init__(self, label: Page, rng: random.Random):
+        self.label, self.page, self.rng = label, label.page, rng
+        self.spots = {}
+        for name, at in SPOTS.items():
+            box = self.page.locator(at).bounding_box()
+            self.spots[name] = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        self.page.evaluate("window.at = performance.now()")
+
+    def wait(self, milliseconds: int, frames: int = 0) -> None:
+        """Let so much of the page's time pass, after it had time for so many frames."""
+        self.page.evaluate(PASS, [milliseconds, frames])
+
+    def press(self) -> str:
+        """One press."""
+        kind = self.rng.choice(["click", "click", "tap", "tap", "key", "key", "held", "slow click", "both", "focused", "focused"])
+        spot, key = self.rng.choice([*self.spots, *CHOICES, *CHOICES]), self.rng.choice(KEYS)
+        mouse, keyboard = self.page.mouse, self.page.keyboard
+        if kind == "click":
+            mouse.click(*self.spots[spot])
+        elif kind == "tap":
+            self.page.touchscreen.tap(*self.spots[spot])
+        elif kind == "key":
+            keyboard.press(key)
+        elif kind == "held":
+            keyboard.down(key)
+            for _ in range(self.rng.randint(2, 14)):
+                self.wait(self.rng.choice([30, 30, 250]))
+                keyboard.down(key)
+            keyboard.up(key)
+        elif kind == "slow click":
+            mouse.move(*self.spots[spot])
+            mouse.down()
+            self.wait(self.rng.randint(50, 290))
+            mouse.up()
+        elif kind == "both":  # the mouse is down while a key is
+            mouse.move(*self.spots[spot])
+            mouse.down()
+            keyboard.press(key)
+            mouse.up()
+        else:  # who came to the button by Tab
+            key = self.rng.choice([" ", "Enter"])
+            self.page.evaluate("at => document.querySelector(at).focus()", SPOTS[spot])
+            keyboard.press(key)
+        return f"{kind} {spot} {key!r}"
+
+    def made(self) -> list[str]:
+        """A burst. Now and then the page has shown what comes next before the next press, as it does in earnest."""
+        done = [self.press()]
+        for _ in range(self.rng.randint(1, 4)):
+            gap = self.rng.randint(10, 300)
+            self.wait(gap, self.rng.choice([0, 3]))
+            done.append(f"{gap} ms {self.press()}")
+        return done
+
+    def settle(self) -> None:
+        """Half a second after the last press, the dialogs that it opened closed, a pair is there to be judged."""
+        self.wait(500, 1)
+        while self.page.evaluate("document.querySelector('dialog[open]') !== null"):
+            self.page.keyboard.press("Escape")
+            self.wait(500, 1)
+        self.label.ready()
+        self.wait(0, 3)
+
+    def deliberate(self) -> str:
+        """An answer half a second after the last press."""
+        self.wait(500)
+        how = self.rng.choice(["click", "tap", "key", "focused", "skip"])
+        if how == "click":
+            self.page.mouse.click(*self.spots["left"])
+        elif how == "tap":
+            self.page.touchscreen.tap(*self.spots["right"])
+        elif how == "key":
+            self.page.keyboard.press("ArrowDown")
+        elif how == "focused":
+            self.page.focus(SPOTS["tie"])
+            self.page.keyboard.press(self.rng.choice([" ", "Enter"]))
+        else:  # two presses that belong together
+            self.page.keyboard.press("s")
+            self.wait(self.rng.randint(100, 600))
+            self.page.keyboard.press(self.rng.choice("123"))
+        return how
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("bursts", "seed"), [(30, 1), (1000, 2)])
+def test_a_burst_answers_one_pair_at_most_and_half_a_second_later_all_is_taken(serve, page, bursts, seed):
+    served = serve(plan(2 * bursts + 10), lambda one: bumpy_ball(one.seed % 6, 400), campaign=QUIET, limits=GENEROUS)
+    label = page(served.url, has_touch=True)
+    label.page.add_init_script(CLOCK)
+    burst, answers = Bursts(label.open(), random.Random(seed)), []
+    for _ in range(bursts):
+        burst.settle()
+        burst.wait(500)
+        before = label.state("done")
+        made = burst.made()
+        burst.settle()
+        answers.append(label.state("done") - before)
+        assert answers[-1] <= 1, made
+        how = burst.deliberate()
+        burst.wait(0, 1)
+        assert label.state("done") == before + answers[-1] + 1, (made, how)
+    label.sent()
+    kept = [row.assignment for row in rows(served) if not row.undone]
+    assert len(set(kept)) == len(kept) == sum(answers) + bursts and sum(answer == 1 for answer in answers) > 0.5 * bursts

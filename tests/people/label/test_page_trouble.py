@@ -1,0 +1,144 @@
+"""The label page in a real browser where something goes wrong or has to wait: connection, session, another window, the server, shapes."""
+
+import pytest
+
+from eg3d_rlhf.people.label.shape_files import ShapeCache
+from tests.people.label.browser import bumpy_ball, needs_chromium, plan, rows, small
+
+pytestmark = needs_chromium
+
+
+@pytest.mark.long
+def test_answers_wait_for_the_connection(serve, page):
+    served = serve(plan(20))
+    label = page(served.url).open()
+    label.ready(ahead=4)
+    label.offline = True
+    label.context.set_offline(True)
+    given = [label.press("ArrowLeft") for _ in range(3)]
+    label.press("u")
+    assert label.state("pair.assignment") == given[2]
+    assert label.press("ArrowRight") == given[2]
+    label.page.wait_for_function("() => document.querySelector('#queue').textContent === '5 waiting to be sent'")
+    assert label.page.is_visible("#queue") and label.state("done") == 3 and rows(served) == []
+    label.context.set_offline(False)
+    label.sent()
+    assert not label.page.is_visible("#queue")
+    assert [(r.assignment, r.choice.value, r.undone) for r in rows(served)] == [
+        (given[0], "left", False), (given[1], "left", False), (given[2], "left", True), (given[2], "right", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.long
+def test_an_ended_session_keeps_what_waits(serve, page):
+    served = serve(plan(8), exposed=True)
+    token = served.store.add_annotator("ada")
+    label = page(served.url)
+    label.sign_in(token)
+    label.page.wait_for_selector("#helpDialog[open]")
+    label.answer("Enter")
+    label.ready()
+    label.context.clear_cookies()
+    label.answer("ArrowLeft")
+    label.page.wait_for_url("**/login")
+    assert rows(served) == []
+    label.sign_in(token)
+    label.ready()
+    label.sent()
+    assert [(r.annotator, r.choice.value) for r in rows(served)] == [("ada", "left")]
+    label.errors = [text for text in label.errors if "401" not in text]  # Chromium's note of the refusal
+
+
+def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
+    served = serve(plan(8))
+    one, other = page(served.url).open(), page(served.url).open()
+    assert one.state("pair.assignment") == other.state("pair.assignment")
+    first = one.press("ArrowLeft")
+    one.sent()
+    assert other.press("ArrowRight") == first
+    other.page.wait_for_selector("#toast:not([hidden])")
+    assert "already answered" in other.page.inner_text("#toast")
+    other.sent()
+    assert [(r.assignment, r.choice.value) for r in rows(served)] == [(first, "left")]
+    other.answer("u")  # only the server knows what came last
+    other.page.wait_for_function("first => window.labelState.pair.assignment === first", arg=first)
+    assert [r.undone for r in rows(served)] == [True]
+    other.errors = [text for text in other.errors if "409" not in text]  # Chromium's note of the refusal
+
+
+def test_trouble_at_the_server_loses_nothing(serve, page):
+    served = serve(plan(8))
+    label = page(served.url)
+    replies = [{"status": 503, "headers": {"Retry-After": "0"}}, {"status": 403}, {"status": 429, "headers": {"Retry-After": "1"}}]
+    broken = []
+
+    def first_refuse(route):
+        route.fulfill(json={"error": "No.", "remedy": ""}, **replies.pop(0)) if replies else route.continue_()
+
+    def without_the_first(route):
+        broken[:] = broken or [route.request.url]
+        route.fulfill(status=404, json={"error": "No such shape.", "remedy": ""}) if route.request.url in broken else route.continue_()
+
+    label.page.route("**/api/judgements", first_refuse)
+
+    label.page.route("**/api/shapes/*", without_the_first)
+    label.page.goto(served.url)
+    label.ready("failed")
+    label.answer("Enter")
+    assert "No such shape." in label.page.inner_text("#notice") and label.page.get_by_role("button", name="Left is better").is_disabled()
+    label.answer("s")
+    label.page.keyboard.press("3")
+    label.ready()
+    label.press("ArrowLeft")
+    label.sent()
+    assert [(r.choice.value, r.reason) for r in rows(served)] == [("skip", "broken"), ("left", None)]
+    label.errors = [text for text in label.errors if "Failed to load resource" not in text]  # Chromium's notes of the refusals
+
+
+@pytest.mark.long
+def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
+    planned = plan(3)
+    late = [s for p in planned for s in (p.first, p.second)]
+    served = serve(planned, lambda one: None, campaign={"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0})
+    label = page(served.url)
+    label.page.goto(served.url)
+    label.ready("waiting")
+    assert "0 of 6 shapes are ready" in label.page.inner_text("#notice")
+    cache = ShapeCache(tmp_path / "cache")
+    for one in late:
+        cache.put_mesh(one, bumpy_ball(one.seed % 6, 4000))
+    label.ready()
+    label.answer("Enter")
+    for _ in planned:
+        label.answer("ArrowLeft")
+        label.drawn()
+    label.ready("finished")
+    assert "thank you" in label.page.inner_text("#notice") and len(rows(served)) == 3
+    label.press("u")
+    assert label.state("state") == "label", "the last answer can still be taken back"
+
+
+@pytest.mark.long
+def test_practice_comes_first_even_where_only_other_shapes_are_ready(tmp_path, serve, page):
+    planned = plan(3, training=2)
+    lessons = [s for p in planned[:2] for s in (p.first, p.second)]
+    served = serve(planned, lambda one: None if one in lessons else small(one))
+    label = page(served.url)
+    label.page.goto(served.url)
+    label.ready("waiting")
+    assert "Practice comes first." in label.page.inner_text("#notice")
+    cache = ShapeCache(tmp_path / "cache")
+    cache.put_failure(lessons[0], "no surface")
+    for one in lessons[1:]:
+        cache.put_mesh(one, small(one))
+    label.ready()
+    assert label.state("pair.training")
+    label.page.keyboard.press("Enter")
+    label.page.wait_for_selector("#toast:not([hidden])")
+    assert "Practice cannot be shown in full" in label.page.inner_text("#toast")
+    label.answer("ArrowDown")
+    label.ready("explained")
+    assert "is better" in label.page.inner_text("#explanationTitle") and label.page.locator(".better").count() == 1, "after a tie, too"
+    label.answer("Enter")
+    label.ready()
+    assert not label.state("pair.training")

@@ -1,0 +1,218 @@
+"""Who may label: lost tokens, withdrawn access, names that look alike, links, and that what lists them is quick."""
+
+import json
+import stat
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.people.label.commands import main
+from eg3d_rlhf.people.label.entities import ConflictError
+from eg3d_rlhf.people.label.links import login_link
+from eg3d_rlhf.people.label.names import check_name
+from eg3d_rlhf.people.label.people import is_quick
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label import serving
+from tests.people.label.serving import GENEROUS, SAME, answer
+
+
+@pytest.fixture(scope="module")
+def exposed(tmp_path_factory):
+    """An exposed server."""
+    with serving.running(tmp_path_factory.mktemp("exposed"), exposed=True, limits=GENEROUS) as served:
+        yield served
+
+
+def run(*flags):
+    return CliRunner().invoke(main, [str(f) for f in flags])
+
+
+@pytest.fixture
+def db(tmp_path) -> str:
+    """URL of a database with one campaign and nobody."""
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    with Store.open(url) as store:
+        store.create_campaign(serving.settings(), serving.plan(5))
+    return url
+
+
+def answered(client, count: int = 1) -> list[str]:
+    """Answer so many pairs; returns the assignments."""
+    done = []
+    for _ in range(count):
+        (pair,) = client.get("/api/assignments?count=1").json()["assignments"]
+        assert answer(client, pair["assignment"], f"k-{pair['assignment']}").status_code == 201
+        done.append(pair["assignment"])
+    return done
+
+
+# ---- lost tokens and withdrawn access
+
+
+def test_a_lost_token_is_replaced_and_the_work_stays(database_url):
+    with Store.open(database_url) as store:
+        old, boss = store.add_annotator("ann"), store.add_annotator("boss", "admin")
+        ann = store.authenticate(old)
+        login, mine = store.open_session(ann.id, 60), store.open_session(store.authenticate(boss).id, 60)
+        new = store.new_token("ann")
+        assert store.authenticate(old) is None and store.session(login) is None and store.authenticate(new) == ann
+        assert not store.withdrawn(old) and store.session(mine).name == "boss"
+        store.new_token("boss", keep_session=mine)
+        assert store.session(mine).name == "boss" and store.authenticate(boss) is None
+        login = store.open_session(ann.id, 60)
+        store.revoke_annotator("ann")
+        assert store.authenticate(new) is None and store.withdrawn(new) and store.withdrawn(login)
+        again = store.new_token("ann")
+        assert store.authenticate(again).id == ann.id and store.annotators()[0].revoked is None
+        assert store.session(login) is None, "what was opened before stays closed"
+        for nobody in ("nobody", "local"):
+            with pytest.raises(ValueError, match="expected one with a token"):
+                store.new_token(nobody)
+
+
+def test_a_new_token_keeps_the_place_in_the_plan(exposed):
+    boss = exposed.browser(exposed.store.add_annotator("chief", "admin"))
+    page = exposed.browser(exposed.store.add_annotator("mia"))
+    answered(page, 3)
+    before = page.get("/api/assignments?count=2").json()
+    made = boss.post("/api/admin/annotators/token", json={"name": "mia"}).json()
+    assert made["name"] == "mia" and made["link"] == login_link(exposed.url, made["token"])
+    assert page.get("/api/session").status_code == 401
+    after = exposed.browser(made["token"]).get("/api/assignments?count=2").json()
+    assert after["assignments"] == before["assignments"] and after["progress"]["training_left"] == before["progress"]["training_left"]
+    own = boss.post("/api/admin/annotators/token", json={"name": "chief"}).json()
+    assert boss.get("/api/session").json()["annotator"] == "chief", "or the new token would be gone unread"
+    assert exposed.client(own["token"]).get("/api/session").json()["role"] == "admin"
+    assert boss.post("/api/admin/annotators/token", json={"name": "nobody"}).status_code == 404
+
+
+def test_who_was_revoked_is_told_and_nobody_else(exposed):
+    token = exposed.store.add_annotator("rue")
+    page = exposed.browser(token)
+    exposed.store.revoke_annotator("rue")
+    response = page.get("/api/session")
+    assert response.status_code == 401 and response.json()["error"] == "Your access was withdrawn."
+    assert page.get("/").headers["location"] == "/login"
+    assert "Your access was withdrawn. Ask the person" in page.get("/login").text
+    assert "Ihr Zugang wurde entzogen" in page.get("/login", headers={"Accept-Language": "de"}).text
+    stranger = exposed.client(**SAME)
+    assert "withdrawn" not in stranger.get("/login").text
+    wrong, right = serving.login(stranger, "x" * 32), serving.login(stranger, token)
+    assert (wrong.status_code, right.status_code) == (401, 401)
+    assert "withdrawn" not in wrong.text and "unknown" in wrong.text and "withdrawn" in right.text
+
+
+def test_an_admin_stays(exposed):
+    boss = exposed.browser(exposed.store.add_annotator("boss", "admin"))
+    response = boss.post("/api/admin/annotators/revoke", json={"name": "boss"})
+    assert response.status_code == 409 and "yourself" in response.json()["error"]
+    assert boss.get("/api/session").status_code == 200
+
+
+def test_the_last_admin_stays_where_one_is_to_be_kept(database_url):
+    with Store.open(database_url) as store:
+        store.annotator_without_token("imported", "admin")
+        for name in ("ada", "bea"):
+            store.add_annotator(name, "admin")
+        store.revoke_annotator("ada", keep_an_admin=True)
+        with pytest.raises(ConflictError, match="expected another admin with access"):
+            store.revoke_annotator("bea", keep_an_admin=True)
+        store.revoke_annotator("bea")  # from the command line, where a leaked token must not stay
+
+
+# ---- names
+
+ALIKE = {
+    "capitals": ("ann", "Ann"), "another script": ("scope", "ѕсоре"), "scripts mixed": ("zoe", "аnn"), "width": ("ann", "ａｎｎ"),
+    "sharp s": ("straße", "STRASSE"), "digit for a letter": ("ann0", "annO"), "two spaces": ("ann b", "ann  b"),
+    "composed otherwise": ("José", "JOSE\u0301"), "reserved": ("zoe", "Local"), "capitals of another script": ("top", "ТОР"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_names_that_look_alike_are_refused(tmp_path, case):
+    known, name = ALIKE[case]
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
+        store.add_annotator(known)
+        with pytest.raises(ValueError, match="annotator: expected .* Choose another"):
+            store.add_annotator(name)
+
+
+def test_other_names_are_not():
+    known: list[str] = []
+    scripts = ("李明", "李鸣", "田中さくら", "Иван Петров", "Ада", "김철수 Kim")
+    for name in ("ann", "anna", "Zoë", "Zoe", *scripts, *(f"student {i}" for i in range(30))):
+        check_name(name, known)
+        known.append(name)
+
+
+def test_databases_that_hold_such_names_go_on(db):
+    with Store.open(db) as store:
+        for name in ("ann", "Ann", "аnn"):
+            store.annotator_without_token(name)
+        tokens = {name: store.new_token(name) for name in ("ann", "Ann", "аnn")}
+        assert {name: store.authenticate(token).name for name, token in tokens.items()} == {name: name for name in tokens}
+        store.revoke_annotator("Ann")
+        assert [one.name for one in store.annotators() if one.revoked] == ["Ann"]
+
+
+# ---- the command line
+
+
+def test_a_token_comes_with_its_link_and_qr_code(db, tmp_path):
+    picture = tmp_path / "ann.svg"
+    result = run("add-annotator", "ann", f"--db={db}", "--address=https://lab.example:8000/", f"--qr={picture}")
+    token = result.stdout.strip()
+    assert f"https://lab.example:8000/login#token={token}" in result.stderr.splitlines()
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg") and stat.S_IMODE(picture.stat().st_mode) == 0o600
+    result = run("new-token", "ann", f"--db={db}", f"--qr={tmp_path / 'b.png'}", "--address=http://lab")
+    assert (tmp_path / "b.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with Store.open(db, create=False) as store:
+        assert store.authenticate(token) is None and store.authenticate(result.stdout.strip()).name == "ann"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--qr={tmp}/a.gif", "--address=http://x"], "--qr: expected a name with .svg or .png, got a.gif"),
+    (["--qr={tmp}/a.svg"], "--qr: expected --address as well"),
+    (["--qr={tmp}/labels.db.svg", "--address=lab:8000"], "--address: expected the server's address, got 'lab:8000'"),
+    (["--address=https://u:p@lab"], "--address: expected the server's address"),
+])  # fmt: skip
+def test_nothing_is_made_where_the_link_cannot_be_handed_over(db, tmp_path, flags, said):
+    result = run("add-annotator", "ann", f"--db={db}", *(flag.format(tmp=tmp_path) for flag in flags))
+    assert result.exit_code == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+    with Store.open(db, create=False) as store:
+        assert store.annotators() == []
+
+
+def test_revoking_the_last_admin_says_so(db):
+    run("add-annotator", "ada", "--admin", f"--db={db}")
+    assert "no admin is left" in run("revoke", "ada", f"--db={db}").stderr
+
+
+def test_status_counts_what_counts(tmp_path):
+    with serving.running(tmp_path, exposed=True, limits=GENEROUS) as served:
+        for name, count in (("ann", 4), ("bob", 2)):
+            page = served.browser(served.store.add_annotator(name))
+            done = answered(page, count)
+        page.post("/api/undo", json={"key": "u", "assignment": done[-1]})
+        rows = list(served.store.judgements())
+    shown = json.loads(run("status", "--json", f"--db=sqlite:///{tmp_path / 'labels.db'}").stdout)["campaigns"][0]
+    assert shown["judgements"] == len(rows) == 5 and shown["annotators"] == {"ann": 4, "bob": 1} and shown["last"]
+
+
+def test_commands_about_people_are_known_by_the_first_word():
+    assert all(is_quick(words) for words in (["status"], ["--db=x", "annotators", "--json"], ["--db", "x", "new-token", "ann"]))
+    assert not any(is_quick(words) for words in ([], ["--help"], ["--campaign", "status"], ["export", "status"], ["--db", "status"]))
+
+
+def test_they_load_neither_torch_nor_the_server(db):
+    code = (
+        "import sys; sys.argv = ['label.py', 'status', '--json', sys.argv[1]]; sys.path.insert(0, 'tools'); import runpy\n"
+        "try: runpy.run_path('tools/label.py', run_name='__main__')\n"
+        "finally: print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'fastapi', 'scipy', 'numpy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, f"--db={db}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]" and '"campaigns"' in done.stdout, done.stderr

@@ -1,0 +1,191 @@
+"""The worker as a process: it draws a campaign of a real database, and ends with its parent however that ends."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.people.label.entities import CampaignSettings, PlannedPair
+from eg3d_rlhf.people.label.preparation import Preparation, main
+from eg3d_rlhf.people.label.shape_files import ShapeCache
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label.mesh_reader import decode_mesh
+from tests.people.label.shapes import numbered
+
+SECONDS = 90  # that a worker may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def generator_hash() -> str:
+    if not bundled.GENERATOR.exists():
+        pytest.skip("needs assets/generator.safetensors; restore assets/ from the repository")
+    return load_generator().hash
+
+
+@pytest.fixture
+def campaign(tmp_path, generator_hash):
+    """Makes a campaign of so many pairs; returns the database's URL."""
+
+    def make(pairs: int, show_render: bool = False, broken: int | None = None, **fields) -> str:
+        shapes = numbered(2 * pairs, generator=generator_hash, **{"resolution": 32, "triangles": 500, **fields})
+        if broken is not None:
+            shapes[broken] = replace(shapes[broken], level=1e6)
+        url = f"sqlite:///{tmp_path}/labels.db"
+        with Store.open(url) as store:
+            settings = CampaignSettings(name="first", show_render=show_render)
+            store.create_campaign(settings, [PlannedPair(first=a, second=b) for a, b in zip(shapes[::2], shapes[1::2], strict=True)])
+        return url
+
+    return make
+
+
+def planned(url: str) -> list:
+    with Store.open(url) as store:
+        return [shape for _, shape in store.shapes(store.campaign("first").id)]
+
+
+def wait_until(condition, what: str, seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still waiting for {what}"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.long
+def test_a_campaign_is_prepared_in_another_process(campaign, tmp_path):
+    url = campaign(3, show_render=True, broken=2)
+    work = Preparation(url, "first", tmp_path / "cache")
+    assert work.progress()["running"] is False and work.progress()["done"] == 0
+    work.start()
+    first = work._process.pid
+    work.start()
+    assert work._process.pid == first != os.getpid() and work.running
+    wait_until(lambda: not work.running, "the worker's end")
+    progress = work.progress()
+    assert progress.pop("seconds_per_shape") > 0 and "expected sigma on both sides" in progress.pop("reason")
+    assert progress == {
+        "campaign": "first", "done": 5, "total": 6, "failed": 1, "seconds_left": 0.0, "finished": True, "error": None, "running": False,
+    }, work.log.read_text()
+    cache = ShapeCache(tmp_path / "cache")
+    for number, shape in enumerate(planned(url)):
+        assert (cache.mesh(shape) is None) is (number == 2) and (cache.failure(shape) is not None) is (number == 2)
+        if number != 2:
+            assert 400 <= len(decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))[1]) <= 550 and cache.render(shape) is not None
+    work.ensure()
+    assert not work.running  # it was done: nothing to restart
+
+
+def test_what_stops_the_worker_is_reported_and_it_is_not_restarted_for_ever(tmp_path, monkeypatch):
+    work = Preparation("sqlite:///none.db", "first", tmp_path / "cache")
+    start, dies = subprocess.Popen, [sys.executable, "-c", "import sys; sys.exit('out of memory')"]
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: start(dies, **how))
+    work.start()
+    pids = set()
+    for _ in range(6):
+        pids.add(work._process.pid)
+        wait_until(lambda: not work.running, "the worker's end")
+        assert "code 1; see" in work.progress()["error"] and work.log.read_text().strip() == "out of memory"
+        work.ensure()
+    assert len(pids) == 3 and not work.running
+
+
+@pytest.mark.long
+def test_killed_at_any_moment_it_goes_on_where_it_was(campaign, tmp_path):
+    url = campaign(20, resolution=64)
+    cache, shapes = ShapeCache(tmp_path / "cache"), planned(url)
+
+    def count() -> int:
+        return sum(cache.mesh(shape) is not None for shape in shapes)
+
+    work = Preparation(url, "first", cache)
+    work.start()
+    wait_until(lambda: count() >= 3, "three shapes")
+    os.kill(work._process.pid, signal.SIGKILL)
+    wait_until(lambda: not work.running, "the worker's death")
+    done, times = count(), {shape.seed: cache.mesh(shape).stat().st_mtime_ns for shape in shapes if cache.mesh(shape)}
+    assert done < 40 and "code -9" in work.progress()["error"]
+    work.ensure()
+    wait_until(lambda: work.progress()["finished"], "the rest")
+    assert count() == 40 and all(cache.mesh(shapes[seed]).stat().st_mtime_ns == at for seed, at in times.items())
+    for shape in shapes:
+        decode_mesh(gzip.decompress(cache.mesh(shape).read_bytes()))
+    work.stop()
+    assert not work.running
+
+
+PARENT = """
+import os, sys, time
+from eg3d_rlhf.people.label.preparation import Preparation
+work = Preparation(sys.argv[1], "first", sys.argv[2])
+work.start()
+print(work._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.long
+def test_it_ends_with_a_parent_that_is_killed(campaign, tmp_path, repo):
+    url = campaign(400, resolution=96)
+    command = [sys.executable, "-c", PARENT, url, str(tmp_path / "cache")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(repo)})
+    try:
+        worker = int(parent.stdout.readline())
+        wait_until(lambda: list((tmp_path / "cache").glob("*/*.shp.gz")), "the first shape")
+        assert alive(worker) and os.getpriority(os.PRIO_PROCESS, worker) >= 10
+        threads = len(os.listdir(f"/proc/{worker}/task"))
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()
+    wait_until(lambda: not alive(worker), "the worker's end", 10)
+    assert threads <= 4  # main, the watch over the parent, and no team of workers
+    assert len(list((tmp_path / "cache").glob("*/*.shp.gz"))) < 800
+
+
+def test_stop_ends_it_at_once(campaign, tmp_path):
+    work = Preparation(campaign(400, resolution=96), "first", tmp_path / "cache")
+    work.start()
+    worker = work._process.pid
+    work.stop()
+    work.stop()
+    assert not alive(worker) and not work.running and work.progress()["finished"] is False
+
+
+def test_the_databases_password_is_not_on_the_command_line(tmp_path):
+    work = Preparation("postgresql://me:secret@localhost:1/none", "first", tmp_path)
+    work.start()
+    try:
+        with open(f"/proc/{work._process.pid}/cmdline", "rb") as file:
+            assert b"secret" not in file.read()
+    finally:
+        work.stop()
+
+
+def test_flags():
+    assert {option for parameter in main.params for option in parameter.opts} == {"--url", "--campaign", "--cache", "--nice", "--parent"}
+
+
+def test_the_worker_runs_by_hand_and_tells_users_errors_in_a_line(tmp_path):
+    nice = f"--nice={os.nice(0) and 0}"  # the test's own process is not slowed down
+    result = CliRunner().invoke(main, [f"--url=sqlite:///{tmp_path}/none.db", "--campaign=x", f"--cache={tmp_path}", nice])
+    assert result.exit_code == 2 and result.output.startswith("Error: ") and "Traceback" not in result.output
+    (written,) = tmp_path.glob("progress-*.json")
+    assert json.loads(written.read_text())["error"]

@@ -1,0 +1,283 @@
+"""What the page and the admin get from the server, and what is kept of what they send."""
+
+import gzip
+import json
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.people.label.entities import SKIP_REASONS, Mode, PlannedPair
+from eg3d_rlhf.people.label.server.app import create_app, serve
+from eg3d_rlhf.people.label.server.options import AppOptions, Limits, is_loopback
+from tests.people.label import serving
+from tests.people.label.mesh_reader import decode_mesh
+from tests.people.label.serving import GENEROUS, answer
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A fresh server on loopback."""
+    with serving.running(tmp_path / "server", limits=GENEROUS) as served:
+        yield served
+
+
+def next_pair(page) -> dict:
+    """The first open assignment."""
+    return page.get("/api/assignments?count=1").json()["assignments"][0]
+
+
+def past_training(page) -> dict:
+    """The first pair after the training round."""
+    while (pair := next_pair(page))["training"]:
+        answer(page, pair["assignment"], f"t-{pair['assignment']}")
+    return pair
+
+
+def test_the_session_tells_the_page_what_it_needs(served):
+    found = served.browser().get("/api/session").json()
+    expected = {"annotator": "local", "role": "admin", "mode": "label", "title": "", "show_render": False,
+                "exposed": False, "skip_reasons": list(SKIP_REASONS)}  # fmt: skip
+    assert {k: found[k] for k in expected} == expected and len(found["csrf"]) == 64 and len(found["page_version"]) == 12
+
+
+def test_a_judgement_is_kept_as_it_was_sent(served):
+    page = served.browser()
+    pair = past_training(page)
+    values = {"milliseconds": 4321, "views": ["front", "orbit"], "answered_at": 1.7e9, "page_version": "abc"}
+    response = answer(page, pair["assignment"], "key-1", "right", **values)
+    assert response.status_code == 201
+    found = response.json()
+    assert found.pop("progress")["done"] == 1 and found == {"accepted": True, "duplicate": False, "training": None, "reveal": None}
+    row = list(served.store.judgements())[-1]
+    assert (row.assignment, row.choice, row.milliseconds, row.views) == (pair["assignment"], "right", 4321, ("front", "orbit"))
+    assert (row.answered_at, row.page_version, row.annotator) == (1.7e9, "abc", "local")
+    tokens = dict(served.store.shapes(served.campaign))
+    assert (row.left, row.right) == (tokens[served.asset(pair["left"])], tokens[served.asset(pair["right"])])
+
+
+def test_sending_again_changes_nothing(served):
+    page = served.browser()
+    pair = past_training(page)
+    first, again = (answer(page, pair["assignment"], "same") for _ in range(2))
+    assert (first.status_code, again.status_code) == (201, 200) and again.json()["duplicate"]
+    assert again.json()["progress"] == first.json()["progress"]
+    assert [r.choice for r in served.store.judgements() if r.assignment == pair["assignment"]] == ["left"]
+    assert answer(page, pair["assignment"], "other").status_code == 409
+    other = page.get("/api/assignments").json()["assignments"][0]["assignment"]
+    for assignment, choice in ((pair["assignment"], "right"), (other, "left"), ("nothing", "left")):  # a key is one answer's
+        assert answer(page, assignment, "same", choice).status_code == 409
+    assert [r.choice for r in served.store.judgements() if r.assignment in (pair["assignment"], other)] == ["left"]
+
+
+def test_undo_opens_the_pair_again(served):
+    page = served.browser()
+    pair = past_training(page)
+    answer(page, pair["assignment"], "k1")
+    undone = page.post("/api/undo", json={"key": "u1"})
+    assert undone.json()["assignment"] == pair["assignment"] == page.post("/api/undo", json={"key": "u1"}).json()["assignment"]
+    assert undone.json()["progress"]["done"] == 0 and next_pair(page)["assignment"] == pair["assignment"]
+    assert answer(page, pair["assignment"], "k2", "tie").status_code == 201
+    assert [r.undone for r in served.store.judgements(include_undone=True) if r.assignment == pair["assignment"]] == [True, False]
+
+
+def test_a_training_pair_is_explained(served):
+    page = served.browser()
+    pair = next_pair(page)
+    assert pair["training"]
+    lesson = answer(page, pair["assignment"], "k").json()["training"]
+    row = next(served.store.judgements())
+    assert lesson == {"correct": row.expected == "left", "better": row.expected, "explanation": "The other one has a hole."}
+
+
+def test_a_skip_has_a_reason(served):
+    page = served.browser()
+    pair = past_training(page)
+    assert answer(page, pair["assignment"], "k", "skip", reason="identical").status_code == 201
+    assert list(served.store.judgements())[-1].reason == "identical"
+
+
+def test_a_campaign_is_worked_through_to_its_end(served):
+    page, number = served.browser(), 0
+    while pairs := (state := page.get("/api/assignments").json())["assignments"]:
+        assert not state["waiting"]
+        answer(page, pairs[0]["assignment"], f"k{(number := number + 1)}")
+        assert number < 100
+    assert state["progress"]["done"] == state["progress"]["total"] >= 12 and state["progress"]["training_left"] == 0
+    assert not state["waiting"] and state["preparation"]["done"] == state["preparation"]["total"]
+
+
+def test_shapes_are_sent_as_they_lie_in_the_cache_and_cached(served):
+    page = served.browser()
+    asset = next_pair(page)["left"]
+    path = served.options.cache.mesh(dict(served.store.shapes(served.campaign))[served.asset(asset)])
+    with page.stream("GET", f"/api/shapes/{asset}") as response:
+        assert b"".join(response.iter_raw()) == path.read_bytes()
+    assert response.headers["content-encoding"] == "gzip" and response.headers["content-type"] == "application/octet-stream"
+    assert response.headers["cache-control"] == "private, max-age=31536000, immutable"
+    vertices, faces = decode_mesh(page.get(f"/api/shapes/{asset}").content)
+    assert len(vertices) == 40 and np.asarray(faces).shape == (80, 3)
+    again = page.get(f"/api/shapes/{asset}", headers={"If-None-Match": response.headers["etag"]})
+    assert again.status_code == 304 and again.content == b""
+
+
+def test_shapes_that_are_not_prepared_wait_alone(tmp_path):
+    with serving.running(tmp_path, prepared=False, limits=GENEROUS) as served:
+        page, shapes = served.browser(), served.store.shapes(served.campaign)
+        assert page.get("/api/assignments").json()["waiting"]
+        missing = page.get(f"/api/shapes/{shapes[0][0]}")
+        assert missing.status_code == 503 and missing.headers["retry-after"] == "5"
+        serving.fill(served.options.cache, [s for _, s in shapes[:4]])  # the two training pairs
+        time.sleep(0.6)
+        state = page.get("/api/assignments").json()
+        assert [p["training"] for p in state["assignments"]] == [True, True] and not state["waiting"]
+        assert state["preparation"]["done"] == 4 and page.get(f"/api/shapes/{shapes[0][0]}").status_code == 200
+
+
+def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatch):
+    """After a restart everybody asks at once: nobody may wait until the server has looked for tens of thousands of files."""
+    with serving.running(tmp_path, limits=GENEROUS) as served:
+        monkeypatch.setattr(served.options.cache, "mesh", lambda shape: pytest.fail("looked into the cache for a request"))
+        assert served.browser().get("/api/assignments").json()["preparation"] == {"done": 32, "total": 32, "seconds_left": 0.0}
+
+
+def test_pictures_are_shown_where_the_campaign_allows(tmp_path):
+    for mode, status in ((Mode.LABEL, 200), (Mode.STUDY, 404)):
+        with serving.running(tmp_path / mode, mode=mode, pairs=2, campaign={"show_render": True}) as served:
+            page = served.browser()
+            asset = next_pair(page)["left"]
+            served.options.cache.put_render(dict(served.store.shapes(served.campaign))[served.asset(asset)], b"\x89PNG")
+            response = page.get(f"/api/renders/{asset}")
+            assert response.status_code == status and page.get("/api/session").json()["show_render"] == (status == 200)
+            assert status == 404 or (response.content, response.headers["content-type"]) == (b"\x89PNG", "image/png")
+
+
+def test_static_files_are_compressed_and_revalidated(served):
+    client = served.client()
+    with client.stream("GET", "/static/app.js") as response:
+        packed = b"".join(response.iter_raw())
+    assert gzip.decompress(packed) == (served.options.static / "app.js").read_bytes() and response.headers["vary"] == "Accept-Encoding"
+    plain = client.get("/static/app.js", headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in plain.headers and plain.headers["content-type"].startswith("text/javascript")
+    assert client.get("/static/app.js", headers={"If-None-Match": plain.headers["etag"]}).status_code == 304
+
+
+def test_the_page_version_changes_with_the_page(served, tmp_path):
+    before = served.browser().get("/api/session").json()["page_version"]
+    (served.options.static / "app.js").write_text("'other'")
+    with serving.running(tmp_path / "second", pairs=1) as second:
+        (second.options.static / "app.js").write_text("'other'")
+        assert second.browser().get("/api/session").json()["page_version"] == before  # read when it starts
+
+
+def test_an_open_page_survives_a_restart(tmp_path):
+    values = {"folder": tmp_path, "limits": Limits()}
+    with serving.running(**values) as served:
+        token = served.browser().headers["X-CSRF-Token"]
+        options = served.options
+    assert (options.cache.folder / "server.key").stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(tmp_path / "cache" / "progress", ignore_errors=True)
+    (tmp_path / "labels.db").rename(tmp_path / "old.db")
+    with serving.running(**values) as served:
+        assert served.browser().headers["X-CSRF-Token"] == token
+
+
+def test_the_admin_sees_quality_and_exports(tmp_path):
+    planned = [PlannedPair(first=serving.shape("a", 2 * i), second=serving.shape("a", 2 * i + 1)) for i in range(3)]
+    with serving.running(tmp_path, planned=planned) as served:
+        see_quality_and_exports(served.browser())
+
+
+def test_what_the_label_format_cannot_hold_is_refused(served):
+    page = served.browser()
+    answer(page, past_training(page)["assignment"], "k")  # the two shapes of these pairs are of two generators
+    response = page.get("/api/admin/export?format=csv")
+    assert response.status_code == 409 and response.json()["remedy"] == "Ask for format=judgements."
+
+
+def see_quality_and_exports(page) -> None:
+    answer(page, next_pair(page)["assignment"], "k")
+    report = page.get("/api/admin/quality").json()
+    assert report["annotators"][0]["name"] == "local" and report["preparation"]["error"] is None
+    for kind, count in (("csv", 2), ("jsonl", 1), ("judgements", None)):
+        response = page.get(f"/api/admin/export?format={kind}")
+        assert response.status_code == 200 and "attachment" in response.headers["content-disposition"]
+        assert count is None or len(response.text.splitlines()) == count
+    assert any(json.loads(line)["record"] == "judgement" for line in response.text.splitlines())
+
+
+def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
+    from eg3d_rlhf.people.label.server import routes
+
+    calls = []
+    monkeypatch.setattr(routes, "quality_report", lambda rows: calls.append(1) or {"judgements": 0})
+    assert [served.browser().get("/api/admin/quality").status_code for _ in range(4)] == [200] * 4 and len(calls) == 1
+
+
+def test_errors_of_the_database_say_to_try_again(served, monkeypatch, caplog):
+    from sqlalchemy.exc import OperationalError
+
+    def broken(*_):
+        raise OperationalError("SELECT secret", {}, Exception("disk"))
+
+    monkeypatch.setattr(served.store, "progress", broken)
+    response = served.browser().get("/api/assignments")
+    assert response.status_code == 503 and "secret" not in response.text and response.headers["retry-after"] == "2"
+    assert caplog.messages == ["database: disk"]  # a line, without the statement
+    monkeypatch.setattr(served.store, "session", broken)
+    response = served.client(Cookie="session=" + "a" * 40).get("/api/session")
+    assert response.status_code == 503 and response.headers["retry-after"] == "2" and len(caplog.messages) == 2
+    monkeypatch.setattr(served.store, "progress", lambda *_: 1 / 0)
+    response = served.browser().get("/api/assignments")
+    assert response.status_code == 500 and response.json()["error"] == "The server made a mistake."
+
+
+# ---- how it is reached
+
+
+def test_a_proxy_is_believed_only_where_it_is_named(tmp_path):
+    forwarded = {"X-Forwarded-For": "203.0.113.9", "X-Forwarded-Proto": "https"}
+    for config, https in (({}, False), ({"proxy": "127.0.0.1"}, True)):
+        log = tmp_path / f"{https}.jsonl"
+        with serving.running(tmp_path / str(https), config=config, exposed=True, access_log=log) as served:
+            response = served.client(**forwarded).get("/login")
+            assert ("strict-transport-security" in response.headers) is https is ("Secure" in response.headers["set-cookie"])
+            time.sleep(0.1)
+            assert json.loads(log.read_text().splitlines()[-1])["address"] == ("203.0.113.9" if https else "127.0.0.1")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl not found; install Debian's package openssl")
+def test_https(tmp_path):
+    names = {"certificate": tmp_path / "cert.pem", "key": tmp_path / "key.pem"}
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-out", names["certificate"], "-keyout", names["key"]], check=True, capture_output=True)
+    with serving.running(tmp_path / "server", config=names, exposed=True) as served:
+        token = served.store.add_annotator("ann")
+        page = served.browser(token)
+        assert page.get("/api/session").json()["annotator"] == "ann"
+        origin = {"Origin": served.url}
+        assert page.post("/api/undo", json={"key": "k"}, headers=origin).status_code == 200
+        assert page.post("/api/undo", json={"key": "k"}, headers={"Origin": served.url.replace("https", "http")}).status_code == 403
+        page.close()  # the server would wait for it
+
+
+def test_a_server_that_others_reach_must_be_exposed(tmp_path):
+    served = serving.build(tmp_path)
+    with pytest.raises(ValueError, match=r"expected AppOptions\(exposed=True\) for host 0.0.0.0"):
+        serve(served.options, "0.0.0.0")
+    assert [is_loopback(h) for h in ("127.0.0.1", "127.3.2.1", "localhost", "::1", "[::1]")] == [True] * 5
+    assert [is_loopback(h) for h in ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.evil.example")] == [False] * 5
+
+
+def test_what_is_missing_is_named(tmp_path):
+    served = serving.build(tmp_path)
+    values = {"store": served.store, "cache": served.options.cache}
+    with pytest.raises(ValueError, match="expected a campaign of the store, got 'other'"):
+        create_app(AppOptions(**values, campaign="other", static=served.options.static))
+    (served.options.static / "index.html").unlink()
+    with pytest.raises(ValueError, match="expected index.html"):
+        create_app(AppOptions(**values, campaign=served.options.campaign, static=served.options.static))
+    with pytest.raises(ValueError, match="Limits.requests: expected a rate > 0"):
+        Limits(requests=(0.0, 5.0))

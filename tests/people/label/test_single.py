@@ -1,0 +1,176 @@
+"""Shapes judged one by one: planned, answered on their own scale, checked like pairs, exported as unpaired labels."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.people.label import commands
+from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, Kind, Mode, PlannedPair
+from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.people.label.pairing import plan as plan_pairs
+from eg3d_rlhf.people.label.preferences import LabelFilters, export_labels, export_unpaired, preferences_of
+from eg3d_rlhf.people.label.quality import quality_report
+from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.preferences.unpaired import load_unpaired
+from tests.people.label import serving
+from tests.people.label.plans import shape
+
+
+def singles(count: int, gold: int = 0, training: int = 0, first: int = 0) -> list[PlannedPair]:
+    """Shapes by themselves: practice, then gold checks (both broken), then what is asked."""
+    kinds = [Kind.TRAINING] * training + [Kind.GOLD] * gold + [Kind.PAIR] * count
+    return [
+        PlannedPair(
+            first=shape(first + i), second=shape(first + i), kind=kind, expected=None if kind is Kind.PAIR else "second",
+            explanation="It has a hole." if kind is Kind.TRAINING else "",
+        )
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+
+
+def settings(scale: str = "thumbs", **values) -> CampaignSettings:
+    return CampaignSettings(**{"name": "singles", "mode": Mode.SINGLE, "scale": scale, "swap_share": 0, "seed": 1, **values})
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path / 'labels.db'}") as found:
+        yield found
+
+
+def answer_all(store: Store, campaign: int, who: int, say, limit: int = 200) -> int:
+    """Answer until nothing is left; `say(seed)` gives the choice."""
+    shapes = dict(store.shapes(campaign))
+    for number in range(limit):
+        given = store.assignments(campaign, who, 1)
+        if not given:
+            return number
+        assert given[0].left == given[0].right
+        choice = say(shapes[given[0].left].seed)
+        store.submit(campaign, who, Answer(key=f"{who}-{number}", assignment=given[0].token, choice=choice, milliseconds=2000))
+    return limit
+
+
+def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
+    made = settings(annotators_per_pair=2, repeat_share=0.2, repeat_gap=3, gold_every=8)
+    campaign = store.create_campaign(made, singles(30, gold=4, training=1))
+    ann, ben = (store.annotator_without_token(name).id for name in ("ann", "ben"))
+    gold = range(1, 5)
+    answer_all(store, campaign, ann, lambda seed: Choice.DOWN if seed in gold or seed % 2 else Choice.UP)
+    answer_all(store, campaign, ben, lambda seed: Choice.DOWN if seed not in gold and (seed % 2 or seed == 20) else Choice.UP)
+    report = quality_report(store.judgements())
+    one, other = report["annotators"]
+    assert (one["gold_accuracy"], other["gold_accuracy"]) == (1.0, 0.0) and one["gold_n"] >= 3
+    assert one["self_consistency"] == other["self_consistency"] == 1.0 and one["self_consistency_n"] >= 4
+    assert one["swap_consistency"] is None and one["left_share"] is None and 0.3 < one["good_share"] < 0.6
+    kappa = report["agreement"]["cohen_kappa"][0]
+    assert kappa["n"] == 30 and 0.85 < kappa["kappa"] < 1 and 0.85 < report["agreement"]["krippendorff_alpha"] < 1
+    assert report["bradley_terry"] == [] and report["cycles"]["triples"] == 0
+    path = export_unpaired(store, tmp_path / "labels.jsonl", drop_repeats=True, least_gold_accuracy=0.8)
+    labels = load_unpaired(path)
+    assert {label.seed: label.label for label in labels} == {seed: seed % 2 == 0 for seed in range(5, 35)} and len(labels) == 30
+    assert {label.annotator for label in labels} == {"ann"} and labels[0].psi == 0.7 and labels[0].extra["campaign"] == "singles"
+    assert len(load_unpaired(export_unpaired(store, path, campaign="singles"))) > 60, "both annotators, and repeats"
+
+
+def test_scores_say_good_from_four_on(store, tmp_path):
+    campaign = store.create_campaign(settings("scores", gold_every=5, repeat_share=0), singles(12, gold=3))
+    who = store.annotator_without_token("ann").id
+    answer_all(store, campaign, who, lambda seed: Choice(str(0 if seed < 3 else seed % 6)))
+    labels = load_unpaired(export_unpaired(store, tmp_path / "labels.jsonl"))
+    assert {label.seed: (label.score, label.preferred) for label in labels} == {s: (s % 6, s % 6 >= 4) for s in range(3, 15)}
+    assert quality_report(store.judgements())["annotators"][0]["gold_accuracy"] == 1.0
+
+
+def test_every_campaign_has_its_own_answers_and_labels(store, tmp_path):
+    campaign = store.create_campaign(settings(), singles(4))
+    pairs = store.create_campaign(CampaignSettings(name="pairs"), [PlannedPair(first=shape(100), second=shape(101))])
+    who = store.annotator_without_token("ann").id
+    given = store.assignments(campaign, who, 1)[0]
+    for choice in (Choice.LEFT, Choice.TIE, Choice.SCORE_3):
+        with pytest.raises(ValueError, match="expected one of up, down or skip, got"):
+            store.submit(campaign, who, Answer(key="k", assignment=given.token, choice=choice))
+    with pytest.raises(ValueError, match="expected one of left, right, tie or skip, got up"):
+        store.submit(pairs, who, Answer(key="k", assignment=store.assignments(pairs, who, 1)[0].token, choice=Choice.UP))
+    answer_all(store, campaign, who, lambda seed: Choice.UP)
+    assert preferences_of(store) == []
+    with pytest.raises(ValueError, match="campaign singles: expected one that collects preferences, got one of shapes judged one by one"):
+        export_labels(store, tmp_path / "x.jsonl", campaign="singles")
+    with pytest.raises(ValueError, match="campaign pairs: expected one of shapes judged one by one, got one that collects preferences"):
+        export_unpaired(store, tmp_path / "x.jsonl", campaign="pairs")
+    assert len(LabelFilters().keep(store.judgements(), Mode.SINGLE)) == 4
+
+
+def test_plans_that_do_not_fit_are_refused(store):
+    with pytest.raises(ValueError, match="expected one shape by itself, got two"):
+        store.create_campaign(settings(), [PlannedPair(first=shape(1), second=shape(2))])
+    with pytest.raises(ValueError, match="expected seeds that are not held out, got 200000"):
+        store.create_campaign(settings(), singles(1, first=200_000))
+    with pytest.raises(ValueError, match="--swap-share: expected 0 for shapes one by one"):
+        settings(swap_share=0.1)
+    with pytest.raises(ValueError, match="scale: expected thumbs or scores for shapes one by one, else pairs, got 'thumbs' for label"):
+        CampaignSettings(name="x", scale="thumbs")
+    with pytest.raises(ValueError, match="--single: expected --strategy=random, got tournament"):
+        PairingOptions(single="thumbs", strategy="tournament")
+
+
+def test_the_plan_shows_each_seed_once_and_checks_are_broken():
+    options = PairingOptions(pairs=20, single="scores", gold=4, training=2, first_seed=500)
+    planned = plan_pairs(options, load_generator()).pairs
+    assert all(pair.first == pair.second for pair in planned)
+    asked = [pair for pair in planned if pair.kind is Kind.PAIR]
+    assert sorted(pair.first.seed for pair in asked) == list(range(500, 520))
+    known = [pair for pair in planned if pair.kind is not Kind.PAIR]
+    assert len(known) == 6 and all(pair.first.degradation and pair.expected == "second" for pair in known)
+    assert all("broken on purpose" in pair.explanation for pair in known if pair.kind is Kind.TRAINING)
+
+
+def test_the_command_plans_and_exports(tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("eg3d_rlhf.people.label.launch.serve", lambda options, *args, **kwargs: served.append(options))
+    db = f"sqlite:///{tmp_path / 'labels.db'}"
+
+    def run(*flags):
+        return CliRunner().invoke(commands.main, [f"--db={db}", *flags])
+
+    done = run("--single=thumbs", "--pairs=6", "--campaign=one", "--gold=0", "--training=0")
+    assert done.exit_code == 0 and "planning 6 shapes" in done.stdout, done.output
+    assert run("--campaign=one").exit_code == 0 and len(served) == 2
+    refused = run("--single=scores", "--campaign=one")
+    assert refused.exit_code == 2 and "--single: expected thumbs, with which campaign 'one' was planned" in refused.stderr
+    with Store.open(db) as store:
+        answer_all(store, 1, store.annotator_without_token("ann").id, lambda seed: Choice.UP if seed % 2 else Choice.DOWN)
+    out = tmp_path / "labels.jsonl"
+    assert run("export", str(out), "--kind=unpaired", "--drop-repeats").exit_code == 0
+    assert len(load_unpaired(out)) == 6
+    wrong = run("export", str(tmp_path / "labels.csv"), "--kind=unpaired")
+    assert wrong.exit_code == 2 and "expected a name with .jsonl for --kind=unpaired" in wrong.stderr
+
+
+def test_judgements_move_to_another_store_whole(store, tmp_path):
+    from eg3d_rlhf.people.label.archive import export_judgements, import_judgements
+
+    campaign = store.create_campaign(settings(), singles(5))
+    answer_all(store, campaign, store.annotator_without_token("ann").id, lambda seed: Choice.UP)
+    path = export_judgements(store, tmp_path / "all.jsonl")
+    with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        assert import_judgements(other, path) == 5
+        labels = export_unpaired(other, tmp_path / "labels.jsonl")
+        assert len(load_unpaired(labels)) == 5
+
+
+def test_the_server_says_the_scale_and_takes_its_answers_alone(tmp_path):
+    campaign = {"scale": "thumbs", "swap_share": 0}
+    with serving.running(tmp_path, planned=singles(3), mode=Mode.SINGLE, campaign=campaign) as served:
+        client = served.browser()
+        session = client.get("/api/session").json()
+        assert (session["mode"], session["scale"]) == ("single", "thumbs")
+        given = client.get("/api/assignments").json()["assignments"][0]
+        wrong = serving.answer(client, given["assignment"], "k1", "left")
+        assert wrong.status_code == 422 and "expected one of up, down or skip" in wrong.json()["error"]
+        assert serving.answer(client, given["assignment"], "k2", "up").status_code == 201
+        exported = client.get("/api/admin/export?format=jsonl").text.splitlines()
+        assert [json.loads(line)["label"] for line in exported] == [1]
+        assert client.get("/api/admin/export?format=csv").status_code == 409

@@ -1,0 +1,312 @@
+"""The store on SQLite and on PostgreSQL: what is written once stays, what is sent twice counts once, secrets are not kept."""
+
+import math
+import sqlite3
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label.plans import Clock, answer, plan, shape
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(database_url, clock):
+    with Store.open(database_url, clock=clock) as opened:
+        yield opened
+
+
+@pytest.fixture
+def work(store):
+    """Campaign and annotator: 6 pairs, one training pair."""
+    return begin(store)
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory):
+    """A store on SQLite with a campaign and an annotator, for what must leave it alone."""
+    with Store.open(f"sqlite:///{tmp_path_factory.mktemp('lasting') / 'l.db'}") as opened:
+        yield opened, *begin(opened)
+
+
+def begin(store):
+    campaign = store.create_campaign(CampaignSettings(name="first", gold_every=0), plan(6, training=1))
+    store.add_annotator("ann")
+    return campaign, store.annotators()[0].id
+
+
+def answered(store, campaign, annotator, count, start=0):
+    """Answer so many assignments; returns their tokens."""
+    tokens = []
+    for k in range(start, start + count):
+        tokens.append(store.assignments(campaign, annotator)[0].token)
+        store.submit(campaign, annotator, answer(tokens[-1], f"key {k}"))
+    return tokens
+
+
+def test_a_campaign_comes_back_as_it_was_made(store, database_url):
+    settings = CampaignSettings(name="c", mode=Mode.STUDY, seed=5, annotators_per_pair=2, trials_per_annotator=9, extra={"why": [1, None]})
+    pairs = plan(3, gold=1, training=1)
+    campaign = store.create_campaign(settings, pairs)
+    with Store.open(database_url) as again:
+        found = again.campaign("c")
+        assert (found.id, found.settings, found.pairs) == (campaign, settings, 5) and again.campaigns() == [found]
+        assert [s.seed for _, s in again.shapes(campaign)] == list(range(10))
+        assert again.shapes(campaign) == store.shapes(campaign) and again.campaign("other") is None
+        asset, drawn = again.shapes(campaign)[3]
+        assert dict(again.shapes(campaign))[asset] == drawn == shape(3) and "x" not in dict(again.shapes(campaign))
+
+
+def test_a_shape_of_several_pairs_is_stored_once(store):
+    nan = shape(2, psi=math.nan)
+    pairs = [PlannedPair(first=shape(0), second=shape(1)), PlannedPair(first=shape(1), second=nan), PlannedPair(first=nan, second=shape(0))]
+    campaign = store.create_campaign(CampaignSettings(name="triangle"), pairs)
+    found = [s for _, s in store.shapes(campaign)]
+    assert found[:2] == [shape(0), shape(1)] and len(found) == 3 and math.isnan(found[2].psi)
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "words"),
+    [
+        ("first", plan(1), "which is in use"), ("", plan(1), "printable name"), ("a\nb", plan(1), "printable name"), ("c", [], "got none"),
+        ("c", [PlannedPair(first=shape(1), second=shape(1))], "two different shapes, got seed 1 twice"),
+        ("c", [PlannedPair(first=shape(1), second=shape(2), kind=Kind.GOLD)], "gold needs one"),
+        ("c", [PlannedPair(first=shape(1), second=shape(2), kind=Kind.SWAP)], "expected kind pair, gold or training"),
+    ],
+)  # fmt: skip
+def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, words):
+    store, *_ = lasting
+    with pytest.raises(ValueError, match=words):
+        store.create_campaign(CampaignSettings(name=name), pairs)
+    assert [c.settings.name for c in store.campaigns()] == ["first"]
+
+
+def test_a_judgement_carries_everything(store, work, clock):
+    campaign, ann = work
+    answered(store, campaign, ann, 1)
+    shown = store.assignments(campaign, ann)[0]
+    sent = answer(shown, "k", Choice.RIGHT, views=("front", "orbit"), answered_at=1.5, page_version="7", milliseconds=812)
+    clock.now += 10
+    result = store.submit(campaign, ann, sent)
+    row = list(store.judgements("first", ["ann"]))[-1]
+    left, right = (dict(store.shapes(campaign))[asset] for asset in (shown.left, shown.right))
+    assert (row.id, row.assignment, row.annotator, row.campaign, row.mode) == (result.judgement, shown.token, "ann", "first", "label")
+    assert (row.left, row.right, row.choice) == (left, right, Choice.RIGHT)
+    assert (row.milliseconds, row.views, row.answered_at, row.received_at) == (812, ("front", "orbit"), 1.5, clock.now)
+    assert (row.page_version, row.kind, row.sequence, row.undone, row.expected, row.reason) == ("7", Kind.PAIR, 2, False, None, None)
+    assert row.first_is_left == (left.seed % 2 == 0)
+
+
+def test_training_says_what_was_right(store, work):
+    campaign, ann = work
+    shown = store.assignments(campaign, ann)[0]
+    assert shown.training
+    right = Choice.LEFT if dict(store.shapes(campaign))[shown.left].seed == 0 else Choice.RIGHT
+    wrong = Choice.RIGHT if right is Choice.LEFT else Choice.LEFT
+    for n, (choice, correct) in enumerate([(right, True), (wrong, False), (Choice.TIE, False), (Choice.SKIP, None)]):
+        result = store.submit(campaign, ann, answer(shown, f"k{n}", choice))
+        assert (result.training, result.correct, result.explanation) == (True, correct, "because 0")
+        again = store.submit(campaign, ann, answer(shown, f"k{n}", choice))
+        assert again.duplicate and (again.judgement, again.correct) == (result.judgement, correct)
+        store.undo(campaign, ann, f"u{n}")
+    assert next(store.judgements(include_undone=True)).expected == right
+
+
+def test_the_same_key_counts_once(store, work):
+    campaign, ann = work
+    shown = store.assignments(campaign, ann)[0]
+    first = store.submit(campaign, ann, answer(shown, "k"))
+    again = store.submit(campaign, ann, answer(shown, "k"))
+    assert (again.judgement, again.duplicate, first.duplicate) == (first.judgement, True, False)
+    assert [row.choice for row in store.judgements()] == [Choice.LEFT]
+    with pytest.raises(ConflictError, match="which is answered"):
+        store.submit(campaign, ann, answer(shown, "other"))
+    for changed in (answer(shown, "k", Choice.TIE), answer(store.assignments(campaign, ann)[0], "k")):
+        with pytest.raises(ConflictError, match="which another answer has used"):
+            store.submit(campaign, ann, changed)
+    store.add_annotator("bob")
+    bob = store.annotators()[-1].id
+    theirs = store.assignments(campaign, bob)[0]
+    assert not store.submit(campaign, bob, answer(theirs, "k")).duplicate  # keys are each annotator's own
+    assert len(list(store.judgements())) == 2
+
+
+def test_foreign_and_unknown_assignments_are_not_found(store, work):
+    campaign, ann = work
+    store.add_annotator("bob")
+    bob = store.annotators()[-1].id
+    shown = store.assignments(campaign, ann)[0]
+    other = store.create_campaign(CampaignSettings(name="other"), plan(2))
+    for where, who, token in [(campaign, bob, shown.token), (other, ann, shown.token), (campaign, ann, "x"), (campaign, ann, "\0")]:
+        with pytest.raises(LookupError, match="this annotator's"):
+            store.submit(where, who, answer(token, "k"))
+        with pytest.raises(LookupError, match="this annotator's"):
+            store.undo(where, who, "u", token)
+    with pytest.raises(LookupError, match="unknown id"):
+        store.assignments(campaign, 999)
+    assert list(store.judgements()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key": ""}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": "k" * 201}, {"page_version": "\n"}, {"views": ("x",) * 65},
+        {"views": ("",)}, {"milliseconds": -1}, {"milliseconds": 2**60}, {"answered_at": math.nan}, {"answered_at": math.inf},
+        {"reason": "broken"}, {"choice": Choice.SKIP, "reason": "dull"},
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_stored_are_refused(lasting, changes):
+    store, campaign, ann = lasting
+    shown = store.assignments(campaign, ann)[0]
+    with pytest.raises(ValueError, match="answer: expected"):
+        store.submit(campaign, ann, answer(shown, **{"key": "k", **changes}))
+    assert list(store.judgements()) == []
+
+
+def test_undo_is_a_further_record_and_the_pair_comes_back_first(store, work):
+    campaign, ann = work
+    tokens = answered(store, campaign, ann, 3)
+    assert store.undo(campaign, ann, "u1") == tokens[2] and store.undo(campaign, ann, "u2") == tokens[1]
+    assert store.undo(campaign, ann, "u1") == tokens[2]  # known key: nothing more happens
+    assert [a.token for a in store.assignments(campaign, ann)][:2] == [tokens[1], tokens[2]]
+    store.submit(campaign, ann, answer(tokens[1], "new", Choice.TIE))
+    assert store.assignments(campaign, ann)[0].token == tokens[2]
+    kept = [(row.assignment, row.choice, row.undone) for row in store.judgements(include_undone=True)]
+    assert kept == [(tokens[0], "left", False), (tokens[1], "left", True), (tokens[2], "left", True), (tokens[1], "tie", False)]
+    assert [row.choice for row in store.judgements()] == ["left", "tie"]
+    with store.database.read() as c:
+        assert c.execute(text("SELECT type, takes_back FROM judgements ORDER BY id")).all() == [
+            ("choice", None), ("choice", None), ("choice", None), ("undo", 3), ("undo", 2), ("choice", None),
+        ]  # fmt: skip
+
+
+def test_undo_of_one_assignment_and_of_nothing(store, work):
+    campaign, ann = work
+    assert store.undo(campaign, ann, "early") is None
+    tokens = answered(store, campaign, ann, 3)
+    assert store.undo(campaign, ann, "early") is None and len(list(store.judgements())) == 3  # sent again later: still nothing
+    assert store.undo(campaign, ann, "u", tokens[0]) == tokens[0] and store.undo(campaign, ann, "u2", tokens[0]) is None
+    with pytest.raises(ConflictError, match="which an answer has used"):
+        store.undo(campaign, ann, "key 1")
+    with pytest.raises(ConflictError, match="which an undo has used"):
+        store.submit(campaign, ann, answer(tokens[0], "u"))
+
+
+def test_progress_counts_trials(store, work, clock):
+    campaign, ann = work
+    at = store.progress(campaign, ann)
+    assert (at.done, at.training_left) == (0, 1)
+    answered(store, campaign, ann, 3)
+    clock.now += 4000
+    answered(store, campaign, ann, 1, start=3)
+    at = store.progress(campaign, ann)
+    assert (at.done, at.training_left) == (3, 0) and at.total >= 6
+    store.undo(campaign, ann, "u")
+    assert store.progress(campaign, ann).done == 2
+    answered(store, campaign, ann, 4, start=10)
+    at = store.progress(campaign, ann)
+    assert store.assignments(campaign, ann) == [] and (at.done, at.total) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE judgements SET choice = 'right'", "UPDATE judgements SET milliseconds = 1 WHERE id = 1", "DELETE FROM judgements",
+        "DELETE FROM judgements WHERE id = 1", "UPDATE judgements SET page_version = page_version",
+    ],
+)  # fmt: skip
+def test_the_database_refuses_to_change_judgements(store, work, statement):
+    campaign, ann = work
+    answered(store, campaign, ann, 2)
+    with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
+        c.execute(text(statement))
+    assert [row.choice for row in store.judgements()] == ["left", "left"]
+
+
+def test_sqlite_refuses_from_other_programs_too(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
+        campaign = store.create_campaign(CampaignSettings(name="c"), plan(3))
+        answered(store, campaign, store.annotator_without_token("local", "admin").id, 1)
+    with sqlite3.connect(tmp_path / "l.db") as other:
+        for statement in ("UPDATE judgements SET choice = 'tie'", "DELETE FROM judgements",
+                          "INSERT OR REPLACE INTO judgements SELECT * FROM judgements"):  # fmt: skip
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                other.execute(statement)
+    other.close()
+
+
+def test_postgresql_refuses_to_truncate(postgres_url):
+    with Store.open(postgres_url) as store, pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
+        c.execute(text("TRUNCATE judgements CASCADE"))
+
+
+def test_tokens_are_shown_once_and_can_be_revoked(store, clock):
+    token = store.add_annotator("Änne O. Smith-1")
+    admin = store.add_annotator("boss", "admin")
+    ann, boss = store.annotators()
+    assert (ann.role, boss.role, ann.revoked) == ("annotator", "admin", None)
+    assert store.authenticate(token) == ann and store.authenticate(admin) == boss
+    for wrong in ("", token[:-1], token + "x", "\0", "\ud800"):
+        assert store.authenticate(wrong) is None
+    login = store.open_session(ann.id, 60)
+    assert store.session(login) == ann
+    store.revoke_annotator(ann.name)
+    assert store.authenticate(token) is None and store.session(login) is None and store.annotators()[0].revoked == clock.now
+    with pytest.raises(ValueError, match="in use"):
+        store.add_annotator(ann.name)
+    with pytest.raises(ValueError, match="expected one with a token"):
+        store.revoke_annotator("nobody")
+
+
+@pytest.mark.parametrize("name", ["", " a", "a ", "<b>", "a\nb", "a/b", "=1", "x" * 81, "local", "a\0", "'; --"])
+def test_names_that_could_do_harm_are_refused(lasting, name):
+    store, *_ = lasting
+    with pytest.raises(ValueError, match="annotator: expected a"):
+        store.add_annotator(name)
+    with pytest.raises(ValueError, match="expected a role"):
+        store.add_annotator("fine", "root")
+    assert [a.name for a in store.annotators()] == ["ann"]
+
+
+def test_sessions_end_and_survive_a_restart(store, database_url, clock):
+    store.add_annotator("ann")
+    ann = store.annotators()[0]
+    login, other = store.open_session(ann.id, 100), store.open_session(ann.id, 300)
+    with Store.open(database_url, clock=clock) as again:
+        assert again.session(login) == ann
+        again.close_session(login)
+        assert again.session(login) is None and store.session(login) is None and again.session("\0") is None
+        clock.now += 300
+        assert again.session(other) is None
+        store.open_session(ann.id, 1)
+        with again.database.read() as c:
+            assert c.execute(text("SELECT count(*) FROM sessions")).scalar() == 1  # those that ended are cleared away
+
+
+def test_no_secret_is_in_the_database(tmp_path):
+    path = tmp_path / "l.db"
+    with Store.open(f"sqlite:///{path}") as store:
+        token = store.add_annotator("ann")
+        login = store.open_session(store.annotators()[0].id, 1000)
+    content = b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert b"ann" in content and token.encode() not in content and login.encode() not in content
+
+
+def test_the_local_annotator_has_no_token(store):
+    local = store.annotator_without_token("local", "admin")
+    assert (local.name, local.role, store.annotator_without_token("local", "admin")) == ("local", "admin", local)
+    with pytest.raises(ValueError, match="expected one with a token"):
+        store.revoke_annotator("local")
+
+
+def test_sqlite_writes_through_to_the_disk(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store, store.database.read() as c:
+        found = {name: c.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}

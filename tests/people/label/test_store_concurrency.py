@@ -1,0 +1,180 @@
+"""Many at once, and a process that dies: no pair too often, no key twice, nothing acknowledged is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import text
+
+from eg3d_rlhf.people.label import database
+from eg3d_rlhf.people.label.entities import CampaignSettings, ConflictError, Kind
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label.plans import answer, plan
+
+REPO = Path(__file__).resolve().parents[3]
+
+
+def work(store, campaign, who, times=None):
+    """Answer until nothing is left."""
+    while shown := store.assignments(campaign, who):
+        for assigned in shown:
+            began = time.perf_counter()
+            store.submit(campaign, who, answer(assigned, assigned.token))
+            if times is not None:
+                times.append(time.perf_counter() - began)
+
+
+def everybody(store, count):
+    for k in range(count):
+        store.add_annotator(f"annotator {k}")
+    return [a.id for a in store.annotators()]
+
+
+def assert_each_pair_so_often(store, places):
+    rows = list(store.judgements())
+    pairs = [row for row in rows if row.kind is Kind.PAIR]
+    assert set(Counter(row.pair for row in pairs).values()) == {places}
+    assert max(Counter((row.annotator, row.pair) for row in pairs).values()) == 1
+    with store.database.read() as c:
+        assert c.execute(text("SELECT count(*) FROM pairs WHERE kind = 'pair' AND taken <> places")).scalar() == 0
+    return rows
+
+
+def test_fifty_annotators_at_once_share_the_pairs(database_url):
+    with Store.open(database_url) as store:
+        settings = CampaignSettings(name="c", annotators_per_pair=2, gold_every=0, repeat_share=0, swap_share=0)
+        campaign = store.create_campaign(settings, plan(60))
+        people = everybody(store, 50)
+        start = threading.Barrier(50)
+
+        def one(who):
+            start.wait()
+            work(store, campaign, who)
+
+        with ThreadPoolExecutor(50) as pool:
+            list(pool.map(one, people))
+        assert len(assert_each_pair_so_often(store, 2)) == 120
+
+
+def test_two_stores_share_one_database(database_url):
+    """As two server processes do: nothing in memory keeps them apart."""
+    stores = [Store.open(database_url) for _ in range(4)]
+    settings = CampaignSettings(name="c", annotators_per_pair=3, gold_every=0, repeat_share=0, swap_share=0)
+    campaign = stores[0].create_campaign(settings, plan(10))
+    people = everybody(stores[0], 8)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: work(stores[k % 4], campaign, people[k]), range(8)))
+    assert_each_pair_so_often(stores[0], 3)
+    for store in stores:
+        store.close()
+
+
+def test_one_annotator_in_many_tabs(database_url):
+    with Store.open(database_url) as store:
+        campaign = store.create_campaign(CampaignSettings(name="c", gold_every=0), plan(30))
+        (who,) = everybody(store, 1)
+        with ThreadPoolExecutor(8) as pool:
+            shown = list(pool.map(lambda _: store.assignments(campaign, who), range(16)))
+            assert all(each == shown[0] for each in shown) and len(shown[0]) == 3
+            sent = list(pool.map(lambda _: store.submit(campaign, who, answer(shown[0][0], "k")), range(8)))
+            assert sorted(s.duplicate for s in sent) == [False] + [True] * 7 and len({s.judgement for s in sent}) == 1
+
+            def conflicting(k):
+                try:
+                    return store.submit(campaign, who, answer(shown[0][1], f"k{k}")).duplicate
+                except ConflictError:
+                    return "conflict"
+
+            assert Counter(pool.map(conflicting, range(8))) == {False: 1, "conflict": 7}
+            assert {*pool.map(lambda _: store.undo(campaign, who, "u"), range(8))} == {shown[0][1].token}
+        assert [row.undone for row in store.judgements(include_undone=True)] == [False, True]
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from concurrent.futures import ThreadPoolExecutor
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label.plans import answer
+store, campaign = Store.open(sys.argv[2], create=False), 1
+def one(annotator):
+    while shown := store.assignments(campaign, annotator.id):
+        judgement = store.submit(campaign, annotator.id, answer(shown[0], shown[0].token)).judgement
+        sys.stdout.write(f"[{judgement}, \\"{shown[0].token}\\"]\\n")
+        sys.stdout.flush()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(one, store.annotators()))
+"""
+
+
+def test_what_was_acknowledged_survives_a_kill(database_url):
+    with Store.open(database_url) as store:
+        settings = CampaignSettings(name="c", gold_every=0, repeat_share=0, swap_share=0)
+        store.create_campaign(settings, plan(120))
+        everybody(store, 4)
+    acknowledged, quiet = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(REPO), database_url], stdout=subprocess.PIPE, text=True, env=quiet
+        )  # fmt: skip
+        lines = [process.stdout.readline() for _ in range(15)]
+        process.send_signal(signal.SIGKILL)
+        lines += process.stdout.read().splitlines(keepends=True)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        acknowledged.update(json.loads(line) for line in lines if line.endswith("]\n"))
+    with Store.open(database_url) as store:
+        found = {row.id: row.assignment for row in store.judgements()}
+        assert len(acknowledged) >= 30 and acknowledged.items() <= found.items()
+        assert len(set(found.values())) == len(found) <= len(acknowledged) + 8  # at most those in flight were not acknowledged
+        for annotator in store.annotators():
+            work(store, 1, annotator.id)
+        assert len(assert_each_pair_so_often(store, 1)) == 120
+
+
+@pytest.mark.long
+def test_a_submission_takes_well_under_100_ms_for_fifty_annotators(database_url, record_property):
+    """50 annotators x 20 judgements, each one every two seconds: p95 of a submission."""
+    with Store.open(database_url) as store:
+        settings = CampaignSettings(name="c", annotators_per_pair=2, gold_every=10)
+        campaign = store.create_campaign(settings, plan(1000, gold=10))
+        people = everybody(store, 50)
+        times: list[float] = []
+
+        def one(k):
+            time.sleep(k / 25)
+            for n in range(20):
+                began = time.monotonic()
+                assigned = store.assignments(campaign, people[k])[0]
+                before = time.perf_counter()
+                store.submit(campaign, people[k], answer(assigned, str(n)))
+                times.append(time.perf_counter() - before)
+                time.sleep(max(0, 2 - (time.monotonic() - began)))
+
+        with ThreadPoolExecutor(50) as pool:
+            list(pool.map(one, range(50)))
+        rows = list(store.judgements())
+        assert len(rows) == 1000 and max(Counter(row.pair for row in rows if row.kind is Kind.PAIR).values()) <= 2
+    p50, p95 = np.percentile(times, [50, 95])
+    print(f"{database_url.split(':')[0]}: submission p50 {1000 * p50:.1f} ms, p95 {1000 * p95:.1f} ms, n = {len(times)}")
+    record_property("p95_ms", 1000 * p95)
+    assert p95 < 0.1
+
+
+def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeypatch):
+    with Store.open(postgres_url) as store:
+        store.create_campaign(CampaignSettings(name="c"), plan(2))
+        with Store.open(postgres_url) as other, other.database.write() as c:
+            others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            assert c.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
+        monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)
+        assert store.campaign("c").pairs == 2

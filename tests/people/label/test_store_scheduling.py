@@ -1,0 +1,273 @@
+"""Who is shown what: decided by seed and name, in the shares asked for, each pair as often as it has places, nothing lost by absence."""
+
+from collections import Counter
+
+import pytest
+
+from eg3d_rlhf.people.label.assignments import LEASE_SECONDS
+from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label.plans import Clock, answer, plan
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path, clock):
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}", clock=clock) as opened:
+        yield opened
+
+
+def campaign_of(store, pairs, name="c", **settings):
+    """A campaign without gold checks or repeats, unless asked for."""
+    quiet = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
+    return store.create_campaign(CampaignSettings(name=name, **{**quiet, **settings}), pairs)
+
+
+def annotator(store, name="ann"):
+    store.add_annotator(name)
+    return store.annotators()[-1].id
+
+
+def work_through(store, campaign, who, most=10_000, choice=Choice.LEFT, ready=None):
+    """Answer everything; returns the judgements."""
+    for k in range(most):
+        shown = store.assignments(campaign, who, ready=ready)
+        if not shown:
+            break
+        store.submit(campaign, who, answer(shown[0], f"{k} {shown[0].token}", choice))
+    name = next(a.name for a in store.annotators() if a.id == who)
+    return [row for row in store.judgements(annotators=[name])]
+
+
+def seeds(shown, store, campaign):
+    return [tuple(dict(store.shapes(campaign))[side].seed for side in (a.left, a.right)) for a in shown]
+
+
+def test_order_and_sides_follow_from_seed_and_name(tmp_path):
+    found = {}
+    for run, (seed, name) in enumerate([(1, "ann"), (1, "ann"), (2, "ann"), (1, "bob")]):
+        with Store.open(f"sqlite:///{tmp_path / str(run)}.db") as store:
+            campaign = campaign_of(store, plan(40), seed=seed)
+            found[run] = seeds(store.assignments(campaign, annotator(store, name), count=40), store, campaign)
+    assert found[0] == found[1]
+    assert [a != b for a, b in ((found[0], found[2]), (found[0], found[3]))] == [True, True]
+    for shown in found.values():
+        assert sorted(min(pair) for pair in shown) == list(range(0, 80, 2))
+        assert 8 <= sum(left < right for left, right in shown) <= 32  # sides: 20 +- 12 is beyond 3.5 standard deviations
+
+
+def test_asking_again_gives_the_same_and_each_annotator_each_pair_once(store):
+    campaign = campaign_of(store, plan(12), annotators_per_pair=2)
+    ann, bob, eve = (annotator(store, name) for name in ("ann", "bob", "eve"))
+    shown = store.assignments(campaign, ann)
+    assert store.assignments(campaign, ann) == shown and store.assignments(campaign, ann, count=2) == shown[:2]
+    assert store.assignments(campaign, ann, count=5)[:3] == shown
+    for who in (ann, bob):
+        rows = work_through(store, campaign, who)
+        assert len({row.pair for row in rows}) == len(rows) == 12 and [row.sequence for row in rows] == list(range(1, 13))
+    assert store.assignments(campaign, eve) == []  # both places of every pair are taken
+
+
+def test_training_comes_first_in_the_plans_order(store):
+    campaign = campaign_of(store, plan(4, training=3))
+    ann = annotator(store)
+    rows = work_through(store, campaign, ann)
+    assert [row.kind for row in rows] == [Kind.TRAINING] * 3 + [Kind.PAIR] * 4
+    assert [min(row.left.seed, row.right.seed) for row in rows[:3]] == [0, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """240 pairs worked through with repeats, swaps and gold checks."""
+    with Store.open(f"sqlite:///{tmp_path_factory.mktemp('long') / 'l.db'}") as store:
+        settings = {"repeat_share": 0.1, "swap_share": 0.05, "repeat_gap": 20, "gold_every": 15, "seed": 3}
+        campaign = campaign_of(store, plan(240, gold=10), **settings)
+        yield work_through(store, campaign, annotator(store))
+
+
+def test_shares_of_repeats_swaps_and_gold(long_run):
+    kinds = Counter(row.kind for row in long_run)
+    trials = len(long_run)
+    assert kinds[Kind.PAIR] == 240
+    assert abs(kinds[Kind.REPEAT] - 0.1 * trials) <= 2 and abs(kinds[Kind.SWAP] - 0.05 * trials) <= 2
+    gold = [i for i, row in enumerate(long_run) if row.kind is Kind.GOLD]
+    assert [i // 15 for i in gold] == list(range(len(gold))) and len(gold) >= trials // 15  # one in each block of 15
+    assert len({i % 15 for i in gold}) > 5  # at places that cannot be foreseen
+    counts = Counter(long_run[i].pair for i in gold)
+    assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 10
+
+
+def test_repeats_keep_the_sides_and_swaps_do_not(long_run):
+    first = {row.pair: row for row in long_run if row.kind is Kind.PAIR}
+    again = [row for row in long_run if row.kind in (Kind.REPEAT, Kind.SWAP)]
+    assert len({row.pair for row in again}) == len(again) > 30
+    for row in again:
+        before = first[row.pair]
+        assert row.sequence - before.sequence > 20
+        assert (row.left == before.left) == (row.kind is Kind.REPEAT) == (row.first_is_left == before.first_is_left)
+
+
+def test_skipped_pairs_are_not_repeated(store):
+    campaign = campaign_of(store, plan(40), repeat_share=0.25, swap_share=0.25, repeat_gap=1)
+    rows = work_through(store, campaign, annotator(store), choice=Choice.SKIP)
+    assert Counter(row.kind for row in rows) == {Kind.PAIR: 40}
+
+
+def test_an_annotator_is_done_after_so_many_trials(store):
+    campaign = campaign_of(store, plan(40, gold=2, training=2), trials_per_annotator=10, gold_every=5)
+    ann = annotator(store)
+    assert store.progress(campaign, ann).total == 10
+    rows = work_through(store, campaign, ann)
+    assert len(rows) == 12 and store.progress(campaign, ann).done == 10
+    store.undo(campaign, ann, "u")
+    assert len(store.assignments(campaign, ann)) == 1
+
+
+def test_every_trial_gold_ends_when_each_was_shown(store):
+    campaign = campaign_of(store, plan(3, gold=4), gold_every=1)
+    assert Counter(row.kind for row in work_through(store, campaign, annotator(store))) == {Kind.GOLD: 4, Kind.PAIR: 3}
+
+
+def test_only_prepared_pairs_are_issued(store):
+    campaign = campaign_of(store, plan(200, gold=3), gold_every=4)
+    ann = annotator(store)
+    prepared = set()
+    assert store.assignments(campaign, ann, ready=prepared.__contains__) == []
+    assets = [asset for asset, _ in store.shapes(campaign)]
+    prepared |= set(assets[300:309])  # pairs 149 .. 152 of the plan, and one shape of the next
+    rows = work_through(store, campaign, ann, ready=prepared.__contains__)
+    assert sorted(min(row.left.seed, row.right.seed) for row in rows) == [300, 302, 304, 306]
+    prepared |= set(assets)
+    assert len(work_through(store, campaign, ann, most=20, ready=prepared.__contains__)) > 4
+
+
+def test_absent_annotators_lose_their_places_to_others(store, clock):
+    campaign = campaign_of(store, plan(3))
+    ann, bob = annotator(store), annotator(store, "bob")
+    mine = store.assignments(campaign, ann)
+    clock.now += LEASE_SECONDS - 1
+    assert store.assignments(campaign, bob) == []
+    assert store.assignments(campaign, ann) == mine  # seen again: the lease begins anew
+    clock.now += LEASE_SECONDS - 1
+    assert store.assignments(campaign, bob) == []
+    clock.now += 2
+    theirs = store.assignments(campaign, bob)
+    assert len(theirs) == 3 and not {a.token for a in theirs} & {a.token for a in mine}
+    assert store.assignments(campaign, ann) == [] and store.progress(campaign, ann).total == 0
+
+
+def test_who_returns_in_time_gets_the_same_assignments_back(store, clock):
+    campaign = campaign_of(store, plan(6))
+    ann, bob = annotator(store), annotator(store, "bob")
+    mine = store.assignments(campaign, ann)
+    assert len(store.assignments(campaign, bob)) == 3
+    clock.now += LEASE_SECONDS + 1
+    store.submit(campaign, bob, answer(store.assignments(campaign, bob)[0], "k"))
+    first = store.assignments(campaign, bob)  # ann's places were given back, and bob took one
+    assert len(first) == 3
+    back = store.assignments(campaign, ann)
+    assert len(back) == 2 and {a.token for a in back} < {a.token for a in mine}
+    work_through(store, campaign, ann)
+    work_through(store, campaign, bob)
+    assert Counter(row.pair for row in store.judgements()) == dict.fromkeys(range(1, 7), 1)
+
+
+def test_late_answers_are_kept(store, clock):
+    """A phone that was offline for hours sends what it has: nothing is thrown away, even if others have judged the pair since."""
+    campaign = campaign_of(store, plan(1))
+    ann, bob = annotator(store), annotator(store, "bob")
+    (mine,) = store.assignments(campaign, ann)
+    clock.now += 2 * LEASE_SECONDS
+    (theirs,) = store.assignments(campaign, bob)
+    assert not store.submit(campaign, ann, answer(mine, "k")).duplicate
+    store.submit(campaign, bob, answer(theirs, "k"))
+    assert [row.annotator for row in store.judgements()] == ["ann", "bob"]
+    assert store.undo(campaign, ann, "u") == mine.token == store.assignments(campaign, ann)[0].token
+    store.submit(campaign, ann, answer(mine, "k2", Choice.TIE))
+    assert [row.choice for row in store.judgements()] == ["left", "tie"]
+
+
+def test_a_late_answer_takes_its_place_again_if_it_is_free(store, clock):
+    campaign = campaign_of(store, plan(4))
+    ann, bob = annotator(store), annotator(store, "bob")
+    (mine,) = store.assignments(campaign, ann, count=1)
+    assert len(store.assignments(campaign, bob, count=3)) == 3
+    clock.now += LEASE_SECONDS + 1
+    eve = annotator(store, "eve")
+    store.assignments(campaign, bob)  # bob is back
+    assert store.assignments(campaign, bob, count=4)  # gives ann's place back, and takes it
+    store.submit(campaign, ann, answer(mine, "k"))
+    assert store.assignments(campaign, eve) == []
+
+
+def test_pairs_come_roughly_in_the_plans_order(store):
+    campaign = campaign_of(store, plan(500), annotators_per_pair=3)
+    early = [work_through(store, campaign, annotator(store, name), most=50) for name in ("ann", "bob")]
+    assert all(max(row.left.seed for row in rows) < 2 * 120 for rows in early)
+    assert len({row.pair for row in early[0]} & {row.pair for row in early[1]}) > 15  # annotators meet, so that agreement can be told
+
+
+def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
+    campaign = campaign_of(store, plan(4, training=3))
+    ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
+    prepared, lost = set(assets[6:]), set()
+
+    def shown():
+        return store.assignments(campaign, ann, 5, prepared.__contains__, lost.__contains__)
+
+    assert shown() == [] and store.progress(campaign, ann, lost.__contains__).training_left == 3
+    prepared |= set(assets[:2])
+    (first,) = shown()
+    assert first.training
+    store.submit(campaign, ann, answer(first, "k0"))
+    assert shown() == []
+    lost.add(assets[2])  # the second one
+    assert shown() == [] and store.progress(campaign, ann, lost.__contains__).training_left == 1
+    prepared |= set(assets)
+    assert [one.training for one in shown()] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("many", [100, pytest.param(1000, marks=pytest.mark.long)])
+def test_the_total_stays_and_is_reached_by_who_works_alone(store, clock, many):
+    campaign = campaign_of(store, plan(many, gold=5), repeat_share=0.05, swap_share=0.05, gold_every=25)
+    ann, totals, shown = annotator(store), [], []
+    while shown or (shown := store.assignments(campaign, ann, 10)):
+        totals.append(store.progress(campaign, ann).total)
+        store.submit(campaign, ann, answer(shown.pop(0), str(len(totals))))
+        clock.now += 0.7
+    kinds = Counter(row.kind for row in store.judgements())
+    assert set(totals) == {len(totals)} and kinds[Kind.PAIR] == many
+    assert [abs(kinds[kind] - len(totals) / 20) <= 2 for kind in (Kind.REPEAT, Kind.SWAP)] == [True, True]
+    assert abs(kinds[Kind.GOLD] - len(totals) / 25) <= 1
+
+
+@pytest.mark.long
+def test_totals_of_who_shares_the_pairs_never_grow_and_are_reached(store, clock):
+    campaign = campaign_of(store, plan(700, gold=3), repeat_share=0.05, swap_share=0.05, gold_every=10, annotators_per_pair=2)
+    pace = {annotator(store, name): step for name, step in [("ann", 1), ("bob", 2), ("eve", 5)]}
+    totals, turn = {who: [] for who in pace}, 0
+    while any(store.assignments(campaign, who, 1) for who in pace):
+        turn += 1
+        clock.now += 0.3
+        for who in (who for who, step in pace.items() if turn % step == 0):
+            totals[who].append(store.progress(campaign, who).total)
+            for one in store.assignments(campaign, who, 10):
+                store.submit(campaign, who, answer(one, one.token, Choice.SKIP if one.left < "c" else Choice.LEFT))
+    for who, seen in totals.items():
+        end = store.progress(campaign, who)
+        assert seen == sorted(seen, reverse=True) and seen[0] > seen[-1] >= end.done == end.total
+
+
+def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
+    campaign = campaign_of(store, plan(40), repeat_share=0.1)
+    ann, assets = annotator(store), [asset for asset, _ in store.shapes(campaign)]
+    before, lost = store.progress(campaign, ann).total, set(assets[:9])  # pairs 0 .. 4 of the plan
+    clock.now += 1
+    assert before - 7 <= store.progress(campaign, ann, lost.__contains__).total <= before - 5
+    rows = work_through(store, campaign, ann, ready=lambda asset: asset not in lost)
+    at = store.progress(campaign, ann, lost.__contains__)
+    assert at.done == at.total == len(rows) and Counter(row.kind for row in rows)[Kind.PAIR] == 35

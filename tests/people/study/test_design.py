@@ -1,0 +1,112 @@
+"""The design is written once, cannot be altered unseen, and becomes a campaign in which nothing but the shapes differs."""
+
+import json
+from collections import Counter
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from eg3d_rlhf.people.label.entities import Kind, Mode
+from eg3d_rlhf.people.study.design import ExclusionRules, campaign_settings, content_hash, read_design, stopped, study_pairs, write_design
+from tests.people.study.people import A, B, small_design
+
+
+def test_a_design_survives_the_disk_with_its_hash(tmp_path):
+    design = small_design(until="2030-01-31T18:00:00+02:00", exclusions=ExclusionRules(gold_least=5), power={"trials": 40})
+    path = write_design(tmp_path / "deep" / "design.json", design)
+    assert path.stat().st_mode & 0o077 == path.parent.stat().st_mode & 0o077 == 0  # it says which side is which
+    assert read_design(path) == design and read_design(path, design.hash).hash == design.hash
+    content = json.loads(path.read_text())
+    needed = {"a", "b", "latent_seeds", "trials", "annotators", "gold_every", "exclusions", "until", "plan", "power", "hash", "created"}
+    assert needed <= set(content)
+    assert len(set(content["latent_seeds"])) == design.latents == 20
+    with pytest.raises(FileExistsError, match="name another folder"):
+        write_design(path, design)
+
+
+@pytest.mark.parametrize("change", [("trials", 41), ("ties", "excluded"), ("latent_seeds", [1, 2]), ("confidence", 0.9), ("until", None)])
+def test_an_altered_design_is_refused(tmp_path, change):
+    path = write_design(tmp_path / "design.json", small_design(until="2030-01-31T18:00:00+02:00"))
+    content = json.loads(path.read_text())
+    content[change[0]] = change[1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="altered after the study was designed"):
+        read_design(path)
+
+
+def test_an_altered_design_with_a_fitting_hash_is_found_by_the_stores(tmp_path):
+    design = small_design()
+    path = write_design(tmp_path / "design.json", design)
+    content = json.loads(path.read_text())
+    content["exclusions"]["gold_accuracy"] = 0.1
+    content["hash"] = content_hash(content)
+    path.write_text(json.dumps(content))
+    read_design(path)  # alone it looks whole
+    with pytest.raises(ValueError, match=design.hash[:12]):
+        read_design(path, campaign_settings(design).extra["design_hash"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"hash": "x", "format": 99}'])
+def test_what_is_no_design_is_refused(tmp_path, text):
+    path = tmp_path / "design.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="design"):
+        read_design(path)
+    with pytest.raises(FileNotFoundError, match="create the study first"):
+        read_design(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"b": A}, "two different generators"), ({"trials": 0}, "trials"), ({"annotators_per_pair": 3}, "annotators_per_pair"),
+        ({"ties": "coin"}, "ties"), ({"gold_every": 1}, "gold_every"), ({"confidence": 95}, "confidence"),
+        ({"until": "2030-01-31T18:00:00"}, "offset"), ({"until": "tomorrow"}, "ISO 8601"),
+    ],
+)  # fmt: skip
+def test_impossible_designs_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        small_design(**wrong)
+    with pytest.raises(ValueError, match="fast_share"):
+        ExclusionRules(fast_share=2)
+
+
+def test_the_study_stops_at_its_number_or_its_time():
+    design = small_design(until="2030-01-31T18:00:00+00:00")
+    before, after = (datetime(2030, 1, 31, 18, tzinfo=UTC) + timedelta(seconds=s) for s in (-1, 1))
+    assert [stopped(design, n, before) for n in (39, 40, 41)] == [False, True, True] and stopped(design, 0, after)
+    assert not stopped(small_design(), 39, after)
+
+
+def test_both_generators_draw_the_same_latents_alike():
+    design = small_design()
+    pairs = [p for p in study_pairs(design) if p.kind == Kind.PAIR]
+    assert [p.first.seed for p in pairs] == design.seeds()[0] and len(pairs) == 20
+    for pair in pairs:
+        assert (pair.first.generator, pair.second.generator) == (A.generator, B.generator)
+        differing = {f.name for f in fields(pair.first) if getattr(pair.first, f.name) != getattr(pair.second, f.name)}
+        assert differing == {"generator", "source"}
+        assert pair.expected is None and not pair.first.degradation
+
+
+def test_gold_and_training_pairs_show_damage_and_do_not_tell_by_generator_or_order():
+    pairs = study_pairs(small_design(trials=400))
+    known = [p for p in pairs if p.kind != Kind.PAIR]
+    for pair in known:
+        damaged = pair.second if pair.expected == "first" else pair.first
+        assert damaged.degradation and replace(damaged, degradation="") == (pair.first if damaged is pair.second else pair.second)
+    gold = [p for p in known if p.kind == Kind.GOLD]
+    assert set(Counter(p.first.generator for p in gold).values()) == {len(gold) // 2}
+    assert {p.expected for p in gold} == {"first", "second"} and all(p.explanation for p in known if p.kind == Kind.TRAINING)
+    seeds = [p.first.seed for p in pairs]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_the_campaign_is_a_study_without_repeats_and_leaves_room_for_the_gold_checks():
+    design = small_design()
+    settings = campaign_settings(design)
+    assert settings.mode == Mode.STUDY and settings.repeat_share == settings.swap_share == 0 and not settings.show_render
+    assert settings.trials_per_annotator == 25 and settings.extra["design_hash"] == design.hash  # 22 trials and 3 checks
+    assert study_pairs(design) == study_pairs(design) != study_pairs(small_design(seed=4))
+    assert [p.kind for p in study_pairs(small_design(gold_every=0))].count(Kind.GOLD) == 0

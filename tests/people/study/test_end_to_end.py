@@ -1,0 +1,131 @@
+"""A study from design to report: simulated people answer through the store, and the page shows what they did."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.study import report as reports
+from eg3d_rlhf.people.study.analysis import analyse
+from eg3d_rlhf.people.study.design import contender
+from tests import tiny_runs
+from tests.people.study.people import Person, create, small_design
+from training import networks
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with Store.open(f"sqlite:///{tmp_path_factory.mktemp('store') / 'study.db'}") as opened:
+        yield opened
+
+
+def run(store, design, people: list[Person]) -> dict:
+    """Everybody answers, a few pairs at a time, in turn."""
+    campaign = create(store, design)
+    while sum(person.answer(store, campaign, design, limit=5) for person in people):
+        pass
+    return analyse(design, store.judgements(campaign=design.name))
+
+
+def test_the_known_preference_comes_back_despite_a_strong_side_bias(store):
+    design = small_design(name="truth", trials=160, annotators=4)
+    people = [Person(f"n{i}", preference=0.7, shift=0.25) for i in range(4)]
+    found = run(store, design, people)
+    lo, hi = found["result"]["interval"]
+    assert lo <= 0.7 <= hi and found["result"]["n"] == 160
+    assert found["sides"]["win_rate_b_left"] > 0.85 and found["sides"]["win_rate_b_right"] < 0.6  # the bias is strong
+    assert found["sides"]["p_random"] > 0.001 and abs(found["sides"]["left_share"] - 0.75) < 0.08
+    assert all(p["gold_n"] >= 4 and p["gold_right"] == p["gold_n"] for p in found["annotators"])
+    counts = [p["n"] for p in found["pairs"]]
+    assert len(counts) == design.latents and set(counts) == {2}
+
+
+def test_people_without_a_preference_but_with_a_side_find_no_difference(store):
+    found = run(store, small_design(name="none", trials=80), [Person("x", 0.5, shift=0.3), Person("y", 0.5, shift=-0.3)])
+    lo, hi = found["result"]["interval"]
+    assert lo < 0.5 < hi and {round(p["left_share"], 1) for p in found["annotators"]} == {0.8, 0.2}
+
+
+def test_a_careless_and_a_hasty_person_are_left_out(store):
+    design = small_design(name="mixed", trials=120, annotators=4)
+    people = [Person("good", 0.9), Person("fine", 0.9, ties=0.2), Person("blind", 0.5, gold=0.0), Person("quick", 0.1, milliseconds=90)]
+    found = run(store, design, people)
+    assert {e["what"] for e in found["exclusions"]} == {"annotator blind", "annotator quick"}
+    assert found["result"]["annotators"] == 2 and found["result"]["win_rate"] > found["sensitivity"]["without exclusions"]["win_rate"] + 0.1
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory, tiny_networks):
+    """Design and rows of a study of two tiny networks."""
+    folder = tmp_path_factory.mktemp("pictured")
+    nets = tiny_runs.build_networks()
+    for parameter in nets.G_ema.parameters():
+        parameter.data.mul_(1.2)
+    networks.save(folder / "after.safetensors", nets)
+    a, b = contender("before", load_generator(tiny_networks)), contender("<after>", load_generator(folder / "after.safetensors"))
+    design = small_design(name="pictured", a=a, b=b, resolution=32, level=1.1)
+    with Store.open(f"sqlite:///{folder / 'study.db'}") as store:
+        campaign = create(store, design)
+        for person in (Person("<b>Eve</b>", 0.8), Person("Bob", 0.8, ties=0.1)):
+            person.answer(store, campaign, design)
+        return design, list(store.judgements())
+
+
+@pytest.fixture(scope="module")
+def report(pictured):
+    design, rows = pictured
+    return reports.compute(design, rows, pictures=1)
+
+
+def test_the_report_shows_the_pairs_at_both_ends(report):
+    ends = report["pictures"]
+    assert all(p["win_rate"] > 0.5 for p in ends["best"]) and all(p["win_rate"] < 0.5 for p in ends["worst"])
+    assert len(ends["best"]) == 1 and ends["best"][0]["win_rate"] == max(p["win_rate"] for p in report["pairs"])
+    for pair in ends["best"]:
+        assert pair["a"].startswith("data:image/png;base64,") and pair["a"] != pair["b"]
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(report, tmp_path):
+    data, page = reports.write(report, tmp_path)
+    text = page.read_text()
+    assert json.loads(data.read_text()) == json.loads(json.dumps(report))
+    assert page.name == "report.html" and "Interim" not in text
+    for address in re.findall(r'(?:src|href)="([^"]*)"', text):
+        assert address.startswith("data:")
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert "<after>" not in text and "<b>Eve" not in text and "&lt;b&gt;Eve&lt;/b&gt;" in text
+    for needed in ("prefers-color-scheme: dark", "@media print", "<svg", report["design"]["hash"], "Left out"):
+        assert needed in text
+    assert text.count("<img") == 2 * sum(len(pairs) for pairs in report["pictures"].values())
+
+
+def test_an_interim_report_is_marked_and_named_so(pictured, tmp_path):
+    design, rows = pictured
+    found = reports.compute(design, rows[: len(rows) // 2], interim=True, pictures=0)
+    _, page = reports.write(found, tmp_path)
+    assert page.name == "interim-report.html" and "Interim look" in page.read_text() and found["pictures"] is None
+
+
+def test_a_report_on_nothing_that_counts_is_still_a_page(pictured, tmp_path):
+    design, rows = pictured
+    found = reports.compute(design, [replace(r, milliseconds=1) for r in rows], pictures=2)
+    _, page = reports.write(found, tmp_path)
+    assert "nothing can be said" in page.read_text()
+    empty = reports.compute(design, [], interim=True, pictures=2)
+    assert "nothing can be said" in reports.write(empty, tmp_path)[1].read_text()
+
+
+def test_pictures_of_other_weights_are_refused(pictured):
+    design, rows = pictured
+    changed = replace(design, b=replace(design.b, generator="0" * 64))
+    with pytest.raises(ValueError, match="Restore the file"):
+        reports.draw(changed, changed.b, [1])
+
+
+def test_both_generators_are_shaded_alike(pictured):
+    design, _ = pictured
+    same = reports.draw(design, design.a, [5]) == reports.draw(design, replace(design.a, label="other"), [5])
+    assert same and reports.draw(design, design.a, [5])[5] != reports.draw(design, design.a, [6])[6]

@@ -1,0 +1,248 @@
+"""tools/study.py from the outside: its flags, a study designed, served, answered and reported, and mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.study.design import content_hash
+from tests import tiny_runs
+from tests.people.study.people import Person
+from tools import study
+from training import networks
+
+FLAGS = """
+--a --access-log --alpha --annotator-icc --annotators --annotators-per-pair --b --cache --certificate --db --dry-run --fast-milliseconds
+--fast-share --gold-accuracy --gold-every --gold-least --host --key --label-a --label-b --latent-icc --least-share --level --n --name
+--outdir --port --power --proxy --psi --resamples --resolution --seed --tie-share --ties --title --triangles --true-rate --until
+--up -n
+""".split()
+SMALL = ("--annotators=2", "--n=12", "--resolution=16", "--level=1.1", "--triangles=400", "--gold-every=4", "--resamples=200", "--psi=1")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_networks):
+    """Two tiny networks."""
+    path = tmp_path_factory.mktemp("after") / "after.safetensors"
+    nets = tiny_runs.build_networks()
+    for parameter in nets.G_ema.parameters():
+        parameter.data.mul_(1.2)
+    networks.save(path, nets)
+    return (f"--a={tiny_networks}", f"--b={path}")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Servers that were started, without starting them."""
+    started = []
+    monkeypatch.setattr(launch, "serve", lambda options, *args, **kwargs: started.append((options.campaign, args)))
+    return started
+
+
+def run(*flags):
+    return CliRunner().invoke(study.main, [str(f) for f in flags])
+
+
+def refused(result, *words):
+    """One line and exit code 2."""
+    assert result.exit_code == 2, result.output
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("Error: "), result.stderr
+    for word in words:
+        assert word in message
+
+
+def answer_all(folder: Path, *people: Person) -> None:
+    from eg3d_rlhf.people.study.design import read_design
+
+    design = read_design(folder / "design.json")
+    with Store.open(f"sqlite:///{folder / 'study.db'}", create=False) as store:
+        campaign = store.campaign(design.name).id
+        for person in people:
+            person.answer(store, campaign, design)
+
+
+def test_the_flags_are_frozen():
+    assert sorted(name for p in study.main.params for name in p.opts + p.secondary_opts) == FLAGS
+    assert sorted(study.main.commands) == ["add-annotator", "annotators", "new-token", "power", "report", "revoke", "simulate"]
+
+
+def test_a_study_from_design_to_report(pair, tmp_path, served):
+    folder = tmp_path / "mine"
+    started = run(*pair, *SMALL, f"--outdir={folder}")
+    assert started.exit_code == 0, started.output
+    assert "--n=12: the power calculation finds no number that would do" in started.stderr
+    assert "0 of 12 trials" in started.stderr
+    assert served == [("mine", ("127.0.0.1", 8000))]
+    assert run(f"--outdir={folder}").exit_code == 0 and run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    refused(run("report", f"--outdir={folder}"), "expected 12 answered trials, got 0", "--interim")
+    answer_all(folder, Person("ann", 0.9), Person("bob", 0.9))
+    refused(run(f"--outdir={folder}"), "stopping rule is met", f"report --outdir={folder}")
+    done = run("report", f"--outdir={folder}", "--pictures=1", "--device=cpu")
+    assert done.exit_code == 0 and "of 12 trials" in done.stdout, done.output
+    report = json.loads((folder / "report.json").read_text())
+    assert report["answered"] == 12 and not report["interim"] and (folder / "report.html").is_file()
+
+
+def test_an_interim_report_is_marked(pair, tmp_path, served):
+    folder = tmp_path / "early"
+    assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    done = run(f"--outdir={folder}", "report", "--interim", "--pictures=0")
+    assert done.exit_code == 0 and "INTERIM: 0 of 12" in done.stdout and (folder / "interim-report.html").is_file()
+
+
+def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
+    folder = tmp_path / "altered"
+    assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    path = folder / "design.json"
+    whole, content = path.read_text(), json.loads(path.read_text())
+    content["trials"] = 2
+    path.write_text(json.dumps(content))
+    for command in ((f"--outdir={folder}",), ("report", f"--outdir={folder}", "--interim")):
+        refused(run(*command), "altered after the study was designed")
+    content["hash"] = content_hash(content)
+    path.write_text(json.dumps(content))
+    for command in ((f"--outdir={folder}",), ("report", f"--outdir={folder}", "--interim")):
+        refused(run(*command), "altered after the study was designed")
+    path.unlink()
+    refused(run(*pair, *SMALL, f"--outdir={folder}"), "Restore it")
+    path.write_text(whole)
+    assert run(f"--outdir={folder}").exit_code == 0 and len(served) == 2
+
+
+def test_flags_cannot_change_a_study(pair, tmp_path, served):
+    folder = tmp_path / "fixed"
+    assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    refused(run(f"--outdir={folder}", "--n=13"), "--n: expected 12", "Leave the flag out")
+    refused(run(f"--outdir={folder}", "--ties=excluded"), "--ties: expected half")
+    refused(run(f"--outdir={folder}", "--gold-accuracy=0.1"), "--gold-accuracy: expected 0.75")
+    refused(run(f"--outdir={folder}", pair[1].replace("--b", "--a")), "--a:", "Restore the file")
+    refused(run(f"--outdir={folder}", "--name=other"), "--name: expected 'fixed'")
+
+
+def test_changed_weights_stop_a_study(pair, tmp_path, served):
+    copied = tmp_path / "b.safetensors"
+    copied.write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
+    assert run(pair[0], f"--b={copied}", *SMALL, f"--outdir={tmp_path / 's'}").exit_code == 0
+    copied.write_bytes(Path(pair[0].removeprefix("--a=")).read_bytes())
+    refused(run(f"--outdir={tmp_path / 's'}"), "--b:", "Restore the file")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), ("--a, --b:", "Name another network")), (("--b=/nowhere.pt",), ("--b:", "/nowhere.pt")),
+        (("--true-rate=0.5",), ("--true-rate must",)),
+        (("--annotators=2", "--annotators-per-pair=3"), ("--annotators-per-pair must", "Ask more")),
+        (("--n=5", "power"), ("--n:", "after it")), (("report", "--outdir=/nowhere"), ("create the study first",)),
+        (("power", "--annotators=3", "--annotator-icc=0.3"), ("--annotators: expected more than",)),
+        (("simulate", "--left-bias=1"), ("'--left-bias'", "0<x<1")),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run(*flags), *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--gold-every=1",), ("--gold-every must",)), (("--until=soon",), ("--until must", "ISO 8601")),
+        (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, words):
+    folder = tmp_path / "none"
+    refused(run(*pair, *SMALL, f"--outdir={folder}", *flags), *words)
+    assert not (folder / "design.json").exists()
+
+
+def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
+    result = run(*pair, *SMALL, f"--outdir={tmp_path / 'x'}", "-n")
+    shown = json.loads(result.stdout)
+    assert result.exit_code == 0 and shown["action"] == "design" and not (tmp_path / "x").exists()
+    assert (shown["design"]["trials"], shown["latents"], shown["design"]["annotators_per_pair"]) == (12, 6, 2)
+    assert "Warning: --n=12" in result.stderr  # nothing is enough with two annotators
+    power = json.loads(run(*pair, "--n=30", f"--outdir={tmp_path / 'x'}", "-n").stdout)["design"]["power"]
+    assert power["trials"] > 200 and power["options"]["true_rate"] == 0.6
+
+
+def test_without_n_the_power_calculation_decides(pair, tmp_path):
+    shown = json.loads(run(*pair, f"--outdir={tmp_path / 'x'}", "--true-rate=0.7", "--tie-share=0", "-n").stdout)
+    assert shown["design"]["trials"] == 54 and shown["design"]["power"]["decided"] == 54
+
+
+def test_annotators_get_tokens_in_the_studys_own_database(pair, tmp_path, served):
+    folder = tmp_path / "tokens"
+    assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
+    token = run(f"--outdir={folder}", "add-annotator", "ann")
+    assert token.exit_code == 0 and len(token.stdout.strip()) > 20
+    assert "ann" in run(f"--outdir={folder}", "annotators").stdout
+    assert run(f"--outdir={folder}", "--host=0.0.0.0").exit_code == 0 and len(served) == 2
+    assert run(f"--outdir={folder}", "revoke", "ann").exit_code == 0
+    refused(run(f"--outdir={folder}", "--host=0.0.0.0"), "--host=0.0.0.0", "study.py")
+
+
+def test_a_run_folders_name_is_not_cut_at_a_dot(pair, tmp_path):
+    folder = tmp_path / "00000-x.v1.5"
+    folder.mkdir()
+    (folder / "network-snapshot-000001.safetensors").write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
+    shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
+    assert shown["design"]["b"]["label"] == "00000-x.v1.5"
+
+
+def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "serve", lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"))
+    folder = tmp_path / "x"
+    assert "0 have a token, 2 need one" in run(*pair, *SMALL, f"--outdir={folder}").stdout
+    for name in ("ann", "bob"):
+        run(f"--outdir={folder}", "add-annotator", name)
+    said = run(f"--outdir={folder}").stdout
+    assert "2 annotators are planned: all have a token;" in said and "need" not in said
+
+
+def test_power_and_simulation_print_and_speak_json():
+    assert "54 independent decided trials" in run("power", "--true-rate=0.7").stdout
+    size = json.loads(run("power", "--true-rate=0.7", "--n=49", "--json").stdout)
+    assert size["decided"] == 54 and size["power_of_n"]["power"] == pytest.approx(0.81, abs=1e-3)
+    found = json.loads(run("simulate", "--studies=50", "--latents=40", "--bootstrap-studies=5", "--json").stdout)
+    assert set(found["intervals"]) == {"clustered", "wilson", "bootstrap_annotators", "bootstrap_latents", "bootstrap_both"}
+    assert "clustered" in run("simulate", "--studies=50").stdout
+
+
+@pytest.mark.long
+def test_the_server_serves_the_study_blind(pair, tmp_path, repo):
+    folder = tmp_path / "served"
+    command = [sys.executable, str(repo / "tools/study.py"), *pair, *SMALL, f"--outdir={folder}", "--port=0", f"--cache={tmp_path / 'c'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        lines = []
+        while not (lines and lines[-1].startswith("study at")):
+            lines.append(server.stdout.readline())
+            assert server.poll() is None, "".join(lines)
+        address = re.search(r"http://\S+", lines[-1]).group()
+        with httpx.Client(base_url=address, timeout=60) as client:
+            assert client.get("/api/session").json()["mode"] == "study"
+            deadline = time.monotonic() + 120
+            while not (given := client.get("/api/assignments?count=1")).json()["assignments"]:
+                assert time.monotonic() < deadline, given.text
+                time.sleep(0.3)
+            assert given.json()["assignments"][0]["training"] is True
+            for secret in ("after", "tiny", json.loads((folder / "design.json").read_text())["a"]["generator"][:12]):
+                assert secret not in given.text + str(given.headers)
+    finally:
+        server.send_signal(signal.SIGINT)
+        rest = server.communicate(timeout=60)[0]
+    assert "every answer is kept" in rest or server.returncode in (0, -signal.SIGINT, 130), rest

@@ -1,0 +1,86 @@
+"""A plugin: a reward reads how far away the surface is that the frontal camera sees, through three convolutions.
+
+    EG3D_RLHF_PLUGINS=tests/rewards/frontal_depth.py python tools/train_reward.py --observation=frontal-depth
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.core.field import CameraFamily, RenderOptions
+from eg3d_rlhf.rewards import networks, observations
+
+
+@observations.register
+@dataclass(frozen=True, kw_only=True)
+class FrontalDepth(observations.Observation):
+    """Depth maps [N, 1, r, r]: 0 at the camera's pivot, 1 at one and a half of it towards the camera, where nothing is seen 0."""
+
+    kind: ClassVar[str] = "frontal-depth"
+    resolution: int = 16  # r, pixels
+    samples: int = 12  # per ray and pass
+    radius: float = CameraFamily.radius  # of the camera, world units
+    pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    focal: float = CameraFamily.focal
+    reach: float = 0.5  # world units that are mapped to 0..1
+
+    @classmethod
+    def of(cls, generator, *, resolution=16):
+        """As its own cameras see the generator's shapes."""
+        cameras = generator.cameras
+        return cls(resolution=resolution, radius=cameras.radius, pivot=cameras.pivot, focal=cameras.focal)
+
+    @property
+    def shape(self):
+        """(1, r, r)."""
+        return (1, self.resolution, self.resolution)
+
+    def observe(self, field):
+        """See `Observation`."""
+        with torch.random.fork_rng(devices=[]):  # the rays' jitter is the same every time
+            torch.manual_seed(0)
+            camera = CameraFamily(self.radius, self.pivot, self.focal).label()
+            seen = field.render(camera, RenderOptions(resolution=self.resolution, samples=self.samples))
+        return (self.radius - seen.depth) / self.reach * seen.opacity
+
+    def augment(self, observed, draws):
+        """Left and right are exchanged with probability one half."""
+        mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
+        return torch.where(mirrored[:, None, None, None], observed.flip(-1), observed)
+
+    def misfits(self, generator):
+        """The camera must stand where the generator's do."""
+        mine, theirs = CameraFamily(self.radius, self.pivot, self.focal), generator.cameras
+        return [f"{name} {getattr(mine, name)}, got {getattr(theirs, name)}" for name in ("radius", "pivot", "focal")
+                if getattr(mine, name) != getattr(theirs, name)]  # fmt: skip
+
+
+class DepthNetwork(networks.RewardNetwork):
+    """Three convolutions of stride 2, then the trunk and heads of all reward networks."""
+
+    def __init__(self, resolution: int, channels: int = 8):
+        super().__init__(4 * channels * (resolution // 8) ** 2, trunk=(32, 32), embedding=32)
+        self.arguments = {"resolution": resolution, "channels": channels}
+        sizes = (1, channels, 2 * channels, 4 * channels)
+        self.layers = nn.Sequential(*(
+            layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Conv2d(a, b, 4, stride=2, padding=1), nn.SiLU())
+        ))  # fmt: skip
+
+    def features(self, observed):
+        """See `RewardNetwork`."""
+        return self.layers(observed).flatten(1)
+
+    def describe(self):
+        """See `RewardNetwork`."""
+        return self.arguments
+
+    def check(self, shape):
+        """One resolution is read."""
+        if tuple(shape) != (1, self.arguments["resolution"], self.arguments["resolution"]):
+            raise ValueError(f"reward: expected depth maps of {self.arguments['resolution']} pixels, got {list(shape)}. Use its own.")
+
+
+PRESETS = {"depth": networks.Preset(network={"resolution": 16}, train={"epochs": 8, "batch": 8}, observe={"resolution": 16})}
+networks.register("frontal-depth", lambda description: DepthNetwork(**description), PRESETS)

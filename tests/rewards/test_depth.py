@@ -1,0 +1,169 @@
+"""Rewards that read depth maps, from the command line: trained, stored, controlled, refused; and their networks' promises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from eg3d_rlhf.generators import of
+from eg3d_rlhf.models.resnet50 import ResNet50
+from eg3d_rlhf.preferences.dataset import on_wrong_faces
+from eg3d_rlhf.preferences.labels import Preference, write_labels
+from eg3d_rlhf.rewards.cache import ObservationCache
+from eg3d_rlhf.rewards.depth import SmallDepth, build
+from eg3d_rlhf.rewards.evaluation import evaluate
+from eg3d_rlhf.rewards.observations.depth import Depth
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.train import TrainData, default_options, train_reward, with_changes
+from tests import tiny_runs
+from tools.train_reward import main
+
+SIZE = 64
+
+
+def far(seed):
+    return np.random.RandomState(seed).uniform()
+
+
+def humps(seeds):
+    """A round hump per seed, at a place and of a height that the seed decides, [N, 1, 2, 64, 64]."""
+    y, x = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE), indexing="ij")
+    maps = []
+    for seed in seeds:
+        height, cx, cy = far(seed), *np.random.RandomState(seed + 1).uniform(-0.2, 0.2, 2)
+        distance = (x - cx) ** 2 + (y - cy) ** 2
+        seen = distance < 0.6
+        maps.append(np.stack([seen * (0.4 + 0.2 * height * np.exp(-distance * 3)), seen]))
+    return torch.tensor(np.stack(maps)[:, None], dtype=torch.float32)
+
+
+def pairs(count, start=0):
+    each = [sorted((a, a + 1), key=far, reverse=True) for a in range(start, start + 2 * count, 2)]
+    return [Preference(winner=w, loser=l, clean=w) for w, l in each]
+
+
+def trained(labels, options):
+    store = ObservationCache(humps)
+    train, val, test = labels[:96], labels[96:120], labels[120:]
+    store.fill(s for label in labels for s in (label.winner, label.loser))
+    state = train_reward(TrainData(train=train, val=val, store=store, observation=Depth()), options)
+    return evaluate(state.model, store, test)["labels"]["accuracy"]
+
+
+@pytest.mark.long
+def test_the_small_network_learns_and_its_control_does_not():
+    options = with_changes(default_options("small", "depth"), epochs=3)
+    assert trained(pairs(200), options) > 0.85
+    assert trained(on_wrong_faces(pairs(200)), with_changes(options, epochs=1)) == pytest.approx(0.5, abs=0.2)
+
+
+def test_wrong_faces_are_other_labelled_ones_and_the_same_for_a_seed():
+    labels = [Preference(winner=a, loser=b, clean=c, psi=0.7) for a, b, c in ((1, 2, 1), (3, 1, 1), (2, 3, 3), (7, 9, 9))]
+    found = on_wrong_faces(labels, seed=4)
+    other = {old: new for a, b in zip(labels, found, strict=True) for old, new in ((a.winner, b.winner), (a.loser, b.loser))}
+    for a, b in zip(labels, found, strict=True):
+        assert (other[a.winner], other[a.loser], other[a.clean]) == (b.winner, b.loser, b.clean)
+    assert set(other.values()) == set(other) and all(old != new for old, new in other.items())
+    assert found == on_wrong_faces(labels, seed=4) and [b.psi for b in found] == [0.7] * 4
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_scores_do_not_depend_on_handedness_nor_on_company(views):
+    torch.manual_seed(0)
+    network, maps = SmallDepth(views=views, resolution=16).eval(), torch.rand(3, views, 2, 16, 16)
+    network.calibrate(lambda: maps)
+    with torch.no_grad():
+        torch.testing.assert_close(network.score(maps), network.score(maps.flip(1, 4)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(network.score(maps)[1:2], network.score(maps[1:2]), rtol=0, atol=1e-5)
+        swapped = network.pair_margin(network.embed(maps[:1]), network.embed(maps[1:2]))
+        torch.testing.assert_close(swapped, -network.pair_margin(network.embed(maps[1:2]), network.embed(maps[:1])))
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    return write_labels(tmp_path_factory.mktemp("labels") / "labels.jsonl", [Preference(winner=s, loser=s + 1) for s in range(0, 24, 2)])
+
+
+def run(*flags):
+    return CliRunner().invoke(main, ["--observation=depth", "--any-generator", "--device=cpu", *(str(flag) for flag in flags)])
+
+
+@pytest.fixture(scope="module")
+def reward(labels, tiny_networks, tmp_path_factory):
+    """One that reads three views of the tiny generator, and what its training said."""
+    out = tmp_path_factory.mktemp("depth") / "run"
+    flags = ("--epochs=1", "--fractions", 0.5, 0.25, 0.25)
+    result = run("--preset=small-3", f"--network={tiny_networks}", f"--labels={labels}", f"--out={out}", *flags)
+    assert result.exit_code == 0, result.output
+    assert "test pairs ordered as labelled" in result.output
+    return out / "reward.safetensors"
+
+
+def test_it_is_stored_with_what_it_reads(reward):
+    found = json.loads(reward.with_suffix(".json").read_text())
+    assert found["observation"]["kind"] == "depth" and found["observation"]["yaws"] == [1.0, 0.0, -1.0]
+    assert found["network"]["extractor"] == "small" and "wrong_faces" not in found["provenance"]
+    assert load_reward(reward).observation.shape == (3, 2, 64, 64)
+
+
+@pytest.mark.long
+def test_it_tunes(tiny_data, tiny_networks, tmp_path):
+    observation = Depth.of(of(tiny_runs.networks.load(tiny_networks).G_ema), resolution=16)
+    reward = Reward(observation, SmallDepth(views=1, resolution=16)).save(tmp_path / "reward.safetensors")
+    flags = ("--reward=depth", f"--reward-ckpt={reward}", "--kimg=0.008", "--tick=0.004", "--no-summary")
+    result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *flags))
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tiny_runs.only_run(tmp_path / "runs") / "stats.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all({"RLHF/reward", "RLHF/nose", "Watch/reward"} <= line.keys() for line in lines)
+    assert "RLHF/consistency" not in lines[0]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """Weights of a ResNet-50 as torchvision writes them."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("backbone") / "resnet50.pth"
+    torch.save({**ResNet50().state_dict(), "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}, path)
+    return path
+
+
+def test_the_backbone_stays_out_of_files_and_in_eval_mode(backbone, tmp_path, monkeypatch):
+    network = build({"extractor": "resnet50", "views": 1, "backbone": str(backbone)}).train()
+    assert not network.external.training and not any(name.startswith("external") for name in network.state_dict())
+    buffers = {name: value.clone() for name, value in network.external.state_dict().items()}
+    maps = torch.rand(1, 1, 1, 16, 16)
+    network(maps).scalar.sum().backward()
+    tiny_runs.assert_same(buffers, network.external.state_dict())
+    assert all((p.grad is None) == name.startswith(("external", "scalar_rwd_head_")) for name, p in network.named_parameters())
+    again = build(network.describe())
+    again.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval().score(maps), network.eval().score(maps), rtol=0, atol=0)
+    moved = backbone.rename(tmp_path / "moved.pth")
+    with pytest.raises(FileNotFoundError, match="--backbone: expected a file of ResNet-50's weights, got none at"):
+        build(network.describe())
+    monkeypatch.setenv("EG3D_RLHF_BACKBONE", str(moved))
+    assert build(network.describe()).describe() == network.describe()
+    other = ResNet50().state_dict()
+    torch.save({**other, "bn1.bias": other["bn1.bias"] + 1}, moved)
+    with pytest.raises(ValueError, match="expected the backbone [0-9a-f]{12}... that the reward was trained on, got"):
+        build(network.describe())
+
+
+def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, tmp_path):
+    weights = tmp_path / "other.pth"
+    torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, weights)
+    for flags, text in (
+        (["--preset=resnet50"], "--backbone: expected a file of ResNet-50's weights"),
+        (["--preset=resnet50", f"--backbone={tmp_path / 'none.pth'}"], "--backbone: expected a file of ResNet-50's weights, got none at"),
+        (["--preset=resnet50", f"--backbone={weights}"], "other.pth: expected the 318 entries of this architecture, got 317 missing"),
+        ([f"--backbone={weights}"], "--backbone: expected none for preset small of depth"),
+        (["--resolution=32"], "expected maps of [1, 2, 64, 64], got [1, 2, 32, 32]"),
+        (["--crop", *[0.1] * 6], "--crop: expected nothing for observation depth"),
+        (["--preset=heads"], "reward preset: expected one of small, small-3, coarse, coarse-3, resnet50, resnet50-3, got 'heads'"),
+    ):
+        result = run(*flags, f"--network={tiny_networks}", f"--labels={labels}", f"--out={tmp_path / 'run'}")
+        assert result.exit_code == 2 and text in result.stderr and len(result.stderr.strip().splitlines()) <= 2, result.stderr
+        assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()

@@ -1,0 +1,197 @@
+"""Properties of reward networks joined into one: by their scores, and by their weights."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.rewards.ensembles import KINDS, Aggregate, RewardEnsemble, Standard, average_weights
+from eg3d_rlhf.rewards.model import HEADS, RewardModel
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+
+SPEC = SlabSpec(resolution=32)
+SHAPE = SPEC.shape
+EACH = pytest.mark.parametrize("kind", KINDS)
+WEIGHED = pytest.mark.parametrize("kind", ["mean", "min", "softmin"])  # those that never push away from a member
+
+
+@pytest.fixture(scope="module")
+def members():
+    torch.manual_seed(0)
+    return [RewardModel(replace(HEADS, slab_shape=SHAPE)).eval() for _ in range(3)]
+
+
+def slabs(n, seed=0):
+    return torch.rand(n, 1, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 100
+
+
+def scores(members=5, n=40, seed=0):
+    return torch.randn(members, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@EACH
+def test_a_shift_of_all_shifts_the_result_and_order_is_nothing(kind):
+    r, join = scores(), Aggregate(kind)
+    torch.testing.assert_close(join(r + 3.5), join(r) + 3.5, rtol=0, atol=1e-12)
+    torch.testing.assert_close(join(r[[3, 0, 4, 1, 2]]), join(r), rtol=0, atol=1e-12)
+
+
+@EACH
+def test_members_that_agree_are_the_result_with_finite_gradients(kind):
+    alone = scores(1)
+    r = alone.repeat(5, 1).requires_grad_(True)
+    joined = Aggregate(kind)(r)
+    torch.testing.assert_close(joined, alone[0], rtol=0, atol=1e-12)
+    joined.sum().backward()
+    torch.testing.assert_close(r.grad, torch.full_like(r, 0.2), rtol=0, atol=1e-12)
+
+
+@EACH
+def test_the_weights_of_members_sum_to_one(kind):
+    r = scores(members=3, n=100).requires_grad_(True)
+    Aggregate(kind)(r).sum().backward()
+    torch.testing.assert_close(r.grad.sum(dim=0), torch.ones(100, dtype=torch.float64))
+    assert bool((r.grad < -1e-9).any()) == (kind in ("lcb", "uwo"))  # these push away from the most optimistic
+
+
+def test_the_order_of_pessimism_and_its_limits():
+    r = scores()
+    mean, low = r.mean(dim=0), r.amin(dim=0)
+    soft = Aggregate("softmin")(r)
+    assert (mean >= soft).all() and (soft >= low).all()
+    assert (soft >= Aggregate("softmin", 0.1)(r)).all()
+    torch.testing.assert_close(Aggregate("softmin", 1e-4)(r), low, rtol=0, atol=1e-3)
+    close = 0.01 * r
+    torch.testing.assert_close(Aggregate("softmin", 1.0)(close), Aggregate("uwo", 0.5)(close), rtol=0, atol=1e-5)  # lambda = 1 / (2 beta)
+    assert (Aggregate("softmin", 0.5)(1e4 * r).isfinite()).all()
+
+
+def test_a_strength_is_checked():
+    assert [Aggregate(kind).strength for kind in KINDS] == [None, None, 1.0, 0.5, 0.5]
+    wrong = (("min", 1.0, "expected none"), ("lcb", 0.0, "k above 0"), ("uwo", -1.0, "lambda"), ("most", None, "softmin"))
+    for kind, strength, text in wrong:
+        with pytest.raises(ValueError, match=text):
+            Aggregate(kind, strength)
+
+
+@EACH
+def test_one_member_is_the_reward_itself_bit_for_bit(members, kind):
+    x = slabs(3)
+    alone = RewardEnsemble.of(members[:1], Aggregate(kind))
+    assert torch.equal(alone.score(x), members[0].score(x)) and torch.equal(alone.score_embedding(alone.embed(x)), members[0].score(x))
+
+
+@EACH
+def test_the_same_member_thrice_is_that_member(members, kind):
+    x = slabs(3)
+    thrice = RewardEnsemble.of([members[0]] * 3, Aggregate(kind), [slabs(8, 5), slabs(4, 6)])
+    torch.testing.assert_close(thrice.score(x), members[0].score(x))
+
+
+def test_score_is_the_mean_of_the_members(members):
+    x = slabs(4)
+    ensemble = RewardEnsemble.of(members)
+    assert torch.equal(ensemble.score(x), torch.stack([m.score(x) for m in members]).mean(dim=0))
+    torch.testing.assert_close(ensemble.score_embedding(ensemble.embed(x)), ensemble.score(x))
+
+
+def test_no_member_decides_by_its_scale(members):
+    class Loud(RewardModel):
+        def score_embedding(self, embedding):
+            return 1000 * super().score_embedding(embedding) - 7
+
+    samples, x = [slabs(16, 9)], slabs(5)
+    loud = Loud(members[2].arch).eval()
+    loud.load_state_dict(members[2].state_dict())
+    one, other = (RewardEnsemble.of([*members[:2], third], Aggregate("softmin"), samples) for third in (members[2], loud))
+    torch.testing.assert_close(*(standardised(e, e.score(x)) for e in (one, other)), rtol=1e-3, atol=1e-3)
+
+
+def standardised(ensemble, score):
+    offsets, scales = (torch.tensor(v).mean() for v in (ensemble.standard.offsets, ensemble.standard.scales))
+    return (score - offsets) / scales
+
+
+def test_standard_of_known_scores(members):
+    found = Standard.of(members[:2], [slabs(3, 1), slabs(5, 2)])
+    r = torch.stack([m.score(torch.cat([slabs(3, 1), slabs(5, 2)])) for m in members[:2]]).double()
+    torch.testing.assert_close(torch.tensor(found.offsets, dtype=torch.float64), r.mean(dim=1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found.scales, dtype=torch.float64), r.std(dim=1, correction=0), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="scores all samples alike"):
+        Standard.of(members, [slabs(1)])
+    with pytest.raises(ValueError, match="expected 3 offsets"):
+        RewardEnsemble(members, standard=found)
+
+
+def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
+    a, b = slabs(2), slabs(2, 1)
+    ensemble = RewardEnsemble.of(members)
+    margin = ensemble.pair_margin(ensemble.embed(a), ensemble.embed(b))
+    torch.testing.assert_close(margin, sum(m.pair_margin(m.embed(a), m.embed(b)) for m in members) / 3)
+    torch.testing.assert_close(margin, -ensemble.pair_margin(ensemble.embed(b), ensemble.embed(a)))
+    pessimistic = RewardEnsemble.of(members, Aggregate("min"))
+    assert (pessimistic.pair_margin(ensemble.embed(a), ensemble.embed(b)) < margin).all()
+
+
+@pytest.mark.parametrize(("aggregate", "samples"), [(Aggregate(), None), (Aggregate("uwo", 0.25), None), (Aggregate("lcb"), [slabs(6, 4)])])
+def test_saved_and_loaded_ensemble_scores_the_same(members, tmp_path, aggregate, samples):
+    ensemble = RewardEnsemble.of(members, aggregate, samples)
+    loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
+    assert isinstance(loaded.network, RewardEnsemble) and len(loaded.members()) == 3
+    assert (loaded.network.aggregate, loaded.network.standard) == (aggregate, ensemble.standard)
+    assert torch.equal(loaded.score_observed(slabs(2)), ensemble.score(slabs(2)))
+    assert torch.equal(loaded.members()[1].score_observed(slabs(2)), members[1].score(slabs(2)))
+
+
+def test_a_mean_of_raw_scores_is_described_as_ever(members):
+    assert RewardEnsemble.of(members).describe() == {**members[0].describe(), "members": 3}
+
+
+def test_members_may_differ_in_architecture(members, tmp_path):
+    other = RewardModel(replace(HEADS, slab_shape=SHAPE, embedding=24)).eval()
+    ensemble = RewardEnsemble.of([members[0], other], Aggregate("min"))
+    loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
+    x = slabs(3)
+    assert torch.equal(loaded.score_observed(x), torch.minimum(members[0].score(x), other.score(x)))
+    torch.testing.assert_close(loaded.network.score_embedding(loaded.network.embed(x)), loaded.score_observed(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [({"scales": [1.0]}, "expected an offset and a scale"), ({"kind": "most"}, "--aggregate"), ({"offsets": None}, "offsets and scales")],
+)
+def test_damaged_descriptions_are_named(members, tmp_path, change, text):
+    path = Reward(SigmaSlab(SPEC), RewardEnsemble.of(members, Aggregate("lcb"), [slabs(6)])).save(tmp_path / "r.safetensors")
+    values = json.loads(path.with_suffix(".json").read_text())
+    values["network"]["ensemble"] |= change
+    path.with_suffix(".json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"load_reward.*{text}"):
+        load_reward(path)
+
+
+@WEIGHED
+def test_score_is_differentiable_in_the_slab_and_in_no_weight(members, kind):
+    x = slabs(2).requires_grad_(True)
+    ensemble = RewardEnsemble.of(members, Aggregate(kind), [slabs(6, 4)])
+    ensemble.score(x).sum().backward()
+    assert x.grad.abs().sum() > 0 and x.grad.isfinite().all()
+    assert all(p.grad is None for p in ensemble.parameters()) and all(p.grad is None for m in members for p in m.parameters())
+    if kind == "mean":
+        expected = torch.zeros_like(x)
+        for member, scale in zip(members, ensemble.standard.scales, strict=True):
+            (gradient,) = torch.autograd.grad(member.score(x).sum(), x)
+            expected += gradient / 3 * (sum(ensemble.standard.scales) / 3) / scale
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_the_average_of_weights(members):
+    average = average_weights(members)
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(value, torch.stack([m.state_dict()[name] for m in members]).mean(dim=0), msg=name)
+    assert torch.equal(average_weights([members[1]] * 2).score(slabs(2)), members[1].score(slabs(2)))
+    assert type(average) is RewardModel and not any(p.requires_grad for p in average.parameters())
+    with pytest.raises(ValueError, match="one architecture"):
+        average_weights([members[0], RewardModel(replace(HEADS, slab_shape=SHAPE, embedding=24))])

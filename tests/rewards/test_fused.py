@@ -1,0 +1,233 @@
+"""A U-Net's fused features, and their gradients to the slab and to the weights, equal the network's own."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+
+from eg3d_rlhf.rewards import fused, group_sums
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble
+from eg3d_rlhf.rewards.model import PAPER, PRESETS, RewardArch, RewardModel
+from eg3d_rlhf.rewards.train import TrainData, train_reward, with_changes
+from tests.rewards.test_train import OPTIONS, filled, toy_labels
+from tests.torch_utils.compilers import needs_cpp
+from torch_utils.ops.implementations import implementation
+
+pytestmark = needs_cpp
+HEADS = {"trunk": (16, 16), "embedding": 16, "heads": (8, 8)}
+NETWORKS = {
+    **{name: (RewardArch.from_dict(PRESETS[name].network), (24, 27, 23)) for name in ("tiny", "small", "small-slice")},
+    "whole slabs": (RewardArch(feature_maps=(8, 16, 32, 64), pool_size=64, **HEADS), (17, 21, 19)),
+    "whole slabs, cells": (RewardArch(feature_maps=(8, 16), pooling="grid", **HEADS), (9, 10, 33)),
+    "no conv1": (RewardArch(feature_maps=(8, 16), patch=2, pool_size=64, **HEADS), (18, 17, 16)),
+    "one group": (RewardArch(feature_maps=(8, 16), groups=16, pool_size=64, **HEADS), (8, 9, 10)),
+}
+
+
+def frozen(arch, seed=0):
+    torch.manual_seed(seed)
+    model = RewardModel(arch).eval().requires_grad_(False)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)):
+        torch.nn.init.normal_(norm.weight, 1, 0.3)
+        torch.nn.init.normal_(norm.bias, 0, 0.3)
+    return model
+
+
+def slabs(*shape, seed=1):
+    return torch.rand([shape[0], 1, *shape[1:]], generator=torch.Generator().manual_seed(seed)) * 100
+
+
+def found(model, x, impl="auto"):
+    """Features, and the gradient of a random combination of them."""
+    x = x.clone().requires_grad_()
+    with implementation(impl):
+        features = model.features(x)
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2)).to(features)
+        (gradient,) = torch.autograd.grad(features, x, weights)
+    return features.detach(), gradient
+
+
+def check(model, x):
+    truth = found(model.double(), x.double(), "ref")
+    model.float()
+    assert fused.applies(model, x)
+    for value, expected in zip(found(model, x), truth, strict=True):
+        assert (value - expected).abs().max() < 3e-6 * expected.abs().max()
+    with torch.no_grad():
+        assert (model.features(x) - truth[0]).abs().max() < 3e-6 * truth[0].abs().max()
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_features_and_gradients(name):
+    arch, shape = NETWORKS[name]
+    check(frozen(arch), slabs(2, *shape))
+
+
+def test_samples_do_not_meet():
+    arch, shape = NETWORKS["whole slabs"]
+    model, x = frozen(arch), slabs(3, *shape)
+    features, gradient = found(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.features(x.flip(0)).flip(0), features, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model.features(x[1:2]), features[1:2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found(model, x.flip(0))[1].shape, gradient.shape)
+
+
+def test_weights_that_change_are_read_again():
+    arch, shape = NETWORKS["small-slice"]
+    model = frozen(arch)
+    check(model, slabs(1, *shape))
+    model.load_state_dict(frozen(arch, seed=3).state_dict())
+    check(model, slabs(1, *shape))
+    check(copy.deepcopy(model), slabs(1, *shape))
+    for convolution in (m for m in model.modules() if isinstance(m, torch.nn.Conv3d)):
+        convolution.to(memory_format=torch.channels_last_3d)
+    check(model, slabs(1, *shape))
+
+
+def test_it_goes_backward_twice_but_has_no_second_derivative():
+    arch, shape = NETWORKS["small"]
+    model, x = frozen(arch), slabs(1, *shape).requires_grad_()
+    score = model.score(x)
+    first, second = (torch.autograd.grad(score, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().max() > 0
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(model.score(x), x, create_graph=True)
+    with implementation("torch"):
+        (gradient,) = torch.autograd.grad(model.score(x), x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), x)[0].abs().max() > 0
+
+
+def learnt(model, x, impl="auto"):
+    """Gradients to the slab and the U-Net's weights of a random combination of features and reconstruction, by name."""
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    with implementation(impl):
+        made = model.reconstruct(x)
+        weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t) for t in made]
+        sum((t * w).sum() for t, w in zip(made, weights, strict=True)).backward()
+    return {"slab": x.grad, **{name: p.grad for name, p in model.Conv3DModule.named_parameters() if p.grad is not None}}
+
+
+def check_weights(model, x):
+    truth = learnt(model.double(), x.double(), "ref")
+    gradients = learnt(model.float(), x)
+    used = (name for name, _ in model.Conv3DModule.named_parameters() if "conv1d_for_recon" not in name)
+    assert gradients.keys() == truth.keys() == {"slab", *used}
+    largest = max(t.abs().max() for t in truth.values())
+    for name, expected in truth.items():  # sums over whole volumes that cancel: plain float32 is as far off there
+        bound = max(1e-5 * expected.abs().max(), 2e-6 * largest if "se_module" in name or "for_recon" in name else 0)
+        assert (gradients[name] - expected).abs().max() <= bound, name
+    return gradients
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_gradients_of_the_weights(name):
+    arch, shape = NETWORKS[name]
+    model, x = frozen(arch).requires_grad_(True), slabs(2, *shape)
+    gradients = check_weights(model, x)
+    again = learnt(model, x)
+    assert all(torch.equal(value, again[key]) for key, value in gradients.items())
+
+
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
+    arch, shape = NETWORKS["small-slice"]
+    model, x = frozen(arch).requires_grad_(True), slabs(1, *shape)
+    whole = learnt(model, x)
+    for name, p in model.Conv3DModule.named_parameters():
+        p.requires_grad_("conv2" in name or "conv1.bias" in name)
+    some = learnt(model, x)
+    assert {name for name in whole if "conv2" in name or "conv1.bias" in name or name == "slab"} == some.keys()
+    for name, value in some.items():  # whether a weight is frozen decides how torch multiplies on some processors
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5 * float(whole[name].abs().max()))
+
+
+def test_training_has_no_second_derivative_and_refuses_weights_that_changed():
+    arch, shape = NETWORKS["small"]
+    model, x = frozen(arch).requires_grad_(True), slabs(1, *shape)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(model.score(x).sum(), list(model.Conv3DModule.encoders.parameters()), create_graph=True)
+    score = model.score(x).sum()
+    with torch.no_grad():
+        model.Conv3DModule.encoders[0].basic_module.conv3.conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        score.backward()
+
+
+def test_volumes_go_with_the_maps():
+    arch, shape = NETWORKS["small"]
+    model, x = frozen(arch).requires_grad_(True), slabs(1, *shape)
+    maps = fused.maps(model, model._patches(x))
+    run = weakref.ref(maps[1].grad_fn.run)
+    assert run() is not None
+    del maps
+    assert run() is None
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small-slice"])
+def test_training_steps_lose_what_the_reference_does(preset):
+    train, val = toy_labels(8), toy_labels(4, 100)
+    data = TrainData(train=train, val=val, store=filled(train, val))
+    options = with_changes(OPTIONS, preset=preset, epochs=2, lr=1e-4, reconstruction=0.01)
+    history = train_reward(data, options).history
+    with implementation("ref"):
+        expected = train_reward(data, options).history
+    for epoch, tolerance in ((0, 1e-5), (1, 1e-4)):  # Adam's first steps are signs of gradients: rounding turns some
+        assert history[epoch]["loss"] == pytest.approx(expected[epoch]["loss"], rel=tolerance, abs=tolerance)
+
+
+def test_other_networks_run_as_they_are():
+    arch, shape = NETWORKS["small"]
+    model, x = frozen(arch), slabs(1, *shape)
+    assert not fused.applies(model.double(), x.double())
+    narrow = frozen(RewardArch(feature_maps=(4, 8), pool_size=64, **HEADS))  # fewer channels than lanes
+    assert not fused.applies(narrow, x)
+    with implementation("ref"):
+        assert not fused.applies(frozen(arch), x)
+    ensemble = RewardEnsemble.of([frozen(arch, s) for s in (0, 1)])
+    with implementation("ref"):
+        plain = ensemble.score(x)
+    torch.testing.assert_close(ensemble.score(x), plain, atol=2e-5, rtol=2e-5)
+
+
+def test_a_flat_slab_gives_a_number():
+    model = frozen(NETWORKS["one group"][0])
+    flat = torch.zeros(1, 1, 8, 9, 10)
+    score, gradient = found(model, flat)
+    assert score.isfinite().all() and gradient.isfinite().all()
+    with implementation("ref"):
+        torch.testing.assert_close(score, model.features(flat), atol=1e-3, rtol=1e-3)
+
+
+def test_group_normalisation_and_its_gradient():
+    norm = torch.nn.GroupNorm(4, 8).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, g = torch.randn(2, 2, 8, 3, 4, 5, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    truth, *weights = torch.autograd.grad(norm(x), [x, norm.weight, norm.bias], g)
+
+    def sums(of):
+        return torch.stack([of.flatten(2).sum(dim=2), (of * x.detach()).flatten(2).sum(dim=2)], dim=2)
+
+    def spread(values):
+        return values[..., None, None, None]
+
+    scale, shift = group_sums.group_affine(norm, sums(x.detach()), 60)
+    torch.testing.assert_close(x * spread(scale) + spread(shift), norm(x), atol=1e-5, rtol=1e-5)
+    f = group_sums.group_gradient(norm, sums(x.detach()), sums(g), 60)
+    torch.testing.assert_close(spread(f[..., 0]) * g + spread(f[..., 1]) * x.detach() + spread(f[..., 2]), truth)
+    for value, expected in zip(group_sums.group_weights(norm, sums(x.detach()), sums(g), 60), weights, strict=True):
+        torch.testing.assert_close(value, expected.float())
+
+
+@pytest.mark.long
+def test_full_size():
+    slab = torch.nn.functional.interpolate(slabs(1, 9, 9, 9), size=(129, 141, 128), mode="trilinear", align_corners=True)
+    model = frozen(PAPER)
+    features, gradient = found(model.double(), slab.double(), "ref")
+    value, near = found(model.float(), slab)
+    assert (value - features).abs().max() < 3e-6 * features.abs().max()
+    # two values that rounding makes the larger in turn hand their gradient to one voxel or the next, in plain float32 as well
+    assert ((near - gradient).abs() > 3e-6 * gradient.abs().max()).double().mean() < 1e-3

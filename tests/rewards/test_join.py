@@ -1,0 +1,138 @@
+"""Reward files joined into one: what is written, what is refused, and that the reward phase takes it as any other."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.rewards.cache import untuned
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
+from tests import tiny_runs
+from tools.join_rewards import main
+
+
+def moved(reward: Reward, seed: int, **provenance) -> Reward:
+    """The same architecture with noise on its weights."""
+    network, random = type(reward.network)(reward.network.arch), torch.Generator().manual_seed(seed)
+    network.load_state_dict({k: v + 0.2 * torch.randn(v.shape, generator=random) for k, v in reward.network.state_dict().items()})
+    return Reward(reward.observation, network.eval().requires_grad_(False), provenance)
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_networks):
+    return load_generator(tiny_networks)
+
+
+@pytest.fixture(scope="module")
+def files(tiny_reward, generator, tmp_path_factory):
+    """Three rewards of the tiny generator that share a start, each with labels of its own, and by name ones that do not fit."""
+    folder, tiny = tmp_path_factory.mktemp("members"), load_reward(tiny_reward)
+    known = {"generator": generator.hash, "psi": 0.7, "temperature": 2.0, "start": "s" * 64}
+    made = {name: moved(tiny, i, labels=name * 64, **known) for i, name in enumerate("abc")}
+    made["elsewhere"] = moved(tiny, 5, **{**known, "generator": "f" * 64})
+    made["other psi"] = moved(tiny, 6, **{**known, "psi": 1.0})
+    made["no start"] = moved(tiny, 7, generator=generator.hash)
+    made["finer"] = Reward(SigmaSlab(SlabSpec(resolution=32)), made["a"].network, known)
+    return {name: one.save(folder / f"{name.replace(' ', '-')}.safetensors") for name, one in made.items()}
+
+
+@pytest.fixture
+def join(files, tiny_networks, tmp_path):
+    """Run the command on named files; nothing may be left behind by one that fails."""
+
+    def go(*names: str, aggregate="softmin", flags=(), network=tiny_networks):
+        out = tmp_path / "joined.safetensors"
+        arguments = [*(files[name] for name in names), f"--out={out}", f"--aggregate={aggregate}", f"--network={network}", *flags]
+        done = CliRunner().invoke(main, [str(a) for a in (*arguments, "--device=cpu", "--batch=64")])
+        assert out.exists() == (done.exit_code == 0 and "-n" not in flags), done.output
+        return done, out
+
+    return go
+
+
+def test_the_file_scores_as_its_members_say(join, files, generator):
+    done, out = join("a", "b", "c", aggregate="min")
+    assert done.exit_code == 0 and "min of 3 members" in done.stdout, done.output
+    joined, alone = load_reward(out), [load_reward(files[name]) for name in "abc"]
+    x = torch.cat(list(untuned(generator.generator, joined.observation, 0.7, 14)))
+    r = torch.stack([one.score_observed(x) for one in alone]).double()
+    offsets, scales = r.mean(dim=1), r.std(dim=1, correction=0)
+    expected = ((r - offsets[:, None]) / scales[:, None]).amin(dim=0) * scales.mean() + offsets.mean()
+    torch.testing.assert_close(joined.score_observed(x).double(), expected, rtol=1e-4, atol=1e-4 * float(scales.mean()))
+    assert joined.labels == {"a" * 64, "b" * 64, "c" * 64} and joined.temperature == 2.0 and joined.provenance["psi"] == 0.7
+    assert joined.provenance["score_mean"] == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert [one.is_member_of(joined) for one in (*alone, load_reward(files["no start"]))] == [True, True, True, False]
+
+
+def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
+    _, out = join("a", "b")
+    nested = load_reward(out).save(tmp_path / "nested.safetensors")
+    done, _ = join("c", aggregate="lcb", flags=[nested, "--strength=2"])
+    assert done.exit_code == 0, done.output
+    network = load_reward(out).network
+    assert isinstance(network, RewardEnsemble) and len(network.members) == 3 and network.aggregate.strength == 2
+
+
+def test_warm_is_one_network(join, files):
+    done, out = join("a", "b", aggregate="warm")
+    assert done.exit_code == 0, done.output
+    joined, (a, b) = load_reward(out), (load_reward(files[name]) for name in "ab")
+    assert joined.members() == [joined]
+    name = "MLP.input_layer.weight"
+    torch.testing.assert_close(joined.network.state_dict()[name], (a.network.state_dict()[name] + b.network.state_dict()[name]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "aggregate", "flags", "text"),
+    [
+        (["a"], "min", [], "two members or more"), (["a", "b", "a"], "min", [], "again"),
+        (["a", "finer"], "min", [], "expected one observation"), (["a", "elsewhere"], "min", [], "expected one generator"),
+        (["a", "other psi"], "min", [], "expected one psi"), (["a", "no start"], "warm", [], "--shared-start"),
+        (["a", "b"], "min", ["--strength=1"], "--strength: expected none"), (["a", "b"], "warm", ["--strength=1"], "--strength"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(join, names, aggregate, flags, text):
+    done, _ = join(*names, aggregate=aggregate, flags=flags)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert done.exit_code == 2 and len(errors) == 1 and text in errors[0] and "Traceback" not in done.output
+
+
+def test_another_generator_is_refused(join, tmp_path):
+    other = tmp_path / "other.safetensors"
+    tiny_runs.networks.save(other, tiny_runs.build_networks(seed=4))
+    done, _ = join("a", "b", network=other)
+    assert done.exit_code == 2 and "--network: expected the generator of the rewards" in done.stderr
+
+
+def test_dry_run_writes_nothing(join):
+    done, _ = join("a", "b", flags=["-n"])
+    described = json.loads(done.stdout)
+    assert done.exit_code == 0 and described["network"]["members"] == 2 and described["network"]["ensemble"]["kind"] == "softmin"
+
+
+@pytest.mark.parametrize("shaping", ["none", "standardised", "reference"])
+def test_the_reward_phase_takes_it(join, tiny_networks, tiny_data, shaping):
+    _, out = join("a", "b", "c", aggregate="lcb")
+    nets, reward = tiny_runs.networks.load(tiny_networks), load_reward(out)
+    nets.G.requires_grad_(True)
+    terms = RewardTerms(nets.G, nets.G_ema, reward, RewardConfig(anchor_resolution=12, reward_shaping=shaping, reward_clip="iqr"))
+    low, high = terms.state.bounds.tolist()
+    assert low < high and terms.initial_scores.isfinite().all()
+    for loss in terms.losses(tiny_runs.batch(tiny_data)):
+        loss.value.mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in nets.G.parameters())
+    assert all(p.grad is None for p in reward.parameters())
+
+
+def test_a_member_may_not_watch(join, files, tiny_networks, tiny_data, tmp_path):
+    _, out = join("a", "b")
+    flags = ["--reward=sigma", f"--reward-ckpt={out}", f"--reward-watch={files['b']}", "--no-summary", "--kimg=0.008"]
+    done = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *flags))
+    assert done.exit_code == 2 and "--reward-watch: expected a reward that does not tune, got a member of --reward-ckpt" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,217 @@
+"""Properties of the reward network and its file format."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.rewards import model as networks_of_slabs
+from eg3d_rlhf.rewards.model import RewardArch, RewardModel
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.pooling import slice_max_feature, slice_windows
+from eg3d_rlhf.rewards.reward import Reward, check_state, load_reward
+
+PRESETS = {name: RewardArch.from_dict(found.network) for name, found in networks_of_slabs.PRESETS.items()}
+SMALL_PRESETS = [name for name in PRESETS if name != "paper"]
+SPEC = SlabSpec(resolution=32, crop=(0.25, 0.25, 0.2, 0.25, 0.3, 0.33))
+SHAPE = SPEC.shape  # odd and even sides
+
+
+@pytest.fixture(params=SMALL_PRESETS)
+def model(request):
+    torch.manual_seed(0)
+    arch = PRESETS[request.param]
+    return RewardModel(replace(arch, slab_shape=SHAPE) if arch.extractor == "strided" else arch).eval()
+
+
+def slabs(n, seed=0):
+    return torch.rand(n, 1, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 100
+
+
+def test_batch_equals_items_one_by_one(model):
+    x = slabs(3)
+    torch.testing.assert_close(model.score(x), torch.cat([model.score(item[None]) for item in x]), rtol=1e-4, atol=1e-5)
+
+
+def test_swapping_a_pair_negates_the_margin(model):
+    a, b = model.embed(slabs(4)), model.embed(slabs(4, 1))
+    torch.testing.assert_close(model.pair_margin(a, b), -model.pair_margin(b, a))
+    torch.testing.assert_close(model.pair_margin(a, a), torch.zeros(4))
+
+
+def test_forward_agrees_with_score_and_reconstructs_at_the_slabs_size(model):
+    x = slabs(2)
+    if model.arch.extractor == "strided":
+        with pytest.raises(ValueError, match="expected a U-Net to reconstruct"):
+            model(x, reconstruct=True)
+        torch.testing.assert_close(model(x).scalar, model.score(x))
+        return
+    out = model(x, reconstruct=True)
+    torch.testing.assert_close(out.scalar, model.score(x))
+    assert out.reconstruction.shape == x.shape and out.log_strength.shape == (2,) and model(x).reconstruction is None
+
+
+def strided():
+    torch.manual_seed(0)
+    return RewardModel(replace(PRESETS["heads"], slab_shape=SHAPE)).eval()
+
+
+def test_strided_score_ignores_handedness_and_positions_matter():
+    model, x = strided(), slabs(3)
+    torch.testing.assert_close(model.score(x), model.score(x.flip(-1)))
+    assert not torch.allclose(model.score(x), model.score(x.flip(-2)))
+
+
+def test_strided_extractor_standardises_by_training_slabs():
+    model, x = strided(), slabs(8)
+    model.extractor.calibrate(x)
+    both = torch.cat([x, x.flip(-1)])[:, 0]
+    torch.testing.assert_close(model.extractor.slab_mean, both.mean(dim=0))
+    torch.testing.assert_close(model.extractor.slab_mean, model.extractor.slab_mean.flip(-1))
+    assert model.extractor.slab_scale.min() > 0
+
+
+def test_strided_extractor_refuses_other_slabs():
+    with pytest.raises(ValueError, match="Use the reward's own SlabSpec"):
+        strided().score(torch.zeros(1, 1, 14, 18, 16))
+
+
+def test_dropout_acts_in_training_only():
+    model, x = strided(), slabs(2)
+    assert torch.equal(model.score(x), model.score(x))
+    model.train()
+    assert not torch.equal(model.score(x), model.score(x))
+
+
+def test_score_gradient_reaches_the_slab(model):
+    x = slabs(2).requires_grad_()
+    (g,) = torch.autograd.grad(model.score(x).sum(), x)
+    assert torch.isfinite(g).all() and g.abs().sum() > 0
+    d = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    m, x64 = model.double(), x.detach().double()
+    (g64,) = torch.autograd.grad(m.score(x64.requires_grad_()).sum(), x64)
+    h = 1e-6
+    numeric = (m.score(x64 + h * d) - m.score(x64 - h * d)).sum() / (2 * h)
+    torch.testing.assert_close((g64 * d).sum(), numeric.detach(), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("depth", "bins"), [(129, 8192), (33, 256), (32, 256), (7, 7), (20, 6)])
+def test_slice_feature_equals_the_adaptive_pool_and_its_gradient(depth, bins):
+    x = torch.randn(2, 4, depth, 5, 6, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, bins, dtype=torch.float64)
+    mine = slice_max_feature(x, bins)
+    (mine * direction).sum().backward()
+    gradient, x.grad = x.grad, None
+    theirs = F.adaptive_max_pool3d(x.max(dim=1).values, (bins, 1, 1)).view(2, bins)
+    (theirs * direction).sum().backward()
+    assert torch.equal(mine, theirs)
+    torch.testing.assert_close(gradient, x.grad)
+
+
+def test_full_size_feature_has_128_straddling_bins():
+    windows = slice_windows(129, 8192)
+    assert windows.shape == (8192, 2) and int((windows[:, 0] != windows[:, 1]).sum()) == 128
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (torch.zeros(2, *SHAPE), r"expected \[N, 1, D, H, W\], got \[2, 13, 18, 16\]"),
+        (torch.zeros(0, 1, *SHAPE), r"got \[0, 1"),
+        (torch.zeros(1, 1, 2, 18, 16), "sides of at least"),
+        ([1], "got list"),
+    ],
+)
+def test_wrong_slabs_are_explained(bad, words):
+    with pytest.raises(ValueError, match=words):
+        RewardModel(PRESETS["small"]).score(bad)
+
+
+def test_bad_architectures_are_explained():
+    with pytest.raises(ValueError, match="pooling: expected one of slice_max, grid"):
+        RewardArch(feature_maps=(8, 16), pooling="mean")
+    with pytest.raises(ValueError, match="unknown fields"):
+        RewardArch.from_dict({"feature_maps": [8, 16], "colour": 1})
+    with pytest.raises(ValueError, match="divisible by 8"):
+        RewardModel(RewardArch(feature_maps=(12, 16), pool_size=16))
+
+
+def test_round_trip_keeps_scores_slab_and_meta(tmp_path, model):
+    known = {"psi": 1.0, "generator": "ab", "test_accuracy": {"n": 3}}
+    loaded = load_reward(Reward(SigmaSlab(SPEC), model, known).save(tmp_path / "r.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(loaded.score_observed(slabs(2)), model.score(slabs(2)))
+    assert (loaded.observation, loaded.provenance) == (SigmaSlab(SPEC), known)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.safetensors"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"])).save(tmp_path / "r.safetensors")
+
+
+def test_truncated_and_foreign_files_are_explained(saved, tmp_path):
+    whole = saved.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"hello"):
+        saved.write_bytes(damaged)
+        with pytest.raises(ValueError, match="r.safetensors.*expected safetensors.*Copy it again"):
+            load_reward(saved)
+    saved.write_bytes(whole)
+    saved.with_suffix(".json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="expected format"):
+        load_reward(saved)
+    saved.with_suffix(".json").write_text('{"form')
+    with pytest.raises(ValueError, match="expected JSON"):
+        load_reward(saved)
+    saved.with_suffix(".json").unlink()
+    with pytest.raises(FileNotFoundError, match="Copy both files together"):
+        load_reward(saved)
+    junk = tmp_path / "x.pt"
+    junk.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="x.pt.*expected a state dict"):
+        load_reward(junk)
+
+
+def test_wrong_entries_are_listed(saved):
+    state = safetensors.torch.load_file(saved)
+    state["extra.weight"] = torch.zeros(1)
+    state["MLP.input_layer.bias"] = torch.zeros(3)
+    del state["Conv3DModule.final_conv.bias"]
+    saved.write_bytes(safetensors.torch.save(state))
+    with pytest.raises(ValueError) as caught:
+        load_reward(saved)
+    text = str(caught.value)
+    assert "1 missing: Conv3DModule.final_conv.bias" in text and "1 unexpected: extra.weight" in text
+    assert "1 misshapen: MLP.input_layer.bias (expected [32], got [3])" in text
+
+
+def test_weights_of_the_old_upsampling_are_refused_with_the_reason():
+    model = RewardModel(PRESETS["tiny"])
+    state = {k.replace("upsample.conv_transposed.weight", "upsample.weight"): v for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="1.8.1 or older.*Use weights trained with 1.8.2 or later"):
+        check_state("load", model, state)
+
+
+def test_published_state_dict_loads_from_pt_with_or_without_wrapper(tmp_path):
+    model = RewardModel()
+    for content in (model.state_dict(), {"state_dict": model.state_dict()}):
+        torch.save(content, tmp_path / "best_model.pt")
+        loaded = load_reward(tmp_path / "best_model.pt")
+        assert torch.equal(loaded.network.MLP.input_layer.weight, model.MLP.input_layer.weight)
+        assert loaded.observation.shape == (1, 129, 141, 128) and loaded.provenance == {}
+
+
+def test_meta_must_be_json(tmp_path):
+    with pytest.raises(ValueError, match="plain JSON values"):
+        Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"]), {"x": torch.zeros(1)}).save(tmp_path / "r.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sidecar_is_readable_json(saved):
+    sidecar = json.loads(saved.with_suffix(".json").read_text())
+    assert RewardArch.from_dict(sidecar["network"]) == PRESETS["tiny"] and sidecar["observation"]["kind"] == "sigma"

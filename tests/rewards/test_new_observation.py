@@ -1,0 +1,122 @@
+"""Another observation in one file: a plugin's depth maps train a reward, which tunes, watches and is resumed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from eg3d_rlhf.core.plugins import VARIABLE
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.rewards import observations
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+from tests import tiny_runs
+from tools import label_synthetic, train_reward
+from training import checkpoint, storage
+
+PLUGIN = Path(__file__).parent / "frontal_depth.py"
+KNOWN = ", ".join([*(kind for kind in observations.OBSERVATIONS if kind != "frontal-depth"), "frontal-depth"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin():
+    """The plugin is named in the environment, and nowhere else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(PLUGIN))
+        yield
+
+
+def succeed(command, *flags) -> str:
+    result = CliRunner().invoke(command, [str(flag) for flag in flags])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory) -> Path:
+    """A reward on depth maps of the bundled generator, trained on synthetic labels for a few steps."""
+    folder = tmp_path_factory.mktemp("depth")
+    succeed(label_synthetic.main, "--pairs=24", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
+    said = succeed(
+        train_reward.main, "--observation=frontal-depth", f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
+        "--fractions", 0.6, 0.2, 0.2,
+    )
+    assert "test pairs ordered as labelled" in said
+    return folder / "run" / "reward.safetensors"
+
+
+def test_one_short_file_brings_it():
+    assert len(PLUGIN.read_text().splitlines()) < 120
+
+
+def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
+    loaded, generator = load_reward(reward), load_generator().generator
+    assert json.loads(reward.with_suffix(".json").read_text())["observation"]["kind"] == "frontal-depth"
+    assert type(loaded.observation) is observations.OBSERVATIONS["frontal-depth"] and loaded.provenance["architecture"] == "eg3d"
+    field = generator.field(ws_of_seeds(generator, [5, 6]).requires_grad_())
+    scores = loaded.score(field)
+    scores.sum().backward()
+    assert scores.shape == (2,) and field.ws.grad.abs().sum() > 0
+    depth = loaded.observation.observe(field).detach()
+    assert depth.shape == (2, *loaded.observation.shape)
+    assert depth[:, :, 8, 8].min() > depth[:, :, 0, 0].abs().max(), "the head's middle is near, a corner empty"
+    check_reward(loaded, generator)
+    elsewhere = Reward(type(loaded.observation)(radius=1.0), loaded.network)
+    with pytest.raises(ValueError, match=r"expected a generator with radius 1.0, got 2.7"):
+        check_reward(elsewhere, generator)
+
+
+@pytest.mark.long
+def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
+    data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
+    flags = [
+        "--reward=frontal-depth", "--lambda-r=1", f"--reward-ckpt={reward}", f"--reward-watch={reward}", f"--data={data}", "--kimg=0.016",
+        "--tick=0.008", "--no-summary", f"--outdir={tmp_path / 'runs'}", "--device=cpu",
+    ]
+    result = tiny_runs.run(*flags)
+    assert result.exit_code == 0, result.output
+    run = tiny_runs.only_run(tmp_path / "runs")
+    assert run.name.endswith("frontal-depth-lambda1") and "Warning" not in result.stderr
+    lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all({"RLHF/reward", "Watch/reward", "Watch/second"} <= line.keys() for line in lines)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed)
+    final = checkpoint.available(resumed)[-1]
+    final.unlink()
+    assert tiny_runs.run(f"--resume={resumed}").exit_code == 0
+    assert (resumed / "stats.jsonl").read_text() == (run / "stats.jsonl").read_text()
+    tiny_runs.assert_same(*(storage.read_tensors(folder / final.name)[0] for folder in (run, resumed)))
+
+
+def test_its_rays_do_not_touch_the_draws_of_others(reward):
+    observation, generator = load_reward(reward).observation, load_generator().generator
+    field = generator.field(ws_of_seeds(generator, [1]))
+    torch.manual_seed(3)
+    before = torch.rand(4)
+    torch.manual_seed(3)
+    assert torch.equal(observation.observe(field), observation.observe(field)) and torch.equal(before, torch.rand(4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--observation=smell"], f"observation: expected one of {KNOWN}, got 'smell'"),
+        (["--observation=frontal-depth", "--preset=heads"], "reward preset: expected one of depth, got 'heads'"),
+        (["--observation=frontal-depth", "--crop", *[0.1] * 6], "--crop: expected nothing for observation frontal-depth"),
+    ],
+)
+def test_what_is_unknown_is_refused_by_name(flags, text, tmp_path):
+    result = CliRunner().invoke(train_reward.main, [*(str(f) for f in flags), f"--out={tmp_path / 'run'}"])
+    assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr
+
+
+def test_train_refuses_another_kind_than_the_file_reads(reward, tmp_path):
+    for flags, text in (
+        (["--reward=smell"], f"--reward: observation: expected one of {KNOWN}, got 'smell'"),
+        (["--reward=frontal-depth"], "--reward-ckpt: expected a reward for --cfg=heads64 --reward=frontal-depth, got nothing"),
+        (["--reward=sigma", f"--reward-ckpt={reward}"], "--reward=sigma: expected a reward that reads this, got one of frontal-depth"),
+    ):
+        result = tiny_runs.run(*flags, f"--outdir={tmp_path}", "--data=synthetic:heads64@n=8", "--device=cpu")
+        assert result.exit_code == 2 and text in result.stderr, result.stderr

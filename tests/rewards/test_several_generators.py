@@ -1,0 +1,111 @@
+"""Labels of several generators in one training: each seed is drawn from its own, no latent stands on two sides, strangers are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.preferences.dataset import SPLITS, numbered, split_by_seed
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
+from eg3d_rlhf.rewards.cache import observe_seeds
+from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.rewards.run import Listener, RewardRun, collect_observations, open_generators, run_reward_training, what_is_read
+from eg3d_rlhf.rewards.train import default_options, with_changes
+from tests import tiny_runs
+from training import networks
+from training.distributed import SINGLE
+
+
+def labels_of(generator: str, count: int, first: int = 0) -> list[Preference]:
+    return [Preference(winner=first + 2 * i, loser=first + 2 * i + 1, generator=generator, psi=1.0) for i in range(count)]
+
+
+def seeds_of(part) -> set[int]:
+    return {seed for label in part for seed in (label.winner, label.loser)}
+
+
+def test_no_latent_stands_on_two_sides_and_every_split_has_its_share_of_every_generator():
+    labels = [*labels_of("a", 100), *labels_of("b", 100, first=100)]  # seeds 100..199 are labelled under both
+    splits = split_by_seed(labels, seed=3)
+    parts = [seeds_of(part) for part in (splits.train, splits.val, splits.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2]) and splits.dropped == 0
+    apart = split_by_seed([*labels_of("a", 100), *labels_of("b", 40, first=1000)], seed=3)
+    for part, share in ((apart.train, 0.7), (apart.val, 0.15), (apart.test, 0.15)):
+        counts = [sum(label.generator == name for label in part) for name in "ab"]
+        assert counts == [pytest.approx(100 * share, abs=1), pytest.approx(40 * share, abs=1)]
+
+
+def test_numbers_stand_for_a_seed_of_a_generator():
+    labels = [*labels_of("a", 20), *labels_of("b", 20)]
+    labels[3] = Preference(winner=6, loser=7, clean=7, generator="a", psi=1.0)
+    splits = split_by_seed(labels)
+    found, shapes = numbered(splits)
+    assert len(shapes) == len(set(shapes)) == 80
+    for part in ("train", "val", "test"):
+        for was, now in zip(getattr(splits, part), getattr(found, part), strict=True):
+            assert shapes[now.winner] == (was.generator, was.winner) and shapes[now.loser] == (was.generator, was.loser)
+            assert now.clean == (now.loser if was.clean == 7 and was.generator == "a" else None)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_networks, tmp_path_factory) -> list[Path]:
+    """Files of two generators."""
+    path = tmp_path_factory.mktemp("second") / "second.safetensors"
+    networks.save(path, tiny_runs.build_networks(seed=1), only_ema=True)
+    return [tiny_networks, path]
+
+
+def run_of(two: list[Path], labels: list[Preference], folder: Path, **more) -> RewardRun:
+    source = LabelSource.of_file(write_labels(folder / "labels.jsonl", labels))
+    options = with_changes(default_options("tiny"), epochs=1)
+    values = {"network": two[0], "more_networks": tuple(two[1:]), "labels": source, "resolution": 24, "train": options, **more}
+    return RewardRun(out=folder / "reward", **values)
+
+
+def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
+    hashes = [load_generator(path).hash for path in two]
+    labels = [*labels_of(hashes[0], 10), *labels_of(hashes[1], 10, first=10)]
+    run = run_of(two, labels, tmp_path, cache=tmp_path / "cache")
+    generators = open_generators(run, labels)
+    splits, shapes = numbered(split_by_seed(labels))
+    observation = what_is_read(run, generators)
+    data = collect_observations(run, splits, dict.fromkeys(SPLITS, ()), shapes, generators, observation, 1.0, Listener(), SINGLE)
+    by_hash = {g.hash: observe_seeds(g.generator, observation) for g in generators}
+    for number, (name, seed) in enumerate(shapes):
+        torch.testing.assert_close(data.store.take([number]), by_hash[name]([seed]).half().float(), rtol=0, atol=0.1)
+    same = [number for number, (_, seed) in enumerate(shapes) if seed == 12]
+    assert len(same) == 2 and not torch.equal(data.store.take(same[:1]), data.store.take(same[1:]))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_training_on_both_and_its_provenance(two, tmp_path):
+    hashes = [load_generator(path).hash for path in two]
+    report = run_reward_training(run_of(two, [*labels_of(hashes[0], 12), *labels_of(hashes[1], 12)], tmp_path))
+    assert sum(report["splits"].values()) == 24 and report["generator"] == hashes[0]
+    known = load_reward(tmp_path / "reward" / "reward.safetensors").provenance
+    assert known["generators"] == hashes and known["generator"] == hashes[0]
+    options = json.loads((tmp_path / "reward" / "training_options.json").read_text())
+    assert set(options["hashes"]) == {"network", "network 2", "labels"} and options["more_networks"] == [str(two[1])]
+
+
+def test_strangers_and_nameless_labels_are_refused(two, tmp_path):
+    first, second = (load_generator(path).hash for path in two)
+    stranger = [*labels_of(first, 12), *labels_of("f" * 64, 12, first=50)]
+    with pytest.raises(ValueError, match=f"generator {first[:12]}..., {second[:12]}..., got 12 labels of ffffffffffff"):
+        run_reward_training(run_of(two, stranger, tmp_path))
+    with pytest.raises(ValueError, match="got 12 labels that name no generator"):
+        run_reward_training(run_of(two, [*labels_of(first, 12), *labels_of(None, 12, first=50)], tmp_path))
+    with pytest.raises(ValueError, match=f"judgements of generator {first[:12]}..., got 12 labels of {second[:12]}"):
+        run_reward_training(run_of(two[:1], [*labels_of(first, 12), *labels_of(second, 12, first=50)], tmp_path))
+    with pytest.raises(ValueError, match="--any-generator: expected one --network"):
+        run_reward_training(run_of(two, labels_of(first, 12), tmp_path, any_generator=True))
+    assert not (tmp_path / "reward").exists()
+
+
+def test_too_few_labels_for_a_split_are_one_line(two, tmp_path):
+    first = load_generator(two[0]).hash
+    with pytest.raises(ValueError, match="expected labels in every split, got none in .* from 2 usable labels") as caught:
+        run_reward_training(run_of(two[:1], labels_of(first, 2), tmp_path))
+    assert "\n" not in str(caught.value) and not (tmp_path / "reward").exists()

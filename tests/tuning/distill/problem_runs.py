@@ -1,0 +1,66 @@
+"""A short loop on the test problem, for tests of what is optimised: the mode's own loop adds files, resume and reports."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance
+from eg3d_rlhf.generators.assets.render import FourViews
+from eg3d_rlhf.generators.assets.voxels import Voxels
+from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.pictures.judges import plausibility
+from eg3d_rlhf.rewards.pictures.noses import noses
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.tuning.distill.schedule import TimeWindow
+from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.target import target_loss
+
+BLACK = torch.zeros(3)
+
+
+class End(NamedTuple):
+    """What became of the assets."""
+
+    asset: Voxels
+    before: torch.Tensor  # [A] noses at the start
+    after: torch.Tensor  # [A]
+    rms: torch.Tensor  # [A] of pictures in 0..1, to the nearest modes
+
+
+def heads(count: int) -> list[str]:
+    """Prompts of mini-Janus, in turn."""
+    texts = [prompt.text for prompt in problem.PROMPTS if prompt.kind == "janus"]
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def sds(prior: DiffusionPrior, seed: int, scale: float = 1.0) -> Sds:
+    settings = SdsSettings(prior=DenoiserSettings(guidance_scale=scale))
+    return Sds(prior, settings, views=problem.SIDES, streams=Streams(seed=seed))
+
+
+def optimise(
+    prompts: Sequence[str], seed: int, guidance: Callable[[DiffusionPrior, int], Guidance] = sds, steps: int = 240, rate: float = 0.05,
+    geometry: GeometryReward | None = None, weight: float = 0.3, every: int = 5, p: float = problem.FACE_PROBABILITY,
+) -> End:
+    """Adam on voxels, one time per asset; all draws from the seed."""
+    prior, streams, renderer = problem.prior(), Streams(seed=seed), FourViews()
+    asset = problem.start(prompts, [streams.generator(f"start/{i}", 0) for i in range(len(prompts))], p)
+    before, views = noses(asset), renderer.draw(len(asset), torch.Generator())
+    method = guidance(prior, seed)
+    pull = GeometrySettings(geometry_weight=weight, geometry_every=every)
+    shape = None if geometry is None else ProgressiveGeometry(geometry, pull, steps)
+    texts, parameters = [text for text in prompts for _ in range(problem.SIDES)], list(asset.parameters())
+    optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), eps=1e-15)
+    for step in range(steps):
+        x = prior.encode(renderer.render(asset, views, BLACK).images)
+        t = TimeWindow().draw(step, len(asset), problem.SIDES, streams.generator("time", step))
+        found = method(x.detach(), t, texts, views.cameras[:, :16], step)
+        optimiser.zero_grad()
+        target_loss(x, found.grad).backward()
+        if shape is not None:
+            shape.add(asset, parameters, prompts, step)
+        optimiser.step()
+    return End(asset, before, noses(asset), -plausibility(asset)(prompts))

@@ -1,0 +1,98 @@
+"""RewardCS as a network and a file: missing patches, order, prompts, gradients, damage."""
+
+import json
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.interfaces import MeshReward, Patches
+from eg3d_rlhf.rewards.meshes.encoder import EncoderOptions, MeshEncoder, load_meshmae
+from eg3d_rlhf.rewards.meshes.meshing.patches import PatchOptions
+from eg3d_rlhf.rewards.meshes.model import RewardCS, load_mesh_reward
+from eg3d_rlhf.rewards.meshes.prompts import PromptTokens
+
+PROMPTS = ("a red head", "a box")
+
+
+@pytest.fixture(scope="module")
+def reward():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = RewardCS(PatchOptions(patches=6, faces=4), EncoderOptions(faces=4, width=16, depth=2, heads=2), PROMPTS, 12, {"seed": 0})
+    return made.eval()
+
+
+def patches(meshes=3, count=6, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    features, centres = torch.randn(meshes, count, 4, 10, generator=draw), torch.rand(meshes, count, 4, 3, generator=draw)
+    mask = torch.ones(meshes, count, dtype=torch.bool)
+    mask[-1, 4:] = False
+    return Patches(features, centres, mask)
+
+
+def test_it_is_a_mesh_reward_and_order_and_padding_do_not_matter(reward):
+    assert isinstance(reward, MeshReward)
+    one, prompts = patches(), ["a red head", "a box", "a box"]
+    known = reward.score(one, prompts)
+    assert known.shape == (3,)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    torch.testing.assert_close(reward.score(Patches(*(part[:, order] for part in one)), prompts), known)
+    noise = torch.where(one.mask[..., None, None], one.features, 7.0)
+    torch.testing.assert_close(reward.score(one._replace(features=noise), prompts), known)
+    alone = reward.score(Patches(*(part[2:, :4] for part in one)), prompts[2:])
+    torch.testing.assert_close(alone, known[2:])
+
+
+def test_prompts_count(reward):
+    one = patches(1)
+    scores = [float(reward.score(one, [text]).detach()) for text in (*PROMPTS, "a blue head", "", "A box")]
+    assert len(set(scores)) == 5  # "A box" has the words of a known prompt, and not its row
+    tokens, mask = reward.text(["a box", ""])
+    assert tokens.shape == (2, 3, 16) and mask.tolist() == [[True] * 3, [True, False, False]]
+    forgotten = reward.text(["a box", ""], torch.tensor([True, False]))[0]
+    assert torch.equal(forgotten[0, 0], tokens[1, 0]) and torch.equal(forgotten[0, 1:], tokens[0, 1:])
+    assert torch.equal(PromptTokens((), 4)([""])[1], torch.ones(1, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="each of 1 meshes, got 2"):
+        reward.score(one, ["a", "b"])
+    with pytest.raises(ValueError, match=r"expected \[A, P, 4, 10\], got \[1, 6, 3, 10\]"):
+        reward.score(one._replace(features=one.features[:, :, :3]), ["a"])
+
+
+def test_gradients_reach_features_and_centres_of_patches_that_are_there(reward):
+    one = patches()
+    features, centres = one.features.clone().requires_grad_(True), one.centres.clone().requires_grad_(True)
+    reward.score(Patches(features, centres, one.mask), ["a"] * 3).sum().backward()
+    for grad in (features.grad, centres.grad):
+        assert float(grad[:2].abs().sum()) > 0 and float(grad[2, 4:].abs().sum()) == 0 and bool(grad.isfinite().all())
+
+
+def test_an_empty_mesh_has_a_finite_score(reward):
+    nothing = Patches(torch.zeros(2, 6, 4, 10, requires_grad=True), torch.zeros(2, 6, 4, 3), torch.zeros(2, 6, dtype=torch.bool))
+    found = reward.score(nothing, ["a", "b"])
+    found.sum().backward()
+    assert bool(found.isfinite().all()) and bool(nothing.features.grad.isfinite().all())
+
+
+def test_files_keep_everything(reward, tmp_path):
+    path = tmp_path / "reward.safetensors"
+    reward.calibrate(patches())
+    reward.save(path)
+    again = load_mesh_reward(path)
+    torch.testing.assert_close(again.score(patches(), ["a box"] * 3), reward.score(patches(), ["a box"] * 3))
+    assert again.patches == reward.patches and again.resolution == 12 and again.provenance == {"seed": 0} and not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    assert json.loads(path.with_suffix(".json").read_text())["prompts"] == list(PROMPTS)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"reward\.safetensors: expected a mesh-reward file"):
+        load_mesh_reward(path)
+    with pytest.raises(ValueError, match="ending in .safetensors"):
+        reward.save(tmp_path / "reward.pt")
+
+
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="width that the heads divide"):
+        EncoderOptions(width=10, heads=4)
+    with pytest.raises(ValueError, match="patches of 64 faces, got 16"):
+        RewardCS(PatchOptions(), EncoderOptions(faces=16))
+    with pytest.raises(ValueError, match="MeshMAE's trunk of .*Missing key"):
+        load_meshmae(MeshEncoder(EncoderOptions(width=8, heads=2, depth=1)), {"cls_token": torch.zeros(1)})

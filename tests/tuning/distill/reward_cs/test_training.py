@@ -1,0 +1,275 @@
+"""Data and training of RewardCS: the split rule exactly, controls, what a resumed training gives; C3 in the long lane."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import train_mesh_reward
+from click.testing import CliRunner
+
+from eg3d_rlhf.geometry.mesh import count_edges, parts
+from eg3d_rlhf.rewards.meshes import dataset, run
+from eg3d_rlhf.rewards.meshes.dataset import area_only, dealt, drawn, load_mesh, severity_of, shuffled, turned
+from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
+from eg3d_rlhf.rewards.meshes.meshing.patches import PatchOptions, patches_of
+from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, marching_tetrahedra, signed_volume
+from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
+from eg3d_rlhf.rewards.meshes.run import run_table
+from eg3d_rlhf.rewards.meshes.shapes import KINDS, SOURCES
+from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining
+
+TINY = {"shapes": 80, "resolution": 8, "patches": 8, "faces": 8, "width": 16, "depth": 1, "heads": 2, "steps": 60, "batch": 8}
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    return MeshRewardTraining(**TINY).meshes()
+
+
+def test_scores_follow_the_severity_and_the_split_rule_is_exact(meshes):
+    for label in meshes.labels:
+        assert label.preferred is (True if label.score >= 4.0 else False if label.score <= 3.5 else None)
+        assert label.target == label.score / 5
+    between = [label for label in meshes.labels if label.preferred is None]
+    assert len(between) == 4 and all(3.5 < label.score < 4.0 for label in between)
+    learnt, held = meshes.split(0.25)
+    used = {label.seed for label in (*learnt, *held)}
+    assert not {label.seed for label in learnt} & {label.seed for label in held}
+    assert used == {label.seed for label in meshes.labels} - {label.seed for label in between}
+    severities = [severity_of(i, u) for i in range(40) for u in (0.0, 0.999)]
+    assert min(severities) == 0 and max(severities) > 0.99
+
+
+def test_shapes_depend_on_their_number_and_the_seed_alone(meshes):
+    options = PatchOptions(patches=8, faces=8)
+    again, other = (drawn("heads", 3, options, 8, seed) for seed in (0, 1))
+    assert torch.equal(again.patches.features, meshes.patches.features[:3]) and again.prompts == meshes.prompts[:3]
+    assert not torch.equal(other.patches.features, again.patches.features)
+    with pytest.raises(ValueError, match="--source: expected one of heads, janus"):
+        drawn("chairs", 3, options, 8)
+
+
+@pytest.mark.parametrize("source", list(SOURCES))
+def test_every_defect_is_there_and_every_mesh_is_closed(source):
+    lattice = cube(20)
+    for kind in KINDS[source]:
+        made = []
+        for severity in (0.0, 1.0):
+            level = SOURCES[source](lattice, kind, severity, torch.Generator().manual_seed(7))[0]
+            mesh = marching_tetrahedra(closed_level(level, lattice), lattice)
+            assert count_edges(mesh.faces.numpy()).watertight and float(signed_volume(mesh)) > 0
+            made.append(mesh)
+        good, bad = made
+        changes = {
+            "noise": len(bad.faces) > len(good.faces), "holes": signed_volume(bad) < 0.98 * signed_volume(good),
+            "floaters": parts(bad.faces.numpy(), len(bad.vertices))[0] > 1, "second-nose": signed_volume(bad) > signed_volume(good),
+            "no-nose": signed_volume(bad) < signed_volume(good),
+        }  # fmt: skip
+        assert bool(changes[kind]), kind
+        assert parts(good.faces.numpy(), len(good.vertices))[0] == 1
+
+
+def test_a_second_nose_stands_at_the_back():
+    lattice = cube(24)
+    for seed in range(4):
+        reach = []
+        for severity in (0.0, 1.0):
+            level = SOURCES["heads"](lattice, "second-nose", severity, torch.Generator().manual_seed(seed))[0]
+            vertices = marching_tetrahedra(level, lattice).vertices
+            ends = torch.stack([vertices.amax(0), -vertices.amin(0)])[:, [0, 2]]  # how far it reaches along +-x and +-z
+            reach.append(ends)
+        front = int(reach[0].flatten().argmax())
+        back = (front + 2) % 4  # [+x, +z, -x, -z]
+        grown = (reach[1] - reach[0]).flatten()
+        assert float(grown[back]) > 0.05 and float(grown[[i for i in range(4) if i != back]].abs().max()) < 0.02
+
+
+def test_turned_meshes_are_those_of_turned_surfaces():
+    lattice, options = cube(8), PatchOptions(patches=6, faces=8)
+    level = SOURCES["heads"](lattice, "noise", 0.5, torch.Generator().manual_seed(1))[0]
+    mesh = marching_tetrahedra(level, lattice)
+    plan = options.plan(mesh)
+    known = options.features(mesh.vertices, plan)
+    for quarters in range(4):
+        angle = quarters * np.pi / 2
+        turn = torch.tensor([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]).round().float()
+        for mirrored in (False, True):
+            vertices = mesh.vertices @ turn.T * torch.tensor([-1.0 if mirrored else 1.0, 1, 1])
+            faces = plan._replace(faces=plan.faces.flip(1)) if mirrored else plan
+            wanted = options.features(vertices, faces)
+            found = turned(known, torch.tensor([quarters]), torch.tensor([mirrored]))
+            torch.testing.assert_close(found.features, wanted.features, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found.centres, wanted.centres, rtol=1e-4, atol=1e-4)
+
+
+def test_dealt_patches_keep_their_faces_and_controls_what_they_say(meshes):
+    patches, _ = meshes.of(meshes.labels[:4])
+    found = dealt(patches, torch.Generator().manual_seed(0))
+    assert not torch.equal(found.features, patches.features)
+    torch.testing.assert_close(found.features.sum(2), patches.features.sum(2), rtol=1e-4, atol=1e-4)
+    order = torch.cdist(found.features[0, 0], patches.features[0, 0]).argmin(1)
+    assert torch.equal(found.centres[0, 0], patches.centres[0, 0][order])
+    bare = area_only(patches)
+    assert torch.equal(bare.features[..., 0], patches.features[..., 0]) and float(bare.features[..., 1:].abs().max()) == 0
+    assert float(bare.centres.abs().max()) == 0
+    dealt_labels = shuffled(meshes.labels, 0)
+    assert [one.seed for one in dealt_labels] == [one.seed for one in meshes.labels]
+    assert sorted(one.score for one in dealt_labels) == sorted(one.score for one in meshes.labels)
+    assert [one.score for one in dealt_labels] != [one.score for one in meshes.labels]
+
+
+def test_training_can_be_cut_off_anywhere_and_goes_on_to_the_same_reward(meshes):
+    options = MeshRewardTraining(**TINY)
+    straight = MeshTraining(options, meshes)
+    straight.run(12)
+    first = MeshTraining(options, meshes)
+    first.run(7)
+    tensors, meta = first.state()
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    second = MeshTraining(options, meshes)
+    second.load(tensors, json.loads(json.dumps(meta)))
+    second.run(12)
+    assert second.bandwidth == straight.bandwidth
+    for name, value in straight.reward.state_dict().items():
+        assert torch.equal(value, second.reward.state_dict()[name]), name
+    repeated = MeshTraining(options, meshes)
+    repeated.run(12)
+    assert all(torch.equal(a, b) for a, b in zip(straight.reward.state_dict().values(), repeated.reward.state_dict().values(), strict=True))
+
+
+def test_without_the_term_the_bandwidth_has_no_say(meshes):
+    made = []
+    for start in (None, 5.0):
+        training = MeshTraining(MeshRewardTraining(**TINY, divergence=0.0), meshes)
+        training.bandwidth = start
+        training.run(3)
+        made.append(training.reward.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(made[0].values(), made[1].values(), strict=True))
+
+
+def test_the_kernel_keeps_its_floor(meshes):
+    for floor in (0.7, 3.0):
+        training = MeshTraining(MeshRewardTraining(**TINY, bandwidth=floor), meshes)
+        training.run(5)
+        assert training.bandwidth >= floor and (floor < 3 or training.bandwidth == pytest.approx(3.0))
+
+
+def command(*flags):
+    return CliRunner().invoke(train_mesh_reward.main, [*(f"--{name}={value}" for name, value in TINY.items()), *map(str, flags)])
+
+
+def test_the_tool_writes_a_reward_resumes_and_refuses(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    done = command(f"--out={out}")
+    assert done.exit_code == 0, done.output
+    reward, report = load_mesh_reward(out / run.REWARD), json.loads((out / run.REPORT).read_text())
+    assert report["held_out"]["n"] == [10, 9] and reward.provenance["training"]["shapes"] == 80
+    assert reward.resolution == 8 and "a round head" in reward.text.prompts
+    again = command(f"--out={out}")
+    assert again.exit_code == 2 and "--out: expected a new folder" in again.stderr
+    before = (out / run.REWARD).read_bytes()
+
+    whole, cut = MeshTraining.run, tmp_path / "cut"
+
+    def stops(self, until):
+        if self.done:
+            raise KeyboardInterrupt
+        return whole(self, until)
+
+    monkeypatch.setattr(MeshTraining, "run", stops)
+    command(f"--out={cut}")
+    monkeypatch.setattr(MeshTraining, "run", whole)
+    assert not (cut / run.REWARD).exists() and list(cut.glob("checkpoint-*.safetensors"))
+    other = command(f"--out={cut}", "--resume", "--lr=0.1")
+    assert other.exit_code == 2 and "lr 0.1 instead of 0.001" in other.stderr
+    resumed = command(f"--out={cut}", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert (cut / run.REWARD).read_bytes() == before and (cut / "stats.jsonl").read_bytes() == (out / "stats.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--table=2", "--shuffled"], "--table: expected neither"), (["--batch=7"], "--batch: expected an even number, got 7"),
+    (["--batch=400"], "--batch: expected at most as many"), (["--width=11"], "width that the heads divide"),
+    (["--resume"], "--resume: expected a run in --out"), (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
+    (["--place=box"], "Add --no-turns"), (["--patchifier=maps", "--faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tmp_path, flags, words):
+    found = command(f"--out={tmp_path / 'run'}", *flags)
+    assert found.exit_code == 2 and words in found.stderr and "Traceback" not in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_meshes_of_files(tmp_path):
+    import trimesh
+
+    rows = []
+    for i in range(12):
+        body = trimesh.creation.box((1, 1, 1 + i)) if i % 2 else trimesh.creation.icosphere(2, 0.3 + 0.1 * i)
+        if i == 3:
+            body.invert()
+        body.export(tmp_path / f"{i}.{('ply', 'obj', 'glb')[i % 3]}")
+        verdict = {"label": 0} if i % 2 else {"score": 4.5}
+        rows.append({"mesh": f"{i}.{('ply', 'obj', 'glb')[i % 3]}", "prompt": "a ball", **verdict})
+    path = tmp_path / "meshes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert float(signed_volume(load_mesh(tmp_path / "3.ply"))) == pytest.approx(4.0, rel=1e-4)
+    options = PatchOptions(patches=8, faces=4)
+    found = dataset.read(path, options)
+    assert [label.preferred for label in found.labels] == [i % 2 == 0 for i in range(12)] and set(found.prompts) == {"a ball"}
+    alone = patches_of([load_mesh(tmp_path / "4.obj")], options)
+    torch.testing.assert_close(found.patches.features[4:5], alone.features)
+    done = command(f"--out={tmp_path / 'run'}", f"--data={path}", "--held-out=0.4", "--batch=4", "--steps=3")
+    assert done.exit_code == 0 and "held-out AUC" in done.output, done.output
+    for bad, words in (({"mesh": "none.ply", "score": 4}, "got nothing at"), ({"mesh": "0.ply", "score": 9}, "score from 0 to 5, got 9"),
+                       ({"mesh": "0.ply"}, "got neither"), ({"mesh": "meshes.jsonl", "score": 1}, "that trimesh reads"),
+                       ({"mesh": "0.ply", "score": "good"}, "got 'good'")):  # fmt: skip
+        path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(ValueError, match="line 2") as error:
+            dataset.read(path, options)
+        assert words in str(error.value)
+        path.write_text(json.dumps(rows[0]) + "\n")
+
+
+def test_the_table_keeps_what_is_done(tmp_path):
+    said: list[str] = []
+    options = MeshRewardTraining(**{**TINY, "steps": 3})
+    first = run_table(options, tmp_path, 1, say=said.append)
+    assert len(said) == 4 and set(first["summary"]) == set(run.ARMS)
+    run_table(options, tmp_path, 2, say=said.append)
+    assert len(said) == 8
+    with pytest.raises(ValueError, match="other|another"):
+        run_table(MeshRewardTraining(**{**TINY, "steps": 4}), tmp_path, 1)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    options = MeshRewardTraining(shapes=840, resolution=16, patches=32, faces=16, width=48, depth=2, steps=300, lr=3e-3)
+    return run_table(options, tmp_path_factory.mktemp("table"), 5)["summary"]
+
+
+@pytest.mark.long
+class TestC3:
+    """Generated meshes, 400 + 400 unpaired, five seeds; docs/distill.md has the table."""
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+    def test_held_out_meshes_are_told_apart(self, table):
+        assert table["lambda 0"]["auc"] >= 0.9
+
+    def test_and_with_the_divergence_too(self, table):
+        assert table["lambda 1"]["auc"] >= 0.9
+
+    def test_the_term_drives_the_kinds_apart(self, table):
+        assert table["lambda 1"]["divergence_fixed"] >= 2 * table["lambda 0"]["divergence_fixed"]
+
+    def test_shuffled_labels_teach_nothing(self, table):
+        assert abs(table["shuffled"]["auc"] - 0.5) <= 0.1
+
+    def test_areas_alone_do_not_see_a_second_nose(self, table):
+        assert table["area only"]["auc_by_kind"]["second-nose"] < 0.65 < 0.9 <= table["lambda 0"]["auc_by_kind"]["second-nose"]

@@ -1,0 +1,121 @@
+"""Rewards in closed form: what they rank first, their gradients, and the controls that must not rank anything."""
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.interfaces import RewardModel
+from eg3d_rlhf.generators.assets.voxels import Voxels
+from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.pictures.analytic import (
+    Colour,
+    Floaters,
+    Inverted,
+    MeanPixel,
+    ModeDistance,
+    OneFace,
+    OneNose,
+    Random,
+    Symmetry,
+    Volume,
+    euler_characteristic,
+    nearer_first,
+    occupancy,
+)  # fmt: skip
+from tests.tuning.distill.test_problem import BOX, FACES, HEAD, pictures
+
+TEXTS, VIEWS = [HEAD.text] * 5, [HEAD.text] * 20
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return pictures(problem.build(HEAD, FACES))
+
+
+def test_all_are_reward_models(seen):
+    for reward in (ModeDistance(), OneFace(), Colour((1.0, 0.0, 0.0)), Symmetry(), MeanPixel(), Random(), Inverted(OneFace())):
+        scores = reward.score(seen, VIEWS)
+        assert isinstance(reward, RewardModel) and scores.shape == (20,) and scores.isfinite().all()
+
+
+def test_mode_distance_likes_faces_everywhere_and_one_face_does_not(seen):
+    each = ModeDistance().score(seen, VIEWS).unflatten(0, (5, 4))
+    assert torch.allclose(each, FACES * 2 - 1, atol=0.02) and each.mean(dim=1).argmax() == 4
+    together = OneFace().score(seen, VIEWS).unflatten(0, (5, 4))
+    assert torch.equal(together, together[:, :1].expand(-1, 4))
+    assert together[:, 0].argsort(descending=True)[:3].tolist() in ([1, 0, 2], [1, 2, 0]) and together[:, 0].argmin() == 4
+    assert torch.equal(Inverted(OneFace()).score(seen, VIEWS), -OneFace().score(seen, VIEWS))
+    boxes = pictures(problem.build(BOX, FACES))
+    preferred = OneFace().score(boxes, [BOX.text] * 20)[::4]
+    assert torch.allclose(preferred, FACES.mean(dim=1) * 2 - 1, atol=0.02)
+
+
+def test_they_read_rgb_alone_too_and_refuse_other_sizes(seen):
+    assert torch.equal(nearer_first(seen[:, :3], VIEWS) > 0, nearer_first(seen, VIEWS) > 0)
+    with pytest.raises(ValueError, match="--reward: expected the test problem's pictures of"):
+        nearer_first(seen[:, :, :8], VIEWS)
+
+
+def test_small_rewards_in_closed_form():
+    red = torch.zeros(2, 3, 4, 4)
+    red[0, 0] = 1
+    assert Colour((1.0, 0.0, 0.0)).score(red, []).tolist() == pytest.approx([0, -(1 / 3) ** 0.5], abs=1e-5)
+    assert MeanPixel().score(red, []).tolist() == pytest.approx([1 / 3, 0])
+    lopsided = torch.zeros(1, 3, 2, 2)
+    lopsided[..., 0] = 1
+    assert float(Symmetry().score(lopsided, [])) == -1 and float(Symmetry().score(red[:1], [])) == 0
+
+
+def test_random_is_a_function_of_the_picture_that_ranks_nothing():
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2000, 3, 4, 4, generator=rng)
+    scores = Random(seed=1).score(pixels, [])
+    assert torch.equal(scores, Random(seed=1).score(pixels, [])) and not torch.equal(scores, Random(seed=2).score(pixels, []))
+    assert scores.min() >= 0 and scores.max() < 1 and float(scores.mean()) == pytest.approx(0.5, abs=0.03)
+    assert abs(float(torch.corrcoef(torch.stack([scores, pixels.mean(dim=(1, 2, 3))]))[0, 1])) < 0.07
+    assert torch.equal(Random(views=4).score(pixels, []).unflatten(0, (-1, 4)).std(dim=1), torch.zeros(500))
+
+
+def test_one_nose_counts_all_but_the_largest():
+    heads = problem.build(HEAD, FACES)
+    scores = OneNose()(heads, TEXTS, 0)
+    full = float(occupancy(heads)[4, problem.nose_voxels(16, 0)].mean())
+    assert torch.allclose(scores, -torch.tensor([0.0, 0, 1, 2, 3]) * full, atol=1e-4)
+    assert torch.equal(OneNose()(heads, [BOX.text] * 5, 0), torch.zeros(5))
+
+
+def test_volume_and_floaters():
+    cube = Voxels(2, 16).requires_grad_(False)
+    cube.shape.fill_(-2.0)
+    cube.shape[:, 4:12, 4:12, 4:12] = 20.0
+    volume = 8**3 / 16**3
+    assert torch.allclose(Volume(volume)(cube, [], 0), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(Volume(2 * volume)(cube, [], 0), torch.full((2,), -0.25), atol=1e-3)
+    assert torch.allclose(Floaters()(cube, [], 0), torch.zeros(2), atol=1e-6)
+    cube.shape[1, 14, 14, 13:15] = 20.0
+    assert Floaters()(cube, [], 0).tolist() == pytest.approx([0, -2 / (8**3 + 2)], abs=1e-5)
+
+
+def test_euler_characteristic_of_known_solids():
+    solid = torch.zeros(4, 9, 9, 9, dtype=torch.bool)
+    solid[:, 2:7, 2:7, 2:7] = True
+    solid[1, :, 4, 4] = False  # a handle
+    solid[2, 4, 4, 4] = False  # a cavity
+    solid[3, 0, 0, 0] = True  # a second part
+    assert euler_characteristic(solid).tolist() == [1, 0, 2, 2]
+
+
+@pytest.mark.parametrize("reward", [OneNose(), Volume(0.3), Floaters()], ids=["noses", "volume", "floaters"])
+def test_gradients_are_finite_differences(reward):
+    heads = problem.start([HEAD.text], [torch.Generator().manual_seed(3)]).double()
+    with torch.no_grad():
+        heads.shape[0, 15, 15, 15] = 1.0  # a floater
+    (gradient,) = torch.autograd.grad(reward(heads, [HEAD.text], 0).sum(), [heads.shape])
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def at(step: float) -> float:
+        moved = heads.pick([0]).requires_grad_(False)
+        moved.shape += step * direction
+        return float(reward(moved, [HEAD.text], 0))
+
+    assert float((gradient * direction).sum()) == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-4, abs=1e-8)
+    assert float(gradient.abs().sum()) > 0

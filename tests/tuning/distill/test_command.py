@@ -1,0 +1,144 @@
+"""`train.py --mode=distill` from the outside: a comparison with all its files, the same bytes again, and one line for mistakes."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.modes.distill import distill
+from eg3d_rlhf.modes.distill_flags import arms_of, read_prompts
+
+FLAGS = """
+--allow-mixed-predictor --amp --assets --back --balance --batch --best --best-weight --ceiling --checkpoint-ticks --compare --decoder-lr
+--desc --device --dry-run --eta --explore-end --explore-scale --explore-steps --form --front --gap-beta --gap-weight --geometry-every
+--geometry-reward --geometry-start --geometry-weight --geometry-weight-from --grad-clamp --guidance-scale --image-loss --judge
+--judge-from --judge-mode --judge-share --judge-weight --lose-guidance-scale --lr --lr-end --method --mode --negative-ball
+--negative-beta --negative-every --negative-from --negative-prompt --negative-rate --negative-update --noises --opacity --outdir
+--overhead --pair-level --perp-neg --planes --predictor --preset --prior --prompt --rank-predictor --rescale --resolution --resume
+--reward --reward-from --reward-only-from --reward-weight --samples --seed --shared-time --show --sparsity --standardise --starts --steps
+--strategy --subtract-noise --t-max --t-min --tau --tau-mode --temperature --through --tick --timeout --until --view-prompts --views
+--weighting --workers --worst --worst-weight --x0-until -n
+""".split()
+PROMPT = "a white head with a red nose"
+SHORT = ("--steps=4", "--tick=2", "--checkpoint-ticks=1", "--workers=1", "--show=1")
+
+
+def run(*flags):
+    return CliRunner().invoke(train.main, ["--mode=distill", *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Folder of a short comparison: two prompts, two batches."""
+    out = tmp_path_factory.mktemp("runs")
+    prompts = out / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\n\na grey box, each side with a red disc rather than a blue disc\n")
+    result = run(*SHORT, "--compare=dreamdpo", "--batch=1", f"--prompt={prompts}", f"--outdir={out}")
+    assert result.exit_code == 0, result.output
+    return out / "00000-distill-bundled-compare", result.output
+
+
+def test_a_comparison_writes_table_page_and_assets(compared):
+    folder, said = compared
+    table = json.loads((folder / "compare.json").read_text())
+    assert set(table["arms"]) == {"sds", "dreamdpo", "dreamdpo-inverted", "dreamdpo-random"}
+    for one in table["arms"].values():
+        assert one["n"] == 2 and one["ci95"][0] <= one["win_rate"] <= one["ci95"][1]
+    assert table["arms"]["sds"]["win_rate"] == 0.5 and "| dreamdpo |" in said
+    judgements = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
+    assert len(judgements) == 6 * 2 and {j["winner"] for j in judgements} <= {"a", "b", "tie"}
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    assert [(x["arm"], x["batch"], x["step"]) for x in lines[:4]] == [("sds", 0, 2), ("sds", 0, 4), ("dreamdpo", 0, 2), ("dreamdpo", 0, 4)]
+    assert {"first_wins", "gap_50", "one_sided", "cosine", "preference_norm", "sds_norm", "log_prob", "opacity"} <= lines[2].keys()
+    page = (folder / "report" / "index.html").read_text()
+    assert "data:video/mp4" in page and 'src="http' not in page and 'href="http' not in page
+    for name in ("grid.png", "turntable.mp4", "assets-dreamdpo.safetensors", "meshes/sds/000.glb", "meshes/sds/000.ply"):
+        assert (folder / name).stat().st_size > 0, name
+
+
+def test_the_learned_prior_takes_the_exact_one_s_place(tmp_path):
+    result = run(*SHORT, "--prior=bundled-unet", "--method=dreamdpo", f"--prompt={PROMPT}", f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "00000-distill-bundled-unet-dreamdpo"
+    assert set(json.loads((folder / "training_options.json").read_text())["hashes"]) == {"prior"}
+    assert "log_prob" in json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])  # of the exact one
+    table = json.loads(run("-n", "--prior=bundled-unet").stdout)
+    assert table["arms"] == json.loads(run("-n").stdout)["arms"] and len(table["prompts"]) == 22
+
+
+@pytest.mark.long
+def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared, tmp_path):
+    folder, _ = compared
+    before = (folder / "stats.jsonl").read_bytes()
+    again = run(*SHORT, "--compare=dreamdpo", "--batch=1", f"--prompt={folder.parent / 'prompts.txt'}", f"--outdir={tmp_path}")
+    assert again.exit_code == 0, again.output
+    other = tmp_path / folder.name
+    for name in ("stats.jsonl", "compare.json", "judgements.jsonl", "assets-dreamdpo.safetensors", "assets-sds.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    assert run(f"--resume={folder}").exit_code == 0 and (folder / "stats.jsonl").read_bytes() == before
+
+
+def test_the_flags_are_frozen():
+    assert sorted(name for p in distill.params for name in p.opts + p.secondary_opts) == FLAGS
+
+
+def test_dry_run_resolves_and_writes_nothing(tmp_path):
+    result = run("-n", f"--outdir={tmp_path / 'runs'}")
+    settings = json.loads(result.stdout)
+    assert settings["arms"][:2] == ["sds", "dreamdpo"] and settings["arms"][-2:] == ["dreamdpo-inverted", "dreamdpo-random"]
+    assert len(settings["prompts"]) * settings["scene"]["assets"] == 110 and settings["methods"]["dreamdpo"]["tau_mode"] == "quantile"
+    assert not (tmp_path / "runs").exists()
+    preset = json.loads(run("-n", "--preset=dreamdpo-released").stdout)
+    assert preset["arms"] == ["dreamdpo"] and preset["methods"]["dreamdpo"]["subtract_noise"] is False
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--method=sds", "--reward=one-face"], "--reward: belongs to a method with a reward"),
+    (["--method=dreamdpo", "--samples=2"], "--samples: belongs to --method=sds"),
+    (["--views=4"], "--views: belongs to a --prior from files"),
+    (["--geometry-weight=1"], "--geometry-weight: belongs to a --geometry-reward"),
+    (["--compare=sds,foo"], "--compare: expected arms such as"),
+    (["--compare=sds-random"], "--compare: expected arms such as"),
+    (["--method=sds", "--compare=sds,dreamdpo"], "got both"),
+    (["--prompt=a cube"], "--prompt: expected one of the test problem's"),
+    (["--prompt= "], "--prompt: expected a text"),
+    (["--prior=nowhere", "--prompt=x"], "--prior: expected a local file or folder"),
+    (["--prior=nowhere"], "--prompt: expected what is to be made"),
+    (["--method=dreamdpo", "--reward=foo"], "--reward: expected one of"),
+    (["--method=dreamdpo", "--judge=foo"], "--judge: expected questions"),
+    (["--method=sds", "--geometry-reward=nowhere"], "--geometry-reward: expected"),
+    (["--t-max=0.01"], "TimeWindow: expected low <= high"),
+    (["--t-max=a"], "--t-max: expected a number or a ramp"),
+    (["--resume=nowhere"], "--resume: expected a run folder"),
+    (["--kimg=3"], "--kimg: belongs to --mode=gan"),
+])  # fmt: skip
+def test_mistakes_are_one_line_that_names_the_flag(flags, says, tmp_path):
+    result = run(f"--outdir={tmp_path / 'runs'}", *flags) if "--resume=nowhere" not in flags else run(*flags)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and says in result.stderr, result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_takes_no_other_flags_and_no_other_run(compared, tmp_path):
+    folder, _ = compared
+    assert "--steps: expected the run's own" in run(f"--resume={folder}", "--steps=9").stderr
+    (tmp_path / "training_options.json").write_text('{"mode": "circular-dpo"}')
+    assert "expected a run of --mode=distill" in run(f"--resume={tmp_path}").stderr
+
+
+def test_arms_of_a_comparison():
+    def arms(**given):
+        return arms_of({"prompts": (), "method": None, "preset": None, "prior": None, "compare": None, "geometry_reward": None, **given})
+
+    assert arms()[0] == "sds" and arms(method="sds") == ("sds",) and arms(prompts=("x",)) == ("dreamdpo",)
+    assert arms(compare="rewardsds") == ("sds", "rewardsds", "rewardsds-inverted", "rewardsds-random")
+    assert arms(method="sds", geometry_reward="one-nose") == ("sds+geometry",)
+    assert arms(compare="sds+geometry") == ("sds", "sds+geometry")
+
+
+def test_prompts_come_from_files_too(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    assert read_prompts((str(tmp_path / "p.txt"), "three")) == ("one", "two", "three")
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(ValueError, match="a prompt in every line"):
+        read_prompts((str(tmp_path / "p.txt"),))

@@ -1,0 +1,171 @@
+"""DreamDPO on the analytic prior: T1, T2, T4, T5, and what its settings mean. T3 is tests/compat/test_distill_dreamdpo.py."""
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
+from eg3d_rlhf.tuning.distill.guidance.ranking import RankingSettings
+from eg3d_rlhf.tuning.distill.streams import Streams
+from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Prefers, Towards, gain, optimise, plain, prior
+
+STREAMS = Streams(seed=1)
+RAW = RankingSettings(standardise=False)
+
+
+def dpo(made, reward=None, judge=None, views=1, **settings) -> DreamDpo:
+    return DreamDpo(made, DreamDpoSettings(**settings), views=views, streams=STREAMS, reward=reward, judge=judge)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+def test_t1_the_preferred_mode_is_reached(kind, low, high):
+    made = prior()
+    end = optimise(dpo(made, Towards(made, kind)), made, **BRIEF)
+    print("T1", kind, end, "| sds", plain())
+    assert low <= end.share <= high and end.rms <= 2 * plain().rms
+
+
+@pytest.mark.long
+def test_t2_a_larger_tau_trades_reward_for_likelihood():
+    made = prior(1)
+    ends = [optimise(dpo(made, Along(made), tau=tau, ranking=RAW), made, **BRIEF) for tau in (0.001, 0.1, 0.3, math.inf)]
+    print("T2", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", gain(plain(1)), plain(1))
+    assert all(gain(a) > gain(b) and a.log_p < b.log_p for a, b in itertools.pairwise(ends))
+    assert gain(ends[-1]) > gain(plain(1)) + 0.1
+    inverted = optimise(dpo(made, Along(made, -1.0), ranking=RAW), made, **BRIEF)
+    assert gain(inverted) == pytest.approx(-gain(ends[0]), rel=0.15)
+
+
+@pytest.mark.long
+def test_t4_a_judge_of_signs_does_what_the_reward_does():
+    made = prior()
+    shares = [optimise(guidance, made, **BRIEF).share for guidance in (dpo(made, Towards(made)), dpo(made, judge=Prefers(Towards(made))))]
+    print("T4", shares)
+    assert abs(shares[0] - shares[1]) <= 0.05 and min(shares) >= 0.95
+
+
+@pytest.mark.long
+def test_t5_one_guidance_scale_for_both_diverges():
+    made = prior()
+    with pytest.warns(UserWarning, match="--lose-guidance-scale: both noises at 7.5 leave no anchor"):
+        guidance = dpo(made, Towards(made), lose_guidance_scale=None)
+    end = optimise(guidance, made, steps=800, lr=0.05)
+    print("T5", end)
+    assert end.log_p < plain().log_p - 100
+
+
+def some(assets: int = 4, views: int = 1):
+    draws = torch.Generator().manual_seed(0)
+    t = torch.randint(100, 900, (assets,), generator=draws).repeat_interleave(views)
+    return torch.randn(assets * views, 1, 4, 4, generator=draws), t, [PROMPT] * (assets * views), None, 3
+
+
+def test_an_infinite_tau_pulls_alone():
+    made, args = prior(), some()
+    output, far = dpo(made, Towards(made), tau=math.inf)(*args), dpo(made, Towards(made), tau=0.0)(*args)
+    assert output.one_sided.all() and not far.one_sided.any() and torch.equal(output.winner, far.winner)
+    x, t = args[:2]
+    d = dpo(made, Towards(made)).denoiser
+    noise = STREAMS.noises(2, x, 3)
+    x_t = d.noised(x, noise, t)
+    prediction = d.predict(x_t, t, d.conditions([PROMPT] * 4, None), None)
+    b = torch.arange(4)
+    pulled = (d.schedule.weight(t, "sds", x) * (prediction.guided(7.5) - noise))[output.winner, b]
+    torch.testing.assert_close(output.grad, pulled)
+    pushed = (d.schedule.weight(t, "sds", x) * (prediction.text - noise))[1 - output.winner, b]
+    torch.testing.assert_close(far.grad, pulled - pushed)
+
+
+def test_swapping_the_reward_swaps_the_winner():
+    made, args = prior(), some()
+    good, bad = (dpo(made, Towards(made, kind))(*args) for kind in ("good", "bad"))
+    assert torch.equal(good.winner, 1 - bad.winner)
+    torch.testing.assert_close(good.terms["gap"], bad.terms["gap"])
+
+
+def test_views_of_an_asset_have_one_winner_unless_ranked_alone():
+    made, args = prior(), some(assets=3, views=4)
+    together = dpo(made, Towards(made), views=4)(*args)
+    alone = dpo(made, Towards(made), views=4, ranking=RankingSettings(pair_level="view"))(*args)
+    assert together.winner.shape == (3,) and together.scores.shape == (2, 3) and alone.winner.shape == (12,)
+    single = dpo(made, Towards(made))(*args)
+    torch.testing.assert_close(alone.grad, single.grad)
+    assert not torch.allclose(together.grad, alone.grad)
+
+
+def test_a_quantile_as_tau_splits_the_gaps():
+    made, args = prior(), some(assets=64)
+    sided = dpo(made, Towards(made), tau=0.75, tau_mode="quantile")(*args).one_sided
+    assert 0.7 <= float(sided.float().mean()) <= 0.8
+
+
+def test_a_judge_replaces_adds_to_or_promotes():
+    made, args = prior(), some(assets=16)
+    by_reward = dpo(made, Towards(made))(*args)
+    opposite = Prefers(Towards(made, "bad"))
+    assert torch.equal(dpo(made, Towards(made), opposite)(*args).winner, 1 - by_reward.winner)
+    summed = [dpo(made, Towards(made), opposite, ranking=RankingSettings(judge_mode="sum", judge_weight=w))(*args) for w in (0.0, 100.0)]
+    assert torch.equal(summed[0].winner, by_reward.winner) and torch.equal(summed[1].winner, 1 - by_reward.winner)
+    promoted = dpo(made, Towards(made), opposite, ranking=RankingSettings(judge_mode="or"))(*args)
+    assert (promoted.winner == 0).all()  # one of the two always says so
+    assert torch.equal(promoted.one_sided, by_reward.winner == 1)  # a negative gap
+    silent = dpo(made, Towards(made), Prefers(None, silent=True))(*args)
+    assert (silent.winner == -1).all() and silent.one_sided.all()
+    late = RankingSettings(judge_from=10)
+    assert torch.equal(dpo(made, Towards(made), opposite, ranking=late)(*args).winner, by_reward.winner)
+    never = dpo(made, None, opposite, ranking=RankingSettings(judge_share=0.0))(*args)
+    assert (never.winner == -1).all()
+    torch.testing.assert_close(silent.grad, never.grad)  # the first noise, pulled alone
+
+
+def test_a_resumed_guidance_goes_on_alike():
+    made, args = prior(), some(assets=16)
+    settings = {"tau": 0.5, "tau_mode": "quantile"}
+    straight, resumed = dpo(made, Towards(made), **settings), dpo(made, Towards(made), **settings)
+    for step in range(3):
+        straight(*args[:4], step)
+    resumed.load_state_dict({key: value.clone() for key, value in straight.state_dict().items()})
+    assert torch.equal(straight(*args[:4], 3).grad, resumed(*args[:4], 3).grad)
+    assert isinstance(straight, Guidance)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda made: dpo(made), "--reward: expected a reward, or a judge"),
+        (lambda made: dpo(made, judge=Prefers(None), ranking=RankingSettings(judge_mode="or")), "--reward: expected a reward"),
+        (lambda made: dpo(made, Towards(made), tau=-1.0), "--tau: expected 0 to inf"),
+        (lambda made: dpo(made, Towards(made), tau=2.0, tau_mode="quantile"), "--tau: expected 0 to 1"),
+        (lambda made: dpo(made, Towards(made), prior=DenoiserSettings(form="recon")), "--form: expected sds with dreamdpo"),
+    ],
+)
+def test_settings_that_do_not_fit(build, text):
+    with pytest.raises(ValueError, match=text):
+        build(prior())
+
+
+def test_a_reward_or_judge_that_answers_nonsense():
+    made, args = prior(), some()
+
+    class Bad(Towards):
+        def score(self, pixels, prompts):
+            return torch.full((len(pixels),), math.nan)
+
+    with pytest.raises(ValueError, match=r"--reward: expected finite scores \[8\], got \[8\] with NaN"):
+        dpo(made, Bad(made))(*args)
+    judge = Prefers(Towards(made))
+    judge.judge = lambda prompts, pairs: [2] * len(pairs)
+    with pytest.raises(ValueError, match="--judge: expected 4 answers of 0, 1 or -1"):
+        dpo(made, judge=judge)(*args)
+
+
+def test_no_warning_by_default():
+    made = prior()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dpo(made, Towards(made))

@@ -1,0 +1,149 @@
+"""A run's finished assets as a generator: seeds name assets, and labelling, study, meshes and pictures take the file as any other."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.people.label import commands as label
+from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.drawing import surface
+from eg3d_rlhf.people.label.entities import Kind
+from eg3d_rlhf.people.label.pairing import PairingOptions, plan
+from eg3d_rlhf.people.study import commands as study
+from eg3d_rlhf.people.study.design import read_design, study_pairs
+from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.pictures.noses import noses
+from tools import export_mesh, gen_samples, train_reward
+
+REPO = Path(__file__).resolve().parents[3]
+COUNT, PSI = 12, 0.7
+PAIRS = [(problem.PROMPTS[0].text, seed) for seed in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with assets of two arms: heads with one nose, and with three."""
+    folder = tmp_path_factory.mktemp("run")
+    for arm, shares in (("dreamdpo", (1.0, 0.0, 0.0, 0.0)), ("sds", (1.0, 1.0, 0.0, 1.0))):
+        asset = problem.build(problem.PROMPTS[0], torch.tensor(shares).repeat(COUNT, 1))
+        asset.shape += torch.linspace(0, 0.1, COUNT).view(-1, 1, 1, 1)
+        asset.save(folder / f"assets-{arm}.safetensors", PAIRS)
+    return folder
+
+
+def said(command, *flags) -> str:
+    """What a command says of a mistake, in one line."""
+    result = CliRunner().invoke(command, [str(flag) for flag in flags])
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code == 2 and errors == result.stderr.splitlines()[-1:], (result.output, result.exception)
+    return errors[0]
+
+
+def test_a_seed_names_an_asset(run):
+    loaded = load_generator(run / "assets-sds.safetensors")
+    generator, points = loaded.generator, torch.rand(50, 3) - 0.5
+    own = generator.field(ws_of_seeds(generator, [7, 0], PSI))
+    assert torch.equal(own.density(points), generator.module.asset.pick([7, 0]).density(points)) and not torch.equal(*own.density(points))
+    assert loaded.nets.training_set["pairs"] == [list(pair) for pair in PAIRS]
+    assert loaded.hash != load_generator(run / "assets-dreamdpo.safetensors").hash
+    with pytest.raises(ValueError, match="expected seeds 0 to 11 with this network, one for each of its 12 shapes, got 12"):
+        ws_of_seeds(generator, [3, 12])
+    with pytest.raises(ValueError, match="expected latents of seeds 0 to 11, got others"):
+        generator.mapping(torch.zeros(1, generator.z_dim), torch.zeros(1, 25))
+    with pytest.raises(ValueError, match="whole numbers below 12"):
+        generator.field(torch.tensor([[[0.5]]]))
+
+
+def test_meshes_and_pictures(run, tmp_path):
+    network = f"--network={run / 'assets-dreamdpo.safetensors'}"
+    export = (export_mesh, ["--seed=3", "--resolution=64", f"--out={tmp_path / 'a.ply'}"])
+    for tool, flags in (export, (gen_samples, ["--seeds=0,11", f"--outdir={tmp_path}"])):
+        result = CliRunner().invoke(tool.main, [network, *flags])
+        assert result.exit_code == 0, (result.output, result.exception)
+    mesh = trimesh.load(tmp_path / "a.ply")
+    assert mesh.is_watertight and sorted(path.name for path in tmp_path.glob("*.png")) == ["seed0000.png", "seed0011.png"]
+    assert "--seeds: expected seeds 0 to 11" in said(gen_samples.main, network, "--seeds=12", f"--outdir={tmp_path}")
+    assert "seeds: expected seeds 0 to 11" in said(export_mesh.main, network, "--seed=12", f"--out={tmp_path / 'b.ply'}")
+
+
+def test_it_cannot_be_tuned(run, tiny_data, tmp_path):
+    error = said(train.main, f"--init={run / 'assets-sds.safetensors'}", f"--data={tiny_data}", f"--outdir={tmp_path}")
+    assert error.startswith("Error: --init: ") and "expected a network file with G, D and G_ema" in error
+
+
+def test_it_is_labelled_whole(run, tmp_path):
+    loaded = load_generator(run / "assets-dreamdpo.safetensors")
+    options = PairingOptions(first_seed=0, pairs=4, gold=2, training=2, resolution=40, triangles=3000)
+    shapes = {shape for pair in plan(options, loaded).pairs for shape in (pair.first, pair.second)}
+    assert {shape.seed for shape in shapes} == set(range(12))
+    vertices, _ = surface(loaded.generator, next(shape for shape in shapes if not shape.degradation))
+    assert (abs(vertices).max(axis=0) > 0.45).all()  # nothing of the cube is cleared
+    network = f"--network={run / 'assets-dreamdpo.safetensors'}"
+    assert "--first-seed=0, 17 seeds with gold and training: expected seeds 0 to 11" in said(
+        label.main, network, f"--db=sqlite:///{tmp_path / 'labels.db'}", "--first-seed=0", "--pairs=5"
+    )
+    assert not (tmp_path / "labels.db").exists()
+
+
+def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr(launch, "serve", lambda *args, **kwargs: served.append(args))
+    a, b = (f"--{side}={run / f'assets-{arm}.safetensors'}" for side, arm in (("a", "sds"), ("b", "dreamdpo")))
+    result = CliRunner().invoke(study.main, [a, b, "--n=12", f"--outdir={tmp_path / 'study'}"])
+    assert result.exit_code == 0 and served, (result.output, result.exception)
+    design = read_design(tmp_path / "study" / "design.json")
+    assert sorted(design.seeds()[0]) == list(range(12)) and design.shapes == 12
+    planned = study_pairs(design)
+    assert {shape.seed for pair in planned for shape in (pair.first, pair.second)} == set(range(12))
+    assert sum(pair.kind is Kind.GOLD for pair in planned) == 24  # shapes come again where none are left
+    assert "--n: expected at most 12 trials" in said(study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}")
+    assert "assets of the same prompts and seeds" in said(study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}")
+
+
+def documented() -> list[list[str]]:
+    """Arguments of the commands of docs/distill.md that are about a run's assets."""
+    text = (REPO / "docs" / "distill.md").read_text()
+    block = text[text.index("**Its assets in the other tools.**") :].split("```")[1].removeprefix("bash\n")
+    return [shlex.split(line)[1:] for line in block.strip().splitlines()]
+
+
+def label_export(folder, path) -> None:
+    """What an annotator would say who wants one nose: labels of pairs of a file's assets."""
+    loaded, rng = load_generator(folder / "assets-dreamdpo.safetensors"), np.random.default_rng(0)
+    away = (noses(loaded.generator.module.asset) - 1).abs().tolist()
+    pairs = [sorted(rng.choice(len(away), 2, replace=False).tolist(), key=lambda seed: away[seed]) for _ in range(400)]
+    told = [{"winner": better, "loser": worse, "generator": loaded.hash} for better, worse in pairs if away[better] < away[worse]]
+    path.write_text("".join(json.dumps(label) + "\n" for label in told))
+
+
+@pytest.mark.long
+def test_the_documented_commands(tmp_path, monkeypatch):
+    """As written, but for RUN, whose assets are drawn, for the annotators, whom a rule replaces, and for the last run's length."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "serve", lambda *args, **kwargs: None)
+    drawn = torch.Generator().manual_seed(0)
+    for arm in ("sds", "dreamdpo"):
+        asset = problem.build(problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float())
+        asset.save(tmp_path / f"assets-{arm}.safetensors", [(problem.PROMPTS[0].text, seed) for seed in range(100)])
+    tools = {"study.py": study.main, "label.py": label.main, "train_reward.py": train_reward.main, "export_mesh.py": export_mesh.main,
+             "gen_samples.py": gen_samples.main, "train.py": train.main}
+    for name, *flags in documented():
+        flags = [flag.replace("RUN/", f"{tmp_path}/") for flag in flags]
+        flags += {"--compare=dreamdpo": ["-n"], "--compare=sds+geometry": ["--steps=2", "--show=0", "--workers=1"]}.get(flags[1], [])
+        result = CliRunner().invoke(tools[name.removeprefix("tools/")], flags)
+        if flags[0] == "export":
+            assert "labels.jsonl: 0 lines" in result.output  # nobody has answered
+            label_export(tmp_path, tmp_path / "labels.jsonl")
+        assert result.exit_code == 0, (name, flags, result.output, result.exception)
+    report = json.loads((tmp_path / "runs" / "head-reward" / "report.json").read_text())
+    assert report["test"]["labels"]["accuracy"] >= 0.8  # about shapes that training has not seen
+    assert len(list((tmp_path / "out").glob("seed*.png"))) == 10 and (tmp_path / "out" / "head.glb").stat().st_size > 0
+    assert json.loads((tmp_path / "runs" / "study-dreamdpo" / "design.json").read_text())["shapes"] == 100

@@ -1,0 +1,122 @@
+"""Text to 3D on the procedural heads: assets are the generator's own shapes, the prior is of the head that a prompt names, and a reward on
+the density mends what pictures do not show."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.field import Bounds
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.generators.assets.asset import load_assets
+from eg3d_rlhf.generators.assets.latents import Latents
+from eg3d_rlhf.measures.nearest_head import distance_to_heads
+from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
+from eg3d_rlhf.rewards.pictures.analytic import OneNose
+from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.distill import heads
+from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
+from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, twisted
+from eg3d_rlhf.tuning.distill.scene import open_scene
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+
+CPU = torch.device("cpu")
+PROMPTS = ("head 3", "head 4")
+
+
+def run(*flags):
+    return CliRunner().invoke(train.main, ["--mode=distill", "--prior=heads", *map(str, flags)])
+
+
+def settings(*arms, steps=2):
+    return DistillSettings(prompts=PROMPTS, arms=arms, scene=SceneConfig(prior="heads", geometry_reward="sigma"),
+                           loop=LoopConfig(steps=steps, t_max="0.5", lr=0.1))
+
+
+def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_path):
+    generator, seeds = load_generator().generator, [3, 4]
+    asset, field = Latents.of_seeds(seeds), generator.field(ws_of_seeds(generator, seeds))
+    spec, reward = SlabSpec.of(Bounds(), 24), load_reward(bundled.REWARD)
+    with torch.no_grad():
+        assert torch.equal(asset.density_grid(spec), field.density_grid(spec))
+        points = spec.points().reshape(-1, 3)[::7]
+        assert torch.allclose(asset.density(points), field.density(points), atol=1e-3)
+        assert torch.allclose(asset.colour(points), field.colour(points), atol=1e-4)
+        assert torch.equal(reward.score(asset), reward.score(field))
+    asset.save(tmp_path / "heads.safetensors")
+    assert torch.equal(load_assets(tmp_path / "heads.safetensors").ws, asset.ws)
+    with pytest.raises(ValueError, match="expected those of the bundled generator"):
+        Latents(1, generator="0" * 64)
+
+
+def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
+    prior, pictures = heads.mixture(PROMPTS), heads.modes((3, 4))  # [H, K, 3, R, R]
+    x = prior.encode(pictures[0])
+    own, other = (prior.log_prob(x, prior.embed([prompt] * len(x))) for prompt in PROMPTS)
+    assert bool((own > other + 100).all())
+    t, noise = torch.full((len(x),), 100), torch.zeros_like(x)
+    cameras = heads.all_cameras().cameras[:, :16]
+    mixed = NoiseSchedule(prior.alphas_cumprod).mix(x, noise, t)
+    seen, turned = (prior.predict_noise(mixed, t, prior.embed([PROMPTS[0]] * len(x)), c) for c in (cameras, cameras.flip(0)))
+    assert float(seen.abs().max()) < 1e-3 and float(turned[0].abs().max()) > 0.1
+    with pytest.raises(ValueError, match="expected 'head N'"):
+        heads.check(("a cube",), None, comparison=False)
+
+
+def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
+    chosen = settings("sds", "sds+geometry", "sds+geometry-inverted")
+    scene, before, after = open_scene(chosen, CPU), {}, {}
+    for name in chosen.arms:
+        work = scene.distillation(chosen, Arm.parse(name), 0)
+        before[name] = work.asset.ws.detach().clone()
+        for step in range(chosen.loop.steps):
+            work.step(step)
+        after[name] = work.asset.ws.detach()
+    assert all(torch.equal(one, before["sds"]) for one in before.values())
+    assert bool(((after["sds"] - before["sds"]).flatten(1).norm(dim=1) > 0).all())
+    assert not torch.equal(after["sds+geometry"], after["sds"])
+    assert not torch.equal(after["sds+geometry"], after["sds+geometry-inverted"])
+
+
+def test_the_distance_to_the_named_head_is_that_of_its_surface():
+    spec, shape = SlabSpec.of(Bounds(), 48), true_shapes(2)
+    sigma = ramped(head_distances(shape, spec))
+    own, other = distance_to_heads(sigma, spec, shape), distance_to_heads(sigma, spec, shape.flip(0))
+    assert (own < 0.002).all() and (other > 2 * own).all()
+    assert distance_to_heads(torch.full_like(sigma[:1], -50.0), spec, shape[:1])[0] == 1.0
+
+
+def test_controls_of_a_geometry_reward():
+    learned = ObservedGeometry(load_reward(bundled.REWARD))
+    field = Latents.of_seeds([3])
+    dealt = twisted(learned, "random", seed=0)
+    with torch.no_grad():
+        kept, turned, other = (one(field, ["head 3"], 0) for one in (learned, twisted(learned, "inverted", 0), dealt))
+    assert torch.equal(turned, -kept) and not torch.allclose(other, kept)
+    for old, new in zip(learned.reward.parameters(), dealt.reward.parameters(), strict=True):
+        assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
+    with pytest.raises(ValueError, match=r"\+geometry-random: expected a learned"):
+        twisted(OneNose(), "random", 0)
+
+
+def test_flags_of_the_heads():
+    found = json.loads(run("-n").stdout)
+    assert found["arms"] == ["sds", "sds+geometry", "sds+geometry-inverted", "sds+geometry-random"]
+    assert len(found["prompts"]) * found["scene"]["assets"] == heads.HEADS * heads.SEEDS and found["scene"]["geometry_reward"] == "sigma"
+    assert json.loads(run("-n", "--prompt=head 7").stdout)["arms"] == ["sds"]
+    assert "--method=dreamdpo: expected sds with --prior=heads" in run("--method=dreamdpo").stderr
+
+
+@pytest.mark.long
+def test_reward_and_judges_follow_its_sign(tmp_path):
+    result = run("--show=0", "--workers=1", f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
+    kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))
+    for name in ("reward", "watching reward", "utility"):
+        assert kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"], name
+    assert kept["critic"]["mean"] > 0 > turned["critic"]["mean"] and kept["rms"]["mean"] < 0.003

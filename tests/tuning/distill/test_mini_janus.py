@@ -1,0 +1,95 @@
+"""Mini-Janus: score distillation keeps the noses that it finds; a geometry reward removes those too many, the controls do not (C5)."""
+
+import pytest
+import torch
+
+from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
+from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining
+from eg3d_rlhf.rewards.pictures.analytic import ModeDistance, OneNose, Volume
+from eg3d_rlhf.rewards.pictures.noses import shares
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
+from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
+from eg3d_rlhf.tuning.distill.streams import Streams
+from tests.tuning.distill.problem_runs import heads, optimise, sds
+
+SEEDS = (3, 4, 5)
+
+
+def inverted(field, prompts, step):
+    return -OneNose()(field, prompts, step)
+
+
+def test_distillation_keeps_the_noses_it_finds_and_a_geometry_reward_removes_them():
+    plain, shaped = (optimise(heads(10), 3, steps=90, geometry=reward, weight=0.5) for reward in (None, OneNose()))
+    assert torch.equal(plain.before, shaped.before)
+    assert float((plain.after == plain.before).double().mean()) >= 0.9 and float(plain.rms.mean()) < 0.04
+    assert shares(shaped.after).two_or_more < shares(plain.after).two_or_more
+    assert shares(shaped.after).exactly_one > shares(plain.after).exactly_one and float(shaped.rms.mean()) < 0.04
+
+
+def learned():
+    """RewardCS of the problem's own objects, as docs/distill.md trains it."""
+    options = MeshRewardTraining(source="janus", resolution=15, patches=32, faces=16, width=48, depth=2, steps=600, lr=3e-3, divergence=0.0)
+    training = MeshTraining(options, options.meshes())
+    training.run(options.steps)
+    reward = training.finished().requires_grad_(False)
+    return MeshGeometry(MeshReader(cube(options.resolution), reward.patches), reward)
+
+
+def faces_everywhere(prior, seed):
+    """A reward of pictures that likes a face in each view, by its gradient."""
+    settings = DreamRewardSettings(prior=DenoiserSettings(guidance_scale=1.0))
+    return DreamReward(prior, settings, views=problem.SIDES, streams=Streams(seed=seed), reward=ModeDistance())
+
+
+@pytest.fixture(scope="module")
+def arms():
+    """Noses of 32 assets and three seeds in each arm, [96]."""
+    found, rms = {}, {}
+    for name, reward, weight, guidance in (
+        ("sds", None, 0.0, sds), ("geometry", OneNose(), 0.3, sds), ("gentle", OneNose(), 0.1, sds), ("inverted", inverted, 0.3, sds),
+        ("volume", Volume(0.4), 0.3, sds), ("pictures", None, 0.0, faces_everywhere), ("learned", learned(), 0.3, sds),
+    ):
+        ends = []
+        for seed in SEEDS:
+            if isinstance(reward, MeshGeometry):
+                reward.reader.held = []  # of the seed before
+            ends.append(optimise(heads(32), seed, guidance, geometry=reward, weight=weight))
+        found["start"] = torch.cat([end.before for end in ends])
+        found[name], rms[name] = torch.cat([end.after for end in ends]), float(torch.cat([end.rms for end in ends]).mean())
+        print(name, [tuple(round(share, 3) for share in shares(end.after)[:3]) for end in ends], f"rms {rms[name]:.4f}")
+    return {name: shares(counts) for name, counts in found.items()}, rms
+
+
+@pytest.mark.long
+def test_the_start_sets_the_ratio(arms):
+    found, rms = arms
+    assert found["start"].two_or_more == pytest.approx(0.609, abs=0.1)
+    assert found["sds"].two_or_more == pytest.approx(found["start"].two_or_more, abs=0.05) and rms["sds"] < 0.03
+
+
+@pytest.mark.long
+def test_a_third_fewer_with_two_faces_and_more_with_one(arms):
+    found, rms = arms
+    for name, drop in (("geometry", 0.33), ("gentle", 0.15)):
+        assert found[name].two_or_more <= (1 - drop) * found["sds"].two_or_more, name
+        assert found[name].exactly_one > found["sds"].exactly_one and found[name].none <= found["sds"].none + 0.02, name
+        assert rms[name] < 0.03
+
+
+@pytest.mark.long
+def test_the_controls_remove_none(arms):
+    found, _ = arms
+    assert found["inverted"].two_or_more >= found["sds"].two_or_more - 0.03
+    assert found["volume"].two_or_more >= (1 - 0.15) * found["sds"].two_or_more
+    assert found["pictures"].two_or_more >= found["sds"].two_or_more + 0.1
+
+
+@pytest.mark.long
+@pytest.mark.xfail(reason="not met: a learned reward of meshes leaves the noses where they are; docs/distill.md says why")
+def test_a_learned_reward_removes_noses_too(arms):
+    found, _ = arms
+    assert found["learned"].two_or_more <= (1 - 0.33) * found["sds"].two_or_more

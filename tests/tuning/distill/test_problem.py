@@ -1,0 +1,115 @@
+"""The test problem: its prompts and objects, the detector of noses on surfaces of any kind, and a prior that looks at one side."""
+
+import math
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior
+from eg3d_rlhf.generators.assets.render import FourViews
+from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.pictures.noses import count, heights_of_field, heights_of_mesh, noses, shares
+from eg3d_rlhf.tuning.distill.streams import Streams
+from tests.tuning.distill.problem_runs import BLACK, heads
+
+HEAD, BOX = problem.PROMPTS[0], problem.PROMPTS[14]
+FACES = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float32)
+
+
+def pictures(asset):
+    return FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), BLACK).images
+
+
+def test_there_are_110_pairs_of_both_kinds():
+    pairs = problem.pairs()
+    assert len(pairs) == len(set(pairs)) == 110
+    kinds = [problem.prompt_of(text).kind for text, _ in pairs]
+    assert kinds.count("janus") == kinds.count("mode") == 55 and kinds[:6].count("janus") == 3
+    with pytest.raises(ValueError, match="--prompt: expected one of the test problem's 22 prompts, got 'a cat'"):
+        problem.prompt_of("a cat")
+
+
+def test_what_a_side_shows_is_no_other_sides_business():
+    for prompt in (HEAD, BOX):
+        seen = pictures(problem.build(prompt, FACES)).unflatten(0, (-1, 4))
+        both = problem.modes_of([prompt.text])[0]
+        for asset, sides in zip(seen, FACES, strict=True):
+            for view, face in zip(asset, sides, strict=True):
+                assert torch.allclose(view, both[0 if face else 1], atol=0.06)  # a little of the next side shines through
+    assert float((both[0] - both[1]).abs().max()) > 0.3
+
+
+def test_emblems_are_symmetric():
+    first, second = problem.modes_of([p.text for p in problem.PROMPTS if p.kind == "mode"]).unbind(1)
+    for one, other in zip(first, second, strict=True):
+        assert torch.allclose(one.flatten().sort().values, other.flatten().sort().values, atol=0.03)  # a permutation of its entries
+
+
+@pytest.mark.parametrize("resolution", [16, 24])
+def test_the_detector_counts_on_voxels_of_any_resolution(resolution):
+    assert noses(problem.build(HEAD, FACES, resolution)).tolist() == [0, 1, 2, 3, 4]
+    assert noses(problem.build(BOX, FACES, resolution)).tolist() == [0] * 5  # paint is no nose
+
+
+def test_the_detector_counts_on_meshes_alike():
+    for asset in (1, 3):
+        head = problem.build(HEAD, FACES).pick([asset])
+        mesh, _ = export_mesh(head, MeshOptions(resolution=40, colors=False))
+        heights = heights_of_mesh(torch.from_numpy(mesh.vertices), torch.from_numpy(mesh.faces))
+        assert int(count(heights)) == asset
+        theirs = heights_of_field(head)
+        assert float((heights - theirs).abs().median()) < 0.04 and float(((heights < -0.5) == (theirs < -0.5)).double().mean()) > 0.9
+
+
+def test_the_detector_is_not_fooled():
+    head = problem.build(HEAD, FACES[:1])
+    wall, speck, deep = (head.pick([0]) for _ in range(3))
+    _, _, towards = problem.side_axes(16, 0)
+    wall.shape[:, towards > 12.5] = 3.0  # the recess is closed
+    speck.shape[0, 13, 8, 8] = 3.0  # one voxel floats
+    deep.shape[:, problem.nose_voxels(16, 0) & (towards < 12.5)] = 3.0  # a low bump of one voxel
+    assert [int(noses(one)) for one in (wall, speck)] == [0, 0] and int(noses(deep)) in (0, 1)
+
+
+def test_three_shares():
+    found = shares(torch.tensor([0, 1, 1, 2, 4]))
+    assert found == (0.2, 0.4, 0.4, 5)
+    with pytest.raises(ValueError, match="at least one asset"):
+        shares(torch.zeros(0))
+
+
+def test_the_start_is_binomial():
+    theory = 1 - 0.55**4 - 4 * 0.45 * 0.55**3
+    assert theory == pytest.approx(0.609, abs=1e-3)
+    draws = [Streams(seed=seed).generator("start", 0) for seed in range(150)]
+    started = problem.start(heads(150), draws)
+    found = shares(noses(started))
+    assert found.two_or_more == pytest.approx(theory, abs=3 * math.sqrt(theory * (1 - theory) / 150))
+    assert found.none == pytest.approx(0.55**4, abs=0.08)
+    again = problem.start(heads(2), [Streams(seed=seed).generator("start", 0) for seed in range(2)])
+    assert torch.equal(again.shape, started.shape[:2])
+    with pytest.raises(ValueError, match="a generator for each of 2 prompts, got 1"):
+        problem.start(heads(2), draws[:1])
+
+
+def test_every_side_starts_nearest_the_mode_it_was_drawn_for():
+    texts = heads(40)
+    started = problem.start(texts, [torch.Generator().manual_seed(i) for i in range(40)])
+    near = torch.stack([torch.rand(4, generator=torch.Generator().manual_seed(i)) < 0.45 for i in range(40)])
+    both = problem.modes_of([text for text in texts for _ in range(4)])
+    apart = (pictures(started).detach()[:, None] - both).flatten(2).norm(dim=2)
+    assert torch.equal(apart[:, 0] < apart[:, 1], near.flatten())
+    assert torch.equal(noses(started), near.sum(dim=1))
+
+
+def test_the_prior_knows_the_prompts_and_looks_at_one_side():
+    prior = problem.prior()
+    assert isinstance(prior, DiffusionPrior) and prior.views == 1 and prior.latent_shape == (4, 16, 16)
+    head = pictures(problem.build(HEAD, FACES))
+    x = prior.encode(head)
+    fits, other = (prior.log_prob(x, prior.embed([prompt.text] * len(x))) for prompt in (HEAD, problem.PROMPTS[7]))
+    assert (fits > other + 20).all() and torch.allclose(prior.decode(x), head, atol=1e-6)
+    t = torch.full((len(x),), 300)
+    one = prior.predict_noise(x, t, prior.embed([HEAD.text] * len(x)))
+    assert torch.allclose(one[:1], prior.predict_noise(x[:1], t[:1], prior.embed([HEAD.text])), atol=1e-5)  # whatever stands beside it

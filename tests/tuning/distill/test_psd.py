@@ -1,0 +1,160 @@
+"""Preference score distillation on the analytic prior: P2 to P6. P1 is in test_identity.py."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
+from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
+from eg3d_rlhf.tuning.distill.guidance.ranking import RankingSettings
+from eg3d_rlhf.tuning.distill.schedule import Ramp
+from eg3d_rlhf.tuning.distill.streams import Streams
+from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Outcome, Prefers, Towards, gain, optimise, plain, prior
+
+STREAMS = Streams(seed=1)
+ETAS = (0.5, 1.0, 2.0, 5.0)
+
+
+def psd(made, reward=None, judge=None, views=1, update="none", **settings) -> Psd:
+    return Psd(made, PsdSettings(negative_update=update, **settings), views=views, streams=STREAMS, reward=reward, judge=judge)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+def test_p2_the_preferred_mode_is_reached(kind, low, high):
+    made = prior()
+    end = optimise(psd(made, Towards(made, kind)), made, steps=800, lr=0.03)
+    print("P2", kind, end, "| sds", plain(2, 2))
+    assert low <= end.share <= high and end.rms <= 1.5 * plain(2, 2).rms
+
+
+@functools.cache
+def along(eta: float, sign: float = 1.0) -> Outcome:
+    """Within one mode, a linear reward."""
+    made = prior(1)
+    return optimise(psd(made, Along(made, sign), eta=eta), made, **BRIEF)
+
+
+@pytest.mark.long
+def test_p2b_the_sign_within_a_mode():
+    print("P2b", gain(along(1.0)), gain(along(1.0, -1.0)))
+    assert gain(along(1.0)) > 0.05 and gain(along(1.0, -1.0)) < -0.05
+
+
+@pytest.mark.long
+def test_p3_p5_more_eta_more_reward_and_little_drift():
+    ends = [along(eta) for eta in ETAS]
+    print("P3, P5", [(eta, round(gain(end), 3), round(end.log_p, 2)) for eta, end in zip(ETAS, ends, strict=True)], "| sds", plain(1, 2))
+    assert all(gain(a) < gain(b) for a, b in itertools.pairwise(ends)) and gain(ends[0]) > gain(plain(1, 2))
+    assert all(plain(1, 2).log_p - end.log_p <= 5 for end in ends)
+
+
+@pytest.mark.long
+def test_mixed_predictors_turn_the_sign():
+    made = prior(1)
+    gains = {}
+    for ranked, pushed in (("cfg", "cond"), ("cond", "cfg")):
+        guidance = psd(made, Along(made), predictor=pushed, rank_predictor=ranked, allow_mixed_predictor=True)
+        gains[ranked, pushed] = gain(optimise(guidance, made, **BRIEF))
+    print("mixed", gains)
+    assert max(gains.values()) < -0.05
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("update", ["reward", "preference"])
+def test_p4_the_null_embedding_alone(update):
+    made = prior()
+    for kind in ("good", "bad"):
+        guidance = psd(made, Towards(made, kind), update=update, eta=0.0, negative_rate=0.1)
+        end = optimise(guidance, made, steps=800, lr=0.03)
+        shares = (made.prompts[""] + guidance.moved[:, 0]).softmax(1).mean(0)[2:]  # of the two broad components
+        print("P4", update, kind, end, shares.tolist())
+        wanted, other = shares if kind == "good" else shares.flip(0)
+        assert other > wanted + 0.05
+        if update == "reward":
+            assert end.share >= 0.9 if kind == "good" else end.share <= 0.1
+        else:
+            assert end.share >= 0.6 if kind == "good" else end.share <= 0.4
+
+
+@pytest.mark.long
+def test_p6_a_tenfold_weight_spoils_the_pixel_gradient_and_not_psd():
+    made, drops = prior(1), {}
+    drops["psd"] = [plain(1, 2).log_p - along(eta).log_p for eta in (0.5, 5.0)]
+    for name, balance, weights in (("pixel", "none", (1.0, 10.0)), ("balanced pixel", "grad-norm", (0.1, 1.0))):
+        settings = [DreamRewardSettings(weight=Ramp(weight), balance=balance) for weight in weights]
+        guidances = [DreamReward(made, s, views=1, streams=STREAMS, reward=Along(made)) for s in settings]
+        drops[name] = [plain(1).log_p - optimise(guidance, made, **BRIEF).log_p for guidance in guidances]
+    print("P6", drops)
+    assert max(drops["psd"]) <= 5 < min(max(drops["pixel"]), max(drops["balanced pixel"]))
+
+
+def some(assets: int = 6, views: int = 1):
+    draws = torch.Generator().manual_seed(0)
+    t = torch.randint(100, 900, (assets,), generator=draws).repeat_interleave(views)
+    return torch.randn(assets * views, 1, 4, 4, generator=draws), t, [PROMPT] * (assets * views), None, 4
+
+
+@pytest.mark.parametrize("update", ["reward", "preference"])
+def test_the_null_embedding_follows_its_schedule_and_ball(update):
+    made, args = prior(), some(4, 2)
+    guidance = psd(made, Towards(made), views=2, update=update, negative_from=4, negative_every=4, negative_rate=10.0, negative_ball=0.2)
+    outputs = [guidance(*args[:4], step) for step in range(10)]
+    drift = torch.stack([o.terms.get("negative_drift", torch.zeros(4)) for o in outputs])
+    assert (drift[:4] == 0).all() and (drift[4] > 0).any() and torch.equal(drift[4], drift[7]) and not torch.equal(drift[7], drift[8])
+    assert drift.max() <= 0.2 + 1e-5 and guidance.moved.shape == (4, 1, 4)
+
+
+def test_each_asset_has_its_own_null_embedding():
+    made, (x, t, prompts, *_) = prior(), some(6)
+    raw = RankingSettings(standardise=False)  # whose spread would be that of all assets
+    whole, part = (psd(made, Towards(made), update="reward", ranking=raw, negative_rate=0.1) for _ in range(2))
+    whole(x, t, prompts, None, 0)
+    noises = STREAMS.noises(2, x, 0)
+    part.denoiser.streams = type("Cut", (), {"noises": lambda self, n, like, step: noises[:, :2], "chance": STREAMS.chance})()
+    part(x[:2], t[:2], prompts[:2], None, 0)
+    torch.testing.assert_close(whole.moved[:2], part.moved)
+
+
+@pytest.mark.parametrize("gap_weight", ["none", "sigmoid", "dpo", "linear"])
+def test_what_the_gap_says(gap_weight):
+    made, args = prior(), some()
+    off, on = (psd(made, Towards(made), eta=eta, gap_weight=gap_weight, gap_beta=2.0)(*args) for eta in (0.0, 3.0))
+    full = psd(made, Towards(made), eta=1.0, gap_weight="none")(*args)
+    gap = on.terms["gap"]
+    says = {"none": torch.ones_like(gap), "sigmoid": (2 * gap).sigmoid(), "dpo": 1 - (2 * gap).sigmoid(), "linear": 2 * gap}[gap_weight]
+    torch.testing.assert_close(on.grad - off.grad, 3 * says.view(-1, 1, 1, 1) * (full.grad - off.grad), rtol=1e-3, atol=1e-3)
+
+
+def test_no_answer_is_distillation_alone():
+    made, args = prior(), some()
+    silent = psd(made, judge=Prefers(None, silent=True))(*args)
+    torch.testing.assert_close(silent.grad, psd(made, Towards(made), eta=0.0)(*args).grad)
+    assert silent.one_sided.all()
+
+
+def test_a_resumed_guidance_goes_on_alike():
+    made, args = prior(), some()
+    straight, resumed = (psd(made, Towards(made), update="auto", negative_rate=0.1) for _ in range(2))
+    assert isinstance(straight, Guidance) and straight.update == "reward"
+    for step in range(6):
+        straight(*args[:4], step)
+    resumed.load_state_dict({key: value.clone() for key, value in straight.state_dict().items()})
+    for step in range(6, 10):
+        a, b = straight(*args[:4], step), resumed(*args[:4], step)
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_settings_that_do_not_fit():
+    made = prior()
+    with pytest.raises(ValueError, match="--rank-predictor: expected cond as --predictor, got cfg"):
+        PsdSettings(rank_predictor="cfg")
+    with pytest.raises(ValueError, match="--form: expected sds with psd"):
+        PsdSettings(prior=DenoiserSettings(form="recon"))
+    with pytest.raises(ValueError, match="--negative-update: expected a differentiable reward"):
+        psd(made, judge=Prefers(Towards(made)), update="reward")
+    assert psd(made, judge=Prefers(Towards(made)), update="auto").update == "preference"

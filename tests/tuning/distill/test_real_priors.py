@@ -1,0 +1,250 @@
+"""Stable Diffusion and MVDream in their published layouts, tiny and random: through the real loaders, then one step each."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'eg3d-rlhf[sd]'")
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'eg3d-rlhf[sd]'")
+
+from eg3d_rlhf.core.interfaces import DiffusionPrior  # noqa: E402
+from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras  # noqa: E402
+from eg3d_rlhf.models.local_files import tell_once  # noqa: E402
+from eg3d_rlhf.tuning.distill.gradients import guided, sds  # noqa: E402
+from eg3d_rlhf.tuning.distill.priors.local import load_prior, prior_costs  # noqa: E402
+from eg3d_rlhf.tuning.distill.priors.mvdream import join_views  # noqa: E402
+from eg3d_rlhf.tuning.distill.priors.stable_diffusion import PriorOptions  # noqa: E402
+from eg3d_rlhf.tuning.distill.target import target_loss  # noqa: E402
+from tests.tuning.distill import layouts  # noqa: E402
+
+FORMS = ("1.5", "2.1")
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def four_cameras():
+    return evenly_around(1).cameras[:, :16]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder or file of each layout, written once."""
+    root = tmp_path_factory.mktemp("priors")
+    paths = {("sd", form): layouts.write_stable_diffusion(root / f"sd{form}", form) for form in FORMS}
+    return paths | {("mvdream", form): layouts.write_mvdream(root / f"mvdream{form}", form) for form in FORMS}
+
+
+def one_sds_step(prior, pictures):
+    """The gradient on the pictures, and what it should be by the chain rule."""
+    images = drawn(pictures, 3, 24, 24).sigmoid().requires_grad_()
+    x = prior.encode(images)
+    t, noise = torch.full((pictures,), 500), drawn(*x.shape, seed=1)
+    alpha = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).detach()
+    cameras = four_cameras() if prior.views == 4 else None
+    with torch.no_grad():
+        text = prior.predict_noise(x_t, t, prior.embed(["a red fox"] * pictures), cameras)
+        null = prior.predict_noise(x_t, t, prior.embed([""] * pictures), cameras)
+    assert not torch.allclose(text, null)  # the prompt counts
+    grad = sds(guided(text, null, 7.5), noise, 1 - alpha)
+    target_loss(x, grad).backward()
+    expected = torch.autograd.grad(prior.encode(images), images, grad / pictures)[0]
+    return images.grad, expected
+
+
+@pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind in ("sd", "mvdream") for form in FORMS])
+def test_every_layout_loads_and_drives_a_step(made, kind, form, capsys):
+    tell_once.cache_clear()
+    prior = load_prior(made[kind, form])
+    load_prior(made[kind, form])
+    told = capsys.readouterr().out
+    assert isinstance(prior, DiffusionPrior) and prior.views == (4 if kind == "mvdream" else 1)
+    assert told.count("\n") == 1 and ("MVDream" in told if kind == "mvdream" else "OpenRAIL" in told)  # once
+    grad, expected = one_sds_step(prior, 4)
+    assert grad.abs().max() > 0
+    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-6)
+    assert prior.decode(prior.encode(torch.rand(4, 3, 24, 24))).aminmax().min >= 0
+    inner = prior.prior
+    assert not any(p.requires_grad for net in (inner.unet, inner.vae, inner.text) for p in net.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stable_diffusion_is_what_its_parts_say(made, form):
+    prior, (unet, vae, text) = load_prior(made["sd", form]), layouts.latent_networks(form)
+    images, x, t = drawn(2, 3, 16, 16).sigmoid(), drawn(2, 4, 8, 8), torch.tensor([20, 980])
+    with torch.no_grad():
+        torch.testing.assert_close(prior.encode(images), 0.18215 * vae.encode(2 * images - 1).latent_dist.mean)
+        torch.testing.assert_close(prior.decode(x), (vae.decode(x / 0.18215).sample / 2 + 0.5).clamp(0, 1))
+        cond = prior.embed(["ab", ""], directions=["front", "back"])
+        letters = [layouts.clip_words().index(w) for w in ("a", "b</w>", ",</w>")]
+        view = [layouts.clip_words().index(w) for word in ("front", "view") for w in (*word[:-1], word[-1] + "</w>")]
+        pad = 0 if form == "2.1" else 513
+        said = [512, *letters, *view, 513]
+        tokens = torch.tensor([said + [pad] * (77 - len(said)), [512, 513] + [pad] * 75])
+        torch.testing.assert_close(cond, text(tokens).last_hidden_state)
+        out = unet(x, t, encoder_hidden_states=cond).sample
+        alpha = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)[t].view(-1, 1, 1, 1)
+        noise = alpha.sqrt() * out + (1 - alpha).sqrt() * x if form == "2.1" else out
+        torch.testing.assert_close(prior.predict_noise(x, t, cond), noise)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mvdream_is_what_was_written(made, form):
+    prior, (unet, vae, text) = load_prior(made["mvdream", form].parent), layouts.latent_networks(form, cameras=True)
+    x, t, cameras = drawn(4, 4, 32, 32), torch.full((4,), 300), four_cameras()
+    with torch.no_grad():
+        cond = prior.embed(["ab"] * 4, directions=["front"] * 4)
+        said = [512, layouts.clip_words().index("a"), layouts.clip_words().index("b</w>"), 513]
+        tokens = torch.tensor([said + [0 if form == "2.1" else 513] * (77 - len(said))])
+        torch.testing.assert_close(cond, text(tokens).last_hidden_state.expand(4, -1, -1))
+        expected = join_views(unet)(x, t, encoder_hidden_states=cond, class_labels=network_cameras(cameras)).sample
+        got = prior.predict_noise(x, t, cond, cameras)
+        torch.testing.assert_close(got, expected)
+        assert not torch.allclose(got, prior.predict_noise(x, t, cond, cameras.roll(1, 0)))  # cameras count
+        other = torch.cat([x[:3], x[3:] + 1])
+        assert not torch.allclose(got[:3], prior.predict_noise(other, t, cond, cameras)[:3])  # and so do the other views
+        images = drawn(1, 3, 64, 64).sigmoid()
+        torch.testing.assert_close(prior.encode(images.expand(4, -1, -1, -1))[:1], 0.18215 * vae.encode(2 * images - 1).latent_dist.mean)
+
+
+def test_options_change_what_they_say(made):
+    path, images, x, t = made["sd", "1.5"], drawn(2, 3, 16, 16).sigmoid(), drawn(2, 4, 8, 8), torch.tensor([100, 700])
+    plain = load_prior(path, PriorOptions(checkpointing=False))
+    found = []
+    for prior in (plain, load_prior(path)):
+        leaf = images.clone().requires_grad_()
+        latents = prior.encode(leaf)
+        found.append((latents.detach(), *torch.autograd.grad(latents.sin().sum(), leaf)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)  # checkpointing changes memory alone
+    half = load_prior(path, PriorOptions(half=True))
+    assert half.prior.unet.dtype == torch.float16 and half.prior.vae.dtype == torch.float32
+    with torch.no_grad():
+        cond = plain.embed(["a", "b"])
+        full, low = (prior.predict_noise(x, t, cond) for prior in (plain, half))
+    assert low.dtype == torch.float32 and 0 < (full - low).abs().max() < 0.02 * full.abs().max()
+    one, two = (load_prior(path, PriorOptions(posterior=torch.Generator().manual_seed(3))) for _ in range(2))
+    assert torch.equal(one.encode(images), two.encode(images)) and not torch.allclose(one.encode(images), plain.encode(images))
+
+
+def test_conditions_can_be_learned(made):
+    prior = load_prior(made["sd", "2.1"])
+    cond, x = prior.embed(["a"]).requires_grad_(), drawn(1, 4, 8, 8).requires_grad_()
+    loss = prior.predict_noise(x, torch.tensor([400]), cond).square().sum()
+    for grad, leaf in zip(torch.autograd.grad(loss, [cond, x]), (cond, x), strict=True):
+        step = 0.01 * grad / grad.norm()
+        with torch.no_grad():
+            ends = [prior.predict_noise(x + s * step if leaf is x else x, torch.tensor([400]), cond + s * step if leaf is cond else cond)
+                    .double().square().sum() for s in (1, -1)]
+        assert float((ends[0] - ends[1]) / 2) == pytest.approx(float((grad * step).sum()), rel=0.02)
+
+
+def test_memory_is_told_from_shapes_alone(made):
+    for path in (made["sd", "1.5"], made["mvdream", "2.1"]):
+        inner = load_prior(path).prior
+        costs = prior_costs(path, 4, PriorOptions(half=True))
+        (unet, unet_bytes), (vae, vae_bytes), (text, _) = costs.weights.values()
+        assert unet == sum(p.numel() for p in inner.unet.parameters()) and unet_bytes == 2 * unet
+        assert vae == sum(p.numel() for p in inner.vae.parameters()) and vae_bytes == 4 * vae
+        assert text == sum(p.numel() for p in inner.text.parameters())
+        held = prior_costs(path, 4, PriorOptions(half=True, checkpointing=False))
+        for name in costs.stages:
+            assert costs.stages[name] <= held.stages[name]
+        encode = next(name for name in costs.stages if name.startswith("encode"))
+        assert costs.stages[encode] < 0.5 * held.stages[encode]  # one picture's graph of four
+        assert f"{costs.total / 2**30:.2f}" in str(costs) and "GiB" in str(costs)
+    with pytest.raises(ValueError, match="--prior: expected a multiple of 4 views, got 3. Set --views=4"):
+        prior_costs(made["mvdream", "2.1"], 3)
+
+
+def broken(folder, part, change):
+    change(folder / part)
+    return folder
+
+
+def swap_for_pickle(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+
+
+def other_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 32}))
+
+
+def fewer_entries(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state.pop("text_model.final_layer_norm.bias")
+    save_file(state, folder / "model.safetensors")
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:500])
+
+
+def predicts_x0(folder):
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    (folder / "scheduler_config.json").write_text(json.dumps({**config, "prediction_type": "sample"}))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", swap_for_pickle, "expected weights as .safetensors, got none"),
+        ("unet", other_width, "expected its published layout"),
+        ("vae", shutil.rmtree, "expected a local file or folder, got none"),
+        ("text_encoder", fewer_entries, "got missing keys: text_model.final_layer_norm.bias"),
+        ("scheduler", predicts_x0, "got sample"),
+        ("tokenizer", lambda folder: (folder / "merges.txt").unlink(), "expected merges.txt"),
+        ("vae/config.json", lambda file: file.write_text("{"), "expected its published layout"),
+        ("vae/diffusion_pytorch_model.safetensors", cut_short, "expected its published layout"),
+    ],
+)
+def test_damaged_folders_end_in_one_line(made, tmp_path, part, change, message):
+    folder = broken(shutil.copytree(made["sd", "1.5"], tmp_path / "sd"), part, change)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        load_prior(folder)
+    assert str(caught.value).startswith("--prior") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.diffusion_model.out.2.bias"), "got missing: conv_out.bias"),
+        (lambda s: s.update({"model.diffusion_model.extra": torch.zeros(1)}), "got unknown: extra"),
+        (lambda s: s.update({"model.diffusion_model.out.2.bias": torch.zeros(5)}), r"got of other shapes: conv_out.bias \[5\] for \[4\]"),
+        (lambda s: s["first_stage_model.quant_conv.bias"].fill_(torch.nan), "got not finite: quant_conv.bias"),
+        (lambda s: s.pop("alphas_cumprod"), "expected alphas_cumprod"),
+        (lambda s: s.update(alphas_cumprod=torch.ones(10)), "expected alphas_cumprod of 1000 steps, got 10"),
+        (lambda s: [s.pop(n) for n in list(s) if n.startswith("cond")], "expected its text encoder"),
+        (lambda s: s.pop("cond_stage_model.model.ln_final.bias"), "ln_final.bias"),
+    ],
+)
+def test_damaged_mvdream_files_end_in_one_line(made, tmp_path, change, message):
+    state = torch.load(made["mvdream", "2.1"], weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "m.pt")
+    layouts.write_clip_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_prior(tmp_path)
+    assert str(caught.value).startswith("--prior: m.pt") and "\n" not in str(caught.value)
+
+
+def test_a_prior_that_wants_more_than_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, ("echo ran > ran",)
+
+    torch.save({"alphas_cumprod": torch.ones(1000), "more": Hostile()}, tmp_path / "m.pt")
+    for read in (load_prior, lambda path: prior_costs(path, 4)):
+        with pytest.raises(ValueError, match="--prior: expected m.pt to hold weights alone, got a pickle that asks for more"):
+            read(tmp_path / "m.pt")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,93 @@
+"""The test problem's renderer: closed forms, a plain loop, finite differences, and the perspective renderer from far away."""
+
+import math
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.field import RenderOptions
+from eg3d_rlhf.generators.assets.planes import TriPlanes
+from eg3d_rlhf.generators.assets.render import DISTANCE, FourViews, four_views, nearness
+from eg3d_rlhf.generators.assets.views import evenly_around
+from tests.tuning.distill.test_field import balls, random_voxels
+
+BLACK = torch.zeros(3)
+
+
+def looped(raw: torch.Tensor, colours: torch.Tensor, pitch: float, view: int) -> torch.Tensor:
+    """One asset [N, N, N], one view, voxel by voxel from the camera on: channels and opacity [5, N, N]."""
+    n = len(raw)
+    out = torch.zeros(5, n, n, dtype=raw.dtype)
+    for row in range(n):
+        for column in range(n):
+            y, right, left = n - 1 - row, column, n - 1 - column
+            through = 1.0
+            for step in range(n):
+                near, far = n - 1 - step, step
+                z, x = {0: (near, right), 1: (left, near), 2: (far, left), 3: (right, far)}[view]
+                opacity = 1 - math.exp(-math.log1p(math.exp(float(raw[z, y, x]) - 1)) * pitch)
+                depth = DISTANCE - 0.5 + step / (n - 1)
+                values = torch.cat([colours[:, z, y, x], torch.tensor([nearness(depth, 1.0, 2.0), 1.0]).to(raw)])
+                out[:, row, column] += through * opacity * values
+                through *= 1 - opacity
+    return out
+
+
+def test_it_is_the_plain_loop():
+    voxels = random_voxels(2, 4, torch.float64)
+    channels, opacity = four_views(voxels.raw, torch.sigmoid(voxels.paint), voxels.pitch)
+    assert channels.shape == (2, 4, 4, 4, 4) and opacity.shape == (2, 4, 1, 4, 4)
+    for asset in range(2):
+        for view in range(4):
+            expected = looped(voxels.raw[asset].detach(), torch.sigmoid(voxels.paint[asset]).detach(), voxels.pitch, view)
+            assert torch.allclose(channels[asset, view], expected[:4], atol=1e-6)
+            assert torch.allclose(opacity[asset, view], expected[4:], atol=1e-6)
+
+
+def test_even_fog_in_closed_form():
+    n, pitch = 6, 0.2
+    raw, colours = torch.full((1, n, n, n), 2.0, dtype=torch.float64), torch.full((1, 3, n, n, n), 0.3, dtype=torch.float64)
+    channels, opacity = four_views(raw, colours, pitch)
+    expected = 1 - math.exp(-n * pitch * math.log1p(math.e))
+    assert torch.allclose(opacity, torch.tensor(expected).double())
+    assert torch.allclose(channels[:, :, :3], torch.tensor(0.3 * expected).double())
+
+
+def test_gradients_are_finite_differences():
+    voxels = random_voxels(1, 3, torch.float64)
+    raw, colours = voxels.raw.detach().div(3).requires_grad_(), torch.sigmoid(voxels.paint).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, c: four_views(r, c, 0.5), (raw, colours), fast_mode=True)
+
+
+@torch.no_grad()
+def test_orthographic_is_perspective_from_far_away():
+    voxels = balls(1, 16)
+    voxels.shape[:, 10:, 9:, 8:] = 2.0  # something that is not symmetric, coloured by where it is
+    voxels.paint.copy_(torch.stack(torch.meshgrid(*[torch.linspace(-2, 2, 16)] * 3, indexing="ij")))
+    pictures = FourViews().render(voxels, FourViews().draw(1, torch.Generator()), BLACK)
+    far = 200.0
+    cameras = evenly_around(1, distance=far, fov=math.degrees(2 * math.atan(0.5 * 16 / 15 / far))).cameras  # pixels on the voxels
+    distant = torch.cat([voxels.render(camera, RenderOptions(resolution=16, samples=100)).raw for camera in cameras.split(1)])
+    near, distant = (part[:, :, 1:-1, 1:-1] for part in (pictures.images[:, :3], (distant + 1) / 2))  # rays at the rim leave the cube
+    apart = (near[:, None] - distant).abs().mean(dim=(2, 3, 4))  # [view, view]
+    mirrored = (near.flip(3) - distant).abs().mean(dim=(1, 2, 3))
+    assert (apart.diagonal() < 0.03).all()
+    others = torch.cat([apart[~torch.eye(4, dtype=bool)], mirrored])
+    assert float(others.min()) > 2 * float(apart.diagonal().max())
+
+
+def test_backgrounds_and_finer_voxels():
+    voxels = balls(2, 24)
+    views = FourViews().draw(2, torch.Generator())
+    dark, light = (FourViews().render(voxels, views, torch.full((8, 3), value)) for value in (0.0, 1.0))
+    assert dark.images.shape == (8, 4, 16, 16)
+    assert torch.allclose(light.images[:, :3], dark.images[:, :3] + 1 - dark.opacity, atol=1e-6)
+    assert torch.equal(light.images[:, 3], dark.images[:, 3])
+
+
+def test_it_wants_voxels_and_four_views():
+    renderer = FourViews()
+    with pytest.raises(ValueError, match="expected voxels and 4 views"):
+        renderer.render(TriPlanes(1, 4), renderer.draw(1, torch.Generator()), BLACK)
+    with pytest.raises(ValueError, match="got Voxels and 4 views of 2"):
+        renderer.render(balls(2, 4), renderer.draw(1, torch.Generator()), BLACK)

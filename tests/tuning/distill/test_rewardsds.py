@@ -1,0 +1,110 @@
+"""RewardSDS on the analytic prior (R1), its weights, and its exploration."""
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
+from eg3d_rlhf.tuning.distill.noise_weighting import NoiseWeighting
+from eg3d_rlhf.tuning.distill.streams import Streams
+from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Towards, gain, optimise, plain, prior
+
+STREAMS = Streams(seed=1)
+
+
+def weighted(made, reward, **settings) -> RewardSds:
+    return RewardSds(made, RewardSdsSettings(**settings), views=1, streams=STREAMS, reward=reward)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)])
+def test_r1_the_preferred_mode_is_reached(kind, low, high):
+    made = prior()
+    end = optimise(weighted(made, Towards(made, kind)), made, **BRIEF)
+    print("R1", kind, end, "| sds", plain())
+    assert low <= end.share <= high and end.rms <= 2 * plain().rms
+
+
+@pytest.mark.long
+def test_r1_a_linear_reward_rises_within_the_mode():
+    made = prior(1)
+    soft = NoiseWeighting(strategy="weighted")
+    arms = [(1.0, NoiseWeighting()), (-1.0, NoiseWeighting()), (1.0, soft)]
+    ends = [optimise(weighted(made, Along(made, sign), weighting=weighting), made, **BRIEF) for sign, weighting in arms]
+    print("R1 linear", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", plain(1))
+    assert gain(ends[0]) > 0.75 and gain(ends[1]) < -0.75 and gain(ends[2]) > 0.75
+    assert min(end.log_p for end in ends) > plain(1).log_p - 10
+
+
+def some(n: int = 5):
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(n, 1, 4, 4, generator=draws), torch.randint(100, 900, (n,), generator=draws), [PROMPT] * n, None, 3
+
+
+@pytest.mark.parametrize("strategy", ["min-max", "best", "weighted", "none", "push"])
+def test_weights_follow_the_order_of_scores(strategy):
+    weighting = NoiseWeighting(strategy=strategy)
+    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weights, mixed = weighting(scores), torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(weighting(scores[mixed]), weights[mixed])
+    total = {"min-max": 0.8, "push": 0.0}.get(strategy, 1.0)
+    torch.testing.assert_close(weights.sum(0), torch.full((4,), total))
+    for column, given in zip(scores.unbind(1), weights.unbind(1), strict=True):
+        assert (given[column.argsort()].diff() >= -1e-6).all()
+
+
+def test_the_push_of_two():
+    scores, far = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 2.0]]), torch.tensor([True, False, True])
+    got = NoiseWeighting(strategy="push")(scores, far)
+    assert got.tolist() == [[1, 0, 1], [-1, 1, -1]]  # equal scores: the first wins
+
+
+def test_large_rewards_do_not_overflow():
+    weights = NoiseWeighting(strategy="weighted")(torch.tensor([[900.0], [1000.0]]))
+    assert torch.isfinite(weights).all() and weights[1] == 1
+
+
+def test_exploration_ends_on_the_prior():
+    """A chain of many steps reaches the mode that the one-step estimate only leans to."""
+    made, (x, t, prompts, *_) = prior(), some(64)
+    guidance = weighted(made, Towards(made), explore_steps=30, prior=DenoiserSettings(guidance_scale=1.0))
+    d = guidance.denoiser
+    x_t = d.noised(x, STREAMS.noises(2, x, 0), t.clamp_min(700))
+    conditions = d.conditions(prompts, None)
+    explored = guidance.explore(x_t, t.clamp_min(700), conditions, None, 1.0)
+    one_step = d.x0(x_t, d.predict(x_t, t.clamp_min(700), conditions, None).text, t.clamp_min(700))
+    near, far = (made.log_prob(latents.flatten(0, 1), made.embed([PROMPT] * 128)).median() for latents in (explored, one_step))
+    assert near > far + 5
+    ends_early = weighted(made, Towards(made), explore_steps=30, explore_end="t0").explore(x_t, t.clamp_min(700), conditions, None, 1.0)
+    assert 0 < (ends_early - explored).abs().max() < 0.2
+
+
+def test_each_picture_is_explored_from_its_own_time():
+    made, (x, _, prompts, *_) = prior(), some(3)
+    t = torch.tensor([60, 400, 900])
+    guidance = weighted(made, Towards(made), explore_steps=15)
+    x_t = guidance.denoiser.noised(x, STREAMS.noises(2, x, 0), t)
+    whole = guidance.explore(x_t, t, guidance.denoiser.conditions(prompts, None), None, 7.5)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = guidance.explore(x_t[:, one], t[one], guidance.denoiser.conditions(prompts[one], None), None, 7.5)
+        torch.testing.assert_close(whole[:, one], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_after_its_last_step_it_is_plain():
+    made, args = prior(), some()
+    guidance = weighted(made, Towards(made), until=3)
+    assert guidance(*args).scores is None and guidance(*args[:4], 2).scores.shape == (8, 5)
+    resumed = weighted(made, Towards(made), until=3)
+    resumed.load_state_dict(guidance.state_dict())
+    assert torch.equal(guidance(*args[:4], 1).grad, resumed(*args[:4], 1).grad)
+    assert isinstance(guidance, Guidance)
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match="--explore-end: expected x0 with one step"):
+        RewardSdsSettings(explore_end="t0")
+    with pytest.raises(ValueError, match="noises must be >= 1"):
+        RewardSdsSettings(noises=0)
+    with pytest.raises(ValueError, match="--strategy: expected one of"):
+        NoiseWeighting(strategy="mean")

@@ -1,0 +1,264 @@
+"""train.py --mode=circular-dpo from the outside: its flags, what it refuses, and whole runs on a tiny problem."""
+
+import dataclasses
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.models.lora import adapted_layers
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.modes import circular_dpo as commands
+from eg3d_rlhf.modes.circular_dpo import resolve, settings
+from eg3d_rlhf.tuning.flow.circular import run as circular_run
+from eg3d_rlhf.tuning.flow.circular.run import read_run
+from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, default_settings, from_dict
+from eg3d_rlhf.tuning.flow.pairs import write_pairs
+from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem, with_pairs
+from eg3d_rlhf.tuning.flow.toy import pipeline as toy
+from eg3d_rlhf.tuning.flow.toy.judges import human_pairs
+from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
+
+FLAGS = """
+--ablate --aggregation --also --amp --artefacts --batch --batch-gpu --beta --beta-t --cache-reference --checkpoint-every --choose-noises
+--clamp --clip --condition-dropout --conditions --desc --device --draws --drdpo-beta --dry-run --dtype --ema --flow-weights --held-out
+--held-out-every --judge-batch --label-smoothing --labelled --log-every --loop-beta --loop-loser-weight --loop-lr --loop-pairs
+--loop-sft-weight
+--loop-steps --lora-alpha --lora-dropout --lora-rank --lora-targets --loser-weight --loss --lr --margin --max-drop --mode --no-summary
+--noise --outdir --pair-weight --pairs --patience --pipeline --preset --resume --roles --rounds --seed --seeds --sft-weight --stage --steps
+--table-noises --tau --timeout --tune --views --voxel-share --w1 --w2 --w2-norm --warmup --weight-decay --workers -n
+""".split()
+
+
+def run(*flags: str):
+    return CliRunner().invoke(train.main, ["--mode=circular-dpo", *(str(f) for f in flags)])
+
+
+def values(*flags: str) -> dict:
+    """Flags as the command gets them."""
+    return commands.circular_dpo.make_context("train", list(flags)).params
+
+
+def assert_one_line(result, *texts: str) -> None:
+    assert result.exit_code == 2, (result.exit_code, result.exception)
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+    for text in texts:
+        assert text in result.stderr
+
+
+def test_the_flags_are_frozen():
+    assert sorted(name for p in commands.circular_dpo.params for name in p.opts + p.secondary_opts) == FLAGS
+
+
+def test_help_of_both_modes():
+    text = run("--help").stdout
+    assert [flag for flag in FLAGS if flag not in text] == [] and "Circular-DPO" in text and "The loop:" in text
+    both = CliRunner().invoke(train.main, ["--help"]).stdout
+    assert "circular-dpo" in both and "--mode=NAME" in both
+
+
+def test_flags_of_the_other_mode_are_refused_by_name():
+    assert_one_line(run("--kimg=1"), "--kimg: belongs to --mode=gan.")
+    assert_one_line(run("--lambda_r=1"), "--lambda-r: belongs to --mode=gan.")
+    other = CliRunner().invoke(train.main, ["--loop-beta=3"])
+    assert_one_line(other, "--loop-beta: belongs to --mode=circular-dpo.")
+    assert_one_line(CliRunner().invoke(train.main, ["--mode", "gan", "--tau=0"]), "--tau: belongs to --mode=circular-dpo.")
+    assert "No such option" in run("--nonsense").stderr and "No such option" in CliRunner().invoke(train.main, ["--nonsense"]).stderr
+    assert CliRunner().invoke(train.main, ["--mode=diffusion"]).exit_code == 2
+
+
+def test_the_gan_mode_is_the_default_and_keeps_its_settings():
+    plain, named = (CliRunner().invoke(train.main, [*flags, "-n"]) for flags in ([], ["--mode=gan"]))
+    assert plain.exit_code == 0 and plain.stdout == named.stdout and "mode" not in json.loads(plain.stdout)
+    assert run("-n").stdout == CliRunner().invoke(train.main, ["--mode", "circular_dpo", "-n"]).stdout
+
+
+MISTAKES = {
+    "seeds": (["--seeds=2"], "--seeds: belongs to --ablate"),
+    "noises": (["--table-noises=4", "--no-summary"], "--table-noises: belongs to the table, which --no-summary leaves out"),
+    "summary": (["--ablate=a", "--no-summary"], "--no-summary: belongs to a run without --ablate"),
+    "loop of one stage": (["--stage=structure", "--rounds=2", "--tau=0"], "--rounds, --tau: belongs to the loop, not to --stage"),
+    "both": (["--stage=structure", "--ablate=a..i"], "--stage: expected a run of one stage or an --ablate of all, got both"),
+    "groups decide": (["--ablate=a", "--w1=false"], "--w1: expected the groups of --ablate to decide"),
+    "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
+    "beta": (["--beta-t=1000"], "--beta-t: expected --beta beside it"),
+    "no early stop": (["--choose-noises=0", "--patience=3"], "--patience: belongs to early stopping"),
+    "no anchor": (["--ablate=a,anchor", "--loop-sft-weight=0"], "--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0"),
+    "letters": (["--ablate=a..z"], "groups: expected letters of a..i"),
+    "margin": (["--loss=ipo", "--margin=1"], "margin 0 with ipo"),
+    "sft": (["--loss=sft", "--loser-weight=0.5"], "loser_weight: expected it unset with sft"),
+    "batch": (["--batch=8", "--batch-gpu=3"], "batch_gpu: expected a divisor of batch=8, got 3"),
+    "cache": (["--cache-reference=true"], "cache_reference: expected draws that come again"),
+    "toy": (["--dtype=float16", "--also=x"], "--also, --dtype: belongs to --pipeline=DIR"),
+    "toy's voxels": (["--voxel-share=0.5"], "--voxel-share: belongs to --pipeline=DIR"),
+    "weights": (["--pipeline=x", "--pairs=y", "--flow-weights=file.pt"], "--flow-weights: expected STAGE=FILE"),
+    "trellis": (["--pipeline=somewhere"], "--pairs: expected a folder of people's pairs beside --pipeline=DIR"),
+    "resume": (["--resume=runs/x", "--lr=1"], "--lr: expected the run's own with --resume"),
+    "no run": (["--resume={tmp}"], "--resume: expected a run folder with training_options.json"),
+    "pairs": (["--pairs={tmp}"], "--pairs: expected a folder for each stage (structure, voxels) in {tmp}, got none"),
+    "stage": (["--stage=mesh"], "stage: expected one of structure, voxels, got 'mesh'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_flags(case, tmp_path):
+    flags, text = MISTAKES[case]
+    resumed = [] if "resume" in flags[0] else [f"--outdir={tmp_path / 'runs'}"]
+    assert_one_line(run(*(f.format(tmp=tmp_path) for f in flags), *resumed), text.format(tmp=tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_prints_the_settings_and_touches_nothing(tmp_path):
+    result = run("-n", "--ablate=a,d", "--seeds=2", "--seed=5", f"--outdir={tmp_path / 'runs'}")
+    found = json.loads(result.stdout)
+    assert found["groups"] == ["a", "d", "i"] and found["training_seeds"] == [5, 6] and "5/pairs" in found["tasks"]
+    assert found["artefacts"] == str(tmp_path / "runs" / "artefacts") and not (tmp_path / "runs").exists()
+
+
+def test_flags_reach_their_settings():
+    defaults = default_settings("toy")
+    own = settings(values("--beta=2", "--beta-t=100", "--lr=0.5", "--steps=7", "--loss=hinge", "--amp=bf16", "--batch-gpu=1"), defaults)
+    assert (own.human.dpo.beta, own.human.dpo.kind, own.human.lr, own.human.steps, own.human.bf16) == (200, "hinge", 0.5, 7, True)
+    ratio = defaults.loop.dpo.beta / defaults.human.dpo.beta
+    assert own.loop.dpo.beta == pytest.approx(ratio * 200) and own.loop.dpo.loser_weight == defaults.loop.dpo.loser_weight
+    assert (own.loop.lr, own.loop.steps, own.sft.lr, own.sft.dpo.kind) == (0.5, 7, 0.5, "sft")
+    own = settings(values("--loop-lr=2", "--loop-steps=3", "--loop-beta=9", "--loop-loser-weight=1", "--loop-sft-weight=0"), defaults)
+    assert (own.loop.lr, own.loop.steps, own.loop.dpo.beta, own.loop.dpo.loser_weight, own.loop.dpo.sft_weight) == (2, 3, 9, 1, 0)
+    assert own.human == defaults.human
+    own = settings(values("--w1=false", "--tau=0.1", "--roles=reward", "--choose-noises=0", "--loop-pairs=3", "--rounds=2"), defaults)
+    assert (own.weighing.use_w1, own.weighing.tau, own.weighing.roles, own.choosing, own.rounds) == (False, 0.1, "reward", None, 2)
+    assert own.loop_pairs.per_pair == 3
+    own = settings(values("--tune=full"), defaults)
+    assert own.human.lora is None and own.loop.lora is None
+    own = settings(values("--tune=lora", "--lora-rank=3", "--lora-targets=to_q, to_out"), defaults)
+    assert own.human.lora.rank == 3 and own.loop.lora.targets == ("to_q", "to_out")
+    assert settings(values("--preset=dso"), defaults).human.dpo.beta == 250
+    assert {settings(values(f"--preset=flow{c}grpo"), defaults).human.dpo.beta for c in "-_"} == {50}
+    assert settings(values("--loss=sft"), defaults).loop.dpo.needs_reference
+    assert settings(values(), defaults) == defaults
+
+
+def test_settings_survive_json():
+    run_ = resolve(values("--ablate=a..i", "--preset=flowdpo"), default_settings("toy"))
+    assert from_dict(CircularRun, json.loads(json.dumps(dataclasses.asdict(run_)))) == run_
+    source = ProblemSource(pipeline="x", pairs="y", also=("z",), flow_weights=("structure=a.pt",))
+    trellis = CircularRun(circular=CircularSettings(), source=source)
+    assert from_dict(CircularRun, json.loads(json.dumps(dataclasses.asdict(trellis)))) == trellis
+    with pytest.raises(ValueError, match="got unknown ones: speed"):
+        from_dict(CircularRun, {"speed": 3})
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command on the tiny problem."""
+    monkeypatch.setattr(circular_run, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(commands, "default_settings", lambda pipeline: SETTINGS)
+
+    def go(*flags: str):
+        result = run(*flags, *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}"]))
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        return result
+
+    return go
+
+
+def test_a_run_writes_weights_steps_and_options(tiny, tmp_path):
+    result = tiny()
+    folder = tmp_path / "00000-circular-dpo-toy-loop"
+    found = json.loads((folder / "result.json").read_text())
+    assert [step["step"] for step in found["steps"]] == ["people", "pairs", "loop"]
+    assert found["weights"] == {"voxels": "voxels", "structure": "structure"}
+    assert (folder / "voxels" / "adapter_model.safetensors").exists() and (folder / "structure" / "policy.json").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["groups"]) == {"a", "d", "i"} and "(a) against (d)" in result.stdout
+    assert "win_rate" in result.stdout and "with another structure" in result.stderr + result.stdout
+    again = tiny(f"--resume={folder}")
+    assert "found in" in again.stdout + again.stderr and json.loads((folder / "result.json").read_text()) == found
+
+
+def test_one_stage(tiny, tmp_path):
+    tiny("--stage=structure", "--desc=x")
+    found = json.loads((tmp_path / "00000-circular-dpo-toy-stage-structure-x" / "result.json").read_text())
+    assert found["weights"] == {"structure": "structure"} and len(found["steps"]) == 1
+    summary = json.loads((tmp_path / "00000-circular-dpo-toy-stage-structure-x" / "summary.json").read_text())
+    assert set(summary["groups"]) == {"c", "i"}
+
+
+def test_two_rounds_leave_the_whole_network(tiny, tmp_path):
+    tiny("--rounds=2", "--no-summary")
+    folder = tmp_path / "00000-circular-dpo-toy-loop"
+    assert len(json.loads((folder / "result.json").read_text())["steps"]) == 6
+    model = tuned_model(tiny_problem().pipeline.stages[1].model, folder / "voxels")
+    assert not adapted_layers(model) and (folder / "voxels" / "model.safetensors").exists()
+
+
+def test_an_ablation_writes_its_table(tiny, tmp_path):
+    result = tiny("--ablate=a,d", "--seeds=2", "--table-noises=2", "--workers=1")
+    folder = tmp_path / "00000-circular-dpo-toy-ablation-adi"
+    found = json.loads((folder / "ablation.json").read_text())
+    assert set(found["groups"]) == {"a", "d", "i"} and set(found["pairwise"]) == {"a_vs_d", "a_vs_i", "d_vs_i"}
+    assert found["training_seeds"] == [0, 1] and found["problem"] == {"problem": "tiny", "stages": 2}
+    assert "| (a) | full loop |" in result.stdout and (folder / "ablation.png").exists()
+
+
+def test_a_run_and_its_ablation_share_artefacts(tiny, tmp_path):
+    tiny("--no-summary")
+    assert not (tmp_path / "00000-circular-dpo-toy-loop" / "summary.json").exists()
+    before = {path.name for path in (tmp_path / "artefacts").iterdir()}
+    tiny("--ablate=a", "--seeds=1", "--table-noises=2", "--workers=1")
+    assert {path.name.split("-")[0] for path in (tmp_path / "artefacts").iterdir() if path.name not in before} == {"scores"}
+
+
+def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch):
+    tiny()
+    folder = tmp_path / "00000-circular-dpo-toy-loop"
+    monkeypatch.setattr(circular_run, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"}))
+    assert_one_line(run(f"--resume={folder}"), "expected the settings that it was begun with", "problem.problem else instead of tiny")
+    assert_one_line(run("--mode=gan", f"--resume={folder}"), "got one of --mode=circular-dpo")
+    options = folder / "training_options.json"
+    options.write_text(json.dumps({"cfg": "heads64"}))
+    with pytest.raises(ValueError, match="got one of --mode=gan"):
+        read_run(folder)
+    options.write_text("{")
+    with pytest.raises(ValueError, match="expected JSON, got"):
+        read_run(folder)
+
+
+def test_pairs_from_files_must_be_of_the_same_assets(tmp_path):
+    problem = tiny_problem()
+    for stage in ("structure", "voxels"):
+        write_pairs(tmp_path / stage, problem.human_pairs(stage), {})
+    own = with_pairs(problem, tmp_path)
+    assert [p.id for p in own.human_pairs("voxels")] == [p.id for p in problem.human_pairs("voxels")]
+    assert set(own.identity["pairs"]) == {"structure", "voxels"}
+    write_pairs(tmp_path / "voxels", problem.human_pairs("voxels")[1:], {})
+    with pytest.raises(ValueError, match="expected the same pairs at stages 'structure' and 'voxels', got 1"):
+        with_pairs(problem, tmp_path)
+    (tmp_path / "voxels").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="expected pairs of stage 'voxels'"):
+        with_pairs(problem, tmp_path).human_pairs("voxels")
+
+
+@pytest.mark.parametrize("conditions", [("grey",), ("red", "pink")])
+def test_pairs_of_held_out_conditions_are_refused(tmp_path, conditions):
+    """The table calls them unseen."""
+    problem = tiny_problem()
+    for stage in ("structure", "voxels"):
+        pairs = problem.human_pairs(stage)[: len(conditions)]
+        write_pairs(tmp_path / stage, [dataclasses.replace(p, condition=c) for p, c in zip(pairs, conditions, strict=True)], {})
+    with pytest.raises(ValueError, match=f"not held out, got those of 1 that are, '{conditions[-1]}' first"):
+        with_pairs(problem, tmp_path)
+
+
+def test_held_out_pairs_of_the_toy_end_in_one_line(tmp_path):
+    write_pairs(tmp_path / "pairs" / "voxels", human_pairs("voxels", toy.HELD_OUT[:2], 2, 0), {})
+    done = run(f"--pairs={tmp_path / 'pairs'}", "--stage=voxels", f"--outdir={tmp_path / 'runs'}")
+    assert_one_line(done, "--pairs: expected pairs of conditions that are not held out, got those of 2 that are", "Leave them out")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_toy_opens_as_a_problem():
+    problem = open_problem(ProblemSource())
+    assert [stage.name for stage in problem.pipeline.stages] == ["structure", "voxels"]
+    assert problem.human_pairs("voxels") is problem.human_pairs("voxels") and problem.parts is not None

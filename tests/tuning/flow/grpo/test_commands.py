@@ -1,0 +1,134 @@
+"""train.py --mode=grpo from the outside: its flags, what it refuses, and whole runs on a tiny problem."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.models.sparse import collate
+from eg3d_rlhf.modes import grpo as commands
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.grpo import rewards
+from eg3d_rlhf.tuning.flow.grpo import run as grpo_run
+from eg3d_rlhf.tuning.flow.grpo.arms import ranked_pairs
+from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
+from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, default_run
+from eg3d_rlhf.tuning.flow.update import TrainConfig
+from tests.tuning.flow.circular.test_commands import assert_one_line
+from tests.tuning.flow.tiny_problem import full, tiny_problem
+
+FLAGS = """
+--also --amp --arms --batch --batch-gpu --checkpoint-every --choose-noises --clip --clip-range --conditions --desc --device --dry-run
+--dtype --ema --flow-weights --group --held-out --held-out-every --judge-batch --kl --labelled --log-every --lora-alpha --lora-dropout
+--lora-rank --lora-targets --lr --max-drop --mode --no-summary --outdir --pairs --passes --patience --pipeline --resume --reward
+--sampler-steps --sde-noise --seed --seeds --stage --steps --table-noises --timeout --trained-steps --tune --views --voxel-share --warmup
+--weight-decay --workers -n
+""".split()
+SHORT = {"steps": 4, "batch": 2, "lr": 0.02, "warmup": 1, "log_every": 2, "checkpoint_every": 2, "held_out_every": 2, "max_drop": 1.0}
+LORA = LoraConfig(rank=2, alpha=4)
+TINY = GrpoRun(
+    grpo=GrpoConfig(lora=LORA, group=4, sampler_steps=3, **SHORT), dpo=TrainConfig(dpo=DpoConfig(beta=20.0), lora=LORA, **SHORT),
+)  # fmt: skip
+
+
+def run(*flags: str):
+    return CliRunner().invoke(train.main, ["--mode=grpo", *(str(f) for f in flags)])
+
+
+def test_the_flags_are_frozen():
+    assert sorted(name for p in commands.grpo.params for name in p.opts + p.secondary_opts) == FLAGS
+    text = run("--help").stdout
+    assert [flag for flag in FLAGS if flag not in text] == [] and "GRPO:" in text
+
+
+MISTAKES = {
+    "arms": (["--arms=grpo,ppo"], "--arms: expected some of grpo, dpo, shuffled, inverted, people, each once, got grpo, ppo"),
+    "workers": (["--workers=2"], "--workers: belongs to several trainings"),
+    "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
+    "dropout": (["--lora-dropout=0.1"], "expected adapters without dropout"),
+    "no early stop": (["--choose-noises=0", "--patience=3"], "--patience: belongs to early stopping"),
+    "no table": (["--no-summary", "--table-noises=4"], "--table-noises: belongs to the table"),
+    "steps": (["--trained-steps=8"], "--trained-steps: expected at most all steps of the sampler but the last, got 8 of 8"),
+    "people": (["--labelled=own"], "--labelled: belongs to --arms=people"),
+    "reward": (["--reward=nose"], "--reward: expected one of own"),
+    "stage": (["--stage=mesh"], "stage: expected one of structure, voxels, got 'mesh'"),
+    "folder": (["--pipeline={tmp}"], "pipeline: expected the folder of a known generator"),
+    "resume": (["--resume=runs/x", "--lr=1"], "--lr: expected the run's own with --resume"),
+    "no run": (["--resume={tmp}"], "--resume: expected a run folder with training_options.json"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_flags(case, tmp_path):
+    flags, text = MISTAKES[case]
+    resumed = [] if "resume" in flags[0] else [f"--outdir={tmp_path / 'runs'}"]
+    assert_one_line(run(*(f.format(tmp=tmp_path) for f in flags), *resumed), text.format(tmp=tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flags_reach_their_settings(tmp_path):
+    result = run("-n", "--kl=2", "--group=5", "--lora-rank=3", "--arms=grpo,dpo", "--seed=4", "--choose-noises=0", f"--outdir={tmp_path}/x")
+    found, toy = json.loads(result.stdout), default_run("toy")
+    assert found["grpo"]["kl"] == 2 and found["grpo"]["group"] == 5 and found["dpo"]["lora"]["rank"] == found["grpo"]["lora"]["rank"] == 3
+    assert found["training_seeds"] == [4, 5, 6] and found["choosing"] is None and found["grpo"]["lr"] == toy.grpo.lr
+    assert not (tmp_path / "x").exists() and json.loads(run("-n", "--tune=full").stdout)["grpo"]["lora"] is None
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command on the tiny problem."""
+    monkeypatch.setattr(grpo_run, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(commands, "default_run", lambda pipeline: TINY)
+
+    def go(*flags: str):
+        result = run(*flags, *([] if any("--resume" in f for f in flags) else [f"--outdir={tmp_path}", "--table-noises=2"]))
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        return result
+
+    return go
+
+
+def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
+    result = tiny("--stage=structure", "--choose-noises=2")
+    folder = tmp_path / "00000-grpo-toy-structure"
+    stage = tiny_problem().pipeline.stages[0]
+    tuned = tuned_model(stage.model, folder / "structure")
+    assert not torch.equal(tuned.to_out.lora_B.weight, torch.zeros_like(tuned.to_out.lora_B.weight))
+    found = json.loads((folder / "grpo.json").read_text())
+    arm = found["arms"]["grpo"]
+    assert 0 <= arm["reward"]["up"] <= 1 and set(arm["judges"]) == {"final", "chooser", "reward"} and arm["kl"][0] > 0
+    assert found["pairwise"] == {} and arm["samples"] == [4 * 2 * 4] and "reward up on" in result.stdout and "eta" in result.output
+    tiny(f"--resume={folder}")
+    assert json.loads((folder / "grpo.json").read_text()) == found
+
+
+def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
+    result = tiny("--arms=grpo,dpo,shuffled,inverted,people", "--seeds=2", "--workers=1")
+    found = json.loads((tmp_path / "00000-grpo-toy-voxels" / "grpo.json").read_text())
+    assert set(found["arms"]) == {"grpo", "dpo", "shuffled", "inverted", "people"} and len(found["pairwise"]) == 10
+    assert found["arms"]["dpo"]["samples"] == found["arms"]["grpo"]["samples"] == [32, 32] and found["training_seeds"] == [0, 1]
+    assert "## Pair by pair, final judge" in result.stdout and (tmp_path / "00000-grpo-toy-voxels" / "voxels").is_dir()
+
+
+def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
+    problem = tiny_problem()
+    bench = grpo_run.bench_of(TINY, problem, 3)
+    pairs = ranked_pairs(bench.task, bench.grpo, 3, batch=8)
+    assert pairs and all(pair.reward_preferred > pair.reward_rejected for pair in pairs) and len(pairs) <= 4 * 2 * 2
+    scored = full(problem.pipeline.decode(collate([pair.preferred for pair in pairs])), [pair.condition for pair in pairs])
+    assert torch.equal(scored, torch.tensor([pair.reward_preferred for pair in pairs]))
+    assert [p.id for p in ranked_pairs(bench.task, bench.grpo, 3, batch=64)] == [p.id for p in pairs]
+
+
+def test_a_plugins_reward_tunes_what_has_none_of_its_own(tiny, tmp_path, monkeypatch):
+    bare = tiny_problem(reward=None, chooser=None, final=None, parts=None)
+    monkeypatch.setattr(grpo_run, "open_problem", lambda source, device: bare)
+    assert_one_line(run(f"--outdir={tmp_path}"), "--reward: expected the name of one, got none")
+    monkeypatch.setitem(rewards.REWARDS, "full", lambda problem: full)
+    tiny("--reward=full")
+    found = json.loads((tmp_path / "00000-grpo-toy-voxels" / "grpo.json").read_text())
+    assert found["judge"] == "reward" and found["problem"]["problem"] == "tiny"

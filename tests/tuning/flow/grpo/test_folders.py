@@ -1,0 +1,52 @@
+"""GRPO on a generator's own folder, without pairs: one stage of points by a network with its data at t = 1, and a plugin's reward."""
+
+import json
+
+import torch
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.tuning.flow.embeddings import write_conditions
+from eg3d_rlhf.tuning.flow.generate import crossed, generate
+from eg3d_rlhf.tuning.flow.grpo import rewards
+from tests.tuning.flow import point_family
+from tests.tuning.flow.point_family import conditions, write_folder
+
+FEW = "--steps=15 --batch=3 --group=8 --lr=0.02 --warmup=0 --kl=0 --sampler-steps=4 --lora-rank=4 --device=cpu".split()
+
+
+def to_the_right(assets, names):
+    """Mean of the points' first coordinate."""
+    return torch.stack([asset[:, 0].mean() for asset in assets])
+
+
+def call(tmp_path, *flags):
+    return CliRunner().invoke(train.main, ["--mode=grpo", f"--pipeline={tmp_path / 'ROOT'}", f"--outdir={tmp_path / 'runs'}", *FEW, *flags])
+
+
+def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "ROOT")
+    write_conditions(tmp_path / "conditions.safetensors", conditions())
+    known = f"--conditions={tmp_path / 'conditions.safetensors'}"
+    monkeypatch.setitem(rewards.REWARDS, "right", lambda problem: to_the_right)
+    for flags, message in (
+        (["--reward=right"], "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none"),
+        ([known, "--reward=right", "--views=3"], "--views: belongs to other generators"),
+        ([known], "--reward: expected the name of one, got none, and this generator brings none"),
+        ([known, "--reward=right", "--arms=people"], "--pairs: expected people's pairs of stage 'points', got none"),
+    ):
+        done = call(tmp_path, *flags)
+        assert done.exit_code == 2 and message in done.output.replace("\n", " "), (flags, done.output)
+    done = call(tmp_path, known, "--reward=right", "--desc=x")
+    assert done.exit_code == 0, (done.output, done.exception)
+    (run,) = (tmp_path / "runs").glob("*-grpo-ROOT-points-x")
+    found = json.loads((run / "grpo.json").read_text())
+    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
+    pipeline = point_family.load(root, conditions())
+    names, seeds = crossed("abcd", 16, 5)
+    before, after = (
+        to_the_right(generate(pipeline, names, seeds, models), names).mean()
+        for models in ({}, {"points": tuned_model(pipeline.stages[0].model, run / "points")})
+    )
+    assert after > before + 0.1

@@ -1,0 +1,112 @@
+"""A flow family from outside the package: clouds of six points, in one stage, by a network with its data at t = 1.
+
+Load it as a plugin: EG3D_RLHF_PLUGINS=tests/tuning/flow/point_family.py. Its folder holds points.json and points.safetensors; conditions
+are two tensors by name, a token of a class and a size.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eg3d_rlhf.models.lora import merged_state
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.kinds import TokenSet
+from eg3d_rlhf.tuning.flow.path import FlowPath
+from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from training.storage import load_strict, write_atomic
+
+POINTS, CLASSES = 6, 4
+CONFIG, WEIGHTS = "points.json", "points.safetensors"
+
+
+class PointNetwork(nn.Module):
+    """Somebody else's module: it calls the time sigma, has data at sigma = 1, and wants the condition in two arguments."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3 + 1 + CLASSES + 1, width), nn.Linear(width, 3)
+
+    def forward(self, points: torch.Tensor, sigma: torch.Tensor, kind: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """Points [N, T, 3], sigma [N], kind [N, 1, E], size [N, 1] -> d points / d sigma."""
+        said = torch.cat([sigma.view(-1, 1, 1), kind, size.unsqueeze(1)], 2).expand(-1, points.shape[1], -1)  # [N, T, 1 + E + 1]
+        return self.outer(torch.tanh(self.inner(torch.cat([points, said], 2))))
+
+
+def call(module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """How a stage's arguments become the module's."""
+    return module(x_t, t, cond["kind"], cond["size"])
+
+
+class PointPipeline:
+    """One stage; an asset is a cloud [T, 3]."""
+
+    def __init__(self, module: nn.Module, conditions: Conditions | None):
+        self.tokens = conditions
+        if conditions is not None:
+            conditions.check("conditions", {"kind": [1, CLASSES], "size": [1]}, "the classes of points.json")
+        self.stages = [FlowStage(
+            name="points", model=module, latents=TokenSet(tokens=POINTS, channels=3), call=call, data_at_one=True,
+            path=FlowPath(sigma_min=0.0, schedule="uniform"), sampling=Sampling(steps=4, cfg_strength=1.0, cfg_interval=(0.0, 1.0)),
+            lora_targets=("inner", "outer"),
+        )]
+
+    def conditions(self, names: Sequence[str], stage: str):
+        return self.tokens.of(names)
+
+    def no_condition(self, n: int, stage: str):
+        return self.tokens.null(n)
+
+    def decode(self, x_0: torch.Tensor) -> list[torch.Tensor]:
+        return [*x_0]
+
+
+def load(root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device="cpu") -> PointPipeline:
+    """Strictly by name and shape."""
+    module = PointNetwork(**json.loads((root / CONFIG).read_text()))
+    load_strict(module, load_file(root / WEIGHTS), str(root / WEIGHTS))
+    return PointPipeline(module.to(device, dtype).eval(), conditions)
+
+
+def show(asset: torch.Tensor, path: Path) -> Path:
+    """An .xyz file."""
+    file = path.with_name(path.name + ".xyz")
+    write_atomic(file, "".join(f"{x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in asset.tolist()).encode())
+    return file
+
+
+def export(root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
+    """The same folder with adapters merged."""
+    out.mkdir(parents=True)
+    (out / CONFIG).write_bytes((root / CONFIG).read_bytes())
+    state = merged_state(tuned_model(load(root, None).stages[0].model, tuned["points"]))
+    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, out / WEIGHTS)
+    return {"tuned": sorted(tuned)}
+
+
+register(FlowFamily(
+    name="points", layout=f"{CONFIG} and {WEIGHTS}", recognises=lambda root: (root / CONFIG).is_file(), stages=("points",), load=load,
+    files=lambda root: {CONFIG: root / CONFIG, WEIGHTS: root / WEIGHTS}, show=show, export=export,
+))
+
+
+def write_folder(root: Path) -> Path:
+    """A generator of random weights."""
+    root.mkdir(parents=True)
+    torch.manual_seed(0)
+    (root / CONFIG).write_text(json.dumps({"width": 8}))
+    save_file(PointNetwork().state_dict(), root / WEIGHTS)
+    return root
+
+
+def conditions() -> Conditions:
+    """Of four names."""
+    eye = torch.eye(CLASSES)
+    return Conditions(
+        tokens={name: {"kind": eye[i : i + 1], "size": torch.tensor([float(i)])} for i, name in enumerate("abcd")}, zero_null=True
+    )

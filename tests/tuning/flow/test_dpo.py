@@ -1,0 +1,245 @@
+"""What a batch of pairs draws, and the loss of its errors: truths that hold whatever the network."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eg3d_rlhf.models.sparse import feats_of, separate
+from eg3d_rlhf.preferences.losses import aggregate
+from eg3d_rlhf.tuning.flow import dpo
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss, pair_stats
+from eg3d_rlhf.tuning.flow.path import FlowPath
+from tests.tuning.flow.closed_forms import PerChannel, pair_of, stage_of, tokens, voxels
+
+KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])
+CONFIG = DpoConfig(beta=20.0)
+
+
+def drawn(sparse: bool, pairs=None, config: DpoConfig = CONFIG, seed: int = 0, epoch: int = 0, no_cond=None):
+    pairs = pairs or [pair_of(i, sparse) for i in range(4)]
+    stage = stage_of(PerChannel(), sparse, path=FlowPath())
+    return stage, draw_pairs(stage, pairs, tokens(len(pairs)), no_cond, config, seed, epoch)
+
+
+def errors_of(stage, draw, model=None) -> torch.Tensor:
+    return stage.path.errors((model or stage.model)(draw.x_t, draw.t, draw.cond), draw.x_0, draw.eps)
+
+
+def some_errors(n: int = 6) -> PairErrors:
+    g = torch.Generator().manual_seed(0)
+    names = ("preferred", "rejected", "ref_preferred", "ref_rejected")
+    return PairErrors(**{name: torch.rand(n, generator=g, dtype=torch.float64) for name in names})
+
+
+@KINDS
+def test_a_pair_shares_time_noise_and_condition(sparse):
+    pairs = [pair_of(i, sparse) for i in range(4)]
+    stage, draw = drawn(sparse, pairs)
+    assert torch.equal(draw.t[:4], draw.t[4:]) and len(set(draw.t.tolist())) == 4 and torch.equal(draw.cond[:4], draw.cond[4:])
+    eps, x_0 = separate(draw.eps), separate(draw.x_0)
+    for i, pair in enumerate(pairs):
+        for j, latent in ((i, pair.preferred), (i + 4, pair.rejected)):
+            assert torch.equal(feats(x_0[j]), feats(latent))
+        if sparse:
+            shared = common(eps[i], eps[i + 4])
+            assert shared and all(a == b for a, b in shared)
+        else:
+            assert torch.equal(eps[i], eps[i + 4])
+    torch.testing.assert_close(feats_of(draw.x_t), feats_of(stage.path.mix(draw.x_0, draw.t, draw.eps)))
+
+
+def feats(latent) -> torch.Tensor:
+    return latent if isinstance(latent, torch.Tensor) else latent.feats
+
+
+def common(a, b) -> list[tuple]:
+    """Features of two samples on the voxels of both."""
+    known = dict(zip(map(tuple, a.coords.tolist()), a.feats.tolist(), strict=True))
+    return [(known[tuple(c)], f) for c, f in zip(b.coords.tolist(), b.feats.tolist(), strict=True) if tuple(c) in known]
+
+
+@KINDS
+def test_independent_noise_differs_within_a_pair_alone(sparse):
+    shared, independent = (drawn(sparse, config=replace(CONFIG, noise=noise))[1] for noise in ("shared", "independent"))
+    assert torch.equal(shared.t, independent.t)
+    a, b = separate(shared.eps), separate(independent.eps)
+    for i in range(4):
+        assert torch.equal(feats(a[i]), feats(b[i])) and not torch.equal(feats(a[i + 4]), feats(b[i + 4]))
+
+
+@KINDS
+def test_draws_derive_from_seed_id_and_epoch_alone(sparse):
+    """In another batch, in another order, a second time: the same; with another seed, epoch or id: others."""
+    pairs = [pair_of(i, sparse) for i in range(4)]
+    stage = stage_of(PerChannel(), sparse)
+    config, cond, no_cond = replace(CONFIG, condition_dropout=0.5), tokens(4), torch.zeros(1, 2, 3)
+    whole = draw_pairs(stage, pairs, cond, no_cond, config, 0, 3)
+    torch.manual_seed(123)
+    part = draw_pairs(stage, [pairs[2], pairs[0]], cond[[2, 0]], no_cond, config, 0, 3)
+    for i, j in ((0, 2), (1, 0), (2, 6), (3, 4)):
+        assert part.t[i] == whole.t[j] and torch.equal(part.cond[i], whole.cond[j])
+        assert torch.equal(feats(separate(part.x_t)[i]), feats(separate(whole.x_t)[j]))
+    for other in (
+        draw_pairs(stage, pairs, cond, no_cond, config, 1, 3), draw_pairs(stage, pairs, cond, no_cond, config, 0, 4),
+        draw_pairs(stage, [replace(p, id=p.id + "'") for p in pairs], cond, no_cond, config, 0, 3),
+    ):  # fmt: skip
+        assert not (other.t == whole.t).any() and not (feats_of(other.eps) == feats_of(whole.eps)).any()
+
+
+def test_conditions_are_dropped_for_both_of_a_pair_in_their_share():
+    pairs = [replace(pair_of(0), id=f"{i}") for i in range(300)]
+    _, draw = drawn(False, pairs, replace(CONFIG, condition_dropout=0.1), no_cond=torch.zeros(1, 2, 3))
+    dropped = (draw.cond == 0).flatten(1).all(1)
+    assert torch.equal(dropped[:300], dropped[300:]) and 0.05 < dropped.float().mean() < 0.16
+    with pytest.raises(ValueError, match=r"draw_pairs\(no_cond\): expected the empty condition's tokens with condition_dropout, got None"):
+        drawn(False, config=replace(CONFIG, condition_dropout=0.1))
+
+
+@KINDS
+@pytest.mark.parametrize("kind", ["sigmoid", "robust"])
+def test_identical_pairs_cost_log_two_and_teach_nothing(sparse, kind):
+    """The velocities' gradients of a pair's two cancel to the bit, so what reaches the weights is the rounding of a sum of zeros."""
+    stage, draw = drawn(sparse, [pair_of(i, sparse, same=True) for i in range(4)])
+    ref = errors_of(stage, draw, PerChannel(seed=1)).detach()
+    v = stage.model(draw.x_t, draw.t, draw.cond)
+    feats_of(v).retain_grad()
+    found = PairErrors.split(stage.path.errors(v, draw.x_0, draw.eps), ref)
+    losses = pair_loss(found, replace(CONFIG, kind=kind))
+    torch.testing.assert_close(losses, torch.full((4,), math.log(2)))
+    losses.mean().backward(retain_graph=True)
+    first, second = feats_of(v).grad.chunk(2)
+    assert torch.equal(first, -second) and first.abs().max() > 1e-3
+    left = max(p.grad.abs().max() for p in stage.model.parameters())
+    stage.model.zero_grad()
+    pair_loss(replace(found, rejected=found.rejected.detach()), CONFIG).mean().backward()
+    assert left < 1e-5 * max(p.grad.abs().max() for p in stage.model.parameters())
+
+
+def test_at_the_reference_the_loss_is_log_two_and_points_towards_the_preferred():
+    stage, draw = drawn(False)
+    ref = errors_of(stage, draw).detach()
+    for _ in range(2):
+        found = PairErrors.split(errors_of(stage, draw), ref)
+        losses = pair_loss(found, CONFIG)
+        if found.delta().abs().max() == 0:
+            torch.testing.assert_close(losses, torch.full((4,), math.log(2)))
+            losses.mean().backward()
+            with torch.no_grad():
+                for p in stage.model.parameters():
+                    p -= 1e-3 * p.grad
+    assert found.delta().mean() > 0 and losses.mean() < math.log(2)
+
+
+def test_delta_is_positive_where_the_policy_gained_more_on_the_preferred():
+    e = some_errors()
+    torch.testing.assert_close(e.delta(), (e.ref_preferred - e.preferred) - (e.ref_rejected - e.rejected))
+    torch.testing.assert_close(e.delta(0.5), (e.ref_preferred - e.preferred) - 0.5 * (e.ref_rejected - e.rejected))
+    swapped = PairErrors(preferred=e.rejected, rejected=e.preferred, ref_preferred=e.ref_rejected, ref_rejected=e.ref_preferred)
+    torch.testing.assert_close(swapped.delta(), -e.delta())
+    held = e.delta(clamp=0.1)
+    torch.testing.assert_close(held, (e.ref_preferred - e.preferred).clamp(-0.1, 0.1) - (e.ref_rejected - e.rejected).clamp(-0.1, 0.1))
+    assert held.abs().max() <= 0.2
+
+
+def test_losses_against_their_formulas():
+    e, w = some_errors(), torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    z = 20.0 * e.delta(0.5)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    anchored = replace(CONFIG, loser_weight=0.5, sft_weight=0.3)
+    torch.testing.assert_close(pair_loss(e, anchored), -log_sigmoid(z) + 0.3 * e.preferred)
+    torch.testing.assert_close(pair_loss(e, anchored, w), -log_sigmoid(w * z) + 0.3 * e.preferred)
+    outside = replace(anchored, weight_mode="outside")
+    torch.testing.assert_close(pair_loss(e, outside, w), -w * log_sigmoid(z) + 0.3 * e.preferred)
+    torch.testing.assert_close(pair_loss(e, DpoConfig(kind="ipo", beta=2.0)), (e.delta() - 0.25).square())
+    alone = PairErrors(preferred=e.preferred, rejected=e.rejected)
+    torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="sft")), e.preferred)
+    torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="sft"), w), w * e.preferred)
+    torch.testing.assert_close(pair_loss(alone, DpoConfig(kind="dro", loser_weight=0.5)), e.preferred - 0.5 * e.rejected)
+    torch.testing.assert_close(aggregate(z, CONFIG.aggregation, CONFIG.drdpo_beta), z.mean())
+    soft = replace(CONFIG, aggregation="drdpo", drdpo_beta=0.7)
+    torch.testing.assert_close(aggregate(z, soft.aggregation, soft.drdpo_beta), -0.7 * (torch.exp(-z / 0.7).mean()).log())
+    with pytest.raises(ValueError, match="PairErrors.delta: expected the reference's errors, got none"):
+        pair_loss(alone, CONFIG)
+
+
+def test_gradients_are_the_derivatives_and_the_reference_gets_none():
+    e = some_errors()
+    inputs = [getattr(e, name).requires_grad_() for name in ("preferred", "rejected")]
+
+    def loss(preferred, rejected):
+        return pair_loss(replace(e, preferred=preferred, rejected=rejected), replace(CONFIG, loser_weight=0.5, sft_weight=0.2))
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    ref = torch.rand(4, requires_grad=True)
+    split = PairErrors.split(torch.rand(4), ref)
+    assert not split.ref_preferred.requires_grad and torch.equal(split.ref_rejected, ref[2:])
+
+
+def test_weights_come_with_the_pairs_all_or_none():
+    pairs = [replace(pair_of(i), w2=w) for i, w in enumerate((0.5, 1.0, 1.5, 2.0))]
+    assert drawn(False, pairs)[1].weight.tolist() == [0.5, 1.0, 1.5, 2.0]
+    assert drawn(False)[1].weight is None
+    by_batch = [replace(p, provenance={"w2_norm": "batch"}) for p in pairs]
+    assert drawn(False, by_batch)[1].weight.tolist() == pytest.approx([0.4, 0.8, 1.2, 1.6])
+    with pytest.raises(ValueError, match="draw_pairs: expected w2 on all pairs or on none, got none on pair-1"):
+        drawn(False, [pairs[0], replace(pairs[1], w2=None)])
+
+
+def test_pairs_of_another_stage_are_refused():
+    with pytest.raises(ValueError, match="draw_pairs: expected pairs of stage 'voxels', got pair-0 of 'structure'"):
+        drawn(True, [pair_of(0)])
+    stage = stage_of(PerChannel())
+    with pytest.raises(ValueError, match=r"draw_pairs\(cond\): expected tokens for each of 2 pairs, got 3"):
+        draw_pairs(stage, [pair_of(0), pair_of(1)], tokens(3), None, CONFIG, 0, 0)
+
+
+def test_statistics_of_a_batch():
+    e = PairErrors(
+        preferred=torch.tensor([1.0, 2.0, 3.0]), rejected=torch.tensor([2.0, 2.0, 2.0]),
+        ref_preferred=torch.tensor([1.5, 2.0, 2.0]), ref_rejected=torch.tensor([1.0, 2.0, 2.0]),
+    )  # fmt: skip
+    stats = pair_stats(e, e.delta(), torch.tensor([0.05, 0.95, 1.0, 0.05, 0.95, 1.0]))
+    assert e.delta().tolist() == [1.5, 0, -1]
+    assert stats["implicit_accuracy"] == 0.5 and stats["margin"] == pytest.approx(0.5 / 3)
+    assert stats["w_diff"] == pytest.approx(0.5 / 3) and stats["l_diff"] == pytest.approx(1 / 3)
+    expected = {"pairs": [1, 2], "implicit_accuracy": [1, 0.5], "margin": [1.5, -1], "w_diff": [-0.5, 1], "l_diff": [1, 0]}
+    for name, (first, last) in expected.items():
+        sums = stats[f"bins/{name}"]
+        assert sums.shape == (dpo.TIME_BINS,) and sums[0] == first and sums[-1] == last and (sums[1:-1] == 0).all()
+
+
+def test_presets_state_the_whole_factor():
+    betas = {name: preset.beta for name, preset in dpo.PRESETS.items()}
+    assert betas == {"dso": 250.0, "flow_grpo": 50.0, "flowdpo": 2000.0}
+    assert dpo.PRESETS["dso"].noise == "independent" and dpo.PRESETS["flowdpo"].clamp == 100
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "ppo"}, "--loss: expected one of sigmoid, .*, sft, dro, got 'ppo'"),
+        ({"noise": "same"}, "noise: expected one of shared, independent, got 'same'"),
+        ({"beta": -1.0}, "beta must be > 0, got -1.0"),
+        ({"label_smoothing": 0.6}, "label_smoothing must be < 0.5, got 0.6"),
+        ({"aggregation": "sum"}, "aggregation: expected one of mean, drdpo, got 'sum'"),
+        ({"loser_weight": -0.1}, "loser_weight must be >= 0, got -0.1"),
+        ({"condition_dropout": 1.5}, "condition_dropout must be <= 1, got 1.5"),
+        ({"clamp": 0.0}, "clamp must be > 0, got 0.0"),
+        ({"kind": "sft", "loser_weight": 0.5}, "DpoConfig.loser_weight: expected it unset with sft, got 0.5"),
+        ({"kind": "dro", "margin": 0.5}, "DpoConfig.margin: expected it unset with dro, got 0.5"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        DpoConfig(**options)
+
+
+def test_one_voxel_in_common_is_enough_to_share():
+    """Two samples of a pair that meet in a single voxel have one noise there."""
+    a = voxels(0, 5)
+    b = type(a)(torch.cat([a.coords[:1], voxels(1, 40).coords[-1:]]).unique(dim=0), torch.zeros(2, 2))
+    _, draw = drawn(True, [replace(pair_of(0, True), preferred=a, rejected=b)])
+    shared = common(*separate(draw.eps))
+    assert shared and all(f == g for f, g in shared)

@@ -1,0 +1,218 @@
+"""Adapters and networks in files: three layouts read alike, what is written is read back, everything else is refused with its reason."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, adapter_state, add_lora, merged_state
+from eg3d_rlhf.models.policies import (
+    ADAPTER,
+    CONFIG,
+    PREFIX,
+    load_weights,
+    read_weights,
+    split_state,
+    targets_of,
+    write_adapter,
+    write_merged,
+)
+from eg3d_rlhf.models.sparse import feats_of
+from tests.tuning.flow.adaptable_flow import AdaptableFlow, inputs, shake
+
+SMALL = LoraConfig(rank=2, alpha=8, dropout=0.25)
+
+
+def run(model):
+    with torch.no_grad():
+        return feats_of(model.eval()(*inputs(False)))
+
+
+@pytest.fixture
+def model():
+    net = AdaptableFlow()
+    add_lora(net, SMALL, seed=3)
+    shake(net)
+    return net
+
+
+def peft_full(model, adapter="default"):
+    """The state dict of the network wrapped by PEFT."""
+    names = {f".lora_{part}.weight": f".lora_{part}.{adapter}.weight" for part in "AB"}
+    found = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        found[PREFIX + name] = value.clone()
+    return found
+
+
+def test_adapters_come_back_as_they_were(model, tmp_path):
+    assert write_adapter(model, tmp_path / "a", base="some/base") == tmp_path / "a"
+    read = read_weights(tmp_path / "a")
+    assert (read.plain, read.alpha, read.dropout) == ({}, 8, 0.25)
+    again = load_weights(AdaptableFlow(), read)
+    assert torch.equal(run(again), run(model))
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert [layer.dropout for layer in adapted_layers(again).values()] == [0.25] * 8
+    assert torch.equal(run(load_weights(AdaptableFlow(), read_weights(tmp_path / "a" / ADAPTER))), run(model))
+
+
+def test_what_is_written_is_what_peft_reads(model, tmp_path):
+    write_adapter(model, tmp_path, base="some/base")
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, ADAPTER]
+    names = [f"{PREFIX}blocks.{i}.{n}.lora_{part}.weight" for i in range(2) for n in ("to_qkv", "to_q", "to_kv", "to_out") for part in "AB"]
+    assert set(load_file(tmp_path / ADAPTER)) == set(names)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config == {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": "some/base", "inference_mode": True, "r": 2, "lora_alpha": 8,
+        "lora_dropout": 0.25, "target_modules": ["to_kv", "to_out", "to_q", "to_qkv"], "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+
+
+def test_peft_gives_the_same_numbers(model, tmp_path):
+    """Both ways, where PEFT is installed: it reads our folder, and we read its folder and its state dict."""
+    peft = pytest.importorskip("peft")
+    write_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(AdaptableFlow(), tmp_path / "ours")
+    torch.testing.assert_close(run(theirs), run(model), rtol=0, atol=1e-7)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(run(load_weights(AdaptableFlow(), read_weights(tmp_path / "theirs"))), run(model))
+    save_file(theirs.state_dict(), tmp_path / "full.safetensors")
+    assert torch.equal(run(load_weights(AdaptableFlow(seed=1), read_weights(tmp_path / "full.safetensors", alpha=8))), run(model))
+
+
+@pytest.mark.parametrize("wrap", ["", "module."])
+@pytest.mark.parametrize("file", ["full.safetensors", "full.pt"])
+def test_peft_s_full_layout_brings_base_and_adapters(model, tmp_path, file, wrap):
+    state = {wrap + name: value for name, value in peft_full(model, "learner").items()}
+    save_file(state, tmp_path / file) if file.endswith("s") else torch.save({"state_dict": state}, tmp_path / file)
+    read = read_weights(tmp_path / file, alpha=8)
+    assert set(read.plain) == set(AdaptableFlow().state_dict()) and set(read.adapters) == set(adapted_layers(model))
+    assert torch.equal(run(load_weights(AdaptableFlow(seed=7), read)), run(model))
+
+
+def test_plain_weights_come_back_as_they_were(model, tmp_path):
+    path = write_merged(model, tmp_path / "merged.safetensors")
+    read = read_weights(path)
+    assert (read.adapters, read.alpha) == ({}, None) and list(read.plain) == sorted(AdaptableFlow().state_dict())
+    plain = load_weights(AdaptableFlow(seed=7), read)
+    want = merged_state(model)
+    assert not adapted_layers(plain) and all(torch.equal(value, want[name]) for name, value in plain.state_dict().items())
+    torch.testing.assert_close(run(plain), run(model), rtol=0, atol=5e-7)
+
+
+def test_loading_leaves_networks_of_the_same_memory_alone(model, tmp_path):
+    base = AdaptableFlow()
+    other = AdaptableFlow()
+    other.load_state_dict(base.state_dict(), assign=True)
+    assert other.input_layer.weight.data_ptr() == base.input_layer.weight.data_ptr()
+    load_weights(other, read_weights(write_merged(model, tmp_path / "merged.safetensors")))
+    assert torch.equal(run(base), run(AdaptableFlow())) and not torch.equal(run(other), run(base))
+    assert other.input_layer.weight.data_ptr() == base.input_layer.weight.data_ptr()  # equal: kept
+    assert other.blocks[0].to_q.weight.data_ptr() != base.blocks[0].to_q.weight.data_ptr()
+
+
+def test_the_network_s_own_types_are_kept(model, tmp_path):
+    path = write_merged(model, tmp_path / "merged.safetensors")
+    half = load_weights(AdaptableFlow().half(), read_weights(path))
+    assert {v.dtype for v in half.state_dict().values()} == {torch.float16}
+
+
+def test_targets_are_short_where_they_mean_just_the_layers():
+    net = nn.ModuleDict({"a": nn.ModuleDict({"to_q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"to_q": nn.Linear(2, 2)})})
+    add_lora(net, LoraConfig(targets=("a.to_q",)), 0)
+    assert targets_of(net) == ["a.to_q"]
+    whole = AdaptableFlow()
+    add_lora(whole, SMALL, 0)
+    assert targets_of(whole) == ["to_kv", "to_out", "to_q", "to_qkv"]
+
+
+def changed_config(**values):
+    def change(folder, model):
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | values))
+
+    return change
+
+
+def changed_tensors(change):
+    def write(folder, model):
+        tensors = load_file(folder / ADAPTER)
+        change(tensors)
+        save_file(tensors, folder / ADAPTER)
+
+    return write
+
+
+ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, m: (f / CONFIG).unlink(), r"expected adapter_config.json beside adapters or their alpha given, got neither. Give alpha"),
+        (lambda f, m: (f / CONFIG).write_text("{"), "adapter_config.json: expected PEFT's settings"),
+        (changed_config(r=0), "expected r >= 1 and lora_alpha > 0"),
+        (changed_config(use_dora=True), "expected use_dora False, got True. Merge it in PEFT"),
+        (changed_config(use_rslora=True), "expected use_rslora False"),
+        (changed_config(peft_type="IA3"), "expected peft_type 'LORA', got 'IA3'"),
+        (changed_config(rank_pattern={"to_q": 4}), "expected rank_pattern"),
+        (changed_config(init_lora_weights="pissa"), "expected init_lora_weights True, got 'pissa'"),
+        (changed_config(r=3), r"all of one rank, got ranks \[2, 3\]"),
+        (changed_tensors(lambda t: t.pop(ONE)), "expected A and B of every layer, got one of them at blocks.0.to_q"),
+        (changed_tensors(lambda t: t.__setitem__(ONE, t[ONE] / 0)), f"expected finite numbers, got others in {ONE}"),
+        (changed_tensors(lambda t: t.__setitem__(ONE.replace("_A.", "_A.x."), t.pop(ONE))), "expected one adapter, got those named , x"),
+        (changed_tensors(lambda t: t.__setitem__(ONE.replace("lora_A", "lora_magnitude_vector"), t[ONE].clone())),
+         "lora_magnitude_vector.*plain LoRA"),
+        (changed_tensors(lambda t: t.__setitem__(ONE, t[ONE][:, :-1].clone())), r"whose blocks.0.to_q is \[8, 8\], got \[8, 7\]"),
+        (changed_tensors(lambda t: [t.__setitem__(k.replace("to_q.", "to_v."), t.pop(k)) for k in list(t) if "1.to_q." in k]),
+         "whose blocks.1.to_v is no linear layer of that name"),
+        (lambda f, m: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:-9]), "expected tensors by name, got.*Truncated or foreign"),
+        (lambda f, m: write_merged(m, f / "model.safetensors"), "expected one file of weights, got adapter_model.safetensors and model"),
+    ],
+)  # fmt: skip
+def test_refusals(model, tmp_path, change, message):
+    write_adapter(model, tmp_path)
+    change(tmp_path, model)
+    with pytest.raises(ValueError, match=message):
+        load_weights(AdaptableFlow(), read_weights(tmp_path))
+
+
+def test_more_refusals(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected weights or a folder with adapter_model.safetensors"):
+        read_weights(tmp_path)
+    with pytest.raises(ValueError, match="write_adapter: expected adapters of one kind, got 0 kinds"):
+        write_adapter(AdaptableFlow(), tmp_path)
+    write_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="expected alpha 8 as in adapter_config.json, got 4. Leave it out"):
+        read_weights(tmp_path, alpha=4)
+    with pytest.raises(ValueError, match="expected a network without adapters to load into"):
+        load_weights(model, read_weights(tmp_path))
+    state = AdaptableFlow().state_dict()
+    state["extra"] = state.pop("pos_emb")
+    save_file(state, tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="plain.safetensors: expected the .* got 1 missing: pos_emb; 1 unexpected: extra"):
+        load_weights(AdaptableFlow(), read_weights(tmp_path / "plain.safetensors"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("echo ran",)
+
+
+def test_nothing_in_a_file_is_run(tmp_path, capfd):
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb()}, 2))
+    with pytest.raises(ValueError, match="adapter_model.bin: expected tensors by name"):
+        read_weights(tmp_path)
+    assert "ran" not in capfd.readouterr().out
+
+
+def test_adapter_tensors_without_peft_s_prefix_are_read_as_well(model):
+    plain, adapters = split_state(adapter_state(model), "state")
+    assert plain == {} and set(adapters) == set(adapted_layers(model))

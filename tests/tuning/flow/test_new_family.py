@@ -1,0 +1,192 @@
+"""A flow family from outside the package is trained by its folder: tests/tuning/flow/point_family.py."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import train
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.modes import flow_files as commands
+from eg3d_rlhf.tuning.flow.embeddings import write_conditions
+from eg3d_rlhf.tuning.flow.families import FAMILIES, family_of
+from eg3d_rlhf.tuning.flow.generate import generate
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.tuning.flow.path import CONVENTION
+from eg3d_rlhf.tuning.flow.ranking import read_latents
+from tests.tuning.flow import point_family
+from tests.tuning.flow.point_family import POINTS, conditions, write_folder
+
+REPO = Path(__file__).resolve().parents[3]
+FEW = "--steps=3 --batch=4 --lr=0.02 --warmup=0 --choose-noises=0 --device=cpu".split()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder of the family with pairs of its one stage."""
+    root, g = write_folder(tmp_path / "ROOT"), torch.Generator().manual_seed(3)
+    pairs = [
+        PreferencePair(id=str(i), condition="abcd"[i % 4], stage="points", preferred=1 + torch.randn(POINTS, 3, generator=g),
+                       rejected=torch.randn(POINTS, 3, generator=g) - 1)
+        for i in range(8)
+    ]
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": CONVENTION})
+    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", conditions())
+    return root
+
+
+def call(tmp_path, *flags):
+    folders = [f"--pipeline={tmp_path / 'ROOT'}", f"--pairs={tmp_path / 'PAIRS'}", f"--outdir={tmp_path / 'runs'}"]
+    return CliRunner().invoke(train.main, ["--mode=circular-dpo", *folders, *FEW, *flags])
+
+
+def test_its_stage_is_trained_and_sampled(root, tmp_path):
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 0, done.output
+    (run,) = (tmp_path / "runs").glob("00000-*")
+    pipeline = point_family.load(root, conditions())
+    tuned = tuned_model(pipeline.stages[0].model, run / "points")
+    before, after = (generate(pipeline, ["a"], [0], models)[0] for models in ({}, {"points": tuned}))
+    assert after.shape == (POINTS, 3) and after.isfinite().all() and not torch.equal(before, after)
+    assert point_family.export(root, tmp_path / "TUNED", {"points": run / "points"}) == {"tuned": ["points"]}
+    merged = point_family.load(tmp_path / "TUNED", conditions())
+    torch.testing.assert_close(generate(merged, ["a"], [0])[0], after)
+
+
+def tool(*flags):
+    return CliRunner().invoke(commands.main, [str(flag) for flag in flags])
+
+
+def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
+    write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", conditions())
+    model = f"--pipeline={root}"
+    assert tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2").exit_code == 0
+    early = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'NEW'}")
+    assert early.exit_code == 2 and "ranking.jsonl, line 1: expected a rank, got None" in early.output
+    again = tool("draw", model, f"--out={tmp_path / 'ASSETS'}", "--each=2")
+    assert again.exit_code == 2 and "ranking.jsonl, maybe with ranks" in again.output
+    path = tmp_path / "ASSETS" / "ranking.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 8 and (tmp_path / "ASSETS" / rows[0]["look_at"]).suffix == ".xyz"
+    path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
+    done = tool("ranking", model, f"--list={tmp_path / 'ASSETS'}", f"--out={tmp_path / 'PAIRS'}")
+    assert done.exit_code == 0 and '"points": 4' in done.output, done.output
+    assert call(tmp_path, "--stage=points").exit_code == 0
+    (run,) = (tmp_path / "runs").glob("00000-*")
+    assert tool("draw", model, f"--out={tmp_path / 'LATER'}", f"--conditions={tmp_path / 'PAIRS'}", f"--run={run}").exit_code == 0
+    assert tool("export", model, f"--out={tmp_path / 'TUNED'}", f"--run={run}").exit_code == 0
+    latents = read_latents(tmp_path / "LATER" / "00000-0.safetensors")["points"]
+    merged = generate(point_family.load(tmp_path / "TUNED", conditions()), ["a"], [0])[0]
+    torch.testing.assert_close(merged, latents)
+    for flags, message in (
+        (["export", model, f"--out={tmp_path / 'X'}"], "expected --run or --weights, got neither"),
+        (["export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x"], "expected stages among points, got dots"),
+        (["draw", model, f"--out={tmp_path / 'X'}"], "expected embeddings, got none at"),
+        (["conditions", model, f"--out={tmp_path / 'X'}", f"--images={tmp_path}"], "expected a family that does so here, got points"),
+    ):
+        refused = tool(*flags)
+        assert refused.exit_code == 2 and message in refused.output.replace("\n", " "), refused.output
+
+
+def documented() -> list[list[str]]:
+    page = (REPO / "docs" / "extending.md").read_text()
+    lines = page.partition("## A new flow family\n")[2].partition("\n## ")[0].splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith(("    export ", "    python "))]
+
+
+def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(FAMILIES, "points")
+    shutil.rmtree("PAIRS")
+    write_conditions(Path("ASSETS/conditions.safetensors"), conditions())
+    (plugin,), *lines = documented()
+    name, _, path = plugin.partition("=")
+    monkeypatch.setenv(name, str(REPO / path))
+    for program, *flags in lines:
+        flags = [flag.replace("RUN", str(next(Path("runs").glob("00000-*")))) if flag == "--run=RUN" else flag for flag in flags]
+        known = (train.main, [*flags, *FEW]) if program == "train.py" else (commands.main, flags)
+        done = CliRunner().invoke(*known)
+        assert done.exit_code == 0, (flags, done.output, done.exception)
+        if flags[0] == "draw":
+            rows = [json.loads(line) for line in Path("ASSETS/ranking.jsonl").read_text().splitlines()]
+            ranked = "".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows)
+            Path("ASSETS/ranking.jsonl").write_text(ranked)
+    assert len(lines) == 4 and sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
+
+
+def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
+    for flags, message in (
+        ([], "circular: expected a pipeline of two stages or more, got points. One stage needs no loop: --stage=points."),
+        (["--stage=points", "--views=3"], "--views: belongs to other generators, and would have no effect on points"),
+        (["--stage=voxels"], "stage: expected one of points, got 'voxels'"),
+    ):
+        done = call(tmp_path, *flags)
+        assert done.exit_code == 2 and message in done.output.replace("\n", " "), done.output
+        assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
+    state = load_file(root / "points.safetensors")
+    odd = {"inner.weight": state["inner.weight"].T.contiguous(), "inner.bias": state["inner.bias"], "outer.wight": state["outer.weight"]}
+    save_file(odd, root / "points.safetensors")
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    for part in ("missing: outer.bias, outer.weight", "unexpected: outer.wight", "misshapen: inner.weight [9, 8] instead of [8, 9]"):
+        assert part in done.output, done.output
+
+
+def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
+    grids = [PreferencePair(id=str(i), condition="a", stage="points", preferred=torch.ones(3, 2, 2, 2), rejected=torch.ones(3, 2, 2, 2))
+             for i in range(2)]
+    write_pairs(tmp_path / "PAIRS" / "points", grids, {"convention": CONVENTION})
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 2 and "pair '0', preferred: expected [6, 3], got [3, 2, 2, 2]" in done.output, done.output
+    other = {name: {"kind": torch.zeros(1, 9), "size": torch.zeros(1)} for name in "abcd"}
+    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", type(conditions())(tokens=other, encoder="another", zero_null=True))
+    done = call(tmp_path, "--stage=points")
+    expected = "expected embeddings {'kind': [1, 4], 'size': [1]}, got {'kind': [1, 9], 'size': [1]} of another"
+    assert done.exit_code == 2 and expected in done.output, done.output
+
+
+def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
+    """The network says noise less data, where data at t = 1 wants data less noise."""
+    pairs = [PreferencePair(id=str(i), condition="a", stage="points", preferred=5 + torch.zeros(POINTS, 3), rejected=torch.ones(POINTS, 3))
+             for i in range(4)]  # fmt: skip
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": CONVENTION})
+    state = {name: 0 * tensor for name, tensor in load_file(root / "points.safetensors").items()}
+    for bias, code in ((5.0, 0), (-5.0, 2)):
+        save_file({**state, "outer.bias": torch.full([3], bias)}, root / "points.safetensors")
+        done = call(tmp_path, "--stage=points")
+        assert done.exit_code == code, done.output
+    assert "stage 'points': expected velocities of the convention with data at t = 1, got a model of error" in done.output
+    assert "Traceback" not in done.output
+    write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": "x_0 is noise"})
+    done = call(tmp_path, "--stage=points")
+    assert done.exit_code == 2 and "expected the convention 'x_0 is data, t = 1 is noise', got 'x_0 is noise'" in done.output
+
+
+def test_the_flags_are_frozen():
+    assert {name: " ".join(sorted(o for p in c.params for o in p.opts)) for name, c in commands.main.commands.items()} == {
+        "conditions": "--device --images --out --pipeline", "export": "--out --pipeline --run --weights",
+        "draw": "--conditions --device --dtype --each --out --pipeline --run --weights",
+        "ranking": "--judged --limit --list --out --pipeline --scheme --seed",
+    }
+
+
+def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected the folder of a known generator .*points: points.json and points.safetensors"):
+        family_of(tmp_path / "none")
+    said = []
+    family = FAMILIES["points"]
+    object.__setattr__(family, "notice", "Mind the licence.")
+    try:
+        assert family_of(root, said.append) is family_of(root, said.append) is family
+    finally:
+        object.__setattr__(family, "notice", "")
+    assert said == ["Mind the licence."]

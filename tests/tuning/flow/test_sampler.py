@@ -1,0 +1,166 @@
+"""The sampler against flows with closed forms; the recorded trajectories are in tests/compat/test_flow_losses.py."""
+
+import math
+
+import pytest
+import torch
+
+from eg3d_rlhf.models.sparse import collate
+from eg3d_rlhf.tuning.flow.generate import sample, times, trajectory
+from eg3d_rlhf.tuning.flow.path import FlowPath
+from eg3d_rlhf.tuning.flow.stage import Sampling
+from tests.tuning.flow.closed_forms import PLAIN, Field, PerChannel, dense, stage_of, tokens, voxels
+
+
+def plain(steps: int, **options) -> Sampling:
+    return Sampling(**{"steps": steps, "cfg_strength": 0.0, "rescale_t": 1.0, **options})
+
+
+def noise(n: int = 2) -> torch.Tensor:
+    return torch.stack([dense(i) for i in range(n)])
+
+
+@pytest.mark.parametrize("r", [1.0, 3.0, 0.5])
+def test_times_run_from_one_to_zero_and_rescale(r):
+    points = times(Sampling(steps=10, rescale_t=r))
+    assert points[0] == 1 and points[-1] == 0 and len(points) == 11
+    assert points == sorted(points, reverse=True)
+    for i, t in enumerate(points):
+        even = 1 - i / 10
+        assert t == pytest.approx(r * even / (1 + (r - 1) * even), abs=1e-15)
+
+
+@pytest.mark.parametrize("steps, r", [(1, 1.0), (7, 3.0)])
+def test_data_that_is_one_point_is_reached_in_any_number_of_steps(steps, r):
+    """v = eps - mu with eps read off x_t: straight lines, on which Euler makes no error."""
+    path, mu = FlowPath(sigma_min=1e-3), dense(9)
+    s = path.sigma_min
+
+    def velocity(x, t, cond):
+        eps = (x - (1 - t) * mu) / (s + (1 - s) * t)
+        return (1 - s) * eps - mu
+
+    stage = stage_of(Field(velocity), path=path)
+    for _, estimate in trajectory(stage, noise(), tokens(2), None, plain(steps, rescale_t=r)):
+        torch.testing.assert_close(estimate, mu.expand_as(estimate), atol=1e-5, rtol=1e-5)
+    end = sample(stage, noise(), tokens(2), None, plain(steps, rescale_t=r))
+    torch.testing.assert_close(end, mu + s * noise(), atol=1e-5, rtol=1e-5)
+
+
+def test_linear_velocity_multiplies():
+    """v = a x: each step multiplies by 1 - a dt, in the limit by exp(-a)."""
+    a, x = 0.8, noise()
+    stage = stage_of(Field(lambda x, t, cond: a * x))
+    for steps, r in ((5, 1.0), (6, 3.0)):
+        points = times(plain(steps, rescale_t=r))
+        factor = math.prod(1 - a * (t - until) for t, until in zip(points, points[1:], strict=False))
+        torch.testing.assert_close(sample(stage, x, tokens(2), None, plain(steps, rescale_t=r)), factor * x)
+    torch.testing.assert_close(sample(stage, x, tokens(2), None, plain(4000)), math.exp(-a) * x, rtol=2e-4, atol=2e-4)
+
+
+def test_gaussian_data_is_reached_at_first_order():
+    """Data N(0, d^2): the best velocity is x (t - (1 - t) d^2) / ((1 - t)^2 d^2 + t^2), and it carries noise to d times itself."""
+    d = 0.4
+    stage = stage_of(Field(lambda x, t, cond: x * (t - (1 - t) * d * d) / ((1 - t) ** 2 * d * d + t * t)))
+    gaps = [(sample(stage, noise(), tokens(2), None, plain(steps)) - d * noise()).abs().max().item() for steps in (100, 200, 400)]
+    assert gaps[0] < 0.05
+    assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.1) and gaps[1] / gaps[2] == pytest.approx(2, rel=0.1)
+
+
+def test_guidance_acts_within_its_interval_both_ends_included():
+    """v = mean of the condition: the displacement is a sum over the steps, whose times are 1, 3/4, 1/2, 1/4."""
+    field = Field(lambda x, t, cond: 0 * x + cond.mean((1, 2))[:, None, None, None, None])
+    cond, no_cond, w = tokens(2), tokens(2, seed=5), 1.5
+    c, n = cond.mean((1, 2)), no_cond.mean((1, 2))
+    end = sample(stage_of(field), noise(), cond, no_cond, plain(4, cfg_strength=w, cfg_interval=(0.5, 0.75)))
+    moved = 0.25 * (c + c + 2 * ((1 + w) * c - w * n))
+    torch.testing.assert_close(end, noise() - moved[:, None, None, None, None])
+    empty = [t[0].item() for t, said, _ in field.calls if torch.equal(said, no_cond)]
+    assert empty == [0.75, 0.5] and len(field.calls) == 6
+
+
+def test_a_batch_samples_as_its_parts_do():
+    stage = stage_of(PerChannel(), sparse=True, sampling=plain(3, cfg_strength=2.0))
+    parts = [voxels(i, 5 + 9 * i) for i in range(3)]
+    seeds, places = [4, 5, 6], [p.coords for p in parts]
+    together = sample(stage, stage.noise(seeds, places), tokens(3), tokens(3, 1))
+    for i, one in enumerate(together.samples()):
+        alone = sample(stage, stage.noise(seeds[i : i + 1], places[i : i + 1]), tokens(3)[i : i + 1], tokens(3, 1)[i : i + 1])
+        torch.testing.assert_close(one.feats, alone.feats)
+        assert torch.equal(one.coords, places[i])
+
+
+def test_no_gradient_eval_mode_and_modes_given_back():
+    field = Field(lambda x, t, cond: 0.1 * x)
+    field.part, field.frozen = torch.nn.Dropout(), torch.nn.Dropout().eval()
+    x = noise().requires_grad_()
+    end = sample(stage_of(field), x, tokens(2), None)
+    assert not end.requires_grad and not any(training for _, _, training in field.calls)
+    assert field.training and field.part.training and not field.frozen.training
+    broken = Field(lambda x, t, cond: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(stage_of(broken), noise(), tokens(2), None)
+    assert broken.training
+
+
+def test_trajectory_is_what_sample_does_and_counts_steps():
+    stage, ticks = stage_of(PerChannel()), []
+    seen = list(trajectory(stage, noise(), tokens(2), None))
+    assert torch.equal(seen[-1][0], sample(stage, noise(), tokens(2), None, on_step=ticks.append))
+    assert len(seen) == PLAIN.steps and ticks == [1] * PLAIN.steps
+    assert seen[0][0].grad_fn is None and torch.is_grad_enabled()
+
+
+def test_errors_name_the_values():
+    stage = stage_of(Field(lambda x, t, cond: x / 0))
+    with pytest.raises(ValueError, match="sample: expected finite latents of stage 'structure', got NaN or infinite ones"):
+        sample(stage, noise(), tokens(2), None)
+    with pytest.raises(ValueError, match=r"sample\(cond\): expected tokens for each of 2 samples, got 3"):
+        sample(stage, noise(), tokens(3), None)
+    with pytest.raises(ValueError, match=r"sample\(no_cond\): expected the empty condition's tokens, once or 2 times, got None"):
+        sample(stage, noise(), tokens(2), None, plain(2, cfg_strength=1.0))
+    with pytest.raises(ValueError, match="once or 2 times, got 3"):
+        sample(stage, noise(), tokens(2), tokens(3), plain(2, cfg_strength=1.0))
+
+
+def test_voxels_keep_their_places():
+    stage, parts = stage_of(Field(lambda x, t, cond: x), sparse=True), [voxels(0, 3), voxels(1, 8)]
+    end = sample(stage, collate(parts), tokens(2), None, plain(2))
+    torch.testing.assert_close(end.feats, 0.25 * collate(parts).feats)
+    assert torch.equal(end.coords, collate(parts).coords)
+
+
+def test_guidance_is_taken_back_to_the_width_without_it():
+    """At share 1 the guided x_0 has the plain one's standard deviation, at 0 nothing changes to the last bit, between lies between."""
+    path = FlowPath(sigma_min=1e-3)
+    stage = stage_of(Field(lambda x, t, cond: x * (1 + cond.mean((1, 2)).view(-1, *[1] * (x.ndim - 1)))), path=path)
+    cond, null, widths = tokens(2), torch.zeros_like(tokens(2)), {}
+    for share in (0.0, 0.5, 1.0):
+        guided = plain(2, cfg_strength=4.0, cfg_interval=(0.0, 1.0), cfg_rescale=share)
+        _, estimate = next(trajectory(stage, noise(), cond, null, guided))
+        widths[share] = estimate.flatten(1).std(1, correction=0)
+    at = torch.ones(2)
+    before = path.data(noise(), at, stage.velocity(noise(), at, cond)).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(widths[1.0], before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(widths[0.5], (widths[0.0] + widths[1.0]) / 2, rtol=1e-4, atol=1e-5)
+    assert ((widths[0.0] - widths[1.0]).abs() > 1e-3).all()
+    torch.testing.assert_close(path.velocity_to(noise(), at, path.data(noise(), at, noise())), noise())
+
+
+def test_a_network_that_reads_it_is_told_how_long_a_step_is():
+    """dx/dt = a x: told the step, a network can answer with the mean velocity on the way and needs one step."""
+    a, told = 0.8, []
+
+    def mean(module, x, t, cond, step):
+        told.append(step.tolist())
+        return x * (1 - math.exp(-a * float(step[0]))) / float(step[0])
+
+    stage = stage_of(Field(lambda x, t, cond: a * x))
+    with pytest.raises(ValueError, match="expected no length of steps, which its network does not read, got a step of 0.25"):
+        sample(stage, noise(), tokens(2), None, plain(4, shortcut=True))
+    stage.call_step = mean
+    for steps in (1, 4):
+        torch.testing.assert_close(sample(stage, noise(), tokens(2), None, plain(steps, shortcut=True)), math.exp(-a) * noise())
+    assert told == [[1.0, 1.0]] + [[0.25, 0.25]] * 4
+    sample(stage, noise(), tokens(2), None, plain(3))
+    assert len(told) == 5  # not told where it is not asked for

@@ -1,0 +1,72 @@
+"""Trainings of the tiny generator, as tests and the processes that they start run them."""
+
+import os
+import signal
+from pathlib import Path
+
+from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
+from eg3d_rlhf.tuning.flow.train import train_stage
+from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
+
+FINISHED = ("stats.jsonl", "warnings.json", "result.json", "policy/policy.json", "policy/adapter_model.safetensors")
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.3, targets=("to_out",))
+EVERYTHING = {  # that a resumed run must get right
+    "dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA, "ema": 0.9, "batch_gpu": 4, "draws": 3, "cache_reference": True,
+    "held_out_every": 15, "log_every": 4, "checkpoint_every": 10, "patience": 50, "max_drop": 1.0,
+}  # fmt: skip
+CASES = {  # for several ranks
+    "dpo": {"dpo": DpoConfig(beta=20.0, condition_dropout=0.2), "lora": LORA, "ema": 0.9},
+    "drdpo": {"dpo": DpoConfig(beta=20.0, aggregation="drdpo"), "draws": 2, "cache_reference": True},
+    "sft": {"dpo": DpoConfig(kind="sft"), "lora": None},
+}
+SHORT = {"steps": 12, "held_out_every": 4, "log_every": 2, "checkpoint_every": 5, "patience": 50, "max_drop": 1.0}
+
+
+def silent(line):
+    del line
+
+
+def run(out, pairs=None, config=None, pipeline=None, stage="voxels", **options):
+    """One training; prints nothing."""
+    pairs, config = voxel_pairs(24) if pairs is None else pairs, config or tiny_config()
+    return train_stage(pipeline or TinyPipeline(), stage, pairs, config, out, **{"say": silent, **options})
+
+
+def judge(pipeline, per_condition=8) -> HeldOut:
+    """Win rate of networks of the second stage."""
+    conditions, seeds = crossed(NAMES, per_condition, 0)
+    return HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, conditions=conditions, seeds=seeds, batch=64)
+
+
+def with_everything(out, **options):
+    """A training with all that has a state."""
+    pipeline = TinyPipeline()
+    return run(out, config=tiny_config(**EVERYTHING), pipeline=pipeline, held_out=judge(pipeline), **options)
+
+
+def case_of(out: Path, name: str, batch_gpu: int | None = None, stop: bool = False, **options):
+    """A short training of CASES; stop: a SIGTERM comes to the process that prints, after the second update."""
+    pipeline = TinyPipeline()
+
+    def say(line):
+        if stop and line.startswith("step      2/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tiny_config(**SHORT, **CASES[name], batch_gpu=batch_gpu)
+    return run(out, voxel_pairs(20, w2=True), config, pipeline, held_out=judge(pipeline), say=say, **options)
+
+
+def contents(out) -> dict[str, bytes]:
+    """All that equal trainings write alike."""
+    return {name: (out / name).read_bytes() for name in FINISHED if (out / name).exists()}
+
+
+def at(line: str, act):
+    """What `say` does at a line."""
+    return lambda text: act() if text.startswith(line) else None
+
+
+def interrupt():
+    raise KeyboardInterrupt

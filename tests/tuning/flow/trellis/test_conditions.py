@@ -1,0 +1,189 @@
+"""Embeddings of conditions from files, and what CLIP and DINOv2 need to be there."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from eg3d_rlhf.models.dinov2 import MEAN, STD
+from eg3d_rlhf.tuning.flow.embeddings import Conditions, read_array, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.families.trellis import conditions as encoders
+from tests.tuning.flow.trellis.tiny_trellis import write_hub
+
+TOKENS = torch.arange(12.0).view(3, 4)
+
+
+def test_one_file_of_all(tmp_path):
+    given = Conditions(tokens={"a chair, red / blue": TOKENS, "": TOKENS + 1}, encoder="clip")
+    write_conditions(tmp_path / "c.safetensors", given)
+    got = read_conditions(tmp_path / "c.safetensors")
+    assert got.names == ("a chair, red / blue",) and got.encoder == "clip" and got.size == 4
+    assert torch.equal(got.of(["a chair, red / blue"]), TOKENS[None]) and torch.equal(got.null(2), (TOKENS + 1).expand(2, -1, -1))
+
+
+def test_a_folder_of_files(tmp_path):
+    torch.save(TOKENS.bfloat16()[None], tmp_path / "a.pt")
+    np.save(tmp_path / "b.npy", TOKENS.numpy())
+    np.savez(tmp_path / "c.npz", cond=TOKENS.numpy())
+    save_file({"tokens": TOKENS}, tmp_path / "d.safetensors")
+    got = read_conditions(tmp_path)
+    assert got.names == ("a", "b", "c", "d") and torch.equal(got.of("abcd"), TOKENS.expand(4, -1, -1))
+    assert not got.null(1).any()
+    torch.save(TOKENS, tmp_path / "null.pt")
+    assert torch.equal(read_conditions(tmp_path, zero_null=False).null(1), TOKENS[None])
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="conditions: expected a file or a folder of .pt, .npy"):
+        read_conditions(tmp_path)
+    with pytest.raises(ValueError, match="expected the embedding of the empty text"):
+        Conditions(tokens={"a": TOKENS})
+    with pytest.raises(ValueError, match="expected finite embeddings, got others for 'a'"):
+        Conditions(tokens={"a": TOKENS / 0}, zero_null=True)
+    with pytest.raises(ValueError, match=r"all alike, got shapes \[2, 4\], \[3, 4\]"):
+        Conditions(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
+    with pytest.raises(ValueError, match="expected embeddings of all names, got none for 'x'"):
+        Conditions(tokens={"a": TOKENS}, zero_null=True).of(["a", "x"])
+
+
+def test_arrays_that_are_refused(tmp_path):
+    np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
+    with pytest.raises(ValueError, match="expected an array mean alone, got 'a', 'b'"):
+        read_array(tmp_path / "two.npz", "mean")
+    assert len(read_array(tmp_path / "two.npz", "a")) == 1
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    (tmp_path / "broken.pt").write_bytes(b"PK")
+    for name in ("objects.npy", "broken.pt"):
+        with pytest.raises(ValueError, match=f"{name}: expected an array, got a damaged or foreign file"):
+            read_array(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="array: expected a file, got none at"):
+        read_array(tmp_path / "none.npy")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="expected one of .pt, .npy, .npz, .safetensors"):
+        read_array(tmp_path / "a.txt")
+
+
+def test_encoders_without_their_package_or_weights(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="expected the transformers package to embed conditions, got none"):
+        encoders.TextEncoder("openai/clip-vit-large-patch14")
+
+    for name in ("TORCH_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"expected its weights .*, got none at .*hub/checkpoints/dinov2_vitl14_reg4_pretrain.pth"):
+        encoders.ImageEncoder()
+
+
+@pytest.fixture
+def image_encoder(monkeypatch, tmp_path):
+    """A DINOv2 of random weights, as torch hub keeps it, of pictures of 28 pixels."""
+    write_hub(tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_reg4_pretrain.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return encoders.ImageEncoder()
+
+
+def test_image_tokens_are_normalised_without_parameters_and_patches_are_not(image_encoder):
+    images = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    tokens, before = image_encoder(images), image_encoder.tokens(images)
+    assert tokens.shape == (1, 9, 64) and float(tokens.mean(2).abs().max()) < 1e-5  # 1 + 4 + 2 x 2
+    torch.testing.assert_close(tokens, (before - before.mean(2, True)) / (before.var(2, correction=0, keepdim=True) + 1e-5).sqrt())
+    assert torch.equal(image_encoder.patches(images)[0, :, 1, 0], before[0, 7])
+    model = image_encoder.model
+    torch.testing.assert_close(model(images), model.layernorm(before))  # what is read is before the last norm
+
+
+def test_images_are_cut_out_over_black(image_encoder):
+    image = Image.new("RGBA", (100, 60), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (40, 20, 60, 40))
+    shown = encoders.cut_out(image)
+    assert shown.shape == (3, 518, 518) and float(shown[1:].max()) == 0
+    assert abs(float(shown[0].mean()) - (20 / 22) ** 2) < 0.01  # 20 pixels, of which 1.2 x (20 - 1) are 22
+    assert image_encoder.conditions({"a": image}).zero_null
+    with pytest.raises(ValueError, match="expected a transparent background"):
+        encoders.cut_out(image.convert("RGB"))
+    with pytest.raises(ValueError, match="expected something that is not transparent"):
+        encoders.cut_out(Image.new("RGBA", (8, 8), (0, 0, 0, 10)))
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (3, 3, 5, 5))
+    with pytest.raises(ValueError, match="expected something larger than two pixels"):
+        encoders.cut_out(image)
+
+
+@pytest.mark.parametrize(
+    ("place", "crop"),  # pixels shown: first and last of x, of y; and the square cut out, by hand
+    [((40, 59, 20, 39), (38, 18, 60, 40)), ((0, 30, 5, 14), (-3, -8, 33, 28)), ((10, 31, 7, 8), (8, -4, 32, 20))],
+)
+def test_the_square_and_its_pixels_are_those_of_trellis(place, crop):
+    left, right, top, bottom = place
+    pixels = np.zeros((60, 100, 4), np.uint8)
+    y, x = np.mgrid[:60, :100]
+    pixels[..., :3] = np.stack([2 * x + 20, 4 * y, 128 + 60 * np.sin(x / 9) * np.cos(y / 7)], -1)
+    pixels[top : bottom + 1, left : right + 1, 3] = 205 + (x + y)[top : bottom + 1, left : right + 1] % 50
+    pixels[max(top - 1, 0), left : right + 1, 3] = np.maximum(pixels[max(top - 1, 0), left : right + 1, 3], 204)  # not quite opaque enough
+    room = np.pad(pixels, ((60, 60), (60, 60), (0, 0)))
+    x0, y0, x1, y1 = (v + 60 for v in crop)
+    square = Image.fromarray(room[y0:y1, x0:x1]).resize((518, 518), Image.Resampling.LANCZOS)
+    rgb, alpha = (np.asarray(part, np.float32) / np.float32(255) for part in (square.convert("RGB"), square.getchannel("A")))
+    want = np.floor(rgb * alpha[..., None] * np.float32(255)) / np.float32(255)
+    got = encoders.cut_out(Image.fromarray(pixels))
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), want.astype(np.float32)) and got.max() > 0.5
+
+
+def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
+    class Tokenizer:
+        def __call__(self, texts, **options):
+            assert options == {"max_length": 77, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            return {"input_ids": torch.tensor([[len(t)] * 77 for t in texts])}
+
+    class Clip(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids):
+            return type("Out", (), {"last_hidden_state": input_ids[..., None].half().expand(-1, -1, 4)})
+
+    monkeypatch.setattr(encoders, "pretrained", lambda kind, name: Tokenizer() if kind == "AutoTokenizer" else Clip())
+    found = encoders.TextEncoder("clip").conditions(["chair", "boat", "chair"])
+    assert found.names == ("chair", "boat") and float(found.of(["chair"])[0, 0, 0]) == 5 and not found.null(1).any()
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_is_that_of_transformers(tmp_path, registers):
+    """Of random weights, from its own folder."""
+    transformers = pytest.importorskip("transformers")
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    more = {"num_register_tokens": registers} if registers else {}
+    config = getattr(transformers, f"{kind}Config")(
+        image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **more
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "dino")
+    encoder, image = encoders.ImageEncoder(str(tmp_path / "dino")), torch.rand(2, 3, 28, 28)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    with torch.no_grad():
+        found = model(pixel_values=(image - mean) / std, output_hidden_states=True)
+    torch.testing.assert_close(encoder.tokens(image), found.hidden_states[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.model(image), found.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_dinov2s_files_that_do_not_fit(tmp_path):
+    path = write_hub(tmp_path / "dinov2.pth")
+    state = torch.load(path, weights_only=True)
+    torch.save({name: x for name, x in state.items() if name != "blocks.1.norm1.bias"}, path)
+    with pytest.raises(ValueError, match="missing: encoder.layer.1.norm1.bias"):
+        encoders.ImageEncoder(str(path))
+    torch.save({"blocks.0.mlp.w12.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(ValueError, match="expected a DINOv2 with blocks of two layers"):
+        encoders.ImageEncoder(str(path))
+    (tmp_path / "folder").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="expected config.json beside model.safetensors"):
+        encoders.ImageEncoder(str(tmp_path / "folder"))
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="expected the settings of a DINOv2, got: its model_type is not dinov2"):
+        encoders.ImageEncoder(str(tmp_path / "folder"))

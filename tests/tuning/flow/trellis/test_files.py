@@ -1,0 +1,169 @@
+"""pipeline.json and the models it names: what is read, what may be missing, where files are looked for, what is refused."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eg3d_rlhf.tuning.flow.families.trellis import files
+from eg3d_rlhf.tuning.flow.families.trellis.files import load_model
+from eg3d_rlhf.tuning.flow.stage import Sampling
+from tests.tuning.flow.trellis.tiny_trellis import MODELS, PIPELINE
+
+
+def write(folder, **args):
+    content = copy.deepcopy(PIPELINE)
+    content["args"] |= args
+    (folder / "pipeline.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def copied(trellis_root, tmp_path):
+    return shutil.copytree(trellis_root, tmp_path / "root")
+
+
+def test_what_pipeline_json_says(trellis_root):
+    file = files.read_pipeline(trellis_root)
+    assert file.kind == "text" and file.encoder == "openai/clip-vit-large-patch14"
+    assert file.sampling["structure"] == Sampling(steps=3, cfg_strength=2.0, cfg_interval=(0.5, 0.95), rescale_t=3.0)
+    assert file.sigma_min == {"structure": 1e-5, "latent": 1e-5}
+    assert file.mean == (-2.0, 0.5, 0.0, 1.0) and file.std == (2.0, 1.5, 0.5, 1.0)
+
+
+def test_defaults_where_it_says_nothing(tmp_path):
+    models = PIPELINE["args"]["models"]
+    for kind, expected in (("Text", Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95))), ("Image", Sampling())):
+        (tmp_path / "pipeline.json").write_text(json.dumps({"name": f"Trellis{kind}To3DPipeline", "args": {"models": models}}))
+        file = files.read_pipeline(tmp_path)
+        assert file.sampling == {"structure": expected, "latent": expected}
+        assert len(file.mean) == 8 and file.mean[0] == -2.16875
+    assert file.encoder == "dinov2_vitl14_reg"
+
+
+def test_samplers_without_guidance_or_without_interval(tmp_path):
+    write(tmp_path, sparse_structure_sampler={"name": "FlowEulerSampler", "params": {"steps": 7}},
+          slat_sampler={"name": "FlowEulerCfgSampler", "params": {"cfg_strength": 3}})
+    sampling = files.read_pipeline(tmp_path).sampling
+    assert sampling["structure"].cfg_strength == 0 and sampling["structure"].steps == 7
+    assert sampling["latent"].cfg_strength == 3 and sampling["latent"].cfg_interval == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"models": {"slat_flow_model": "ckpts/x"}}, r"expected both stages, got none for structure \(sparse_structure_flow_model\)"),
+        ({"slat_sampler": {"name": "DDIMSampler"}}, r"expected a FlowEuler sampler for slat_sampler \(t = 1 is noise\), got 'DDIMSampler'"),
+        ({"slat_sampler": {"name": "FlowEulerSampler", "params": {"steps": 0}}}, "slat_sampler: Sampling: expected steps >= 1"),
+        ({"slat_normalization": {"mean": [0.0], "std": [0.0]}}, "a finite mean and a std > 0 per channel"),
+        ({"slat_normalization": {"mean": [0.0, 1.0], "std": [1.0]}}, "a finite mean and a std > 0 per channel"),
+    ],
+)
+def test_pipelines_that_are_refused(tmp_path, args, message):
+    with pytest.raises(ValueError, match=message):
+        files.read_pipeline(write(tmp_path, **args))
+
+
+def test_no_pipeline_and_foreign_ones(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected TRELLIS's pipeline.json, got none in"):
+        files.read_pipeline(tmp_path)
+    (tmp_path / "pipeline.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON, got"):
+        files.read_pipeline(tmp_path)
+    (tmp_path / "pipeline.json").write_text('{"name": "StableDiffusionPipeline", "args": {}}')
+    with pytest.raises(ValueError, match="got 'StableDiffusionPipeline'"):
+        files.read_pipeline(tmp_path)
+
+
+def test_where_models_are_looked_for(copied, tmp_path, monkeypatch):
+    file = files.read_pipeline(copied)
+    assert files.find_model(file, "slat_flow_model") == copied / "ckpts" / "slat_flow"
+    assert files.find_model(file, "sparse_structure_encoder").name == "ss_enc_conv3d_16l8_fp16"
+    with pytest.raises(FileNotFoundError, match=r"slat_decoder_mesh: expected its .json and .safetensors or .pt, got none at"):
+        files.find_model(file, "slat_decoder_mesh")
+    with pytest.raises(FileNotFoundError, match="no place: pipeline.json does not name it"):
+        files.find_model(file, "slat_decoder_rf")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for folder in (
+        tmp_path / "hub" / "models--someone--trellis-image" / "snapshots" / "0a1b" / "ckpts", tmp_path / "elsewhere",
+        tmp_path / "trellis-image" / "ckpts",
+    ):
+        folder.mkdir(parents=True)
+        for ending in (".json", ".safetensors"):
+            shutil.copy(copied / "ckpts" / f"slat_dec_gs{ending}", folder / f"slat_dec_mesh{ending}")
+        assert files.find_model(file, "slat_decoder_mesh", [tmp_path / "elsewhere"]) == folder / "slat_dec_mesh"
+        shutil.rmtree(folder)
+
+
+def test_encoders_are_found_beside_the_decoders_of_another_model(copied, tmp_path):
+    other = tmp_path / "trellis-image" / "ckpts"
+    shutil.copytree(copied / "ckpts", other)
+    for path in (copied / "ckpts").glob("ss_[de]*"):
+        path.unlink()
+    models = {**PIPELINE["args"]["models"], "sparse_structure_decoder": "x/trellis-image/ckpts/ss_dec"}
+    file = files.read_pipeline(write(copied, models=models))
+    assert files.find_model(file, "sparse_structure_encoder") == other / "ss_enc_conv3d_16l8_fp16"
+
+
+@pytest.mark.parametrize("stem", MODELS)
+def test_models_are_loaded_with_their_own_types(trellis_root, stem):
+    path = trellis_root / "ckpts" / stem
+    stored = load_file(f"{path}.safetensors")
+    state = load_model(path).state_dict()
+    assert list(stored) != [] and all(torch.equal(state[name], stored[name]) and state[name].dtype == stored[name].dtype for name in stored)
+    assert set(state) == set(stored)
+
+
+def test_types_by_choice(trellis_root):
+    stored = load_file(trellis_root / "ckpts" / "ss_flow.safetensors")
+    for dtype in (torch.float32, torch.bfloat16):
+        state = load_model(trellis_root / "ckpts" / "ss_flow", dtype=dtype).state_dict()
+        assert {name: dtype if tensor.dtype == torch.float16 else torch.float32 for name, tensor in stored.items()} == {
+            name: tensor.dtype for name, tensor in state.items()
+        }
+
+
+def test_training_checkpoints(trellis_root, tmp_path):
+    stem = trellis_root / "ckpts" / "ss_flow"
+    masters = {f"module.{name}": tensor.float() for name, tensor in load_file(f"{stem}.safetensors").items()}
+    path = tmp_path / "denoiser_ema0.9999_step0000100.pt"
+    torch.save(masters, path)
+    assert all(torch.equal(t, masters[f"module.{name}"]) for name, t in load_model(stem, weights=path).state_dict().items())
+    torch.save({"optimizer": {"lr": 1.0}, "step": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="denoiser_ema0.9999_step0000100.pt: expected a dict of tensors"):
+        load_model(stem, weights=path)
+
+
+def test_models_that_are_refused(copied):
+    stem = copied / "ckpts" / "ss_flow"
+    state = load_file(f"{stem}.safetensors")
+    save_file({name: t for name, t in state.items() if "out_layer" not in name}, f"{stem}.safetensors")
+    with pytest.raises(ValueError, match="missing: out_layer.bias, out_layer.weight"):
+        load_model(stem)
+    state["out_layer.bias"] = state["out_layer.bias"] * float("nan")
+    save_file(state, f"{stem}.safetensors")
+    with pytest.raises(ValueError, match="expected finite numbers, got others in out_layer.bias"):
+        load_model(stem)
+    stem.with_name("ss_flow.safetensors").write_bytes(b"truncated")
+    with pytest.raises(ValueError, match="expected tensors by name, got"):
+        load_model(stem)
+    stem.with_name("ss_flow.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="ss_flow: expected .*ss_flow.json and weights beside it"):
+        load_model(stem)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"name": "UNet", "args": {}}, "expected a name among SparseStructureFlowModel, .* got 'UNet'"),
+        ({"name": "SparseStructureFlowModel", "args": {"colour": 1, "resolution": 4}},
+         r"got unknown \['colour'\], missing \['cond_channels'"),
+    ],
+)
+def test_architectures_that_are_refused(copied, content, message):
+    (copied / "ckpts" / "ss_flow.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_model(copied / "ckpts" / "ss_flow")

@@ -1,0 +1,87 @@
+"""TRELLIS of images in the layout of TRELLIS-image-large: from pictures to a tuned folder, as documented, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from eg3d_rlhf.modes import trellis_files as commands
+from eg3d_rlhf.tuning.flow.embeddings import Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
+from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.generate import generate
+from eg3d_rlhf.tuning.flow.stage import Sampling
+from tests.tuning.flow.documented_commands import run_section
+from tests.tuning.flow.trellis.tiny_trellis import DINO, STEMS, write_hub, write_image_trellis
+
+FEW = "--steps=6 --lr=0.02 --warmup=0 --choose-noises=0 --table-noises=2 --loop-pairs=2 --roles=reward --views=2 --device=cpu".split()
+NAMES = ("boat", "chair", "lamp", "tree", "house", "dog")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    write_hub(tmp_path / "torch" / "hub" / "checkpoints" / "dinov2_vitl14_reg4_pretrain.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PICTURES").mkdir()
+    for i, name in enumerate(NAMES):
+        pixels = np.zeros((40, 50, 4), np.uint8)
+        pixels[5 : 15 + 3 * i, 10:30] = (40 * i, 200 - 30 * i, 90, 255)
+        Image.fromarray(pixels).save(tmp_path / "PICTURES" / f"{name}.png")
+    return write_image_trellis(tmp_path / "ROOT")
+
+
+def tool(*flags):
+    return CliRunner().invoke(commands.main, [str(flag) for flag in flags])
+
+
+def test_settings_conditions_and_the_null_are_those_of_image_large(root):
+    assert family_of(root).name == "trellis"
+    done = tool("conditions", f"--pipeline={root}", "--images=PICTURES", "--out=ASSETS")
+    assert done.exit_code == 0, done.output
+    tokens = read_conditions(Path("ASSETS"))
+    assert tokens.encoder == "dinov2_vitl14_reg" and tokens.form == [1 + 4 + 2 * 2, DINO] and tokens.zero_null
+    pipeline = load_pipeline(root, tokens)
+    assert not pipeline.no_condition(2, STRUCTURE).any()
+    for stage in pipeline.stages:
+        assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
+    other = Conditions(tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True)
+    write_conditions(Path("OTHER") / "conditions.safetensors", other)
+    done = tool("draw", f"--pipeline={root}", "--out=OTHER")
+    assert done.exit_code == 2 and f"expected embeddings of size {DINO} for stage 'structure', got 32 of CLIP" in done.output, done.output
+
+
+@pytest.mark.parametrize("stem", ["ss_flow", "slat_flow", "ss_dec", "slat_dec_gs"])
+def test_tensors_that_do_not_fit_are_refused_in_one_line(root, stem):
+    write_conditions(Path("X") / "conditions.safetensors", Conditions(tokens={"a": torch.zeros(9, DINO)}, zero_null=True))
+    path = root / "ckpts" / f"{STEMS[stem]}.safetensors"
+    state = load_file(path)
+    name = next(iter(state))
+    lacking, misshapen = {n: x for n, x in state.items() if n != name}, {**state, name: state[name][None].contiguous()}
+    renamed = {**lacking, "odd": state[name]}
+    for content, message in ((lacking, f"missing: {name}"), (renamed, "unexpected: odd"), (misshapen, "misshapen: ")):
+        save_file(content, path)
+        done = tool("draw", f"--pipeline={root}", "--out=X", "--each=1")
+        assert done.exit_code == 2 and message in done.output and path.name in done.output and "Traceback" not in done.output, done.output
+
+
+@pytest.mark.long
+def test_from_pictures_to_a_tuned_folder_as_documented(root):
+    def look(called, done):
+        if called == "calibrate":
+            found = json.loads(done.stdout[done.stdout.index("{") :])
+            assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
+
+    called = run_section("TRELLIS-image-large", "ROOT", Path(), commands.main, FEW, look)
+    assert called == ["conditions", "draw", "calibrate", "ranking", "train", "export"]
+    tokens = read_conditions(Path("PAIRS"))
+    base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))
+    for name, one, other in zip((STRUCTURE, LATENT), base.stages, tuned.stages, strict=True):
+        assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)), name
+    assert generate(tuned, ["boat"], [0])[0].means.isfinite().all()

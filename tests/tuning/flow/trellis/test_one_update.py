@@ -1,0 +1,100 @@
+"""One update by the fast path and by the reference's: the same losses and gradients, whatever is trained and minimised."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.trellis import flows
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.families.trellis import random_flows
+from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenCopy
+from eg3d_rlhf.tuning.flow.update import TrainConfig, Updates
+from torch_utils.ops import feed_forward, linear, self_attention
+from torch_utils.ops.implementations import implementation
+from training.distributed import SINGLE
+
+SIZE = random_flows.Size(stage="latent", pairs=2, voxels=90, blocks=3, width=128, grid=12)
+LORA = LoraConfig(rank=4, targets=("to_qkv", "to_q", "to_kv", "to_out", "mlp.2"))
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    """The ways of a large network, for a small one."""
+    for module, limit in ((linear, 1 << 10), (feed_forward, 0), (self_attention, 2), (flows, 2)):
+        monkeypatch.setattr(module, "LARGE", limit)
+    monkeypatch.setattr(flows, "LONG", 2)
+
+
+def updates(stage_name, lora, dpo):
+    size = replace(SIZE, stage=stage_name, grid=6 if stage_name == "structure" else 12)
+    torch.manual_seed(1)
+    stage = random_flows.build_stage(size)
+    if lora is None:
+        reference, parameters = FrozenCopy(stage.model), list(stage.model.parameters())
+    else:
+        add_lora(stage.model, lora, 0)
+        reference, parameters = AdapterOff(stage.model), lora_parameters(stage.model)
+    with torch.no_grad():  # as in the midst of a training
+        for parameter in parameters:
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    config = TrainConfig(lora=lora, steps=1, batch=2, warmup=0, dpo=dpo)
+    needed = reference if config.needs_reference else None
+    pairs, conditions = random_flows.make_pairs(size, stage), random_flows.RandomConditions()
+    return Updates(conditions, stage, pairs, config, stage.model, parameters, needed, SINGLE), parameters
+
+
+def outcome(work, parameters, impl):
+    """Losses, and all gradients."""
+    items = work.order.items(0)
+    pairs = [pair for _, pair in items]
+    for parameter in parameters:
+        parameter.grad = None
+    torch.manual_seed(2)  # of dropout
+    with implementation(impl):
+        totals = work._pass(work._draw(pairs, 0, items), pairs, 0)
+    return totals[:4], [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+
+
+@pytest.mark.parametrize("stage_name", random_flows.STAGES)
+@pytest.mark.parametrize(
+    ("lora", "dpo"),
+    [
+        (LORA, DpoConfig(beta=2.0)), (None, DpoConfig(beta=2.0, sft_weight=0.5)), (LORA, DpoConfig(kind="sft")),
+        (LORA, DpoConfig(kind="dro", loser_weight=0.5)), (replace(LORA, targets=("to_out",)), DpoConfig(beta=2.0, kind="ipo")),
+    ],
+    ids=["adapters", "all parameters", "sft", "dro", "outputs alone"],
+)  # fmt: skip
+def test_fast_and_reference_agree(stage_name, lora, dpo):
+    work, parameters = updates(stage_name, lora, dpo)
+    (got, gradients), (want, wanted) = (outcome(work, parameters, impl) for impl in ("auto", "ref"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    largest = max(float(g.abs().max()) for g in wanted)
+    assert largest > 0
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * largest)
+
+
+def test_dropout_of_adapters_still_acts():
+    work, parameters = updates("structure", replace(LORA, dropout=0.5), DpoConfig(beta=2.0))
+    work.policy.train()
+    dropped, _ = outcome(work, parameters, "auto")
+    work.policy.eval()
+    whole, _ = outcome(work, parameters, "auto")
+    assert not torch.allclose(dropped, whole, rtol=1e-4)
+
+
+def test_a_block_is_passed_twice_and_its_attention_once(monkeypatch):
+    """Of the blocks that keep it; the others compute it again."""
+    calls = []
+    whole = self_attention._SelfAttention.forward
+
+    def counted(ctx, qkv, q_gain, k_gain, known):
+        calls.append(known[0] is not None)
+        return whole(ctx, qkv, q_gain, k_gain, known)
+
+    monkeypatch.setattr(self_attention._SelfAttention, "forward", staticmethod(counted))
+    work, parameters = updates("structure", LORA, DpoConfig(kind="sft"))
+    outcome(work, parameters, "auto")
+    assert calls in ([], [False] * 6 + [False] * 2 + [True] * 4)  # none where products are torch's own

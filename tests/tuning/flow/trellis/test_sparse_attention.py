@@ -1,0 +1,114 @@
+"""Attention over voxels against a masked softmax over all rows, written out."""
+
+import math
+
+import pytest
+import torch
+
+from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
+from eg3d_rlhf.models.trellis.blocks import SparseLayout, curve_windows, samples, windows, z_order
+
+H, D = 2, 4
+
+
+def batch(lengths=(7, 7, 12, 1, 9), grid=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    places = torch.cartesian_prod(*[torch.arange(grid)] * 3).int()
+    chosen = [places[torch.randperm(len(places), generator=g)[:n]] for n in lengths]
+    return SparseBatch.join([SparseSample(c, torch.zeros(len(c), 1)) for c in chosen])
+
+
+def heads(rows, seed, n=3):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, H, D, generator=g, dtype=torch.float64) for _ in range(n)]
+
+
+def oracle(q, k, v, together):
+    """softmax over those rows that `together` [rows of q, rows of k] joins."""
+    logits = torch.einsum("ahd,bhd->hab", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hab,bhd->ahd", logits.masked_fill(~together, -torch.inf).softmax(-1), v)
+
+
+def same_window(x, window, shift):
+    group = torch.cat([x.coords[:, :1], (x.coords[:, 1:] + shift) // window], 1)
+    return (group[:, None] == group[None]).all(-1)
+
+
+def along_curve(x, window, shift=0, start=0):
+    """Which rows each row sees, with bits and windows written out."""
+
+    def code(row):
+        return int("".join("".join(bits) for bits in zip(*(f"{int(c) + shift:010b}" for c in x.coords[row, 1:]), strict=True)), 2)
+
+    together = torch.zeros(len(x.coords), len(x.coords), dtype=torch.bool)
+    for sample in range(x.size):
+        rows = sorted((r for r in range(len(x.coords)) if int(x.sample[r]) == sample), key=code)
+        n, parts = len(rows), math.ceil(len(rows) / window)
+        for i in range(parts):
+            kept = range(math.floor(i * n / parts + start), math.floor((i + 1) * n / parts + start)) if parts > 1 else range(n)
+            left = math.floor((i + 0.5) * n / parts + start - window / 2)
+            seen = range(left, left + window) if parts > 1 else range(n)
+            for p in kept:
+                together[rows[p % n], [rows[q % n] for q in seen]] = True
+    return together
+
+
+@pytest.mark.parametrize(("window", "shift"), [(None, 0), (4, 0), (4, 2), (2, 1), (8, 4), (64, 0)])
+def test_self_attention_joins_voxels_of_a_sample_or_window(window, shift):
+    x = batch()
+    assert_attends(x, None if window is None else windows(x, window, shift), same_window(x, window or 64, shift))
+
+
+@pytest.mark.parametrize(("window", "shift", "start"), [(4, 0, 0), (4, 16, 0), (4, 0, 2), (5, 3, 1), (12, 0, 0), (64, 16, 0)])
+def test_windows_along_the_curve_overlap_and_each_voxel_keeps_one_result(window, shift, start):
+    x = batch()
+    assert_attends(x, curve_windows(x, window, shift, start), along_curve(x, window, shift, start))
+    assert curve_windows(x, window, shift, start) is curve_windows(x.with_feats(x.feats + 1), window, shift, start)
+
+
+def test_the_curve_takes_bits_in_turn_x_first():
+    places = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 2], [3, 0, 0], [1023, 1023, 1023]])
+    assert z_order(places).tolist() == [0, 1, 2, 4, 8, 36, 2**30 - 1]
+
+
+def assert_attends(x, groups, together):
+    """Results and gradients of self-attention within these groups."""
+    q, k, v = (h.requires_grad_() for h in heads(len(x.coords), 1))
+    out = SparseLayout(x, groups).self_attention(q, k, v)
+    want = oracle(q, k, v, together)
+    torch.testing.assert_close(out, want)
+    cotangent = heads(len(x.coords), 2, 1)[0]
+    for got, expected in zip(torch.autograd.grad(out, (q, k, v), cotangent), torch.autograd.grad(want, (q, k, v), cotangent), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_cross_attention_reads_the_tokens_of_its_sample():
+    x, tokens = batch(), 5
+    q = heads(len(x.coords), 1, 1)[0]
+    k, v = (h.view(x.size, tokens, H, D) for h in heads(x.size * tokens, 2, 2))
+    own = x.sample[:, None] == torch.arange(x.size).repeat_interleave(tokens)
+    want = oracle(q, k.flatten(0, 1), v.flatten(0, 1), own)
+    torch.testing.assert_close(SparseLayout(x).cross_attention(q, k, v), want)
+
+
+def test_groups_of_one_length_go_together_and_are_found_once():
+    x = batch()
+    assert samples(x).runs == ((2, 7), (1, 12), (1, 1), (1, 9))
+    assert windows(x, 4) is windows(x.with_feats(x.feats + 1), 4) is not windows(x, 4, 2)
+    found = windows(x, 4)
+    assert sum(found.sizes) == len(x.coords) and len({length for _, length in found.runs}) == len(found.runs)
+    assert torch.equal(found.order[found.inverse], torch.arange(len(x.coords)))
+
+
+def test_keeps_no_matrix_of_weights():
+    x = batch((300, 200), grid=8)
+    q, k, v = (h.float().requires_grad_() for h in heads(500, 1))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        SparseLayout(x).self_attention(q, k, v).sum().backward()
+    assert max(kept) <= 500 * H * D
+
+
+def test_a_value_per_sample_reaches_its_voxels():
+    x = batch((2, 3))
+    assert SparseLayout(x).per_token(torch.tensor([[1.0], [2.0]])).flatten().tolist() == [1, 1, 2, 2, 2]

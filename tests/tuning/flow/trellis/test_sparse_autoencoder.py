@@ -1,0 +1,156 @@
+"""Encoder and Gaussian decoder: windows, activations, files that do not fit."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eg3d_rlhf.models.sparse import SparseBatch
+from eg3d_rlhf.models.trellis.blocks import position_embedding
+from eg3d_rlhf.models.trellis.latent_autoencoder import (
+    GaussianDecoder,
+    GaussianDecoderConfig,
+    Gaussians,
+    LatentEncoder,
+    LatentEncoderConfig,
+    perturbation,
+)
+from tests.tuning.flow.trellis.test_sparse_attention import along_curve, oracle
+from tests.tuning.flow.trellis.test_sparse_conv import R, random_batch
+
+SETTINGS = {
+    "lr": {"_xyz": 1.0, "_features_dc": 1.0, "_opacity": 1.0, "_scaling": 1.0, "_rotation": 0.1}, "perturb_offset": True, "voxel_size": 1.5,
+    "num_gaussians": 4, "2d_filter_kernel_size": 0.1, "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": 0.1,
+    "scaling_activation": "softplus",
+}  # fmt: skip
+SMALL = dict(resolution=R, model_channels=12, latent_channels=3, num_blocks=2, num_heads=2, window_size=2)
+
+
+def gaussian_settings(**changes):
+    return GaussianDecoderConfig(representation_config={**SETTINGS, **changes}, **SMALL).gaussians
+
+
+def encoder(**changes):
+    torch.manual_seed(0)
+    return LatentEncoder(LatentEncoderConfig(in_channels=3, **{**SMALL, **changes}))
+
+
+def decoder(**changes):
+    torch.manual_seed(0)
+    return GaussianDecoder(GaussianDecoderConfig(representation_config={**SETTINGS, **changes}, **SMALL))
+
+
+CHANGES = [{}, {"attn_mode": "full"}, {"attn_mode": "shift_window"}, {"qk_rms_norm": True}, {"use_checkpoint": True}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_encodes_every_voxel_and_trains_every_parameter(changes):
+    x, model = random_batch(dtype=torch.float32), encoder(**changes)
+    mean, logvar = model(x)
+    assert mean.feats.shape == logvar.feats.shape == (len(x.coords), 3) and mean.coords is x.coords
+    (mean.feats.sum() + logvar.feats.square().sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def reached(blocks):
+    """Voxels along a full axis whose features the output at voxel 0 depends on."""
+    coords = torch.zeros(R, 4, dtype=torch.int32)
+    coords[:, 1] = torch.arange(R)
+    feats = torch.randn(R, 3, requires_grad=True)
+    mean, _ = encoder(num_blocks=blocks)(SparseBatch(coords, feats, 1))
+    return torch.autograd.grad(mean.feats[0].sum(), feats)[0].abs().sum(1).nonzero().flatten().tolist()
+
+
+def test_every_other_block_sees_over_the_borders_of_windows():
+    assert reached(1) == [0, 1]  # windows of two voxels
+    assert reached(2) == [0, 1]  # shifted by one: voxel 0 is alone in its own
+    assert reached(3) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("mode", "odd"), [("shift_window", {"shift": 16}), ("shift_sequence", {"start": 1})])
+def test_windows_along_the_curve_of_every_block(mode, odd):
+    """The whole encoder in float64 with masked attention; every other block has a curve, or cuts, of its own."""
+    x, model = random_batch(dtype=torch.float32), encoder(attn_mode=mode, window_size=3, num_blocks=3)
+    x.coords[:, 1:] *= 11  # far enough apart that 16 voxels make another curve
+    p = {name: value.double() for name, value in model.state_dict().items()}
+    together = [along_curve(x, 3), along_curve(x, 3, **odd)]
+    assert not torch.equal(*together)
+
+    def linear(h, name):
+        return h @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def norm(h, eps):
+        return (h - h.mean(1, keepdim=True)) / (h.var(1, correction=0, keepdim=True) + eps).sqrt()
+
+    h = linear(x.feats.double(), "input_layer") + position_embedding(x.coords[:, 1:], 12).double()
+    for i in range(3):
+        q, k, v = linear(norm(h, 1e-6), f"blocks.{i}.attn.to_qkv").view(-1, 3, 2, 6).unbind(1)
+        h = h + linear(oracle(q, k, v, together[i % 2]).flatten(1), f"blocks.{i}.attn.to_out")
+        inner = F.gelu(linear(norm(h, 1e-6), f"blocks.{i}.mlp.mlp.0"), approximate="tanh")
+        h = h + linear(inner, f"blocks.{i}.mlp.mlp.2")
+    want = linear(norm(h, 1e-5), "out_layer")
+    with torch.no_grad():
+        got = torch.cat([part.feats for part in model(x)], 1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["softplus", "exp"])
+def test_zeros_mean_the_biases_of_the_file(activation):
+    zeros = Gaussians(
+        xyz=torch.full([1, 3], 0.5), features_dc=torch.zeros(1, 1, 3), scaling=torch.zeros(1, 3), rotation=torch.zeros(1, 4),
+        opacity=torch.zeros(1, 1), settings=gaussian_settings(scaling_activation=activation),
+    )  # fmt: skip
+    assert zeros.means.tolist() == [[0, 0, 0]] and zeros.rotations.tolist() == [[1, 0, 0, 0]]
+    torch.testing.assert_close(zeros.scales, torch.full([1, 3], math.hypot(4e-3, 9e-4)))
+    torch.testing.assert_close(zeros.opacities, torch.tensor([[0.1]]))
+
+
+def test_gaussians_stay_within_reach_of_their_voxel():
+    x, model = random_batch(dtype=torch.float32), decoder()
+    found = model(x)
+    assert [len(g.xyz) for g in found] == (4 * x.lengths).tolist()
+    centre = ((x.samples()[0].coords + 0.5) / R).repeat_interleave(4, 0)
+    assert (found[0].xyz - centre).abs().max() <= 0.5 * 1.5 / R
+    assert (found[0].scales > 0).all() and ((found[0].opacities > 0) & (found[0].opacities < 1)).all()
+    torch.testing.assert_close(found[0].rotations.norm(dim=1), torch.ones(len(found[0].xyz)))
+
+
+def test_without_offsets_gaussians_lie_on_a_hammersley_set():
+    offsets = perturbation(gaussian_settings()).tanh() * 1.5
+    want = torch.tensor([[0, 0, 0], [1 / 4, 1 / 2, 1 / 3], [2 / 4, 1 / 4, 2 / 3], [3 / 4, 3 / 4, 1 / 9]])
+    torch.testing.assert_close((offsets + 1) / 2, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"voxel_size": 1.0}, "expected voxel_size > 1 with perturb_offset, got 1.0"),
+        ({"lr": {"_xyz": 1.0}}, "expected lr for _xyz, _features_dc, _scaling, _rotation, _opacity, got _xyz"),
+        ({"scaling_activation": "relu"}, "expected scaling_activation exp or softplus, got 'relu'"),
+        ({"opacity_bias": 1.0}, "0 < opacity_bias < 1"),
+        ({"sh_degree": 3}, "expected the names of representation_config, got .*sh_degree"),
+    ],
+)
+def test_refuses_settings_of_gaussians_that_do_not_fit(changes, text):
+    with pytest.raises(ValueError, match=text):
+        decoder(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"attn_mode": "shift_order"}, "LatentEncoderConfig: expected attn_mode swin, full, shift_window, shift_sequence"),
+        ({"pe_mode": "rope"}, "expected pe_mode 'ape'"),
+        ({"num_heads": 5}, "expected model_channels to divide by heads, got 12 / 5"),
+    ],
+)
+def test_refuses_architectures_that_do_not_fit(changes, text):
+    with pytest.raises(ValueError, match=text):
+        encoder(**changes)
+
+
+def test_refuses_features_of_another_size():
+    x = random_batch(channels=2, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"LatentEncoder.feats: expected \[V, 3\], got \[\d+, 2\]. Give features of the kind"):
+        encoder()(x)

@@ -1,0 +1,126 @@
+"""Submanifold convolution against a dense one, and what it keeps for the backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
+from eg3d_rlhf.models.trellis import sparse_conv
+from eg3d_rlhf.models.trellis.sparse_conv import SubmanifoldConv, coarser, neighbours, submanifold_conv
+
+R = 6
+
+
+def random_batch(channels=3, share=0.4, size=2, seed=0, dtype=torch.float64):
+    """Random voxels of a grid of R^3, rows of each sample in random order."""
+    g = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(size):
+        coords = (torch.rand(R, R, R, generator=g) < share).nonzero()
+        coords = coords[torch.randperm(len(coords), generator=g)]
+        samples.append(SparseSample(coords.int(), torch.randn(len(coords), channels, generator=g, dtype=dtype)))
+    return SparseBatch.join(samples)
+
+
+def kernel(channels=3, out=4, seed=1, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(out, 3, 3, 3, channels, generator=g, dtype=dtype), torch.randn(out, generator=g, dtype=dtype)
+
+
+def dense_oracle(x, weight, bias):
+    """conv3d of the dense volumes, read off at the voxels."""
+    place = x.coords.long().unbind(1)
+    volume = x.feats.new_zeros(x.size, R, R, R, x.feats.shape[1]).index_put(place, x.feats)
+    out = F.conv3d(volume.permute(0, 4, 1, 2, 3), weight.permute(0, 4, 1, 2, 3), bias, padding=1)
+    return out.permute(0, 2, 3, 4, 1)[place]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("numbers", [15, 10_000])
+def test_equals_a_dense_convolution_with_its_gradients(share, numbers, monkeypatch):
+    monkeypatch.setattr(sparse_conv, "NUMBERS", numbers)
+    x, (weight, bias) = random_batch(share=share), kernel()
+    inputs = [v.requires_grad_() for v in (x.feats.clone(), weight, bias)]
+    out = submanifold_conv(x.with_feats(inputs[0]), *inputs[1:]).feats
+    want = dense_oracle(x.with_feats(inputs[0]), *inputs[1:])
+    torch.testing.assert_close(out, want)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    for got, expected in zip(torch.autograd.grad(out, inputs, cotangent), torch.autograd.grad(want, inputs, cotangent), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_features_of_halved_voxels_are_those_of_every_voxel_in_them(share):
+    x, (weight, bias) = random_batch(share=share), kernel()
+    row = coarser(x).row
+    features = torch.randn(len(coarser(x).coords), weight.shape[-1], generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+    inputs = [v.requires_grad_() for v in (features, weight, bias)]
+    out = submanifold_conv(x, *inputs[1:], coarse=inputs[0]).feats
+    want = submanifold_conv(x.with_feats(inputs[0][row]), *inputs[1:]).feats
+    torch.testing.assert_close(out, want)
+    for got, expected in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (out, want)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_opposite_borders_of_the_grid_are_no_neighbours():
+    corners = torch.cartesian_prod(*[torch.tensor([0, R - 1])] * 3).int()
+    x = SparseBatch.join([SparseSample(corners, torch.ones(8, 1, dtype=torch.float64))])
+    found = neighbours(x)
+    assert [len(written) for written, _ in found] == [0] * 13 + [8] + [0] * 13
+
+
+def test_neighbours_are_found_once_for_all_features_on_the_same_voxels():
+    x = random_batch()
+    assert neighbours(x) is neighbours(x.with_feats(x.feats + 1))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_keeps_the_features_once_and_only_for_a_kernel_that_is_trained(frozen):
+    x, (weight, bias) = random_batch(channels=5), kernel(channels=5)
+    weight.requires_grad_(not frozen)
+    neighbours(x)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        submanifold_conv(x.with_feats(x.feats.clone().requires_grad_()), weight, bias)
+    assert kept.count((len(x.feats), 5)) == (0 if frozen else 1)
+    assert all(shape in [(len(x.feats), 5), (4, 27, 5)] for shape in kept), kept
+
+
+def test_computes_in_the_type_of_autocast():
+    x, layer = random_batch(dtype=torch.float32), SubmanifoldConv(3, 4)
+    full = layer(x).feats
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer(x).feats
+    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
+    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+    half.float().sum().backward()
+    assert layer.conv.weight.grad.dtype == torch.float32 and layer.conv.weight.grad.abs().sum() > 0
+
+
+def test_refuses_what_it_cannot_compute():
+    weight, bias = kernel()
+    twice = SparseBatch(torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.float64), 1)
+    with pytest.raises(ValueError, match="expected every voxel once and no negative index, got others. Remove the repeated rows"):
+        submanifold_conv(twice, weight, bias)
+    below = SparseBatch(torch.tensor([[0, -1, 0, 0]], dtype=torch.int32), torch.zeros(1, 3, dtype=torch.float64), 1)
+    with pytest.raises(ValueError, match="no negative index"):
+        submanifold_conv(below, weight, bias)
+    with pytest.raises(ValueError, match=r"submanifold_conv.weight: expected \[B, 3, 3, 3, 3\], got \[4, 3, 3, 3, 2\]"):
+        submanifold_conv(random_batch(), weight[..., :2], bias)
+    with pytest.raises(ValueError, match="expected one of auto, torch, spconv, got 'dense'. Choose one"):
+        SubmanifoldConv(3, 4, backend="dense")
+
+
+def test_refuses_spconv_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(sparse_conv, "has_spconv", lambda: False)
+    with pytest.raises(ValueError, match="expected the package spconv, got none. Install it for this CUDA version, or use 'torch'"):
+        SubmanifoldConv(3, 4, backend="spconv")
+
+
+def test_spconv_gives_the_same():
+    pytest.importorskip("spconv.pytorch")
+    x, (weight, bias) = random_batch(dtype=torch.float32), kernel(dtype=torch.float32)
+    with torch.no_grad():
+        for rows in (4, 2):  # the second reads the neighbours that the first one found
+            args = weight[:rows].contiguous(), bias[:rows]
+            torch.testing.assert_close(submanifold_conv(x, *args, "spconv").feats, submanifold_conv(x, *args, "torch").feats)

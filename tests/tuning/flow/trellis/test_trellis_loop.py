@@ -1,0 +1,79 @@
+"""From people's ranked assets to a tuned TRELLIS in its stock layout, by the command line alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import train
+from eg3d_rlhf.modes.trellis_files import main
+from eg3d_rlhf.tuning.flow.families.trellis.files import FLOWS, LATENT, STRUCTURE, find_model, find_weights, read_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem
+from tests.tuning.flow.trellis.test_trellis_problem import write_people
+from tests.tuning.flow.trellis.tiny_trellis import tokens
+
+FAST = "--warmup=0 --batch=4 --choose-noises=0 --no-summary --device=cpu".split()
+
+
+def circular_dpo(*flags):
+    done = CliRunner().invoke(train.main, ["--mode=circular-dpo", *FAST, *map(str, flags)])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(trellis_root, tmp_path_factory):
+    """A whole loop of few steps; returns its folder."""
+    folder = tmp_path_factory.mktemp("loop")
+    pairs = write_people(folder / "pairs", read_pipeline(trellis_root))
+    # the last stage must move far enough, in a few steps, that decoding fills other voxels
+    circular_dpo(
+        f"--pipeline={trellis_root}", f"--pairs={pairs}", f"--outdir={folder / 'runs'}", "--lr=0.02", "--steps=12", "--roles=reward",
+    )
+    (found,) = (folder / "runs").glob("00000-*")
+    return found
+
+
+def test_the_loop_tunes_both_stages(run):
+    for stage in (STRUCTURE, LATENT):
+        adapter = load_file(run / stage / "adapter_model.safetensors")
+        assert any(float(t.abs().max()) > 0 for name, t in adapter.items() if "lora_B" in name)
+
+
+def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
+    flags = [f"--{stage}={run / stage}" for stage in (STRUCTURE, LATENT)]
+    done = CliRunner().invoke(main, ["export", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", *flags])
+    assert done.exit_code == 0, done.output
+    assert set(json.loads(done.stdout)["tuned"]) == {STRUCTURE, LATENT}
+    tuned, base = (load_pipeline(root, tokens(), whole=False) for root in (tmp_path / "out", trellis_root))
+    for stage, old in zip(tuned.stages, base.stages, strict=True):
+        moved = [not torch.equal(a, b) for a, b in zip(stage.model.parameters(), old.model.parameters(), strict=True)]
+        assert any(moved)
+
+
+def test_pairs_of_the_first_stage_train_it_alone(trellis_root, tmp_path):
+    pairs = write_people(tmp_path / "pairs", read_pipeline(trellis_root), stages=(STRUCTURE,))
+    flags = [f"--pipeline={trellis_root}", f"--pairs={pairs}", f"--outdir={tmp_path / 'runs'}", "--steps=2"]
+    circular_dpo(*flags, "--stage=structure")
+    assert list((tmp_path / "runs").glob("00000-*/structure/adapter_model.safetensors"))
+    refused = CliRunner().invoke(train.main, ["--mode=circular-dpo", *FAST, *flags, "--stage=latent"])
+    assert refused.exit_code == 2 and "expected pairs of stage 'latent', got those of structure alone" in refused.stderr
+
+
+def test_other_weights_and_the_encoding_reach_the_pipeline(trellis_root, tmp_path):
+    file = read_pipeline(trellis_root)
+    weights = load_file(find_weights(find_model(file, FLOWS[STRUCTURE])))
+    weights["out_layer.bias"] = weights["out_layer.bias"] + 1
+    save_file(weights, tmp_path / "trained.safetensors")
+    source = ProblemSource(
+        pipeline=str(trellis_root), pairs=str(write_people(tmp_path / "pairs", file)), voxel_share=0.5, views=3,
+        flow_weights=(f"{STRUCTURE}={tmp_path / 'trained.safetensors'}",),
+    )
+    pipeline = open_problem(source).pipeline
+    assert (pipeline.encoding.share, pipeline.encoding.views) == (0.5, 3)
+    assert torch.equal(pipeline.stages[0].model.state_dict()["out_layer.bias"], weights["out_layer.bias"].float())
+    assert open_problem(source).identity != open_problem(replace(source, flow_weights=())).identity

@@ -1,0 +1,177 @@
+"""TRELLIS.2's folder: what is read, the four stages, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
+from eg3d_rlhf.tuning.flow.families.trellis2 import files
+from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.generate import generate
+from eg3d_rlhf.tuning.flow.stage import Sampling
+from tests.tuning.flow.trellis2.tiny_trellis2 import MODELS, NAMES, PIPELINE, E, tokens, write_pipeline
+
+
+@pytest.fixture
+def copied(trellis2_root, tmp_path):
+    shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
+    return shutil.copytree(trellis2_root, tmp_path / "root")
+
+
+def test_what_pipeline_json_says(trellis2_root):
+    file = files.read_pipeline(trellis2_root)
+    assert tuple(file.flows) == files.STAGES and file.encoder == "facebook/dinov3-vitl16-pretrain-lvd1689m"
+    assert file.sampling["structure"] == Sampling(steps=2, cfg_strength=6.5, cfg_interval=(0.6, 1.0), rescale_t=5.0, cfg_rescale=0.7)
+    assert file.sampling["shape_512"] == file.sampling["shape_1024"] and file.sampling["texture"].cfg_strength == 0
+    assert file.normalization["shape_1024"] == ((0.5, 0.0, -1.0, 0.0), (2.0, 1.0, 0.5, 1.5))
+    assert file.normalization["texture"][1] == (1.0, 2.0, 1.0, 1.0) and file.sigma_min["texture"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"models": {"tex_slat_decoder": "x"}}, "expected all models of '1024_cascade', got none for sparse_structure_flow_model"),
+        ({"default_pipeline_type": "1536_cascade"}, "expected default_pipeline_type 512, 1024, 1024_cascade, got '1536_cascade'"),
+        ({"tex_slat_sampler": {"name": "DDIMSampler"}}, r"expected a FlowEuler sampler for tex_slat_sampler \(t = 1 is noise\), got 'DDIM"),
+        ({"shape_slat_sampler": {"params": {"cfg_strength": 7.5}}}, "expected guidance_strength, of which 1 is none, got cfg_strength"),
+        ({"shape_slat_sampler": {"params": {"guidance_strength": 0.5}}}, "expected guidance_strength >= 1, got 0.5"),
+        ({"shape_slat_sampler": {"params": {"steps": 0}}}, "shape_slat_sampler: Sampling: expected steps >= 1"),
+        ({"tex_slat_normalization": {"mean": [0.0], "std": [0.0]}}, "expected tex_slat_normalization with a finite mean and a std > 0"),
+        ({"tex_slat_normalization": None}, "expected tex_slat_normalization with a finite mean"),
+    ],
+)
+def test_pipelines_that_are_refused(tmp_path, args, message):
+    with pytest.raises(ValueError, match=message):
+        files.read_pipeline(write_pipeline(tmp_path, **args))
+
+
+def test_no_pipeline_and_trellis_own(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected TRELLIS.2's pipeline.json, got none in"):
+        files.read_pipeline(tmp_path)
+    (tmp_path / "pipeline.json").write_text(json.dumps({**PIPELINE, "name": "TrellisImageTo3DPipeline"}))
+    with pytest.raises(ValueError, match="expected the name Trellis2ImageTo3DPipeline and args.models, got 'TrellisImageTo3DPipeline'"):
+        files.read_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("stem", MODELS)
+def test_models_are_loaded_by_name_and_shape_with_their_own_types(trellis2_root, stem):
+    path = trellis2_root / "ckpts" / stem
+    stored = load_file(f"{path}.safetensors")
+    state = files.load_model(path).state_dict()
+    assert set(state) == set(stored) and all(torch.equal(state[n], stored[n]) and state[n].dtype == stored[n].dtype for n in stored)
+    half = {name for name, tensor in stored.items() if tensor.dtype in (torch.bfloat16, torch.float16)}
+    types = {name: tensor.dtype for name, tensor in files.load_model(path, dtype=torch.float64).state_dict().items()}
+    assert half and types == {name: torch.float64 if name in half else torch.float32 for name in stored}
+
+
+def test_models_that_are_refused(copied):
+    stem = copied / "ckpts" / "tex_1024"
+    state = load_file(f"{stem}.safetensors")
+    renamed = {name.replace("mlp.mlp", "mlp.net"): tensor for name, tensor in state.items()}
+    save_file(renamed, f"{stem}.safetensors")
+    with pytest.raises(ValueError, match=r"missing: blocks.0.mlp.mlp.0.bias, .* unexpected: blocks.0.mlp.net.0.bias, "):
+        files.load_model(stem)
+    shutil.copy(f"{copied}/ckpts/shape_1024.safetensors", f"{stem}.safetensors")
+    with pytest.raises(ValueError, match=r"misshapen: input_layer.weight \[24, 4\] instead of \[24, 8\]"):
+        files.load_model(stem)
+    stem.with_name("tex_1024.json").write_text(json.dumps({"name": "SLatFlowModel", "args": {**MODELS["tex_1024"]["args"], "colour": 1}}))
+    with pytest.raises(ValueError, match=r"got unknown \['colour'\], missing \[\]"):
+        files.load_model(stem)
+
+
+def test_both_spellings_of_a_convolution(copied):
+    stem = copied / "ckpts" / "shape_dec"
+    state = load_file(f"{stem}.safetensors")
+    nested = {name.replace("conv1.", "conv1.conv.").replace("conv2.", "conv2.conv.").replace(".0.conv.", ".0.conv.conv."): tensor
+              for name, tensor in state.items()}
+    assert len(set(nested) - set(state)) == 6
+    save_file(nested, f"{stem}.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in files.load_model(stem).state_dict().items())
+
+
+def test_angles_that_a_file_has_must_be_its_own(copied):
+    stem = copied / "ckpts" / "ss_flow"
+    model = files.load_model(stem)
+    angles = model.config.angles(model.places())
+    state, path = load_file(f"{stem}.safetensors"), copied / "ss_flow.pt"
+    torch.save(state | {"rope_phases": torch.polar(torch.ones_like(angles), angles)}, path)
+    assert set(files.load_model(stem, weights=path).state_dict()) == set(state)
+    for wrong in (torch.polar(torch.ones_like(angles), 2 * angles), torch.zeros(64, 6)):
+        torch.save(state | {"rope_phases": wrong}, path)
+        with pytest.raises(ValueError, match="expected rope_phases of its rope_freq, complex .64, 6., got"):
+            files.load_model(stem, weights=path)
+
+
+def test_the_stages_and_what_they_leave(pipeline):
+    structure, low, high, texture = pipeline.stages
+    assert [s.name for s in pipeline.stages] == list(files.STAGES)
+    assert (low.latents.resolution, high.latents.resolution, texture.latents.given) == (4, 8, 4)
+    x_0 = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    voxels = pipeline.advance("structure", x_0)
+    assert [v.shape[1] for v in voxels] == [3, 3] and all(int(v.max()) < 4 for v in voxels)
+    drawn = low.noise([1, 2], voxels)
+    fine = pipeline.advance("shape_512", drawn)
+    for before, after in zip(voxels, fine, strict=True):
+        assert set(map(tuple, (after // 2).tolist())) == set(map(tuple, before.tolist()))  # children, every voxel with some
+        assert len(torch.unique(after, dim=0)) == len(after)
+    latents = high.noise([1, 2], fine)
+    left = pipeline.advance("shape_1024", latents)
+    assert all(isinstance(one, SparseSample) and torch.equal(one.coords, places) for one, places in zip(left, fine, strict=True))
+    noise = texture.noise([3, 4], left)
+    assert torch.equal(noise.given, latents.feats) and not torch.equal(noise.feats, latents.feats)
+    one, _ = pipeline.decode(noise)
+    assert one.resolution == 16 and one.vertices.shape == one.crossed.shape == (len(one.coords), 3) and one.materials.shape[1] == 6
+    assert 0 <= float(one.materials.min()) and float(one.materials.max()) <= 1 and one.crossed.dtype == torch.bool
+    assert set(map(tuple, (one.coords // 2).tolist())) == set(map(tuple, fine[0].tolist()))
+    with pytest.raises(ValueError, match="advance: expected a stage among structure, shape_512, shape_1024, got 'texture'"):
+        pipeline.advance("texture", noise)
+
+
+def test_every_stage_is_told_of_its_own_picture(pipeline):
+    lengths = {stage: pipeline.conditions(NAMES[:2], stage).shape for stage in files.STAGES}
+    assert lengths == {"structure": (2, 3, E), "shape_512": (2, 3, E), "shape_1024": (2, 5, E), "texture": (2, 5, E)}
+    assert pipeline.no_condition(3, "texture").shape == (3, 5, E) and not pipeline.no_condition(1, "structure").any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("512", ["structure", "shape_512", "texture"]), ("1024", ["structure", "shape_1024", "texture"])]
+)
+def test_without_a_cascade(copied, kind, names):
+    opened = load_pipeline(write_pipeline(copied, default_pipeline_type=kind), tokens())
+    assert [s.name for s in opened.stages] == names
+    side = 16 if kind == "1024" else 8
+    assert generate(opened, NAMES[:1], [0])[0].resolution == side
+    assert opened.conditions(NAMES[:1], "texture").shape[1] == (5 if kind == "1024" else 3)
+
+
+def test_conditions_that_are_refused(trellis2_root):
+    flat = tokens()
+    for given in (tokens(size=7), type(flat)(tokens={n: t["512"] for n, t in flat.tokens.items()}, encoder="dinov2", zero_null=True)):
+        with pytest.raises(ValueError, match=r"conditions: expected tokens \[L, 6\] named '512' for stage 'structure', got .*dinov3-"):
+            load_pipeline(trellis2_root, given)
+
+
+def test_models_that_do_not_fit_each_other(copied):
+    models = PIPELINE["args"]["models"]
+    with pytest.raises(ValueError, match=r"stage 'texture': expected a model that is given 4 channels on 8\^3, .* got 4 on 4\^3"):
+        load_pipeline(write_pipeline(copied, models={**models, "tex_slat_flow_model_1024": "ckpts/tex_512"}), tokens())
+    with pytest.raises(ValueError, match="expected a model of stage 'structure', got a VoxelFlow"):
+        load_pipeline(write_pipeline(copied, models={**models, "sparse_structure_flow_model": "ckpts/tex_512"}), tokens())
+    with pytest.raises(FileNotFoundError, match="sparse_structure_decoder: expected its .json and"):
+        load_pipeline(write_pipeline(copied, models={**models, "sparse_structure_decoder": "someone/else/ckpts/ss_dec"}), tokens())
+
+
+def test_latents_of_another_kind(pipeline):
+    texture = pipeline.stages[-1]
+    coords, feats = torch.tensor([[0, 0, 0]]), torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="x: expected 4 given features per voxel, got 0. It is no latent of stage 'texture'"):
+        texture.check("x", SparseSample(coords, feats))
+    with pytest.raises(ValueError, match="x: expected voxels, got a dense grid"):
+        texture.check("x", torch.zeros(2, 4, 4, 4))
+    with pytest.raises(ValueError, match="decode: expected latents of the texture with those of the shape given"):
+        pipeline.decode(SparseBatch.join([SparseSample(coords, feats)]))
+    with pytest.raises(ValueError, match="expected no assets to encode"):
+        pipeline.encode([])

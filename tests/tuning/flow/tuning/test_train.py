@@ -1,0 +1,389 @@
+"""Training of one stage: what it learns, what it leaves alone, and that a resumed run is the run that was never stopped."""
+
+import copy
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig, draw_pairs
+from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.train import StoppedError, policy_and_reference
+from eg3d_rlhf.tuning.flow.update import Order, TrainConfig, Updates
+from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, structure_pairs, tiny_config, voxel_pairs
+from tests.tuning.flow.tiny_trainings import at, contents, interrupt, judge, run, with_everything
+from training.distributed import SINGLE, Ranks
+from training.phases import LossNotFiniteError
+
+
+def weights(folder, stage="voxels") -> dict[str, torch.Tensor]:
+    return tuned_model(stage_of(TinyPipeline(), stage).model, folder).state_dict()
+
+
+# What is learned.
+
+
+@pytest.mark.parametrize("stage", ["structure", "voxels"])
+def test_dpo_tells_pairs_apart_from_log_2_on(tmp_path, stage):
+    pairs = structure_pairs(24) if stage == "structure" else voxel_pairs(24)
+    result = run(tmp_path / "run", pairs, tiny_config(log_every=1), stage=stage)
+    first, last = result.stats[0], result.stats[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["margin"] == 0 and first["implicit_accuracy"] == 0.5
+    assert last["implicit_accuracy"] > 0.8 and last["margin"] > 0 and last["w_diff"] < 0 < last["l_diff"] and last["loss"] < 0.6
+    assert last["margin"] == pytest.approx(last["l_diff"] - last["w_diff"], rel=1e-5)
+    bins = last["time_bins"]
+    assert sum(bins["pairs"]) == 8 and all((n == 0) == (m is None) for n, m in zip(bins["pairs"], bins["margin"], strict=True))
+    assert sum(n * m for n, m in zip(bins["pairs"], bins["margin"], strict=True) if n) / 8 == pytest.approx(last["margin"])
+    assert [line["step"] for line in result.stats] == list(range(1, 41)) and result.kept_step == 40
+
+
+def test_the_generator_and_the_other_stage_are_left_as_they_are(tmp_path):
+    pipeline = TinyPipeline()
+    before = [copy.deepcopy(s.model.state_dict()) for s in pipeline.stages]
+    models = [s.model for s in pipeline.stages]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for i, lora in enumerate([LoraConfig(rank=2, targets=("to_out",)), None]):
+        result = run(tmp_path / str(i), config=tiny_config(lora=lora, steps=10), pipeline=pipeline, held_out=judge(pipeline))
+        tuned, cond = tuned_model(models[1], result.weights), pipeline.conditions(NAMES, "structure")
+        given = (torch.ones(3, 2, 2, 2, 2), torch.full([3], 0.5), cond)
+        assert not torch.equal(tuned(*given), models[1](*given))
+    assert torch.equal(torch.rand(3), expected)  # torch's own generator as well
+    assert [s.model for s in pipeline.stages] == models
+    for stage, state in zip(pipeline.stages, before, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in stage.model.state_dict().items())
+
+
+def test_identical_pairs_teach_nothing(tmp_path):
+    pairs = [replace(p, rejected=p.preferred) for p in voxel_pairs(8)]
+    result = run(tmp_path / "run", pairs, tiny_config(steps=3, log_every=1))
+    assert max(line["grad_norm"] for line in result.stats) < 1e-5  # rounding
+    assert {round(line["loss"], 6) for line in result.stats} == {round(math.log(2), 6)}
+
+
+def test_fine_tuning_reads_the_preferred_alone(tmp_path):
+    config = tiny_config(dpo=DpoConfig(kind="sft"), log_every=1, steps=5)
+    pairs = voxel_pairs(24)
+    turned = [replace(p, rejected=q.rejected) for p, q in zip(pairs, voxel_pairs(24, seed=9), strict=True)]
+    a, b = run(tmp_path / "a", pairs, config), run(tmp_path / "b", turned, config)
+    assert a.stats == b.stats and "margin" not in a.stats[0]
+    pipeline = TinyPipeline()
+    stage = stage_of(pipeline, "voxels")
+    batch = [pair for _, pair in Order(pairs, config.batch, config.seed).items(0)]
+    draw = draw_pairs(stage, batch, pipeline.conditions([p.condition for p in batch], "voxels"), None, config.dpo, config.seed, 0)
+    expected = stage.path.errors(stage.model(draw.x_t, draw.t, draw.cond), draw.x_0, draw.eps)[:8].mean()
+    assert a.stats[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_the_held_out_win_rate_rises_and_the_best_is_kept(tmp_path):
+    pipeline = TinyPipeline()
+    held_out = judge(pipeline)
+    result = run(tmp_path / "run", pipeline=pipeline, held_out=held_out)
+    rates = {line["step"]: line["win_rate"] for line in result.stats if "win_rate" in line}
+    assert rates[0] == 0.5 and list(rates)[:3] == [0, 10, 20] and result.kept_step == max(rates, key=rates.get)
+    assert rates[result.kept_step] > 0.7
+    assert held_out(tuned_model(pipeline.stages[1].model, result.weights)) == rates[result.kept_step]
+
+
+def test_a_judge_that_sees_nothing_keeps_the_start_and_stops_early(tmp_path):
+    lines = []
+    result = run(tmp_path / "run", config=tiny_config(patience=2), held_out=lambda model: 0.5, say=lines.append)
+    assert result.kept_step == 0 and [line["step"] for line in result.stats] == [0, 5, 10, 15, 20]
+    assert "Stopped early after update 20: the held-out win rate is 0.500; the best, 0.500 after update 0, is kept." in lines
+    base = TinyPipeline().stages[1].model
+    tuned = tuned_model(base, result.weights, merge=True)
+    assert torch.equal(tuned.to_out.weight, base.to_out.weight)
+
+
+# The collapse guard.
+
+
+def test_an_unanchored_run_at_a_small_beta_is_caught_and_the_better_network_kept(tmp_path):
+    """Away from the rejected ones without end: the win rate rises, then falls to nothing; an anchored run stays up."""
+    pipeline = TinyPipeline()
+    held_out, pairs = judge(pipeline), voxel_pairs(48, gap=0.6)
+    small, settings = DpoConfig(beta=0.5), {"steps": 150, "log_every": 10, "patience": 100}
+    free = run(tmp_path / "free", pairs, tiny_config(dpo=small, max_drop=1.0, **settings), pipeline, held_out=held_out)
+    rates = {line["step"]: line["win_rate"] for line in free.stats if "win_rate" in line}
+    assert rates[150] < 0.2 < 0.9 < rates[free.kept_step] and 0 < free.kept_step < 50
+    assert {w.split(":")[0] for w in free.warnings} == {"separated", "preferred-worse", "collapse", "past-best"}
+
+    stopped = run(tmp_path / "stopped", pairs, tiny_config(dpo=small, **settings), pipeline, held_out=held_out)
+    last = stopped.stats[-1]
+    assert last["step"] < 100 and last["win_rate"] < rates[free.kept_step] - 0.2 and stopped.kept_step == free.kept_step
+    assert {w.split(":")[0] for w in stopped.warnings} >= {"past-best"}
+    assert held_out(tuned_model(pipeline.stages[1].model, stopped.weights)) == rates[free.kept_step]
+
+    anchored = DpoConfig(beta=4.0, loser_weight=0.5, sft_weight=0.5)
+    result = run(tmp_path / "anchored", pairs, tiny_config(dpo=anchored, **settings), pipeline, held_out=held_out)
+    assert result.stats[-1]["win_rate"] > 0.9 and result.warnings == []
+
+
+def test_dro_says_that_nothing_holds_it_and_a_lighter_loser_does(tmp_path):
+    """Its loss falls below 0 without end, the rejected ones' error with it; with half a weight the preferred ones' stays where it was."""
+    ends, printed = {}, []
+    for weight in (1.0, 0.3):
+        config = tiny_config(dpo=DpoConfig(kind="dro", loser_weight=weight), lr=0.05, log_every=10)
+        ends[weight] = run(tmp_path / str(weight), voxel_pairs(24), config, say=printed.append)
+    free, held = (ends[weight].stats[-1] for weight in (1.0, 0.3))
+    assert any("Warning: dro has no lower bound" in line for line in printed) and "l_error" in printed[1]
+    assert free["loss"] == pytest.approx(free["w_error"] - free["l_error"], rel=1e-4) and free["loss"] < -1
+    assert free["l_error"] > 2 * held["l_error"] and held["w_error"] < free["w_error"]
+    assert [w.split(":")[0] for w in ends[1.0].warnings] == ["runaway"] and ends[0.3].warnings == []
+
+
+# The same, however it is computed.
+
+
+CASES = {
+    "mean": DpoConfig(beta=20.0, sft_weight=0.3, loser_weight=0.5, condition_dropout=0.3),
+    "drdpo": DpoConfig(beta=20.0, aggregation="drdpo", drdpo_beta=0.5),
+    "sft": DpoConfig(kind="sft"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulated_passes_equal_one(tmp_path, case):
+    pairs = voxel_pairs(20, w2=True)  # weights of mean 1 in each batch; batches of 8 run over the end of a pass of 20
+    results = [run(tmp_path / str(n), pairs, tiny_config(dpo=CASES[case], batch_gpu=n, steps=6, log_every=1)) for n in (None, 4, 1)]
+    whole, *parts = [weights(r.weights) for r in results]
+    for part, result in zip(parts, results[1:], strict=True):
+        for name, value in whole.items():
+            assert torch.allclose(part[name], value, rtol=1e-3, atol=1e-5), name
+        assert [x["loss"] for x in result.stats] == pytest.approx([x["loss"] for x in results[0].stats], rel=1e-4)
+
+
+def test_a_gradient_is_that_of_the_loss_of_the_whole_batch():
+    pipeline, pairs, config = TinyPipeline(), voxel_pairs(8), tiny_config(clip=1e9, batch_gpu=2, lr=1e-9)
+    stage = stage_of(pipeline, "voxels")
+    norms = []
+    for dpo in (DpoConfig(beta=20.0, noise="independent"), DpoConfig(beta=20.0, aggregation="drdpo")):
+        for size in (None, 2):
+            policy, reference = policy_and_reference(stage, replace(config, dpo=dpo))
+            parameters = [p for p in policy.parameters() if p.requires_grad]
+            with torch.no_grad():
+                parameters[1].add_(0.1)  # away from the start, where all pairs are alike
+            chosen = replace(config, dpo=dpo, batch_gpu=size)
+            figures = Updates(pipeline, stage, pairs, chosen, policy, parameters, reference, SINGLE).run(0)
+            norms.append((figures["loss"], figures["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[2] == pytest.approx(norms[3], rel=1e-5)
+    assert norms[0] != pytest.approx(norms[2], rel=1e-3)
+
+
+def test_kept_errors_of_the_reference_are_the_ones_it_would_compute(tmp_path):
+    computed = run(tmp_path / "a", config=tiny_config(draws=2))
+    kept = run(tmp_path / "b", config=tiny_config(draws=2, cache_reference=True))
+    assert kept.stats == computed.stats
+    assert (kept.weights / "adapter_model.safetensors").read_bytes() == (computed.weights / "adapter_model.safetensors").read_bytes()
+    assert list((tmp_path / "b" / "reference").rglob("*.safetensors"))
+
+
+def test_fewer_pairs_than_a_batch_are_met_several_times(tmp_path):
+    settings = {"steps": 6, "log_every": 1, "draws": 2}
+    a = run(tmp_path / "a", voxel_pairs(3), tiny_config(**settings))
+    b = run(tmp_path / "b", voxel_pairs(3), tiny_config(**settings, cache_reference=True))
+    assert a.stats == b.stats and a.stats[-1]["pairs"] == 8 and a.stats[-1]["margin"] > 0
+
+
+def test_every_pass_over_the_pairs_has_all_of_them_in_another_order():
+    pairs, config = voxel_pairs(10), tiny_config(batch=4)
+    items = [item for step in range(5) for item in Order(pairs, config.batch, config.seed).items(step)]
+    first, second = items[:10], items[10:]
+    assert {e for e, _ in first} == {0} and {e for e, _ in second} == {1}
+    assert {p.id for _, p in first} == {p.id for _, p in second} == {p.id for p in pairs}
+    assert [p.id for _, p in first] != [p.id for _, p in second]
+    few = Order(pairs[:3], config.batch, config.seed).items(0)
+    assert [e for e, _ in few] == [0, 0, 0, 1]
+    assert [e for e, _ in Order(pairs[:3], config.batch, config.seed, 1).items(0)] == [0] * 4
+
+
+def test_bfloat16_passes_learn_about_the_same_and_keep_float32_masters(tmp_path):
+    a, b = (run(tmp_path / str(on), config=tiny_config(bf16=on)) for on in (False, True))
+    assert a.stats[-1]["loss"] != b.stats[-1]["loss"] and a.stats[-1]["margin"] == pytest.approx(b.stats[-1]["margin"], rel=0.3)
+    assert {v.dtype for v in weights(b.weights).values()} == {torch.float32}
+
+
+def test_the_moving_average_is_what_is_kept(tmp_path):
+    config = tiny_config(ema=0.8, steps=3, lora=None)
+    result = run(tmp_path / "run", config=config)
+    pipeline, pairs = TinyPipeline(), voxel_pairs(24)
+    stage = stage_of(pipeline, "voxels")
+    policy, reference = policy_and_reference(stage, config)
+    updates = Updates(pipeline, stage, pairs, config, policy, list(policy.parameters()), reference, SINGLE)
+    average = policy.to_out.weight.detach().clone()
+    for step, decay in enumerate([0.1, 2 / 11, 0.25]):
+        updates.run(step)
+        average = decay * average + (1 - decay) * policy.to_out.weight.detach()
+    assert torch.allclose(weights(result.weights)["to_out.weight"], average, rtol=1e-5)
+    assert not torch.allclose(average, policy.to_out.weight, rtol=1e-3)
+
+
+# Stopped and resumed.
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "run"
+    with_everything(out)
+    return contents(out)
+
+
+def resumed(out) -> dict[str, bytes]:
+    with_everything(out, resume=True)
+    assert not list(out.glob("checkpoint-*")) and not list(out.glob("kept-*")) and not list(out.glob(".*.tmp"))
+    return contents(out)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("moment", "states"), [("line", [20, 30]), ("write", [10])])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, straight, moment, states):
+    out, replace_file = tmp_path / "run", os.replace
+
+    def die_at_a_state(source, target):
+        return die() if "checkpoint-000000020" in str(target) else replace_file(source, target)
+
+    child = os.fork()
+    if not child:  # dies by SIGKILL, at a line or between a state's bytes and its name
+        if moment == "write":
+            os.replace = die_at_a_state
+        try:
+            with_everything(out, say=at("step     32/", die))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == [f"checkpoint-{n:09d}.safetensors" for n in states]
+    assert resumed(out) == straight
+
+
+def test_a_signal_ends_it_with_a_state_to_go_on_from(tmp_path, straight):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="SIGTERM: training of stage 'voxels' stopped after update 8; resume it."):
+        with_everything(tmp_path / "run", say=at("step      8/", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert resumed(tmp_path / "run") == straight
+
+
+def test_a_run_killed_before_its_first_state_starts_over_and_a_finished_one_is_left(tmp_path, straight):
+    out, lines = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        with_everything(out, say=at("step      4/", interrupt))
+    assert resumed(out) == straight
+    again = with_everything(out, resume=True, say=lines.append)
+    assert contents(out) == straight and lines == [] and again.stats[-1]["step"] == 40 and again.kept_step > 0
+
+
+def test_full_parameters_resume_to_the_same_bits(tmp_path):
+    config = tiny_config(lora=None, checkpoint_every=10)
+    whole = run(tmp_path / "a", config=config)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", config=config, say=at("step     25/", interrupt))
+    parts = run(tmp_path / "b", config=config, resume=True)
+    assert (parts.weights / "model.safetensors").read_bytes() == (whole.weights / "model.safetensors").read_bytes()
+    assert parts.stats == whole.stats
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, straight):
+    with pytest.raises(KeyboardInterrupt):
+        with_everything(tmp_path / "run", say=at("step     32/", interrupt))
+    state = tmp_path / "run" / "checkpoint-000000030.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-100] ^= 1
+    state.write_bytes(data)
+    assert resumed(tmp_path / "run") == straight
+
+
+# Refusals.
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    out = tmp_path / "run"
+    run(out, config=tiny_config(steps=2))
+    with pytest.raises(ValueError, match="expected a new folder, got .* with a run in it. Resume it, or name another."):
+        run(out, config=tiny_config(steps=2))
+    with pytest.raises(ValueError, match=r"settings that it was begun with, got config.dpo.beta 7.0 instead of 20.0; config.lr 0.5"):
+        run(out, config=tiny_config(steps=2, dpo=DpoConfig(beta=7.0), lr=0.5), resume=True)
+    with pytest.raises(ValueError, match="begun with, got pairs .* instead of"):
+        run(out, voxel_pairs(24, seed=1), tiny_config(steps=2), resume=True)
+    pipeline = TinyPipeline()
+    pipeline.stages[1].model.to_out.weight.data += 1
+    with pytest.raises(ValueError, match="begun with, got base .* instead of"):
+        run(out, config=tiny_config(steps=2), pipeline=pipeline, resume=True)
+    run(out, config=tiny_config(steps=2, batch_gpu=4), resume=True)  # memory may change
+
+
+def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    pairs = voxel_pairs(4)
+    cases = [
+        ([], "expected pairs to learn from, got none"),
+        (structure_pairs(4), "expected pairs of this stage, got 'pair-0' of 'structure'. Train that stage on it."),
+        ([pairs[0], pairs[0]], "expected every id once"),
+        ([replace(p, stage="voxels") for p in structure_pairs(2)], "preferred: expected voxels, got a dense grid"),
+    ]
+    for wrong, text in cases:
+        with pytest.raises(ValueError, match=text):
+            run(tmp_path / "run", wrong)
+    with pytest.raises(ValueError, match="expected one of structure, voxels, got 'colours'"):
+        run(tmp_path / "run", pairs, stage="colours")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_the_other_convention_is_refused(tmp_path):
+    pipeline, pairs = TinyPipeline(), voxel_pairs(8, gap=6.0)
+    model = pipeline.stages[1].model
+    with torch.no_grad():
+        model.to_out.weight[:, 4] = -6.0  # the condition's constant: v points from data of mean 6
+    run(tmp_path / "right", pairs, tiny_config(steps=1), pipeline)
+    pipeline.stages[1].data_at_one = True
+    with pytest.raises(ValueError, match="expected velocities of the convention with data at t = 1"):
+        run(tmp_path / "wrong", pairs, tiny_config(steps=1), pipeline)
+
+
+def test_a_loss_that_is_not_finite_names_the_pairs_and_the_last_state(tmp_path):
+    with pytest.raises(LossNotFiniteError, match=r"finite loss and gradient in update \d+, got .* \(pairs pair-.*\). .* Last state: "):
+        run(tmp_path / "run", config=tiny_config(dpo=DpoConfig(kind="dro"), lr=1e30, clip=1e30, warmup=0))
+
+
+def test_wrong_settings_are_named():
+    for changes, text in [
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+        ({"lr": math.nan}, "lr: expected a finite number, got nan"), ({"ema": 1.0}, "ema must be < 1, got 1.0"),
+        ({"batch": 6, "batch_gpu": 4}, "TrainConfig.batch_gpu: expected a divisor of batch=6, got 4"),
+        ({"draws": 0}, "draws must be >= 1"),
+        ({"cache_reference": True}, "expected draws that come again, got draws=None"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            TrainConfig(**changes)
+    pipeline = TinyPipeline()
+    policy, reference = policy_and_reference(pipeline.stages[1], tiny_config())
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="expected a batch of a multiple of 3 processes x 2 pairs per pass"):
+        Updates(pipeline, pipeline.stages[1], voxel_pairs(4), tiny_config(), policy, parameters, reference, Ranks(world=3))
+
+
+def test_a_judge_outside_0_to_1_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a held-out win rate from 0 to 1, got nan. Correct the judge."):
+        run(tmp_path / "run", held_out=lambda model: math.nan)
+
+
+def test_what_a_run_leaves_is_plain_json(tmp_path):
+    lines = []
+    run(tmp_path / "run", config=tiny_config(steps=10), held_out=lambda model: 0.5, say=lines.append)
+    options = json.loads((tmp_path / "run" / "training_options.json").read_text())
+    assert options["config"]["dpo"]["beta"] == 20.0 and options["stage"] == "voxels" and options["held_out"] is True
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert [t["step"] for t in timing] == [0, 5, 10] and len(lines) == 3
+    assert len({len(line.split("time")[0]) for line in lines}) == 1 and "win_rate 0.500" in lines[2] and "accuracy" in lines[1]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "policy", "result.json", "stats.jsonl", "timing.jsonl", "training_options.json", "warnings.json",
+    ]

@@ -1,0 +1,290 @@
+"""Preference rounds: what they leave, that a run which was cut off anywhere ends as the straight one, and that nothing edited is read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes import gan as experiment
+from eg3d_rlhf.modes import gan_rounds as experiment_rounds
+from eg3d_rlhf.preferences.labels import load_labels
+from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.gan import rounds
+from eg3d_rlhf.tuning.gan.early_stop import consistency
+from eg3d_rlhf.tuning.gan.rounds import Ledger, run_rounds, table
+from tests import tiny_rounds, tiny_runs
+from tests.tiny_rounds import ledger_of
+
+
+class Script:
+    """Steps that write their names; 'wait' lists those that have to wait once."""
+
+    def __init__(self, folder: Path, *wait: tuple[int, str]):
+        self.folder, self.wait, self.done = folder, list(wait), []
+
+    def __getattr__(self, step):
+        def run(number, ledger):
+            if (number, step) in self.wait:
+                self.wait.remove((number, step))
+                return None
+            self.done.append((number, step))
+            path = self.folder / f"{step}-{number}"
+            path.write_text(step)
+            return {"figure": number / 3}, [path]
+
+        return run
+
+
+def test_steps_run_in_order_wait_and_go_on(tmp_path):
+    work = Script(tmp_path, (1, "labels"), (2, "reward"))
+    assert [run_rounds(2, Ledger(tmp_path), work) for _ in range(3)] == [False, False, True]
+    assert work.done == [(n, step) for n in (1, 2) for step in rounds.STEPS]
+    again = Ledger(tmp_path)
+    assert run_rounds(2, again, work) and len(work.done) == 6, "what is done is not done again"
+    assert [path.name for path in again.files("tuned")] == ["tuned-1", "tuned-2"] and again.rounds[1]["labels"]["figure"] == 2 / 3
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"figure": 0.333', '"figure": 0.334'), lambda text: text[:-40], lambda text: "[]",
+        lambda text: '{"rounds": []}',
+    ],
+    ids=["figure", "cut", "other", "bare"],
+)  # fmt: skip
+def test_an_edited_ledger_is_refused(tmp_path, edit):
+    run_rounds(1, Ledger(tmp_path), Script(tmp_path))
+    path = tmp_path / rounds.LEDGER
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(ValueError, match="ledger.json: expected the ledger as the run wrote it, got another. Restore the file") as caught:
+        Ledger(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_the_ledger_names_must_be_as_it_was(tmp_path):
+    run_rounds(1, Ledger(tmp_path), Script(tmp_path))
+    (tmp_path / "labels-1").write_text("other")
+    with pytest.raises(ValueError, match="labels-1: expected the file of round 1 that the ledger names"):
+        Ledger(tmp_path)
+    (tmp_path / "labels-1").unlink()
+    with pytest.raises(ValueError, match="got nothing. Restore it"):
+        Ledger(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory):
+    return tiny_rounds.write_networks(tmp_path_factory.mktemp("shaped") / "shaped.safetensors")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse():
+    """Quick annotators and rewards."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_rounds.coarse(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(shaped, tiny_reward, tmp_path_factory):
+    """Folder of two rounds without an interruption."""
+    outdir = tmp_path_factory.mktemp("straight")
+    result = tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, outdir))
+    assert result.exit_code == 0, result.output
+    assert len(result.output.split("round  labels  pooled")[1].splitlines()) >= 3
+    return tiny_runs.only_run(outdir)
+
+
+def test_what_two_rounds_leave(straight, shaped):
+    first, second = ledger_of(straight)
+    labels = [load_labels(straight / f"round-{n}" / "labels.jsonl") for n in (1, 2)]
+    before = load_generator(shaped)
+    tuned = [load_generator(straight / entry["tuned"]["files"][0][0]) for entry in (first, second)]
+    assert {label.generator for label in labels[0]} == {before.hash} and {label.generator for label in labels[1]} == {tuned[0].hash}
+    seeds = [{s for label in part for s in (label.winner, label.loser)} for part in labels]
+    assert [len(part) for part in seeds] == [28, 28] and not seeds[0] & seeds[1] and min(seeds[0]) >= 10_000
+    assert load_labels(straight / "round-2" / "pooled.jsonl") == labels[0] + labels[1]
+    assert (first["labels"]["chosen_by_doubt"], second["labels"]["chosen_by_doubt"]) == (0, 7)
+    assert second["labels"]["temperature"] == first["labels"]["temperature"], "later labels have the noise of the first"
+    for entry, part in zip((first, second), labels, strict=True):
+        assert entry["labels"]["count"] == 14 and entry["labels"]["noise"] == np.mean([x.clean != x.winner for x in part])
+    known = load_reward(straight / "round-2" / "reward" / "reward.safetensors")
+    assert known.provenance["generators"] == [before.hash, tuned[0].hash] and len(known.members()) == 2
+    assert second["reward"]["pooled"] == sum(second["reward"]["splits"].values()) == 28
+    for entry, found in zip((first, second), tuned, strict=True):
+        assert entry["tuned"]["generator"] == found.hash != before.hash and entry["tuned"]["images"] == 8
+        assert entry["tuned"]["distance"] == pytest.approx(consistency(found.G, before.G, 32).mean())
+        assert set(entry["tuned"]["watch"]) == {"reward", "second", "utility"}
+    assert json.loads((straight / "summary.json").read_text())["rounds"] == [first, second]
+    assert len(table(Ledger(straight))) == 3
+
+
+def test_a_round_is_an_ordinary_run_from_the_pretrained_network(straight, shaped, tiny_reward, tmp_path):
+    reward = straight / "round-2" / "reward" / "reward.safetensors"
+    plain = [flag for flag in tiny_rounds.FLAGS if "round" not in flag]
+    flags = tiny_runs.train_flags(tiny_rounds.DATA, shaped, tmp_path, f"--reward-watch={tiny_reward}", f"--reward-ckpt={reward}", *plain)
+    assert tiny_runs.run(*flags).exit_code == 0
+    one, other = (load_generator(folder).hash for folder in (tiny_runs.only_run(tmp_path), straight / "round-2" / "tuning"))
+    assert one == other
+
+
+def test_a_finished_run_is_not_done_again(straight):
+    before = {path: file_hash(path) for path in straight.rglob("*.safetensors")}
+    result = tiny_runs.run(f"--resume={straight}")
+    assert result.exit_code == 0 and "training" not in result.output and "round  labels" in result.output
+    assert {path: file_hash(path) for path in straight.rglob("*.safetensors")} == before
+    result = tiny_runs.run(f"--resume={straight}", "--kimg=1")
+    assert result.exit_code == 2 and "--kimg: expected none with --resume of rounds, got 1." in result.stderr
+
+
+class CutError(BaseException):
+    """Stands for a kill."""
+
+
+def cut(monkeypatch, where, name: str, after: bool, times: int = 1) -> None:
+    """Let a function end the process the `times`-th time that it is called, before or after its work."""
+    original, left = getattr(where, name), [times]
+
+    def mortal(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0 and not after:
+            raise CutError
+        result = original(*args, **kwargs)
+        if left[0] == 0:
+            raise CutError
+        return result
+
+    monkeypatch.setattr(where, name, mortal)
+
+
+CUTS = {  # where, function, after its work, at which call
+    "before labels are written": (experiment_rounds, "write_labels", False, 1), "before labels are noted": (Ledger, "note", False, 1),
+    "in the rewards": ("eg3d_rlhf.rewards.train", "_epoch", True, 14), "rewards are stored": (Ledger, "note", False, 2),
+    "before tuning": (experiment, "run", False, 1), "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
+    "after tuning": (Ledger, "note", False, 3), "tuning is noted": (Ledger, "note", True, 3),
+    "second round's labels": (Ledger, "note", False, 4),
+    "second round's rewards": ("eg3d_rlhf.rewards.run", "assess", True, 2), "all but the summary": (experiment_rounds, "table", False, 1),
+}  # fmt: skip
+
+
+def assert_equal_rounds(first: Path, second: Path) -> None:
+    """Equal ledgers, but for what names the machine's clock, and equal files that they name."""
+    one, other = ledger_of(first), ledger_of(second)
+    assert one == other
+    names = [name for entry in one for step in rounds.STEPS for name, _ in entry[step]["files"]]
+    assert len(names) == 2 * (1 + 3 + 1) and [file_hash(first / n) for n in names] == [file_hash(second / n) for n in names]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CUTS)
+def test_cut_off_anywhere_a_run_ends_as_the_straight_one(case, straight, shaped, tiny_reward, tmp_path, monkeypatch):
+    where, name, after, times = CUTS[case]
+    with monkeypatch.context() as patch:
+        if isinstance(where, str):
+            module, _, member = where.rpartition(".")
+            where = getattr(sys.modules[module], member) if where not in sys.modules else sys.modules[where]
+        cut(patch, where, name, after, times)
+        with pytest.raises(CutError):
+            tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, tmp_path))
+    folder = tiny_runs.only_run(tmp_path)
+    result = tiny_runs.run(f"--resume={folder}", "--workers=1")
+    assert result.exit_code == 0, result.output
+    assert_equal_rounds(straight, folder)
+
+
+KILLED = """
+import os, signal, sys
+import train
+from tests.tiny_rounds import coarse
+from eg3d_rlhf.tuning.gan.rounds import Ledger
+from training.loop import TrainingLoop
+count = 0
+def mortal(where, name, at):
+    original = getattr(where, name)
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(where, name, call)
+coarse()
+where, name, at = sys.argv.pop(1).split(":")
+mortal({"Ledger": Ledger, "TrainingLoop": TrainingLoop}[where], name, int(at))
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.long
+def test_killed_between_steps_it_goes_on(straight, shaped, tiny_reward, tmp_path, repo):
+    environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    flags = tiny_rounds.flags(shaped, tiny_reward, tmp_path)
+    for point in ("Ledger:note:2", "TrainingLoop:step:2", "Ledger:note:1", "TrainingLoop:_tick:1"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, point, *flags], env=environment, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stdout, killed.stderr)
+        flags = [f"--resume={tiny_runs.only_run(tmp_path)}"]
+    assert tiny_runs.run(*flags).exit_code == 0
+    assert_equal_rounds(straight, tiny_runs.only_run(tmp_path))
+
+
+@pytest.mark.long
+def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(straight, shaped, tiny_reward, tmp_path):
+    result = tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, tmp_path, "--round-start=last"))
+    assert result.exit_code == 0, result.output
+    folder = tiny_runs.only_run(tmp_path)
+    first, second = ledger_of(folder)
+    assert first["tuned"]["generator"] == ledger_of(straight)[0]["tuned"]["generator"] != second["tuned"]["generator"]
+    options = json.loads((folder / "round-2" / "tuning" / "training_options.json").read_text())
+    assert options["init"] == str(folder / first["tuned"]["files"][0][0]) and options["reference"] == str(shaped)
+    assert set(options["hashes"]) == {"init", "reference", "reward", "watch"} and options["rounds"] == 0
+    assert second["tuned"]["generator"] != ledger_of(straight)[1]["tuned"]["generator"]
+    (state,) = [v for k, v in torch_state(folder / "round-2" / "tuning").items() if k == "phase_Grlhf.G_ref.decoder.net.2.bias"]
+    assert torch.equal(state, load_generator(shaped).G.decoder.net[2].bias)
+
+
+def torch_state(folder: Path) -> dict[str, torch.Tensor]:
+    from training import checkpoint
+
+    return checkpoint.read(folder)[0]
+
+
+MISTAKES = {
+    "no reward": (["--rounds=2"], "--rounds: expected --reward, the kind of reward that is trained in each"),
+    "a reward": (["--reward=sigma", "--rounds=2", "--reward-ckpt=x.pt"], "--reward-ckpt=x.pt: expected none with --rounds"),
+    "no rounds": (["--reward=sigma", "--round-pairs=9"], "--round-pairs: expected --rounds with it, got none. Add it"),
+    "other data": (["--reward=sigma", "--rounds=1", "--data=x.zip"], "--round-labels: expected people for --data=x.zip, got synthetic"),
+    "too few": (["--reward=sigma", "--rounds=1", "--round-pairs=2"], "--round-pairs: split_by_seed: expected labels in every split"),
+    "held out": (["--reward=sigma", "--rounds=3", "--round-pairs=50000"], "--round-pairs: --first-seed=10000, 200000 seeds: expected"),
+    "preset": (["--reward=sigma", "--rounds=1", "--round-preset=huge"], "--round-preset: reward preset: expected one of"),
+    "aggregate": (["--reward=sigma", "--rounds=1", "--round-aggregate=median"], "--round-aggregate"),
+    "watch": (["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"], "--reward-watch: load_reward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line_and_leave_nothing(case, shaped, tmp_path):
+    more, text = MISTAKES[case]
+    data = [] if any(flag.startswith("--data") for flag in more) else [f"--data={tiny_rounds.DATA}"]
+    flags = [f"--init={shaped}", f"--outdir={tmp_path / 'runs'}", "--batch=4", "--nrr-initial=8", "--device=cpu", *data, *more]
+    result = tiny_runs.run(*flags)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and text in result.stderr, result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_edited_ledger_stops_a_resume(straight, tmp_path):
+    path = straight / rounds.LEDGER
+    text = path.read_text()
+    try:
+        path.write_text(text.replace('"images": 8', '"images": 9'))
+        result = tiny_runs.run(f"--resume={straight}")
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+        assert "ledger.json: expected the ledger as the run wrote it" in result.stderr
+    finally:
+        path.write_text(text)
