@@ -90,6 +90,6 @@ def test_scripts_neither_evaluate_text_nor_write_html():
 
 def test_the_files_are_packed_with_the_project():
     declared = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    packed = {p.name for pattern in declared["eg3d_rlhf.label"] for p in STATIC.parent.glob(pattern)}
+    packed = {p.name for pattern in declared["eg3d_rlhf.people.label"] for p in STATIC.parent.glob(pattern)}
     pages = {"index.html", "app.js", "gaussian_worker.js", "sw.js", "app.css", "admin.html", "admin.js", "admin.css", "asked.css"}
     assert pages | {"login.html", "login.js", "login.css", "login.json", "THREE-LICENSE"} == packed
