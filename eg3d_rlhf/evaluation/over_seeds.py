@@ -1,13 +1,24 @@
-"""Summaries of runs that differ in their training seed alone, side by side: each figure by seed, its mean, its spread, and its intervals.
+"""The demo with several training seeds, one after another, and their summaries side by side: `make seeds`.
 
-An interval by seed is one over latents, as the run's own summary holds it; the interval over seeds is Student's t of the figures.
+Each figure by seed, its mean, its spread, and its intervals: by seed over latents, as the run's own summary holds it; over seeds Student's
+t of the figures.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
+import click
 import numpy as np
 
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.statistics import t_mean_interval
+from eg3d_rlhf.evaluation.trainings import Part, line_of, make
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from training import storage
+
+DEMO = ("--reward=sigma", "--lambda-r=10")
+SUMMARY = "summary.json"
 
 FIGURES = {  # of a run's summary, with its interval there where it has one, and the words and form of the table
     "tuned_delta_mean": (None, "mean change of the reward", "+.3f"), "reward_delta_positive": (None, "positive reward deltas", ".0f"),
@@ -71,3 +82,42 @@ def table(found: dict) -> list[list[str]]:
         rows.append([words, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
     alarms = found["over_optimisation"]
     return [*rows, ["alarms of the watch", *(str(alarms[seed]) for seed in names), ""]]
+
+
+def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
+    """A run of the demo for each seed. Raises: ValueError where `more` sets what this command sets."""
+    taken = [flag for flag in more if flag.split("=")[0] in ("--seed", "--outdir", "--resume", "--no-summary", "-n", "--dry-run")]
+    if taken:
+        raise ValueError(f"seeds: expected flags that all seeds share, got {taken[0]}. Use --seeds and --out.")
+    numbers = dict.fromkeys(parse_seeds(seeds))
+    return {str(seed): Part.keyed(f"seed{seed}", out, [*DEMO, *more, f"--seed={seed}"], SUMMARY) for seed in numbers}
+
+
+@click.command(cls=GroupedCommand)
+@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds.")
+@option("--out", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/seeds"), help="Folder to write.")
+@option("-n", "--dry-run", is_flag=True, help="Print the commands as JSON and stop.")
+@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+def main(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
+    """Repeat the demo with several training seeds and put their summaries side by side: `make seeds`.
+
+    Each seed has a folder below --out. Finished runs are not repeated, interrupted ones go on: the same command continues. Flags after --
+    go to train.py.
+
+    \b
+    Example:
+        python tools/seeds.py --seeds=0,1,2 --dry-run
+    """
+    parts = trainings(out, seeds, more)
+    if dry_run:
+        click.echo(json.dumps({seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()}, indent=1))
+        return
+    for seed, part in parts.items():
+        if not part.finished():
+            click.echo(f"\n== seed {seed}: {line_of(part)}", err=True)
+            make([[part]], quiet=False)
+    runs = {seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None}
+    figures = {**over_seeds({seed: json.loads((out / run / SUMMARY).read_text()) for seed, run in runs.items()}), "runs": runs,
+               "flags": [*DEMO, *more]}
+    storage.write_atomic(out / SUMMARY, (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode())
+    click.echo(f"\n{aligned(table(figures))}\n\nWritten to {out / SUMMARY}")

@@ -4,34 +4,37 @@ One cell for each pair of weights and seed, each a real run of train.py, resumab
 Letters: N latents, S seeds.
 """
 
-import hashlib
 import itertools
 import json
 import os
-import signal
-import subprocess
+import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
+from tqdm import tqdm
 
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, t_mean_interval
-from eg3d_rlhf.evaluation import images, overoptimisation
-from eg3d_rlhf.evaluation.comparison import Comparison, snapshots
+from eg3d_rlhf.evaluation import flags, images, overoptimisation
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP
+from eg3d_rlhf.evaluation.trainings import Part, make
+from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.jobs import Finding, Job, identity_of_file
-from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.generators import LoadedGenerator, find_network
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
 from eg3d_rlhf.tuning.gan.phase import density_l1
-from training import checkpoint
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
@@ -44,7 +47,6 @@ LABELS = {
 }
 GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # of the front: more is better, or less
 SEEDS_INTERVAL = "95 % t interval over training seeds where there are two or more, else over latents"
-LOG = "train.log"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -66,23 +68,6 @@ class Cell:
         return f"r{self.lambda_r:g}-sigma{self.lambda_sigma:g}-s{self.seed}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What all cells share, and where they lie."""
-
-    folder: Path  # holds one folder for each cell
-    script: Path  # train.py
-    kimg: float  # length of a cell
-    flags: Sequence[str] = ()  # further flags of train.py
-    hashes: dict = field(default_factory=dict)  # SHA-256 of the files behind the flags: other files are other cells
-    workers: int = 1  # cells trained at the same time
-
-    def home(self, cell: Cell) -> Path:
-        """Folder of a cell: its name, and eight digits over all that shapes its run."""
-        text = json.dumps({"kimg": self.kimg, "flags": list(self.flags), "hashes": self.hashes}, sort_keys=True)
-        return self.folder / f"{cell.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
     """Every combination, the cells of a seed together; λ_r = 0 once for each seed, since such a run has no reward phase.
 
@@ -95,71 +80,10 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
     return list(dict.fromkeys(cells))
 
 
-def finished(t: Training, cell: Cell) -> Path | None:
-    """The network of a cell whose run has reached its length."""
-    found = (path for run in _runs(t, cell) for kimg, path in snapshots(run)[::-1] if round(kimg * 1000) >= round(t.kimg * 1000))
-    return next(found, None)
-
-
-def begun(t: Training, cell: Cell) -> Path | None:
-    """The newest run of a cell that can be continued."""
-    return next((run for run in _runs(t, cell) if checkpoint.available(run)), None)
-
-
-def _runs(t: Training, cell: Cell) -> list[Path]:
-    return sorted((path for path in t.home(cell).glob("[0-9]*-*") if path.is_dir()), reverse=True)
-
-
-def command(t: Training, cell: Cell) -> list[str]:
-    """The command line that trains a cell, or goes on where it was interrupted."""
-    start = [sys.executable, str(t.script)]
-    run = begun(t, cell)
-    if run is not None:
-        return [*start, f"--resume={run}", "--resume-previous"]
-    weights = [f"--lambda-r={cell.lambda_r:g}", f"--lambda-sigma={cell.lambda_sigma:g}", f"--seed={cell.seed}", f"--kimg={t.kimg:g}"]
-    return [*start, "--reward=sigma", *weights, "--no-summary", f"--outdir={t.home(cell)}", *t.flags]
-
-
-def train_all(cells: Sequence[Cell], t: Training, tell: Callable[[Cell], None] = lambda cell: None) -> dict[Cell, Path]:
-    """Train what is not finished; returns every cell's network.
-
-    An interrupt, or the failure of one cell, asks the others to stop; they write a checkpoint first.
-    Args: tell: called for each cell when it is done.
-    Raises: ValueError naming the cell that failed, its last line and its log.
-    """
-    waiting = [cell for cell in cells if finished(t, cell) is None]
-    running: dict[Cell, subprocess.Popen] = {}
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // t.workers))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    for cell in set(cells) - set(waiting):
-        tell(cell)
-    try:
-        while waiting or running:
-            while waiting and len(running) < t.workers:
-                cell = waiting.pop(0)
-                log = t.home(cell) / LOG
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("ab") as out:
-                    running[cell] = subprocess.Popen(command(t, cell), stdout=out, stderr=subprocess.STDOUT, env=environment)
-            time.sleep(0.05)
-            for cell in [cell for cell, process in running.items() if process.poll() is not None]:
-                _check(cell, t, running.pop(cell).returncode)
-                tell(cell)
-    finally:
-        for process in running.values():
-            process.send_signal(signal.SIGTERM)
-        for process in running.values():
-            process.wait()
-    return {cell: path for cell in cells if (path := finished(t, cell)) is not None}
-
-
-def _check(cell: Cell, t: Training, status: int) -> None:
-    """Raise ValueError where a cell has not reached its length."""
-    if finished(t, cell) is None:
-        log = t.home(cell) / LOG
-        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        how = "was stopped" if status in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {status}"
-        raise ValueError(f"cell {cell.name}: expected a finished run, but it {how}: {last} See {log}; the same command goes on from there.")
+def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> Part:
+    """The run of train.py that a cell is. Args: folder: of all cells; kimg: length; more: flags that all cells share."""
+    weights = [f"--lambda-r={cell.lambda_r:g}", f"--lambda-sigma={cell.lambda_sigma:g}", f"--seed={cell.seed}", f"--kimg={kimg:g}"]
+    return Part.keyed(cell.name, folder, ["--reward=sigma", *weights, "--no-summary", *more])
 
 
 def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
@@ -308,3 +232,83 @@ def plot_others(data: dict):
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         _panel(axis, data["rows"], DISTANCE, name)
     return drawn
+
+
+def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, fresh: bool = False, quiet: bool = False) -> Finding:
+    """Measure the cells, draw the front, write the page; returns the finding of the front."""
+    findings = running.run(cell_jobs(c, networks), out, fresh=fresh, quiet=quiet)
+    job = front_job(c, list(networks), findings)
+    fronts = running.run([job], out, fresh=fresh, quiet=True)
+    introduction = (
+        f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n} held-out latents. The data of "
+        "every run lies in data/cell-*.json."
+    )
+    write_page(out / "index.html", TITLE, introduction, [job], fronts, fronts[KEY].says[:1])
+    return fronts[KEY]
+
+
+def numbers(flag: str, text: str, kind: type = float) -> list:
+    """Comma-separated values of a flag. Raises: ValueError naming the flag."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the list.") from None
+
+
+@click.command(cls=GroupedCommand)
+@flags.shared("before reward-ckpt data", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
+              data={"help": "Images.", "show_default": "train.py's default"})
+@option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
+@option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
+@option("--seeds", group="Grid", metavar="LIST", default="0", help="Training seeds of every cell; two or more give intervals over runs.")
+@option("--kimg", group="Grid", metavar="KIMG", type=click.FloatRange(min=0, min_open=True), default=0.24, help="Length of a cell.")
+@option("--train-flags", group="Grid", metavar="FLAGS", default="", show_default="none",
+        help="More flags of train.py, in one quoted string.")
+@option("--workers", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
+@flags.shared("psi n seed images out fresh batch device dry-run", n={"default": 32}, images={"default": 128},
+              out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
+              fresh="Measure again; finished cells are not trained again.",
+              dry_run="Print the cells and what is left to train as JSON and stop.")
+def main(
+    before, reward_ckpt, data, lambda_r, lambda_sigma, seeds, kimg, train_flags, workers, out, fresh, device, dry_run, **sampling
+) -> None:
+    """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance and geometry.
+
+    Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its checkpoint: give the same
+    command. lambda_sigma = 0 is the run without the density-consistency term, lambda_r = 0 the control. The table names the settings on
+    the front.
+
+    \b
+    Example:
+        python tools/sweep.py --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=runs/example/sweep
+    """
+    lists = numbers("--lambda-r", lambda_r), numbers("--lambda-sigma", lambda_sigma), numbers("--seeds", seeds, int)
+    where, network = choose_device(device), find_network(before)
+    given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
+    words = [f"--device={device}", *shlex.split(train_flags), *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+    parts = {cell: part_of(cell, out / "cells", kimg, words) for cell in grid(*lists)}
+    states = {cell.name: part.state() for cell, part in parts.items()}
+    if dry_run:
+        hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
+        shared = {"kimg": kimg, "train_flags": words, "hashes": hashes, "workers": workers, "device": str(where), **sampling}
+        click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
+        return
+    click.echo(f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to train.", err=True)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // workers))
+    try:
+        with tqdm(total=len(parts), desc="training", unit="cell", dynamic_ncols=True) as bar:
+            make([[part] for part in parts.values()], workers, threads, tell=lambda part: bar.update())
+    except KeyboardInterrupt:
+        click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)
+        sys.exit(130)
+    networks = {cell: path for cell, part in parts.items() if (path := part.network()) is not None}
+    first = next(iter(networks.values()))
+    c = load_comparison(Sources(
+        before=before, after=first, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=out / "cells", **sampling
+    ))
+    finding = write(c, networks, out, fresh)
+    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in GOALS) + "  front")
+    for row in finding.data["rows"]:
+        texts = [f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]" for m in (row["measures"][name] for name in GOALS)]
+        click.echo(f"{row['setting']:<26} " + " ".join(f"{text:>28}" for text in texts) + f"  {'on the front' if row['on_front'] else '-'}")
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")

@@ -1,30 +1,44 @@
 """Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did to held-out latents.
 
-Compute -> zoo.json -> page. Letters: N rewards.
+Train and tune -> compute -> zoo.json -> page: `make zoo`. Letters: N rewards.
 """
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
-from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs
 from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
 from eg3d_rlhf.evaluation.summary import reward_shift
+from eg3d_rlhf.evaluation.trainings import LOG, TRAIN, TRAIN_REWARD, Part, make
+from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.experiments.media.rendering import png
+from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
 from eg3d_rlhf.experiments.media.sheet import Row, sheet, to_uint8
-from eg3d_rlhf.generators import LoadedGenerator, camera
+from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.measures.surface_view import SUPERSAMPLE, look, paint, shrink
-from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.run import BUNDLED_LABELS
+from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
 from training.storage import write_atomic
 
 PICTURE = "zoo.png"
+LENGTH = PRESETS["heads64", REWARDED]["kimg"]  # of the demo
+TUNED = "tuned.json"  # what tuning did, beside the networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +74,25 @@ ENTRIES = {
         train=UNPAIRED, tune=("--reward=sigma", "--lambda-r=10"), short=("--epochs=8",),
     ),
 }  # fmt: skip
+
+
+def reward_of(out: Path, name: str) -> Path:
+    """The file of a reward."""
+    return bundled.REWARD if ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
+
+
+def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float) -> dict[str, Part]:
+    """What makes a reward and tunes by it with each training seed, in order."""
+    entry, folder = ENTRIES[name], out / name
+    scripts: dict[str, tuple[str, list[str]]] = {}
+    if entry.label:
+        scripts["label"] = "tools/label_synthetic.py", [*entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"]
+    if entry.train is not None:
+        taught = [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"] if entry.label else []
+        scripts["reward"] = TRAIN_REWARD, [*entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"]
+    flags = [*entry.tune, f"--reward-ckpt={reward_of(out, name)}", f"--reward-watch={bundled.WATCH}", f"--kimg={kimg:g}", "--no-summary"]
+    scripts |= {f"seed{seed}": (TRAIN, [*flags, f"--seed={seed}"]) for seed in seeds}
+    return {part: Part(f"{name}, {part}", folder / part, script, tuple(words)) for part, (script, words) in scripts.items()}
 
 
 def tuned(c: Comparison) -> dict:
@@ -122,8 +155,6 @@ def rows(found: Mapping[str, Mapping]) -> list[dict]:
 
 def strip(networks: Mapping[str, LoadedGenerator], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
     """The same latents under every network, a row each; uint8 [H, B, 3]."""
-    from eg3d_rlhf.generators import ws_of_seeds
-
     lines = []
     for name, loaded in networks.items():
         label = camera(loaded.generator, YAW, PITCH)
@@ -153,3 +184,82 @@ def job(found: Mapping[str, Mapping], networks: Mapping[str, LoadedGenerator], *
 
     inputs = {"rewards": {name: dict(row) for name, row in found.items()}, "networks": {n: loaded.hash for n, loaded in networks.items()}}
     return Job(key="zoo", title="Accuracy and tuning by reward", compute=compute, plots={"rates": plot_rates}, inputs=inputs)
+
+
+def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> tuple[dict, dict]:
+    """zoo.json's lines, and the networks of the page's picture: before, and after by each reward with its first seed."""
+    networks: dict[str, LoadedGenerator] = {}
+
+    def line(name: str) -> dict:
+        figures, costs = [], {key: part.record() for key, part in plans[name].items()}
+        for part in plans[name].values():
+            if part.script == TRAIN and (run := part.run) is not None:
+                c = load_comparison(Sources(run=run, after=run))
+                figures.append(_tuned_once(c, run / TUNED))
+                networks.setdefault("before", c.before)
+                networks.setdefault(name, c.after)
+        seconds = {key: cost["seconds"] for key, cost in costs.items()}
+        reward = load_reward(reward_of(out, name), "cpu")
+        return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        lines = dict(zip(plans, tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"), strict=True))
+    return lines, {name: networks[name] for name in ("before", *plans)}
+
+
+def _tuned_once(c: Comparison, path: Path) -> dict:
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("after") != c.after.hash:
+        known = {**tuned(c), "after": c.after.hash}
+        write_atomic(path, json.dumps(known).encode())
+    return known
+
+
+@click.command(cls=GroupedCommand)
+@option("--out", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/zoo"), help="Folder to write.")
+@option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
+@option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
+@option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
+@option("--jobs", metavar="INT", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default="2, or the cores",
+        help="Rewards worked on side by side.")
+@option("-n", "--dry-run", is_flag=True, help="Print the commands as JSON and stop.")
+def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
+    """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by side: `make zoo`.
+
+    A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every default. Finished parts are
+    not repeated, an interrupted training goes on. Writes zoo.json and a page with one table, one plot and the same latents tuned by every
+    reward.
+
+    \b
+    Example:
+        python tools/zoo.py --only=points --dry-run
+    """
+    wanted = [name.strip() for name in only.split(",") if name.strip()]
+    if not wanted or set(wanted) - set(ENTRIES):
+        raise ValueError(f"--only: expected some of {', '.join(ENTRIES)}, got {only!r}. Correct the list.")
+    length = LENGTH if full else LENGTH / 2
+    numbers = list(dict.fromkeys(parse_seeds(seeds)))
+    plans = {name: parts_of(out, name, numbers, full, length) for name in ENTRIES if name in wanted}
+    if dry_run:
+        click.echo(json.dumps({name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}, indent=1))
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
+    with tqdm(total=sum(map(len, plans.values())), desc="rewards trained and tuned", unit="part") as bar:
+
+        def tell(part: Part) -> None:
+            bar.set_postfix_str(f"last: {part.name}; logs in {out}/*/*/{LOG}")
+            bar.update()
+
+        make([list(plans[name].values()) for name in longest_first], jobs, threads, tell=tell)
+    lines, networks = measured(out, plans, jobs)
+    write_atomic(out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode())
+    note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)} training seed(s), "
+            f"{jobs} side by side with {threads} thread(s) each.")
+    part = job(lines, networks, psi=0.7, note=note)
+    findings = running.run([part], out, fresh=True, quiet=True)
+    page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
+                      "generator.", [part], findings, findings[part.key].says)
+    table = rows(lines)
+    click.echo(f"\n{aligned([list(table[0]), *([str(cell) for cell in row.values()] for row in table)])}")
+    click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")

@@ -5,13 +5,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-import train
-from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.statistics import paired_summary
+from eg3d_rlhf.evaluation import over_seeds as tool
+from eg3d_rlhf.evaluation import trainings
 from eg3d_rlhf.evaluation.over_seeds import over_seeds, spread, table
-from eg3d_rlhf.tuning.gan.settings import input_files, resolve
 from tests import tiny_runs
-from tools import seeds as tool
 
 
 def record(gap: float, shift: float) -> dict:
@@ -43,21 +41,20 @@ def test_what_one_summary_lacks_is_left_out():
 
 
 @pytest.fixture
-def training(monkeypatch, tmp_path):
-    """Stands in for train.py: notes what it is asked for, and writes a finished run."""
+def training(monkeypatch):
+    """Stands in for the runs of train.py: notes which are asked for, and writes finished ones."""
     asked = []
 
-    def call(command):
-        asked.append(command)
-        (outdir,) = (tmp_path / flag.split("=")[1] for flag in command if flag.startswith("--outdir="))
-        settings = resolve(train.check_eg3d_flags(train.main.make_context("train", command[1:]).params))
-        run = outdir / f"{len(asked):05d}-x"
+    def make(chains, **_):
+        ((part,),) = chains
+        asked.append(part)
+        run = part.folder / f"{len(asked):05d}-x"
         run.mkdir(parents=True)
-        hashes = {name: file_hash(path) for name, path in input_files(settings).items()}
-        (run / "training_options.json").write_text(json.dumps({**settings.to_dict(), "hashes": hashes}))
         (run / "summary.json").write_text(json.dumps(record(0.1 * len(asked), -0.1)))
+        known = {"command": part.command(), "inputs": part.inputs(), "seconds": 1.0}
+        (part.folder / trainings.RECORD).write_text(json.dumps(known))
 
-    monkeypatch.setattr(tool, "call", call)
+    monkeypatch.setattr(tool, "make", make)
     return asked
 
 
@@ -69,19 +66,18 @@ def test_finished_runs_are_not_repeated(training, tmp_path):
     out = tmp_path / "seeds"
     first = run(out)
     assert first.exit_code == 0, first.output
-    assert [command[-2] for command in training] == ["--seed=0", "--seed=5"] and "way to the true heads" in first.stdout
+    assert [part.flags[-1] for part in training] == ["--seed=0", "--seed=5"] and "way to the true heads" in first.stdout
     assert json.loads((out / "summary.json").read_text())["gap_closed"]["by_seed"] == {"0": 0.1, "5": 0.2}
     assert json.loads(run(out, "-n").stdout) == {"0": "finished", "5": "finished"}
     assert run(out).exit_code == 0 and len(training) == 2
     assert run(out, "--", "--kimg=0.5").exit_code == 0 and len(training) == 4  # other settings are other runs
-    (next((out / "seed5").glob("00002-*")) / "summary.json").unlink()
+    (training[1].run / "summary.json").unlink()
     assert json.loads(run(out, "-n").stdout)["5"][0] == "train.py" and json.loads(run(out, "-n").stdout)["0"] == "finished"
 
 
-@pytest.mark.parametrize(("flag", "text"), [("--seed=3", "Use --seeds"), ("--kimg=long", "kimg")])
-def test_mistakes(flag, text, training, tmp_path):
-    result = run(tmp_path / "seeds", "--", flag)
-    assert result.exit_code == 2 and text in result.stderr and not training and not (tmp_path / "seeds").exists()
+def test_flags_that_the_tool_sets(training, tmp_path):
+    result = run(tmp_path / "seeds", "--", "--seed=3")
+    assert result.exit_code == 2 and "Use --seeds" in result.stderr and not training and not (tmp_path / "seeds").exists()
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""The sweep: which cells there are, that finished ones are not run again and interrupted ones go on, and the front of known values."""
+"""The sweep: which cells there are, what they are measured by, and the front of known values."""
 
 import itertools
 import json
@@ -8,41 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation import sweep
-from eg3d_rlhf.evaluation.sweep import Cell, Training, begun, command, finished, grid, train_all
+from eg3d_rlhf.evaluation import reports, sweep
+from eg3d_rlhf.evaluation.sweep import Cell, grid, part_of
 from eg3d_rlhf.experiments.jobs import Facts, Finding
-from tools import reports
-from tools import sweep as tool
 
 CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)
-FAKE = """
-import pathlib, re, sys, time
-flags = dict(a[2:].split("=", 1) for a in sys.argv[1:] if "=" in a)
-log = pathlib.Path(__file__).with_name("calls.txt")
-with log.open("a") as file: file.write(" ".join(sys.argv[1:]) + "\\n")
-resumed = "resume" in flags
-run = pathlib.Path(flags["resume"]) if resumed else pathlib.Path(flags["outdir"]) / "00000-run"
-run.mkdir(parents=True, exist_ok=True)
-mode = log.with_name("mode.txt").read_text()
-(run / "checkpoint-000000004.safetensors").write_bytes(b"")
-if mode == "stop": sys.exit(0)
-if mode == "fail": sys.exit("ValueError: --batch: too many")
-(run / "network-snapshot-000000.pkl").write_bytes(b"")
-"""
-
-
-@pytest.fixture
-def fake(tmp_path):
-    """A stand-in for train.py that notes its calls; its snapshots are pickles of 0 kimg, so a length of 0 is reached."""
-    script = tmp_path / "train.py"
-    script.write_text(FAKE)
-
-    def mode(text):
-        (tmp_path / "mode.txt").write_text(text)
-
-    mode("train")
-    training = Training(folder=tmp_path / "cells", script=script, kimg=0.0, workers=2)
-    return training, mode, lambda: [line for line in (tmp_path / "calls.txt").read_text().splitlines()]
 
 
 def test_grid_has_every_combination_and_one_control_for_each_seed():
@@ -52,48 +22,19 @@ def test_grid_has_every_combination_and_one_control_for_each_seed():
     assert cells[0].setting == "control (λ_r = 0)" and cells[2].setting == "λ_r = 1, λ_σ = 0.01"
 
 
+def test_a_cell_is_a_run_of_train(tmp_path):
+    part = part_of(CELL, tmp_path, 0.24, ["--batch=4"])
+    assert part.flags[:4] == ("--reward=sigma", "--lambda-r=10", "--lambda-sigma=0.01", "--seed=0")
+    assert "--no-summary" in part.flags and part.folder.name.startswith("r10-sigma0.01-s0-")
+    assert part_of(CELL, tmp_path, 0.12, ["--batch=4"]).folder != part.folder
+
+
 @pytest.mark.parametrize(
     ("lists", "flag"), [(([], [0], [0]), "--lambda-r"), (([1], [-1], [0]), "--lambda-sigma"), (([1], [1], []), "--seeds")]
 )
 def test_grids_that_are_none(lists, flag):
     with pytest.raises(ValueError, match=flag):
         grid(*lists)
-
-
-def test_a_finished_cell_is_not_run_again(fake):
-    training, _, calls = fake
-    cells, told = grid([0, 10], [0.01], [0, 1]), []
-    first = train_all(cells, training, told.append)
-    assert sorted(told) == sorted(cells) and len(calls()) == 4 and all(path.exists() for path in first.values())
-    assert train_all(cells, training) == first and len(calls()) == 4
-    assert any("--reward=sigma --lambda-r=10 --lambda-sigma=0.01 --seed=1 --kimg=0 --no-summary" in line for line in calls())
-
-
-def test_an_interrupted_cell_goes_on(fake):
-    training, mode, calls = fake
-    mode("stop")
-    with pytest.raises(ValueError, match="was stopped.*the same command goes on"):
-        train_all([CELL], training)
-    run = begun(training, CELL)
-    assert run is not None and finished(training, CELL) is None and f"--resume={run}" in command(training, CELL)
-    mode("train")
-    assert train_all([CELL], training) == {CELL: run / "network-snapshot-000000.pkl"}
-    assert len(calls()) == 2 and calls()[1].startswith(f"--resume={run}")
-
-
-def test_a_cell_that_fails_is_named_with_its_last_line(fake):
-    training, mode, _ = fake
-    mode("fail")
-    with pytest.raises(ValueError, match=r"r10-sigma0.01-s0.*status 1: ValueError: --batch: too many.*train.log"):
-        train_all([CELL], training)
-
-
-def test_other_settings_are_other_cells(tmp_path):
-    shared = {"folder": tmp_path, "script": Path("train.py"), "kimg": 0.1}
-    base = Training(**shared)
-    others = [Training(**{**shared, **more}) for more in ({"kimg": 0.2}, {"flags": ("--batch=4",)}, {"hashes": {"init": "ab"}})]
-    homes = [t.home(CELL) for t in (base, *others)]
-    assert len(set(homes)) == 4 and Training(**shared, workers=5).home(CELL) == homes[0]
 
 
 def test_pareto_against_loops():
@@ -148,9 +89,9 @@ def flags_of(tmp_path, data, networks, reward):
 
 def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_networks, tiny_reward):
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
-    wrong = CliRunner().invoke(tool.main, [*flags, "--lambda-r=1,x"])
+    wrong = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=1,x"])
     assert wrong.exit_code == 2 and "--lambda-r: expected numbers" in wrong.output
-    planned = CliRunner().invoke(tool.main, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
+    planned = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
     assert json.loads(planned.output)["cells"] == {f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))}
     assert not (tmp_path / "sweep").exists()
 
@@ -158,12 +99,12 @@ def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_net
 @pytest.mark.long
 def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_reward):
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
-    done = CliRunner().invoke(tool.main, flags)
+    done = CliRunner().invoke(sweep.main, flags)
     assert done.exit_code == 0, done.output
     assert "λ_r = 10, λ_σ = 0" in done.output and "on the front" in done.output and (tmp_path / "sweep/index.html").is_file()
-    logs = list(tmp_path.glob("sweep/cells/*/train.log"))
+    logs = list(tmp_path.glob("sweep/cells/*/log.txt"))
     stamps = [log.stat().st_mtime_ns for log in logs]
-    assert CliRunner().invoke(tool.main, flags).exit_code == 0
+    assert CliRunner().invoke(sweep.main, flags).exit_code == 0
     assert [log.stat().st_mtime_ns for log in logs] == stamps and len(logs) == 1
 
 
@@ -180,7 +121,7 @@ def test_the_commands_of_make_reports_are_understood(repo):
     """Every flag that the recipe passes exists."""
     from tools import attribute, embed, evaluate
 
-    tools = {"evaluate": evaluate, "attribute": attribute, "embed": embed, "sweep": tool}
+    tools = {"evaluate": evaluate, "attribute": attribute, "embed": embed, "sweep": sweep}
     for name, (script, *flags) in reports.report_commands(Path("out"), {"tuned": Path("a"), "control": Path("b")}, 0, list(tools)).items():
         tools[name].main.make_context(name, list(flags))
         assert (repo / script).is_file()

@@ -1,15 +1,12 @@
-"""The table of all rewards: its lines, its commands, and what goes on after an interrupt."""
+"""The table of all rewards: its lines and its commands."""
 
 import json
-import threading
-import time
 
 import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import zoo
 from eg3d_rlhf.evaluation.zoo import ENTRIES, record, rows
-from tools import zoo as tool
 
 
 class Learnt:
@@ -54,7 +51,7 @@ def test_every_line_has_every_column():
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(tool.main, ["-n", *flags])
+    result = CliRunner().invoke(zoo.main, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -74,67 +71,5 @@ def test_commands(tmp_path):
 
 @pytest.mark.parametrize("only", ["gamma", "", "points,gamma"])
 def test_unknown_rewards(only):
-    result = CliRunner().invoke(tool.main, [f"--only={only}"])
+    result = CliRunner().invoke(zoo.main, [f"--only={only}"])
     assert result.exit_code == 2 and "--only: expected some of sigma" in result.output
-
-
-def test_a_part_is_finished_with_its_own_command_alone(tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text("import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ['OMP_NUM_THREADS'])")
-    command, folder = [str(script), "--flag"], tmp_path / "part"
-    cost = tool.call(folder, command, threads=3)
-    assert cost["seconds"] > 0 and cost["megabytes"] > 30 and (folder / "log.txt").read_text() == "--flag 3\n"
-    assert tool.finished(folder, command) == json.loads((folder / tool.DONE).read_text()) == cost
-    assert tool.finished(folder, [*command, "--n=3"]) is None
-    with monkeypatch.context() as patched:
-        patched.setattr(tool, "inputs", lambda command: {"generator.safetensors": "another"})
-        assert tool.finished(folder, command) is None
-    (folder / "stale").touch()
-    tool.call(folder, [*command, "--n=3"], threads=3)
-    assert not (folder / "stale").exists() and tool.finished(folder, command) is None
-    (tmp_path / "reward").write_text("one")
-    before = tool.inputs([f"--reward-ckpt={tmp_path / 'reward'}"])
-    (tmp_path / "reward").write_text("trained anew")
-    assert tool.inputs([f"--reward-ckpt={tmp_path / 'reward'}"]) != before != tool.inputs([])
-
-
-def test_a_part_that_fails_is_named_and_not_finished(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("raise SystemExit(2)")
-    with pytest.raises(ValueError, match=r"expected status 0, got 2. See .*log.txt"):
-        tool.call(tmp_path, [str(script)], threads=1)
-    assert tool.finished(tmp_path, [str(script)]) is None
-
-
-def test_an_interrupted_training_goes_on(tmp_path):
-    command = ["tools/train_reward.py", f"--out={tmp_path}"]
-    assert tool.continued(tmp_path, command) == command
-    (tmp_path / "state.pt").touch()
-    assert tool.continued(tmp_path, command) == [*command, "--resume"]
-
-
-def test_parts_come_in_order_and_fill_every_place(tmp_path, monkeypatch):
-    plans = {name: planned("--seeds=0,4")[name] for name in ENTRIES}
-    lock, now, most, began = threading.Lock(), set(), [], []
-
-    def make(folder, command, threads):
-        key = folder.parent.name, folder.name
-        with lock:
-            now.add(key)
-            began.append(key)
-            most.append(len(now))
-        time.sleep(0.01)
-        with lock:
-            now.remove(key)
-        return {"seconds": 1.0, "megabytes": 2.0, "command": command, "threads": threads}
-
-    monkeypatch.setattr(tool, "make", make)
-    made = tool.work(tmp_path, plans, jobs=2, threads=1)
-    assert {name: list(costs) for name, costs in made.items()} == {name: list(parts) for name, parts in plans.items()}
-    for name, parts in plans.items():
-        assert [part for owner, part in began if owner == name] == list(parts)
-    longest = max(ENTRIES, key=lambda name: ENTRIES[name].minutes)
-    assert began[0] == (longest, "reward") and max(most) == 2
-    monkeypatch.setattr(tool, "make", lambda *_: (_ for _ in ()).throw(ValueError("a part failed")))
-    with pytest.raises(ValueError, match="a part failed"):
-        tool.work(tmp_path, plans, jobs=2, threads=1)

@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import invert
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 
 from eg3d_rlhf.core import plugins
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation.inversion import command as invert
 from eg3d_rlhf.evaluation.inversion import pictures, report
 from eg3d_rlhf.evaluation.inversion import run as running
 from eg3d_rlhf.evaluation.inversion.guidance import cube_of

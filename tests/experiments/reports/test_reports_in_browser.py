@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from eg3d_rlhf.evaluation import embedding, report
+from eg3d_rlhf.evaluation import embedding, report, sweep
 from eg3d_rlhf.evaluation.sweep import Cell
 from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments import style
@@ -17,7 +17,6 @@ from tests.experiments.reports.browsing import Reader
 from tests.experiments.reports.small_attribution import attribution_page
 from tests.people.label.browser import chromium, needs_chromium
 from tools import embed
-from tools import sweep as sweep_tool
 
 pytestmark = [needs_chromium, pytest.mark.long]
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
@@ -53,7 +52,7 @@ def pages(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
         embed.write(c, root / "embed", quiet=True)
     cells = [Cell(lambda_r=0, lambda_sigma=0, seed=0), Cell(lambda_r=10, lambda_sigma=0, seed=0), Cell(lambda_r=10, lambda_sigma=1, seed=0)]
     networks = dict(zip(cells, sorted(tiny_pair[0].glob("network-snapshot-*")), strict=True))
-    sweep_tool.write(c, networks, root / "sweep", quiet=True)
+    sweep.write(c, networks, root / "sweep", quiet=True)
     attribution_page(c, root / "attribute")
     return root
 

@@ -1,0 +1,73 @@
+"""Every evidence report of one tuning run, with one command: the run, its control where they are missing, and four reports of them."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.evaluation.trainings import Part, call, line_of, make
+from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
+
+REPORTS = ("evaluate", "attribute", "embed", "sweep")
+RUNS = {"tuned": "10", "control": "0"}  # lambda_r
+SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--images=128")
+
+
+def trainings(out: Path, kimg: float, seed: int) -> dict[str, Part]:
+    """The tuned run and its control."""
+    shared = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
+    return {role: Part.keyed(f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *shared])
+            for role, weight in RUNS.items()}
+
+
+def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
+    """The command line of each report."""
+    pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
+    flags = {"evaluate": [f"--run={runs['tuned']}", *pair], "attribute": pair[:1], "embed": pair, "sweep": [*SWEEP, f"--seeds={seed}"]}
+    return {name: [f"tools/{name}.py", *flags[name], f"--out={out / name}"] for name in REPORTS if name in only}
+
+
+@click.command(cls=GroupedCommand)
+@option("--out", group="Run", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reports"),
+        help="Folder to write; holds both runs and a folder for each report.")
+@option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
+@option("--kimg", group="Run", metavar="KIMG", type=click.FloatRange(min=0, min_open=True),
+        default=PRESETS["heads64", REWARDED]["kimg"], help="Length of both runs; the demo's unless given.")
+@option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
+@option("-n", "--dry-run", group="Run", is_flag=True, help="Print the commands as JSON and stop.")
+def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
+    """Every evidence report of one tuning run, with one command: `make reports`.
+
+    Trains the demo run and its lambda_r = 0 control with a snapshot at every tick where they are missing, then calls evaluate.py,
+    attribute.py, embed.py and a small sweep.py. Each of them keeps what it has computed: a second call, or one after an interrupt, goes on
+    from there.
+
+    \b
+    Example:
+        python tools/reports.py --dry-run
+    """
+    chosen = [name.strip() for name in only.split(",") if name.strip()]
+    if not chosen or set(chosen) - set(REPORTS):
+        raise ValueError(f"--only: expected some of {', '.join(REPORTS)}, got {only!r}. Correct the list.")
+    parts = trainings(out, kimg, seed)
+    if dry_run:
+        planned = {f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()}
+        folders = {role: part.run or part.folder for role, part in parts.items()}
+        click.echo(json.dumps({**planned, **report_commands(out, folders, seed, chosen)}, indent=1))
+        return
+    started, times = time.time(), dict[str, float]()
+    for role, part in parts.items():
+        if not part.finished():
+            click.echo(f"\n== {role} run: {line_of(part)}", err=True)
+            make([[part]], quiet=False)
+    times["runs"] = time.time() - started
+    runs = {role: part.run for role, part in parts.items() if part.run is not None}
+    for name, command in report_commands(out, runs, seed, chosen).items():
+        times[name] = call(name, command)
+    click.echo("\n" + ", ".join(f"{name} {spent:.0f} s" for name, spent in times.items()) + f"; in all {sum(times.values()):.0f} s on "
+               f"{os.cpu_count()} cores")
+    for name in chosen:
+        click.echo(f"{name:<10} {out / name / 'index.html'}")

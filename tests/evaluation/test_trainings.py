@@ -1,0 +1,123 @@
+"""Scripts as parts: done once for a command and its files, gone on with after a stop, in order, side by side, and stopped together."""
+
+import json
+import threading
+
+import pytest
+
+from eg3d_rlhf.evaluation import trainings
+from eg3d_rlhf.evaluation.trainings import Part, make
+
+SCRIPT = "import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ.get('OMP_NUM_THREADS'))"
+
+
+@pytest.fixture
+def training(fake_train, tmp_path):
+    return Part.keyed("run", tmp_path / "cells", ["--seed=1"])
+
+
+def script_part(tmp_path, *flags, text=SCRIPT, name="part"):
+    script = tmp_path / f"{name}.py"
+    script.write_text(text)
+    return Part(name, tmp_path / name, str(script), flags)
+
+
+def test_a_finished_training_is_not_run_again(training, fake_train):
+    told = []
+    make([[training]], tell=told.append)
+    assert training.finished() and training.state() == "finished" and training.network().parent == training.run
+    make([[training]], tell=told.append)
+    assert told == [training, training] and len(fake_train.calls()) == 1
+    assert fake_train.calls()[0] == f"--seed=1 --outdir={training.folder}"
+
+
+def test_an_interrupted_training_goes_on(training, fake_train):
+    fake_train.mode("stop")
+    with pytest.raises(ValueError, match="run.*was stopped.*the same command goes on"):
+        make([[training]])
+    assert training.state() == "begun" and training.network() is None
+    fake_train.mode("train")
+    make([[training]])
+    assert training.finished() and fake_train.calls()[1].startswith(f"--resume={training.run}")
+
+
+def test_a_training_that_fails_is_named_with_its_last_line(training, fake_train):
+    fake_train.mode("fail")
+    with pytest.raises(ValueError, match=r"run.*status 1: ValueError: --batch: too many.*log.txt"):
+        make([[training]])
+    assert not training.finished()
+
+
+def test_a_run_without_the_needed_file_is_not_finished(fake_train, tmp_path):
+    part = Part.keyed("run", tmp_path, ["--seed=1"], "summary.json")
+    with pytest.raises(ValueError, match="was stopped"):
+        make([[part]])
+    (part.run / "summary.json").touch()
+    make([[part]])
+    assert part.finished() and len(fake_train.calls()) == 2
+
+
+def test_other_flags_and_files_are_other_folders(fake_train, tmp_path):
+    (tmp_path / "reward").write_text("one")
+    flags = ["--seed=1", f"--reward-ckpt={tmp_path / 'reward'}"]
+    folders = [Part.keyed("run", tmp_path, words).folder for words in (flags, flags, [*flags, "--batch=4"])]
+    (tmp_path / "reward").write_text("trained anew")
+    folders.append(Part.keyed("run", tmp_path, flags).folder)
+    assert folders[0] == folders[1] and len(set(folders)) == 3
+
+
+def test_a_part_is_finished_with_its_own_command_and_files_alone(tmp_path, monkeypatch):
+    part = script_part(tmp_path, "--flag")
+    make([[part]], threads=3)
+    cost = json.loads((part.folder / trainings.RECORD).read_text())
+    assert part.finished() and cost["seconds"] > 0 and cost["megabytes"] > 30
+    assert (part.folder / trainings.LOG).read_text() == "--flag 3\n"
+    other = script_part(tmp_path, "--flag", "--n=3")
+    assert not other.finished()
+    with monkeypatch.context() as patched:
+        patched.setattr(Part, "inputs", lambda self: {"generator.safetensors": "another"})
+        assert not part.finished()
+    (part.folder / "stale").touch()
+    make([[other]])
+    assert not (part.folder / "stale").exists() and other.finished() and not part.finished()
+
+
+def test_an_interrupted_reward_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "TRAIN_REWARD", str(tmp_path / "part.py"))
+    part = script_part(tmp_path, "--flag", text="raise SystemExit(2)")
+    with pytest.raises(ValueError, match="status 2"):
+        make([[part]])
+    assert part.continued() == part.command()
+    (part.folder / "state.pt").touch()
+    assert part.continued() == [*part.command(), "--resume"] and not part.finished()
+
+
+MEETS = """
+import pathlib, sys, time
+mine, other = sys.argv[1:3]
+pathlib.Path(mine).touch()
+while other != "-" and not pathlib.Path(other).exists(): time.sleep(0.01)
+"""
+
+
+def test_parts_come_in_order_and_side_by_side(tmp_path):
+    """The first parts of two chains wait for each other, so both must be under way."""
+    signs = {name: str(tmp_path / f"{name}.sign") for name in ("a0", "b0", "a1", "b1", "c0", "c1")} | {"-": "-"}
+    waits = {"a0": "b0", "b0": "a0", "a1": "-", "b1": "-", "c0": "-", "c1": "-"}
+    parts = {name: script_part(tmp_path, signs[name], signs[other], text=MEETS, name=name) for name, other in waits.items()}
+    chains = [[parts[f"{chain}0"], parts[f"{chain}1"]] for chain in "abc"]
+    told = []
+    make(chains, jobs=2, tell=told.append)
+    assert sorted(part.name for part in told) == sorted(waits) and all(part.finished() for part in told)
+    assert all(told.index(first) < told.index(second) for first, second in chains)
+
+
+def test_a_failure_stops_the_others(tmp_path):
+    slow = script_part(tmp_path, text="import time\ntime.sleep(60)", name="slow")
+    wrong = script_part(tmp_path, text="raise SystemExit('no such flag')", name="wrong")
+    ended = threading.Timer(30, lambda: None)
+    ended.start()
+    with pytest.raises(ValueError, match="wrong.*no such flag"):
+        make([[slow], [wrong]], jobs=2)
+    assert ended.is_alive() and not slow.finished()
+    ended.cancel()
