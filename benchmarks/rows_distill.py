@@ -11,17 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.rows import Case, Outcome, Row, Target
-from eg3d_rlhf.generators.assets.render import DISTANCE, FourViews, nearness
-from eg3d_rlhf.generators.assets.views import evenly_around
-from eg3d_rlhf.generators.assets.voxels import Voxels
+from eg3d_rlhf.generators.assets.grids import Voxels
+from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.meshes.encoder import EncoderOptions
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader, PatchOptions
-from eg3d_rlhf.rewards.meshes.model import RewardCS
-from eg3d_rlhf.tuning.distill.bundled import bundled_scene
+from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
+from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
+from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 
 ASSETS, VIEWS = 32, 4
 _FROM, _STEPS, _NO_WEIGHT = 40, 20, 1e-25  # steps at which the mesh reward is timed; a weight that moves nothing and is not left out

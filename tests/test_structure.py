@@ -1,4 +1,4 @@
-"""What the source tree promises: who imports whom, what is never loaded, how long a file may be."""
+"""What the source tree promises: who imports whom, what is never loaded."""
 
 import ast
 import functools
@@ -140,11 +140,6 @@ def test_nothing_that_is_loaded_can_run_code():
 )
 def test_the_check_itself(code, expected):
     assert any(runs_code(n) for n in ast.walk(ast.parse(code))) is expected
-
-
-def test_no_file_is_over_400_lines():
-    long = {name_of(p): n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
-    assert long == {}
 
 
 def test_every_module_has_a_docstring():

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
 from eg3d_rlhf.rewards.amounts import auc_interval, too_few_shapes
-from eg3d_rlhf.rewards.meshes.run import REWARD, TABLE, run_table, run_training
-from eg3d_rlhf.rewards.meshes.train import TRAIN, MeshRewardTraining
+from eg3d_rlhf.rewards.meshes.train import REWARD, TABLE, TRAIN, MeshRewardTraining, run_table, run_training
 
 
 def lines(summary: dict[str, dict]) -> list[str]:

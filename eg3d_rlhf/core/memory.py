@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eg3d_rlhf.models.tokens import CLIP_TOKENS
-from eg3d_rlhf.tuning.distill.priors.stable_diffusion import LatentPrior
-
 GIB = 2**30
 
 
@@ -110,43 +107,3 @@ def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> t
     """(numbers, bytes) of a module whose parameters are kept as `dtype`."""
     numbers = sum(p.numel() for p in module.parameters())
     return numbers, numbers * dtype.itemsize
-
-
-def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
-    """Costs of one step of a latent diffusion prior on the meta device: its own methods are run.
-
-    Args: pictures: B, views of all assets of a step. noises: K of the method: 2 of DreamDPO and PSD.
-    """
-    channels, side, _ = prior.latent_shape
-    pixels, width, dtype = prior.image_size, int(prior.text.config.hidden_size), prior.options.unet_dtype
-
-    def meta(*shape: int, grad: bool = False) -> torch.Tensor:
-        return torch.empty(shape, device="meta", requires_grad=grad)
-
-    def noise(batch: int, grad: bool):
-        x, cameras = meta(batch, channels, side, side, grad=grad), meta(batch, 16) if prior.views > 1 else None
-        return x, prior.predict_noise(x, meta(batch).long(), meta(batch, CLIP_TOKENS, width), cameras)
-
-    def back(x: torch.Tensor, out: torch.Tensor):
-        return torch.autograd.grad(out, x, torch.empty_like(out))
-
-    def encode():
-        images = meta(pictures, 3, pixels, pixels, grad=True)
-        return back(images, prior.encode(images))
-
-    def without_graph(run: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.no_grad()(run)
-
-    stages = {
-        f"encode {pictures} pictures of {pixels}^2, and back": encode,
-        f"noise of {2 * noises * pictures} latents of {side}^2 (text and null)": without_graph(lambda: noise(2 * noises * pictures, False)),
-        f"decode {pictures} pictures for a reward": without_graph(lambda: prior.decode(meta(pictures, channels, side, side))),
-        f"gradient through the U-Net, {pictures} latents": lambda: back(*noise(pictures, True)),
-    }
-    return Costs(
-        weights={
-            f"U-Net, {str(dtype).removeprefix('torch.')}": weight_row(prior.unet, dtype), "autoencoder, float32": weight_row(prior.vae),
-            "text encoder, float32": weight_row(prior.text),
-        },
-        stages={name: peak_bytes(stage) for name, stage in stages.items()},
-    )

@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.distill import outputs
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.loop import StoppedError
 from eg3d_rlhf.tuning.distill.methods import flat, settings_of
-from eg3d_rlhf.tuning.distill.run import distil_all, gather_stats
+from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training.distributed import Ranks, leave, process_group
 

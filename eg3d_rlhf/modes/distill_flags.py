@@ -8,8 +8,7 @@ import click
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.tuning.distill.config import ASSETS, BOXES, METHOD, METHODS, REAL, Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import GeometrySettings
-from eg3d_rlhf.tuning.distill.methods import TABLE, owners
-from eg3d_rlhf.tuning.distill.presets import PRESETS
+from eg3d_rlhf.tuning.distill.methods import PRESETS, TABLE, owners
 from training.config import built, knobs_of
 
 RUN = "Run"
@@ -125,13 +124,13 @@ def resolve(flags: Mapping) -> DistillSettings:
     refuse(given, methods, any(arm.geometry for arm in parsed), kind)
     values = {**DEFAULTS[kind], **given}
     if kind in BOXES:
-        from eg3d_rlhf.tuning.distill import bundled
+        from eg3d_rlhf.tuning.distill import scene_boxes as bundled
 
         values.setdefault("t_max", f"0,0.98,0.15,{0.6 * values.get('steps', LoopConfig.steps):g}")  # the end is for detail alone
         prompts, values["assets"] = bundled.check(prompts, given.get("assets"), comparison=len(arms) > 1)
         values.setdefault("reward", bundled.REWARD)
     elif kind == "heads":
-        from eg3d_rlhf.tuning.distill import heads
+        from eg3d_rlhf.tuning.distill import scene_heads as heads
 
         prompts, values["assets"] = heads.check(prompts, given.get("assets"), comparison=len(arms) > 1)
         if any(arm.geometry for arm in parsed):

@@ -1,8 +1,12 @@
-"""Reading the reference values of score distillation, and the stand-in prior that they were made with."""
+"""Reading the reference values of score distillation, and the stand-in prior that they were made with.
+
+Cases, sizes, seeds and salts come from the JSON and the arrays: a second set of the same layout runs, whatever it leaves out.
+"""
 
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,6 @@ import pytest
 import torch
 
 ROOT = Path(os.environ.get("EG3D_RLHF_FIXTURES", Path(__file__).resolve().parents[3] / "shared" / "fixtures")) / "distill"
-LATENT_SCALE = 0.18215
 
 
 @functools.cache
@@ -36,8 +39,36 @@ def under(name: str, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def cases(name: str, prefix: str) -> list[str]:
-    """Cases whose name starts so."""
+    """Cases of the JSON whose name starts so."""
     return sorted(case for case in recipe(name)["cases"] if case.startswith(prefix))
+
+
+def members(name: str, group: str) -> list[str]:
+    """Names right below a group of arrays: "ddim_step" -> "epsilon_15", ... ."""
+    return sorted({key.split("/")[0] for key in under(name, group)})
+
+
+def present(arrays: dict, *keys: str) -> list[torch.Tensor]:
+    """The arrays of keys; skips the test where the set has left one out."""
+    absent = [key for key in keys if key not in arrays]
+    if absent:
+        pytest.skip(f"this set has no {', '.join(absent)}")
+    return [arrays[key] for key in keys]
+
+
+def filled(entry: dict) -> dict[str, torch.Tensor]:
+    """Weights by the JSON's fill rule: tensor i of `order` from RandomState(base + i), scaled by `scale` or by kind."""
+    made = {}
+    for i, (name, shape) in enumerate(entry["order"]):
+        z = np.random.RandomState(entry["base"] + i).standard_normal(shape)
+        if "scale" in entry:
+            z = z * entry["scale"]
+        elif len(shape) > 1:
+            z = z / np.sqrt(np.prod(shape[1:]))
+        else:
+            z = 1 + 0.1 * z if name.endswith("weight") else 0.1 * z
+        made[name] = torch.from_numpy(np.asarray(z, np.float32))
+    return made
 
 
 def needs(name: str):
@@ -56,18 +87,22 @@ def close(got, want, tolerance: float) -> None:
 class StandIn:
     """eps = (1 + u.e) P x + (1 + v.e) (t / 1000) Q + r mean over the asset's views of x + cameras.cam; matrices as autoencoder."""
 
-    def __init__(self, arrays: dict[str, torch.Tensor], alphas_cumprod: torch.Tensor, embeddings: dict[str, torch.Tensor], views: int = 1):
+    def __init__(
+        self, arrays: dict[str, torch.Tensor], alphas_cumprod: torch.Tensor, embeddings: dict[str, torch.Tensor], views: int = 1,
+        scale: float = 1.0,
+    ):
+        self.scale = scale  # of latents
         self.net = {key.removeprefix("net_"): value for key, value in arrays.items()}
         self.alphas_cumprod, self.embeddings, self.views = alphas_cumprod, embeddings, views
         self.latent_shape = tuple(self.net["P"].shape)
         self.calls: list[torch.Tensor] = []  # t of each
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return LATENT_SCALE * torch.einsum("ij,bjhw->bihw", self.net.get("E", self.net.get("vae_E")), 2 * images - 1)
+        return self.scale * torch.einsum("ij,bjhw->bihw", self.net.get("E", self.net.get("vae_E")), 2 * images - 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         matrix = self.net.get("Dm", self.net.get("vae_Dm"))
-        return (torch.einsum("ij,bjhw->bihw", matrix, latents / LATENT_SCALE) / 2 + 0.5).clamp(0, 1)
+        return (torch.einsum("ij,bjhw->bihw", matrix, latents / self.scale) / 2 + 0.5).clamp(0, 1)
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
         keys = prompts if directions is None else [f"{p}, {d}" for p, d in zip(prompts, directions, strict=True)]
@@ -109,13 +144,19 @@ class Pictures:
         return self.recited if self.recited is not None else (pixels * self.w).mean((1, 2, 3))
 
 
+def latent_scale(name: str) -> float:
+    """Of the set's autoencoder, as its JSON says it."""
+    return float(re.search(r"latents = .*?(\d\.\d{3,})", recipe(name)["fake_network"])[1])
+
+
 def multiview(name: str, views: int = 4) -> StandIn:
     """The stand-in of the multi-view sets, which knows "text" and the empty prompt."""
     from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
     net = under(name, "net")
     embeddings = {"text": net["cond"][0], "": net["null"][0]}
-    return StandIn({k: a for k, a in net.items() if k not in ("cond", "null")}, NoiseSchedule().alphas_cumprod, embeddings, views)
+    arrays = {key: array for key, array in net.items() if key not in ("cond", "null")}
+    return StandIn(arrays, NoiseSchedule().alphas_cumprod, embeddings, views, latent_scale(name))
 
 
 def seen_by(cam2world: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,20 @@
 """The Cauchy-Schwarz divergence against the published code's values and gradients."""
 
 import math
-import re
 
-import numpy as np
 import pytest
 import torch
 
 from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
-from tests.compat.reference import ROOT
+from tests.compat.distill_reference import members, needs, under
 
-PATH = ROOT / "distill" / "cs_divergence.npz"
-CASES = sorted({m[0] for name in np.load(PATH) if (m := re.match(r"cs/\d+", name))}) if PATH.is_file() else []
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no reference values at {PATH}; set EG3D_RLHF_FIXTURES to their folder")
+NAME = "cs_divergence"
+pytestmark = needs(NAME)
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=members(NAME, "cs"))
 def case(request):
-    with np.load(PATH) as reference:
-        start = f"{request.param}/"
-        return {name.removeprefix(start): torch.as_tensor(reference[name]) for name in reference if name.startswith(start)}
+    return under(NAME, f"cs/{request.param}")
 
 
 def test_values_and_gradients(case):

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from eg3d_rlhf.tuning.distill.gradients import distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
-from eg3d_rlhf.tuning.distill.presets import PRESETS
-from eg3d_rlhf.tuning.distill.target import distillation_loss
+from eg3d_rlhf.tuning.distill.methods import PRESETS
 from tests.compat.distill_reference import Pictures, Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
 
 pytestmark = needs("dreamdpo")
@@ -32,8 +32,7 @@ def test_case(case):
     images = shown.permute(0, 3, 1, 2)
     x = prior.encode(images) if "image" in entry["input_is"] else images
     scores = torch.cat([v["score_1"], v["score_2"]])
-    linear = "linear" in case
-    reward = Pictures(values(NAME)["reward/w"] * 1.0) if linear else Pictures(recited=scores)
+    reward = Pictures(values(NAME)["reward/w"]) if "linear" in case else Pictures(recited=scores)
     released = PRESETS["dreamdpo-released"]
     settings = dataclasses.replace(
         released, tau=entry["tau"], prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"])
@@ -52,4 +51,4 @@ def test_case(case):
         first |= torch.tensor(judge.answers) == 0
     assert torch.equal(output.winner == 0, first)
     gap = torch.where(first, 1, -1) * (v["score_1"] - v["score_2"])
-    assert torch.equal(output.one_sided, gap < v["tau"])
+    assert torch.equal(output.one_sided, gap < entry["tau"])

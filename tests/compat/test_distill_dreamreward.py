@@ -3,17 +3,18 @@
 import pytest
 import torch
 
+from eg3d_rlhf.tuning.distill.gradients import digits, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
-from eg3d_rlhf.tuning.distill.presets import PRESETS
-from eg3d_rlhf.tuning.distill.target import digits, distillation_loss
-from tests.compat.distill_reference import Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
+from eg3d_rlhf.tuning.distill.methods import PRESETS
+from tests.compat.distill_reference import Recorded, cases, close, multiview, needs, present, recipe, seen_by, under, values
 
 pytestmark = needs("dreamreward")
 NAME, F6 = "dreamreward", 1e-5
 
 
 def test_the_weight_of_printed_numbers():
-    for loss, reward_loss, weight in values(NAME)["calculate_weight/rows"].tolist():
+    (rows,) = present(values(NAME), "calculate_weight/rows")
+    for loss, reward_loss, weight in rows.tolist():
         assert 10.0 ** (digits(loss) - digits(reward_loss)) == pytest.approx(weight, rel=1e-12)
 
 
@@ -27,20 +28,20 @@ class FourViews:
 
     def score(self, pixels, prompts):
         self.seen = pixels.detach()
-        linear = (pixels * self.w).sum((1, 2, 3)).unflatten(0, (-1, 4)).mean(1) / 108
+        linear = (pixels * self.w).sum((1, 2, 3)).unflatten(0, (-1, 4)).mean(1) / self.w.numel()
         return (linear + 0.1 * self.ids.sum()).repeat_interleave(4)
 
 
 @pytest.mark.parametrize("case", cases(NAME, "guidance"))
 def test_guidance(case):
     v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], multiview(NAME)
-    reward = FourViews(values(NAME)["reward/w"], v.get("prompt_ids", torch.zeros(4, 1)).float())
+    reward = FourViews(values(NAME)["reward/w"], v.get("prompt_ids", torch.zeros(1)).float())
     settings = PRESETS[f"dreamreward-released-{entry['variant']}"]
     guidance = DreamReward(prior, settings, views=4, streams=Recorded(v["noise"]), reward=reward)
     shown = v["input"].clone().requires_grad_()
     images = shown.permute(0, 3, 1, 2)
     x = prior.encode(images)
-    output = guidance(x, v["t"].expand(4), ["text"] * 4, seen_by(v["c2w"]), entry["step"], images.detach())
+    output = guidance(x, v["t"].expand(len(x)), ["text"] * len(x), seen_by(v["c2w"]), entry["step"], images.detach())
     assert (output.scores is not None) == entry["rewarded"]
     if entry["rewarded"]:
         close(reward.seen, v["reward_image"], F6)
@@ -60,7 +61,8 @@ def test_the_side_is_said_to_the_reward_alone():
             return super().score(pixels, prompts)
 
     settings = PRESETS["dreamreward"]
-    noise = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    guidance = DreamReward(prior, settings, views=4, streams=Recorded(noise), reward=Listening(torch.ones(3, 6, 6), torch.zeros(4)))
+    noise = torch.randn(4, *prior.latent_shape, generator=torch.Generator().manual_seed(0))
+    reward = Listening(torch.ones(3, *prior.latent_shape[1:]), torch.zeros(4))
+    guidance = DreamReward(prior, settings, views=4, streams=Recorded(noise), reward=reward)
     guidance(noise, torch.full((4,), 100), ["text"] * 4, cameras.flatten(1), 0)
     assert told == ["text, front view", "text, side view", "text, back view", "text, overhead view"]

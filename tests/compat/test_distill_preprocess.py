@@ -1,29 +1,24 @@
 """Pictures for published scorers against torchvision's values, and the properties that they leave open."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 
 from eg3d_rlhf.models.preprocess import CLIP_MEAN, CLIP_STD, clip_preprocess, normalise, pad_preprocess
-from tests.compat.reference import ROOT
+from tests.compat.distill_reference import cases, needs, recipe, under
 
-FILE = ROOT / "distill" / "preprocess.npz"
-CASES = json.loads(FILE.with_suffix(".json").read_text())["cases"] if FILE.exists() else {}
-needs_values = pytest.mark.skipif(not CASES, reason=f"no reference values at {FILE}; set EG3D_RLHF_FIXTURES to their folder")
+NAME = "preprocess"
 
 
-@needs_values
-@pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference_bit_for_bit_and_leaves_its_argument(name):
-    values = {k.removeprefix(f"{name}/"): torch.from_numpy(v) for k, v in np.load(FILE).items() if k.startswith(f"{name}/")}
-    image = values["image"].clone().requires_grad_()
-    out = clip_preprocess(image, CASES[name]["size"])
-    assert torch.equal(out, values["out"])
-    (out * values["weight"]).sum().backward()
-    torch.testing.assert_close(image.grad, values["dsum_dimage"], rtol=1e-5, atol=1e-6)
-    assert torch.equal(image.detach(), values["image"])
+@needs(NAME)
+@pytest.mark.parametrize("case", cases(NAME, ""))
+def test_equals_the_reference_bit_for_bit_and_leaves_its_argument(case):
+    v = under(NAME, case)
+    image = v["image"].clone().requires_grad_()
+    out = clip_preprocess(image, recipe(NAME)["cases"][case]["size"])
+    assert torch.equal(out, v["out"])
+    (out * v["weight"]).sum().backward()
+    torch.testing.assert_close(image.grad, v["dsum_dimage"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(image.detach(), v["image"])
 
 
 @pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (16, 16), (9, 7), (1, 40)])

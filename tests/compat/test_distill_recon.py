@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.gradients import target_loss
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
-from eg3d_rlhf.tuning.distill.target import target_loss
-from tests.compat.distill_reference import StandIn, cases, close, needs, recipe, under
+from tests.compat.distill_reference import StandIn, cases, close, latent_scale, needs, recipe, under
 
 pytestmark = needs("mvdream_recon")
 NAME, F3 = "mvdream_recon", 1e-5
@@ -18,7 +18,7 @@ def test_case(case):
     v, entry, net = under(NAME, case), recipe(NAME)["cases"][case], under(NAME, "net")
     config = entry["config"]
     views = config["n_view"] if "camera_input" in v else 1  # without cameras its network sees each view alone
-    prior = StandIn({k: a for k, a in net.items() if k not in ("cond", "null")}, SCHEDULE.alphas_cumprod, {}, views)
+    prior = StandIn({k: a for k, a in net.items() if k not in ("cond", "null")}, SCHEDULE.alphas_cumprod, {}, views, latent_scale(NAME))
     shown = v["input"].clone().requires_grad_()
     x = prior.encode(shown.permute(0, 3, 1, 2)) if "image" in entry["input_is"] else shown
     t = v["t"].expand(len(x))

@@ -1,55 +1,59 @@
 """Reward3D's heads against the reference values."""
 
-import json
-
-import numpy as np
 import pytest
-import torch
 
 from eg3d_rlhf.models.blip import BlipSizes
-from eg3d_rlhf.rewards.pictures.reward3d import FUSION_STD, MEAN, STD, Reward3dNetwork
-from tests.compat.reference import ROOT, relative_error
+from eg3d_rlhf.rewards.pictures.reward3d import FUSION_STD, MEAN, STD, VIEWS, Reward3dNetwork
+from tests.compat.distill_reference import filled, needs, present, recipe, values
+from tests.compat.reference import relative_error
 
-FILE = ROOT / "distill" / "dreamreward.npz"
-pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"no reference values at {FILE}; set EG3D_RLHF_FIXTURES to their folder")
-TINY = BlipSizes(image=32, vision_width=64, vision_layers=1, text_width=48, text_layers=1, text_hidden=64, vocabulary=50, projection=8)
+NAME = "dreamreward"
+pytestmark = needs(NAME)
 PARTS = {"mlp": "MLP", "Scorer": "Scorer", "cross_view_adapter": "CrossViewFusion"}
 
 
-def reference(kind):
+def reference(kind: str):
     """(network with the reference weights, arrays)."""
-    recipe = json.loads(FILE.with_suffix(".json").read_text())
-    network = Reward3dNetwork(kind, TINY).eval()
+    width = recipe(NAME)["MLP"]["order"][0][1][1]  # of the features
+    sizes = BlipSizes(
+        image=32, vision_width=64, vision_layers=1, text_width=width, text_layers=1, text_hidden=64, vocabulary=50, projection=8
+    )
+    network = Reward3dNetwork(kind, sizes).eval()
     for name, entry in PARTS.items():
         if hasattr(network, name):
-            order, base, scale = (recipe[entry][k] for k in ("order", "base", "scale"))
-            drawn = {n: np.random.RandomState(base + i).standard_normal(shape) * scale for i, (n, shape) in enumerate(order)}
-            state = {n: torch.from_numpy(np.asarray(v, np.float32)) for n, v in drawn.items()}
-            getattr(network, name).load_state_dict(state, strict=True)
-    return network, {k: torch.from_numpy(v) for k, v in np.load(FILE).items()}
+            if entry not in recipe(NAME):
+                pytest.skip(f"this set has no {entry}")
+            getattr(network, name).load_state_dict(filled(recipe(NAME)[entry]), strict=True)
+    return network, values(NAME)
 
 
 @pytest.mark.parametrize(("kind", "case", "std"), [("Scorer", "scorer", STD), ("CrossViewFusion", "fusion", FUSION_STD)])
 def test_rewards_and_gradients_of_the_heads(kind, case, std):
-    network, values = reference(kind)
-    features = values[f"{case}/features"].clone().requires_grad_()
+    network, arrays = reference(kind)
+    features, rewards, raw, slope = present(arrays, *(f"{case}/{name}" for name in ("features", "reward", "raw", "dreward_dfeatures")))
+    features = features.clone().requires_grad_()
     reward = network.head(features)
-    assert relative_error(reward[:, None], values[f"{case}/reward"]) < 1e-5
-    assert relative_error(reward[:, None] * std + MEAN, values[f"{case}/raw"]) < 1e-5
+    assert relative_error(reward[:, None], rewards) < 1e-5
+    assert relative_error(reward[:, None] * std + MEAN, raw) < 1e-5
     reward.sum().backward()
-    assert relative_error(features.grad, values[f"{case}/dreward_dfeatures"]) < 1e-5
+    assert relative_error(features.grad, slope) < 1e-5
 
 
-def test_the_parts_in_between():
-    network, values = reference("CrossViewFusion")
-    assert relative_error(network.mlp(values["mlp/features"]), values["mlp/out"]) < 1e-5
-    fused = network.cross_view_adapter(values["fusion/features"].unflatten(0, (-1, 4)))
-    assert relative_error(fused, values["fusion/fused"]) < 1e-5
-    wide = network.mlp.wide(values["scorer/features"])
-    assert relative_error(wide, values["scorer/feature128"]) < 1e-5
+@pytest.mark.parametrize(("case", "entry", "wanted"), [
+    ("mlp", "features", "out"), ("fusion", "features", "fused"), ("scorer", "features", "feature128"),
+])  # fmt: skip
+def test_the_parts_in_between(case, entry, wanted):
+    network, arrays = reference("CrossViewFusion" if case == "fusion" else "Scorer")
+    features, out = present(arrays, f"{case}/{entry}", f"{case}/{wanted}")
+    part = {
+        "mlp": network.mlp, "scorer": network.mlp.wide,
+        "fusion": lambda x: network.cross_view_adapter(x.unflatten(0, (-1, VIEWS))),
+    }[case]  # fmt: skip
+    assert relative_error(part(features), out) < 1e-5
 
 
 def test_dropout_would_show():
-    network, values = reference("Scorer")
-    calm, live = network.head(values["scorer/features"]), network.train().head(values["scorer/features"])
-    assert not torch.allclose(calm, live)  # so eval mode matters
+    network, arrays = reference("Scorer")
+    (features,) = present(arrays, "scorer/features")
+    calm, live = network.head(features), network.train().head(features)
+    assert not bool((calm - live).abs().max() < 1e-6)  # so eval mode matters

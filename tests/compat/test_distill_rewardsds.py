@@ -6,34 +6,42 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.gradients import NoiseWeighting, distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
-from eg3d_rlhf.tuning.distill.noise_weighting import NoiseWeighting
-from eg3d_rlhf.tuning.distill.presets import PRESETS
+from eg3d_rlhf.tuning.distill.methods import PRESETS
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times
-from eg3d_rlhf.tuning.distill.target import distillation_loss, target_loss
-from tests.compat.distill_reference import Pictures, Recorded, cases, close, multiview, needs, recipe, seen_by, under, values
+from tests.compat.distill_reference import Pictures, Recorded, cases, close, members, multiview, needs, recipe, seen_by, under, values
 
 pytestmark = needs("rewardsds")
 NAME, F5 = "rewardsds", 2e-5
 SCHEDULE = NoiseSchedule()
-STRATEGIES = {
-    "min-max": {}, "best": {"strategy": "best", "best": 1}, "weighted": {"strategy": "weighted"}, "best3": {"strategy": "best", "best": 3},
-    "minmax_.7_.3_1_3": {"best_weight": 0.7, "worst_weight": 0.3, "best": 1, "worst": 3},
-}
+STRATEGIES = [
+    (count, name) for count in members(NAME, "strategy3d") for name in members(NAME, f"strategy3d/{count}")
+    if f"strategy3d/{count}/{name}/weights" in values(NAME)
+]
 
 
-@pytest.mark.parametrize("count", [4, 7, 8])
-@pytest.mark.parametrize("name", STRATEGIES)
+def weighting_of(name: str) -> NoiseWeighting:
+    """As cases are named: best, best3, min-max, minmax_WEIGHT_WEIGHT_BEST_WORST, weighted, none."""
+    kind, *numbers = name.split("_")
+    if kind == "minmax":
+        (best_weight, worst_weight), (best, worst) = map(float, numbers[:2]), map(int, numbers[2:])
+        return NoiseWeighting(best_weight=best_weight, worst_weight=worst_weight, best=best, worst=worst)
+    return NoiseWeighting(strategy="best", best=int(kind[4:] or 1)) if kind.startswith("best") else NoiseWeighting(strategy=kind)
+
+
+@pytest.mark.parametrize(("count", "name"), STRATEGIES)
 def test_strategies(count, name):
     v = under(NAME, f"strategy3d/{count}")
-    weights = NoiseWeighting(**STRATEGIES[name])(v["rewards"][:, None])[:, 0]
+    weights = weighting_of(name)(v["rewards"][:, None])[:, 0]
     close(weights, v[f"{name}/weights"], F5)
     close((weights * v["losses"]).sum(), v[f"{name}/loss"], F5)
     close((weights * v["grad_norms"]).sum(), v[f"{name}/logged_norm"], F5)
 
 
-def weighting_of(case: str) -> NoiseWeighting:
-    return NoiseWeighting(**{**STRATEGIES, "none": {"strategy": "none"}}[case.split("/")[1].split("_")[0]])
+def strategy_of(case: str) -> str:
+    """full3d/STRATEGY_NOISES_..."""
+    return case.split("/")[1].split("_")[0]
 
 
 @pytest.mark.parametrize("case", cases(NAME, "full3d/"))
@@ -42,15 +50,15 @@ def test_the_guidance_in_3d(case):
     released, reward = PRESETS["rewardsds-released"], Pictures(values(NAME)["reward/w"])
     form = {} if entry["recon_loss"] else {"form": "sds"}
     settings = dataclasses.replace(
-        released, noises=int(case.split("_")[1]), until=entry["reward_until"], weighting=weighting_of(case),
+        released, noises=int(case.split("_")[1]), until=entry["reward_until"], weighting=weighting_of(strategy_of(case)),
         prior=dataclasses.replace(released.prior, guidance_scale=entry["guidance_scale"], **form),
     )
     shown = v["input"].clone().requires_grad_()
-    x, t = (shown, v["t"].expand(4))
+    x, t = shown, v["t"].expand(len(shown))
     guidance = RewardSds(prior, settings, views=4, streams=Recorded(*v["noise"]), reward=reward)
     decode, explored = prior.decode, []
     prior.decode = lambda latents: decode(explored.append(latents) or latents)
-    output = guidance(x.detach(), t, ["text"] * 4, seen_by(v["c2w"]), entry["step"])
+    output = guidance(x.detach(), t, ["text"] * len(x), seen_by(v["c2w"]), entry["step"])
     close(torch.autograd.grad(distillation_loss(x, output), shown)[0], v["dloss_dinput"], F5)
     asked = [int(call[0]) for call in prior.calls]
     per_noise = v["timesteps_of_calls"].tolist()
@@ -86,7 +94,7 @@ def test_the_parts_in_2d(case):
         close(images, v["images"], F5)
         rewards = (images * values(NAME)["reward/w"]).mean((1, 2, 3))
         close(rewards, v["rewards"], F5)
-        weights = weighting_of(case)(rewards[:, None])[:, 0]
+        weights = weighting_of(strategy_of(case))(rewards[:, None])[:, 0]
     grads = SCHEDULE.weight(t, "sds", x) * (predict(x_t, t.expand(count), entry["cfg_scale"]) - noise)
     kept = weights.nonzero()[:, 0]
     grad = (weights[:, None, None, None] * grads).sum(0, keepdim=True) / len(kept)

@@ -1,84 +1,123 @@
-"""Tables, forward process, DDIM and time windows against diffusers, MVDream and threestudio (F1 and the integers of F2)."""
+"""Tables, forward process, DDIM, cameras and time windows against diffusers, MVDream and threestudio (F1 and the integers of F2)."""
+
+import json
+import re
 
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
-from tests.compat.distill_reference import StandIn, close, needs, recipe, under, values
+from eg3d_rlhf.generators.assets.views import network_cameras, views_at
+from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
+from tests.compat.distill_reference import StandIn, close, members, needs, present, recipe, under, values
 
-pytestmark = needs("schedules")
-F1 = 2e-6
+NAME, SDS, F1 = "schedules", "sds_threestudio", 2e-6
+pytestmark = needs(NAME)
+# as diffusers' schedulers call them; the set's JSON has the configuration of "sd" alone
+OTHER_TABLES = {
+    "mvdream": {}, "zero_snr": {"zero_snr": True}, "ddpm_linear": {"kind": "linear", "start": 1e-4, "end": 0.02},
+    "ddpm_cosine": {"kind": "squaredcos_cap_v2"},
+}  # fmt: skip
+
+
+def betas() -> torch.Tensor:
+    """Of Stable Diffusion, as the set configures it."""
+    config = recipe(NAME)["cases"].get("sd", {}).get("config", {})
+    names = {"beta_schedule": "kind", "beta_start": "start", "beta_end": "end"}
+    return betas_of(**{ours: config[theirs] for theirs, ours in names.items() if theirs in config})
 
 
 @pytest.fixture(scope="module")
 def schedule() -> NoiseSchedule:
-    return NoiseSchedule()
+    return NoiseSchedule((1 - betas()).cumprod(0))
 
 
-def test_tables(schedule):
-    v = values("schedules")
-    close(betas_of(), v["sd/betas"], F1)
-    close(schedule.alphas_cumprod, v["sd/alphas_cumprod"], F1)
-    close(schedule.alphas_cumprod, v["mvdream/alphas_cumprod"], F1)
-    close(schedule.alpha(torch.tensor([-1]), torch.zeros(1, 1)).squeeze(), v["sd/final_alpha_cumprod"], F1)
-    kinds = {"ddpm_linear": {"kind": "linear", "start": 1e-4, "end": 0.02}, "ddpm_cosine": {"kind": "squaredcos_cap_v2"}}
-    for name, options in {**kinds, "zero_snr": {"zero_snr": True}}.items():
-        close((1 - betas_of(**options)).cumprod(0), v[f"{name}/alphas_cumprod"], F1)
+def test_stable_diffusions_table(schedule):
+    wanted, bar, final = present(values(NAME), "sd/betas", "sd/alphas_cumprod", "sd/final_alpha_cumprod")
+    close(betas(), wanted, F1)
+    close(schedule.alphas_cumprod, bar, F1)
+    close(schedule.alpha(torch.tensor([-1]), torch.zeros(1, 1)).squeeze(), final, F1)
 
 
-@pytest.mark.parametrize("case", sorted(key for key in values("schedules") if key.startswith("timesteps/")))
+@pytest.mark.parametrize("name", OTHER_TABLES)
+def test_other_tables(name):
+    (bar,) = present(values(NAME), f"{name}/alphas_cumprod")
+    close((1 - betas_of(**OTHER_TABLES[name])).cumprod(0), bar, F1)
+
+
+@pytest.mark.parametrize("case", members(NAME, "timesteps"))
 def test_times_of_ddim(case):
-    spacing, n = case.split("/")[1].split("_")
-    assert ddim_times(int(n), spacing) == values("schedules")[case].tolist()
+    spacing, n = case.split("_")
+    assert ddim_times(int(n), spacing) == values(NAME)[f"timesteps/{case}/timesteps"].tolist()
 
 
 def test_forward_and_back(schedule):
-    v = values("schedules")
-    x, noise, t = v["forward/x0"], v["forward/noise"], v["forward/t"]
-    close(schedule.mix(x, noise, t), v["forward/x_t"], F1)
-    close(schedule.velocity(x, noise, t), v["forward/velocity"], F1)
-    close(schedule.noise_of_velocity(v["forward/x_t"], v["forward/velocity"], t), noise, F1)
-    close(schedule.mix(x, noise, t), v["mvdream_forward/x_t"], F1)
-    close(schedule.x0(v["mvdream_forward/x_t"], v["mvdream_forward/pred"], t), v["mvdream_forward/x0_from_noise"], F1)
+    x, noise, t, x_t, velocity = present(under(NAME, "forward"), "x0", "noise", "t", "x_t", "velocity")
+    close(schedule.mix(x, noise, t), x_t, F1)
+    close(schedule.velocity(x, noise, t), velocity, F1)
+    close(schedule.noise_of_velocity(x_t, velocity, t), noise, F1)
 
 
-@pytest.mark.parametrize("case", sorted({key.rsplit("/", 1)[0] for key in values("schedules") if key.startswith("ddim_step/")}))
+def test_mvdreams_forward_and_back(schedule):
+    x, noise, t = present(under(NAME, "forward"), "x0", "noise", "t")
+    x_t, pred, x0 = present(under(NAME, "mvdream_forward"), "x_t", "pred", "x0_from_noise")
+    close(schedule.mix(x, noise, t), x_t, F1)
+    close(schedule.x0(x_t, pred, t), x0, F1)
+
+
+@pytest.mark.parametrize("case", members(NAME, "ddim_step"))
 def test_ddim_steps(schedule, case):
-    v, (kind, n) = under("schedules", case), case.split("/")[1].rsplit("_", 1)
+    v, (kind, n) = under(NAME, f"ddim_step/{case}"), case.rsplit("_", 1)
     noise_of = {"epsilon": lambda x, e, _t: e, "v_prediction": schedule.noise_of_velocity, "sample": schedule.noise_of_x0}[kind]
     noise = noise_of(v["sample"], v["model_output"], v["t"])
-    close(schedule.ddim_step(v["sample"], noise, v["t"], v["t"] - 1000 // int(n)), v["prev_sample"], F1)
+    close(schedule.ddim_step(v["sample"], noise, v["t"], v["t"] - STEPS // int(n)), v["prev_sample"], F1)
     close(schedule.x0(v["sample"], noise, v["t"]), v["pred_original_sample"], F1)
 
 
-@pytest.mark.parametrize("case", sorted({key.rsplit("/", 1)[0] for key in values("schedules") if key.startswith("ddim_chain/")}))
+@pytest.mark.parametrize("case", members(NAME, "ddim_chain"))
 def test_ddim_chains(schedule, case):
-    v, n = under("schedules", case), int(case.split("/")[1])
+    v, n = under(NAME, f"ddim_chain/{case}"), int(case)
     net = StandIn({k: a for k, a in v.items() if k.startswith("net_")}, schedule.alphas_cumprod, {})
 
     def predict(x, t):
         null, text = (net.predict_noise(x, t, v[kind]) for kind in ("null", "cond"))
         return null + v["scale"] * (text - null)
 
-    times = [torch.tensor([time]) for time in [*ddim_times(n), ddim_times(n)[-1] - 1000 // n]]
+    times = [torch.tensor([time]) for time in [*ddim_times(n), ddim_times(n)[-1] - STEPS // n]]
     close(schedule.ddim_chain(v["x_start"], times, predict), v["x_end"], F1)
 
 
-@needs("sds_threestudio")
-@pytest.mark.parametrize("case", sorted(recipe("sds_threestudio")["cases"].get("window", {}).get("specs", {})))
+@pytest.mark.parametrize("case", members(NAME, "camera"))
+def test_our_front_is_the_networks_front(case):
+    """nVIEWS_eELEVATION_aFIRST_sSPAN: MVDream's table counts azimuth from -y; the front, +x, is at its 90 degrees."""
+    (theirs,) = present(values(NAME), f"camera/{case}/blender")
+    views, elevation, first, span = map(int, re.fullmatch(r"n(\d+)_e(-?\d+)_a(-?\d+)_s(\d+)", case).groups())
+    azimuth = first + torch.arange(views, dtype=torch.float64) * span / views - 90
+    ours = views_at(azimuth, *(torch.full_like(azimuth, value) for value in (elevation, 2.7, 40.0))).cameras
+    before = ours.clone()
+    torch.testing.assert_close(network_cameras(ours), theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, before)
+    front = views_at(*(torch.tensor([value], dtype=torch.float64) for value in (0.0, 0.0, 2.7, 40.0))).cameras
+    torch.testing.assert_close(network_cameras(front).view(4, 4)[:3, 3], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5)
+
+
+def specs(kind: str) -> dict:
+    return recipe(SDS)["cases"].get(kind, {}).get("specs", {})
+
+
+@needs(SDS)
+@pytest.mark.parametrize("case", specs("window"))
 def test_time_windows(case):
-    low, high, *annealed = recipe("sds_threestudio")["cases"]["window"]["specs"][case]
+    low, high, *annealed = specs("window")[case]
     low, high = (Ramp(tuple(end) if isinstance(end, list) else end) for end in (low, high))
     window = TimeWindow(low=low, high=high, sqrt_anneal=int(annealed[0].split()[-1]) if annealed else None)
-    rows = values("sds_threestudio")[f"window/{case}/rows"].tolist()
+    rows = values(SDS)[f"window/{case}/rows"].tolist()
     assert [[step, *window.at(step)] for step, *_ in rows] == rows
 
 
-@needs("sds_threestudio")
-@pytest.mark.parametrize(
-    ("case", "ramp"),
-    [("lambda_orient", Ramp((0, 10.0, 1000.0, 5000))), ("three", Ramp((1.0, 0.0, 100))), ("exp", Ramp((0, 1.0, 1e-3, 1000), log=True))],
-)
-def test_ramps(case, ramp):
-    rows = values("sds_threestudio")[f"ramp/{case}/rows"]
+@needs(SDS)
+@pytest.mark.parametrize("case", specs("ramp"))
+def test_ramps(case):
+    spec = specs("ramp")[case]  # numbers, or "[...] log-linear"
+    numbers = json.loads(spec[: spec.index("]") + 1]) if isinstance(spec, str) else spec
+    ramp, rows = Ramp(tuple(numbers), log="log" in str(spec)), values(SDS)[f"ramp/{case}/rows"]
     close(torch.tensor([ramp(int(step)) for step, _ in rows.tolist()], dtype=torch.float64), rows[:, 1], 1e-12)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.directions import DIRECTIONS, direction_of, mixture
+from eg3d_rlhf.tuning.distill.gradients import target_loss
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, direction_of, mixture
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
-from eg3d_rlhf.tuning.distill.target import target_loss
-from tests.compat.distill_reference import StandIn, cases, close, needs, recipe, under, values
+from tests.compat.distill_reference import StandIn, cases, close, latent_scale, needs, present, recipe, under, values
 
 pytestmark = needs("sds_threestudio")
 NAME, F2 = "sds_threestudio", 2e-5
@@ -15,15 +15,16 @@ SCHEDULE = NoiseSchedule()
 
 
 def test_directions():
-    for elevation, azimuth, index in values(NAME)["directions/rows"].tolist():
+    (rows,) = present(values(NAME), "directions/rows")
+    for elevation, azimuth, index in rows.tolist():
         assert DIRECTIONS.index(direction_of(elevation, azimuth)) == int(index)
 
 
-def conditions(config: dict, perp_neg: bool):
-    """text, null [4, T, D], negatives [2, 4, T, D] and their weights [4, 2]."""
+def conditions(config: dict, perp_neg: bool, count: int):
+    """text, null [B, T, D], negatives [2, B, T, D] and their weights [B, 2]."""
     v = values(NAME)
     if not config.get("view_dependent_prompting", True):
-        return v["prompt/text"].expand(4, -1, -1), v["prompt/null"].expand(4, -1, -1), None, None
+        return v["prompt/text"].expand(count, -1, -1), v["prompt/null"].expand(count, -1, -1), None, None
     views = list(zip(v["views/elevation"].tolist(), v["views/azimuth"].tolist(), strict=True))
     index = [DIRECTIONS.index(direction_of(*view)) for view in views]
     text, null = dict(zip(DIRECTIONS, v["prompt/text_vd"], strict=True)), v["prompt/null_vd"][index]
@@ -36,18 +37,18 @@ def conditions(config: dict, perp_neg: bool):
 
 
 def prior_of() -> StandIn:
-    return StandIn({**under(NAME, "net"), **under(NAME, "vae")}, SCHEDULE.alphas_cumprod, {})
+    return StandIn({**under(NAME, "net"), **under(NAME, "vae")}, SCHEDULE.alphas_cumprod, {}, scale=latent_scale(NAME))
 
 
 @pytest.mark.parametrize("case", cases(NAME, "case/"))
 def test_case(case):
     v, entry, prior = under(NAME, case), recipe(NAME)["cases"][case], prior_of()
-    config, perp = entry["config"], "perp_neg" in case
+    config, perp = entry["config"], "neg_weights" in v
     shown = v["input"].clone().requires_grad_()
     images = shown.permute(0, 3, 1, 2)
     x = prior.encode(images) if "image" in entry["input_is"] else images
     t, noise = v["t"], v["noise"]
-    text, null, negatives, weights = conditions(config, perp)
+    text, null, negatives, weights = conditions(config, perp, len(x))
     with torch.no_grad():
         bar = SCHEDULE.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
@@ -59,7 +60,7 @@ def test_case(case):
             interleaved = negatives.transpose(0, 1).flatten(0, 1)  # b0n0, b0n1, b1n0, ..: but the source repeats pictures as b0, b1, b2, ..
             recorded = prior.predict_noise(x_t.repeat(2, 1, 1, 1), t.repeat(2), interleaved)
             close(recorded, v["eps_all"][2 * len(x) :], F2)
-            others = recorded.unflatten(0, (-1, 2)).transpose(0, 1)  # [2, 4, C, H, W]
+            others = recorded.unflatten(0, (-1, 2)).transpose(0, 1)  # [2, B, C, H, W]
             close(weights, v["neg_weights"], F2)
             predicted = gradients.perp_neg(p_text, p_null, others, weights, config["guidance_scale"])
         else:  # this source counts from the conditional prediction

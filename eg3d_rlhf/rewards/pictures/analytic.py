@@ -1,7 +1,7 @@
 """Rewards in closed form: of pictures, and of geometry. What they judge is known, so what a method makes of them can be checked.
 
 `RewardModel` of pictures: scores [B] of [B, C, h, w] in 0..1 (C is 3, or 4 with inverse depth). `GeometryReward` (guidance/geometry.py) of
-fields: scores [A]. Neither is the judge (judges.py) nor the detector (noses.py). Letters: A assets, V views of each, B = A V.
+fields: scores [A]. Neither is the judge (judges.py) nor the detector (`boxes.noses`). Letters: A assets, V views of each, B = A V.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How noise is mixed into pictures, which times are drawn, and quantities that change with the step.
+"""How noise is mixed into pictures, which times are drawn, quantities that change with the step, and where random draws come from.
 
 Letters: B pictures, C, H, W of latents. a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a x + s e.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from training.phases import derive_seed
 
 STEPS = 1000
 Weighting = Literal["sds", "uniform", "fantasia3d"]
@@ -183,3 +185,28 @@ class TimeWindow:
         low, high = self.at(step)
         t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
         return t.repeat_interleave(views) if shared else t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """The draws of one run by name: each stream has a generator of its own, derived from (seed, stream, step).
+
+    A resumed run, another method's arm and another number of noises then see the same views, times and first noise.
+    """
+
+    seed: int
+
+    def generator(self, name: str, step: int) -> torch.Generator:
+        """A fresh generator on the CPU; the same name and step give the same draws."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, name, step))
+
+    def noises(self, count: int, like: torch.Tensor, step: int) -> torch.Tensor:
+        """[count, *like.shape] standard normal; noise k is that of stream noise/k, whatever the count."""
+        return torch.stack([self._normal(f"noise/{k}", like.shape, step) for k in range(count)]).to(like)
+
+    def chance(self, name: str, count: int, step: int) -> torch.Tensor:
+        """[count] uniform in 0..1."""
+        return torch.rand(count, generator=self.generator(name, step))
+
+    def _normal(self, name: str, shape: Sequence[int], step: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator(name, step))

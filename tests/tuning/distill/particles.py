@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior
+from eg3d_rlhf.tuning.distill.gradients import distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.schedule import TimeWindow
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import distillation_loss
+from eg3d_rlhf.tuning.distill.schedule import Streams, TimeWindow
 
 B, PROMPT = 256, "thing"
 ROWS = torch.tensor([1.0, 1.0, -1.0, -1.0]).view(1, 1, 4, 1).expand(1, 1, 4, 4)  # norm 4

@@ -6,17 +6,17 @@ from typing import NamedTuple
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance
-from eg3d_rlhf.generators.assets.render import FourViews
-from eg3d_rlhf.generators.assets.voxels import Voxels
+from eg3d_rlhf.generators.assets.grids import Voxels
+from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.rewards.pictures.judges import plausibility
-from eg3d_rlhf.rewards.pictures.noses import noses
+from eg3d_rlhf.tuning.distill.gradients import target_loss
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
-from eg3d_rlhf.tuning.distill.schedule import TimeWindow
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import target_loss
+from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
+from eg3d_rlhf.tuning.distill.schedule import Streams, TimeWindow
 
 BLACK = torch.zeros(3)
 
@@ -28,6 +28,32 @@ class End(NamedTuple):
     before: torch.Tensor  # [A] noses at the start
     after: torch.Tensor  # [A]
     rms: torch.Tensor  # [A] of pictures in 0..1, to the nearest modes
+
+
+class Shares(NamedTuple):
+    """Shares of assets by their number of noses."""
+
+    none: float
+    exactly_one: float
+    two_or_more: float  # the Janus ratio
+
+
+def shares(counts: torch.Tensor) -> Shares:
+    """Of counts [A]."""
+    return Shares(*(float(hit.double().mean()) for hit in (counts == 0, counts == 1, counts >= 2)))
+
+
+def exact_prior(std: float = 0.3) -> GmmPrior:
+    """Each prompt an even mixture of its two modes, of deviation `std` in latents of -1..1; the null one of all.
+
+    It is exact, so guide by 1: larger scales push away from what all prompts share, and so from plain sides.
+    """
+    means = problem.modes()
+    embeddings = {"": torch.zeros(len(means))}
+    for i, prompt in enumerate(problem.PROMPTS):
+        embeddings[prompt.text] = torch.full((len(means),), -30.0)
+        embeddings[prompt.text][2 * i : 2 * i + 2] = 0
+    return GmmPrior(means, torch.full((len(means),), std), embeddings)
 
 
 def heads(count: int) -> list[str]:
@@ -46,7 +72,7 @@ def optimise(
     geometry: GeometryReward | None = None, weight: float = 0.3, every: int = 5, p: float = problem.FACE_PROBABILITY,
 ) -> End:
     """Adam on voxels, one time per asset; all draws from the seed."""
-    prior, streams, renderer = problem.prior(), Streams(seed=seed), FourViews()
+    prior, streams, renderer = exact_prior(), Streams(seed=seed), FourViews()
     asset = problem.start(prompts, [streams.generator(f"start/{i}", 0) for i in range(len(prompts))], p)
     before, views = noses(asset), renderer.draw(len(asset), torch.Generator())
     method = guidance(prior, seed)

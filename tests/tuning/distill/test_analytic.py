@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import RewardModel
-from eg3d_rlhf.generators.assets.voxels import Voxels
+from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.pictures.analytic import (
     Colour,

@@ -7,12 +7,11 @@ import torch
 
 from eg3d_rlhf.rewards.pictures.analytic import Inverted
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.directions import angles_of, direction_of, mixture
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, angles_of, direction_of, mixture
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.methods import guidance_of, settings_of
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.schedule import Streams
 
 VIEWS = [(0.0, 10.0), (10.0, 100.0), (70.0, -160.0), (-5.0, -170.0)]  # elevation, azimuth
 

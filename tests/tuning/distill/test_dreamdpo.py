@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Guidance
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, RankingSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
-from eg3d_rlhf.tuning.distill.guidance.ranking import RankingSettings
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Prefers, Towards, gain, optimise, plain, prior
 
 STREAMS = Streams(seed=1)

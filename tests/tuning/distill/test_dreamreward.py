@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.tuning.distill.gradients import Balance, History, norm_per_asset
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
-from eg3d_rlhf.tuning.distill.schedule import Ramp
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import Balance, History, norm_per_asset
+from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
 from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Towards, gain, optimise, plain, prior
 
 STREAMS = Streams(seed=1)

@@ -8,9 +8,8 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import LEVEL, CameraFamily, Field, ProductField, RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.assets.asset import ARCHITECTURE, load_assets, sparsity
-from eg3d_rlhf.generators.assets.planes import TriPlanes
-from eg3d_rlhf.generators.assets.render import PerspectiveViews
-from eg3d_rlhf.generators.assets.voxels import GAIN, Voxels
+from eg3d_rlhf.generators.assets.grids import GAIN, TriPlanes, Voxels
+from eg3d_rlhf.generators.assets.views import PerspectiveViews
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.observations.depth import Depth

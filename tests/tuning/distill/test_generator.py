@@ -20,7 +20,7 @@ from eg3d_rlhf.people.label.pairing import PairingOptions, plan
 from eg3d_rlhf.people.study import commands as study
 from eg3d_rlhf.people.study.design import read_design, study_pairs
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.pictures.noses import noses
+from eg3d_rlhf.rewards.boxes import noses
 from tools import export_mesh, gen_samples, train_reward
 
 REPO = Path(__file__).resolve().parents[3]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader, PatchOptions
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
+from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.observations.depth import Depth
 from eg3d_rlhf.rewards.observations.points import LevelSetPoints
 from eg3d_rlhf.rewards.pictures.analytic import OneNose

@@ -18,7 +18,7 @@ from eg3d_rlhf.measures.nearest_head import distance_to_heads
 from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
 from eg3d_rlhf.rewards.pictures.analytic import OneNose
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.tuning.distill import heads
+from eg3d_rlhf.tuning.distill import scene_heads as heads
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, twisted
 from eg3d_rlhf.tuning.distill.scene import open_scene

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
+from eg3d_rlhf.tuning.distill.gradients import STRATEGIES, NoiseWeighting
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
-from eg3d_rlhf.tuning.distill.noise_weighting import STRATEGIES, NoiseWeighting
-from eg3d_rlhf.tuning.distill.schedule import Ramp
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
 from tests.tuning.distill.particles import Along, Towards, optimise, prior
 
 STREAMS, FEW = Streams(seed=1), {"steps": 25, "lr": 0.05}

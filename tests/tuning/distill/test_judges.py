@@ -12,8 +12,10 @@ from eg3d_rlhf.core.interfaces import PairwiseJudge
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.pictures.analytic import MeanPixel, OneFace
 from eg3d_rlhf.rewards.pictures.judges import (
+    KEY_VARIABLE,
     AssetJudge,
     RewardJudge,
+    VisionLanguageJudge,
     WeightedJudge,
     YesNoJudge,
     analytic_answers,
@@ -22,7 +24,6 @@ from eg3d_rlhf.rewards.pictures.judges import (
     first_emblems,
     verdict,
 )  # fmt: skip
-from eg3d_rlhf.rewards.pictures.vision_language import KEY_VARIABLE, VisionLanguageJudge
 from tests.tuning.distill.test_problem import BOX, FACES, HEAD, pictures
 
 

@@ -18,8 +18,7 @@ from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSetting
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
-from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams, TimeWindow
 from tests.tuning.distill.particles import optimise
 
 pytestmark = pytest.mark.long

@@ -14,15 +14,13 @@ import torch
 
 from eg3d_rlhf.experiments.run import STATS
 from eg3d_rlhf.generators.assets.asset import load_assets
-from eg3d_rlhf.rewards.meshes.encoder import EncoderOptions
-from eg3d_rlhf.rewards.meshes.meshing.patches import PatchOptions
-from eg3d_rlhf.rewards.meshes.model import RewardCS
-from eg3d_rlhf.tuning.distill.bundled import bundled_scene
+from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
-from eg3d_rlhf.tuning.distill.loop import StoppedError
-from eg3d_rlhf.tuning.distill.progress import signs
-from eg3d_rlhf.tuning.distill.report import notes
-from eg3d_rlhf.tuning.distill.run import ASSETS, Part, distil
+from eg3d_rlhf.tuning.distill.loop import StoppedError, signs
+from eg3d_rlhf.tuning.distill.outputs import notes
+from eg3d_rlhf.tuning.distill.parts import ASSETS, Part, distil
+from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 from training.storage import read_tensors
 
 REPO = Path(__file__).resolve().parents[3]

@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining
 from eg3d_rlhf.rewards.pictures.analytic import ModeDistance, OneNose, Volume
-from eg3d_rlhf.rewards.pictures.noses import shares
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
-from eg3d_rlhf.tuning.distill.streams import Streams
-from tests.tuning.distill.problem_runs import heads, optimise, sds
+from eg3d_rlhf.tuning.distill.schedule import Streams
+from tests.tuning.distill.problem_runs import heads, optimise, sds, shares
 
 SEEDS = (3, 4, 5)
 

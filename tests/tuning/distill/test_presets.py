@@ -11,8 +11,8 @@ from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewa
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
-from eg3d_rlhf.tuning.distill.presets import PRESETS
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.methods import PRESETS
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.particles import PROMPT, Along, prior
 
 METHODS = {DreamDpoSettings: DreamDpo, DreamRewardSettings: DreamReward, PsdSettings: Psd, RewardSdsSettings: RewardSds, SdsSettings: Sds}

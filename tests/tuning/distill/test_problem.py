@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior
-from eg3d_rlhf.generators.assets.render import FourViews
+from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.pictures.noses import count, heights_of_field, heights_of_mesh, noses, shares
-from eg3d_rlhf.tuning.distill.streams import Streams
-from tests.tuning.distill.problem_runs import BLACK, heads
+from eg3d_rlhf.rewards.boxes import count, heights_of_field, heights_of_mesh, noses
+from eg3d_rlhf.tuning.distill.schedule import Streams
+from tests.tuning.distill.problem_runs import BLACK, exact_prior, heads, shares
 
 HEAD, BOX = problem.PROMPTS[0], problem.PROMPTS[14]
 FACES = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float32)
@@ -72,13 +72,6 @@ def test_the_detector_is_not_fooled():
     assert [int(noses(one)) for one in (wall, speck)] == [0, 0] and int(noses(deep)) in (0, 1)
 
 
-def test_three_shares():
-    found = shares(torch.tensor([0, 1, 1, 2, 4]))
-    assert found == (0.2, 0.4, 0.4, 5)
-    with pytest.raises(ValueError, match="at least one asset"):
-        shares(torch.zeros(0))
-
-
 def test_the_start_is_binomial():
     theory = 1 - 0.55**4 - 4 * 0.45 * 0.55**3
     assert theory == pytest.approx(0.609, abs=1e-3)
@@ -104,7 +97,7 @@ def test_every_side_starts_nearest_the_mode_it_was_drawn_for():
 
 
 def test_the_prior_knows_the_prompts_and_looks_at_one_side():
-    prior = problem.prior()
+    prior = exact_prior()
     assert isinstance(prior, DiffusionPrior) and prior.views == 1 and prior.latent_shape == (4, 16, 16)
     head = pictures(problem.build(HEAD, FACES))
     x = prior.encode(head)

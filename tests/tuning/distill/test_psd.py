@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Guidance
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, RankingSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
-from eg3d_rlhf.tuning.distill.guidance.ranking import RankingSettings
-from eg3d_rlhf.tuning.distill.schedule import Ramp
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
 from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Outcome, Prefers, Towards, gain, optimise, plain, prior
 
 STREAMS = Streams(seed=1)

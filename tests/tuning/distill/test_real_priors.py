@@ -13,11 +13,17 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 from eg3d_rlhf.core.interfaces import DiffusionPrior  # noqa: E402
 from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras  # noqa: E402
 from eg3d_rlhf.models.local_files import tell_once  # noqa: E402
-from eg3d_rlhf.tuning.distill.gradients import guided, sds  # noqa: E402
-from eg3d_rlhf.tuning.distill.priors.local import load_prior, prior_costs  # noqa: E402
-from eg3d_rlhf.tuning.distill.priors.mvdream import join_views  # noqa: E402
-from eg3d_rlhf.tuning.distill.priors.stable_diffusion import PriorOptions  # noqa: E402
-from eg3d_rlhf.tuning.distill.target import target_loss  # noqa: E402
+from eg3d_rlhf.tuning.distill.gradients import (  # noqa: E402
+    guided,
+    sds,
+    target_loss,  # noqa: E402
+)
+from eg3d_rlhf.tuning.distill.priors.latent_diffusion import (  # noqa: E402
+    PriorOptions,  # noqa: E402
+    join_views,  # noqa: E402
+    load_prior,
+    prior_costs,
+)
 from tests.tuning.distill import layouts  # noqa: E402
 
 FORMS = ("1.5", "2.1")

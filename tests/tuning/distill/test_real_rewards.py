@@ -6,15 +6,13 @@ import sys
 import pytest
 import torch
 
-from eg3d_rlhf.core.interfaces import RewardModel
+from eg3d_rlhf.core.interfaces import CheckedPrior, RewardModel, check_pictures, check_views
 from eg3d_rlhf.core.memory import Costs
-from eg3d_rlhf.core.ranges import CheckedPrior, check_pictures, check_views
 from eg3d_rlhf.models.blip import BlipSizes
 from eg3d_rlhf.models.preprocess import clip_preprocess, pad_preprocess
-from eg3d_rlhf.rewards.pictures.checks import CheckedReward
-from eg3d_rlhf.rewards.pictures.local import ImscoreReward, load_reward, reward_costs
+from eg3d_rlhf.rewards.pictures.from_files import CheckedReward, ImscoreReward, load_reward, reward_costs
 from eg3d_rlhf.rewards.pictures.reward3d import BlipReward, Reward3dNetwork
-from eg3d_rlhf.tuning.distill.priors.local import load_prior, prior_costs
+from eg3d_rlhf.tuning.distill.priors.latent_diffusion import load_prior, prior_costs
 from tests.tuning.distill import layouts
 
 KINDS = ("ImageReward", "Scorer", "CrossViewFusion")

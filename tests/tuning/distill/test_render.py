@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.field import RenderOptions
-from eg3d_rlhf.generators.assets.planes import TriPlanes
-from eg3d_rlhf.generators.assets.render import DISTANCE, FourViews, four_views, nearness
-from eg3d_rlhf.generators.assets.views import evenly_around
+from eg3d_rlhf.generators.assets.grids import TriPlanes
+from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, four_views, nearness
 from tests.tuning.distill.test_field import balls, random_voxels
 
 BLACK = torch.zeros(3)

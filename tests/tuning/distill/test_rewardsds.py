@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.tuning.distill.gradients import NoiseWeighting
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
-from eg3d_rlhf.tuning.distill.noise_weighting import NoiseWeighting
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Towards, gain, optimise, plain, prior
 
 STREAMS = Streams(seed=1)

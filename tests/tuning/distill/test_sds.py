@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.tuning.distill.gradients import distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
-from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import distillation_loss, target_loss
+from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams, TimeWindow
 from tests.tuning.distill.particles import PROMPT, optimise, prior
 
 STREAMS = Streams(seed=0)

@@ -5,8 +5,7 @@ import torch
 
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.interfaces import DiffusionPrior
-from eg3d_rlhf.generators.assets.render import DISTANCE
-from eg3d_rlhf.generators.assets.views import evenly_around
+from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import (
     PriorTraining,

@@ -1,20 +1,80 @@
-"""What all methods share: noising the views, asking the prior with and without the prompt, and scoring what comes out.
+"""What all methods share: noising the views, asking the prior with and without the prompt, scoring and ranking what comes out.
 
 Letters: K noises, A assets, V views of an asset, B = A V pictures, Q = 2 negatives of Perp-Neg, T, D tokens and entries of a condition.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, RewardModel
+from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.directions import angles_of, direction_of, mixture
-from eg3d_rlhf.tuning.distill.schedule import WEIGHTINGS, NoiseSchedule
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import norm_per_asset
+from eg3d_rlhf.tuning.distill.gradients import History, norm_per_asset
+from eg3d_rlhf.tuning.distill.schedule import WEIGHTINGS, NoiseSchedule, Streams
 from training.config import check_knobs, knob
+
+# From which side a camera looks, in words for the prompt, and Perp-Neg's mixture of prompts (Armandpour et al. 2023). In degrees; azimuth 0
+# is the front, elevation up.
+
+DIRECTIONS = ("side", "front", "back", "overhead")
+# weight -(a exp(-b r) + c) of a negative prompt, r the share of the nearer view: (a, b, c)
+FRONT_OF_FRONT_SIDE = SIDE_OF_FRONT_SIDE = (4.0, 0.5, -2.426)
+SIDE_OF_SIDE_BACK, FRONT_OF_SIDE_BACK = (1.0, 0.5, -0.606), (1.0, 0.5, 0.967)
+
+
+def angles_of(cameras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elevation and azimuth [B] in degrees of cameras [B, 16], cam2world with y up that look at the origin; azimuth 0 is +z, 90 is +x."""
+    x, y, z = cameras.view(-1, 4, 4)[:, :3, 3].unbind(1)
+    return torch.rad2deg(torch.atan2(y, torch.hypot(x, z))), torch.rad2deg(torch.atan2(x, z))
+
+
+def _turned(azimuth: float) -> float:
+    """The same azimuth in -180..180."""
+    return (azimuth + 180) % 360 - 180
+
+
+def direction_of(elevation: float, azimuth: float, *, front: float = 45, back: float = 45, overhead: float = 60) -> str:
+    """side, unless within `front` of 0, `back` of 180, or more than `overhead` up; the later one wins. MVDream's family: 30, 30, 60."""
+    turned = abs(_turned(azimuth))
+    if elevation > overhead:
+        return "overhead"
+    if turned > 180 - back:
+        return "back"
+    return "front" if turned < front else "side"
+
+
+def told(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
+    """What a reward is told of pictures [B]: their prompts, and the side where it was trained so, as Reward3D was (MVDream's thresholds).
+
+    Raises: ValueError where prompts should name the side and no cameras [B, 16] are given.
+    """
+    if not getattr(reward, "view_prompts", False):
+        return prompts
+    if cameras is None:
+        raise ValueError("--reward: expected cameras of the pictures, whose side it is told, got none. Give cameras.")
+    angles = zip(*(angle.tolist() for angle in angles_of(cameras)), strict=True)
+    return [f"{prompt}, {direction_of(*view, front=30, back=30)} view" for prompt, view in zip(prompts, angles, strict=True)]
+
+
+def mixture(elevation: float, azimuth: float, overhead: float = 60) -> tuple[dict[str, float], list[str | None], list[float]]:
+    """Perp-Neg of one view: shares of directions in the prompt, those of two negatives (None: the null one), their weights <= 0."""
+    if elevation > overhead:
+        return {"overhead": 1.0}, [None, None], [0.0, 0.0]
+    turned = abs(_turned(azimuth))
+    r = 1 - turned / 90 if turned < 90 else 2 - turned / 90
+    if turned < 90:
+        decays = _decay(FRONT_OF_FRONT_SIDE, r), _decay(SIDE_OF_FRONT_SIDE, 1 - r)
+        return {"front": r, "side": 1 - r}, ["front", "side"], [-d for d in decays]
+    decays = _decay(SIDE_OF_SIDE_BACK, r), _decay(FRONT_OF_SIDE_BACK, r)
+    return {"side": r, "back": 1 - r}, ["side", "front"], [-d for d in decays]
+
+
+def _decay(constants: tuple[float, float, float], r: float) -> float:
+    a, b, c = constants
+    return a * math.exp(-b * r) + c
+
 
 PRIOR = "Asking the prior"  # title of the flags
 FORMS = ("sds", "sjc", "sjc-plain", "recon")
@@ -207,3 +267,91 @@ class Denoiser:
         norms = norm_per_asset(base, self.views), norm_per_asset(added, self.views)
         inner = (base * added).reshape(-1, self.views * base[0].numel()).sum(1)
         return {"sds_norm": norms[0], "preference_norm": norms[1], "cosine": inner / (norms[0] * norms[1]).clamp_min(1e-30)}
+
+
+# Which of K = 2 noises gave the better pictures: by a reward, by a judge, or by both. N assets, or pictures where views are ranked alone.
+
+RANKING = "Ranking two noises"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingSettings:
+    """What makes one noise the winner."""
+
+    pair_level: str = knob("asset", "Rank assets, or each view alone as DreamDPO's code does.", RANKING, choices=("asset", "view"))
+    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING)
+    judge_mode: str = knob("replace", "A judge's answer replaces the reward's, is added, or is OR-ed as in DreamDPO's code.", RANKING,
+                           choices=("replace", "sum", "or"))
+    judge_weight: float = knob(1.0, "Of an answer, of the mode sum.", RANKING, low=0)
+    judge_from: int = knob(0, "First step at which the judge is asked.", RANKING, metavar="STEP", low=0)
+    judge_share: float = knob(1.0, "Probability with which it is asked at a step.", RANKING, low=0, high=1)
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+class Ranks(NamedTuple):
+    """A ranking."""
+
+    scores: torch.Tensor  # [2, N]; a judge's answer alone: 1 and 0
+    winner: torch.Tensor  # [N] 0 or 1; -1: no answer
+    gap: torch.Tensor  # [N] winner's score less the loser's; 0 where there is no answer
+
+
+class Ranking:
+    """Scores and ranks the pictures of two noises. An answer of a judge alone is a gap of 1."""
+
+    def __init__(self, denoiser: Denoiser, reward: RewardModel | None, judge: PairwiseJudge | None, settings: RankingSettings):
+        """Raises: ValueError without reward and judge, or for a way of joining them that needs both."""
+        if reward is None and (judge is None or settings.judge_mode != "replace"):
+            raise ValueError("--reward: expected a reward, or a judge that replaces it, got none. Name one.")
+        if settings.pair_level == "view" and reward is not None and reward.views > 1:
+            raise ValueError(f"--pair-level: expected asset for a reward of {reward.views} views together, got view. Use asset.")
+        if reward is not None:
+            denoiser.check_reward(reward)
+        self.denoiser, self.reward, self.judge, self.settings = denoiser, reward, judge, settings
+        self.history = History()
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor | None, step: int) -> Ranks:
+        """Args: images [2, B, 3, h, w] in 0..1; prompts: one per picture; cameras [B, 16]."""
+        s, views = self.settings, self.denoiser.views if self.settings.pair_level == "asset" else 1
+        scores = None if self.reward is None else self._score(images, told(self.reward, prompts, cameras))
+        if self.judge is None or not self._asked(step):
+            return self._by_score(images, views) if scores is None else _ranks(scores)
+        answers = torch.tensor(self._answers(images, prompts, views), device=images.device)  # [N]
+        votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)  # [2, N]
+        if scores is None or s.judge_mode == "replace":
+            return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
+        if s.judge_mode == "sum":
+            return _ranks(scores + s.judge_weight * votes)
+        first = (scores[0] >= scores[1]) | (answers == 0)
+        return Ranks(scores, (~first).long(), torch.where(first, scores[0] - scores[1], scores[1] - scores[0]))
+
+    def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        scores = self.denoiser.score(self.reward, images, prompts)  # type: ignore[arg-type]
+        scores = self.denoiser.per_asset(scores) if self.settings.pair_level == "asset" else scores
+        if not self.settings.standardise:
+            return scores
+        self.history.add(scores)
+        return (scores - self.history.mean()) / self.history.deviation()
+
+    def _by_score(self, images: torch.Tensor, views: int) -> Ranks:
+        """Nobody was asked."""
+        none = images.new_zeros(images.shape[1] // views)
+        return Ranks(torch.stack([none, none]), none.long() - 1, none)
+
+    def _asked(self, step: int) -> bool:
+        s = self.settings
+        return step >= s.judge_from and float(self.denoiser.streams.chance("judge", 1, step)) < s.judge_share
+
+    def _answers(self, images: torch.Tensor, prompts: list[str], views: int) -> list[int]:
+        first, second = images.unflatten(1, (-1, views)).unbind(0)  # [N, V, 3, h, w] each
+        answers = self.judge.judge(prompts[::views], list(zip(first, second, strict=True)))  # type: ignore[union-attr]
+        if len(answers) != len(first) or not set(answers) <= {-1, 0, 1}:
+            raise ValueError(f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge.")
+        return answers
+
+
+def _ranks(scores: torch.Tensor) -> Ranks:
+    first = scores[0] >= scores[1]
+    return Ranks(scores, (~first).long(), (scores[0] - scores[1]).abs())

@@ -7,11 +7,9 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.ranking import Ranking, RankingSettings
-from eg3d_rlhf.tuning.distill.noise_weighting import NoiseWeighting
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import History
+from eg3d_rlhf.tuning.distill.gradients import History, NoiseWeighting
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, Ranking, RankingSettings
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import check_knobs, knob
 
 DREAMDPO = "DreamDPO"

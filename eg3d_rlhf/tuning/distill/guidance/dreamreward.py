@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.directions import told
-from eg3d_rlhf.tuning.distill.schedule import Ramp
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import Balance, digits, norm_per_asset
+from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, told
+from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
 from training.config import check_knobs, knob
 
 DREAMREWARD = "DreamReward"

@@ -10,19 +10,25 @@ Letters: A assets.
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import MeshReward
-from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader
-from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.rewards.meshes.model import KIND, load_mesh_reward
+from eg3d_rlhf.rewards.meshes.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.surfaces import cube
+from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.tuning.distill.gradients import Balance
 from eg3d_rlhf.tuning.distill.schedule import Ramp
-from eg3d_rlhf.tuning.distill.target import Balance
 from training.config import check_knobs, knob
+from training.storage import read_meta
 
 GEOMETRY = "Geometry reward"  # title of the flags
 
@@ -174,3 +180,37 @@ class ProgressiveGeometry:
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """[A] over all parameters of an asset."""
     return torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
+
+
+# Geometry rewards from files: a mesh reward (RewardCS), or a reward on density, depth or points as tools/train_reward.py makes it.
+
+
+def file_of(name: str) -> Path | None:
+    """The file that --geometry-reward names; None for none."""
+    return {"none": None, "sigma": bundled.REWARD}.get(name, Path(name))
+
+
+def load_geometry(name: str, device: torch.device) -> Callable[[], GeometryReward] | None:
+    """A maker of the reward that --geometry-reward names: none, sigma (the bundled reward of densities), or a file.
+
+    Raises: FileNotFoundError, ValueError: one line that names the flag.
+    """
+    path = file_of(name)
+    if path is None:
+        return None
+    with naming("--geometry-reward"):
+        if not path.is_file():
+            raise FileNotFoundError(f"expected none, sigma or the file of a reward, got nothing at {path}. Check the path.")
+        if _is_mesh_reward(path):
+            mesh = load_mesh_reward(path, device)
+            return lambda: MeshGeometry(MeshReader(cube(mesh.resolution), mesh.patches), mesh)
+        observed = ObservedGeometry(load_reward(path, device))
+    return lambda: observed
+
+
+def _is_mesh_reward(path: Path) -> bool:
+    try:
+        read_meta(path, KIND)
+    except ValueError:
+        return False
+    return True

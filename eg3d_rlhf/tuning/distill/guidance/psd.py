@@ -11,10 +11,17 @@ import torch
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings, Prediction
-from eg3d_rlhf.tuning.distill.guidance.directions import told
-from eg3d_rlhf.tuning.distill.guidance.ranking import Ranking, RankingSettings, Ranks
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.guidance.denoiser import (
+    Conditions,
+    Denoiser,
+    DenoiserSettings,
+    Prediction,
+    Ranking,
+    RankingSettings,
+    Ranks,
+    told,
+)
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import check_knobs, knob
 
 PSD = "Preference score distillation"

@@ -6,12 +6,9 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.directions import told
-from eg3d_rlhf.tuning.distill.noise_weighting import NOISES, NoiseWeighting
-from eg3d_rlhf.tuning.distill.schedule import ddim_times
-from eg3d_rlhf.tuning.distill.streams import Streams
-from eg3d_rlhf.tuning.distill.target import History
+from eg3d_rlhf.tuning.distill.gradients import NOISES, History, NoiseWeighting
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings, told
+from eg3d_rlhf.tuning.distill.schedule import Streams, ddim_times
 from training.config import check_knobs, knob
 
 

@@ -1,13 +1,18 @@
-"""Score distillation sampling: the base of every other method."""
+"""Score distillation sampling, the base of every other method; and best of n: the same from several starts, of which the reward keeps the
+asset that it scores highest at the end.
+
+No preference enters a gradient of best of n: it is what any tuning has to beat, at n times the work. Letters: A assets, S starts of each,
+V views.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput
+from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings
-from eg3d_rlhf.tuning.distill.streams import Streams
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, told
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import check_knobs, knob
 
 SDS = "Score distillation"
@@ -59,3 +64,31 @@ class Sds:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Nothing to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNSettings(SdsSettings):
+    """How many there are to choose from."""
+
+    starts: int = knob(4, "Assets that are optimised for each one that is kept: as many times the work of sds.", "Best of n", low=1)
+
+
+class BestOfN(Sds):
+    """Distillation of S x A assets; those of start s stand at s A to (s + 1) A - 1."""
+
+    def __init__(self, prior: DiffusionPrior, settings: BestOfNSettings, *, views: int, streams: Streams, reward: RewardModel):
+        super().__init__(prior, settings, views=views, streams=streams)
+        self.denoiser.check_reward(reward)
+        self.starts, self.reward = settings.starts, reward
+
+    @torch.no_grad()
+    def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
+        """Places of the A assets to keep: of each, the start with the largest mean reward over its views; equal ones, the first.
+
+        Args: images [S A V, 3, h, w] in 0..1 of the finished assets; prompts: one per picture; cameras [S A V, 16].
+        """
+        d = self.denoiser
+        scores = d.per_asset(d.score(self.reward, images[None], told(self.reward, prompts, cameras)))[0]  # [S A]
+        assets = len(scores) // self.starts
+        chosen = scores.unflatten(0, (self.starts, assets)).argmax(0).cpu()  # [A]
+        return (chosen * assets + torch.arange(assets)).tolist()

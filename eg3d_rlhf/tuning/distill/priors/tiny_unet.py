@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
-from eg3d_rlhf.generators.assets.render import DISTANCE
-from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras
+from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around, network_cameras
 from eg3d_rlhf.rewards.boxes import PROMPTS, SIDES, modes
 from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule
 from training.config import check_knobs, knob

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.rewards.meshes.meshing.features import PLACES, face_features, placed
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import marching_tetrahedra
+from eg3d_rlhf.rewards.meshes.patchifiers import PLACES, face_features, placed
+from eg3d_rlhf.rewards.meshes.surfaces import cube, marching_tetrahedra
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.geometry.mesh import count_edges
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.nets import net, net_mesh
-from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, marching_tetrahedra, signed_volume
+from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, net, net_mesh, signed_volume
 
 
 def body(grid):

@@ -5,12 +5,9 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.maps import base, maps, nearest_on
-from eg3d_rlhf.rewards.meshes.meshing.nets import net_mesh
-from eg3d_rlhf.rewards.meshes.meshing.patches import MeshReader, PatchOptions, patches_of
-from eg3d_rlhf.rewards.meshes.meshing.regions import grown, neighbours, regions
-from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, cut, densities, marching_tetrahedra
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions, patches_of
+from eg3d_rlhf.rewards.meshes.patchifiers import base, grown, maps, nearest_on, neighbours, regions
+from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, cut, densities, marching_tetrahedra, net_mesh
 from tests.tuning.distill.meshing.test_tetrahedra import Cloud, ball
 from tests.tuning.distill.test_field import random_voxels
 

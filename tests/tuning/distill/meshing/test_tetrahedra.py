@@ -8,9 +8,10 @@ import torch
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.geometry.mesh import count_edges, face_volumes
-from eg3d_rlhf.rewards.meshes.meshing.lattice import Lattice, cube
-from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import (
+from eg3d_rlhf.rewards.meshes.surfaces import (
     COUNT,
+    Lattice,
+    cube,
     densities,
     extract,
     marched,

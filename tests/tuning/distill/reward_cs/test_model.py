@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import MeshReward, Patches
-from eg3d_rlhf.rewards.meshes.encoder import EncoderOptions, MeshEncoder, load_meshmae
-from eg3d_rlhf.rewards.meshes.meshing.patches import PatchOptions
-from eg3d_rlhf.rewards.meshes.model import RewardCS, load_mesh_reward
-from eg3d_rlhf.rewards.meshes.prompts import PromptTokens
+from eg3d_rlhf.rewards.meshes.model import EncoderOptions, MeshEncoder, PromptTokens, RewardCS, load_mesh_reward, load_meshmae
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions
 
 PROMPTS = ("a red head", "a box")
 

@@ -9,15 +9,13 @@ import train_mesh_reward
 from click.testing import CliRunner
 
 from eg3d_rlhf.geometry.mesh import count_edges, parts
-from eg3d_rlhf.rewards.meshes import dataset, run
-from eg3d_rlhf.rewards.meshes.dataset import area_only, dealt, drawn, load_mesh, severity_of, shuffled, turned
-from eg3d_rlhf.rewards.meshes.meshing.lattice import cube
-from eg3d_rlhf.rewards.meshes.meshing.patches import PatchOptions, patches_of
-from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, marching_tetrahedra, signed_volume
+from eg3d_rlhf.rewards.meshes import dataset
+from eg3d_rlhf.rewards.meshes import train as run
+from eg3d_rlhf.rewards.meshes.dataset import KINDS, SOURCES, area_only, dealt, drawn, load_mesh, severity_of, shuffled, turned
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
-from eg3d_rlhf.rewards.meshes.run import run_table
-from eg3d_rlhf.rewards.meshes.shapes import KINDS, SOURCES
-from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of
+from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, signed_volume
+from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining, run_table
 
 TINY = {"shapes": 80, "resolution": 8, "patches": 8, "faces": 8, "width": 16, "depth": 1, "heads": 2, "steps": 60, "batch": 8}
 

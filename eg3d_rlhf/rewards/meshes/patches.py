@@ -17,12 +17,19 @@ import torch
 
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import Mesh, Patches
-from eg3d_rlhf.rewards.meshes.meshing.features import AREAS, PLACES, Owners, Plan, framed, patch_features, vertex_normals, whereabouts
-from eg3d_rlhf.rewards.meshes.meshing.lattice import Lattice
-from eg3d_rlhf.rewards.meshes.meshing.maps import maps
-from eg3d_rlhf.rewards.meshes.meshing.nets import Net, net, net_mesh
-from eg3d_rlhf.rewards.meshes.meshing.regions import regions
-from eg3d_rlhf.rewards.meshes.meshing.tetrahedra import closed_level, crossed, densities, isovalues
+from eg3d_rlhf.rewards.meshes.patchifiers import (
+    AREAS,
+    PLACES,
+    Owners,
+    Plan,
+    framed,
+    maps,
+    patch_features,
+    regions,
+    vertex_normals,
+    whereabouts,
+)
+from eg3d_rlhf.rewards.meshes.surfaces import Lattice, Net, closed_level, crossed, densities, isovalues, net, net_mesh
 
 PATCHIFIERS = {"regions": regions, "maps": maps}
 

@@ -1,4 +1,5 @@
-"""A reward from a path: which of the published files it is; and objects of the user's own with imscore's signature.
+"""A reward of pictures from a path: which of the published files it is, with checks at its edge; and objects of the user's own with
+imscore's signature.
 
 Shape letters: B pictures.
 """
@@ -10,15 +11,32 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.interfaces import Modality, RewardModel
+from eg3d_rlhf.core.interfaces import SLACK, Modality, RewardModel, check_finite, check_pictures, check_views
 from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
-from eg3d_rlhf.core.ranges import SLACK
 from eg3d_rlhf.models.clip_like import FLAG, Clip, ClipSizes, load_clip_score, load_hpsv2
 from eg3d_rlhf.models.local_files import build_on_meta, existing, only_file, read_state, require_extra
-from eg3d_rlhf.rewards.pictures.checks import CheckedReward
 from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork, load_blip_reward
 
 WEIGHTS = (".pt", ".pth", ".safetensors")
+
+
+class CheckedReward:
+    """Any reward of pictures, with checks at its edge: one line that names flag and remedy."""
+
+    def __init__(self, reward: RewardModel):
+        self.reward = reward
+        self.modality, self.views, self.differentiable = reward.modality, reward.views, reward.differentiable
+        self.view_prompts = getattr(reward, "view_prompts", False)
+
+    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Scores [B] of pictures [B, 3, h, w] in 0..1. Raises: ValueError."""
+        if len(prompts) != len(pixels):
+            raise ValueError(f"{FLAG}: expected one prompt per picture, got {len(prompts)} for {len(pixels)}. Repeat them per view.")
+        check_views(len(pixels), self.views, FLAG)
+        check_pictures(pixels, FLAG)
+        scores = self.reward.score(pixels, prompts)
+        check_finite(scores, FLAG, "Use another file, or look at the pictures.")
+        return scores
 
 
 class ImscoreReward:

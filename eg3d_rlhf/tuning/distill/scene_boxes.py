@@ -12,14 +12,13 @@ import torch
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.interfaces import PairwiseJudge, RewardModel
 from eg3d_rlhf.generators.assets.asset import Asset
-from eg3d_rlhf.generators.assets.render import FourViews
+from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.rewards.pictures import analytic
 from eg3d_rlhf.rewards.pictures.judges import AssetJudge, YesNoJudge, emblem_sides, plausibility
-from eg3d_rlhf.rewards.pictures.noses import noses
 from eg3d_rlhf.tuning.distill.config import DistillSettings
-from eg3d_rlhf.tuning.distill.geometry_rewards import load_geometry
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, load_geometry
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
 from eg3d_rlhf.tuning.distill.scene import Scene

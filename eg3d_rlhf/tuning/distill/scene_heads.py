@@ -19,8 +19,7 @@ from eg3d_rlhf.core.seeds import DISTILLED
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.latents import Latents
-from eg3d_rlhf.generators.assets.render import PerspectiveViews
-from eg3d_rlhf.generators.assets.views import Views, views_at
+from eg3d_rlhf.generators.assets.views import PerspectiveViews, Views, views_at
 from eg3d_rlhf.measures.nearest_head import distance_to_heads
 from eg3d_rlhf.measures.true_heads import true_pictures, true_shapes
 from eg3d_rlhf.preferences.annotator import utility
@@ -28,7 +27,7 @@ from eg3d_rlhf.rewards.pictures.judges import verdict
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.compare import SHAPE_JUDGES
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
-from eg3d_rlhf.tuning.distill.geometry_rewards import load_geometry
+from eg3d_rlhf.tuning.distill.guidance.geometry import load_geometry
 from eg3d_rlhf.tuning.distill.methods import TABLE
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.scene import Scene

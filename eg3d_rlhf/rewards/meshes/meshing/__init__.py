@@ -1,1 +1,0 @@
-"""Surfaces of fields as triangle meshes and patches, so that a mesh reward reaches the field."""
