@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample, feats_of, latent_of, parts_of
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training.storage import read_tensors, write_atomic, write_tensors
@@ -179,14 +180,6 @@ def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.T
         part.update({key: t.detach().cpu() for key, t in tensors.items()})
         size += more
     yield part
-
-
-def json_hash(values: Mapping) -> str:
-    """SHA-256 of JSON values, whatever their order.
-
-    Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
-    """
-    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _read_description(folder: Path) -> dict:

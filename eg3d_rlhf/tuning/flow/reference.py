@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.lora import adapted_layers, adapters_off, lora_parameters
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.condition import Condition
 from eg3d_rlhf.tuning.flow.dpo import PairDraw
 from eg3d_rlhf.tuning.flow.generate import evaluating
-from eg3d_rlhf.tuning.flow.pairs import json_hash
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training.distributed import SINGLE, Ranks
 from training.storage import read_tensors, write_tensors

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
+from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import feats_of, with_feats
-from eg3d_rlhf.tuning.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run, weighed
 from eg3d_rlhf.tuning.flow.generate import scores, times, wins
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
@@ -73,7 +73,7 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
     neither labelled nor chose. And it is the preference that decides: by the bare margin, without anchors, the pairs as they are beat
     the same pairs turned over. (Anchored, even those would gain, since both sides stand on structures that people preferred.)
     """
-    loop = CircularLoop(problem=problem, settings=TOY_DEFAULTS, store=ArtefactStore(tmp_path), say=lambda line: None)
+    loop = CircularLoop(problem=problem, settings=TOY_DEFAULTS, store=Store(tmp_path), say=lambda line: None)
     lines, _ = run(loop)
     conditions = [name for name in problem.held_out_conditions for _ in range(NOISES)]
     seeds = list(range(len(conditions)))

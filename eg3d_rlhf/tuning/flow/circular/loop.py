@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import tuned_model, with_models
-from eg3d_rlhf.tuning.flow.circular.artefacts import Artefact, ArtefactStore
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import make_in_chunks, stage_behind, turned, weigh, with_roles
 from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, Weighing
 from eg3d_rlhf.tuning.flow.circular.table import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, Judging, judge
@@ -44,7 +44,7 @@ class CircularLoop:
 
     problem: Problem
     settings: CircularSettings
-    store: ArtefactStore
+    store: Store
     ranks: Ranks = SINGLE
     bars: bool = False  # show progress bars
     say: Callable[[str], None] = print  # status lineage and warnings of trainings
@@ -178,7 +178,7 @@ class CircularLoop:
 
 def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False) -> CircularLoop:
     """The steps of a run for a training seed."""
-    store = ArtefactStore(Path(run.artefacts), ranks, tqdm.write)
+    store = Store(Path(run.artefacts), ranks, tqdm.write)
     return CircularLoop(problem=problem, settings=replace(run.circular, seed=seed), store=store, ranks=ranks, say=tqdm.write, bars=bars)
 
 

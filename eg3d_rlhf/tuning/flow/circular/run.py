@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
-from eg3d_rlhf.experiments.task_pool import run_tasks
+from eg3d_rlhf.experiments.store import Artefact
 from eg3d_rlhf.models.policies import link, save_policy
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular import table
-from eg3d_rlhf.tuning.flow.circular.artefacts import Artefact
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of, weights_of
 from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, from_dict
 from eg3d_rlhf.tuning.flow.circular.table import ALL, BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group

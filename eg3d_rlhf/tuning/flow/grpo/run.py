@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
-from eg3d_rlhf.experiments.task_pool import run_tasks
 from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.tuning.flow.circular.settings import from_dict
 from eg3d_rlhf.tuning.flow.generate import Models, generate

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.experiments.task_pool import run_tasks
+from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular import table
-from eg3d_rlhf.tuning.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop
 from eg3d_rlhf.tuning.flow.circular.run import Ablation, tabled
 from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, AblationPlan, Judging, judge, letters, spread
@@ -65,7 +65,7 @@ def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path
         return train_stage(pipeline, stage, pairs, config, out, **options)
 
     monkeypatch.setattr(circular_loop, "train_stage", watched)
-    loop = CircularLoop(problem=problem, settings=SETTINGS, store=ArtefactStore(tmp_path), say=lambda line: None)
+    loop = CircularLoop(problem=problem, settings=SETTINGS, store=Store(tmp_path), say=lambda line: None)
     results = run_tasks(plan.tasks(), lambda: Ablation(plan=plan, loop_of=lambda seed: loop), [], 1, None)
     assert [stage for stage, _, _ in calls] == ["voxels"] + 6 * ["structure"]
     (_, pairs, config), *arms = calls[1:]
@@ -100,7 +100,7 @@ def whole(tmp_path_factory):
 
     def loop_of(seed):
         return CircularLoop(
-            problem=problem, settings=replace(SETTINGS, seed=seed), store=ArtefactStore(folder), say=lambda line: None
+            problem=problem, settings=replace(SETTINGS, seed=seed), store=Store(folder), say=lambda line: None
         )
 
     def counted(pipeline, stage, pairs, config, out, **options):

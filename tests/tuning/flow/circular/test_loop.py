@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
-from eg3d_rlhf.tuning.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, NoPairsError, run, weighed
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import SAME
 from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
@@ -32,7 +32,7 @@ def trained(monkeypatch):
 
 def loop_in(folder, problem=None, settings=SETTINGS) -> CircularLoop:
     quiet = {"say": lambda line: None}
-    return CircularLoop(problem=problem or tiny_problem(), settings=settings, store=ArtefactStore(folder), **quiet)
+    return CircularLoop(problem=problem or tiny_problem(), settings=settings, store=Store(folder), **quiet)
 
 
 def state(module: torch.nn.Module) -> dict:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.circular.artefacts import ArtefactStore
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from tests.training.test_distributed import finish, start
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 import torch
 from eg3d_rlhf.tuning.flow.circular import loop_pairs
-from eg3d_rlhf.tuning.flow.circular.artefacts import ArtefactStore
+from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.distributed import process_group
@@ -26,7 +26,7 @@ def counted(*args, **options):
     return original(*args, **options)
 loop_pairs.make_loop_pairs = counted
 with process_group(torch.device("cpu"), 2.0) as ranks:
-    store = ArtefactStore(Path(sys.argv[1]), ranks)
+    store = Store(Path(sys.argv[1]), ranks)
     loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=store, ranks=ranks, say=lambda line: None)
     for again in range(2):
         run(loop)
@@ -38,7 +38,7 @@ print(made)
 def test_two_ranks_make_what_one_makes(tmp_path):
     printed = finish(start(CODE, str(tmp_path / "two")))
     assert [out for out, _ in printed] == ["[5, 2]\n", "[5]\n"]  # chunks of 5, 5 and 2 human pairs, once
-    loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=ArtefactStore(tmp_path / "one"), say=lambda line: None)
+    loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=Store(tmp_path / "one"), say=lambda line: None)
     lines, _ = run(loop)
     for stage, model in loop.models(lines).items():
         name = lines[stage][0].folder.name.rsplit("-", 1)[0]

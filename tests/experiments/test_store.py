@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from eg3d_rlhf.tuning.flow.circular.artefacts import DONE, ArtefactStore
-from eg3d_rlhf.tuning.flow.pairs import json_hash
+from eg3d_rlhf.experiments.store import DONE, Store, json_hash
 
 
 class Maker:
@@ -27,15 +26,31 @@ class Maker:
 
 def test_made_once_and_found_by_another_process(tmp_path):
     maker = Maker()
-    first = ArtefactStore(tmp_path).make("kind", {"x": 1, "y": [2]}, maker)
-    again = ArtefactStore(tmp_path).make("kind", {"y": [2], "x": 1}, maker)
+    first = Store(tmp_path).make("kind", {"x": 1, "y": [2]}, maker)
+    again = Store(tmp_path).make("kind", {"y": [2], "x": 1}, maker)
     assert maker.calls == 1 and not first.reused and again.reused
     assert first.folder == again.folder and first.content == again.content and again.record == first.record
     assert first.folder.name.startswith("kind-")
 
 
+def test_a_store_says_what_is_left_to_do(tmp_path):
+    store = Store(tmp_path)
+    assert store.state("kind", {"x": 1}) == "new"
+    with pytest.raises(OSError, match="interrupted"):
+        store.make("kind", {"x": 1}, Maker(fails=1))
+    assert store.state("kind", {"x": 1}) == "begun"
+    assert store.make("kind", {"x": 1}, Maker()).folder == store.folder("kind", {"x": 1})
+    assert store.state("kind", {"x": 1}) == "finished"
+
+
+def test_folders_named_by_their_kind_refuse_other_inputs(tmp_path):
+    assert Store(tmp_path, hashed=False).make("kind", {"x": 1}, Maker()).folder == tmp_path / "kind"
+    with pytest.raises(ValueError, match="Delete the folder"):
+        Store(tmp_path, hashed=False).make("kind", {"x": 2}, Maker())
+
+
 def test_other_inputs_are_another_artefact_and_equal_products_have_equal_content(tmp_path):
-    store = ArtefactStore(tmp_path)
+    store = Store(tmp_path)
     one, two = store.make("kind", {"x": 1}, Maker()), store.make("kind", {"x": 2}, Maker())
     other = store.make("kind", {"x": 3}, Maker("else"))
     assert one.folder != two.folder and one.content == two.content != other.content
@@ -44,29 +59,29 @@ def test_other_inputs_are_another_artefact_and_equal_products_have_equal_content
 def test_an_interrupted_making_goes_on_in_its_folder(tmp_path):
     maker = Maker(fails=1)
     with pytest.raises(OSError, match="interrupted"):
-        ArtefactStore(tmp_path).make("kind", {"x": 1}, maker)
+        Store(tmp_path).make("kind", {"x": 1}, maker)
     lines = []
-    found = ArtefactStore(tmp_path, tell=lines.append).make("kind", {"x": 1}, maker, "the thing")
+    found = Store(tmp_path, tell=lines.append).make("kind", {"x": 1}, maker, "the thing")
     assert "begun" in found.record["seen"] and maker.calls == 2
     assert lines == [f"the thing: going on in {found.folder}"]
 
 
 def test_changed_products_and_inputs_are_refused(tmp_path):
-    made = ArtefactStore(tmp_path).make("kind", {"x": 1}, Maker())
+    made = Store(tmp_path).make("kind", {"x": 1}, Maker())
     product = made.folder / "out" / "a.txt"
     product.write_text("tampered")
     with pytest.raises(ValueError, match=r"expected out/a.txt as it was finished .* Delete the folder"):
-        ArtefactStore(tmp_path).make("kind", {"x": 1}, Maker())
+        Store(tmp_path).make("kind", {"x": 1}, Maker())
     product.unlink()
     with pytest.raises(ValueError, match="got nothing"):
-        ArtefactStore(tmp_path).make("kind", {"x": 1}, Maker())
+        Store(tmp_path).make("kind", {"x": 1}, Maker())
     product.write_text("product")
     (made.folder / "inputs.json").write_text(json.dumps({"x": 7}))
     with pytest.raises(ValueError, match="expected the inputs that its name stands for"):
-        ArtefactStore(tmp_path).make("kind", {"x": 1}, Maker())
+        Store(tmp_path).make("kind", {"x": 1}, Maker())
     (made.folder / DONE).write_text("{")
     with pytest.raises(ValueError, match="expected inputs.json and done.json whole"):
-        ArtefactStore(tmp_path).make("kind", {"x": 1}, Maker())
+        Store(tmp_path).make("kind", {"x": 1}, Maker())
 
 
 def test_fingerprints_are_of_json_alone():

@@ -1,13 +1,29 @@
-"""Artefacts of a run: folders named by all that they are made from, made once, found again by this run or another.
+"""Work that is done once: a store's folders, each named by all that it is made from, found again by this run or another.
 
     <store>/<kind>-<first digits of the hash of the inputs>/
         inputs.json    what it is made from; other artefacts by the hash of their content
         done.json      written last: the products with their hashes, and the maker's record
         ...            the products, and what an unfinished making left to go on from
 
-An artefact without done.json is unfinished: its maker is called again, on the same folder.
+A folder without done.json is unfinished: its maker is called again, on the same folder.
+
+>>> import tempfile
+>>> store = Store(Path(tempfile.mkdtemp()))
+>>> def maker(folder: Path):
+...     (folder / "network.txt").write_text("trained")  # where an earlier call was interrupted, what it left lies here
+...     return [folder / "network.txt"], {"loss": 0.5}  # the products, and a record in JSON
+>>> made = store.make("training", {"steps": 2, "seed": 0}, maker, "a training with seed 0")
+>>> found = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)  # in another process, or tomorrow
+>>> made.reused, found.reused, found.record["loss"], found.folder == made.folder
+(False, True, 0.5, True)
+>>> store.state("training", {"seed": 0, "steps": 2}), store.state("training", {"seed": 1, "steps": 2})
+('finished', 'new')
+
+What is made from an artefact has its `content` among the inputs, so that it is made anew where that was. Of a file: `core.cli.file_hash`.
+A maker that has no files returns `[], record`; one that runs a script of ours calls `pool.run_script`. Many at once: `pool.run_tasks`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +31,6 @@ from pathlib import Path
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.process import run_lock
-from eg3d_rlhf.tuning.flow.pairs import json_hash
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
@@ -38,12 +53,32 @@ class Artefact:
 Maker = Callable[[Path], tuple[Iterable[Path], Mapping]]
 
 
-class ArtefactStore:
-    """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints."""
+def json_hash(values: Mapping) -> str:
+    """SHA-256 of JSON values, whatever their order.
 
-    def __init__(self, root: Path, ranks: Ranks = SINGLE, tell: Callable[[str], None] = lambda line: None):
-        self.root, self.ranks, self._tell = root, ranks, tell
+    Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+class Store:
+    """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints.
+
+    Args: tell: is told of everything made or found. hashed: False names folders by their kind alone, where a run has one of each.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks = SINGLE, tell: Callable[[str], None] = lambda line: None, hashed: bool = True):
+        self.root, self.ranks, self._tell, self._hashed = root, ranks, tell, hashed
         self._seen: dict[str, Artefact] = {}  # checked in this process, by name
+
+    def folder(self, kind: str, inputs: Mapping) -> Path:
+        """Where the artefact of these inputs lies, once it is begun."""
+        return self.root / (f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}" if self._hashed else kind)
+
+    def state(self, kind: str, inputs: Mapping) -> str:
+        """"new", "begun" or "finished". Raises: as `make`."""
+        folder = self.folder(kind, inputs)
+        return "finished" if self._finished(folder, inputs) is not None else "begun" if folder.exists() else "new"
 
     def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
         """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
@@ -51,10 +86,10 @@ class ArtefactStore:
         Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for the progress line.
         Raises: ValueError where the folder holds other inputs, or products that are not those it was finished with; what the maker raises.
         """
-        name = f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}"
+        folder = self.folder(kind, inputs)
+        name = folder.name
         if name in self._seen:
             return self._seen[name]
-        folder = self.root / name
         if self.ranks.main:
             self.root.mkdir(parents=True, exist_ok=True)
         done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
