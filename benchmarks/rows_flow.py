@@ -10,7 +10,7 @@ from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.random_flows import RandomConditions, Size, build_stage, make_pairs
 from eg3d_rlhf.tuning.flow.reference import AdapterOff
-from eg3d_rlhf.tuning.flow.update import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from training.distributed import SINGLE
 
 BLOCKS = 2  # of 24

@@ -30,7 +30,7 @@ from eg3d_rlhf.models.trellis.sparse_conv import BACKENDS
 from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.random_flows import DTYPES, HEAD, STAGES, RandomConditions, Size, build_stage, make_pairs
 from eg3d_rlhf.tuning.flow.reference import AdapterOff
-from eg3d_rlhf.tuning.flow.update import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from training.distributed import SINGLE
 
 

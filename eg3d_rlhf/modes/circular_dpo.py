@@ -38,7 +38,7 @@ from eg3d_rlhf.tuning.flow.circular.settings import Choosing, CircularRun, Circu
 from eg3d_rlhf.tuning.flow.circular.table import ARMS, TABLE, Judging, letters
 from eg3d_rlhf.tuning.flow.dpo import PRESETS, DpoConfig
 from eg3d_rlhf.tuning.flow.problem import TOY, ProblemSource
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
 LOSS, LOOP = "Preference loss", "The loop"
 WEIGHT = click.FloatRange(min=0)

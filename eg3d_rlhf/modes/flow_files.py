@@ -13,13 +13,22 @@ from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, together
 from eg3d_rlhf.models.policies import META, tuned_model
-from eg3d_rlhf.tuning.flow.embeddings import CONDITIONS, NULL, Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, family_of
-from eg3d_rlhf.tuning.flow.folder_problem import hash_of
-from eg3d_rlhf.tuning.flow.judged import judged_option, votes_of
 from eg3d_rlhf.tuning.flow.pairs import write_pairs
-from eg3d_rlhf.tuning.flow.path import CONVENTION
-from eg3d_rlhf.tuning.flow.ranking import RANKING, SCHEMES, draw, draw_each, pair_up, read_candidates, write_latents
+from eg3d_rlhf.tuning.flow.problem import hash_of
+from eg3d_rlhf.tuning.flow.ranking import (
+    RANKING,
+    SCHEMES,
+    draw,
+    draw_each,
+    judged_option,
+    pair_up,
+    read_candidates,
+    votes_of,
+    write_latents,
+)
+from eg3d_rlhf.tuning.flow.stage import CONVENTION
 
 FOLDER, ANY = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path)
 PICTURES = (".png", ".webp")

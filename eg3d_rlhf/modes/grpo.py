@@ -30,8 +30,8 @@ from eg3d_rlhf.modes.flow_flags import (
 from eg3d_rlhf.tuning.flow.circular.settings import Choosing
 from eg3d_rlhf.tuning.flow.circular.table import TABLE, Judging
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS
+from eg3d_rlhf.tuning.flow.grpo.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
-from eg3d_rlhf.tuning.flow.grpo.rewards import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.grpo.run import read_run, resume, start
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, OnlineSource, default_run
 from eg3d_rlhf.tuning.flow.problem import TOY

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.models.lora import merge_rounding, merged_state
 from eg3d_rlhf.models.policies import META, link, tuned_model
-from eg3d_rlhf.tuning.flow.embeddings import CONDITIONS, NULL, read_array, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, read_array, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis.assets import calibrated, read_ply
 from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.trellis.files import (
@@ -31,8 +31,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.files import (
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import STANDS, Imported, draw_to, read_dso, read_ranking, write_import
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.problem import file_hashes, hash_of
-from eg3d_rlhf.tuning.flow.judged import judged_option, votes_of
-from eg3d_rlhf.tuning.flow.ranking import RANKING, SCHEMES
+from eg3d_rlhf.tuning.flow.ranking import RANKING, SCHEMES, judged_option, votes_of
 from training.storage import write_atomic
 
 

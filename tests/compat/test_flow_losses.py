@@ -10,9 +10,7 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch, feats_of, spread, with_feats
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
 from eg3d_rlhf.tuning.flow.generate import sample, trajectory
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
 
 STRUCTURE = pytest.mark.parametrize("name", ["ss_flow_p1", "ss_flow_p2"])
 PATH = FlowPath(sigma_min=1e-5)

@@ -6,9 +6,7 @@ import torch
 from eg3d_rlhf.models.trellis.flows import StructureFlow, StructureFlowConfig, from_patches, to_patches
 from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureEncoder, StructureVAEConfig, grid_of, voxels_of
 from eg3d_rlhf.tuning.flow.generate import trajectory
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling
 from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 
 LARGE = dict(

@@ -8,9 +8,7 @@ from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
 from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig, LatentEncoder, LatentEncoderConfig
 from eg3d_rlhf.models.trellis.sparse_conv import downsample
 from eg3d_rlhf.tuning.flow.generate import trajectory
-from eg3d_rlhf.tuning.flow.kinds import SparseVoxels
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, SparseVoxels
 from tests.compat.trellis_reference import GRADIENT, assert_like_table, close, config_of, read, state_of
 
 TEXT = dict(

@@ -1,6 +1,6 @@
 """Judgements of assets as files that trainings read: pairs of files, rankings of a prompt's assets, scores of single ones. JSON lines.
 
-    asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}     flow/judged.py, and whoever trains a reward of images
+    asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}     flow/ranking.py, and whoever trains a reward of images
     rankings       {"condition", "rank", "asset", "strength", "judgements", ...}    trellis_files.py ranking, flow_files.py ranking
     asset-scores   {"mesh", "prompt", "score" or "label", ...}                      tools/train_mesh_reward.py --data
 

@@ -12,7 +12,7 @@ import torch
 from eg3d_rlhf.models.sparse import Batch, SparseSample, collate
 from eg3d_rlhf.preferences.losses import AGGREGATIONS, WEIGHT_MODES, check_options, preference_loss
 from eg3d_rlhf.preferences.losses import KINDS as PREFERENCE_KINDS
-from eg3d_rlhf.tuning.flow.condition import Condition, rows, to_device, twice, where
+from eg3d_rlhf.tuning.flow.conditions import Condition, rows, to_device, twice, where
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training.config import check_knobs, knob

@@ -20,9 +20,8 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, mean_per_sample, spread, with_feats
-from eg3d_rlhf.tuning.flow.condition import Condition, expanded, rows, tensor_of, to_device
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import Asset, AssetReward, FlowStage, Pipeline, Sampling, Voxels, stage_of
+from eg3d_rlhf.tuning.flow.conditions import Condition, expanded, rows, tensor_of, to_device
+from eg3d_rlhf.tuning.flow.stage import Asset, AssetReward, FlowPath, FlowStage, Pipeline, Sampling, Voxels, stage_of
 from training.phases import derive_seed
 
 

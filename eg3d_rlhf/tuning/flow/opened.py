@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 
 
 class OpenedFolder:

@@ -1,26 +1,71 @@
-"""Assets that people rank, from drawing them to pairs of every stage's latents.
+"""Assets that people rank or compare, from drawing them to pairs of every stage's latents.
 
 A folder of drawn assets has, per condition and seed, a file to look at and one of the latents that it came from, as the flows see them; and
-ranking.jsonl, a line per asset, whose rank is left to fill in (1 is best; equal ranks are not paired), unless pairs are judged (judged.py).
+ranking.jsonl, a line per asset, whose rank is left to fill in (1 is best; equal ranks are not paired), unless pairs are judged.
 The latents are the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
+
+Judgements, as the labelling tool exports them, are JSON lines with paths relative to the file: {"preferred": "a.ply", "rejected": "b.ply"},
+with "tie": true where neither was; other fields are passed over. Several judgements of two assets are counted, and the majority decides.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
 
+import click
 import torch
 
+from eg3d_rlhf.core.cli import option
 from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, separate, to_cpu
+from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.tuning.flow.generate import stage_latents
-from eg3d_rlhf.tuning.flow.judged import Judged
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.stage import Asset, Pipeline, Voxels, stage_of
 from training.storage import read_tensors, write_atomic, write_tensors
+
+# Judgements of pairs of assets, as the labelling tool exports them: which of two files people preferred.
+
+
+EXAMPLE = '{"preferred": "a.ply", "rejected": "b.ply"}'
+judged_option = option("--judged", metavar="FILE", type=click.Path(path_type=Path), default=None, show_default="the list's ranks",
+                       help="Judgements of pairs, such as `label.py export --kind=asset-pairs` writes, in place of ranks and --scheme.")
+
+
+class Judged:
+    """Votes on pairs of assets."""
+
+    def __init__(self, path: Path):
+        """Raises: FileNotFoundError; ValueError naming the line."""
+        if not path.is_file():
+            raise FileNotFoundError(f"--judged: expected a .jsonl file of judgements, got nothing at {path}. Check the path.")
+        self.wins: Counter[tuple[Path, Path]] = Counter()  # how often the first was preferred to the second
+        for line, record in jsonl_records(path, EXAMPLE):
+            better, worse = (str(record.get(key) or "") for key in ("preferred", "rejected"))
+            if not better or not worse or better == worse:
+                raise ValueError(f"--judged: {path.name}, line {line}: expected two assets, got {record!r:.120}. Write {EXAMPLE}.")
+            if not record.get("tie", False):
+                self.wins[_place(path.parent, better), _place(path.parent, worse)] += 1
+
+    def votes(self, a: Path, b: Path) -> tuple[int, int]:
+        """How often each of two assets was preferred."""
+        return self.wins[a.resolve(), b.resolve()], self.wins[b.resolve(), a.resolve()]
+
+
+def votes_of(path: Path | None, scheme: str) -> Judged | None:
+    """What --judged names. Raises: as `Judged`; ValueError beside a scheme, which is of ranks."""
+    if path is not None and scheme != "all":
+        raise ValueError(f"--scheme: expected none beside --judged, which needs no ranks, got {scheme}. Leave one of them out.")
+    return Judged(path) if path is not None else None
+
+
+def _place(folder: Path, name: str) -> Path:
+    return (folder / name).resolve()
+
 
 SCHEMES = ("all", "adjacent", "extremes")
 RANKING, IDENTITY = "ranking.jsonl", "drawn_from.json"

@@ -16,7 +16,7 @@ from torch import nn
 from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.lora import adapted_layers, adapters_off, lora_parameters
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
-from eg3d_rlhf.tuning.flow.condition import Condition
+from eg3d_rlhf.tuning.flow.conditions import Condition
 from eg3d_rlhf.tuning.flow.dpo import PairDraw
 from eg3d_rlhf.tuning.flow.generate import evaluating
 from eg3d_rlhf.tuning.flow.stage import FlowStage

@@ -1,4 +1,12 @@
-"""What a generator in stages is to everything else here: stages, each a flow, with gaps between them that no gradient passes.
+"""What a generator in stages is to everything else here: stages, each a flow over latents of one kind, with gaps between them that no
+gradient passes.
+
+A flow's path is straight, in the one convention of this package: x_0 is data, t = 1 is noise (TRELLIS, Flux, SD3).
+
+    x_t = (1 - t) x_0 + (s + (1 - s) t) eps        v = (1 - s) eps - x_0,   s = sigma_min
+
+Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v; the squared errors are the same.
+`opposite` maps; a stage whose model is theirs says so by `data_at_one`.
 
 Shape letters as in sparse.py; T tokens of a condition, E their size.
 """
@@ -10,10 +18,245 @@ from typing import Any, Protocol
 
 import torch
 
-from eg3d_rlhf.models.sparse import Batch, Latent, SparseSample, count, separate
-from eg3d_rlhf.tuning.flow.condition import Condition, tensor_of
-from eg3d_rlhf.tuning.flow.kinds import LatentKind, Voxels
-from eg3d_rlhf.tuning.flow.path import FlowPath, opposite
+from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.sparse import (
+    Batch,
+    Latent,
+    NamedSample,
+    SparseSample,
+    collate,
+    count,
+    feats_of,
+    mean_per_sample,
+    separate,
+    spread,
+    with_feats,
+)
+from eg3d_rlhf.tuning.flow.conditions import Condition, tensor_of
+from training.phases import derive_seed
+
+# Kinds of latents: how noise is drawn for a stage, and which latents belong to it.
+
+Voxels = torch.Tensor | SparseSample | None  # what the stage before leaves to one sample of the next: voxel indices [v, 3] int32, or these
+# with features for the flow to read as `given`; None at the first stage
+
+
+class LatentKind(Protocol):
+    """What is asked of a kind; `who` speaks in messages, `remedy` ends them."""
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """Standard normal noise on the CPU, a sample per seed that is named by it, wherever it stands in a batch."""
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """Raise ValueError for a latent of another kind or shape."""
+
+
+def _normal(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.randn(list(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _form(latent: object) -> str:
+    if isinstance(latent, SparseSample):
+        return "voxels"
+    return "tensors by name" if isinstance(latent, NamedSample) else "a dense grid" if getattr(latent, "ndim", 0) == 4 else "one tensor"
+
+
+def _check_form(who: str, latent: Latent, form: str, kind: type, remedy: str) -> None:
+    if not isinstance(latent, kind):
+        raise ValueError(f"{who}: expected {form}, got {_form(latent)}. {remedy}")
+
+
+def _check_sizes(kind: object, **sizes: int) -> None:
+    if min(sizes.values()) < 1:
+        names, got = (" and ".join(map(str, values)) for values in (sizes, sizes.values()))
+        raise ValueError(f"{type(kind).__name__}: expected {names} >= 1, got {got}. Correct them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseGrid:
+    """A volume [C, R, R, R]."""
+
+    channels: int
+    resolution: int
+
+    def __post_init__(self):
+        _check_sizes(self, channels=self.channels, resolution=self.resolution)
+
+    @property
+    def shape(self) -> list[int]:
+        """Of a sample."""
+        return [self.channels, *[self.resolution] * 3]
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """See LatentKind."""
+        return collate([_normal(self.shape, seed) for seed, _ in zip(seeds, given, strict=True)])
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """See LatentKind."""
+        _check_form(who, latent, "a dense grid", torch.Tensor, remedy)
+        assert isinstance(latent, torch.Tensor)
+        check_shape(who, latent, self.shape, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """A set of tokens [T, C], which lie on no grid."""
+
+    tokens: int
+    channels: int
+
+    def __post_init__(self):
+        _check_sizes(self, tokens=self.tokens, channels=self.channels)
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """See LatentKind."""
+        return collate([_normal([self.tokens, self.channels], seed) for seed, _ in zip(seeds, given, strict=True)])
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """See LatentKind."""
+        _check_form(who, latent, "a set of tokens", torch.Tensor, remedy)
+        assert isinstance(latent, torch.Tensor)
+        check_shape(who, latent, [self.tokens, self.channels], remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseVoxels:
+    """Features [v, C] on voxels that the stage before leaves.
+
+    A seed names one dense volume [C, R, R, R], which is read at the voxels: samples of one seed share noise wherever they share voxels.
+    """
+
+    channels: int
+    resolution: int
+    given: int = 0  # G, features per voxel that come with the voxels
+
+    def __post_init__(self):
+        _check_sizes(self, channels=self.channels, resolution=self.resolution)
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """See LatentKind. Features that come with the voxels are the batch's `given`."""
+        volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
+        found: list[Latent] = []
+        for seed, one in zip(seeds, given, strict=True):
+            places, more = (one.coords, one.feats.cpu()) if isinstance(one, SparseSample) else (one, None)
+            places = self._checked(who, places)
+            x, y, z = places.cpu().long().unbind(1)
+            found.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more))
+        return collate(found)
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """See LatentKind."""
+        _check_form(who, latent, "voxels", SparseSample, remedy)
+        assert isinstance(latent, SparseSample)
+        check_shape(f"{who}, features", latent.feats, ["v", self.channels], remedy)
+        size = 0 if latent.given is None else latent.given.shape[1]
+        if size != self.given:
+            raise ValueError(f"{who}: expected {self.given} given features per voxel, got {size}. {remedy}")
+        self._checked(who, latent.coords)
+
+    def _checked(self, who: str, places: torch.Tensor | None) -> torch.Tensor:
+        if places is None or len(places) == 0:
+            remedy = "The stage before left an empty structure: drop the sample."
+            raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
+        low, high = int(places.min()), int(places.max())
+        if low < 0 or high >= self.resolution:
+            raise ValueError(f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check the grid.")
+        return places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dictionary:
+    """Several tensors by name, each of a shape of its own; in errors each counts alike."""
+
+    shapes: Mapping[str, Sequence[int]]  # by name, of a sample
+
+    def __post_init__(self):
+        if not self.shapes:
+            raise ValueError("Dictionary.shapes: expected a shape or more by name, got none. Name them.")
+        _check_sizes(self, **{name: min(shape, default=0) for name, shape in self.shapes.items()})
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """See LatentKind. A tensor's noise is named by the seed and its name."""
+        return collate([
+            NamedSample({name: _normal(shape, derive_seed("part", name, seed)) for name, shape in self.shapes.items()})
+            for seed, _ in zip(seeds, given, strict=True)
+        ])
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """See LatentKind."""
+        _check_form(who, latent, "tensors by name", NamedSample, remedy)
+        assert isinstance(latent, NamedSample)
+        if set(latent.tensors) != set(self.shapes):
+            raise ValueError(f"{who}: expected tensors {', '.join(sorted(self.shapes))}, got {', '.join(latent.tensors)}. {remedy}")
+        for name, shape in self.shapes.items():
+            check_shape(f"{who}, {name}", latent[name], list(shape), remedy)
+
+
+# The path.
+
+CONVENTION = "x_0 is data, t = 1 is noise"  # as files of latents state it
+SCHEDULES = ("logit-normal", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPath:
+    """How noise and data are mixed, and which times are trained on."""
+
+    sigma_min: float = 1e-5  # noise left at t = 0
+    schedule: str = "logit-normal"  # of the times: sigmoid of a normal, or uniform on 0..1
+    mean: float = 1.0  # of that normal
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it.")
+        if self.schedule not in SCHEDULES or not (math.isfinite(self.mean) and self.std > 0):
+            got = f"{self.schedule!r}, {self.mean}, {self.std}"
+            raise ValueError(f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}. Set them.")
+
+    def times(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Times to train on, [n], drawn on the generator's device."""
+        if self.schedule == "uniform":
+            return torch.rand(n, generator=generator, device=generator.device)
+        return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator, device=generator.device))
+
+    def mix(self, x_0: Batch, t: torch.Tensor, eps: Batch) -> Batch:
+        """x_t at times t [N] in 0..1.
+
+        Raises: ValueError for other times, such as those of a schedule from 0 to 1000.
+        """
+        if not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}. Rescale them.")
+        time = spread(t, x_0)
+        return with_feats(x_0, (1 - time) * feats_of(x_0) + (self.sigma_min + (1 - self.sigma_min) * time) * feats_of(eps))
+
+    def velocity(self, x_0: Batch, eps: Batch) -> Batch:
+        """v, the same at all times."""
+        return with_feats(x_0, (1 - self.sigma_min) * feats_of(eps) - feats_of(x_0))
+
+    def data(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
+        """The x_0 that x_t and v speak of: (1 - s) x_t - (s + (1 - s) t) v."""
+        time = spread(t, x_t)
+        return with_feats(x_t, (1 - self.sigma_min) * feats_of(x_t) - (self.sigma_min + (1 - self.sigma_min) * time) * feats_of(v))
+
+    def velocity_to(self, x_t: Batch, t: torch.Tensor, x_0: Batch) -> Batch:
+        """The v that speaks of x_0 at x_t: inverse of `data`, at times above 0."""
+        time = spread(t, x_t)
+        return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / (self.sigma_min + (1 - self.sigma_min) * time))
+
+    def noise(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
+        """The eps that x_t and v speak of: x_t + (1 - t) v."""
+        return with_feats(x_t, feats_of(x_t) + (1 - spread(t, x_t)) * feats_of(v))
+
+    def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
+        """Flow-matching error of predicted velocities, mean over everything of a sample -> [N]. Differentiable in: v."""
+        return mean_per_sample((feats_of(v) - feats_of(self.velocity(x_0, eps))).square(), v)
+
+
+def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
+    """Times and velocities in the convention that has its data at t = 1, from ours, or the other way about."""
+    return 1 - t, with_feats(v, -feats_of(v))
+
 
 Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
 Call = Callable[..., Any]  # (module, x_t, t [N] in 0..1, condition) -> v

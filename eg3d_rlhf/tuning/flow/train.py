@@ -1,5 +1,5 @@
 """Train one stage: adapters or all parameters, early stop on a held-out win rate, exact resume. What is minimised is a Descent's affair:
-`train_stage` is for preference pairs (DPO, fine-tuning), `train` for any.
+train_pairs.py has preference pairs' (DPO, fine-tuning), grpo/ that of samples and their rewards.
 
     training_options.json    what the run was begun with
     stats.jsonl, timing.jsonl    a line per `log_every` updates and per win rate; of stats.jsonl equal runs give equal bytes
@@ -12,45 +12,218 @@ bit, and neither passes per batch nor ranks change what is learned beyond roundi
 """
 
 import copy
+import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from eg3d_rlhf.experiments.run import STATS, Run, recorded
-from eg3d_rlhf.models.lora import add_lora
+from eg3d_rlhf.models.lora import LoraConfig, add_lora
 from eg3d_rlhf.models.policies import save_policy, shared_copy
-from eg3d_rlhf.models.sparse import collate, parts_of
-from eg3d_rlhf.tuning.flow.condition import to_device
-from eg3d_rlhf.tuning.flow.descent import Descent, StageTraining
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
-from eg3d_rlhf.tuning.flow.progress import Progress, read_lines, shown
-from eg3d_rlhf.tuning.flow.reference import AdapterOff, CachedErrors, FrozenModel, Reference
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.tuning.flow.update import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenModel
+from eg3d_rlhf.tuning.flow.stage import FlowStage
 from training import checkpoint
+from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError
-from training.storage import checksum, read_tensors, write_tensors
+from training.storage import read_tensors, write_tensors
 
 WARNINGS, RESULT, POLICY = "warnings.json", "result.json", "policy"
 FREE = ("batch_gpu", "checkpoint_every")  # settings that a resumed run may change
 KEPT = "kept parameters"
-UNBOUNDED = (
-    "dro has no lower bound and no reference: the rejected ones' error may grow without end, and the network with it. Give "
-    "--loser-weight below 1, a held-out judge or few updates."
-)
+
+train_knob = functools.partial(knob, group="Training")
 
 
-def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
-    """Hashes of the network that training starts from and of the pairs."""
-    latents: dict[str, torch.Tensor] = {}
-    for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
-        latents |= {f"{name}/{key}": value for key, value in parts_of(latent).items()}
-    columns = [[p.id, p.condition, p.source, p.w2, p.provenance.get("w2_norm")] for p in pairs]
-    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
+@dataclass(frozen=True, kw_only=True)
+class StageTraining:
+    """Settings of any training of a stage; the defaults suit TRELLIS."""
+
+    lora: LoraConfig | None = field(default_factory=LoraConfig)  # adapters to train; None trains every parameter
+    steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
+    lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
+    warmup: int = train_knob(100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0)
+    weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0)
+    clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0)
+    bf16: bool = False  # passes in bfloat16 where torch's autocast does so; parameters and sums stay float32
+    ema: float | None = train_knob(None, "Decay of a moving average per update, which is then measured and kept.", above=0, below=1)
+    held_out_every: int = train_knob(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1)
+    patience: int = train_knob(5, "Win rates in a row without a new best, after which training stops.", low=1)
+    max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0)
+    log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1)
+    checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1)
+    seed: int = 0  # >= 0: of everything that is drawn
+
+    def __post_init__(self):
+        check_knobs(self)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the frozen network."""
+        return True
+
+
+class Descent(ABC):
+    """A policy's parameters on their way down; `run`, of what is minimised, is one update.
+
+    Args: policy: the network in training; parameters: of it, those that are trained; ranks: this process among those that train together.
+    """
+
+    columns: Sequence[tuple[str, str, str]] = ()  # of the status line: figure, its name there, format
+
+    def __init__(
+        self, stage: FlowStage, config: StageTraining, policy: torch.nn.Module, parameters: Iterable[torch.nn.Parameter], ranks: Ranks
+    ):
+        self.stage, self.training, self.policy, self.parameters, self.ranks = stage, config, policy, list(parameters), ranks
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the update after `step` updates."""
+        return self.training.lr * min(1.0, (step + 1) / max(self.training.warmup, 1))
+
+    @abstractmethod
+    def run(self, step: int) -> dict:
+        """One update -> loss, grad_norm, how many examples it saw, and what else is logged; see `Progress`.
+
+        Raises: LossNotFiniteError for a loss or gradient that is not finite; the parameters are then as they were.
+        """
+
+    @abstractmethod
+    def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
+        """Warnings by name, as of the last line of stats.jsonl; the caller says each once."""
+
+    def save(self) -> None:  # noqa: B027 most have nothing
+        """Write what a resumed run would else compute again."""
+
+    def autocast(self) -> torch.autocast:
+        """For passes of the networks."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.bf16)
+
+    def descend(self, step: int, totals: torch.Tensor, seen: str) -> list[float]:
+        """Divide the summed gradients by totals[0], their mass, clip and step; totals[1] is the mass times the loss.
+
+        Args: seen: names of what the update saw, for a message. Returns: mass, loss, norm of the gradient, then the other totals.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= totals[0]
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip)
+        mass, loss, *others, length = torch.cat([totals, norm.detach().reshape(1).to(totals)]).tolist()
+        loss = loss / mass if mass else math.nan
+        if not math.isfinite(loss) or not math.isfinite(length):
+            raise LossNotFiniteError(
+                f"train_stage({self.stage.name}): expected a finite loss and gradient in update {step + 1}, got {loss:g} and {length:g} "
+                f"({seen}, ...). Use a lower lr or a larger beta, and no bf16 if it is on."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        self.optimizer.step()
+        return [mass, loss, length, *others]
+
+
+# How far a training is, and the lines made of what its updates tell.
+
+COUNTED = ("pairs", "samples")  # figures that a line has the sum of; of the others it has the mean over updates
+
+
+@dataclass
+class Progress:
+    """What changes besides tensors; JSON."""
+
+    step: int = 0  # updates done
+    kept_step: int = 0  # with the best win rate; the last where there is no judge
+    best: float | None = None  # that win rate
+    since_best: int = 0  # win rates since
+    ended: bool = False  # by the win rate
+    sums: dict = field(default_factory=dict)  # of the line under way
+
+    def add(self, figures: dict) -> None:
+        """Count an update's figures into the line under way."""
+        self.sums = _added(self.sums, {"updates": 1, **figures})
+
+    def judged(self, rate: float, config: StageTraining) -> bool:
+        """Note a win rate; whether it is the best so far. A tie goes to the earlier."""
+        best = self.best is None or rate > self.best
+        if best:
+            self.best, self.kept_step, self.since_best = rate, self.step, 0
+        else:
+            self.since_best += 1
+        self.ended = self.since_best >= config.patience or rate < self.best - config.max_drop
+        return best
+
+    def line(self, lr: float, rate: float | None) -> dict:
+        """The record of the line under way, which ends with it."""
+        sums, self.sums = self.sums, {}
+        record = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
+        if sums:
+            bins = sums.get("bins")  # sums; a bin without pairs has no mean
+            record |= {name: value / sums["updates"] for name, value in sums.items() if name not in (*COUNTED, "updates", "bins")}
+            if bins:
+                pairs, total = bins["pairs"], math.fsum(bins["pairs"])
+                values = {name: of_bins for name, of_bins in bins.items() if name != "pairs"}
+                per_bin = {name: [x / n if n else None for x, n in zip(of_bins, pairs, strict=True)] for name, of_bins in values.items()}
+                record |= {name: math.fsum(of_bins) / total for name, of_bins in values.items()}
+                record["time_bins"] = {"pairs": pairs, **per_bin}
+            record["lr"] = lr
+        return record if rate is None else {**record, "win_rate": rate}
+
+
+def _added(a: Mapping, b: dict) -> dict:
+    """Sums of numbers, and of lists of them, in nested values."""
+    if not a:
+        return b
+    plus: dict[type, Callable] = {dict: _added, list: lambda x, y: [p + q for p, q in zip(x, y, strict=True)]}
+    return {k: plus[type(v)](a[k], v) if type(v) in plus else a[k] + v for k, v in b.items()}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a stats.jsonl; none where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def shown(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """A line's figures in fixed widths, for the status line; columns: as Descent's, between those that every training has."""
+    fields = {"step": f"{record['step']:>6d}/{steps:<6d}"}
+    for name, short, form in (("loss", "loss", "<8.4f"), *columns, ("grad_norm", "grad", "<8.2e"), ("win_rate", "win_rate", "<6.3f")):
+        value = record.get(name)
+        text = "" if value is None else format(value, form)
+        fields[short] = text.ljust(int(form.lstrip("<+").split(".")[0]))
+    return fields
+
+
+NOTHING = 0.02  # changes of a win rate that are within its noise
+DROP = 0.1  # of a win rate, measured twice
+
+ANCHOR = "Anchor the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or train fewer updates."
+
+
+def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
+    """(update, win rate) where one was measured."""
+    return [(line["step"], line["win_rate"]) for line in lines if line.get("win_rate") is not None]
+
+
+def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = ANCHOR) -> dict[str, str]:
+    """A large fall counts at once, a smaller one when it is measured twice in a row: win rates of a few dozen assets are noisy."""
+    if len(rates) < 2:
+        return {}
+    signs, (step, last), (_, start) = {}, rates[-1], rates[0]
+    twice = max(rate for _, rate in rates[-2:])  # the better of the last two
+    level = min(0.5, start)
+    if last < level - DROP or twice < level - NOTHING:
+        signs["collapse"] = f"step {step}: the held-out win rate is {last:.3f}, worse than what it is compared with. {remedy}"
+    best_step, best = max(rates, key=lambda entry: (entry[1], -entry[0]))
+    if last < best - 2 * DROP or twice < best - DROP:
+        signs["past-best"] = f"step {step}: the held-out win rate fell to {last:.3f} from {best:.3f} at step {best_step}. {remedy}"
+    return signs
+
+
+# The loop.
 
 
 def policy_and_reference(stage: FlowStage, config: StageTraining) -> tuple[torch.nn.Module, FrozenModel | None]:
@@ -78,57 +251,6 @@ class StageResult:
     kept_step: int  # updates behind those weights; 0: the network that training began with
     stats: list[dict]  # lines of stats.jsonl
     warnings: list[str]  # known failure signs that were seen
-
-
-def train_stage(
-    pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], config: TrainConfig, out: Path, *, held_out: Judge | None = None,
-    ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
-) -> StageResult:
-    """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
-
-    Args:
-        pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
-            rate are kept, those before the first update among them. Without it the last ones are.
-        out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
-        say: prints the status lines.
-    Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
-        cannot have, and a network whose data lie at the other end of time; for settings or folders that do not fit, and losses that are
-        not finite;
-        StoppedError after a signal.
-    """
-    stage = stage_of(pipeline, stage_name)
-    check_pairs(pipeline, stage, pairs)
-    if config.dpo.kind == "dro":
-        say(f"Warning: {UNBOUNDED}")
-
-    def start(run: Run, policy: torch.nn.Module, frozen: FrozenModel | None) -> Descent:
-        reference: Reference | None = frozen
-        if config.cache_reference and reference is not None:
-            identity = {
-                **{name: run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(stage.path),
-                "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
-            }  # fmt: skip
-            reference = CachedErrors(reference, identity, run.folder / "reference", run.ranks)
-        return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks)
-
-    known = ranks.broadcast(origin(stage, pairs) if ranks.main else None)
-    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
-
-
-def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
-    """Raise ValueError for what cannot be trained on; see train_stage."""
-    who = f"train_stage({stage.name})"
-    if not pairs:
-        raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
-    check_unique(who, pairs)
-    for pair in pairs:
-        if pair.stage != stage.name:
-            raise ValueError(f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage on it.")
-        for side in ("preferred", "rejected"):
-            stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
-    device, some = next(stage.model.parameters()).device, pairs[:8]
-    cond = to_device(pipeline.conditions([pair.condition for pair in some], stage.name), device)
-    check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
 
 
 Start = Callable[[Run, torch.nn.Module, FrozenModel | None], Descent]  # of a run, the network to train, and its reference
@@ -258,8 +380,8 @@ class _Training:
         if not self.ranks.main:
             return
         self.lines.append(record)
-        found = self.updates.signs(self.lines)
-        fresh = {name: text for name, text in found.items() if name not in self.warnings}
+        signs = self.updates.signs(self.lines)
+        fresh = {name: text for name, text in signs.items() if name not in self.warnings}
         for name, text in fresh.items():
             self.say(f"Warning ({name}): {text}")
         if fresh:

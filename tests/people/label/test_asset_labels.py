@@ -12,7 +12,7 @@ from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.preferences import preferences_of
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.tuning.flow.judged import Judged
+from eg3d_rlhf.tuning.flow.ranking import Judged
 from tests.people.label.plans import answer
 from tests.people.label.plans import plan as plan_of_seeds
 

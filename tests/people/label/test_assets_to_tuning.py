@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from eg3d_rlhf.tuning.flow.embeddings import CONDITIONS, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, write_conditions
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from tests.people.label.browser import Page, browser, needs_chromium
 from tests.tuning.flow.trellis import tiny_trellis

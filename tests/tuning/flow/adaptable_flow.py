@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, with_feats
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.stage import FlowStage
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, SparseVoxels
 
 CHANNELS, RESOLUTION, TOKENS, EMBEDDING = 3, 4, 2, 5
 

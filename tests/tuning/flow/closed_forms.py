@@ -3,10 +3,8 @@
 import torch
 
 from eg3d_rlhf.models.sparse import Batch, SparseSample, feats_of, spread, with_feats
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
 
 CHANNELS, RESOLUTION = 2, 4
 PLAIN = Sampling(steps=8, cfg_strength=0.0, rescale_t=1.0)

@@ -14,11 +14,9 @@ from torch import nn
 
 from eg3d_rlhf.models.lora import merged_state
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
-from eg3d_rlhf.tuning.flow.kinds import TokenSet
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import load_strict, write_atomic
 
 POINTS, CLASSES = 6, 4

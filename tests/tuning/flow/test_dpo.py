@@ -10,7 +10,7 @@ from eg3d_rlhf.models.sparse import feats_of, separate
 from eg3d_rlhf.preferences.losses import aggregate
 from eg3d_rlhf.tuning.flow import dpo
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss, pair_stats
-from eg3d_rlhf.tuning.flow.path import FlowPath
+from eg3d_rlhf.tuning.flow.stage import FlowPath
 from tests.tuning.flow.closed_forms import PerChannel, pair_of, stage_of, tokens, voxels
 
 KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])

@@ -14,7 +14,7 @@ from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run, weighed
 from eg3d_rlhf.tuning.flow.generate import scores, times, wins
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.toy.bundled import TOY_DEFAULTS, toy_problem
-from eg3d_rlhf.tuning.flow.train import train_stage
+from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 
 NOISES = 12  # assets per condition
 

@@ -19,14 +19,12 @@ from eg3d_rlhf.models.sparse import (
     separate,
     with_feats,
 )
-from eg3d_rlhf.tuning.flow.condition import each, expanded, rows, where
+from eg3d_rlhf.tuning.flow.conditions import Conditions, each, expanded, read_conditions, rows, where, write_conditions
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.embeddings import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.generate import generate, sample
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, Dictionary, SparseVoxels, TokenSet
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs, write_pairs
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.tuning.flow.train import train_stage
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, Dictionary, FlowStage, Sampling, SparseVoxels, TokenSet
+from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_flow import tiny_config
 
 PLACES = torch.tensor([[0, 0, 0], [0, 1, 1], [2, 1, 0]], dtype=torch.int32)

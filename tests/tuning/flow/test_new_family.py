@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 import train
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import flow_files as commands
-from eg3d_rlhf.tuning.flow.embeddings import write_conditions
+from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.families import FAMILIES, family_of
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.path import CONVENTION
 from eg3d_rlhf.tuning.flow.ranking import read_latents
+from eg3d_rlhf.tuning.flow.stage import CONVENTION
 from tests.tuning.flow import point_family
 from tests.tuning.flow.point_family import POINTS, conditions, write_folder
 

@@ -10,8 +10,8 @@ import torch
 
 from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.sparse import SparseSample
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash, read_pairs, write_pairs
+from eg3d_rlhf.tuning.flow.stage import DenseGrid
 from tests.tuning.flow.closed_forms import PerChannel, dense, pair_of, stage_of, voxels
 
 KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])

@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, feats_of, mean_per_sample, spread, with_feats
 from eg3d_rlhf.tuning.flow.generate import trajectory
-from eg3d_rlhf.tuning.flow.path import FlowPath, opposite
+from eg3d_rlhf.tuning.flow.stage import FlowPath, opposite
 from tests.tuning.flow import closed_forms
 
 

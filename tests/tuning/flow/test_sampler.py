@@ -7,8 +7,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.tuning.flow.generate import sample, times, trajectory
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import Sampling
+from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 from tests.tuning.flow.closed_forms import PLAIN, Field, PerChannel, dense, stage_of, tokens, voxels
 
 

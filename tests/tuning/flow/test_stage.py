@@ -8,9 +8,8 @@ import torch
 
 from eg3d_rlhf.models.sparse import collate, separate
 from eg3d_rlhf.tuning.flow import stage as stages
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.tuning.flow.problem import Problem
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling, check_convention
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Sampling, SparseVoxels, check_convention
 from tests.tuning.flow.closed_forms import Field, dense, pair_of, stage_of, tokens, voxels
 
 STILL = Field(lambda x, t, cond: 0 * x)

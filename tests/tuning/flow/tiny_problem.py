@@ -10,11 +10,10 @@ from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, spread,
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.tuning.flow.circular.settings import Choosing, CircularSettings, anchored, supervised
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
 R, CHANNELS, TOKENS, EMBEDDING = 4, 3, 2, 5
 TRAINED, HELD_OUT = ("red", "green", "blue"), ("grey", "pink")

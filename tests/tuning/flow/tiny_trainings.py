@@ -7,7 +7,7 @@ from pathlib import Path
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
-from eg3d_rlhf.tuning.flow.train import train_stage
+from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
 
 FINISHED = ("stats.jsonl", "warnings.json", "result.json", "policy/policy.json", "policy/adapter_model.safetensors")

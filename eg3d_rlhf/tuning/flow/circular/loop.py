@@ -23,8 +23,8 @@ from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train import FREE, train_stage
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.train import FREE
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 

@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.circular.table import TABLE, AblationPlan, Judging
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.problem import TOY, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import FlowStage
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from training.config import check_knobs, knob
 
 _loop = functools.partial(knob, group="The loop")

@@ -15,16 +15,17 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.plugins import load_plugins
-from eg3d_rlhf.tuning.flow.embeddings import NULL, Conditions, read_conditions
-from eg3d_rlhf.tuning.flow.folder_problem import (
+from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.problem import (
     Judge,
+    Problem,
+    ProblemSource,
     conditions_beside,
     conditions_problem,
     folder_problem,
     hash_of,
     pair_folders,
 )
-from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import Asset
 
 Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled

@@ -25,8 +25,9 @@ from eg3d_rlhf.tuning.flow.grpo.groups import Explorer, GrpoConfig, Task, train_
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.train import StageResult, train_stage
-from eg3d_rlhf.tuning.flow.update import Order, TrainConfig
+from eg3d_rlhf.tuning.flow.stage import AssetReward
+from eg3d_rlhf.tuning.flow.train import StageResult
+from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
@@ -106,3 +107,21 @@ def drift(task: Task, model: torch.nn.Module, config: GrpoConfig, conditions: Se
     seeds = [derive_seed("drift", seed, condition) % 2**31 for condition in conditions]
     drawn, _ = explorer.draw(conditions, seeds, range(len(explorer.steps) - 1))
     return float(torch.cat([move.far for one in drawn for move in one.moves]).mean())
+
+
+# Rewards by name: what a stage can be tuned for. A plugin (docs/extending.md) adds its own to `REWARDS`.
+
+OWN = "own"
+REWARDS: dict[str, Callable[[Problem], AssetReward]] = {}  # by name: makes it for a problem, once in every process
+
+
+def reward_of(name: str, problem: Problem) -> AssetReward:
+    """The reward of that name for a problem; "own" is the problem's. Raises: ValueError naming those there are, or where it has none."""
+    if name == OWN:
+        if problem.reward is None:
+            raise ValueError("--reward: expected the name of one, got none, and this generator brings none. Name the plugin's.")
+        return problem.reward
+    if name not in REWARDS:
+        known = ", ".join((OWN, *REWARDS))
+        raise ValueError(f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that brings it.")
+    return REWARDS[name](problem)

@@ -14,17 +14,23 @@ import torch
 
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.sparse import Batch, feats_of, with_feats
-from eg3d_rlhf.tuning.flow.condition import Condition, to_device
-from eg3d_rlhf.tuning.flow.descent import Descent, StageTraining, train_knob
+from eg3d_rlhf.tuning.flow.conditions import Condition, to_device
 from eg3d_rlhf.tuning.flow.generate import Models, evaluating, generate, guided, stage_noise, voxels_for
-from eg3d_rlhf.tuning.flow.grpo.objective import USES, advantages, as_used, clipped, clipped_loss
-from eg3d_rlhf.tuning.flow.grpo.sde import SdeStep, divergence, log_density, sde_steps
-from eg3d_rlhf.tuning.flow.kinds import Voxels
-from eg3d_rlhf.tuning.flow.progress import win_rate_signs, win_rates
+from eg3d_rlhf.tuning.flow.grpo.objective import (
+    USES,
+    SdeStep,
+    advantages,
+    as_used,
+    clipped,
+    clipped_loss,
+    divergence,
+    log_density,
+    sde_steps,
+)
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage, Pipeline, Sampling
-from eg3d_rlhf.tuning.flow.train import Judge, StageResult, train, trained
-from eg3d_rlhf.tuning.flow.update import Order
+from eg3d_rlhf.tuning.flow.stage import AssetReward, FlowStage, Pipeline, Sampling, Voxels
+from eg3d_rlhf.tuning.flow.train import Descent, Judge, StageResult, StageTraining, train, train_knob, trained, win_rate_signs, win_rates
+from eg3d_rlhf.tuning.flow.train_pairs import Order
 from training.config import knob
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -293,7 +299,7 @@ def train_online(
     task: Task, config: GrpoConfig, out: Path, known: Mapping, *, held_out: Judge | None = None, ranks: Ranks = SINGLE,
     resume: bool = False, say: Callable[[str], None] = print,
 ) -> StageResult:
-    """Train a copy of a stage's network by GRPO, as flow/tuning/train.py trains on pairs: the same folder, lines, states and resume.
+    """Train a copy of a stage's network by GRPO, as train_pairs.py trains on pairs: the same folder, lines, states and resume.
 
     Args: known: JSON that names the reward and the networks of the other stages; others: see train_stage.
     Raises: ValueError for no conditions, or settings that do not fit; further as train_stage.

@@ -21,9 +21,8 @@ from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.tuning.flow.circular.settings import from_dict
 from eg3d_rlhf.tuning.flow.generate import Models, generate
 from eg3d_rlhf.tuning.flow.grpo import report
-from eg3d_rlhf.tuning.flow.grpo.arms import Bench, drift
+from eg3d_rlhf.tuning.flow.grpo.arms import Bench, drift, reward_of
 from eg3d_rlhf.tuning.flow.grpo.groups import Task
-from eg3d_rlhf.tuning.flow.grpo.rewards import reward_of
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, placed
 from eg3d_rlhf.tuning.flow.problem import Problem, open_problem
 from eg3d_rlhf.tuning.flow.stage import stage_of

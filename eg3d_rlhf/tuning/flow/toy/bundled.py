@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     ToyPipeline,
     draw_drafts,
 )
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from training.storage import read_tensors, write_tensors
 
 PATCH = 2  # places per axis of one token of the structure

@@ -14,7 +14,7 @@ from eg3d_rlhf.tuning.flow.circular import table
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop
 from eg3d_rlhf.tuning.flow.circular.run import Ablation, tabled
 from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, AblationPlan, Judging, judge, letters, spread
-from eg3d_rlhf.tuning.flow.train import train_stage
+from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
 
 JUDGING = Judging(per_condition=3, batch=8)

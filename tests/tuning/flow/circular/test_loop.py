@@ -12,8 +12,7 @@ from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, NoPairsError, run,
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import SAME
 from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
-from eg3d_rlhf.tuning.flow.train import train_stage
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from tests.tuning.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
 
 

@@ -12,12 +12,12 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.modes import grpo as commands
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.grpo import rewards
+from eg3d_rlhf.tuning.flow.grpo import arms
 from eg3d_rlhf.tuning.flow.grpo import run as grpo_run
 from eg3d_rlhf.tuning.flow.grpo.arms import ranked_pairs
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, default_run
-from eg3d_rlhf.tuning.flow.update import TrainConfig
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from tests.tuning.flow.circular.test_commands import assert_one_line
 from tests.tuning.flow.tiny_problem import full, tiny_problem
 
@@ -128,7 +128,7 @@ def test_a_plugins_reward_tunes_what_has_none_of_its_own(tiny, tmp_path, monkeyp
     bare = tiny_problem(reward=None, chooser=None, final=None, parts=None)
     monkeypatch.setattr(grpo_run, "open_problem", lambda source, device: bare)
     assert_one_line(run(f"--outdir={tmp_path}"), "--reward: expected the name of one, got none")
-    monkeypatch.setitem(rewards.REWARDS, "full", lambda problem: full)
+    monkeypatch.setitem(arms.REWARDS, "full", lambda problem: full)
     tiny("--reward=full")
     found = json.loads((tmp_path / "00000-grpo-toy-voxels" / "grpo.json").read_text())
     assert found["judge"] == "reward" and found["problem"]["problem"] == "tiny"

@@ -7,9 +7,9 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.embeddings import write_conditions
+from eg3d_rlhf.tuning.flow.conditions import write_conditions
 from eg3d_rlhf.tuning.flow.generate import crossed, generate
-from eg3d_rlhf.tuning.flow.grpo import rewards
+from eg3d_rlhf.tuning.flow.grpo import arms
 from tests.tuning.flow import point_family
 from tests.tuning.flow.point_family import conditions, write_folder
 
@@ -29,7 +29,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "ROOT")
     write_conditions(tmp_path / "conditions.safetensors", conditions())
     known = f"--conditions={tmp_path / 'conditions.safetensors'}"
-    monkeypatch.setitem(rewards.REWARDS, "right", lambda problem: to_the_right)
+    monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
     for flags, message in (
         (["--reward=right"], "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none"),
         ([known, "--reward=right", "--views=3"], "--views: belongs to other generators"),

@@ -7,9 +7,8 @@ import torch
 
 from eg3d_rlhf.models.sparse import collate, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.generate import sample, times
-from eg3d_rlhf.tuning.flow.grpo.sde import SdeStep, divergence, log_density, sde_steps
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import Sampling
+from eg3d_rlhf.tuning.flow.grpo.objective import SdeStep, divergence, log_density, sde_steps
+from eg3d_rlhf.tuning.flow.stage import FlowPath, Sampling
 from tests.tuning.flow.closed_forms import Field, dense, stage_of, tokens, voxels
 
 MEAN, STD = 0.7, 0.4  # of normal data, whose velocity is known

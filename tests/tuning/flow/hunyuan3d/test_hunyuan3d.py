@@ -13,13 +13,12 @@ from PIL import Image
 import train
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import flow_files as commands
-from eg3d_rlhf.tuning.flow.embeddings import Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import family, files
 from eg3d_rlhf.tuning.flow.generate import generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.path import CONVENTION
-from eg3d_rlhf.tuning.flow.stage import check_convention
+from eg3d_rlhf.tuning.flow.stage import CONVENTION, check_convention
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, LATENTS, NAMES, C, E, L, tokens, write_hunyuan3d
 

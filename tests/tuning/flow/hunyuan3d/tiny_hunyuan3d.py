@@ -5,7 +5,7 @@ import yaml
 
 from eg3d_rlhf.models.hunyuan3d.autoencoder import ShapeDecoder
 from eg3d_rlhf.models.hunyuan3d.denoiser import Denoiser
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import files
 
 LATENTS, C, L, E = 7, 4, 5, 8

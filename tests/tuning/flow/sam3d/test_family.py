@@ -11,7 +11,7 @@ from PIL import Image
 from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, add_lora, lora_parameters
 from eg3d_rlhf.models.policies import read_weights, save_policy, tuned_model
 from eg3d_rlhf.models.sparse import NamedSample
-from eg3d_rlhf.tuning.flow.embeddings import read_conditions
+from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.sam3d import family, files
 from eg3d_rlhf.tuning.flow.families.sam3d.conditions import cut, inputs_of, squared

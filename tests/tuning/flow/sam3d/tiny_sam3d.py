@@ -8,7 +8,7 @@ import yaml
 from eg3d_rlhf.models.sam3d.embedder import Backbone, Embedder, PointConfig, PointPatches, VisionConfig
 from eg3d_rlhf.models.sam3d.mixture import LatentConfig, MixtureConfig, MixtureFlow
 from eg3d_rlhf.models.sam3d.voxel_flow import VoxelFlow, VoxelFlowConfig
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
 from tests.tuning.flow.trellis.tiny_trellis import GAUSSIANS
 

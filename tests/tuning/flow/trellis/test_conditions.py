@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eg3d_rlhf.models.dinov2 import MEAN, STD
-from eg3d_rlhf.tuning.flow.embeddings import Conditions, read_array, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis import conditions as encoders
 from tests.tuning.flow.trellis.tiny_trellis import write_hub
 

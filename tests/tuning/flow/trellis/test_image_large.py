@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eg3d_rlhf.modes import trellis_files as commands
-from eg3d_rlhf.tuning.flow.embeddings import Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline

@@ -10,7 +10,7 @@ from eg3d_rlhf.models.trellis import flows
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families.trellis import random_flows
 from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenCopy
-from eg3d_rlhf.tuning.flow.update import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
 from torch_utils.ops import feed_forward, linear, self_attention
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE

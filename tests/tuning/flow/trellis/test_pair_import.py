@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.tuning.flow.embeddings import read_conditions
+from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families.trellis import pair_import
 from eg3d_rlhf.tuning.flow.families.trellis.assets import write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso, read_ranking, write_import
-from eg3d_rlhf.tuning.flow.judged import Judged, votes_of
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.ranking import Candidate, pair_up
+from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, pair_up, votes_of
 from tests.tuning.flow.trellis.tiny_trellis import E, voxels
 
 

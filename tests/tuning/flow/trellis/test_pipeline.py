@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.trellis import pipeline as module
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
-from eg3d_rlhf.tuning.flow.path import FlowPath
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, SparseVoxels
 from tests.tuning.flow.trellis.tiny_trellis import NAMES, E, R, tokens, voxels
 
 

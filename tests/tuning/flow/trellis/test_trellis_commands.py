@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes.trellis_files import main
-from eg3d_rlhf.tuning.flow.embeddings import read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis.assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import draw, read_ranking
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
@@ -81,7 +81,7 @@ def test_conditions(trellis_root, tmp_path, monkeypatch):
             assert name == "openai/clip-vit-large-patch14"
 
         def conditions(self, texts):
-            from eg3d_rlhf.tuning.flow.embeddings import Conditions
+            from eg3d_rlhf.tuning.flow.conditions import Conditions
 
             return Conditions(tokens={t: torch.zeros(2, E) for t in (*texts, "")})
 

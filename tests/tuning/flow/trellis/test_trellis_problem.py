@@ -9,7 +9,7 @@ import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, make_loop_pairs
-from eg3d_rlhf.tuning.flow.embeddings import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, read_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import Imported, write_import

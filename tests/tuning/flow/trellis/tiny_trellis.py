@@ -8,7 +8,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.tuning.flow.embeddings import NULL, Conditions
+from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
 
 NAMES = ("a red chair", "a blue chair", "a lamp", "a tree", "a house", "a boat")

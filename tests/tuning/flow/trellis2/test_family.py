@@ -12,7 +12,7 @@ from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import SparseSample
 from eg3d_rlhf.models.trellis2.voxel_decoder import VoxelAsset
-from eg3d_rlhf.tuning.flow.embeddings import read_conditions
+from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.trellis2 import family
 from eg3d_rlhf.tuning.flow.families.trellis2.pipeline import load_pipeline

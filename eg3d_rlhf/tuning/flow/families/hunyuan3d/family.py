@@ -19,12 +19,10 @@ from eg3d_rlhf.models.hunyuan3d.autoencoder import BOUND, ShapeDecoder
 from eg3d_rlhf.models.hunyuan3d.denoiser import Denoiser
 from eg3d_rlhf.models.lora import merge_rounding, merged_state
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import files
-from eg3d_rlhf.tuning.flow.kinds import TokenSet
-from eg3d_rlhf.tuning.flow.path import FlowPath
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 
 SHAPE = "shape"  # name of the stage
 MAIN = "main"  # name of the only tensor of a condition

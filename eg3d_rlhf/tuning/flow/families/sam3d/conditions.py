@@ -14,7 +14,7 @@ from PIL import Image
 
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.sam3d.embedder import Embedder
-from eg3d_rlhf.tuning.flow.embeddings import read_array
+from eg3d_rlhf.tuning.flow.conditions import read_array
 
 MARGIN = 0.1  # around the mask's box, in sides of it
 

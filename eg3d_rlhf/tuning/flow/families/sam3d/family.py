@@ -11,7 +11,7 @@ from eg3d_rlhf.models.lora import merge_rounding, merged_state
 from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.models.sam3d.mixture import MixtureFlow
 from eg3d_rlhf.models.sam3d.voxel_flow import VoxelFlow
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, register
 from eg3d_rlhf.tuning.flow.families.sam3d import files
 from eg3d_rlhf.tuning.flow.families.sam3d.conditions import inputs_of

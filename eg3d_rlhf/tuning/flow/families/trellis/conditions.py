@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eg3d_rlhf.models.dino_files import read_dino
-from eg3d_rlhf.tuning.flow.embeddings import NULL, Conditions
+from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions
 
 IMAGE_SIZE = 518  # pixels; 37 patches of 14
 TEXT_TOKENS = 77

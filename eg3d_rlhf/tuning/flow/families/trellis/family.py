@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.families.trellis.files import FLOWS, KINDS, NEEDED, find_model, find_weights, read_pipeline, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline

@@ -27,16 +27,14 @@ import torch
 from safetensors.torch import save
 
 from eg3d_rlhf.models.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
-from eg3d_rlhf.tuning.flow.embeddings import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, read_ply, write_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, PipelineFile
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import TrellisPipeline
 from eg3d_rlhf.tuning.flow.generate import stage_latents
-from eg3d_rlhf.tuning.flow.judged import Judged
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.path import CONVENTION
-from eg3d_rlhf.tuning.flow.ranking import Candidate, draw_each, file_of, pair_up, rank_of
-from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, draw_each, file_of, pair_up, rank_of
+from eg3d_rlhf.tuning.flow.stage import CONVENTION, stage_of
 from training.storage import write_atomic
 
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands

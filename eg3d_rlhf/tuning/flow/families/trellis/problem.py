@@ -19,14 +19,13 @@ from tqdm import tqdm
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.preferences.losses import preference_loss
-from eg3d_rlhf.tuning.flow.embeddings import read_conditions
+from eg3d_rlhf.tuning.flow.conditions import read_conditions
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.pair_import import normalization
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
-from eg3d_rlhf.tuning.flow.folder_problem import conditions_beside, folder_problem, hash_of, pair_folders
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.problem import Problem, conditions_beside, folder_problem, hash_of, pair_folders
 
 
 def trellis_problem(

@@ -10,9 +10,8 @@ from eg3d_rlhf.models.sparse import SparseSample
 from eg3d_rlhf.models.trellis.blocks import convert_torso
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 from eg3d_rlhf.models.trellis.sparse_conv import Kernel
-from eg3d_rlhf.tuning.flow.kinds import DenseGrid, SparseVoxels
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.stage import FlowStage
+from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, SparseVoxels
 
 STAGES = ("structure", "latent")
 CHANNELS, TOKENS, EMBEDDING = 8, 77, 768  # of a latent; of CLIP's text

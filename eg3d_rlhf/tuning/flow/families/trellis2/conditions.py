@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eg3d_rlhf.models.dinov2 import MEAN, STD
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families.trellis.conditions import cut_out, pretrained
 
 SIZES = ("512", "1024")  # names of a condition's tensors: edges in pixels of the picture that they are of

@@ -12,7 +12,7 @@ from eg3d_rlhf.models.lora import merge_rounding, merged_state
 from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.models.trellis2.flows import Flow
 from eg3d_rlhf.models.trellis2.voxel_decoder import VoxelAsset
-from eg3d_rlhf.tuning.flow.embeddings import Conditions
+from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, register
 from eg3d_rlhf.tuning.flow.families.trellis.files import base_state, find_model, find_weights, with_ending
 from eg3d_rlhf.tuning.flow.families.trellis2 import files

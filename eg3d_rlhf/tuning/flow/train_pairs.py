@@ -1,29 +1,48 @@
-"""One update of a stage's policy on a batch of pairs: passes in turn and side by side on ranks, equal to one pass over the whole batch.
+"""Train a stage on preference pairs: DPO and its relatives, fine-tuning on the preferred ones.
+
+An update takes a batch of pairs in passes, in turn and side by side on ranks, equal to one pass over the whole batch. Known signs that a
+training goes wrong come from threads of users of Diffusion-DPO, flow_grpo (#47, #190), diffusers (#6565) and OPA-DPO (#10). A loss near log
+2 is none of them: it may look flat while the win rate rises.
 
 Shape letters as in sparse.py; P pairs, B time bins.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from eg3d_rlhf.models.sparse import collate, feats_of, separate, with_feats
+from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.models.sparse import collate, feats_of, parts_of, separate, with_feats
 from eg3d_rlhf.preferences.losses import aggregate
-from eg3d_rlhf.tuning.flow.condition import each
-from eg3d_rlhf.tuning.flow.descent import Descent, StageTraining, train_knob
+from eg3d_rlhf.tuning.flow.conditions import each, to_device
 from eg3d_rlhf.tuning.flow.dpo import BINNED, TIME_BINS, DpoConfig, PairDraw, PairErrors, draw_pairs, pair_loss, pair_stats
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.progress import signs
-from eg3d_rlhf.tuning.flow.reference import CachedErrors, Reference
-from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline
-from training.distributed import Ranks
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique
+from eg3d_rlhf.tuning.flow.reference import CachedErrors, FrozenModel, Reference
+from eg3d_rlhf.tuning.flow.stage import FlowStage, Pipeline, check_convention, stage_of
+from eg3d_rlhf.tuning.flow.train import (
+    ANCHOR,
+    NOTHING,
+    Descent,
+    Judge,
+    StageResult,
+    StageTraining,
+    train,
+    train_knob,
+    trained,
+    win_rate_signs,
+    win_rates,
+)
+from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.rounds import GradientSum, Layout, sum_over_ranks
+from training.storage import checksum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +93,70 @@ class Order(Generic[Example]):
         return found
 
 
+PAIRS = 64  # that the latest figures are taken over
+SEPARATED = 0.95  # implicit accuracy above which pairs are told apart too well to teach more
+RUNAWAY = 2  # times the rejected ones' error at the start, where no reference holds it
+HISTORY = 10  # lines before spikes can be told from usual ones
+CALM = "Raise beta or lower lr."
+
+
+def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, str]:
+    """Warnings by name, as of the last line; the caller says each once.
+
+    Args:
+        lines: of stats.jsonl so far: step, pairs, loss, implicit_accuracy, margin, w_diff, l_diff, grad_norm, and win_rate where measured.
+        preference: False for plain fine-tuning on the preferred ones, where telling pairs apart means nothing.
+    """
+    updates = [line for line in lines if line.get("pairs")]
+    rates = win_rates(lines)
+    signs = win_rate_signs(rates)
+    last, before = updates[-1] if updates else {}, updates[:-1]
+    for name, times in (("loss", 4), ("grad_norm", 10)) if len(before) >= HISTORY else ():
+        usual = median(line[name] for line in before)
+        if last[name] > times * usual > 0 and "spikes" not in signs:
+            signs["spikes"] = f"step {last['step']}: {name} {last[name]:.3g} is over {times} times its median {usual:.3g}. {CALM}"
+    if updates and last.get("l_error", 0) > RUNAWAY * updates[0].get("l_error", math.inf):
+        signs["runaway"] = (
+            f"step {last['step']}: the rejected ones' error is {last['l_error']:.3g} after {updates[0]['l_error']:.3g}, and that of the "
+            f"preferred {last['w_error']:.3g} after {updates[0]['w_error']:.3g}; this loss has no lower bound. Lower loser_weight or steps."
+        )
+    return signs | (_margins(updates, rates) if preference and updates else {})
+
+
+def recent(lines: Sequence[Mapping], name: str) -> float | None:
+    """Mean of a figure over the last lines that hold PAIRS pairs; None before there are as many."""
+    values, pairs = 0.0, 0
+    for line in reversed(lines):
+        values, pairs = values + line[name] * line["pairs"], pairs + line["pairs"]
+        if pairs >= PAIRS:
+            return values / pairs
+    return None
+
+
+def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
+    accuracy, w_diff, l_diff = (recent(lines, name) for name in ("implicit_accuracy", "w_diff", "l_diff"))
+    if accuracy is None:
+        return {}
+    signs, step = {}, lines[-1]["step"]
+    if accuracy > SEPARATED:
+        signs["separated"] = (
+            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are told apart; more of it over-optimises. "
+            + ANCHOR
+        )
+        if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= NOTHING:
+            signs["no-effect"] = (
+                f"step {step}: implicit accuracy {accuracy:.3f}, but the held-out win rate is {rates[-1][1]:.3f} after {rates[0][1]:.3f} "
+                "at the start. The pairs are not what this generator makes (off-policy): sample pairs from it, or fine-tune on them first."
+            )
+    earlier = mean(line["margin"] for line in lines[: max(1, len(lines) // 2)])
+    if w_diff > 0.1 * l_diff and w_diff > 0 and recent(lines, "margin") > max(0.0, earlier) and all(x["w_diff"] > 0 for x in lines[-3:]):
+        signs["preferred-worse"] = (
+            f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the reference's; it runs from "
+            f"the rejected ones instead of towards the preferred. {ANCHOR}"
+        )
+    return signs
+
+
 MARGINS = (
     ("implicit_accuracy", "accuracy", "<5.3f"), ("margin", "margin", "<+9.2e"), ("w_diff", "w_diff", "<+9.2e"),
     ("l_diff", "l_diff", "<+9.2e"),
@@ -105,7 +188,7 @@ class Updates(Descent):
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """See Descent."""
-        return signs(lines, self.config.needs_reference)
+        return pair_signs(lines, self.config.needs_reference)
 
     def save(self) -> None:
         """See Descent: the reference's errors, where they are kept."""
@@ -184,3 +267,69 @@ class Updates(Descent):
         bins = dict(zip(BINNED, np.reshape(sums, (-1, TIME_BINS)).tolist(), strict=True)) if self.reference is not None else {}
         figures = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
         return figures | ({"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {})
+
+
+def origin(stage: FlowStage, pairs: Sequence[PreferencePair]) -> dict[str, str]:
+    """Hashes of the network that training starts from and of the pairs."""
+    latents: dict[str, torch.Tensor] = {}
+    for name, latent in ((f"{p.id}/{side}", getattr(p, side)) for p in pairs for side in ("preferred", "rejected")):
+        latents |= {f"{name}/{key}": value for key, value in parts_of(latent).items()}
+    columns = [[p.id, p.condition, p.source, p.w2, p.provenance.get("w2_norm")] for p in pairs]
+    return {"base": checksum(stage.model.state_dict(), type(stage.model).__name__), "pairs": checksum(latents, columns)}
+
+
+UNBOUNDED = (
+    "dro has no lower bound and no reference: the rejected ones' error may grow without end, and the network with it. Give "
+    "--loser-weight below 1, a held-out judge or few updates."
+)
+
+
+def train_stage(
+    pipeline: Pipeline, stage_name: str, pairs: Sequence[PreferencePair], config: TrainConfig, out: Path, *, held_out: Judge | None = None,
+    ranks: Ranks = SINGLE, resume: bool = False, say: Callable[[str], None] = print,
+) -> StageResult:
+    """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
+
+    Args:
+        pairs: of that stage. held_out: called with the network every `held_out_every` updates, on rank 0; the parameters with the best win
+            rate are kept, those before the first update among them. Without it the last ones are.
+        out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
+        say: prints the status lines.
+    Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur twice, latents that the stage
+        cannot have, and a network whose data lie at the other end of time; for settings or folders that do not fit, and losses that are
+        not finite;
+        StoppedError after a signal.
+    """
+    stage = stage_of(pipeline, stage_name)
+    check_pairs(pipeline, stage, pairs)
+    if config.dpo.kind == "dro":
+        say(f"Warning: {UNBOUNDED}")
+
+    def start(run: Run, policy: torch.nn.Module, frozen: FrozenModel | None) -> Descent:
+        reference: Reference | None = frozen
+        if config.cache_reference and reference is not None:
+            identity = {
+                **{name: run.settings[name] for name in ("base", "pairs", "stage")}, "seed": config.seed, "path": asdict(stage.path),
+                "noise": config.dpo.noise, "condition_dropout": config.dpo.condition_dropout, "bf16": config.bf16, "draws": config.draws,
+            }  # fmt: skip
+            reference = CachedErrors(reference, identity, run.folder / "reference", run.ranks)
+        return Updates(pipeline, stage, pairs, config, policy, trained(policy).values(), reference, run.ranks)
+
+    known = ranks.broadcast(origin(stage, pairs) if ranks.main else None)
+    return train(stage, config, known, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say)
+
+
+def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
+    """Raise ValueError for what cannot be trained on; see train_stage."""
+    who = f"train_stage({stage.name})"
+    if not pairs:
+        raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
+    check_unique(who, pairs)
+    for pair in pairs:
+        if pair.stage != stage.name:
+            raise ValueError(f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that stage on it.")
+        for side in ("preferred", "rejected"):
+            stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
+    device, some = next(stage.model.parameters()).device, pairs[:8]
+    cond = to_device(pipeline.conditions([pair.condition for pair in some], stage.name), device)
+    check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
