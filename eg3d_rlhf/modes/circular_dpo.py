@@ -32,12 +32,12 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
     written,
 )
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
 from eg3d_rlhf.tuning.flow.circular.run import read_run, resume, start
-from eg3d_rlhf.tuning.flow.circular.settings import Choosing, CircularRun, CircularSettings, Weighing, default_settings
-from eg3d_rlhf.tuning.flow.circular.table import ARMS, TABLE, Judging, letters
+from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, default_settings
+from eg3d_rlhf.tuning.flow.circular.table import ARMS, letters
 from eg3d_rlhf.tuning.flow.dpo import PRESETS, DpoConfig
-from eg3d_rlhf.tuning.flow.problem import TOY, ProblemSource
+from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, ProblemSource
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
 LOSS, LOOP = "Preference loss", "The loop"

@@ -27,14 +27,12 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
     written,
 )
-from eg3d_rlhf.tuning.flow.circular.settings import Choosing
-from eg3d_rlhf.tuning.flow.circular.table import TABLE, Judging
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS
 from eg3d_rlhf.tuning.flow.grpo.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
 from eg3d_rlhf.tuning.flow.grpo.run import read_run, resume, start
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, OnlineSource, default_run
-from eg3d_rlhf.tuning.flow.problem import TOY
+from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging
 
 what_flags = together(
     options_of(OnlineSource),

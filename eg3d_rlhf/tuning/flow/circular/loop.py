@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import tuned_model, with_models
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import make_in_chunks, stage_behind, turned, weigh, with_roles
-from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, Weighing
-from eg3d_rlhf.tuning.flow.circular.table import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, Judging, judge
-from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import Weighing, make_in_chunks, stage_behind, turned, weigh, with_roles
+from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings
+from eg3d_rlhf.tuning.flow.circular.table import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
-from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.problem import Judging, Problem, judged
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
@@ -128,8 +127,7 @@ class CircularLoop:
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]], what: str,
     ) -> Artefact:
         config = self.settings.training(config, stage_of(self.problem.pipeline, stage))
-        chooser = self.problem.chooser
-        choosing = self.settings.choosing if chooser is not None else None
+        choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
             "step": "train", "problem": self.problem.identity, "stage": stage, "networks": self._named(lineage), "pairs": source,
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
@@ -140,13 +138,8 @@ class CircularLoop:
             pairs, report = read()
             models = self.models(lineage)
             with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
-                held_out = None
-                if choosing is not None and chooser is not None:  # against the networks that this starts from, all other stages alike
-                    conditions, seeds = crossed(self.problem.choosing, choosing.per_condition, choosing.seed)
-                    held_out = HeldOut(
-                        pipeline=self.problem.pipeline, stage=stage, reward=chooser, conditions=conditions, seeds=seeds,
-                        others={k: v for k, v in models.items() if k != stage}, against=dict(models), batch=choosing.batch,
-                    )
+                others = {k: v for k, v in models.items() if k != stage}  # the networks that this starts from, all other stages alike
+                held_out = None if choosing is None else choosing.held_out(self.problem, stage, others, dict(models))
                 result = train_stage(
                     self.problem.pipeline, stage, pairs, config, folder / "training", held_out=held_out, ranks=self.ranks, resume=True,
                     say=self.say,
@@ -170,7 +163,7 @@ class CircularLoop:
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             del folder
             with self._bar("judging", judging.per_condition * len(self.problem.held_out_conditions)) as bar:
-                return [], judge(self.problem, self.models(lineage), judging, bar.update)
+                return [], judged(self.problem, self.models(lineage), judging, bar.update, spreads=True)
 
         names = ", ".join(k for k, v in lineage.items() if v) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")

@@ -17,6 +17,7 @@ Deviates: one sentence of appendix C.3 pairs generated assets with the original 
 reference's sample. The paper attributes w2 to Dr. DPO, whose weights come from the policy's own losses; that is preference_loss.aggregate.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -37,15 +38,33 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
 SAME = "same_structure"  # in a pair's provenance
+ROLES = OP, REWARD, EXTREMES = ("op", "reward", "extremes")
+W2_NORMS = ("dataset", "batch", "none")
+_loop = functools.partial(knob, group="The loop")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPairsConfig:
     """How many pairs are made."""
 
-    per_pair: int = knob(1, "New pairs, so noises, for each human pair.", "The loop", name="loop_pairs", low=1)
+    per_pair: int = _loop(1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1)
     batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
     chunk: int = 64  # human pairs between what is kept of an interrupted making
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
+
+    use_w1: bool = _loop(True, "Drop pairs whose op is not rewarded more.", name="w1")
+    use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2")
+    tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
+    w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS)
+    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers; extremes: of all noises of "
+                       "a human pair (--loop-pairs) the tuned network's best against the other's worst.", choices=ROLES)
 
     def __post_init__(self):
         check_knobs(self)
@@ -117,9 +136,6 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
         for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
     ]
     return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in found]
-
-
-ROLES = OP, REWARD, EXTREMES = ("op", "reward", "extremes")
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
@@ -196,7 +212,6 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
     }
 
 
-W2_NORMS = ("dataset", "batch", "none")
 EQUAL = 1e-5  # of the largest value: latents that differ by less are one structure, encoded twice
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
 from eg3d_rlhf.experiments.store import Artefact
+from eg3d_rlhf.experiments.table import detectable, write
 from eg3d_rlhf.models.policies import link, save_policy
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular import table
@@ -113,7 +114,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
         known = {"training_seeds": [seed], **settings.facts(problem)}
         data = table.table(scores, [seed], {letter: [{}] for letter in scores}, {str(seed): pairs} if pairs else {}, known)
-        table.write(data, folder, "summary")
+        write(data, folder, "summary", table.markdown, table.plot)
         print(table.markdown(data))
 
 
@@ -223,7 +224,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, worker
     pairs = len(problem.human_pairs(problem.pipeline.stages[-1].name))
     units = {task: round(cost(task, plan, steps, len(problem.held_out_conditions), pairs)) for task in tasks}
     print(f"{len(tasks)} tasks on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
-    sees = table.detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
+    sees = detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
     print(f"What the table can see: win rates from {sees:.3f} on, in 80 % of such tables, were all comparisons independent.", flush=True)
     with tqdm(total=sum(units.values()), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05) as bar:
 
@@ -239,7 +240,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, worker
         expected = (ValueError, OSError, StoppedError)
         results = run_tasks(tasks, handler_of, (run, device, workers == 1), workers, folder / "logs", done, expected)
     data = tabled(results, plan, run.facts(problem))
-    for path in table.write(data, folder):
+    for path in write(data, folder, "ablation", table.markdown, table.plot):
         print(f"Written: {path}")
     print(table.markdown(data))
 

@@ -1,49 +1,18 @@
 """Settings of a Circular-DPO run, and how a run folder keeps them as JSON."""
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TypeVar
 
 from eg3d_rlhf.core.cli import versions
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import ROLES, W2_NORMS, LoopPairsConfig
-from eg3d_rlhf.tuning.flow.circular.table import TABLE, AblationPlan, Judging
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
+from eg3d_rlhf.tuning.flow.circular.table import AblationPlan
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.problem import TOY, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.problem import TOY, Choosing, Judging, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
-from training.config import check_knobs, knob
-
-_loop = functools.partial(knob, group="The loop")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weighing:
-    """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
-
-    use_w1: bool = _loop(True, "Drop pairs whose op is not rewarded more.", name="w1")
-    use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2")
-    tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
-    w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS)
-    roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers; extremes: of all noises of "
-                       "a human pair (--loop-pairs) the tuned network's best against the other's worst.", choices=ROLES)
-
-    def __post_init__(self):
-        check_knobs(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choosing:
-    """On what the win rate is measured that chooses checkpoints and stops training early."""
-
-    per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1)
-    seed: int = 0  # of the noises, which are not those of the table
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 def anchored(config: TrainConfig) -> TrainConfig:

@@ -1,32 +1,16 @@
-"""The table that ends a run: what generators' assets are worth to every judge, and win rates with intervals over conditions, as JSON; from
-that alone, Markdown and a figure.
+"""The table that ends a run: which groups are trained, and their win rates with intervals over conditions, as JSON, Markdown and a figure.
 
 Shape letters: K training seeds, C conditions, S noises per condition.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
-import torch
 
-from eg3d_rlhf.core.statistics import bootstrap_mean_interval
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.models.sparse import Latent, SparseSample, feats_of
-from eg3d_rlhf.tuning.flow.generate import Models, generate, wins
-from eg3d_rlhf.tuning.flow.problem import Problem
-from training.config import check_knobs, knob
-from training.phases import derive_seed
-from training.storage import write_atomic
+from eg3d_rlhf.experiments.table import INTERVAL, Table, detectable, markdown_rows, of_seeds, plot_rates, with_interval
+from eg3d_rlhf.tuning.flow.problem import JUDGES, Judging
 
-TABLE = "Judging and ablation"  # title of its flags
-JUDGES = ("final", "chooser", "reward")
-INTERVAL = "95 % percentile bootstrap over conditions, each the mean over training seeds and noises"
 BASE, PEOPLE, LOOP, SUPERVISED = "base", "people", "loop", "supervised"
 # What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all turned over; their preferred by
 # fine-tuning; and in their place the people's pairs that they were made from.
@@ -86,18 +70,6 @@ def letters(text: str) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judging:
-    """What is generated for the table: the same noises whatever is judged, so that generators are compared pair by pair."""
-
-    per_condition: int = knob(8, "Assets per held-out condition and training behind the table.", TABLE, name="table_noises", low=2)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, shown="the problem's own")
-    seed: int = 0  # of the noises, apart from those that are trained or chosen on
-
-    def __post_init__(self):
-        check_knobs(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class AblationPlan:
     """Which groups are trained, how often, and how they are judged."""
 
@@ -133,74 +105,13 @@ class AblationPlan:
         return tasks
 
 
-def judge(problem: Problem, models: Models, judging: Judging, on_asset: Callable[[int], None] | None = None) -> dict:
-    """Scores of the held-out conditions' assets, as JSON: {"conditions": [C], "scores": {judge or part: [C][S]}, "spread": {stage: [C]}}.
-
-    Judges: "final", "chooser" and "reward", those that the problem has, and the parts of its table.
-    Spread: of the stages before the last, see `spread`; and of the final score, its standard deviation over a condition's assets.
-    Raises: ValueError for a problem without a final judge, or a score that is not finite.
-    """
-    if problem.final is None:
-        raise ValueError("judge: expected a problem with a final judge, got none. A table needs one that nothing was trained or chosen on.")
-    judges = {"final": problem.final, "chooser": problem.chooser, "reward": problem.reward}
-    found: dict[str, list] = {}
-    spreads: dict[str, list[float]] = {stage.name: [] for stage in problem.pipeline.stages[:-1]}
-    names, S = list(problem.held_out_conditions), judging.per_condition
-    block = max(1, judging.batch // S)
-    for i in range(0, len(names), block):
-        part = names[i : i + block]
-        conditions = [name for name in part for _ in range(S)]
-        seeds = [derive_seed("table", judging.seed, name, k) % 2**31 for name in part for k in range(S)]
-        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch)
-        values = {name: one(assets, conditions) for name, one in judges.items() if one is not None}
-        if problem.parts is not None:
-            values |= problem.parts(assets, conditions)
-        for name, value in values.items():
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"judge: expected finite scores of {name}, got {value.tolist()}. Correct that judge.")
-            found.setdefault(name, []).extend(value.detach().double().cpu().view(-1, S).tolist())
-        encoded = problem.pipeline.encode(assets)
-        for stage, out in spreads.items():  # encoded latents of the last stage may be dear, and are not needed
-            out += [spread([one[stage] for one in encoded[k * S : (k + 1) * S]]) for k in range(len(part))]
-        if on_asset:
-            on_asset(len(assets))
-    spreads["score"] = torch.tensor(found["final"], dtype=torch.float64).std(1).tolist()
-    return {"conditions": names, "scores": found, "spread": spreads}
-
-
-def spread(latents: Sequence[Latent]) -> float:
-    """How far assets of one condition differ: standard deviation over them, of every number, in the mean; 0 where all are alike.
-
-    On voxels, of the mean features, since they lie in different places.
-    """
-    rows = [x.feats.mean(0) if isinstance(x, SparseSample) else feats_of(x).flatten() for x in latents]
-    return float(torch.stack(rows).double().std(0).mean())
-
-
-def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict:
-    """How often scores a [K, C, S] beat b [K, C, S] on the same noises: win rate, interval over conditions, every seed's own."""
-    won = wins(torch.as_tensor(a), torch.as_tensor(b)).double().numpy()
-    mean, lo, hi = bootstrap_mean_interval(won.mean(axis=(0, 2)))
-    each = [bootstrap_mean_interval(one.mean(axis=1)) for one in won]
-    own = [{"seed": seed, "win_rate": one.mean, "ci95": [one.lo, one.hi]} for seed, one in zip(seeds, each, strict=True)]
-    return {"win_rate": mean, "ci95": [lo, hi], "seeds": own}
-
-
-def detectable(conditions: int, noises: int, seeds: int) -> float:
-    """Smallest true win rate that the interval sets apart from one half in 80 % of tables: 1/2 + (1.96 + 0.84) / 2 sqrt(C S K).
-
-    Comparisons count as independent and ties as none; where conditions differ it takes more.
-    """
-    return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (2 * math.sqrt(conditions * noises * seeds))
-
-
 def table(
     scores: Mapping[str, Sequence[Mapping]], seeds: Sequence[int], trained: Mapping[str, Sequence[Mapping]], loop: Mapping, facts: Mapping
 ) -> dict:
     """The whole table as JSON.
 
     Args:
-        scores: by group, a `judging.judge` for each training seed; trained: by group and seed, what is known of its trainings.
+        scores: by group, a `problem.judged` for each training seed; trained: by group and seed, what is known of its trainings.
         loop: figures of the loop's pairs by training seed; facts: what a reader of the file needs besides.
     """
     arrays = {  # each [K, C, S]
@@ -210,23 +121,21 @@ def table(
         letter: {stage: float(np.mean([row["spread"][stage] for row in rows])) for stage in rows[0]["spread"]}
         for letter, rows in scores.items()
     }
-    base, groups = arrays["i"], {}
-    for letter, own in arrays.items():
+    rates, groups = Table(scores=arrays, base=arrays["i"], seeds=seeds), {}
+    for letter, of_group in arrays.items():
         start, ends = spreads["i"], spreads[letter]
-        judged = {name: rate(own[name], base[name], seeds) for name in own}
+        judged = rates.against_base(letter)
         groups[letter] = {
-            "title": ALL[letter].title, **judged["final"], "score_mean": float(own["final"].mean()),
+            "title": ALL[letter].title, **judged["final"], "score_mean": float(of_group["final"].mean()),
             "judges": {name: judged[name] for name in JUDGES if name in judged},
-            "parts": {name: judged[name] for name in own if name not in JUDGES},
+            "parts": {name: judged[name] for name in of_group if name not in JUDGES},
             "spread": {  # as a share of the base's, too: a collapsed generator is near 0
                 stage: {"mean": mean, "of_base": mean / start[stage] if start[stage] > 0 else None} for stage, mean in ends.items()
             },
             "trainings": list(trained[letter]),
         }
-    ordered = [name for name in ALL if name in arrays]
-    pairwise = {f"{x}_vs_{y}": rate(arrays[x]["final"], arrays[y]["final"], seeds) for x, y in combinations(ordered, 2)}
-    C, S = base["final"].shape[1:]
-    sizes = {"conditions": C, "noises": S, "detectable": detectable(C, S, len(seeds))}
+    pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])
+    sizes = {**rates.sizes, "detectable": detectable(*rates.sizes.values(), len(seeds))}
     return {"groups": groups, "pairwise": pairwise, "loop": dict(loop), **sizes, "interval": INTERVAL, **facts}
 
 
@@ -238,7 +147,7 @@ def markdown(data: Mapping) -> str:
     head += [f"{name} alone" for name in parts] + ["chooser", "reward"] + [f"spread, {stage}" for stage in stages]
     rows = []
     for letter, group in data["groups"].items():
-        cells = [f"({letter})", group["title"], shown(group), *[f"{one['win_rate']:.3f}" for one in group["seeds"]]]
+        cells = [f"({letter})", group["title"], with_interval(group), *of_seeds(group)]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
         cells += [f"{group['judges'][name]['win_rate']:.3f}" if name in group["judges"] else "" for name in ("chooser", "reward")]
         shares = [group["spread"][stage]["of_base"] for stage in stages]
@@ -249,67 +158,31 @@ def markdown(data: Mapping) -> str:
         f"half. Brackets: {data['interval']}. The final judge labelled nothing, trained nothing and chose nothing; \"chooser\" chose "
         "checkpoints, \"reward\" scored the loop's pairs. Spread: how far assets of one condition differ, as a share of the base's."
     )
-    lines = ["# Circular-DPO against its base", "", facts, "", *_table(head, rows), "", "## Pair by pair", ""]
+    lines = ["# Circular-DPO against its base", "", facts, "", *markdown_rows(head, rows), "", "## Pair by pair", ""]
     lines += ["Share of assets of the first that the final judge prefers to the second's, same noises.", ""]
     head, rows = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]], []
-    for name, one in data["pairwise"].items():
+    for name, rated in data["pairwise"].items():
         x, y = name.split("_vs_")
-        rows.append([f"({x}) against ({y})", shown(one), *[f"{s['win_rate']:.3f}" for s in one["seeds"]]])
-    lines += _table(head, rows)
+        rows.append([f"({x}) against ({y})", with_interval(rated), *of_seeds(rated)])
+    lines += markdown_rows(head, rows)
     if data["loop"]:
         rows = []
         for seed, stages in data["loop"].items():
-            for stage, one in stages.items():
-                better = "" if one.get("op_rewarded_where_changed") is None else f"{one['op_rewarded_where_changed']:.2f}"
-                rows.append([seed, stage, one["pairs"], f"{one['changed_structure']:.2f}", better, f"{one['reward_gap_mean']:.3g}"])
+            for stage, pairs in stages.items():
+                better = "" if pairs.get("op_rewarded_where_changed") is None else f"{pairs['op_rewarded_where_changed']:.2f}"
+                rows.append([seed, stage, pairs["pairs"], f"{pairs['changed_structure']:.2f}", better, f"{pairs['reward_gap_mean']:.3g}"])
         head = ["seed", "stage", "pairs", "structure changed", "of these, op rewarded more", "mean reward gap"]
-        lines += ["", "## The loop's pairs", "", *_table(head, rows)]
+        lines += ["", "## The loop's pairs", "", *markdown_rows(head, rows)]
     return "\n".join(lines) + "\n"
-
-
-def shown(one: Mapping) -> str:
-    """A rate with its interval."""
-    return f"{one['win_rate']:.3f} [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]"
-
-
-def _table(head: list[str], rows: list[list]) -> list[str]:
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def plot(data: Mapping):
     """Win rates of all groups against the base, and of (a) against the others."""
-    rivals = {name.removeprefix("a_vs_"): one for name, one in data["pairwise"].items() if name.startswith("a_vs_")}
-    height = 1.4 + 0.26 * len(data["groups"])
-    drawn, axes = style.figure(columns=2 if rivals else 1, size=(9.4 if rivals else 5.6, height))
-    panels = [(axes[0] if rivals else axes, data["groups"], "against base")]
-    panels += [(axes[1], rivals, "of (a) against")] if rivals else []
-    rates = [rate for _, rows, _ in panels for one in rows.values() for rate in (*one["ci95"], *(s["win_rate"] for s in one["seeds"]))]
-    for axis, rows, title in panels:
-        for place, one in enumerate(rows.values()):
-            low, high = one["win_rate"] - one["ci95"][0], one["ci95"][1] - one["win_rate"]
-            axis.errorbar(
-                one["win_rate"], place, xerr=[[max(0, low)], [max(0, high)]], fmt="o", markersize=4, color=style.colour("after"), capsize=2
-            )
-            axis.plot([s["win_rate"] for s in one["seeds"]], [place] * len(one["seeds"]), "|", color=style.colour("before"), markersize=7)
-        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
-        named = [f"({letter}) {data['groups'][letter]['title']}" if rows is data["groups"] else f"({letter})" for letter in rows]
-        axis.set_yticks(range(len(rows)), named, fontsize=7)
-        axis.invert_yaxis()
-        axis.set(xlim=(min(rates) - 0.02, max(rates) + 0.02))
-        axis.set_xlabel(f"win rate {title}, final judge", fontsize=8)
-    drawn.suptitle(
+    titled = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
+    rivals = {f"({name.removeprefix('a_vs_')})": rated for name, rated in data["pairwise"].items() if name.startswith("a_vs_")}
+    panels = [("win rate against base, final judge", titled)]
+    panels += [("win rate of (a) against, final judge", rivals)] if rivals else []
+    return plot_rates(panels, (
         f"{data['conditions']} conditions x {data['noises']} noises, training seeds {', '.join(map(str, data['training_seeds']))}; "
-        "bars: 95 % over conditions, ticks: seeds", fontsize=8,
-    )
-    return drawn
-
-
-def write(data: Mapping, folder: Path, stem: str = "ablation") -> list[Path]:
-    """<stem>.json, .md and .png; the latter two are made of the first."""
-    source, text, figure = (folder / f"{stem}.{ending}" for ending in ("json", "md", "png"))
-    write_atomic(source, (json.dumps(data, indent=1) + "\n").encode())
-    read = json.loads(source.read_text())
-    write_atomic(text, markdown(read).encode())
-    with style.theme("light"):
-        style.save(plot(read), figure)
-    return [source, text, figure]
+        "bars: 95 % over conditions, ticks: seeds"
+    ))  # fmt: skip

@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import separate, to_cpu
-from eg3d_rlhf.tuning.flow.circular.settings import Choosing
-from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed, stage_latents
+from eg3d_rlhf.tuning.flow.generate import stage_latents
 from eg3d_rlhf.tuning.flow.grpo.groups import Explorer, GrpoConfig, Task, train_online
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.problem import Choosing, Problem
 from eg3d_rlhf.tuning.flow.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.stage import AssetReward
 from eg3d_rlhf.tuning.flow.train import StageResult
@@ -54,22 +53,14 @@ class Bench:
 
     def train(self, arm: str, out: Path, ranks: Ranks = SINGLE, say: Callable[[str], None] = print) -> StageResult:
         """Train an arm in a folder, or go on with it there."""
-        task, chooser = self.task, None if arm in CONTROLS else self._chooser()
+        task, chooser = self.task, None
+        if self.choosing is not None and arm not in CONTROLS:
+            chooser = self.choosing.held_out(self.problem, task.stage.name, task.others, task.others)
         if arm in ("dpo", "people"):
             pairs = self.problem.human_pairs(task.stage.name) if arm == "people" else ranked_pairs(task, self.grpo, self.dpo.seed)
             return train_stage(task.pipeline, task.stage.name, pairs, self.dpo, out, held_out=chooser, ranks=ranks, resume=True, say=say)
         config = self.grpo if arm == "grpo" else replace(self.grpo, use=arm)
         return train_online(task, config, out, {"problem": dict(self.known)}, held_out=chooser, ranks=ranks, resume=True, say=say)
-
-    def _chooser(self) -> HeldOut | None:
-        choosing, problem = self.choosing, self.problem
-        if choosing is None or problem.chooser is None:
-            return None
-        conditions, seeds = crossed(problem.choosing, choosing.per_condition, choosing.seed)
-        return HeldOut(
-            pipeline=problem.pipeline, stage=self.task.stage.name, reward=problem.chooser, conditions=conditions, seeds=seeds,
-            others=self.task.others, against=self.task.others, batch=choosing.batch,
-        )
 
 
 def ranked_pairs(task: Task, config: GrpoConfig, seed: int, batch: int = 64) -> list[PreferencePair]:

@@ -3,18 +3,13 @@
 Shape letters: K training seeds, C conditions, S noises per condition.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.tuning.flow.circular.table import INTERVAL, rate, shown
+from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS
-from training.storage import write_atomic
-
-JUDGES = ("final", "chooser", "reward")
+from eg3d_rlhf.tuning.flow.problem import JUDGES
 
 
 def table(results: Mapping[str, Mapping], arms: Sequence[str], seeds: Sequence[int], facts: Mapping) -> dict:
@@ -23,24 +18,23 @@ def table(results: Mapping[str, Mapping], arms: Sequence[str], seeds: Sequence[i
     arrays = {
         arm: {name: np.array([results[f"{arm}-{seed}"]["scores"][name] for seed in seeds]) for name in base} for arm in arms
     }  # [K, C, S]
-    found = {}
+    rates, rows = Table(scores=arrays, base=base, seeds=seeds), {}
     for arm, scores in arrays.items():
-        done = [results[f"{arm}-{seed}"] for seed in seeds]
+        trainings, judged = [results[f"{arm}-{seed}"] for seed in seeds], rates.against_base(arm)
         up = (scores["reward"].mean(2) > base["reward"].mean(2)).mean(1)  # [K], share of conditions
-        found[arm] = {
-            "title": ARMS[arm], "samples": [one["samples"] for one in done], "kept_step": [one["kept_step"] for one in done],
+        rows[arm] = {
+            "title": ARMS[arm], "samples": [training["samples"] for training in trainings],
+            "kept_step": [training["kept_step"] for training in trainings],
             "reward": {
                 "up": float(up.mean()), "up_seeds": up.tolist(), "mean": float(scores["reward"].mean()),
                 "mean_seeds": scores["reward"].mean((1, 2)).tolist(), "base": float(base["reward"].mean()),
             },
-            "judges": {name: rate(scores[name], base[name].repeat(len(seeds), 0), seeds) for name in JUDGES if name in base},
-            "kl": [one["kl"] for one in done], "warnings": [one["warnings"] for one in done],
+            "judges": {name: judged[name] for name in JUDGES if name in judged},
+            "kl": [training["kl"] for training in trainings], "warnings": [training["warnings"] for training in trainings],
         }
     judge = next(name for name in JUDGES if name in base)
-    pairwise = {f"{x}_vs_{y}": rate(arrays[x][judge], arrays[y][judge], seeds) for x, y in combinations(arms, 2)}
-    C, S = base["reward"].shape[1:]
     return {
-        "arms": found, "pairwise": pairwise, "judge": judge, "conditions": C, "noises": S, "training_seeds": list(seeds),
+        "arms": rows, "pairwise": rates.pairwise(judge), "judge": judge, **rates.sizes, "training_seeds": list(seeds),
         "interval": INTERVAL, **facts,
     }
 
@@ -51,35 +45,23 @@ def markdown(data: Mapping) -> str:
     by_seed = [f"seed {seed}" for seed in seeds]
     head = ["arm", "samples", "reward up on", "mean reward", f"{judge} judge, wins against base", *by_seed, "KL", "kept"]
     rows = []
-    for one in data["arms"].values():
-        reward, won = one["reward"], one["judges"][judge]
-        far = [value for value in one["kl"] if value is not None]
+    for arm in data["arms"].values():
+        reward, won = arm["reward"], arm["judges"][judge]
+        far = [value for value in arm["kl"] if value is not None]
         rows.append([
-            one["title"], one["samples"][0] or "", f"{reward['up']:.0%} of conditions", f"{reward['mean']:+.3f} ({reward['base']:+.3f})",
-            shown(won), *[f"{s['win_rate']:.3f}" for s in won["seeds"]], f"{np.mean(far):.2g}" if far else "",
-            ", ".join(map(str, one["kept_step"])),
+            arm["title"], arm["samples"][0] or "", f"{reward['up']:.0%} of conditions", f"{reward['mean']:+.3f} ({reward['base']:+.3f})",
+            with_interval(won), *of_seeds(won), f"{np.mean(far):.2g}" if far else "",
+            ", ".join(map(str, arm["kept_step"])),
         ])  # fmt: skip
     facts = (
         f"Stage {data['stage']}; {data['conditions']} held-out conditions x {data['noises']} noises x {len(seeds)} training seeds; ties "
         f"count half. Brackets: {data['interval']}. In brackets behind a mean reward the untuned network's. KL: of the steps from the "
         "untuned network's, mean over numbers, steps and samples."
     )
-    lines = ["# GRPO against its base", "", facts, "", *_table(head, rows)]
+    lines = ["# GRPO against its base", "", facts, "", *markdown_rows(head, rows)]
     if data["pairwise"]:
         rows = []
-        for name, one in data["pairwise"].items():
-            rows.append([*name.split("_vs_"), shown(one), *[f"{s['win_rate']:.3f}" for s in one["seeds"]]])
-        lines += ["", f"## Pair by pair, {judge} judge", "", *_table(["arm", "against", "wins", *by_seed], rows)]
+        for name, rated in data["pairwise"].items():
+            rows.append([*name.split("_vs_"), with_interval(rated), *of_seeds(rated)])
+        lines += ["", f"## Pair by pair, {judge} judge", "", *markdown_rows(["arm", "against", "wins", *by_seed], rows)]
     return "\n".join(lines) + "\n"
-
-
-def _table(head: list[str], rows: list[list]) -> list[str]:
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def write(data: Mapping, folder: Path) -> list[Path]:
-    """grpo.json and grpo.md, the second made of the first."""
-    source, text = folder / "grpo.json", folder / "grpo.md"
-    write_atomic(source, (json.dumps(data, indent=1) + "\n").encode())
-    write_atomic(text, markdown(json.loads(source.read_text())).encode())
-    return [source, text]

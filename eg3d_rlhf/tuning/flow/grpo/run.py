@@ -17,18 +17,17 @@ from tqdm import tqdm
 from eg3d_rlhf.core.cli import versions
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
+from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.tuning.flow.circular.settings import from_dict
-from eg3d_rlhf.tuning.flow.generate import Models, generate
 from eg3d_rlhf.tuning.flow.grpo import report
 from eg3d_rlhf.tuning.flow.grpo.arms import Bench, drift, reward_of
 from eg3d_rlhf.tuning.flow.grpo.groups import Task
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, placed
-from eg3d_rlhf.tuning.flow.problem import Problem, open_problem
+from eg3d_rlhf.tuning.flow.problem import Problem, judged, open_problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train import StoppedError
 from training.distributed import SINGLE, Ranks
-from training.phases import derive_seed
 from training.storage import write_atomic
 
 MODE = "grpo"
@@ -106,7 +105,7 @@ def work(settings: GrpoRun, problem: Problem, run: Run, device: str, workers: in
     if settings.summary:
         facts = {"stage": stage, "problem": dict(problem.identity), "run": asdict(settings), "versions": versions()}
         data = report.table(results, settings.arms, settings.training_seeds, facts)
-        for path in report.write(data, folder):
+        for path in write(data, folder, MODE, report.markdown):
             print(f"Written: {path}")
         print(report.markdown(data))
     print(f"Done in {tqdm.format_interval(time.time() - started)}: {folder}", flush=True)
@@ -134,7 +133,7 @@ class Worker:
         result = self._trained(arm, bench, path.parent) if arm else {"models": {}}
         models = result.pop("models")
         if self.ranks.main and self.settings.summary:
-            result["scores"] = measured(bench.problem, models, self.settings)
+            result["scores"] = judged(bench.problem, models, self.settings.judging)["scores"]
         if self.ranks.main:
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, (json.dumps(result) + "\n").encode())
@@ -159,25 +158,3 @@ def worker_of(settings: GrpoRun, folder: Path, device: str, alone: bool) -> Work
     if not alone:
         torch.set_num_threads(1)
     return Worker(settings, folder, open_problem(settings.source, device))
-
-
-def measured(problem: Problem, models: Models, settings: GrpoRun) -> dict[str, list]:
-    """Scores [C][S] of assets of held-out conditions by every judge that there is: reward, chooser, final.
-
-    The noises are the same whatever is judged, so that generators are compared asset by asset.
-    """
-    known = {"reward": problem.reward, "chooser": problem.chooser, "final": problem.final}
-    judges = {name: one for name, one in known.items() if one is not None}
-    judging, found = settings.judging, {name: list[list[float]]() for name in judges}
-    names, S = list(problem.held_out_conditions), judging.per_condition
-    block = max(1, judging.batch // S)
-    for i in tqdm(range(0, len(names), block), desc="judging", unit="batch", leave=False, disable=None):
-        conditions = [name for name in names[i : i + block] for _ in range(S)]
-        seeds = [derive_seed("table", judging.seed, name, k) % 2**31 for name in names[i : i + block] for k in range(S)]
-        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch)
-        for name, judge in judges.items():
-            values = judge(assets, conditions)
-            if not bool(values.isfinite().all()):
-                raise ValueError(f"{name}: expected finite scores, got {values.tolist()}. Correct that judge.")
-            found[name] += values.detach().double().cpu().view(-1, S).tolist()
-    return found

@@ -4,12 +4,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.tuning.flow.circular.settings import Choosing
-from eg3d_rlhf.tuning.flow.circular.table import Judging
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS, OWN
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
-from eg3d_rlhf.tuning.flow.problem import TOY, ProblemSource
+from eg3d_rlhf.tuning.flow.problem import TOY, Choosing, Judging, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import FlowStage
 from eg3d_rlhf.tuning.flow.train import StageTraining
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig

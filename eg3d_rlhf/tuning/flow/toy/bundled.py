@@ -18,9 +18,9 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.tuning.flow.circular.settings import Choosing, CircularSettings, supervised
+from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, supervised
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.problem import Problem
+from eg3d_rlhf.tuning.flow.problem import Choosing, Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs
 from eg3d_rlhf.tuning.flow.toy.pipeline import (

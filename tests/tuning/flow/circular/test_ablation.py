@@ -9,11 +9,13 @@ import torch
 
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import rate, write
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular import table
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop
 from eg3d_rlhf.tuning.flow.circular.run import Ablation, tabled
-from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, AblationPlan, Judging, judge, letters, spread
+from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, AblationPlan, letters
+from eg3d_rlhf.tuning.flow.problem import Judging, judged, spread
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
 
@@ -145,7 +147,7 @@ def test_doing_it_again_finds_everything(whole):
 
 def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     results, plan, _, _ = whole
-    paths = table.write(tabled(results, plan, {}), tmp_path)
+    paths = write(tabled(results, plan, {}), tmp_path, "ablation", table.markdown, table.plot)
     assert [path.name for path in paths] == ["ablation.json", "ablation.md", "ablation.png"]
     data = json.loads(paths[0].read_text())
     assert set(data["groups"]) == set(GROUPS) and data["conditions"] == len(HELD_OUT) and data["noises"] == 3
@@ -166,28 +168,27 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
 def test_rates_are_means_over_paired_assets_with_intervals_over_conditions():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.4, 1, (2, 30, 5)), rng.normal(0, 1, (2, 30, 5))
-    one = table.rate(a, b, [3, 4])
+    one = rate(a, b, [3, 4])
     won = a > b
     assert one["win_rate"] == pytest.approx(won.mean()) and one["ci95"][0] < one["win_rate"] < one["ci95"][1]
     assert [s["seed"] for s in one["seeds"]] == [3, 4] and one["seeds"][1]["win_rate"] == pytest.approx(won[1].mean())
-    other = table.rate(b, a, [3, 4])
+    other = rate(b, a, [3, 4])
     assert other["win_rate"] == pytest.approx(1 - one["win_rate"])
-    assert table.rate(a, a, [3, 4])["ci95"] == [0.5, 0.5]
+    assert rate(a, a, [3, 4])["ci95"] == [0.5, 0.5]
     spread_out = won.mean(axis=(0, 2))  # the interval is of 30 conditions, not of 300 assets
     assert one["ci95"][1] - one["ci95"][0] == pytest.approx(2 * 1.96 * spread_out.std() / 30**0.5, rel=0.15)
 
 
 def test_judges_see_the_same_noises_whatever_the_generator():
     problem = tiny_problem()
-    found = judge(problem, {}, JUDGING)
-    assert found == judge(problem, {}, replace(JUDGING, batch=100))
+    found = judged(problem, {}, JUDGING)
+    assert found == judged(problem, {}, replace(JUDGING, batch=100))
     assert found["conditions"] == list(HELD_OUT) and np.shape(found["scores"]["final"]) == (2, 3)
     assert np.allclose(2 * np.array(found["scores"]["filled"]), found["scores"]["final"])
-    with pytest.raises(ValueError, match="expected a problem with a final judge, got none"):
-        judge(replace(problem, final=None), {}, JUDGING)
+    assert set(judged(replace(problem, final=None), {}, JUDGING)["scores"]) == set(found["scores"]) - {"final"}
     broken = replace(problem, final=lambda assets, conditions: problem.final(assets, conditions) / 0)
-    with pytest.raises(ValueError, match="expected finite scores of final"):
-        judge(broken, {}, JUDGING)
+    with pytest.raises(ValueError, match="final: expected finite scores"):
+        judged(broken, {}, JUDGING)
 
 
 def test_spread_of_equal_latents_is_zero():

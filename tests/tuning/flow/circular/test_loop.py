@@ -9,8 +9,8 @@ from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, NoPairsError, run, weighed
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import SAME
-from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, Weighing, anchored, supervised
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import SAME, Weighing
+from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, anchored, supervised
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from tests.tuning.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
