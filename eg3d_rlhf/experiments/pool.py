@@ -1,4 +1,4 @@
-"""Named tasks that need one another, on worker processes, or on threads that each run a script of ours.
+"""Named tasks that need one another, on worker processes.
 
 Results travel as files; a task returns plain values. Workers are processes of their own (spawned, so that they share no handles), each with
 one handler for all its tasks. They end with this process, however it ends: tasks must bear being stopped at any point.
@@ -11,12 +11,10 @@ calls `handler_of(settings)` once in every worker and the handler that it return
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from graphlib import CycleError, TopologicalSorter
 from multiprocessing.connection import Connection
@@ -31,7 +29,6 @@ _worker: dict = {}  # of this process: setup and arguments, then the handler
 def run_tasks(
     needs: Mapping[str, Sequence[str]], setup: Setup, arguments: Sequence, workers: int, logs: Path,
     on_done: Callable[[str, Any], None] = lambda name, result: None, expected: tuple[type[Exception], ...] = (ValueError, OSError),
-    threads: bool = False,
 ) -> dict[str, Any]:
     """Run every task after those that it needs, the first listed first; returns their results by name.
 
@@ -39,7 +36,6 @@ def run_tasks(
         needs: by task; setup, arguments: what makes a handler; workers: processes; 1 runs the tasks in this one.
         logs: folder for what the workers print; on_done: called here as tasks end.
         expected: errors that are no bugs, and come back as a ValueError with their message.
-        threads: of this process in place of processes, for tasks that wait for `run_script`; they share one handler.
     Raises: ValueError for a need that is no task, or in a circle; the first failed task's message, after the others have ended.
     """
     order = _Order(needs)
@@ -50,26 +46,18 @@ def run_tasks(
             order.done(name)
             on_done(name, results[name])
         return results
-    if threads:
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                return _dispatch(order, pool, setup(*arguments), workers, logs, on_done, expected)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                stop_scripts()
-                raise
     logs.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     started = (setup, tuple(arguments), logs, spawn.Value("i", 0), theirs)
-    processes = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, started)
+    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, started)
     try:
-        results = _dispatch(order, processes, _work, workers, logs, on_done, expected)
-        processes.shutdown()
+        results = _dispatch(order, pool, workers, logs, on_done, expected)
+        pool.shutdown()
         return results
     finally:
         ours.close()  # stops those that are busy
-        processes.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 class _Order:
@@ -97,12 +85,12 @@ class _Order:
             yield self._ready.pop(0)
 
 
-def _dispatch(order: _Order, pool: Executor, work: Handler, workers: int, logs: Path, on_done, expected) -> dict[str, Any]:
+def _dispatch(order: _Order, pool: ProcessPoolExecutor, workers: int, logs: Path, on_done, expected) -> dict[str, Any]:
     results: dict[str, Any] = {}
     running: dict[Future, str] = {}
     while True:
         for name in order if len(running) < workers else ():
-            running[pool.submit(work, name)] = name
+            running[pool.submit(_work, name)] = name
             if len(running) == workers:
                 break
         if not running:
@@ -116,8 +104,6 @@ def _dispatch(order: _Order, pool: Executor, work: Handler, workers: int, logs: 
             except expected as error:
                 raise ValueError(f"{name}: {str(error).strip()}") from None
             except Exception as error:
-                if error.__cause__ is None:  # of a thread: its traceback is here
-                    raise
                 over_there = str(error.__cause__).strip('"\n')  # the traceback
                 raise RuntimeError(f"{name}: {over_there}") from None
             order.done(name)
@@ -144,43 +130,3 @@ def _work(name: str) -> Any:
     if "handler" not in _worker:
         _worker["handler"] = _worker["setup"](*_worker["arguments"])
     return _worker["handler"](name)
-
-
-_scripts: set[subprocess.Popen] = set()  # that run now
-
-
-def run_script(command: Sequence[str], log: Path, threads: int | None = None) -> dict[str, float]:
-    """Run a script of ours, such as ["train.py", "--seed=1"], in a process of its own; its output is added to a file.
-
-    An interrupt of this process, or `stop_scripts`, asks it to stop: it writes a checkpoint first.
-    Args: command: the script's path and flags; threads: of the process; None: as this one's.
-    Returns: what it cost, "seconds" and the most "megabytes"; these are never below those of this process, from which it is forked.
-    Raises: ValueError where it failed, with the last line that it printed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment, started = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}, time.monotonic()
-    with log.open("ab") as out:
-        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment)
-    _scripts.add(process)
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        _scripts.discard(process)
-    if process.returncode:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        stopped = process.returncode in (-signal.SIGTERM, -signal.SIGINT)
-        how = "was stopped" if stopped else f"ended with status {process.returncode}"
-        raise ValueError(f"{Path(command[0]).name}: expected it to finish, but it {how}: {last} See {log}; the same command goes on.")
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
-    return {"seconds": time.monotonic() - started, "megabytes": usage.ru_maxrss * unit / 1e6}
-
-
-def stop_scripts() -> None:
-    """Ask all that `run_script` runs now to stop. Whoever waits for them sees them end."""
-    for process in list(_scripts):
-        process.terminate()

@@ -16,11 +16,9 @@ A folder without done.json is unfinished: its maker is called again, on the same
 >>> found = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)  # in another process, or tomorrow
 >>> made.reused, found.reused, found.record["loss"], found.folder == made.folder
 (False, True, 0.5, True)
->>> store.state("training", {"seed": 0, "steps": 2}), store.state("training", {"seed": 1, "steps": 2})
-('finished', 'new')
 
 What is made from an artefact has its `content` among the inputs, so that it is made anew where that was. Of a file: `core.cli.file_hash`.
-A maker that has no files returns `[], record`; one that runs a script of ours calls `pool.run_script`. Many at once: `pool.run_tasks`.
+A maker that has no files returns `[], record`. Many at once: `pool.run_tasks`.
 """
 
 import hashlib
@@ -74,11 +72,6 @@ class Store:
     def folder(self, kind: str, inputs: Mapping) -> Path:
         """Where the artefact of these inputs lies, once it is begun."""
         return self.root / (f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}" if self._hashed else kind)
-
-    def state(self, kind: str, inputs: Mapping) -> str:
-        """"new", "begun" or "finished". Raises: as `make`."""
-        folder = self.folder(kind, inputs)
-        return "finished" if self._finished(folder, inputs) is not None else "begun" if folder.exists() else "new"
 
     def make(self, kind: str, inputs: Mapping, maker: Maker, title: str = "") -> Artefact:
         """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.

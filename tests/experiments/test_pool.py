@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from eg3d_rlhf.experiments.pool import run_script, run_tasks
+from eg3d_rlhf.experiments.pool import run_tasks
 
 NEEDS = {"c": ["a", "b"], "a": [], "b": ["a"], "d": []}
 
@@ -48,33 +48,6 @@ def test_a_users_mistake_comes_back_as_one(tmp_path, workers):
     with pytest.raises(ValueError, match="expected a right task, got wrong"):
         run_tasks({"a": [], "wrong": ["a"], "later": ["wrong"]}, recording, [tmp_path], workers, tmp_path / "logs")
     assert not (tmp_path / "later.begun").exists()
-
-
-CHILD = """
-import os, sys, time
-print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
-time.sleep(60) if sys.argv[1] == "slow" else sys.exit("no flour" if sys.argv[1] == "wrong" else None)
-"""
-
-
-def scripts(folder):
-    """A handler that runs a script named by its task."""
-    (folder / "child.py").write_text(CHILD)
-    return lambda name: run_script([str(folder / "child.py"), name], folder / f"{name}.txt", threads=3)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_threads_wait_for_scripts(tmp_path, workers):
-    costs = run_tasks({"a": [], "b": ["a"]}, scripts, [tmp_path], workers, tmp_path, threads=True)
-    assert all(cost["seconds"] > 0 and cost["megabytes"] > 1 for cost in costs.values())
-    assert (tmp_path / "a.txt").read_text() == "threads 3\n"
-
-
-def test_a_script_that_fails_ends_the_others(tmp_path):
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="wrong.txt") as error:
-        run_tasks({"slow": [], "wrong": []}, scripts, [tmp_path], 2, tmp_path, threads=True)
-    assert "no flour" in str(error.value) and time.monotonic() - started < 50
 
 
 def test_a_bug_brings_its_traceback(tmp_path):

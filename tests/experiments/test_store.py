@@ -33,16 +33,6 @@ def test_made_once_and_found_by_another_process(tmp_path):
     assert first.folder.name.startswith("kind-")
 
 
-def test_a_store_says_what_is_left_to_do(tmp_path):
-    store = Store(tmp_path)
-    assert store.state("kind", {"x": 1}) == "new"
-    with pytest.raises(OSError, match="interrupted"):
-        store.make("kind", {"x": 1}, Maker(fails=1))
-    assert store.state("kind", {"x": 1}) == "begun"
-    assert store.make("kind", {"x": 1}, Maker()).folder == store.folder("kind", {"x": 1})
-    assert store.state("kind", {"x": 1}) == "finished"
-
-
 def test_folders_named_by_their_kind_refuse_other_inputs(tmp_path):
     assert Store(tmp_path, hashed=False).make("kind", {"x": 1}, Maker()).folder == tmp_path / "kind"
     with pytest.raises(ValueError, match="Delete the folder"):
