@@ -9,7 +9,7 @@ import sys
 
 import _repository  # noqa: F401
 
-from eg3d_rlhf.people.label.people import is_quick, quick
+from eg3d_rlhf.people.label.access import is_quick, quick
 
 if __name__ == "__main__":
     if is_quick(sys.argv[1:]):

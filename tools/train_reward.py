@@ -18,7 +18,7 @@ import click
 from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
-from eg3d_rlhf.people.label.preferences import LabelFilters, label_source, labels_source, source_stem
+from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 from eg3d_rlhf.rewards.networks import preset as find_preset
 from eg3d_rlhf.rewards.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training

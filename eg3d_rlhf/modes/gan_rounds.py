@@ -21,8 +21,7 @@ from eg3d_rlhf.core.cli import choose_device, naming
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run, claim, next_free, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
 from eg3d_rlhf.modes import gan as experiment
-from eg3d_rlhf.people.label.ensemble import reward_ensemble
-from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, plan
+from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, plan, reward_ensemble
 from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
@@ -99,10 +98,10 @@ def pretrained(s: Settings) -> Path:
 def people():
     """What campaigns need. Raises: ValueError where the labelling application's packages are missing."""
     try:
-        from eg3d_rlhf.people.label import rounds
+        from eg3d_rlhf.people.label import launch
     except ImportError as error:
         raise ValueError(f"--round-labels=people: expected the labelling tool, got: {error}. pip install eg3d-rlhf[label].") from None
-    return rounds
+    return launch
 
 
 def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()) -> PairingOptions:
@@ -172,12 +171,12 @@ class Rounds:
         """Labels by people: the first call makes a campaign and says how to answer it; a later one reads what they have answered."""
         campaigns, name = people(), f"round-{number}"
         url = f"sqlite:///{(self.folder / 'labels.db').resolve()}"
-        if campaigns.make_campaign(url, name, generator.path, options):
-            print(f"Round {number} waits for people. Label with: {campaigns.command(url, name)}")
+        if campaigns.make_round(url, name, generator.path, options):
+            print(f"Round {number} waits for people. Label with: {campaigns.label_command(url, name)}")
             print(f"Then go on with: python train.py --resume={self.folder}", flush=True)
             return None
         with naming("--resume"):
-            labels = campaigns.answers(url, name, generator, options.pairs)
+            labels = campaigns.round_labels(url, name, generator, options.pairs)
             split_by_seed([*(label for path in ledger.files("labels") for label in load_labels(path)), *labels])
         path = write_labels(self.of(number) / "labels.jsonl", labels)
         ties = sum(label.tie for label in labels)

@@ -25,7 +25,7 @@ from eg3d_rlhf.rewards.model import RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
-from tests.people.label.mesh_reader import decode_mesh
+from tests.people.label.plans import decode_mesh
 from tools import evaluate, export_mesh, gen_samples, label_synthetic, score
 from training import networks, storage
 from training.rendering.cameras import mirror_label

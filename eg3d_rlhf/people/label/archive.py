@@ -24,10 +24,9 @@ from sqlalchemy.exc import IntegrityError
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.people.label.campaigns import create, settings_from_json
 from eg3d_rlhf.people.label.database import Lock, annotators, assignments, campaigns, insert_all, judgements, pairs, shapes
-from eg3d_rlhf.people.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape
-from eg3d_rlhf.people.label.preferences import LabelFilters, refuse_assets
-from eg3d_rlhf.people.label.questions import check_stored
+from eg3d_rlhf.people.label.entities import LOCAL, ROLES, CampaignSettings, Choice, Kind, Mode, PlannedPair, Shape, check_stored
 from eg3d_rlhf.people.label.store import KNOWN, NAME, Store, find_or_add
+from eg3d_rlhf.people.label.store_labels import LabelFilters, refuse_assets
 from eg3d_rlhf.preferences.labels import load_labels
 from training.storage import write_atomic
 
@@ -52,7 +51,6 @@ KEPT = {  # by kind of record, whatever is referred to first
     "judgement": Kept(judgements, "key", {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"}),
 }
 STATE = {"takes_back", "answered", "leased", "taken"}  # columns that are not written as they are
-DEFAULTS = {"degradation": "", "file": "", "condition": "", "page_version": "", "taken": 0}  # of fields that an export may lack
 
 
 def export_judgements(store: Store, path: str | Path, campaign: str | None = None) -> Path:
@@ -204,7 +202,8 @@ class _Import:
             self.kind = kind, campaign
         if name in self._known(kind, campaign) or name in self.waiting:
             return
-        self.waiting[name] = _checked(kept.table, {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now})
+        values = {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now, "taken": 0}
+        self.waiting[name] = _checked(kept.table, values)
         if kind == "shape" and campaign in self.learnt_from:
             refuse_held_out([record["seed"]], f"campaign {campaign}")
         self.new += kind == "judgement"
@@ -243,8 +242,6 @@ def _checked(table: Table, record: dict) -> dict:
         if column.name == "id":
             continue
         value = record.get(column.name)
-        if value is None and column.name in DEFAULTS:
-            value = DEFAULTS[column.name]
         kinds = (int, float) if column.type.python_type is float else (column.type.python_type,)
         if not (value is None and column.nullable) and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise ValueError(f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again.")

@@ -14,8 +14,7 @@ from sqlalchemy import Connection, Row, func, insert, select
 
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.people.label.database import campaigns, insert_all, pairs, shapes
-from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape, StoredCampaign
-from eg3d_rlhf.people.label.questions import parse_questions
+from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape, StoredCampaign, parse_questions
 
 FIELDS = tuple(Shape.__dataclass_fields__)
 KINDS = (Kind.PAIR, Kind.GOLD, Kind.TRAINING)

@@ -4,8 +4,6 @@ SQLite: write-ahead log, `synchronous=FULL` (a commit is on the disk), foreign k
 queue for a lock, because SQLite's own waiting is a sleep; writers of other processes wait for up to BUSY_SECONDS.
 PostgreSQL: READ COMMITTED; writers take advisory locks, held until the commit, in the order in which they are named.
 
-A database is led to the tables in one transaction: they are made whole when it is new, step by step when it is older.
-
 | table       | holds                                                                                  | changes                       |
 | ----------- | -------------------------------------------------------------------------------------- | ----------------------------- |
 | campaigns   | settings, as JSON                                                                      | never                         |
@@ -37,7 +35,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DisconnectionError
 BUSY_SECONDS = 30
 CONNECT_SECONDS = 5  # to PostgreSQL
 IDLE_SECONDS = 5.0
-VERSION = 3  # of the tables; STEPS lead there from earlier ones
+VERSION = 3  # of the tables
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
 
@@ -266,51 +264,26 @@ POSTGRES_TRIGGERS = (
     "CREATE TRIGGER judgements_no_truncate BEFORE TRUNCATE ON judgements FOR EACH STATEMENT EXECUTE FUNCTION judgements_refuse()",
 )
 
-STEPS: dict[int, tuple[str, ...]] = {  # for both databases, {id} and {real} being their types; never edited once released
-    # logins that survive a restart; the page's version with each judgement; shapes damaged on purpose; when an answer was undone
-    2: (
-        "CREATE TABLE sessions (id_hash TEXT NOT NULL PRIMARY KEY, annotator_id {id} NOT NULL REFERENCES annotators (id),"
-        " created {real} NOT NULL, expires {real} NOT NULL)",
-        "CREATE INDEX ix_sessions_expires ON sessions (expires)",
-        "ALTER TABLE judgements ADD COLUMN page_version TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE shapes ADD COLUMN degradation TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE assignments ADD COLUMN undone {real}",
-    ),
-    # shapes that come from files, and what they were made for; answers to further questions, and remarks
-    3: (
-        "ALTER TABLE shapes ADD COLUMN file TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE shapes ADD COLUMN condition TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE judgements ADD COLUMN votes TEXT",
-        "ALTER TABLE judgements ADD COLUMN comment TEXT",
-    ),
-}
-SQLITE_STEPS: dict[int, tuple[str, ...]] = {2: SQLITE_TRIGGERS[2:]}  # INSERT OR REPLACE is no way round the triggers
 
+def prepare_tables(database: Database, create: bool) -> None:
+    """Make the tables of a new database, whole or not at all; several processes may come at once.
 
-def migrate(database: Database, create: bool) -> int:
-    """Bring the schema to VERSION; returns the version it was at, 0 for a new database.
-
-    Raises: ValueError for a database of a later version, one of something else, and an empty one unless `create`.
+    Raises: ValueError for a database of another version, one of something else, and an empty one unless `create`.
     """
     with database.read() as connection:
-        if _version(connection, database, create) == VERSION:
-            return VERSION
+        if _is_store(connection, database, create):
+            return
     with database.write((Lock.SCHEMA, 0)) as connection:
-        found = _version(connection, database, create)  # another process may have been faster
-        if found == 0:
-            metadata.create_all(connection, checkfirst=False)
-            steps: dict[int, tuple[str, ...]] = {VERSION: SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS}
-        else:
-            types = {"id": "INTEGER", "real": "DOUBLE"} if database.sqlite else {"id": "BIGINT", "real": "DOUBLE PRECISION"}
-            steps = {version: tuple(line.format(**types) for line in STEPS[version]) for version in range(found + 1, VERSION + 1)}
-        for version, statements in steps.items():
-            for statement in (*statements, *(SQLITE_STEPS.get(version, ()) if found and database.sqlite else ())):
-                connection.exec_driver_sql(statement)
-            connection.execute(schema_versions.insert().values(version=version, applied=time.time()))
-    return found
+        if _is_store(connection, database, create):  # another process was faster
+            return
+        metadata.create_all(connection, checkfirst=False)
+        for statement in SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS:
+            connection.exec_driver_sql(statement)
+        connection.execute(schema_versions.insert().values(version=VERSION, applied=time.time()))
 
 
-def _version(connection: sa.Connection, database: Database, create: bool) -> int:
+def _is_store(connection: sa.Connection, database: Database, create: bool) -> bool:
+    """Whether the tables are there; False for an empty database."""
     tables = set(sa.inspect(connection).get_table_names())
     if "schema_versions" not in tables:
         foreign = sorted(tables & set(metadata.tables))
@@ -321,10 +294,8 @@ def _version(connection: sa.Connection, database: Database, create: bool) -> int
             )
         if not create:
             raise ValueError(f"store {database.name}: expected a labelling store, got a database without one. Check the URL.")
-        return 0
-    found = max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=0)
-    if found > VERSION:
-        raise ValueError(f"store {database.name}: expected schema version {VERSION} or earlier, got {found}. Update this program.")
-    if found == 0:
-        raise ValueError(f"store {database.name}: expected a schema version, got none recorded. Restore the database from a copy.")
-    return found
+        return False
+    version = max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=None)
+    if version != VERSION:
+        raise ValueError(f"store {database.name}: expected schema version {VERSION}, got {version}. Use the program that made it.")
+    return True

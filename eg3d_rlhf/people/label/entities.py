@@ -7,8 +7,10 @@ it back is a further record. Annotators meet shapes, pairs and assignments under
 """
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from eg3d_rlhf.preferences.good import GOOD
 from training.config import check_knobs, knob
@@ -116,7 +118,7 @@ class CampaignSettings:
     trials_per_annotator: int | None = knob(None, "An annotator is done after so many.", "Pairs", low=1, shown="all")  # training aside
     show_render: bool = False  # the RGB picture may be asked for
     both_bad: bool = False  # of pairs: 'bad' may be answered
-    questions: tuple[str, ...] = ()  # of pairs: asked besides which is better; see eg3d_rlhf.people.label.questions
+    questions: tuple[str, ...] = ()  # of pairs: asked besides which is better; see Question
     reveal: bool = False  # of pairs: after an answer the generators' names are told. Never in a study
     extra: Mapping = field(default_factory=dict)  # what the maker wishes to keep with it: JSON types
 
@@ -254,3 +256,65 @@ class Progress:
     done: int  # trials that are answered; training aside
     total: int  # trials there will be, as far as can be told while others take from the same pairs
     training_left: int
+
+
+# ---- questions that a campaign of pairs asks besides which one is better
+# written as the name alone where it is one of QUESTIONS, whose texts the page has in its languages, else as NAME=TEXT
+
+QUESTIONS = ("geometry", "texture", "prompt")
+VOTES = tuple(choice.value for choice in (Choice.LEFT, Choice.RIGHT, Choice.TIE))
+QUESTION_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+MAX_QUESTIONS, MAX_TEXT = 6, 120  # characters
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something that is asked of a pair."""
+
+    name: str
+    text: str | None  # None: the page knows it
+
+
+def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
+    """Questions as a campaign's settings hold them. Raises: ValueError for unknown ones, for texts that do not fit, and for one twice."""
+    questions = []
+    for entry in written:
+        name, equals, text = (part.strip() for part in str(entry).partition("="))
+        if not QUESTION_NAME.fullmatch(name) or (not equals and name not in QUESTIONS):
+            known = ", ".join(QUESTIONS)
+            raise ValueError(f"--questions: expected {known} or NAME=TEXT, the name in a to z, 0 to 9, _ and -, got {entry!r}. Correct it.")
+        if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
+            got = repr(text[:40])
+            raise ValueError(f"--questions: expected {name}= a text of 1 to {MAX_TEXT} printable characters, got {got}. Correct it.")
+        questions.append(Question(name, text if equals else None))
+    names = [question.name for question in questions]
+    if len(set(names)) < len(names) or len(names) > MAX_QUESTIONS:
+        raise ValueError(f"--questions: expected at most {MAX_QUESTIONS}, each once, got {', '.join(names)}. Leave some out.")
+    return tuple(questions)
+
+
+def check_votes(asked: Iterable[str], votes: Mapping[str, str], choice: Choice) -> None:
+    """Raises: ValueError unless every question, and no other, has a vote; of what is skipped there is none.
+
+    Args: asked: as a campaign's settings hold them.
+    """
+    names = {question.name for question in parse_questions(asked)} if choice is not Choice.SKIP else set()
+    if set(votes) != names or not set(votes.values()) <= set(VOTES):
+        wanted = f"a vote of {', '.join(VOTES)} on each of {', '.join(sorted(names))}" if names else "no votes"
+        raise ValueError(f"answer: expected {wanted}, got {dict(list(votes.items())[:MAX_QUESTIONS])}. Reload the page.")
+
+
+def check_stored(votes: str) -> None:
+    """Raises: ValueError for what cannot be read as votes again."""
+    try:
+        found = json.loads(votes)
+        fits = isinstance(found, dict) and all(QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in found.items())
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"expected votes as JSON, question to one of {', '.join(VOTES)}, got {votes[:60]!r}. Export again.")
+
+
+def answers_to(question: str, rows: Iterable[JudgementRow]) -> list[JudgementRow]:
+    """The judgements that have a vote on a question, with the vote as their choice."""
+    return [replace(row, choice=Choice(row.votes[question])) for row in rows if question in row.votes]

@@ -9,18 +9,17 @@ import click
 from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import naming, option, together
-from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.people.label.assets.collection import read_collection
-from eg3d_rlhf.people.label.assets.planning import conditions, plan_assets
-from eg3d_rlhf.people.label.ensemble import reward_ensemble
-from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Mode, PlannedPair, StoredCampaign
-from eg3d_rlhf.people.label.pairing import PairingOptions, plan
-from eg3d_rlhf.people.label.preferences import LabelFilters, preferences_of
+from eg3d_rlhf.generators import LoadedGenerator, load_generator
+from eg3d_rlhf.people.label.assets.collection import conditions, plan_assets, read_collection
+from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
+from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.app import serve
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import ShapeCache
-from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store import Store, open_store
+from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
+from eg3d_rlhf.preferences.labels import Preference
 from training.config import knobs_of
 
 SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
@@ -69,11 +68,9 @@ def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) ->
     if stored is None:
         raise ValueError(f"--campaign={name}: expected a campaign that was planned by this command, got another. Choose another name.")
     for flag in sorted(given & set(wanted)):
-        kept = stored.get(flag, getattr(CampaignSettings, flag, None))  # a flag that there was not yet is at its default
-        kept = list(kept) if isinstance(kept, tuple) else kept
-        if kept != wanted[flag]:
+        if stored.get(flag) != wanted[flag]:
             raise ValueError(
-                f"--{flag.replace('_', '-')}: expected {kept}, with which campaign {name!r} was planned, got {wanted[flag]}. "
+                f"--{flag.replace('_', '-')}: expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}. "
                 "Leave the flag out to go on with that campaign, or begin another with --campaign=NAME."
             )
     return stored
@@ -227,3 +224,49 @@ def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
 def given_flags(ctx: click.Context) -> set[str]:
     """Names of the parameters that are on the command line."""
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+# ---- a campaign of labels for one round of tuning
+
+LEAST_ANSWERED = 0.9  # share of the pairs, skips included
+ASKED = {"show_render": False, "both_bad": True, "questions": (), "reveal": False}  # as label.py asks, unless told otherwise
+
+
+def label_command(url: str, campaign: str) -> str:
+    """What people start to label."""
+    return f"python tools/label.py --db={url} --campaign={campaign}"
+
+
+def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> bool:
+    """Plan and store a campaign on the shapes of `network`; one that is there is left as it is. Returns whether it was made.
+
+    Raises: ValueError, OSError.
+    """
+    with open_store(url, create=True) as store:
+        if store.campaign(name) is not None:
+            return False
+        defaults = filled(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
+        request = Request(name=name, network=str(network.resolve()), after=None, pairing=pairing, settings=defaults)
+        store.create_campaign(*plan_campaign(store, request, print))
+        return True
+
+
+def round_labels(url: str, name: str, generator: LoadedGenerator, pairs: int) -> list[Preference]:
+    """The labels of a campaign of `pairs` pairs.
+
+    Raises: ValueError while too few are answered, with the command to go on; for labels of another generator; and without any preference.
+    """
+    with open_store(url, create=False) as store:
+        judged = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
+        labels = preferences_of(store, LabelFilters(campaign=name))
+    least = max(1, round(LEAST_ANSWERED * pairs))
+    if judged < least:
+        remedy = f"Label on: {label_command(url, name)}"
+        raise ValueError(f"{name}: expected answers to at least {least} of {pairs} pairs, got {judged}. {remedy}")
+    strange = {label.generator for label in labels} - {generator.hash}
+    if strange:
+        raise ValueError(
+            f"{name}: expected judgements of generator {generator.hash[:12]}..., got some of {str(strange.pop())[:12]}.... Another network "
+            "was labelled: restore the database, or start a new run."
+        )
+    return labels

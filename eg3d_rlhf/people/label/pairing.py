@@ -17,11 +17,13 @@ Letters: P pairs, S shapes or seeds, R rounds, K members, M entries of all embed
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
 
 from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.generators import LoadedGenerator, check_seeds
 from eg3d_rlhf.people.label.drawing import DAMAGES
@@ -112,7 +114,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Rewards that were handed in, on the shapes of one generator; this module knows neither rewards nor generators."""
+    """Rewards on the shapes of one generator, by what they say alone; see `reward_ensemble`."""
 
     judge: Callable[[Sequence[int]], Judged]  # of a few seeds at a time
     size: int  # K
@@ -374,3 +376,33 @@ def select(judged: Judged, pairs: np.ndarray, count: int, diversity: float) -> S
 def _share(values: np.ndarray, free: np.ndarray) -> np.ndarray:
     greatest = values[free].max()
     return values / greatest if greatest > 0 else np.zeros_like(values)
+
+
+def reward_ensemble(pairing: PairingOptions, generator: LoadedGenerator) -> Ensemble:
+    """The ensemble of the reward files that are named, each holding one reward or several; none named: the bundled two.
+
+    Raises: ValueError, OSError for files that are no rewards, and for fewer than two rewards, which cannot disagree.
+    """
+    import torch
+
+    from eg3d_rlhf.rewards.cache import observe_seeds
+    from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
+
+    members: list[Reward] = []
+    described = []
+    for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):  # those two were trained apart on the same labels
+        reward = load_reward(path)
+        check_reward(reward, generator.generator, f"active selection: {path.name}")
+        parts = reward.members()
+        members += parts
+        described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
+    sources = {m.observation: observe_seeds(generator.generator, m.observation, psi=pairing.psi) for m in members}
+
+    @torch.no_grad()
+    def judge(seeds: Sequence[int]) -> Judged:
+        observed = {observation: draw(seeds) for observation, draw in sources.items()}
+        seen = [m.network.embed(observed[m.observation]) for m in members]
+        scores = [m.network.score_embedding(e) / m.temperature for m, e in zip(members, seen, strict=True)]
+        return Judged(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
+
+    return Ensemble(judge, len(members), described)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +25,7 @@ from typing import Protocol
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.people.label.assets.drawing import AssetDrawer, prepare_prompts
-from eg3d_rlhf.people.label.assets.reading import ChangedError
+from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
 from eg3d_rlhf.people.label.store import Store
@@ -110,7 +109,7 @@ def prepare(
         wrong = _draw(distinct[key], cache, drawer, renders)
         if wrong is not None:
             reason = str(wrong)
-            cache.put_failure(distinct[key], reason, passing=isinstance(wrong, ChangedError))
+            cache.put_failure(distinct[key], reason, passing=isinstance(wrong, reading.ChangedError))
             failed.add(key)
             print(f"not shown: {reason}", file=sys.stderr, flush=True)
         seconds.append(time.monotonic() - start)
@@ -129,6 +128,33 @@ def _draw(shape: Shape, cache: ShapeCache, drawer: Drawer, renders: bool) -> Val
     if mesh is not None:
         cache.put_mesh(shape, mesh)
     return None
+
+
+class AssetDrawer:
+    """Gives assets their clean form; see `Drawer`."""
+
+    def generator(self, shape: Shape) -> object:
+        """Nothing: an asset is the file itself."""
+
+    def mesh(self, shape: Shape) -> bytes:
+        """gzip of a GLB or of GSP1, or an MP4. Raises: as `reading.clean`."""
+        return reading.clean(Path(shape.source), shape.file, shape.degradation, shape.seed)
+
+    def picture(self, shape: Shape) -> bytes:
+        """None is made. Raises: ValueError."""
+        raise ValueError("expected a generator's shape, got an asset, of which no picture is made")
+
+
+def prepare_prompts(conditions: Iterable[Mapping], cache: ShapeCache) -> None:
+    """Make the pictures of prompts that are missing in the cache; one that cannot be shown is noted."""
+    for condition in conditions:
+        key = condition.get("hash")
+        if not key or cache.prompt_settled(key):
+            continue
+        try:
+            cache.put_prompt(key, reading.clean(Path(condition["image"]), key))
+        except ValueError as error:
+            cache.put_prompt_failure(key, str(error))
 
 
 _ROOT = Path(__file__).resolve().parents[3]  # found by the worker, wherever the server was started

@@ -4,14 +4,20 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+from confusable_homoglyphs import categories
+from confusable_homoglyphs.confusables import confusables_data
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
+from eg3d_rlhf.core.cli import naming, option
 from eg3d_rlhf.people.label import campaigns, judgements
 from eg3d_rlhf.people.label.assignments import Issuer, Reach, read_progress
 from eg3d_rlhf.people.label.campaigns import Plan, StoredPair
-from eg3d_rlhf.people.label.database import Database, Lock, annotators, migrate, sessions
+from eg3d_rlhf.people.label.database import Database, Lock, annotators, prepare_tables, sessions
 from eg3d_rlhf.people.label.entities import (
     LOCAL,
     ROLES,
@@ -28,9 +34,10 @@ from eg3d_rlhf.people.label.entities import (
     StoredCampaign,
     Submitted,
 )
-from eg3d_rlhf.people.label.names import check_name
-from eg3d_rlhf.people.label.review import comments, own_answers
+from eg3d_rlhf.people.label.judgements import comments, own_answers
 
+_ANY = {"COMMON", "INHERITED"}
+_TOGETHER = ({"LATIN", "HAN", "HIRAGANA", "KATAKANA"}, {"LATIN", "HAN", "BOPOMOFO"}, {"LATIN", "HAN", "HANGUL"})
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 KNOWN = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
 
@@ -49,13 +56,13 @@ class Store:
 
     @classmethod
     def open(cls, url: str, create: bool = True, clock: Callable[[], float] = time.time) -> "Store":
-        """Open 'sqlite:///labels.db' or 'postgresql://user@host/database', made if it is new and `create`, migrated if it is older.
+        """Open 'sqlite:///labels.db' or 'postgresql://user@host/database', made if it is new and `create`.
 
         Raises: ValueError for what is no store's URL or no store; OSError for what cannot be opened.
         """
         database = Database(url, create)
         try:
-            migrate(database, create)
+            prepare_tables(database, create)
         except BaseException:
             database.close()
             raise
@@ -305,3 +312,77 @@ def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnota
 def _one(c: Connection, query: Select) -> StoredAnnotator | None:
     row = c.execute(query).first()
     return None if row is None else StoredAnnotator(**row._mapping)
+
+
+# ---- names of annotators that can be told apart
+
+
+def check_name(name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is mistaken for one of `known`, by eye or by capitals alone.
+
+    After Unicode's TS #39 (skeletons of confusable characters; scripts mixed as in its "highly restrictive" level). Only new names are
+    checked: a database that holds others goes on working. Raises: ValueError.
+    """
+    scripts = categories.unique_aliases(unicodedata.normalize("NFKC", name)) - _ANY
+    if len(scripts) > 1 and not any(scripts <= allowed for allowed in _TOGETHER):
+        mixed = " and ".join(sorted(script.capitalize() for script in scripts))
+        raise ValueError(f"annotator: expected letters of one script, got {name!r} of {mixed}. Choose another name.")
+    looks = _looks(name)
+    for other in known:
+        if other == name:
+            raise ValueError(f"annotator: expected a new name, got {name!r}, which is in use. Choose another.")
+        if looks & _looks(other):
+            raise ValueError(f"annotator: expected a name unlike the others, got {name!r}, which is too like {other!r}. Choose another.")
+
+
+def _looks(name: str) -> set[str]:
+    """Of two names that are mistaken for each other, some are the same: what is seen, and what is seen of small letters."""
+    name = unicodedata.normalize("NFKC", " ".join(name.split()))
+    return {_skeleton(name), _skeleton(name.casefold()), _skeleton(name).casefold()}
+
+
+def _skeleton(name: str) -> str:
+    decomposed = "".join(_prototype(character) for character in unicodedata.normalize("NFD", name))
+    return unicodedata.normalize("NFD", decomposed)
+
+
+def _prototype(character: str) -> str:
+    """The one character for all that look alike; of 'l', '1', 'I' and '|' it is 'l'.
+
+    The table leads from a prototype to all that look like it, and from each of these to the prototype alone.
+    """
+    alike = [other["c"].strip("\u200e") for other in confusables_data.get(character, ())]
+    if len(alike) != 1:
+        return character
+    return alike[0] if len(confusables_data.get(alike[0], ())) > 1 else min(character, alike[0])
+
+
+# ---- the store at --db
+
+DB = "sqlite:///runs/labels/labels.db"
+DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
+database = option("--db", metavar="URL", default=None, show_default=DB, help=DATABASE,  # here or before the sub-command
+                  callback=lambda ctx, _, given: given or ctx.obj or DB)
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite URL; None for other databases."""
+    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+
+def store_exists(url: str) -> bool:
+    """Whether there is a store at a URL; one on a server counts as there."""
+    path = sqlite_file(url)
+    return path is None or path.is_file()
+
+
+@contextmanager
+def open_store(url: str, create: bool) -> Iterator[Store]:
+    """The store at --db, closed afterwards; the folder of a new SQLite file is made."""
+    path = sqlite_file(url)
+    with naming("--db"):
+        if create and path is not None:
+            path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        store = Store.open(url, create)
+    with store:
+        yield store

@@ -14,20 +14,27 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.generators import FiniteGenerator, LoadedGenerator, load_generator
 from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.access import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.people.label.commands import LabelGroup
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind
-from eg3d_rlhf.people.label.people import add_annotator, annotators, new_token, revoke
-from eg3d_rlhf.people.label.preferences import without_password
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER
-from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_at import open_store, store_exists
+from eg3d_rlhf.people.label.store import Store, open_store, store_exists
+from eg3d_rlhf.people.label.store_labels import without_password
 from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study import report as reports
 from eg3d_rlhf.people.study.analysis import sort_rows
-from eg3d_rlhf.people.study.assets import check_files, read_sides
-from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign, contender, read_design, stopped, write_design
+from eg3d_rlhf.people.study.design import (
+    ExclusionRules,
+    StudyDesign,
+    check_files,
+    contender,
+    read_design,
+    read_sides,
+    stopped,
+    write_design,
+)
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, SimulationOptions, coverage, exact_power, sample_size
 from training.config import knobs_of
 

@@ -14,11 +14,11 @@ import numpy as np
 from fastapi import FastAPI
 
 from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
-from eg3d_rlhf.people.label.server.addresses import Addresses
 from eg3d_rlhf.people.label.server.app import configure, create_app, listen
 from eg3d_rlhf.people.label.server.connections import Server
 from eg3d_rlhf.people.label.server.identity import kept_secret
 from eg3d_rlhf.people.label.server.options import AppOptions, Limits
+from eg3d_rlhf.people.label.server.served_shapes import Addresses
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress, encode_mesh
 from eg3d_rlhf.people.label.store import Store
 

@@ -10,7 +10,7 @@ import pytest
 from eg3d_rlhf.people.label.server.gate import OPEN
 from eg3d_rlhf.people.label.server.options import Limits
 from tests.people.label import serving
-from tests.people.label.serving import GENEROUS, SAME, routes
+from tests.people.label.serving import SAME, routes
 
 BODY = {"key": "k-refused", "assignment": "x" * 22, "choice": "left", "milliseconds": 1, "views": []}
 BODY |= {"answered_at": 1.0, "page_version": "t"}
@@ -19,20 +19,6 @@ JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 DEEP = b"[" * 30_000 + b"]" * 30_000
 LONG = b'{"key": "' + b"x" * 70_000 + b'"}'
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """A server on loopback: no tokens."""
-    with serving.running(tmp_path_factory.mktemp("local"), limits=GENEROUS) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def exposed(tmp_path_factory):
-    """An exposed server."""
-    with serving.running(tmp_path_factory.mktemp("exposed"), exposed=True, limits=GENEROUS) as served:
-        yield served
 
 
 def raw(served, head: str, body: bytes = b"") -> tuple[int, bytes]:
@@ -54,15 +40,10 @@ def raw(served, head: str, body: bytes = b"") -> tuple[int, bytes]:
     return int(received.split()[1]) if received else 0, received
 
 
-def test_the_routes_are_found(exposed):
-    found = routes(exposed)
-    expected = {("GET", "/api/session"), ("POST", "/api/judgements"), ("GET", "/api/admin/export"), ("GET", "/static/abc"), ("GET", "/")}
-    assert expected <= set(found) and set(OPEN) <= set(found) and len(found) >= 18
-
-
 def test_without_a_token_nothing_but_login_and_health_answers(exposed):
-    client = exposed.client(**SAME)
-    paths = {path for _, path in routes(exposed)} | {"/docs", "/openapi.json", "/redoc", "/nothing", "/static/app.js"}
+    client, found = exposed.client(**SAME), routes(exposed)
+    assert {("GET", "/api/session"), ("GET", "/api/admin/export"), *OPEN} <= set(found) and len(found) >= 18
+    paths = {path for _, path in found} | {"/docs", "/openapi.json", "/redoc", "/nothing", "/static/app.js"}
     for path in sorted(paths):
         for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
             if (method, path) in OPEN:
@@ -229,10 +210,6 @@ def test_raw_requests_are_refused(local, case):
     found, received = raw(local, head, body)
     assert found in (status if isinstance(status, tuple) else (status,)), received[:500]
     assert local.client().get("/health").status_code == 200
-
-
-def test_there_are_at_least_forty_refusals():
-    assert len(REFUSED) + len(RAW) >= 40
 
 
 def test_a_slow_body_is_given_up(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 
 from eg3d_rlhf.people.label.entities import Mode
 from tests.people.label.browser import Page, needs_chromium, plan
+from tests.people.label.plans import singles
 from tests.people.label.test_admin_page import judge
-from tests.people.label.test_single import singles
 
 pytestmark = needs_chromium
 AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()

@@ -1,5 +1,6 @@
 """What a campaign may ask and tell besides which is better: both bad, questions, comments, names after the answer, one's own answers."""
 
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,22 +9,15 @@ import pytest
 
 from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
-from eg3d_rlhf.people.label.preferences import LabelFilters, export_labels, export_unpaired, preferences_of
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, preferences_of
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label import serving
-from tests.people.label.plans import Clock, answer, plan, shape
+from tests.people.label.plans import QUIET, answer, answer_all, plan, shape
 from tests.people.label.serving import GENEROUS
 
-QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
 ASKED = ("geometry", "ears=Which has the finer ears?")
-
-
-@pytest.fixture
-def store(tmp_path):
-    with Store.open(f"sqlite:///{tmp_path / 'labels.db'}", clock=Clock()) as opened:
-        yield opened
 
 
 def begin(store, pairs=None, **values) -> tuple[int, int]:
@@ -47,13 +41,15 @@ def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(
     assert (found["ties"], found["both_bad"], found["left_right_n"]) == (1, 1, 1)
 
 
-def test_both_bad_is_refused_where_it_is_not_asked(store):
+def test_what_a_campaign_does_not_ask_or_tell_is_refused(store):
     campaign, ann = begin(store)
     (shown, *_) = store.assignments(campaign, ann)
     with pytest.raises(ValueError, match="expected one of left, right, tie or skip, got bad"):
         store.submit(campaign, ann, answer(shown, "k", Choice.BAD))
     with pytest.raises(ValueError, match="--both-bad: expected pairs"):
         CampaignSettings(name="s", mode=Mode.SINGLE, scale="thumbs", swap_share=0, both_bad=True)
+    with pytest.raises(ValueError, match="reveal: expected no names in a study"):
+        CampaignSettings(name="s", mode=Mode.STUDY, reveal=True)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +140,6 @@ def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
     assert {one.changeable for one in store.answers(campaign, ann)} == {False}
 
 
-def test_a_study_tells_no_names():
-    with pytest.raises(ValueError, match="reveal: expected no names in a study"):
-        CampaignSettings(name="s", mode=Mode.STUDY, reveal=True)
-
-
 def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_its_place(store):
     pairs = plan(12, gold=2, training=1)
     campaign, ann = begin(store, pairs, gold_every=3, repeat_share=0.25, repeat_gap=1)
@@ -180,9 +171,8 @@ def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_it
 
 def test_changed_answers_say_nothing_about_consistency(store):
     campaign, ann = begin(store, plan(12), repeat_share=0.5, repeat_gap=1)
-    for k in range(12):
-        shown = store.assignments(campaign, ann, 1)[0]
-        store.submit(campaign, ann, answer(shown, f"k{k}", Choice.RIGHT if k % 3 else Choice.LEFT))
+    choices = itertools.cycle((Choice.LEFT, Choice.RIGHT, Choice.RIGHT))
+    answer_all(store, campaign, ann, lambda *sides: next(choices), 12, 1)
     rows = list(store.judgements(include_undone=True))
     before = quality_report(rows)["annotators"][0]
     inconsistent = next(r for r in rows if r.kind is Kind.REPEAT and r.choice is not next(o.choice for o in rows if o.pair == r.pair))
@@ -230,14 +220,12 @@ def test_answers_of_a_complete_study_stay(store):
     with pytest.raises(ConflictError, match="complete"):
         store.undo(campaign, ann, "late")
     assert {one.changeable for one in store.answers(campaign, ann)} == {False}
-
-
-def test_a_study_that_is_over_in_time_stays(store):
-    campaign, ann = begin(store, plan(4), mode=Mode.STUDY, extra={"trials": 4, "until": "2025-06-15T15:06:41+00:00"})  # one second from now
-    store.submit(campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "k"))
+    late = {"trials": 4, "until": "2025-06-15T15:06:41+00:00"}  # one second from now
+    other, _ = begin(store, plan(4), name="timed", mode=Mode.STUDY, extra=late)
+    answer_all(store, other, ann, most=1)
     store.clock.now += 1
     with pytest.raises(ConflictError, match="complete"):
-        store.undo(campaign, ann, "late")
+        store.undo(other, ann, "later")
 
 
 # ---- over HTTP
@@ -330,7 +318,7 @@ def test_flags_of_what_is_asked(tmp_path):
     assert "--both-bad: expected pairs" in resolved(tmp_path, "--single=thumbs", "--both-bad")["error"]
     assert "expected no 'prompt' without --assets" in resolved(tmp_path, "--questions=prompt")["error"]
     assert "--questions: expected geometry, texture, prompt or NAME=TEXT" in resolved(tmp_path, "--questions=hair")["error"]
-    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:  # a campaign from before these flags
-        store.create_campaign(CampaignSettings(name="labels", extra={"flags": {}}), plan(2))
+    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
+        store.create_campaign(CampaignSettings(name="labels", extra={"flags": {"both_bad": False}}), plan(2))
     assert resolved(tmp_path)["action"] == "resume" and resolved(tmp_path, "--no-both-bad")["action"] == "resume"
     assert "--both-bad: expected False" in resolved(tmp_path, "--both-bad")["error"]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eg3d_rlhf.people.label.assets import film, glb, obj, pictures, ply, reading
+from eg3d_rlhf.people.label.assets import glb, model, obj, ply, reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.people.label.assets.model import glb_parts
 from tests.people.label import asset_files as files
@@ -40,7 +40,7 @@ def png_of(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return pictures.PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return model.PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
 def bomb_of_pixels() -> bytes:
@@ -217,7 +217,7 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
             path, out = tmp_path / "a.mp4", tmp_path / "out.mp4"
             path.write_text(text)
             with pytest.raises(ValueError, match="expected a video"):
-                film.clean(path, out)
+                reading.clean_film(path, out)
             assert not out.exists()
         listening.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -269,10 +269,10 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
 
 
 def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
-    film.clean(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
+    reading.clean_film(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
     source = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=10:duration=1", "-c:v", "mpeg4", "-y", str(tmp_path / "b.mp4")]
-    assert film._ffmpeg(source, 30)[0] == 0
-    film.clean(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
+    assert reading._ffmpeg(source, 30)[0] == 0
+    reading.clean_film(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
     for name in ("copied.mp4", "encoded-anew.mp4"):
         assert [word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()] == [], name
 
@@ -294,7 +294,7 @@ def second_frame(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_a_picture_that_states_two_sizes_is_refused(kind):
-    for read in (pictures.stripped, pictures.small):
+    for read in (model.stripped, model.small):
         with pytest.raises(ValueError, match="expected .* got .*several"):
             read(second_frame(kind))
 
@@ -305,7 +305,7 @@ SEEDS = {
 }  # fmt: skip
 READERS = {
     "glb": lambda data: glb_parts(glb.read_glb(data)), "splats": read_ply, "ply": read_ply,
-    **dict.fromkeys(("PNG", "JPEG", "WEBP"), pictures.stripped),
+    **dict.fromkeys(("PNG", "JPEG", "WEBP"), model.stripped),
 }  # fmt: skip
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
 
@@ -337,6 +337,6 @@ def test_damaged_pictures_of_prompts_are_shown_or_refused(kind, changes):
     for place, value in changes:
         data[min(int(place * len(data)), len(data) - 1)] = value
     try:
-        assert pictures.kind_of_picture(pictures.small(bytes(data))) == "image/webp"
+        assert model.kind_of_picture(model.small(bytes(data))) == "image/webp"
     except ValueError as error:
         assert "expected" in str(error)

@@ -14,13 +14,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from eg3d_rlhf.people.label.assets.collection import Asset, Collection, read_collection
-from eg3d_rlhf.people.label.assets.drawing import AssetDrawer, prepare_prompts
-from eg3d_rlhf.people.label.assets.planning import balanced, conditions, plan_assets
+from eg3d_rlhf.people.label.assets.collection import Asset, Collection, balanced, conditions, plan_assets, read_collection
 from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.preparation import Preparation, prepare
+from eg3d_rlhf.people.label.preparation import AssetDrawer, Preparation, prepare, prepare_prompts
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label import asset_files as files

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eg3d_rlhf.people.label.assets import film, glb, model, obj, pictures, ply
+from eg3d_rlhf.people.label.assets import glb, model, obj, ply, reading
 from tests.people.label import asset_files as files
 
 SECRET = files.SECRET.encode()
@@ -29,11 +29,11 @@ def array(document: dict, binary: bytes, number: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_pictures_pixels_stay_and_its_notes_go(kind):
     before = files.picture(40, kind)
-    after, pixels = pictures.stripped(before)
+    after, pixels = model.stripped(before)
     assert SECRET in before and SECRET not in after.data and pixels == 1600
     assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(data))) for data in (before, after.data)))
     assert not dict(Image.open(io.BytesIO(after.data)).getexif())
-    assert pictures.stripped(before + b"hidden behind the end")[0] == after
+    assert model.stripped(before + b"hidden behind the end")[0] == after
 
 
 def test_a_glb_keeps_every_bit_that_is_seen_and_no_name():
@@ -128,7 +128,7 @@ def test_a_film_keeps_its_frames_and_loses_its_notes(tmp_path, suffix):
     import imageio_ffmpeg
 
     before, after = files.write_film(tmp_path / f"a{suffix}"), tmp_path / "clean.mp4"
-    film.clean(before, after)
+    reading.clean_film(before, after)
     data = after.read_bytes()
     assert SECRET in before.read_bytes() and not any(word in data for word in (SECRET, b"x264", b"Lavf", b"Lavc"))
     assert data[4:8] == b"ftyp" and data.index(b"moov") < data.index(b"mdat")

@@ -7,13 +7,12 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.people.label.archive import export_ranked_seeds
-from eg3d_rlhf.people.label.asset_labels import export_assets
 from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
-from eg3d_rlhf.people.label.preferences import preferences_of
 from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
 from eg3d_rlhf.tuning.flow.ranking import Judged
-from tests.people.label.plans import answer
+from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import plan as plan_of_seeds
 
 CONDITIONS = {"chair": {"text": "a chair of oak", "image": None}, "cup": {"text": None, "image": "cup.png"}}
@@ -31,18 +30,17 @@ def judged(folder, pairs, mode=Mode.LABEL, **settings) -> Store:
     """A store in which 'ann' has answered pairs (first, second, what she prefers: 'first', 'second' or a choice)."""
     store = Store.open(f"sqlite:///{folder / 'labels.db'}")
     ann = store.annotator_without_token("ann", "annotator").id
-    quiet = {"repeat_share": 0, "swap_share": 0, "gold_every": 0}
-    made = CampaignSettings(name="assets", mode=mode, extra={"conditions": CONDITIONS}, **quiet, **settings)
+    made = CampaignSettings(name="assets", mode=mode, extra={"conditions": CONDITIONS}, **QUIET, **settings)
     campaign = store.create_campaign(made, [PlannedPair(first=a, second=b) for a, b, _ in pairs])
     said = {(a.source, b.source): choice for a, b, choice in pairs}
-    files = {token: shape.source for token, shape in store.shapes(campaign)}
-    for number in range(len(pairs)):
-        (given,) = store.assignments(campaign, ann, 1)
-        sides = files[given.left], files[given.right]
+
+    def choose(left: Shape, right: Shape) -> Choice:
+        sides = left.source, right.source
         choice = said.get(sides) or said[sides[::-1]]
-        if choice in ("first", "second"):
-            choice = "left" if (sides in said) == (choice == "first") else "right"
-        store.submit(campaign, ann, answer(given, f"key-{number}", Choice(choice)))
+        places = ("left", "right") if sides in said else ("right", "left")
+        return Choice(dict(zip(("first", "second"), places, strict=True)).get(choice, choice))
+
+    answer_all(store, campaign, ann, choose)
     return store
 
 

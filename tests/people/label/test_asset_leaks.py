@@ -9,9 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.assets.drawing import AssetDrawer, prepare_prompts
-from eg3d_rlhf.people.label.preparation import prepare
-from eg3d_rlhf.people.label.server.bodies import GRAIN
+from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
+from eg3d_rlhf.people.label.server.served_shapes import GRAIN
 from eg3d_rlhf.people.label.shape_files import shape_key
 from eg3d_rlhf.people.study import commands, design
 from eg3d_rlhf.people.study.power import PowerOptions

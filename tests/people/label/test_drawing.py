@@ -13,8 +13,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.geometry.mesh import count_edges, decimate, extract_mesh, face_volumes, parts
 from eg3d_rlhf.people.label.drawing import ShapeDrawer, surface, visible_parts, within_budget
-from tests.people.label.mesh_reader import decode_mesh
-from tests.people.label.shapes import SHAPE
+from tests.people.label.plans import SHAPE, decode_mesh
 
 
 @pytest.fixture(scope="module")

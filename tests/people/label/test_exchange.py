@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.seeds import HELD_OUT
+from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
-from eg3d_rlhf.people.label.preferences import (
+from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
     export_labels,
     is_store_url,
@@ -24,10 +28,9 @@ from eg3d_rlhf.people.label.preferences import (
     source_stem,
     without_password,
 )
-from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.run import read_labels
-from tests.people.label.plans import HASH, Clock, answer, plan, shape
+from tests.people.label.plans import HASH, QUIET, answer, answer_all, plan, shape
 from tools.train_reward import main as train_reward
 
 REPO = Path(__file__).resolve().parents[3]
@@ -76,12 +79,6 @@ def test_a_table_comes_into_postgresql_as_well(table, postgres_url, tmp_path):
         assert import_ranked_seeds(store, table) == 4346
         export_ranked_seeds(store, tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_bytes() == table.read_bytes()
-
-
-@pytest.fixture
-def store(tmp_path):
-    with Store.open(f"sqlite:///{tmp_path / 'labels.db'}", clock=Clock()) as opened:
-        yield opened
 
 
 def test_row_numbers_of_a_table_are_kept(store, tmp_path):
@@ -175,11 +172,8 @@ def test_filters(judged, case):
 def test_repeats_can_be_dropped(store):
     settings = CampaignSettings(name="c", gold_every=0, repeat_share=0.25, swap_share=0.25, repeat_gap=1)
     campaign = store.create_campaign(settings, plan(12))
-    who = store.annotator_without_token("local", "admin").id
-    k = 0
-    while shown := store.assignments(campaign, who):
-        store.submit(campaign, who, answer(shown[0], f"k{(k := k + 1)}"))
-    assert len(preferences_of(store, LabelFilters(drop_repeats=True))) == 12 < len(preferences_of(store)) == k
+    count = len(answer_all(store, campaign, store.annotator_without_token("local", "admin").id))
+    assert len(preferences_of(store, LabelFilters(drop_repeats=True))) == 12 < len(preferences_of(store)) == count
 
 
 def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
@@ -193,23 +187,16 @@ def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
             read_preferences(url, LabelFilters(**chosen))
 
 
-def test_a_study_is_no_source_of_labels(store):
-    other = shape(0, generator="b" * 64)
-    campaign = store.create_campaign(CampaignSettings(name="s", mode=Mode.STUDY, gold_every=0), [PlannedPair(first=shape(0), second=other)])
-    who = store.annotator_without_token("local", "admin").id
-    store.submit(campaign, who, answer(store.assignments(campaign, who)[0], "k"))
-    assert preferences_of(store) == []
-    with pytest.raises(ValueError, match="got a study"):
-        preferences_of(store, LabelFilters(campaign="s"))
-
-
-def test_pairs_that_seeds_cannot_name_are_refused(store):
-    pairs = [PlannedPair(first=shape(0), second=shape(1, psi=1.0))]
-    campaign = store.create_campaign(CampaignSettings(name="c", gold_every=0), pairs)
-    who = store.annotator_without_token("local", "admin").id
-    store.submit(campaign, who, answer(store.assignments(campaign, who)[0], "k"))
-    with pytest.raises(ValueError, match="seeds alone do not tell apart"):
-        preferences_of(store)
+@pytest.mark.parametrize(("mode", "second", "named", "words"), [
+    (Mode.STUDY, {"generator": "b" * 64}, "c", "got a study"), (Mode.LABEL, {"psi": 1.0}, None, "seeds alone do not tell apart"),
+])  # fmt: skip
+def test_a_study_and_pairs_that_seeds_cannot_name_are_no_source_of_labels(store, mode, second, named, words):
+    pairs = [PlannedPair(first=shape(0), second=shape(1 if mode is Mode.LABEL else 0, **second))]
+    campaign = store.create_campaign(CampaignSettings(name="c", mode=mode, gold_every=0), pairs)
+    answer_all(store, campaign, store.annotator_without_token("local", "admin").id)
+    assert mode is Mode.LABEL or preferences_of(store) == []
+    with pytest.raises(ValueError, match=words):
+        preferences_of(store, LabelFilters(campaign=named))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -246,17 +233,6 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
         assert [a.token for a in work[:2]] == [a.token for a in there[:2]]  # those that were open; the third is new
         copy.submit(campaign, ann, answer(work[0], "later", votes=VOTES))
         assert import_judgements(copy, path) == 0
-
-
-def test_an_export_from_before_votes_and_assets_is_read(judged, tmp_path):
-    path = export_judgements(judged, tmp_path / "all.jsonl")
-    later = {"file", "condition", "votes", "comment"}
-    lines = [{k: v for k, v in json.loads(line).items() if k not in later} for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with Store.open(f"sqlite:///{tmp_path / 'copy.db'}") as copy:
-        assert import_judgements(copy, path) == 16
-        rows = list(copy.judgements())
-    assert len(rows) == 12 and {(r.left.file, r.left.condition, r.comment, len(r.votes)) for r in rows} == {("", "", None, 0)}
 
 
 def test_new_judgements_of_a_known_campaign_are_added(judged, tmp_path):
@@ -323,6 +299,48 @@ def test_urls_are_told_from_files():
     assert without_password("postgresql://ann:secret@host/db") == "postgresql://ann:***@host/db"
 
 
+# --- nothing that may be learnt from shows held-out seeds: new campaigns, tables and archives that are imported; studies may
+
+
+@pytest.mark.parametrize("held", HELD_OUT, ids=lambda held: held.name)
+def test_a_plan_that_would_reach_held_out_seeds_is_refused(held):
+    with pytest.raises(ValueError, match=rf"--first-seed={held.first}, .* got {held.first} \({held.name}"):
+        PairingOptions(pairs=2, gold=0, training=0, first_seed=held.first)
+
+
+def test_the_command_says_so_in_one_line(tmp_path):
+    result = CliRunner().invoke(commands.main, ["-n", f"--db=sqlite:///{tmp_path / 'l.db'}", "--pairs=5", "--first-seed=210000"])
+    (line,) = result.output.splitlines()
+    assert result.exit_code == 2
+    assert line.startswith("Error: --first-seed=210000, 17 seeds: expected seeds that are not held out, got 210000")
+
+
+def test_a_campaign_is_refused_and_a_study_is_not(store):
+    with pytest.raises(ValueError, match=r"campaign c: expected seeds that are not held out, got 300030 \(watch"):
+        store.create_campaign(CampaignSettings(name="c"), plan(3, start=300_030))
+    assert store.campaigns() == []
+    store.create_campaign(CampaignSettings(name="s", mode=Mode.STUDY), plan(3, start=300_030))
+
+
+def test_an_imported_table_is_refused(store, tmp_path):
+    (tmp_path / "table.csv").write_text(",rank1,rank2\n0,5,6\n1,7,200003\n")
+    with pytest.raises(ValueError, match=r"campaign table: .* got 200003 \(latents"):
+        import_ranked_seeds(store, tmp_path / "table.csv")
+    assert store.campaigns() == []
+
+
+def test_an_imported_archive_is_refused_and_nothing_of_it_kept(store, tmp_path):
+    store.create_campaign(CampaignSettings(name="c"), plan(2))
+    lines = export_judgements(store, tmp_path / "all.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    records[3]["seed"] = 220_001
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        with pytest.raises(ValueError, match=r"all.jsonl, line 4: campaign c: .* got 220001 \(geometry"):
+            import_judgements(other, tmp_path / "all.jsonl")
+        assert other.campaigns() == []
+
+
 # --- tools/train_reward.py --labels=sqlite:///labels.db
 
 
@@ -362,10 +380,8 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
 
     drawn = {"generator": load_generator(tiny_networks).hash}
     pairs = [PlannedPair(first=shape(2 * i, **drawn), second=shape(2 * i + 1, **drawn)) for i in range(20)]
-    campaign = store.create_campaign(CampaignSettings(name="c", gold_every=0, repeat_share=0, swap_share=0), pairs)
-    who = store.annotator_without_token("local", "admin").id
-    while shown := store.assignments(campaign, who):
-        store.submit(campaign, who, answer(shown[0], shown[0].token))
+    campaign, who = store.create_campaign(CampaignSettings(name="c", **QUIET), pairs), store.annotator_without_token("local", "admin").id
+    answer_all(store, campaign, who)
     url, out = f"sqlite:///{tmp_path / 'labels.db'}", tmp_path / "run"
     flags = ("--preset=tiny", "--epochs=1", "--resolution=24", "--anchors=0", f"--network={tiny_networks}", f"--out={out}")
     result = run(f"--labels={url}", "--campaign=c", *flags)

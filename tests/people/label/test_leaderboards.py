@@ -10,8 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, Mode, PlannedPair
-from eg3d_rlhf.people.label.leaderboards import as_text, generator_names, leaderboard_of
-from eg3d_rlhf.people.label.quality import quality_report
+from eg3d_rlhf.people.label.quality import as_text, generator_names, leaderboard_of, quality_report
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.test_quality import row, shape
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eg3d_rlhf.people.label.shape_files import compress, encode_mesh
-from tests.people.label.mesh_reader import decode_mesh
+from tests.people.label.plans import decode_mesh
 
 
 def random_mesh(vertices: int, faces: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -38,12 +38,12 @@ def test_bundles_are_made_from_the_sources_beside_them(name):
     sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*"))])
     digest = hashlib.sha256("".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()).hexdigest()
     found = re.match(r"/\* sources ([0-9a-f]{64});", (STATIC / name).read_text())
-    assert found and found[1] == digest, f"{name} is stale: cd eg3d_rlhf/label/web && npm ci && npm run build"
+    assert found and found[1] == digest, f"{name} is stale: cd eg3d_rlhf/people/label/web && npm ci && npm run build"
 
 
 def test_the_bundles_are_reproducible():
     if shutil.which("node") is None or not (WEB / "node_modules" / "esbuild").is_dir():
-        pytest.skip("needs node and the pinned packages: cd eg3d_rlhf/label/web && npm ci")
+        pytest.skip("needs node and the pinned packages: cd eg3d_rlhf/people/label/web && npm ci")
     result = subprocess.run(["node", "build.mjs", "--check"], cwd=WEB, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 

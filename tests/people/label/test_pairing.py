@@ -13,7 +13,7 @@ from eg3d_rlhf.people.label.entities import CampaignSettings, Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions, known_answers, plan, spread
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.labels import Preference
-from tests.people.label.shapes import numbered
+from tests.people.label.plans import numbered
 
 GENERATOR = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, generator=SimpleNamespace(level=10.0))
 

@@ -9,21 +9,12 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.people.label.access import is_quick, login_link
 from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import ConflictError
-from eg3d_rlhf.people.label.links import login_link
-from eg3d_rlhf.people.label.names import check_name
-from eg3d_rlhf.people.label.people import is_quick
-from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store import Store, check_name
 from tests.people.label import serving
 from tests.people.label.serving import GENEROUS, SAME, answer
-
-
-@pytest.fixture(scope="module")
-def exposed(tmp_path_factory):
-    """An exposed server."""
-    with serving.running(tmp_path_factory.mktemp("exposed"), exposed=True, limits=GENEROUS) as served:
-        yield served
 
 
 def run(*flags):
@@ -106,7 +97,7 @@ def test_who_was_revoked_is_told_and_nobody_else(exposed):
 
 
 def test_an_admin_stays(exposed):
-    boss = exposed.browser(exposed.store.add_annotator("boss", "admin"))
+    boss = exposed.browser(exposed.tokens["boss"])
     response = boss.post("/api/admin/annotators/revoke", json={"name": "boss"})
     assert response.status_code == 409 and "yourself" in response.json()["error"]
     assert boss.get("/api/session").status_code == 200

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eg3d_rlhf.people.label.links import login_link
+from eg3d_rlhf.people.label.access import login_link
 from tests.people.label.browser import needs_chromium, plan, rows
 
 pytestmark = needs_chromium

@@ -18,8 +18,7 @@ from eg3d_rlhf.people.label.entities import CampaignSettings, PlannedPair
 from eg3d_rlhf.people.label.preparation import Preparation, main
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store
-from tests.people.label.mesh_reader import decode_mesh
-from tests.people.label.shapes import numbered
+from tests.people.label.plans import decode_mesh, numbered
 
 SECONDS = 90  # that a worker may take on a busy machine
 

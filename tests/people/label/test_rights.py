@@ -7,7 +7,7 @@ import pytest
 
 from eg3d_rlhf.people.label.server.gate import AccessLog
 from eg3d_rlhf.people.label.server.identity import kept_secret
-from eg3d_rlhf.people.label.store_at import open_store
+from eg3d_rlhf.people.label.store import open_store
 from training.storage import write_atomic
 
 

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.people.label.commands import main as label_command
+from eg3d_rlhf.people.label.commands import main as label_main
 from eg3d_rlhf.people.label.entities import Answer, Choice, Kind
-from eg3d_rlhf.people.label.rounds import answers, command
-from eg3d_rlhf.people.label.server.addresses import Addresses
+from eg3d_rlhf.people.label.launch import label_command, round_labels
 from eg3d_rlhf.people.label.server.identity import kept_secret
+from eg3d_rlhf.people.label.server.served_shapes import Addresses
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.labels import load_labels
@@ -45,7 +45,7 @@ def begun(shaped, tiny_data, tiny_reward, tmp_path, monkeypatch) -> Callable[[in
         assert result.exit_code == 0, result.output
         folder = tiny_runs.only_run(tmp_path / "runs")
         url = f"sqlite:///{folder / 'labels.db'}"
-        assert f"Label with: {command(url, CAMPAIGN)}\n" in result.output and f"--resume={folder}" in result.output
+        assert f"Label with: {label_command(url, CAMPAIGN)}\n" in result.output and f"--resume={folder}" in result.output
         assert not (folder / "round-1").exists()
         return folder, url
 
@@ -72,8 +72,8 @@ def refused(folder: Path, *texts: str) -> None:
 
 def test_it_waits_for_answers_and_goes_on_with_them(begun):
     folder, url = begun(14)
-    printed = shlex.split(command(url, CAMPAIGN))
-    known = CliRunner().invoke(label_command, [*printed[2:], "--dry-run"])
+    printed = shlex.split(label_command(url, CAMPAIGN))
+    known = CliRunner().invoke(label_main, [*printed[2:], "--dry-run"])
     assert printed[:2] == ["python", "tools/label.py"] and known.exit_code == 0 and '"action": "resume"' in known.stdout
     refused(folder, "round-1: expected answers to at least 13 of 14 pairs, got 0. Label on: python tools/label.py --db=sqlite:///")
     answer(url, 9)
@@ -99,7 +99,7 @@ def test_labels_of_another_generator_are_refused(begun, tiny_networks):
     folder, url = begun(8)
     answer(url, 99)
     with pytest.raises(ValueError, match="round-1: expected judgements of generator .* Another network was labelled: restore the database"):
-        answers(url, CAMPAIGN, load_generator(tiny_networks), 8)
+        round_labels(url, CAMPAIGN, load_generator(tiny_networks), 8)
 
 
 @pytest.mark.long
@@ -112,7 +112,7 @@ def test_a_whole_round_on_labels_from_the_page(begun, shaped, page, repo, tmp_pa
         ShapeCache(tmp_path / "cache").put_mesh(shape, small(shape))
     better = solidity(shaped, sorted({shape.seed for shape in shapes.values()}))
     served = subprocess.Popen(
-        [sys.executable, *shlex.split(command(url, CAMPAIGN))[1:], "--port=0", f"--cache={tmp_path / 'cache'}"], cwd=repo,
+        [sys.executable, *shlex.split(label_command(url, CAMPAIGN))[1:], "--port=0", f"--cache={tmp_path / 'cache'}"], cwd=repo,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

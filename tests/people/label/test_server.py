@@ -13,7 +13,7 @@ from eg3d_rlhf.people.label.entities import SKIP_REASONS, Mode, PlannedPair
 from eg3d_rlhf.people.label.server.app import create_app, serve
 from eg3d_rlhf.people.label.server.options import AppOptions, Limits, is_loopback
 from tests.people.label import serving
-from tests.people.label.mesh_reader import decode_mesh
+from tests.people.label.plans import decode_mesh
 from tests.people.label.serving import GENEROUS, answer
 
 

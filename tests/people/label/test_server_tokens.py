@@ -11,28 +11,7 @@ import pytest
 from eg3d_rlhf.people.label.server.identity import address_key
 from eg3d_rlhf.people.label.server.options import Limits
 from tests.people.label import serving
-from tests.people.label.serving import GENEROUS, SAME, answer, routes
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """A server on loopback: no tokens."""
-    with serving.running(tmp_path_factory.mktemp("local"), limits=GENEROUS) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def exposed(tmp_path_factory):
-    """An exposed server with an annotator, an admin and one whose token is revoked."""
-    log = tmp_path_factory.mktemp("log") / "access.jsonl"
-    with serving.running(tmp_path_factory.mktemp("exposed"), exposed=True, access_log=log, limits=GENEROUS) as served:
-        served.tokens = {
-            "ann": served.store.add_annotator("ann"), "boss": served.store.add_annotator("boss", "admin"),
-            "gone": served.store.add_annotator("gone"),
-        }
-        served.store.revoke_annotator("gone")
-        yield served
-
+from tests.people.label.serving import SAME, answer, routes
 
 # ---- tokens, sessions and roles
 
@@ -110,14 +89,12 @@ def test_a_csrf_token_is_of_one_session(exposed):
     assert first.post("/api/undo", json={"key": "k1"}).status_code == 200
 
 
-def test_a_link_from_elsewhere_opens_the_page(local):
-    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+@pytest.mark.parametrize("headers", [
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},  # a link from elsewhere
+    *({"Host": host} for host in ("localhost:9", "127.0.0.1", "[::1]:8000", "LOCALHOST")),
+])  # fmt: skip
+def test_the_page_opens_by_a_link_and_by_every_name_of_this_machine(local, headers):
     assert local.client(**headers).get("/").status_code == 200
-
-
-def test_loopback_names_of_this_machine_are_served(local):
-    for host in ("localhost:9", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
-        assert local.client(Host=host).get("/api/session").json()["annotator"] == "local"
 
 
 # ---- guessing
@@ -152,16 +129,15 @@ def test_guessing_at_the_log_in_page_is_limited(tmp_path):
         assert "This token is unknown" in found[0].text and "guess-number" not in found[0].text
 
 
-def test_requests_of_strangers_are_limited(tmp_path):
-    with serving.running(tmp_path, exposed=True, limits=Limits(strangers=(0.1, 5.0))) as served:
-        found = [served.client().get("/health") for _ in range(7)]
-        assert [r.status_code for r in found] == [200] * 5 + [429] * 2 and "Retry-After" in found[-1].headers
-
-
-def test_requests_of_an_annotator_are_limited(tmp_path):
-    with serving.running(tmp_path, limits=Limits(requests=(0.1, 5.0))) as served:
+@pytest.mark.parametrize(
+    ("limits", "exposed", "path"),
+    [({"strangers": (0.1, 5.0)}, True, "/health"), ({"requests": (0.1, 5.0)}, False, "/api/session")],
+)  # fmt: skip
+def test_requests_are_limited(tmp_path, limits, exposed, path):
+    with serving.running(tmp_path, exposed=exposed, limits=Limits(**limits)) as served:
         client = served.client()
-        assert [client.get("/api/session").status_code for _ in range(7)] == [200] * 5 + [429] * 2
+        found = [client.get(path) for _ in range(7)]
+        assert [r.status_code for r in found] == [200] * 5 + [429] * 2 and "Retry-After" in found[-1].headers
 
 
 def test_the_rate_of_an_ipv6_subscriber_is_one():

@@ -8,7 +8,7 @@ import pytest
 
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import ShapeCache, shape_key
-from tests.people.label.shapes import SHAPE
+from tests.people.label.plans import SHAPE
 
 OTHER = {
     "generator": "b" * 64, "seed": 8, "psi": 0.7, "level": 9.5, "resolution": 33, "triangles": 501, "degradation": "holes",

@@ -4,7 +4,7 @@ import pytest
 
 from eg3d_rlhf.people.label.preparation import ShapeProgress, prepare, progress_file
 from eg3d_rlhf.people.label.shape_files import ShapeCache, shape_key
-from tests.people.label.shapes import numbered
+from tests.people.label.plans import numbered
 
 
 class Recorder:

@@ -10,47 +10,16 @@ from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.pairing import plan as plan_pairs
-from eg3d_rlhf.people.label.preferences import LabelFilters, export_labels, export_unpaired, preferences_of
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, preferences_of
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label import serving
-from tests.people.label.plans import shape
-
-
-def singles(count: int, gold: int = 0, training: int = 0, first: int = 0) -> list[PlannedPair]:
-    """Shapes by themselves: practice, then gold checks (both broken), then what is asked."""
-    kinds = [Kind.TRAINING] * training + [Kind.GOLD] * gold + [Kind.PAIR] * count
-    return [
-        PlannedPair(
-            first=shape(first + i), second=shape(first + i), kind=kind, expected=None if kind is Kind.PAIR else "second",
-            explanation="It has a hole." if kind is Kind.TRAINING else "",
-        )
-        for i, kind in enumerate(kinds)
-    ]  # fmt: skip
+from tests.people.label.plans import answer_all, shape, singles
 
 
 def settings(scale: str = "thumbs", **values) -> CampaignSettings:
     return CampaignSettings(**{"name": "singles", "mode": Mode.SINGLE, "scale": scale, "swap_share": 0, "seed": 1, **values})
-
-
-@pytest.fixture
-def store(tmp_path):
-    with Store.open(f"sqlite:///{tmp_path / 'labels.db'}") as found:
-        yield found
-
-
-def answer_all(store: Store, campaign: int, who: int, say, limit: int = 200) -> int:
-    """Answer until nothing is left; `say(seed)` gives the choice."""
-    shapes = dict(store.shapes(campaign))
-    for number in range(limit):
-        given = store.assignments(campaign, who, 1)
-        if not given:
-            return number
-        assert given[0].left == given[0].right
-        choice = say(shapes[given[0].left].seed)
-        store.submit(campaign, who, Answer(key=f"{who}-{number}", assignment=given[0].token, choice=choice, milliseconds=2000))
-    return limit
 
 
 def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
@@ -58,8 +27,8 @@ def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
     campaign = store.create_campaign(made, singles(30, gold=4, training=1))
     ann, ben = (store.annotator_without_token(name).id for name in ("ann", "ben"))
     gold = range(1, 5)
-    answer_all(store, campaign, ann, lambda seed: Choice.DOWN if seed in gold or seed % 2 else Choice.UP)
-    answer_all(store, campaign, ben, lambda seed: Choice.DOWN if seed not in gold and (seed % 2 or seed == 20) else Choice.UP)
+    answer_all(store, campaign, ann, lambda one, _: Choice.DOWN if one.seed in gold or one.seed % 2 else Choice.UP)
+    answer_all(store, campaign, ben, lambda one, _: Choice.DOWN if one.seed not in gold and (one.seed % 2 or one.seed == 20) else Choice.UP)
     report = quality_report(store.judgements())
     one, other = report["annotators"]
     assert (one["gold_accuracy"], other["gold_accuracy"]) == (1.0, 0.0) and one["gold_n"] >= 3
@@ -78,7 +47,7 @@ def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
 def test_scores_say_good_from_four_on(store, tmp_path):
     campaign = store.create_campaign(settings("scores", gold_every=5, repeat_share=0), singles(12, gold=3))
     who = store.annotator_without_token("ann").id
-    answer_all(store, campaign, who, lambda seed: Choice(str(0 if seed < 3 else seed % 6)))
+    answer_all(store, campaign, who, lambda one, _: Choice(str(0 if one.seed < 3 else one.seed % 6)))
     labels = load_unpaired(export_unpaired(store, tmp_path / "labels.jsonl"))
     assert {label.seed: (label.score, label.preferred) for label in labels} == {s: (s % 6, s % 6 >= 4) for s in range(3, 15)}
     assert quality_report(store.judgements())["annotators"][0]["gold_accuracy"] == 1.0
@@ -94,7 +63,7 @@ def test_every_campaign_has_its_own_answers_and_labels(store, tmp_path):
             store.submit(campaign, who, Answer(key="k", assignment=given.token, choice=choice))
     with pytest.raises(ValueError, match="expected one of left, right, tie or skip, got up"):
         store.submit(pairs, who, Answer(key="k", assignment=store.assignments(pairs, who, 1)[0].token, choice=Choice.UP))
-    answer_all(store, campaign, who, lambda seed: Choice.UP)
+    answer_all(store, campaign, who, Choice.UP)
     assert preferences_of(store) == []
     with pytest.raises(ValueError, match="campaign singles: expected one that collects preferences, got one of shapes judged one by one"):
         export_labels(store, tmp_path / "x.jsonl", campaign="singles")
@@ -141,7 +110,7 @@ def test_the_command_plans_and_exports(tmp_path, monkeypatch):
     refused = run("--single=scores", "--campaign=one")
     assert refused.exit_code == 2 and "--single: expected thumbs, with which campaign 'one' was planned" in refused.stderr
     with Store.open(db) as store:
-        answer_all(store, 1, store.annotator_without_token("ann").id, lambda seed: Choice.UP if seed % 2 else Choice.DOWN)
+        answer_all(store, 1, store.annotator_without_token("ann").id, lambda one, _: Choice.UP if one.seed % 2 else Choice.DOWN)
     out = tmp_path / "labels.jsonl"
     assert run("export", str(out), "--kind=unpaired", "--drop-repeats").exit_code == 0
     assert len(load_unpaired(out)) == 6
@@ -153,7 +122,7 @@ def test_judgements_move_to_another_store_whole(store, tmp_path):
     from eg3d_rlhf.people.label.archive import export_judgements, import_judgements
 
     campaign = store.create_campaign(settings(), singles(5))
-    answer_all(store, campaign, store.annotator_without_token("ann").id, lambda seed: Choice.UP)
+    answer_all(store, campaign, store.annotator_without_token("ann").id, Choice.UP)
     path = export_judgements(store, tmp_path / "all.jsonl")
     with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
         assert import_judgements(other, path) == 5

@@ -5,8 +5,8 @@ import pytest
 
 from eg3d_rlhf.people.label.entities import Mode
 from tests.people.label.browser import needs_chromium, rows
+from tests.people.label.plans import singles
 from tests.people.label.test_page import blank
-from tests.people.label.test_single import singles
 
 pytestmark = needs_chromium
 

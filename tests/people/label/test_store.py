@@ -9,12 +9,7 @@ from sqlalchemy.exc import DBAPIError
 
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.store import Store
-from tests.people.label.plans import Clock, answer, plan, shape
-
-
-@pytest.fixture
-def clock():
-    return Clock()
+from tests.people.label.plans import answer, plan, shape
 
 
 @pytest.fixture
@@ -215,18 +210,14 @@ def test_progress_counts_trials(store, work, clock):
     assert store.assignments(campaign, ann) == [] and (at.done, at.total) == (6, 6)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "UPDATE judgements SET choice = 'right'", "UPDATE judgements SET milliseconds = 1 WHERE id = 1", "DELETE FROM judgements",
-        "DELETE FROM judgements WHERE id = 1", "UPDATE judgements SET page_version = page_version",
-    ],
-)  # fmt: skip
-def test_the_database_refuses_to_change_judgements(store, work, statement):
+def test_the_database_refuses_to_change_judgements(store, work, database_url):
     campaign, ann = work
     answered(store, campaign, ann, 2)
-    with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
-        c.execute(text(statement))
+    statements = ["UPDATE judgements SET choice = 'right'", "UPDATE judgements SET milliseconds = 1 WHERE id = 1", "DELETE FROM judgements",
+                  "DELETE FROM judgements WHERE id = 1", "UPDATE judgements SET page_version = page_version"]  # fmt: skip
+    for statement in [*statements, *([] if database_url.startswith("sqlite") else ["TRUNCATE judgements CASCADE"])]:
+        with pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
+            c.execute(text(statement))
     assert [row.choice for row in store.judgements()] == ["left", "left"]
 
 
@@ -240,11 +231,6 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):
                 other.execute(statement)
     other.close()
-
-
-def test_postgresql_refuses_to_truncate(postgres_url):
-    with Store.open(postgres_url) as store, pytest.raises(DBAPIError, match="append-only"), store.database.write() as c:
-        c.execute(text("TRUNCATE judgements CASCADE"))
 
 
 def test_tokens_are_shown_once_and_can_be_revoked(store, clock):
@@ -261,8 +247,11 @@ def test_tokens_are_shown_once_and_can_be_revoked(store, clock):
     assert store.authenticate(token) is None and store.session(login) is None and store.annotators()[0].revoked == clock.now
     with pytest.raises(ValueError, match="in use"):
         store.add_annotator(ann.name)
-    with pytest.raises(ValueError, match="expected one with a token"):
-        store.revoke_annotator("nobody")
+    local = store.annotator_without_token("local", "admin")
+    assert (local.name, local.role, store.annotator_without_token("local", "admin")) == ("local", "admin", local)
+    for nobody in ("nobody", "local"):
+        with pytest.raises(ValueError, match="expected one with a token"):
+            store.revoke_annotator(nobody)
 
 
 @pytest.mark.parametrize("name", ["", " a", "a ", "<b>", "a\nb", "a/b", "=1", "x" * 81, "local", "a\0", "'; --"])
@@ -297,13 +286,6 @@ def test_no_secret_is_in_the_database(tmp_path):
         login = store.open_session(store.annotators()[0].id, 1000)
     content = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert b"ann" in content and token.encode() not in content and login.encode() not in content
-
-
-def test_the_local_annotator_has_no_token(store):
-    local = store.annotator_without_token("local", "admin")
-    assert (local.name, local.role, store.annotator_without_token("local", "admin")) == ("local", "admin", local)
-    with pytest.raises(ValueError, match="expected one with a token"):
-        store.revoke_annotator("local")
 
 
 def test_sqlite_writes_through_to_the_disk(tmp_path):

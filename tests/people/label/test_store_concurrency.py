@@ -18,7 +18,9 @@ from sqlalchemy import text
 from eg3d_rlhf.people.label import database
 from eg3d_rlhf.people.label.entities import CampaignSettings, ConflictError, Kind
 from eg3d_rlhf.people.label.store import Store
-from tests.people.label.plans import answer, plan
+from tests.people.label import serving
+from tests.people.label.plans import QUIET, answer, plan
+from tests.people.label.postgres import REMEDY, find_binaries, run_postgres
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -51,8 +53,7 @@ def assert_each_pair_so_often(store, places):
 
 def test_fifty_annotators_at_once_share_the_pairs(database_url):
     with Store.open(database_url) as store:
-        settings = CampaignSettings(name="c", annotators_per_pair=2, gold_every=0, repeat_share=0, swap_share=0)
-        campaign = store.create_campaign(settings, plan(60))
+        campaign = store.create_campaign(CampaignSettings(name="c", annotators_per_pair=2, **QUIET), plan(60))
         people = everybody(store, 50)
         start = threading.Barrier(50)
 
@@ -68,8 +69,7 @@ def test_fifty_annotators_at_once_share_the_pairs(database_url):
 def test_two_stores_share_one_database(database_url):
     """As two server processes do: nothing in memory keeps them apart."""
     stores = [Store.open(database_url) for _ in range(4)]
-    settings = CampaignSettings(name="c", annotators_per_pair=3, gold_every=0, repeat_share=0, swap_share=0)
-    campaign = stores[0].create_campaign(settings, plan(10))
+    campaign = stores[0].create_campaign(CampaignSettings(name="c", annotators_per_pair=3, **QUIET), plan(10))
     people = everybody(stores[0], 8)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda k: work(stores[k % 4], campaign, people[k]), range(8)))
@@ -118,8 +118,7 @@ with ThreadPoolExecutor(4) as pool:
 
 def test_what_was_acknowledged_survives_a_kill(database_url):
     with Store.open(database_url) as store:
-        settings = CampaignSettings(name="c", gold_every=0, repeat_share=0, swap_share=0)
-        store.create_campaign(settings, plan(120))
+        store.create_campaign(CampaignSettings(name="c", **QUIET), plan(120))
         everybody(store, 4)
     acknowledged, quiet = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(2):
@@ -178,3 +177,25 @@ def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeyp
             assert c.execute(text(f"SELECT pg_terminate_backend(pid) {others}")).all()
         monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)
         assert store.campaign("c").pairs == 2
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_binaries() is None, reason=f"PostgreSQL not found; {REMEDY}")
+def test_postgresql_goes_away_and_comes_back(tmp_path, caplog):
+    pytest.importorskip("psycopg", reason="psycopg not found; pip install 'eg3d-rlhf[postgres]'")
+    with run_postgres() as server, serving.running(tmp_path, exposed=True, url=server.new_database()) as served:
+        token = served.store.add_annotator("ann")
+        page, script = served.browser(token), served.client(token)
+        pair = page.get("/api/assignments").json()["assignments"][0]["assignment"]
+        server.stop()
+        caplog.clear()
+        for _ in range(40):
+            answers = [page.get("/api/session"), script.get("/api/assignments"), serving.answer(page, pair, "k"), page.get("/")]
+            assert [r.status_code for r in answers] == [503] * 4 and all(r.headers["retry-after"] == "2" for r in answers)
+        assert len(caplog.messages) <= 20 and all(m.startswith("database: ") and "\n" not in m for m in caplog.messages)
+        assert served.client().get("/health").status_code == 200
+        server.start()
+        end = time.monotonic() + 5
+        while (response := serving.answer(page, pair, "k")).status_code == 503 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert response.status_code in (200, 201) and script.get("/api/assignments").status_code == 200

@@ -1,30 +1,21 @@
 """Who is shown what: decided by seed and name, in the shares asked for, each pair as often as it has places, nothing lost by absence."""
 
+import re
 from collections import Counter
 
 import pytest
+from sqlalchemy.dialects import sqlite
 
+from eg3d_rlhf.people.label import assignments
 from eg3d_rlhf.people.label.assignments import LEASE_SECONDS
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind
 from eg3d_rlhf.people.label.store import Store
-from tests.people.label.plans import Clock, answer, plan
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path, clock):
-    with Store.open(f"sqlite:///{tmp_path / 'l.db'}", clock=clock) as opened:
-        yield opened
+from tests.people.label.plans import QUIET, answer, answer_all, plan
 
 
 def campaign_of(store, pairs, name="c", **settings):
     """A campaign without gold checks or repeats, unless asked for."""
-    quiet = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
-    return store.create_campaign(CampaignSettings(name=name, **{**quiet, **settings}), pairs)
+    return store.create_campaign(CampaignSettings(**{"name": name, **QUIET, **settings}), pairs)
 
 
 def annotator(store, name="ann"):
@@ -32,15 +23,11 @@ def annotator(store, name="ann"):
     return store.annotators()[-1].id
 
 
-def work_through(store, campaign, who, most=10_000, choice=Choice.LEFT, ready=None):
+def work_through(store, campaign, who, **how):
     """Answer everything; returns the judgements."""
-    for k in range(most):
-        shown = store.assignments(campaign, who, ready=ready)
-        if not shown:
-            break
-        store.submit(campaign, who, answer(shown[0], f"{k} {shown[0].token}", choice))
+    answer_all(store, campaign, who, **how)
     name = next(a.name for a in store.annotators() if a.id == who)
-    return [row for row in store.judgements(annotators=[name])]
+    return list(store.judgements(annotators=[name]))
 
 
 def seeds(shown, store, campaign):
@@ -271,3 +258,21 @@ def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
     rows = work_through(store, campaign, ann, ready=lambda asset: asset not in lost)
     at = store.progress(campaign, ann, lost.__contains__)
     assert at.done == at.total == len(rows) and Counter(row.kind for row in rows)[Kind.PAIR] == 35
+
+
+HOT = {
+    "answered": assignments.ANSWERED, "free": assignments.FREE, "had": assignments.FREE_BUT_HAD, "hers": assignments.FREE_TO_HER,
+    "open": assignments.OPEN_ONES, "past": assignments.PAST, "stamp": assignments.STAMP,
+    "window": assignments.PAGE, "expired": assignments.EXPIRED,
+}
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_what_is_asked_at_every_judgement_reads_no_table_whole(store, name):
+    store.create_campaign(CampaignSettings(name="c"), plan(6))
+    text = str(HOT[name].compile(dialect=sqlite.dialect(paramstyle="named")))
+    values = dict.fromkeys(re.findall(r":(\w+)", text), 1)
+    with store.database.read() as c:
+        steps = [row[3] for row in c.connection.driver_connection.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+    scans = [step for step in steps if re.match(r"SCAN (pairs|assignments|judgements|shapes|annotators|a|j)\b", step)]
+    assert steps and scans == []

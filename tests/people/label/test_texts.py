@@ -9,10 +9,10 @@ from eg3d_rlhf.people.label.assets.damage import DAMAGES as ASSET_DAMAGES
 from eg3d_rlhf.people.label.drawing import DAMAGES
 from eg3d_rlhf.people.label.entities import SKIP_REASONS, Mode
 from eg3d_rlhf.people.label.pairing import BROKEN, EXPLANATION
-from eg3d_rlhf.people.label.server.login_page import TEXTS, language_of
+from eg3d_rlhf.people.label.server.app import TEXTS, language_of
 from tests.people.label.browser import needs_chromium, plan
+from tests.people.label.plans import singles
 from tests.people.label.test_page_files import STATIC, WEB, Tags
-from tests.people.label.test_single import singles
 
 SOURCES = WEB / "src"
 TABLES = {path.name.split(".")[1]: json.loads(path.read_text()) for path in SOURCES.glob("texts.*.json")}

@@ -29,8 +29,9 @@ from eg3d_rlhf.people.label.assets.model import (
     Node,
     Picture,
     Primitive,
+    kind_of_picture,
+    stripped,
 )  # fmt: skip
-from eg3d_rlhf.people.label.assets.pictures import kind_of_picture, stripped
 
 MAX_JSON = 16 << 20  # bytes; Python takes up to some forty times as many
 MAX_NODES, MAX_PARTS = 20_000, 20_000

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.people.label.assets.model import Model, Picture, linear, scene_of, triangles
-from eg3d_rlhf.people.label.assets.pictures import stripped
+from eg3d_rlhf.people.label.assets.model import Model, Picture, linear, scene_of, stripped, triangles
 
 MAX_MTL, MAX_TEXTURE = 4 << 20, 128 << 20  # bytes
 MAX_MATERIALS = 1000

@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -24,10 +25,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from eg3d_rlhf.people.label.assets import film, glb, obj, ply
+from eg3d_rlhf.people.label.assets import glb, obj, ply
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
-from eg3d_rlhf.people.label.assets.model import GLB_MAGIC, glb_parts
-from eg3d_rlhf.people.label.assets.pictures import kind_of_picture, small, stripped
+from eg3d_rlhf.people.label.assets.model import GLB_MAGIC, glb_parts, kind_of_picture, small, stripped
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
 MAX_BYTES = 512 << 20
@@ -138,7 +138,7 @@ def kind_of(head: bytes, name: str) -> str:
         return "glb"
     if head[:3] == b"ply" and head[3:4] in b"\r\n":
         return "ply"
-    if film.is_film(head):
+    if is_film(head):
         return "film"
     if kind_of_picture(head):
         return "picture"
@@ -169,7 +169,7 @@ def _examine(path: Path) -> dict:
         elif kind == "obj":
             obj.check_obj(data)
         elif kind == "film":
-            film.examine(path)
+            examine_film(path)
         elif kind == "picture":
             stripped(data)
         return {"kind": kind, "hash": _hash(data, path, kind)}
@@ -184,7 +184,7 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
         elif kind == "film":
             if degradation:
                 raise ValueError("expected a mesh or splats to damage, got a video")
-            film.clean(path, out)
+            clean_film(path, out)
         else:
             _pack(data, path, kind, degradation, seed, out)
     with _opened(path) as data:  # nor while it was read: arrays are views of the file, and ffmpeg opens it by itself
@@ -234,6 +234,75 @@ def main() -> None:
         used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
         print(json.dumps(_answer(json.loads(line))), flush=True)
+
+
+# ---- turntable videos
+
+MAX_FILM, MAX_SECONDS, MAX_SIDE = 256 << 20, 120, 4096
+_PATIENCE = 300  # seconds of encoding
+_TRACK = re.compile(r"Stream #0:\d+.*?: Video: (\w+)[^,]*(?:\([^)]*\))?.*?, (\w+)(?:\([^)]*\))?.*?, (\d+)x(\d+)")
+_LENGTH = re.compile(r"Duration: (\d+):(\d\d):(\d\d)")
+_INPUT = ("-nostdin", "-hide_banner", "-protocol_whitelist", "file", "-format_whitelist", "mov,matroska", "-max_pixels", "33554432")
+_OUTPUT = (
+    "-map", "0:v:0", "-an", "-sn", "-dn", "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
+    "-write_tmcd", "0", "-movflags", "+faststart", "-threads", "1", "-fs", str(MAX_FILM), "-f", "mp4",
+)  # fmt: skip
+_H264_BARE = ("-bsf:v", "filter_units=remove_types=6")  # user data of encoders: names, versions, options
+_ENCODED = ("-c:v", "libx264", "-crf", "14", "-preset", "fast", "-pix_fmt", "yuv420p", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2")
+
+
+def is_film(head: bytes) -> bool:
+    """Whether a file begins as MP4, WebM or Matroska do."""
+    return head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3"
+
+
+def examine_film(path: Path) -> tuple[str, str]:
+    """Codec and pixel format of a film. Raises: ValueError for what is none, or is too large."""
+    if path.stat().st_size > MAX_FILM:
+        raise ValueError(f"expected a video of up to {MAX_FILM >> 20} MB, got {path.stat().st_size >> 20} MB")
+    text = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)[1]
+    track, length = _TRACK.search(text), _LENGTH.search(text)
+    if track is None:
+        raise ValueError("expected a video, got a file without a track that can be read")
+    codec, pixels, width, height = track.group(1), track.group(2), int(track.group(3)), int(track.group(4))
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise ValueError(f"expected a video of up to {MAX_SIDE} pixels a side, got {width} x {height}")
+    if length and int(length.group(1)) * 3600 + int(length.group(2)) * 60 + int(length.group(3)) > MAX_SECONDS:
+        raise ValueError(f"expected a video of up to {MAX_SECONDS} s, got {':'.join(length.groups())}")
+    return codec, pixels
+
+
+def clean_film(path: Path, out: Path) -> None:
+    """Write a film's clean form: an MP4 of one H.264 or VP9 track and nothing else.
+
+    Tracks that browsers play are copied, without what encoders write into them about themselves; others are encoded anew. ffmpeg may open
+    this one file, in four containers, for a limited time. Raises: ValueError.
+    """
+    codec, pixels = examine_film(path)
+    how: tuple[str, ...] = _ENCODED
+    if codec == "h264" and pixels in ("yuv420p", "yuvj420p"):
+        how = ("-c:v", "copy", *_H264_BARE)
+    elif codec == "vp9" and pixels == "yuv420p":
+        how = ("-c:v", "copy")
+    code, text = _ffmpeg([*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *how, *_OUTPUT, "-y", f"file:{out}"], _PATIENCE)
+    if not code and how is _ENCODED and out.is_file():  # without our encoder's name, as those that are copied
+        encoded = out.rename(out.with_name("encoded.mp4"))
+        code, text = _ffmpeg([*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"], _PATIENCE)
+        encoded.unlink()
+    if code or not out.is_file() or out.stat().st_size < 100 or out.stat().st_size >= MAX_FILM:
+        raise ValueError(f"expected a video that can be read, got: {text.strip().splitlines()[-1][:120] if text.strip() else 'nothing'}")
+
+
+def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
+    """Exit code and what it says."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"expected a video that is ready within {seconds:g} s, got one that takes longer") from None
+    return done.returncode, done.stderr[-20_000:].decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The application: its pages and routes behind the gate, log-in and log-out, and the process that serves it."""
 
+import base64
 import contextlib
 import gc
 import gzip
 import hashlib
+import html
 import json
 import mimetypes
 import secrets
@@ -20,17 +22,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from eg3d_rlhf.people.label.entities import StoredAnnotator
-from eg3d_rlhf.people.label.server.addresses import Addresses
 from eg3d_rlhf.people.label.server.connections import Server
 from eg3d_rlhf.people.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
 from eg3d_rlhf.people.label.server.identity import COOKIE, Identities, csrf_token
-from eg3d_rlhf.people.label.server.login_page import SCRIPT_SOURCE, STYLE_SOURCE, login_page
-from eg3d_rlhf.people.label.server.models import Refusal, add_handlers, note
-from eg3d_rlhf.people.label.server.options import AppOptions, Limits, PreparedShapes, is_loopback
+from eg3d_rlhf.people.label.server.models import Refusal, Withdrawn, add_handlers, note
+from eg3d_rlhf.people.label.server.options import AppOptions, Limits, is_loopback
 from eg3d_rlhf.people.label.server.routes import Admin, Context, Who, admin_api, label_api
+from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShapes
 
 SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
 LOGIN_COOKIE = "login"
+_HERE = Path(__file__).parent
+_STYLE, _SCRIPT, _PAGE = ((_HERE / name).read_text() for name in ("login.css", "login.js", "login.html"))
+TEXTS: dict[str, dict[str, str]] = json.loads((_HERE / "login.json").read_text())  # language -> key, or a refusal's status -> text
+STYLE_SOURCE, SCRIPT_SOURCE = (  # for the Content-Security-Policy
+    f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (_STYLE, _SCRIPT)
+)
 NOT_KEPT = ("sw.js", "admin.html", "admin.js", "admin.css")  # for use without a network
 
 
@@ -267,3 +274,35 @@ def _login_page(request: Request, refusal: Refusal | None = None, status: int | 
 def _set_cookie(response: Response, request: Request, name: str, value: str, seconds: int, path: str = "/") -> None:
     https = request.url.scheme == "https"
     response.set_cookie(name, value, max_age=seconds, path=path, secure=https, httponly=True, samesite="strict")
+
+
+# ---- the log-in page in the reader's language, whole in one answer, as nobody who reads it is known yet; its script never varies
+
+
+def language_of(accepted: str) -> str:
+    """The language of TEXTS that an Accept-Language header (RFC 9110, 12.5.4) likes best; English where it names none of them."""
+    weights: dict[str, float] = {}
+    for part in accepted[:1000].split(","):
+        tag, _, parameter = part.partition(";")
+        code, weight = tag.strip()[:2].lower(), parameter.strip().removeprefix("q=") or "1"
+        if code in TEXTS and weight.replace(".", "", 1).isdecimal():
+            weights[code] = max(weights.get(code, 0.0), float(weight))
+    return max(weights, key=lambda code: weights[code]) if any(weights.values()) else "en"
+
+
+def login_page(accepted: str, csrf: str, refusal: Refusal | None = None) -> str:
+    """The page's HTML.
+
+    Args: accepted: the Accept-Language header; csrf: the form's; refusal: of the attempt before.
+    """
+    language = language_of(accepted)
+    texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
+    message = ""
+    if refusal is not None:
+        key = "withdrawn" if isinstance(refusal, Withdrawn) else str(refusal.status)
+        said = texts.get(key, html.escape(f"{refusal.error} {refusal.remedy}"))
+        message = f"<p role=alert>{said.replace('{seconds}', refusal.headers.get('Retry-After', ''))}</p>"
+    return _PAGE.format(
+        language=language, title=texts["title"], token=texts["token"], button=texts["button"], waiting=texts["waiting"],
+        later=texts["later"], style=_STYLE, script=_SCRIPT, message=message, csrf=csrf,
+    )  # fmt: skip

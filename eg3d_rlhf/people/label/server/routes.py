@@ -13,19 +13,17 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
+from eg3d_rlhf.people.label.access import login_link, qr_data
 from eg3d_rlhf.people.label.archive import export_judgements
-from eg3d_rlhf.people.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign
-from eg3d_rlhf.people.label.links import login_link, qr_data
-from eg3d_rlhf.people.label.preferences import export_labels, export_unpaired
+from eg3d_rlhf.people.label.entities import SKIP_REASONS, Answer, Choice, ConflictError, Mode, StoredCampaign, parse_questions
 from eg3d_rlhf.people.label.quality import quality_report
-from eg3d_rlhf.people.label.questions import parse_questions
 from eg3d_rlhf.people.label.server import models
-from eg3d_rlhf.people.label.server.addresses import Addresses
-from eg3d_rlhf.people.label.server.bodies import respond
 from eg3d_rlhf.people.label.server.identity import Identities, Identity
 from eg3d_rlhf.people.label.server.models import Refusal
-from eg3d_rlhf.people.label.server.options import AppOptions, PreparedShapes
+from eg3d_rlhf.people.label.server.options import AppOptions
+from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShapes, respond
 from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.store_labels import export_labels, export_unpaired
 
 _REFUSED = (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503)
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": models.Error} for status in _REFUSED}

@@ -1,24 +1,71 @@
-"""Who may label, on the command line: annotators made and listed, their tokens replaced and revoked. Imports no torch, no server."""
+"""Who may label: links that log an annotator in, and the commands that make, list and revoke annotators. Imports no torch, no server.
+
+A link is the token in another form and is valid as long: made void by another token (`new-token`) or by revoking. The token stands
+behind '#', which browsers send to no server: neither logs nor a Referer hold it, and what fetches a link for a preview logs nobody in.
+"""
 
 import datetime
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
+import segno
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, together
-from eg3d_rlhf.people.label import links
 from eg3d_rlhf.people.label.entities import LOCAL
-from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_at import database, open_store
+from eg3d_rlhf.people.label.store import Store, database, open_store
 
+PICTURES = (".svg", ".png")
 address = option("--address", metavar="URL", default=None, help="Where annotators reach the server, as https://host:8000: for the link.",
                  show_default="a link without it")  # fmt: skip
 qr = option("--qr", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), default=None,
             help="The link's QR code as a new .svg or .png; needs --address.")  # fmt: skip
 handed_over = together(address, qr)
+
+
+def check_address(address: str) -> str:
+    """The server's address without what a browser may have added. Raises: ValueError."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(f"expected the server's address, got {address!r}. Write it as https://host:8000.")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def login_link(address: str, token: str) -> str:
+    """The link; `address` is empty where it is not known: then it is a path."""
+    return f"{address}/login#token={token}"
+
+
+def qr_data(link: str) -> str:
+    """The link's QR code as a data URL of an SVG picture, dark on light."""
+    return segno.make(link, error="m").svg_data_uri(scale=4, dark="#000", light="#fff")
+
+
+def qr_text(link: str) -> str:
+    """The link's QR code in letters, for a terminal."""
+    import io
+
+    text = io.StringIO()
+    segno.make(link, error="l").terminal(text, compact=True)
+    return text.getvalue()
+
+
+def check_picture(path: Path) -> None:
+    """Raises: ValueError for another suffix or a file that is there."""
+    if path.suffix not in PICTURES:
+        raise ValueError(f"expected a name with {' or '.join(PICTURES)}, got {path.name}. Rename it.")
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"expected a new file in a folder that is there, got {path}. Name another.")
+
+
+def write_qr(path: Path, link: str) -> None:
+    """The link's QR code as a new file that only its owner reads: who has the picture has the token."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        segno.make(link, error="m").save(file, kind=path.suffix[1:], scale=8, light="#fff")
 
 
 @click.command("add-annotator", cls=GroupedCommand)
@@ -43,24 +90,24 @@ def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
 def _hand_over(name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[[Store], str]) -> None:
     """Print a new token on stdout, and on stderr what goes with it."""
     with naming("--address"):
-        server = links.check_address(address) if address else ""
+        server = check_address(address) if address else ""
     with naming("--qr"):
         if qr is not None and not server:
             raise ValueError("expected --address as well, got none, without which a phone finds no server. Add it.")
         if qr is not None:
-            links.check_picture(qr)
+            check_picture(qr)
     with open_store(db, create) as store:
         token = make(store)
     click.echo(f"token of {name}; it is not shown again:", err=True)
     click.echo(token)
-    link = links.login_link(server, token)
+    link = login_link(server, token)
     sys.stdout.flush()
     where = "" if server else " behind the server's address (--address=URL puts it there)"
     click.echo(f"or this link{where}; it logs in whoever has it:\n{link}", err=True)
     if server and sys.stdout.isatty() and sys.stderr.isatty():
-        click.echo(links.qr_text(link), err=True)
+        click.echo(qr_text(link), err=True)
     if qr is not None:
-        links.write_qr(qr, link)
+        write_qr(qr, link)
         click.echo(f"{qr}: the link's QR code", err=True)
 
 

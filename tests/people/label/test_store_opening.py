@@ -1,0 +1,65 @@
+"""Opening a database: made once, whatever comes at once; what is no store of this version is refused and left as it is."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import text
+
+from eg3d_rlhf.people.label.database import VERSION
+from eg3d_rlhf.people.label.entities import CampaignSettings
+from eg3d_rlhf.people.label.store import Store
+from tests.people.label.plans import plan
+
+
+def test_opening_twice_at_once_makes_one_schema(database_url):
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: Store.open(database_url), range(4)))
+    stores[0].create_campaign(CampaignSettings(name="c"), plan(1))
+    assert [s.campaign().settings.name for s in stores] == ["c"] * 4
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.parametrize("statement", [f"INSERT INTO schema_versions VALUES ({VERSION + 1}, 0)", "UPDATE schema_versions SET version = 1",
+                                       "DELETE FROM schema_versions"])  # fmt: skip
+def test_another_version_is_refused(store, tmp_path, statement):
+    with store.database.write() as c:
+        c.execute(text(statement))
+    with pytest.raises(ValueError, match=f"version {VERSION}, got"):
+        Store.open(f"sqlite:///{tmp_path / 'labels.db'}")
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "words"),
+    [
+        ("labels.db", ValueError, "expected a database URL"), ("mysql://host/db", ValueError, "expected SQLite or PostgreSQL"),
+        ("sqlite://", ValueError, "expected a file"), ("sqlite:///:memory:", ValueError, "expected a file"),
+        ("sqlite:///{tmp}/none/l.db", FileNotFoundError, "expected a folder"), ("sqlite:///{tmp}/text.db", ValueError, "another kind"),
+        ("sqlite:///{tmp}/foreign.db", ValueError, "tables pairs without a schema version"),
+    ],
+)  # fmt: skip
+def test_what_is_no_store_is_refused(tmp_path, url, error, words):
+    (tmp_path / "text.db").write_text("seed,seed\n" * 500)
+    with sqlite3.connect(tmp_path / "foreign.db") as other:
+        other.execute("CREATE TABLE pairs (x)")
+    other.close()
+    with pytest.raises(error, match=words):
+        Store.open(url.format(tmp=tmp_path))
+
+
+def test_a_store_that_must_exist_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match="got nothing there"):
+        Store.open(f"sqlite:///{tmp_path / 'l.db'}", create=False)
+    sqlite3.connect(tmp_path / "l.db").close()
+    (tmp_path / "l.db").touch()
+    with pytest.raises(ValueError, match="got a database without one"):
+        Store.open(f"sqlite:///{tmp_path / 'l.db'}", create=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "l.db"]
+
+
+def test_messages_hold_no_password(tmp_path):
+    pytest.importorskip("psycopg", reason="psycopg not found; pip install 'eg3d-rlhf[postgres]'")
+    with pytest.raises(OSError, match="Check the address") as caught:
+        Store.open(f"postgresql://ann:secret@/labels?host={tmp_path}")
+    assert "secret" not in str(caught.value) and "psycopg" in str(caught.value)
