@@ -65,13 +65,18 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
     _check_fraction("wilson_interval", "confidence", confidence)
     if n == 0:
         return Interval(0.0, 1.0)
-    z = float(ndtri(0.5 + confidence / 2))
-    rate, scale = successes / n, 1.0 + z * z / n
+    lo, hi = wilson_ends(successes / n, n, float(ndtri(0.5 + confidence / 2)))
+    # the ends are exact there; rounding would leave 1e-17
+    return Interval(0.0 if successes == 0 else float(lo), 1.0 if successes == n else float(hi))
+
+
+def wilson_ends(rate: ArrayLike, n: ArrayLike, quantile: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of rates with (effective) sample sizes `n`, all [..], for any quantile, say that of a t distribution."""
+    rate, n, z = (np.asarray(values, dtype=np.float64) for values in (rate, n, quantile))
+    scale = 1 + z * z / n
     centre = (rate + z * z / (2 * n)) / scale
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    lo = 0.0 if successes == 0 else max(0.0, centre - half)  # the ends are exact there; rounding would leave 1e-17
-    hi = 1.0 if successes == n else min(1.0, centre + half)
-    return Interval(lo, hi)
+    half = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
 def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:

@@ -118,8 +118,8 @@ def revoke(name: str, db: str) -> None:
     """Withdraw an annotator's token, link and sessions; the judgements stay. `new-token` lets her in again."""
     with open_store(db, create=False) as store:
         store.revoke_annotator(name)
-        left = [one for one in store.annotators() if one.role == "admin" and one.revoked is None and one.name != LOCAL]
-        role = next(one.role for one in store.annotators() if one.name == name)
+        left = [person for person in store.annotators() if person.role == "admin" and person.revoked is None and person.name != LOCAL]
+        role = next(person.role for person in store.annotators() if person.name == name)
     click.echo(f"{name}: token revoked")
     if role == "admin" and not left:
         click.echo("no admin is left: add-annotator NAME --admin makes one", err=True)
@@ -131,8 +131,8 @@ def revoke(name: str, db: str) -> None:
 def annotators(as_json: bool, db: str) -> None:
     """List annotators, roles and revocations."""
     with open_store(db, create=False) as store:
-        found = store.annotators()
-    rows = [{"name": a.name, "role": a.role, "created": _date(a.created), "revoked": a.revoked and _date(a.revoked)} for a in found]
+        people = store.annotators()
+    rows = [{"name": a.name, "role": a.role, "created": _date(a.created), "revoked": a.revoked and _date(a.revoked)} for a in people]
     if as_json:
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
@@ -149,21 +149,21 @@ def status(as_json: bool, db: str) -> None:
     with open_store(db, create=False) as store:
         known = store.annotators()
         work, campaigns = store.tally(), store.campaigns()
-    found: list[dict] = []
+    rows: list[dict] = []
     for campaign in campaigns:
-        own = [one for one in work if one.campaign_id == campaign.id]
-        found.append({
+        tallies = [tally for tally in work if tally.campaign_id == campaign.id]
+        rows.append({
             "name": campaign.settings.name, "mode": campaign.settings.mode.value, "pairs": campaign.pairs,
-            "judgements": sum(one.judgements for one in own), "annotators": {one.name: one.judgements for one in own},
-            "created": _date(campaign.created), "last": _date(max(one.last for one in own)) if own else None,
+            "judgements": sum(tally.judgements for tally in tallies), "annotators": {tally.name: tally.judgements for tally in tallies},
+            "created": _date(campaign.created), "last": _date(max(tally.last for tally in tallies)) if tallies else None,
         })  # fmt: skip
     if as_json:
-        click.echo(json.dumps({"campaigns": found, "annotators": len(known)}, indent=1, ensure_ascii=False))
+        click.echo(json.dumps({"campaigns": rows, "annotators": len(known)}, indent=1, ensure_ascii=False))
         return
-    for row in found:
+    for row in rows:
         count = f"{row['pairs']} pairs, {row['judgements']} judgements of {len(row['annotators'])} annotators"
         click.echo(f"{row['name']}: {row['mode']}, {count}, made {row['created']}, last answer {row['last'] or 'none'}")
-    click.echo(f"{len(found)} campaigns, {len(known)} annotators")
+    click.echo(f"{len(rows)} campaigns, {len(known)} annotators")
 
 
 def _date(seconds: float) -> str:

@@ -57,11 +57,11 @@ def export_judgements(store: Store, path: str | Path, campaign: str | None = Non
     """Write one campaign, or all. Returns the path. Raises: ValueError for an unknown campaign."""
     with store.database.read() as c:
         query = select(campaigns).order_by(campaigns.c.id)
-        found = list(c.execute(query if campaign is None else query.where(campaigns.c.name == campaign)))
-        if campaign is not None and not found:
+        rows = list(c.execute(query if campaign is None else query.where(campaigns.c.name == campaign)))
+        if campaign is not None and not rows:
             raise ValueError(f"campaign: expected one of the store's, got {campaign!r}. `campaigns` lists them.")
         lines = [json.dumps({"record": "format", "version": FORMAT})]
-        for row in found:
+        for row in rows:
             lines += [json.dumps(record) for record in _records(c, row)]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return Path(path)
@@ -159,9 +159,9 @@ class _Import:
         holding = (assignments.c.pair_id == pairs.c.id, assignments.c.kind == Kind.PAIR.value, assignments.c.released.is_(None))
         held = select(func.count()).where(*holding).scalar_subquery()
         for campaign_id in self.campaigns.values():
-            own = update(assignments).where(assignments.c.campaign_id == campaign_id)
-            self.c.execute(own.values(answered=counting, undone=None))
-            self.c.execute(own.where(waiting).values(undone=last_undo))
+            theirs = update(assignments).where(assignments.c.campaign_id == campaign_id)
+            self.c.execute(theirs.values(answered=counting, undone=None))
+            self.c.execute(theirs.where(waiting).values(undone=last_undo))
             self.c.execute(update(pairs).where(pairs.c.campaign_id == campaign_id).values(taken=held))
 
     def _add_campaign(self, record: dict) -> None:
@@ -223,8 +223,8 @@ class _Import:
             if campaign not in self.campaigns:
                 raise ValueError(f"expected a campaign named earlier in the file, got {campaign!r}. Export again.")
             columns = KEPT[kind].table.c
-            own = columns.id, columns[KEPT[kind].name], *([columns.annotator_id] if kind == "judgement" else [])
-            rows = self.c.execute(select(*own).where(columns.campaign_id == self.campaigns[campaign]))
+            wanted = columns.id, columns[KEPT[kind].name], *([columns.annotator_id] if kind == "judgement" else [])
+            rows = self.c.execute(select(*wanted).where(columns.campaign_id == self.campaigns[campaign]))
             self.ids[kind, campaign] = {(annotator[0], name) if annotator else name: id for id, name, *annotator in rows}
         return self.ids[kind, campaign]
 
@@ -283,8 +283,8 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> int:
     kept = [row for row in chosen.keep(store.judgements(chosen.campaign, chosen.annotators)) if row.choice in (Choice.LEFT, Choice.RIGHT)]
     if not kept:
         raise ValueError("export_ranked_seeds: expected at least one preference, got none that passes the filters. Ask for less.")
-    found = {row.campaign for row in kept}
-    only = store.campaign(next(iter(found))) if len(found) == 1 else None
+    names = {row.campaign for row in kept}
+    only = store.campaign(next(iter(names))) if len(names) == 1 else None
     numbered = only is not None and only.settings.extra.get("origin") == ORIGIN
     lines = [",".join(HEADER)]
     for number, row in enumerate(kept):
@@ -323,6 +323,6 @@ def _answer_all(c: Connection, mine: dict, ids: list[int], numbers: list[int], n
          "assignment_id": assigned, "milliseconds": 0, "views": "[]", "received_at": now, "page_version": "import"}
         for assigned, number, left in zip(given, numbers, first_left, strict=True)
     ])  # fmt: skip
-    own = select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
-    c.execute(update(assignments).where(assignments.c.campaign_id == campaign).values(answered=own))
+    judgement = select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
+    c.execute(update(assignments).where(assignments.c.campaign_id == campaign).values(answered=judgement))
     c.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))

@@ -229,9 +229,9 @@ class Issuer:
     def assignments(self, count: int, ready: Ready) -> list[AssignedPair]:
         """Up to `count` open assignments, after issuing what is missing."""
         with self.database.read() as c:
-            found = list(c.execute(OPEN_ONES, self.me))
-            stale = any(row.leased < self.clock() - RENEW_SECONDS for row in found)
-            short = len(found) < count
+            held = list(c.execute(OPEN_ONES, self.me))
+            stale = any(row.leased < self.clock() - RENEW_SECONDS for row in held)
+            short = len(held) < count
             window = self.window(c, ready) if short else []
         if short and len(window) < count and self.release_expired():
             with self.database.read() as c:
@@ -241,8 +241,8 @@ class Issuer:
             if stale or past.lost or past.scheduler.next(window) is not None:
                 with self.database.write((Lock.ANNOTATOR, self.annotator_id), (Lock.CAMPAIGN, self.campaign_id)) as c:
                     self._issue(c, count, window, past if tuple(c.execute(STAMP, self.me).one()) == past.stamp else self._past(ready, c))
-                    found = list(c.execute(OPEN_ONES, self.me))
-        order = sorted(found, key=lambda row: (-(row.undone or 0), row.sequence))  # the last undone first, then the oldest
+                    held = list(c.execute(OPEN_ONES, self.me))
+        order = sorted(held, key=lambda row: (-(row.undone or 0), row.sequence))  # the last undone first, then the oldest
         shown = []
         for row in order[:count]:
             pair = self.plan.pairs[row.pair_id]

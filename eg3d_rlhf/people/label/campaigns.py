@@ -146,8 +146,8 @@ def listed(c: Connection, name: str | None = None, campaign_id: int | None = Non
 
 def load_plan(c: Connection, campaign_id: int) -> Plan:
     """A campaign whole. Raises: LookupError."""
-    found = listed(c, campaign_id=campaign_id)
-    if not found:
+    campaign = listed(c, campaign_id=campaign_id)
+    if not campaign:
         raise LookupError(f"store: expected a campaign, got the unknown id {campaign_id}.")
     rows = c.execute(select(shapes).where(shapes.c.campaign_id == campaign_id).order_by(shapes.c.position)).all()
     assets = {row.id: row.asset for row in rows}
@@ -158,4 +158,4 @@ def load_plan(c: Connection, campaign_id: int) -> Plan:
         )
         for row in c.execute(select(pairs).where(pairs.c.campaign_id == campaign_id).order_by(pairs.c.position))
     ]  # fmt: skip
-    return Plan(found[0], {row.asset: shape_of(row) for row in rows}, {pair.id: pair for pair in stored})
+    return Plan(campaign[0], {row.asset: shape_of(row) for row in rows}, {pair.id: pair for pair in stored})

@@ -1,7 +1,8 @@
 """The command line of the labelling application: a server with flags of its own, and what is done beside it."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -23,9 +24,10 @@ from eg3d_rlhf.preferences.agreement import LEAST_UNITS
 from eg3d_rlhf.preferences.leaderboard import LEAST_GAMES, LEAST_PROMPTS
 
 MAKE = "python tools/label.py add-annotator NAME"
-KINDS = {  # with the files' suffixes
-    "labels": (".jsonl", ".csv"), "unpaired": (".jsonl",), "judgements": (".jsonl",), "ranked-seeds": (".csv",),
-    "asset-pairs": (".jsonl",), "rankings": (".jsonl",), "asset-scores": (".jsonl",),
+KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {  # of exports: the files' suffixes, and what writes them
+    "labels": ((".jsonl", ".csv"), export_labels), "unpaired": ((".jsonl",), export_unpaired),
+    "judgements": ((".jsonl",), export_judgements), "ranked-seeds": ((".csv",), export_ranked_seeds),
+    **{kind: ((".jsonl",), functools.partial(export_assets, kind=kind)) for kind in ("asset-pairs", "rankings", "asset-scores")},
 }  # fmt: skip
 
 
@@ -128,8 +130,8 @@ def _refuse_generators_flags(ctx: click.Context, given: set[str], chosen: list[s
     if set(chosen) - {"random"}:
         raise ValueError(f"--{chosen[0]}: expected random pairs with --assets, which are neither ranked by rewards nor paired by results "
                          "yet. Leave it out.")  # fmt: skip
-    own = {"pairs", "strategy", "seed", "gold", "training", "single"}
-    drawn = (set(PairingOptions.__dataclass_fields__) - own) | {"network", "rewards", "after", "show_render"}
+    shared = {"pairs", "strategy", "seed", "gold", "training", "single"}
+    drawn = (set(PairingOptions.__dataclass_fields__) - shared) | {"network", "rewards", "after", "show_render"}
     wrong = [p.opts[0] for p in ctx.command.params if p.name in given & drawn]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out.")
@@ -140,9 +142,9 @@ def _dry_run(db: str, request: launch.Request, server: launch.ServerFlags, wante
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
-            found = store.campaign(request.name)
-            if found is not None:
-                resumed, wanted = True, dict(launch.check_resumed(found, wanted, given))
+            stored = store.campaign(request.name)
+            if stored is not None:
+                resumed, wanted = True, dict(launch.check_resumed(stored, wanted, given))
     kept = {"db": without_password(db), "access_log": str(server.access_log)}
     return {"campaign": request.name, "action": "resume" if resumed else "plan", **wanted, **server.to_dict(), **kept}
 
@@ -190,23 +192,16 @@ def export(ctx: click.Context, out: Path, kind: str, campaign: str | None, db: s
     """Write labels or judgements to FILE."""
     if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
         raise ValueError(f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}. Leave it out.")
-    if out.suffix not in KINDS[kind]:
-        raise ValueError(f"FILE: expected a name with {' or '.join(KINDS[kind])} for --kind={kind}, got {out.name}. Rename it.")
+    suffixes, write = KINDS[kind]
+    if out.suffix not in suffixes:
+        raise ValueError(f"FILE: expected a name with {' or '.join(suffixes)} for --kind={kind}, got {out.name}. Rename it.")
     if kind == "judgements":
         used = [p.opts[0] for p in ctx.command.params if p.name in launch.given_flags(ctx) & set(filters)]
         if used:
             raise ValueError(f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out. Leave the flag out.")
+        filters = {}
     with open_store(db, create=False) as store:
-        if kind == "judgements":
-            export_judgements(store, out, campaign)
-        elif kind == "labels":
-            export_labels(store, out, campaign=campaign, **filters)
-        elif kind == "unpaired":
-            export_unpaired(store, out, from_pairs, campaign=campaign, **filters)
-        elif kind == "ranked-seeds":
-            export_ranked_seeds(store, out, campaign=campaign, **filters)
-        else:
-            export_assets(store, out, kind, from_pairs, campaign=campaign, **filters)
+        write(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
     with out.open(encoding="utf-8") as file:
         count = sum(1 for _ in file) - (out.suffix == ".csv")
     click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")
@@ -224,10 +219,8 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError("--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the flag out.")
     with open_store(db, create=True) as store:
-        if source.suffix == ".csv":
-            count = import_ranked_seeds(store, source, campaign, annotator or "imported")
-        else:
-            count = import_judgements(store, source)
+        table = source.suffix == ".csv"
+        count = import_ranked_seeds(store, source, campaign, annotator or "imported") if table else import_judgements(store, source)
     click.echo(f"{source}: {count} judgements imported")
 
 
@@ -253,12 +246,12 @@ def leaderboard(campaign: str | None, question: str | None, kind: str | None, db
 
 
 def _check(store: Store, campaign: str | None) -> None:
-    found = store.campaign(campaign) if campaign is not None else None
-    if campaign is not None and found is None:
+    stored = store.campaign(campaign) if campaign is not None else None
+    if campaign is not None and stored is None:
         raise ValueError(f"--campaign: expected one of this database, got {campaign}. `status` lists them.")
-    if found is not None and found.settings.mode is not Mode.LABEL:
-        remedy = "tools/study.py report gives its result" if found.settings.mode is Mode.STUDY else "it compares nothing"
-        raise ValueError(f"--campaign: expected one that collects preferences, got {campaign} ({found.settings.mode}): {remedy}.")
+    if stored is not None and stored.settings.mode is not Mode.LABEL:
+        remedy = "tools/study.py report gives its result" if stored.settings.mode is Mode.STUDY else "it compares nothing"
+        raise ValueError(f"--campaign: expected one that collects preferences, got {campaign} ({stored.settings.mode}): {remedy}.")
 
 
 @click.command("simulate", cls=GroupedCommand)
@@ -286,11 +279,11 @@ def _cases(what: str, n: int, studies: int, seed: int) -> list[Mapping]:
     if what == "shares":
         return [{"share": share, "coverage": held} for share, held in zip(coverage.SHARES, coverage.share_coverage(n), strict=True)]
     if what == "agreement":
-        found = [{**vars(kind), **coverage.agreement_coverage(kind, studies, seed)} for kind in coverage.agreement_grid(n)]
+        cases = [{**vars(kind), **coverage.agreement_coverage(kind, studies, seed)} for kind in coverage.agreement_grid(n)]
     else:
         kinds = [kind for kind in coverage.leaderboard_grid(n) if kind.games >= LEAST_GAMES]
-        found = [{**vars(kind), **coverage.leaderboard_coverage(kind, studies, seed)} for kind in kinds]
-    return [case for case in found if case["coverage"] is not None]
+        cases = [{**vars(kind), **coverage.leaderboard_coverage(kind, studies, seed)} for kind in kinds]
+    return [case for case in cases if case["coverage"] is not None]
 
 
 for command in (add_annotator, new_token, revoke, annotators, export, import_, status, leaderboard, simulate):

@@ -162,15 +162,15 @@ def floaters(body: Body) -> np.ndarray:
     free = outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
     margin = radius + 0.12 * (high - low)  # the outermost parts of the cube may be trimmed
     free &= np.all((centres > low + margin) & (centres < high - margin), axis=1)
-    found = _scattered("floaters", centres[free], 2.5 * radius)
-    return np.maximum(body.sigma, body.signed(radius - body.distance(found)))
+    lumps = _scattered("floaters", centres[free], 2.5 * radius)
+    return np.maximum(body.sigma, body.signed(radius - body.distance(lumps)))
 
 
 def holes(body: Body) -> np.ndarray:
     """Round bites out of the side that looks at the camera."""
     radius = _BITE * body.size
-    found = _scattered("holes", body.front(), 2 * radius)
-    return np.minimum(body.sigma, body.signed(body.distance(found) - radius))
+    bites = _scattered("holes", body.front(), 2 * radius)
+    return np.minimum(body.sigma, body.signed(body.distance(bites) - radius))
 
 
 def rough(body: Body) -> np.ndarray:
@@ -205,12 +205,12 @@ def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: fl
 
 def _scattered(name: str, places: np.ndarray, least: float) -> np.ndarray:
     """The first places [.., 3] that keep a distance of `least` from those before."""
-    found: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
     for place in places:
-        if all(np.linalg.norm(place - other) >= least for other in found):
-            found.append(place)
-            if len(found) == _PLACES:
+        if all(np.linalg.norm(place - other) >= least for other in kept):
+            kept.append(place)
+            if len(kept) == _PLACES:
                 break
-    if len(found) < _FEWEST:
-        raise ValueError(f"damage({name}): expected room for {_FEWEST} places, got {len(found)}. Choose another seed, psi or level.")
-    return np.array(found)
+    if len(kept) < _FEWEST:
+        raise ValueError(f"damage({name}): expected room for {_FEWEST} places, got {len(kept)}. Choose another seed, psi or level.")
+    return np.array(kept)

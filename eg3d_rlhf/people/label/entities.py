@@ -307,8 +307,8 @@ def check_votes(asked: Iterable[str], votes: Mapping[str, str], choice: Choice) 
 def check_stored(votes: str) -> None:
     """Raises: ValueError for what cannot be read as votes again."""
     try:
-        found = json.loads(votes)
-        fits = isinstance(found, dict) and all(QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in found.items())
+        parsed = json.loads(votes)
+        fits = isinstance(parsed, dict) and all(QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in parsed.items())
     except ValueError:
         fits = False
     if not fits:

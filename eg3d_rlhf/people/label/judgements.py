@@ -121,10 +121,10 @@ def undo(c: Connection, plan: Plan, annotator_id: int, key: str, assignment: str
             raise ConflictError(f"undo: expected a new key, got {key!r}, which an answer has used. Send another key.")
         return c.execute(select(a.c.token).where(a.c.id == before.assignment_id)).scalar()
     if assignment is not None:
-        found: Row | None = _assignment(c, campaign_id, annotator_id, assignment)
+        latest: Row | None = _assignment(c, campaign_id, annotator_id, assignment)
     else:
-        found = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
-    target = found if found is not None and found.answered is not None else None
+        latest = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
+    target = latest if latest is not None and latest.answered is not None else None
     values = {"campaign_id": campaign_id, "annotator_id": annotator_id, "key": key, "type": "undo", "received_at": now}
     if target is not None:
         check_open(c, plan, target, now)
@@ -139,12 +139,12 @@ def _by_key(c: Connection, annotator_id: int, key: str) -> Row | None:
 
 
 def _assignment(c: Connection, campaign_id: int, annotator_id: int, token: str) -> Row:
-    found = None
+    row = None
     if token.isprintable():
-        found = c.execute(BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}).first()
-    if found is None:
+        row = c.execute(BY_TOKEN, {"token": token, "campaign": campaign_id, "annotator": annotator_id}).first()
+    if row is None:
         raise LookupError(f"assignment: expected one of this annotator's, got {token[:60]!r}. Ask for assignments.")
-    return found
+    return row
 
 
 def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
@@ -230,16 +230,16 @@ def own_answers(c: Connection, plan: Plan, annotator_id: int, before: int | None
     """
     known = {"campaign": plan.campaign.id, "annotator": annotator_id, "before": FIRST if before is None else before, "count": count}
     over = study_over(c, plan, now)
-    found = []
+    answers = []
     for row in c.execute(OWN, known):
         pair, choice = plan.pairs[row.pair_id], Choice(row.choice)
         left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
-        found.append(OwnAnswer(
+        answers.append(OwnAnswer(
             sequence=row.sequence, assignment=row.token, left=left, right=right, choice=choice, reason=row.reason,
             votes=json.loads(row.votes) if row.votes else {}, comment=row.comment, answered=row.received_at,
             changeable=not over and not _told(plan, row.kind, choice),
         ))  # fmt: skip
-    return found
+    return answers
 
 
 def comments(c: Connection, campaign_id: int, count: int) -> list[Row]:

@@ -28,8 +28,8 @@ FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
 
 def filled(flags: Mapping, *kinds: type) -> dict:
     """Flags with the defaults of settings' fields where none was given."""
-    own = {field.name: field.default for kind in kinds for field, _, _ in knobs_of(kind)}
-    return {name: own.get(name) if value is None else value for name, value in flags.items()}
+    defaults = {field.name: field.default for kind in kinds for field, _, _ in knobs_of(kind)}
+    return {name: defaults.get(name) if value is None else value for name, value in flags.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
 
 def with_access(store: Store) -> list[str]:
     """Names of those who may log in."""
-    return [one.name for one in store.annotators() if one.revoked is None and one.name != LOCAL]
+    return [person.name for person in store.annotators() if person.revoked is None and person.name != LOCAL]
 
 
 def check_annotators(store: Store | None, host: str, make: str) -> None:
@@ -187,9 +187,9 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
 
     Args: announce: what to print, given the server's address; what: how answers are called.
     """
-    cache, found = ShapeCache(server.cache), store.campaign(campaign)
-    if found is not None:
-        cache.forget_passing(shape for _, shape in store.shapes(found.id) if shape.file)
+    cache, stored = ShapeCache(server.cache), store.campaign(campaign)
+    if stored is not None:
+        cache.forget_passing(shape for _, shape in store.shapes(stored.id) if shape.file)
     options = AppOptions(
         store=store, campaign=campaign, cache=cache, preparation=Preparation(db, campaign, cache), exposed=server.exposed,
         title=server.title, access_log=server.access_log,

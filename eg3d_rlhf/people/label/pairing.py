@@ -302,22 +302,22 @@ def swiss_round(results: Sequence[Preference], pairs: int, rng: np.random.Genera
         raise ValueError("swiss_round: expected the results of an earlier round, got none. Label the first round before.")
     met = {frozenset((result.winner, result.loser)) for result in results}
     waiting = table[: 2 * min(pairs, len(table) // 2)]
-    found: list[tuple[int, int]] = []
+    pairs_made: list[tuple[int, int]] = []
     while waiting:
         first = waiting.pop(0)
         fresh = next((i for i, other in enumerate(waiting) if frozenset((first, other)) not in met), None)
         second = waiting.pop(0 if fresh is None else fresh)
-        found += [(first, second)] if fresh is not None else _swapped(first, second, found, met)
-    return found
+        pairs_made += [(first, second)] if fresh is not None else _swapped(first, second, pairs_made, met)
+    return pairs_made
 
 
-def _swapped(first: int, second: int, found: list[tuple[int, int]], met: set[frozenset[int]]) -> list[tuple[int, int]]:
+def _swapped(first: int, second: int, pairs_made: list[tuple[int, int]], met: set[frozenset[int]]) -> list[tuple[int, int]]:
     """Two that have met, with the partners of the nearest pair that has two others for them; that pair is taken out of `found`."""
-    for i in range(len(found) - 1, -1, -1):
-        a, b = found[i]
+    for i in range(len(pairs_made) - 1, -1, -1):
+        a, b = pairs_made[i]
         for swap in ([(a, first), (b, second)], [(a, second), (b, first)]):
             if not any(frozenset(pair) in met for pair in swap):
-                del found[i]
+                del pairs_made[i]
                 return swap
     return [(first, second)]
 

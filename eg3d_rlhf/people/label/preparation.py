@@ -210,19 +210,15 @@ def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) ->
                 raise ValueError(f"{wrong} Make it with tools/label.py.")
             planned = [shape for _, shape in store.shapes(stored.id)]
         prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
-        prepare(planned, shapes, _drawer_of(planned), stored.settings.show_render, tell)
+        drawer: Drawer = AssetDrawer()
+        if not planned[0].file:  # all of a campaign's shapes are assets, or none is
+            from eg3d_rlhf.people.label.drawing import ShapeDrawer
+
+            drawer = ShapeDrawer()
+        prepare(planned, shapes, drawer, stored.settings.show_render, tell)
     except Exception as error:
         replace(progress, error=str(error).strip() or type(error).__name__).write(file)
         raise
-
-
-def _drawer_of(planned: list[Shape]) -> Drawer:
-    """What draws a campaign's shapes: all are assets, or none is."""
-    if planned[0].file:
-        return AssetDrawer()
-    from eg3d_rlhf.people.label.drawing import ShapeDrawer
-
-    return ShapeDrawer()
 
 
 class Preparation:

@@ -134,15 +134,16 @@ def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
     if len({shape.generator for row in rows for shape in (row.left, row.right)}) < 2:
         return []
     asked = dict.fromkeys(name for row in rows for name in row.votes)
-    found = {name: leaderboard_of(rows, name) for name in (None, *asked)}
-    return [{"question": name, **board.to_dict()} for name, board in found.items() if board.games]
+    boards = {name: leaderboard_of(rows, name) for name in (None, *asked)}
+    return [{"question": name, **board.to_dict()} for name, board in boards.items() if board.games]
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
     """Of each question that was asked besides: counts, how far the votes go with the overall answer, and Krippendorff's alpha."""
     rows = [row for row in rows if row.kind != Kind.GOLD]
     names = dict.fromkeys(name for row in rows for name in row.votes)
-    return [{**vote_figures(name, rows), **_alpha(answers_to(name, rows))} for name in names]
+    agreements = {name: agreement(answers_to(name, rows)) for name in names}
+    return [{**vote_figures(name, rows), **{k: v for k, v in agreements[name].items() if k != "cohen_kappa"}} for name in names]
 
 
 def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
@@ -154,10 +155,6 @@ def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
         "name": question, "n": len(voted), **{vote: counts[vote] for vote in VOTES},
         "decided": len(decided), "as_overall": sum(row.votes[question] == row.choice for row in decided),
     }  # fmt: skip
-
-
-def _alpha(rows: Iterable[JudgementRow]) -> dict:
-    return {name: value for name, value in agreement(rows).items() if name != "cohen_kappa"}
 
 
 def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
@@ -172,19 +169,19 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
         filled[int(row.received_at // width)].append(row)
     return [
         {
-            "time": place * width, "seconds": width, "judgements": len(found),
-            "median_seconds": statistics.median(r.milliseconds for r in found) / 1000,
-            "annotators": dict(sorted(Counter(r.annotator for r in found).items())),
+            "time": place * width, "seconds": width, "judgements": len(judged),
+            "median_seconds": statistics.median(r.milliseconds for r in judged) / 1000,
+            "annotators": dict(sorted(Counter(r.annotator for r in judged).items())),
         }
-        for place, found in sorted(filled.items())
+        for place, judged in sorted(filled.items())
     ]  # fmt: skip
 
 
 def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: str | None = None) -> dict:
     """A share with its count and Wilson interval, which few have none of: below LEAST_UNITS; None where nothing was counted."""
     bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
-    found = {name: hits / n if n else None, interval or f"{name}_ci95": bounds, f"{name}_needs": max(0, LEAST_UNITS - n)}
-    return {**found, **({n_name: n} if n_name else {})}
+    figures = {name: hits / n if n else None, interval or f"{name}_ci95": bounds, f"{name}_needs": max(0, LEAST_UNITS - n)}
+    return {**figures, **({n_name: n} if n_name else {})}
 
 
 def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
@@ -202,25 +199,25 @@ def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
     return _share(name, hits, n, f"{name}_n")
 
 
-def _flags(found: dict, limits: QualityLimits) -> list[str]:
-    n, flags = found["judgements"], []
-    if found["gold_n"] >= limits.gold_least and found["gold_accuracy"] < limits.gold_accuracy:
-        flags.append(f"gold checks: {found['gold_accuracy']:.0%} of {found['gold_n']} right")
+def _flags(figures: dict, limits: QualityLimits) -> list[str]:
+    n, flags = figures["judgements"], []
+    if figures["gold_n"] >= limits.gold_least and figures["gold_accuracy"] < limits.gold_accuracy:
+        flags.append(f"gold checks: {figures['gold_accuracy']:.0%} of {figures['gold_n']} right")
     if n >= limits.least:
-        if found["median_seconds"] is not None and found["median_seconds"] < limits.fast_seconds:
-            flags.append(f"fast: {found['median_seconds']:.1f} s in the median")
-        if found["left_p"] < limits.side_p:
-            flags.append(f"side bias: left in {found['left_share']:.0%} of {found['left_right_n']}")
-        if found["good_share"] is not None and not limits.one_sided <= found["good_share"] <= 1 - limits.one_sided:
-            flags.append(f"one-sided: good in {found['good_share']:.0%}")
-        if found["skips"] > limits.skip_share * n:
-            flags.append(f"skips {found['skips']} of {n}")
-        if found["ties"] + found["both_bad"] > limits.tie_share * n:
-            flags.append(f"ties {found['ties'] + found['both_bad']} of {n}")
+        if figures["median_seconds"] is not None and figures["median_seconds"] < limits.fast_seconds:
+            flags.append(f"fast: {figures['median_seconds']:.1f} s in the median")
+        if figures["left_p"] < limits.side_p:
+            flags.append(f"side bias: left in {figures['left_share']:.0%} of {figures['left_right_n']}")
+        if figures["good_share"] is not None and not limits.one_sided <= figures["good_share"] <= 1 - limits.one_sided:
+            flags.append(f"one-sided: good in {figures['good_share']:.0%}")
+        if figures["skips"] > limits.skip_share * n:
+            flags.append(f"skips {figures['skips']} of {n}")
+        if figures["ties"] + figures["both_bad"] > limits.tie_share * n:
+            flags.append(f"ties {figures['ties'] + figures['both_bad']} of {n}")
     for name, words in (("self_consistency", "repeats"), ("swap_consistency", "swapped repeats")):
-        bounds = found[f"{name}_ci95"]
+        bounds = figures[f"{name}_ci95"]
         if bounds is not None and bounds[1] < limits.consistency:
-            flags.append(f"inconsistent: {found[name]:.0%} of {found[f'{name}_n']} {words} answered as before")
+            flags.append(f"inconsistent: {figures[name]:.0%} of {figures[f'{name}_n']} {words} answered as before")
     return flags
 
 
@@ -235,14 +232,14 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
         more = [f"generator {shape.generator[:8]}"] * (len(generators) > 1) + [f"psi {shape.psi:g}"] * (len(psis) > 1)
         return ", ".join([f"seed {shape.seed}", *more])
 
-    found = []
+    comparisons = []
     for row in rows:
         left, right = shapes[_same(row.left)], shapes[_same(row.right)]
         if row.choice == Choice.SKIP or row.kind == Kind.GOLD or left is right:
             continue
         winner, loser = (left, right) if row.choice != Choice.RIGHT else (right, left)
-        found.append(Comparison(winner, loser, row.choice.equal))
-    return found, name
+        comparisons.append(Comparison(winner, loser, row.choice.equal))
+    return comparisons, name
 
 
 def _same(shape: Shape) -> tuple:
@@ -309,12 +306,12 @@ def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
     """What to call each generator: an asset's label; a network's file, with its folder or the hash's beginning where files share a name."""
     first = {shape.generator: shape for shape in shapes}
     paths = {key: Path(shape.source or "bundled generator") for key, shape in first.items() if not shape.file}
-    found = {key: paths[key].name if key in paths else key for key in first}
+    names = {key: paths[key].name if key in paths else key for key in first}
     for parts in (2, 3):
-        times = Counter(found.values())
-        for key in [key for key in paths if times[found[key]] > 1]:
-            found[key] = "/".join(paths[key].parts[-2:]) + (f" {key[:8]}" if parts == 3 else "")
-    return found
+        times = Counter(names.values())
+        for key in [key for key in paths if times[names[key]] > 1]:
+            names[key] = "/".join(paths[key].parts[-2:]) + (f" {key[:8]}" if parts == 3 else "")
+    return names
 
 
 def as_text(board: Leaderboard) -> str:

@@ -88,8 +88,8 @@ class Store:
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """The campaign of that name, or the newest."""
         with self.database.read() as c:
-            found = campaigns.listed(c, name)
-        return found[-1] if found else None
+            stored = campaigns.listed(c, name)
+        return stored[-1] if stored else None
 
     def campaigns(self) -> list[StoredCampaign]:
         """All, oldest first."""
@@ -134,9 +134,9 @@ class Store:
         """
         token = secrets.token_urlsafe(24)
         with self.database.write((Lock.SCHEMA, 2)) as c:
-            found = _with_token(c, name)
-            c.execute(update(annotators).where(annotators.c.id == found.id).values(token_hash=secret_hash(token), revoked=None))
-            ended = sessions.c.annotator_id == found.id, sessions.c.id_hash != secret_hash(keep_session)
+            annotator = _with_token(c, name)
+            c.execute(update(annotators).where(annotators.c.id == annotator.id).values(token_hash=secret_hash(token), revoked=None))
+            ended = sessions.c.annotator_id == annotator.id, sessions.c.id_hash != secret_hash(keep_session)
             c.execute(delete(sessions).where(*ended))
         return token
 
@@ -146,21 +146,21 @@ class Store:
         Raises: ValueError for an unknown name; ConflictError for the last admin with access, where one is to be kept.
         """
         with self.database.write((Lock.SCHEMA, 2)) as c:
-            found = _with_token(c, name)
-            if found.revoked is not None:
+            annotator = _with_token(c, name)
+            if annotator.revoked is not None:
                 return
             others = KNOWN.where(annotators.c.role == "admin", annotators.c.revoked.is_(None), annotators.c.token_hash.is_not(None))
-            if keep_an_admin and found.role == "admin" and _one(c, others.where(annotators.c.id != found.id)) is None:
+            if keep_an_admin and annotator.role == "admin" and _one(c, others.where(annotators.c.id != annotator.id)) is None:
                 raise ConflictError(f"annotator {name}: expected another admin with access, got none. Make one first.")
-            c.execute(update(annotators).where(annotators.c.id == found.id).values(revoked=self.clock()))
+            c.execute(update(annotators).where(annotators.c.id == annotator.id).values(revoked=self.clock()))
 
     def withdrawn(self, secret: str) -> bool:
         """Whether a token, or the id of a session that would still last, is of somebody whose access was revoked."""
         digest, now = secret_hash(secret), self.clock()
         lasting = select(sessions.c.annotator_id).where(sessions.c.id_hash == digest, sessions.c.expires > now)
-        own = annotators.c.revoked.is_not(None), (annotators.c.token_hash == digest) | annotators.c.id.in_(lasting)
+        theirs = annotators.c.revoked.is_not(None), (annotators.c.token_hash == digest) | annotators.c.id.in_(lasting)
         with self.database.read() as c:
-            return _one(c, KNOWN.where(*own)) is not None
+            return _one(c, KNOWN.where(*theirs)) is not None
 
     def annotators(self) -> list[StoredAnnotator]:
         """All, oldest first."""
@@ -188,9 +188,9 @@ class Store:
 
     def session(self, session_id: str) -> StoredAnnotator | None:
         """Whose login it is, while it lasts and the token is not revoked."""
-        own = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self.clock(), annotators.c.revoked.is_(None))
+        lasting = (sessions.c.id_hash == secret_hash(session_id), sessions.c.expires > self.clock(), annotators.c.revoked.is_(None))
         with self.database.read() as c:
-            return _one(c, KNOWN.join(sessions, sessions.c.annotator_id == annotators.c.id).where(*own))
+            return _one(c, KNOWN.join(sessions, sessions.c.annotator_id == annotators.c.id).where(*lasting))
 
     def close_session(self, session_id: str) -> None:
         """Log out; unknown ones are no error."""
@@ -297,10 +297,10 @@ def find(c: Connection, name: str) -> StoredAnnotator | None:
 
 
 def _with_token(c: Connection, name: str) -> StoredAnnotator:
-    found = find(c, name)
-    if found is None or name == LOCAL:
+    annotator = find(c, name)
+    if annotator is None or name == LOCAL:
         raise ValueError(f"annotator: expected one with a token, got {name!r}. `annotators` lists them.")
-    return found
+    return annotator
 
 
 def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnotator:

@@ -99,7 +99,7 @@ class LabelFilters:
             for row in rows:
                 if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
                     hits[row.annotator].append(row.choice.meets(row.expected))
-            trusted = {name for name, found in hits.items() if sum(found) >= self.least_gold_accuracy * len(found)}
+            trusted = {name for name, right in hits.items() if sum(right) >= self.least_gold_accuracy * len(right)}
         kinds = COMPARED[:1] if self.drop_repeats else COMPARED
         kept = [
             row for row in rows
@@ -159,18 +159,10 @@ def _known(row: JudgementRow) -> dict:
     }  # fmt: skip
 
 
-def to_unpaired(row: JudgementRow) -> UnpairedPreference:
-    """A judgement of a shape by itself as a label, its provenance in `extra`."""
+def to_unpaired(row: JudgementRow, shape: Shape) -> UnpairedPreference:
+    """What a judgement says of a shape by itself, its provenance in `extra`; "both are bad" says of either: not good."""
     score = float(row.choice.value) if row.choice.value.isdigit() else None
-    return _unpaired(row, row.left, row.choice.good if score is None else None, score)
-
-
-def both_bad_unpaired(row: JudgementRow) -> list[UnpairedPreference]:
-    """What the answer "both are bad" says of either shape: not good."""
-    return [_unpaired(row, shape, False, None) for shape in (row.left, row.right)]
-
-
-def _unpaired(row: JudgementRow, shape: Shape, label: bool | None, score: float | None) -> UnpairedPreference:
+    label = False if row.choice is Choice.BAD else row.choice.good if score is None else None
     refuse_assets(row, "asset-scores")
     return UnpairedPreference(
         seed=shape.seed, label=label, score=score, generator=shape.generator or None,
@@ -253,11 +245,11 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
     Args: from_pairs: of campaigns of pairs, both shapes of each pair that was answered with "both are bad", as not good.
     Raises: as `preferences_of`.
     """
-    chosen = LabelFilters(**filters)
+    rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
+    shown = [(row, row.left) for row in rows]
     if from_pairs:
-        bad = (row for row in kept_judgements(store, chosen, Mode.LABEL) if row.choice is Choice.BAD)
-        return write_unpaired(path, [label for row in bad for label in both_bad_unpaired(row)])
-    return write_unpaired(path, [to_unpaired(row) for row in kept_judgements(store, chosen, Mode.SINGLE)])
+        shown = [(row, shape) for row in rows if row.choice is Choice.BAD for shape in (row.left, row.right)]
+    return write_unpaired(path, [to_unpaired(row, shape) for row, shape in shown])
 
 
 # ---- judgements of assets as files that trainings read, JSON lines:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import ndtri
 from scipy.stats import t as student
 
-from eg3d_rlhf.core.statistics import Interval, binomial_test, wilson_interval
+from eg3d_rlhf.core.statistics import Interval, binomial_test, wilson_ends, wilson_interval
 from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, Mode
 from eg3d_rlhf.people.label.quality import agreement, side_free
 from eg3d_rlhf.people.study.design import StudyDesign, stopped
@@ -44,8 +44,8 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
     """
     rows = [r for r in rows if not r.undone]
     _check(design, rows)
-    found = sort_rows(design, rows)
-    answered = len(found.trials)
+    parts = sort_rows(design, rows)
+    answered = len(parts.trials)
     over = stopped(design, answered, now)
     if not over and not interim:
         until = f", or until {design.until}" if design.until else ""
@@ -53,21 +53,21 @@ def analyse(design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = F
             f"study {design.name}: expected {design.trials} answered trials{until}, got {answered}. Wait for them, as designed; --interim "
             "shows what there is and marks the report."
         )
-    fast = {r.id for r in found.fast}
-    kept = [r for r in found.trials if r.annotator not in found.annotators and r.id not in fast]  # of the primary result, skips among them
+    fast = {r.id for r in parts.fast}
+    kept = [r for r in parts.trials if r.annotator not in parts.annotators and r.id not in fast]  # of the primary result, skips among them
     other = "excluded" if design.ties == "half" else "half"
     sides = _sides(kept, design.ties)
     both = (sides["win_rate_b_left"], sides["win_rate_b_right"])
     return {
-        "design": design.to_dict(), "interim": not over, "answered": answered, "late": found.late,
+        "design": design.to_dict(), "interim": not over, "answered": answered, "late": parts.late,
         "reported": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
         "result": estimate(kept, design.ties, design.confidence, design.resamples),
         "sensitivity": {
-            "without exclusions": estimate(found.trials, design.ties, design.confidence),
+            "without exclusions": estimate(parts.trials, design.ties, design.confidence),
             f"ties {other}": estimate(kept, other, design.confidence),
             "sides weighted equally": {"n": len(kept), "win_rate": None if None in both else sum(both) / 2},
         },
-        "sides": sides, "annotators": _annotators(design, found), "exclusions": _exclusions(found),
+        "sides": sides, "annotators": _annotators(design, parts), "exclusions": _exclusions(parts),
         "agreement": agreement(kept), "pairs": _pairs(kept, design.ties),
     }  # fmt: skip
 
@@ -78,21 +78,21 @@ def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> Sorted:
     end = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
     trials = [r for r in answers if r.received_at <= end][: design.trials]
     gold = [r for r in rows if r.kind == Kind.GOLD and r.choice != Choice.SKIP]
-    found = Sorted(trials=trials, late=len(answers) - len(trials), gold=gold)
+    parts = Sorted(trials=trials, late=len(answers) - len(trials), gold=gold)
     rules = design.exclusions
     for name in sorted({r.annotator for r in trials}):
         mine = [r for r in trials if r.annotator == name]
         right = [r.choice == r.expected for r in gold if r.annotator == name]
         fast = [r for r in mine if is_fast(r, rules.fast_milliseconds)]
         if len(right) >= rules.gold_least and sum(right) < rules.gold_accuracy * len(right):
-            found.annotators[name] = f"gold checks: {sum(right)} of {len(right)} right, below {rules.gold_accuracy:.0%}"
+            parts.annotators[name] = f"gold checks: {sum(right)} of {len(right)} right, below {rules.gold_accuracy:.0%}"
         elif len(fast) > rules.fast_share * len(mine):
-            found.annotators[name] = f"too fast: {len(fast)} of {len(mine)} trials under {rules.fast_milliseconds} ms"
+            parts.annotators[name] = f"too fast: {len(fast)} of {len(mine)} trials under {rules.fast_milliseconds} ms"
         elif len(mine) < rules.least_share * min(design.share, len(trials) / design.annotators):
-            found.annotators[name] = f"incomplete: {len(mine)} of {design.share} trials"
+            parts.annotators[name] = f"incomplete: {len(mine)} of {design.share} trials"
         else:
-            found.fast += fast
-    return found
+            parts.fast += fast
+    return parts
 
 
 def is_fast(row: JudgementRow, milliseconds: int) -> bool:
@@ -126,12 +126,12 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
     if not out["n"]:
         return {**out, **dict.fromkeys(("win_rate", "interval", "wilson", "p_clustered", "design_effect", "degrees_of_freedom"))}
     annotator, latent = (np.unique([getattr(r, name) for r in rows], return_inverse=True)[1] for name in ("annotator", "pair"))
-    found = win_rate(scores, annotator, latent, confidence)
+    rates = win_rate(scores, annotator, latent, confidence)
     out |= {
-        "win_rate": float(found.rate[0]), "interval": [float(end[0]) for end in found.clustered],
-        "wilson": [float(end[0]) for end in found.wilson],
-        "p_clustered": float(found.p_clustered[0]), "design_effect": float(found.design_effect[0]),
-        "degrees_of_freedom": int(found.degrees[0]),
+        "win_rate": float(rates.rate[0]), "interval": [float(end[0]) for end in rates.clustered],
+        "wilson": [float(end[0]) for end in rates.wilson],
+        "p_clustered": float(rates.p_clustered[0]), "design_effect": float(rates.design_effect[0]),
+        "degrees_of_freedom": int(rates.degrees[0]),
     }  # fmt: skip
     if resamples:
         kinds = ("annotators", "latents", "both")
@@ -173,12 +173,12 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     return {**out, "left_share": left / len(decided) if decided else None, "left_ci": list(wilson_interval(left, len(decided)))}
 
 
-def _annotators(design: StudyDesign, found: Sorted) -> list[dict]:
+def _annotators(design: StudyDesign, parts: Sorted) -> list[dict]:
     """One line per annotator, those left out among them; the rates are over all her trials."""
     table = []
-    for name in sorted({r.annotator for r in found.trials}):
-        mine = [r for r in found.trials if r.annotator == name]
-        gold = [r.choice == r.expected for r in found.gold if r.annotator == name]
+    for name in sorted({r.annotator for r in parts.trials}):
+        mine = [r for r in parts.trials if r.annotator == name]
+        gold = [r.choice == r.expected for r in parts.gold if r.annotator == name]
         scores = np.array([score(r, design.ties) for r in mine])
         n = int(np.sum(~np.isnan(scores)))
         sides, choices = _sides(mine, design.ties), Counter(r.choice for r in mine)
@@ -187,19 +187,19 @@ def _annotators(design: StudyDesign, found: Sorted) -> list[dict]:
             "win_rate": float(np.nanmean(scores)) if n else None, "wilson": list(wilson_interval(float(np.nansum(scores)), n)),
             "left_share": sides["left_share"], "left_ci": sides["left_ci"], "gold_right": sum(gold), "gold_n": len(gold),
             "median_seconds": statistics.median(r.milliseconds for r in mine) / 1000,
-            "fast": sum(is_fast(r, design.exclusions.fast_milliseconds) for r in mine), "excluded": found.annotators.get(name),
+            "fast": sum(is_fast(r, design.exclusions.fast_milliseconds) for r in mine), "excluded": parts.annotators.get(name),
         })  # fmt: skip
     return table
 
 
-def _exclusions(found: Sorted) -> list[dict]:
+def _exclusions(parts: Sorted) -> list[dict]:
     """Everything that was answered and does not count, with the reason and the number of trials."""
-    trials = Counter(r.annotator for r in found.trials)
-    out = [{"what": f"annotator {name}", "reason": reason, "trials": trials[name]} for name, reason in sorted(found.annotators.items())]
-    fast = Counter(r.annotator for r in found.fast)
+    trials = Counter(r.annotator for r in parts.trials)
+    out = [{"what": f"annotator {name}", "reason": reason, "trials": trials[name]} for name, reason in sorted(parts.annotators.items())]
+    fast = Counter(r.annotator for r in parts.fast)
     out += [{"what": f"single trials of {name}", "reason": "answered too fast", "trials": n} for name, n in sorted(fast.items())]
-    if found.late:
-        out.append({"what": "answers after the planned number or time", "reason": "the study was over", "trials": found.late})
+    if parts.late:
+        out.append({"what": "answers after the planned number or time", "reason": "the study was over", "trials": parts.late})
     return out
 
 
@@ -227,14 +227,6 @@ class WinRate:
     degrees: np.ndarray  # of freedom of the t quantile
 
 
-def wilson(rate: np.ndarray, n: np.ndarray, quantile: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval of a rate with (effective) sample size n, for any quantile. See eg3d_rlhf.core.statistics.wilson_interval."""
-    scale = 1 + quantile**2 / n
-    centre = (rate + quantile**2 / (2 * n)) / scale
-    half = quantile * np.sqrt(rate * (1 - rate) / n + quantile**2 / (4 * n**2)) / scale
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
-
-
 def win_rate(scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, confidence: float = 0.95) -> WinRate:
     """Win rate with an interval that allows for trials sharing annotators and latents.
 
@@ -254,20 +246,20 @@ def win_rate(scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, conf
     variance, clusters = {}, {}
     for name, groups in (("annotator", annotator), ("latent", latent), ("trial", None)):
         variance[name], clusters[name] = _cluster_variance(residual, counted, n, groups)
-    own = variance["trial"]
+    independent = variance["trial"]
     several = clusters["annotator"] > 1
-    total = np.where(several, variance["annotator"], own) + variance["latent"] - own
-    total = np.maximum(total, _LEAST * own)  # V can be 0 or below by chance
+    total = np.where(several, variance["annotator"], independent) + variance["latent"] - independent
+    total = np.maximum(total, _LEAST * independent)  # V can be 0 or below by chance
     degrees = np.maximum(1, np.minimum(np.where(several, clusters["annotator"], n), clusters["latent"]) - 1)
     spread = rate * (1 - rate)
     effective = np.where(total > 0, spread / np.where(total > 0, total, 1), n)
     statistic = np.abs(rate - 0.5) / np.sqrt(0.25 / np.where(effective > 0, effective, n))
     effective = np.where(effective > 0, effective, n)
     return WinRate(
-        n=n, rate=rate, wilson=wilson(rate, n, float(ndtri(0.5 + confidence / 2))),
-        clustered=wilson(rate, effective, student.ppf(0.5 + confidence / 2, degrees)),
+        n=n, rate=rate, wilson=wilson_ends(rate, n, ndtri(0.5 + confidence / 2)),
+        clustered=wilson_ends(rate, effective, student.ppf(0.5 + confidence / 2, degrees)),
         p_clustered=2 * student.sf(statistic, degrees), degrees=degrees,
-        design_effect=np.where(own > 0, total / np.where(own > 0, own, 1), 1.0),
+        design_effect=np.where(independent > 0, total / np.where(independent > 0, independent, 1), 1.0),
     )  # fmt: skip
 
 

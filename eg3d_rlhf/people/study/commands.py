@@ -97,17 +97,17 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     sides, loaded = {}, {}
     assets: dict[str, Any] = {}
     if of_assets(flags):
-        found, rows, prompts = read_sides(Path(flags["a"]), Path(flags["b"]), warn)
-        sides = {side: replace(one, label=flags[f"label_{side}"] or one.label) for side, one in found.items()}
+        contenders, rows, prompts = read_sides(Path(flags["a"]), Path(flags["b"]), warn)
+        sides = {side: replace(c, label=flags[f"label_{side}"] or c.label) for side, c in contenders.items()}
         assets = {"assets": tuple(rows), "prompts": prompts}
         if flags["gold_every"] and not any(all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows):
             warn("no gold checks and no practice: videos cannot be damaged on purpose")
             flags = {**flags, "gold_every": 0}
     for side in () if assets else ("a", "b"):
         with naming(f"--{side}"):
-            own = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
+            label = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
             loaded[side] = load_generator(flags[side])
-            sides[side] = contender(flags[f"label_{side}"] or own, loaded[side])
+            sides[side] = contender(flags[f"label_{side}"] or label, loaded[side])
     shapes = len(assets["assets"]) if assets else common_shapes(loaded["a"], loaded["b"])
     if sides["a"].generator == sides["b"].generator:
         raise ValueError("--a, --b: expected two different generators, got the same weights twice. Name another network for --b.")
@@ -136,8 +136,8 @@ def of_assets(flags: Mapping) -> bool:
 
 def common_shapes(a: LoadedGenerator, b: LoadedGenerator) -> int | None:
     """How many shapes two generators have whose shapes can be counted; None for others. Raises: ValueError where they do not correspond."""
-    counts = [one.generator.count if isinstance(one.generator, FiniteGenerator) else None for one in (a, b)]
-    pairs = [one.nets.training_set.get("pairs") for one in (a, b)]
+    counts = [loaded.generator.count if isinstance(loaded.generator, FiniteGenerator) else None for loaded in (a, b)]
+    pairs = [loaded.nets.training_set.get("pairs") for loaded in (a, b)]
     if counts[0] != counts[1] or pairs[0] != pairs[1]:
         raise ValueError("--a, --b: expected two files of assets of the same prompts and seeds, got others. Name two arms of one run.")
     return counts[0]
@@ -252,10 +252,10 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int, de
     pictures = 0 if design.assets else pictures
     if pictures:
         click.echo(f"analysing, and drawing up to {2 * pictures} pairs ...", err=True)
-    found = reports.compute(design, rows, interim, pictures, str(choose_device(device)))
-    for path in reports.write(found, folder.path):
+    content = reports.compute(design, rows, interim, pictures, str(choose_device(device)))
+    for path in reports.write(content, folder.path):
         click.echo(path)
-    for sentence in found["conclusions"]:
+    for sentence in content["conclusions"]:
         click.echo(f"- {sentence}")
 
 
@@ -292,15 +292,15 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """Studies with a known truth: how often each interval covers it, and how often each finds a difference."""
     with flagged(options):
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
-    found = coverage(resolved, bootstrap_studies)
+    result = coverage(resolved, bootstrap_studies)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(result, indent=1))
         return
-    means = f"truth {found['truth']:.3f}, mean {found['mean_win_rate']:.3f}"
-    click.echo(f"{found['options']['studies']} studies of {found['trials']} trials; {means}")
-    click.echo(f"left chosen in {found['left_share']:.1%}; design effect {found['design_effect']:.2f}")
+    means = f"truth {result['truth']:.3f}, mean {result['mean_win_rate']:.3f}"
+    click.echo(f"{result['options']['studies']} studies of {result['trials']} trials; {means}")
+    click.echo(f"left chosen in {result['left_share']:.1%}; design effect {result['design_effect']:.2f}")
     click.echo(f"{'interval':<22} {'studies':>7} {'covers':>8} {'width':>7} {'leaves 0.5 out':>15}")
-    for name, row in found["intervals"].items():
+    for name, row in result["intervals"].items():
         click.echo(f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f} {row['rejects_half']:>15.1%}")
 
 

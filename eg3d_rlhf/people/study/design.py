@@ -184,14 +184,14 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
         raise FileNotFoundError(f"{path}: expected a study's design, got no file. Name the study's folder, or create the study first.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found, version = content["hash"], content["format"]
+        stamp, version = content["hash"], content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a study's design as JSON, got something else ({error}). Restore it.") from None
     if version != FORMAT:
         raise ValueError(f"{path}: expected a design of format {FORMAT}, got {version}. Use the version that made it.")
-    if content_hash(content) != found or recorded not in (None, found):
+    if content_hash(content) != stamp or recorded not in (None, stamp):
         raise ValueError(
-            f"{path}: expected the design with hash {(recorded or found)[:12]}..., got another content: it was altered after the study was "
+            f"{path}: expected the design with hash {(recorded or stamp)[:12]}..., got another content: it was altered after the study was "
             "designed. Restore it from a copy, or design a new study under another name."
         )
     values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
@@ -248,10 +248,10 @@ def shape_of(design: StudyDesign, of: Contender, seed: int) -> Shape:
     """One contender's shape of a latent, or its asset number `seed`."""
     if design.assets:
         row = design.assets[seed]
-        one = row["a" if of == design.a else "b"]
+        asset = row["a" if of == design.a else "b"]
         return Shape(
-            generator=of.generator, source=one["file"], seed=seed, psi=math.nan, level=math.nan, resolution=0, triangles=0,
-            file=one["hash"], condition=row["prompt"],
+            generator=of.generator, source=asset["file"], seed=seed, psi=math.nan, level=math.nan, resolution=0, triangles=0,
+            file=asset["hash"], condition=row["prompt"],
         )  # fmt: skip
     return Shape(
         generator=of.generator, source=of.source, seed=seed, psi=design.psi, level=design.level, resolution=design.resolution,
@@ -267,15 +267,15 @@ def read_sides(a: Path, b: Path, tell: Callable[[str], None]) -> tuple[dict[str,
 
     Raises: ValueError, OSError naming the flag at fault.
     """
-    found: dict[str, Collection] = {}
+    collections: dict[str, Collection] = {}
     for side, folder in (("a", a), ("b", b)):
         with naming(f"--{side}"):
-            found[side] = read_generator(folder)
-    by = {side: {(asset.prompt, asset.seed): asset for asset in one.assets} for side, one in found.items()}
+            collections[side] = read_generator(folder)
+    by = {side: {(asset.prompt, asset.seed): asset for asset in c.assets} for side, c in collections.items()}
     common = sorted(key for key in by["a"] if key in by["b"] and by["a"][key].hash != by["b"][key].hash)
     if not common:
         raise ValueError("--a, --b: expected assets of the same prompts that differ, got none. Name the files of both after their prompts.")
-    left = sum(len(one) for one in by.values()) - 2 * len(common)
+    left = sum(len(c) for c in by.values()) - 2 * len(common)
     if left:
         tell(f"{left} assets are left out: the other folder has none of their prompt and seed, or the same file")
     rows = [
@@ -290,15 +290,15 @@ def read_sides(a: Path, b: Path, tell: Callable[[str], None]) -> tuple[dict[str,
         for side, folder in (("a", a), ("b", b))
     }
     used = {prompt for prompt, _ in common}
-    prompts = {name: kept for one in (found["b"], found["a"]) for name, kept in conditions(one).items() if name in used}
+    prompts = {name: kept for c in (collections["b"], collections["a"]) for name, kept in conditions(c).items() if name in used}
     return contenders, rows, prompts
 
 
 def check_files(design: StudyDesign) -> None:
     """Raises: ValueError naming the files of a design that are not what they were when it was made."""
     files = [(Path(row[side]["file"]), row[side]["hash"]) for row in design.assets for side in ("a", "b")]
-    for (path, expected), found in zip(files, reading.examine([path for path, _ in files]), strict=True):
-        if found.hash != expected:
+    for (path, expected), examined in zip(files, reading.examine([path for path, _ in files]), strict=True):
+        if examined.hash != expected:
             raise ValueError(f"{path.name}: expected the file that the study was designed with, got a changed one. Restore it.")
 
 

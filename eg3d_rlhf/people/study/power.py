@@ -97,14 +97,14 @@ def sample_size(options: PowerOptions) -> SampleSize:
     """
     decided = decided_trials(options.true_rate, options.alpha, options.power)
     r, k = options.annotators_per_pair, options.annotators
-    own = options.annotator_icc if k > 1 else 0.0  # one annotator's study speaks of that annotator
-    room = 1 - decided * own / k
+    icc = options.annotator_icc if k > 1 else 0.0  # one annotator's study speaks of that annotator
+    room = 1 - decided * icc / k
     if room <= 0.02:
         raise ValueError(
-            f"annotators: expected more than {math.ceil(decided * own / 0.98)} of them, got {k}: with a correlation of {own:g} within "
+            f"annotators: expected more than {math.ceil(decided * icc / 0.98)} of them, got {k}: with a correlation of {icc:g} within "
             f"annotators, no number of trials shows a win rate of {options.true_rate:g}. Ask more people, or name a larger difference."
         )
-    effective = max(decided, decided * (1 - own + (r - 1) * options.latent_icc) / room)  # decided trials with clustering
+    effective = max(decided, decided * (1 - icc + (r - 1) * options.latent_icc) / room)  # decided trials with clustering
     trials = math.ceil(effective / (1 - options.tie_share))
     trials += -trials % r
     return SampleSize(
@@ -192,13 +192,13 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
     Args: bootstrap_studies: evaluate the bootstraps on the first so many studies; they take a while.
     """
     trials = simulate(options)
-    found = win_rate(trials.scores, trials.annotator, trials.latent)
+    rates = win_rate(trials.scores, trials.annotator, trials.latent)
     truth = options.truth
     out = {
         "options": asdict(options), "truth": truth, "trials": trials.scores.shape[1],
-        "mean_win_rate": float(found.rate.mean()), "sd_win_rate": float(found.rate.std(ddof=1)) if options.studies > 1 else None,
-        "left_share": float(trials.chose_left.mean()), "design_effect": float(np.median(found.design_effect)),
-        "intervals": {name: _covered(getattr(found, name), truth) for name in ("clustered", "wilson")},
+        "mean_win_rate": float(rates.rate.mean()), "sd_win_rate": float(rates.rate.std(ddof=1)) if options.studies > 1 else None,
+        "left_share": float(trials.chose_left.mean()), "design_effect": float(np.median(rates.design_effect)),
+        "intervals": {name: _covered(getattr(rates, name), truth) for name in ("clustered", "wilson")},
     }  # fmt: skip
     few = min(bootstrap_studies, options.studies)
     for over in ("annotators", "latents", "both") if few else ():

@@ -123,12 +123,24 @@ class Page:
         self.ready()
         return self
 
-    def sign_in(self, token: str) -> None:
-        """Log in by the form."""
+    def sign_in(self, token: str, begin: bool = False) -> None:
+        """Log in by the form; `begin`: and close the welcome."""
         self.page.goto(self.url + "/login")
         self.page.fill("#token", token)
         self.page.keyboard.press("Enter")
         self.page.wait_for_url(self.url + "/")
+        if begin:
+            self.page.wait_for_selector("#helpDialog[open]")
+            self.answer("Enter")
+            self.ready()
+
+    def forgive(self, words: str) -> None:
+        """Chromium's notes of what a test has brought about."""
+        self.errors = [text for text in self.errors if words not in text]
+
+    def wait(self, expression: str, value=None, timeout: float = 20_000) -> None:
+        """Wait until an expression is true in the page, or a function of `value`."""
+        self.page.wait_for_function(expression if "=>" in expression else f"() => {expression}", arg=value, timeout=timeout)
 
     def state(self, name: str):
         """A figure of window.labelState."""

@@ -1,6 +1,9 @@
 """Fixtures of the labelling application's tests."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,18 @@ __all__ = ["browser", "page", "postgres_server", "postgres_url", "serve"]
 def database_url(request, tmp_path) -> str:
     """URL of an empty database of either kind."""
     return f"sqlite:///{tmp_path / 'labels.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory) -> tuple[Path, Path]:
+    """A certificate for localhost, fullchain.pem, and its key, privkey.pem."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl not found; install Debian's package openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost"]
+    files = folder / "fullchain.pem", folder / "privkey.pem"
+    subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    return files
 
 
 @pytest.fixture

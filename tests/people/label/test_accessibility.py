@@ -6,7 +6,7 @@ import pytest
 
 from eg3d_rlhf.people.label.entities import Mode
 from tests.people.label.browser import Page, needs_chromium, plan
-from tests.people.label.plans import singles
+from tests.people.label.plans import QUIET, singles
 from tests.people.label.test_admin_page import judge
 
 pytestmark = needs_chromium
@@ -17,7 +17,6 @@ SCREENS = [
     pytest.param({"viewport": {"width": 1280, "height": 780}}, id="desk"),
     pytest.param({"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}, id="phone", marks=LONG),
 ]
-QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
 GRAVE = ("serious", "critical")
 
 
@@ -97,7 +96,7 @@ def test_the_results_and_the_login(serve, page, theme, screen):
     results.page.keyboard.press("Enter")
     results.page.wait_for_selector("[role=alert]")
     assert faults(results) == []
-    results.errors = [text for text in results.errors if "401" not in text]  # Chromium's note of the refusal
+    results.forgive("401")
     results.sign_in(served.store.add_annotator("chief", "admin"))
     results.page.goto(served.url + "/admin")
     results.page.wait_for_selector("#timeline svg")

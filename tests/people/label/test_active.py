@@ -14,8 +14,17 @@ import torch
 
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.people.label.entities import Kind
-from eg3d_rlhf.people.label.launch import reward_ensemble
-from eg3d_rlhf.people.label.pairing import Judged, PairingOptions, candidates, disagreement, judge, pair_features, plan, select
+from eg3d_rlhf.people.label.pairing import (
+    Judged,
+    PairingOptions,
+    candidates,
+    disagreement,
+    judge,
+    pair_features,
+    plan,
+    reward_ensemble,
+    select,
+)
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.model import RewardModel
 from eg3d_rlhf.rewards.reward import Reward, load_reward
@@ -123,12 +132,11 @@ def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewar
     assert found.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
 
-def test_one_reward_cannot_disagree(generator, rewards):
+def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_path, capsys):
     with pytest.raises(ValueError, match="at least 2 rewards, got 1"):
         reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
-
-
-def test_a_reward_of_another_generator_is_told(generator, rewards, tmp_path, capsys):
+    with pytest.raises(ValueError, match="expected an ensemble of rewards"):
+        plan(PairingOptions(pairs=2, strategy="active"), generator)
     first = load_reward(rewards[0])
     foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(tmp_path / "foreign.safetensors")
     reward_ensemble(PairingOptions(rewards=(str(foreign), rewards[1])), generator)
@@ -146,11 +154,6 @@ def test_the_plan_says_who_chose_what_and_why(generator, rewards):
     assert found.report["disagreement_chosen"] > found.report["disagreement_candidates"]
     assert [r["file"] for r in found.report["rewards"]] == ["tiny.safetensors", "second.safetensors"]
     assert plan(replace(options, seed=1), generator, ensemble=ensemble).pairs != found.pairs
-
-
-def test_the_active_strategy_needs_an_ensemble_that_is_handed_in(generator):
-    with pytest.raises(ValueError, match="expected an ensemble of rewards"):
-        plan(PairingOptions(pairs=2, strategy="active"), generator)
 
 
 def test_labelling_knows_rewards_only_where_it_is_started():

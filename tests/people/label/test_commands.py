@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.people.label import commands, launch
-from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice
+from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label import serving
+from tests.people.label.plans import answer_all
 
 FLAGS = """
 --access-log --active --after --annotators-per-pair --assets --both-bad --cache --campaign --certificate --db --diversity --doubtful
@@ -62,12 +63,9 @@ def planned(db, monkeypatch):
     return go
 
 
-def test_the_flags_are_frozen():
+def test_the_flags_are_frozen_and_listed():
     assert options_of(commands.main) == FLAGS
     assert {name: options_of(command) for name, command in commands.main.commands.items()} == OTHERS
-
-
-def test_help_lists_every_flag_and_command():
     text = run("--help").stdout
     assert [flag for flag in [*FLAGS, *OTHERS] if flag not in text] == []
     assert all(f"{title}:\n" in text for title in ("Pairs", "Server", "Commands"))
@@ -78,15 +76,11 @@ def test_dry_run_prints_everything_and_touches_nothing(db, tmp_path):
     settings = json.loads(result.stdout)
     expected = {"action": "plan", "pairs": 7, "strategy": "active", "seed": 3, "network": None, "host": "127.0.0.1", "exposed": False}
     assert {k: settings[k] for k in expected} == expected and list(tmp_path.iterdir()) == []
-
-
-def test_underscores_mean_the_same():
     dashes = run("-n", "--first-seed=5", "--annotators-per-pair=2", "--repeat-share=0.2")
     assert run("-n", "--first_seed=5", "--annotators_per_pair=2", "--repeat_share=0.2").stdout == dashes.stdout != run("-n").stdout
-
-
-def test_a_password_is_not_shown():
     assert "sesame" not in run("-n", "--db=postgresql://user:sesame@127.0.0.1:1/x").output
+    defaults = launch.filled({"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings)
+    assert defaults == {"pairs": 1000, "gold_every": 25, "psi": 0.3, "db": None}
 
 
 def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
@@ -96,8 +90,7 @@ def test_a_campaign_is_planned_once_and_taken_up_again(planned, db):
     assert options.preparation is not None and options.access_log.name == "access.jsonl"
     with Store.open(db, create=False) as store:
         shapes = store.shapes(1)
-        pair = store.assignments(1, store.annotator_without_token("local", "admin").id)[0]
-        store.submit(1, store.annotator_without_token("local", "admin").id, Answer(key="k", assignment=pair.token, choice=Choice.LEFT))
+        answer_all(store, 1, store.annotator_without_token("local", "admin").id, most=1)
     again, (options, _, _) = planned()
     assert "taken up again, 12 pairs, 1 judgements so far" in again.stdout
     with Store.open(db, create=False) as store:
@@ -125,10 +118,7 @@ def test_a_resumed_campaign_keeps_its_flags(planned):
 def test_a_tournament_goes_on_from_its_results(planned, db):
     planned("--tournament", "--pairs=8", "--rounds=2", "--campaign=first")
     with Store.open(db, create=False) as store:
-        me = store.annotator_without_token("local", "admin").id
-        number = 0
-        while pairs := store.assignments(1, me):
-            store.submit(1, me, Answer(key=f"k{(number := number + 1)}", assignment=pairs[0].token, choice=Choice.LEFT))
+        answer_all(store, 1, store.annotator_without_token("local", "admin").id)
         seeds = {s.seed for _, s in store.shapes(1)}
     result, _ = planned("--tournament", "--pairs=4", "--rounds=2", "--campaign=second", "--after=first")
     assert result.exit_code == 0, result.stderr
@@ -167,8 +157,7 @@ def test_export_and_import(planned, db, tmp_path):
     with Store.open(db, create=False) as store:
         me = store.annotator_without_token("local", "admin").id
         for number in range(5):
-            pair = store.assignments(1, me)[0]
-            store.submit(1, me, Answer(key=f"k{number}", assignment=pair.token, choice=Choice.LEFT, milliseconds=100 * number))
+            answer_all(store, 1, me, most=1, milliseconds=100 * number)
     assert run("export", tmp_path / "all.jsonl", f"--db={db}").exit_code == 0
     assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 5
     assert run("export", tmp_path / "slow.csv", "--min-milliseconds=200", f"--db={db}").stdout.endswith("3 lines written\n")
@@ -229,11 +218,6 @@ def test_a_taken_port_is_named(db, tmp_path):
         port = taken.getsockname()[1]
         result = run(f"--db={db}", "--pairs=4", f"--port={port}", f"--cache={tmp_path / 'cache'}")
     assert_one_line(result, f"--host=127.0.0.1 --port={port}: expected a free port", "--port=0")
-
-
-def test_every_default_comes_from_its_owner():
-    found = launch.filled({"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings)
-    assert found == {"pairs": 1000, "gold_every": 25, "psi": 0.3, "db": None}
 
 
 @pytest.mark.long

@@ -46,22 +46,15 @@ def table() -> Path:
     return path
 
 
-def test_the_published_table_comes_in_within_two_seconds_and_goes_out_unchanged(table, tmp_path):
-    walls = []
+def test_the_published_table_comes_in_within_two_seconds_and_goes_out_unchanged(store, table, tmp_path):
+    seconds = []
     for attempt in range(3):  # neighbours on the machine may take a turn
-        with Store.open(f"sqlite:///{tmp_path / f'{attempt}.db'}") as store:
+        with Store.open(f"sqlite:///{tmp_path / f'{attempt}.db'}") as other:
             began = time.perf_counter()
-            assert import_ranked_seeds(store, table) == 4346
-            walls.append(time.perf_counter() - began)
-            if attempt == 0:
-                check_published(store, table, tmp_path)
-        if walls[-1] < 2:
-            break
-    print(f"import of 4,346 pairs: {walls[-1]:.2f} s")
-    assert min(walls) < 2
-
-
-def check_published(store, table, tmp_path):
+            assert import_ranked_seeds(other, table) == 4346
+            seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 2
+    import_ranked_seeds(store, table)
     campaign = store.campaign("ranked_seeds")
     assert campaign.pairs == 4346 and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
     assert export_ranked_seeds(store, tmp_path / "again.csv") == 4346
@@ -280,12 +273,9 @@ def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
 def test_what_is_no_export_is_refused(store, tmp_path):
     (tmp_path / "old.jsonl").write_text('{"record": "format", "version": 99}\n')
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="expected format 1"):
-        import_judgements(store, tmp_path / "old.jsonl")
-    with pytest.raises(ValueError, match="got an empty one"):
-        import_judgements(store, tmp_path / "empty.jsonl")
-    with pytest.raises(FileNotFoundError, match="got none at"):
-        import_judgements(store, tmp_path / "none.jsonl")
+    for name, error, words in (("old", ValueError, "format 1"), ("empty", ValueError, "empty"), ("none", FileNotFoundError, "none at")):
+        with pytest.raises(error, match=words):
+            import_judgements(store, tmp_path / f"{name}.jsonl")
     with pytest.raises(ValueError, match="one of the store's, got 'x'"):
         export_judgements(store, tmp_path / "x.jsonl", "x")
 
@@ -303,36 +293,23 @@ def test_urls_are_told_from_files():
 
 
 @pytest.mark.parametrize("held", HELD_OUT, ids=lambda held: held.name)
-def test_a_plan_that_would_reach_held_out_seeds_is_refused(held):
+def test_a_plan_that_would_reach_held_out_seeds_is_refused(held, tmp_path):
     with pytest.raises(ValueError, match=rf"--first-seed={held.first}, .* got {held.first} \({held.name}"):
         PairingOptions(pairs=2, gold=0, training=0, first_seed=held.first)
+    result = CliRunner().invoke(commands.main, ["-n", f"--db=sqlite:///{tmp_path / 'l.db'}", "--pairs=5", f"--first-seed={held.first}"])
+    assert result.exit_code == 2 and f"--first-seed={held.first}" in result.output and len(result.output.splitlines()) == 1
 
 
-def test_the_command_says_so_in_one_line(tmp_path):
-    result = CliRunner().invoke(commands.main, ["-n", f"--db=sqlite:///{tmp_path / 'l.db'}", "--pairs=5", "--first-seed=210000"])
-    (line,) = result.output.splitlines()
-    assert result.exit_code == 2
-    assert line.startswith("Error: --first-seed=210000, 17 seeds: expected seeds that are not held out, got 210000")
-
-
-def test_a_campaign_is_refused_and_a_study_is_not(store):
-    with pytest.raises(ValueError, match=r"campaign c: expected seeds that are not held out, got 300030 \(watch"):
+def test_campaigns_tables_and_archives_are_refused_whole_and_a_study_is_not(store, tmp_path):
+    with pytest.raises(ValueError, match=r"campaign c: .* got 300030 \(watch"):
         store.create_campaign(CampaignSettings(name="c"), plan(3, start=300_030))
-    assert store.campaigns() == []
-    store.create_campaign(CampaignSettings(name="s", mode=Mode.STUDY), plan(3, start=300_030))
-
-
-def test_an_imported_table_is_refused(store, tmp_path):
     (tmp_path / "table.csv").write_text(",rank1,rank2\n0,5,6\n1,7,200003\n")
     with pytest.raises(ValueError, match=r"campaign table: .* got 200003 \(latents"):
         import_ranked_seeds(store, tmp_path / "table.csv")
     assert store.campaigns() == []
-
-
-def test_an_imported_archive_is_refused_and_nothing_of_it_kept(store, tmp_path):
+    store.create_campaign(CampaignSettings(name="s", mode=Mode.STUDY), plan(3, start=300_030))
     store.create_campaign(CampaignSettings(name="c"), plan(2))
-    lines = export_judgements(store, tmp_path / "all.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in export_judgements(store, tmp_path / "all.jsonl", "c").read_text().splitlines()]
     records[3]["seed"] = 220_001
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
@@ -359,17 +336,11 @@ def test_filters_reach_the_run_and_are_written_down(tmp_path):
     assert "secret" not in run("--dry-run", "--labels=postgresql://ann:secret@host/labels").stdout
 
 
-@pytest.mark.parametrize(
-    ("flag", "name"), [("--campaign=x", "--campaign"), ("--annotator=x", "--annotator"), ("--drop-repeats", "--drop-repeats"),
-                       ("--since=2025-01-01", "--since"), ("--min-milliseconds=5", "--min-milliseconds"),
-                       ("--least-gold-accuracy=0", "--least-gold-accuracy")],
-)  # fmt: skip
-def test_filters_of_a_file_are_refused(flag, name):
+@pytest.mark.parametrize("flag", ["--campaign=x", "--annotator=x", "--drop-repeats", "--since=2025-01-01", "--min-milliseconds=5",
+                                  "--least-gold-accuracy=0"])  # fmt: skip
+def test_filters_of_a_file_and_a_missing_store_are_refused(flag, tmp_path):
     result = run("--dry-run", "--labels=labels.jsonl", flag)
-    assert result.exit_code == 2 and f"Error: {name}: expected a store in --labels, got the file labels.jsonl" in result.stderr
-
-
-def test_a_missing_store_is_one_line(tmp_path):
+    assert result.exit_code == 2 and f"Error: {flag.split('=')[0]}: " in result.stderr and "--labels=sqlite:///" in result.stderr
     result = run(f"--labels=sqlite:///{tmp_path / 'none.db'}", f"--out={tmp_path / 'run'}")
     assert result.exit_code == 2 and "expected a database at" in result.stderr and len(result.stderr.splitlines()) <= 2
     assert list(tmp_path.iterdir()) == []

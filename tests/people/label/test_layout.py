@@ -120,12 +120,6 @@ def fits(page, served, token: str, scale: str, screen: str, language: str) -> No
 
 
 @pytest.mark.long
-def test_the_label_page_fits_a_phone_in_german(serve, page):
-    served, token = served_for(serve, "pairs")
-    fits(page, served, token, "pairs", "phone", "de")
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("scale", ["pairs", "asked", "thumbs", "scores"])
 def test_the_label_page_fits(serve, page, screen, scale):

@@ -8,15 +8,14 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.people.label import pairing
-from eg3d_rlhf.people.label.preparation import Preparation
+from eg3d_rlhf.people.label.entities import Mode
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests.people.label.browser import Page, bumpy_ball, large, needs_chromium, plan, rows
-from tests.people.label.serving import settings
+from tests.people.label.plans import singles
 
 pytestmark = needs_chromium
 NEXT_PAIR = 300  # milliseconds
+PHONE = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
 
 def alike(one: np.ndarray, other: np.ndarray) -> bool:
@@ -191,9 +190,8 @@ def test_a_screen_reader_hears_what_happens(serve, page):
 
 @pytest.mark.long
 def test_a_phone(serve, page):
-    phone = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
     served = serve(plan(8))
-    label = page(served.url, **phone).open()
+    label = page(served.url, **PHONE).open()
     left, right = (label.page.locator(f"#{side}").bounding_box() for side in ("left", "right"))
     assert left["y"] + left["height"] <= right["y"] and left["width"] > 350 and left["height"] > 150
     assert label.page.evaluate("document.documentElement.scrollHeight <= innerHeight && document.documentElement.scrollWidth <= innerWidth")
@@ -238,29 +236,70 @@ def test_dark_and_light(serve, page):
     assert label.picture("left")[2, 2].mean() > 180, "the choice is kept"
 
 
+# ---- one shape at a time
+
+
+@pytest.fixture
+def single(serve, page):
+    """The page of a campaign of single shapes."""
+
+    def go(scale, training=0, **context):
+        campaign = {"scale": scale, "swap_share": 0, "gold_every": 0}
+        served = serve(singles(8, training=training), mode=Mode.SINGLE, campaign=campaign)
+        return page(served.url, **context).open(), served
+
+    return go
+
+
 @pytest.mark.long
-def test_shapes_of_the_bundled_generator_from_nothing_to_the_first_answers(tmp_path, serve, page):
-    options = pairing.PairingOptions(pairs=2, training=1, gold=0, resolution=48, triangles=2000)
-    planned = pairing.plan(options, load_generator()).pairs
-    url = f"sqlite:///{tmp_path / 'labels.db'}"
-    worker = Preparation(url, settings().name, tmp_path / "cache")
-    campaign = {"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0}
-    served = serve(planned, lambda one: None, campaign=campaign, preparation=worker)
-    label = page(served.url)
-    label.page.goto(served.url)
-    label.ready("waiting")
-    worker.start()
-    try:
-        label.page.wait_for_function("() => window.labelState.state === 'label'", timeout=120_000)
-        label.answer("Enter")
-        assert not blank(label.picture("left")) and not blank(label.picture("right"))
-        label.answer("ArrowLeft")
-        label.page.wait_for_function("() => window.labelState.state === 'explained'", timeout=20_000)
-        label.answer("Enter")
-        for _ in range(2):
-            label.page.wait_for_function("() => window.labelState.state === 'label'", timeout=120_000)
-            label.press("ArrowRight")
-        label.page.wait_for_function("() => window.labelState.state === 'finished'", timeout=20_000)
-    finally:
-        worker.stop()
-    assert [r.kind.value for r in rows(served)] == ["training", "pair", "pair"]
+def test_thumbs_by_keyboard_with_practice_and_undo(single):
+    label, served = single("thumbs", training=1)
+    assert not label.page.locator("#right").is_visible() and not blank(label.picture("left"))
+    width = label.page.locator("#left").bounding_box()["width"]
+    assert width > 0.9 * label.page.locator(".stage").bounding_box()["width"]
+    label.answer("ArrowDown")
+    label.ready("explained")
+    assert "Yes, that is it" in label.page.inner_text("#explanation") and "It has a hole." in label.page.inner_text("#explanation")
+    label.answer("Enter")
+    label.ready(ahead=2)
+    label.page.keyboard.press("ArrowLeft")
+    assert label.state("done") == 0, "sides mean nothing here"
+    label.page.keyboard.press("2")
+    label.press("ArrowUp")
+    assert label.page.inner_text("[role=status][aria-live=polite]").startswith("Good. Shape 2 of")
+    second = label.press("ArrowDown")
+    label.press("u")
+    assert label.state("pair.assignment") == second
+    label.press("ArrowUp")
+    label.sent()
+    counted = [row for row in rows(served) if row.kind != "training" and not row.undone]
+    assert [row.choice.value for row in counted] == ["up", "up"] and "left" in counted[0].views
+    assert [row.choice.value for row in rows(served) if row.undone] == ["down"]
+
+
+def test_scores_by_keyboard_and_skips(single):
+    label, served = single("scores")
+    for score in "305":
+        label.press(score)
+    label.answer("s")
+    assert label.page.locator("[data-reason=identical]").count() == 0
+    label.press("1")
+    label.page.keyboard.press("?")
+    words = label.page.inner_text("#helpDialog")
+    assert "score from 0 (worst) to 5 (best)" in words and "left or right is better" not in words
+    label.sent()
+    assert [(row.choice.value, row.reason) for row in rows(served)] == [("3", None), ("0", None), ("5", None), ("skip", "unsure")]
+
+
+@pytest.mark.parametrize(("scale", "name", "choice"), [("thumbs", "Not good", "down"), ("scores", "Score 4, good", "4")])
+def test_single_shapes_on_a_phone(single, scale, name, choice):
+    label, served = single(scale, **PHONE)
+    assert label.page.locator("#left").bounding_box()["height"] > 300 and not blank(label.picture("left"))
+    assert label.page.evaluate("document.documentElement.scrollHeight <= innerHeight && document.documentElement.scrollWidth <= innerWidth")
+    buttons = label.page.locator("#choices button:visible")
+    assert min(buttons.nth(i).bounding_box()["height"] for i in range(buttons.count())) >= 44
+    assert np.ptp([buttons.nth(i).bounding_box()["width"] for i in range(buttons.count()) if scale == "thumbs"] or [0]) < 80
+    label.page.wait_for_timeout(500)
+    label.page.get_by_role("button", name=name, exact=True).tap()
+    label.sent()
+    assert [row.choice.value for row in rows(served)] == [choice]

@@ -4,12 +4,11 @@ import pytest
 
 from eg3d_rlhf.people.label.entities import Choice
 from tests.people.label.browser import needs_chromium, plan, rows
-from tests.people.label.plans import answer
+from tests.people.label.plans import QUIET, answer
 
 pytestmark = needs_chromium
 STAGE = "document.querySelector('.stage').offsetHeight / innerHeight"
 HOSTILE = "<img src=x onerror=alert(1)>"
-QUIET = {"gold_every": 0, "repeat_share": 0, "swap_share": 0}
 
 
 def counting(served) -> list:

@@ -1,4 +1,4 @@
-"""Gaussians in the label page: as a slow renderer draws them, and steady with half a million."""
+"""Gaussians in the label page, as a slow renderer draws them. Letters: N Gaussians, H x W pixels."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ from eg3d_rlhf.people.label.assets.ply import Splats, read_splats, splat_parts
 from eg3d_rlhf.people.label.shape_files import compress
 from tests.people.label import asset_files
 from tests.people.label.browser import Page, needs_chromium, plan
-from tests.people.label.gaussian_oracle import draw
 
 pytestmark = needs_chromium
 MEAN, LARGEST = 0.5, 3.0  # of 255: differences between the page and the oracle; rounding to a picture alone is 0.25 and 0.5
@@ -23,6 +22,69 @@ WHOLE_PIXELS = """() => {
   document.querySelector('header').style.height = '60px';
   document.querySelector('main').style.gridTemplateRows = '220px auto auto';
 }"""
+
+
+def draw(splats: Splats, view: np.ndarray, projection: np.ndarray, size: tuple[int, int], background: np.ndarray) -> np.ndarray:
+    """A picture [H, W, 3] in 0..255, slowly and obviously: numpy, float64, one after the other (Kerbl et al. 2023;
+    EWA, Zwicker et al. 2001).
+
+    Args: view [4, 4] from the Gaussians' coordinates to the camera's, which looks along -z; projection [4, 4] as OpenGL's;
+        size (W, H) pixels; background [3] in 0..255.
+    """
+    width, height = size
+    focal = np.array([projection[0, 0] * width, projection[1, 1] * height]) / 2
+    centres = splats.centres.astype(float) @ view[:3, :3].T + view[:3, 3]
+    colours = _colours(splats, view)
+    spreads = np.einsum("ij,njk,lk->nil", view[:3, :3], _covariances(splats), view[:3, :3])
+    x, y = np.meshgrid(np.arange(width) + 0.5 - width / 2, height / 2 - np.arange(height) - 0.5)  # pixels from the middle, y up
+    picture = np.broadcast_to(np.asarray(background, float) / 255, (height, width, 3)).copy()
+    for i in np.argsort(centres[:, 2], kind="stable"):  # the furthest first
+        depth = -centres[i, 2]
+        if depth <= 0:
+            continue
+        slope = centres[i, :2] / depth
+        edge = 1.3 / np.array([projection[0, 0], projection[1, 1]])
+        bounded = slope.clip(-edge, edge)
+        jacobian = np.array([[focal[0] / depth, 0, focal[0] * bounded[0] / depth], [0, focal[1] / depth, focal[1] * bounded[1] / depth]])
+        inverse = np.linalg.inv(jacobian @ spreads[i] @ jacobian.T + 0.3 * np.eye(2))
+        dx, dy = x - focal[0] * slope[0], y - focal[1] * slope[1]
+        power = inverse[0, 0] * dx * dx + 2 * inverse[0, 1] * dx * dy + inverse[1, 1] * dy * dy
+        alpha = np.minimum(0.99, splats.opacities[i] / 255 * np.exp(-power / 2))
+        alpha = np.where(alpha < 1 / 255, 0, alpha)[..., None]
+        picture = alpha * colours[i] + (1 - alpha) * picture
+    return 255 * picture.clip(0, 1)
+
+
+def _covariances(splats: Splats) -> np.ndarray:
+    """[N, 3, 3]"""
+    w, x, y, z = (splats.rotations / np.linalg.norm(splats.rotations.astype(float), axis=1, keepdims=True)).T
+    turn = np.array([
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]).transpose(2, 0, 1)  # [N, 3, 3]  # fmt: skip
+    scaled = turn * np.exp(splats.scales.astype(float))[:, None, :]
+    return scaled @ scaled.transpose(0, 2, 1)
+
+
+def _colours(splats: Splats, view: np.ndarray) -> np.ndarray:
+    """[N, 3], seen from the camera: real spherical harmonics with the usual signs, degree by degree."""
+    eye = np.linalg.inv(view)[:3, 3]
+    away = splats.centres - eye
+    x, y, z = (away / np.linalg.norm(away, axis=1, keepdims=True)).T
+    basis = [-y, z, -x]
+    basis = [np.sqrt(3 / (4 * np.pi)) * b for b in basis]
+    basis += [np.sqrt(15 / (4 * np.pi)) * b for b in (x * y, -y * z, (3 * z * z - 1) / (2 * np.sqrt(3)), -x * z, (x * x - y * y) / 2)]
+    five, seven = np.sqrt(35 / (32 * np.pi)), np.sqrt(7 / (16 * np.pi))
+    basis += [
+        -five * y * (3 * x * x - y * y), np.sqrt(105 / (4 * np.pi)) * x * y * z, -np.sqrt(21 / (32 * np.pi)) * y * (5 * z * z - 1),
+        seven * (5 * z**3 - 3 * z), -np.sqrt(21 / (32 * np.pi)) * x * (5 * z * z - 1), np.sqrt(105 / (16 * np.pi)) * z * (x * x - y * y),
+        -five * x * (x * x - 3 * y * y),
+    ]  # fmt: skip
+    count = (splats.degree + 1) ** 2 - 1
+    rest = splats.rest.astype(float).reshape(len(x), 3, count)
+    summed = 0.5 + splats.colours / np.sqrt(4 * np.pi) + np.einsum("nck,kn->nc", rest, np.array(basis)[:count])
+    return np.maximum(summed, 0)
 
 
 def cloud(count: int, degree: int, seed: int) -> Splats:

@@ -69,7 +69,7 @@ def test_a_reload_while_offline_keeps_the_pair_and_three_answers(serve, page):
     label.sent()
     label.page.goto("about:blank")
     server.stop()
-    label.errors = [text for text in label.errors if "Failed to load resource" not in text]  # Chromium's notes of the time without a server
+    label.forgive("Failed to load resource")
 
 
 @pytest.mark.long
@@ -77,18 +77,12 @@ def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     served = serve(plan(12), exposed=True)
     tokens = {name: served.store.add_annotator(name) for name in ("ada", "bob")}
     label = page(served.url)
-    label.sign_in(tokens["ada"])
-    label.page.wait_for_selector("#helpDialog[open]")
-    label.page.keyboard.press("Enter")
-    label.ready()
+    label.sign_in(tokens["ada"], begin=True)
     _kept(label)
     assert "ada" in label.page.evaluate("localStorage.getItem('eg3d-offline')")
     hers = label.state("pair.assignment")
     label.context.clear_cookies()  # her session ends without her
-    label.sign_in(tokens["bob"])
-    label.page.wait_for_selector("#helpDialog[open]")
-    label.page.keyboard.press("Enter")
-    label.ready()
+    label.sign_in(tokens["bob"], begin=True)
     label.context.set_offline(True)
     label.offline = True
     label.page.reload()
@@ -106,4 +100,4 @@ def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     label.page.wait_for_url("**/login")
     left = "async () => [localStorage.getItem('eg3d-offline'), (await caches.keys()).filter((name) => name === 'eg3d-shapes')]"
     assert label.page.evaluate(left) == [None, []]
-    label.errors = [text for text in label.errors if "Failed to load resource" not in text]
+    label.forgive("Failed to load resource")

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from tests.people.label.browser import Page, bumpy_ball, needs_chromium, plan, rows
+from tests.people.label.plans import QUIET
 from tests.people.label.serving import GENEROUS
 
 pytestmark = needs_chromium
-QUIET = {"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0}
 PAUSE = 600  # milliseconds: after so many, a press is another one
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests.people.label.browser import bumpy_ball, needs_chromium, plan, rows, small
+from tests.people.label.plans import QUIET
 
 pytestmark = needs_chromium
 
@@ -34,10 +35,7 @@ def test_an_ended_session_keeps_what_waits(serve, page):
     served = serve(plan(8), exposed=True)
     token = served.store.add_annotator("ada")
     label = page(served.url)
-    label.sign_in(token)
-    label.page.wait_for_selector("#helpDialog[open]")
-    label.answer("Enter")
-    label.ready()
+    label.sign_in(token, begin=True)
     label.context.clear_cookies()
     label.answer("ArrowLeft")
     label.page.wait_for_url("**/login")
@@ -46,7 +44,7 @@ def test_an_ended_session_keeps_what_waits(serve, page):
     label.ready()
     label.sent()
     assert [(r.annotator, r.choice.value) for r in rows(served)] == [("ada", "left")]
-    label.errors = [text for text in label.errors if "401" not in text]  # Chromium's note of the refusal
+    label.forgive("401")
 
 
 def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
@@ -63,7 +61,7 @@ def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
     other.answer("u")  # only the server knows what came last
     other.page.wait_for_function("first => window.labelState.pair.assignment === first", arg=first)
     assert [r.undone for r in rows(served)] == [True]
-    other.errors = [text for text in other.errors if "409" not in text]  # Chromium's note of the refusal
+    other.forgive("409")
 
 
 def test_trouble_at_the_server_loses_nothing(serve, page):
@@ -92,14 +90,14 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
     label.press("ArrowLeft")
     label.sent()
     assert [(r.choice.value, r.reason) for r in rows(served)] == [("skip", "broken"), ("left", None)]
-    label.errors = [text for text in label.errors if "Failed to load resource" not in text]  # Chromium's notes of the refusals
+    label.forgive("Failed to load resource")
 
 
 @pytest.mark.long
 def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     planned = plan(3)
     late = [s for p in planned for s in (p.first, p.second)]
-    served = serve(planned, lambda one: None, campaign={"gold_every": 0, "repeat_share": 0.0, "swap_share": 0.0})
+    served = serve(planned, lambda one: None, campaign=QUIET)
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("waiting")

@@ -1,17 +1,19 @@
 """Plans of pairs: decided by their options, disjoint where they promise it, with known answers spread between."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.people.label.drawing import DAMAGES
 from eg3d_rlhf.people.label.entities import CampaignSettings, Kind
-from eg3d_rlhf.people.label.pairing import PairingOptions, known_answers, plan, spread
-from eg3d_rlhf.people.label.store import Store
+from eg3d_rlhf.people.label.pairing import PairingOptions, known_answers, plan, round_robin, spread, standings, swiss_round
 from eg3d_rlhf.preferences.labels import Preference
 from tests.people.label.plans import numbered
 
@@ -39,15 +41,14 @@ def test_equal_options_give_equal_plans_and_the_seed_decides(strategy):
     assert seeds_of(plan_pairs(replace(options, seed=1), GENERATOR)) != seeds_of(plan_pairs(options, GENERATOR))
 
 
-def test_shapes_are_drawn_as_the_options_say():
+def test_shapes_are_drawn_as_the_options_say(tmp_path):
     options = PairingOptions(pairs=5, psi=0.7, level=12.0, resolution=64, triangles=900)
     shapes = [shape for pair in plan_pairs(options, GENERATOR) for shape in (pair.first, pair.second)]
     assert {(s.generator, s.source, s.psi, s.level, s.resolution, s.triangles) for s in shapes} == {("c" * 64, "", 0.7, 12.0, 64, 900)}
-
-
-def test_another_networks_place_is_kept(tmp_path):
-    elsewhere = SimpleNamespace(hash="d" * 64, path=tmp_path / "x.safetensors", generator=SimpleNamespace(level=10.0))
-    assert plan_pairs(PairingOptions(pairs=1), elsewhere)[0].first.source == str(tmp_path / "x.safetensors")
+    other = SimpleNamespace(hash="d" * 64, path=tmp_path / "x.safetensors", generator=SimpleNamespace(level=7.5))
+    found = plan(PairingOptions(pairs=1), other)
+    assert found.pairs[0].first.source == str(tmp_path / "x.safetensors"), "another network's place is kept"
+    assert {side.level for pair in found.pairs for side in (pair.first, pair.second)} == {found.report["level"]} == {7.5}, "its own level"
 
 
 @pytest.mark.parametrize("strategy", ["random", "tournament"])
@@ -83,6 +84,8 @@ def test_gold_lies_at_even_distances(pairs, gold):
 
 
 def test_there_is_gold_by_default_and_none_on_request():
+    expected = Counter(p.expected for p in known_answers(numbered(400), Kind.GOLD, np.random.default_rng(0)))
+    assert 150 < expected["first"] < 250, "sides are drawn"
     assert len(seeds_of(plan_pairs(PairingOptions(pairs=1000), GENERATOR), Kind.GOLD)) == 40
     assert len(seeds_of(plan_pairs(PairingOptions(pairs=10), GENERATOR), Kind.GOLD)) == 4
     assert {p.kind for p in plan_pairs(PairingOptions(pairs=10, gold=0, training=0), GENERATOR)} == {Kind.PAIR}
@@ -107,16 +110,14 @@ def test_the_next_round_follows_from_the_results():
     assert known.isdisjoint(seed for pair in seeds_of(pairs) for seed in pair)
 
 
-@pytest.mark.parametrize(("field", "value"), [("generator", "e" * 64), ("psi", 0.5)])
-def test_results_about_other_shapes_are_refused(field, value):
-    result = replace(Preference(winner=1, loser=2, generator="c" * 64, psi=1.0), **{field: value})
-    with pytest.raises(ValueError, match="next round with the network and psi"):
-        plan(PairingOptions(pairs=8, strategy="tournament"), GENERATOR, [result])
-
-
-def test_results_without_a_tournament_are_refused():
-    with pytest.raises(ValueError, match="for a tournament only"):
-        plan(PairingOptions(pairs=8), GENERATOR, [Preference(winner=1, loser=2)])
+@pytest.mark.parametrize(("strategy", "result", "words"), [
+    ("tournament", {"generator": "e" * 64}, "next round with the network and psi"), ("tournament", {"psi": 0.5}, "next round with"),
+    ("random", {}, "for a tournament only"),
+])  # fmt: skip
+def test_results_that_do_not_fit_are_refused(strategy, result, words):
+    results = [Preference(**{"winner": 1, "loser": 2, "generator": "c" * 64, "psi": 1.0, **result})]
+    with pytest.raises(ValueError, match=words):
+        plan(PairingOptions(pairs=8, strategy=strategy), GENERATOR, results)
 
 
 @pytest.mark.parametrize(
@@ -143,22 +144,84 @@ def test_the_fewest_pairs_of_a_tournament_can_be_planned():
                 plan_pairs(replace(options, pairs=options.pairs - 1), GENERATOR)
 
 
-def test_sides_of_known_answers_are_drawn():
-    expected = Counter(p.expected for p in known_answers(numbered(400), Kind.GOLD, np.random.default_rng(0)))
-    assert 150 < expected["first"] < 250
-
-
-def test_a_plan_goes_through_the_store_unchanged(tmp_path):
+def test_a_plan_goes_through_the_store_unchanged(store):
     pairs = plan_pairs(PairingOptions(pairs=6, gold=3), GENERATOR)
-    with Store.open(f"sqlite:///{tmp_path}/labels.db") as store:
-        campaign = store.create_campaign(CampaignSettings(name="first"), pairs)
-        stored = [shape for _, shape in store.shapes(campaign)]
+    stored = [shape for _, shape in store.shapes(store.create_campaign(CampaignSettings(name="first"), pairs))]
     expected = dict.fromkeys(shape for pair in pairs for shape in (pair.first, pair.second))
     assert stored == list(expected) and {shape.degradation for shape in stored} == {"", *DAMAGES}
 
 
-def test_the_level_is_the_generators_own_unless_one_is_named():
-    other = SimpleNamespace(hash="c" * 64, path=bundled.GENERATOR, generator=SimpleNamespace(level=7.5))
-    for named, level in ((None, 7.5), (12.0, 12.0)):
-        found = plan(PairingOptions(pairs=2, level=named), other)
-        assert {side.level for pair in found.pairs for side in (pair.first, pair.second)} == {level} and found.report["level"] == level
+# ---- rounds of a tournament: nobody sits out, nobody meets twice, and the standings decide who meets next
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def won(*pairs: tuple[int, int]) -> list[Preference]:
+    return [Preference(winner=a, loser=b) for a, b in pairs]
+
+
+@pytest.mark.parametrize("shapes", [2, 4, 6, 10, 16])
+def test_all_rounds_together_are_all_pairs(shapes):
+    table = round_robin(shapes, shapes - 1, rng())
+    assert {frozenset(pair) for pair in table.reshape(-1, 2).tolist()} == {frozenset(p) for p in itertools.combinations(range(shapes), 2)}
+    assert all(sorted(play.ravel()) == list(range(shapes)) for play in table)
+
+
+@pytest.mark.parametrize("shapes", [4, 6, 16, 100])
+def test_two_rounds_connect_all_shapes(shapes):
+    pairs = round_robin(shapes, 2, rng(1)).reshape(-1, 2)
+    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(shapes, shapes))
+    assert connected_components(graph, directed=False)[0] == 1
+
+
+def test_impossible_rounds_are_refused():
+    for shapes, rounds in ((5, 2), (4, 4), (4, 0), (0, 1)):
+        with pytest.raises(ValueError, match="round_robin"):
+            round_robin(shapes, rounds, rng())
+    with pytest.raises(ValueError, match="first round"):
+        swiss_round([], 3, rng())
+
+
+def test_standings_go_by_points_then_by_the_points_of_the_others():
+    results = won((1, 2), (1, 3), (2, 3), (4, 1)) + [Preference(winner=5, loser=6, tie=True)]
+    # points: 1: 2, 2: 1, 4: 1, 5: .5, 6: .5, 3: 0.  Opponents of 2: 1 and 3 (2 points), of 4: 1 (2 points): a draw by lot
+    table = standings(results, rng())
+    assert table[0] == 1 and set(table[1:3]) == {2, 4} and set(table[3:5]) == {5, 6} and table[5] == 3
+    assert table == standings(results, rng())
+    later = standings([*results, *won((2, 7), (4, 3))], rng())
+    assert later[0] in (1, 2, 4) and later.index(4) < later.index(7)
+
+
+def test_a_swiss_round_pairs_neighbours_that_have_not_met():
+    results = won((1, 5), (2, 6), (3, 7), (4, 8))
+    pairs = swiss_round(results, 100, rng())
+    met = {frozenset((r.winner, r.loser)) for r in results}
+    assert len(pairs) == 4 and sorted(itertools.chain(*pairs)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {frozenset(p) for p in pairs}.isdisjoint(met)
+    assert all((a <= 4) == (b <= 4) for a, b in pairs)  # winners meet winners
+    assert sorted(itertools.chain(*swiss_round(results, 2, rng()))) == [1, 2, 3, 4]  # with fewer pairs the upper part goes on
+    assert swiss_round(won((1, 2)), 1, rng()) in ([(1, 2)], [(2, 1)])  # they meet again where nobody else is left
+    odd = swiss_round(won((1, 2), (1, 3)), 9, rng())
+    assert len(odd) == 1 and 1 in odd[0]  # an odd table leaves out its last
+
+
+def test_swiss_rounds_never_repeat_while_that_is_possible():
+    """Truth by seed number: a larger seed wins. Up to 5 rounds of 12 shapes there is always a pairing without repeats."""
+    for seed in range(20):
+        results = won(*((max(p), min(p)) for p in (round_robin(12, 1, rng(seed))[0] + 1).tolist()))
+        for _ in range(5):
+            results += won(*((max(p), min(p)) for p in swiss_round(results, 6, rng(seed))))
+        met = [frozenset((r.winner, r.loser)) for r in results]
+        assert len(set(met)) == len(met) == 36
+
+
+def test_the_best_comes_out_on_top():
+    """True strength = seed; five rounds among 16 shapes."""
+    results: list[Preference] = []
+    pairs = (round_robin(16, 1, rng(3))[0] + 1).tolist()
+    for _ in range(5):
+        results += won(*((max(p), min(p)) for p in pairs))
+        pairs = swiss_round(results, 8, rng(3))
+    assert standings(results, rng(3))[0] == 16

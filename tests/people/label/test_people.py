@@ -96,14 +96,10 @@ def test_who_was_revoked_is_told_and_nobody_else(exposed):
     assert "withdrawn" not in wrong.text and "unknown" in wrong.text and "withdrawn" in right.text
 
 
-def test_an_admin_stays(exposed):
+def test_the_last_admin_stays_where_one_is_to_be_kept(exposed, database_url):
     boss = exposed.browser(exposed.tokens["boss"])
     response = boss.post("/api/admin/annotators/revoke", json={"name": "boss"})
-    assert response.status_code == 409 and "yourself" in response.json()["error"]
-    assert boss.get("/api/session").status_code == 200
-
-
-def test_the_last_admin_stays_where_one_is_to_be_kept(database_url):
+    assert response.status_code == 409 and "yourself" in response.json()["error"] and boss.get("/api/session").status_code == 200
     with Store.open(database_url) as store:
         store.annotator_without_token("imported", "admin")
         for name in ("ada", "bea"):
@@ -124,12 +120,11 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("case", ALIKE)
-def test_names_that_look_alike_are_refused(tmp_path, case):
+def test_names_that_look_alike_are_refused(store, case):
     known, name = ALIKE[case]
-    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
-        store.add_annotator(known)
-        with pytest.raises(ValueError, match="annotator: expected .* Choose another"):
-            store.add_annotator(name)
+    store.add_annotator(known)
+    with pytest.raises(ValueError, match="annotator: expected .* Choose another"):
+        store.add_annotator(name)
 
 
 def test_other_names_are_not():
@@ -140,14 +135,13 @@ def test_other_names_are_not():
         known.append(name)
 
 
-def test_databases_that_hold_such_names_go_on(db):
-    with Store.open(db) as store:
-        for name in ("ann", "Ann", "аnn"):
-            store.annotator_without_token(name)
-        tokens = {name: store.new_token(name) for name in ("ann", "Ann", "аnn")}
-        assert {name: store.authenticate(token).name for name, token in tokens.items()} == {name: name for name in tokens}
-        store.revoke_annotator("Ann")
-        assert [one.name for one in store.annotators() if one.revoked] == ["Ann"]
+def test_databases_that_hold_such_names_go_on(store):
+    for name in ("ann", "Ann", "аnn"):
+        store.annotator_without_token(name)
+    tokens = {name: store.new_token(name) for name in ("ann", "Ann", "аnn")}
+    assert {name: store.authenticate(token).name for name, token in tokens.items()} == {name: name for name in tokens}
+    store.revoke_annotator("Ann")
+    assert [a.name for a in store.annotators() if a.revoked] == ["Ann"]
 
 
 # ---- the command line
@@ -163,6 +157,8 @@ def test_a_token_comes_with_its_link_and_qr_code(db, tmp_path):
     assert (tmp_path / "b.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with Store.open(db, create=False) as store:
         assert store.authenticate(token) is None and store.authenticate(result.stdout.strip()).name == "ann"
+    run("add-annotator", "ada", "--admin", f"--db={db}")
+    assert "no admin is left" in run("revoke", "ada", f"--db={db}").stderr
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -176,11 +172,6 @@ def test_nothing_is_made_where_the_link_cannot_be_handed_over(db, tmp_path, flag
     assert result.exit_code == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
     with Store.open(db, create=False) as store:
         assert store.annotators() == []
-
-
-def test_revoking_the_last_admin_says_so(db):
-    run("add-annotator", "ada", "--admin", f"--db={db}")
-    assert "no admin is left" in run("revoke", "ada", f"--db={db}").stderr
 
 
 def test_status_counts_what_counts(tmp_path):

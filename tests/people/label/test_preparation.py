@@ -159,27 +159,15 @@ def test_it_ends_with_a_parent_that_is_killed(campaign, tmp_path, repo):
     assert len(list((tmp_path / "cache").glob("*/*.shp.gz"))) < 800
 
 
-def test_stop_ends_it_at_once(campaign, tmp_path):
-    work = Preparation(campaign(400, resolution=96), "first", tmp_path / "cache")
+def test_stop_ends_it_at_once_and_no_process_list_shows_the_databases_password(tmp_path):
+    work = Preparation("postgresql://me:secret@localhost:1/none", "first", tmp_path / "cache")
     work.start()
     worker = work._process.pid
+    with open(f"/proc/{worker}/cmdline", "rb") as file:
+        assert b"secret" not in file.read()
     work.stop()
     work.stop()
     assert not alive(worker) and not work.running and work.progress()["finished"] is False
-
-
-def test_the_databases_password_is_not_on_the_command_line(tmp_path):
-    work = Preparation("postgresql://me:secret@localhost:1/none", "first", tmp_path)
-    work.start()
-    try:
-        with open(f"/proc/{work._process.pid}/cmdline", "rb") as file:
-            assert b"secret" not in file.read()
-    finally:
-        work.stop()
-
-
-def test_flags():
-    assert {option for parameter in main.params for option in parameter.opts} == {"--url", "--campaign", "--cache", "--nice", "--parent"}
 
 
 def test_the_worker_runs_by_hand_and_tells_users_errors_in_a_line(tmp_path):

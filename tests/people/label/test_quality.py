@@ -1,16 +1,25 @@
 """Quality figures of annotators whose habits are known."""
 
+import csv
+import dataclasses
+import io
+import itertools
 import json
+import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, Shape
-from eg3d_rlhf.people.label.quality import QualityLimits, quality_report
+from eg3d_rlhf.people.label.commands import main
+from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, JudgementRow, Kind, Mode, PlannedPair, Shape
+from eg3d_rlhf.people.label.quality import QualityLimits, as_text, generator_names, leaderboard_of, quality_report
+from tests.people.label.plans import QUIET, answer_all
+from tests.people.label.plans import shape as planned_shape
 
 
 def shape(seed: int, generator: str = "a" * 64) -> Shape:
-    return Shape(generator=generator, source="", seed=seed, psi=0.7, level=10.0, resolution=64, triangles=1000)
+    return planned_shape(seed, generator=generator)
 
 
 def row(id: int, choice: str, *, pair: int | None = None, annotator="ann", kind="pair", first_is_left=True, **more) -> JudgementRow:
@@ -40,12 +49,9 @@ def test_counts_pace_and_sides_by_hand():
     assert found["median_seconds"] == 4 and found["per_hour"] == pytest.approx(360) and found["flags"] == []
 
 
-def test_a_break_is_not_work():
+def test_breaks_undone_judgements_and_training_do_not_count():
     times = [0, 10, 20, 5000, 5010]
     assert only([row(i, "left", received_at=1e9 + t) for i, t in enumerate(times)])["per_hour"] == pytest.approx(360)
-
-
-def test_undone_judgements_and_training_do_not_count():
     rows = [row(1, "left"), row(2, "right", undone=True), row(3, "left", kind="training", expected="right")]
     found = quality_report(rows)
     assert found["judgements"] == 1 and found["annotators"][0]["gold_n"] == 0
@@ -68,17 +74,14 @@ def test_somebody_who_always_takes_the_left_is_found_out():
     rows = [row(i, "left", first_is_left=bool(rng.integers(2))) for i in range(40)]
     rows += [row(40 + i, "left", pair=i, kind="swap", first_is_left=not rows[i].first_is_left) for i in range(10)]
     rows += [row(50 + i, "left", kind="gold", expected=("left", "right")[i % 2], milliseconds=300) for i in range(8)]
-    found = only([r for r in rows], fast_seconds=5)
+    found = only(rows, fast_seconds=5)
     assert found["swap_consistency"] == 0 and found["left_share"] == 1 and found["gold_accuracy"] == 0.5
     assert [flag.split(":")[0] for flag in found["flags"]] == ["gold checks", "fast", "side bias", "inconsistent"]
 
 
-def test_skips_and_ties_without_end_are_flagged():
+def test_skips_and_ties_without_end_are_flagged_and_a_careful_annotator_rarely():
     assert only([row(i, "skip" if i % 2 else "left", first_is_left=i % 4 < 2) for i in range(30)])["flags"][-1] == "skips 15 of 30"
     assert only([row(i, "tie") for i in range(30)])["flags"] == ["ties 30 of 30"]
-
-
-def test_a_careful_annotator_is_rarely_flagged():
     rng, flagged = np.random.default_rng(1), 0
     for _ in range(60):
         rows = []
@@ -137,8 +140,6 @@ def test_the_timeline_counts_everything_once_and_stays_short():
 
 
 def test_ten_thousand_judgements_are_reported_live():
-    import time
-
     rng = np.random.default_rng(4)
     rows = [row(i, ("left", "right")[int(rng.integers(2))], pair=int(rng.integers(3000)), annotator=f"n{i % 8}") for i in range(10_000)]
     start = time.process_time()
@@ -162,3 +163,109 @@ def test_few_repeats_and_gold_checks_have_counts_and_no_interval():
     assert (found["self_consistency"], found["self_consistency_ci95"], found["self_consistency_needs"]) == (1, None, 1)
     found = only([*rows, row(9, "left", pair=9), row(40, "left", pair=9, kind="repeat")])
     assert found["self_consistency_ci95"] == [pytest.approx(0.722, abs=1e-3), 1] and found["self_consistency_needs"] == 0
+
+
+# ---- leaderboards: what counts as a game, generators' names, questions, and the commands
+
+NAN = float("nan")
+
+
+def asset(generator: str, prompt: str, seed: int = 0):
+    """One of a generator's, made for a prompt."""
+    made = shape(seed, generator)
+    return dataclasses.replace(
+        made, source=f"/assets/{generator}/{prompt}.glb", psi=NAN, level=NAN, resolution=0, triangles=0, file="f" * 64, condition=prompt,
+    )  # fmt: skip
+
+
+def judged(count: int = 40, better: float = 0.75, **more) -> list:
+    """Rows of two generators' assets over ten prompts and more."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        shapes = asset("trellis", f"prompt {i % 20}"), asset("hunyuan", f"prompt {i % 20}")
+        choice = "left" if rng.random() < better else "right"
+        rows.append(row(i, choice, shapes=shapes, annotator=f"n{i % 4}", **{"votes": {}, **more}))
+    return rows
+
+
+def test_games_are_first_answers_to_pairs_of_two_generators():
+    rows = judged()
+    others = [
+        row(100, "skip", pair=100, shapes=(asset("trellis", "x"), asset("hunyuan", "x"))),
+        row(101, "left", pair=101, shapes=(asset("trellis", "x", 1), asset("trellis", "x", 2))),
+        row(102, "right", pair=0, annotator="n0", kind="repeat", shapes=(rows[0].left, rows[0].right)),
+        row(103, "left", pair=103, kind="gold", expected="left", shapes=(asset("trellis", "x"), asset("hunyuan", "x"))),
+        row(104, "left", pair=104, undone=True, shapes=(asset("trellis", "x"), asset("hunyuan", "x"))),
+    ]  # fmt: skip
+    board = leaderboard_of([*rows, *others])
+    assert (board.games, board.annotators, board.prompts) == (40, 4, 20) and board == leaderboard_of(rows)
+    assert [s.name for s in board.groups[0]] == ["trellis", "hunyuan"]
+
+
+def test_both_bad_ties_and_votes_count_as_they_should():
+    bad = [dataclasses.replace(r, choice=Choice.BAD, votes={"texture": "right"}) for r in judged()]
+    board = leaderboard_of(bad)
+    assert board.groups[0][0].points == board.groups[0][1].points and board.groups[0][0].both_bad == 40
+    texture = leaderboard_of(bad, "texture").groups[0]
+    assert [s.name for s in texture] == ["hunyuan", "trellis"] and texture[0].both_bad == 0 and texture[0].wins == 40
+    assert [b["question"] for b in quality_report(bad)["leaderboards"]] == [None, "texture"]
+
+
+def test_a_study_and_a_single_generator_have_none():
+    assert as_text(leaderboard_of([])) == "No comparisons of two generators yet."
+    assert leaderboard_of(judged(mode="study")).games == 0 and quality_report(judged(mode="study"))["leaderboards"] == []
+    assert quality_report([row(i, "left") for i in range(30)])["leaderboards"] == []
+
+
+def test_generators_have_names_that_people_know():
+    def network(generator, source):
+        return dataclasses.replace(shape(0, generator * 64), source=source)
+
+    names = generator_names([network("a", ""), network("b", "/runs/1/net.safetensors"), asset("trellis", "x")])
+    assert set(names.values()) == {"bundled generator", "net.safetensors", "trellis"}
+    names = generator_names([network("a", "/runs/1/net.safetensors"), network("b", "/runs/2/net.safetensors")])
+    assert set(names.values()) == {"1/net.safetensors", "2/net.safetensors"}
+    names = generator_names([network("a", "/runs/1/net.safetensors"), network("b", "/runs/1/net.safetensors")])
+    assert names["a" * 64] == "1/net.safetensors aaaaaaaa"
+
+
+def test_assets_are_the_same_shape_in_every_row():
+    rows = [row(i, "left", pair=0, annotator=f"n{i}", shapes=(asset("a", "x"), asset("b", "x"))) for i in range(3)]
+    rows += [row(3, "left", pair=1, shapes=(asset("a", "x"), asset("c", "x")))]
+    strengths = quality_report(rows)["bradley_terry"]
+    assert {s["label"]: s["comparisons"] for s in strengths} == {"a: x.glb": 4, "b: x.glb": 3, "c: x.glb": 1}
+
+
+def test_the_command_prints_text_json_and_csv(store, tmp_path):
+    pairs = [PlannedPair(first=asset("trellis", f"p{i}"), second=asset("hunyuan", f"p{i}")) for i in range(25)]
+    campaign, ann = store.create_campaign(CampaignSettings(name="c", **QUIET), pairs), store.annotator_without_token("ann").id
+    trial = itertools.count()
+
+    def choose(left: Shape, right: Shape) -> Choice:
+        i = next(trial) % 5
+        return Choice.TIE if i == 0 else Choice.LEFT if (left.generator == "trellis") == (i != 1) else Choice.RIGHT
+
+    answer_all(store, campaign, ann, choose, ahead=1)
+    alone = PlannedPair(first=shape(1), second=shape(1))
+    store.create_campaign(CampaignSettings(name="one", mode=Mode.SINGLE, scale="thumbs", swap_share=0), [alone])
+
+    def run(*args: str):
+        return CliRunner().invoke(main, ["leaderboard", f"--db=sqlite:///{tmp_path / 'labels.db'}", *args])
+
+    text = run("--campaign=c").output
+    assert " 1. trellis" in text and "at least" not in text and "this annotator alone" in text
+    found = json.loads(run("--json").output)
+    assert [(s["name"], s["n"], s["wins"], s["ties"]) for s in found["groups"][0]] == [("trellis", 25, 15, 5), ("hunyuan", 25, 5, 5)]
+    table = list(csv.DictReader(io.StringIO(run("--csv").output)))
+    assert [r["name"] for r in table] == ["trellis", "hunyuan"]
+    assert float(table[0]["lo"]) < float(table[0]["points"]) < float(table[0]["hi"])
+    assert "Name another" in run("--question=texture").output and "`status` lists them" in run("--campaign=x").output
+    assert "compares nothing" in run("--campaign=one").output
+
+
+def test_the_simulations_are_printed():
+    result = CliRunner().invoke(main, ["simulate", "shares", "--n=10"])
+    assert result.exit_code == 0 and "within 93-97 %" in result.output
+    shares = json.loads(CliRunner().invoke(main, ["simulate", "shares", "--n=10", "--json"]).output)["10"]
+    assert 0.93 < np.mean([case["coverage"] for case in shares]) < 0.97

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import shutil
-import subprocess
 import time
 
 import numpy as np
@@ -56,6 +54,8 @@ def test_a_judgement_is_kept_as_it_was_sent(served):
     assert (row.answered_at, row.page_version, row.annotator) == (1.7e9, "abc", "local")
     tokens = dict(served.store.shapes(served.campaign))
     assert (row.left, row.right) == (tokens[served.asset(pair["left"])], tokens[served.asset(pair["right"])])
+    assert answer(page, next_pair(page)["assignment"], "key-2", "skip", reason="identical").status_code == 201
+    assert list(served.store.judgements())[-1].reason == "identical"
 
 
 def test_sending_again_changes_nothing(served):
@@ -90,13 +90,6 @@ def test_a_training_pair_is_explained(served):
     lesson = answer(page, pair["assignment"], "k").json()["training"]
     row = next(served.store.judgements())
     assert lesson == {"correct": row.expected == "left", "better": row.expected, "explanation": "The other one has a hole."}
-
-
-def test_a_skip_has_a_reason(served):
-    page = served.browser()
-    pair = past_training(page)
-    assert answer(page, pair["assignment"], "k", "skip", reason="identical").status_code == 201
-    assert list(served.store.judgements())[-1].reason == "identical"
 
 
 def test_a_campaign_is_worked_through_to_its_end(served):
@@ -164,48 +157,34 @@ def test_static_files_are_compressed_and_revalidated(served):
     assert client.get("/static/app.js", headers={"If-None-Match": plain.headers["etag"]}).status_code == 304
 
 
-def test_the_page_version_changes_with_the_page(served, tmp_path):
-    before = served.browser().get("/api/session").json()["page_version"]
-    (served.options.static / "app.js").write_text("'other'")
-    with serving.running(tmp_path / "second", pairs=1) as second:
-        (second.options.static / "app.js").write_text("'other'")
-        assert second.browser().get("/api/session").json()["page_version"] == before  # read when it starts
-
-
 def test_an_open_page_survives_a_restart(tmp_path):
-    values = {"folder": tmp_path, "limits": Limits()}
-    with serving.running(**values) as served:
-        token = served.browser().headers["X-CSRF-Token"]
-        options = served.options
+    with serving.running(tmp_path) as served:
+        page, options = served.browser(), served.options
+        before = page.get("/api/session").json()["page_version"]
+        (options.static / "app.js").write_text("'other'")
+        assert served.browser().get("/api/session").json()["page_version"] == before  # files are read when it starts
     assert (options.cache.folder / "server.key").stat().st_mode & 0o777 == 0o600
-    shutil.rmtree(tmp_path / "cache" / "progress", ignore_errors=True)
     (tmp_path / "labels.db").rename(tmp_path / "old.db")
-    with serving.running(**values) as served:
-        assert served.browser().headers["X-CSRF-Token"] == token
+    with serving.running(tmp_path) as served:
+        assert served.browser().headers["X-CSRF-Token"] == page.headers["X-CSRF-Token"]
 
 
-def test_the_admin_sees_quality_and_exports(tmp_path):
+def test_the_admin_sees_quality_and_exports(tmp_path, served):
     planned = [PlannedPair(first=serving.shape("a", 2 * i), second=serving.shape("a", 2 * i + 1)) for i in range(3)]
-    with serving.running(tmp_path, planned=planned) as served:
-        see_quality_and_exports(served.browser())
-
-
-def test_what_the_label_format_cannot_hold_is_refused(served):
-    page = served.browser()
-    answer(page, past_training(page)["assignment"], "k")  # the two shapes of these pairs are of two generators
+    with serving.running(tmp_path, planned=planned) as seeds:
+        page = seeds.browser()
+        answer(page, next_pair(page)["assignment"], "k")
+        report = page.get("/api/admin/quality").json()
+        assert report["annotators"][0]["name"] == "local" and report["preparation"]["error"] is None
+        for kind, count in (("csv", 2), ("jsonl", 1), ("judgements", None)):
+            response = page.get(f"/api/admin/export?format={kind}")
+            assert response.status_code == 200 and "attachment" in response.headers["content-disposition"]
+            assert count is None or len(response.text.splitlines()) == count
+        assert any(json.loads(line)["record"] == "judgement" for line in response.text.splitlines())
+    page = served.browser()  # the two shapes of its pairs are of two generators, which the label format cannot hold
+    answer(page, past_training(page)["assignment"], "k")
     response = page.get("/api/admin/export?format=csv")
     assert response.status_code == 409 and response.json()["remedy"] == "Ask for format=judgements."
-
-
-def see_quality_and_exports(page) -> None:
-    answer(page, next_pair(page)["assignment"], "k")
-    report = page.get("/api/admin/quality").json()
-    assert report["annotators"][0]["name"] == "local" and report["preparation"]["error"] is None
-    for kind, count in (("csv", 2), ("jsonl", 1), ("judgements", None)):
-        response = page.get(f"/api/admin/export?format={kind}")
-        assert response.status_code == 200 and "attachment" in response.headers["content-disposition"]
-        assert count is None or len(response.text.splitlines()) == count
-    assert any(json.loads(line)["record"] == "judgement" for line in response.text.splitlines())
 
 
 def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
@@ -248,12 +227,8 @@ def test_a_proxy_is_believed_only_where_it_is_named(tmp_path):
             assert json.loads(log.read_text().splitlines()[-1])["address"] == ("203.0.113.9" if https else "127.0.0.1")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl not found; install Debian's package openssl")
-def test_https(tmp_path):
-    names = {"certificate": tmp_path / "cert.pem", "key": tmp_path / "key.pem"}
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-out", names["certificate"], "-keyout", names["key"]], check=True, capture_output=True)
-    with serving.running(tmp_path / "server", config=names, exposed=True) as served:
+def test_https(tmp_path, certificate):
+    with serving.running(tmp_path, config=dict(zip(("certificate", "key"), certificate, strict=True)), exposed=True) as served:
         token = served.store.add_annotator("ann")
         page = served.browser(token)
         assert page.get("/api/session").json()["annotator"] == "ann"

@@ -25,8 +25,12 @@ def test_a_token_a_session_and_their_ends(exposed):
     cookie = page.cookies["session"]
     response = page.post("/logout")
     assert response.status_code == 303 and page.get("/api/session").status_code == 401
-    thief = exposed.client(Cookie=f"session={cookie}")
-    assert thief.get("/api/session").status_code == 401
+    assert exposed.client(Cookie=f"session={cookie}").get("/api/session").status_code == 401
+    page, boss = exposed.browser(exposed.store.add_annotator("short")), exposed.client(exposed.tokens["boss"])
+    assert page.get("/api/session").status_code == 200
+    listed = boss.post("/api/admin/annotators/revoke", json={"name": "short"}).json()
+    assert next(a for a in listed if a["name"] == "short")["revoked"] is not None
+    assert page.get("/api/session").status_code == 401, "revoking ends sessions at once"
 
 
 def test_the_session_cookie_is_kept_from_scripts_and_other_sites(exposed):
@@ -34,15 +38,6 @@ def test_the_session_cookie_is_kept_from_scripts_and_other_sites(exposed):
     cookie = next(c for c in response.headers.get_list("set-cookie") if c.startswith("session="))
     assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; ")) and "Secure" not in cookie
     assert exposed.tokens["ann"] not in str(response.headers) and response.headers["location"] == "/"
-
-
-def test_revoking_ends_sessions_at_once(exposed):
-    page = exposed.browser(exposed.store.add_annotator("short"))
-    assert page.get("/api/session").status_code == 200
-    boss = exposed.client(exposed.tokens["boss"])
-    listed = boss.post("/api/admin/annotators/revoke", json={"name": "short"}).json()
-    assert next(a for a in listed if a["name"] == "short")["revoked"] is not None
-    assert page.get("/api/session").status_code == 401
 
 
 def test_sessions_end(tmp_path):
@@ -75,18 +70,15 @@ def test_an_admin_makes_an_annotator(exposed):
     assert made.json()["token"] not in boss.get("/api/admin/annotators").text
 
 
-def test_one_annotators_assignment_is_not_anothers(exposed):
-    ann, boss = (exposed.client(exposed.tokens[name]) for name in ("ann", "boss"))
-    token = ann.get("/api/assignments?count=1").json()["assignments"][0]["assignment"]
-    assert answer(boss, token, "steal").status_code == 404
-    assert answer(ann, token, "mine").status_code == 201
-
-
-def test_a_csrf_token_is_of_one_session(exposed):
+def test_one_annotators_assignment_and_csrf_token_are_not_anothers(exposed):
     first, second = exposed.browser(exposed.tokens["ann"]), exposed.browser(exposed.tokens["boss"])
     assert first.headers["X-CSRF-Token"] != second.headers["X-CSRF-Token"]
     assert first.post("/api/undo", json={"key": "k1"}, headers={"X-CSRF-Token": second.headers["X-CSRF-Token"]}).status_code == 403
     assert first.post("/api/undo", json={"key": "k1"}).status_code == 200
+    ann, boss = (exposed.client(exposed.tokens[name]) for name in ("ann", "boss"))
+    token = ann.get("/api/assignments?count=1").json()["assignments"][0]["assignment"]
+    assert answer(boss, token, "steal").status_code == 404
+    assert answer(ann, token, "mine").status_code == 201
 
 
 @pytest.mark.parametrize("headers", [
@@ -109,6 +101,10 @@ def test_wrong_tokens_are_limited_and_right_ones_are_let_in_all_the_same(tmp_pat
         assert served.client(first).get("/api/session").status_code == 200
         assert serving.login(served.client(**SAME), late).status_code == 303
         assert served.client("guess" * 6).get("/api/session").status_code == 429  # a right token in between changes nothing
+    with serving.running(tmp_path / "page", exposed=True, limits=Limits(guesses=(0.01, 4.0))) as served:
+        found = [serving.login(served.client(**SAME), f"guess-number-{i:020d}") for i in range(6)]
+        assert [r.status_code for r in found] == [401] * 4 + [429] * 2 and int(found[-1].headers["Retry-After"]) > 60
+        assert "This token is unknown" in found[0].text and "guess-number" not in found[0].text
 
 
 def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path):
@@ -119,14 +115,6 @@ def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path
                 assert client.get("/api/session", headers=headers).status_code == 401
         new = served.client(**SAME, **{"X-Forwarded-For": "10.2.0.1"})
         assert serving.login(new, served.store.add_annotator("ann")).status_code == 303
-
-
-def test_guessing_at_the_log_in_page_is_limited(tmp_path):
-    with serving.running(tmp_path, exposed=True, limits=Limits(guesses=(0.01, 4.0))) as served:
-        found = [serving.login(served.client(**SAME), f"guess-number-{i:020d}") for i in range(6)]
-        assert [r.status_code for r in found] == [401] * 4 + [429] * 2
-        assert int(found[-1].headers["Retry-After"]) > 60
-        assert "This token is unknown" in found[0].text and "guess-number" not in found[0].text
 
 
 @pytest.mark.parametrize(

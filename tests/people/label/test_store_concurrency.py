@@ -11,7 +11,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from sqlalchemy import text
 
@@ -25,14 +24,11 @@ from tests.people.label.postgres import REMEDY, find_binaries, run_postgres
 REPO = Path(__file__).resolve().parents[3]
 
 
-def work(store, campaign, who, times=None):
+def work(store, campaign, who):
     """Answer until nothing is left."""
     while shown := store.assignments(campaign, who):
         for assigned in shown:
-            began = time.perf_counter()
             store.submit(campaign, who, answer(assigned, assigned.token))
-            if times is not None:
-                times.append(time.perf_counter() - began)
 
 
 def everybody(store, count):
@@ -56,13 +52,8 @@ def test_fifty_annotators_at_once_share_the_pairs(database_url):
         campaign = store.create_campaign(CampaignSettings(name="c", annotators_per_pair=2, **QUIET), plan(60))
         people = everybody(store, 50)
         start = threading.Barrier(50)
-
-        def one(who):
-            start.wait()
-            work(store, campaign, who)
-
         with ThreadPoolExecutor(50) as pool:
-            list(pool.map(one, people))
+            list(pool.map(lambda who: (start.wait(), work(store, campaign, who)), people))
         assert len(assert_each_pair_so_often(store, 2)) == 120
 
 
@@ -138,35 +129,6 @@ def test_what_was_acknowledged_survives_a_kill(database_url):
         for annotator in store.annotators():
             work(store, 1, annotator.id)
         assert len(assert_each_pair_so_often(store, 1)) == 120
-
-
-@pytest.mark.long
-def test_a_submission_takes_well_under_100_ms_for_fifty_annotators(database_url, record_property):
-    """50 annotators x 20 judgements, each one every two seconds: p95 of a submission."""
-    with Store.open(database_url) as store:
-        settings = CampaignSettings(name="c", annotators_per_pair=2, gold_every=10)
-        campaign = store.create_campaign(settings, plan(1000, gold=10))
-        people = everybody(store, 50)
-        times: list[float] = []
-
-        def one(k):
-            time.sleep(k / 25)
-            for n in range(20):
-                began = time.monotonic()
-                assigned = store.assignments(campaign, people[k])[0]
-                before = time.perf_counter()
-                store.submit(campaign, people[k], answer(assigned, str(n)))
-                times.append(time.perf_counter() - before)
-                time.sleep(max(0, 2 - (time.monotonic() - began)))
-
-        with ThreadPoolExecutor(50) as pool:
-            list(pool.map(one, range(50)))
-        rows = list(store.judgements())
-        assert len(rows) == 1000 and max(Counter(row.pair for row in rows if row.kind is Kind.PAIR).values()) <= 2
-    p50, p95 = np.percentile(times, [50, 95])
-    print(f"{database_url.split(':')[0]}: submission p50 {1000 * p50:.1f} ms, p95 {1000 * p95:.1f} ms, n = {len(times)}")
-    record_property("p95_ms", 1000 * p95)
-    assert p95 < 0.1
 
 
 def test_a_connection_that_was_lost_while_idle_is_replaced(postgres_url, monkeypatch):

@@ -59,14 +59,6 @@ def test_asking_again_gives_the_same_and_each_annotator_each_pair_once(store):
     assert store.assignments(campaign, eve) == []  # both places of every pair are taken
 
 
-def test_training_comes_first_in_the_plans_order(store):
-    campaign = campaign_of(store, plan(4, training=3))
-    ann = annotator(store)
-    rows = work_through(store, campaign, ann)
-    assert [row.kind for row in rows] == [Kind.TRAINING] * 3 + [Kind.PAIR] * 4
-    assert [min(row.left.seed, row.right.seed) for row in rows[:3]] == [0, 2, 4]
-
-
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
     """240 pairs worked through with repeats, swaps and gold checks."""
@@ -98,10 +90,16 @@ def test_repeats_keep_the_sides_and_swaps_do_not(long_run):
         assert (row.left == before.left) == (row.kind is Kind.REPEAT) == (row.first_is_left == before.first_is_left)
 
 
-def test_skipped_pairs_are_not_repeated(store):
-    campaign = campaign_of(store, plan(40), repeat_share=0.25, swap_share=0.25, repeat_gap=1)
-    rows = work_through(store, campaign, annotator(store), choice=Choice.SKIP)
-    assert Counter(row.kind for row in rows) == {Kind.PAIR: 40}
+@pytest.mark.parametrize(("pairs", "settings", "choice", "kinds"), [
+    (plan(40), {"repeat_share": 0.25, "swap_share": 0.25, "repeat_gap": 1}, Choice.SKIP, {Kind.PAIR: 40}),  # what is skipped never returns
+    (plan(3, gold=4), {"gold_every": 1}, Choice.LEFT, {Kind.GOLD: 4, Kind.PAIR: 3}),  # every trial gold ends when each was shown
+    (plan(4, training=3), {}, Choice.LEFT, {Kind.TRAINING: 3, Kind.PAIR: 4}),
+])  # fmt: skip
+def test_kinds_of_trials(store, pairs, settings, choice, kinds):
+    rows = work_through(store, campaign_of(store, pairs, **settings), annotator(store), choice=choice)
+    lessons = [min(row.left.seed, row.right.seed) for row in rows if row.kind is Kind.TRAINING]
+    assert Counter(row.kind for row in rows) == kinds and lessons == [0, 2, 4][: len(lessons)]
+    assert [row.kind for row in rows[: len(lessons)]] == [Kind.TRAINING] * len(lessons), "training comes first, in the plan's order"
 
 
 def test_an_annotator_is_done_after_so_many_trials(store):
@@ -112,11 +110,6 @@ def test_an_annotator_is_done_after_so_many_trials(store):
     assert len(rows) == 12 and store.progress(campaign, ann).done == 10
     store.undo(campaign, ann, "u")
     assert len(store.assignments(campaign, ann)) == 1
-
-
-def test_every_trial_gold_ends_when_each_was_shown(store):
-    campaign = campaign_of(store, plan(3, gold=4), gold_every=1)
-    assert Counter(row.kind for row in work_through(store, campaign, annotator(store))) == {Kind.GOLD: 4, Kind.PAIR: 3}
 
 
 def test_only_prepared_pairs_are_issued(store):

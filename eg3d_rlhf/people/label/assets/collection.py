@@ -82,12 +82,12 @@ def read_collection(source: Path, tell: Callable[[str], None] = lambda text: Non
     """
     source = source.resolve()
     if source.is_dir():
-        found = _of_folder(source)
+        collection = _of_folder(source)
     elif source.is_file():
-        found = _of_list(source)
+        collection = _of_list(source)
     else:
         raise FileNotFoundError(f"expected a folder of assets or a list, got nothing at {source}. Check the path.")
-    return _checked(found, source, tell)
+    return _checked(collection, source, tell)
 
 
 def is_asset_folder(path: Path) -> bool:
@@ -110,24 +110,24 @@ def read_generator(folder: Path, tell: Callable[[str], None] = lambda text: None
     return _checked(Collection(_stems_once(assets), _prompts(root, {asset.prompt for asset in assets})), folder, tell)
 
 
-def _checked(found: Collection, source: Path, tell: Callable[[str], None]) -> Collection:
+def _checked(collection: Collection, source: Path, tell: Callable[[str], None]) -> Collection:
     """Not empty, not too many, nothing twice, and examined."""
-    if not found.assets:
+    if not collection.assets:
         raise ValueError(f"expected assets in {source.name}, got none. Lay them out as GENERATOR/PROMPT.glb, or give a list.")
-    if len(found.assets) > MAX_ASSETS:
-        raise ValueError(f"expected up to {MAX_ASSETS:,} assets, got {len(found.assets):,}. Split them.")
+    if len(collection.assets) > MAX_ASSETS:
+        raise ValueError(f"expected up to {MAX_ASSETS:,} assets, got {len(collection.assets):,}. Split them.")
     twice: dict[tuple, Asset] = {}
-    for asset in found.assets:
+    for asset in collection.assets:
         other = twice.setdefault((asset.generator, asset.prompt, asset.seed), asset)
         if other is not asset:
             names = f"{other.path.name} and {asset.path.name}"
             raise ValueError(f"expected one asset of {asset.generator} for {asset.prompt} and seed {asset.seed}, got {names}. Give seeds.")
-    return _examined(found, tell)
+    return _examined(collection, tell)
 
 
-def _examined(found: Collection, tell: Callable[[str], None]) -> Collection:
-    pictures = [prompt.image for prompt in found.prompts.values() if prompt.image]
-    paths = list(dict.fromkeys([*pictures, *(asset.path for asset in found.assets)]))
+def _examined(collection: Collection, tell: Callable[[str], None]) -> Collection:
+    pictures = [prompt.image for prompt in collection.prompts.values() if prompt.image]
+    paths = list(dict.fromkeys([*pictures, *(asset.path for asset in collection.assets)]))
 
     def count(done: int) -> None:
         if done % 100 == 0 or done == len(paths):
@@ -135,13 +135,13 @@ def _examined(found: Collection, tell: Callable[[str], None]) -> Collection:
 
     known = dict(zip(paths, reading.examine(paths, count), strict=True))
     wrong = [path.name for path in pictures if known[path].kind != "picture"]
-    wrong += [asset.path.name for asset in found.assets if known[asset.path].kind == "picture"]
+    wrong += [asset.path.name for asset in collection.assets if known[asset.path].kind == "picture"]
     if wrong:
         raise ValueError(f"{wrong[0]}: expected pictures as prompts and assets as assets, got the other. Correct the list.")
-    assets = [Asset(**{**vars(asset), "kind": known[asset.path].kind, "hash": known[asset.path].hash}) for asset in found.assets]
+    assets = [Asset(**{**vars(asset), "kind": known[asset.path].kind, "hash": known[asset.path].hash}) for asset in collection.assets]
     prompts = {
         name: Prompt(text=prompt.text, image=prompt.image, hash=known[prompt.image].hash if prompt.image else None)
-        for name, prompt in found.prompts.items()
+        for name, prompt in collection.prompts.items()
     }  # fmt: skip
     return Collection(assets, prompts)
 
@@ -185,15 +185,15 @@ def _stems_once(assets: list[Asset]) -> list[Asset]:
 
 def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
     """prompts.jsonl, where there is one; each prompt that is known has an entry."""
-    found = {name: Prompt() for name in sorted(known)}
+    prompts = {name: Prompt() for name in sorted(known)}
     if (folder / PROMPTS).is_file():
         for record, where in _lines(folder / PROMPTS):
             name = _text(record, "prompt", where)
             if name in known:
-                found[name] = _prompt(record, folder, where)
-        if known and not any(prompt.text or prompt.image for prompt in found.values()):
+                prompts[name] = _prompt(record, folder, where)
+        if known and not any(prompt.text or prompt.image for prompt in prompts.values()):
             raise ValueError(f"{PROMPTS}: expected prompts named as the files are, such as {min(known)!r}, got none of them. Correct them.")
-    return found
+    return prompts
 
 
 def _of_rankings(lists: dict[str, Path], root: Path) -> Collection:
@@ -267,28 +267,27 @@ def _seed(record: dict, where: str) -> int:
 
 def _prompt(record: dict, root: Path, where: str) -> Prompt:
     text = record.get("text")
-    if text is not None and (not isinstance(text, str) or len(text) > MAX_TEXT or not all(map(_in_text, text))):
+    if text is not None and (
+        not isinstance(text, str) or len(text) > MAX_TEXT
+        # lines and tabs may be in a text; other control characters, and halves of surrogate pairs, which no answer can hold, may not
+        or any(unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\r\t")
+    ):  # fmt: skip
         raise ValueError(f'{where}: expected "text" of up to {MAX_TEXT} characters, got {str(text)[:40]!r}. Correct it.')
     image = inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
     return Prompt(text=text or None, image=image)
 
 
-def _in_text(character: str) -> bool:
-    """Lines and tabs may be in a text, other control characters and halves of surrogate pairs, which no answer can hold, may not."""
-    return character in "\n\r\t" or unicodedata.category(character) not in ("Cc", "Cs")
-
-
 def inside(path: Path, root: Path, where: str) -> Path:
     """A file's resolved path. Raises: ValueError for one that does not lie below `root`, or is not there."""
     try:
-        found = path.resolve()
-        if not found.is_relative_to(root.resolve()):
+        resolved = path.resolve()
+        if not resolved.is_relative_to(root.resolve()):
             raise ValueError(f"{where}: expected a file within {root.name}, got {path.name}, which leads elsewhere. Copy it there.")
-        if not found.is_file():
+        if not resolved.is_file():
             raise ValueError(f"{where}: expected a file, got nothing of that kind at {path.name}. Correct the name.")
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
         raise ValueError(f"{where}: expected a file, got {path.name[:60]}: {error}. Correct the name.") from None
-    return found
+    return resolved
 
 
 # ---- which assets a campaign compares: those of one prompt, between generators, or between seeds where there is one generator
@@ -314,18 +313,18 @@ def plan_assets(options: PairingOptions, collection: Collection, tell: Callable[
     if options.strategy != "random":
         raise ValueError(f"--strategy={options.strategy}: expected random pairs of assets. Leave it out.")
     rng = np.random.default_rng(options.seed)
-    found: list[Pair]
+    chosen: list[Pair]
     if options.single:
-        found = [(asset, asset) for asset in itertools.islice(balanced(_by_generator(collection), rng), options.pairs)]
+        chosen = [(asset, asset) for asset in itertools.islice(balanced(_by_generator(collection), rng), options.pairs)]
     else:
-        found = list(itertools.islice(balanced(_meetings(collection, rng, options.pairs), rng), options.pairs))
-        found = [pair if rng.integers(2) else pair[::-1] for pair in found]
-    if not found:
+        chosen = list(itertools.islice(balanced(_meetings(collection, rng, options.pairs), rng), options.pairs))
+        chosen = [pair if rng.integers(2) else pair[::-1] for pair in chosen]
+    if not chosen:
         raise ValueError("expected at least two assets of one prompt that differ, got none. Give each prompt a file of each generator.")
-    if len(found) < options.pairs:
-        tell(f"{len(found)} {'assets' if options.single else 'pairs'}: there are no more")
-    options = replace(options, pairs=len(found))
-    shown = [PlannedPair(first=shape_of(a), second=shape_of(b)) for a, b in found]
+    if len(chosen) < options.pairs:
+        tell(f"{len(chosen)} {'assets' if options.single else 'pairs'}: there are no more")
+    options = replace(options, pairs=len(chosen))
+    shown = [PlannedPair(first=shape_of(a), second=shape_of(b)) for a, b in chosen]
     gold, training = _known(options, collection, rng, tell)
     used = {key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")}
     report = {**used, "generators": collection.generators, "assets": len(collection.assets), "gold": len(gold), "training": len(training)}
@@ -375,7 +374,7 @@ def _meetings(collection: Collection, rng: np.random.Generator, most: int) -> di
             rows, columns = np.triu_indices(len(first), 1) if a == b else np.indices((len(first), len(second))).reshape(2, -1)
             chosen = rng.permutation(len(rows))[:most]
             pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
-            pairs = [(one, other) for one, other in pairs if one.hash != other.hash]
+            pairs = [(a_file, b_file) for a_file, b_file in pairs if a_file.hash != b_file.hash]
             if pairs:
                 out[(a, b), prompt] = pairs
     return out

@@ -113,8 +113,8 @@ def _rough(part: Primitive, bumps: _Bumps, moved: dict[int, Array]) -> Primitive
 
 def _faces(part: Primitive) -> np.ndarray:
     """[F, 3]"""
-    found = np.arange(len(part.attributes["POSITION"].values), dtype="<u4") if part.indices is None else part.indices.values[:, 0]
-    return found[: len(found) // 3 * 3].reshape(-1, 3)
+    indices = np.arange(len(part.attributes["POSITION"].values), dtype="<u4") if part.indices is None else part.indices.values[:, 0]
+    return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
 def _corners(part: Primitive) -> np.ndarray:

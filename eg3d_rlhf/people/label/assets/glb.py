@@ -128,10 +128,10 @@ class _Reader:
     # ---- records
 
     def _records(self, kind: str) -> list[dict]:
-        found = self.document.get(kind, [])
-        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        records = self.document.get(kind, [])
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise ValueError(f"expected a list of {kind}, got something else")
-        return found
+        return records
 
     def _record(self, kind: str, number: object) -> dict:
         records = self.document.get(kind, [])
@@ -195,11 +195,11 @@ class _Reader:
         mode = record.get("mode", 4)
         if mode not in _TRIANGLE_MODES:
             raise ValueError("expected triangles, got points or lines")
-        found = {name: self._array(number) for name, number in record["attributes"].items() if name in _NAMES}
-        if "POSITION" not in found:
+        attributes = {name: self._array(number) for name, number in record["attributes"].items() if name in _NAMES}
+        if "POSITION" not in attributes:
             raise ValueError("expected positions, got a part without")
-        count = len(found["POSITION"].values)
-        for name, array in found.items():
+        count = len(attributes["POSITION"].values)
+        for name, array in attributes.items():
             if array.values.shape[1] not in _NAMES[name] or len(array.values) != count:
                 raise ValueError(f"expected {count} of {name}, got {list(array.values.shape)}")
             if array.values.dtype.kind == "f" and not (np.abs(array.values) < _REACH).all():
@@ -218,7 +218,7 @@ class _Reader:
             material = self._once("materials", record["material"], self.out.materials, self._material)
         if not count or (indices is not None and not len(indices.values)):
             raise ValueError("expected at least one triangle in each part, got none")
-        return Primitive(found, indices, mode, material)
+        return Primitive(attributes, indices, mode, material)
 
     # ---- arrays
 
@@ -243,13 +243,13 @@ class _Reader:
         return Array(values, bool(record.get("normalized", False)) and dtype.kind != "f")
 
     def _sparse(self, record: dict, values: np.ndarray) -> np.ndarray:
-        some, places, found = _count(record, "count"), record["indices"], record["values"]
+        some, places, numbers = _count(record, "count"), record["indices"], record["values"]
         kind = np.dtype(COMPONENTS[places["componentType"]])
         at = self._view(places["bufferView"], _count(places, "byteOffset", 0), kind, 1, some)[:, 0]
         if kind.kind != "u" or (some and at.max() >= len(values)):
             raise ValueError("expected the places of a sparse array to lie within it, got others")
         values = values.copy()
-        values[at] = self._view(found["bufferView"], _count(found, "byteOffset", 0), values.dtype, values.shape[1], some)
+        values[at] = self._view(numbers["bufferView"], _count(numbers, "byteOffset", 0), values.dtype, values.shape[1], some)
         return values
 
     def _bytes(self, number: Any) -> tuple[memoryview, dict]:
@@ -309,10 +309,10 @@ class _Reader:
             out["texCoord"] = _set(info["texCoord"])
         transform = info.get("extensions", {}).get("KHR_texture_transform")
         if transform is not None:
-            found: dict = {name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform}
-            found |= {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
-            found |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
-            out["extensions"] = {"KHR_texture_transform": found}
+            placed: dict = {name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform}
+            placed |= {"rotation": _number(transform["rotation"])} if "rotation" in transform else {}
+            placed |= {"texCoord": _set(transform["texCoord"])} if "texCoord" in transform else {}
+            out["extensions"] = {"KHR_texture_transform": placed}
             self.out.extensions.add("KHR_texture_transform")
         return out
 

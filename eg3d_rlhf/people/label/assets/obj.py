@@ -32,13 +32,13 @@ class Material:
 
 def companions(data: bytes | memoryview, path: Path) -> list[Path]:
     """The files that an OBJ file needs, each once, in order. Raises: ValueError naming one that it may not have, or that is not there."""
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for library in _libraries(data, path):
-        found[library] = None
+        files[library] = None
         for material in _materials(library.read_text("utf-8", "replace"), library).values():
             if material.texture is not None:
-                found[material.texture] = None
-    return list(found)
+                files[material.texture] = None
+    return list(files)
 
 
 def check_obj(data: bytes | memoryview) -> None:
@@ -58,8 +58,8 @@ def read_obj(data: memoryview, path: Path) -> Model:
 
     names = "".join(f"newmtl {name}\nKd 1 1 1\n" for name in order).encode()  # all that trimesh learns of materials
     try:
-        found = load_obj(io.BytesIO(data), resolver=collections.defaultdict(lambda: names), maintain_order=True)
-        parts = list(found.get("geometry", {}).values())
+        loaded = load_obj(io.BytesIO(data), resolver=collections.defaultdict(lambda: names), maintain_order=True)
+        parts = list(loaded.get("geometry", {}).values())
         arrays = [(p["vertices"], p["faces"], getattr(p["visual"], "uv", None), p.get("vertex_colors"), p.get("vertex_normals"),
                    getattr(getattr(p["visual"], "material", None), "name", None)) for p in parts]  # fmt: skip
     except Exception as error:  # whatever a damaged file makes of the parser
@@ -100,12 +100,12 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
 
 
 def _libraries(data: bytes | memoryview, path: Path) -> list[Path]:
-    names = [found.group(1).decode("utf-8", "replace").strip().strip('"') for found in _LIBRARY.finditer(data)]
+    names = [match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)]
     return [_beside(path, name, MAX_MTL) for name in dict.fromkeys(names)]
 
 
 def _materials(text: str, path: Path) -> dict[str, Material]:
-    found: dict[str, Material] = {}
+    materials: dict[str, Material] = {}
     current = Material()
     for line in text.splitlines():
         words = line.split(maxsplit=1)
@@ -113,8 +113,8 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
             continue
         key, value = words[0].lower(), words[1].strip()
         if key == "newmtl":
-            current = found[" ".join(value.split())] = Material()
-            if len(found) > MAX_MATERIALS:
+            current = materials[" ".join(value.split())] = Material()
+            if len(materials) > MAX_MATERIALS:
                 raise ValueError(f"expected up to {MAX_MATERIALS} materials in {path.name}, got more")
         elif key in ("kd", "d"):
             try:
@@ -131,7 +131,7 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
                 if value.startswith("-"):
                     raise ValueError(f"expected map_Kd in {path.name} without options, got {value[:40]!r}")
                 current.texture = _beside(path, value, MAX_TEXTURE)
-    return found
+    return materials
 
 
 def _refuse_foreign(path: Path, name: str) -> None:
@@ -143,12 +143,12 @@ def _refuse_foreign(path: Path, name: str) -> None:
 def _beside(path: Path, name: str, limit: int) -> Path:
     """A file named in another, in its folder or below."""
     _refuse_foreign(path, name)
-    found = path.parent / name.replace("\\", "/").strip('"')
+    file = path.parent / name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()
-    if not found.resolve().is_relative_to(folder):
+    if not file.resolve().is_relative_to(folder):
         raise ValueError(f"expected files beside {path.name}, got {name[:80]!r} named in it, which leads elsewhere")
-    if not found.is_file():
+    if not file.is_file():
         raise ValueError(f"expected {name[:80]!r}, which {path.name} names, got no such file")
-    if found.stat().st_size > limit:
+    if file.stat().st_size > limit:
         raise ValueError(f"expected {name[:80]!r} of up to {limit >> 20} MB, got a larger one")
-    return found.resolve()
+    return file.resolve()

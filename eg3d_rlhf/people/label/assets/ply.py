@@ -122,11 +122,11 @@ def read_mesh(data: memoryview) -> Model:
     from trimesh.exchange.ply import load_ply
 
     try:
-        found = load_ply(io.BytesIO(data), fix_texture=False)
-        vertices, faces = np.asarray(found["vertices"]), np.asarray(found["faces"])
+        loaded = load_ply(io.BytesIO(data), fix_texture=False)
+        vertices, faces = np.asarray(loaded["vertices"]), np.asarray(loaded["faces"])
     except Exception as error:  # whatever a damaged file makes of the parser
         raise ValueError(f"expected a PLY mesh, got a damaged one ({type(error).__name__})") from None
-    colours, normals, painted = found.get("vertex_colors"), found.get("vertex_normals"), found.get("face_colors")
+    colours, normals, painted = loaded.get("vertex_colors"), loaded.get("vertex_normals"), loaded.get("face_colors")
     whole = len(faces) > 0 and faces.min() >= 0 and faces.max() < len(vertices)
     if painted is not None and colours is None and whole and len(painted) == len(faces):
         vertices, colours, normals = vertices[faces.reshape(-1)], np.repeat(painted, 3, axis=0), None
@@ -156,10 +156,10 @@ def read_splats(data: memoryview) -> Splats:
 
     def columns(*wanted: str) -> np.ndarray:
         """[N, number of names]"""
-        found = np.stack([rows[name].astype("<f4") for name in wanted], axis=1)
-        if not np.isfinite(found).all():
+        stacked = np.stack([rows[name].astype("<f4") for name in wanted], axis=1)
+        if not np.isfinite(stacked).all():
             raise ValueError(f"expected finite numbers in {wanted[0]}, got others")
-        return found
+        return stacked
 
     turns = columns(*_SPLAT[10:])
     lengths = np.linalg.norm(turns, axis=1, keepdims=True)

@@ -55,21 +55,21 @@ def examine(paths: Sequence[Path], tell: Callable[[int], None] = lambda done: No
 
     Raises: ValueError naming the files that are unfit, and why.
     """
-    found: list[Examined] = []
+    examined: list[Examined] = []
     wrong: list[str] = []
     waiting = list(paths)
     while waiting:  # a file that ends the process costs a new one
-        answers = list(_run([{"do": "examine", "path": str(path)} for path in waiting], lambda n: tell(len(found) + len(wrong) + n)))
+        answers = list(_run([{"do": "examine", "path": str(path)} for path in waiting], lambda n: tell(len(examined) + len(wrong) + n)))
         for path, answer in zip(waiting, answers, strict=False):
             if _REFUSED in answer:
                 wrong.append(f"{path}: {answer[_REFUSED]}")
             else:
-                found.append(Examined(**answer))
+                examined.append(Examined(**answer))
         waiting = waiting[len(answers) :]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{'; '.join(wrong[:5])}{more}. Mend or remove {'it' if len(wrong) == 1 else 'them'}.")
-    return found
+    return examined
 
 
 def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:

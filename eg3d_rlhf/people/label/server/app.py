@@ -146,12 +146,12 @@ def read_static(folder: Path) -> dict[str, StaticFile]:
 
     Raises: ValueError where the pages are missing.
     """
-    found = {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.suffix in SUFFIXES and p.is_file()}
-    missing = sorted({"index.html", "admin.html"} - set(found))
+    contents = {p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.suffix in SUFFIXES and p.is_file()}
+    missing = sorted({"index.html", "admin.html"} - set(contents))
     if missing:
-        raise ValueError(f"{folder}: expected {' and '.join(missing)}, got {len(found)} other files. Install the package again.")
+        raise ValueError(f"{folder}: expected {' and '.join(missing)}, got {len(contents)} other files. Install the package again.")
     files = {}
-    for name, data in found.items():
+    for name, data in contents.items():
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         kind = "text/javascript" if name.endswith(".js") else kind
         files[name] = StaticFile(data, gzip.compress(data, mtime=0), kind, f'"{hashlib.sha256(data).hexdigest()[:20]}"')
@@ -177,8 +177,8 @@ def pages(context: Context) -> APIRouter:
     @router.get("/sw.js")
     async def service_worker(request: Request) -> Response:
         """The page's service worker, at the root as it keeps what lies there; it changes with every file of the page."""
-        own = {name: file.etag for name, file in context.files.items() if name not in NOT_KEPT}
-        head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': own})};\n"
+        kept = {name: file.etag for name, file in context.files.items() if name not in NOT_KEPT}
+        head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': kept})};\n"
         headers = {"Cache-Control": "private, no-cache"}
         return Response(head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers)
 

@@ -279,8 +279,8 @@ class Door:
         """Begin with those who wait, as the pace allows."""
         self._turn = None
         while self.waiting.size and not self.starts.take(""):
-            one = self.waiting.next()
-            self._start(one.sock, one.key)
+            waiting = self.waiting.next()
+            self._start(waiting.sock, waiting.key)
         if self.waiting.size:
             self._turn = self.loop.call_later(1 / self.starts.rate, self._next)
 

@@ -73,10 +73,10 @@ def check_host(headers: Headers, exposed: bool) -> None:
     Raises: Refusal 400 or 421.
     """
     hosts = headers.getlist("host")
-    found = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
-    if found is None:
+    match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    if match is None:
         raise Refusal(400, "Expected one valid Host header.", "Use the address that the server printed.")
-    if not exposed and found.group(1).strip("[]").lower() not in LOOPBACK:
+    if not exposed and match.group(1).strip("[]").lower() not in LOOPBACK:
         raise Refusal(421, "This server answers only to this machine's own names.", "Open http://127.0.0.1 with the server's port.")
 
 
@@ -101,8 +101,8 @@ def check_same_origin(headers: Headers, scheme: str) -> None:
     origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
     if not origins and not sites:
         raise Refusal(403, "Expected an Origin or Sec-Fetch-Site header.", "Scripts send 'Authorization: Bearer TOKEN' instead.")
-    own = [f"{scheme}://{headers.get('host', '')}".lower()]
-    if origins and [o.lower() for o in origins] != own or sites and sites != ["same-origin"]:
+    ours = [f"{scheme}://{headers.get('host', '')}".lower()]
+    if origins and [o.lower() for o in origins] != ours or sites and sites != ["same-origin"]:
         raise Refusal(403, "Another site sent this.", "Send it from the application's own page.")
 
 
@@ -153,8 +153,8 @@ class Entry:
 
     def fields(self) -> dict:
         """The entry's part of the line."""
-        found = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
-        return {k: v for k, v in found.items() if k != "began" and (k != "refused" or v is not None)}
+        values = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
+        return {k: v for k, v in values.items() if k != "began" and (k != "refused" or v is not None)}
 
 
 class PrivateFileHandler(RotatingFileHandler):

@@ -118,9 +118,9 @@ def _work(router: APIRouter, context: Context) -> None:
         pairs = context.store.assignments(context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost)
         progress = _progress(context, who)
         waiting = not pairs and not settled and (progress["done"] < progress["total"] or progress["training_left"] > 0)
-        found = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
+        shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
         return JSONResponse({
-            "assignments": found, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context),
+            "assignments": shown, "progress": progress, "waiting": waiting, "practice_lost": _practice_lost(context),
             "preparation": shapes.progress(),
         })  # fmt: skip
 
@@ -130,9 +130,9 @@ def _work(router: APIRouter, context: Context) -> None:
     ):
         """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment opens one again."""
         _judge(context, who)
-        found = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
-        shown = [{**asdict(one), **_shown(context, one.assignment, one.left, one.right)} for one in found[:count]]
-        return {"answers": shown, "more": len(found) > count}
+        rows = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
+        shown = [{**asdict(answer), **_shown(context, answer.assignment, answer.left, answer.right)} for answer in rows[:count]]
+        return {"answers": shown, "more": len(rows) > count}
 
 
 def label_api(context: Context) -> APIRouter:
@@ -201,8 +201,8 @@ def _judgements(router: APIRouter, context: Context) -> None:
             kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
         lesson = {"correct": kept.correct, "better": kept.better, "explanation": kept.explanation} if kept.training else None
         names = {"left": kept.reveal[0], "right": kept.reveal[1]} if kept.reveal else None
-        found = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "reveal": names, "progress": _progress(context, who)}
-        return JSONResponse(found, 200 if kept.duplicate else 201)
+        reply = {"accepted": True, "duplicate": kept.duplicate, "training": lesson, "reveal": names, "progress": _progress(context, who)}
+        return JSONResponse(reply, 200 if kept.duplicate else 201)
 
     @router.post("/undo", response_model=models.Undone)
     def undo(body: models.Undo, who: Who):

@@ -85,15 +85,10 @@ class Section:
 
     data: bytes | Path
     length: int
-    start: int = 0  # in the file
+    start: int = 0  # in the file, which is read to its end
 
 
 Body = Sequence[Section]
-
-
-def length_of(body: Body) -> int:
-    """Bytes in all."""
-    return sum(section.length for section in body)
 
 
 def body_of(path: Path, length: int | None = None) -> Body:
@@ -142,20 +137,13 @@ async def read(body: Body, first: int, stop: int) -> AsyncIterator[bytes]:
 def read_whole(body: Body) -> bytes:
     """All bytes at once; blocks."""
     return b"".join(
-        _part_of_file(section) if isinstance(section.data, Path) else section.data * (section.length // len(section.data))
-        for section in body if section.length
-    )  # fmt: skip
-
-
-def _part_of_file(section: Section) -> bytes:
-    with Path(section.data).open("rb") as file:  # type: ignore[arg-type]
-        file.seek(section.start)
-        return file.read(section.length)
+        s.data.read_bytes()[s.start :] if isinstance(s.data, Path) else s.data * (s.length // len(s.data)) for s in body if s.length
+    )
 
 
 def respond(body: Body, request: Request, headers: dict[str, str], film: bool) -> Response:
     """The response; of a film also one part, where one is asked for (RFC 9110, 14.2). May block for a moment."""
-    length = length_of(body)
+    length = sum(section.length for section in body)
     if not film:
         kind, headers = "application/octet-stream", {**headers, "Content-Encoding": "gzip"}
         if length <= WHOLE:

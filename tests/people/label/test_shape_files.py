@@ -1,0 +1,190 @@
+"""Files of shapes: the browser's mesh format, a name for everything that a shape is drawn from, and working through a plan."""
+
+import gzip
+import os
+import time
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.people.label.entities import Shape
+from eg3d_rlhf.people.label.preparation import ShapeProgress, prepare, progress_file
+from eg3d_rlhf.people.label.shape_files import ShapeCache, compress, encode_mesh, shape_key
+from tests.people.label.plans import SHAPE, decode_mesh, numbered
+
+OTHER = {"generator": "b" * 64, "seed": 8, "psi": 0.7, "level": 9.5, "resolution": 33, "triangles": 501, "degradation": "holes"}
+
+
+@pytest.fixture
+def cache(tmp_path) -> ShapeCache:
+    return ShapeCache(tmp_path)
+
+
+# ---- the format
+
+
+def random_mesh(vertices: int, faces: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(vertices, 3)) * [1, 0.01, 40], rng.integers(vertices, size=(faces, 3))
+
+
+@pytest.mark.parametrize(("vertices", "faces"), [(3, 1), (4, 4), (101, 200), (65536, 5), (65537, 5)])
+def test_positions_are_half_a_step_off_at_most_and_indices_exact(vertices, faces):
+    points, triangles = random_mesh(vertices, faces)
+    triangles[-1] = vertices - 1  # the largest index
+    found, found_faces = decode_mesh(encode_mesh(points, triangles))
+    assert np.all(np.abs(found - points) <= 0.51 * np.ptp(points, axis=0) / 65535 + 1e-6 * np.abs(points).max(axis=0))  # float32 header
+    assert np.array_equal(found_faces, triangles)
+
+
+def test_a_flat_mesh_has_no_extent_along_its_normal():
+    points = np.array([[0, 0, 0.25], [1, 0, 0.25], [0, 1, 0.25]])
+    assert np.allclose(decode_mesh(encode_mesh(points, [[0, 1, 2]]))[0], points)
+
+
+@pytest.mark.parametrize(("points", "faces", "text"), [
+    (np.zeros((0, 3)), np.zeros((0, 3), int), "holds a surface"), (np.zeros((3, 3)), np.zeros((0, 3), int), "faces"),
+    ([[0, 0, np.nan]] * 3, [[0, 1, 2]], "finite"), (np.eye(3), [[0, 1, 3]], "0..2"), (np.eye(3), [[0, 1, -1]], "-1"),
+])  # fmt: skip
+def test_meshes_that_cannot_be_shown_are_refused(points, faces, text):
+    with pytest.raises(ValueError, match=text):
+        encode_mesh(points, faces)
+
+
+def test_compression_depends_on_the_bytes_alone_and_is_plain_gzip():
+    data = encode_mesh(*random_mesh(50, 90))
+    packed = compress(data)
+    assert packed == compress(data) and gzip.decompress(packed) == data
+    assert packed[:4] == b"\x1f\x8b\x08\x00" and packed[4:8] == bytes(4)  # no name, no time
+
+
+# ---- the cache
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Shape)])
+def test_the_key_knows_all_that_a_shape_is_drawn_from_and_nothing_else(name):
+    changed = replace(SHAPE, **{name: OTHER.get(name, "/elsewhere/network.safetensors")})
+    assert (shape_key(changed) == shape_key(SHAPE)) is (name in ("source", "condition"))
+    assert shape_key(replace(SHAPE, psi=1, level=10)) == shape_key(SHAPE) and len(shape_key(SHAPE)) == 64  # however a number is written
+
+
+def test_files_are_found_by_shape(tmp_path, monkeypatch):
+    cache = ShapeCache(tmp_path / "not there yet")
+    assert cache.mesh(SHAPE) is cache.render(SHAPE) is cache.failure(SHAPE) is None
+    cache.put_mesh(SHAPE, b"mesh")
+    cache.put_render(SHAPE, b"png")
+    cache.put_failure(SHAPE, "no surface")
+    other = ShapeCache(tmp_path / "not there yet")
+    assert other.mesh(SHAPE).read_bytes() == b"mesh" and other.render(SHAPE).read_bytes() == b"png" and other.failure(SHAPE) == "no surface"
+    assert other.mesh(replace(SHAPE, seed=8)) is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ShapeCache().folder == tmp_path / ".cache" / "eg3d-rlhf" / "shapes"
+
+
+def test_a_file_that_is_being_written_is_not_there(cache, monkeypatch):
+    """Whatever happens before the rename, the cache does not have the shape."""
+    seen = []
+
+    def replace_file(temporary, path):
+        seen.append(cache.mesh(SHAPE))
+        raise OSError("killed here")
+
+    monkeypatch.setattr(os, "replace", replace_file)
+    with pytest.raises(OSError, match="killed here"):
+        cache.put_mesh(SHAPE, b"mesh")
+    assert seen == [None] and cache.mesh(SHAPE) is None
+
+
+def test_only_old_leftovers_are_removed(cache):
+    folder = cache.put_mesh(SHAPE, b"mesh").parent
+    old, fresh = folder / ".old.1.tmp", folder / ".fresh.2.tmp"
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    cache.remove_leftovers()
+    assert not old.exists() and fresh.exists() and cache.mesh(SHAPE) is not None
+
+
+# ---- working through a plan: in order, once each, on from where it was, past what cannot be drawn
+
+
+class Recorder:
+    """Draws a few bytes; refuses the seeds that have no surface."""
+
+    def __init__(self, without_surface: tuple[int, ...] = (), lost: tuple[int, ...] = ()):
+        self.drawn: list[int] = []
+        self.pictures: list[int] = []
+        self._without, self._lost = without_surface, lost
+
+    def generator(self, shape):
+        if shape.seed in self._lost:
+            raise FileNotFoundError("network.safetensors is gone")
+
+    def mesh(self, shape) -> bytes:
+        self.drawn.append(shape.seed)
+        if shape.seed in self._without:
+            raise ValueError("the level is not crossed")
+        return shape_key(shape).encode()
+
+    def picture(self, shape) -> bytes:
+        self.pictures.append(shape.seed)
+        return b"png"
+
+
+def test_shapes_are_drawn_in_order_and_each_once(cache):
+    shapes, drawer = [*numbered(3, 5), *numbered(5, 4)], Recorder()
+    prepare(shapes[1:2], cache, Recorder())  # what is there is not drawn again
+    prepare(shapes, cache, drawer)
+    assert drawer.drawn == [5, 7, 4, 8] and drawer.pictures == []
+    assert all(cache.mesh(shape).read_bytes() == shape_key(shape).encode() for shape in shapes)
+    prepare(shapes, cache, drawer, renders=True)  # pictures are added to shapes that have none
+    assert len(drawer.drawn) == 4 and drawer.pictures == [5, 6, 7, 4, 8] and cache.render(shapes[1]).read_bytes() == b"png"
+
+
+def test_a_shape_counts_as_prepared_only_with_its_picture(cache):
+    """The server looks for the mesh alone, so that comes last."""
+    seen, put, shape = [], cache.put_mesh, numbered(1)[0]
+    cache.put_mesh = lambda *args: (seen.append(cache.render(shape)), put(*args))
+    prepare([shape], cache, Recorder(), renders=True)
+    assert len(seen) == 1 and seen[0] is not None
+
+
+def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
+    shapes, drawer = numbered(5), Recorder(without_surface=(1, 3))
+    told: list[dict] = []
+    for _ in range(2):
+        prepare(shapes, cache, drawer, tell=told.append)
+    assert drawer.drawn == [0, 1, 2, 3, 4] and told[-1] == {**told[-1], "done": 3, "failed": 2, "total": 5, "finished": True}
+    assert cache.failure(shapes[3]) == "the level is not crossed" and cache.mesh(shapes[3]) is None and cache.mesh(shapes[4]) is not None
+
+
+def test_a_lost_generator_stops_the_work_and_is_held_against_no_shape(cache):
+    shapes, drawer = numbered(3), Recorder()
+    with pytest.raises(FileNotFoundError):
+        prepare(shapes, cache, Recorder(lost=(1,)))
+    assert cache.failure(shapes[1]) is None
+    prepare(shapes, cache, drawer)
+    assert drawer.drawn == [1, 2]
+
+
+def test_the_progress_adds_up_after_every_shape(cache):
+    told: list[dict] = []
+    prepare(numbered(2), cache, Recorder())
+    prepare(numbered(6), cache, Recorder(without_surface=(4,)), tell=told.append)
+    assert [(t["done"], t["failed"]) for t in told] == [(2, 0), (3, 0), (4, 0), (4, 1), (5, 1)]
+    assert told[0]["seconds_per_shape"] is None and told[0]["seconds_left"] is None and told[-1]["seconds_left"] == 0.0
+    for t in told[1:]:
+        assert t["seconds_left"] == pytest.approx(t["seconds_per_shape"] * (t["total"] - t["done"] - t["failed"]))
+    assert [t["finished"] for t in told] == [False] * 4 + [True]
+
+
+def test_progress_is_read_as_it_was_written_by_each_campaign(cache):
+    path, progress = cache.folder / "progress.json", ShapeProgress(campaign="one", done=1, total=3, seconds_per_shape=0.5)
+    assert ShapeProgress.read(path) is None
+    progress.write(path)
+    assert ShapeProgress.read(path) == progress
+    path.write_text('{"campaign": "one", "colour": 3}')
+    assert ShapeProgress.read(path) is None
+    files = {progress_file(cache, url, name) for url in ("sqlite:///a.db", "postgresql://u:secret@h/d") for name in ("one", "two")}
+    assert len(files) == 4 and not any("secret" in file.name for file in files)
