@@ -10,7 +10,6 @@
 Composition root: flags -> settings -> objects -> loop. No mathematics here.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -18,9 +17,11 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import MODES, GroupedCommand, choose_device, option, options_of, user_errors
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, user_errors
 from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
+from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes import gan as experiment
 from eg3d_rlhf.modes import gan_rounds as experiment_rounds
 from eg3d_rlhf.tuning.gan import settings
@@ -32,10 +33,6 @@ from training.distributed import process_group
 
 EG3D = "Accepted for EG3D's sake"
 TITLES = (RUN, DATA, NET, GAN, OPT, REWARD, ROUNDS, EG3D)
-
-# What --mode may name: a click command with flags of its own, imported when it is asked for. Plugins add theirs to core.cli.MODES.
-MODES.update({"gan": "train:main", "circular-dpo": "eg3d_rlhf.modes.circular_dpo:circular_dpo",
-              "grpo": "eg3d_rlhf.modes.grpo:grpo", "distill": "eg3d_rlhf.modes.distilled:distill"})
 
 
 class ModeCommand(GroupedCommand):
@@ -63,15 +60,9 @@ class ModeCommand(GroupedCommand):
 
     def command_of(self, mode: str) -> click.Command:
         """The command of a mode. Raises: ValueError naming those that are known."""
-        if mode not in MODES:
-            raise ValueError(f"--mode: expected one of {', '.join(MODES)}, got {mode}. Choose one, or name the plugin that brings it.")
-        command = MODES[mode]
         if mode == "gan":
             return self
-        if isinstance(command, str):
-            module, _, name = command.partition(":")
-            command = getattr(importlib.import_module(module), name)
-        return command
+        return command.command if isinstance(command := MODES[mode], Mode) else command
 
     def invoke(self, ctx: click.Context):
         """Run the command that parsed the arguments."""
@@ -92,7 +83,7 @@ def mode_of(args: list[str]) -> tuple[str, list[str]]:
     return mode.replace("_", "-"), rest + args[i:]
 
 
-@click.command(cls=ModeCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
+@click.command(cls=ModeCommand)
 @option("--mode", group=RUN, metavar="NAME", default="gan", expose_value=False,
         help=f"What is trained: {', '.join(MODES)}. Each has flags of its own: train.py --mode=NAME --help.")
 @option("--outdir", group=RUN, metavar="DIR", type=click.Path(path_type=Path), default=Path("runs"), help="Runs are numbered inside it.")

@@ -107,8 +107,8 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
 
 def forget_plugin(name: str) -> None:
     """Undo the import of a plugin that brought the generator family `name` in a file of that name."""
-    del FAMILIES[name], networks.ARCHITECTURES[name], sys.modules[name]
-    plugins._load.cache_clear()
+    del FAMILIES._things[name], sys.modules[name]
+    plugins._loaded.clear()
 
 
 def run(*flags):

@@ -83,7 +83,7 @@ def convert(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[
     names = [n for n in (("G_ema",) if only_ema else ("G", "D", "G_ema")) if getattr(nets, n) is not None]
     if out.suffix == ".safetensors":
         networks.save(out, nets, only_ema)
-        again = networks.load(out)
+        again = load_networks(out)
         states = {n: getattr(again, n).state_dict() for n in names}
     else:
         buffer = io.BytesIO()

@@ -18,11 +18,12 @@ import click
 from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 from eg3d_rlhf.rewards.networks import preset as find_preset
 from eg3d_rlhf.rewards.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
-from eg3d_rlhf.rewards.train import StoppedError, default_options, with_changes
+from eg3d_rlhf.rewards.train import default_options, with_changes
 from training.distributed import process_group
 
 BY_PRESET = "by preset"

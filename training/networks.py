@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,16 +16,14 @@ EG3D = "eg3d"  # architecture of the files that name none
 RENDERED = "neural_rendering_resolution"  # in the header of networks that have one
 
 
-# By the name in a network file: G and D, built from its G_kwargs and D_kwargs; D is None where there is no discriminator.
-ARCHITECTURES: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module] | None]] = {EG3D: (TriPlaneGenerator, DualDiscriminator)}
+Classes = tuple[type[torch.nn.Module], type[torch.nn.Module] | None]  # of G and D, built from G_kwargs and D_kwargs; None: there is no D
 
 
-def architecture(name: str) -> tuple[type[torch.nn.Module], type[torch.nn.Module] | None]:
-    """G and D of the architecture called `name`. Raises: ValueError naming those that are known."""
-    if name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ValueError(f"network: expected an architecture of {known}, got {name!r}. Name the plugin that brings it (docs/extending.md).")
-    return ARCHITECTURES[name]
+def classes_of_eg3d(name: str) -> Classes:
+    """G and D of EG3D's architecture. Raises: ValueError for another name: `eg3d_rlhf.generators` knows the other families."""
+    if name != EG3D:
+        raise ValueError(f"network: expected the architecture {EG3D}, got {name!r}. Read it with eg3d_rlhf.generators.load_networks.")
+    return TriPlaneGenerator, DualDiscriminator
 
 
 @dataclasses.dataclass
@@ -48,13 +47,12 @@ class Networks:
         return self
 
 
-def build(G_kwargs: dict, D_kwargs: dict, training_set: dict, name: str = EG3D) -> Networks:
-    """Fresh networks of the architecture called `name`; the moving average starts as a copy of G."""
-    make_G, make_D = architecture(name)
-    G, D = make_G(**G_kwargs), make_D(**D_kwargs)
+def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
+    """Fresh networks of EG3D's architecture; the moving average starts as a copy of G."""
+    G, D = TriPlaneGenerator(**G_kwargs), DualDiscriminator(**D_kwargs)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     G, D = G.train().requires_grad_(False), D.train().requires_grad_(False)
-    return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set, architecture=name)
+    return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set)
 
 
 def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
@@ -70,17 +68,21 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
     storage.write_tensors(path, "network", tensors, meta)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None) -> Networks:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None,
+    classes: Callable[[str], Classes] = classes_of_eg3d,
+) -> Networks:  # fmt: skip
     """Read a network file.
 
     Args:
         freeze_layers: the first so many layers of D become buffers, under their own names (Freeze-D, Mo et al. 2020); None leaves D as it
             was when it was saved.
+        classes: G and D by the name of an architecture.
     Raises: FileNotFoundError, ValueError (truncated, foreign, other architecture).
     """
     tensors, meta = storage.read_tensors(path, "network")
     name = meta.get("architecture", EG3D)
-    make_G, make_D = architecture(name)
+    make_G, make_D = classes(name)
     if freeze_layers is not None and any(k.startswith("D.") for k in tensors):
         meta["D_kwargs"]["block_kwargs"] = {**meta["D_kwargs"].get("block_kwargs", {}), "freeze_layers": freeze_layers}
     modules: dict[str, torch.nn.Module | None] = {}

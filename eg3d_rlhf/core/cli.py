@@ -16,7 +16,6 @@ from training.config import knobs_of
 if TYPE_CHECKING:
     import torch  # a second and a half, which commands without tensors are spared
 
-MODES: dict[str, str | click.Command] = {}  # of train.py: by name, a command or 'module:name' of one; plugins may add theirs
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
@@ -40,7 +39,8 @@ class GroupedCommand(click.Command):
     """
 
     def __init__(self, *args, **kwargs):
-        kwargs["context_settings"] = {"token_normalize_func": _with_dashes, **(kwargs.get("context_settings") or {})}
+        common = {"token_normalize_func": _with_dashes, "help_option_names": ["-h", "--help"], "max_content_width": 140}
+        kwargs["context_settings"] = {**common, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

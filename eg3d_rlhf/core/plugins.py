@@ -1,13 +1,12 @@
-"""Further observations, generator families and modes from outside the package.
+"""Further members of the registries (observations, generator families, modes, ...) from outside the package.
 
 A plugin is a module that registers what it brings when it is imported. Name it in the environment,
 
     EG3D_RLHF_PLUGINS=my_package.panohead,./frontal_depth.py
 
-or install it as an entry point of the group `eg3d_rlhf.core.plugins`. Plugins run with the user's rights: name only what you would import.
+or install it as an entry point of the group `eg3d_rlhf.plugins`. Plugins run with the user's rights: name only what you would import.
 """
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +16,9 @@ from pathlib import Path
 
 VARIABLE = "EG3D_RLHF_PLUGINS"
 GROUP = "eg3d_rlhf.core.plugins"
-OWN = ("eg3d_rlhf.generators.assets.generator",)  # families of the package that stand above the registry
+
+
+_loaded: set[str] = set()  # marked before they are imported: a plugin may ask a registry itself
 
 
 def load_plugins() -> None:
@@ -25,12 +26,17 @@ def load_plugins() -> None:
 
     Raises: ValueError for one that cannot be imported.
     """
-    for name in filter(None, (*OWN, *(part.strip() for part in os.environ.get(VARIABLE, "").split(",")))):
-        _load(name)
-    _load_installed()
+    names = (part.strip() for part in os.environ.get(VARIABLE, "").split(","))
+    for name in filter(None, names):
+        if name not in _loaded:
+            _loaded.add(name)
+            _load(name)
+    if GROUP not in _loaded:
+        _loaded.add(GROUP)
+        for entry in importlib.metadata.entry_points(group=GROUP):
+            entry.load()
 
 
-@functools.cache
 def _load(name: str) -> None:
     try:
         if not name.endswith(".py"):
@@ -44,10 +50,5 @@ def _load(name: str) -> None:
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
     except ImportError as error:
+        _loaded.discard(name)
         raise ValueError(f"{VARIABLE}: expected a module or a .py file that can be imported, got {name}: {error}. Correct it.") from error
-
-
-@functools.cache
-def _load_installed() -> None:
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        entry.load()

@@ -17,6 +17,10 @@ LOCK = "run.lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP}
 
 
+class StoppedError(Exception):
+    """A signal ended the work; its state is on the disk."""
+
+
 @contextlib.contextmanager
 def run_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
     """Hold `folder`/run.lock inside a with-statement; it is removed at the end, and free where its holder has died.

@@ -6,9 +6,9 @@
     timing.jsonl              how long that took
     checkpoint-*.safetensors  the last two states to go on from
 
-Rank 0 alone writes and prints; every method may be called on all ranks.
+Rank 0 alone writes and prints; every method may be called on all ranks. `experiments.mode.Mode` makes and ends runs.
 
-    with Run(claim(outdir, "toy", ranks), settings, {"init": path}, ranks=ranks) as run:
+    with Run(claim(next_free(outdir, "toy"), ranks), settings, {"init": path}, ranks=ranks) as run:
         run.begin()  # or run.resume(), and run.read() for the state
         with run.stoppable():
             while step < steps and not run.stop_requested:
@@ -45,11 +45,17 @@ class Run:
     Args:
         folder: made by `claim`, or any that exists; settings: JSON-able, all that decides what the run does.
         inputs: files that it starts from, by name. ranks: this process among those of the run.
-        say: prints the status lines.
+        say: prints the status lines. device, jobs: where it runs, and on how many processes. flags: what else the command line says.
     """
 
-    def __init__(self, folder: Path, settings: Mapping, inputs: Mapping[str, str | Path] | None = None, *, ranks: Ranks = SINGLE, say=None):
+    def __init__(
+        self, folder: Path, settings: Mapping, inputs: Mapping[str, str | Path] | None = None, *, ranks: Ranks = SINGLE, say=None,
+        device: str = "cpu", jobs: int = 1, flags: Mapping | None = None,
+    ):  # fmt: skip
         self.folder, self.settings, self.inputs, self.ranks = folder, dict(settings), dict(inputs or {}), ranks
+        self.device, self.jobs, self.flags = device, jobs, flags or {}
+        self.resumed: Path | None = None  # what it goes on from: its folder or a state in it; None: it is new
+        self.began = time.time()
         self.last_checkpoint: Path | None = None
         self.lines = 0  # of stats.jsonl
         self._say = say or (lambda line: print(line, flush=True))
@@ -154,6 +160,11 @@ class Run:
         """A JSON file of the run, such as its result: whole or not at all."""
         if self.ranks.main:
             storage.write_atomic(self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+
+    def done(self) -> None:
+        """Print that all is written, and how long it took."""
+        if self.ranks.main:
+            print(f"Done in {tqdm.format_interval(time.time() - self.began)}: {self.folder}", flush=True)
 
     # States.
 

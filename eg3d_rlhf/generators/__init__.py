@@ -16,9 +16,9 @@ import torch
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Bounds, CameraFamily, Field
-from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.generators import pickles
-from training import networks, storage
+from training import networks
 
 
 @runtime_checkable
@@ -95,15 +95,25 @@ class Family:
     wrap: Callable[[Any], Generator]  # a network -> what the package speaks to
 
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: Registry[Family] = Registry("generator family", {
+    "eg3d": "eg3d_rlhf.generators.eg3d",
+    "hyplanehead": "eg3d_rlhf.generators.hyplanehead",
+    "panohead": "eg3d_rlhf.generators.panohead",
+    "spherehead": "eg3d_rlhf.generators.spherehead",
+    "assets": "eg3d_rlhf.generators.assets.generator",
+})  # fmt: skip
 KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)
 
 
 def register(family: Family) -> Family:
     """Make a family known by its name and by the type of its networks."""
-    FAMILIES[family.name] = family
-    networks.ARCHITECTURES[family.name] = family.module, family.discriminator
-    return family
+    return FAMILIES.add(family.name, family)
+
+
+def classes_of(architecture: str) -> networks.Classes:
+    """G and D of the family called so. Raises: ValueError naming those that are known."""
+    family = FAMILIES[architecture]
+    return family.module, family.discriminator
 
 
 def of(network: Any) -> Generator:
@@ -152,16 +162,7 @@ def load_networks(path: str | Path, device: str | torch.device = "cpu", freeze_l
     """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
-    known_architecture(storage.read_meta(path, "network"))
-    return networks.load(path, device, freeze_layers)
-
-
-def known_architecture(meta: dict) -> None:
-    """See to it that the architecture which a network file's description names is known. Raises: ValueError naming those that are."""
-    name = meta.get("architecture", networks.EG3D)
-    if name not in networks.ARCHITECTURES:
-        load_plugins()
-    networks.architecture(name)
+    return networks.load(path, device, freeze_layers, classes_of)
 
 
 def find_network(source: str | Path | None) -> Path:
@@ -207,9 +208,3 @@ def ws_of_seeds(generator: Any, seeds: Sequence[int], truncation_psi: float = 1.
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))
     return generator.mapping(z, camera(generator, n=len(z)), truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
-
-
-from eg3d_rlhf.generators import eg3d as eg3d  # noqa: E402 (registers the family, as the others)
-from eg3d_rlhf.generators import hyplanehead as hyplanehead  # noqa: E402
-from eg3d_rlhf.generators import panohead as panohead  # noqa: E402
-from eg3d_rlhf.generators import spherehead as spherehead  # noqa: E402

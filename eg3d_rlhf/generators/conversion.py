@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.separable import interpolation
+from eg3d_rlhf.generators import FAMILIES
 from training import networks
 
 SLICES = 3
@@ -51,7 +52,7 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     kwargs = {**{k: v for k, v in nets.G_kwargs.items() if k != "plane_resolution"}, "rendering_kwargs": rendering}
     kwargs["plane_layout"] = G_ema.plane_layout
     behind = 2.0 if stated.get("white_back", False) else 0.0  # features in -1..1 begin at -1 where nothing is
-    make, _ = networks.architecture("panohead")
+    make = FAMILIES["panohead"].module
     G = None if nets.G is None else _converted(make, kwargs, nets.G, shares, behind)
     converted = _converted(make, kwargs, G_ema, shares, behind)
     rest = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"

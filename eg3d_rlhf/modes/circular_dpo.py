@@ -1,43 +1,35 @@
 """`train.py --mode=circular-dpo`: preference training of a generator in stages, as a loop, of one stage, or as an ablation."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, option, options_of, together
+from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_torchrun
+from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
-    COMMAND,
     COUNT,
-    FOLDER,
     OWN,
     POSITIVE,
-    RUN,
     WHAT,
     WHOLE,
-    belongs,
     check_tuning,
-    flag,
-    given_of,
     own,
-    refuse_torchrun,
-    resumed,
-    run_flags,
-    running,
-    some,
     trellis_flags,
     tuned_as,
     tuning_flags,
-    written,
 )
+from eg3d_rlhf.tuning.flow.circular import loop
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
-from eg3d_rlhf.tuning.flow.circular.run import read_run, resume, start
-from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, default_settings
-from eg3d_rlhf.tuning.flow.circular.table import ARMS, letters
+from eg3d_rlhf.tuning.flow.circular.run import work
+from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, default_settings, from_dict
+from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, letters
 from eg3d_rlhf.tuning.flow.dpo import PRESETS, DpoConfig
-from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, Problem, ProblemSource, open_problem
+from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 
 LOSS, LOOP = "Preference loss", "The loop"
@@ -79,36 +71,30 @@ table_flags = together(
 )
 
 
-def check(flags: Mapping, given: set[str]) -> None:
-    """Refuse what would have no effect.
-
-    Args: given: names of the flags that were written. Raises: ValueError naming them.
-    """
-    if resumed(flags, given):
-        return
-    belongs(given, ("seeds", "workers"), flags["ablate"] is not None, "--ablate")
-    belongs(given, ("no_summary",), flags["ablate"] is None, "a run without --ablate")
-    belongs(given, ("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
-    loop_only = [parameter.name for parameter in circular_dpo.params if getattr(parameter, "group", None) == LOOP]
-    belongs(given, loop_only, flags["stage"] is None, "the loop, not to --stage")
+def check(flags: Flags) -> None:
+    """Refuse what would have no effect. Raises: ValueError naming it."""
+    flags.belong(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
+    flags.belong(("no_summary",), flags["ablate"] is None, "a run without --ablate")
+    flags.belong(("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
+    loop_only = [parameter.name for parameter in CIRCULAR_DPO.command.params if getattr(parameter, "group", None) == LOOP]
+    flags.belong(loop_only, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError("--stage: expected a run of one stage or an --ablate of all, got both. Leave one out.")
     if flags["ablate"] is not None:
-        for name in {"rounds", "w1", "w2"} & given:
+        for name in {"rounds", "w1", "w2"} & flags.written:
             raise ValueError(f"{flag(name)}: expected the groups of --ablate to decide, got {flags[name]}. Leave it out.")
-    check_tuning(flags, given)
+    check_tuning(flags)
     if flags["beta_t"] is not None and flags["beta"] is None:
         raise ValueError("--beta-t: expected --beta beside it, got none. Both are multiplied.")
 
 
-def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
-    """The run that the flags describe, with a problem's `defaults` for those that are None.
-
-    Raises: ValueError naming what does not fit.
-    """
+def resolve(flags: Flags) -> CircularRun:
+    """The run that the flags describe, with the problem's defaults for those that are None. Raises: ValueError naming what does not fit."""
+    check(flags)
+    defaults = default_settings(flags["pipeline"] or TOY)
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    seed, judging = flags["seed"], given_of(Judging, flags)
-    source = {**given_of(ProblemSource, flags), "also": flags["also"], "flow_weights": flags["flow_weights"]}
+    seed, judging = flags["seed"], flags.of(Judging)
+    source = {**flags.of(ProblemSource), "also": flags["also"], "flow_weights": flags["flow_weights"]}
     run = CircularRun(
         circular=settings(flags, defaults), source=ProblemSource(**source, seed=seed),
         stage=flags["stage"], groups=groups, training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
@@ -122,48 +108,77 @@ def resolve(flags: Mapping, defaults: CircularSettings) -> CircularRun:
     return run
 
 
-def settings(flags: Mapping, defaults: CircularSettings) -> CircularSettings:
+def settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
     """The defaults with what the flags change."""
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    loss = given_of(DpoConfig, flags)
+    loss = flags.of(DpoConfig)
     if flags["beta"] is not None:
         loss["beta"] *= flags["beta_t"] or 1.0
     human = replace(human, dpo=replace(PRESETS[flags["preset"]] if flags["preset"] is not None else human.dpo, **loss))
     sft = replace(sft, dpo=replace(sft.dpo, noise=human.dpo.noise, condition_dropout=human.dpo.condition_dropout))
-    pairs = replace(defaults.loop_pairs, **given_of(LoopPairsConfig, flags), **some(flags, {"judge_batch": "batch"}))
+    pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
     own = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
     beta = human.dpo.beta * own.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
     anchors: dict[str, Any] = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
-    anchors |= some(flags, {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
+    anchors |= flags.some({"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
     loop = replace(loop, dpo=replace(human.dpo if human.dpo.needs_reference else own, **anchors),
-                   **some(flags, {"loop_lr": "lr", "loop_steps": "steps"}))
+                   **flags.some({"loop_lr": "lr", "loop_steps": "steps"}))
     choosing = defaults.choosing
     if flags["choose_noises"] == 0:
         choosing = None
     elif choosing is not None or flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), **given_of(Choosing, flags))
+        choosing = replace(choosing or Choosing(), **flags.of(Choosing))
     return replace(
         defaults, human=human, loop=loop, sft=sft, loop_pairs=pairs,
-        weighing=replace(defaults.weighing, **given_of(Weighing, flags)), choosing=choosing,
+        weighing=replace(defaults.weighing, **flags.of(Weighing)), choosing=choosing,
         rounds=flags["rounds"] or defaults.rounds, seed=flags["seed"],
     )
 
 
-def _training(flags: Mapping, config: TrainConfig) -> TrainConfig:
+def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
     """All but the loss."""
-    return replace(config, **given_of(TrainConfig, flags), **tuned_as(flags, config.lora))
+    return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
 
 
-@click.command("train.py --mode=circular-dpo", cls=GroupedCommand, context_settings=COMMAND)
-@run_flags(("gan", "circular-dpo"), "--ablate")
-@artefact_flags
-@what_flags
-@train_flags
-@loop_flags
-@table_flags
-@click.pass_context
-def circular_dpo(context: click.Context, **given) -> None:
-    """Preference training of a generator in stages (Circular-DPO), by default of the bundled toy: the last stage learns from people's
+def open_circular(settings: CircularRun, run: Run) -> Problem:
+    """The problem of a run. Raises: ValueError where it has not what the run needs."""
+    refuse_torchrun(settings.groups is not None, "--ablate")
+    problem = open_problem(settings.source, run.device)
+    if settings.stage is not None:
+        stage_of(problem.pipeline, settings.stage)
+    else:
+        loop.check(problem)
+    if settings.groups is not None and problem.final is None:
+        raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
+    return problem
+
+
+def title(settings: CircularRun, problem: Problem) -> str:
+    """Of the run's folder."""
+    named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
+    what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
+    return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"
+
+
+def recorded(folder: Path, flags: Flags, ranks: object) -> CircularRun:
+    """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
+    return from_dict(CircularRun, recorded_by(folder, "circular-dpo")["run"], str(folder / OPTIONS))
+
+
+CIRCULAR_DPO = Mode(
+    name="circular-dpo",
+    settings=CircularRun,
+    open=open_circular,
+    work=work,
+    title=title,
+    flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
+    resolve=resolve,
+    record=lambda settings, problem: {"mode": "circular-dpo", "run": asdict(settings), "problem": dict(problem.identity)},
+    recorded=recorded,
+    shown=lambda settings: {**asdict(settings), **({} if settings.groups is None else {"tasks": settings.plan.tasks()})},
+    jobs="--ablate",
+    again="The same command, or --resume=RUN,",
+    help="""Preference training of a generator in stages (Circular-DPO), by default of the bundled toy: the last stage learns from people's
     pairs, and every stage before it from what the one behind it then makes better. A run that was stopped goes on with --resume=RUN,
     or with the same flags.
 
@@ -172,17 +187,6 @@ def circular_dpo(context: click.Context, **given) -> None:
         python train.py --mode=circular-dpo
         python train.py --mode=circular-dpo --ablate=a..i
         python train.py --mode=circular-dpo --stage=structure --beta=100
-    """
-    check(given, written(context))
-    run = None if given["resume"] is not None else resolve(given, default_settings(given["pipeline"] or TOY))
-    if given["dry_run"]:
-        run = run or read_run(given["resume"])[0]
-        tasks = {"tasks": run.plan.tasks()} if run.groups is not None else {}
-        click.echo(json.dumps({**asdict(run), **tasks}, indent=2, sort_keys=True))
-        return
-    refuse_torchrun(given["ablate"] is not None, "--ablate")
-    with running(given, "The same command, or --resume=RUN,") as (device, ranks):
-        if run is None:
-            resume(given["resume"], device, given["workers"], ranks)
-        else:
-            start(run, given["outdir"], given["desc"], device, given["workers"], ranks)
+    """,
+)
+MODES.add("circular-dpo", CIRCULAR_DPO)

@@ -9,12 +9,11 @@ import click
 import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device
-from eg3d_rlhf.experiments.process import sigterm_interrupts
+from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
 from eg3d_rlhf.experiments.run import Run, begun_by_this_launch, claim, next_free, recorded_by
 from eg3d_rlhf.modes.distill_flags import BUNDLED, flag, method_flags, resolve, run_flags, what_flags
 from eg3d_rlhf.tuning.distill import outputs
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
-from eg3d_rlhf.tuning.distill.loop import StoppedError
 from eg3d_rlhf.tuning.distill.methods import flat, settings_of
 from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
@@ -79,9 +78,7 @@ def resume(folder: Path, flags: Mapping, device: str, ranks: Ranks) -> Path:
     return folder
 
 
-@click.command("train.py --mode=distill", cls=GroupedCommand, context_settings={
-    "help_option_names": ["-h", "--help"], "max_content_width": 140,
-})
+@click.command("train.py --mode=distill", cls=GroupedCommand)
 @run_flags
 @what_flags
 @method_flags

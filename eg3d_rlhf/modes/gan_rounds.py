@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import choose_device, naming
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run, claim, next_free, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
 from eg3d_rlhf.modes import gan as experiment
@@ -27,7 +28,7 @@ from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.run import Listener, RewardRun, run_reward_training
-from eg3d_rlhf.rewards.train import StoppedError, default_options, with_changes
+from eg3d_rlhf.rewards.train import default_options, with_changes
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.rounds import LAST, LEDGER, PEOPLE, Ledger, RoundConfig, run_rounds, table
 from eg3d_rlhf.tuning.gan.settings import Settings, input_files

@@ -1,38 +1,20 @@
 """`train.py --mode=grpo`: online tuning of a stage by a reward."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 
-import click
-
-from eg3d_rlhf.core.cli import GroupedCommand, option, options_of, together
-from eg3d_rlhf.modes.flow_flags import (
-    COMMAND,
-    COUNT,
-    OWN,
-    RUN,
-    WHAT,
-    WHOLE,
-    belongs,
-    check_tuning,
-    given_of,
-    own,
-    refuse_torchrun,
-    resumed,
-    run_flags,
-    running,
-    trellis_flags,
-    tuned_as,
-    tuning_flags,
-    written,
-)
+from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, refuse_torchrun
+from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.flow_flags import COUNT, OWN, WHAT, WHOLE, check_tuning, own, trellis_flags, tuned_as, tuning_flags
+from eg3d_rlhf.tuning.flow.circular.settings import from_dict
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS
 from eg3d_rlhf.tuning.flow.grpo.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
-from eg3d_rlhf.tuning.flow.grpo.run import read_run, resume, start
+from eg3d_rlhf.tuning.flow.grpo.run import bench_of, work
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, OnlineSource, default_run
-from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging
+from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, Problem, open_problem
 
 what_flags = together(
     options_of(OnlineSource),
@@ -51,60 +33,73 @@ table_flags = together(
 )
 
 
-def check(flags: Mapping, given: set[str]) -> None:
-    """Refuse what would have no effect. Args: given: names of the flags that were written. Raises: ValueError naming them."""
-    if resumed(flags, given):
-        return
+def check(flags: Flags) -> None:
+    """Refuse what would have no effect. Raises: ValueError naming it."""
     people = "people" in flags["arms"]
-    belongs(given, ("labelled",), people, "--arms=people")
-    belongs(given, ("pairs",), people or (flags["pipeline"] or TOY) != TOY, "--arms=people")
-    belongs(given, ("workers",), "," in flags["arms"] or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
-    belongs(given, ("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
-    check_tuning(flags, given)
+    flags.belong(("labelled",), people, "--arms=people")
+    flags.belong(("pairs",), people or (flags["pipeline"] or TOY) != TOY, "--arms=people")
+    flags.belong(("jobs",), "," in flags["arms"] or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
+    flags.belong(("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out")
+    check_tuning(flags)
 
 
-def resolve(flags: Mapping) -> GrpoRun:
+def resolve(flags: Flags) -> GrpoRun:
     """The run that the flags describe. Raises: ValueError naming what does not fit."""
+    check(flags)
     defaults, seed = default_run(flags["pipeline"] or TOY), flags["seed"]
     arms = tuple(name.strip() for name in flags["arms"].split(","))
     tuned = tuned_as(flags, defaults.grpo.lora)
-    source = {**given_of(OnlineSource, flags), "also": flags["also"], "flow_weights": flags["flow_weights"]}
+    source = {**flags.of(OnlineSource), "also": flags["also"], "flow_weights": flags["flow_weights"]}
     choosing = defaults.choosing
     if flags["choose_noises"] is not None:
         choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"]) if flags["choose_noises"] else None
     count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     return GrpoRun(
-        grpo=replace(defaults.grpo, **given_of(GrpoConfig, flags), **tuned), dpo=replace(defaults.dpo, lora=tuned["lora"]),
+        grpo=replace(defaults.grpo, **flags.of(GrpoConfig), **tuned), dpo=replace(defaults.dpo, lora=tuned["lora"]),
         source=OnlineSource(**source, seed=seed),
         stage=flags["stage"], reward=flags["reward"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
-        judging=replace(defaults.judging, **given_of(Judging, flags)), summary=not flags["no_summary"],
+        judging=replace(defaults.judging, **flags.of(Judging)), summary=not flags["no_summary"],
     )
 
 
-@click.command("train.py --mode=grpo", cls=GroupedCommand, context_settings=COMMAND)
-@run_flags(("grpo",), "several trainings")
-@what_flags
-@train_flags
-@table_flags
-@click.pass_context
-def grpo(context: click.Context, **given) -> None:
-    """Online tuning of one stage of a flow generator by a reward (GRPO), by default of the bundled toy: for where a reward is at hand, and
-    pairs are not. A run that was stopped goes on with --resume=RUN.
+def open_grpo(settings: GrpoRun, run: Run) -> Problem:
+    """The problem of a run. Raises: ValueError where it has not what the run needs."""
+    refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
+    problem = open_problem(settings.source, run.device)
+    bench = bench_of(settings, problem, settings.training_seeds[0])
+    bench.grpo.sampling(bench.task.stage)
+    return problem
+
+
+def title(settings: GrpoRun, problem: Problem) -> str:
+    """Of the run's folder."""
+    return f"grpo-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
+
+
+def recorded(folder: Path, flags: Flags, ranks: object) -> GrpoRun:
+    """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
+    return from_dict(GrpoRun, recorded_by(folder, "grpo")["run"], str(folder / OPTIONS))
+
+
+GRPO = Mode(
+    name="grpo",
+    settings=GrpoRun,
+    open=open_grpo,
+    work=work,
+    title=title,
+    flags=together(what_flags, train_flags, table_flags),
+    resolve=resolve,
+    record=lambda settings, problem: {"mode": "grpo", "run": asdict(settings), "problem": dict(problem.identity)},
+    recorded=recorded,
+    jobs="several trainings",
+    help="""Online tuning of one stage of a flow generator by a reward (GRPO), by default of the bundled toy: for where a reward is at
+    hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 
     \b
     Examples:
         python train.py --mode=grpo
         python train.py --mode=grpo --arms=grpo,dpo,shuffled,inverted
         python train.py --mode=grpo --stage=structure --kl=0.3
-    """
-    check(given, written(context))
-    run = resolve(given) if given["resume"] is None else read_run(given["resume"])[0]
-    if given["dry_run"]:
-        click.echo(json.dumps(asdict(run), indent=2, sort_keys=True))
-        return
-    refuse_torchrun(len(run.arms) * len(run.training_seeds) > 1, "--arms, --seeds")
-    with running(given, "--resume=RUN") as (device, ranks):
-        if given["resume"] is not None:
-            resume(given["resume"], device, given["workers"], ranks)
-        else:
-            start(run, given["outdir"], given["desc"], device, given["workers"], ranks)
+    """,
+)
+MODES.add("grpo", GRPO)

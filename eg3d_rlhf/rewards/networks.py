@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.rewards import observations
 
 
@@ -146,20 +147,23 @@ class Readers:
     presets: Mapping[str, Preset]  # the first is the default
 
 
-READERS: dict[str, Readers] = {}
+READERS: Registry[Readers] = Registry("network of an observation", {
+    "sigma": "eg3d_rlhf.rewards.model",
+    "depth": "eg3d_rlhf.rewards.depth",
+    "points": "eg3d_rlhf.rewards.points",
+    "lifted-points": "eg3d_rlhf.rewards.points",
+    "published-points": "eg3d_rlhf.rewards.points",
+})  # fmt: skip
 
 
 def register(kind: str, build: Callable[[Mapping[str, Any]], RewardNetwork], presets: Mapping[str, Preset]) -> None:
     """Make the networks known that read an observation."""
-    READERS[kind] = Readers(build, presets)
+    READERS.add(kind, Readers(build, presets))
 
 
 def readers_of(kind: str) -> Readers:
     """The networks that read a kind. Raises: ValueError for an unknown kind, and one that no network reads."""
-    observations.known(kind)
-    if kind not in READERS:
-        names = ", ".join(READERS)
-        raise ValueError(f"reward: expected an observation that some network reads ({names}), got {kind!r}. Register its network.")
+    observations.OBSERVATIONS[kind]  # says which are known, where there is none of this name
     return READERS[kind]
 
 
@@ -170,5 +174,3 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
     if name not in presets:
         raise ValueError(f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them.")
     return presets[name]
-
-

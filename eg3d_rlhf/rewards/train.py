@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from eg3d_rlhf.experiments.process import StopRequest
+from eg3d_rlhf.experiments.process import StoppedError, StopRequest
 from eg3d_rlhf.preferences.divergence import median_distance
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput, reconstruction_loss
@@ -99,10 +99,6 @@ class TrainData:
         if self.learns_pairs(options):
             return math.ceil(len(self.train) / options.batch)
         return math.ceil(len(self.unpaired) / options.unpaired_batch)
-
-
-class StoppedError(Exception):
-    """SIGTERM or SIGINT arrived; what was trained up to the last whole epoch is in the state file."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from eg3d_rlhf.core import bundled, plugins
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.media.rendering import camera
-from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
 from eg3d_rlhf.people.label.drawing import ShapeDrawer
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan
 from eg3d_rlhf.people.label.preparation import prepare
@@ -59,7 +59,7 @@ def foreign(tmp_path_factory):
 def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):
     unheard = tmp_path / "unheard.safetensors"
     storage.write_tensors(unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None})
-    known = "expected an architecture of assets, eg3d, hyplanehead, mirrored, panohead, spherehead"
+    known = "expected one of eg3d, hyplanehead, panohead, spherehead, assets, mirrored"
     lacks = {foreign[0]: "expected a network file with G, D and G_ema", unheard: known}
     for init, message in lacks.items():
         result = CliRunner().invoke(train.main, [f"--init={init}", f"--data={tiny_data}", f"--outdir={tmp_path}"])
@@ -180,7 +180,7 @@ def test_a_reward_made_for_its_box_scores_it_and_the_bundled_one_is_refused(pair
 @pytest.mark.parametrize("parts", [PARTS, pytest.param(MORE, marks=pytest.mark.long)], ids=["few", "many"])
 def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
     """Another density in the network inside stands for tuning."""
-    nets = networks.load(foreign[0])
+    nets = load_networks(foreign[0])
     nets.G_ema.inner.decoder.net[2].weight[0, ::2] *= 1.2
     networks.save(after := tmp_path / "after.safetensors", nets)
     flags = [f"--before={foreign[0]}", f"--after={after}", "--n=16", f"--out={tmp_path / 'out'}"]

@@ -17,12 +17,13 @@ from eg3d_rlhf.evaluation.inversion.measures import Judges, annotator_judge, rew
 from eg3d_rlhf.evaluation.inversion.perceptual import load_perceptual
 from eg3d_rlhf.evaluation.inversion.pictures import draw
 from eg3d_rlhf.evaluation.inversion.projector import PUBLISHED, InversionConfig, prior_of
-from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, StoppedError, write_json
+from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, write_json
 from eg3d_rlhf.evaluation.inversion.targets import of_file, of_seed, parse_camera
 from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.media.video import check_mp4
 from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.reward import check_reward, load_reward

@@ -21,16 +21,13 @@ from eg3d_rlhf.evaluation.inversion.measures import Judges, measure, measure_tru
 from eg3d_rlhf.evaluation.inversion.perceptual import Perceptual
 from eg3d_rlhf.evaluation.inversion.projector import InversionConfig, LatentStage, Objective, PivotalStage, Prior
 from eg3d_rlhf.evaluation.inversion.targets import Case
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator
 from training import checkpoint, networks, storage
 
 EVERY = 32  # steps between two states, and two status lines
 KIND = "inversion"  # of files that hold a latent
-
-
-class StoppedError(Exception):
-    """A signal ended the run; its state is written."""
 
 
 class Leg(NamedTuple):

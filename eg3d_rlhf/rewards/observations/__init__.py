@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.field import Field
-from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.slab import normalise_slab
 
@@ -68,31 +68,25 @@ class Observation(abc.ABC):
             raise ValueError(f"observation {cls.kind}: expected its own fields, got: {error}. Is the file from a later version?") from error
 
 
-OBSERVATIONS: dict[str, type[Observation]] = {}
+OBSERVATIONS: Registry[type[Observation]] = Registry("observation", {
+    "sigma": "eg3d_rlhf.rewards.observations",
+    "depth": "eg3d_rlhf.rewards.observations.depth",
+    "points": "eg3d_rlhf.rewards.observations.points",
+    "lifted-points": "eg3d_rlhf.rewards.observations.points",
+    "published-points": "eg3d_rlhf.rewards.observations.points",
+})  # fmt: skip
 Kind = TypeVar("Kind", bound=type[Observation])
 
 
 def register(cls: Kind) -> Kind:
     """Class decorator: make a kind of observation known by its name."""
-    OBSERVATIONS[cls.kind] = cls
+    OBSERVATIONS.add(cls.kind, cls)
     return cls
-
-
-def known(kind: object) -> type[Observation]:
-    """The class of a kind; plugins are loaded where it is not one of ours.
-
-    Raises: ValueError naming those that are known.
-    """
-    if kind not in OBSERVATIONS:
-        load_plugins()
-    if not isinstance(kind, str) or kind not in OBSERVATIONS:
-        raise ValueError(f"observation: expected one of {', '.join(OBSERVATIONS)}, got {kind!r}. Name one, or the plugin that brings it.")
-    return OBSERVATIONS[kind]
 
 
 def from_dict(values: Mapping[str, Any]) -> Observation:
     """The observation that `to_dict` described. Raises: ValueError for an unknown kind or other fields."""
-    return known(values.get("kind")).from_dict({name: value for name, value in values.items() if name != "kind"})
+    return OBSERVATIONS[values.get("kind")].from_dict({name: value for name, value in values.items() if name != "kind"})
 
 
 def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observation:
@@ -100,7 +94,7 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
 
     Raises: ValueError for a setting that the kind does not have.
     """
-    cls, given = known(kind), {name: value for name, value in settings.items() if value is not None}
+    cls, given = OBSERVATIONS[kind], {name: value for name, value in settings.items() if value is not None}
     unknown = sorted(set(given) - set(inspect.signature(cls.of).parameters))
     if unknown:
         flags = ", ".join(f"--{name}" for name in unknown)
@@ -154,7 +148,3 @@ class SigmaSlab(Observation):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """See `Observation`."""
         return cls(SlabSpec.from_dict(values))
-
-
-from eg3d_rlhf.rewards.observations import depth as depth  # noqa: E402 (registers depth maps)
-from eg3d_rlhf.rewards.observations import points as points  # noqa: E402 (registers clouds of points)

@@ -120,10 +120,6 @@ def shown(record: Mapping[str, float], steps: int) -> dict[str, str]:
 DRIFT_TIME = 500  # at which the drift from the prior is measured
 
 
-class StoppedError(Exception):
-    """SIGTERM or SIGINT arrived; the state of that moment is on the disk."""
-
-
 @dataclass(kw_only=True)
 class Distillation:
     """Assets under one method. `step` goes one step on; `state` and `load` carry everything that changes."""

@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import STATS, TIMING, Run, recorded
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
-from eg3d_rlhf.tuning.distill.loop import Distillation, StoppedError, shown, signs
+from eg3d_rlhf.tuning.distill.loop import Distillation, shown, signs
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training import checkpoint
 from training.distributed import Ranks

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.models.lora import LoraConfig, add_lora
 from eg3d_rlhf.models.policies import save_policy, shared_copy
@@ -237,10 +238,6 @@ def policy_and_reference(stage: FlowStage, config: StageTraining) -> tuple[torch
 
 
 Judge = Callable[[torch.nn.Module], float]  # a network's held-out win rate, in 0..1
-
-
-class StoppedError(Exception):
-    """SIGTERM or SIGINT arrived; the state of that moment is on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)

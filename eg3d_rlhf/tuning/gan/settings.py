@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming
-from eg3d_rlhf.generators import find_network, known_architecture, pickles
+from eg3d_rlhf.generators import classes_of, find_network, pickles
 from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStopConfig
@@ -14,6 +14,7 @@ from eg3d_rlhf.tuning.gan.phase import REWARD, RewardConfig
 from eg3d_rlhf.tuning.gan.rounds import SYNTHETIC, RoundConfig
 from training import storage
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, built, check_knobs, knob, values_of
+from training.networks import EG3D
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ def resolve(flags: Mapping) -> Settings:
     task = task_of(init, reward)
     if reward != "none":
         with naming("--reward"):
-            observations.known(reward)
+            observations.OBSERVATIONS[reward]
         if init == "scratch":
             raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
         if (cfg, reward) == ("heads64", "sigma") and given.get("rounds"):
@@ -233,7 +234,7 @@ def network_facts(source: str | None) -> dict:
             rendered: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
             meta = storage.read_meta(path, "network")
-            known_architecture(meta)
+            classes_of(meta.get("architecture", EG3D))
             G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta.get("neural_rendering_resolution")
     group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
     conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)

@@ -12,7 +12,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.plugins import VARIABLE
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import build_network
-from eg3d_rlhf.rewards.observations import known
+from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.reward import Reward
 from tools.attribute import main
 from training import networks
@@ -73,7 +73,7 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
     """Boxes, landmarks and the surface are places of a slab: refused by name, or left out."""
     monkeypatch.setenv(VARIABLE, str(Path(__file__).parents[2] / "rewards" / "frontal_depth.py"))
     torch.manual_seed(0)
-    observation = known("frontal-depth").of(load_generator().generator)
+    observation = OBSERVATIONS["frontal-depth"].of(load_generator().generator)
     reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(tmp_path / "depth.safetensors")
     flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", "--draws=2", "--checked=1"]
     flags.append(f"--out={tmp_path / 'out'}")

@@ -149,8 +149,8 @@ def test_what_a_generator_cannot_give_is_refused_in_one_line():
 @pytest.mark.parametrize("kind", ["depth", "lifted-points"])
 def test_training_may_draw_maps_with_compiled_ops(kind, generator):
     """What is kept, in half precision, is the same but for its last bit; slabs keep to plain torch, which repeats to the byte."""
-    assert observations.known("sigma").ops == "torch" and observations.known(kind).ops == "auto"
-    observation = observations.known(kind).of(of(generator), resolution=24)
+    assert observations.OBSERVATIONS["sigma"].ops == "torch" and observations.OBSERVATIONS[kind].ops == "auto"
+    observation = observations.OBSERVATIONS[kind].of(of(generator), resolution=24)
     field = of(generator).field(ws_of_seeds(of(generator), [3, 4], 0.7, 14))
     with torch.no_grad():
         fast = observation.observe(field)

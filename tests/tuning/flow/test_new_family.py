@@ -101,7 +101,7 @@ def documented() -> list[list[str]]:
 
 def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(FAMILIES, "points")
+    monkeypatch.delitem(FAMILIES._things, "points")
     shutil.rmtree("PAIRS")
     write_conditions(Path("ASSETS/conditions.safetensors"), conditions())
     (plugin,), *lines = documented()

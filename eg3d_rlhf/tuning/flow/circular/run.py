@@ -6,9 +6,8 @@ the first stage. Names go by stage: the paper's "step 1" in (c) is the first sta
 With more than two stages, "first" stands for all stages before the last.
 """
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,72 +15,31 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
+from eg3d_rlhf.experiments.process import StoppedError
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Artefact
 from eg3d_rlhf.experiments.table import detectable, write
 from eg3d_rlhf.models.policies import link, save_policy
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular import table
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, Lineage, NoPairsError, loop_of, weights_of
-from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, from_dict
-from eg3d_rlhf.tuning.flow.circular.table import ALL, BASE, GROUPS, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
+from eg3d_rlhf.tuning.flow.circular.settings import CircularRun
+from eg3d_rlhf.tuning.flow.circular.table import ALL, BASE, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
 from eg3d_rlhf.tuning.flow.problem import Problem, open_problem
-from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train import StoppedError
-from training.distributed import SINGLE, Ranks, leave
+from training.distributed import leave
 
-MODE = "circular-dpo"
 RESULT = "result.json"
 
 
-def read_run(folder: Path) -> tuple[CircularRun, dict]:
-    """Settings of a run folder, as objects and as they were recorded. Raises: FileNotFoundError, ValueError for another folder."""
-    record = recorded_by(folder, MODE)
-    return from_dict(CircularRun, record["run"], str(folder / OPTIONS)), record["run"]
-
-
-def start(settings: CircularRun, outdir: Path, desc: str | None, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
-    """A new run in `outdir`; returns its folder. Its problem is opened first, so that a mistake leaves no folder behind."""
-    problem = open_problem(settings.source, device)
-    if settings.stage is not None:
-        stage_of(problem.pipeline, settings.stage)
-    else:
-        circular_loop.check(problem)
-    if settings.groups is not None and problem.final is None:
-        raise ValueError("--ablate: expected a problem with a judge for the table, got one without. The toy has one.")
-    named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
-    what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
-    name = f"{MODE}-{Path(settings.source.pipeline).name}-{what}"
-    folder = claim(next_free(outdir, name + (f"-{desc}" if desc else "")), ranks)
-    with Run(folder, {"mode": MODE, "run": asdict(settings), "problem": dict(problem.identity)}, ranks=ranks) as run:
-        run.begin()
-        return work(settings, problem, run, device, workers)
-
-
-def resume(folder: Path, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
-    """Go on with a run where it was; one that is finished is only written anew.
-
-    Raises: ValueError for a folder of another kind, or where networks or pairs that it started from have changed.
-    """
-    settings, written = read_run(folder)
-    problem = open_problem(settings.source, device)
-    with Run(folder, {"mode": MODE, "run": written, "problem": dict(problem.identity)}, ranks=ranks) as run:
-        run.resume()
-        return work(settings, problem, run, device, workers)
-
-
-def work(settings: CircularRun, problem: Problem, run: Run, device: str, workers: int) -> Path:
+def work(settings: CircularRun, problem: Problem, run: Run) -> None:
     """Do what is left to do of a run, and write its results."""
-    started, folder = time.time(), run.folder
     if run.ranks.main:
-        print(f"Run folder {folder}. Artefacts in {settings.artefacts}.", flush=True)
+        print(f"Artefacts in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
-        ablate(settings, problem, folder, device, workers)
+        ablate(settings, problem, run.folder, run.device, run.jobs)
     else:
         _loop(settings, problem, run)
-    if run.ranks.main:
-        print(f"Done in {tqdm.format_interval(time.time() - started)}: {folder}", flush=True)
-    return folder
+    run.done()
 
 
 # The loop, or one stage of it.
@@ -217,13 +175,13 @@ def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
     return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open_problem(run.source, device)))
 
 
-def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, workers: int) -> None:
+def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int) -> None:
     """Train and judge all groups on worker processes, and write the table."""
     plan, tasks = run.plan, run.plan.tasks()
     steps = {PEOPLE: run.circular.human.steps, LOOP: run.circular.loop.steps, SUPERVISED: run.circular.sft.steps}
     pairs = len(problem.human_pairs(problem.pipeline.stages[-1].name))
     units = {task: round(cost(task, plan, steps, len(problem.held_out_conditions), pairs)) for task in tasks}
-    print(f"{len(tasks)} tasks on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
+    print(f"{len(tasks)} tasks on {jobs} processes; what they print is in {folder / 'logs'}.", flush=True)
     sees = detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
     print(f"What the table can see: win rates from {sees:.3f} on, in 80 % of such tables, were all comparisons independent.", flush=True)
     with tqdm(total=sum(units.values()), unit="update", desc="ablation", dynamic_ncols=True, smoothing=0.05) as bar:
@@ -238,7 +196,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, worker
                 bar.update(units[name])
 
         expected = (ValueError, OSError, StoppedError)
-        results = run_tasks(tasks, handler_of, (run, device, workers == 1), workers, folder / "logs", done, expected)
+        results = run_tasks(tasks, handler_of, (run, device, jobs == 1), jobs, folder / "logs", done, expected)
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", table.markdown, table.plot):
         print(f"Written: {path}")

@@ -4,7 +4,6 @@ A family is one folder of this package with a `family.py`, or a plugin's file (d
 `train.py --mode=circular-dpo --pipeline=ROOT` and `tools/flow_files.py` then know its folders by what lies in them.
 """
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,6 +14,7 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.plugins import load_plugins
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.problem import (
     Judge,
@@ -52,8 +52,12 @@ class FlowFamily:
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
 
 
-FAMILIES: dict[str, FlowFamily] = {}
-BUNDLED = ("trellis", "trellis2", "hunyuan3d", "sam3d")  # folders of this package with a family.py
+FAMILIES: Registry[FlowFamily] = Registry("flow family", {
+    "trellis": "eg3d_rlhf.tuning.flow.families.trellis.family",
+    "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.family",
+    "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d.family",
+    "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d.family",
+})  # fmt: skip
 _told: set[str] = set()
 
 
@@ -64,16 +68,7 @@ def tell(text: str) -> None:
 
 def register(family: FlowFamily) -> FlowFamily:
     """Make a family known."""
-    FAMILIES[family.name] = family
-    return family
-
-
-def known() -> dict[str, FlowFamily]:
-    """All families, plugins' among them, by name."""
-    for name in BUNDLED:
-        importlib.import_module(f"eg3d_rlhf.tuning.flow.families.{name}.family")
-    load_plugins()
-    return FAMILIES
+    return FAMILIES.add(family.name, family)
 
 
 def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
@@ -82,7 +77,8 @@ def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
     Raises: FileNotFoundError for no folder, or one of no known family.
     """
     root = Path(root)
-    for family in known().values():
+    load_plugins()  # any of theirs may know the folder
+    for family in FAMILIES.values():
         if root.is_dir() and family.recognises(root):
             if family.notice and family.name not in _told:
                 _told.add(family.name)

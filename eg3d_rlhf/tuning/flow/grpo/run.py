@@ -6,7 +6,6 @@
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,53 +15,21 @@ from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import versions
 from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free, recorded_by
+from eg3d_rlhf.experiments.process import StoppedError
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.models.policies import link, tuned_model
-from eg3d_rlhf.tuning.flow.circular.settings import from_dict
 from eg3d_rlhf.tuning.flow.grpo import report
 from eg3d_rlhf.tuning.flow.grpo.arms import Bench, drift, reward_of
 from eg3d_rlhf.tuning.flow.grpo.groups import Task
 from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, placed
 from eg3d_rlhf.tuning.flow.problem import Problem, judged, open_problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train import StoppedError
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
-MODE = "grpo"
 SCORES = "scores.json"
 BASE = "base"
-
-
-def read_run(folder: Path) -> tuple[GrpoRun, dict]:
-    """Settings of a run folder, as objects and as they were recorded. Raises: FileNotFoundError, ValueError for another folder."""
-    record = recorded_by(folder, MODE)
-    return from_dict(GrpoRun, record["run"], str(folder / OPTIONS)), record["run"]
-
-
-def start(settings: GrpoRun, outdir: Path, desc: str | None, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
-    """A new run in `outdir`; returns its folder. Its problem is opened first, so that a mistake leaves no folder behind."""
-    problem = open_problem(settings.source, device)
-    bench = bench_of(settings, problem, settings.training_seeds[0])
-    bench.grpo.sampling(bench.task.stage)
-    name = f"{MODE}-{Path(settings.source.pipeline).name}-{bench.task.stage.name}" + (f"-{desc}" if desc else "")
-    folder = claim(next_free(outdir, name), ranks)
-    with Run(folder, {"mode": MODE, "run": asdict(settings), "problem": dict(problem.identity)}, ranks=ranks) as run:
-        run.begin()
-        return work(settings, problem, run, device, workers)
-
-
-def resume(folder: Path, device: str, workers: int, ranks: Ranks = SINGLE) -> Path:
-    """Go on with a run where it was; one that is finished is only written anew.
-
-    Raises: ValueError for a folder of another kind, or where what it started from has changed.
-    """
-    settings, written = read_run(folder)
-    problem = open_problem(settings.source, device)
-    with Run(folder, {"mode": MODE, "run": written, "problem": dict(problem.identity)}, ranks=ranks) as run:
-        run.resume()
-        return work(settings, problem, run, device, workers)
 
 
 def bench_of(settings: GrpoRun, problem: Problem, seed: int) -> Bench:
@@ -76,26 +43,24 @@ def bench_of(settings: GrpoRun, problem: Problem, seed: int) -> Bench:
     )
 
 
-def work(settings: GrpoRun, problem: Problem, run: Run, device: str, workers: int) -> Path:
+def work(settings: GrpoRun, problem: Problem, run: Run) -> None:
     """Do what is left to do of a run, and write its results."""
-    started, folder, ranks = time.time(), run.folder, run.ranks
+    folder, ranks = run.folder, run.ranks
     settings = replace(settings, summary=settings.summary and bool(problem.held_out_conditions))
     tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
-    if ranks.main:
-        print(f"Run folder {folder}.", flush=True)
     if len(tasks) == 1:
         results = {tasks[0]: Worker(settings, folder, problem, ranks)(tasks[0])}
         if ranks.main and settings.summary:
             results[BASE] = Worker(settings, folder, problem)(BASE)
     else:
         needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
-        print(f"{len(needs)} tasks on {workers} processes; what several print is in {folder / 'logs'}.", flush=True)
+        print(f"{len(needs)} tasks on {run.jobs} processes; what several print is in {folder / 'logs'}.", flush=True)
         with tqdm(total=len(needs), desc="arms", unit="task", dynamic_ncols=True) as bar:
-            arguments = (settings, folder, device, workers == 1)
+            arguments = (settings, folder, run.device, run.jobs == 1)
             expected = (ValueError, OSError, StoppedError)
-            results = run_tasks(needs, worker_of, arguments, workers, folder / "logs", lambda name, result: bar.update(), expected)
+            results = run_tasks(needs, worker_of, arguments, run.jobs, folder / "logs", lambda name, result: bar.update(), expected)
     if not ranks.main:
-        return folder
+        return
     stage = bench_of(settings, problem, settings.training_seeds[0]).task.stage.name
     if "grpo" in settings.arms:
         source = folder / f"grpo-{settings.training_seeds[0]}" / "policy"
@@ -105,11 +70,10 @@ def work(settings: GrpoRun, problem: Problem, run: Run, device: str, workers: in
     if settings.summary:
         facts = {"stage": stage, "problem": dict(problem.identity), "run": asdict(settings), "versions": versions()}
         data = report.table(results, settings.arms, settings.training_seeds, facts)
-        for path in write(data, folder, MODE, report.markdown):
+        for path in write(data, folder, "grpo", report.markdown):
             print(f"Written: {path}")
         print(report.markdown(data))
-    print(f"Done in {tqdm.format_interval(time.time() - started)}: {folder}", flush=True)
-    return folder
+    run.done()
 
 
 @dataclass

@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig, draw_pairs
 from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train import StoppedError, policy_and_reference
+from eg3d_rlhf.tuning.flow.train import policy_and_reference
 from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, Updates
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, structure_pairs, tiny_config, voxel_pairs
 from tests.tuning.flow.tiny_trainings import at, contents, interrupt, judge, run, with_everything

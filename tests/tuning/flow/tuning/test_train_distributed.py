@@ -14,7 +14,7 @@ CODE = """
 import sys
 from pathlib import Path
 import torch
-from eg3d_rlhf.tuning.flow.train import StoppedError
+from eg3d_rlhf.experiments.process import StoppedError
 from tests.tuning.flow.tiny_trainings import CASES, case_of
 from training.distributed import process_group
 torch.set_num_threads(1)

@@ -1,0 +1,69 @@
+"""Things by name are imported when asked for, plugins bring theirs, and an unknown name says which are known."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eg3d_rlhf.core import plugins
+
+REPO = Path(__file__).parents[2]
+MODULE = "from {table} import THINGS\n\nTHINGS.add({name!r}, {value})\n"
+
+
+@pytest.fixture
+def things(tmp_path, monkeypatch):
+    """A registry of two modules in a package of its own, of which only one exists yet in `sys.modules`; and the folder."""
+    package = f"things_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / package).mkdir()
+    ours = {"one": f"{package}.first", "two": f"{package}.second"}
+    table = ["from eg3d_rlhf.core.registry import Registry", f'THINGS = Registry("thing", {ours})']
+    (tmp_path / package / "__init__.py").write_text("\n".join(table))
+    for name, module, value in (("one", "first", 1), ("two", "second", 2)):
+        (tmp_path / package / f"{module}.py").write_text(MODULE.format(table=package, name=name, value=value))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "_loaded", set(plugins._loaded))
+    return __import__(package).THINGS, package
+
+
+def test_a_module_is_imported_when_its_name_is_asked_for(things):
+    registry, package = things
+    assert list(registry) == ["one", "two"] and len(registry) == 2 and "two" in registry and "three" not in registry
+    assert not {f"{package}.first", f"{package}.second"} & sys.modules.keys()
+    assert registry["two"] == 2 and f"{package}.first" not in sys.modules
+    assert dict(registry) == {"one": 1, "two": 2}
+
+
+@pytest.mark.parametrize("name", ["three", None, 3])
+def test_an_unknown_name_is_refused_with_those_that_are_known(name, things):
+    with pytest.raises(ValueError, match="thing: expected one of one, two, got"):
+        things[0][name]
+
+
+def test_a_plugin_adds_a_name_and_may_ask_while_it_is_loaded(things, tmp_path, monkeypatch):
+    registry, package = things
+    asking = "try:\n    THINGS['later']\nexcept ValueError:\n    pass\n"  # loads plugins again, which must not run this file again
+    plugin = tmp_path / f"plugin_of_{package}.py"
+    plugin.write_text(MODULE.format(table=package, name="three", value=3) + asking)
+    monkeypatch.setenv(plugins.VARIABLE, str(plugin))
+    assert registry["three"] == 3 and list(registry) == ["one", "two", "three"]
+
+
+def test_a_plugin_that_cannot_be_imported_is_named_each_time(things, monkeypatch):
+    monkeypatch.setenv(plugins.VARIABLE, "no_such_plugin")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{plugins.VARIABLE}: .*no_such_plugin"):
+            things[0]["three"]
+
+
+def test_each_of_ours_is_added_by_the_module_that_the_table_names():
+    lines = [
+        "from eg3d_rlhf.generators import FAMILIES as A",
+        "from eg3d_rlhf.rewards.observations import OBSERVATIONS as B",
+        "from eg3d_rlhf.rewards.networks import READERS as C",
+        "from eg3d_rlhf.tuning.flow.families import FAMILIES as D",
+        "from eg3d_rlhf.core.registry import Registry",
+        "assert all(isinstance(r, Registry) and all(name in r._things for name in r if r[name]) for r in (A, B, C, D))",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=REPO)
