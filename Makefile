@@ -39,15 +39,15 @@ demo-control: $(STAMP)
 
 seeds: $(STAMP)
 	@echo "== The demo with training seeds 0, 1 and 2, into runs/seeds"
-	$(BIN)/python tools/seeds.py $(SEEDS_ARGS)
+	$(BIN)/eg3d-rlhf report seeds $(SEEDS_ARGS)
 
 reports: $(STAMP)
 	@echo "== The demo run and its control where missing, then evaluation, attribution, embedding and a small sweep, into runs/reports"
-	$(BIN)/python tools/reports.py $(REPORTS_ARGS)
+	$(BIN)/eg3d-rlhf report all $(REPORTS_ARGS)
 
 zoo: $(STAMP)
 	@echo "== Every reward on the bundled heads: trained, tuned by, and compared, into runs/zoo"
-	$(BIN)/python tools/zoo.py $(ZOO_ARGS)
+	$(BIN)/eg3d-rlhf report zoo $(ZOO_ARGS)
 
 test: lint
 	@echo "== Fast tests on 2 processes"
@@ -72,19 +72,19 @@ bench: $(STAMP)
 
 assets: $(STAMP)
 	@echo "== 1/8 generator"
-	$(BIN)/python tools/build_assets.py generator
+	$(BIN)/eg3d-rlhf assets build generator
 	@echo "== 2/8 shape critic"
-	$(BIN)/python tools/build_assets.py critic
+	$(BIN)/eg3d-rlhf assets build critic
 	@echo "== 3/8 feature network of the Frechet distance"
-	$(BIN)/python tools/train_features.py
+	$(BIN)/eg3d-rlhf assets features
 	@echo "== 4/8 labels"
-	$(BIN)/python tools/build_assets.py labels
+	$(BIN)/eg3d-rlhf assets build labels
 	@echo "== 5/8 rewards"
-	$(BIN)/python tools/build_assets.py rewards
+	$(BIN)/eg3d-rlhf assets build rewards
 	@echo "== 6/8 control run"
-	$(BIN)/python tools/build_assets.py control
+	$(BIN)/eg3d-rlhf assets build control
 	@echo "== 7/8 the toy flow of Circular-DPO"
-	$(BIN)/python tools/train_toy_flow.py
+	$(BIN)/eg3d-rlhf assets toy-flow
 	@echo "== 8/8 the learned prior of score distillation"
 	$(BIN)/python tools/train_view_prior.py
 

@@ -152,9 +152,8 @@ def _largest(b: torch.Tensor) -> float:
 
 def all_rows() -> list[Row]:
     """The table, in the order in which it runs."""
-    from benchmarks import rows_distill, rows_field, rows_flow, rows_heads, rows_ops, rows_phases  # here: they import this module
+    from benchmarks import rows_field, rows_ops, rows_phases, rows_tuning  # here: they import this module
 
-    modules = (rows_field, rows_heads, rows_distill, rows_phases, rows_flow, rows_ops)
-    rows = [*(row for module in modules for row in module.ROWS), *rows_phases.ATTRIBUTION]
+    rows = [row for module in (rows_field, rows_tuning, rows_phases, rows_ops) for row in module.ROWS]
     assert len({(row.name, row.size) for row in rows}) == len(rows), "two rows of one name and size"
     return rows

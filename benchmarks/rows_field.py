@@ -19,6 +19,8 @@ from eg3d_rlhf.generators import load_generator, of
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part, vertex_normals
 from eg3d_rlhf.geometry.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
 from eg3d_rlhf.geometry.slab import DecoderWeights, plane_features, sigma_from_planes
+from eg3d_rlhf.geometry.tri_grid import tri_grid_density
+from training.fullhead import sample_tri_grid
 from training.rendering.renderer import generate_planes
 from training.triplane import TriPlaneGenerator
 
@@ -132,7 +134,7 @@ def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
 def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
     """From a latent to a checked mesh of `resolution` points per edge.
 
-    Fast: everything that tools/export_mesh.py does but colours and writing. Reference: every grid point decoded, marching cubes on the
+    Fast: everything that eg3d-rlhf samples mesh does but colours and writing. Reference: every grid point decoded, marching cubes on the
     whole volume, and the same choice of the largest part, normals and checks; so the checks count on both sides, although EG3D has none.
     """
     G = _generator(device, tiny, size)
@@ -224,4 +226,67 @@ ROWS = [
         name="mesh 128^3, from a latent", size="bundled", make=functools.partial(mesh_case, size="bundled", resolution=128), seconds=1.5,
         tolerance=WITHIN,
     ),
+]
+
+
+# The density of full heads on grids: a tri-grid is read from its D slices; the reference decodes every point, density alone.
+
+SLICES = 3  # D
+_POINTS_AT_ONCE = 1 << 16  # as the families read points
+
+
+class TriGrid(PlaneField):
+    """Leaves (slices N(0, 1) and the decoder's density row), and the two paths from them to sigma_raw [1, D, H, W]."""
+
+    def __init__(self, size: PlaneSize, device: str):
+        super().__init__(size, "panohead", device)
+        rng = torch.Generator().manual_seed(1)
+        shape = (1, 3, size.channels, SLICES, size.plane, size.plane)
+        self.planes = torch.randn(shape, generator=rng).to(device).requires_grad_()
+        self.orders = [tuple(int(i) for i in rows.argmax(dim=1)) for rows in self.axes]
+
+    @property
+    def weights(self) -> DecoderWeights:
+        """The density row."""
+        return DecoderWeights(self.w0, self.b0, self.w1[0], self.b1[0])
+
+    def separable(self) -> torch.Tensor:
+        """From slices."""
+        axes = [axis * 2 for axis in self.spec.axes()]
+        return tri_grid_density(self.planes, self.orders, self.weights, axes).permute(0, 3, 2, 1)
+
+    def pointwise(self) -> torch.Tensor:
+        """Three trilinear reads, their mean, the hidden layer and the density row at every point."""
+        points = self.spec.points().to(self.planes).reshape(1, -1, 3)
+        return torch.cat([self._density(part) for part in points.split(_POINTS_AT_ONCE, dim=1)], dim=1).view(1, *self.spec.shape)
+
+    def _density(self, points: torch.Tensor) -> torch.Tensor:
+        features = sample_tri_grid(self.axes, self.planes, points, 1.0).mean(dim=1)
+        weights = self.weights
+        hidden = F.softplus(F.linear(features, weights.w0, weights.b0))
+        return hidden @ weights.w_sigma + weights.b_sigma
+
+
+def tri_grid(device: str, tiny: bool, size: str, cube: bool, train: bool) -> Case:
+    """Density on a grid from slices that are already there, the same for both paths."""
+    field = TriGrid(TINY if tiny else (CUBE if cube else SLAB)[size], device)
+
+    def run(path) -> Outcome:
+        with torch.set_grad_enabled(train):
+            sigma = path()
+        return Outcome({"sigma": sigma.detach()}, field.gradients(sigma) if train else {})
+
+    return Case(fast=lambda: run(field.separable), reference=lambda: run(field.pointwise))
+
+
+def _tri_grid_row(name: str, size: str, seconds: float, target: Target | None, **what) -> Row:
+    return Row(name=name, size=size, make=functools.partial(tri_grid, size=size, **what), seconds=seconds, target=target)
+
+
+_TRI_GRID_SLAB = Target(at_least=5, aim=10)
+ROWS += [
+    _tri_grid_row("slab of a tri-grid, from slices", "full", 8, _TRI_GRID_SLAB, cube=False, train=False),
+    _tri_grid_row("slab of a tri-grid, from slices", "bundled", 0.1, None, cube=False, train=False),
+    _tri_grid_row("slab of a tri-grid, forward + backward", "bundled", 0.3, None, cube=False, train=True),
+    _tri_grid_row("cube 64^3 of a tri-grid, from slices", "bundled", 0.5, None, cube=True, train=False),
 ]

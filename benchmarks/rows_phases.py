@@ -217,8 +217,6 @@ ROWS = [
         name="one RLHF iteration of the published method", size="full", make=published_iteration, seconds=20,
         target=Target(at_least=4.5, aim=6), tolerance=1e-3, gradient_tolerance=1e-3,
     ),
-]
-ATTRIBUTION = [
     Row(
         name="Shapley coalitions of 12 regions, full-size reward", size="full", make=coalitions, seconds=35, meter_in_round=True,
         target=Target(at_least=4, aim=5), tolerance=1e-4,

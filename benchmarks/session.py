@@ -1,7 +1,12 @@
-"""Runs rows one after the other: warm-up, rounds in turn, memory, agreement; keeps the results on disk after each."""
+"""Runs rows one after the other: warm-up, rounds in turn, memory, agreement; keeps the results on disk after each.
+
+    python -m benchmarks.session NAME SIZE DEVICE PATH THREADS TINY          prints the bytes that one path needs, alone in its process
+"""
 
 import fnmatch
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,14 +14,96 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.benchmark.utils.timer import timer
 from tqdm import tqdm
 
-from benchmarks import memory, report
+from benchmarks import report
 from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, DisagreementError, Outcome, Row, check, compare
 
 LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
 MOST_ROUNDS = 11
 Meter = Callable[[Row, str, str, bool], int]  # (row, device, path, tiny) -> bytes
+
+
+# Peak memory that one path needs on top of its inputs, in a process of its own.
+
+REPO = Path(__file__).resolve().parents[1]
+LOOKS_APART_S = 0.001
+SLACK = 8 * 2**20  # bytes between a mark just restarted and the resident memory read after it
+
+
+class PeakMeter:
+    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU.
+
+    Linux restarts a process's mark on request; where that is not allowed (some containers), a thread looks at the resident memory every
+    millisecond instead, which may miss a shorter peak.
+    """
+
+    def __init__(self, device: str):
+        self._device = device
+        self._watch: threading.Thread | None = None
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return
+        self._before = self._peak = resident_bytes("VmRSS")
+        if not restart_mark():
+            self._done = threading.Event()
+            self._watch = threading.Thread(target=self._look, daemon=True)
+            self._watch.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(LOOKS_APART_S):
+            self._peak = max(self._peak, resident_bytes("VmRSS"))
+
+    def extra_bytes(self) -> int:
+        """Bytes at the peak beyond those at the beginning, >= 1. Ends the measurement."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+            return max(torch.cuda.max_memory_allocated() - self._before, 1)
+        if self._watch is None:
+            return max(resident_bytes("VmHWM") - self._before, 1)
+        self._done.set()
+        self._watch.join()
+        return max(self._peak - self._before, resident_bytes("VmRSS") - self._before, 1)
+
+
+def restart_mark() -> bool:
+    """Set this process's high-water mark back to its present size; returns whether that was done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return resident_bytes("VmHWM") <= resident_bytes("VmRSS") + SLACK
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, from /proc (Linux), else the peak that getrusage knows."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> int:
+    """Peak while the row's case runs one path once, in a fresh process that has warmed up on a tiny case.
+
+    Raises: RuntimeError with what the process wrote on stderr.
+    """
+    arguments = [row.name, row.size, device, path, str(torch.get_num_threads()), str(int(tiny))]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.session", *arguments], cwd=REPO, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{row.name}: the memory measurement of the {path} path failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+# Rounds and results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +117,7 @@ class Options:
     torch_compile: bool = False  # the further columns of the op rows
     out: Path = Path("benchmarks/results")
     resume: bool = False
-    meter: Meter | None = memory.extra_bytes_in_subprocess  # None: no memory
+    meter: Meter | None = extra_bytes_in_subprocess  # None: no memory
 
     @property
     def stem(self) -> str:
@@ -120,22 +207,22 @@ def run_row(row: Row, options: Options) -> dict:
     times: dict[str, dict[str, list[float]]] = {}
     memory_used: dict[str, int] = {}
     errors: dict[str, str] = {}
-    found: list[Agreement] = []  # of each round
+    agreements: list[Agreement] = []  # of each round
     count = options.repeats or 2
-    while len(found) < count:
+    while len(agreements) < count:
         outcomes: dict[str, Outcome] = {}
         for name in [name for name in names if name not in errors]:
-            meter = memory.PeakMeter(device) if not found and name == REFERENCE and _meters_first_round(row, options) else None
-            _timed(case, name, device, times, outcomes, errors)
+            meter = PeakMeter(device) if not agreements and name == REFERENCE and _meters_first_round(row, options) else None
+            _timed(case, name, times, outcomes, errors)
             if meter is not None:
                 memory_used[REFERENCE] = meter.extra_bytes()
-        found.append(_agree(row, case, outcomes, FAST, device))
+        agreements.append(_agree(row, case, outcomes, FAST, device))
         for name in outcomes.keys() - set(PATHS):  # times of a further column that computes something else are not shown
             try:
                 _agree(row, case, outcomes, name, device)
             except DisagreementError as error:
                 errors[name] = f"disagrees: {error}"
-        if len(found) == 1 and options.repeats is None:
+        if len(agreements) == 1 and options.repeats is None:
             taken = sum(values["wall"][0] for values in times.values())
             count = 2 if options.quick else rounds(taken, options.budget, MOST_ROUNDS)
     del outcomes
@@ -144,7 +231,7 @@ def run_row(row: Row, options: Options) -> dict:
             if path not in memory_used:
                 memory_used[path] = options.meter(row, device, path, options.quick)
     measured = {name: times[name] for name in PATHS}
-    deviations = {entry.name: [getattr(one, entry.name) for one in found] for entry in fields(Agreement)}
+    deviations = {entry.name: [getattr(agreement, entry.name) for agreement in agreements] for entry in fields(Agreement)}
     worst = Agreement(**{name: None if None in values else max(values) for name, values in deviations.items()})
     record = report.row_record(row, device, measured, worst, memory_used, judged=not options.quick)
     if options.torch_compile and len(names) > len(PATHS):
@@ -169,7 +256,7 @@ def _warm(row: Row, options: Options) -> Case:
     return case
 
 
-def _timed(case: Case, name: str, device: str, times: dict, outcomes: dict[str, Outcome], errors: dict[str, str]) -> None:
+def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], errors: dict[str, str]) -> None:
     """One call of one path, added to `times` and `outcomes`; a further column that cannot run is noted in `errors` instead."""
     try:
         if name not in PATHS and name not in times:
@@ -177,7 +264,7 @@ def _timed(case: Case, name: str, device: str, times: dict, outcomes: dict[str, 
             case.call(name)  # compile outside the clock
         case.prepare()
         torch.manual_seed(0)
-        wall, processor = clock(lambda: outcomes.update({name: case.call(name)}), device)
+        wall, processor = clock(lambda: outcomes.update({name: case.call(name)}))
     except Exception as error:  # noqa: BLE001 (whatever torch.compile raises; the two paths themselves must not fail)
         if name in PATHS:
             raise
@@ -189,20 +276,17 @@ def _timed(case: Case, name: str, device: str, times: dict, outcomes: dict[str, 
     values["processor"].append(processor)
 
 
-def clock(work: Callable[[], object], device: str) -> tuple[float, float]:
-    """Wall-clock seconds of one call, on a GPU until the device is done; and processor seconds of all threads together."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronise()
-    wall, processor = time.perf_counter(), time.process_time()
+def clock(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock seconds of one call, on a GPU until the device is done (torch's timer waits); and processor seconds of all threads."""
+    wall, processor = timer(), time.process_time()
     work()
-    synchronise()
-    return time.perf_counter() - wall, time.process_time() - processor
+    return timer() - wall, time.process_time() - processor
 
 
 def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device: str) -> Agreement:
-    found = (case.compare or compare)(outcomes[name], outcomes[REFERENCE])
-    check(found, *row.tolerances(device))
-    return found
+    agreement = (case.compare or compare)(outcomes[name], outcomes[REFERENCE])
+    check(agreement, *row.tolerances(device))
+    return agreement
 
 
 def _meters_first_round(row: Row, options: Options) -> bool:
@@ -224,3 +308,23 @@ def planned_seconds(row: Row, options: Options) -> float:
     passes += seconds < LONG
     passes += options.meter is not None and not _meters_first_round(row, options)
     return 10.0 + pair * passes
+
+
+def main(name: str, size: str, device: str, path: str, threads: str, tiny: str) -> None:
+    """The process that measures."""
+    from benchmarks.rows import all_rows  # the module of that name, not this one run as __main__
+
+    torch.set_num_threads(int(threads))
+    (row,) = (row for row in all_rows() if (row.name, row.size) == (name, size))
+    for small in (True, tiny == "1"):
+        case = row.make(device, small)
+        case.prepare()
+        torch.manual_seed(0)
+        meter = PeakMeter(device)
+        case.call(path)
+        used = meter.extra_bytes()
+    print(used)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -26,8 +26,7 @@ import PIL.Image
 import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from training.batches import read_batches
-from training.dataset import ImageFolderDataset, InfiniteSampler
+from training.dataset import ImageFolderDataset, InfiniteSampler, read_batches
 
 COUNT = click.IntRange(min=1)
 

@@ -31,11 +31,6 @@ def test_every_page_and_picture_is_shown_somewhere():
     assert [p.name for p in kept if p.resolve() not in shown] == []
 
 
-def test_every_tool_is_in_the_list_of_tools():
-    text = (REPO / "docs" / "tools.md").read_text()
-    assert [p.stem for p in sorted((REPO / "tools").glob("*.py")) if p.stem[0] != "_" and f"`{p.stem}`" not in text] == []
-
-
 def test_the_mode_worked_through_in_extending_runs(tmp_path):
     text = (REPO / "docs" / "extending.md").read_text()
     block = text[text.index("    import dataclasses") : text.index("`python train.py --mode=count")]

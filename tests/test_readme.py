@@ -1,5 +1,6 @@
 """What the README shows runs as written: its lines of Python, and its recipe for a released checkpoint on small stand-ins."""
 
+import json
 import os
 import re
 import shlex
@@ -11,15 +12,14 @@ import pytest
 from eg3d_rlhf.rewards.release import write_example
 from tests import tiny_runs
 from tests.generators.pickles.writer import SnapshotWriter, stock_networks
+from tests.tools.examples import arguments_of
 
 # Flags that make a line small, and the names of run folders that follow from them.
 SMALL = {
-    "import_reward.py": ["--seeds=0"],
+    "import": ["--latents=0"],
     "train.py": ["--kimg=0.002", "--batch=2", "--tick=0.001", "--no-summary", "--device=cpu"],
     "evaluate.py": ["--only=reward-shift", "--n=16", "--images=16", "--out=report"],
-    "attribute.py": [
-        "--n=2", "--method=permutation", "--permutations=2", "--steps=2", "--gap-bound=1000", "--draws=2", "--checked=1", "--out=why",
-    ],
+    "attribute.py": ["--n=2", "--method=permutation", "--settings=small.json", "--out=why"],
 }
 
 
@@ -45,9 +45,10 @@ def recipe(repo) -> list[list[str]]:
 def command_of(words: list[str], repo) -> list[str]:
     """What a line of the recipe runs here: two processes for eight, small settings."""
     words = [word.replace("batch16", "batch2").replace("nproc-per-node=8", "nproc-per-node=2") for word in words]
-    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", words[1]]
-    script, *flags = words[1:] if words[0] == "python" else words[2:]
-    return [*start, str(repo / script), *flags, *SMALL.get(os.path.basename(script), [])]
+    small = next((flags for name, flags in SMALL.items() if any(os.path.basename(word) == name for word in words)), [])
+    if words[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", words[1], str(repo / words[2]), *words[3:], *small]
+    return [*arguments_of(words), *small]
 
 
 @pytest.mark.long
@@ -56,6 +57,7 @@ def test_the_recipe_for_a_released_checkpoint_runs(repo, tmp_path):
     (tmp_path / "ffhq512-128.pkl").write_bytes(SnapshotWriter().snapshot(nets))
     tiny_runs.write_dataset(tmp_path / "FFHQ_512.zip", nets.G.img_resolution)
     write_example(tmp_path / "release")
+    (tmp_path / "small.json").write_text(json.dumps({"permutations": 2, "steps": 2, "gap_bound": 1000, "draws": 2, "checked": 1}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for words in recipe(repo):
         command = command_of(words, repo)

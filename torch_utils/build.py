@@ -1,12 +1,14 @@
 """Compile the C++ and CUDA halves of the ops, once, and load them.
 
-    python -m torch_utils.build          compile everything that this machine can compile, ahead of time
+    python -m torch_utils.build          compile everything that this machine can compile, into the cache
+    python setup.py build_ops            the same with torch.utils.cpp_extension and ninja; no compiler is asked for afterwards
 
 Ops are compiled on first use into $EG3D_RLHF_CACHE/ops (default ~/.cache/eg3d-rlhf/ops), one library per op and device, in a folder whose
 name is a hash of the sources, the flags, the compiler, the processor and torch's version. A lock keeps two processes from building the same
 library at once. Where a build fails or is impossible, one warning names the log, and plain torch does the work.
 
-$EG3D_RLHF_OPS=off switches compiled ops off; $CXX and $NVCC name other compilers.
+$EG3D_RLHF_OPS=off switches compiled ops off; $CXX and $NVCC name other compilers; $EG3D_RLHF_AHEAD another folder for what setup.py
+compiles, which is torch_utils/ops/ahead.
 
 Sources: torch_utils/ops/<op>.cpp and <op>.cu, against torch's stable ABI (torch/csrc/stable), so that neither the CUDA toolkit's libraries
 nor Python's headers are needed and a CUDA library can be built where there is no GPU.
@@ -56,10 +58,27 @@ class Recipe:
 
     def folder(self) -> Path:
         """Where library and log lie; its name changes with whatever the result depends on."""
-        digest = hashlib.sha256(repr((self.commands, torch.__version__, _compiler_version(self.commands[0][0]), _processor())).encode())
-        for path in [SOURCES / (self.op + SUFFIX[self.device_type]), *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]:
-            digest.update(path.name.encode() + path.read_bytes())
-        return cache_dir() / f"{self.op}-{self.device_type}-{digest.hexdigest()[:16]}"
+        depends = (self.commands, torch.__version__, _compiler_version(self.commands[0][0]), _processor())
+        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, depends)}"
+
+
+def _digest(op: str, device_type: str, depends: tuple) -> str:
+    """Hash of an op's sources and of whatever else its library depends on."""
+    digest = hashlib.sha256(repr(depends).encode())
+    for path in [SOURCES / (op + SUFFIX[device_type]), *sorted(SOURCES.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def ahead_folder() -> Path:
+    """Where setup.py puts libraries: beside the sources, or $EG3D_RLHF_AHEAD."""
+    return Path(os.environ.get("EG3D_RLHF_AHEAD") or SOURCES / "ahead")
+
+
+def ahead(op: str, device_type: str) -> Path:
+    """The library that setup.py compiles of these sources for this torch and processor; no compiler is needed to name it."""
+    depends = (flags(device_type), torch.__version__, _processor())
+    return ahead_folder() / f"{op}_{device_type}_{_digest(op, device_type, depends)}.so"
 
 
 def cache_dir() -> Path:
@@ -124,25 +143,32 @@ def compiler(device_type: str) -> str:
     raise BuildError(f"{wanted} was not found; install it, or name one in ${variable}.")
 
 
+def flags(device_type: str) -> list[str]:
+    """What a compiler is told of a device's sources, but for where they and torch's headers lie."""
+    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    if device_type == "cpu":
+        native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
+        return ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", *native, *common]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
+    targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+    return ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA", *targets, *common]
+
+
 def recipe(op: str, device_type: str) -> Recipe:
     """Commands for one library.
 
     Raises: BuildError where this machine has no compiler for it.
     """
     include = Path(torch.__file__).parent / "include"
-    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
+    headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
     source = str(SOURCES / (op + SUFFIX[device_type]))
     torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cxx = compiler("cpu")
     if device_type == "cpu":
-        flags = ["-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
-        flags += ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
-        return Recipe(op, device_type, ((cxx, *flags, *common, source, "-o", "{out}", *torch_libraries),))
+        linking = ["-shared", *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [])]
+        return Recipe(op, device_type, ((cxx, *linking, *flags("cpu"), *headers, source, "-o", "{out}", *torch_libraries),))
     nvcc = compiler("cuda")
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
-    targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-    flags = ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
-    compile_ = (nvcc, *flags, *targets, *common, "-c", source, "-o", "{obj}")
+    compile_ = (nvcc, *flags("cuda"), *headers, "-c", source, "-o", "{obj}")
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [toolkit, Path("/usr/local/cuda")]
     folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]  # one has libcudart_static.a
@@ -152,10 +178,12 @@ def recipe(op: str, device_type: str) -> Recipe:
 
 
 def build(op: str, device_type: str) -> Path:
-    """The op's library, compiled unless the cache has it.
+    """The op's library: the one that setup.py compiled, or the cache's, compiled where that has none.
 
     Raises: BuildError with the path of the log.
     """
+    if ahead(op, device_type).exists():
+        return ahead(op, device_type)
     todo = recipe(op, device_type)
     folder = todo.folder()
     library, log = folder / f"{op}.so", folder / "build.log"

@@ -1,18 +1,217 @@
-"""Training images with camera labels, in EG3D's dataset format, and the endless order in which they are drawn.
+"""Training images with camera labels, in EG3D's dataset format: their files, the endless order in which they are drawn, and batches that
+worker processes read ahead, whose number changes no bit.
 
-Shape letters: n images before mirroring, C channels, R resolution, L numbers per label.
+Shape letters: n images (of a set before mirroring, or of a batch), C channels, R resolution, L numbers per label.
 """
 
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
 import copy
+import functools
+import io
 import itertools
-from collections.abc import Iterator
+import json
+import mmap
+import multiprocessing
+import os
+import signal
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 
-from training.dataset_files import LABELS_FILE, ImageFiles, label_array
-from training.rendering.cameras import LABEL_NUMBERS, mirror_label
+from training.distributed import Ranks
+from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LABELS_FILE = "dataset.json"
+_PIXEL_LIMIT = 1 << 28  # of one image; a larger header is refused before it is decoded
+ROTATION_TOLERANCE = 1e-2  # largest entry of |R^T R - I|; single-precision poses from fitting pipelines reach 1e-4
+
+
+class ImageFiles:
+    """The images and labels of a folder or zip, read by entry name.
+
+    Args:
+        path: folder (searched recursively) or .zip file.
+    Raises: ValueError naming the file and the remedy when the path is missing, not a zip, damaged, or without images.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._archive = None
+        self._folder = self.path.is_dir()  # and not when it is read: it may vanish meanwhile
+        if self._folder:
+            entries = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+        elif self.path.is_file():
+            entries = self._open_archive().namelist()
+        else:
+            raise ValueError(f"dataset {self.path}: expected a folder or a .zip file, got a path that does not exist. Check --data.")
+        self.entries = frozenset(entries)
+        self.images = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES))
+        if not self.images:
+            raise ValueError(
+                f"dataset {self.path}: expected images ({', '.join(IMAGE_SUFFIXES)}), got {len(entries)} other entries. "
+                "Point --data at the folder or zip that holds them."
+            )
+
+    def __getstate__(self):
+        return {**self.__dict__, "_archive": None}  # a worker process opens the file anew: handles share their position
+
+    def close(self) -> None:
+        """Close the zip; it is reopened when needed."""
+        if self._archive is not None:
+            self._archive.close()
+            self._archive = None
+
+    def _open_archive(self) -> zipfile.ZipFile:
+        if self._archive is None:
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(
+                    f"dataset {self.path}: expected a zip archive, got a file that cannot be read as one ({error}). "
+                    "It is gone, truncated or of another kind: copy or build it again."
+                ) from error
+        return self._archive
+
+    def read(self, entry: str) -> bytes:
+        """Content of an entry; ValueError when it is damaged."""
+        try:
+            if self._folder:
+                return (self.path / entry).read_bytes()
+            return self._open_archive().read(entry)
+        except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+            raise ValueError(
+                f"dataset {self.path}: cannot read entry {entry!r} ({error}). The file is gone or damaged: copy or build it again."
+            ) from error
+
+    def decode(self, entry: str) -> PIL.Image.Image:
+        """An entry's picture, wholly read.
+
+        Raises: ValueError when the entry is damaged, too large, or not an 8-bit greyscale or RGB image.
+        """
+        where, data = f"dataset {self.path}: entry {entry!r}", self.read(entry)
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > _PIXEL_LIMIT:
+                    raise ValueError(f"{image.width}x{image.height} is too large")
+                image = image.copy()
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace or remove the file."
+            ) from error
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {image.mode}. Convert it to RGB.")
+        return image
+
+    def read_image(self, entry: str) -> np.ndarray:
+        """Pixels [C, H, W] uint8 of an entry, C = 1 or 3.
+
+        Raises: ValueError as `decode`, and when the image is not square.
+        """
+        pixels = np.asarray(self.decode(entry))
+        if pixels.shape[0] != pixels.shape[1]:
+            raise ValueError(
+                f"dataset {self.path}: entry {entry!r}: expected a square image, got {pixels.shape[1]}x{pixels.shape[0]}. "
+                "Crop the images to squares."
+            )
+        return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+    def read_labels(self) -> list | None:
+        """One label per image in the order of `images`: numbers or ints as stored; None where dataset.json says "labels": null.
+
+        Raises: ValueError when dataset.json is missing, malformed, or lacks an image.
+        """
+        if LABELS_FILE not in self.entries:
+            raise ValueError(
+                f"dataset {self.path}: expected {LABELS_FILE} with the camera labels, got none. Add it at the top of the set, "
+                "or train without labels (use_labels=False, --cond=0)."
+            )
+        where = f"dataset {self.path}: {LABELS_FILE}"
+        try:
+            rows = json.loads(self.read(LABELS_FILE))["labels"]
+            by_name = None if rows is None else {str(name): label for name, label in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{where}: expected {{"labels": [[image name, label], ...]}}, got something else ({error!r}). Rewrite the file.'
+            ) from error
+        if by_name is None:
+            return None
+        missing = [name for name in self.images if by_name.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"{where}: expected a label for each of the {len(self.images)} images, got none for {len(missing)} of them, "
+                f"the first being {missing[0]!r}. Add them, or remove the images."
+            )
+        return [by_name[name] for name in self.images]
+
+
+def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -> np.ndarray:
+    """Labels as an array: float32 [n, L] for lists of numbers, int64 [n] for class indices.
+
+    Args:
+        labels: as stored, one per name. names: entry names for the messages. where: file for the messages.
+        c_dim: required L, or None to accept any.
+    Raises: ValueError when lengths differ from c_dim or from each other, values are not finite numbers, or a 25-number label does not hold
+            a pose with a rotation; each message names the first such entry.
+    """
+    if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
+        classes = np.array(labels, dtype=np.int64)
+        if classes.min() < 0:
+            raise ValueError(f"{where}: entry {names[int(classes.argmin())]!r}: expected a class index >= 0, got {classes.min()}.")
+        _check_length(int(classes.max()) + 1, names[int(classes.argmax())], where, c_dim)
+        return classes
+    wanted = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
+    for name, label in zip(names, labels, strict=True):
+        if not isinstance(label, list):
+            raise ValueError(f"{where}: entry {name!r}: expected a list of numbers like its neighbours, got {label!r}. Rewrite its label.")
+        _check_length(len(label), name, where, wanted)
+    try:
+        values = np.array(labels, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: expected labels to hold numbers only ({error}). Rewrite them.") from error
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        first = names[int(finite.argmin())]
+        raise ValueError(f"{where}: entry {first!r}: expected finite numbers, got NaN or infinity. Rewrite its label.")
+    if values.shape[1] == LABEL_NUMBERS:
+        check_poses(values, names, where)
+    return values
+
+
+def _check_length(length: int, name: str, where: str, wanted: int | None) -> None:
+    if wanted is not None and length != wanted:
+        note = " A camera label is 16 cam2world and 9 intrinsics numbers." if wanted == LABEL_NUMBERS else ""
+        raise ValueError(f"{where}: entry {name!r}: expected a label of {wanted} numbers, got {length}.{note} Rewrite the labels.")
+
+
+def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
+    """ValueError unless the first 16 numbers of every label [n, 25] are a row-major rigid cam2world matrix."""
+    pose = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
+    rotation = pose[:, :3, :3]
+    deviation = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max(axis=(1, 2))
+    bad = (deviation > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(
+            f"{where}: entry {names[i]!r}: expected a rotation in the pose's upper-left 3x3, got one with |R^T R - I| = {deviation[i]:.3g} "
+            f"and determinant {np.linalg.det(rotation[i]):.3g} ({int(bad.sum())} of {len(names)} labels). Store cam2world row-major, "
+            "without scale or reflection."
+        )
+    bad = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(
+            f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {pose[i, 3].tolist()}. Store it row-major."
+        )
+
 
 CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory
 _DRAWS = 1 << 12  # random numbers drawn at once
@@ -195,3 +394,114 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
                     back = iter(random.randint(window, size=_DRAWS).tolist())
                 j = (i - next(back)) % n
                 order[i], order[j] = order[j], order[i]
+
+
+# Work done ahead by worker processes, its results in the order of the tasks
+
+AHEAD = 2  # tasks for each worker that are under way or done before they are asked for
+
+_work: Callable | None = None  # in a worker process: handed over once, not with every task
+
+
+def _start_worker(work: Callable) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave no process behind where the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_task(task: object) -> object:
+    assert _work is not None
+    return _work(task)
+
+
+def ahead(work: Callable, tasks: Iterable, workers: int, killed: str) -> Generator:
+    """work(task) of every task in order, without end where the tasks have none; AHEAD * workers of them are done ahead.
+
+    Workers are forked at the first result that is asked for: they import nothing, and have no thread but one that ends them with their
+    parent. Closing the generator ends them.
+
+    Args: workers: processes; 0, and where processes cannot fork, works in this one, a task at a time, when its result is asked for.
+    Raises: what `work` raises; ValueError saying `killed` where a worker died; OSError where none can be started.
+    """
+    if workers == 0 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(work, tasks)
+        return
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,)) as pool:
+        pending: deque[concurrent.futures.Future] = deque()
+        try:
+            for task in tasks:
+                try:
+                    pending.append(pool.submit(_run_task, task))
+                except OSError as error:  # of fork
+                    raise OSError(f"--workers: expected to start {workers} processes, got: {error.strerror}. Use fewer.") from error
+                if len(pending) > AHEAD * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ValueError(killed) from error
+        finally:
+            started = list(pool._processes.values())
+            pool.shutdown(wait=True, cancel_futures=True)
+            for process in started:  # where not all could be, shutdown reaches none
+                process.terminate()
+
+
+def in_order(work: Callable, tasks: Sequence, workers: int, killed: str) -> Generator:
+    """`ahead` with no more workers than tasks; one alone works in this process."""
+    workers = min(workers, len(tasks))
+    return ahead(work, tasks, workers if workers > 1 else 0, killed)
+
+
+# Batches in the sampler's order
+
+MOST_WORKERS = 3  # EG3D's default
+KILLED = "--workers: expected the processes that read images to live, got one killed. Free memory, or use fewer; 0 reads in this process."
+
+
+def default_workers(dataset: ImageFolderDataset, ranks: Ranks) -> int:
+    """None for a set that is kept in memory, else one for each core that training leaves free, at most three."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if dataset.in_memory else max(0, min(MOST_WORKERS, cores // ranks.neighbours - 1))
+
+
+Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
+
+
+def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, workers: int) -> Batches:
+    """Images [n, C, R, R] uint8 and labels [n, L] float32 of the next n indices in `order`, without end.
+
+    Workers decode into memory that all share, which is claimed once: AHEAD batches for each of them, and the one that was yielded last. Its
+    images are valid until the next is asked for.
+
+    Args: workers: processes; 0 reads in this one. Raises: ValueError as the dataset does, or where a worker was killed.
+    """
+    slots = AHEAD * workers + 1
+    size = (slots, n, dataset.num_channels, dataset.resolution, dataset.resolution)
+    images = np.frombuffer(mmap.mmap(-1, int(np.prod(size))), np.uint8).reshape(size)
+    work = functools.partial(_fill, dataset.without_memory() if workers else dataset, images)
+    tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slots)))
+    with contextlib.closing(ahead(work, tasks, workers, KILLED)) as filled:
+        for slot, labels in filled:
+            yield images[slot], labels
+
+
+def _fill(dataset: ImageFolderDataset, images: np.ndarray, task: tuple[int, list[int]]) -> tuple[int, np.ndarray]:
+    """Decode one batch into its slot of `images` [slots, n, C, R, R]."""
+    slot, rows = task
+    labels = []
+    for place, row in enumerate(rows):
+        images[slot, place], label = dataset[row]
+        labels.append(label)
+    return slot, np.stack(labels)

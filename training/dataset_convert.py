@@ -22,9 +22,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from training.dataset_files import LABELS_FILE, ImageFiles, label_array
+from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
-from training.workers import in_order
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
 ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes

@@ -14,13 +14,11 @@ import torch
 
 from torch_utils.training_stats import Collector
 from training import networks
-from training.batches import read_batches
 from training.config import GanConfig, LoopConfig
-from training.dataset import ImageFolderDataset, InfiniteSampler
+from training.dataset import ImageFolderDataset, InfiniteSampler, read_batches
 from training.distributed import SINGLE, Ranks
 from training.gan_phases import Batch
-from training.phases import derive_seed
-from training.rounds import Layout
+from training.phases import Layout, derive_seed
 
 
 def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, world: int = 1) -> None:

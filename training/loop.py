@@ -15,8 +15,7 @@ from torch_utils.training_stats import Collector
 from training import checkpoint, storage
 from training.config import LoopConfig
 from training.distributed import SINGLE, Ranks
-from training.phases import LossNotFiniteError, Phase
-from training.rounds import GradientSum, Layout, MovingAverages, sum_over_ranks
+from training.phases import GradientSum, Layout, LossNotFiniteError, MovingAverages, Phase, sum_over_ranks
 
 
 class Subject(Protocol):

@@ -8,8 +8,8 @@ import math
 import torch
 
 from torch_utils.ops import bias_act, upfirdn2d
+from torch_utils.ops.conv2d_resample import modulated_conv2d
 from torch_utils.ops.implementations import add_to, convolution_layout
-from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from training.layers import FullyConnectedLayer, MappingNetwork, block_resolutions, channels_at
 
 

@@ -24,11 +24,11 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
+from training.dataset import in_order
 from training.dataset_convert import ZIP_DATE, png
 from training.heads.family import draw_parameters
 from training.heads.render import BACKGROUNDS, render_heads
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
-from training.workers import in_order
 
 PREFIX = "synthetic:"
 FORMAT_VERSION = 1  # raise it whenever the same options would give other files

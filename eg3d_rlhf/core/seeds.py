@@ -50,7 +50,7 @@ STANDARDISATION = HeldOut("standardisation", 505_000, 200, "reward phase and inv
 SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning")
 BEST_OF_N = HeldOut("best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True)
 ALIGNMENT = HeldOut("alignment", 540_000, 1_024, "scores across generators: where shapes lie, scale of density, what the reward knows")
-INVERSION = HeldOut("inversion", 550_000, 64, "targets of the table of inversions (tools/invert.py --seeds)")
+INVERSION = HeldOut("inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --seeds)")
 DISTILLED = HeldOut("distilled", 560_000, 1_024, "shapes that text to 3D on the procedural heads starts from")
 HELD_OUT = (LATENTS, JUDGE, GEOMETRY, SHAPES, IMAGES, WATCH, CALIBRATION, STANDARDISATION, SCALES, BEST_OF_N, ALIGNMENT, INVERSION,
             DISTILLED)

@@ -19,8 +19,10 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, span
+from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.jobs import Finding, Job
+from eg3d_rlhf.experiments.page import data_uri, points_section, write_page
 from eg3d_rlhf.experiments.shape_view import shade
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
@@ -207,3 +209,20 @@ def plot_test(axes, data: dict):
         label = f"{role}: observed {found['share']:.3f}, p = {found['p']:.2g}"
         axes.axvline(found["share"], color=style.colour(role), linewidth=2, label=label)
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
+
+
+def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:
+    """Compute what is missing and write the page; returns the findings."""
+    parts = jobs(c)
+    findings = running.run(parts, out, fresh=fresh, quiet=quiet)
+    drawn, sheet = findings[MAP].data, findings[SHAPES].data
+    sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
+    titles = {"umap": "UMAP", "principal": "principal axes"}
+    chart = points_section(drawn["points"], [(name, titles[name]) for name in drawn["layouts"]], sprite)
+    introduction = (
+        f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before and after tuning. Points at the "
+        "end of the page show their shapes."
+    )
+    words = [findings[key].says[0] for key in (MAP, APART)]
+    write_page(out / "index.html", TITLE, introduction, parts[:2], findings, words, chart)
+    return findings

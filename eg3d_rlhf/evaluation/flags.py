@@ -1,11 +1,12 @@
-"""Flags that the commands of evidence share."""
+"""Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from eg3d_rlhf.core.cli import option, together
+from eg3d_rlhf.core.cli import naming, option, together
 from eg3d_rlhf.evaluation.comparison import Sources
 
 PATH = click.Path(path_type=Path)
@@ -20,15 +21,23 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "reward-ckpt": {**_REWARD, "show_default": "the run's own, else bundled"},
     "reward-watch": {**_REWARD, "show_default": "the run's own, else bundled", "help": "Second reward, never used in tuning."},
     "data": {**_WHAT, "metavar": "ZIP|DIR|synthetic:heads64", "show_default": "the run's own"},
+    "network": {**_WHAT, "metavar": "FILE|RUN", "type": PATH, "show_default": "the bundled generator", "help": "Generator."},
+    "latents": {**_SAMPLES, "metavar": "LIST", "help": "Seeds of latents and ranges of them, such as 0,2-5."},
     "psi": {**_SAMPLES, "metavar": "FLOAT", "type": click.FloatRange(0, 2, min_open=True), "default": Sources.psi, "help": "Truncation."},
+    "cutoff": {**_SAMPLES, "metavar": "INT", "type": click.IntRange(min=0), "default": 14, "help": "ws that truncation reaches."},
     "n": {**_SAMPLES, "metavar": "LATENTS", "type": click.IntRange(min=16), "default": Sources.n, "help": "Latents behind a figure."},
     "seed": {**_SAMPLES, **_SEED},
     "images": {**_SAMPLES, "metavar": "INT", "type": click.IntRange(min=16), "default": Sources.images, "help": "Images per distance."},
+    "settings": {"group": "Rare", "default": None, "metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False)},
     "out": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write."},
+    "outdir": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write into."},
     "fresh": {**_RUN, "is_flag": True, "default": False, "help": "Compute everything again."},
     "batch": {**_RUN, "metavar": "INT", "type": click.IntRange(min=1), "default": Sources.batch, "help": "Samples at once; bounds memory."},
     "device": {**_RUN, "type": click.Choice(["auto", "cpu", "cuda"]), "default": "auto", "help": "Where to compute."},
     "dry-run": {**_RUN, "is_flag": True, "default": False, "help": "Print the resolved settings as JSON and stop."},
+}
+_SPELLINGS = {  # further ones; the flag's own name stays the parameter's
+    "before": ("--network",), "latents": ("--seeds",), "psi": ("--trunc",), "cutoff": ("--trunc-cutoff",), "dry-run": ("-n",),
 }
 
 
@@ -36,7 +45,23 @@ def shared(names: str, **changes: str | dict):
     """The flags of these names, in this order, as a decorator. Args: changes: by flag, its help text or further arguments of its option."""
     made = []
     for name in names.split():
-        change = changes.get(name.replace("-", "_"), {})
-        short = ["-n"] if name == "dry-run" else []
-        made.append(option(*short, f"--{name}", **{**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}))
+        parameter = name.replace("-", "_")
+        change = changes.get(parameter, {})
+        spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
+        made.append(option(*spellings, **{**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}))
     return together(*made)
+
+
+def read_settings(path: Path | None, *names: str) -> dict[str, Any]:
+    """Rare settings from the JSON file of --settings. Raises: ValueError, OSError for anything but an object with some of these names."""
+    if path is None:
+        return {}
+    with naming("--settings"):
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, got {error}. Correct it.") from None
+        wrong = sorted(set(values) - set(names)) if isinstance(values, dict) else [type(values).__name__]
+        if wrong:
+            raise ValueError(f"{path}: expected an object with some of {', '.join(names)}, got {', '.join(wrong)}. Correct it.")
+    return values

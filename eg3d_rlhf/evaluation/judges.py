@@ -133,7 +133,7 @@ def shapes(c: Comparison) -> dict:
     """The shape critic's logits and the Fréchet distance of shapes to true heads, both of normal maps; where there is no critic, why."""
     path, bounds = shape_critic.DEFAULT_ASSET, c.before.generator.bounds
     if not path.is_file() or bounds != Bounds():
-        why = f"no {path.name}; run tools/train_critic.py" if bounds == Bounds() else f"it knows the unit cube alone, not {bounds}"
+        why = f"no {path.name}; run eg3d-rlhf assets critic" if bounds == Bounds() else f"it knows the unit cube alone, not {bounds}"
         return {"critic": None, "critic_missing": why, "geometry": []}
     critic, logits, features = shape_critic.ShapeCritic.load(path).to(c.device), [], []
     with tqdm(total=2 * SHAPES.count, desc="normal maps for the shape critic", unit="shape") as bar:

@@ -106,7 +106,7 @@ def main(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
 
     \b
     Example:
-        python tools/seeds.py --seeds=0,1,2 --dry-run
+        eg3d-rlhf report seeds --seeds=0,1,2 --dry-run
     """
     parts = trainings(out, seeds, more)
     if dry_run:

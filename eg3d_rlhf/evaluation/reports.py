@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.evaluation.trainings import Part, call, line_of, make
+from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, line_of, make
 from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
@@ -27,7 +27,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     """The command line of each report."""
     pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {"evaluate": [f"--run={runs['tuned']}", *pair], "attribute": pair[:1], "embed": pair, "sweep": [*SWEEP, f"--seeds={seed}"]}
-    return {name: [f"tools/{name}.py", *flags[name], f"--out={out / name}"] for name in REPORTS if name in only}
+    return {name: [DOOR, "report", name, *flags[name], f"--out={out / name}"] for name in REPORTS if name in only}
 
 
 @click.command(cls=GroupedCommand)
@@ -47,7 +47,7 @@ def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
 
     \b
     Example:
-        python tools/reports.py --dry-run
+        eg3d-rlhf report all --dry-run
     """
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     if not chosen or set(chosen) - set(REPORTS):

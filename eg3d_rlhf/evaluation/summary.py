@@ -128,7 +128,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         upwards = ", higher is better" if row["higher_is_better"] else ""
         out.append((row["name"] + upwards, f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})", "better"))
     if record.get("critic_knew_before"):
-        out.append(("shape critic", "learnt from this very generator: train it on others, tools/train_critic.py", ""))
+        out.append(("shape critic", "learnt from this very generator: train it on others, eg3d-rlhf assets critic", ""))
     if "critic_missing" in record:
         out.append(("shape critic, shape Fréchet", f"not measured: {record['critic_missing']}", ""))
     if (moved := record.get("surface_change_voxels")) and moved["n"]:

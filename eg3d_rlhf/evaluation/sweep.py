@@ -280,7 +280,7 @@ def main(
 
     \b
     Example:
-        python tools/sweep.py --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=runs/example/sweep
+        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=runs/example/sweep
     """
     lists = numbers("--lambda-r", lambda_r), numbers("--lambda-sigma", lambda_sigma), numbers("--seeds", seeds, int)
     where, network = choose_device(device), find_network(before)

@@ -31,6 +31,7 @@ from training.storage import write_atomic
 
 REPO = Path(__file__).resolve().parents[2]
 TRAIN, TRAIN_REWARD = "train.py", "tools/train_reward.py"
+DOOR = "eg3d_rlhf"  # the package as a script: its first flags are a job's words
 RECORD, LOG = "part.json", "log.txt"
 POLL = 0.05  # seconds between looks at the children
 

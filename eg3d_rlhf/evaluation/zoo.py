@@ -22,7 +22,7 @@ from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.judges import blind_pairs
 from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
 from eg3d_rlhf.evaluation.summary import reward_shift
-from eg3d_rlhf.evaluation.trainings import LOG, TRAIN, TRAIN_REWARD, Part, make
+from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN, TRAIN_REWARD, Part, make
 from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
@@ -49,7 +49,7 @@ class Entry:
     train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
     tune: tuple[str, ...]  # flags of train.py
     minutes: float  # about, of the short table on one core: the longest is begun first
-    label: tuple[str, ...] = ()  # flags of tools/label_synthetic.py, whose labels replace the bundled pairs in training
+    label: tuple[str, ...] = ()  # flags of eg3d-rlhf label synthetic, whose labels replace the bundled pairs in training
     short: tuple[str, ...] = ()  # more flags of its training in the short table
 
 
@@ -86,7 +86,7 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
     entry, folder = ENTRIES[name], out / name
     scripts: dict[str, tuple[str, list[str]]] = {}
     if entry.label:
-        scripts["label"] = "tools/label_synthetic.py", [*entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"]
+        scripts["label"] = DOOR, ["label", "synthetic", *entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"]
     if entry.train is not None:
         taught = [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"] if entry.label else []
         scripts["reward"] = TRAIN_REWARD, [*entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"]
@@ -232,7 +232,7 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
 
     \b
     Example:
-        python tools/zoo.py --only=points --dry-run
+        eg3d-rlhf report zoo --only=points --dry-run
     """
     wanted = [name.strip() for name in only.split(",") if name.strip()]
     if not wanted or set(wanted) - set(ENTRIES):

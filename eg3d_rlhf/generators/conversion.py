@@ -1,19 +1,26 @@
-"""A generator of EG3D as one of PanoHead's kind with the same shapes and pictures: a foreign family with a known truth.
+"""Networks in other formats, and a generator of EG3D as one of PanoHead's kind with the same shapes: a foreign family with a known truth.
 
 Letters: C plane channels, D slices, F decoded features.
 """
 
+import inspect
+import io
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from eg3d_rlhf.core.separable import interpolation
-from eg3d_rlhf.generators import FAMILIES
-from training import networks
+from eg3d_rlhf.generators import FAMILIES, load_networks
+from training import networks, storage
+from training.superresolution import SuperresolutionHybrid, module_by_name
+from training.triplane import TriPlaneGenerator
 
 SLICES = 3
 EXACT = 1.5  # sides of the box along which three slices lie so that reads do not fade inside it: their centres are its faces and middle
+OURS = ("plane_resolution", "plane_channels", "plane_layout", "decoder_hidden_dim", "decoder_features", "neural_rendering_resolution")
+SUFFIXES = (".safetensors", ".pt", ".pth")
 _LATTICE = 257  # positions along the slices at which the blend is solved
 
 
@@ -82,3 +89,73 @@ def _converted(make: type[torch.nn.Module], kwargs: dict, G: Any, shares: torch.
     final.weight.zero_()
     made.neural_rendering_resolution = G.neural_rendering_resolution
     return made.train(G.training).requires_grad_(False)
+
+
+def foreign_sizes(nets: networks.Networks) -> list[str]:
+    """What of a generator EG3D hard-wires differently, as 'name = value'; empty where a checkout of EG3D can build it."""
+    defaults = {k: p.default for k, p in inspect.signature(TriPlaneGenerator).parameters.items()}
+    sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features")
+    found = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
+    found += [f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]]
+    sr, module = nets.G_kwargs.get("sr_kwargs") or {}, module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
+    if not issubclass(module, SuperresolutionHybrid):
+        found.append(f"superresolution_module = {module.__name__}")
+    else:
+        built_in = {"input_resolution": module.default_input_resolution, "block_channels": list(module.default_block_channels)}
+        found += [f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)]
+    if nets.G_kwargs["w_dim"] != 512:
+        found.append(f"w_dim = {nets.G_kwargs['w_dim']}")
+    return found
+
+
+def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
+    """Plain containers and tensors: 'G', 'D', 'G_ema' (state dicts), 'G_kwargs', 'D_kwargs' (EG3D's constructor arguments), 'plane_axes'
+    [3, 3, 3], 'neural_rendering_resolution', 'training_set' (JSON-able)."""
+    sr = {k: v for k, v in (nets.G_kwargs.get("sr_kwargs") or {}).items() if k not in ("input_resolution", "block_channels")}
+    G_ema: Any = nets.G_ema
+    content: dict = {
+        "G_kwargs": {**{k: v for k, v in nets.G_kwargs.items() if k not in OURS}, "sr_kwargs": sr}, "D_kwargs": nets.D_kwargs,
+        "plane_axes": G_ema.renderer.plane_axes.detach().cpu().clone(), "training_set": nets.training_set,
+        "neural_rendering_resolution": G_ema.neural_rendering_resolution,
+    }
+    std = nets.training_set.get("label_std")
+    for name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
+        module = getattr(nets, name)
+        if module is None:
+            continue
+        state = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+        if name != "D" and std is not None:  # training adds it to G
+            state["dataset_label_std"] = torch.tensor(std, dtype=torch.float32)
+        content[name] = state
+    return content
+
+
+def check_suffix(out: Path) -> None:
+    """Raise ValueError for a file of another kind."""
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"--out: expected a file ending in {' or '.join(SUFFIXES)}, got {out.name}. Choose one.")
+
+
+def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[str, int]:
+    """Write networks in the format of out's suffix: our .safetensors, or .pt (`stock_content`), and read them back to compare.
+
+    Returns: network -> number of tensors.
+    Raises: ValueError for another suffix; OSError.
+    """
+    check_suffix(out)
+    names = [n for n in (("G_ema",) if only_ema else ("G", "D", "G_ema")) if getattr(nets, n) is not None]
+    if out.suffix == ".safetensors":
+        networks.save(out, nets, only_ema)
+        again = load_networks(out)
+        states = {n: getattr(again, n).state_dict() for n in names}
+    else:
+        buffer = io.BytesIO()
+        torch.save(stock_content(nets, only_ema), buffer)
+        storage.write_atomic(out, buffer.getvalue())
+        again = torch.load(out, weights_only=True)
+        states = {n: again[n] for n in names}
+    for name in names:
+        for key, tensor in getattr(nets, name).state_dict().items():
+            if not torch.equal(states[name][key], tensor.cpu()):
+                raise OSError(f"{out}: expected {name}.{key} as it was written, got other numbers. Check the disk.")
+    return {n: len(states[n]) for n in names}

@@ -92,7 +92,7 @@ class HeadFactorFeatures:
         """
         path = Path(path) if path is not None else DEFAULT_ASSET
         if not path.is_file():
-            raise ValueError(f"HeadFactorFeatures: expected a file at {path}, found none. Run tools/train_features.py to make it.")
+            raise ValueError(f"HeadFactorFeatures: expected a file at {path}, found none. Run eg3d-rlhf assets features to make it.")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -101,7 +101,7 @@ class HeadFactorFeatures:
             raise ValueError(f"HeadFactorFeatures: expected a safetensors file, got {path} ({error}). Was it cut short?") from error
         net = HeadFactorNet()
         if metadata.get("format") != FORMAT or set(state) != set(net.state_dict()):
-            raise ValueError(f"HeadFactorFeatures: expected '{FORMAT}', got another file at {path}. Retrain with tools/train_features.py.")
+            raise ValueError(f"HeadFactorFeatures: expected '{FORMAT}', got another file at {path}. Run eg3d-rlhf assets features.")
         net.load_state_dict(state)
         return cls(net, json.loads(metadata["record"]), device)
 

@@ -47,7 +47,7 @@ def main() -> None:
 
     \b
     Example:
-        python tools/flow_files.py --help
+        eg3d-rlhf flow files --help
     """
 
 

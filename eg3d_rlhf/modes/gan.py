@@ -19,18 +19,15 @@ from eg3d_rlhf.tuning.gan.settings import Settings, input_files
 from eg3d_rlhf.tuning.gan.watch import Watch, make_watch
 from training import checkpoint, networks
 from training.augment import AugmentPipe
-from training.batches import default_workers
 from training.config import networks_for
-from training.dataset import ImageFolderDataset
+from training.dataset import ImageFolderDataset, default_workers
 from training.distributed import SINGLE, Ranks, leave
-from training.field_start import field_phase
 from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
-from training.picture_start import picture_phase
+from training.starts import field_phase, fit_sphere, picture_phase
 from training.synthetic_heads import resolve_dataset
-from training.warm_start import fit_sphere
 
 ADA_AUGMENT = dict.fromkeys(
     ("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1

@@ -111,7 +111,7 @@ def main() -> None:
 
     \b
     Example:
-        python tools/trellis_files.py --help
+        eg3d-rlhf flow trellis --help
     """
 
 

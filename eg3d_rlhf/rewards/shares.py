@@ -13,7 +13,7 @@ import torch
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 from training.distributed import SINGLE, Ranks
-from training.rounds import RowDraws, sum_over_ranks
+from training.phases import RowDraws, sum_over_ranks
 
 
 @dataclass(frozen=True)

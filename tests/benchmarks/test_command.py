@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import __main__ as run
-from benchmarks import memory
+from benchmarks import session
 from benchmarks.rows import all_rows
 from benchmarks.rows_field import mesh_case
 from tests.benchmarks import fake
@@ -131,8 +131,8 @@ def test_peak_memory_is_what_a_path_allocates(monkeypatch, restarts):
     earlier = torch.ones(80_000_000)
     del earlier
     if not restarts:
-        monkeypatch.setattr(memory, "restart_mark", lambda: False)
-    meter = memory.PeakMeter("cpu")
+        monkeypatch.setattr(session, "restart_mark", lambda: False)
+    meter = session.PeakMeter("cpu")
     block = torch.ones(30_000_000)  # 120 MB
     time.sleep(0.1)  # a peak that a look each millisecond cannot miss, on a busy machine either
     del block

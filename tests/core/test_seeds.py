@@ -2,13 +2,13 @@
 
 import ast
 import itertools
-import subprocess
-import sys
 
 import pytest
+from click.testing import CliRunner
 
 from eg3d_rlhf.core import seeds
 from eg3d_rlhf.core.seeds import HELD_OUT, STRIDE, refuse_held_out
+from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.preferences.dataset import anchor_seeds
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions
@@ -56,12 +56,12 @@ def test_ranges_give_no_more_than_they_hold():
         seeds.WATCH.take(33)
 
 
-def test_synthetic_labels_refuse_held_out_seeds(repo, tmp_path):
+def test_synthetic_labels_refuse_held_out_seeds(tmp_path):
     with pytest.raises(ValueError, match="--first-seed: .* got 200000 "):
         AnnotationOptions(first_seed=199_000, pairs=501)
-    command = [sys.executable, "tools/label_synthetic.py", "--pairs=4", "--first-seed=210000", f"--out={tmp_path / 'labels.jsonl'}"]
-    done = subprocess.run(command, cwd=repo, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith("got 210000 (judge, 210000 to 210199). Choose others.")
+    flags = ["--pairs=4", "--first-seed=210000", f"--out={tmp_path / 'labels.jsonl'}"]
+    refused = CliRunner().invoke(synthetic, flags)
+    assert refused.exit_code == 2 and "got 210000 (judge, 210000 to 210199). Choose others." in refused.stderr
 
 
 def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):

@@ -15,8 +15,8 @@ from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments import page
 from eg3d_rlhf.experiments.shape_view import shade
 from eg3d_rlhf.measures.feature_sets import neighbours, paired_separability
+from eg3d_rlhf.modes import reports
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
-from tools import embed
 
 RNG = np.random.default_rng(0)
 N = 16
@@ -151,18 +151,18 @@ def test_colours_end_where_the_scale_does():
 def test_the_tool_from_files_to_page(tiny_networks, tiny_reward, tiny_pair, tmp_path, quick_umap, monkeypatch):
     flags = [f"--before={tiny_networks}", f"--reward-ckpt={tiny_reward}", f"--after={tiny_pair[0]}", f"--control={tiny_pair[1]}", "--n=16",
              "--device=cpu", f"--out={tmp_path / 'out'}"]
-    done = CliRunner().invoke(embed.main, flags)
+    done = CliRunner().invoke(reports.embed, flags)
     assert done.exit_code == 0, done.output
     assert "before and control" in done.output and str(tmp_path / "out") in done.output
     text = (tmp_path / "out/index.html").read_text()
     assert 'id="points-data"' in text and text.count("data:image/jpeg") == 1 and "http://www.w3.org/2000/svg" in text
     written = (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns
     monkeypatch.setattr(running, "draw", lambda job, out: [])
-    assert CliRunner().invoke(embed.main, flags).exit_code == 0
+    assert CliRunner().invoke(reports.embed, flags).exit_code == 0
     assert (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns == written  # nothing was computed again
-    resolved = json.loads(CliRunner().invoke(embed.main, [*flags, "--dry-run"]).output)
+    resolved = json.loads(CliRunner().invoke(reports.embed, [*flags, "--dry-run"]).output)
     assert resolved["n"] == 16 and len(resolved["after"]["hash"]) == 64
-    wrong = CliRunner().invoke(embed.main, [*flags[:2], f"--after={tmp_path / 'nothing'}"])
+    wrong = CliRunner().invoke(reports.embed, [*flags[:2], f"--after={tmp_path / 'nothing'}"])
     assert wrong.exit_code == 2 and "--after" in wrong.output and "Traceback" not in wrong.output
 
 

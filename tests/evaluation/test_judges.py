@@ -93,7 +93,7 @@ def test_a_generator_of_the_same_heads_has_shape_distance_0(healed, trained_crit
 def test_without_a_critic_the_summary_says_so(unchanged, monkeypatch, tmp_path):
     monkeypatch.setattr(shape_critic, "DEFAULT_ASSET", tmp_path / "critic.safetensors")
     found = judges.shapes(unchanged)
-    assert found == {"critic": None, "critic_missing": "no critic.safetensors; run tools/train_critic.py", "geometry": []}
+    assert found == {"critic": None, "critic_missing": "no critic.safetensors; run eg3d-rlhf assets critic", "geometry": []}
 
 
 def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):

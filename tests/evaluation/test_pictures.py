@@ -16,9 +16,9 @@ from eg3d_rlhf.evaluation.contact_sheet import image_sheet, shape_sheet
 from eg3d_rlhf.evaluation.true_heads import TrueHead, fit_colours, nearest
 from eg3d_rlhf.measures.nearest_head import HeadPose
 from eg3d_rlhf.measures.surface_view import CLAY, look, paint, tint
+from eg3d_rlhf.modes import reports, samples
 from tests.evaluation import comparisons
 from tests.geometry.test_level_set import body, sphere
-from tools import draw_comparison, draw_samples
 from training.dataset import ImageFolderDataset
 from training.heads.family import APPEARANCE_COUNT, SHAPE_COUNT
 
@@ -158,21 +158,21 @@ def test_contact_sheets(heads, tiny_data):
 
 
 def run(tool, *flags):
-    return CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+    return CliRunner().invoke(tool, [str(flag) for flag in flags])
 
 
 def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
-    found = run(draw_samples, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-3", "--shapes=1", f"--outdir={tmp_path}/a")
+    found = run(samples.sheet, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-3", "--shapes=1", f"--outdir={tmp_path}/a")
     assert found.exit_code == 0, found.output
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["images.png", "shapes.png"]
-    few = run(draw_samples, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-99", f"--outdir={tmp_path}/b")
+    few = run(samples.sheet, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-99", f"--outdir={tmp_path}/b")
     assert few.exit_code == 2 and "--data: expected at least 100 images, got 24. Name fewer --seeds." in few.stderr
     assert not (tmp_path / "b").exists()
 
 
 def test_the_tool_that_draws_a_run_again_states_what_it_compares(tiny_networks, tiny_reward, tiny_pair, tmp_path):
     named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
-    found = run(draw_comparison, *named, "--dry-run")
+    found = run(reports.pictures, *named, "--dry-run")
     assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])
-    missing = run(draw_comparison, f"--run={tmp_path}/none")
+    missing = run(reports.pictures, f"--run={tmp_path}/none")
     assert missing.exit_code == 2 and missing.stderr.startswith("Error: --run: expected a run folder")

@@ -1,9 +1,6 @@
 """The whole report: its command, its page, what it says first; resumed, selected, refused."""
 
 import json
-import shlex
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
@@ -13,9 +10,9 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation import report
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments.jobs import Facts, Finding
+from eg3d_rlhf.modes import reports
 from tests.evaluation import comparisons
-from tests.tools.examples import example_of, own_cache
-from tools import evaluate
+from tests.tools.examples import run_example
 
 
 @pytest.fixture()
@@ -28,7 +25,7 @@ def flags(tiny_networks, tiny_reward, tiny_pair, tiny_data, tmp_path):
 
 
 def run(flags, *more):
-    return CliRunner().invoke(evaluate.main, [*flags, *more])
+    return CliRunner().invoke(reports.evaluate, [*flags, *more])
 
 
 def test_page_summary_and_table(flags, tmp_path):
@@ -47,7 +44,7 @@ def test_a_second_call_computes_nothing_and_fresh_computes_all(flags, tmp_path, 
     monkeypatch.setattr(Comparison, "scores", lambda *a, **k: pytest.fail("computed again"))
     assert run(flags, "--only=reward-psi").exit_code == 0
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        CliRunner().invoke(evaluate.main, [*flags, "--only=reward-psi", "--fresh"], catch_exceptions=False)
+        CliRunner().invoke(reports.evaluate, [*flags, "--only=reward-psi", "--fresh"], catch_exceptions=False)
 
 
 def test_dry_run_prints_what_would_be_done(flags, tmp_path):
@@ -75,14 +72,6 @@ def test_every_part_has_its_own_key(tiny_comparison):
     keys = [job.key for job in report.select(tiny_comparison)]
     assert len(keys) == len(set(keys)) >= 12 and keys[0] == "reward-shift"
     assert {"trajectories", "image-distances", "diversity", "appearance-drift", "identity-drift", "over-optimisation"} <= set(keys)
-
-
-def test_every_flag_is_known():
-    names = {name for parameter in evaluate.main.params for name in parameter.opts}
-    assert names == {
-        "--before", "--after", "--run", "--control", "--reward-ckpt", "--reward-watch", "--data", "--inception", "--lpips", "--identity",
-        "--psi", "--n", "--images", "--seed", "--only", "--out", "--fresh", "--batch", "--device", "-n", "--dry-run",
-    }
 
 
 def finding(data):
@@ -117,12 +106,9 @@ def test_selection_keeps_the_order(tiny_comparison):
 
 
 @pytest.mark.long
-def test_the_example_with_nothing_but_a_run(repo, tmp_path):
+def test_the_example_with_nothing_but_a_run(tmp_path):
     """All defaults: the newest run in runs/ that began from the bundled generator."""
     run = comparisons.write_run(tmp_path / "runs/00000-tuned", {}, 10.0, hashes={"init": file_hash(bundled.GENERATOR)})
     (run / "network-snapshot-000000.safetensors").write_bytes(bundled.GENERATOR.read_bytes())
-    python, script, *flags = shlex.split(example_of(evaluate.main))
-    command = [sys.executable, str(repo / script), *flags]
-    done = subprocess.run(command, cwd=tmp_path, env=own_cache(tmp_path), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/reports/evaluate/index.html").is_file() and "over-optimisation" in done.stdout
+    assert "over-optimisation" in run_example(reports.evaluate, tmp_path)
+    assert (tmp_path / "runs/reports/evaluate/index.html").is_file()

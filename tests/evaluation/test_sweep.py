@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import reports, sweep
 from eg3d_rlhf.evaluation.sweep import Cell, grid, part_of
 from eg3d_rlhf.experiments.jobs import Facts, Finding
+from eg3d_rlhf.modes.door import command_of
 
 CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)
 
@@ -111,7 +112,7 @@ def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_rewar
 def test_make_reports_plans_what_is_missing(tmp_path):
     planned = json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--dry-run"]).output)
     assert "--snap=1" in planned["tuned run"] and "--lambda-r=0" in planned["control run"]
-    assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][0] == "tools/embed.py"
+    assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][:3] == ["eg3d_rlhf", "report", "embed"]
     assert list(json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--only=embed", "-n"]).output))[2:] == ["embed"]
     wrong = CliRunner().invoke(reports.main, ["--only=nothing"])
     assert wrong.exit_code == 2 and "--only" in wrong.output
@@ -119,9 +120,7 @@ def test_make_reports_plans_what_is_missing(tmp_path):
 
 def test_the_commands_of_make_reports_are_understood(repo):
     """Every flag that the recipe passes exists."""
-    from tools import attribute, embed, evaluate
-
-    tools = {"evaluate": evaluate, "attribute": attribute, "embed": embed, "sweep": sweep}
-    for name, (script, *flags) in reports.report_commands(Path("out"), {"tuned": Path("a"), "control": Path("b")}, 0, list(tools)).items():
-        tools[name].main.make_context(name, list(flags))
-        assert (repo / script).is_file()
+    runs = {"tuned": Path("a"), "control": Path("b")}
+    for script, *words in reports.report_commands(Path("out"), runs, 0, list(reports.REPORTS)).values():
+        command_of(" ".join(words[:2])).make_context(words[1], words[2:])
+        assert (repo / script / "__main__.py").is_file()

@@ -12,24 +12,24 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import camera, load_generator, of, ws_of_seeds
 from eg3d_rlhf.generators.conversion import EXACT, slice_shares, to_tri_grid
+from eg3d_rlhf.modes import network_files, samples
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from tests import tiny_runs
 from tests.generators.pickles.writer import head_generator
-from tools import convert, export_mesh
 from training import networks
 
 SEEDS, PSI = [1, 2], 0.7
 
 
 def run(tool, *flags):
-    return CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+    return CliRunner().invoke(tool, [str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """(bundled generator, the same as a tri-grid, its file)."""
     path = tmp_path_factory.mktemp("converted") / "tri-grid.safetensors"
-    result = run(convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={path}")
+    result = run(network_files.convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={path}")
     assert result.exit_code == 0 and "Tri-grid of 3 slices along 1.5 sides of the box" in result.stdout, result.output
     return load_generator(), load_generator(path), path
 
@@ -89,7 +89,7 @@ def test_the_rewards_of_the_bundled_generator_read_it_alike(files, fields):
 def test_its_mesh_is_the_same(files, tmp_path):
     flags = ["--seed=1", f"--trunc={PSI}", "--resolution=48"]
     for name, path in (("before", bundled.GENERATOR), ("after", files[2])):
-        assert run(export_mesh, f"--network={path}", f"--out={tmp_path / name}.ply", *flags).exit_code == 0
+        assert run(samples.mesh, f"--network={path}", f"--out={tmp_path / name}.ply", *flags).exit_code == 0
     before, after = (trimesh.load(tmp_path / f"{name}.ply") for name in ("before", "after"))
     assert len(before.vertices) == len(after.vertices) and after.is_watertight
     np.testing.assert_allclose(np.sort(after.vertices, axis=0), np.sort(before.vertices, axis=0), atol=1e-4)
@@ -97,7 +97,7 @@ def test_its_mesh_is_the_same(files, tmp_path):
 
 def test_extent_one_is_panoheads_and_not_the_same(files, fields, tmp_path):
     path = tmp_path / "published.safetensors"
-    result = run(convert, bundled.GENERATOR, "--tri-grid=1", f"--out={path}", "--only-ema")
+    result = run(network_files.convert, bundled.GENERATOR, "--tri-grid=1", f"--out={path}", "--only-ema")
     assert result.exit_code == 0, result.output
     assert float(result.stdout.partition("within ")[2].split()[0]) == pytest.approx(slice_shares(1.0)[1], rel=0.01)
     ws = ws_of_seeds(load_generator(path).generator, SEEDS, PSI)
@@ -134,5 +134,5 @@ def test_what_cannot_be_converted(tmp_path):
     path = tmp_path / "x.safetensors"
     networks.save(path, networks.Networks(None, None, G, kwargs, None, {}, architecture="panohead"))
     for flag, message in (("--tri-grid=1.5", "expected a generator of eg3d, got one of panohead"), ("--tri-grid=0.5", "--tri-grid")):
-        result = run(convert, path, flag, f"--out={tmp_path / 'y.safetensors'}")
+        result = run(network_files.convert, path, flag, f"--out={tmp_path / 'y.safetensors'}")
         assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "y.safetensors").exists()

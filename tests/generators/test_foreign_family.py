@@ -17,6 +17,7 @@ from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.media.rendering import camera
 from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
+from eg3d_rlhf.modes import labels, reports, samples
 from eg3d_rlhf.people.label.drawing import ShapeDrawer
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan
 from eg3d_rlhf.people.label.preparation import prepare
@@ -26,7 +27,7 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
 from tests.people.label.plans import decode_mesh
-from tools import evaluate, export_mesh, gen_samples, label_synthetic, score
+from tools import score
 from training import networks, storage
 from training.rendering.cameras import mirror_label
 
@@ -76,7 +77,7 @@ def pair(foreign):
 
 
 def run(tool, *flags):
-    result = CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+    result = CliRunner().invoke(tool, [str(flag) for flag in flags])
     assert result.exit_code == 0, (result.output, result.exception)
     return result
 
@@ -119,8 +120,8 @@ def test_a_mirrored_camera_sees_the_mirrored_picture(pair):
 def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
     path, out = foreign[0], tmp_path / "mirrored.ply"
     flags = ["--seed=1", f"--trunc={PSI}", "--resolution=48"]
-    run(export_mesh, f"--network={path}", f"--out={out}", *flags)
-    run(export_mesh, f"--out={tmp_path / 'own.ply'}", *flags)
+    run(samples.mesh, f"--network={path}", f"--out={out}", *flags)
+    run(samples.mesh, f"--out={tmp_path / 'own.ply'}", *flags)
     mesh, own = trimesh.load(out), trimesh.load(tmp_path / "own.ply")
     assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
     assert json.loads(out.with_name("mirrored.ply.json").read_text())["options"]["level"] == 10
@@ -131,7 +132,8 @@ def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
 
 
 def test_its_pictures_and_shapes_are_written(foreign, tmp_path):
-    run(gen_samples, f"--network={foreign[0]}", "--seeds=1", "--shapes=1", "--shape-res=24", f"--outdir={tmp_path}", "--shape-format=.glb")
+    flags = ["--seeds=1", "--shapes=1", "--shape-res=24", "--shape-format=.glb"]
+    run(samples.images, f"--network={foreign[0]}", f"--outdir={tmp_path}", *flags)
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".glb", ".png"]
 
 
@@ -150,7 +152,7 @@ def test_its_shapes_are_prepared_for_labelling(foreign, tmp_path):
 
 def test_pairs_of_it_are_labelled(foreign, tmp_path):
     out = tmp_path / "labels.jsonl"
-    run(label_synthetic, f"--network={foreign[0]}", "--pairs=4", "--resolution=24", f"--out={out}")
+    run(labels.synthetic, f"--network={foreign[0]}", "--pairs=4", "--resolution=24", f"--out={out}")
     assert len(out.read_text().splitlines()) == 4
     assert json.loads(out.with_suffix(".meta.json").read_text())["generator"] == load_generator(foreign[0]).hash
 
@@ -184,17 +186,17 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
     nets.G_ema.inner.decoder.net[2].weight[0, ::2] *= 1.2
     networks.save(after := tmp_path / "after.safetensors", nets)
     flags = [f"--before={foreign[0]}", f"--after={after}", "--n=16", f"--out={tmp_path / 'out'}"]
-    run(evaluate, *flags, f"--reward-ckpt={reward}", f"--only={','.join(parts)}")
+    run(reports.evaluate, *flags, f"--reward-ckpt={reward}", f"--only={','.join(parts)}")
     for part in parts:
         assert json.loads((tmp_path / "out" / "data" / f"{part}.json").read_text())["rows"], part
-    refused = CliRunner().invoke(evaluate.main, [*flags, f"--reward-ckpt={bundled.REWARD}"])
+    refused = CliRunner().invoke(reports.evaluate, [*flags, f"--reward-ckpt={bundled.REWARD}"])
     assert refused.exit_code == 2 and "box_warp 1.0, got 1.25" in refused.output
 
 
 @pytest.mark.long
 def test_it_is_scored_beside_the_bundled_one_on_one_page(foreign, tmp_path):
     out, flags = tmp_path / "scores", ["--n=16", "--fit=8", "--known=16", "--resolution=32", "--device=cpu"]
-    done = run(score, f"--network={bundled.GENERATOR}", f"--network={foreign[0]}", f"--out={out}", *flags)
+    done = run(score.main, f"--network={bundled.GENERATOR}", f"--network={foreign[0]}", f"--out={out}", *flags)
     assert "Median reward: raw" in done.stdout and "All generators" in (out / "index.html").read_text()
     found = json.loads((out / "scores.json").read_text())["networks"]
     assert list(found) == ["generator", "mirrored"] and found["mirrored"]["alignment"]["scale"] == pytest.approx(SCALE, rel=0.01)

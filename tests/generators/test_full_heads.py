@@ -9,8 +9,7 @@ from eg3d_rlhf.generators import FAMILIES, Generator, camera, of, ws_of_seeds
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from tests.generators.pickles.writer import HEAD_CLASSES, head_generator
 from torch_utils.ops.implementations import implementation
-from training.fullhead import EMPTY
-from training.rendering.head_samplers import equal_area_square, sample_balls, sample_hybrid, sample_tri_grid
+from training.fullhead import EMPTY, equal_area_square, sample_balls, sample_hybrid, sample_tri_grid
 from training.rendering.renderer import generate_planes
 
 HEADS = sorted(HEAD_CLASSES)

@@ -11,8 +11,10 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes import network_files, samples
+from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
-from tools import convert, export_mesh, label_synthetic, train_reward
+from tools import train_reward
 from training import networks, storage
 
 pytestmark = pytest.mark.long
@@ -30,12 +32,12 @@ def read(path: Path) -> list[dict]:
 
 def test_labelled_scored_tuned_exported(tmp_path):
     network, labels, reward = tmp_path / "tri-grid.safetensors", tmp_path / "labels.jsonl", tmp_path / "reward"
-    run(convert.main, bundled.GENERATOR, "--tri-grid=1.5", f"--out={network}")
+    run(network_files.convert, bundled.GENERATOR, "--tri-grid=1.5", f"--out={network}")
     before = load_generator(network)
 
     flags = ["--pairs=24", "--resolution=24"]
-    run(label_synthetic.main, f"--network={network}", f"--out={labels}", *flags)
-    run(label_synthetic.main, f"--out={tmp_path / 'own.jsonl'}", *flags)
+    run(synthetic, f"--network={network}", f"--out={labels}", *flags)
+    run(synthetic, f"--out={tmp_path / 'own.jsonl'}", *flags)
     found, own = read(labels), read(tmp_path / "own.jsonl")
     assert len(found) == 24 and [{k: v for k, v in row.items() if k != "generator"} for row in found] == [
         {k: v for k, v in row.items() if k != "generator"} for row in own
@@ -64,6 +66,6 @@ def test_labelled_scored_tuned_exported(tmp_path):
     assert any("Loss/Grlhf/reward" in json.dumps(row) or "RLHF" in json.dumps(row) for row in read(folder / "stats.jsonl"))
 
     out = tmp_path / "tuned.ply"
-    run(export_mesh.main, f"--network={folder}", "--seed=1", "--trunc=0.7", "--resolution=48", f"--out={out}")
+    run(samples.mesh, f"--network={folder}", "--seed=1", "--trunc=0.7", "--resolution=48", f"--out={out}")
     mesh = trimesh.load(out)
     assert mesh.is_watertight and mesh.volume > 0

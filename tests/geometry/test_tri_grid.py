@@ -7,7 +7,7 @@ from torch.nn import functional
 from eg3d_rlhf.geometry.slab import DecoderWeights
 from eg3d_rlhf.geometry.tri_grid import tri_grid_density
 from tests.geometry.stand_in import random_weights
-from training.rendering.head_samplers import sample_tri_grid
+from training.fullhead import sample_tri_grid
 from training.rendering.renderer import generate_planes
 
 

@@ -43,7 +43,7 @@ def heads():
 @pytest.fixture(scope="module")
 def bundled():
     if not DEFAULT_ASSET.is_file():
-        pytest.skip(f"bundled feature network not found at {DEFAULT_ASSET}; run tools/train_features.py")
+        pytest.skip(f"bundled feature network not found at {DEFAULT_ASSET}; run eg3d-rlhf assets features")
     return load_features()
 
 

@@ -13,7 +13,7 @@ from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.normal_maps import box, normal_maps
 from eg3d_rlhf.measures.shape_critic import FEATURES, ShapeCritic
 from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
-from tools import train_critic as tool
+from eg3d_rlhf.modes import assets
 
 QUICK = CriticTraining(latents=20, reference=40, epochs=6, batch=20)
 
@@ -85,7 +85,7 @@ def test_held_out_latents_are_refused(tiny_networks):
 
 
 def run(*flags):
-    return CliRunner().invoke(tool.main, [str(flag) for flag in flags])
+    return CliRunner().invoke(assets.critic, [str(flag) for flag in flags])
 
 
 @pytest.mark.long

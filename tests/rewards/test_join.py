@@ -8,13 +8,13 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.reward_files import join as main
 from eg3d_rlhf.rewards.cache import untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
 from tests import tiny_runs
-from tools.join_rewards import main
 
 
 def moved(reward: Reward, seed: int, **provenance) -> Reward:

@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.plugins import VARIABLE
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
-from tools import label_synthetic, train_reward
+from tools import train_reward
 from training import checkpoint, storage
 
 PLUGIN = Path(__file__).parent / "frontal_depth.py"
@@ -38,7 +39,7 @@ def succeed(command, *flags) -> str:
 def reward(tmp_path_factory) -> Path:
     """A reward on depth maps of the bundled generator, trained on synthetic labels for a few steps."""
     folder = tmp_path_factory.mktemp("depth")
-    succeed(label_synthetic.main, "--pairs=24", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
+    succeed(synthetic, "--pairs=24", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
     said = succeed(
         train_reward.main, "--observation=frontal-depth", f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
         "--fractions", 0.6, 0.2, 0.2,

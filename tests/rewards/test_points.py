@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards.networks import preset, readers_of
 from eg3d_rlhf.rewards.observations.clouds import self_scaled
 from eg3d_rlhf.rewards.observations.points import LevelSetPoints
@@ -16,7 +17,7 @@ from eg3d_rlhf.rewards.points.curves import onward
 from eg3d_rlhf.rewards.points.neighbours import ball, farthest_points, nearest
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests import tiny_runs
-from tools import label_synthetic, train_reward
+from tools import train_reward
 
 OURS = ("pointnet", "pointnet2", "curvenet")
 
@@ -140,7 +141,7 @@ def succeed(command, *flags) -> str:
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("labels") / "labels.jsonl"
-    succeed(label_synthetic.main, "--pairs=16", "--resolution=24", f"--out={path}")
+    succeed(synthetic, "--pairs=16", "--resolution=24", f"--out={path}")
     return path
 
 

@@ -1,9 +1,6 @@
 """The released reward: weights and configuration of the published layout, both lattices, and files that are not what they claim."""
 
 import os
-import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,14 +9,14 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes import reward_files
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.model import PAPER, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.release import EXAMPLE_ARCH, ReleaseConfig, compare_lattices, import_release, read_config, resolve, write_example
 from eg3d_rlhf.rewards.reward import load_reward
 from tests.compat.test_reward import recipe_slab, recipe_state
-from tests.tools.examples import example_of
-from tools import import_reward
+from tests.tools.examples import run_example
 
 PUBLISHED = """\
 run_id: 7wnzkgie
@@ -227,7 +224,7 @@ def test_both_lattices_are_scored_as_their_slabs_are(tiny_networks, tmp_path):
 
 
 def run(*flags):
-    return CliRunner().invoke(import_reward.main, [str(f) for f in flags])
+    return CliRunner().invoke(reward_files.release, [str(f) for f in flags])
 
 
 def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
@@ -266,10 +263,7 @@ def test_mistakes_end_in_one_line(case, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_example_of_the_help_runs(repo, tmp_path):
-    command = shlex.split(example_of(import_reward.main))
-    command[1] = str(repo / command[1])
-    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_example_of_the_help_runs(tmp_path):
+    printed = run_example(reward_files.release, tmp_path)
     assert load_reward(tmp_path / "runs/example/imported.safetensors").observation.spec == SlabSpec(resolution=32)
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["seed", "0", "1", "mean"]
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["seed", "0", "1", "mean"]

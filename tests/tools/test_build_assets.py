@@ -1,8 +1,8 @@
 """What `make assets` names must be what its stages write."""
 
 import train
+from eg3d_rlhf.modes.assets import EARLY, STAGES
 from eg3d_rlhf.tuning.gan.settings import resolve
-from tools.build_assets import EARLY, STAGES
 
 
 def test_the_critics_snapshots_are_written_in_the_first_half_of_their_stage():

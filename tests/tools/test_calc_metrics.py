@@ -1,9 +1,6 @@
 """calc_metrics: FID and KID under a TorchScript detector, offline distances named as such, records, and mistakes."""
 
 import json
-import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,8 +10,8 @@ from torch import nn
 
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.evaluation import MetricOptions, fake_batches
-from tests.tools.examples import example_of, own_cache
-from tools import calc_metrics
+from eg3d_rlhf.modes import image_sets
+from tests.tools.examples import run_example
 from training.dataset import ImageFolderDataset
 
 
@@ -41,7 +38,7 @@ def inception(tmp_path_factory):
 
 
 def run(*flags):
-    return CliRunner().invoke(calc_metrics.main, ["--verbose=False", *(str(f) for f in flags)])
+    return CliRunner().invoke(image_sets.metrics, ["--verbose=False", *(str(f) for f in flags)])
 
 
 def records(result):
@@ -91,7 +88,7 @@ def test_without_inception_the_names_say_so(tiny_networks, tiny_data):
     assert {record["metric"] for record in records(result)} == names and '"fid' not in result.stdout and '"kid' not in result.stdout
     for record in records(result):
         assert record["features"].startswith("head-factors-") and np.isfinite(record["results"][record["metric"]])
-    assert calc_metrics.MetricOptions(metrics=("fid50k_full",)).images == 50_000
+    assert MetricOptions(metrics=("fid50k_full",)).images == 50_000
 
 
 def test_runs_repeat_and_seeds_differ(tiny_networks, tiny_data):
@@ -164,12 +161,7 @@ def test_mistakes_end_in_one_line(case, tiny_networks, tiny_data, tmp_path):
 
 
 @pytest.mark.long
-def test_example_of_the_help_runs(repo, tmp_path):
-    command = shlex.split(example_of(calc_metrics.main))
-    command[1] = str(repo / command[1])
-    line = [sys.executable, *command[1:], "--verbose=False"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=own_cache(tmp_path))
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads(line) for line in done.stdout.splitlines())
+def test_example_of_the_help_runs(tmp_path):
+    first, second = (json.loads(line) for line in run_example(image_sets.metrics, tmp_path, "--verbose=False").splitlines())
     assert first["metric"] == "frechet_offline" and second["metric"] == "kernel_offline" and first["images"] == 64
     assert 0 < first["results"]["frechet_offline"] < 1000

@@ -3,10 +3,7 @@
 import io
 import json
 import math
-import shlex
 import stat
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -15,8 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.tools.examples import example_of, own_cache
-from tools import dataset_tool
+from eg3d_rlhf.modes import image_sets
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ConvertOptions, transform_camera, transform_image
 from training.rendering.cameras import LookAtPoseSampler, intrinsics_matrix, mirror_label, pack_label
@@ -55,7 +51,7 @@ def source(tmp_path, width=16, height=16, labels=camera, name="source.zip"):
 
 
 def run(src, dest, *flags):
-    return CliRunner().invoke(dataset_tool.main, [f"--source={src}", f"--dest={dest}", "--workers=1", *flags])
+    return CliRunner().invoke(image_sets.convert, [f"--source={src}", f"--dest={dest}", "--workers=1", *flags])
 
 
 def converted(src, dest, *flags):
@@ -242,12 +238,3 @@ def test_a_disk_that_refuses_ends_in_one_line(tmp_path, monkeypatch):
 def test_dry_run_writes_nothing(tmp_path):
     result = converted(source(tmp_path), tmp_path / "out.zip", "--dry-run", "--max-images=4")
     assert json.loads(result.stdout)["images"] == 4 and not (tmp_path / "out.zip").exists()
-
-
-def test_example_of_the_help_runs(repo, tmp_path):
-    command = shlex.split(example_of(dataset_tool.main))
-    command[1] = str(repo / command[1])
-    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, env=own_cache(tmp_path))
-    assert done.returncode == 0, done.stderr
-    data = ImageFolderDataset(tmp_path / "runs/example/heads32.zip", resolution=32, c_dim=25)
-    assert len(data) == 128

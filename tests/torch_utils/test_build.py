@@ -32,7 +32,8 @@ print("".join(str(c.message) for c in caught))
 
 
 def python(code: str, cache: Path, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "EG3D_RLHF_CACHE": str(cache), "PYTHONPATH": str(ROOT), **environment}
+    none = str(cache / "none")  # what this checkout's setup.py compiled stays out of sight
+    env = {**os.environ, "EG3D_RLHF_CACHE": str(cache), "EG3D_RLHF_AHEAD": none, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
@@ -50,6 +51,18 @@ def test_two_processes_build_one_library_once(tmp_path):
     before = library.stat().st_mtime_ns
     assert python(USE, tmp_path).communicate()[0].startswith("0 True")
     assert library.stat().st_mtime_ns == before  # found, not built
+
+
+@needs_cpp
+@pytest.mark.long
+def test_a_process_finds_what_setup_compiled_and_asks_for_no_compiler(tmp_path):
+    ahead = str(tmp_path / "ahead")
+    command = [sys.executable, "setup.py", "build_ops", "--only=slab_density"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "EG3D_RLHF_AHEAD": ahead}, capture_output=True, text=True)
+    assert done.returncode == 0 and "slab_density" in done.stdout, done.stderr
+    out = python(USE, tmp_path, EG3D_RLHF_AHEAD=ahead, CXX="/no/compiler").communicate()[0]
+    assert out.startswith("0 True 51.05"), out
+    assert not (tmp_path / "ops").exists()
 
 
 @needs_cpp
@@ -93,6 +106,7 @@ def test_a_missing_compiler_is_named_and_an_unwritable_cache_too(tmp_path):
 @pytest.mark.parametrize("who", ["the compiler", "the log"])
 def test_a_full_disk_costs_one_warning_for_all_ops_together(tmp_path, monkeypatch, who):
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setenv("EG3D_RLHF_AHEAD", str(tmp_path / "none"))
     if who == "the compiler":
         full = tmp_path / "full-compiler"
         text = "ld: final link failed: No space left on device"

@@ -7,9 +7,8 @@ import torch
 
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils import build
-from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.conv2d_resample import conv2d_resample, modulated_conv2d
 from torch_utils.ops.conv3x3 import _tile, conv3x3
-from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
 
 

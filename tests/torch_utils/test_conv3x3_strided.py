@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.torch_utils.compilers import needs_cpp
-from torch_utils.ops.conv3x3_strided import conv3x3_down, conv3x3_up
+from torch_utils.ops.conv3x3 import conv3x3_down, conv3x3_up
 
 pytestmark = needs_cpp
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["train.py", "benchmarks/slab.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("[!_]*.py"))]
-MODULES = ["benchmarks", "benchmarks.memory", "torch_utils.build"]
+SCRIPTS = ["train.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("[!_]*.py"))]
+MODULES = ["benchmarks", "benchmarks.session", "torch_utils.build"]
 WATCH = """
 import os, runpy, sys
 

@@ -4,13 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torch_utils.ops import feed_forward as feed_forward_module
 from torch_utils.ops import linear as linear_module
-from torch_utils.ops import self_attention as self_attention_module
-from torch_utils.ops.feed_forward import feed_forward
+from torch_utils.ops import transformer
 from torch_utils.ops.implementations import implementation
 from torch_utils.ops.linear import fits, linear
-from torch_utils.ops.self_attention import self_attention, tiled
+from torch_utils.ops.transformer import feed_forward, self_attention, tiled
 
 
 def noise(*shape, seed=0):
@@ -36,10 +34,9 @@ def assert_alike(call, oracle, *inputs, trained=None):
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch):
     """The ways of large tensors, for small ones, in parts that do not divide them."""
-    for module, limit in ((linear_module, 0), (feed_forward_module, 0), (self_attention_module, 2)):
-        monkeypatch.setattr(module, "LARGE", limit)
-    monkeypatch.setattr(feed_forward_module, "PART", 5 * 24)
-    monkeypatch.setattr(self_attention_module, "TILE", 17 * 37)
+    for name, value in (("LARGE", 2), ("LARGE_HIDDEN", 0), ("PART", 5 * 24), ("TILE", 17 * 37)):
+        monkeypatch.setattr(transformer, name, value)
+    monkeypatch.setattr(linear_module, "LARGE", 0)
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (3, 1, 2, 6)])

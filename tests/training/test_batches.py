@@ -20,14 +20,13 @@ import torch
 import train
 from tests.tiny_runs import GAN, LOOP, build_networks, only_run, run, train_flags, whole_run
 from tests.training.test_endurance import RUN, assert_equal_end, assert_one_line
-from training import batches, checkpoint, dataset
-from training.batches import default_workers, read_batches
+from training import checkpoint, dataset
+from training import dataset as reading
 from training.config import GanConfig, LoopConfig
-from training.dataset import ImageFolderDataset, InfiniteSampler
+from training.dataset import AHEAD, ImageFolderDataset, InfiniteSampler, default_workers, read_batches
 from training.distributed import Ranks
 from training.gan import Gan
 from training.loop import TrainingLoop
-from training.workers import AHEAD
 
 
 def wait_until(true, seconds: float = 20) -> None:
@@ -111,7 +110,7 @@ def test_how_many_workers_there_are_unless_told(tiny_data, monkeypatch):
     monkeypatch.setattr(dataset, "CACHE_LIMIT", 0)
     large = ImageFolderDataset(tiny_data)
     for cores, neighbours, expected in ((1, 1, 0), (2, 1, 1), (3, 1, 2), (16, 1, 3), (16, 8, 1), (8, 8, 0)):
-        monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process, n=cores: range(n))
+        monkeypatch.setattr(reading.os, "sched_getaffinity", lambda process, n=cores: range(n))
         ranks = Ranks(world=neighbours, neighbours=neighbours)
         assert (default_workers(small, ranks), default_workers(large, ranks)) == (0, expected)
 
@@ -181,7 +180,7 @@ def test_a_killed_worker_ends_the_run_with_a_checkpoint(straight, tiny_data, tin
     result = run(*train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2"))
     folder = only_run(tmp_path)
     last = checkpoint.available(folder)[-1].name
-    assert_one_line(result, batches.KILLED, f"images; continue with --resume={folder}, from {last}.")
+    assert_one_line(result, reading.KILLED, f"images; continue with --resume={folder}, from {last}.")
     assert multiprocessing.active_children() == []
     monkeypatch.undo()
     assert run(f"--resume={folder}", "--workers=1").exit_code == 0

@@ -19,7 +19,7 @@ from tests.tiny_runs import build_loop, build_networks, state, train_flags
 from training import checkpoint, storage
 from training.augment import AugmentPipe
 from training.distributed import SINGLE, Ranks
-from training.rounds import GradientSum, Layout, RowDraws
+from training.phases import GradientSum, Layout, RowDraws
 
 RUN = "import sys, train; train.main(sys.argv[1:])"
 TEN = ("--kimg=0.04", "--tick=0.02", "--snap=0", "--no-summary")  # 10 iterations of 4 images, two checkpoints

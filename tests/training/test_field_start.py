@@ -11,19 +11,15 @@ from scipy import stats
 import train
 from eg3d_rlhf.tuning.gan.settings import PRESETS, SCRATCH, Settings
 from tests import tiny_runs
-from training import networks
+from training import networks, starts
 from training.config import networks_for
-from training.field_start import LAST_SHARE, cosine, field_phase
 from training.gan_phases import Batch, GanPhases
-from training.heads import field_target
 from training.heads.family import APPEARANCE_COUNT, APPEARANCE_NAMES, SHAPE_COUNT, draw_parameters
-from training.heads.latents import named_heads
 from training.heads.render import pixel_rays, render_heads, shade, union_field
 from training.heads.sdf import head_geometry, head_sdf
-from training.picture_start import HeldPoints, density, held_density, picture_phase
 from training.rendering.renderer import DETACHED
+from training.starts import LAST_SHARE, HeldPoints, cosine, field_phase, fit_sphere, held_density, named_heads, picture_phase, raw_density
 from training.synthetic_heads import HeadsOptions, head_parameters
-from training.warm_start import fit_sphere
 
 
 def test_latents_name_heads_with_the_distribution_of_the_family():
@@ -53,13 +49,13 @@ def heads():
 @pytest.mark.parametrize("edge", [0.03, 0.015])
 def test_the_targets_level_set_is_the_surface_whatever_the_edge(heads, edge):
     torch.manual_seed(0)
-    truth = field_target.draw_points(*heads, edge, near=600, anywhere=300)
+    truth = starts.draw_points(*heads, edge, near=600, anywhere=300)
     sdf = head_sdf(truth.points, heads[0])
-    assert torch.equal(truth.density > field_target.LEVEL, sdf < 0)
-    assert truth.density.min() == field_target.OUTSIDE and truth.density.max() <= field_target.INSIDE
+    assert torch.equal(truth.density > starts.LEVEL, sdf < 0)
+    assert truth.density.min() == starts.OUTSIDE and truth.density.max() <= starts.INSIDE
     near, rest = sdf[:, :600].abs().mean(), sdf[:, 600:].abs().mean()
     assert near < rest / 3
-    assert (truth.points[:, 600:].abs() > 0.5).any() and truth.points.abs().max() <= 0.5 + field_target.OUTER
+    assert (truth.points[:, 600:].abs() > 0.5).any() and truth.points.abs().max() <= 0.5 + starts.OUTER
 
 
 def test_the_targets_colours_are_those_of_the_rendered_images(heads):
@@ -78,10 +74,10 @@ def test_the_targets_colours_are_those_of_the_rendered_images(heads):
 
 def test_the_loss_is_zero_at_the_truth_and_grows_with_the_error(heads):
     torch.manual_seed(0)
-    truth = field_target.draw_points(*heads, 0.03, near=60, anywhere=30)
-    shape, colour = field_target.field_loss(truth.density, truth.colour, truth, 2.0)
+    truth = starts.draw_points(*heads, 0.03, near=60, anywhere=30)
+    shape, colour = starts.field_loss(truth.density, truth.colour, truth, 2.0)
     assert not shape.any() and not colour.any()
-    shape, colour = field_target.field_loss(truth.density + 5, truth.colour - 0.1, truth, 2.0)
+    shape, colour = starts.field_loss(truth.density + 5, truth.colour - 0.1, truth, 2.0)
     assert torch.allclose(shape, torch.full((3,), 0.5)) and torch.allclose(colour, torch.full((3,), 0.2))
 
 
@@ -172,7 +168,7 @@ def test_a_held_density_stays_while_pictures_are_learnt():
     z = torch.randn(4, nets.G.z_dim, generator=torch.Generator().manual_seed(3))
     points, was = held_density(before, z, HeldPoints())
     assert points.abs().max() <= 0.5
-    drift = [float((density(G, G.planes(G.mapping(z, torch.zeros(4, 25))), points) - was).abs().mean()) for G in (nets.G, free.G)]
+    drift = [float((raw_density(G, G.planes(G.mapping(z, torch.zeros(4, 25))), points) - was).abs().mean()) for G in (nets.G, free.G)]
     assert drift[0] < 0.5 * drift[1]
 
 

@@ -9,8 +9,7 @@ from torch_utils.ops.implementations import implementation
 from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering import renderer as renderer_module
 from training.rendering.cameras import FOV_to_intrinsics, LookAtPoseSampler, RaySampler
-from training.rendering.marcher import MipRayMarcher2, march_weights, sample_importance, uniform_draws
-from training.rendering.renderer import ImportanceRenderer
+from training.rendering.renderer import ImportanceRenderer, MipRayMarcher2, march_weights, sample_importance, uniform_draws
 from training.triplane import OSGDecoder
 
 FAST = ("auto", "torch")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from training.starts import EMPTY, SOLID, fit_sphere, sphere_target
 from training.triplane import TriPlaneGenerator
-from training.warm_start import INSIDE, OUTSIDE, fit_sphere, sphere_target
 
 RENDERING = {
     "superresolution_module": "SuperresolutionHybrid2X", "sr_antialias": True, "c_gen_conditioning_zero": True, "c_scale": 1,
@@ -15,7 +15,7 @@ RENDERING = {
 
 def test_target_is_solid_inside_and_empty_outside():
     points = torch.tensor([[[0.0, 0, 0], [0.25, 0, 0], [0, 0.45, 0]]])
-    assert sphere_target(points, 0.25).squeeze().tolist() == [INSIDE, (INSIDE + OUTSIDE) / 2, OUTSIDE]
+    assert sphere_target(points, 0.25).squeeze().tolist() == [SOLID, (SOLID + EMPTY) / 2, EMPTY]
 
 
 @pytest.mark.long

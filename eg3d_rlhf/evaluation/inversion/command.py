@@ -142,7 +142,7 @@ def main(out, resume, shape_res, turns, dry_run, **flags) -> None:
 
     \b
     Example:
-        python tools/invert.py --seeds=3 --weights=0,0.1 --w-steps=8 --pivot-steps=4 --turns=0 --shape-res=32 --out=runs/example/inversion
+        eg3d-rlhf generator invert --seeds=3 --weights=0,0.1 --w-steps=8 --pivot-steps=4 --turns=0 --shape-res=32 --out=runs/inversion
     """
     if 0 < shape_res < 16 or turns == 1:
         raise ValueError("--shape-res, --turns: expected 0, or at least 16 points and 2 views. Correct them.")

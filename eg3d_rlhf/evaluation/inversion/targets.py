@@ -18,7 +18,7 @@ from eg3d_rlhf.core.field import Rendering, RenderOptions, render_each
 from eg3d_rlhf.evaluation.inversion.projector import Target
 from eg3d_rlhf.generators import Generator, device_of, ws_of_seeds
 from eg3d_rlhf.generators import camera as camera_of
-from training.dataset_files import label_array
+from training.dataset import label_array
 from training.rendering.cameras import LABEL_NUMBERS, pack_label, unpack_label
 
 SMOOTH = RenderOptions(sample_mult=4)  # four times the samples: what is measured is the shape and not the sampler

@@ -16,7 +16,7 @@ from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, Rendering, RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from training import networks
 from training.rendering.cameras import RaySampler, ray_limits_box, unpack_label
-from training.rendering.marcher import MipRayMarcher2
+from training.rendering.renderer import MipRayMarcher2
 from training.storage import load_strict, read_tensors
 
 ARCHITECTURE = "assets"  # as network files name their family (eg3d_rlhf.generators.assets.generator)

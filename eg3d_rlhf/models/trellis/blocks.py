@@ -22,9 +22,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.models.sparse import SparseBatch
-from torch_utils.ops.feed_forward import feed_forward
 from torch_utils.ops.linear import Linear
-from torch_utils.ops.self_attention import self_attention, tiled
+from torch_utils.ops.transformer import feed_forward, self_attention, tiled
 
 TIME_SCALE = 1000  # the networks read 1000 t
 TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time

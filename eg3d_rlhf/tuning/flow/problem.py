@@ -69,7 +69,7 @@ class ProblemSource:
     """What a problem is read from."""
 
     pipeline: str = _what(TOY, "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
-    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as tools/trellis_files.py imports.",
+    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow trellis imports.",
                               metavar="DIR", shown="the toy's own")
     labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
                           choices=("own", "others"))

@@ -40,8 +40,7 @@ from eg3d_rlhf.tuning.flow.train import (
     win_rates,
 )
 from training.distributed import SINGLE, Ranks
-from training.phases import derive_seed
-from training.rounds import GradientSum, Layout, sum_over_ranks
+from training.phases import GradientSum, Layout, derive_seed, sum_over_ranks
 from training.storage import checksum
 
 

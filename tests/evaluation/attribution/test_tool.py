@@ -1,4 +1,4 @@
-"""tools/attribute.py from end to end: a network against itself, and settings that are refused."""
+"""eg3d-rlhf report attribute from end to end: a network against itself, and settings that are refused."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.plugins import VARIABLE
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.reports import attribute as main
 from eg3d_rlhf.rewards.ensembles import build_network
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.reward import Reward
-from tools.attribute import main
 from training import networks
 
 pytest.importorskip("captum")
@@ -25,6 +25,13 @@ def call(*arguments):
     return CliRunner().invoke(main, [*SAME, *arguments])
 
 
+def settings(folder, **values) -> str:
+    """The flag of a file with rare settings."""
+    path = folder / "settings.json"
+    path.write_text(json.dumps(values))
+    return f"--settings={path}"
+
+
 def test_dry_run_is_json(tmp_path):
     found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
     assert found["regions"] == "landmarks" and found["n"] == 3 and found["method"] == "exact"
@@ -33,19 +40,20 @@ def test_dry_run_is_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(["--method=antithetic", "--permutations=5"], "--permutations"), (["--regions=none.npy"], "--regions"),
-     (["--steps=99999"], "--steps"),
+    [(["--method=antithetic", {"permutations": 5}], "permutations"), (["--regions=none.npy"], "--regions"),
+     ([{"steps": 99999}], "steps"), ([{"step": 4}], "--settings"), (["--settings=nowhere.json"], "--settings"),
      (["--landmarks=none.json"], "--landmarks"),
      (["--landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
 )  # fmt: skip
 def test_wrong_settings(tmp_path, arguments, text):
-    result = call(*arguments, "--n=2", f"--out={tmp_path}")
+    arguments = [settings(tmp_path, **words) if isinstance(words, dict) else words for words in arguments]
+    result = call(*arguments, "--n=2", f"--out={tmp_path / 'out'}")
     assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output
 
 
 @pytest.mark.long
 def test_no_change_attributes_nothing(tmp_path):
-    arguments = ["--regions=boxes", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path}"]
+    arguments = ["--regions=boxes", "--n=2", settings(tmp_path, draws=2, checked=1), f"--out={tmp_path}"]
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "data" / "shapley.json").read_text())["data"]
@@ -75,7 +83,7 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
     torch.manual_seed(0)
     observation = OBSERVATIONS["frontal-depth"].of(load_generator().generator)
     reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(tmp_path / "depth.safetensors")
-    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", "--draws=2", "--checked=1"]
+    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", settings(tmp_path, draws=2, checked=1)]
     flags.append(f"--out={tmp_path / 'out'}")
     refused = CliRunner().invoke(main, [*flags, "--regions=boxes"])
     assert refused.exit_code == 2, refused.output
@@ -96,7 +104,7 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
 @pytest.mark.long
 def test_the_whole_head_stands_beside_the_landmarks(tmp_path, changed):
     """Both partitions divide the same difference, and both are drawn."""
-    arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--draws=2", "--checked=1", f"--out={tmp_path / 'out'}"]
+    arguments = [f"--after={changed}", "--device=cpu", "--n=2", settings(tmp_path, draws=2, checked=1), f"--out={tmp_path / 'out'}"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     parts = [json.loads((tmp_path / "out" / "data" / f"{key}.json").read_text())["data"] for key in ("shapley", "whole-head")]

@@ -12,7 +12,7 @@ from eg3d_rlhf.evaluation.attribution.surface import PAGE
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments import jobs as running
 from eg3d_rlhf.experiments.page import ColouredMesh, Layer, mesh_page, write_page
-from tools import attribute
+from eg3d_rlhf.modes import reports
 
 
 def ball() -> str:
@@ -33,5 +33,5 @@ def attribution_page(c: Comparison, out: Path) -> Path:
     surface = out / "data" / PAGE
     if not surface.stat().st_size:
         surface.write_text(ball())
-    words = attribute.summary(findings)
-    return write_page(out / "index.html", report.TITLE, attribute.introduction(study), parts, findings, words, attribute.viewer(out))
+    words, introduction = reports.attribution_summary(findings), reports.attribution_introduction(study)
+    return write_page(out / "index.html", report.TITLE, introduction, parts, findings, words, reports.viewer(out))

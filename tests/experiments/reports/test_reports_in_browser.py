@@ -16,7 +16,6 @@ from tests.experiments.reports import page_pictures
 from tests.experiments.reports.browsing import Reader
 from tests.experiments.reports.small_attribution import attribution_page
 from tests.people.label.browser import chromium, needs_chromium
-from tools import embed
 
 pytestmark = [needs_chromium, pytest.mark.long]
 PHONE = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
@@ -49,7 +48,7 @@ def pages(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
         patch.setattr(embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float))
         patch.setattr(embedding, "umap_version", lambda: "stand-in")
         patch.setattr(embedding, "PIXELS", 32)
-        embed.write(c, root / "embed", quiet=True)
+        embedding.write(c, root / "embed", quiet=True)
     cells = [Cell(lambda_r=0, lambda_sigma=0, seed=0), Cell(lambda_r=10, lambda_sigma=0, seed=0), Cell(lambda_r=10, lambda_sigma=1, seed=0)]
     networks = dict(zip(cells, sorted(tiny_pair[0].glob("network-snapshot-*")), strict=True))
     sweep.write(c, networks, root / "sweep", quiet=True)

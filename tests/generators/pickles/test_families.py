@@ -6,9 +6,9 @@ from click.testing import CliRunner
 
 from eg3d_rlhf import generators
 from eg3d_rlhf.generators import load_generator, pickles, ws_of_seeds
+from eg3d_rlhf.modes import network_files
 from tests.generators.pickles.hostile import heads
 from tests.generators.pickles.writer import HEAD_CLASSES, SnapshotWriter, dumps, head_generator
-from tools import convert, inspect_network
 from training import networks
 
 FAMILIES = sorted(HEAD_CLASSES)
@@ -35,9 +35,9 @@ def test_a_pickle_gives_its_family(family, protocol, marker, tmp_path, capsys):
     ws = ws_of_seeds(loaded.generator, [1])
     points = torch.rand(20, 3) - 0.5
     assert torch.equal(loaded.generator.field(ws).density(points), generators.of(G).field(ws).density(points))
-    result = CliRunner().invoke(inspect_network.main, [str(path), "--seeds=4"])
+    result = CliRunner().invoke(network_files.inspect_network, [str(path), "--n=4"])
     assert result.exit_code == 0 and type(G).__name__ in result.stdout, result.output
-    result = CliRunner().invoke(convert.main, [str(path), f"--out={tmp_path / 'x.safetensors'}"])
+    result = CliRunner().invoke(network_files.convert, [str(path), f"--out={tmp_path / 'x.safetensors'}"])
     assert result.exit_code == 0, result.output
     again = load_generator(tmp_path / "x.safetensors")
     assert again.hash == loaded.hash and again.generator.architecture == family
@@ -60,7 +60,7 @@ def test_what_a_family_does_not_know_is_one_line_and_exit_code_2(marker, tmp_pat
     for name, data in heads(str(marker)):
         path = tmp_path / "x.pkl"
         path.write_bytes(data)
-        result = CliRunner().invoke(convert.main, [str(path), f"--out={tmp_path / 'x.safetensors'}"])
+        result = CliRunner().invoke(network_files.convert, [str(path), f"--out={tmp_path / 'x.safetensors'}"])
         assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, (name, result.output)
         assert result.stderr.startswith(f"Error: {path}"), name
         told[name] = result.stderr
@@ -75,7 +75,7 @@ def test_unknown_arguments_in_a_file_of_ours(family, tmp_path):
     for change, word in (({"hook": 1}, "hook"), ({"rendering_kwargs": fewer}, "triplane_size")):
         path = tmp_path / "x.safetensors"
         networks.save(path, networks.Networks(None, None, G, {**kwargs, **change}, None, {}, architecture=family))
-        result = CliRunner().invoke(inspect_network.main, [str(path)])
+        result = CliRunner().invoke(network_files.inspect_network, [str(path)])
         assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and word in result.stderr, result.output
 
 

@@ -13,9 +13,9 @@ import torch
 import torch_utils
 from eg3d_rlhf import generators
 from eg3d_rlhf.generators import pickles
+from eg3d_rlhf.generators.conversion import foreign_sizes, write
 from tests.compat.reference import ROOT, Draws, relative_error
 from tests.generators.pickles.writer import SnapshotWriter, dumps, ref, stock_networks, tensor
-from tools.convert import convert, foreign_sizes
 from training import networks
 
 FILES = sorted((ROOT / "eg3d_pickle").glob("snapshot_*.pkl"))
@@ -89,7 +89,7 @@ def test_recorded_description(loaded):
 def test_to_our_format_and_back(loaded, tmp_path):
     path, nets = loaded
     out = tmp_path / "converted.safetensors"
-    convert(nets, out)
+    write(nets, out)
     assert_same(generators.load_networks(out), nets)
     assert generators.load_generator(out).hash == generators.load_generator(path).hash
 
@@ -210,7 +210,7 @@ def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
     nets = stock_networks("fixed")
     nets = networks.Networks(nets.G, nets.D, nets.G_ema, nets.G_kwargs, nets.D_kwargs, {"label_std": STD.tolist()})
     assert foreign_sizes(nets) == []
-    counts = convert(nets, tmp_path / "ffhq.pt")
+    counts = write(nets, tmp_path / "ffhq.pt")
     assert counts["G_ema"] == len(nets.G_ema.state_dict()) + 1
     text = (repo / "docs" / "checkpoints.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "copy_params_and_buffers" in c]

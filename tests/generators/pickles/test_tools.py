@@ -1,8 +1,6 @@
-"""tools/inspect_network.py and tools/convert.py from the outside, and `.pkl` wherever a network is named."""
+"""eg3d-rlhf generator inspect and convert from the outside, and `.pkl` wherever a network is named."""
 
 import json
-import re
-import shlex
 
 import pytest
 import torch
@@ -13,15 +11,16 @@ from eg3d_rlhf import generators
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.generators import pickles
+from eg3d_rlhf.modes import network_files
 from tests import tiny_runs
 from tests.generators.pickles.hostile import calls
 from tests.generators.pickles.writer import SnapshotWriter, stock_networks
-from tools import convert, inspect_network
+from tests.tools.examples import run_example
 from training import networks
 
 
 def run(tool, *args):
-    return CliRunner().invoke(tool.main, [str(a) for a in args])
+    return CliRunner().invoke(tool, [str(a) for a in args])
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +31,14 @@ def pkl(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("tool", [convert, inspect_network], ids=lambda t: t.__name__)
-def test_the_example_in_the_help_runs(tool, repo, tmp_path, monkeypatch):
-    lines = re.findall(r"^ *python tools/(\w+)\.py (.*)$", run(tool, "--help").stdout, re.M)
-    assert [name for name, _ in lines] == [tool.__name__.split(".")[-1]]
+@pytest.mark.parametrize("tool", [network_files.convert, network_files.inspect_network], ids=lambda command: command.name)
+def test_the_example_in_the_help_runs(tool, repo, tmp_path):
     (tmp_path / "assets").symlink_to(repo / "assets")
-    monkeypatch.chdir(tmp_path)
-    result = run(tool, *shlex.split(lines[0][1]))
-    assert result.exit_code == 0, result.output
+    assert run_example(tool, tmp_path)
 
 
 def test_inspect_a_pickle(pkl):
-    result = run(inspect_network, pkl, "--json", "--seeds=16")
+    result = run(network_files.inspect_network, pkl, "--json", "--n=16")
     assert result.exit_code == 0, result.output
     found, nets = json.loads(result.stdout), stock_networks()
     assert found["sha256"] == file_hash(pkl) and found["bytes"] == pkl.stat().st_size and found["protocol"] == 4
@@ -62,7 +57,7 @@ def test_inspect_a_pickle(pkl):
 def test_inspect_our_file_and_a_run_folder(tmp_path):
     (tmp_path / "network-snapshot-000001.safetensors").write_bytes(bundled.GENERATOR.read_bytes())
     for source in (bundled.GENERATOR, tmp_path):
-        result = run(inspect_network, source, "--seeds=4")
+        result = run(network_files.inspect_network, source, "--n=4")
         assert result.exit_code == 0, result.output
         assert f"sha256: {file_hash(bundled.GENERATOR)}" in result.stdout and "layout: fixed" in result.stdout
         assert "w_avg_norm" in result.stdout and "globals" not in result.stdout
@@ -71,23 +66,23 @@ def test_inspect_our_file_and_a_run_folder(tmp_path):
 def test_inspect_a_hostile_file_names_what_it_asks_for(tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(dict(calls(str(tmp_path / "marker")))["os.system, protocol 4"])
-    result = run(inspect_network, path)
+    result = run(network_files.inspect_network, path)
     assert result.exit_code == 2 and "refused: ['os.system']" in result.stdout
     assert result.stderr.startswith(f"Error: {path}: expected a network pickle of EG3D, got the global os.system")
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "marker").exists()
-    assert run(inspect_network, path, "--globals-only").exit_code == 0
+    assert run(network_files.inspect_network, path, "--globals-only").exit_code == 0
 
 
 def test_convert_a_pickle_to_both_formats(pkl, tmp_path):
     for name, extra in (("a.safetensors", []), ("b.pt", []), ("c.safetensors", ["--only-ema"])):
-        result = run(convert, pkl, f"--out={tmp_path / name}", *extra)
+        result = run(network_files.convert, pkl, f"--out={tmp_path / name}", *extra)
         assert result.exit_code == 0 and "read back and equal" in result.stdout and result.stderr == "", result.output
     nets = stock_networks()
     ours, alone = networks.load(tmp_path / "a.safetensors"), networks.load(tmp_path / "c.safetensors")
     assert networks.state_hash(ours.D) == networks.state_hash(nets.D) and alone.G is None and alone.D is None
     saved = torch.load(tmp_path / "b.pt", weights_only=True)
     assert set(saved["G"]) == {*nets.G.state_dict(), "dataset_label_std"} and "plane_layout" not in saved["G_kwargs"]
-    again = run(convert, tmp_path / "a.safetensors", f"--out={tmp_path / 'd.pt'}")
+    again = run(network_files.convert, tmp_path / "a.safetensors", f"--out={tmp_path / 'd.pt'}")
     assert again.exit_code == 0
     once, twice = saved, torch.load(tmp_path / "d.pt", weights_only=True)
     assert all(torch.equal(once["G_ema"][k], twice["G_ema"][k]) for k in once["G_ema"]) and once["G_ema"].keys() == twice["G_ema"].keys()
@@ -104,13 +99,13 @@ def test_convert_a_pickle_to_both_formats(pkl, tmp_path):
 def test_convert_mistakes(args, text, pkl, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (pkl.parent / "there.safetensors").touch()
-    result = run(convert, *[a.format(pkl=pkl).replace(f"{pkl.name}/../", "") for a in args])
+    result = run(network_files.convert, *[a.format(pkl=pkl).replace(f"{pkl.name}/../", "") for a in args])
     assert result.exit_code == 2 and result.stderr.startswith(f"Error: {text}") and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_warns_where_a_checkout_cannot_follow(tmp_path):
-    result = run(convert, bundled.GENERATOR, f"--out={tmp_path / 'x.pt'}")
+    result = run(network_files.convert, bundled.GENERATOR, f"--out={tmp_path / 'x.pt'}")
     assert result.exit_code == 0 and "Warning: a checkout of EG3D cannot build" in result.stderr
     assert "plane_resolution = 64" in result.stderr
 

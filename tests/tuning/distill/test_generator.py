@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes import door, samples
 from eg3d_rlhf.people.label import commands as label
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.drawing import surface
@@ -21,7 +22,7 @@ from eg3d_rlhf.people.study import commands as study
 from eg3d_rlhf.people.study.design import read_design, study_pairs
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
-from tools import export_mesh, gen_samples, train_reward
+from tools import train_reward
 
 REPO = Path(__file__).resolve().parents[3]
 COUNT, PSI = 12, 0.7
@@ -64,14 +65,14 @@ def test_a_seed_names_an_asset(run):
 
 def test_meshes_and_pictures(run, tmp_path):
     network = f"--network={run / 'assets-dreamdpo.safetensors'}"
-    export = (export_mesh, ["--seed=3", "--resolution=64", f"--out={tmp_path / 'a.ply'}"])
-    for tool, flags in (export, (gen_samples, ["--seeds=0,11", f"--outdir={tmp_path}"])):
-        result = CliRunner().invoke(tool.main, [network, *flags])
+    export = (samples.mesh, ["--seed=3", "--resolution=64", f"--out={tmp_path / 'a.ply'}"])
+    for command, flags in (export, (samples.images, ["--seeds=0,11", f"--outdir={tmp_path}"])):
+        result = CliRunner().invoke(command, [network, *flags])
         assert result.exit_code == 0, (result.output, result.exception)
     mesh = trimesh.load(tmp_path / "a.ply")
     assert mesh.is_watertight and sorted(path.name for path in tmp_path.glob("*.png")) == ["seed0000.png", "seed0011.png"]
-    assert "--seeds: expected seeds 0 to 11" in said(gen_samples.main, network, "--seeds=12", f"--outdir={tmp_path}")
-    assert "seeds: expected seeds 0 to 11" in said(export_mesh.main, network, "--seed=12", f"--out={tmp_path / 'b.ply'}")
+    assert "--seeds: expected seeds 0 to 11" in said(samples.images, network, "--seeds=12", f"--outdir={tmp_path}")
+    assert "seeds: expected seeds 0 to 11" in said(samples.mesh, network, "--seed=12", f"--out={tmp_path / 'b.ply'}")
 
 
 def test_it_cannot_be_tuned(run, tiny_data, tmp_path):
@@ -112,7 +113,7 @@ def documented() -> list[list[str]]:
     """Arguments of the commands of docs/distill.md that are about a run's assets."""
     text = (REPO / "docs" / "distill.md").read_text()
     block = text[text.index("**Its assets in the other tools.**") :].split("```")[1].removeprefix("bash\n")
-    return [shlex.split(line)[1:] for line in block.strip().splitlines()]
+    return [shlex.split(line) for line in block.strip().splitlines()]
 
 
 def label_export(folder, path) -> None:
@@ -133,9 +134,10 @@ def test_the_documented_commands(tmp_path, monkeypatch):
     for arm in ("sds", "dreamdpo"):
         asset = problem.build(problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float())
         asset.save(tmp_path / f"assets-{arm}.safetensors", [(problem.PROMPTS[0].text, seed) for seed in range(100)])
-    tools = {"study.py": study.main, "label.py": label.main, "train_reward.py": train_reward.main, "export_mesh.py": export_mesh.main,
-             "gen_samples.py": gen_samples.main, "train.py": train.main}
-    for name, *flags in documented():
+    tools = {"study.py": study.main, "label.py": label.main, "train_reward.py": train_reward.main, "gen_samples.py": samples.images,
+             "train.py": train.main, "eg3d-rlhf": door.main}
+    for words in documented():
+        name, *flags = words[words[0] == "python" :]
         flags = [flag.replace("RUN/", f"{tmp_path}/") for flag in flags]
         flags += {"--compare=dreamdpo": ["-n"], "--compare=sds+geometry": ["--steps=2", "--show=0", "--workers=1"]}.get(flags[1], [])
         result = CliRunner().invoke(tools[name.removeprefix("tools/")], flags)

@@ -1,7 +1,7 @@
 """The registry of families of flow generators: what tells a family's folder, and what is done with it.
 
 A family is one folder of this package with a `family.py`, or a plugin's file (docs/extending.md): it registers a `FlowFamily`, and
-`train.py --mode=circular-dpo --pipeline=ROOT` and `tools/flow_files.py` then know its folders by what lies in them.
+`train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow files` then know its folders by what lies in them.
 """
 
 import sys

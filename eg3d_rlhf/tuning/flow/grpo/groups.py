@@ -33,8 +33,7 @@ from eg3d_rlhf.tuning.flow.train import Descent, Judge, StageResult, StageTraini
 from eg3d_rlhf.tuning.flow.train_pairs import Order
 from training.config import knob
 from training.distributed import SINGLE, Ranks
-from training.phases import derive_seed
-from training.rounds import sum_over_ranks
+from training.phases import derive_seed, sum_over_ranks
 from training.storage import checksum
 
 _grpo = functools.partial(knob, group="GRPO")

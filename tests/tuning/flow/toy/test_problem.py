@@ -6,10 +6,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.modes import assets
 from eg3d_rlhf.tuning.flow.toy.bundled import TOY_DEFAULTS, toy_problem
 from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle
 from tests.tuning.flow.toy.drawing import drawn
-from tools import train_toy_flow
 
 
 def test_the_problem_is_whole():
@@ -42,13 +42,13 @@ def test_the_loop_is_anchored():
 
 
 def test_the_tool_says_what_it_would_do():
-    done = CliRunner().invoke(train_toy_flow.main, ["reward", "--seed=3", "--dry-run"])
+    done = CliRunner().invoke(assets.toy_flow, ["reward", "--seed=3", "--dry-run"])
     assert done.exit_code == 0 and json.loads(done.output)["reward"]["seed"] == 3
-    everything = json.loads(CliRunner().invoke(train_toy_flow.main, ["--dry-run", "--steps=7"]).output)
+    everything = json.loads(CliRunner().invoke(assets.toy_flow, ["--dry-run", "--steps=7"]).output)
     assert set(everything) == {"structure", "voxels", "reward"} and everything["voxels"]["steps"] == 7
 
 
 def test_the_tool_makes_a_network(tmp_path):
-    done = CliRunner().invoke(train_toy_flow.main, ["structure", "--steps=2", f"--out={tmp_path}"])
+    done = CliRunner().invoke(assets.toy_flow, ["structure", "--steps=2", f"--out={tmp_path}"])
     assert done.exit_code == 0 and "structure: loss" in done.output, done.output
     assert [path.name for path in tmp_path.iterdir()] == ["structure.safetensors"]

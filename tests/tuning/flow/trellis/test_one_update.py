@@ -11,7 +11,7 @@ from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families.trellis import random_flows
 from eg3d_rlhf.tuning.flow.reference import AdapterOff, FrozenCopy
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
-from torch_utils.ops import feed_forward, linear, self_attention
+from torch_utils.ops import linear, transformer
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
 
@@ -22,8 +22,9 @@ LORA = LoraConfig(rank=4, targets=("to_qkv", "to_q", "to_kv", "to_out", "mlp.2")
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch):
     """The ways of a large network, for a small one."""
-    for module, limit in ((linear, 1 << 10), (feed_forward, 0), (self_attention, 2), (flows, 2)):
+    for module, limit in ((linear, 1 << 10), (transformer, 2), (flows, 2)):
         monkeypatch.setattr(module, "LARGE", limit)
+    monkeypatch.setattr(transformer, "LARGE_HIDDEN", 0)
     monkeypatch.setattr(flows, "LONG", 2)
 
 
@@ -88,13 +89,13 @@ def test_dropout_of_adapters_still_acts():
 def test_a_block_is_passed_twice_and_its_attention_once(monkeypatch):
     """Of the blocks that keep it; the others compute it again."""
     calls = []
-    whole = self_attention._SelfAttention.forward
+    whole = transformer._SelfAttention.forward
 
     def counted(ctx, qkv, q_gain, k_gain, known):
         calls.append(known[0] is not None)
         return whole(ctx, qkv, q_gain, k_gain, known)
 
-    monkeypatch.setattr(self_attention._SelfAttention, "forward", staticmethod(counted))
+    monkeypatch.setattr(transformer._SelfAttention, "forward", staticmethod(counted))
     work, parameters = updates("structure", LORA, DpoConfig(kind="sft"))
     outcome(work, parameters, "auto")
     assert calls in ([], [False] * 6 + [False] * 2 + [True] * 4)  # none where products are torch's own

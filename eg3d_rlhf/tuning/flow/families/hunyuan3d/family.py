@@ -60,7 +60,7 @@ class ShapePipeline:
         """Args: decoder and conditions: None where nothing is sampled."""
         self.tokens, self.decoder = conditions, decoder
         if conditions is not None:
-            conditions.check("conditions", {MAIN: found.tokens}, "`flow_files.py conditions`, by the DINOv2 of this checkpoint")
+            conditions.check("conditions", {MAIN: found.tokens}, "`eg3d-rlhf flow files conditions`, by the DINOv2 of this checkpoint")
         self.stages = [FlowStage(
             name=SHAPE, model=model, latents=TokenSet(tokens=found.model.input_size, channels=found.model.in_channels), call=call,
             data_at_one=True, path=FlowPath(sigma_min=0.0, schedule="uniform"), sampling=sampling(found.shift), lora_targets=TARGETS,

@@ -65,7 +65,7 @@ class Sam3dPipeline(OpenedFolder):
                 source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
                 raise ValueError(
                     f"conditions: expected tokens [L, {config.cond_channels}] named {name!r}, got {form}{source}. Embed the pictures by "
-                    "`flow_files.py conditions` with these checkpoints."
+                    "`eg3d-rlhf flow files conditions` with these checkpoints."
                 )
         common: dict[str, Any] = dict(
             name=name, model=model, data_at_one=True, path=FlowPath(sigma_min=self.file.generators[name].sigma_min),

@@ -1,4 +1,4 @@
-"""TRELLIS among the families of flow generators; its files have a tool of their own, tools/trellis_files.py."""
+"""TRELLIS among the families of flow generators; its files have a tool of their own, eg3d-rlhf flow trellis."""
 
 import json
 from pathlib import Path

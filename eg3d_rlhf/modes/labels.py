@@ -1,21 +1,14 @@
-"""Label a generator's seeds, in pairs or one by one, with the programmatic annotator, which looks at geometry alone.
-
-Writes labels (JSON lines; of pairs, CSV as well) and, beside them, a .meta.json with settings, calibration and temperature.
-
-\b
-Example:
-    python tools/label_synthetic.py --pairs=40 --resolution=32 --out=runs/example/labels.jsonl
-"""
+"""Jobs on labels: those of the programmatic annotator."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-import _repository  # noqa: F401
 import click
 from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
+from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.annotator import UtilityResult
 from eg3d_rlhf.preferences.labels import write_labels
@@ -23,23 +16,29 @@ from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 from eg3d_rlhf.preferences.unpaired import write_unpaired
 
 
-@click.command(cls=GroupedCommand, help=__doc__)
+@click.command("synthetic", cls=GroupedCommand)
 @option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Labels to write (.jsonl or .csv).")
-@option("--network", metavar="PATH", type=click.Path(path_type=Path, exists=True), default=None, show_default="the bundled generator",
-        help="Generator file or run folder to sample.", group="Samples")
+@shared("network", network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample."})
 @options_of(AnnotationOptions)
 @option("--shuffled", is_flag=True, group="Judgement", help="Thumbs or scores dealt to the shapes at random: a control.")
-@option("--device", metavar="NAME", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where the generator runs.")
-@option("--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
-def main(out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings) -> None:
+@shared("device dry-run")
+def synthetic(out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings) -> None:
+    """Label a generator's seeds, in pairs or one by one, with the programmatic annotator, which looks at geometry alone.
+
+    Writes labels (JSON lines; of pairs, CSV as well) and, beside them, a .meta.json with settings, calibration and temperature.
+
+    \b
+    Example:
+        eg3d-rlhf label synthetic --pairs=40 --resolution=32 --out=runs/example/labels.jsonl
+    """
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if shuffled and options.kind == "pairs":
         raise ValueError("--shuffled: expected --kind=thumbs or scores, got pairs. Name one, or leave it out.")
     if options.kind != "pairs" and out.suffix != ".jsonl":
         raise ValueError(f"--out: expected a name ending in .jsonl for --kind={options.kind}, got {out.name}. Rename it.")
     if dry_run:
-        shown = {"out": str(out), "network": str(network or "bundled"), "shuffled": shuffled, "device": device}
-        click.echo(json.dumps({**shown, **asdict(options)}, indent=1))
+        resolved = {"out": str(out), "network": str(network or "bundled"), "shuffled": shuffled, "device": device}
+        click.echo(json.dumps({**resolved, **asdict(options)}, indent=1))
         return
     generator = load_generator(network, choose_device(device))
     with tqdm(total=2 * options.pairs, unit="seed", desc="judging") as bar:
@@ -60,7 +59,3 @@ def main(out: Path, network: Path | None, shuffled: bool, device: str, dry_run: 
         count, meta = len(labels), {**meta, "flipped": flipped, "shuffled": shuffled}
     out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     click.echo(f"{out}: {count} labels, {meta['flipped']} against the noise-free order, temperature {annotation.temperature:.4g}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,15 @@
-"""Show what a network file holds: architecture, sizes, plane layout, truncation statistics, SHA-256, and every global it asks for.
-
-FILE is a network file of ours, a pickle of EG3D (.pkl; nothing in it is run), a run folder, or nothing for the bundled generator.
-
-\b
-Example:
-    python tools/inspect_network.py assets/generator.safetensors
-"""
+"""Jobs on network files: what one holds, and conversion to another format."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import _repository  # noqa: F401
 import click
 import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
 from eg3d_rlhf.generators import find_network, load_networks, of, ws_of_seeds
+from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
 from eg3d_rlhf.generators.pickles.machine import brief_text
 from eg3d_rlhf.generators.pickles.records import admitted
 from eg3d_rlhf.generators.pickles.snapshot import survey
@@ -96,23 +89,63 @@ def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
     return out
 
 
-@click.command(cls=GroupedCommand, help=__doc__)
+@click.command("inspect", cls=GroupedCommand)
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@option("--seeds", metavar="INT", type=click.IntRange(2, 100_000), default=256, help="Latents for the statistics of w.")
+@option("--n", metavar="LATENTS", type=click.IntRange(2, 100_000), default=256, help="Latents for the statistics of w.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @option("--globals-only", is_flag=True, help="Print the file's facts and the names it asks for; build no network.")
-def main(file: Path | None, seeds: int, as_json: bool, globals_only: bool) -> None:
-    found = describe_file(file)
+def inspect_network(file: Path | None, n: int, as_json: bool, globals_only: bool) -> None:
+    """Show what a network file holds: architecture, sizes, plane layout, truncation statistics, SHA-256, and every global it asks for.
+
+    FILE is a network file of ours, a pickle of EG3D (.pkl; nothing in it is run), a run folder, or nothing for the bundled generator.
+
+    \b
+    Example:
+        eg3d-rlhf generator inspect assets/generator.safetensors
+    """
+    description = describe_file(file)
     if not as_json:
-        click.echo("\n".join(lines(found)))
+        click.echo("\n".join(lines(description)))
     if not globals_only:
-        built = describe_networks(file, seeds)
-        found.update(built)
+        networks_in_it = describe_networks(file, n)
+        description.update(networks_in_it)
         if not as_json:
-            click.echo("\n".join(lines(built)))
+            click.echo("\n".join(lines(networks_in_it)))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(description, indent=1))
 
 
-if __name__ == "__main__":
-    main()
+@click.command("convert", cls=GroupedCommand)
+@click.argument("file", type=click.Path(path_type=Path))
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Where to: .safetensors or .pt.")
+@option("--only-ema", is_flag=True, help="Write G_ema alone.")
+@option("--overwrite", is_flag=True, help="Replace an existing file.")
+@option("--tri-grid", metavar="NUM", type=click.FloatRange(min=1, max=100),
+        help="Convert to PanoHead's kind, its slices along so many sides of the box: from 1.5 on the density is the same, 1 is PanoHead's "
+             "own.")
+def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: float | None) -> None:
+    """Convert a network file (a pickle of EG3D, of which nothing is run, a file of ours or a run folder) to .safetensors or a plain state
+    dict.
+
+    --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D; docs/checkpoints.md has the lines that load
+    it. --tri-grid makes a generator of EG3D one of PanoHead's kind with the same shapes; docs/zoo.md says when.
+
+    \b
+    Example:
+        eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
+    """
+    check_suffix(out)
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out: expected a new file, got {out}, which exists. Choose another or add --overwrite.")
+    source = find_network(file)
+    click.echo(f"Reading {source}.")
+    nets = load_networks(source)
+    if tri_grid is not None:
+        nets, residual = to_tri_grid(nets, tri_grid)
+        click.echo(f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: features within {residual:.2g} of the planes', relative.")
+    sizes = foreign_sizes(nets)
+    if out.suffix != ".safetensors" and sizes:
+        click.echo(f"Warning: a checkout of EG3D cannot build this generator, whose sizes it hard-wires: {', '.join(sizes)}.", err=True)
+    counts = write(nets, out, only_ema)
+    click.echo(f"{out}: " + ", ".join(f"{name} {count} tensors" for name, count in counts.items()) + ", read back and equal.")
+

@@ -1,4 +1,4 @@
-"""Rows: score distillation's test problem, four orthographic views of voxels, and a step with and without a reward on meshes.
+"""Rows: score distillation's test problem with and without a reward on meshes, four orthographic views of voxels, and updates of flows.
 
 Letters: A assets, N voxels per edge.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks.rows import Case, Outcome, Row, Target
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
+from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
@@ -20,6 +21,11 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
+from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
+from eg3d_rlhf.tuning.flow.families.trellis.random_flows import RandomConditions, Size, build_stage, make_pairs
+from eg3d_rlhf.tuning.flow.reference import AdapterOff
+from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
+from training.distributed import SINGLE
 
 ASSETS, VIEWS = 32, 4
 _FROM, _STEPS, _NO_WEIGHT = 40, 20, 1e-25  # steps at which the mesh reward is timed; a weight that moves nothing and is not left out
@@ -112,4 +118,49 @@ ROWS = [
         name="twenty steps of distillation, with RewardCS against without", size="bundled", seconds=1, make=mesh_reward_steps,
         target=Target(at_least=1 / 1.5, aim=0.8),
     ),
+]  # fmt: skip
+
+
+# One DPO update of TRELLIS's flows on a pair, of the width and tokens of its text-large models and a twelfth of their depth.
+
+BLOCKS = 2  # of 24
+
+
+def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
+    """Errors of a pair by policy and reference, and gradients of the adapters. The reference is what published training code does: both
+    networks one after the other, every block computed again in the backward pass, attention and products by torch."""
+    return_freed_memory()
+    size = Size(stage=stage_name, blocks=BLOCKS, device=device)
+    if tiny:
+        size = replace(size, width=64, grid=8, voxels=60)
+    torch.manual_seed(0)
+    stage = build_stage(size)
+    add_lora(stage.model, LoraConfig(), 0)
+    adapters = lora_parameters(stage.model)
+    with torch.no_grad():
+        for parameter in adapters:  # as in the midst of a training
+            parameter += 0.01 * torch.randn_like(parameter)
+    config, pairs = TrainConfig(batch=1), make_pairs(size, stage)
+    work = Updates(RandomConditions(), stage, pairs, config, stage.model, adapters, AdapterOff(stage.model), SINGLE)  # type: ignore[arg-type]
+    items = work.order.items(0)
+    draw = work._draw(pairs, 0, items)
+
+    def prepare() -> None:
+        for parameter in adapters:
+            parameter.grad = None
+
+    def run() -> Outcome:
+        _, loss, preferred, rejected = work._pass(draw, pairs, 0)[:4].unbind()
+        margin = -loss.expm1().log() / config.dpo.beta  # the loss has it times beta, and its rounding
+        found = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
+        return Outcome(found, {f"adapter {i}": p.grad for i, p in enumerate(adapters) if p.grad is not None})
+
+    return Case(fast=run, prepare=prepare)
+
+
+ROWS += [
+    Row(
+        name=f"TRELLIS {stage} flow, one DPO update", size="full", make=functools.partial(dpo_update, stage_name=stage), seconds=seconds,
+        meter_in_round=True, target=Target(at_least=1.5, aim=2.5),
+    ) for stage, seconds in (("structure", 25), ("latent", 20))
 ]  # fmt: skip

@@ -1,0 +1,102 @@
+"""The command eg3d-rlhf: every job of the project by noun and verb, each imported when it is asked for.
+
+    eg3d-rlhf                        all jobs on one screen
+    eg3d-rlhf samples mesh --help    one of them
+
+A job is a line of JOBS. The scripts of tools/ are the same commands under names that EG3D's users and the papers' readers know.
+"""
+
+import importlib
+import sys
+
+import click
+
+PROGRAM = "eg3d-rlhf"
+
+# Words after eg3d-rlhf: module and click command, and what the job does.
+JOBS: dict[str, tuple[str, str]] = {
+    "train": ("train:main", "a generator, with or without a reward; --mode: other ways"),
+    "label": ("eg3d_rlhf.people.label.commands:main", "shapes or any 3D assets in the browser; export, ..."),
+    "label synthetic": ("eg3d_rlhf.modes.labels:synthetic", "a generator's seeds, by the programmatic annotator"),
+    "study": ("eg3d_rlhf.people.study.commands:main", "compare two generators blind, with several people"),
+    "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
+    "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
+    "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: conditions, draw, ranking, export"),
+    "flow trellis": ("eg3d_rlhf.modes.trellis_files:main", "TRELLIS's files: the same, dso, calibrate"),
+    "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),
+    "report attribute": ("eg3d_rlhf.modes.reports:attribute", "which regions the reward's change came from"),
+    "report embed": ("eg3d_rlhf.modes.reports:embed", "where the reward sees tuned samples"),
+    "report sweep": ("eg3d_rlhf.evaluation.sweep:main", "reward against distance and geometry, over weights"),
+    "report all": ("eg3d_rlhf.evaluation.reports:main", "these four, of a run and its control"),
+    "report pictures": ("eg3d_rlhf.modes.reports:pictures", "those that end a reward run, drawn again"),
+    "report method": ("eg3d_rlhf.modes.reports:method", "the method as one picture"),
+    "report seeds": ("eg3d_rlhf.evaluation.over_seeds:main", "the demo with several training seeds"),
+    "report zoo": ("eg3d_rlhf.evaluation.zoo:main", "every kind of reward: trained, tuned by, in one table"),
+    "generator inspect": ("eg3d_rlhf.modes.network_files:inspect_network", "what a network file holds; pickles are never run"),
+    "generator convert": ("eg3d_rlhf.modes.network_files:convert", "to .safetensors, a state dict or a tri-grid"),
+    "generator invert": ("eg3d_rlhf.evaluation.inversion.command:main", "from an image to a shape, with a reward"),
+    "samples images": ("eg3d_rlhf.modes.samples:images", "three views of every seed (gen_samples)"),
+    "samples videos": ("eg3d_rlhf.modes.samples:videos", "orbits through seeds (gen_videos)"),
+    "samples mesh": ("eg3d_rlhf.modes.samples:mesh", "one seed as a closed, checked mesh"),
+    "samples sheet": ("eg3d_rlhf.modes.samples:sheet", "contact sheets beside the data, and of shapes"),
+    "data convert": ("eg3d_rlhf.modes.image_sets:convert", "images to the form that training reads (dataset_tool)"),
+    "data metrics": ("eg3d_rlhf.modes.image_sets:metrics", "FID, KID and the offline distances (calc_metrics)"),
+    "assets build": ("eg3d_rlhf.modes.assets:build", "what is bundled, part by part"),
+    "assets critic": ("eg3d_rlhf.modes.assets:critic", "the judge of shapes"),
+    "assets features": ("eg3d_rlhf.modes.assets:features", "those of the Fréchet distance"),
+    "assets toy-flow": ("eg3d_rlhf.modes.assets:toy_flow", "both stages of the toy, and its reward"),
+}
+
+
+def command_of(job: str) -> click.Command:
+    """The click command of a job, which is imported now."""
+    module, _, name = JOBS[job][0].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class Door(click.Group):
+    """Finds a job by its first one or two words, and lists those that begin with `noun`."""
+
+    def __init__(self, noun: str = "", **kwargs):
+        self.noun = noun
+        super().__init__(noun or PROGRAM, subcommand_metavar="JOB [FLAGS]", options_metavar="", **kwargs)
+
+    def jobs(self) -> list[str]:
+        """Jobs behind this door, in the table's order."""
+        return [job for job in JOBS if not self.noun or job.startswith(f"{self.noun} ")]
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their words."""
+        return [job.removeprefix(f"{self.noun} ") if self.noun else job for job in self.jobs()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a job, or a door to the jobs of a noun."""
+        job = f"{self.noun} {cmd_name}".strip()
+        if job in JOBS:
+            return command_of(job)
+        return Door(job, help=f"Jobs of {PROGRAM} {job}.") if any(known.startswith(f"{job} ") for known in JOBS) else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        """The longest words that name a job: `label synthetic` is one, whatever follows another `label` goes to the labelling command."""
+        job = " ".join(args[:2])
+        if not self.noun and job in JOBS:
+            return job, command_of(job), args[2:]
+        if not self.noun and args[0] == "label":
+            from eg3d_rlhf.people.label.people import is_quick, quick
+
+            if is_quick(args[1:]):  # annotators are named without waiting for torch
+                return args[0], quick, args[1:]
+        if self.get_command(ctx, args[0]) is None:
+            where = f"{PROGRAM} {self.noun}".strip()
+            click.echo(f"Error: {args[0]}: expected a job of {where}, got none of that name. See {where} --help.", err=True)
+            sys.exit(2)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One line a job; nothing is imported."""
+        with formatter.section("Jobs"):
+            formatter.write_dl([(words, JOBS[job][1]) for words, job in zip(self.list_commands(ctx), self.jobs(), strict=True)])
+
+
+main = Door(help="Rewards on the density field of 3D-aware generators. Every job takes --help.",
+            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})

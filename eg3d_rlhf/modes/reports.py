@@ -1,0 +1,278 @@
+"""Jobs that say what tuning changed: evaluation, attribution and embedding of a run, and pictures of it."""
+
+import html
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation import embedding, report
+from eg3d_rlhf.evaluation.attribution import report as attribution
+from eg3d_rlhf.evaluation.attribution.shapley import METHODS
+from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
+from eg3d_rlhf.evaluation.attribution.surface import PAGE
+from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
+from eg3d_rlhf.evaluation.flags import PATH, read_settings, shared
+from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
+from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments.shape_view import shade
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.rewards.observations import SigmaSlab
+from eg3d_rlhf.rewards.reward import load_reward
+from training.storage import write_atomic
+
+
+def _keep_summary(out: Path, words: list[str]) -> None:
+    write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
+
+
+@click.command("evaluate", cls=GroupedCommand)
+@shared("before after run control reward-ckpt reward-watch data", run="Run folder with snapshots, for trajectories.",
+              reward_ckpt="Reward that tuned.", data="Images to measure distances to.")
+@option("--inception", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="the bundled features",
+        help="TorchScript detector: net(uint8 images, return_features=True).")
+@option("--lpips", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="LPIPS is left out",
+        help="TorchScript distance f(a, b) of image batches in [-1, 1].")
+@option("--identity", group="Networks of yours", metavar="FILE", type=PATH, default=None, show_default="identity is left out",
+        help="TorchScript embedding of image batches in [-1, 1].")
+@shared("psi n seed images")
+@option("--only", group="Run", metavar="KEYS", default=None, show_default="all", help="Parts to make, comma-separated; see --dry-run.")
+@shared("out fresh batch device dry-run", out={"default": "runs/reports/evaluate"},
+              dry_run="Print the resolved settings and parts as JSON and stop.")
+def evaluate(out, only, fresh, dry_run, device, **sources) -> None:
+    """What did tuning change, and did it get better? Compares a generator before and after tuning on held-out latents.
+
+    With no options: the bundled generator against the newest tuned run in runs/, with the lambda_r = 0 run of the same settings where there
+    is one. Writes one self-contained page with every figure, its data and a summary in words. A second call computes only what is new.
+
+    \b
+    Example:
+        python tools/evaluate.py --only=reward-shift,over-optimisation --n=16
+    """
+    c = load_comparison(Sources(device=choose_device(device), **sources))
+    parts = report.select(c, only)
+    if dry_run:
+        more = {name: getattr(c, name) and str(getattr(c, name)) for name in ("run", "control_run", "inception", "lpips", "identity")}
+        more |= {"reward_watch": c.held_out_hash or None, "mirror": c.mirror, "images": c.images, "out": str(out)}
+        click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
+        return
+    report.check_files(c)
+    findings = running.run(parts, out, fresh=fresh)
+    words = report.summary(c, findings)
+    _keep_summary(out, words)
+    page = write_page(out / "index.html", report.TITLE, report.introduction(c), parts, findings, words)
+    click.echo("\n".join(running.first_sentences(parts, findings)))
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/")
+
+
+def attribution_introduction(study: Study) -> str:
+    """What is attributed, in a paragraph."""
+    c = study.c
+    return (
+        f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A coalition's value is the "
+        "reward of the original slab with the coalition's regions replaced by the tuned slab's, each slab on its own normalised scale."
+    )
+
+
+def attribution_summary(findings) -> list[str]:
+    """What stands first."""
+    says = [findings["shapley"].says[0], *findings["shapley"].says[1:2], findings["redrawn-reward"].says[0]]
+    return [*says, "These are statements about this reward and these latents; whether people see the same, nobody was asked."]
+
+
+def viewer(out: Path) -> str:
+    """The interactive surface as a frame of the page."""
+    path = out / "data" / PAGE
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    frame = html.escape(path.read_text())
+    return f'<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface" srcdoc="{frame}"></iframe></section>'
+
+
+@click.command("attribute", cls=GroupedCommand)
+@shared("before after run reward-ckpt data", reward_ckpt="Reward whose change is divided.",
+        data="Procedural heads (synthetic:...) bring their own landmarks.")
+@option("--regions", group="Regions", metavar="boxes|landmarks|head|FILE", default=None,
+        show_default="landmarks for procedural heads or with --landmarks, else boxes",
+        help="Fixed boxes, boxes about landmarks, the whole head in eight parts about landmarks, or a label volume (.npy, .npz; names in "
+             "the .json beside it).")
+@option("--landmarks", group="Regions", metavar="FILE", type=PATH, default=None, show_default="those of the procedural heads",
+        help="JSON of 98 WFLW points in the frontal view.")
+@option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
+@shared("settings psi n seed out fresh batch device dry-run",
+        settings="JSON with any of permutations (64 orders of the sampled methods), steps and most_steps (of Integrated Gradients: first, "
+                 "and where their doubling ends), gap_bound (largest efficiency gap, 0.01 of the difference), draws (8 rewards with "
+                 "re-drawn weights), checked (2 latents that those see).",
+        n={"default": 6, "type": click.IntRange(min=2)}, out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.")
+def attribute(out, fresh, dry_run, device, regions, landmarks, method, settings, **what) -> None:
+    """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the face.
+
+    With no options: the bundled generator against the newest tuned run in runs/. The value of a set of regions is the reward of the
+    original slab with those regions replaced by the tuned slab's. Draws the regions on a mesh first, then computes Shapley values,
+    Integrated Gradients, occlusion and a noise baseline, compares them with each other and with rewards of random weights, and shows single
+    voxels on the surface.
+
+    \b
+    Example:
+        python tools/attribute.py --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10 --n=4
+    """
+    rare = read_settings(settings, "permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
+    how = {"method": method, "landmarks": landmarks, **rare}
+    Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})  # a wrong flag is named before networks are loaded
+    c = load_comparison(Sources(device=choose_device(device), **what))
+    regions = regions or (LANDMARKS if landmarks is not None or c.synthetic else BOXES)
+    chosen = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD) else Path(regions), **how)
+    study = Study(c, chosen, progress=tqdm.write)
+    if dry_run:
+        paths = {"regions": str(chosen.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
+        click.echo(json.dumps({**c.resolved(), **vars(chosen), **paths}, indent=1))
+        return
+    parts = attribution.jobs(study)
+    findings = running.run(parts[:1], out, fresh=fresh)
+    for name in findings["regions"].pictures.values():
+        click.echo(f"The regions are drawn in {out / 'data' / name}; the attribution follows.")
+    findings |= running.run(parts[1:], out, fresh=fresh)
+    words = attribution_summary(findings)
+    _keep_summary(out, words)
+    page = write_page(out / "index.html", attribution.TITLE, attribution_introduction(study), parts, findings, words, viewer(out))
+    data = findings["shapley"].data
+    click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
+    for name, mean in sorted(zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]):
+        click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
+    total, turned = data["difference"]["mean"], f", data/{PAGE}" if "surface" in findings else ""
+    click.echo(f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
+    click.echo("\n".join(running.first_sentences(parts, findings)))
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/{turned}")
+
+
+@click.command("embed", cls=GroupedCommand)
+@shared("before after control reward-ckpt psi n seed out fresh batch device dry-run", out={"default": "runs/reports/embed"},
+        after={"show_default": "the newest tuned run in runs/"}, reward_ckpt="Reward whose feature is mapped.",
+        control="The same run with --lambda-r=0, for the test of separability.",
+        n="Latents, each in both networks.", seed="Other held-out latents, and UMAP, per seed.")
+def embed(out, fresh, dry_run, device, **sources) -> None:
+    """Where does the reward see tuned samples? Maps its global feature before and after tuning, with the shape behind every point.
+
+    With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained page: UMAP and principal axes,
+    rank correlation of the reward with the main axis, a test of separability, and a map whose points show their shapes.
+
+    \b
+    Example:
+        eg3d-rlhf report embed --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
+    """
+    c = load_comparison(Sources(device=choose_device(device), **sources))
+    if dry_run:
+        click.echo(json.dumps({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)}, indent=1))
+        return
+    findings = embedding.write(c, out, fresh)
+    for row in findings[embedding.MAP].data["ranks"]:
+        rho = "none: constant" if row["spearman"] is None else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
+        click.echo(f"reward with the {row['axis']:<36}  {rho}")
+    for row in findings[embedding.APART].rows:
+        click.echo(f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}")
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/")
+
+
+@click.command("pictures", cls=GroupedCommand)
+@shared("before after run data psi out device dry-run", out={"show_default": "the run folder"})
+def pictures(out, device, dry_run, **sources) -> None:
+    """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.mp4 and meshes.
+
+    Prints the median change of the surface, too, which summary.json holds.
+
+    \b
+    Example:
+        eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10
+    """
+    c = load_comparison(Sources(device=choose_device(device), **sources))
+    folder = out or c.run
+    if folder is None:
+        raise ValueError("--out: expected a folder, got none, and --after lies in no run folder. Name one.")
+    if dry_run:
+        click.echo(json.dumps({**c.resolved(), "out": str(folder)}, indent=1))
+        return
+    written = write_pictures(c, folder)
+    click.echo(json.dumps(surface_change(c, JUDGE.take(CHANGED))))
+    click.echo(f"Written to {folder}: {', '.join(written)}")
+
+
+METHOD_POOL = range(210_000, 210_040)  # latents among which the shown ones are looked for
+METHOD_PSI = 0.7
+
+
+def _shaded(field: Field, points: int = 128) -> np.ndarray:
+    """The one shape of a field, shaded, [R, R]."""
+    grid = SlabSpec.of(field.bounds, points)
+    return shade(field.density_grid(grid), 0.5, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
+
+
+@click.command("method", cls=GroupedCommand)
+@shared("run out", run={"type": click.Path(path_type=Path, exists=True, file_okay=False), "required": True, "help": "A finished run."},
+        out={"metavar": "FILE", "type": PATH, "required": True, "help": "Picture to write (.png or .svg)."})
+@torch.no_grad()
+def method(run: Path, out: Path) -> None:
+    """Draw the method as one picture, from real data: labels, field, observation, reward, tuning, report.
+
+    Takes the bundled generator and reward and a finished run of `train.py --reward=sigma`.
+
+    \b
+    Example:
+        eg3d-rlhf report method --run=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10 --out=out/method.png
+    """
+    with naming("--run"):
+        summary = json.loads((run / "summary.json").read_text())
+        before, after = load_generator().generator, load_generator(run).generator
+    reward = load_reward(bundled.REWARD)
+    ws = ws_of_seeds(before, list(METHOD_POOL), METHOD_PSI)
+    scores = reward.score(before.field(ws))
+    worst, best = int(scores.argmin()), int(scores.argmax())
+    low, high = (before.field(ws[i : i + 1]) for i in (worst, best))
+    tuned = after.field(ws_of_seeds(after, [METHOD_POOL[worst]], METHOD_PSI))
+    with style.theme():
+        drawn, axes = style.figure(6, 1, (13, 4.4))
+        titles = (
+            "1 Labels\nwhich shape is better?", "2 Field\ndensity, seen from the side", "3 Observation\nwhat the reward reads",
+            "4 Reward\nlearnt from the labels", "5 Tuning\none latent, before, after", "6 Report\ndid it get better?",
+        )
+        for ax, title in zip(axes, titles, strict=True):
+            ax.set_title(title, loc="center", fontsize=10)
+            ax.set_box_aspect(1.5)
+        for ax in axes[:-1]:
+            ax.text(1.08, 0.5, "→", transform=ax.transAxes, ha="center", va="center", size=16)
+        for ax in (axes[0], axes[1], axes[2], axes[4]):
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+        axes[0].imshow(np.vstack([_shaded(high), _shaded(low)]), cmap="gray", vmin=0, vmax=1, aspect="equal")
+        axes[0].text(0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control"))
+        axes[0].text(0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after"))
+        assert isinstance(reward.observation, SigmaSlab)  # the bundled reward's
+        side, slab = low.bounds.side / 2, reward.observation.spec
+        cube = low.density_grid(SlabSpec.of(low.bounds, 160))[0]  # [D, H, W]
+        axes[1].imshow(cube[:, :, 80].T.flip(0).clamp(-10, 60), extent=(-side, side, -side, side), cmap="magma")  # side view: z right, y up
+        _, y, z = slab.axes()
+        axes[1].plot([z[0], z[-1], z[-1], z[0], z[0]], [y[0], y[0], y[-1], y[-1], y[0]], color="white", lw=1)
+        observed = reward.observation.observe(low)[0, 0]
+        axes[2].imshow(observed[:, :, observed.shape[2] // 2].T.flip(0), cmap="magma")
+        axes[2].set_xlabel(f"slab {' x '.join(map(str, observed.shape))}")
+        axes[3].hist(scores, bins=12, color=style.colour("before"), alpha=0.4)
+        for index, role in ((worst, "after"), (best, "control")):
+            axes[3].axvline(float(scores[index]), color=style.colour(role), lw=2)
+        axes[3].set(xlabel=f"reward of {len(METHOD_POOL)} latents")
+        axes[4].imshow(np.vstack([_shaded(low), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
+        for height, text, role in ((0.52, "before", "before"), (0.03, "after", "after")):
+            axes[4].text(0.98, height, text, transform=axes[4].transAxes, ha="right", color=style.colour(role))
+        axes[5].hist(summary["reward_deltas"], bins=16, color=style.colour("after"))
+        axes[5].axvline(0, color=style.colour("noise"), lw=1)
+        axes[5].set(xlabel=f"change of reward,\n{len(summary['reward_deltas'])} held-out latents")
+        style.save(drawn, out)
+    click.echo(f"{out}")

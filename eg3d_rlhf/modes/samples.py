@@ -1,0 +1,266 @@
+"""Jobs that draw from a generator: pictures, films, meshes, contact sheets."""
+
+import json
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
+from eg3d_rlhf.core.field import RenderOptions
+from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.evaluation.contact_sheet import image_sheet, shape_sheet
+from eg3d_rlhf.evaluation.flags import shared
+from eg3d_rlhf.experiments.media.rendering import (
+    CAMERAS,
+    FFHQ_FOV,
+    MODES,
+    StageBar,
+    camera,
+    cameras_of,
+    conditioned_ws,
+    parse_seeds,
+    png,
+    render,
+    tile,
+)
+from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
+from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds
+from eg3d_rlhf.geometry.mesh_export import MeshOptions, check_mesh_suffix, export_mesh, save_shape, shape_suffix
+from training.dataset import ImageFolderDataset
+from training.storage import write_atomic
+from training.synthetic_heads import resolve_dataset
+
+YAWS, PITCH = (0.4, 0.0, -0.4), -0.2  # radians, of the three views
+SURFACE = MeshOptions()
+_PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
+_sampling = together(
+    shared("outdir network latents psi cutoff", outdir={"required": True}, latents={"required": True}, psi=_PSI),
+    option("--noise-mode", metavar="NAME", type=click.Choice(["const", "random", "none"]), default="const", group="Samples",
+           help="Noise of the synthesis; random is drawn from the (first) seed."),
+)
+_shapes = together(
+    option("--shapes", metavar="BOOL", type=bool, default=False, help="Write shapes too; of a film, of every frame's first cell.",
+           group="Shapes"),
+    option("--shape-res", metavar="POINTS", type=click.IntRange(16, 1024), default=512, help="Grid points per axis.", group="Shapes"),
+    option("--shape-format", metavar="NAME", default=".mrc", help=".mrc (density), .ply, .obj or .glb (surface).", group="Shapes"),
+)
+_reload_modules = option("--reload_modules", "reload_modules", metavar="BOOL", type=bool, default=None, show_default=False,
+                         help="Accepted for EG3D's sake, without effect.")
+
+
+def _without_effect(**given) -> None:
+    for flag, value in given.items():
+        if value is not None:
+            click.echo(f"Warning: --{flag} has no effect here, as in EG3D for these networks.", err=True)
+
+
+@click.command("images", cls=GroupedCommand)
+@_sampling
+@option("--fov-deg", metavar="DEGREES", type=click.FloatRange(0, 180, min_open=True, max_open=True), default=FFHQ_FOV, group="Samples",
+        help="Field of view over the image's diagonal; the default of EG3D's tool is 18.")
+@_shapes
+@option("--shape-level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", group="Shapes",
+        help="Raw density of the surface.")
+@option("--shape-border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=None, group="Shapes",
+        show_default="the generator's, 30/256 of EG3D's", help="Share of the cube to clear along each face.")
+@option("--class", "class_idx", metavar="INT", type=int, default=None, show_default=False, help="Accepted, without effect.")
+@_reload_modules
+@shared("device dry-run")
+def images(outdir, network, latents, psi, cutoff, noise_mode, fov_deg, shapes, shape_res, shape_format, shape_level, shape_border,
+           class_idx, reload_modules, device, dry_run) -> None:
+    """Render samples of a generator: three views per seed side by side, and their shapes on request.
+
+    Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds seedXXXX.ply (.obj, .glb, .mrc).
+
+    \b
+    Example:
+        python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
+    """
+    with naming("--seeds"):
+        seeds = parse_seeds(latents)
+    with naming("--shape-format"):
+        suffix = shape_suffix(shape_format)
+    _without_effect(**{"class": class_idx, "reload_modules": reload_modules})
+    if dry_run:
+        settings = {
+            "outdir": str(outdir), "network": str(network or "bundled"), "seeds": seeds, "trunc": psi, "trunc_cutoff": cutoff,
+            "noise_mode": noise_mode, "fov_deg": fov_deg, "shapes": shapes, "shape_res": shape_res, "shape_format": suffix,
+            "shape_level": shape_level, "shape_border": shape_border, "device": device,
+        }
+        click.echo(json.dumps(settings, indent=1))
+        return
+    with naming("--network"):
+        generator = load_generator(network, choose_device(device)).generator
+    border = generator.bounds.border if shape_border is None else shape_border
+    surface = MeshOptions(resolution=shape_res, level=shape_level, border=border, component="all")
+    check_seeds(generator, max(seeds), "--seeds")
+    cameras = cameras_of(generator, fov_deg)
+    labels = [camera(cameras, yaw, PITCH) for yaw in YAWS]
+    for seed in tqdm(seeds, unit="seed", desc="samples"):
+        ws = conditioned_ws(generator, [seed], cameras, psi, cutoff)
+        write_atomic(outdir / f"seed{seed:04d}.png", png(tile(render(generator, ws, labels, seed, noise_mode), len(labels))))
+        if shapes:
+            with StageBar(f"seed {seed} ") as bar:
+                save_shape(outdir / f"seed{seed:04d}{suffix}", generator.field(ws, noise_mode), surface, bar)
+    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if shapes else ''}")
+
+
+@click.command("videos", cls=GroupedCommand)
+@_sampling
+@option("--interpolate", metavar="BOOL", type=bool, default=True, help="Walk through the seeds, or film each on its own.", group="Film")
+@option("--grid", metavar="WxH", default="1x1", help="Cells across and down.", group="Film")
+@option("--num-keyframes", "keyframes", metavar="INT", type=click.IntRange(min=1), default=None, show_default="seeds / cells",
+        help="Latents that a cell walks through.", group="Film")
+@option("--w-frames", "frames", metavar="INT", type=click.IntRange(min=1), default=120, help="Frames between two keyframes.", group="Film")
+@option("--shuffle-seed", metavar="INT", type=click.IntRange(0, 2**32 - 1), default=None, show_default="as given", group="Film",
+        help="Seed of the order of the seeds.")
+@option("--image_mode", "--image-mode", "mode", metavar="NAME", type=click.Choice(MODES), default="image", group="Film",
+        help="image, image_depth or image_raw.")
+@option("--cfg", metavar="NAME", type=click.Choice(list(CAMERAS), case_sensitive=False), default=None, group="Film",
+        show_default="the network's own camera", help="Pivot and field of view of FFHQ, AFHQ or Shapenet.")
+@option("--sample_mult", "--sample-mult", "sample_mult", metavar="FLOAT", type=click.FloatRange(0, min_open=True), default=2.0,
+        help="Times the samples per ray.", group="Film")
+@option("--nrr", metavar="PIXELS", type=click.IntRange(min=1), default=None, show_default="the network's own", group="Film",
+        help="Rendered pixels per edge.")
+@option("--fps", metavar="FLOAT", type=click.FloatRange(1, 240), default=60.0, help="Frames per second.", group="Film")
+@option("--bitrate", metavar="BITS", default="10M", help="Of the mp4, in ffmpeg's notation.", group="Film")
+@_shapes
+@_reload_modules
+@shared("device dry-run")
+def videos(outdir, network, latents, interpolate, grid, cfg, sample_mult, nrr, fps, bitrate, shapes, shape_res, shape_format,
+           reload_modules, device, dry_run, **film) -> None:
+    """Film a generator: the camera swings about each sample while the latent walks through the seeds.
+
+    Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed in which the latent stands still. The frames are
+    keyframes x --w-frames; a keyframe is a seed of one cell of the grid.
+
+    \b
+    Example:
+        python tools/gen_videos.py --seeds=0-3 --grid=2x2 --trunc=0.7 --w-frames=60 --outdir=out
+    """
+    with naming("--seeds"):
+        seeds = parse_seeds(latents)
+    with naming("--grid"):
+        cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
+        if cells is None:
+            raise ValueError(f"expected WxH such as 4x3, got {grid!r}. Give cells across and down.")
+        options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
+    with naming("--shape-format"):
+        suffix = shape_suffix(shape_format)
+    _without_effect(reload_modules=reload_modules)
+    groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
+    if not interpolate and options.keyframes is None:
+        options = replace(options, keyframes=1)
+    with naming("--seeds"):
+        counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
+    if dry_run:
+        settings = {
+            "outdir": str(outdir), "network": str(network or "bundled"), "films": {f"{name}.mp4": n for name, n in counts.items()},
+            "interpolate": interpolate, **asdict(options), "cfg": cfg, "sample_mult": sample_mult, "nrr": nrr, "fps": fps,
+            "bitrate": bitrate, "shapes": shapes, "shape_res": shape_res, "shape_format": suffix, "device": device,
+        }
+        click.echo(json.dumps(settings, indent=1))
+        return
+    check_mp4(outdir / "interpolation.mp4")
+    with naming("--network"):
+        generator = load_generator(network, choose_device(device)).generator
+    surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
+    cameras, look = cameras_of(generator, **CAMERAS.get(cfg, {})), RenderOptions(resolution=nrr, sample_mult=sample_mult)
+    for name, group in groups.items():
+        frames = Film(generator, group, cameras, options, look)
+        path = write_mp4(outdir / f"{name}.mp4", tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"), fps, bitrate)
+        click.echo(f"{path}: {frames.count} frames")
+        for index in tqdm(range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes):  # first cell
+            with StageBar(f"frame {index} ") as bar:
+                shape = generator.field(frames.ws(index)[0], options.noise_mode)
+                save_shape(outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape, surface, bar)
+
+
+@click.command("mesh", cls=GroupedCommand)
+@option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Mesh to write (.ply, .obj, .glb).")
+@shared("network seed psi cutoff", seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."}, psi=_PSI)
+@option("--resolution", "--shape-res", "resolution", metavar="POINTS", type=click.IntRange(16, 1024), default=SURFACE.resolution,
+        help="Grid points per axis.", group="Surface")
+@option("--level", metavar="FLOAT", type=float, default=None, show_default="the generator's own", help="Raw density of the surface.",
+        group="Surface")
+@option("--border", metavar="0..0.5", type=click.FloatRange(0, 0.5, max_open=True), default=SURFACE.border, group="Surface",
+        help="Share of the cube to trim from each face.")
+@option("--component", metavar="NAME", type=click.Choice(["largest", "all"]), default=SURFACE.component, group="Surface",
+        help="Parts to keep: the one of largest volume, or all.")
+@option("--faces", metavar="INT", type=click.IntRange(min=4), default=None, help="Decimate to about so many faces.", group="Surface",
+        show_default="all")
+@option("--colors/--no-colors", default=SURFACE.colors, help="Vertex colours from the radiance field.", group="Surface")
+@shared("device dry-run")
+def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
+    """Turn one sample of a generator into a closed triangle mesh, and check it.
+
+    Writes FILE (.ply, .obj or .glb) and, beside it, a report FILE.json. Exit code 1 where the mesh is not watertight.
+
+    \b
+    Example:
+        eg3d-rlhf samples mesh --seed=1 --trunc=0.7 --resolution=128 --out=out/head.glb
+    """
+    options = MeshOptions(**settings)
+    with naming("--out"):
+        check_mesh_suffix(out, "samples mesh")
+    latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
+    if dry_run:
+        resolved = {"out": str(out), "network": str(network or "bundled"), **latent, "device": device, **asdict(options)}
+        click.echo(json.dumps(resolved, indent=1))
+        return
+    with naming("--network"):
+        loaded = load_generator(network, choose_device(device))
+    with StageBar() as bar:
+        bar("planes", 0, 1)
+        field = loaded.generator.field(ws_of_seeds(loaded.generator, [seed], psi, cutoff), "const")
+        bar("planes", 1, 1)
+        options = options if options.level is not None else replace(options, level=field.level)
+        surface, report = export_mesh(field, options, bar)
+        bar("writing", 0, 1)
+        surface.save(out)
+        bar("writing", 1, 1)
+    report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
+    parts = f"{report.components} of {report.components_extracted} parts"
+    tight = "watertight" if report.watertight else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
+    normals = "normals outward" if report.outward else "normals NOT outward"
+    click.echo(f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume {report.volume:.4g}")
+    if not report.watertight:
+        sys.exit(1)
+
+
+@click.command("sheet", cls=GroupedCommand)
+@shared("outdir network data latents psi", outdir={"required": True},
+        data={"default": "synthetic:heads64", "show_default": True, "help": "Images to show beside."},
+        latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"})
+@option("--shapes", metavar="INT", type=click.IntRange(0), default=16, group="Samples", help="How many of the seeds to show as shapes.")
+@shared("device dry-run")
+def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
+    """Draw contact sheets of a generator: images.png (beside as many of the data, under their cameras), shapes.png (from two views).
+
+    \b
+    Example:
+        eg3d-rlhf samples sheet --data=synthetic:heads64@n=64 --latents=0-7 --shapes=4 --outdir=out
+    """
+    with naming("--latents"):
+        seeds = parse_seeds(latents)
+    if dry_run:
+        settings = {"outdir": str(outdir), "network": str(network or "bundled"), "data": data, "latents": seeds, "shapes": shapes,
+                    "psi": psi, "device": device}
+        click.echo(json.dumps(settings, indent=1))
+        return
+    with naming("--network"):
+        generator = load_generator(network, choose_device(device)).generator
+    with naming("--data"):
+        dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
+        if len(dataset) < len(seeds):
+            raise ValueError(f"expected at least {len(seeds)} images, got {len(dataset)}. Name fewer --latents.")
+    sheets = {"images.png": image_sheet(generator, dataset, seeds, psi)}
+    if shapes:
+        sheets["shapes.png"] = shape_sheet(generator, seeds[:shapes], psi)
+    for name, picture in sheets.items():
+        write_atomic(outdir / name, png(picture))
+    click.echo(f"{outdir}: {', '.join(sheets)}")

@@ -1,0 +1,75 @@
+"""The command eg3d-rlhf: every job on one screen, quickly; each opens what it names; scripts of tools/ are the same commands."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from eg3d_rlhf.modes.door import JOBS, command_of, main
+
+REPO = Path(__file__).parents[2]
+QUIET = """
+import os, sys, time
+sys.argv = ["eg3d-rlhf", *sys.argv[1:]]
+try:
+    import runpy
+    runpy.run_module("eg3d_rlhf", run_name="__main__", alter_sys=True)
+except SystemExit:
+    print(sorted({"torch", "scipy", "numpy"} & set(sys.modules)), time.process_time(), file=sys.stderr)
+"""
+
+
+def test_help_names_every_job_on_one_screen():
+    printed = CliRunner().invoke(main, ["--help"]).stdout
+    assert len(printed.splitlines()) <= 50 and max(map(len, printed.splitlines())) <= 80
+    listed = [line[2:].split("  ")[0] for line in printed.split("Jobs:\n")[1].splitlines()]
+    assert listed == list(JOBS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["samples"], ["label", "annotators", "--help"]])
+def test_help_loads_no_torch(arguments):
+    done = subprocess.run([sys.executable, "-c", QUIET, *arguments], cwd=REPO, capture_output=True, text=True)
+    modules, seconds = re.fullmatch(r"\[(.*)\] ([\d.]+)", done.stderr.splitlines()[-1]).groups()
+    assert modules == "" and float(seconds) < 2  # 0.1 s on a quiet machine
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_opens_its_command(job):
+    command = command_of(job)
+    assert isinstance(command, click.Command)
+    result = CliRunner().invoke(main, [*job.split(), "--help"])
+    assert result.exit_code == 0 and result.stdout.startswith(f"Usage: eg3d-rlhf {job}"), result.output
+
+
+def test_words_that_name_no_job():
+    for words in (["nothing"], ["samples", "nothing"]):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 2 and "nothing" in result.stderr and "--help" in result.stderr
+    listed = CliRunner().invoke(main, ["samples", "--help"])
+    assert listed.exit_code == 0 and "mesh" in listed.stdout and "study" not in listed.stdout
+
+
+def test_flags_reach_the_job():
+    result = CliRunner().invoke(main, ["train", "--reward=sigma", "--lambda-r=10", "-n"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["lambda_r"] == 10
+    wrong = CliRunner().invoke(main, ["samples", "mesh", "--out=head.stl"])
+    assert wrong.exit_code == 2 and "--out" in wrong.stderr
+
+
+def test_every_job_is_documented():
+    text = (REPO / "docs" / "tools.md").read_text()
+    assert [job for job in JOBS if f"`{job}`" not in text] == []
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (REPO / "tools").glob("[!_]*.py")))
+def test_scripts_are_jobs(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    module = importlib.import_module(f"tools.{script}")
+    if hasattr(module, "main"):
+        assert module.main in [command_of(job) for job in JOBS]
