@@ -82,7 +82,7 @@ class Door(click.Group):
         if not self.noun and job in JOBS:
             return job, command_of(job), args[2:]
         if not self.noun and args[0] == "label":
-            from eg3d_rlhf.people.label.people import is_quick, quick
+            from eg3d_rlhf.people.label.access import is_quick, quick
 
             if is_quick(args[1:]):  # annotators are named without waiting for torch
                 return args[0], quick, args[1:]
