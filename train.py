@@ -50,7 +50,7 @@ class ModeCommand(GroupedCommand):
             return command.make_context(info_name, args, parent, **extra)
         except click.NoSuchOption as error:
             name = error.option_name.replace("_", "-")
-            others = [o for o in MODES if o != mode and any(name in p.opts + p.secondary_opts for p in self.command_of(o).params)]
+            others = [other for other in MODES if other != mode and name in flags_of(self.command_of(other))]
             if not others:
                 raise
             with user_errors():
@@ -67,6 +67,11 @@ class ModeCommand(GroupedCommand):
     def invoke(self, ctx: click.Context):
         """Run the command that parsed the arguments."""
         return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+def flags_of(command: click.Command) -> set[str]:
+    """All spellings of a command's settings, rare ones as if they were flags."""
+    return {name for option in [*command.params, *getattr(command, "rare", {}).values()] for name in option.opts + option.secondary_opts}
 
 
 def mode_of(args: list[str]) -> tuple[str, list[str]]:

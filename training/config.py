@@ -30,7 +30,8 @@ class Knob:
     name: str | None = None  # of the flag, where it is not the field's
     flags: tuple[str, ...] = ()  # further spellings; the first one is --<name with dashes>
     shown: str | None = None  # the default in words, where the field's is not what applies
-    flag: bool = True  # False: recorded with the others, and decided by presets alone
+    flag: bool = True  # False: recorded with the others, and decided by presets or a mode's common flags
+    rare: bool = False  # no flag of its own: --set NAME=VALUE, or a file of --settings
 
 
 def knob(default: object, help: str, group: str, **more) -> typing.Any:

@@ -1,8 +1,10 @@
 """What every command of the project shares: options in titled groups, one-line errors with exit code 2, start-up checks."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from training.config import knobs_of
 
@@ -35,13 +38,73 @@ def _with_dashes(name: str) -> str:
 class GroupedCommand(click.Command):
     """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit code 2.
 
-    Option names may be written with underscores, as EG3D's are.
+    Option names may be written with underscores, as EG3D's are. Rare settings (`Knob.rare`) come by --set NAME=VALUE or from the JSON of
+    --settings, and reach the function as if they were flags; so does every other flag that such a file names.
     """
 
     def __init__(self, *args, **kwargs):
         common = {"token_normalize_func": _with_dashes, "help_option_names": ["-h", "--help"], "max_content_width": 140}
         kwargs["context_settings"] = {**common, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
+        self.rare: dict[str, Any] = {option.name: option for option in getattr(self.callback, "rare", ())}
+        if self.rare:
+            named = f"One of {', '.join(sorted(self.rare))}."
+            for decorate in (
+                option("--set", "set_", group="Rare settings", metavar="NAME=VALUE", multiple=True, help=f"May be given again. {named}"),
+                option("--settings", group="Rare settings", metavar="FILE.json", type=click.Path(path_type=Path, dir_okay=False),
+                       help="Settings by name, these among them; flags go before them, and --dry-run prints all."),
+            ):  # fmt: skip
+                decorate(self)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; rare settings become parameters as the others are."""
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if name not in self.rare:
+                raise
+            with user_errors():
+                raise ValueError(f"{error.option_name}: expected --set {name}=VALUE for a rare setting, got a flag. Write that.") from None
+        if self.rare:
+            with user_errors():
+                self._take_rare(ctx)
+        return rest
+
+    def _take_rare(self, ctx: click.Context) -> None:
+        """Put what --settings and --set say among the parameters. Raises: ValueError for an unknown name or a wrong value."""
+        written, file = ctx.params.pop("set_"), ctx.params.pop("settings")
+        options: dict[str, Any] = {parameter.name: parameter for parameter in self.params if parameter.name in ctx.params} | self.rare
+        ctx.params |= {name: () if option.multiple else None for name, option in self.rare.items()}
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                values = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"--settings: expected JSON in {file}, got: {error}. Correct it.") from None
+            if not isinstance(values, dict):
+                raise ValueError(f"--settings: expected settings by name in {file}, got {type(values).__name__}. Correct it.")
+            line = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+            values = {name: value for name, value in values.items() if value is not None and name not in line}
+        for text in written:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"--set: expected NAME=VALUE, got {text!r}. Write --set {name}=VALUE.")
+            name = name.lstrip("-").replace("-", "_")
+            several = name in options and getattr(options[name], "multiple", False)
+            values[name] = [*values.get(name, ()), value] if several else value
+        for name, value in values.items():
+            if name not in options:
+                near = difflib.get_close_matches(name, options, n=1)
+                meant = f"Did you mean {near[0]}? " if near else ""
+                raise ValueError(f"--set, --settings: expected a setting, got {name!r}. {meant}--dry-run prints them all.")
+            several = isinstance(value, list)
+            try:
+                parts = [options[name].type.convert(str(part), options[name], ctx) for part in (value if several else [value])]
+            except click.BadParameter as error:
+                raise ValueError(f"{name}: {error.message.rstrip('.')}. Correct it.") from None
+            ctx.params[name] = tuple(parts) if several or options[name].multiple else parts[0]
+            ctx.set_parameter_source(name, ParameterSource.COMMANDLINE)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One section per group, in order of first appearance."""
@@ -79,10 +142,17 @@ def naming(flag: str):
         raise ValueError(f"{flag}: {str(error).strip()}") from error
 
 
-def option(*names: str, group: str = "General", **kwargs):
-    """`click.option` in a group, with the default shown."""
+def option(*names: str, group: str = "General", rare: bool = False, **kwargs):
+    """`click.option` in a group, with the default shown; a rare one is no flag, see `GroupedCommand`."""
     kwargs.setdefault("show_default", True)
-    return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+    if not rare:
+        return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+
+    def decorate(command):
+        command.rare = [*getattr(command, "rare", ()), GroupedOption(names, group=group, **kwargs)]
+        return command
+
+    return decorate
 
 
 def together(*decorators):
@@ -92,7 +162,7 @@ def together(*decorators):
 
 def options_of(*kinds: type, everywhere: str | None = None, **defaults):
     """One option for every knob of settings dataclasses, one alone where several share it; None where it is not given, so that a preset
-    may decide.
+    may decide. Rare knobs are told to `GroupedCommand`.
 
     Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by flag, words to add to its default.
     """
@@ -114,7 +184,9 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults):
             limited: Any = click.IntRange if hint is int else click.FloatRange
             kind = limited(low, high, min_open=knob.above is not None, max_open=knob.below is not None)
         metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
-        made[name] = option(*names, group=knob.group, metavar=metavar, type=kind, default=None, show_default=False, help=text)
+        made[name] = option(
+            *names, group=knob.group, rare=knob.rare, metavar=metavar, type=kind, default=None, show_default=False, help=text
+        )
     return together(*made.values())
 
 

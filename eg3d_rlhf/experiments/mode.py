@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
 from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
@@ -169,7 +170,7 @@ class Mode(Generic[S]):
         @self.flags or options_of(self.settings)
         @click.pass_context
         def command(context: click.Context, **given) -> None:
-            written = {n for n in given if context.get_parameter_source(n) == click.core.ParameterSource.COMMANDLINE}
+            written = {n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE}
             flags, resume = Flags(given, written), given["resume"]
             extra = sorted(written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set())) if resume is not None else []
             if extra:

@@ -30,8 +30,8 @@ class LoraConfig:
     """Size and place of the adapters."""
 
     rank: int = _adapter(16, "Of the adapters.", name="lora_rank", low=1)
-    alpha: float = _adapter(32.0, "Their update is multiplied by alpha / rank.", name="lora_alpha", above=0)
-    dropout: float = _adapter(0.0, "Share of their inputs that is zeroed while training.", name="lora_dropout", low=0, below=1)
+    alpha: float = _adapter(32.0, "Their update is multiplied by alpha / rank.", name="lora_alpha", above=0, rare=True)
+    dropout: float = _adapter(0.0, "Share of their inputs that is zeroed while training.", name="lora_dropout", low=0, below=1, rare=True)
     targets: tuple[str, ...] = TARGETS  # last parts of the names of linear layers; "attn.to_q" is more exact than "to_q"
 
     def __post_init__(self):

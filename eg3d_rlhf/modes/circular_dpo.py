@@ -50,18 +50,18 @@ what_flags = together(
 )
 train_flags = together(
     option("--preset", group=LOSS, type=click.Choice(list(PRESETS)), default=None, show_default=OWN, help="Loss of public code."),
-    option("--beta-t", group=LOSS, metavar="T", type=POSITIVE, help="Multiply --beta by this, for papers that give beta and T."),
+    option("--beta-t", group=LOSS, rare=True, metavar="T", type=POSITIVE, help="Multiply --beta by this, for papers that give beta and T."),
     tuning_flags,
     options_of(TrainConfig, everywhere=OWN),
 )
 loop_flags = together(
     option("--rounds", group=LOOP, metavar="INT", type=COUNT, default=None, show_default="1",
            help="Of the whole loop, each from the networks of the last, which are then the reference."),
-    own("--loop-beta", LOOP, "FLOAT", POSITIVE, "Beta on the loop's pairs.", "in the problem's own ratio to --beta"),
-    own("--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs."),
-    own("--loop-sft-weight", LOOP, "FLOAT", WEIGHT, "The preferred's own error on the loop's pairs."),
-    own("--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP),
-    own("--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP),
+    own("--loop-beta", LOOP, "FLOAT", POSITIVE, "Beta on the loop's pairs.", "in the problem's own ratio to --beta", rare=True),
+    own("--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True),
+    own("--loop-sft-weight", LOOP, "FLOAT", WEIGHT, "The preferred's own error on the loop's pairs.", rare=True),
+    own("--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True),
+    own("--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True),
     options_of(LoopPairsConfig, Weighing, everywhere=OWN),
 )
 table_flags = together(
@@ -76,7 +76,8 @@ def check(flags: Flags) -> None:
     flags.belong(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
     flags.belong(("no_summary",), flags["ablate"] is None, "a run without --ablate")
     flags.belong(("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
-    loop_only = [parameter.name for parameter in CIRCULAR_DPO.command.params if getattr(parameter, "group", None) == LOOP]
+    settings = [*CIRCULAR_DPO.command.params, *CIRCULAR_DPO.command.rare.values()]
+    loop_only = [setting.name for setting in settings if setting.group == LOOP]
     flags.belong(loop_only, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError("--stage: expected a run of one stage or an --ablate of all, got both. Leave one out.")

@@ -14,19 +14,19 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-def own(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN):
+def own(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN, rare: bool = False):
     """An option that leaves the problem's default alone where it is not given."""
-    return option(name, group=group, metavar=metavar, type=kind, default=None, show_default=shown, help=help)
+    return option(name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help)
 
 
 trellis_flags = together(
-    option("--also", group=WHAT, metavar="DIR", multiple=True, help="Further folders to look for TRELLIS's models in."),
-    option("--flow-weights", group=WHAT, metavar="STAGE=FILE", multiple=True,
+    option("--also", group=WHAT, rare=True, metavar="DIR", multiple=True, help="Further folders to look for TRELLIS's models in."),
+    option("--flow-weights", group=WHAT, rare=True, metavar="STAGE=FILE", multiple=True,
            help="Other weights of a TRELLIS flow, such as a training .pt."),
 )
 tuning_flags = together(
     own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
-    own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own"),
+    own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
     own("--amp", TRAIN, "off|bf16", click.Choice(["off", "bf16"]), "Passes in bfloat16 (autocast)."),
 )
 

@@ -33,16 +33,17 @@ class DpoConfig:
                       "error, which no reference and no lower bound holds.", name="loss", choices=KINDS)
     beta: float = _loss(250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0)
     weight_mode: str = _loss("inside", "Where w2 acts: inside (Circular-DPO, equation 7) or outside (its algorithm 1).",
-                             name="pair_weight", choices=WEIGHT_MODES)
-    label_smoothing: float = _loss(0.0, "Share of wrong labels, for sigmoid and robust.", low=0, below=0.5)
-    margin: float = _loss(0.0, "Subtracted from beta times the margin.")
-    loser_weight: float = _loss(1.0, "Of the rejected half of the margin; below 1 keeps a policy from running away from it.", low=0)
-    sft_weight: float = _loss(0.0, "Of the preferred's own error, added.", low=0)
-    aggregation: str = _loss("mean", "Of a batch's losses.", choices=AGGREGATIONS)
-    drdpo_beta: float = _loss(1.0, "Of drdpo.", above=0)
-    noise: str = _loss("shared", "Of preferred and rejected, coordinate by coordinate.", choices=NOISES)
-    condition_dropout: float = _loss(0.0, "Share of pairs trained without their condition.", low=0, high=1)
-    clamp: float | None = _loss(None, "Bound of each one's improvement on the reference.", above=0)
+                             name="pair_weight", choices=WEIGHT_MODES, rare=True)
+    label_smoothing: float = _loss(0.0, "Share of wrong labels, for sigmoid and robust.", low=0, below=0.5, rare=True)
+    margin: float = _loss(0.0, "Subtracted from beta times the margin.", rare=True)
+    loser_weight: float = _loss(1.0, "Of the rejected half of the margin; below 1 keeps a policy from running away from it.", low=0,
+                                rare=True)
+    sft_weight: float = _loss(0.0, "Of the preferred's own error, added.", low=0, rare=True)
+    aggregation: str = _loss("mean", "Of a batch's losses.", choices=AGGREGATIONS, rare=True)
+    drdpo_beta: float = _loss(1.0, "Of drdpo.", above=0, rare=True)
+    noise: str = _loss("shared", "Of preferred and rejected, coordinate by coordinate.", choices=NOISES, rare=True)
+    condition_dropout: float = _loss(0.0, "Share of pairs trained without their condition.", low=0, high=1, rare=True)
+    clamp: float | None = _loss(None, "Bound of each one's improvement on the reference.", above=0, rare=True)
 
     def __post_init__(self):
         check_knobs(self)

@@ -76,12 +76,12 @@ class ProblemSource:
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs")
     also: tuple[str, ...] = ()  # further folders to look for TRELLIS's models in
-    dtype: str = _what("float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"))
-    held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1)
+    dtype: str = _what("float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"), rare=True)
+    held_out: float = _what(0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True)
     flow_weights: tuple[str, ...] = ()  # STAGE=FILE: other weights of TRELLIS's flows, training checkpoints among them
     voxel_share: float = _what(0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0)
     needs_pairs: ClassVar[bool] = True
-    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
+    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
 
     def __post_init__(self):
         if self.pipeline == TOY:
@@ -306,7 +306,7 @@ class Choosing:
     """On what the win rate is measured that chooses checkpoints and stops training early."""
 
     per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1)
+    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, rare=True)
     seed: int = 0  # of the noises, which are not those of the table
 
     def __post_init__(self):
@@ -328,7 +328,8 @@ class Judging:
     """What is generated for the table: the same noises whatever is judged, so that generators are compared pair by pair."""
 
     per_condition: int = knob(8, "Assets per held-out condition and training behind the table.", TABLE, name="table_noises", low=2)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, shown="the problem's own")
+    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, shown="the problem's own",
+                      rare=True)
     seed: int = 0  # of the noises, apart from those that are trained or chosen on
 
     def __post_init__(self):

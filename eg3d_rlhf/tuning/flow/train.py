@@ -48,16 +48,17 @@ class StageTraining:
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # adapters to train; None trains every parameter
     steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
-    warmup: int = train_knob(100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0)
-    weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0)
-    clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0)
+    warmup: int = train_knob(100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True)
+    weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0, rare=True)
+    clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0, rare=True)
     bf16: bool = False  # passes in bfloat16 where torch's autocast does so; parameters and sums stay float32
-    ema: float | None = train_knob(None, "Decay of a moving average per update, which is then measured and kept.", above=0, below=1)
-    held_out_every: int = train_knob(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1)
-    patience: int = train_knob(5, "Win rates in a row without a new best, after which training stops.", low=1)
-    max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0)
-    log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1)
-    checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1)
+    ema: float | None = train_knob(None, "Decay of a moving average per update, which is then measured and kept.", above=0, below=1,
+                                   rare=True)
+    held_out_every: int = train_knob(100, "Between win rates; one is measured before the first.", metavar="UPDATES", low=1, rare=True)
+    patience: int = train_knob(5, "Win rates in a row without a new best, after which training stops.", low=1, rare=True)
+    max_drop: float = train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True)
+    log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1, rare=True)
+    checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1, rare=True)
     seed: int = 0  # >= 0: of everything that is drawn
 
     def __post_init__(self):

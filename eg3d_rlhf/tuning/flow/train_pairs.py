@@ -52,7 +52,7 @@ class TrainConfig(StageTraining):
     batch: int = train_knob(4, "Per update, over all processes and passes.", metavar="PAIRS", low=1)
     batch_gpu: int | None = train_knob(None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch")
     draws: int | None = train_knob(None, "Different times and noises per pair, then the first again; none: always new ones.", low=1)
-    cache_reference: bool = train_knob(False, "Keep the reference's errors per pair and draw; wants --draws.")
+    cache_reference: bool = train_knob(False, "Keep the reference's errors per pair and draw; wants --draws.", rare=True)
 
     def __post_init__(self):
         super().__post_init__()

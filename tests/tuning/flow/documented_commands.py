@@ -13,7 +13,7 @@ import train
 from eg3d_rlhf.modes import flow_files as family_commands
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "flow-families.md"
-FEW = "--steps=2 --batch=2 --lr=0.02 --warmup=0 --device=cpu".split()
+FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --device=cpu".split()
 
 
 def documented(section: str) -> list[list[str]]:

@@ -23,7 +23,7 @@ from tests.tuning.flow import point_family
 from tests.tuning.flow.point_family import POINTS, conditions, write_folder
 
 REPO = Path(__file__).resolve().parents[3]
-FEW = "--steps=3 --batch=4 --lr=0.02 --warmup=0 --choose-noises=0 --device=cpu".split()
+FEW = "--steps=3 --batch=4 --lr=0.02 --set=warmup=0 --choose-noises=0 --device=cpu".split()
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
 def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
     for flags, message in (
         ([], "circular: expected a pipeline of two stages or more, got points. One stage needs no loop: --stage=points."),
-        (["--stage=points", "--views=3"], "--views: belongs to other generators, and would have no effect on points"),
+        (["--stage=points", "--set=views=3"], "--views: belongs to other generators, and would have no effect on points"),
         (["--stage=voxels"], "stage: expected one of points, got 'voxels'"),
     ):
         done = call(tmp_path, *flags)

@@ -59,10 +59,10 @@ class LoopPairsConfig:
 class Weighing:
     """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
 
-    use_w1: bool = _loop(True, "Drop pairs whose op is not rewarded more.", name="w1")
-    use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2")
+    use_w1: bool = _loop(True, "Drop pairs whose op is not rewarded more.", name="w1", rare=True)
+    use_w2: bool = _loop(True, "Weigh the others by how much more.", name="w2", rare=True)
     tau: float = _loop(0.0, "Pairs with w1 at most this are dropped.")
-    w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS)
+    w2_norm: str = _loop("dataset", "What the mean of w2 is made 1 over.", choices=W2_NORMS, rare=True)
     roles: str = _loop("op", "Preferred: the tuned network's, as in the paper, or whichever the reward prefers; extremes: of all noises of "
                        "a human pair (--loop-pairs) the tuned network's best against the other's worst.", choices=ROLES)
 

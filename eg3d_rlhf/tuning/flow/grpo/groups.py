@@ -47,16 +47,17 @@ class GrpoConfig(StageTraining):
 
     steps: int = train_knob(300, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(3e-4, "AdamW's learning rate.", above=0)
-    warmup: int = train_knob(10, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0)
+    warmup: int = train_knob(10, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True)
     group: int = _grpo(8, "Samples of one condition, compared with each other.", low=2)
     batch: int = _grpo(8, "Conditions per update, over all processes.", metavar="GROUPS", low=1)
     batch_gpu: int | None = _grpo(None, "Per pass: decides memory, not the result.", metavar="SAMPLES", low=1, shown="all of a process")
-    passes: int = _grpo(2, "Steps of the optimiser on the samples of an update.", low=1)
-    clip_range: float = _grpo(1e-3, "Of ratios of densities (of their mean over a sample's numbers), about 1.", above=0)
+    passes: int = _grpo(2, "Steps of the optimiser on the samples of an update.", low=1, rare=True)
+    clip_range: float = _grpo(1e-3, "Of ratios of densities (of their mean over a sample's numbers), about 1.", above=0, rare=True)
     kl: float = _grpo(0.04, "Weight of the divergence from the untuned network, mean over numbers and steps.", low=0)
-    sampler_steps: int | None = _grpo(None, "Of the sampler in training.", low=2, shown="the stage's own")
-    trained_steps: int | None = _grpo(None, "Of these, drawn anew for every update; none: all but the last, which draws nothing.", low=1)
-    noise: float = _grpo(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0)
+    sampler_steps: int | None = _grpo(None, "Of the sampler in training.", low=2, shown="the stage's own", rare=True)
+    trained_steps: int | None = _grpo(None, "Of these, drawn anew for every update; none: all but the last, which draws nothing.", low=1,
+                                      rare=True)
+    noise: float = _grpo(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0, rare=True)
     use: str = "reward"  # or a control's: see objective.USES
 
     def __post_init__(self):

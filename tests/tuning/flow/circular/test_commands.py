@@ -65,19 +65,19 @@ MISTAKES = {
     "summary": (["--ablate=a", "--no-summary"], "--no-summary: belongs to a run without --ablate"),
     "loop of one stage": (["--stage=structure", "--rounds=2", "--tau=0"], "--rounds, --tau: belongs to the loop, not to --stage"),
     "both": (["--stage=structure", "--ablate=a..i"], "--stage: expected a run of one stage or an --ablate of all, got both"),
-    "groups decide": (["--ablate=a", "--w1=false"], "--w1: expected the groups of --ablate to decide"),
+    "groups decide": (["--ablate=a", "--set=w1=false"], "--w1: expected the groups of --ablate to decide"),
     "adapter of none": (["--tune=full", "--lora-rank=4"], "--lora-rank: belongs to --tune=lora"),
-    "beta": (["--beta-t=1000"], "--beta-t: expected --beta beside it"),
-    "no early stop": (["--choose-noises=0", "--patience=3"], "--patience: belongs to early stopping"),
-    "no anchor": (["--ablate=a,anchor", "--loop-sft-weight=0"], "--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0"),
+    "beta": (["--set=beta_t=1000"], "--beta-t: expected --beta beside it"),
+    "no early stop": (["--choose-noises=0", "--set=patience=3"], "--patience: belongs to early stopping"),
+    "no anchor": (["--ablate=a,anchor", "--set=loop_sft_weight=0"], "--ablate=anchor: expected an anchor"),
     "letters": (["--ablate=a..z"], "groups: expected letters of a..i"),
-    "margin": (["--loss=ipo", "--margin=1"], "margin 0 with ipo"),
-    "sft": (["--loss=sft", "--loser-weight=0.5"], "loser_weight: expected it unset with sft"),
+    "margin": (["--loss=ipo", "--set=margin=1"], "margin 0 with ipo"),
+    "sft": (["--loss=sft", "--set=loser_weight=0.5"], "loser_weight: expected it unset with sft"),
     "batch": (["--batch=8", "--batch-gpu=3"], "batch_gpu: expected a divisor of batch=8, got 3"),
-    "cache": (["--cache-reference=true"], "cache_reference: expected draws that come again"),
-    "toy": (["--dtype=float16", "--also=x"], "--also, --dtype: belongs to --pipeline=DIR"),
+    "cache": (["--set=cache_reference=true"], "cache_reference: expected draws that come again"),
+    "toy": (["--set=dtype=float16", "--set=also=x"], "--also, --dtype: belongs to --pipeline=DIR"),
     "toy's voxels": (["--voxel-share=0.5"], "--voxel-share: belongs to --pipeline=DIR"),
-    "weights": (["--pipeline=x", "--pairs=y", "--flow-weights=file.pt"], "--flow-weights: expected STAGE=FILE"),
+    "weights": (["--pipeline=x", "--pairs=y", "--set=flow_weights=file.pt"], "--flow-weights: expected STAGE=FILE"),
     "trellis": (["--pipeline=somewhere"], "--pairs: expected a folder of people's pairs beside --pipeline=DIR"),
     "resume": (["--resume=runs/x", "--lr=1"], "--lr: expected the run's own with --resume"),
     "no run": (["--resume={tmp}"], "--resume: expected a run folder with training_options.json"),
@@ -103,20 +103,21 @@ def test_dry_run_prints_the_settings_and_touches_nothing(tmp_path):
 
 def test_flags_reach_their_settings():
     defaults = default_settings("toy")
-    own = settings(values("--beta=2", "--beta-t=100", "--lr=0.5", "--steps=7", "--loss=hinge", "--amp=bf16", "--batch-gpu=1"), defaults)
+    own = settings(values("--beta=2", "--set=beta_t=100", "--lr=0.5", "--steps=7", "--loss=hinge", "--amp=bf16", "--batch-gpu=1"), defaults)
     assert (own.human.dpo.beta, own.human.dpo.kind, own.human.lr, own.human.steps, own.human.bf16) == (200, "hinge", 0.5, 7, True)
     ratio = defaults.loop.dpo.beta / defaults.human.dpo.beta
     assert own.loop.dpo.beta == pytest.approx(ratio * 200) and own.loop.dpo.loser_weight == defaults.loop.dpo.loser_weight
     assert (own.loop.lr, own.loop.steps, own.sft.lr, own.sft.dpo.kind) == (0.5, 7, 0.5, "sft")
-    own = settings(values("--loop-lr=2", "--loop-steps=3", "--loop-beta=9", "--loop-loser-weight=1", "--loop-sft-weight=0"), defaults)
+    of_loop = ("loop_lr=2", "loop_steps=3", "loop_beta=9", "loop_loser_weight=1", "loop_sft_weight=0")
+    own = settings(values(*(f"--set={one}" for one in of_loop)), defaults)
     assert (own.loop.lr, own.loop.steps, own.loop.dpo.beta, own.loop.dpo.loser_weight, own.loop.dpo.sft_weight) == (2, 3, 9, 1, 0)
     assert own.human == defaults.human
-    own = settings(values("--w1=false", "--tau=0.1", "--roles=reward", "--choose-noises=0", "--loop-pairs=3", "--rounds=2"), defaults)
+    own = settings(values("--set=w1=false", "--tau=0.1", "--roles=reward", "--choose-noises=0", "--loop-pairs=3", "--rounds=2"), defaults)
     assert (own.weighing.use_w1, own.weighing.tau, own.weighing.roles, own.choosing, own.rounds) == (False, 0.1, "reward", None, 2)
     assert own.loop_pairs.per_pair == 3
     own = settings(values("--tune=full"), defaults)
     assert own.human.lora is None and own.loop.lora is None
-    own = settings(values("--tune=lora", "--lora-rank=3", "--lora-targets=to_q, to_out"), defaults)
+    own = settings(values("--tune=lora", "--lora-rank=3", "--set=lora_targets=to_q, to_out"), defaults)
     assert own.human.lora.rank == 3 and own.loop.lora.targets == ("to_q", "to_out")
     assert settings(values("--preset=dso"), defaults).human.dpo.beta == 250
     assert {settings(values(f"--preset=flow{c}grpo"), defaults).human.dpo.beta for c in "-_"} == {50}

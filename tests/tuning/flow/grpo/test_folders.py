@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.grpo import arms
 from tests.tuning.flow import point_family
 from tests.tuning.flow.point_family import conditions, write_folder
 
-FEW = "--steps=15 --batch=3 --group=8 --lr=0.02 --warmup=0 --kl=0 --sampler-steps=4 --lora-rank=4 --device=cpu".split()
+FEW = "--steps=15 --batch=3 --group=8 --lr=0.02 --set=warmup=0 --kl=0 --set=sampler_steps=4 --lora-rank=4 --device=cpu".split()
 
 
 def to_the_right(assets, names):
@@ -32,7 +32,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
     for flags, message in (
         (["--reward=right"], "--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got none"),
-        ([known, "--reward=right", "--views=3"], "--views: belongs to other generators"),
+        ([known, "--reward=right", "--set=views=3"], "--views: belongs to other generators"),
         ([known], "--reward: expected the name of one, got none, and this generator brings none"),
         ([known, "--reward=right", "--arms=people"], "--pairs: expected people's pairs of stage 'points', got none"),
     ):

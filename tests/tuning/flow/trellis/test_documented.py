@@ -15,7 +15,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
 from tests.tuning.flow.trellis.tiny_trellis import NAMES, tokens
 
-FEW = "--steps=12 --lr=0.02 --warmup=0 --choose-noises=0 --table-noises=2 --loop-pairs=2 --roles=reward --device=cpu".split()
+FEW = "--steps=12 --lr=0.02 --set=warmup=0 --choose-noises=0 --table-noises=2 --loop-pairs=2 --roles=reward --device=cpu".split()
 
 
 class Clip:

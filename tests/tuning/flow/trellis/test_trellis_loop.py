@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem
 from tests.tuning.flow.trellis.test_trellis_problem import write_people
 from tests.tuning.flow.trellis.tiny_trellis import tokens
 
-FAST = "--warmup=0 --batch=4 --choose-noises=0 --no-summary --device=cpu".split()
+FAST = "--set=warmup=0 --batch=4 --choose-noises=0 --no-summary --device=cpu".split()
 
 
 def circular_dpo(*flags):
