@@ -86,7 +86,7 @@ assets: $(STAMP)
 	@echo "== 7/8 the toy flow of Circular-DPO"
 	$(BIN)/eg3d-rlhf assets toy-flow
 	@echo "== 8/8 the learned prior of score distillation"
-	$(BIN)/python tools/train_view_prior.py
+	$(BIN)/eg3d-rlhf assets view-prior
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

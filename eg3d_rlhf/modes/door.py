@@ -18,11 +18,15 @@ JOBS: dict[str, tuple[str, str]] = {
     "train": ("train:main", "a generator, with or without a reward; --mode: other ways"),
     "label": ("eg3d_rlhf.people.label.commands:main", "shapes or any 3D assets in the browser; export, ..."),
     "label synthetic": ("eg3d_rlhf.modes.labels:synthetic", "a generator's seeds, by the programmatic annotator"),
+    "label elo": ("eg3d_rlhf.modes.labels:elo", "rate methods from pairwise judgements"),
     "study": ("eg3d_rlhf.people.study.commands:main", "compare two generators blind, with several people"),
+    "reward train": ("eg3d_rlhf.modes.reward_training:train", "on labels: pairs or single shapes; slabs, depth or points"),
+    "reward mesh": ("eg3d_rlhf.modes.reward_training:mesh", "of meshes, on unpaired labels: RewardCS, reconstructed"),
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
     "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: conditions, draw, ranking, export"),
     "flow trellis": ("eg3d_rlhf.modes.trellis_files:main", "TRELLIS's files: the same, dso, calibrate"),
+    "flow step": ("eg3d_rlhf.modes.flow_step:step", "what one update of TRELLIS's flows takes, in memory and time"),
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),
     "report attribute": ("eg3d_rlhf.modes.reports:attribute", "which regions the reward's change came from"),
     "report embed": ("eg3d_rlhf.modes.reports:embed", "where the reward sees tuned samples"),
@@ -45,6 +49,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "assets critic": ("eg3d_rlhf.modes.assets:critic", "the judge of shapes"),
     "assets features": ("eg3d_rlhf.modes.assets:features", "those of the Fréchet distance"),
     "assets toy-flow": ("eg3d_rlhf.modes.assets:toy_flow", "both stages of the toy, and its reward"),
+    "assets view-prior": ("eg3d_rlhf.modes.assets:view_prior", "the small prior of score distillation"),
 }
 
 

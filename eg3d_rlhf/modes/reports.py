@@ -206,7 +206,7 @@ def pictures(out, device, dry_run, **sources) -> None:
     click.echo(f"Written to {folder}: {', '.join(written)}")
 
 
-METHOD_POOL = range(210_000, 210_040)  # latents among which the shown ones are looked for
+METHOD_POOL = JUDGE.take(40)  # latents among which the shown ones are looked for
 METHOD_PSI = 0.7
 
 

@@ -166,12 +166,12 @@ def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
     assert found.exit_code == 0, found.output
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["images.png", "shapes.png"]
     few = run(samples.sheet, f"--network={tiny_networks}", f"--data={tiny_data}", "--seeds=0-99", f"--outdir={tmp_path}/b")
-    assert few.exit_code == 2 and "--data: expected at least 100 images, got 24. Name fewer --seeds." in few.stderr
+    assert few.exit_code == 2 and "--data: expected at least 100 images, got 24. Name fewer --latents." in few.stderr
     assert not (tmp_path / "b").exists()
 
 
-def test_the_tool_that_draws_a_run_again_states_what_it_compares(tiny_networks, tiny_reward, tiny_pair, tmp_path):
-    named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
+def test_the_tool_that_draws_a_run_again_states_what_it_compares(tiny_networks, tiny_pair, tmp_path):
+    named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}"]
     found = run(reports.pictures, *named, "--dry-run")
     assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])
     missing = run(reports.pictures, f"--run={tmp_path}/none")

@@ -11,10 +11,9 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.modes import network_files, samples
+from eg3d_rlhf.modes import network_files, reward_training, samples
 from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
-from tools import train_reward
 from training import networks, storage
 
 pytestmark = pytest.mark.long
@@ -44,7 +43,7 @@ def test_labelled_scored_tuned_exported(tmp_path):
     ]  # the same shapes get the same labels
     assert json.loads(labels.with_suffix(".meta.json").read_text())["generator"] == before.hash
 
-    run(train_reward.main, f"--labels={labels}", f"--network={network}", "--preset=tiny", "--epochs=1", f"--out={reward}")
+    run(reward_training.train, f"--labels={labels}", f"--network={network}", "--preset=tiny", "--epochs=1", f"--out={reward}")
     trained, released = load_reward(reward / "reward.safetensors"), load_reward(bundled.REWARD)
     field = before.generator.field(ws_of_seeds(before.generator, [11, 12], 0.7))
     with torch.no_grad():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.modes import labels
 from eg3d_rlhf.preferences.elo import Judgement, elo, read_judgements
-from tools import tournament
 
 
 def of(wins: int, losses: int, ties: int = 0) -> list[Judgement]:
@@ -78,7 +78,7 @@ def records(wins: int, losses: int, criterion: str = "overall"):
 
 
 def call(*arguments):
-    return CliRunner().invoke(tournament.main, [str(a) for a in arguments])
+    return CliRunner().invoke(labels.elo, [str(a) for a in arguments])
 
 
 def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):

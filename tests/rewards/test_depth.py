@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.generators import of
 from eg3d_rlhf.models.resnet50 import ResNet50
+from eg3d_rlhf.modes.reward_training import train as main
 from eg3d_rlhf.preferences.dataset import on_wrong_faces
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.cache import ObservationCache
@@ -18,7 +19,6 @@ from eg3d_rlhf.rewards.observations.depth import Depth
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.train import TrainData, default_options, train_reward, with_changes
 from tests import tiny_runs
-from tools.train_reward import main
 
 SIZE = 64
 

@@ -7,11 +7,11 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.reward_training import train as main
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import TrainData, train_reward, with_changes
 from tests.rewards.test_train import OPTIONS, filled, toy_labels
-from tools.train_reward import main
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.plugins import VARIABLE
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
-from tools import train_reward
 from training import checkpoint, storage
 
 PLUGIN = Path(__file__).parent / "frontal_depth.py"
@@ -41,7 +41,8 @@ def reward(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("depth")
     succeed(synthetic, "--pairs=24", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
     said = succeed(
-        train_reward.main, "--observation=frontal-depth", f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
+        reward_training.train, "--observation=frontal-depth",
+        f"--labels={folder / 'labels.jsonl'}", f"--out={folder / 'run'}", "--epochs=2",
         "--fractions", 0.6, 0.2, 0.2,
     )
     assert "test pairs ordered as labelled" in said
@@ -109,7 +110,7 @@ def test_its_rays_do_not_touch_the_draws_of_others(reward):
     ],
 )
 def test_what_is_unknown_is_refused_by_name(flags, text, tmp_path):
-    result = CliRunner().invoke(train_reward.main, [*(str(f) for f in flags), f"--out={tmp_path / 'run'}"])
+    result = CliRunner().invoke(reward_training.train, [*(str(f) for f in flags), f"--out={tmp_path / 'run'}"])
     assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr
 
 

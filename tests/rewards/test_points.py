@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.modes.labels import synthetic
 from eg3d_rlhf.rewards.networks import preset, readers_of
 from eg3d_rlhf.rewards.observations.clouds import self_scaled
@@ -17,7 +18,6 @@ from eg3d_rlhf.rewards.points.curves import onward
 from eg3d_rlhf.rewards.points.neighbours import ball, farthest_points, nearest
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests import tiny_runs
-from tools import train_reward
 
 OURS = ("pointnet", "pointnet2", "curvenet")
 
@@ -151,7 +151,7 @@ LONG = [pytest.param(*other, marks=pytest.mark.long) for other in (("points", "p
 @pytest.mark.parametrize(("kind", "name"), [("points", "pointnet"), *LONG])
 def test_it_trains_and_tunes(kind, name, labels, tmp_path):
     succeed(
-        train_reward.main, f"--observation={kind}", f"--preset={name}", "--resolution=24", "--points=96", f"--labels={labels}",
+        reward_training.train, f"--observation={kind}", f"--preset={name}", "--resolution=24", "--points=96", f"--labels={labels}",
         f"--out={tmp_path / 'reward'}", "--epochs=1", "--fractions", 0.5, 0.25, 0.25,
     )
     reward = load_reward(tmp_path / "reward" / "reward.safetensors")
@@ -181,5 +181,5 @@ def test_it_trains_and_tunes(kind, name, labels, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(flags, text, tmp_path):
-    result = CliRunner().invoke(train_reward.main, [*(str(f) for f in flags), f"--out={tmp_path / 'run'}"])
+    result = CliRunner().invoke(reward_training.train, [*(str(f) for f in flags), f"--out={tmp_path / 'run'}"])
     assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr and not (tmp_path / "run").exists()

@@ -248,7 +248,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 MISTAKES = {
-    "seeds": (["synthetic:reward", "--seeds=5-2"], "--seeds: seeds: expected ranges that rise"),
+    "seeds": (["synthetic:reward", "--latents=5-2"], "--latents: seeds: expected ranges that rise"),
     "source": (["{tmp}/none", "--seeds=none"], "SOURCE: "),
     "suffix": (["synthetic:reward", "--out={tmp}/r.pt"], "--out: Reward.save: expected a name ending in .safetensors"),
     "network": (["synthetic:reward", "--network={tmp}/none.safetensors"], "--network: "),

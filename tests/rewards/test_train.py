@@ -8,12 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.modes.reward_training import train as main
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.evaluation import calibration_error, evaluate, fit_temperature, log_loss, margins
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.train import TrainData, TrainOptions, default_options, train_reward, with_changes
-from tools.train_reward import main
 from training import networks
 from training.triplane import TriPlaneGenerator
 

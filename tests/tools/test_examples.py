@@ -3,9 +3,8 @@
 import pytest
 
 import train
-from eg3d_rlhf.modes import assets, image_sets, labels, reward_files
+from eg3d_rlhf.modes import assets, image_sets, labels, reward_files, reward_training
 from tests.tools.examples import run_example
-from tools import train_reward
 from training.dataset import ImageFolderDataset
 
 
@@ -13,7 +12,7 @@ from training.dataset import ImageFolderDataset
 def test_labels_and_the_reward_that_is_trained_on_them(tmp_path):
     run_example(labels.synthetic, tmp_path)
     assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 40
-    assert "ordered as labelled" in run_example(train_reward.main, tmp_path)
+    assert "ordered as labelled" in run_example(reward_training.train, tmp_path)
     assert (tmp_path / "runs/example/reward/reward.safetensors").exists()
 
 

@@ -252,11 +252,11 @@ def test_reward_training_on_two_ranks_equals_one(tmp_path):
         assert float((one[name] - two[name]).abs().max()) < 1e-3
 
 
-REWARD_TOOL = "import sys; from tools.train_reward import main; main(sys.argv[1:])"
+REWARD_TOOL = "import sys; from eg3d_rlhf.modes.reward_training import train; train(sys.argv[1:])"
 REWARD_STOPPED = """
 import os, signal, sys
 from eg3d_rlhf.rewards import train
-from tools.train_reward import main
+from eg3d_rlhf.modes.reward_training import train as main
 step, count = train._step, []
 def signalled_step(*args):
     count.append(1)
@@ -270,8 +270,8 @@ main(sys.argv[1:])
 
 @pytest.mark.long
 def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tiny_networks, tmp_path):
+    from eg3d_rlhf.modes.reward_training import train as main
     from eg3d_rlhf.preferences.labels import Preference, write_labels
-    from tools.train_reward import main
 
     labels = write_labels(tmp_path / "labels.jsonl", [Preference(winner=2 * i, loser=2 * i + 1) for i in range(24)])
     flags = [f"--network={tiny_networks}", f"--labels={labels}", "--preset=tiny", "--epochs=2", "--batch=4", "--resolution=32"]

@@ -256,7 +256,7 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
 #
 #     asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}     whoever trains a reward of images
 #     rankings       {"condition", "rank", "asset", "strength", "judgements", ...}    trellis_files.py ranking, flow_files.py ranking
-#     asset-scores   {"mesh", "prompt", "score" or "label", ...}                      tools/train_mesh_reward.py --data
+#     asset-scores   {"mesh", "prompt", "score" or "label", ...}                      eg3d-rlhf reward mesh --data
 #
 # Paths are relative to the file where an asset lies below its folder, else absolute. An asset that a generator's tool drew
 # (eg3d_rlhf.tuning.flow) brings along where its latents are, as its list says.

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HELD_OUT
+from eg3d_rlhf.modes.reward_training import train as train_reward
 from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Kind, Mode, PlannedPair
@@ -31,7 +32,6 @@ from eg3d_rlhf.people.label.store_labels import (
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.run import read_labels
 from tests.people.label.plans import HASH, QUIET, answer, answer_all, plan, shape
-from tools.train_reward import main as train_reward
 
 REPO = Path(__file__).resolve().parents[3]
 

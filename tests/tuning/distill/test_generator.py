@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.modes import door, samples
+from eg3d_rlhf.modes import door, reward_training, samples
 from eg3d_rlhf.people.label import commands as label
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.drawing import surface
@@ -22,7 +22,6 @@ from eg3d_rlhf.people.study import commands as study
 from eg3d_rlhf.people.study.design import read_design, study_pairs
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
-from tools import train_reward
 
 REPO = Path(__file__).resolve().parents[3]
 COUNT, PSI = 12, 0.7
@@ -134,7 +133,7 @@ def test_the_documented_commands(tmp_path, monkeypatch):
     for arm in ("sds", "dreamdpo"):
         asset = problem.build(problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float())
         asset.save(tmp_path / f"assets-{arm}.safetensors", [(problem.PROMPTS[0].text, seed) for seed in range(100)])
-    tools = {"study.py": study.main, "label.py": label.main, "train_reward.py": train_reward.main, "gen_samples.py": samples.images,
+    tools = {"study.py": study.main, "label.py": label.main, "train_reward.py": reward_training.train, "gen_samples.py": samples.images,
              "train.py": train.main, "eg3d-rlhf": door.main}
     for words in documented():
         name, *flags = words[words[0] == "python" :]

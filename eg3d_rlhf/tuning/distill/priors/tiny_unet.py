@@ -1,7 +1,7 @@
 """A small learned prior of four views: a U-Net of 90,000 parameters on the test problem's pictures, told the prompt and the cameras.
 
 It is a `DiffusionPrior` as the real ones are, so what is claimed of methods on the analytic prior can be checked on learned noise. Trained
-by tools/train_view_prior.py in a minute on one core. Letters: B = A V pictures, V = 4 adjacent, C channels, E entries of a condition.
+by eg3d-rlhf assets view-prior in a minute on one core. Letters: B = A V pictures, V = 4 adjacent, C channels, E entries of a condition.
 """
 
 import math

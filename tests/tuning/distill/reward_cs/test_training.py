@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-import train_mesh_reward
 from click.testing import CliRunner
 
 from eg3d_rlhf.geometry.mesh import count_edges, parts
+from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.rewards.meshes import dataset
 from eg3d_rlhf.rewards.meshes import train as run
 from eg3d_rlhf.rewards.meshes.dataset import KINDS, SOURCES, area_only, dealt, drawn, load_mesh, severity_of, shuffled, turned
@@ -154,7 +154,7 @@ def test_the_kernel_keeps_its_floor(meshes):
 
 
 def command(*flags):
-    return CliRunner().invoke(train_mesh_reward.main, [*(f"--{name}={value}" for name, value in TINY.items()), *map(str, flags)])
+    return CliRunner().invoke(reward_training.mesh, [*(f"--{name}={value}" for name, value in TINY.items()), *map(str, flags)])
 
 
 def test_the_tool_writes_a_reward_resumes_and_refuses(tmp_path, monkeypatch):

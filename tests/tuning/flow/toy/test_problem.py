@@ -49,6 +49,6 @@ def test_the_tool_says_what_it_would_do():
 
 
 def test_the_tool_makes_a_network(tmp_path):
-    done = CliRunner().invoke(assets.toy_flow, ["structure", "--steps=2", f"--out={tmp_path}"])
+    done = CliRunner().invoke(assets.toy_flow, ["structure", "--steps=2", f"--outdir={tmp_path}"])
     assert done.exit_code == 0 and "structure: loss" in done.output, done.output
     assert [path.name for path in tmp_path.iterdir()] == ["structure.safetensors"]

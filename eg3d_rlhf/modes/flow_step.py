@@ -1,13 +1,5 @@
-"""What one DPO update of each of TRELLIS's flows takes, in memory and time, at the full size of its text-large models.
+"""The job that says what one update of TRELLIS's flows takes, in memory and time, at full size."""
 
-The weights are random, the adapters, the reference (the same network with its adapters off), the pairs' noise and the update are those of
-training; every block is computed again in the backward pass. Each stage runs in a process of its own, so that peaks are its own. Latents
-of the second stage lie on thin shells of --voxels voxels in the grid of 64^3, as surfaces do.
-
-\b
-Example:
-    python tools/trellis_step.py --stage=latent --voxels=4000 --json
-"""
 
 import json
 import math
@@ -20,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import _repository  # noqa: F401
 import click
 import torch
 
@@ -87,7 +78,7 @@ def line(row: dict) -> str:
     )
 
 
-@click.command(cls=GroupedCommand, help=__doc__)
+@click.command("step", cls=GroupedCommand)
 @option("--stage", "stages", type=click.Choice(["all", *STAGES]), default="all", help="Which flow.")
 @option("--pairs", metavar="INT,...", default="1", help="Pairs per update, in one pass; a list measures each.")
 @option("--steps", metavar="INT", type=click.IntRange(1), default=1, help="Updates; with several the median of all but the first counts.")
@@ -100,22 +91,28 @@ def line(row: dict) -> str:
 @option("--blocks", metavar="INT", type=click.IntRange(1), default=24, help="Fewer make a quick trial.", group="Smaller models")
 @option("--width", metavar="INT", type=click.IntRange(HEAD), default=1024, help="Likewise; a multiple of 64.", group="Smaller models")
 @option("--json", "as_json", is_flag=True, help="Print JSON.", group="Output")
-def main(stages: str, pairs: str, as_json: bool, device: str, **settings) -> None:
+def step(stages: str, pairs: str, as_json: bool, device: str, **settings) -> None:
+    """What one DPO update of each of TRELLIS's flows takes, in memory and time, at the full size of its text-large models.
+
+    The weights are random, the adapters, the reference (the same network with its adapters off), the pairs' noise and the update are those
+    of training; every block is computed again in the backward pass. Each stage runs in a process of its own, so that peaks are its own.
+    Latents of the second stage lie on thin shells of --voxels voxels in the grid of 64^3, as surfaces do.
+
+    \b
+    Example:
+        eg3d-rlhf flow step --stage=latent --voxels=4000 --json
+    """
     numbers = [int(n) if n.strip().isdigit() else 0 for n in pairs.split(",")]
     if 0 in numbers:
         raise ValueError(f"--pairs: expected positive numbers with commas between them, got {pairs!r}. Use 1,2,4,8, say.")
-    found = []
+    measured: list[dict] = []
     for stage in STAGES if stages == "all" else (stages,):
         for number in numbers:
             size = Size(stage=stage, pairs=number, device=choose_device(device).type, **settings)
             click.echo(f"== {stage}, {number} pairs: build, then {size.steps} update(s); minutes each at full size on a CPU", err=True)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
-                found.append(apart.submit(measure, size).result())
+                measured.append(apart.submit(measure, size).result())
             if not as_json:
-                click.echo(line(found[-1]))
+                click.echo(line(measured[-1]))
     if as_json:
-        click.echo(json.dumps({"machine": versions(), "updates": found}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        click.echo(json.dumps({"machine": versions(), "updates": measured}, indent=1))
