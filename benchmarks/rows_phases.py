@@ -13,7 +13,7 @@ from benchmarks import configurations
 from benchmarks.rows import Case, Outcome, Row, Target
 from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution.landmarks import head_landmarks, landmark_partition
+from eg3d_rlhf.evaluation.attribution.regions import head_landmarks, landmark_partition
 from eg3d_rlhf.evaluation.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import Generator, of

@@ -99,7 +99,7 @@ def test_only_judges_read_the_shape_critic():
         for name, path in modules.items()
     }
     readers = {name for name, found in named.items() if critic in found}
-    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.measures.critic_training", "eg3d_rlhf.modes.assets"}
+    assert readers == {"eg3d_rlhf.evaluation.judges", "eg3d_rlhf.modes.assets"}
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
     while further := set().union(*(named[name] for name in reached)) - reached:

@@ -17,7 +17,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash, naming
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import IMAGES, LATENTS, HeldOut
-from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.observations import Observation

@@ -19,11 +19,9 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, span
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Finding, Job
-from eg3d_rlhf.experiments.page import data_uri, points_section, write_page
-from eg3d_rlhf.experiments.shape_view import shade
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.experiments.pages import Finding, Job, data_uri, points_section, write_page
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 
@@ -214,7 +212,7 @@ def plot_test(axes, data: dict):
 def write(c: Comparison, out: Path, fresh: bool = False, quiet: bool = False) -> dict:
     """Compute what is missing and write the page; returns the findings."""
     parts = jobs(c)
-    findings = running.run(parts, out, fresh=fresh, quiet=quiet)
+    findings = pages.run(parts, out, fresh=fresh, quiet=quiet)
     drawn, sheet = findings[MAP].data, findings[SHAPES].data
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     titles = {"umap": "UMAP", "principal": "principal axes"}

@@ -1,7 +1,7 @@
 """What a reward says of several generators: raw, with their shapes laid where it looks, and with their density on the scale it knows.
 
 It learnt from one generator, the reference. Of every other one a report says how far outside of that it lies, and how steady its ranks are.
-Letters: N latents, K neighbours, M entries of an embedding.
+Letters: N latents, K neighbours or samples, M entries of an embedding, P points, Q quantiles.
 """
 
 import functools
@@ -12,25 +12,134 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import numpy as np
 import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option, options_of
 from eg3d_rlhf.core.seeds import ALIGNMENT, LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
-from eg3d_rlhf.evaluation.alignment import Alignment, align, calibrate_density, mean_surface, pooled
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.experiments.media.sheet import Row, sheet, to_uint8
-from eg3d_rlhf.generators import Generator, LoadedGenerator, camera
+from eg3d_rlhf.evaluation.flags import PATH, shared
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
+from eg3d_rlhf.generators import Generator, LoadedGenerator, camera, load_generator
 from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
 from eg3d_rlhf.geometry.level_set import LevelSet
-from eg3d_rlhf.measures.surface_view import SUPERSAMPLE, look, paint, shrink
-from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from training.config import check_knobs, knob
 from training.storage import write_atomic
+
+# Where a foreign generator's shapes lie, and on what scale its density is, against the generator that a reward knows.
+
+
+QUANTILES = 64  # of the density above the level, and as many below
+KEPT = 0.8  # share of nearest neighbours that a fit goes by
+_POINTS, _ROUNDS, _STILL = 6000, 100, 1e-7  # of a surface, at most; of the fit, at most; the largest change that ends it
+
+
+@torch.no_grad()
+def fields_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
+    """The fields of seeds, a few at a time."""
+    for start in range(0, len(seeds), batch):
+        yield generator.field(ws_of(generator, seeds[start : start + batch], psi, cutoff))
+
+
+def mean_surface(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, resolution: int) -> np.ndarray:
+    """Points [P, 3] of the front half of the typical shape: where half of the samples have density above the level.
+
+    The pointwise median asks for no scale of the density. Caps at the cube's faces are left out.
+    Raises: ValueError where the median shape has no surface.
+    """
+    spec = SlabSpec.of(generator.bounds, resolution)
+    cubes = torch.cat([field.density_grid(spec).cpu() for field in fields_of(generator, seeds, psi, cutoff)])
+    vertices, _, _ = largest_part(*extract_mesh(cubes.quantile(0.5, dim=0), spec, generator.level))
+    inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
+    points = vertices[inside & (vertices[:, 2] > vertices[inside, 2].mean())].astype(np.float64)
+    return points[np.linspace(0, len(points) - 1, min(len(points), _POINTS)).astype(int)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """How a foreign surface lies on the reference's."""
+
+    similarity: Similarity  # from the reference's world to the foreign one
+    residual: float  # root mean square distance of the kept neighbours, the reference's units
+
+
+def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
+    """Scale and shift that lay points [P, 3] of the reference on those of a foreign surface; no rotation.
+
+    Iterated nearest neighbours, both ways, the farthest fifth left out: parts that one surface lacks do not count.
+    """
+    centre, middle = foreign.mean(axis=0), reference.mean(axis=0)
+    scale = float(np.sqrt(((foreign - centre) ** 2).sum(1).mean() / ((reference - middle) ** 2).sum(1).mean()))
+    shift, tree = centre - scale * middle, cKDTree(reference)
+    residual = np.inf
+    for _ in range(_ROUNDS):
+        laid = (foreign - shift) / scale
+        there, near = tree.query(laid)
+        back, far = cKDTree(laid).query(reference)
+        one, other = there <= np.quantile(there, KEPT), back <= np.quantile(back, KEPT)
+        p, q = np.concatenate([foreign[one], foreign[far[other]]]), np.concatenate([reference[near[one]], reference[other]])
+        residual = float(np.sqrt(np.square(np.concatenate([there[one], back[other]])).mean()))
+        p_mean, q_mean = p.mean(axis=0), q.mean(axis=0)
+        before = np.append(shift, scale)
+        scale = float(((p - p_mean) * (q - q_mean)).sum() / ((q - q_mean) ** 2).sum())
+        shift = p_mean - scale * q_mean
+        if np.abs(np.append(shift, scale) - before).max() < _STILL:
+            break
+    return Alignment(similarity=Similarity(scale, (float(shift[0]), float(shift[1]), float(shift[2]))), residual=residual)
+
+
+@dataclass(frozen=True, eq=False)
+class DensityMap:
+    """A rising, piecewise linear map of raw density, carried on with its outermost slopes."""
+
+    knots: torch.Tensor  # [Q] of the foreign density, rising
+    values: torch.Tensor  # [Q] of the reference's, rising
+
+    def __call__(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Differentiable in sigma."""
+        knots, values = self.knots.to(sigma), self.values.to(sigma)
+        place = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
+        low, high = knots[place - 1], knots[place]
+        return values[place - 1] + (sigma - low) / (high - low) * (values[place] - values[place - 1])
+
+
+def calibrate_density(foreign: np.ndarray, reference: np.ndarray, level: float, reference_level: float) -> DensityMap:
+    """The map under which pooled values of foreign density have the quantiles of the reference's, above the level and below it.
+
+    Below it, too: a self-normalised slab reads how empty the emptiest place is. The level becomes the level.
+    Raises: ValueError where one of them has no values on one side of its level.
+    """
+    sides = []
+    for above in (False, True):
+        both = ((foreign, level), (reference, reference_level))
+        own = [values[(values > least) if above else (values < least)] for values, least in both]
+        if min(map(len, own)) < QUANTILES:
+            where = "above" if above else "below"
+            raise ValueError(
+                f"calibration: expected {QUANTILES} densities {where} the level where the reward looks, got {min(map(len, own))}. "
+                "The shapes lie elsewhere: leave the network out."
+            )
+        sides.append([np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in own])
+    knots = np.concatenate([sides[0][0], [level], sides[1][0]])
+    values = np.concatenate([sides[0][1], [reference_level], sides[1][1]])
+    rising = np.concatenate([[True], np.diff(np.maximum.accumulate(knots)) > 1e-6 * max(abs(level), 1.0)])
+    return DensityMap(torch.from_numpy(knots[rising]).float(), torch.from_numpy(values[rising]).float())
+
+
+def pooled(generator: Generator, seeds: Sequence[int], spec: SlabSpec, psi: float, cutoff: int | None) -> np.ndarray:
+    """Densities of seeds at all points of a grid, in one row."""
+    grids = [field.density_grid(spec).flatten().cpu() for field in fields_of(generator, seeds, psi, cutoff)]
+    return torch.cat(grids).double().numpy()
+
 
 STAGES = ("raw", "aligned", "calibrated")
 NEIGHBOURS, RARE, MOST_OUTSIDE = 5, 0.99, 0.5  # of an embedding; quantile of the reference's own; share above which ranks mean nothing
@@ -281,3 +390,72 @@ def jobs(trial: Trial) -> tuple[list[Job], Job]:
     hashes = {name: one.hash for name, one in trial.networks.items()}
     return parts, Job(key="comparison", title="All generators", compute=joined, plots={"rewards": plot_scores},
                       inputs={**shared, "networks": hashes})  # fmt: skip
+
+
+
+def named(found: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
+    """Generators by a short name: the file's, else its folder's with it, else the path."""
+    for name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
+        names = {name(one.path): one for one in found}
+        if len(names) == len(found):
+            break
+    return names
+
+
+def trial_of(networks, reward, reference, device: str, options: ScoreOptions) -> Trial:
+    """Load what the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
+    where = choose_device(device)
+    with naming("--reference"):
+        known = load_generator(reference, where)
+    path = reward or bundled.REWARD
+    with naming("--reward"):
+        loaded = load_reward(path, where)
+    check_reward(loaded, known.generator, "--reference")
+    found, place = [], Place(bounds=known.generator.bounds, cameras=known.generator.cameras)
+    for source in dict.fromkeys(networks or [reference]):
+        with naming("--network"):
+            found.append(load_generator(source, where))
+            misfits = loaded.observation.misfits(Placed(found[-1].generator, place))
+            if misfits:
+                raise ValueError(f"{found[-1].path}: expected a generator with {'; with '.join(misfits)}. Leave it out.")
+    return Trial(reward=loaded, reward_hash=file_hash(path), reference=known, networks=named(found), options=options)
+
+
+@click.command(cls=GroupedCommand)
+@option("--network", "networks", group="What", metavar="FILE|RUN", type=PATH, multiple=True, show_default="the reference",
+        help="Generator to score, of any family; may be given again.")
+@option("--reward", group="What", metavar="FILE", type=PATH, default=None, show_default="the bundled one", help="Reward.")
+@option("--reference", group="What", metavar="FILE|RUN", type=PATH, default=None, show_default="the bundled generator",
+        help="Generator whose shapes the reward knows.")
+@options_of(ScoreOptions)
+@shared("out fresh device dry-run", out={"default": Path("runs/scores")})
+def main(networks, reward, reference, out: Path, fresh: bool, device: str, dry_run: bool, **settings) -> None:
+    """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated to densities that it knows.
+
+    Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are. Writes a page with strips of
+    meshes, and scores.json.
+
+    \b
+    Example:
+        python tools/score.py --n=16 --fit=8 --known=16 --resolution=32 --out=runs/example/scores
+    """
+    options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
+    trial = trial_of(networks, reward, reference, device, options)
+    if dry_run:
+        shown = {name: str(one.path) for name, one in trial.networks.items()}
+        click.echo(json.dumps({"networks": shown, "reference": str(trial.reference.path), "out": str(out), **asdict(options)}, indent=1))
+        return
+    parts, last = jobs(trial)
+    findings = pages.run(parts, out, fresh=fresh)
+    findings |= pages.run([last], out, fresh=fresh or not (out / "scores.json").is_file(), quiet=True)
+    introduction = (
+        f"{options.n} latents each. The reward learnt from shapes of {trial.reference.path.name}. Raw: its crop as a share of each "
+        "generator's own cube. Aligned: each generator's typical surface is laid on the reference's by scale and shift. Calibrated: "
+        "densities, too, are given the reference's quantiles. Alignment and calibration were fitted on other latents."
+    )
+    summary = findings[last.key].says
+    page = write_page(out / "index.html", "Scores across generators", introduction, [last, *parts], findings, summary)
+    for name, finding in zip(trial.networks, (findings[part.key] for part in parts), strict=True):
+        click.echo("\n".join([f"{name}:", *(f"  {line}" for line in finding.says)]))
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), scores.json, data/")
+

@@ -17,7 +17,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, compare, plot_changes, plot_values
 from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Finding, Job
+from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import LoadedGenerator, camera
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology

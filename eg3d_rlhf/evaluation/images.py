@@ -17,7 +17,7 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, ROLES, span
 from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Finding, Job, identity_of_file
+from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file
 from eg3d_rlhf.generators import LoadedGenerator, camera, latents
 from eg3d_rlhf.measures import feature_sets, resampling
 from eg3d_rlhf.measures.features import load_features

@@ -19,13 +19,12 @@ from eg3d_rlhf.evaluation.paired import contains_zero
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures import shape_critic
 from eg3d_rlhf.measures.distances import FeatureStatistics, collect
-from eg3d_rlhf.measures.evaluation import real_batches
 from eg3d_rlhf.measures.features import load_features
-from eg3d_rlhf.measures.nearest_head import nearest_head_measures
-from eg3d_rlhf.measures.normal_maps import maps_of
-from eg3d_rlhf.measures.relief import ALIKE, Relief, relief
+from eg3d_rlhf.measures.image_metrics import real_batches
 from eg3d_rlhf.measures.resampling import frechet_change_interval
-from eg3d_rlhf.measures.true_heads import RAMPS, head_distances, ramped, true_shapes
+from eg3d_rlhf.measures.shape_critic import maps_of
+from eg3d_rlhf.measures.surface import ALIKE, Relief, relief
+from eg3d_rlhf.measures.true_heads import RAMPS, head_distances, nearest_head_measures, ramped, true_shapes
 from eg3d_rlhf.preferences.annotator import Calibration, utility
 from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
 

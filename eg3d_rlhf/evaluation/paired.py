@@ -10,7 +10,7 @@ import numpy as np
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Finding
+from eg3d_rlhf.experiments.pages import Finding
 
 BOOTSTRAP = "95 % percentile bootstrap over latents, 10,000 resamples"
 NO_CONTROL = (

@@ -14,18 +14,108 @@ from tqdm import tqdm
 
 from eg3d_rlhf.core.field import Field, RenderOptions, render_each
 from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.true_heads import TrueHead, nearest
 from eg3d_rlhf.experiments.media.rendering import png
-from eg3d_rlhf.experiments.media.sheet import Row, Scale, sheet, to_uint8
+from eg3d_rlhf.experiments.media.sheet import BLUE, SUPERSAMPLE, Row, Scale, View, look, paint, sheet, shrink, tint, to_uint8
 from eg3d_rlhf.experiments.media.video import check_mp4, write_mp4
-from eg3d_rlhf.generators import Generator, camera
+from eg3d_rlhf.generators import Generator, camera, device_of, latents, ws_of_seeds
 from eg3d_rlhf.geometry.level_set import LevelSet
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.geometry.mesh_export import save_mesh
-from eg3d_rlhf.measures.surface_change import REACH, change_summary, displacement, median_change
-from eg3d_rlhf.measures.surface_view import BLUE, SUPERSAMPLE, View, look, paint, shrink, tint
+from eg3d_rlhf.measures.surface import REACH, change_summary, displacement, median_change
+from eg3d_rlhf.measures.true_heads import FitOptions, HeadPose, fit_heads, posed_sdf, resample, surface_points
+from training.dataset import ImageFolderDataset
+from training.heads.family import APPEARANCE_NAMES
+from training.heads.render import cone_starts, march, pixel_rays, render_heads, shade, union_field
+from training.heads.sdf import head_geometry
+from training.rendering.cameras import unpack_label
 from training.storage import write_atomic
+
+# The member of the true family that is nearest to a shape, to show beside it: fitted to the surface, coloured after the renderings.
+
+
+_STEPS, _RATE, _POINTS = 60, 0.06, 800  # of the fit of colours
+_CHUNK = 1 << 16  # points at once
+
+
+@dataclass(frozen=True)
+class TrueHead:
+    """One head of the family."""
+
+    pose: HeadPose  # of one head
+    appearance: Tensor  # [1, A]
+
+    def camera(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """cam2world [1, 4, 4] and intrinsics [1, 3, 3] of a camera [1, 25] as the head stands, before its shift and scale."""
+        return _cameras(self.pose, label)
+
+    def image(self, label: Tensor, resolution: int) -> Tensor:
+        """[R, R, 3] in 0..1 from a camera [1, 25], on white."""
+        return render_heads(self.pose.shape, self.appearance, *self.camera(label), resolution)[0][0].movedim(0, -1)
+
+    @torch.no_grad()
+    def surface(self, spec: SlabSpec) -> LevelSet:
+        """Its surface, looked for on a grid."""
+        def density(points: Tensor) -> Tensor:
+            return torch.cat([-posed_sdf(part[None], self.pose)[0] for part in points.split(_CHUNK)])
+
+        cube = density(spec.points().reshape(-1, 3).to(self.appearance)).reshape(spec.shape)
+        return LevelSet(cube=cube, spec=spec, level=0.0, density=density)
+
+
+def _cameras(pose: HeadPose, label: Tensor) -> tuple[Tensor, Tensor]:
+    cam2world, intrinsics = (matrix.to(pose.shape).repeat(len(pose.shape), 1, 1) for matrix in unpack_label(label))
+    cam2world[:, :3, 3] = (cam2world[:, :3, 3] - pose.shift) / pose.log_scale.exp()
+    return cam2world, intrinsics
+
+
+def nearest(columns: Sequence[Sequence[LevelSet]], images: Tensor, label: Tensor) -> list[TrueHead | None]:
+    """For each of N columns, the head nearest to the surfaces of all its shapes together; None where they have none.
+
+    Args: images: [N, 3, R, R] in 0..1 from one camera label [1, 25], whose colours the heads take.
+    """
+    options = FitOptions()
+    points = [torch.cat([surface_points(one.cube.float(), one.spec, options.back, one.level) for one in shapes]) for shapes in columns]
+    filled = [i for i, found in enumerate(points) if len(found) >= options.points // 8]
+    heads: list[TrueHead | None] = [None] * len(columns)
+    if filled:
+        pose, _ = fit_heads(torch.stack([resample(points[i], options.points, options.seed) for i in filled]), options)
+        appearance = fit_colours(pose, images[filled], label)
+        for row, i in enumerate(filled):
+            heads[i] = TrueHead(HeadPose(*(value[row : row + 1] for value in pose)), appearance[row : row + 1])
+    return heads
+
+
+def fit_colours(pose: HeadPose, images: Tensor, label: Tensor) -> Tensor:
+    """Appearances [N, A] with which posed heads look most like images [N, 3, R, R] in 0..1 where both are seen.
+
+    Adam on the mean absolute difference at points of the heads that the camera sees.
+    """
+    (cam2world, intrinsics), g = _cameras(pose, label), head_geometry(pose.shape)
+    field, resolution = union_field(g), images.shape[-1]
+    with torch.no_grad():
+        start, far = cone_starts(field, cam2world, intrinsics, resolution)
+        origins, directions = pixel_rays(cam2world, intrinsics, resolution)
+        t = march(field, origins, directions, start, far)  # [N, R * R]
+        seen = torch.multinomial(t.isfinite().float() + 1e-9, _POINTS, replacement=True, generator=torch.Generator().manual_seed(0))
+        at = seen[..., None].expand(-1, -1, 3)  # [N, P, 3]
+        points = origins[:, None] + t.gather(1, seen)[..., None] * directions.gather(1, at)
+        target = images.to(points).flatten(2).mT.gather(1, at)
+    x, y, z = (axis.contiguous() for axis in points.unbind(-1))
+    low = points.new_tensor([-1.0 if name.startswith("light") else 0.0 for name in APPEARANCE_NAMES])
+    appearance = (0.5 * (low + 1)).repeat(len(images), 1).requires_grad_()
+    optimiser = torch.optim.Adam([appearance], lr=_RATE)
+    with torch.enable_grad():
+        for _ in range(_STEPS):
+            optimiser.zero_grad()
+            colours = shade(field, x, y, z, g, dict(zip(APPEARANCE_NAMES, appearance.unsqueeze(-1).unbind(1), strict=True)))
+            (colours - target).abs().mean().backward()
+            optimiser.step()
+            with torch.no_grad():
+                appearance.copy_(appearance.clamp_max(1).maximum(low))
+    return appearance.detach()
+
 
 COMPARISON, TURNTABLE = "comparison.png", "turntable.mp4"
 CHANGED = 64  # latents in the median change of the surface
@@ -224,3 +314,60 @@ def save_meshes(pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder
                 save_mesh(folder / f"seed{seed}-{name}.ply", *extract_mesh(side.surface.cube, side.surface.spec, side.surface.level))
             except ValueError as error:  # a sample without a surface: say so, keep the rest
                 print(f"No mesh for seed {seed} ({name}): {error}")
+
+
+# What a generator makes, to look at: images beside real ones, and shapes from two views, with the numbers of the seeds.
+
+
+COLUMNS = 8
+THUMB = 112  # least pixels per edge of an image
+
+
+def image_sheet(
+    generator: Generator, dataset: ImageFolderDataset, seeds: Sequence[int], psi: float, samples: int = USUAL.samples
+) -> np.ndarray:
+    """Images of seeds beside as many of the data, each pair under one camera: uint8 [H, B, 3].
+
+    The data's are drawn by the first seed.
+    """
+    chosen = np.random.RandomState(seeds[0]).permutation(len(dataset))[: len(seeds)]
+    real = torch.stack([torch.from_numpy(dataset[int(i)][0]) for i in chosen]).float().expand(-1, 3, -1, -1) / 255
+    labels = torch.from_numpy(dataset.get_labels()[chosen]).to(device_of(generator))
+    fake = []
+    with torch.no_grad():
+        for seed, label in zip(tqdm(seeds, desc="images", unit="image"), labels.split(1), strict=True):
+            z = latents([seed], generator.z_dim).to(label.device)
+            field = generator.field(generator.mapping(z, label, truncation_psi=psi))
+            fake.append(render_each(field, [label], RenderOptions(samples=samples), seed)[0].image[0].float().cpu() / 2 + 0.5)
+    blocks = [
+        sheet(title, _rows([to_uint8(picture.movedim(0, -1)) for picture in _enlarged(images)]))
+        for title, images in ((f"{len(seeds)} generated, psi {psi:g}", torch.stack(fake)), (f"{len(real)} of the data", real))
+    ]
+    return np.concatenate(blocks, axis=1)
+
+
+def _enlarged(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, R, R] at a multiple of their size that is at least THUMB."""
+    factor = max(1, -(-THUMB // images.shape[-1]))
+    return torch.nn.functional.interpolate(images, scale_factor=factor, mode="bicubic") if factor > 1 else images
+
+
+def shape_sheet(generator: Generator, seeds: Sequence[int], psi: float, o: PictureOptions = USUAL) -> np.ndarray:
+    """Shapes of seeds, each from the front above a three-quarter view: uint8 [H, B, 3]."""
+    front: list[np.ndarray] = []
+    turned: list[np.ndarray] = []
+    for seed in tqdm(seeds, desc="shapes", unit="shape"):
+        with torch.no_grad():
+            surface = LevelSet.of(generator.field(ws_of_seeds(generator, [seed], psi)), o.resolution)
+        for yaw, views in ((0.0, front), (YAW, turned)):
+            view = look(surface, camera(generator, yaw, PITCH), o.film * SUPERSAMPLE)
+            views.append(to_uint8(shrink(paint(view)).cpu()))
+    rows = []
+    for start in range(0, len(seeds), COLUMNS):
+        part = slice(start, start + COLUMNS)
+        rows += [Row(cells=front[part], parted=start > 0), Row(cells=turned[part], captions=[f"seed {seed}" for seed in seeds[part]])]
+    return sheet("", rows)
+
+
+def _rows(cells: Sequence[np.ndarray]) -> list[Row]:
+    return [Row(cells=cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)]

@@ -22,15 +22,14 @@ from tqdm import tqdm
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, t_mean_interval
-from eg3d_rlhf.evaluation import flags, images, overoptimisation
+from eg3d_rlhf.evaluation import images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
+from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP
 from eg3d_rlhf.evaluation.trainings import Part, make
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Finding, Job, identity_of_file
-from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file, write_page
 from eg3d_rlhf.generators import LoadedGenerator, find_network
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
@@ -119,11 +118,11 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
     values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
     if c.held_out is not None:
         values[SECOND] = (c.scores(after, seeds, held_out=True) - c.scores(c.before, seeds, held_out=True)).double().numpy()
-    start = _kept(c, "density", lambda: overoptimisation.densities(c, c.before, seeds))
-    sigma = overoptimisation.densities(c, after, seeds)
+    start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))
+    sigma = rewards.densities(c, after, seeds)
     values[DISTANCE] = density_l1(sigma, start).double().numpy()
     if c.synthetic:
-        values[JUDGE] = overoptimisation.judged(c, sigma) - _kept(c, "judge", lambda: overoptimisation.judged(c, start))
+        values[JUDGE] = rewards.judged(c, sigma) - _kept(c, "judge", lambda: rewards.judged(c, start))
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
     steps = {name: bootstrap_mean_interval(v)._asdict() for name, v in values.items()}
     if c.data:
@@ -236,9 +235,9 @@ def plot_others(data: dict):
 
 def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, fresh: bool = False, quiet: bool = False) -> Finding:
     """Measure the cells, draw the front, write the page; returns the finding of the front."""
-    findings = running.run(cell_jobs(c, networks), out, fresh=fresh, quiet=quiet)
+    findings = pages.run(cell_jobs(c, networks), out, fresh=fresh, quiet=quiet)
     job = front_job(c, list(networks), findings)
-    fronts = running.run([job], out, fresh=fresh, quiet=True)
+    fronts = pages.run([job], out, fresh=fresh, quiet=True)
     introduction = (
         f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n} held-out latents. The data of "
         "every run lies in data/cell-*.json."
@@ -256,7 +255,7 @@ def numbers(flag: str, text: str, kind: type = float) -> list:
 
 
 @click.command(cls=GroupedCommand)
-@flags.shared("before reward-ckpt data", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
+@shared("before reward-ckpt data", before="Initial networks.", reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
               data={"help": "Images.", "show_default": "train.py's default"})
 @option("--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
 @option("--lambda-sigma", group="Grid", metavar="LIST", default="0,0.01,10", help="Density-consistency weights; 0 leaves the term out.")
@@ -265,7 +264,7 @@ def numbers(flag: str, text: str, kind: type = float) -> list:
 @option("--train-flags", group="Grid", metavar="FLAGS", default="", show_default="none",
         help="More flags of train.py, in one quoted string.")
 @option("--workers", group="Grid", metavar="INT", type=click.IntRange(min=1), default=2, help="Cells trained at the same time.")
-@flags.shared("psi n seed images out fresh batch device dry-run", n={"default": 32}, images={"default": 128},
+@shared("psi n seed images out fresh batch device dry-run", n={"default": 32}, images={"default": 128},
               out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
               fresh="Measure again; finished cells are not trained again.",
               dry_run="Print the cells and what is left to train as JSON and stop.")

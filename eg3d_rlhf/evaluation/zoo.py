@@ -23,14 +23,11 @@ from eg3d_rlhf.evaluation.judges import blind_pairs
 from eg3d_rlhf.evaluation.pictures import PITCH, USUAL, YAW, PictureOptions, Side
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN, TRAIN_REWARD, Part, make
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
+from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
-from eg3d_rlhf.experiments.media.sheet import Row, sheet, to_uint8
-from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
-from eg3d_rlhf.measures.surface_view import SUPERSAMPLE, look, paint, shrink
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.run import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
@@ -257,7 +254,7 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
     note = (f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)} training seed(s), "
             f"{jobs} side by side with {threads} thread(s) each.")
     part = job(lines, networks, psi=0.7, note=note)
-    findings = running.run([part], out, fresh=True, quiet=True)
+    findings = pages.run([part], out, fresh=True, quiet=True)
     page = write_page(out / "index.html", "Every reward on the bundled heads", "Each learnt from the same labels, and tuned the same "
                       "generator.", [part], findings, findings[part.key].says)
     table = rows(lines)

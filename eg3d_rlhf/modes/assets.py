@@ -24,9 +24,8 @@ from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.measures import features as feature_files
 from eg3d_rlhf.measures import shape_critic
-from eg3d_rlhf.measures.critic_training import CriticTraining, fake_maps, train_critic, true_maps
-from eg3d_rlhf.measures.feature_training import FeatureTraining, adequacy, factors, read_images, train_features
-from eg3d_rlhf.measures.shape_critic import ShapeCritic
+from eg3d_rlhf.measures.features import FeatureTraining, adequacy, factors, read_images, train_features
+from eg3d_rlhf.measures.shape_critic import CriticTraining, ShapeCritic, fake_maps, train_critic, true_maps
 from eg3d_rlhf.measures.true_heads import true_shapes
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import PriorTraining
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import train as train_prior

@@ -14,8 +14,8 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.measures.evaluation import MetricOptions, append_records, evaluate, training_options
 from eg3d_rlhf.measures.features import load_features
+from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
 from training.dataset import ImageFiles, ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.synthetic_heads import resolve_dataset

@@ -16,16 +16,15 @@ from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import embedding, report
 from eg3d_rlhf.evaluation.attribution import report as attribution
+from eg3d_rlhf.evaluation.attribution.report import PAGE
 from eg3d_rlhf.evaluation.attribution.shapley import METHODS
 from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
-from eg3d_rlhf.evaluation.attribution.surface import PAGE
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
 from eg3d_rlhf.evaluation.flags import PATH, read_settings, shared
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.page import write_page
-from eg3d_rlhf.experiments.shape_view import shade
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
@@ -67,11 +66,11 @@ def evaluate(out, only, fresh, dry_run, device, **sources) -> None:
         click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
         return
     report.check_files(c)
-    findings = running.run(parts, out, fresh=fresh)
+    findings = pages.run(parts, out, fresh=fresh)
     words = report.summary(c, findings)
     _keep_summary(out, words)
     page = write_page(out / "index.html", report.TITLE, report.introduction(c), parts, findings, words)
-    click.echo("\n".join(running.first_sentences(parts, findings)))
+    click.echo("\n".join(pages.first_sentences(parts, findings)))
     click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/")
 
 
@@ -138,10 +137,10 @@ def attribute(out, fresh, dry_run, device, regions, landmarks, method, settings,
         click.echo(json.dumps({**c.resolved(), **vars(chosen), **paths}, indent=1))
         return
     parts = attribution.jobs(study)
-    findings = running.run(parts[:1], out, fresh=fresh)
+    findings = pages.run(parts[:1], out, fresh=fresh)
     for name in findings["regions"].pictures.values():
         click.echo(f"The regions are drawn in {out / 'data' / name}; the attribution follows.")
-    findings |= running.run(parts[1:], out, fresh=fresh)
+    findings |= pages.run(parts[1:], out, fresh=fresh)
     words = attribution_summary(findings)
     _keep_summary(out, words)
     page = write_page(out / "index.html", attribution.TITLE, attribution_introduction(study), parts, findings, words, viewer(out))
@@ -151,7 +150,7 @@ def attribute(out, fresh, dry_run, device, regions, landmarks, method, settings,
         click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
     total, turned = data["difference"]["mean"], f", data/{PAGE}" if "surface" in findings else ""
     click.echo(f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the difference\n")
-    click.echo("\n".join(running.first_sentences(parts, findings)))
+    click.echo("\n".join(pages.first_sentences(parts, findings)))
     click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/{turned}")
 
 

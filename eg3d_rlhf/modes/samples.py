@@ -12,8 +12,8 @@ from tqdm import tqdm
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
-from eg3d_rlhf.evaluation.contact_sheet import image_sheet, shape_sheet
 from eg3d_rlhf.evaluation.flags import shared
+from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
 from eg3d_rlhf.experiments.media.rendering import (
     CAMERAS,
     FFHQ_FOV,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation import bestofn
-from eg3d_rlhf.experiments.jobs import Finding
+from eg3d_rlhf.evaluation import best_of_n
+from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard
 from eg3d_rlhf.rewards.reward import Reward, load_reward
@@ -30,7 +30,7 @@ def ensemble(members):
 
 @pytest.fixture(scope="module")
 def trial(ensemble, tiny_networks):
-    return bestofn.Trial(generator=load_generator(tiny_networks), rewards={"reward": (ensemble, "f" * 64)}, judge=None, n=N, most=128)
+    return best_of_n.Trial(generator=load_generator(tiny_networks), rewards={"reward": (ensemble, "f" * 64)}, judge=None, n=N, most=128)
 
 
 def planted(errors: float) -> Finding:
@@ -42,7 +42,7 @@ def planted(errors: float) -> Finding:
 
 
 def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tmp_path):
-    found = bestofn.curves(trial, planted(errors=8.0), tmp_path)
+    found = best_of_n.curves(trial, planted(errors=8.0), tmp_path)
     arms = found.data["arms"]
     assert set(arms) == {"member 1", "member 2", "member 3", "mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5"}
     last = {name: arm["steps"][-1]["mean"] for name, arm in arms.items()}
@@ -51,24 +51,24 @@ def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tm
     at, low, high = arms["member 1"]["peak"]
     assert 0 < low <= at <= high < np.sqrt(found.data["kl"][-1]) and "peak of the fit" in " ".join(found.says)
     assert arms["member 1"]["reward"][-1] > arms["member 1"]["reward"][3] > 0 == arms["member 1"]["steps"][0]["mean"]
-    for plot in (bestofn.plot_judge, bestofn.plot_reward, bestofn.plot_peaks):
+    for plot in (best_of_n.plot_judge, best_of_n.plot_reward, best_of_n.plot_peaks):
         plot(json.loads(json.dumps(found.data)))
 
 
 def test_without_mistakes_nothing_peaks(trial, tmp_path):
-    found = bestofn.curves(trial, planted(errors=0.0), tmp_path)
+    found = best_of_n.curves(trial, planted(errors=0.0), tmp_path)
     assert "no peak up to n = 128" in found.says[0] and "peak of the fit" not in " ".join(found.says)
     assert found.rows[0]["n"] == 1 and len(found.rows) == 8 * len(trial.numbers) and trial.numbers[-1] == 128
 
 
 def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tmp_path):
-    small = bestofn.Trial(
+    small = best_of_n.Trial(
         generator=load_generator(tiny_networks), rewards={"a": (ensemble, "a"), "b": (members[0], "b")}, judge=None, n=6, most=2, batch=4
     )
-    found = bestofn.score(small, tmp_path, quiet=True)
+    found = best_of_n.score(small, tmp_path, quiet=True)
     assert set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"} and len(found.data["judge"]) == 6
     assert found.data["scores"]["a: member 1"] == found.data["scores"]["b"] and [row["seed"] for row in found.rows] == list(small.seeds)
-    assert set(bestofn.arms(small)[1]) == {f"a: {kind}" for kind in ("mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5")}
+    assert set(best_of_n.arms(small)[1]) == {f"a: {kind}" for kind in ("mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5")}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.evaluation import geometry
 from eg3d_rlhf.evaluation.geometry import DepthMaps, measures
-from eg3d_rlhf.experiments import jobs
+from eg3d_rlhf.experiments import pages
 
 
 def face(nose=0.0, bend=0.0, tilt=0.0, valid=None, side=80):
@@ -55,7 +55,7 @@ def test_change_leaves_pixels_out_that_few_latents_hit():
 
 def test_a_generator_against_itself(unchanged, tmp_path):
     (job,) = geometry.depth_jobs(unchanged)
-    finding = jobs.run([job], tmp_path, quiet=True)["canonical-depth"]
+    finding = pages.run([job], tmp_path, quiet=True)["canonical-depth"]
     change = finding.data["measures"]["valid pixels"]["paired"]["after"]
     assert change["mean"] == 0 and any("--control" in line for line in finding.says)
     assert all(v in (None, 0.0) for row in finding.data["change"]["after"]["mean"] for v in row)
@@ -68,7 +68,7 @@ def test_without_any_face_the_part_says_so(unchanged, monkeypatch, tmp_path):
 
     monkeypatch.setattr(geometry, "depth_maps", empty)
     (job,) = geometry.depth_jobs(unchanged)
-    finding = jobs.run([job], tmp_path, quiet=True)["canonical-depth"]
+    finding = pages.run([job], tmp_path, quiet=True)["canonical-depth"]
     assert "Are these aligned heads?" in "\n".join(finding.says) and finding.data["measures"]["nose prominence"]["n"] == 0
 
 

@@ -11,9 +11,8 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import embedding
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments import page
-from eg3d_rlhf.experiments.shape_view import shade
+from eg3d_rlhf.experiments import pages
+from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.feature_sets import neighbours, paired_separability
 from eg3d_rlhf.modes import reports
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
@@ -145,7 +144,7 @@ def test_pictures_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, m
 
 
 def test_colours_end_where_the_scale_does():
-    assert page.shade_of(0.0) == "#440154" and page.shade_of(1.0) == "#fde725"
+    assert pages.shade_of(0.0) == "#440154" and pages.shade_of(1.0) == "#fde725"
 
 
 def test_the_tool_from_files_to_page(tiny_networks, tiny_reward, tiny_pair, tmp_path, quick_umap, monkeypatch):
@@ -157,7 +156,7 @@ def test_the_tool_from_files_to_page(tiny_networks, tiny_reward, tiny_pair, tmp_
     text = (tmp_path / "out/index.html").read_text()
     assert 'id="points-data"' in text and text.count("data:image/jpeg") == 1 and "http://www.w3.org/2000/svg" in text
     written = (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns
-    monkeypatch.setattr(running, "draw", lambda job, out: [])
+    monkeypatch.setattr(pages, "draw", lambda job, out: [])
     assert CliRunner().invoke(reports.embed, flags).exit_code == 0
     assert (tmp_path / "out/data/feature-map.json").stat().st_mtime_ns == written  # nothing was computed again
     resolved = json.loads(CliRunner().invoke(reports.embed, [*flags, "--dry-run"]).output)

@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.experiments import jobs
+from eg3d_rlhf.experiments import pages
 from tests.evaluation.comparisons import Bodies, replaced
 
 
@@ -53,7 +53,7 @@ def test_latents_without_a_surface_are_named(tiny_comparison, monkeypatch, tmp_p
     assert "absent" in finding.data and "raise --n" in finding.says[0]
     assert str(tiny_comparison.seeds()[0]) in finding.says[-1]
     job = next(j for j in geometry.jobs(c) if j.key == "surfaces")
-    assert jobs.run([job], tmp_path, quiet=True)["surfaces"].data["measures"] == {}  # its figures are drawn too
+    assert pages.run([job], tmp_path, quiet=True)["surfaces"].data["measures"] == {}  # its figures are drawn too
 
 
 def test_the_cut_at_the_border_is_no_curvature():
@@ -76,7 +76,7 @@ def test_a_generator_against_itself(unchanged, tmp_path):
 @pytest.mark.long
 def test_views_job_runs_and_draws(tiny_comparison, tmp_path):
     job = next(j for j in geometry.jobs(tiny_comparison) if j.key == "view-consistency")
-    finding = jobs.run([job], tmp_path, quiet=True)["view-consistency"]
+    finding = pages.run([job], tmp_path, quiet=True)["view-consistency"]
     assert set(finding.data["measures"]["depth disagreement"]["paired"]) == {"after", "control"}
     assert (tmp_path / "figures" / "view-consistency-changes.svg").is_file()
 
@@ -114,7 +114,7 @@ def test_scale_shows_and_values_beyond_the_last_edge_count(tiny_comparison, coar
 
 def test_densities_of_a_generator_against_itself_and_figures(unchanged, coarse, tmp_path):
     job = next(j for j in geometry.jobs(unchanged) if j.key == "sigma-statistics")
-    finding = jobs.run([job], tmp_path, quiet=True)["sigma-statistics"]
+    finding = pages.run([job], tmp_path, quiet=True)["sigma-statistics"]
     assert finding.data["measures"][geometry.LARGEST]["paired"]["after"]["mean"] == 0 and "no change" in finding.says[0]
     assert len(finding.rows) == unchanged.n and (tmp_path / "figures" / "sigma-statistics-largest.png").is_file()
     assert any("--control" in line for line in finding.says)

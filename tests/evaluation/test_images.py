@@ -6,7 +6,7 @@ import torch
 
 from eg3d_rlhf.evaluation import images
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.experiments import jobs
+from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.measures.image_similarity import PSNR_CAP
 from tests.evaluation.comparisons import StandIn, replaced
 from tests.measures.test_image_similarity import Embed, Pair
@@ -50,7 +50,7 @@ def test_images_moved_away_are_told(unchanged, few_features, tmp_path):
 
 def test_too_few_images_leave_the_frechet_distance_out(tiny_comparison, tmp_path):
     first, second = images.jobs(tiny_comparison)[:2]
-    found = jobs.run([first, second], tmp_path, quiet=True)
+    found = pages.run([first, second], tmp_path, quiet=True)
     assert {row["distance"] for row in found["image-distances"].data["distances"]} == {"kernel"}
     assert any("No Fréchet distance" in text and "--images" in text for text in found["image-distances"].says)
     assert {row["role"] for row in found["diversity"].rows} == {"before", "after", "control"}
@@ -111,7 +111,7 @@ def test_control_moves_less(tiny_comparison, tmp_path):
 
 def test_the_users_networks(with_networks, tmp_path):
     parts = images.jobs(with_networks)[2:]
-    found = jobs.run(parts, tmp_path / "out", quiet=True)
+    found = pages.run(parts, tmp_path / "out", quiet=True)
     assert list(found["appearance-drift"].data["measures"]) == ["PSNR, dB", "SSIM", "LPIPS"]
     c, seeds = with_networks, with_networks.seeds()
     before, after = (images.renderings(c, g, seeds, images.YAW) for g in (c.before, c.after))

@@ -10,8 +10,7 @@ from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.judges import gap_closed, measured, verdict
 from eg3d_rlhf.measures import shape_critic
-from eg3d_rlhf.measures.critic_training import true_maps
-from eg3d_rlhf.measures.shape_critic import FEATURES, MapNet, ShapeCritic
+from eg3d_rlhf.measures.shape_critic import FEATURES, MapNet, ShapeCritic, true_maps
 from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
 from tests.evaluation.comparisons import Bodies, replaced
 from training.heads.family import SHAPE_COUNT

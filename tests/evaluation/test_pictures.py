@@ -12,10 +12,9 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.field import CameraFamily
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import pictures
-from eg3d_rlhf.evaluation.contact_sheet import image_sheet, shape_sheet
-from eg3d_rlhf.evaluation.true_heads import TrueHead, fit_colours, nearest
-from eg3d_rlhf.measures.nearest_head import HeadPose
-from eg3d_rlhf.measures.surface_view import CLAY, look, paint, tint
+from eg3d_rlhf.evaluation.pictures import TrueHead, fit_colours, image_sheet, nearest, shape_sheet
+from eg3d_rlhf.experiments.media.sheet import CLAY, look, paint, tint
+from eg3d_rlhf.measures.true_heads import HeadPose
 from eg3d_rlhf.modes import reports, samples
 from tests.evaluation import comparisons
 from tests.geometry.test_level_set import body, sphere

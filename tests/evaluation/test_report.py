@@ -9,7 +9,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation import report
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.experiments.jobs import Facts, Finding
+from eg3d_rlhf.experiments.pages import Facts, Finding
 from eg3d_rlhf.modes import reports
 from tests.evaluation import comparisons
 from tests.tools.examples import run_example

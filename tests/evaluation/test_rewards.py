@@ -8,7 +8,7 @@ import torch
 
 from eg3d_rlhf.evaluation import rewards
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.experiments import jobs
+from eg3d_rlhf.experiments import pages
 from tests.evaluation import comparisons
 
 RNG = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_truncation_table(tiny_comparison):
 
 def test_everything_is_drawn(tiny_comparison, unchanged, tmp_path):
     parts = rewards.jobs(tiny_comparison)[:1]
-    jobs.run(parts, tmp_path, quiet=True)
+    pages.run(parts, tmp_path, quiet=True)
     assert len(list((tmp_path / "figures").glob("*.png"))) == 3
     for part in (*rewards.jobs(unchanged)[:3], *rewards.jobs(tiny_comparison)[1:3]):
         data = json.loads(json.dumps(part.compute(tmp_path).to_dict()))["data"]
@@ -125,7 +125,7 @@ def test_a_drifting_control_is_called_so():
 
 def test_run_with_snapshots(tiny_comparison, tmp_path):
     part = rewards.trajectories_job(tiny_comparison)
-    data = jobs.run([part], tmp_path, quiet=True)["trajectories"].data["roles"]
+    data = pages.run([part], tmp_path, quiet=True)["trajectories"].data["roles"]
     assert data["after"]["kimg"] == data["control"]["kimg"] == [0, 0.064, 0.128, 0.192]
     c, seeds = tiny_comparison, tiny_comparison.seeds()
     np.testing.assert_allclose(np.array(data["after"]["values"])[:, [0, -1]].T, [c.scores(c.before, seeds), c.scores(c.after, seeds)])
@@ -135,7 +135,7 @@ def test_run_with_snapshots(tiny_comparison, tmp_path):
 def test_no_control_is_said(tiny_comparison, tmp_path):
     c = Comparison(**{**vars(tiny_comparison), "control": None, "control_run": None})
     part = rewards.trajectories_job(c)
-    found = jobs.run([part], tmp_path, quiet=True)["trajectories"]
+    found = pages.run([part], tmp_path, quiet=True)["trajectories"]
     assert list(found.data["roles"]) == ["after"] and any("--snap=1" in text for text in found.says)
 
 

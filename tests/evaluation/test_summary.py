@@ -5,7 +5,7 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.judges import measured
 from eg3d_rlhf.evaluation.summary import rows
-from eg3d_rlhf.experiments.shape_view import shade
+from eg3d_rlhf.experiments.media.sheet import shade
 
 RECORD = {
     "reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 2.0, "std": 1.0}, "reward_delta_positive": 97,

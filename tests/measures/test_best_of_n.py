@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from eg3d_rlhf.measures.best_of_n import best_of, chances, divergence_of, fit, number_at, peak, resampled
+from eg3d_rlhf.evaluation.best_of_n import best_of, chances, divergence_of, fit, number_at, peak, resampled
 
 
 @pytest.fixture

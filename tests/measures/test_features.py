@@ -4,25 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.measures.feature_training import (
-    DAMAGES,
-    FeatureTraining,
-    adequacy,
-    damage_batch,
-    factors,
-    mirror_batch,
-    to_float,
-    train_features,
-)
 from eg3d_rlhf.measures.features import (
     DAMAGE_NAMES,
+    DAMAGES,
     DEFAULT_ASSET,
     DIM,
     FACTOR_NAMES,
+    FeatureTraining,
     HeadFactorFeatures,
     HeadFactorNet,
     InceptionFeatures,
+    adequacy,
+    damage_batch,
+    factors,
     load_features,
+    mirror_batch,
+    to_float,
+    train_features,
 )
 from training.heads.render import render_heads
 from training.synthetic_heads import HeadsOptions, HeadsTruth, head_parameters

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.measures.nearest_head import OUTLIER, WORST, FitOptions, nearest_heads, surface_points
+from eg3d_rlhf.measures.true_heads import OUTLIER, WORST, FitOptions, nearest_heads, surface_points
 from training.heads.family import draw_parameters
 from training.heads.sdf import head_sdf
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.field import Bounds
-from eg3d_rlhf.measures.normal_maps import RESOLUTION, YAWS, box, mirrored, normal_maps
+from eg3d_rlhf.measures.shape_critic import RESOLUTION, YAWS, box, mirrored, normal_maps
 from eg3d_rlhf.measures.true_heads import RAMPS, head_distances, ramped, true_shapes
 
 SPEC = box(Bounds())

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.measures.nearest_head import HeadPose
-from eg3d_rlhf.measures.relief import ALIKE, correlation, front_heights, head_heights, relief
-from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
+from eg3d_rlhf.measures.surface import ALIKE, correlation, front_heights, head_heights, relief
+from eg3d_rlhf.measures.true_heads import HeadPose, head_distances, ramped, true_shapes
 
 SPEC = SlabSpec.cube(64)
 

@@ -8,10 +8,18 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.seeds import SHAPES
-from eg3d_rlhf.measures.critic_training import CriticTraining, fake_maps, held_out_figures, train_critic, true_maps
 from eg3d_rlhf.measures.distances import FeatureStatistics
-from eg3d_rlhf.measures.normal_maps import box, normal_maps
-from eg3d_rlhf.measures.shape_critic import FEATURES, ShapeCritic
+from eg3d_rlhf.measures.shape_critic import (
+    FEATURES,
+    CriticTraining,
+    ShapeCritic,
+    box,
+    fake_maps,
+    held_out_figures,
+    normal_maps,
+    train_critic,
+    true_maps,
+)
 from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
 from eg3d_rlhf.modes import assets
 

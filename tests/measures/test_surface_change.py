@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.measures.surface_change import REACH, change_summary, displacement, in_head, median_change, voxel
+from eg3d_rlhf.measures.surface import REACH, change_summary, displacement, in_head, median_change, voxel
 from tests.geometry.test_level_set import SPEC, body, sphere
 
 UNIT = voxel(SPEC)

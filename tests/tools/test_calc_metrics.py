@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.measures.evaluation import MetricOptions, fake_batches
+from eg3d_rlhf.measures.image_metrics import MetricOptions, fake_batches
 from eg3d_rlhf.modes import image_sets
 from tests.tools.examples import run_example
 from training.dataset import ImageFolderDataset

@@ -4,6 +4,7 @@ Letters: R regions, D, H, W = grid points along z, y, x of the slab. A box is (x
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.measures.true_heads import FitOptions, HeadPose, fit_heads, posed_sdf, resample, surface_points
+from training.heads.sdf import BROW_Y, NOSE_LENGTH, NOSE_TOP, HeadGeometry, head_geometry
 
 Box = tuple[float, float, float, float, float, float]
 OTHER = "other"
@@ -139,3 +143,241 @@ def _read_names(path: Path) -> dict[int, str]:
         return {int(label): str(name) for label, name in pairs}
     except (ValueError, TypeError) as error:
         raise ValueError(f'{path}: expected {{"label": "name"}} or a list of names, got: {error}. Correct the file.') from error
+
+
+# Regions anchored to the 98 landmarks of WFLW (Wu et al. 2018, "Look at Boundary"): boxes around groups of them.
+
+
+COUNT = 98
+BACKGROUND = "background"  # what none of the boxes holds
+SIDE, BEHIND, FRONT = 0.015, 0.12, 0.03  # margins of a box, in units of the scene cube's side: in x and y, towards the back, to the camera
+LEAST_VALID = 0.05  # share of the depth map's pixels that must show a surface
+# WFLW: 0-32 contour from the picture's left ear over the chin to the right, 33-41 and 42-50 brows, 51-54 bridge of the nose, 55-59 base,
+# 60-67 and 68-75 eyes, 76-87 outer and 88-95 inner lips, 96 and 97 pupils. In the order in which boxes win.
+GROUPS: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("nose", tuple(range(51, 60))),
+    ("mouth", tuple(range(76, 96))),
+    ("left eye", (*range(60, 68), 96)),
+    ("right eye", (*range(68, 76), 97)),
+    ("brows", tuple(range(33, 51))),
+    ("left cheek", (*range(2, 10), 55, 66, 76)),
+    ("right cheek", (*range(23, 31), 59, 74, 82)),
+    ("chin and jaw", tuple(range(9, 24))),
+)
+CONTOUR, BROWS = tuple(range(33)), tuple(range(33, 51))
+_FRONT = 0.45  # world z from which rays look for the surface
+_STEPS = 80  # of the sphere tracing
+_LEAST_POINTS = 16
+
+
+@dataclass(frozen=True)
+class PixelLandmarks:
+    """A user's landmarks in the frontal view."""
+
+    size: float  # pixels per edge of the square picture that they were found in
+    shared: np.ndarray | None  # [L, 2] (x right, y down) for all latents
+    by_seed: Mapping[int, np.ndarray]  # seed -> [L, 2]
+
+    def of(self, seed: int) -> np.ndarray:
+        """The landmarks of a latent. Raises: ValueError where there are none."""
+        found = self.by_seed.get(seed, self.shared)
+        if found is None:
+            known = ", ".join(str(s) for s in sorted(self.by_seed)[:8])
+            raise ValueError(f"--landmarks: expected points for seed {seed}, got them for {known}. Add it, or give 'points' for all.")
+        return found
+
+
+def read_landmarks(path: str | Path) -> PixelLandmarks:
+    """JSON {"image_size": 512, "points": [[x, y] * 98]} for all latents, or {"image_size": 512, "seeds": {"200000": [[x, y] * 98], ...}}.
+
+    Points are pixel coordinates in the frontal view, (0, 0) the upper left corner of the picture. Raises: ValueError, FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of landmarks, got nothing at {path}. Check the path.")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}. Correct the file.") from error
+    if not isinstance(values, Mapping) or "image_size" not in values or not {"points", "seeds"} & set(values):
+        raise ValueError(f'{path}: expected {{"image_size": 512, "points": [[x, y], ...]}} (or "seeds"), got other JSON. See the docs.')
+    size = values["image_size"]
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or size <= 0:
+        raise ValueError(f"{path}: expected image_size in pixels, got {size!r}. Name the edge of the picture.")
+    shared = _points(path, "points", values["points"], size) if "points" in values else None
+    seeds = {}
+    for seed, points in dict(values.get("seeds", {})).items():
+        if not str(seed).isdigit():
+            raise ValueError(f"{path}: expected seeds as keys of 'seeds', got {seed!r}. Name each face by its seed.")
+        seeds[int(seed)] = _points(path, f"seeds[{seed}]", points, size)
+    return PixelLandmarks(float(size), shared, seeds)
+
+
+def _points(path: Path, where: str, values: object, size: float) -> np.ndarray:
+    try:
+        points = np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected numbers in {where}, got: {error}. Correct the file.") from error
+    if points.shape != (COUNT, 2) or not np.isfinite(points).all():
+        raise ValueError(f"{path}: expected {COUNT} finite [x, y] in {where}, got {list(points.shape)}. WFLW has {COUNT}.")
+    if points.min() < 0 or points.max() > size:
+        raise ValueError(f"{path}: expected points of {where} inside 0..{size:g}, got {points.min():g}..{points.max():g}. See image_size.")
+    return points
+
+
+def back_project(pixels: np.ndarray, size: float, points: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """World positions [L, 3] of landmarks [L, 2] through a frontal depth map: the surface point behind the nearest valid pixel.
+
+    Landmarks on the contour may fall just beside the head; the nearest pixel that shows a surface stands for them.
+
+    Args: size: edge of the picture that `pixels` refer to; points [R, R, 3] world positions behind the depth map's pixels; valid [R, R].
+    Raises: ValueError where the map shows next to no surface.
+    """
+    if valid.mean() < LEAST_VALID:
+        raise ValueError(f"expected a face in the frontal depth map, got a surface in {valid.mean():.1%} of it. Use --regions=boxes.")
+    rows, columns = np.nonzero(valid)
+    at = pixels / size * len(valid) - 0.5  # the centre of pixel i lies at i
+    nearest = ((columns[None] - at[:, :1]) ** 2 + (rows[None] - at[:, 1:]) ** 2).argmin(axis=1)
+    return points[rows[nearest], columns[nearest]]
+
+
+def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
+    """Boxes in world coordinates around the groups of landmarks [L, 3], and what lies about the face: forehead, ears, front of camera.
+
+    The forehead reaches as far above the brows as the chin lies below the base of the nose, the ears from the brows to the mouth, outside
+    the contour. In front of all landmarks' margin is air, where only floaters can be. Everything else is the background.
+    """
+    side, behind, front = SIDE * box_warp, BEHIND * box_warp, FRONT * box_warp
+    boxes = []
+    for name, group in GROUPS:
+        low, high = landmarks[list(group)].min(axis=0), landmarks[list(group)].max(axis=0)
+        boxes.append((name, _box(low - [side, side, behind], high + [side, side, front])))
+    brows, contour = landmarks[list(BROWS)], landmarks[list(CONTOUR)]
+    top, base, chin = brows[:, 1].max(), landmarks[57, 1], contour[:, 1].min()
+    rise = max(base - chin, 2 * side)
+    low = [brows[:, 0].min() - side, top, brows[:, 2].min() - behind]
+    high = [brows[:, 0].max() + side, top + rise, brows[:, 2].max() + front]
+    boxes.append(("forehead", _box(low, high)))
+    mouth, depth = landmarks[76:88, 1].mean(), contour[[0, 32], 2].mean()
+    reach = 0.08 * box_warp
+    for edge, inner, outer in ((contour[:, 0].min(), side, reach), (contour[:, 0].max(), -side, -reach)):
+        x = sorted((edge + inner, edge - outer))
+        boxes.append(("ears", (x[0], x[1], mouth, max(top, mouth), depth - behind, depth + front)))
+    far = 10 * box_warp
+    boxes.append(("front of camera", (-far, far, -far, far, landmarks[:, 2].max() + front, far)))
+    return boxes
+
+
+def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
+    """Boxes in world coordinates that divide the whole scene coarsely about the landmarks [L, 3]: the face is one of eight parts.
+
+    The face is what lies before the ears, brows and chin (less a margin), inside the contour, up to the top of the forehead; above it is
+    the crown, behind it the back of the head, beside it the sides (hair, ears), below it neck and shoulders, which the contour's width
+    tells apart.
+    """
+    side, front, far = SIDE * box_warp, FRONT * box_warp, 10 * box_warp
+    contour = landmarks[list(CONTOUR)]
+    left, right, chin = contour[:, 0].min() - side, contour[:, 0].max() + side, contour[:, 1].min() - side
+    top = landmarks[list(BROWS), 1].max() + max(landmarks[57, 1] - contour[:, 1].min(), 2 * side)
+    depth = min(contour[[0, 32], 2].mean(), landmarks[list(BROWS), 2].min(), landmarks[16, 2]) - front
+    air = landmarks[:, 2].max() + front
+    return [
+        ("front of camera", (-far, far, -far, far, air, far)),
+        ("crown", (-far, far, top, far, -far, far)),
+        ("neck and chest", (left, right, -far, chin, -far, far)),
+        ("shoulders", (-far, far, -far, chin, -far, far)),
+        ("left side", (-far, left, chin, top, -far, far)),
+        ("right side", (right, far, chin, top, -far, far)),
+        ("face", (left, right, chin, top, depth, far)),
+        ("back of the head", (-far, far, -far, far, -far, far)),
+    ]
+
+
+def _box(low: Sequence[float], high: Sequence[float]) -> Box:
+    return (float(low[0]), float(high[0]), float(low[1]), float(high[1]), float(low[2]), float(high[2]))
+
+
+def landmark_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
+    """The twelve regions of landmarks [L, 3] in world coordinates on the reward's slab."""
+    found = from_boxes(landmark_boxes(landmarks, spec.box_warp), spec.points().double())
+    return Partition(names=(*found.names[:-1], BACKGROUND), labels=found.labels)
+
+
+def head_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
+    """The eight parts of `head_boxes` on the reward's slab; nothing is left over."""
+    found = from_boxes(head_boxes(landmarks, spec.box_warp), spec.points().double())
+    return Partition(names=found.names[:-1], labels=found.labels)
+
+
+def _arc(centre: torch.Tensor, radii: tuple[float | torch.Tensor, torch.Tensor], degrees: list[float]) -> torch.Tensor:
+    """Points [N, len(degrees), 2] on an ellipse, counter-clockwise from +x."""
+    t = torch.tensor([math.radians(d) for d in degrees]).to(centre)
+    x, y = radii
+    return torch.stack([centre[:, :1] + x * t.cos(), centre[:, 1:] + y * t.sin()], dim=-1)
+
+
+def _mirrored(points: torch.Tensor) -> torch.Tensor:
+    return points * points.new_tensor([-1.0, 1.0])
+
+
+def _frontal(g: HeadGeometry) -> torch.Tensor:
+    """x and y [N, L, 2] of the landmarks from the places of the family's parts; indices as in landmarks.py."""
+    n, zero = len(g.eye_x), torch.zeros_like(g.eye_x)
+    jaw_x, jaw_y = 1 / g.jaw[0], 1 / g.jaw[1]
+    degrees = np.interp(range(33), [0, 8, 24, 32], [150, 180, 360, 390]).tolist()  # ear, jaw, jaw, ear
+    contour = _arc(torch.cat([zero, g.jaw_y], dim=1), (0.97 * jaw_x, jaw_y), degrees)
+    along = torch.linspace(0, 1, 5).to(zero)
+    upper = torch.stack([0.085 * (1 - along).expand(n, 5) + 0.02 * along, BROW_Y + 0.008 + 0 * along.expand(n, 5)], dim=-1)
+    lower = torch.stack([0.03 + 0.05 * along[:4].expand(n, 4), BROW_Y - 0.008 + 0 * along[:4].expand(n, 4)], dim=-1)
+    right_brow = torch.cat([upper.flip(1), lower.flip(1)], dim=1)  # 42-50: inner to outer, then back along the lower edge
+    left_brow = _mirrored(torch.cat([upper, lower], dim=1))  # 33-41: outer to inner
+    drop = torch.linspace(0.15, 1, 4).to(zero) * NOSE_LENGTH
+    bridge = torch.stack([zero.expand(n, 4), (NOSE_TOP - drop).expand(n, 4)], dim=-1)
+    base = torch.stack([g.wing * torch.tensor([-2.2, -1.1, 0.0, 1.1, 2.2]).to(zero), (-0.052 + 0 * zero).expand(n, 5)], dim=-1)
+    eye = torch.cat([g.eye_x, g.eye_y + 0 * zero], dim=1)
+    opening = (0.95 * g.eye_radius, 0.8 / g.lid_opening[1])
+    right_eye = _arc(eye, opening, [180, 135, 90, 45, 0, -45, -90, -135])  # from the inner corner over the upper lid
+    left_eye = _mirrored(_arc(eye, opening, [0, 45, 90, 135, 180, 225, 270, 315]))
+    lip_y = torch.cat([zero, zero - 0.106], dim=1)
+    lips = 1 / g.upper_lip[1] + 1 / g.lower_lip[1]
+    outer = _arc(lip_y, (0.043, 0.8 * lips), [180 - 30 * i for i in range(12)])
+    inner = _arc(lip_y, (0.034, 0.15 * lips), [180 - 45 * i for i in range(8)])
+    pupils = torch.stack([_mirrored(eye), eye], dim=1)
+    return torch.cat([contour, left_brow, right_brow, bridge, base, left_eye, right_eye, outer, inner, pupils], dim=1)
+
+
+@torch.no_grad()
+def head_landmarks(shape: torch.Tensor, shift: torch.Tensor | None = None, log_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Landmarks [N, L, 3] in world coordinates of heads with shape parameters [N, S] in [-1, 1].
+
+    x and y follow from the family's dimensions; z is where a ray from the front meets the head, or, beside it, passes nearest.
+
+    Args: shift [N, 3], log_scale [N, 1]: pose of a fitted head, none by default.
+    """
+    shift = shape.new_zeros(len(shape), 3) if shift is None else shift
+    log_scale = shape.new_zeros(len(shape), 1) if log_scale is None else log_scale
+    frontal = _frontal(head_geometry(shape)) * log_scale.exp()[..., None] + shift[:, None, :2]  # [N, L, 2]
+    z = torch.full_like(frontal[..., 0], _FRONT)
+    nearest, best = z.clone(), torch.full_like(z, torch.inf)
+    pose = HeadPose(shape, shift, log_scale)
+    for _ in range(_STEPS):
+        distance = posed_sdf(torch.cat([frontal, z[..., None]], dim=-1), pose)
+        closer = distance.abs() < best
+        nearest, best = torch.where(closer, z, nearest), torch.where(closer, distance.abs(), best)
+        z = (z - (0.8 * distance).clamp_min(1e-4)).clamp_min(-_FRONT)
+    return torch.cat([frontal, nearest[..., None]], dim=-1)
+
+
+def fitted_landmarks(sigma: torch.Tensor, spec: SlabSpec, level: float = LEVEL) -> np.ndarray:
+    """Landmarks [N, L, 3] of the family's members nearest to raw densities [N, D, H, W] over `spec`.
+
+    Raises: ValueError for a density without a visible surface.
+    """
+    options, sets = FitOptions(), []
+    for i, cube in enumerate(sigma):
+        points = surface_points(cube.detach().float(), spec, options.back, level)
+        if len(points) < _LEAST_POINTS:
+            raise ValueError(f"expected a visible surface of shape {i}, got {len(points)} points. Use --regions=boxes.")
+        sets.append(resample(points, options.points, options.seed))
+    pose, _ = fit_heads(torch.stack(sets), options)
+    return head_landmarks(pose.shape, pose.shift, pose.log_scale).double().cpu().numpy()

@@ -13,10 +13,34 @@ import torch
 
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution import cross_checks
-from eg3d_rlhf.evaluation.attribution.landmarks import back_project, fitted_landmarks, head_partition, landmark_partition, read_landmarks
-from eg3d_rlhf.evaluation.attribution.regions import MOST_EXACT, Partition, face_partition, read_masks, region_shape
-from eg3d_rlhf.evaluation.attribution.shapley import METHODS, Attribution, CoalitionValues, Score, check_gap, shapley
+from eg3d_rlhf.evaluation.attribution.regions import (
+    MOST_EXACT,
+    Partition,
+    back_project,
+    face_partition,
+    fitted_landmarks,
+    head_partition,
+    landmark_partition,
+    read_landmarks,
+    read_masks,
+    region_shape,
+)
+from eg3d_rlhf.evaluation.attribution.shapley import (
+    BOUND,
+    METHODS,
+    MOST_STEPS,
+    STEPS,
+    Attribution,
+    CoalitionValues,
+    IntegratedGradients,
+    Score,
+    check_gap,
+    integrated_gradients,
+    occlusion,
+    redrawn,
+    shapley,
+    shuffled_change,
+)
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import depth_maps
 from eg3d_rlhf.rewards.observations import SigmaSlab
@@ -34,9 +58,9 @@ class Settings:
     regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD or a label volume
     landmarks: Path | None = None  # JSON of 2-D points; without it the procedural heads bring their own
     permutations: int = 64  # of the sampled methods
-    steps: int = cross_checks.STEPS  # of the integral, at first
-    most_steps: int = cross_checks.MOST_STEPS
-    gap_bound: float = cross_checks.BOUND  # largest efficiency gap, as a share of the reward difference
+    steps: int = STEPS  # of the integral, at first
+    most_steps: int = MOST_STEPS
+    gap_bound: float = BOUND  # largest efficiency gap, as a share of the reward difference
     draws: int = 8  # rewards with re-drawn weights
     checked: int = 2  # latents behind that check
 
@@ -190,11 +214,11 @@ class Study:
         return found
 
     @cached_property
-    def integrated(self) -> list[cross_checks.IntegratedGradients]:
+    def integrated(self) -> list[IntegratedGradients]:
         """Integrated Gradients per latent."""
         s, before, after = self.settings, self.slabs["before"], self.slabs["after"]
         return [
-            cross_checks.integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
+            integrated_gradients(self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch)
             for x, y, a in zip(before, after, self.shapley, strict=True)
         ]
 
@@ -203,10 +227,10 @@ class Study:
         """Attributions [N, R] by method."""
         noisy = []
         for i, partition in enumerate(self.partitions):
-            slab = cross_checks.shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
+            slab = shuffled_change(self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i)
             noisy.append(self._checked(self.values(i, tuned=slab), i))
         integrated = [p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)]
-        occluded = [cross_checks.occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
+        occluded = [occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
         return {
             "Shapley": np.stack([a.values for a in self.shapley]), "Integrated Gradients": np.stack(integrated),
             "occlusion": np.stack(occluded), "noise": np.stack(noisy),
@@ -214,6 +238,6 @@ class Study:
 
     def redrawn(self, draw: int) -> np.ndarray:
         """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
-        score = cross_checks.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
+        score = redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
         count = min(self.settings.checked, len(self.seeds))
         return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

@@ -12,17 +12,14 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, op
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.inversion import report
-from eg3d_rlhf.evaluation.inversion.guidance import Guidance
-from eg3d_rlhf.evaluation.inversion.measures import Judges, annotator_judge, reward_judge
-from eg3d_rlhf.evaluation.inversion.perceptual import load_perceptual
-from eg3d_rlhf.evaluation.inversion.pictures import draw
-from eg3d_rlhf.evaluation.inversion.projector import PUBLISHED, InversionConfig, prior_of
+from eg3d_rlhf.evaluation.inversion.projector import PUBLISHED, Guidance, InversionConfig, load_perceptual, prior_of
+from eg3d_rlhf.evaluation.inversion.report import draw
 from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, write_json
-from eg3d_rlhf.evaluation.inversion.targets import of_file, of_seed, parse_camera
-from eg3d_rlhf.experiments import jobs as running
+from eg3d_rlhf.evaluation.inversion.targets import Judges, annotator_judge, of_file, of_seed, parse_camera, reward_judge
+from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.media.video import check_mp4
-from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, Run, claim, next_free
 from eg3d_rlhf.generators import load_generator
@@ -181,7 +178,7 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
     said = {"perceptual": setup.perceptual.name, "judge": setup.judges.name, "targets": len(setup.cases)}
     write_json(folder / "inversion.json", {**said, **summary, "records": records})
     parts = report.jobs(inversions)
-    findings = running.run(parts, folder, quiet=True)
+    findings = pages.run(parts, folder, quiet=True)
     count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
     says = report.verdict_sentences(summary, setup.judges.name, setup.perceptual.name)
     introduction = (

@@ -6,24 +6,147 @@ Whatever is random in step t follows from (seed, t), so a stage goes on from its
 
 Deviates: one set of ray samples throughout, twice as many as in training (`PUBLISHED` draws others in every step); pi is not 3.14; the
 small generator's 64 features leave more to the squared error, and its latents lie wider, so its own weights differ.
-Letters: L layers of ws, W w_dim, R pixels per edge.
+Letters: N images or shapes, L layers of ws, W w_dim, R, H, W pixels, F features, D, H, W grid points.
 """
 
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
-from eg3d_rlhf.evaluation.inversion.guidance import Guidance, cube_of, moved
-from eg3d_rlhf.evaluation.inversion.perceptual import Perceptual
-from eg3d_rlhf.generators import Generator, camera, device_of, of
+from eg3d_rlhf.core.seeds import STANDARDISATION
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
+from eg3d_rlhf.measures.features import RESOLUTION, HeadFactorFeatures, to_resolution
+from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised, density_l1
 from training.checkpoint import optimizer_tensors, restore_optimizer
 from training.config import check_knobs, knob
+
+# How far apart two images look: a network's features that gradients pass through, the bundled ones or a TorchScript file's.
+
+
+LARGEST = 256  # pixels per edge that a file's network is shown at most, as the published projectors have it
+
+
+class Perceptual:
+    """A distance [N] between images [N, 3, H, W] in [-1, 1]; `name` says whose, and distances under different names never compare.
+
+    Args: features: images -> [N, F], differentiable; mean: divide the sum of squared differences by F.
+    """
+
+    def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
+        self.name, self.features, self._mean = name, features, mean
+
+    def distance(self, seen: Tensor, wanted: Tensor) -> Tensor:
+        """Squared difference [N] of features [N, F]; wanted may be [1, F]. Differentiable in both."""
+        squares = (seen - wanted).square()
+        return squares.mean(dim=1) if self._mean else squares.sum(dim=1)
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Distance [N] of two batches of images."""
+        return self.distance(self.features(first), self.features(second))
+
+
+def load_perceptual(path: Path | None, resolution: int, device: torch.device | str = "cpu") -> Perceptual:
+    """The distance of a file: None for the bundled head-factor network, .safetensors for another of its kind, else TorchScript.
+
+    TorchScript is called as the projectors of the StyleGAN family call their VGG16: net(images in 0..255 of at most 256 pixels,
+    resize_images=False, return_lpips=True) -> [N, F], or net(images) where it takes no such options; its squared differences are summed.
+    The bundled network's standardised features are averaged.
+
+    Args: resolution: pixels per edge of the images to come, with which the file is tried.
+    Raises: ValueError for another file, one that gives something else, or one that lets no gradient through.
+    """
+    if path is None or path.suffix == ".safetensors":
+        own = HeadFactorFeatures.load(path, device)
+
+        def features(images: Tensor) -> Tensor:
+            return (own.net.penultimate(to_resolution(images, RESOLUTION)) - own.net.feature_mean) / own.net.feature_std
+
+        return Perceptual(own.name, features, mean=True)
+    try:
+        net = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"expected a TorchScript file or .safetensors, got {path} ({reason}). Name another.") from error
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    takes = {argument.name for argument in net.forward.schema.arguments}
+    options = {name: value for name, value in {"resize_images": False, "return_lpips": True}.items() if name in takes}
+
+    def scripted(images: Tensor) -> Tensor:
+        pixels = (images + 1) * 127.5
+        if max(pixels.shape[-2:]) > LARGEST:
+            pixels = functional.interpolate(pixels, (LARGEST, LARGEST), mode="area")
+        return net(pixels, **options)
+
+    _try(scripted, path, resolution, device)
+    return Perceptual(f"torchscript-{path.stem}", scripted, mean=False)
+
+
+def _try(features: Callable[[Tensor], Tensor], path: Path, resolution: int, device: torch.device | str) -> None:
+    images = torch.zeros(2, 3, resolution, resolution, device=device, requires_grad=True)
+    try:
+        found = features(images)
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
+        raise ValueError(f"expected a net of images [N, 3, H, W], got {path} ({reason.strip()}). Name a VGG16 of projectors.") from None
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
+        raise ValueError(f"expected features [N, F] from {path}, got {getattr(found, 'shape', type(found))}. Name another.")
+    if not found.requires_grad:
+        raise ValueError(f"expected features that gradients pass through, got none from {path}. Export the network without no_grad.")
+
+
+# Where the reward enters an inversion:
+#     L = L_image + lambda * (-clip(r, -10, 10) / 10) + lambda_sigma * mean |sigma - sigma_pivot|
+# r is the reward's score, standardised on samples of the untuned generator; sigma_pivot is the density of the latent that the second stage
+# starts from, over the whole cube, so that the reward cannot trade what the image does not show.
+
+
+CLIP = 10.0  # of the standardised reward
+CUBE = 64  # grid points per edge of the cube that is held to the pivot
+
+
+class Guidance:
+    """The reward of one generator's shapes, frozen and standardised on that generator's samples.
+
+    Args: reward: has been checked against the generator.
+    """
+
+    @torch.no_grad()
+    def __init__(self, generator: Generator, reward: Reward):
+        self.reward = reward.eval().requires_grad_(False).arranged()
+        z = latents(STANDARDISATION.all, generator.z_dim).to(device_of(generator))
+        scores = []
+        for part in z.split(16):
+            ws = generator.mapping(part, camera(generator, n=len(part)), truncation_cutoff=CUTOFF)
+            scores.append(self.reward.score(generator.field(ws)))
+        self.standard = Standardised(torch.cat(scores)).to(z.device)
+
+    def term(self, field: Field) -> tuple[Tensor, Tensor]:
+        """-clip(standardised reward) / 10, and the raw reward: [N] each. Differentiable in the field."""
+        score = self.reward.score(field)
+        return -self.standard.shaped(score).clamp(-CLIP, CLIP) / CLIP, score
+
+
+def cube_of(generator: Generator) -> SlabSpec:
+    """The grid over the generator's whole cube."""
+    return SlabSpec.of(generator.bounds, CUBE)
+
+
+def moved(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
+    """Mean absolute change [N] of raw density from the pivot's [N, D, H, W]. Differentiable in the field."""
+    return density_l1(field.density_grid(cube), pivot)
+
 
 STAGES, LOSS = "Stages", "Loss"  # titles of flags
 LATENTS, LATENT_SEED = 10_000, 123  # behind mean and deviation of w

@@ -16,11 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eg3d_rlhf.evaluation.inversion.guidance import Guidance, cube_of
-from eg3d_rlhf.evaluation.inversion.measures import Judges, measure, measure_truth
-from eg3d_rlhf.evaluation.inversion.perceptual import Perceptual
-from eg3d_rlhf.evaluation.inversion.projector import InversionConfig, LatentStage, Objective, PivotalStage, Prior
-from eg3d_rlhf.evaluation.inversion.targets import Case
+from eg3d_rlhf.evaluation.inversion.projector import (
+    Guidance,
+    InversionConfig,
+    LatentStage,
+    Objective,
+    Perceptual,
+    PivotalStage,
+    Prior,
+    cube_of,
+)
+from eg3d_rlhf.evaluation.inversion.targets import Case, Judges, measure, measure_truth
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator

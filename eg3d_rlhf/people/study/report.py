@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from eg3d_rlhf.experiments.page import data_uri
+from eg3d_rlhf.experiments.pages import data_uri
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.people.label.entities import JudgementRow
 from eg3d_rlhf.people.study.analysis import analyse
@@ -61,7 +61,7 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
     import torch
 
     from eg3d_rlhf.core.spec import SlabSpec
-    from eg3d_rlhf.experiments.shape_view import shade
+    from eg3d_rlhf.experiments.media.sheet import shade
 
     generator, out = load_contender(of, device).generator, {}
     grid = SlabSpec.of(generator.bounds, design.resolution)

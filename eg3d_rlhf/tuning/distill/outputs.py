@@ -16,13 +16,11 @@ import torch
 from tqdm import tqdm
 
 from eg3d_rlhf.core.field import RenderOptions, render_each
-from eg3d_rlhf.experiments import jobs as report_jobs
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Facts, Finding, Job
+from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.rendering import png, tile, to_uint8
 from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.media.video import write_mp4
-from eg3d_rlhf.experiments.page import data_uri, write_page
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job, data_uri, write_page
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators.assets.asset import Asset, load_assets
 from eg3d_rlhf.generators.assets.views import FINISHED, evenly_around
@@ -118,7 +116,7 @@ def write_page_of(settings: DistillSettings, folder: Path, table: Mapping | None
     """<folder>/report/index.html; returns the path."""
     out = folder / "report"
     made = jobs(settings, folder, table, shown)
-    findings = report_jobs.run(made, out, quiet=True)
+    findings = pages.run(made, out, quiet=True)
     what = f"{len(settings.pairs())} assets: {len(settings.prompts)} prompts x {settings.scene.assets} seeds"
     introduction = (
         f"Text to 3D by score distillation, {what}, {settings.loop.steps} steps each, prior {Path(settings.scene.prior).name}, seed "

@@ -20,8 +20,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.latents import Latents
 from eg3d_rlhf.generators.assets.views import PerspectiveViews, Views, views_at
-from eg3d_rlhf.measures.nearest_head import distance_to_heads
-from eg3d_rlhf.measures.true_heads import true_pictures, true_shapes
+from eg3d_rlhf.measures.true_heads import distance_to_heads, true_pictures, true_shapes
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.rewards.pictures.judges import verdict
 from eg3d_rlhf.rewards.reward import load_reward

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution.cross_checks import agreement, rank_correlation, redrawn
 from eg3d_rlhf.evaluation.attribution.regions import face_partition
-from eg3d_rlhf.evaluation.attribution.surface import by_region, diverging, labels_at, picture, slab_index, voxels_at
-from eg3d_rlhf.experiments.page import ColouredMesh, Layer, mesh_page
+from eg3d_rlhf.evaluation.attribution.report import by_region, diverging, labels_at, picture, slab_index, voxels_at
+from eg3d_rlhf.evaluation.attribution.shapley import agreement, rank_correlation, redrawn
+from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.rewards.ensembles import build_network
 from eg3d_rlhf.rewards.networks import preset

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eg3d_rlhf.evaluation.attribution.cross_checks import BOUND, integrated_gradients
+from eg3d_rlhf.evaluation.attribution.shapley import BOUND, integrated_gradients
 
 pytest.importorskip("captum")
 SHAPE = (1, 3, 4, 5)

@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution.landmarks import (
+from eg3d_rlhf.evaluation.attribution.regions import (
     COUNT,
+    FACE_BOXES,
     GROUPS,
+    OTHER,
+    Partition,
     back_project,
+    face_partition,
     fitted_landmarks,
+    from_boxes,
     head_landmarks,
     head_partition,
     landmark_boxes,
     landmark_partition,
     read_landmarks,
+    read_masks,
+    unit_coordinates,
 )
-from eg3d_rlhf.evaluation.attribution.regions import FACE_BOXES, OTHER, Partition, face_partition, from_boxes, read_masks, unit_coordinates
 from training.heads.family import SHAPE_COUNT
 from training.heads.sdf import head_sdf
 

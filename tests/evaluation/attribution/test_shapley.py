@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.evaluation.attribution.cross_checks import occlusion, shuffled_change
 from eg3d_rlhf.evaluation.attribution.shapley import (
     Attribution,
     CoalitionValues,
@@ -16,7 +15,9 @@ from eg3d_rlhf.evaluation.attribution.shapley import (
     exact,
     exact_from_table,
     marginals,
+    occlusion,
     shapley,
+    shuffled_change,
 )
 
 REGIONS, SHAPE = 6, (5, 6, 7)

@@ -2,9 +2,7 @@
 
 import pytest
 
-from eg3d_rlhf.evaluation.inversion.guidance import Guidance
-from eg3d_rlhf.evaluation.inversion.perceptual import load_perceptual
-from eg3d_rlhf.evaluation.inversion.projector import InversionConfig, prior_of
+from eg3d_rlhf.evaluation.inversion.projector import Guidance, InversionConfig, load_perceptual, prior_of
 from eg3d_rlhf.evaluation.inversion.targets import of_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward

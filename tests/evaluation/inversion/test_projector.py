@@ -5,9 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from eg3d_rlhf.evaluation.inversion.guidance import CLIP, Guidance
-from eg3d_rlhf.evaluation.inversion.perceptual import load_perceptual
-from eg3d_rlhf.evaluation.inversion.projector import InversionConfig, LatentStage, Objective, PivotalStage, prior_of
+from eg3d_rlhf.evaluation.inversion.projector import (
+    CLIP,
+    Guidance,
+    InversionConfig,
+    LatentStage,
+    Objective,
+    PivotalStage,
+    load_perceptual,
+    prior_of,
+)
 from eg3d_rlhf.evaluation.inversion.targets import of_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward

@@ -14,13 +14,11 @@ from PIL import Image
 from eg3d_rlhf.core import plugins
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.inversion import command as invert
-from eg3d_rlhf.evaluation.inversion import pictures, report
+from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion import run as running
-from eg3d_rlhf.evaluation.inversion.guidance import cube_of
-from eg3d_rlhf.evaluation.inversion.measures import MEASURES, Judges, measure
-from eg3d_rlhf.evaluation.inversion.projector import Objective
+from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
 from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, legs
-from eg3d_rlhf.evaluation.inversion.targets import parse_camera, turned
+from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Judges, measure, parse_camera, turned
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.observations import SigmaSlab
@@ -171,7 +169,7 @@ def picture(tmp_path, cases):
 @pytest.mark.long
 def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
     for name, value in {"CELL": 32, "FILM": 16, "GRID": 32, "RAYS": 16, "SAMPLES": 6}.items():
-        monkeypatch.setattr(pictures, name, value)
+        monkeypatch.setattr(report, name, value)
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
     out = tmp_path / "run"
     result = tool(f"--image={picture}", f"--mask={tmp_path / 'mask.png'}", "--camera=0.1,0", "--weights=0,0.5", f"--out={out}")
@@ -252,7 +250,7 @@ def foreign(loaded, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_generator_of_another_family_is_inverted_by_a_reward_of_its_own(foreign, reward, tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(invert.running, "draw", lambda job, out: None)
+    monkeypatch.setattr(invert.pages, "draw", lambda job, out: None)
     monkeypatch.setattr(invert, "write_page", lambda path, *what: path)
     own = SigmaSlab.of(load_generator(foreign).generator, resolution=24, crop=SlabSpec.crop)
     mine = Reward(own, reward.network).save(tmp_path / "own.safetensors")

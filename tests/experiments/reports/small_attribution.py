@@ -7,11 +7,11 @@ import numpy as np
 import trimesh
 
 from eg3d_rlhf.evaluation.attribution import report
+from eg3d_rlhf.evaluation.attribution.report import PAGE
 from eg3d_rlhf.evaluation.attribution.study import Settings, Study
-from eg3d_rlhf.evaluation.attribution.surface import PAGE
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments.page import ColouredMesh, Layer, mesh_page, write_page
+from eg3d_rlhf.experiments import pages
+from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page, write_page
 from eg3d_rlhf.modes import reports
 
 
@@ -29,7 +29,7 @@ def attribution_page(c: Comparison, out: Path) -> Path:
     settings = Settings(method="permutation", permutations=2, steps=4, draws=2, checked=1, gap_bound=1.0)
     study = Study(dataclasses.replace(c, n=2, memory={}), settings)
     parts = report.jobs(study)
-    findings = running.run(parts, out, quiet=True)
+    findings = pages.run(parts, out, quiet=True)
     surface = out / "data" / PAGE
     if not surface.stat().st_size:
         surface.write_text(ball())

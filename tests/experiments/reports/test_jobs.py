@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from eg3d_rlhf.experiments import jobs, page, style
-from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, csv_text, seed_range
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job, csv_text, seed_range
 
 
 def plot(data):
@@ -38,48 +38,48 @@ def job(compute, inputs=None, version=1):
 
 def test_a_second_call_computes_nothing(tmp_path):
     compute = Counting()
-    first = jobs.run([job(compute)], tmp_path, quiet=True)
-    again = jobs.run([job(compute)], tmp_path, quiet=True)
+    first = pages.run([job(compute)], tmp_path, quiet=True)
+    again = pages.run([job(compute)], tmp_path, quiet=True)
     assert compute.calls == 1 and first["shift"].to_dict() == again["shift"].to_dict()
 
 
 @pytest.mark.parametrize("change", [{"inputs": {"seeds": [0, 3]}}, {"version": 2}])
 def test_changed_inputs_compute_again(tmp_path, change):
     compute = Counting()
-    jobs.run([job(compute)], tmp_path, quiet=True)
-    jobs.run([job(compute, **change)], tmp_path, quiet=True)
+    pages.run([job(compute)], tmp_path, quiet=True)
+    pages.run([job(compute, **change)], tmp_path, quiet=True)
     assert compute.calls == 2
 
 
 def test_half_a_file_computes_again(tmp_path):
     compute = Counting()
-    jobs.run([job(compute)], tmp_path, quiet=True)
-    file = jobs.data_file(tmp_path, "shift")
+    pages.run([job(compute)], tmp_path, quiet=True)
+    file = pages.data_file(tmp_path, "shift")
     file.write_text(file.read_text()[:-20])
-    jobs.run([job(compute)], tmp_path, quiet=True)
+    pages.run([job(compute)], tmp_path, quiet=True)
     assert compute.calls == 2
 
 
 def test_plots_read_the_json_alone(tmp_path):
-    jobs.run([job(Counting())], tmp_path, quiet=True)
+    pages.run([job(Counting())], tmp_path, quiet=True)
     drawn = (tmp_path / "figures" / "shift-line.svg").read_bytes()
-    file = jobs.data_file(tmp_path, "shift")
+    file = pages.data_file(tmp_path, "shift")
     values = json.loads(file.read_text())
     values["data"]["y"] = [0, 5, 1]
     file.write_text(json.dumps(values))
-    jobs.draw(job(None), tmp_path)
+    pages.draw(job(None), tmp_path)
     assert (tmp_path / "figures" / "shift-line.svg").read_bytes() != drawn
 
 
 def test_figures_are_the_same_bytes_again(tmp_path):
-    jobs.run([job(Counting())], tmp_path / "a", quiet=True)
-    jobs.run([job(Counting())], tmp_path / "b", quiet=True)
+    pages.run([job(Counting())], tmp_path / "a", quiet=True)
+    pages.run([job(Counting())], tmp_path / "b", quiet=True)
     for name in ("shift-line.svg", "shift-line-dark.svg", "shift-line.png"):
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
 
 
 def test_table_is_csv(tmp_path):
-    jobs.run([job(Counting(2.0))], tmp_path, quiet=True)
+    pages.run([job(Counting(2.0))], tmp_path, quiet=True)
     with (tmp_path / "data" / "shift.csv").open() as file:
         assert [float(row["delta"]) for row in csv.DictReader(file)] == [0, 2, 4]
     assert csv_text([{"a": 1}, {"a": 2, "b": 3}]) == "a,b\n1,\n2,3\n"
@@ -102,8 +102,8 @@ class Structure(HTMLParser):
 
 def test_page_needs_nothing_from_elsewhere(tmp_path):
     one = job(Counting())
-    findings = jobs.run([one], tmp_path, quiet=True)
-    text = page.write_page(tmp_path / "index.html", "Evidence <1>", "What changed.", [one], findings, ["first & foremost"]).read_text()
+    findings = pages.run([one], tmp_path, quiet=True)
+    text = pages.write_page(tmp_path / "index.html", "Evidence <1>", "What changed.", [one], findings, ["first & foremost"]).read_text()
     structure = Structure()
     structure.feed(text)
     assert all(address.startswith(("data:", "#")) for address in structure.addresses)

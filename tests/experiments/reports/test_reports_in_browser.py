@@ -8,9 +8,8 @@ import pytest
 
 from eg3d_rlhf.evaluation import embedding, report, sweep
 from eg3d_rlhf.evaluation.sweep import Cell
-from eg3d_rlhf.experiments import jobs as running
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.page import write_page
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.pages import write_page
 from tests.evaluation.conftest import tiny_comparison, tiny_pair  # noqa: F401 (fixtures)
 from tests.experiments.reports import page_pictures
 from tests.experiments.reports.browsing import Reader
@@ -42,7 +41,7 @@ def pages(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
     """Folder with a page for each report, from tiny networks."""
     root, c = tmp_path_factory.mktemp("reports"), tiny_comparison
     parts = report.select(c, PARTS)
-    findings = running.run(parts, root / "evaluate", quiet=True)
+    findings = pages.run(parts, root / "evaluate", quiet=True)
     write_page(root / "evaluate/index.html", report.TITLE, report.introduction(c), parts, findings, report.summary(c, findings))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float))

@@ -1,34 +1,95 @@
 """How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what a judge thinks of it.
 
 The more samples a reward chooses among, the more it chooses by its mistakes: the judge's mean rises, flattens, and falls (Gao et al. 2022,
-arXiv 2210.10760). See eg3d_rlhf/measures/best_of_n.py for the maths.
+arXiv 2210.10760). Choosing the best of n moves the samples by KL = log n - (n - 1) / n nats. With d = sqrt(KL) the gain by the other
+measure follows d (alpha - beta d), which peaks at d* = alpha / (2 beta).
 
-Letters: N latents, T numbers n to choose among, A arms: single rewards, an ensemble's members, and its aggregates.
+Letters: N latents, T numbers n to choose among, B resamples, A arms: single rewards, an ensemble's members, and its aggregates.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from tqdm import tqdm
 
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation.comparison import judged_by_annotator
+from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.paired import span
-from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.jobs import Facts, Finding, Job, seed_range
-from eg3d_rlhf.generators import LoadedGenerator, ws_of_seeds
-from eg3d_rlhf.measures.best_of_n import best_of, divergence_of, fit, number_at, peak, resampled
+from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
+from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.rewards.cache import untuned
 from eg3d_rlhf.rewards.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
 from eg3d_rlhf.rewards.observations import Observation
-from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration
+
+# The maths: exact expectations of the best of n by one measure, valued by another, their intervals, and the law that they follow.
+
+
+def chances(total: int, n: int) -> np.ndarray:
+    """Chance of the i-th of `total` in ascending order to be the best of n drawn without replacement: C(i - 1, n - 1) / C(N, n), [N]."""
+    i = np.arange(total, 1, -1)
+    falling = np.cumprod(np.clip((i - n) / (i - 1), 0, None))  # from the i-th to the one below it
+    return n / total * np.concatenate([[1.0], falling])[::-1]
+
+
+def best_of(reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Expected judge's value of the best of n by the reward, for every n: exact over all subsets of the latents.
+
+    Args: reward, judge [N]; numbers: each 1 to N. Returns: [T]; n = 1 gives the judge's mean, n = N the value of the top latent.
+    """
+    ranked = by_rank(reward, judge)[1]
+    return np.array([chances(len(ranked), n) @ ranked for n in numbers])
+
+
+def by_rank(reward: np.ndarray, judge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Latents in ascending order of reward [N], and their judge's values in that order, those of equal rewards averaged."""
+    _, place, count = np.unique(reward, return_inverse=True, return_counts=True)
+    return np.argsort(reward, kind="stable"), np.repeat(np.bincount(place, judge) / count, count)
+
+
+def divergence_of(numbers: Sequence[int]) -> np.ndarray:
+    """KL divergence of the best of n from one sample, nats."""
+    n = np.asarray(numbers, dtype=np.float64)
+    return np.log(n) - (n - 1) / n
+
+
+def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Least squares of gain = d (alpha - beta d): distance [T], gain [..., T] -> alpha and beta, [..., 2]."""
+    return gain @ np.linalg.pinv(np.stack([distance, -(distance**2)], axis=1)).T
+
+
+def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """d* = alpha / (2 beta), at least 0; infinite where the fit never falls."""
+    return np.where(beta > 0, np.maximum(alpha, 0) / np.where(beta > 0, 2 * beta, 1), np.inf)
+
+
+def number_at(distance: float) -> float:
+    """The n whose best lies at this distance sqrt(KL)."""
+    x = brentq(lambda log_n: log_n - 1 + np.exp(-log_n) - distance**2, 0, distance**2 + 2) if distance > 0 else 0.0
+    return float(np.exp(x))
+
+
+def resampled(reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int], counts: np.ndarray) -> np.ndarray:
+    """`best_of` over resamples of the latents: counts [B, N], how often each latent was drawn -> [B, T]."""
+    order, ranked = by_rank(reward, judge)
+    table = np.stack([chances(len(ranked), n) for n in numbers])  # [T, N]
+    return np.stack([table @ np.repeat(ranked, drawn[order]) for drawn in counts])
+
 
 SCORES, CURVES = "scores", "best-of-n"
 TITLE = "How far can a reward be trusted?"
@@ -263,3 +324,69 @@ def plot_peaks(data: dict):
         axis.set_yticks(range(len(names)), shown)
         axis.invert_yaxis()
     return drawn
+
+
+
+def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
+    """Load what the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
+    where = choose_device(device)
+    with naming("--before"):
+        generator = load_generator(before, where)
+    paths = dict.fromkeys(rewards or [bundled.REWARD])
+    names = {path: path.parent.name if path.stem == "reward" and len(paths) > 1 else path.stem for path in paths}
+    if len(set(names.values())) < len(names):
+        names = {path: str(path) for path in paths}
+
+    def load(path: Path, flag: str):
+        with naming(flag):
+            reward = load_reward(path, where)
+        check_reward(reward, generator.generator, flag)
+        return reward, file_hash(path)
+
+    if reward_watch is None and not judged_by_annotator(generator, data):
+        raise ValueError("--reward-watch: expected a reward as the judge, got none; the annotator judges synthetic heads alone. Name one.")
+    judge = None if reward_watch is None else load(reward_watch, "--reward-watch")
+    loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
+    if judge is not None and any(digest == judge[1] or judge[0].is_member_of(one) for one, digest in loaded.values()):
+        raise ValueError("--reward-watch: expected a reward that is not on trial, got one that is. Train one on other labels.")
+    return Trial(generator=generator, rewards=loaded, judge=judge, **sampling)
+
+
+@click.command(cls=GroupedCommand)
+@shared("before reward-ckpt reward-watch data", before="Generator, untuned.",
+              reward_ckpt={"multiple": True, "default": (), "show_default": "the bundled one",
+                           "help": "Reward or ensemble on trial; may be given again."},
+              reward_watch={"show_default": "the annotator, for synthetic heads", "help": "Second reward as the judge."},
+              data={"show_default": "the run's own", "help": "What the generator was trained on."})
+@shared("psi n seed", psi={"default": 1.0}, n={"default": 4096, "help": "Latents that are scored."})
+@option("--most", group="Samples", metavar="INT", type=click.IntRange(min=2), default=512, help="Largest number to choose among.")
+@shared("out fresh batch device dry-run", out={"default": "runs/reports/best-of-n"})
+def main(before, reward_ckpt, reward_watch, data, out, fresh, device, dry_run, **sampling) -> None:
+    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a judge say what that is worth.
+
+    A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its members and all its aggregates
+    are compared. The judge is the annotator without noise for synthetic heads, else the reward that --reward-watch names.
+
+    \b
+    Example:
+        python tools/best_of_n.py --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/example/best-of-n
+    """
+    trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
+    if dry_run:
+        single, joined = arms(trial)
+        known = {"networks": trial.networks(), "judge": "annotator" if trial.judge is None else "reward", "arms": [*single, *joined]}
+        click.echo(json.dumps({**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1))
+        return
+    first, second = jobs(trial)
+    scores = pages.run([first], out, fresh=fresh)[SCORES]
+    last = second(scores)
+    findings = pages.run([last], out, fresh=fresh, quiet=True)
+    finding = findings[CURVES]
+    introduction = (
+        f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each point is the exact mean, over all "
+        "ways to draw n of them, of the judge's value of the one that the reward likes best."
+    )
+    page = write_page(out / "index.html", TITLE, introduction, [last], findings, finding.says)
+    click.echo("\n".join(finding.says))
+    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), figures/, data/")
+
