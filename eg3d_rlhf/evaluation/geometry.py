@@ -6,6 +6,7 @@ Letters: N latents, D, H, W grid points, V vertices, F faces, R pixels per edge.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import LoadedGenerator, camera
 from eg3d_rlhf.geometry.mesh import extract_mesh
+from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology
 from eg3d_rlhf.measures.views import MultiViewMeasures, lift, multi_view_measures, spec_for
 from training.gan import save_grid
@@ -29,17 +31,23 @@ VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}  # radians from frontal; sampl
 RESOLUTION = 96  # grid points per edge of the cube that meshes come from
 RIM_STEPS = 2  # grid steps from the cube's faces within which curvature is not taken: a body is cut and capped there
 LARGEST_CURVATURE = 2  # grid steps: a radius below this is not resolved, and counts as this
-VIEW_MEASURES = {
-    "depth disagreement": "share of the camera distance", "normal disagreement": "degrees", "photometric reprojection": "L1 of 0..2",
-}
-SURFACE_MEASURES = {
-    "mean |curvature|": "1/world unit", "components": "count", "holes": "handles and rims", "cavities": "count", "not watertight": "share",
-    "loose volume": "share",
-}
+VIEW_MEASURES = (  # of MultiViewMeasures
+    Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
+    Measure("normal disagreement", attrgetter("normal"), "lower", "degrees"),
+    Measure("photometric reprojection", attrgetter("photometric"), "lower", "L1 of 0..2"),
+)
+SURFACE_MEASURES = (  # of `mesh_values`
+    Measure("mean |curvature|", None, "lower", "1/world unit"), Measure("components", None, "lower", "count"),
+    Measure("holes", None, "lower", "handles and rims"), Measure("cavities", None, "lower", "count"),
+    Measure("not watertight", None, "lower", "share"), Measure("loose volume", None, "lower", "share"),
+)
 SIGMA_RESOLUTION = 64  # grid points per edge of the whole cube
 EDGES = np.concatenate([[0.0], np.logspace(-1, 4, 51)])  # raw density; values above the last edge count in the last bin
 LARGEST, POSITIVE, SOLID = "largest σ", "positive σ", "solid σ"
-SIGMA_MEASURES = {LARGEST: "raw density", POSITIVE: "share of the cube", SOLID: "share of the cube above the surface's level"}
+SIGMA_MEASURES = (  # of `sigma_values`
+    Measure(LARGEST, None, "", "raw density"), Measure(POSITIVE, None, "", "share of the cube"),
+    Measure(SOLID, None, "", "share of the cube above the surface's level"),
+)
 SHOWN = 8  # latents in the picture
 LOOK = RenderOptions(resolution=64, samples=32)  # pixels per edge; samples per ray in each of two passes
 OPACITY = 0.5  # accumulated opacity from which a pixel is valid
@@ -47,10 +55,10 @@ FACE = (-0.10, 0.10, -0.16, 0.18)  # x from, x to, y from, y to, as shares of th
 NOSE = (-0.05, 0.05, -0.10, 0.0)
 CHEEKS = ((-0.09, -0.035, -0.08, -0.025), (0.035, 0.09, -0.08, -0.025))
 LEAST_PIXELS = 8  # in a window below which its measure is missing
-DEPTH_MEASURES = {
-    "valid pixels": "share of the image", "depth range of the face": "world units", "face relief": "world units",
-    "nose prominence": "world units",
-}
+DEPTH_MEASURES = (  # of `measures`
+    Measure("valid pixels", None, "", "share of the image"), Measure("depth range of the face", None, "", "world units"),
+    Measure("face relief", None, "", "world units"), Measure("nose prominence", None, "", "world units"),
+)
 
 
 def jobs(c: Comparison) -> list[Job]:
@@ -72,17 +80,15 @@ def latents(c: Comparison) -> int:
 
 def view_consistency(c: Comparison, _folder: Path) -> Finding:
     """Depth and normal disagreement and photometric reprojection error of neighbouring views, per latent."""
-    seeds, values, compared = c.seeds(latents(c)), {}, []
-    for role, generator in c.generators().items():
-        found = view_measures(c, generator, seeds)
-        values[role] = dict(zip(VIEW_MEASURES, (found.depth, found.normal, found.photometric), strict=True))
-        compared.append(f"{role} {found.covisible.mean():.0%}")
+    seeds = c.seeds(latents(c))
+    seen = {role: view_measures(c, generator, seeds) for role, generator in c.generators().items()}
+    compared = [f"{role} {views.covisible.mean():.0%}" for role, views in seen.items()]
     meaning = (
         f"Pixels that two neighbouring views share were compared ({', '.join(compared)} of the foreground), at yaws {VIEWS['yaws']} "
         "radians. Views that agree show that depth, normals and colour belong to one shape, not that it is a good head: a smooth ball "
         "agrees too."
     )
-    return compare(c, seeds, values, VIEW_MEASURES, True, [meaning, *([NO_CONTROL] if c.control is None else [])])
+    return compare(c, seeds, seen, VIEW_MEASURES, [meaning, *([NO_CONTROL] if c.control is None else [])])
 
 
 def view_measures(
@@ -96,8 +102,8 @@ def view_measures(
 def surfaces(c: Comparison, _folder: Path) -> Finding:
     """Curvature, components, holes and cavities of the extracted meshes, per latent."""
     seeds = c.seeds(latents(c))
-    values = {role: surface_values(c, generator, seeds) for role, generator in c.generators().items()}
-    kept = [i for i in range(len(seeds)) if all(found[i] is not None for found in values.values())]
+    meshes = {role: surface_values(c, generator, seeds) for role, generator in c.generators().items()}
+    kept = [i for i in range(len(seeds)) if all(found[i] is not None for found in meshes.values())]
     lost = [seed for i, seed in enumerate(seeds) if i not in kept]
     notes = [
         f"Meshes are the surface at the generator's own level (σ = {c.before.generator.level:g}) on {RESOLUTION}³ points. Curvature is the "
@@ -108,10 +114,12 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
     if len(kept) < 2:
         why = "Fewer than two latents have a surface in every network, so nothing can be compared. Check the checkpoints, or raise --n."
         return Finding(facts=c.facts(seeds, ROLES), data={"measures": {}, "seeds": [], "absent": why}, says=[why, *notes])
-    measured = {role: [one for i in kept if (one := found[i]) is not None] for role, found in values.items()}
-    arrays = {role: {name: np.array([one[name] for one in found]) for name in SURFACE_MEASURES} for role, found in measured.items()}
+    columns = {
+        role: {m.name: np.array([mesh[m.name] for i in kept if (mesh := found[i]) is not None]) for m in SURFACE_MEASURES}
+        for role, found in meshes.items()
+    }
     notes += [NO_CONTROL] if c.control is None else []
-    return compare(c, [seeds[i] for i in kept], arrays, SURFACE_MEASURES, True, notes)
+    return compare(c, [seeds[i] for i in kept], columns, SURFACE_MEASURES, notes)
 
 
 @torch.no_grad()
@@ -157,7 +165,7 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
 def sigma_values(c: Comparison, generator: LoadedGenerator, seeds: range) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Counts [bins] of positive values over all samples, and SIGMA_MEASURES [N]."""
     spec, level = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION), generator.generator.level
-    counts, values = np.zeros(len(EDGES) - 1, dtype=np.int64), {name: list[np.ndarray]() for name in SIGMA_MEASURES}
+    counts, values = np.zeros(len(EDGES) - 1, dtype=np.int64), {m.name: list[np.ndarray]() for m in SIGMA_MEASURES}
     for field in c.fields(generator, seeds):
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
         counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]
@@ -258,7 +266,7 @@ def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     takes the roundness of a head out, so that a flat or a balloon-like face has none. Nose prominence: 98th percentile of z in the nose's
     window less the mean of the cheeks' 80th percentiles. Windows are fixed places of the cube where aligned heads have these parts.
     """
-    found = {name: np.full(len(maps.valid), np.nan) for name in DEPTH_MEASURES}
+    found = {m.name: np.full(len(maps.valid), np.nan) for m in DEPTH_MEASURES}
     found["valid pixels"] = maps.valid.mean(axis=(1, 2))
     for i, (points, valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
         face = points[valid & _window(points, FACE, bounds)]

@@ -3,7 +3,7 @@
 Letters: N images or latents, F features, R pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from eg3d_rlhf.generators import LoadedGenerator, camera, latents
 from eg3d_rlhf.measures import feature_sets, resampling
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_similarity import load_identity, load_lpips, psnr, ssim
+from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
@@ -36,7 +37,6 @@ NO_IDENTITY = (
     "Identity drift is left out: it needs a network that embeds faces, and none is bundled. Name one with --identity=FILE, a TorchScript "
     "file that maps images [N, 3, H, W] in [-1, 1] to embeddings [N, F]."
 )
-Pairwise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def jobs(c: Comparison) -> list[Job]:
@@ -202,19 +202,19 @@ def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: flo
     return torch.cat([images.float().clamp(-1, 1).cpu() for images in views(c, generator, seeds, yaw)])
 
 
-def _drift(c: Comparison, measures: dict[str, Pairwise], yaw: float, meaning: str, *missing: str) -> Finding:
+def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *missing: str) -> Finding:
     """Values per measure and pair of networks. 'other latent' pairs each image before with the next latent's."""
     seeds = c.seeds()
     images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
     first = images.pop("before").split(c.batch)
     images["other latent"] = torch.cat(first).roll(1, 0)
-    data, rows, says = {name: dict[str, list[float]]() for name in measures}, [], []
-    for name, measure in measures.items():
-        texts = {}
+    data, rows, says = {measure.name: dict[str, list[float]]() for measure in table}, [], []
+    for measure in table:
+        name, texts = measure.name, {}
         for role, other in images.items():
             pairs = zip(first, other.split(c.batch), strict=True)
-            values = torch.cat([measure(a.to(c.device), b.to(c.device)).cpu() for a, b in pairs]).double()
-            data[name][role], interval = values.tolist(), bootstrap_mean_interval(values.numpy())
+            values = np.concatenate([measure.values(a.to(c.device), b.to(c.device)) for a, b in pairs]).astype(np.float64)
+            data[name][role], interval = values.tolist(), bootstrap_mean_interval(values)
             rows.append({"measure": name, "against": role, **interval._asdict()})
             texts[role] = span(*interval, ".3f")
         beside = f"; control {texts['control']}" if "control" in texts else ""
@@ -225,15 +225,15 @@ def _drift(c: Comparison, measures: dict[str, Pairwise], yaw: float, meaning: st
 
 def appearance_drift(c: Comparison, _folder: Path) -> Finding:
     """PSNR, SSIM and, where weights are named, LPIPS between images of the same latent before and after."""
-    measures: dict[str, Pairwise] = {"PSNR, dB": psnr, "SSIM": ssim}
+    table = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
     if c.lpips is not None:
-        measures["LPIPS"] = load_lpips(c.lpips, c.device)
+        table.append(Measure("LPIPS", load_lpips(c.lpips, c.device), "lower", "distance"))
     missing = [*([NO_LPIPS] if c.lpips is None else []), *([NO_CONTROL] if c.control is None else [])]
     meaning = (
         "Drift is change, not harm: a better shape has to look different. The control says how much goes on without the reward; another "
         "latent says what no likeness at all looks like."
     )
-    return _drift(c, measures, YAW, meaning, *missing)
+    return _drift(c, table, YAW, meaning, *missing)
 
 
 def identity_drift(c: Comparison, _folder: Path) -> Finding:
@@ -241,7 +241,7 @@ def identity_drift(c: Comparison, _folder: Path) -> Finding:
     assert c.identity is not None  # the job is made where it is named
     embed = load_identity(c.identity, c.device)
     meaning = "What counts as identity is what this network was trained to tell apart; outside its domain the figure means little."
-    return _drift(c, {"cosine similarity": lambda a, b: (embed(a) * embed(b)).sum(dim=1)}, 0.0, meaning)
+    return _drift(c, [Measure("cosine similarity", lambda a, b: (embed(a) * embed(b)).sum(dim=1), "higher", "-1..1")], 0.0, meaning)
 
 
 def _panels(rows: list[dict], of: str, value: str = "mean", **look: Any):

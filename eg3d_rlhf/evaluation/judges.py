@@ -4,6 +4,8 @@ measures of geometry that share nothing with the annotator.
 Every change gets a verdict from its 95 % interval. Letters: N latents, K true heads.
 """
 
+from operator import attrgetter
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -15,12 +17,12 @@ from eg3d_rlhf.core.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
-from eg3d_rlhf.evaluation.paired import contains_zero
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures import shape_critic
 from eg3d_rlhf.measures.distances import FeatureStatistics, collect
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_metrics import real_batches
+from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.measures.resampling import frechet_change_interval
 from eg3d_rlhf.measures.shape_critic import maps_of
 from eg3d_rlhf.measures.surface import ALIKE, Relief, relief
@@ -36,18 +38,23 @@ FITTED = 20  # heads fitted together
 RELIEF_RESOLUTION = 64  # grid points per edge of the cube that relief is read from
 
 
-def verdict(lo: float, hi: float, higher_is_better: bool = False) -> str:
-    """'better', 'worse', or 'no clear change' where the interval lo..hi of a change contains 0."""
-    if contains_zero(lo, hi):
-        return "no clear change"
-    return "better" if (lo > 0) == higher_is_better else "worse"
+VIEWS = (  # of MultiViewMeasures
+    Measure("photometric reprojection error", attrgetter("photometric"), "lower", "L1 of 0..2"),
+    Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
+    Measure("normal disagreement (degrees)", attrgetter("normal"), "lower", "degrees"),
+)
+NEAREST = Measure("distance to the nearest head", attrgetter("distance"), "lower", "world units")
+CRITIC = Measure("shape critic", None, "higher", "logit that the shape is a true head")
+SHAPE_FRECHET = Measure("shape Fréchet", None, "lower", "squared distance of normal maps' features")
+FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' features")
 
 
-def measured(name: str, before: float, after: float, change: dict, higher_is_better: bool = False) -> dict:
+def measured(measure: Measure, before: float, after: float, change: dict) -> dict:
     """A line of `geometry` of the summary; `change` holds at least mean, mean_lo and mean_hi of after - before."""
-    better = after >= before if higher_is_better else after <= before
-    return {"name": name, "before": float(before), "after": float(after), "better": bool(better), "higher_is_better": higher_is_better,
-            "paired": change, "verdict": verdict(change["mean_lo"], change["mean_hi"], higher_is_better)}
+    upwards = measure.better == "higher"
+    better = after >= before if upwards else after <= before
+    return {"name": measure.name, "before": float(before), "after": float(after), "better": bool(better), "higher_is_better": upwards,
+            "paired": change, "verdict": measure.verdict(change["mean_lo"], change["mean_hi"])}
 
 
 def true_utilities(c: Comparison, calibration: Calibration) -> np.ndarray:
@@ -105,26 +112,23 @@ def frechet(c: Comparison) -> dict:
     }
     if min(FAKES, len(real_features)) > network.dim:  # an Inception's 2048 features ask for more images
         found = frechet_change_interval(fakes[0][1], fakes[1][1], real_features, RESAMPLES)
-        record |= {"frechet_change_ci95": [found.lo, found.hi], "frechet_verdict": verdict(found.lo, found.hi)}
+        record |= {"frechet_change_ci95": [found.lo, found.hi], "frechet_verdict": FRECHET.verdict(found.lo, found.hi)}
     return record
 
 
 def geometry(c: Comparison) -> dict:
     """Measures that the annotator never used; 'better' compares means, the verdict is that of the paired interval beside it."""
-    values: dict[str, list[np.ndarray]] = {}
+    values: dict[Measure, list[np.ndarray]] = {}
     with tqdm(total=(4 if c.synthetic else 2) * GEOMETRY.count, desc="independent geometry measures", unit="shape") as bar:
         for generator in (c.before, c.after):
-            found = view_measures(c, generator, GEOMETRY.all, bar.update)
-            measures = {
-                "photometric reprojection error": found.photometric, "depth disagreement": found.depth,
-                "normal disagreement (degrees)": found.normal,
-            }
+            views = view_measures(c, generator, GEOMETRY.all, bar.update)
+            found = {measure: measure.values(views) for measure in VIEWS}
             if c.synthetic:
                 fitted = nearest_head_measures(generator.generator, c.ws(generator, GEOMETRY.all), batch=FITTED, on_batch=bar.update)
-                measures["distance to the nearest head"] = fitted.distance
-            for name, value in measures.items():
-                values.setdefault(name, []).append(value)
-    rows = [measured(name, old.mean(), new.mean(), paired_summary(old, new)._asdict()) for name, (old, new) in values.items()]
+                found[NEAREST] = NEAREST.values(fitted)
+            for measure, value in found.items():
+                values.setdefault(measure, []).append(value)
+    rows = [measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()) for measure, (old, new) in values.items()]
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
 
 
@@ -151,8 +155,8 @@ def shapes(c: Comparison) -> dict:
     paired = {"mean": change.mean, "mean_lo": change.lo, "mean_hi": change.hi, "confidence": 0.95, "n": SHAPES.count, "n_true": len(true)}
     learnt = [fake["hash"] for fake in critic.record["fakes"]]
     return {"critic": learnt, "critic_knew_before": c.before.hash in learnt, "shapes_n": SHAPES.count, "shapes_psi": 1.0, "geometry": [
-        measured("shape critic", logits[0].mean(), logits[1].mean(), paired_summary(logits[0], logits[1])._asdict(), higher_is_better=True),
-        measured("shape Fréchet", distances[0], distances[1], paired),
+        measured(CRITIC, logits[0].mean(), logits[1].mean(), paired_summary(logits[0], logits[1])._asdict()),
+        measured(SHAPE_FRECHET, distances[0], distances[1], paired),
     ]}
 
 

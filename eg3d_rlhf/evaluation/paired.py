@@ -4,6 +4,7 @@ Letters: N latents.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding
+from eg3d_rlhf.measures.measure import Measure
 
 BOOTSTRAP = "95 % percentile bootstrap over latents, 10,000 resamples"
 NO_CONTROL = (
@@ -18,7 +20,6 @@ NO_CONTROL = (
     "train.py with the same flags, --seed among them, and --lambda-r=0."
 )
 ROLES = ("before", "after", "control")
-Values = Mapping[str, Mapping[str, np.ndarray]]  # role -> measure -> [N]; NaN where a latent has no such measure
 
 
 def span(value: float, lo: float, hi: float, form: str = "+.3f") -> str:
@@ -31,39 +32,56 @@ def contains_zero(lo: float, hi: float) -> bool:
     return lo <= 0 <= hi
 
 
-def compare(
-    c: Comparison, seeds: Sequence[int], values: Values, units: Mapping[str, str], lower_is_better: bool = False,
-    notes: Sequence[str] = (), **more,
-) -> Finding:
-    """Means and paired changes of every measure, over the latents that have it in all networks.
+def means_of(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """Mean with its interval by role (network, arm, region) of values [N]."""
+    return {role: bootstrap_mean_interval(v)._asdict() for role, v in values.items()}
 
-    Args: units: of the measures, in order; lower_is_better: for measures of faults; notes: sentences after those of the measures; more:
-        further entries of the finding's data.
-    """
-    measures = {}
-    for name, unit in units.items():
-        known = np.all([np.isfinite(v[name]) for v in values.values()], axis=0)
-        found = {role: np.asarray(v[name])[known] for role, v in values.items()}
-        later = {role: v for role, v in found.items() if role != "before"}
-        enough = known.sum() >= 2
-        measures[name] = {
-            "unit": unit, "n": int(known.sum()), "values": {role: v.tolist() for role, v in found.items()},
-            "means": {role: bootstrap_mean_interval(v)._asdict() for role, v in found.items()} if enough else {},
-            "paired": {role: paired_summary(found["before"], v)._asdict() for role, v in later.items()} if enough else {},
-        }
-    columns = {f"{name} {role}": v[name] for name in units for role, v in values.items()}
-    rows = [
+
+def means_of_columns(values: np.ndarray) -> list[dict]:
+    """Mean with its interval of every column of values [N, T]."""
+    return [bootstrap_mean_interval(column)._asdict() for column in values.T]
+
+
+def paired_of(values: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None) -> dict[str, dict]:
+    """Changes of the same items from the base to every other role, or to those of `roles`."""
+    return {role: paired_summary(values[base], v)._asdict() for role, v in values.items() if role != base and role in (roles or values)}
+
+
+def seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
+    """A table with a line for each seed; None where a value is not finite."""
+    return [
         {"seed": seed, **{name: float(column[i]) if np.isfinite(column[i]) else None for name, column in columns.items()}}
         for i, seed in enumerate(seeds)
     ]
+
+
+def compare(
+    c: Comparison, seeds: Sequence[int], seen: Mapping[str, Any], table: Sequence[Measure], notes: Sequence[str] = (), **more
+) -> Finding:
+    """The finding of a table of measures: means and paired changes of each, over the latents that have it in all networks.
+
+    Args: seen: by role, what the measures are of; notes: sentences after those of the measures; more: further entries of the data.
+    """
+    values = {measure: {role: measure.values(what) for role, what in seen.items()} for measure in table}
+    measures = {}
+    for measure, by_role in values.items():
+        known = np.isfinite(list(by_role.values())).all(axis=0)
+        kept = {role: v[known] for role, v in by_role.items()}
+        enough = known.sum() >= 2
+        measures[measure.name] = {
+            "unit": measure.unit, "n": int(known.sum()), "values": {role: v.tolist() for role, v in kept.items()},
+            "means": means_of(kept) if enough else {}, "paired": paired_of(kept) if enough else {},
+        }
+    columns = {f"{measure.name} {role}": v for measure, by_role in values.items() for role, v in by_role.items()}
     return Finding(
-        facts=c.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"), data={"measures": measures, "seeds": list(seeds), **more}, rows=rows,
-        says=[*(_sentence(name, entry, lower_is_better) for name, entry in measures.items()), *notes],
+        facts=c.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"), data={"measures": measures, "seeds": list(seeds), **more},
+        rows=seed_rows(seeds, columns), says=[*(_sentence(measure, measures[measure.name]) for measure in table), *notes],
     )
 
 
-def _sentence(name: str, entry: Mapping, lower_is_better: bool) -> str:
+def _sentence(measure: Measure, entry: Mapping) -> str:
     """Before, after, the paired change, and the control's."""
+    name = measure.name
     if not entry["paired"]:
         return f"{name}: not measured, since fewer than two latents have it in every network."
     means, change = entry["means"], entry["paired"]["after"]
@@ -71,8 +89,8 @@ def _sentence(name: str, entry: Mapping, lower_is_better: bool) -> str:
     if contains_zero(change["mean_lo"], change["mean_hi"]):
         meaning = ": no change" if change["mean_lo"] == change["mean_hi"] == 0 else ": no change is shown"
     else:
-        moved, judged = ("lower", "better") if change["mean_hi"] < 0 else ("higher", "worse")
-        meaning = f": {moved}, which is {judged}" if lower_is_better else ""
+        moved = "lower" if change["mean_hi"] < 0 else "higher"
+        meaning = f": {moved}, which is {measure.verdict(change['mean_lo'], change['mean_hi'])}" if measure.better else ""
     ends = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
     control = f"; control {shown['control']}" if "control" in shown else ""
     return f"{name} ({entry['unit']}): {ends}, paired {shown['after']}{meaning}{control}."
@@ -81,15 +99,11 @@ def _sentence(name: str, entry: Mapping, lower_is_better: bool) -> str:
 def plot_values(data: dict):
     """Every latent's value of each measure per network, joined by lines, and the means with their intervals."""
     count = len(data["measures"])
-    columns, rows = min(3, count), -(-count // 3)
-    drawn, axes = style.figure(columns=columns, rows=rows, size=(9.4, 2.9 * rows))
-    flat = list(np.atleast_1d(axes).ravel())
-    for axis in flat[count:]:
-        axis.set_axis_off()
-    for axis, (name, measure) in zip(flat, data["measures"].items(), strict=False):
+    drawn, axes = style.grid(count, 2.9)
+    for axis, (name, measure) in zip(axes, data["measures"].items(), strict=True):
         roles = list(measure["values"])
-        for one in zip(*measure["values"].values(), strict=True):
-            axis.plot(range(len(roles)), one, ".-", color=style.colour("noise"), linewidth=0.4, markersize=2.5, alpha=0.5)
+        for latent in zip(*measure["values"].values(), strict=True):
+            axis.plot(range(len(roles)), latent, ".-", color=style.colour("noise"), linewidth=0.4, markersize=2.5, alpha=0.5)
         for i, (role, mean) in enumerate(measure["means"].items()):
             style.interval(axis, i, mean, role, fmt="D", markersize=5, capsize=5)
         axis.set_xticks(range(len(roles)), roles)

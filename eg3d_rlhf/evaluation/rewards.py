@@ -17,7 +17,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, contains_zero, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, contains_zero, means_of_columns, paired_of, seed_rows, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
@@ -60,11 +60,9 @@ def shift(c: Comparison, _folder: Path) -> Finding:
     """Paired deltas with their mean and share positive; line of final against initial reward."""
     seeds = c.seeds()
     scores = {role: c.scores(generator, seeds).double().numpy() for role, generator in c.generators().items()}
-    later = {role: values for role, values in scores.items() if role != "before"}
-    paired = {role: statistics.paired_summary(scores["before"], values)._asdict() for role, values in later.items()}
-    lines = {role: statistics.fit_line(scores["before"], values)._asdict() for role, values in later.items()}
-    columns = {**scores, **{f"delta_{role}": values - scores["before"] for role, values in later.items()}}
-    rows = [{"seed": seed, **{name: float(column[i]) for name, column in columns.items()}} for i, seed in enumerate(seeds)]
+    paired = paired_of(scores)
+    lines = {role: statistics.fit_line(scores["before"], scores[role])._asdict() for role in paired}
+    rows = seed_rows(seeds, {**scores, **{f"delta_{role}": scores[role] - scores["before"] for role in paired}})
     data = {"scores": {role: values.tolist() for role, values in scores.items()}, "paired": paired, "lines": lines}
     facts = c.facts(seeds, ("before", "after", "control", "reward"), f"mean: {BOOTSTRAP}; share: Wilson; {statistics.LINE_INTERVAL}")
     return Finding(facts=facts, data=data, rows=rows, says=_shift_says(paired, lines))
@@ -146,7 +144,7 @@ def trajectories(c: Comparison, _folder: Path) -> Finding:
             continue
         times = np.array([0.0, *(kimg for kimg, _ in kept)])
         values = np.stack([start, *(c.scores(c.load(path), seeds).double().numpy() for _, path in kept)], axis=1)  # [N, T]
-        steps = [bootstrap_mean_interval(column)._asdict() for column in values.T]
+        steps = means_of_columns(values)
         roles[role] = {"kimg": times.tolist(), "values": values.tolist(), "means": steps, **slope_summary(times, values)}
         rows += [{"role": role, "kimg": float(t), **step} for t, step in zip(times, steps, strict=True)]
     interval = f"range of the middle 95 % of latents' least-squares slopes; mean slope: {BOOTSTRAP}"
@@ -329,7 +327,7 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     curves, rows = {}, []
     for name, column in columns.items():
         deviation = float(column[:, 0].std(ddof=1)) or 1.0
-        steps = [bootstrap_mean_interval((column[:, t] - column[:, 0]) / deviation)._asdict() for t in range(len(networks))]
+        steps = means_of_columns((column - column[:, :1]) / deviation)
         at = None if name == PROXY else divergence(columns[PROXY], column)
         curves[name] = {"steps": steps, "deviation": deviation, "divergence": at}
         rows += [

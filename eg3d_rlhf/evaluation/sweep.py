@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
-from eg3d_rlhf.core.statistics import bootstrap_mean_interval, t_mean_interval
+from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation import images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, means_of
 from eg3d_rlhf.evaluation.trainings import Part, make
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file, write_page
@@ -124,7 +124,7 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
     if c.synthetic:
         values[JUDGE] = rewards.judged(c, sigma) - _kept(c, "judge", lambda: rewards.judged(c, start))
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
-    steps = {name: bootstrap_mean_interval(v)._asdict() for name, v in values.items()}
+    steps = means_of(values)
     if c.data:
         network = load_features(c.inception, c.device)
         real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))

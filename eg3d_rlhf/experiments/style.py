@@ -47,6 +47,18 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
     return drawn, drawn.subplots(rows, columns)
 
 
+def grid(count: int, height: float):
+    """(figure, [axes]) of `count` plots, three in a row of this height in inches."""
+    import numpy as np
+
+    rows = -(-count // 3)
+    drawn, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
+    flat = list(np.atleast_1d(axes).ravel())
+    for axis in flat[count:]:
+        axis.set_axis_off()
+    return drawn, flat[:count]
+
+
 def plot(legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels):
     """Make `draw(axes, data)` a plot of a finding's data on one pair of axes. Args: legend: its font size, None for none; size: inches."""
 

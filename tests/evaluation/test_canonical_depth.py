@@ -42,7 +42,7 @@ def test_measures_scale_with_the_cube():
 
 def test_a_missing_face_is_missing():
     found = measures(face(valid=np.zeros((80, 80), bool)), Bounds())
-    assert found["valid pixels"][0] == 0 and all(np.isnan(found[name][0]) for name in list(geometry.DEPTH_MEASURES)[1:])
+    assert found["valid pixels"][0] == 0 and all(np.isnan(found[name][0]) for name in list(found)[1:])
 
 
 def test_change_leaves_pixels_out_that_few_latents_hit():

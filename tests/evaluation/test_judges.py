@@ -8,8 +8,9 @@ from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import judges
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.judges import gap_closed, measured, verdict
+from eg3d_rlhf.evaluation.judges import gap_closed, measured
 from eg3d_rlhf.measures import shape_critic
+from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.measures.shape_critic import FEATURES, MapNet, ShapeCritic, true_maps
 from eg3d_rlhf.measures.true_heads import head_distances, ramped, true_shapes
 from tests.evaluation.comparisons import Bodies, replaced
@@ -17,16 +18,17 @@ from training.heads.family import SHAPE_COUNT
 
 
 @pytest.mark.parametrize(
-    ("ends", "higher", "expected"),
+    ("ends", "way", "expected"),
     [
-        ((0.1, 0.2), False, "worse"), ((0.1, 0.2), True, "better"), ((-0.2, -0.1), False, "better"), ((-0.2, -0.1), True, "worse"),
-        ((-0.1, 0.2), False, "no clear change"), ((0.0, 0.2), True, "no clear change"), ((0.0, 0.0), False, "no clear change"),
+        ((0.1, 0.2), "lower", "worse"), ((0.1, 0.2), "higher", "better"), ((-0.2, -0.1), "lower", "better"),
+        ((-0.2, -0.1), "higher", "worse"), ((-0.1, 0.2), "lower", "no clear change"), ((0.0, 0.2), "higher", "no clear change"),
+        ((0.0, 0.0), "lower", "no clear change"),
     ],
 )
-def test_verdicts_follow_the_interval_and_the_direction(ends, higher, expected):
-    assert verdict(*ends, higher) == expected
-    row = measured("x", 1.0, 1.0 + sum(ends) / 2, {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}, higher)
-    assert row["verdict"] == expected and row["better"] is ((sum(ends) >= 0) if higher else (sum(ends) <= 0))
+def test_verdicts_follow_the_interval_and_the_direction(ends, way, expected):
+    change = {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}
+    row = measured(Measure("x", None, way, "1"), 1.0, 1.0 + sum(ends) / 2, change)
+    assert row["verdict"] == expected and row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
 
 
 def test_the_way_to_true_heads():

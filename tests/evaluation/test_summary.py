@@ -6,6 +6,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.judges import measured
 from eg3d_rlhf.evaluation.summary import rows
 from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.measures.measure import Measure
 
 RECORD = {
     "reward_before": {"mean": 0.0, "std": 1.0}, "reward_after": {"mean": 2.0, "std": 1.0}, "reward_delta_positive": 97,
@@ -16,8 +17,8 @@ RECORD = {
     "frechet_ratio": 1.1, "frechet_verdict": "worse", "utility_before": 0.5, "utility_after": 0.7, "utility_true": 0.9,
     "utility_true_n": 32, "gap_closed": 0.5, "gap_closed_ci95": [0.45, 0.56], "relief_n": 100, "relief_least": 0.9,
     "relief_share_before": 0.3, "relief_share_after": 0.6, "relief_detail_share_before": 0.0, "relief_detail_share_after": 0.1,
-    "geometry": [measured("depth", 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}),
-                 measured("critic", 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}, higher_is_better=True)],
+    "geometry": [measured(Measure("depth", None, "lower", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}),
+                 measured(Measure("critic", None, "higher", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5})],
 }
 
 

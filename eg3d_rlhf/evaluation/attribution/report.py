@@ -18,7 +18,7 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.attribution.regions import BACKGROUND, OTHER, Partition
 from eg3d_rlhf.evaluation.attribution.shapley import BOUND, agreement, rank_correlation
 from eg3d_rlhf.evaluation.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, Study
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, means_of_columns, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import ColouredMesh, Finding, Job, Layer, identity_of_file, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
@@ -264,7 +264,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     """Shapley values per latent and region, their means with intervals, and the efficiency gaps."""
     found, names, c = study.shapley, study.names, study.c
     values = np.stack([a.values for a in found])
-    means = [bootstrap_mean_interval(column)._asdict() for column in values.T]
+    means = means_of_columns(values)
     rows = [
         {"seed": seed, "region": name, "value": float(a.values[i]), "standard_error": None if a.errors is None else float(a.errors[i]),
          "difference": a.difference, "gap": a.gap}
@@ -313,7 +313,7 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
 def methods(study: Study, folder: Path) -> Finding:
     """Mean attribution by four methods, completeness of the integral, and rank correlations between methods."""
     found, names, c = study.methods, study.names, study.c
-    means = {method: [bootstrap_mean_interval(column)._asdict() for column in values.T] for method, values in found.items()}
+    means = {method: means_of_columns(values) for method, values in found.items()}
     pairs = agreement(found)
     rows = [
         {"seed": seed, "region": name, **{method: float(values[n, i]) for method, values in found.items()}}

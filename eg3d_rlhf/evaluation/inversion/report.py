@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary
 from eg3d_rlhf.evaluation.inversion.run import KIND, Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, turned
-from eg3d_rlhf.evaluation.paired import span
+from eg3d_rlhf.evaluation.paired import means_of, paired_of, span
 from eg3d_rlhf.evaluation.pictures import Side, colours
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
@@ -119,6 +118,7 @@ def strip_of(inversions: Inversions, case: Case) -> Path:
 
 TITLE = "Inversion with a reward"
 INTERVAL = "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for few targets"
+BY_NAME = {measure.name: measure for measure in MEASURES}
 KNEE = 0.5  # dB that the target's own view may lose
 
 
@@ -134,15 +134,11 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
     names, base = [f"{weight:g}" for weight in weights], f"{weights[0]:g}"
     arms = list(dict.fromkeys(record["arm"] for record in records))
     table: dict[str, dict] = {}
-    for measure in MEASURES:
-        values = {arm: [r[measure] for r in records if r["arm"] == arm and measure in r] for arm in arms}
-        values = {arm: found for arm, found in values.items() if found}
-        if not values:
-            continue
-        table[measure] = {
-            "means": {arm: bootstrap_mean_interval(found)._asdict() for arm, found in values.items()},
-            "paired": {arm: paired_summary(values[base], values[arm])._asdict() for arm in names if arm != base and arm in values},
-        }
+    for name in (measure.name for measure in MEASURES):
+        values = {arm: np.array([r[name] for r in records if r["arm"] == arm and name in r]) for arm in arms}
+        values = {arm: known for arm, known in values.items() if len(known)}
+        if values:
+            table[name] = {"means": means_of(values), "paired": paired_of(values, base, names)}
     return {"base": base, "weights": list(weights), "measures": table, **verdicts(table, names, base)}
 
 
@@ -189,7 +185,7 @@ def measure_sentences(summary: Mapping) -> list[str]:
     says, base = [], summary["base"]
     for name, entry in summary["measures"].items():
         ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
-        says.append(f"{name} ({MEASURES[name][0]}): {entry['means'][base]['mean']:.4g} at λ {base}; change at {ends or 'no other'}.")
+        says.append(f"{name} ({BY_NAME[name].unit}): {entry['means'][base]['mean']:.4g} at λ {base}; change at {ends or 'no other'}.")
     return [*says, "In the figures, dashed: the truth; dotted: the latent before the second stage; a cross: over-optimised."]
 
 
@@ -251,18 +247,10 @@ def jobs(inversions: Inversions) -> list[Job]:
     ]
 
 
-def _grid(count: int):
-    drawn, axes = style.figure(columns=min(3, count), rows=-(-count // 3), size=(9.4, 2.7 * -(-count // 3)))
-    flat = list(np.atleast_1d(axes).ravel())
-    for axis in flat[count:]:
-        axis.set_axis_off()
-    return drawn, flat[:count]
-
-
 def plot_means(data: dict):
     """Every measure over the weight, with intervals; dashed: the truth, dotted: before the second stage."""
     names = [f"{weight:g}" for weight in data["weights"]]
-    drawn, axes = _grid(len(data["measures"]))
+    drawn, axes = style.grid(len(data["measures"]), 2.7)
     for axis, (measure, entry) in zip(axes, data["measures"].items(), strict=True):
         means = entry["means"]
         style.band(axis, range(len(names)), [means[name] for name in names], style.colour("after"), "weights")
@@ -272,14 +260,14 @@ def plot_means(data: dict):
         for name in data["over_optimised"] if measure == "judge" else ():
             axis.plot([names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9)
         axis.set_xticks(range(len(names)), names)
-        axis.set(title=f"{measure} ({'higher' if MEASURES[measure][1] else 'lower'} is better)", xlabel="weight of the reward")
+        axis.set(title=f"{measure} ({BY_NAME[measure].better} is better)", xlabel="weight of the reward")
     return drawn
 
 
 def plot_changes(data: dict):
     """Paired changes against weight 0, with intervals."""
     entries = {name: entry["paired"] for name, entry in data["measures"].items() if entry["paired"]}
-    drawn, axes = _grid(len(entries))
+    drawn, axes = style.grid(len(entries), 2.7)
     for axis, (measure, paired) in zip(axes, entries.items(), strict=True):
         for i, row in enumerate(paired.values()):
             error = style.errors(row, lo="mean_lo", hi="mean_hi")

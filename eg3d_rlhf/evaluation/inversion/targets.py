@@ -20,6 +20,7 @@ from eg3d_rlhf.evaluation.inversion.projector import Objective, Target, cube_of,
 from eg3d_rlhf.generators import Generator, device_of, ws_of_seeds
 from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.measures.image_similarity import psnr
+from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.watch import annotator_calibration
@@ -122,13 +123,16 @@ def parse_camera(generator: Generator, text: str | None) -> Tensor:
 # How good an inversion is: against its image, against the truth where that is known, and by rewards and judges.
 
 
-MEASURES = {  # name -> unit, whether higher is better
-    "psnr": ("dB at the target's camera", True), "psnr_side": ("dB, mean of the held-out views", True),
-    "perceptual": ("feature distance at the target's camera", False), "perceptual_side": ("feature distance, held-out views", False),
-    "depth": ("mean depth error at the target's camera, world units", False), "depth_side": ("mean depth error, held-out views", False),
-    "reward": ("score", True), "judge": ("judge's value", True), "moved": ("mean |change of density| from the pivot", False),
-    "mse": ("final mean squared error as optimised", False),
-}
+MEASURES = (  # of `measure`
+    Measure("psnr", None, "higher", "dB at the target's camera"), Measure("psnr_side", None, "higher", "dB, mean of the held-out views"),
+    Measure("perceptual", None, "lower", "feature distance at the target's camera"),
+    Measure("perceptual_side", None, "lower", "feature distance, held-out views"),
+    Measure("depth", None, "lower", "mean depth error at the target's camera, world units"),
+    Measure("depth_side", None, "lower", "mean depth error, held-out views"),
+    Measure("reward", None, "higher", "score"), Measure("judge", None, "higher", "judge's value"),
+    Measure("moved", None, "lower", "mean |change of density| from the pivot"),
+    Measure("mse", None, "lower", "final mean squared error as optimised"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

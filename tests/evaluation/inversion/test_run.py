@@ -18,7 +18,7 @@ from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion import run as running
 from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
 from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, legs
-from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Judges, measure, parse_camera, turned
+from eg3d_rlhf.evaluation.inversion.targets import Judges, measure, parse_camera, turned
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.observations import SigmaSlab
@@ -100,7 +100,7 @@ def test_what_is_measured(setup, tmp_path):
     records = inversions.records()
     assert [(r["target"], r["arm"]) for r in records] == [(t, a) for t in ("seed5", "seed6") for a in ("truth", "w", "0", "0.3")]
     last = records[-1]
-    assert set(last) == {"target", "arm", *MEASURES} - {"judge"} and set(records[0]) == {"target", "arm", "reward"}
+    assert set(last) == {"target", "arm", *report.BY_NAME} - {"judge"} and set(records[0]) == {"target", "arm", "reward"}
     assert last["moved"] > 0 and records[1]["moved"] == 0
     summary = report.summarise(records, [0.0, 0.3])
     change = summary["measures"]["psnr"]["paired"]["0.3"]["mean"]
