@@ -15,10 +15,10 @@ from statistics import median
 
 import torch
 from torch.utils.benchmark.utils.timer import timer
-from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.rows import FAST, PATHS, REFERENCE, Agreement, Case, DisagreementError, Outcome, Row, check, compare
+from training.progress import tqdm
 
 LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
 MOST_ROUNDS = 11

@@ -6,6 +6,7 @@ field and then the pictures of the heads that latents name.
 
 sigma* = clamp(LEVEL - slope * sdf, OUTSIDE, INSIDE), slope = (INSIDE - LEVEL) / edge, so that the level set of the target is the head's
 surface whatever the edge; colour* is the shaded one of the rendered images, near the surface. x, x* in 0..1 are G's picture and the head's
+from training.progress import tqdm
 from the same camera. With a weight w the pictures' density is held: they teach colour alone (no gradient of a picture reaches the density),
 and sigma_0 is the density of the network that the stage began with, asked near its surface and anywhere. So pictures can be made right over
 whatever shape there is. Step sizes fall along a cosine to a fiftieth.
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import ndtr
-from tqdm import tqdm
 
 from training.config import GanConfig
 from training.gan_phases import Batch, schedule

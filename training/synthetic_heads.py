@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from tqdm import tqdm
 
 from training.dataset import in_order
 from training.dataset_convert import ZIP_DATE, png
 from training.heads.family import draw_parameters
 from training.heads.render import BACKGROUNDS, render_heads
+from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at, pack_label
 
 PREFIX = "synthetic:"

@@ -17,7 +17,6 @@ import click
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from tqdm import tqdm
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option
@@ -36,6 +35,7 @@ from eg3d_rlhf.rewards.observations import Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration
+from training.progress import tqdm
 
 # The maths: exact expectations of the best of n by one measure, valued by another, their intervals, and the law that they follow.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
@@ -24,6 +23,7 @@ from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import Finding, Job, data_uri, points_section, write_page
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
+from training.progress import tqdm
 
 MAP, APART, SHAPES = "feature-map", "separability", "feature-shapes"
 TITLE = "What the reward sees before and after tuning"

@@ -8,7 +8,6 @@ from operator import attrgetter
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.field import Bounds, Field
 from eg3d_rlhf.core.seeds import GEOMETRY, IMAGES, JUDGE, SHAPES
@@ -29,6 +28,7 @@ from eg3d_rlhf.measures.surface import ALIKE, Relief, relief
 from eg3d_rlhf.measures.true_heads import RAMPS, head_distances, nearest_head_measures, ramped, true_shapes
 from eg3d_rlhf.preferences.annotator import Calibration, utility
 from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, annotator_calibration, utilities
+from training.progress import tqdm
 
 FAKES = 1600  # images per Fréchet distance
 TRUE_HEADS = 32  # whose utility says how far there is to go

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eg3d_rlhf.core.field import Field, RenderOptions, render_each
 from eg3d_rlhf.core.seeds import JUDGE
@@ -29,6 +28,7 @@ from training.dataset import ImageFolderDataset
 from training.heads.family import APPEARANCE_NAMES
 from training.heads.render import cone_starts, march, pixel_rays, render_heads, shade, union_field
 from training.heads.sdf import head_geometry
+from training.progress import tqdm
 from training.rendering.cameras import unpack_label
 from training.storage import write_atomic
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import numpy as np
-from tqdm import tqdm
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
@@ -34,6 +33,7 @@ from eg3d_rlhf.generators import LoadedGenerator, find_network
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
 from eg3d_rlhf.tuning.gan.phase import density_l1
+from training.progress import tqdm
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"

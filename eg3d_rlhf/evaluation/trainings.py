@@ -125,8 +125,9 @@ class _Child:
         self.known, self.started = known, time.time()
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})}
         with (part.folder / LOG).open("ab") as log:
-            output = {"stdout": log, "stderr": subprocess.STDOUT} if self.quiet else {}
-            self.process = subprocess.Popen([sys.executable, str(REPO / command[0]), *command[1:]], env=environment, **output)
+            output, errors = (log, subprocess.STDOUT) if self.quiet else (None, None)
+            words = [sys.executable, str(REPO / command[0]), *command[1:]]
+            self.process = subprocess.Popen(words, env=environment, stdout=output, stderr=errors)
 
     def ended(self) -> bool:
         """Whether it has ended; its cost is then kept.

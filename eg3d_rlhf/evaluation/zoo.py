@@ -13,7 +13,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
@@ -31,6 +30,7 @@ from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.run import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
+from training.progress import tqdm
 from training.storage import write_atomic
 
 PICTURE = "zoo.png"

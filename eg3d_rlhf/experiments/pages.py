@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import style
+from training.progress import tqdm
 from training.storage import write_atomic
 
 

@@ -27,12 +27,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import file_hash, versions
 from eg3d_rlhf.experiments.process import StopRequest, run_lock
 from training import checkpoint, storage
 from training.distributed import SINGLE, Ranks, launch_identity
+from training.progress import tqdm
 
 OPTIONS, STATS, TIMING = "training_options.json", "stats.jsonl", "timing.jsonl"
 _NUMBERED = re.compile(r"(\d{5})-(.*)")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, naming, option, options_of
@@ -32,6 +31,7 @@ from eg3d_rlhf.tuning.distill.priors.tiny_unet import train as train_prior
 from eg3d_rlhf.tuning.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base
 from eg3d_rlhf.tuning.flow.toy.judges import RewardTraining, train_reward
 from eg3d_rlhf.tuning.flow.toy.pipeline import STRUCTURE, VOXELS
+from training.progress import tqdm
 from training.storage import write_atomic
 from training.synthetic_heads import load_truth, resolve_dataset
 

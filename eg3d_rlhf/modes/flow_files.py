@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, together
 from eg3d_rlhf.models.policies import META, tuned_model
@@ -29,6 +28,7 @@ from eg3d_rlhf.tuning.flow.ranking import (
     write_latents,
 )
 from eg3d_rlhf.tuning.flow.stage import CONVENTION
+from training.progress import tqdm
 
 FOLDER, ANY = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path)
 PICTURES = (".png", ".webp")

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from eg3d_rlhf.core.cli import choose_device, naming
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run, claim, next_free, recorded
@@ -37,6 +35,7 @@ from training import checkpoint
 from training.distributed import SINGLE, Ranks
 from training.gan import check_fit
 from training.phases import derive_seed
+from training.progress import tqdm
 
 PSI = 1.0  # truncation of the shapes that are labelled
 SUMMARY = "summary.json"

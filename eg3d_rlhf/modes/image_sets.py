@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
@@ -18,6 +17,7 @@ from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
 from training.dataset import ImageFiles, ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
+from training.progress import tqdm
 from training.synthetic_heads import resolve_dataset
 
 BUNDLED_DATA = "synthetic:heads64"

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.evaluation.flags import shared

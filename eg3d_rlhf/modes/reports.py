@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
@@ -28,6 +27,7 @@ from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
+from training.progress import tqdm
 from training.storage import write_atomic
 
 

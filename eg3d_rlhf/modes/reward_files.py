@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.core.seeds import SCALES
@@ -18,6 +17,7 @@ from eg3d_rlhf.rewards.ensembles import CHOICES
 from eg3d_rlhf.rewards.join import join as joined
 from eg3d_rlhf.rewards.release import WEIGHTS, compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
+from training.progress import tqdm
 
 _written = option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True,
                   help="Reward to write (.safetensors; its description is written beside it as .json).")

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
 from eg3d_rlhf.core.field import RenderOptions
@@ -31,6 +30,7 @@ from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, writ
 from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, check_mesh_suffix, export_mesh, save_shape, shape_suffix
 from training.dataset import ImageFolderDataset
+from training.progress import tqdm
 from training.storage import write_atomic
 from training.synthetic_heads import resolve_dataset
 

@@ -9,7 +9,6 @@ import click
 import torch
 from PIL import Image
 from safetensors.torch import save
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.models.lora import merge_rounding, merged_state
@@ -32,6 +31,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.pair_import import STANDS, Imported,
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.problem import file_hashes, hash_of
 from eg3d_rlhf.tuning.flow.ranking import RANKING, SCHEMES, judged_option, votes_of
+from training.progress import tqdm
 from training.storage import write_atomic
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.evaluation.inversion.run import KIND, Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, turned
@@ -28,6 +27,7 @@ from eg3d_rlhf.experiments.run import STATS
 from eg3d_rlhf.generators import Generator, load_generator
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
 from training import storage
+from training.progress import tqdm
 
 # What an inversion looks like: a strip of the target and of every weight, in colour and as a shape; an orbit; a mesh for every weight.
 

@@ -14,11 +14,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.core.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
+from training.progress import tqdm
 
 FFHQ_FOV = 18.837  # degrees over the image's diagonal
 CAMERAS: dict[str, dict[str, Any]] = {  # by data set: pivot in world units, field of view in degrees

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.field import RenderOptions, render_each
 from eg3d_rlhf.experiments import pages, style
@@ -30,6 +29,7 @@ from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.methods import of_arm
 from eg3d_rlhf.tuning.distill.parts import ASSETS, PARTS, Part
 from eg3d_rlhf.tuning.distill.scene import Scene
+from training.progress import tqdm
 from training.storage import write_atomic
 
 CELL, FRAMES, FPS = 176, 24, 8  # least pixels per cell, frames of a turn, frames per second

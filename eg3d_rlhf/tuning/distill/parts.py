@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import StoppedError
@@ -24,6 +23,7 @@ from eg3d_rlhf.tuning.distill.loop import Distillation, shown, signs
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training import checkpoint
 from training.distributed import Ranks
+from training.progress import tqdm
 
 PARTS, RESULT, ASSETS = "parts", "result.json", "assets.safetensors"
 FREE = ("loop.checkpoint_ticks",)  # settings that a resumed run may change

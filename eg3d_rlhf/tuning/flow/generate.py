@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, mean_per_sample, spread, with_feats
 from eg3d_rlhf.tuning.flow.conditions import Condition, expanded, rows, tensor_of, to_device
 from eg3d_rlhf.tuning.flow.stage import Asset, AssetReward, FlowPath, FlowStage, Pipeline, Sampling, Voxels, stage_of
 from training.phases import derive_seed
+from training.progress import tqdm
 
 
 def times(sampling: Sampling) -> list[float]:

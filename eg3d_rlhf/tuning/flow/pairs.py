@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.sparse import Latent, NamedSample, SparseSample, feats_of, latent_of, parts_of
 from eg3d_rlhf.tuning.flow.stage import FlowStage
+from training.progress import tqdm
 from training.storage import read_tensors, write_atomic, write_tensors
 
 SOURCES = ("human", "loop")

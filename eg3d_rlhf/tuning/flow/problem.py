@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.sparse import Latent, SparseSample, feats_of
@@ -24,6 +23,7 @@ from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash, read_pairs
 from eg3d_rlhf.tuning.flow.stage import CONVENTION, AssetReward, Pipeline, stage_of
 from training.config import check_knobs, knob
 from training.phases import derive_seed
+from training.progress import tqdm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import tuned_model, with_models
@@ -26,6 +25,7 @@ from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
+from training.progress import tqdm
 
 Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
 

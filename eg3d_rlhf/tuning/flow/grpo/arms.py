@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import separate, to_cpu
@@ -29,6 +28,7 @@ from eg3d_rlhf.tuning.flow.train import StageResult
 from eg3d_rlhf.tuning.flow.train_pairs import Order, TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
+from training.progress import tqdm
 
 ARMS = {
     "grpo": "GRPO",

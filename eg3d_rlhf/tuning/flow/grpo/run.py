@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import versions
 from eg3d_rlhf.experiments.pool import run_tasks
@@ -26,6 +25,7 @@ from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, placed
 from eg3d_rlhf.tuning.flow.problem import Problem, judged, open_problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from training.distributed import SINGLE, Ranks
+from training.progress import tqdm
 from training.storage import write_atomic
 
 SCORES = "scores.json"

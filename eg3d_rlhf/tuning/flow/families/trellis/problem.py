@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.models.sparse import SparseBatch
@@ -26,6 +25,7 @@ from eg3d_rlhf.tuning.flow.families.trellis.pair_import import normalization
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Problem, conditions_beside, folder_problem, hash_of, pair_folders
+from training.progress import tqdm
 
 
 def trellis_problem(

@@ -1,0 +1,41 @@
+"""A bar in a log leaves one line when it ends, or none; on a terminal it is the library's."""
+
+import io
+
+import pytest
+
+from training.progress import tqdm
+
+
+class Terminal(io.StringIO):
+    """A file that says it is one."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"desc": "surfaces", "unit": "head"}, "surfaces: 300 heads in 00:00\n"), ({"total": 400}, "done: 300 of 400 in 00:00\n"),
+     ({"leave": False}, ""), ({"disable": True}, ""), ({"disable": None}, "")],
+)
+def test_one_line_in_a_log(options, text):
+    file = io.StringIO()
+    with tqdm(file=file, mininterval=0, **{"unit": "it", **options}) as bar:
+        for _ in range(300):
+            bar.update()
+        bar.close()  # twice is once
+    assert file.getvalue() == text
+
+
+def test_a_bar_within_a_bar_leaves_nothing():
+    file = io.StringIO()
+    for _ in tqdm(range(2), desc="outer", unit="round", file=file):
+        list(tqdm(range(3), leave=None, file=file))
+    assert file.getvalue() == "outer: 2 rounds in 00:00\n"
+
+
+def test_a_terminal_shows_every_step():
+    file = Terminal()
+    list(tqdm(range(3), file=file, mininterval=0))
+    assert file.getvalue().count("\r") >= 4 and "3/3" in file.getvalue()
