@@ -6,7 +6,6 @@ field and then the pictures of the heads that latents name.
 
 sigma* = clamp(LEVEL - slope * sdf, OUTSIDE, INSIDE), slope = (INSIDE - LEVEL) / edge, so that the level set of the target is the head's
 surface whatever the edge; colour* is the shaded one of the rendered images, near the surface. x, x* in 0..1 are G's picture and the head's
-from training.progress import tqdm
 from the same camera. With a weight w the pictures' density is held: they teach colour alone (no gradient of a picture reaches the density),
 and sigma_0 is the density of the network that the stage began with, asked near its surface and anywhere. So pictures can be made right over
 whatever shape there is. Step sizes fall along a cosine to a fiftieth.
@@ -30,6 +29,7 @@ from training.heads.family import APPEARANCE_NAMES, draw_parameters
 from training.heads.render import render_heads, shade, union_field
 from training.heads.sdf import head_geometry
 from training.phases import Loss, Phase
+from training.progress import tqdm
 from training.rendering.renderer import DETACHED
 
 # Density and colour of heads, at points

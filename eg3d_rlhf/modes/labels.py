@@ -16,6 +16,7 @@ from eg3d_rlhf.preferences.elo import elo as ratings
 from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 from eg3d_rlhf.preferences.unpaired import write_unpaired
+from training.progress import tqdm
 from training.storage import write_atomic
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 import torch
-from tqdm import tqdm
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.experiments.process import StoppedError
@@ -19,6 +18,7 @@ from eg3d_rlhf.rewards.networks import preset as find_preset
 from eg3d_rlhf.rewards.run import BUNDLED_LABELS, Listener, RewardRun, run_reward_training
 from eg3d_rlhf.rewards.train import default_options, with_changes
 from training.distributed import process_group
+from training.progress import tqdm
 
 BY_PRESET = "by preset"
 STORE = "Labels of a store"

@@ -62,8 +62,8 @@ def test_without_snapshots_before_and_after_are_shown(unchanged, tmp_path):
 )
 def test_independence_of_the_second_reward(tiny_comparison, first, second, text):
     reward = tiny_comparison.reward
-    rewards = {"reward": Reward(reward.observation, reward.network, first), "held_out": Reward(reward.observation, reward.network, second)}
-    c = Comparison(**{**vars(tiny_comparison), **rewards, "held_out_hash": "hash"})
+    pair = {"reward": Reward(reward.observation, reward.network, first), "held_out": Reward(reward.observation, reward.network, second)}
+    c = Comparison(**{**vars(tiny_comparison), **pair, "held_out_hash": "hash"})
     assert text in rewards.independence(c)
 
 

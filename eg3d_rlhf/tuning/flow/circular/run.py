@@ -26,6 +26,7 @@ from eg3d_rlhf.tuning.flow.circular.settings import CircularRun
 from eg3d_rlhf.tuning.flow.circular.table import ALL, BASE, LOOP, PEOPLE, SUPERVISED, AblationPlan, Group
 from eg3d_rlhf.tuning.flow.problem import Problem, open_problem
 from training.distributed import leave
+from training.progress import tqdm
 
 RESULT = "result.json"
 
