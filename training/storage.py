@@ -1,16 +1,19 @@
 """One file for tensors and their description: safetensors with JSON in its header, written atomically, read without running anything."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import torch
-from safetensors.torch import save
+
+if TYPE_CHECKING:
+    import torch  # what reads descriptions and writes files alone does not wait for it
 
 HEADER_KEY = "eg3d_rlhf"
 CHECKSUM_KEY = "sha256"
@@ -54,6 +57,8 @@ def remove_temporaries(folder: Path) -> None:
 
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Save tensors and a JSON-able description as one file of the given kind ('network', 'checkpoint', 'reward', ...)."""
+    from safetensors.torch import save
+
     plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses shared storage
     content = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
     described = json.dumps({**content, CHECKSUM_KEY: checksum(plain, content)}, sort_keys=True)
@@ -62,6 +67,8 @@ def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor],
 
 def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
     """SHA-256 over a JSON-able description and the names, shapes, types and bytes of tensors."""
+    import torch
+
     as_read = json.loads(json.dumps(content))  # keys become text
     digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):

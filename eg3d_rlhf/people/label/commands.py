@@ -9,7 +9,6 @@ import click
 import numpy as np
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, options_of
-from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.access import add_annotator, annotators, new_token, revoke, status
 from eg3d_rlhf.people.label.archive import export_judgements, export_ranked_seeds, import_judgements, import_ranked_seeds
@@ -106,6 +105,8 @@ def _request(
     if after is not None and flags["strategy"] != "tournament":
         raise ValueError(f"--after: expected --strategy=tournament, got {flags['strategy']}. Add --tournament, or leave --after out.")
     pairing = PairingOptions(rewards=rewards, **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"})
+    from eg3d_rlhf.generators import find_network
+
     with naming("--network"):
         source = find_network(network).resolve() if network else None
         if source is not None and not source.is_file():

@@ -9,7 +9,6 @@ Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
 import functools
 import warnings
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_
 from eg3d_rlhf.geometry.chunked_mesh import extract_mesh_blockwise
 from eg3d_rlhf.geometry.field_mesh import FieldGrid, extract_field_mesh
 from eg3d_rlhf.geometry.mesh import compact, decimate, face_volumes, parts
-from eg3d_rlhf.people.label.entities import Shape
+from eg3d_rlhf.people.label.entities import DAMAGES, Shape
 from eg3d_rlhf.people.label.shape_files import compress, encode_mesh
 from torch_utils.ops.implementations import implementation
 
@@ -184,13 +183,6 @@ def rough(body: Body) -> np.ndarray:
     return ndimage.map_coordinates(body.sigma, at, order=1, mode="nearest")
 
 
-DAMAGES: dict[str, tuple[Callable[[Body], np.ndarray], str]] = {  # name: function, what a person sees
-    "floaters": (floaters, "lumps float loose in front of it"),
-    "holes": (holes, "pieces are bitten out of its front"),
-    "rough": (rough, "its surface is all bumps"),
-}
-
-
 def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int):
     """The density [X, Y, Z] after damage `name`; equal arguments give equal values.
 
@@ -200,7 +192,8 @@ def damage(name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: fl
     if name not in DAMAGES:
         raise ValueError(f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this version.")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return DAMAGES[name][0](Body(sigma, axes, level, surface, rng)).astype(np.float32)
+    damaged = {function.__name__: function for function in (floaters, holes, rough)}[name]
+    return damaged(Body(sigma, axes, level, surface, rng)).astype(np.float32)
 
 
 def _scattered(name: str, places: np.ndarray, least: float) -> np.ndarray:

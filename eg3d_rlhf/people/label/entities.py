@@ -71,6 +71,11 @@ SCALES = {  # what may be answered, a skip aside, by the scale of a campaign's s
 SKIP_REASONS = ("unsure", "identical", "broken", "other")
 
 
+DAMAGES = {  # done on purpose to a generator's shape, with what a person sees
+    "floaters": "lumps float loose in front of it", "holes": "pieces are bitten out of its front", "rough": "its surface is all bumps",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """One isosurface: all that is needed to draw it again. Or one asset, which is the file itself: then `generator` is its label,
@@ -84,7 +89,7 @@ class Shape:
     level: float  # raw density of the surface
     resolution: int  # grid points per axis of the cube
     triangles: int  # decimated to about so many
-    degradation: str = ""  # damage done on purpose, one of drawing.DAMAGES; '' is none. Gold and training pairs have it
+    degradation: str = ""  # damage done on purpose, one of DAMAGES, of assets.damage's; '' is none. Gold and training pairs have it
     file: str = ""  # sha256 hex of the asset's file as it lay on the disk; "" is an isosurface of a generator
     condition: str = ""  # name of the prompt or input picture it was made for; "" is none
 

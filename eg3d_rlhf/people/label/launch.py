@@ -4,23 +4,25 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import naming, option, together
-from eg3d_rlhf.generators import LoadedGenerator, load_generator
 from eg3d_rlhf.people.label.assets.collection import conditions, plan_assets, read_collection
 from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
-from eg3d_rlhf.people.label.server.app import serve
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store, open_store
 from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
 from eg3d_rlhf.preferences.labels import Preference
 from training.config import knobs_of
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import LoadedGenerator
 
 SETTINGS = (*(field.name for field, _, _ in knobs_of(CampaignSettings)), "show_render", "both_bad", "questions", "reveal")
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
@@ -82,6 +84,8 @@ def plan_campaign(store: Store | None, request: Request, tell: Callable[[str], N
     Args: store: where the results of an earlier round are; None where there is none yet.
     Raises: ValueError, OSError naming the flag at fault.
     """
+    from eg3d_rlhf.generators import load_generator
+
     if request.assets is not None:
         with naming("--assets"):
             collection = read_collection(Path(request.assets), tell)
@@ -187,6 +191,8 @@ def serve_campaign(store: Store, db: str, campaign: str, server: ServerFlags, an
 
     Args: announce: what to print, given the server's address; what: how answers are called.
     """
+    from eg3d_rlhf.people.label.server.app import serve
+
     cache, stored = ShapeCache(server.cache), store.campaign(campaign)
     if stored is not None:
         cache.forget_passing(shape for _, shape in store.shapes(stored.id) if shape.file)
@@ -251,7 +257,7 @@ def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> b
         return True
 
 
-def round_labels(url: str, name: str, generator: LoadedGenerator, pairs: int) -> list[Preference]:
+def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) -> list[Preference]:
     """The labels of a campaign of `pairs` pairs.
 
     Raises: ValueError while too few are answered, with the command to go on; for labels of another generator; and without any preference.

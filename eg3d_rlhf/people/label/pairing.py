@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import expit
@@ -25,12 +26,12 @@ from scipy.special import expit
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.seeds import refuse_held_out
-from eg3d_rlhf.generators import LoadedGenerator, check_seeds
-from eg3d_rlhf.people.label.drawing import DAMAGES
-from eg3d_rlhf.people.label.entities import Kind, PlannedPair, Shape
-from eg3d_rlhf.preferences.annotator import disjoint_pairs
+from eg3d_rlhf.people.label.entities import DAMAGES, Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
 from training.config import check_knobs, knob
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import LoadedGenerator
 
 STRATEGIES = ("random", "active", "tournament")
 _TITLE = "Pairs"  # of the flags
@@ -39,7 +40,6 @@ _MATCHINGS = 4  # random pairings of all seeds that candidates come from
 _GOLD_EVERY, _LEAST_GOLD = 25, 4  # one gold pair for so many others, and at least so many
 BROKEN = "This one was broken on purpose: {}. It is not a good shape."
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
-_SEEN = {name: seen for name, (_, seen) in DAMAGES.items()}  # what a person sees of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +134,16 @@ class Plan:
 
 
 def plan(
-    options: PairingOptions, generator: LoadedGenerator, results: Sequence[Preference] = (), ensemble: Ensemble | None = None
+    options: PairingOptions, generator: "LoadedGenerator", results: Sequence[Preference] = (), ensemble: Ensemble | None = None
 ) -> Plan:
     """The pairs of a campaign.
 
     Args: results: of a tournament's earlier rounds, for the next one; ensemble: the rewards of the active strategy.
     Raises: ValueError, FileNotFoundError.
     """
+    from eg3d_rlhf.generators import check_seeds
+    from eg3d_rlhf.preferences.annotator import disjoint_pairs
+
     if results and options.strategy != "tournament":
         raise ValueError(f"plan: expected earlier results for a tournament only, got strategy {options.strategy!r}. Use 'tournament'.")
     options = options if options.level is not None else replace(options, level=generator.generator.level)
@@ -185,7 +188,7 @@ def plan(
     return Plan(training + spread(pairs, gold), report)
 
 
-def shape_of(options: PairingOptions, generator: LoadedGenerator) -> Callable[[int], Shape]:
+def shape_of(options: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:
     """The shape of a seed, as the options draw it; the bundled generator is known by its place, wherever that is."""
     source = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
     level = generator.generator.level if options.level is None else options.level
@@ -196,7 +199,7 @@ def shape_of(options: PairingOptions, generator: LoadedGenerator) -> Callable[[i
 
 
 def known_answers(
-    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = _SEEN
+    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
     """Each shape against itself damaged on purpose; the kinds of damage take turns. Which of the two comes first is drawn.
 
@@ -215,7 +218,7 @@ def known_answers(
 
 
 def broken_shapes(
-    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = _SEEN
+    shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
     """Each shape damaged on purpose, by itself; see `known_answers`."""
     pairs = []
@@ -378,7 +381,7 @@ def _share(values: np.ndarray, free: np.ndarray) -> np.ndarray:
     return values / greatest if greatest > 0 else np.zeros_like(values)
 
 
-def reward_ensemble(pairing: PairingOptions, generator: LoadedGenerator) -> Ensemble:
+def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> Ensemble:
     """The ensemble of the reward files that are named, each holding one reward or several; none named: the bundled two.
 
     Raises: ValueError, OSError for files that are no rewards, and for fewer than two rewards, which cannot disagree.

@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
-from eg3d_rlhf.generators import FiniteGenerator, LoadedGenerator, load_generator
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.access import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
@@ -37,6 +36,9 @@ from eg3d_rlhf.people.study.design import (
 )
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, SimulationOptions, coverage, exact_power, sample_size
 from training.config import knobs_of
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import LoadedGenerator
 
 OUTDIR = Path("runs/study")
 RULES, POWER, OWN = (tuple(field.name for field, _, _ in knobs_of(kind)) for kind in (ExclusionRules, PowerOptions, StudyDesign))
@@ -91,6 +93,8 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
 
     Raises: ValueError, OSError naming the flag.
     """
+    from eg3d_rlhf.generators import load_generator
+
     with flagged(flags):
         trials, size = planned_trials(flags, warn)
         rules = ExclusionRules(**{rule: flags[rule] for rule in RULES})
@@ -134,8 +138,10 @@ def of_assets(flags: Mapping) -> bool:
     return known[0]
 
 
-def common_shapes(a: LoadedGenerator, b: LoadedGenerator) -> int | None:
+def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     """How many shapes two generators have whose shapes can be counted; None for others. Raises: ValueError where they do not correspond."""
+    from eg3d_rlhf.generators import FiniteGenerator
+
     counts = [loaded.generator.count if isinstance(loaded.generator, FiniteGenerator) else None for loaded in (a, b)]
     pairs = [loaded.nets.training_set.get("pairs") for loaded in (a, b)]
     if counts[0] != counts[1] or pairs[0] != pairs[1]:

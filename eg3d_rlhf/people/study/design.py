@@ -8,21 +8,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming
-from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import Collection, conditions, read_generator
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
-from eg3d_rlhf.people.label.drawing import DAMAGES as SHAPE_DAMAGES
+from eg3d_rlhf.people.label.entities import DAMAGES as SHAPE_DAMAGES
 from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import known_answers
 from eg3d_rlhf.preferences.labels import MAX_SEED
 from training.config import check_knobs, knob
 from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import LoadedGenerator
 
 UP = "y"
 FORMAT = 1
@@ -205,7 +208,7 @@ def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> 
     return answered >= design.trials or (design.until is not None and now >= datetime.fromisoformat(design.until))
 
 
-def contender(label: str, loaded: LoadedGenerator) -> Contender:
+def contender(label: str, loaded: "LoadedGenerator") -> Contender:
     """A generator as the design names it; the bundled one is known by its place, wherever that is."""
     source = "" if loaded.path == bundled.GENERATOR else str(loaded.path.resolve())
     return Contender(label=label, source=source, generator=loaded.hash)
@@ -218,7 +221,7 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     latent of one generator, whole and damaged; generators and kinds of damage take turns, so nothing but the damage gives the answer.
     """
     seeds, spare = design.seeds()
-    damages = DAMAGES if design.assets else {name: seen for name, (_, seen) in SHAPE_DAMAGES.items()}
+    damages = DAMAGES if design.assets else SHAPE_DAMAGES
     if design.assets:  # a video cannot be damaged
         spare = [i for i in spare if all(design.assets[i][side]["kind"] in DAMAGED_KINDS for side in "ab")]
     trials = [PlannedPair(first=shape_of(design, design.a, seed), second=shape_of(design, design.b, seed)) for seed in seeds]

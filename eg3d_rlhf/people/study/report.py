@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eg3d_rlhf.experiments.pages import data_uri
-from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.people.label.entities import JudgementRow
 from eg3d_rlhf.people.study.analysis import analyse
 from eg3d_rlhf.people.study.design import Contender, StudyDesign
 from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import LoadedGenerator
 
 STATIC = Path(__file__).parent / "static"
 BINS = 11  # of the latents' win rates, the middle one about one half
@@ -44,8 +47,10 @@ def compute(
     return {**analysis, "conclusions": conclusions(analysis), "pictures": shown if any(shown.values()) else None}
 
 
-def load_contender(of: Contender, device: str = "cpu") -> LoadedGenerator:
+def load_contender(of: Contender, device: str = "cpu") -> "LoadedGenerator":
     """The generator of a design. Raises: FileNotFoundError; ValueError where the file holds other weights than were designed."""
+    from eg3d_rlhf.generators import load_generator
+
     loaded = load_generator(of.source or None, device)
     if loaded.hash != of.generator:
         raise ValueError(
@@ -62,6 +67,7 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
 
     from eg3d_rlhf.core.spec import SlabSpec
     from eg3d_rlhf.experiments.media.sheet import shade
+    from eg3d_rlhf.generators import ws_of_seeds
 
     generator, out = load_contender(of, device).generator, {}
     grid = SlabSpec.of(generator.bounds, design.resolution)

@@ -156,8 +156,8 @@ def test_the_plan_says_who_chose_what_and_why(generator, rewards):
     assert plan(replace(options, seed=1), generator, ensemble=ensemble).pairs != found.pairs
 
 
-def test_labelling_knows_rewards_only_where_it_is_started():
-    code = "import sys, eg3d_rlhf.people.label.commands; assert not [m for m in sys.modules if m.startswith('eg3d_rlhf.reward')]"
+def test_the_commands_wait_for_rewards_torch_and_the_server_only_where_they_are_needed():
+    code = "import sys, eg3d_rlhf.people.study.commands; assert not {'eg3d_rlhf.rewards', 'torch', 'fastapi'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 

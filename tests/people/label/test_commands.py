@@ -53,7 +53,7 @@ def db(tmp_path) -> str:
 def planned(db, monkeypatch):
     """Start the command without serving; returns the result and what would have been served."""
     served = []
-    monkeypatch.setattr(launch, "serve", lambda options, *args, **kwargs: served.append((options, args, kwargs)))
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda options, *args, **kwargs: served.append((options, args, kwargs)))
 
     def go(*flags):
         served.clear()

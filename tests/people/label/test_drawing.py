@@ -14,7 +14,8 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh import count_edges, decimate, extract_mesh, face_volumes, parts
-from eg3d_rlhf.people.label.drawing import DAMAGES, ShapeDrawer, damage, surface, visible_parts, within_budget
+from eg3d_rlhf.people.label.drawing import ShapeDrawer, damage, surface, visible_parts, within_budget
+from eg3d_rlhf.people.label.entities import DAMAGES
 from eg3d_rlhf.preferences.annotator import Calibration, utility
 from tests.people.label.plans import SHAPE, decode_mesh
 

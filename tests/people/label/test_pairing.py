@@ -11,8 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.people.label.drawing import DAMAGES
-from eg3d_rlhf.people.label.entities import CampaignSettings, Kind
+from eg3d_rlhf.people.label.entities import DAMAGES, CampaignSettings, Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions, known_answers, plan, round_robin, spread, standings, swiss_round
 from eg3d_rlhf.preferences.labels import Preference
 from tests.people.label.plans import numbered

@@ -102,7 +102,7 @@ def test_the_plan_shows_each_seed_once_and_checks_are_broken():
 
 def test_the_command_plans_and_exports(tmp_path, monkeypatch):
     served = []
-    monkeypatch.setattr("eg3d_rlhf.people.label.launch.serve", lambda options, *args, **kwargs: served.append(options))
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda options, *args, **kwargs: served.append(options))
     db = f"sqlite:///{tmp_path / 'labels.db'}"
 
     def run(*flags):

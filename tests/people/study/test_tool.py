@@ -13,7 +13,6 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.study.design import content_hash
 from tests import tiny_runs
@@ -45,7 +44,8 @@ def pair(tmp_path_factory, tiny_networks):
 def served(monkeypatch):
     """Servers that were started, without starting them."""
     started = []
-    monkeypatch.setattr(launch, "serve", lambda options, *args, **kwargs: started.append((options.campaign, args)))
+    serve = lambda options, *args, **kwargs: started.append((options.campaign, args))  # noqa: E731
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", serve)
     return started
 
 
@@ -203,7 +203,7 @@ def test_a_run_folders_name_is_not_cut_at_a_dot(pair, tmp_path):
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "serve", lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"))
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, on_listening, **kwargs: on_listening("http://127.0.0.1:1/"))
     folder = tmp_path / "x"
     assert "0 have a token, 2 need one" in run(*pair, *SMALL, f"--outdir={folder}").stdout
     for name in ("ann", "bob"):

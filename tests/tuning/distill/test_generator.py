@@ -14,7 +14,6 @@ import train
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import door, reward_training, samples
 from eg3d_rlhf.people.label import commands as label
-from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.drawing import surface
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan
@@ -95,7 +94,7 @@ def test_it_is_labelled_whole(run, tmp_path):
 
 def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
     served = []
-    monkeypatch.setattr(launch, "serve", lambda *args, **kwargs: served.append(args))
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, **kwargs: served.append(args))
     a, b = (f"--{side}={run / f'assets-{arm}.safetensors'}" for side, arm in (("a", "sds"), ("b", "dreamdpo")))
     result = CliRunner().invoke(study.main, [a, b, "--n=12", f"--outdir={tmp_path / 'study'}"])
     assert result.exit_code == 0 and served, (result.output, result.exception)
@@ -128,7 +127,7 @@ def label_export(folder, path) -> None:
 def test_the_documented_commands(tmp_path, monkeypatch):
     """As written, but for RUN, whose assets are drawn, for the annotators, whom a rule replaces, and for the last run's length."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "serve", lambda *args, **kwargs: None)
+    monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, **kwargs: None)
     drawn = torch.Generator().manual_seed(0)
     for arm in ("sds", "dreamdpo"):
         asset = problem.build(problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float())
