@@ -68,14 +68,14 @@ def plan(pairs: int, training: int = 0) -> list[PlannedPair]:
     return made
 
 
-def small(one: Shape) -> bytes:
+def small(shape: Shape) -> bytes:
     """One of six shapes of 4,000 triangles."""
-    return bumpy_ball(one.seed % 6, 4000)
+    return bumpy_ball(shape.seed % 6, 4000)
 
 
-def large(one: Shape) -> bytes:
+def large(shape: Shape) -> bytes:
     """One of six shapes of 30,000 triangles: as in earnest."""
-    return bumpy_ball(one.seed % 6, 30_000)
+    return bumpy_ball(shape.seed % 6, 30_000)
 
 
 @contextlib.contextmanager
@@ -85,10 +85,10 @@ def serving_page(folder: Path, planned: list[PlannedPair], meshes: Callable[[Sha
     Args: meshes: makes the shapes' files; None leaves a shape unprepared.
     """
     cache = ShapeCache(folder / "cache")
-    for one in (s for pair in planned for s in (pair.first, pair.second)):
-        data = meshes(one)
+    for drawn in (s for pair in planned for s in (pair.first, pair.second)):
+        data = meshes(drawn)
         if data is not None:
-            cache.put_mesh(one, data)
+            cache.put_mesh(drawn, data)
     with running(folder, planned=planned, static=STATIC, prepared=False, **values) as served:
         yield served
 
@@ -219,6 +219,6 @@ def page(browser, serve):
         return pages[-1]
 
     yield make
-    for one in pages:
-        one.context.close()
-        assert one.errors == [] and one.strangers == []
+    for opened in pages:
+        opened.context.close()
+        assert opened.errors == [] and opened.strangers == []

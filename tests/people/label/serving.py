@@ -64,8 +64,8 @@ def settings(mode: Mode = Mode.LABEL, **values) -> CampaignSettings:
 
 def fill(cache: ShapeCache, shapes: Iterable[Shape], vertices: Callable[[Shape], int] = lambda s: 40) -> None:
     """Prepare shapes."""
-    for one in shapes:
-        cache.put_mesh(one, mesh(one.seed, vertices(one)))
+    for drawn in shapes:
+        cache.put_mesh(drawn, mesh(drawn.seed, vertices(drawn)))
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Served:
 
 def routes(served: Served, filled: bool = True) -> list[tuple[str, str]]:
     """All methods and paths of the application, with 'abc' for what varies."""
-    found = []
+    pairs = []
     pending = list(served.app.routes)
     while pending:
         route = pending.pop()
@@ -111,8 +111,8 @@ def routes(served: Served, filled: bool = True) -> list[tuple[str, str]]:
         path = getattr(route, "path", None)
         if path is not None and getattr(route, "methods", None):
             path = re.sub(r"\{\w+\}", "abc", path) if filled else path
-            found += [(method, path) for method in route.methods]
-    return sorted(set(found))
+            pairs += [(method, path) for method in route.methods]
+    return sorted(set(pairs))
 
 
 def login(client: httpx.Client, token: str):

@@ -41,9 +41,9 @@ def raw(served, head: str, body: bytes = b"") -> tuple[int, bytes]:
 
 
 def test_without_a_token_nothing_but_login_and_health_answers(exposed):
-    client, found = exposed.client(**SAME), routes(exposed)
-    assert {("GET", "/api/session"), ("GET", "/api/admin/export"), *OPEN} <= set(found) and len(found) >= 18
-    paths = {path for _, path in found} | {"/docs", "/openapi.json", "/redoc", "/nothing", "/static/app.js"}
+    client, known = exposed.client(**SAME), routes(exposed)
+    assert {("GET", "/api/session"), ("GET", "/api/admin/export"), *OPEN} <= set(known) and len(known) >= 18
+    paths = {path for _, path in known} | {"/docs", "/openapi.json", "/redoc", "/nothing", "/static/app.js"}
     for path in sorted(paths):
         for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
             if (method, path) in OPEN:
@@ -207,8 +207,8 @@ RAW = {  # requests that no well-behaved client sends
 @pytest.mark.parametrize("case", RAW)
 def test_raw_requests_are_refused(local, case):
     head, body, status = RAW[case]
-    found, received = raw(local, head, body)
-    assert found in (status if isinstance(status, tuple) else (status,)), received[:500]
+    answered, received = raw(local, head, body)
+    assert answered in (status if isinstance(status, tuple) else (status,)), received[:500]
     assert local.client().get("/health").status_code == 200
 
 

@@ -25,9 +25,9 @@ def faults(page: Page) -> list[tuple]:
     page.page.evaluate("document.getAnimations().forEach(one => one.finish())")
     if not page.page.evaluate("'axe' in window"):
         page.page.evaluate(AXE)
-    found = page.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
-    grave = [one for one in found if one["impact"] in GRAVE]
-    return [(one["id"], one["impact"], [(node["target"], node["failureSummary"]) for node in one["nodes"][:3]]) for one in grave]
+    violations = page.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    grave = [fault for fault in violations if fault["impact"] in GRAVE]
+    return [(fault["id"], fault["impact"], [(node["target"], node["failureSummary"]) for node in fault["nodes"][:3]]) for fault in grave]
 
 
 def until(page: Page, state: str) -> None:
@@ -70,7 +70,7 @@ def test_the_label_page_in_all_its_states(serve, page, theme, screen):
     label.page.keyboard.press("Escape")
     until(label, "finished")
     seen["finished"] = faults(label)
-    assert {state: found for state, found in seen.items() if found} == {} and len(seen) >= 9
+    assert {state: violations for state, violations in seen.items() if violations} == {} and len(seen) >= 9
 
 
 @LONG

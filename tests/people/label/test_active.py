@@ -124,12 +124,12 @@ def test_a_pool_of_two_is_always_enough_and_less_is_told():
 def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewards):
     ensemble = reward_ensemble(PairingOptions(rewards=rewards, psi=0.8), generator)
     seeds = range(5, 25)  # more than a batch
-    found = judge(ensemble, seeds)
-    for row, path, temperature in zip(found.scores, rewards, (1.0, 2.0), strict=True):
+    scored = judge(ensemble, seeds)
+    for row, path, temperature in zip(scored.scores, rewards, (1.0, 2.0), strict=True):
         reward = load_reward(path)
         expected = reward.score_observed(observe_seeds(generator.G, reward.observation, psi=0.8)(list(seeds))) / temperature
         assert np.allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert found.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
+    assert scored.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
 
 def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_path, capsys):
@@ -146,14 +146,14 @@ def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_pat
 def test_the_plan_says_who_chose_what_and_why(generator, rewards):
     options = PairingOptions(pairs=6, strategy="active", rewards=rewards, first_seed=50, diversity=0.4)
     ensemble = reward_ensemble(options, generator)
-    found = plan(options, generator, ensemble=ensemble)
-    assert found == plan(options, generator, ensemble=ensemble) and json.loads(json.dumps(found.report)) == found.report
-    pairs = [pair for pair in found.pairs if pair.kind is Kind.PAIR]
-    assert [[p.first.seed, p.second.seed] for p in pairs] == [entry["seeds"] for entry in found.report["why"]]
-    assert all(50 <= seed < 50 + 24 for entry in found.report["why"] for seed in entry["seeds"])
-    assert found.report["disagreement_chosen"] > found.report["disagreement_candidates"]
-    assert [r["file"] for r in found.report["rewards"]] == ["tiny.safetensors", "second.safetensors"]
-    assert plan(replace(options, seed=1), generator, ensemble=ensemble).pairs != found.pairs
+    planned = plan(options, generator, ensemble=ensemble)
+    assert planned == plan(options, generator, ensemble=ensemble) and json.loads(json.dumps(planned.report)) == planned.report
+    pairs = [pair for pair in planned.pairs if pair.kind is Kind.PAIR]
+    assert [[p.first.seed, p.second.seed] for p in pairs] == [entry["seeds"] for entry in planned.report["why"]]
+    assert all(50 <= seed < 50 + 24 for entry in planned.report["why"] for seed in entry["seeds"])
+    assert planned.report["disagreement_chosen"] > planned.report["disagreement_candidates"]
+    assert [r["file"] for r in planned.report["rewards"]] == ["tiny.safetensors", "second.safetensors"]
+    assert plan(replace(options, seed=1), generator, ensemble=ensemble).pairs != planned.pairs
 
 
 def test_the_commands_wait_for_rewards_torch_and_the_server_only_where_they_are_needed():

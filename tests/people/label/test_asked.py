@@ -37,8 +37,8 @@ def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(
     export_unpaired(store, tmp_path / "bad.jsonl", from_pairs=True)
     labels = load_unpaired(tmp_path / "bad.jsonl")
     assert {label.seed for label in labels} == {bad.winner, bad.loser} and [label.preferred for label in labels] == [False, False]
-    found = quality_report(store.judgements())["annotators"][0]
-    assert (found["ties"], found["both_bad"], found["left_right_n"]) == (1, 1, 1)
+    figures = quality_report(store.judgements())["annotators"][0]
+    assert (figures["ties"], figures["both_bad"], figures["left_right_n"]) == (1, 1, 1)
 
 
 def test_what_a_campaign_does_not_ask_or_tell_is_refused(store):
@@ -91,7 +91,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
     assert [(label.winner, label.tie) for label in labels] == list(zip(seeds, (False, False, True), strict=True))
     export_labels(store, tmp_path / "ears.csv", question="ears")
     assert (tmp_path / "ears.csv").read_text().count("\n") == 4
-    figures = {one["name"]: one for one in quality_report(rows)["questions"]}
+    figures = {entry["name"]: entry for entry in quality_report(rows)["questions"]}
     assert {k: figures["geometry"][k] for k in ("n", "left", "right", "tie", "decided", "as_overall")} == {
         "n": 3, "left": 1, "right": 1, "tie": 1, "decided": 2, "as_overall": 1,
     }  # fmt: skip
@@ -137,7 +137,7 @@ def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
                 store.undo(campaign, ann, f"u{k}")
     assert store.undo(campaign, ann, "last") == shown.token, "a skip tells nothing"
     assert told == {Kind.TRAINING: {False}, Kind.GOLD: {False}, Kind.REPEAT: {False}, Kind.PAIR: {True}, "skip": {False}}
-    assert {one.changeable for one in store.answers(campaign, ann)} == {False}
+    assert {entry.changeable for entry in store.answers(campaign, ann)} == {False}
 
 
 def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_its_place(store):
@@ -155,15 +155,15 @@ def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_it
     while page := store.answers(campaign, ann, before, 5):
         pages.append(page)
         before = page[-1].sequence
-    assert [len(page) for page in pages] == [5, 5, 2] and [one.assignment for page in pages for one in page] == given[::-1]
-    assert [one.sequence for page in pages for one in page] == list(range(13, 1, -1)), "no gap tells of a check"
-    assert {one.changeable for page in pages for one in page} == {True} and pages[1][3].comment == "hm"
+    assert [len(page) for page in pages] == [5, 5, 2] and [entry.assignment for page in pages for entry in page] == given[::-1]
+    assert [entry.sequence for page in pages for entry in page] == list(range(13, 1, -1)), "no gap tells of a check"
+    assert {entry.changeable for page in pages for entry in page} == {True} and pages[1][3].comment == "hm"
     old = given[1]
     assert store.undo(campaign, ann, "u", old) == old
-    assert old not in [one.assignment for one in store.answers(campaign, ann, count=50)]
+    assert old not in [entry.assignment for entry in store.answers(campaign, ann, count=50)]
     store.submit(campaign, ann, answer(old, "anew", Choice.RIGHT))
-    found = store.answers(campaign, ann, count=50)
-    assert [one.assignment for one in found] == given[::-1] and found[-2].choice is Choice.RIGHT
+    listed = store.answers(campaign, ann, count=50)
+    assert [entry.assignment for entry in listed] == given[::-1] and listed[-2].choice is Choice.RIGHT
     assert store.answers(campaign, bob) == []
     with pytest.raises(LookupError):
         store.undo(campaign, bob, "theirs", old)
@@ -181,7 +181,7 @@ def test_changed_answers_say_nothing_about_consistency(store):
     store.submit(campaign, ann, answer(inconsistent.assignment, "agrees", other))
     after = quality_report(store.judgements(include_undone=True))["annotators"][0]
     assert after["self_consistency_n"] == before["self_consistency_n"] - 1 and after["judgements"] == before["judgements"]
-    hits = [found["self_consistency"] * found["self_consistency_n"] for found in (before, after)]
+    hits = [figures["self_consistency"] * figures["self_consistency_n"] for figures in (before, after)]
     assert hits[0] == pytest.approx(hits[1])
 
 
@@ -201,9 +201,9 @@ def test_changes_of_one_answer_from_many_windows_leave_one_answer(database_url):
 
         with ThreadPoolExecutor(8) as pool:
             kept = sum(pool.map(change, range(24)))
-        (own,) = store.answers(campaign, ann)
+        (mine,) = store.answers(campaign, ann)
         (counting,) = store.judgements()
-        assert kept >= 1 and (own.assignment, own.choice) == (token, counting.choice) and counting.choice is not Choice.LEFT
+        assert kept >= 1 and (mine.assignment, mine.choice) == (token, counting.choice) and counting.choice is not Choice.LEFT
         assert len(list(store.judgements(include_undone=True))) == 1 + kept
 
 
@@ -216,10 +216,10 @@ def test_answers_of_a_complete_study_stay(store):
         if k == 2:
             assert store.undo(campaign, ann, "slip") == shown.token
             store.submit(campaign, ann, answer(shown, "k2 again"))
-            assert {one.changeable for one in store.answers(campaign, ann)} == {True}
+            assert {entry.changeable for entry in store.answers(campaign, ann)} == {True}
     with pytest.raises(ConflictError, match="complete"):
         store.undo(campaign, ann, "late")
-    assert {one.changeable for one in store.answers(campaign, ann)} == {False}
+    assert {entry.changeable for entry in store.answers(campaign, ann)} == {False}
     late = {"trials": 4, "until": "2025-06-15T15:06:41+00:00"}  # one second from now
     other, _ = begin(store, plan(4), name="timed", mode=Mode.STUDY, extra=late)
     answer_all(store, other, ann, most=1)
@@ -249,24 +249,24 @@ def send(page, key: str, **values):
 
 
 def test_the_page_is_told_what_to_ask(served):
-    found = served.browser(served.tokens["ann"]).get("/api/session").json()
-    assert found["questions"] == [{"name": "geometry", "text": None}, {"name": "ears", "text": "Which has the finer ears?"}]
-    assert (found["both_bad"], found["reveal"]) == (True, False)
+    session = served.browser(served.tokens["ann"]).get("/api/session").json()
+    assert session["questions"] == [{"name": "geometry", "text": None}, {"name": "ears", "text": "Which has the finer ears?"}]
+    assert (session["both_bad"], session["reveal"]) == (True, False)
 
 
 def test_own_answers_over_http(served):
     ann, bob = (served.browser(served.tokens[name]) for name in ("ann", "bob"))
     sent = [send(ann, f"k{k}", comment=f"remark {k}")[0] for k in range(5)]
     first = ann.get("/api/answers?count=3").json()
-    assert first["more"] and [one["assignment"] for one in first["answers"]] == [pair["assignment"] for pair in sent[:1:-1]]
+    assert first["more"] and [old["assignment"] for old in first["answers"]] == [pair["assignment"] for pair in sent[:1:-1]]
     rest = ann.get(f"/api/answers?count=3&before={first['answers'][-1]['sequence']}").json()
-    assert not rest["more"] and [one["comment"] for one in rest["answers"]] == ["remark 1", "remark 0"]
-    one = rest["answers"][0]
-    assert (one["left"], one["right"], one["choice"]) == (sent[1]["left"], sent[1]["right"], "bad") and one["votes"]["ears"] == "tie"
+    assert not rest["more"] and [old["comment"] for old in rest["answers"]] == ["remark 1", "remark 0"]
+    old = rest["answers"][0]
+    assert (old["left"], old["right"], old["choice"]) == (sent[1]["left"], sent[1]["right"], "bad") and old["votes"]["ears"] == "tie"
     known = {"sequence", "assignment", "left", "right", "choice", "reason", "votes", "comment", "answered", "changeable", "prompt"}
-    assert set(one) == known
-    assert ann.get(f"/api/shapes/{one['left']}").status_code == 200
-    token = one["assignment"]
+    assert set(old) == known
+    assert ann.get(f"/api/shapes/{old['left']}").status_code == 200
+    token = old["assignment"]
     assert bob.get("/api/answers").json() == {"answers": [], "more": False}
     assert bob.post("/api/undo", json={"key": "u", "assignment": token}).status_code == 404
     assert serving.answer(bob, token, "k", "left").status_code == 404
@@ -294,8 +294,8 @@ def test_admins_read_comments_as_they_were_written(served):
     send(ann, "k0", comment="<img src=x onerror=alert(1)> 耳")
     send(ann, "k1", comment="taken back")
     ann.post("/api/undo", json={"key": "u"})
-    (found,) = eve.get("/api/admin/comments").json()
-    assert (found["annotator"], found["choice"], found["comment"]) == ("ann", "bad", "<img src=x onerror=alert(1)> 耳")
+    (comment,) = eve.get("/api/admin/comments").json()
+    assert (comment["annotator"], comment["choice"], comment["comment"]) == ("ann", "bad", "<img src=x onerror=alert(1)> 耳")
     assert ann.get("/api/admin/comments").status_code == 403
 
 
@@ -306,8 +306,8 @@ def resolved(tmp_path, *flags) -> dict:
     """What --dry-run prints, or the error's text."""
     from click.testing import CliRunner
 
-    found = CliRunner().invoke(commands.main, [f"--db=sqlite:///{tmp_path / 'l.db'}", "--dry-run", *flags])
-    return json.loads(found.output) if found.exit_code == 0 else {"error": found.output}
+    result = CliRunner().invoke(commands.main, [f"--db=sqlite:///{tmp_path / 'l.db'}", "--dry-run", *flags])
+    return json.loads(result.output) if result.exit_code == 0 else {"error": result.output}
 
 
 def test_flags_of_what_is_asked(tmp_path):

@@ -45,15 +45,15 @@ def folder_of(root: Path, generators=("alpha-net", "beta-net"), films: bool = Tr
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> Collection:
+def collection(tmp_path_factory) -> Collection:
     return read_collection(folder_of(tmp_path_factory.mktemp("assets")))
 
 
-def test_a_folder_is_read_as_it_is_laid_out(found):
-    assert found.generators == ["alpha-net", "beta-net"] and len({asset.hash for asset in found.assets}) == 10
-    kinds = {asset.prompt: asset.kind for asset in found.assets}
+def test_a_folder_is_read_as_it_is_laid_out(collection):
+    assert collection.generators == ["alpha-net", "beta-net"] and len({asset.hash for asset in collection.assets}) == 10
+    kinds = {asset.prompt: asset.kind for asset in collection.assets}
     assert kinds == {"chair": "glb", "cat": "splats", "mug": "ply", "dog": "obj", "turn": "film"}
-    asked = conditions(found)
+    asked = conditions(collection)
     assert asked["chair"]["text"] == "a red chair" and asked["chair"]["image"].endswith("asked/chair.jpg") and asked["mug"]["text"] is None
 
 
@@ -64,9 +64,9 @@ def test_a_list_names_assets_seeds_and_prompts(tmp_path):
         {"asset": "alpha-net/mug.ply", "generator": "a", "prompt": "chair"}, {"asset": "beta-net/chair.glb", "prompt": "a cup"},
     ]  # fmt: skip
     (root / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = read_collection(root / "list.jsonl")
-    assert [(a.generator, a.prompt, a.seed) for a in found.assets] == [("a", "chair", 7), ("a", "chair", 1), ("list", "a cup", 0)]
-    assert found.prompts["chair"].text == "a red chair" and found.prompts["a cup"].text is None
+    collection = read_collection(root / "list.jsonl")
+    assert [(a.generator, a.prompt, a.seed) for a in collection.assets] == [("a", "chair", 7), ("a", "chair", 1), ("list", "a cup", 0)]
+    assert collection.prompts["chair"].text == "a red chair" and collection.prompts["a cup"].text is None
     (root / "list.jsonl").write_text("\n".join(map(json.dumps, [lines[0], {**lines[1], "text": "a blue chair"}])))
     with pytest.raises(ValueError, match="list.jsonl, line 2: expected one text and one image of prompt 'chair', got others before"):
         read_collection(root / "list.jsonl")
@@ -78,12 +78,12 @@ def test_a_drawn_folder_pairs_the_seeds_of_each_condition(tmp_path):
         (tmp_path / f"{number}.ply").write_bytes(files.splats(50, seed=number))
         lines.append({"condition": f"thing {number // 3}", "rank": None, "latents": "x", "seed": 100 + number, "look_at": f"{number}.ply"})
     (tmp_path / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = read_collection(tmp_path)
-    assert found.generators == [tmp_path.name] and {a.seed for a in found.assets} == set(range(100, 106))
-    planned = plan_assets(PairingOptions(pairs=100, gold=0, training=0), found)
+    collection = read_collection(tmp_path)
+    assert collection.generators == [tmp_path.name] and {a.seed for a in collection.assets} == set(range(100, 106))
+    planned = plan_assets(PairingOptions(pairs=100, gold=0, training=0), collection)
     assert Counter(pair.first.condition for pair in planned.pairs) == {"thing 0": 3, "thing 1": 3}
     assert all(pair.first.condition == pair.second.condition and pair.first.seed != pair.second.seed for pair in planned.pairs)
-    assert conditions(found)["thing 0"] == {"text": "thing 0", "image": None}
+    assert conditions(collection)["thing 0"] == {"text": "thing 0", "image": None}
 
 
 def made_up(generators: int, prompts: int, seeds: int = 1) -> Collection:
@@ -144,13 +144,14 @@ def test_flags_of_generators_are_refused(tmp_path, flags, said):
 
 
 @pytest.fixture(scope="module")
-def served(found, tmp_path_factory):
-    """A server of a campaign of most of `found`, prepared."""
+def served(collection, tmp_path_factory):
+    """A server of a campaign of most of the collection, prepared."""
     folder = tmp_path_factory.mktemp("campaign")
-    found = Collection([asset for asset in found.assets if asset.kind in ("glb", "splats", "film")], found.prompts)  # others are slow
-    planned = plan_assets(PairingOptions(pairs=50, gold=2, training=1), found).pairs
-    campaign, cache, said = {"extra": {"conditions": conditions(found)}}, ShapeCache(folder / "cache"), {}
-    prepare_prompts(conditions(found).values(), cache)
+    quick = [asset for asset in collection.assets if asset.kind in ("glb", "splats", "film")]
+    some = Collection(quick, collection.prompts)
+    planned = plan_assets(PairingOptions(pairs=50, gold=2, training=1), some).pairs
+    campaign, cache, said = {"extra": {"conditions": conditions(some)}}, ShapeCache(folder / "cache"), {}
+    prepare_prompts(conditions(some).values(), cache)
     prepare([shape for pair in planned for shape in (pair.first, pair.second)], cache, AssetDrawer(), tell=said.update)
     assert said["finished"] and said["failed"] == 0, said
     with serving.running(folder, planned=planned, prepared=False, campaign=campaign, limits=serving.GENEROUS) as running:
@@ -226,11 +227,11 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
 
 @pytest.mark.long
 def test_the_worker_prepares_assets_and_prompts(tmp_path):
-    found = read_collection(folder_of(tmp_path / "assets"))
+    collection = read_collection(folder_of(tmp_path / "assets"))
     url, cache = f"sqlite:///{tmp_path / 'labels.db'}", ShapeCache(tmp_path / "cache")
     with Store.open(url) as store:
-        extra = {"conditions": conditions(found)}
-        store.create_campaign(CampaignSettings(name="c", extra=extra), plan_assets(PairingOptions(), found).pairs)
+        extra = {"conditions": conditions(collection)}
+        store.create_campaign(CampaignSettings(name="c", extra=extra), plan_assets(PairingOptions(), collection).pairs)
     worker = Preparation(url, "c", cache, nice=0)
     worker.start()
     until = time.monotonic() + 120
@@ -239,4 +240,4 @@ def test_the_worker_prepares_assets_and_prompts(tmp_path):
     progress = worker.progress()
     worker.stop()
     assert progress["finished"] and progress["failed"] == 0 and progress["error"] is None, progress
-    assert cache.prompt(found.prompts["chair"].hash)
+    assert cache.prompt(collection.prompts["chair"].hash)

@@ -63,13 +63,13 @@ def lines(path):
 def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
     store, folder = five
     path = export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs")
-    found = lines(path)
-    assert {(one["preferred"], one["rejected"]) for one in found if not one["tie"]} == {
+    written = lines(path)
+    assert {(line["preferred"], line["rejected"]) for line in written if not line["tie"]} == {
         ("drawn/a.glb", "drawn/b.glb"), ("drawn/b.glb", "drawn/c.glb"), ("drawn/a.glb", "drawn/c.glb"), ("drawn/a.glb", "drawn/d.glb"),
         ("drawn/d.glb", "drawn/c.glb"), ("drawn/f.glb", "drawn/e.glb"),
     }  # fmt: skip
-    assert {one["prompt"] for one in found} == {"a chair of oak", "cup"} and found[0]["annotator"] == "ann"
-    assert [one["preferred_generator"] for one in found if one["condition"] == "cup"] == ["two"]
+    assert {line["prompt"] for line in written} == {"a chair of oak", "cup"} and written[0]["annotator"] == "ann"
+    assert [line["preferred_generator"] for line in written if line["condition"] == "cup"] == ["two"]
     votes = Judged(path)
     assert votes.votes(folder / "a.glb", folder / "b.glb") == (1, 0) and votes.votes(folder / "b.glb", folder / "d.glb") == (0, 0)
 
@@ -81,37 +81,37 @@ def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path)
     (folder / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in drawn))
     elsewhere = tmp_path / "out"
     elsewhere.mkdir()
-    found = lines(export_assets(store, elsewhere / "ranked.jsonl", "rankings"))
-    chairs = [one for one in found if one["condition"] == "chair"]
-    assert [(one.get("look_at") or one["asset"]).split("/")[-1] for one in chairs] == ["a.glb", "b.glb", "d.glb", "c.glb"]
-    assert [one["rank"] for one in chairs] == [1, 2, 2, 4] and [one["judgements"] for one in chairs] == [3, 3, 3, 3]
+    written = lines(export_assets(store, elsewhere / "ranked.jsonl", "rankings"))
+    chairs = [line for line in written if line["condition"] == "chair"]
+    assert [(line.get("look_at") or line["asset"]).split("/")[-1] for line in chairs] == ["a.glb", "b.glb", "d.glb", "c.glb"]
+    assert [line["rank"] for line in chairs] == [1, 2, 2, 4] and [line["judgements"] for line in chairs] == [3, 3, 3, 3]
     assert chairs[0]["latents"] == str(folder / "a.safetensors") and chairs[1]["seed"] == 1 and "latents" not in chairs[2]
-    assert [one["rank"] for one in found if one["condition"] == "cup"] == [1, 2]
+    assert [line["rank"] for line in written if line["condition"] == "cup"] == [1, 2]
 
 
 def test_assets_that_nothing_links_are_not_ranked_together(tmp_path):
     a, b, c, d, e = (asset(tmp_path, name) for name in "abcde")
     with judged(tmp_path, [(a, b, "first"), (c, d, "first"), (d, e, "first")]) as store:
-        found = lines(export_assets(store, tmp_path / "ranked.jsonl", "rankings"))
-    assert [(one["asset"], one["rank"]) for one in found] == [("c.glb", 1), ("d.glb", 2), ("e.glb", 3)]
+        written = lines(export_assets(store, tmp_path / "ranked.jsonl", "rankings"))
+    assert [(line["asset"], line["rank"]) for line in written] == [("c.glb", 1), ("d.glb", 2), ("e.glb", 3)]
 
 
 @pytest.mark.parametrize(("scale", "said", "expected"), [("thumbs", "up", {"label": 1}), ("scores", "2", {"score": 2.0})])
 def test_scores_of_single_assets_are_what_the_mesh_reward_reads(tmp_path, scale, said, expected):
     a = asset(tmp_path, "a", "cup")
     with judged(tmp_path, [(a, a, said)], Mode.SINGLE, scale=scale) as store:
-        (found,) = lines(export_assets(store, tmp_path / "scores.jsonl", "asset-scores"))
-    assert found["mesh"] == "a.glb" and found["prompt"] == "cup" and expected.items() <= found.items()
-    assert ("label" in found) != ("score" in found)
+        (written,) = lines(export_assets(store, tmp_path / "scores.jsonl", "asset-scores"))
+    assert written["mesh"] == "a.glb" and written["prompt"] == "cup" and expected.items() <= written.items()
+    assert ("label" in written) != ("score" in written)
 
 
 def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
     a, b, c, d = (asset(tmp_path, name) for name in "abcd")
     with judged(tmp_path, [(a, b, "first"), (c, d, "bad")], both_bad=True) as store:
         pairs = lines(export_assets(store, tmp_path / "pairs.jsonl", "asset-pairs"))
-        assert [one["choice"] for one in pairs if one["tie"]] == ["bad"]
-        found = lines(export_assets(store, tmp_path / "bad.jsonl", "asset-scores", from_pairs=True))
-    assert sorted((one["mesh"], one["label"], one["prompt"]) for one in found) == [(f"{n}.glb", 0, "a chair of oak") for n in "cd"]
+        assert [line["choice"] for line in pairs if line["tie"]] == ["bad"]
+        written = lines(export_assets(store, tmp_path / "bad.jsonl", "asset-scores", from_pairs=True))
+    assert sorted((line["mesh"], line["label"], line["prompt"]) for line in written) == [(f"{n}.glb", 0, "a chair of oak") for n in "cd"]
 
 
 def test_files_are_never_taken_for_seeds(five, tmp_path):

@@ -40,8 +40,8 @@ def folders(root):
 
 def flags_of(a, b, **more):
     """All flags of the study's command."""
-    own = {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
-    return launch.filled({p.name: p.default for p in commands.main.params} | own, design.StudyDesign, PowerOptions)
+    varying = {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
+    return launch.filled({p.name: p.default for p in commands.main.params} | varying, design.StudyDesign, PowerOptions)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_the_two_of_a_pair_have_one_length_and_the_same_headers(study):
         for asset in (a, b):
             with client.stream("GET", f"/api/shapes/{asset}") as response:
                 data = b"".join(response.iter_raw())
-            own = {"etag", "x-request-id", "date"}
-            heads.append((len(data), [(k, v) for k, v in response.headers.multi_items() if k not in own]))
+            varying = {"etag", "x-request-id", "date"}
+            heads.append((len(data), [(k, v) for k, v in response.headers.multi_items() if k not in varying]))
             kept = study.options.cache.mesh(shapes[asset]).read_bytes()
             on_disk[asset] = len(kept)
             film = kept[4:8] == b"ftyp"

@@ -55,7 +55,7 @@ def test_every_stage_has_its_time(tmp_path):
                     with contextlib.suppress(ConnectionError):
                         slow[name].sendall(b"a")
             time.sleep(0.05)
-        assert [name for name, one in slow.items() if is_open(one, max(0.01, end - time.monotonic()))] == []
+        assert [name for name, connection in slow.items() if is_open(connection, max(0.01, end - time.monotonic()))] == []
         assert is_open(known)
         known.sendall(head)
         known.settimeout(5)
@@ -67,16 +67,16 @@ def test_who_is_logged_in_keeps_her_place_and_newcomers_get_in(tmp_path):
         token = served.store.add_annotator("ann")
         head = f"GET /api/session HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
         known = [connect(served, head) for _ in range(3)]
-        for one in known:
-            assert one.recv(65536).startswith(b"HTTP/1.1 200")
+        for connection in known:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         others = [connect(served, HALF) for _ in range(60)]
         assert served.client(token).get("/api/session").status_code == 200
-        assert all(is_open(one) for one in known)
-        assert sum(is_open(one) for one in others) <= 8
+        assert all(is_open(connection) for connection in known)
+        assert sum(is_open(connection) for connection in others) <= 8
         more = [connect(served, head) for _ in range(6)]
         assert more[-1].recv(65536).startswith(b"HTTP/1.1 200")
         time.sleep(0.1)
-        assert sum(is_open(one) for one in [*known, *more]) == 4  # her own limit: those used last
+        assert sum(is_open(connection) for connection in [*known, *more]) == 4  # her own limit: those used last
 
 
 def test_a_named_proxy_may_have_all_connections(tmp_path):
@@ -84,7 +84,9 @@ def test_a_named_proxy_may_have_all_connections(tmp_path):
     with serving.running(tmp_path, config={"proxy": "127.0.0.0/8"}, exposed=True, limits=limits) as served:
         held = [connect(served) for _ in range(40)]
         assert served.client().get("/health").status_code == 200
-        assert all(is_open(one) for one in held)
+        assert all(is_open(connection) for connection in held)
+        with pytest.raises(ValueError, match="--proxy: expected addresses or networks"):
+            Server(serving.configure(served.app), Limits(), "proxy.example")
 
 
 @pytest.mark.long
@@ -105,8 +107,8 @@ def test_no_descriptors_are_no_news(tmp_path, caplog):
             assert time.process_time() - used < 0.5
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            for one in taken:
-                os.close(one)
+            for connection in taken:
+                os.close(connection)
         late.settimeout(5)
         assert late.recv(4096).startswith(b"HTTP/1.1 200")
         assert 1 <= len([m for m in caplog.messages if "cannot accept" in m]) == len(caplog.messages) <= 5
@@ -119,8 +121,8 @@ def test_garbage_is_noted_a_few_times(tmp_path, caplog):
         logger.addHandler(caplog.handler)
         try:
             for _ in range(50):
-                with connect(served, b"\0\r\n\r\n") as one:
-                    assert one.recv(4096).startswith(b"HTTP/1.1 400")
+                with connect(served, b"\0\r\n\r\n") as connection:
+                    assert connection.recv(4096).startswith(b"HTTP/1.1 400")
         finally:
             logger.removeHandler(caplog.handler)
     assert 1 <= len([m for m in caplog.messages if "Invalid HTTP request" in m]) <= 5
@@ -142,20 +144,14 @@ class Member:
 def test_those_with_most_connections_are_pushed_out_first():
     pool: Pool[Member] = Pool(6, each=4)
     greedy = [Member("a") for _ in range(7)]
-    for one in greedy:
-        pool.add(one)
-    assert [len(one.closed) for one in greedy] == [1, 1, 1, 0, 0, 0, 0]  # the oldest
+    for member in greedy:
+        pool.add(member)
+    assert [len(member.closed) for member in greedy] == [1, 1, 1, 0, 0, 0, 0]  # the oldest
     modest = [Member(key) for key in "bcd"]
-    for one in modest:
-        pool.add(one)
-    assert pool.size == 6 and not any(one.closed for one in modest) and greedy[3].closed
+    for member in modest:
+        pool.add(member)
+    assert pool.size == 6 and not any(member.closed for member in modest) and greedy[3].closed
     pool.touch(greedy[4])
     pool.add(Member("e"))
     assert greedy[5].closed and not greedy[4].closed
     assert [pool.next().key for _ in range(6)] == ["a", "b", "c", "d", "e", "a"] and pool.size == 0  # by turns
-
-
-def test_a_proxys_address_is_checked_at_the_start(tmp_path):
-    served = serving.build(tmp_path)
-    with pytest.raises(ValueError, match="--proxy: expected addresses or networks"):
-        Server(serving.configure(served.app), Limits(), "proxy.example")

@@ -81,12 +81,9 @@ def test_the_number_of_triangles_is_kept_even_where_the_mesh_must_be_opened():
     assert len(faces) > 20_000 and 0 < len(fewer) <= 2200
 
 
-def test_a_level_that_is_not_crossed_is_told(generator, shape):
+def test_a_level_that_is_not_crossed_and_other_weights_are_refused(shape, tiny_networks):
     with pytest.raises(ValueError, match="both sides of level"):
         ShapeDrawer().mesh(replace(shape, level=1e6))
-
-
-def test_other_weights_than_the_campaigns_are_refused(shape, tiny_networks):
     with pytest.raises(ValueError, match="Restore the file"):
         ShapeDrawer().mesh(replace(shape, source=str(tiny_networks)))
 

@@ -195,10 +195,10 @@ def test_a_study_and_pairs_that_seeds_cannot_name_are_no_source_of_labels(store,
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_exported_labels_read_back(judged, tmp_path, ending):
     path = export_labels(judged, tmp_path / f"labels.{ending}", campaign="heads")
-    found, expected = load_labels(path), preferences_of(judged)
+    read, expected = load_labels(path), preferences_of(judged)
     for field in ("winner", "loser", "generator", "psi", "annotator", "time", "tie"):
-        assert [getattr(p, field) for p in found] == [getattr(p, field) for p in expected]
-    assert found[0].extra["views"] == "front left" and str(found[0].extra["level"]) == "10.0"
+        assert [getattr(p, field) for p in read] == [getattr(p, field) for p in expected]
+    assert read[0].extra["views"] == "front left" and str(read[0].extra["level"]) == "10.0"
     if ending == "csv":
         with path.open(newline="") as file:
             assert {"campaign", "page_version", "side", "left_seed"} <= set(next(csv.reader(file)))
@@ -260,7 +260,7 @@ def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
     line, words = BAD_LINES[case]
     path = export_judgements(judged, tmp_path / "all.jsonl")
     if case == "votes":
-        line = next(one for one in path.read_text().splitlines() if "geometry" in one and '"judgement"' in one)
+        line = next(line for line in path.read_text().splitlines() if "geometry" in line and '"judgement"' in line)
         line = json.dumps(json.loads(line) | {"key": "other", "votes": '{"geometry": "up"}'})
     with path.open("a") as file:
         file.write(line + "\n")

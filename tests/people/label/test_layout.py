@@ -46,9 +46,9 @@ SHOWS = "one => { const { x, y } = one.getBoundingClientRect(); return one.conta
 
 def check(page: Page, where: str, wanted: set[str] = frozenset()) -> None:
     """Every control that shows can be clicked, shows its whole text, and the page is no wider than the screen."""
-    found = page.page.evaluate(UNREACHABLE)
-    assert found["missed"] == [] and found["cut"] == [] and found["wide"] <= 0, (where, found)
-    assert wanted <= set(found["names"]), (where, wanted - set(found["names"]))
+    faults = page.page.evaluate(UNREACHABLE)
+    assert faults["missed"] == [] and faults["cut"] == [] and faults["wide"] <= 0, (where, faults)
+    assert wanted <= set(faults["names"]), (where, wanted - set(faults["names"]))
 
 
 def crowded(page: Page) -> None:

@@ -73,12 +73,12 @@ def work(served, page, number: int) -> None:
 
 def secrets(served) -> list[str]:
     """Whatever would tell an annotator which shape is which, or why a pair is shown."""
-    found = [*NAMES.values(), "baseline", "finetuned", "0.7125", "10.25", "safetensors", "/secret", ".shp"]
-    found.append(str(served.options.cache.folder))
+    words = [*NAMES.values(), "baseline", "finetuned", "0.7125", "10.25", "safetensors", "/secret", ".shp"]
+    words.append(str(served.options.cache.folder))
     for asset, shape in served.store.shapes(served.campaign):
-        found += [shape.generator[:10], str(shape.seed), f"{shape.seed:x}", shape_key(shape)[:10]]
-        assert asset not in found
-    return [*set(found), "gold", "repeat", "swap", "first_is_left", *(f'"{word}"' for word in ("first", "second", "expected", "kind"))]
+        words += [shape.generator[:10], str(shape.seed), f"{shape.seed:x}", shape_key(shape)[:10]]
+        assert asset not in words
+    return [*set(words), "gold", "repeat", "swap", "first_is_left", *(f'"{word}"' for word in ("first", "second", "expected", "kind"))]
 
 
 def test_no_response_holds_a_name_seed_kind_or_side(study):
@@ -165,16 +165,16 @@ def test_sides_are_even_and_the_order_is_not_the_plans(study):
 
 def test_all_bodies_have_one_length_and_the_same_headers(study):
     client, by = study.client(study.store.add_annotator("ruler")), of_generators(study)
-    found = {}
+    bodies = {}
     for asset in by["a"] + by["b"]:
         with client.stream("GET", f"/api/shapes/{asset}") as response:
             data = b"".join(response.iter_raw())
-        own = {"etag", "x-request-id", "date"}
-        found[asset] = (len(data), tuple((k, v) for k, v in response.headers.multi_items() if k not in own))
+        varying = {"etag", "x-request-id", "date"}
+        bodies[asset] = (len(data), tuple((k, v) for k, v in response.headers.multi_items() if k not in varying))
         shape = dict(study.store.shapes(study.campaign))[asset]
         assert gzip.decompress(data) == gzip.decompress(study.options.cache.mesh(shape).read_bytes())
         assert response.headers["etag"] == f'"{asset}"'
-    assert len(set(found.values())) == 1
+    assert len(set(bodies.values())) == 1
     lengths = {g: [len(study.options.cache.mesh(dict(study.store.shapes(study.campaign))[t]).read_bytes()) for t in by[g]] for g in by}
     assert separation(*lengths.values()) < 1e-6  # on the disk they do differ
 
@@ -201,11 +201,11 @@ ASSETS = [token_urlsafe(16) for _ in range(300)]
 
 def test_addresses_lead_back_and_tell_nothing():
     made = Addresses(b"k" * 32, ASSETS)
-    found = {(assignment, asset): made.of(assignment, asset) for assignment in ("one", "two") for asset in ASSETS}
-    assert len(set(found.values())) == 600 and all(len(address) == LETTERS for address in found.values())
-    assert all(made.asset(address) == asset for (_, asset), address in found.items())
-    assert Addresses(b"k" * 32, ASSETS).of("one", ASSETS[7]) == found["one", ASSETS[7]]  # after a restart
-    numbers = [address[16:21] for address in found.values()]  # where the hidden number is
+    addresses = {(assignment, asset): made.of(assignment, asset) for assignment in ("one", "two") for asset in ASSETS}
+    assert len(set(addresses.values())) == 600 and all(len(address) == LETTERS for address in addresses.values())
+    assert all(made.asset(address) == asset for (_, asset), address in addresses.items())
+    assert Addresses(b"k" * 32, ASSETS).of("one", ASSETS[7]) == addresses["one", ASSETS[7]]  # after a restart
+    numbers = [address[16:21] for address in addresses.values()]  # where the hidden number is
     assert len(set(numbers)) > 590
 
 
@@ -237,7 +237,7 @@ def test_a_repeat_has_addresses_of_its_own(tmp_path):
             answer(page, pair["assignment"], f"key-{number}")
         assert max(map(len, bodies.values())) > 1  # there were repeats
         listed = page.get("/api/answers?count=50").json()["answers"]
-        assert listed and all(seen[one[side]] == one["assignment"] for one in listed for side in ("left", "right"))
+        assert listed and all(seen[entry[side]] == entry["assignment"] for entry in listed for side in ("left", "right"))
         told = {asset for asset, _ in served.store.shapes(served.campaign)}
         assert not told & set(seen)
 

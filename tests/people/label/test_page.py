@@ -18,9 +18,9 @@ NEXT_PAIR = 300  # milliseconds
 PHONE = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
 
 
-def alike(one: np.ndarray, other: np.ndarray) -> bool:
+def alike(picture: np.ndarray, other: np.ndarray) -> bool:
     """Whether two pictures agree but for the rounding of edges."""
-    return one.shape == other.shape and (np.abs(one - other).max(-1) > 24).mean() < 0.002 and np.abs(one - other).mean() < 0.5
+    return picture.shape == other.shape and (np.abs(picture - other).max(-1) > 24).mean() < 0.002 and np.abs(picture - other).mean() < 0.5
 
 
 def blank(picture: np.ndarray) -> bool:
@@ -79,7 +79,7 @@ def _practise(label: Page) -> None:
 def test_both_sides_share_one_camera(serve, page):
     planned = plan(3)
     same = bumpy_ball(1, 4000)
-    served = serve(planned, lambda one: same)
+    served = serve(planned, lambda shape: same)
     label = page(served.url, reduced_motion="reduce").open()
     start = label.picture("left")
     assert alike(start, label.picture("right")) and not blank(start)
@@ -112,8 +112,8 @@ def test_no_dark_specks_along_the_outline(serve, page):
     served = serve(plan(2), large)
     label = page(served.url, viewport={"width": 1280, "height": 780}).open()
     grey = [label.picture(side).mean(-1) for side in ("left", "right")]
-    around = [ndimage.median_filter(one, 5) for one in grey]
-    specks = sum(int(((one < 0.6 * other) & (other > 40)).sum()) for one, other in zip(grey, around, strict=True))
+    around = [ndimage.median_filter(seen, 5) for seen in grey]
+    specks = sum(int(((seen < 0.6 * smooth) & (smooth > 40)).sum()) for seen, smooth in zip(grey, around, strict=True))
     assert specks <= 30, "93 where the surface is pushed back by its slope; the 20 that are left belong to the dark underside"
 
 
@@ -136,8 +136,8 @@ def test_the_picture_where_the_campaign_shows_it(tmp_path, serve, page):
     planned, png = plan(2), io.BytesIO()
     Image.new("RGB", (64, 64), (200, 30, 30)).save(png, "PNG")
     served = serve(planned, campaign={"show_render": True})
-    for one in (s for pair in planned for s in (pair.first, pair.second)):
-        ShapeCache(tmp_path / "cache").put_render(one, png.getvalue())
+    for shape in (s for pair in planned for s in (pair.first, pair.second)):
+        ShapeCache(tmp_path / "cache").put_render(shape, png.getvalue())
     label = page(served.url).open()
     label.page.keyboard.press("r")
     there = "[...document.querySelectorAll('.pane img')].every(image => image.complete && image.naturalWidth === 64)"

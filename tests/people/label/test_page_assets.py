@@ -34,9 +34,9 @@ def textured(seed: int, side: int = 64) -> bytes:
     return packed(asset_files.glb(2000, side, seed=seed))
 
 
-def mesh(one: Shape) -> bytes:
+def mesh(shape: Shape) -> bytes:
     """One of six."""
-    return textured(one.seed % 6)
+    return textured(shape.seed % 6)
 
 
 def width(picture: np.ndarray) -> int:
@@ -62,7 +62,7 @@ def test_a_textured_pair(serve, page):
     document["nodes"][0]["scale"] = [50, 50, 50]
     document["nodes"][0]["translation"] = [7, 0, 0]
     far = packed(asset_files.pack_glb(document, binary))
-    served = serve(plan(2), lambda one: far if one.seed % 2 else textured(1))
+    served = serve(plan(2), lambda shape: far if shape.seed % 2 else textured(1))
     label = page(served.url).open()
     left, right = label.picture("left"), label.picture("right")
     assert np.ptp(left, axis=-1).max() > 80, "in colour"
@@ -82,7 +82,7 @@ def test_a_textured_pair(serve, page):
 
 @pytest.mark.long
 def test_a_damaged_texture_is_said(serve, page):
-    served = serve(plan(1), lambda one: _broken() if one.seed % 2 else textured(1))
+    served = serve(plan(1), lambda shape: _broken() if shape.seed % 2 else textured(1))
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("failed")
@@ -99,20 +99,20 @@ def _broken() -> bytes:
 @pytest.mark.long
 def test_videos_in_step(tmp_path, serve, page):
     films = [asset_files.write_film(tmp_path / f"{i}.mp4", frames=24, seed=i).read_bytes() for i in range(2)]
-    served = serve(plan(2), lambda one: compress(films[one.seed % 2]))
+    served = serve(plan(2), lambda a: compress(films[a.seed % 2]))
     label = page(served.url, reduced_motion="reduce").open()
     assert label.page.get_by_role("button", name="Play").is_visible() and not label.page.locator("#wireframe").is_visible()
     times = "[...document.querySelectorAll('video')].map(video => video.currentTime / video.duration)"
     label.drag("left", 120, 0)
     moved = "() => [...document.querySelectorAll('video')].every(video => video.currentTime > 0 && !video.seeking && video.paused)"
     label.page.wait_for_function(moved)
-    one, other = label.page.evaluate(times)
-    assert one == pytest.approx(other, abs=0.01) and 0.05 < one < 0.95
+    a, b = label.page.evaluate(times)
+    assert a == pytest.approx(b, abs=0.01) and 0.05 < a < 0.95
     label.page.keyboard.press("p")
     label.page.wait_for_function("() => [...document.querySelectorAll('video')].every(v => !v.paused && v.muted && !v.controls)")
     label.page.wait_for_timeout(400)
-    one, other = label.page.evaluate(times)
-    assert min(abs(one - other), 1 - abs(one - other)) < 0.06
+    a, b = label.page.evaluate(times)
+    assert min(abs(a - b), 1 - abs(a - b)) < 0.06
     label.press("ArrowLeft")
     label.sent()
     assert {"orbit", "play"} <= set(rows(served)[0].views)
@@ -147,7 +147,7 @@ def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("made", [lambda one: textured(one.seed % 6, 512), lambda one: heavy_mesh(one.seed % 2)], ids=["small", "large"])
+@pytest.mark.parametrize("made", [lambda shape: textured(shape.seed % 6, 512), lambda shape: heavy_mesh(shape.seed % 2)])
 def test_memory_is_steady_over_fifty_pairs(serve, page, made):
     """What the page holds, after each ten of fifty pairs."""
     label, seen = page(serve(plan(56), made, campaign=QUIET).url).open(), []
@@ -191,7 +191,7 @@ def heavy_splats(seed: int) -> bytes:
 @pytest.mark.parametrize("kind", [heavy_mesh, heavy_splats])
 def test_the_first_pair_and_the_next(serve, page, kind):
     """Time to the first pair that can be judged, and from an answer to the next pair, prefetched; bounds are loose, as machines differ."""
-    served = serve(plan(4), lambda one: kind(one.seed % 2), campaign=QUIET)
+    served = serve(plan(4), lambda shape: kind(shape.seed % 2), campaign=QUIET)
     label = page(served.url, viewport={"width": 1280, "height": 780})
     label.page.add_init_script("localStorage.setItem('eg3d-welcome:local', 'seen')")
     began = time.perf_counter()
@@ -203,7 +203,7 @@ def test_the_first_pair_and_the_next(serve, page, kind):
         label.page.wait_for_timeout(3000)
         label.press("ArrowLeft")
     label.page.wait_for_timeout(500)
-    nexts = label.page.evaluate("performance.getEntriesByName('next-pair').map((mark) => mark.duration)")
+    waits = label.page.evaluate("performance.getEntriesByName('next-pair').map((mark) => mark.duration)")
     sizes = [round(len(kind(seed)) / 1e6, 1) for seed in (0, 1)]
-    print(f"\n{kind.__name__}, {sizes} MB packed: ready {ready:.2f} s; next pair {', '.join(f'{one:.0f}' for one in nexts)} ms")
-    assert ready < 20 and len(nexts) == 3 and sorted(nexts)[1] < 2000
+    print(f"\n{kind.__name__}, {sizes} MB packed: ready {ready:.2f} s; next pair {', '.join(f'{wait:.0f}' for wait in waits)} ms")
+    assert ready < 20 and len(waits) == 3 and sorted(waits)[1] < 2000

@@ -49,10 +49,10 @@ def test_an_ended_session_keeps_what_waits(serve, page):
 
 def test_a_pair_answered_in_another_window_is_passed_over(serve, page):
     served = serve(plan(8))
-    one, other = page(served.url).open(), page(served.url).open()
-    assert one.state("pair.assignment") == other.state("pair.assignment")
-    first = one.press("ArrowLeft")
-    one.sent()
+    tab, other = page(served.url).open(), page(served.url).open()
+    assert tab.state("pair.assignment") == other.state("pair.assignment")
+    first = tab.press("ArrowLeft")
+    tab.sent()
     assert other.press("ArrowRight") == first
     other.page.wait_for_selector("#toast:not([hidden])")
     assert "already answered" in other.page.inner_text("#toast")
@@ -97,14 +97,14 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
 def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
     planned = plan(3)
     late = [s for p in planned for s in (p.first, p.second)]
-    served = serve(planned, lambda one: None, campaign=QUIET)
+    served = serve(planned, lambda shape: None, campaign=QUIET)
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("waiting")
     assert "0 of 6 shapes are ready" in label.page.inner_text("#notice")
     cache = ShapeCache(tmp_path / "cache")
-    for one in late:
-        cache.put_mesh(one, bumpy_ball(one.seed % 6, 4000))
+    for shape in late:
+        cache.put_mesh(shape, bumpy_ball(shape.seed % 6, 4000))
     label.ready()
     label.answer("Enter")
     for _ in planned:
@@ -120,15 +120,15 @@ def test_waiting_for_shapes_and_the_end(tmp_path, serve, page):
 def test_practice_comes_first_even_where_only_other_shapes_are_ready(tmp_path, serve, page):
     planned = plan(3, training=2)
     lessons = [s for p in planned[:2] for s in (p.first, p.second)]
-    served = serve(planned, lambda one: None if one in lessons else small(one))
+    served = serve(planned, lambda shape: None if shape in lessons else small(shape))
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("waiting")
     assert "Practice comes first." in label.page.inner_text("#notice")
     cache = ShapeCache(tmp_path / "cache")
     cache.put_failure(lessons[0], "no surface")
-    for one in lessons[1:]:
-        cache.put_mesh(one, small(one))
+    for shape in lessons[1:]:
+        cache.put_mesh(shape, small(shape))
     label.ready()
     assert label.state("pair.training")
     label.page.keyboard.press("Enter")

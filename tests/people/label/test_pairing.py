@@ -45,9 +45,9 @@ def test_shapes_are_drawn_as_the_options_say(tmp_path):
     shapes = [shape for pair in plan_pairs(options, GENERATOR) for shape in (pair.first, pair.second)]
     assert {(s.generator, s.source, s.psi, s.level, s.resolution, s.triangles) for s in shapes} == {("c" * 64, "", 0.7, 12.0, 64, 900)}
     other = SimpleNamespace(hash="d" * 64, path=tmp_path / "x.safetensors", generator=SimpleNamespace(level=7.5))
-    found = plan(PairingOptions(pairs=1), other)
-    assert found.pairs[0].first.source == str(tmp_path / "x.safetensors"), "another network's place is kept"
-    assert {side.level for pair in found.pairs for side in (pair.first, pair.second)} == {found.report["level"]} == {7.5}, "its own level"
+    made = plan(PairingOptions(pairs=1), other)
+    assert made.pairs[0].first.source == str(tmp_path / "x.safetensors"), "another network's place is kept"
+    assert {side.level for pair in made.pairs for side in (pair.first, pair.second)} == {made.report["level"]} == {7.5}, "its own level"
 
 
 @pytest.mark.parametrize("strategy", ["random", "tournament"])
@@ -92,9 +92,9 @@ def test_there_is_gold_by_default_and_none_on_request():
 
 @pytest.mark.parametrize(("pairs", "rounds"), [(100, 4), (90, 4), (7, 3), (10, 1)])
 def test_a_tournament_has_so_many_pairs_and_so_many_of_each_shape(pairs, rounds):
-    found = seeds_of(plan_pairs(PairingOptions(pairs=pairs, strategy="tournament", rounds=rounds), GENERATOR))
-    games = Counter(seed for pair in found for seed in pair)
-    assert len(found) == pairs == len({frozenset(p) for p in found})
+    planned = seeds_of(plan_pairs(PairingOptions(pairs=pairs, strategy="tournament", rounds=rounds), GENERATOR))
+    games = Counter(seed for pair in planned for seed in pair)
+    assert len(planned) == pairs == len({frozenset(p) for p in planned})
     assert max(games.values()) == rounds and min(games.values()) >= rounds - 1
 
 

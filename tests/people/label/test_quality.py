@@ -37,24 +37,24 @@ def row(id: int, choice: str, *, pair: int | None = None, annotator="ann", kind=
 
 
 def only(rows, **limits) -> dict:
-    (found,) = quality_report(rows, QualityLimits(**limits))["annotators"]
-    return found
+    (report,) = quality_report(rows, QualityLimits(**limits))["annotators"]
+    return report
 
 
 def test_counts_pace_and_sides_by_hand():
     rows = [row(1, "left"), row(2, "left"), row(3, "right"), row(4, "tie"), row(5, "skip", reason="broken", milliseconds=90_000)]
-    found = only(rows)
-    assert [found[k] for k in ("judgements", "ties", "skips", "left_right_n")] == [5, 1, 1, 3]
-    assert found["left_share"] == pytest.approx(2 / 3) and found["skip_reasons"] == {"broken": 1}
-    assert found["median_seconds"] == 4 and found["per_hour"] == pytest.approx(360) and found["flags"] == []
+    report = only(rows)
+    assert [report[k] for k in ("judgements", "ties", "skips", "left_right_n")] == [5, 1, 1, 3]
+    assert report["left_share"] == pytest.approx(2 / 3) and report["skip_reasons"] == {"broken": 1}
+    assert report["median_seconds"] == 4 and report["per_hour"] == pytest.approx(360) and report["flags"] == []
 
 
 def test_breaks_undone_judgements_and_training_do_not_count():
     times = [0, 10, 20, 5000, 5010]
     assert only([row(i, "left", received_at=1e9 + t) for i, t in enumerate(times)])["per_hour"] == pytest.approx(360)
     rows = [row(1, "left"), row(2, "right", undone=True), row(3, "left", kind="training", expected="right")]
-    found = quality_report(rows)
-    assert found["judgements"] == 1 and found["annotators"][0]["gold_n"] == 0
+    report = quality_report(rows)
+    assert report["judgements"] == 1 and report["annotators"][0]["gold_n"] == 0
 
 
 def test_consistency_is_about_shapes_not_sides():
@@ -64,9 +64,9 @@ def test_consistency_is_about_shapes_not_sides():
         row(8, "right", pair=1, kind="swap", first_is_left=False), row(9, "left", pair=2, kind="swap", first_is_left=False),
         row(10, "skip", pair=3, kind="swap", first_is_left=False),
     ]  # fmt: skip
-    found = only(rows)
-    assert (found["self_consistency"], found["self_consistency_n"]) == (pytest.approx(2 / 3), 3)
-    assert (found["swap_consistency"], found["swap_consistency_n"]) == (0.5, 2)
+    report = only(rows)
+    assert (report["self_consistency"], report["self_consistency_n"]) == (pytest.approx(2 / 3), 3)
+    assert (report["swap_consistency"], report["swap_consistency_n"]) == (0.5, 2)
 
 
 def test_somebody_who_always_takes_the_left_is_found_out():
@@ -74,9 +74,9 @@ def test_somebody_who_always_takes_the_left_is_found_out():
     rows = [row(i, "left", first_is_left=bool(rng.integers(2))) for i in range(40)]
     rows += [row(40 + i, "left", pair=i, kind="swap", first_is_left=not rows[i].first_is_left) for i in range(10)]
     rows += [row(50 + i, "left", kind="gold", expected=("left", "right")[i % 2], milliseconds=300) for i in range(8)]
-    found = only(rows, fast_seconds=5)
-    assert found["swap_consistency"] == 0 and found["left_share"] == 1 and found["gold_accuracy"] == 0.5
-    assert [flag.split(":")[0] for flag in found["flags"]] == ["gold checks", "fast", "side bias", "inconsistent"]
+    report = only(rows, fast_seconds=5)
+    assert report["swap_consistency"] == 0 and report["left_share"] == 1 and report["gold_accuracy"] == 0.5
+    assert [flag.split(":")[0] for flag in report["flags"]] == ["gold checks", "fast", "side bias", "inconsistent"]
 
 
 def test_skips_and_ties_without_end_are_flagged_and_a_careful_annotator_rarely():
@@ -99,10 +99,10 @@ def test_agreement_of_annotators_who_saw_the_pairs_on_other_sides():
         rows.append(row(3 * pair, "left" if preferred else "right", pair=pair, annotator="x"))
         rows.append(row(3 * pair + 1, "right" if preferred else "left", pair=pair, annotator="y", first_is_left=False))
         rows.append(row(3 * pair + 2, "left", pair=pair, annotator="z"))
-    found = quality_report(rows)["agreement"]
-    kappa = {(k["a"], k["b"]): k["kappa"] for k in found["cohen_kappa"]}
+    report = quality_report(rows)["agreement"]
+    kappa = {(k["a"], k["b"]): k["kappa"] for k in report["cohen_kappa"]}
     assert kappa["x", "y"] == 1 and kappa["x", "z"] == pytest.approx(0, abs=1e-12)
-    assert found["alpha_n"] == 20 and found["alpha_ci95"][0] <= found["krippendorff_alpha"] <= found["alpha_ci95"][1]
+    assert report["alpha_n"] == 20 and report["alpha_ci95"][0] <= report["krippendorff_alpha"] <= report["alpha_ci95"][1]
 
 
 def test_strengths_rank_a_tournament_and_leave_lone_pairs_out():
@@ -112,31 +112,31 @@ def test_strengths_rank_a_tournament_and_leave_lone_pairs_out():
         wins = rng.random() < 1 / (1 + np.exp(b - a))
         rows.append(row(i, "left" if wins else "right", pair=int(a * 6 + b), shapes=(shape(int(a)), shape(int(b)))))
     rows.append(row(999, "left", pair=999))
-    found = quality_report(rows)
-    assert [s["label"] for s in found["bradley_terry"]] == [f"seed {k}" for k in (5, 4, 3, 2, 1, 0)]
-    assert all(s["ci95"][0] < s["strength"] < s["ci95"][1] for s in found["bradley_terry"]) and found["cycles"]["triples"] == 20
+    report = quality_report(rows)
+    assert [s["label"] for s in report["bradley_terry"]] == [f"seed {k}" for k in (5, 4, 3, 2, 1, 0)]
+    assert all(s["ci95"][0] < s["strength"] < s["ci95"][1] for s in report["bradley_terry"]) and report["cycles"]["triples"] == 20
     few = quality_report(rows, QualityLimits(strengths=3))["bradley_terry"]
     assert len(few) == 3
 
 
 def test_a_running_study_gives_no_strengths_away():
     rows = [row(i, "left", mode="study", pair=i % 3, shapes=(shape(i % 3), shape((i + 1) % 3))) for i in range(12)]
-    found = quality_report(rows)
-    assert found["bradley_terry"] == [] and found["cycles"]["triples"] == 0 and found["judgements"] == 12
+    report = quality_report(rows)
+    assert report["bradley_terry"] == [] and report["cycles"]["triples"] == 0 and report["judgements"] == 12
 
 
 def test_the_report_is_json_and_an_empty_one_too():
     rows = [row(i, ("left", "right", "tie", "skip")[i % 4], annotator=("x", "y")[i % 2], pair=i // 2) for i in range(40)]
-    for found in (quality_report(rows), quality_report([])):
-        assert json.loads(json.dumps(found, allow_nan=False)) == found
+    for report in (quality_report(rows), quality_report([])):
+        assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert quality_report([])["annotators"] == [] and quality_report([])["timeline"] == []
 
 
 def test_the_timeline_counts_everything_once_and_stays_short():
     rows = [row(i, "left", received_at=1e9 + 3600.0 * 7 * i) for i in range(300)]
-    found = quality_report(rows)["timeline"]
-    assert sum(b["judgements"] for b in found) == 300 and len(found) <= 240
-    assert all(b["time"] % b["seconds"] == 0 for b in found)
+    report = quality_report(rows)["timeline"]
+    assert sum(b["judgements"] for b in report) == 300 and len(report) <= 240
+    assert all(b["time"] % b["seconds"] == 0 for b in report)
 
 
 def test_ten_thousand_judgements_are_reported_live():
@@ -149,20 +149,20 @@ def test_ten_thousand_judgements_are_reported_live():
 
 def test_two_common_pairs_say_nothing_of_agreement():
     rows = [row(10 * pair + i, "left" if pair else "right", pair=pair, annotator=name) for pair in range(2) for i, name in enumerate("xy")]
-    found = quality_report(rows)["agreement"]
-    assert (found["krippendorff_alpha"], found["alpha_ci95"], found["alpha_n"], found["alpha_needs"]) == (None, None, 2, 8)
-    assert [(k["kappa"], k["ci95"], k["n"], k["same_needs"]) for k in found["cohen_kappa"]] == [(None, None, 2, 8)]
+    report = quality_report(rows)["agreement"]
+    assert (report["krippendorff_alpha"], report["alpha_ci95"], report["alpha_n"], report["alpha_needs"]) == (None, None, 2, 8)
+    assert [(k["kappa"], k["ci95"], k["n"], k["same_needs"]) for k in report["cohen_kappa"]] == [(None, None, 2, 8)]
     more = [row(10 * pair + i, ("left", "right")[pair % 2], pair=pair, annotator=name) for pair in range(10) for i, name in enumerate("xy")]
-    found = quality_report(more)["agreement"]
-    assert found["krippendorff_alpha"] == 1 and found["alpha_ci95"][0] < 0.75 and found["cohen_kappa"][0]["same_ci95"][0] < 0.75
+    report = quality_report(more)["agreement"]
+    assert report["krippendorff_alpha"] == 1 and report["alpha_ci95"][0] < 0.75 and report["cohen_kappa"][0]["same_ci95"][0] < 0.75
 
 
 def test_few_repeats_and_gold_checks_have_counts_and_no_interval():
     rows = [row(i, "left", pair=i) for i in range(9)] + [row(20 + i, "left", pair=i, kind="repeat") for i in range(9)]
-    found = only(rows)
-    assert (found["self_consistency"], found["self_consistency_ci95"], found["self_consistency_needs"]) == (1, None, 1)
-    found = only([*rows, row(9, "left", pair=9), row(40, "left", pair=9, kind="repeat")])
-    assert found["self_consistency_ci95"] == [pytest.approx(0.722, abs=1e-3), 1] and found["self_consistency_needs"] == 0
+    report = only(rows)
+    assert (report["self_consistency"], report["self_consistency_ci95"], report["self_consistency_needs"]) == (1, None, 1)
+    report = only([*rows, row(9, "left", pair=9), row(40, "left", pair=9, kind="repeat")])
+    assert report["self_consistency_ci95"] == [pytest.approx(0.722, abs=1e-3), 1] and report["self_consistency_needs"] == 0
 
 
 # ---- leaderboards: what counts as a game, generators' names, questions, and the commands
@@ -255,8 +255,8 @@ def test_the_command_prints_text_json_and_csv(store, tmp_path):
 
     text = run("--campaign=c").output
     assert " 1. trellis" in text and "at least" not in text and "this annotator alone" in text
-    found = json.loads(run("--json").output)
-    assert [(s["name"], s["n"], s["wins"], s["ties"]) for s in found["groups"][0]] == [("trellis", 25, 15, 5), ("hunyuan", 25, 5, 5)]
+    report = json.loads(run("--json").output)
+    assert [(s["name"], s["n"], s["wins"], s["ties"]) for s in report["groups"][0]] == [("trellis", 25, 15, 5), ("hunyuan", 25, 5, 5)]
     table = list(csv.DictReader(io.StringIO(run("--csv").output)))
     assert [r["name"] for r in table] == ["trellis", "hunyuan"]
     assert float(table[0]["lo"]) < float(table[0]["points"]) < float(table[0]["hi"])

@@ -35,10 +35,10 @@ def past_training(page) -> dict:
 
 
 def test_the_session_tells_the_page_what_it_needs(served):
-    found = served.browser().get("/api/session").json()
+    reply = served.browser().get("/api/session").json()
     expected = {"annotator": "local", "role": "admin", "mode": "label", "title": "", "show_render": False,
                 "exposed": False, "skip_reasons": list(SKIP_REASONS)}  # fmt: skip
-    assert {k: found[k] for k in expected} == expected and len(found["csrf"]) == 64 and len(found["page_version"]) == 12
+    assert {k: reply[k] for k in expected} == expected and len(reply["csrf"]) == 64 and len(reply["page_version"]) == 12
 
 
 def test_a_judgement_is_kept_as_it_was_sent(served):
@@ -47,8 +47,8 @@ def test_a_judgement_is_kept_as_it_was_sent(served):
     values = {"milliseconds": 4321, "views": ["front", "orbit"], "answered_at": 1.7e9, "page_version": "abc"}
     response = answer(page, pair["assignment"], "key-1", "right", **values)
     assert response.status_code == 201
-    found = response.json()
-    assert found.pop("progress")["done"] == 1 and found == {"accepted": True, "duplicate": False, "training": None, "reveal": None}
+    reply = response.json()
+    assert reply.pop("progress")["done"] == 1 and reply == {"accepted": True, "duplicate": False, "training": None, "reveal": None}
     row = list(served.store.judgements())[-1]
     assert (row.assignment, row.choice, row.milliseconds, row.views) == (pair["assignment"], "right", 4321, ("front", "orbit"))
     assert (row.answered_at, row.page_version, row.annotator) == (1.7e9, "abc", "local")

@@ -95,16 +95,16 @@ def test_the_page_opens_by_a_link_and_by_every_name_of_this_machine(local, heade
 def test_wrong_tokens_are_limited_and_right_ones_are_let_in_all_the_same(tmp_path):
     with serving.running(tmp_path, exposed=True, limits=Limits(guesses=(0.01, 5.0))) as served:
         first, late = served.store.add_annotator("ann"), served.store.add_annotator("late")
-        found = [served.client("guess" * 5 + str(i)).get("/api/session") for i in range(8)]
-        assert [r.status_code for r in found] == [401] * 5 + [429] * 3
-        assert 60 < int(found[-1].headers["Retry-After"]) <= 100
+        responses = [served.client("guess" * 5 + str(i)).get("/api/session") for i in range(8)]
+        assert [r.status_code for r in responses] == [401] * 5 + [429] * 3
+        assert 60 < int(responses[-1].headers["Retry-After"]) <= 100
         assert served.client(first).get("/api/session").status_code == 200
         assert serving.login(served.client(**SAME), late).status_code == 303
         assert served.client("guess" * 6).get("/api/session").status_code == 429  # a right token in between changes nothing
     with serving.running(tmp_path / "page", exposed=True, limits=Limits(guesses=(0.01, 4.0))) as served:
-        found = [serving.login(served.client(**SAME), f"guess-number-{i:020d}") for i in range(6)]
-        assert [r.status_code for r in found] == [401] * 4 + [429] * 2 and int(found[-1].headers["Retry-After"]) > 60
-        assert "This token is unknown" in found[0].text and "guess-number" not in found[0].text
+        responses = [serving.login(served.client(**SAME), f"guess-number-{i:020d}") for i in range(6)]
+        assert [r.status_code for r in responses] == [401] * 4 + [429] * 2 and int(responses[-1].headers["Retry-After"]) > 60
+        assert "This token is unknown" in responses[0].text and "guess-number" not in responses[0].text
 
 
 def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path):
@@ -124,8 +124,8 @@ def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path
 def test_requests_are_limited(tmp_path, limits, exposed, path):
     with serving.running(tmp_path, exposed=exposed, limits=Limits(**limits)) as served:
         client = served.client()
-        found = [client.get(path) for _ in range(7)]
-        assert [r.status_code for r in found] == [200] * 5 + [429] * 2 and "Retry-After" in found[-1].headers
+        responses = [client.get(path) for _ in range(7)]
+        assert [r.status_code for r in responses] == [200] * 5 + [429] * 2 and "Retry-After" in responses[-1].headers
 
 
 def test_the_rate_of_an_ipv6_subscriber_is_one():
@@ -179,7 +179,7 @@ def test_the_access_log_tells_who_and_what_but_no_secret(exposed):
     assert lines[0]["event"] == "start" and {line["event"] for line in lines[1:]} == {"request"}
     for line in lines[1:]:
         assert {"time", "request", "address", "method", "route", "status", "milliseconds", "bytes", "annotator", "by"} <= set(line)
-    found = [(line["route"], line["status"], line["annotator"], line["by"]) for line in lines[1:]]
-    assert ("/api/shapes/{address}", 200, "ann", "session") in found and ("/api/session", 200, "ann", "token") in found
-    assert ("/*", 404, "ann", "session") in found and ("/api/session", 401, None, None) in found
+    responses = [(line["route"], line["status"], line["annotator"], line["by"]) for line in lines[1:]]
+    assert ("/api/shapes/{address}", 200, "ann", "session") in responses and ("/api/session", 200, "ann", "token") in responses
+    assert ("/*", 404, "ann", "session") in responses and ("/api/session", 401, None, None) in responses
     assert any("token" in line.get("refused", "") for line in lines if line.get("status") == 401)

@@ -28,13 +28,13 @@ def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
     campaign = store.create_campaign(made, singles(30, gold=4, training=1))
     ann, ben = (store.annotator_without_token(name).id for name in ("ann", "ben"))
     gold = range(1, 5)
-    answer_all(store, campaign, ann, lambda one, _: Choice.DOWN if one.seed in gold or one.seed % 2 else Choice.UP)
-    answer_all(store, campaign, ben, lambda one, _: Choice.DOWN if one.seed not in gold and (one.seed % 2 or one.seed == 20) else Choice.UP)
+    answer_all(store, campaign, ann, lambda s, _: Choice.DOWN if s.seed in gold or s.seed % 2 else Choice.UP)
+    answer_all(store, campaign, ben, lambda s, _: Choice.DOWN if s.seed not in gold and (s.seed % 2 or s.seed == 20) else Choice.UP)
     report = quality_report(store.judgements())
-    one, other = report["annotators"]
-    assert (one["gold_accuracy"], other["gold_accuracy"]) == (1.0, 0.0) and one["gold_n"] >= 3
-    assert one["self_consistency"] == other["self_consistency"] == 1.0 and one["self_consistency_n"] >= 4
-    assert one["swap_consistency"] is None and one["left_share"] is None and 0.3 < one["good_share"] < 0.6
+    fine, careless = report["annotators"]
+    assert (fine["gold_accuracy"], careless["gold_accuracy"]) == (1.0, 0.0) and fine["gold_n"] >= 3
+    assert fine["self_consistency"] == careless["self_consistency"] == 1.0 and fine["self_consistency_n"] >= 4
+    assert fine["swap_consistency"] is None and fine["left_share"] is None and 0.3 < fine["good_share"] < 0.6
     kappa = report["agreement"]["cohen_kappa"][0]
     assert kappa["n"] == 30 and 0.85 < kappa["kappa"] < 1 and 0.85 < report["agreement"]["krippendorff_alpha"] < 1
     assert report["bradley_terry"] == [] and report["cycles"]["triples"] == 0
@@ -48,7 +48,7 @@ def test_thumbs_are_kept_repeated_checked_and_exported(store, tmp_path):
 def test_scores_say_good_from_four_on(store, tmp_path):
     campaign = store.create_campaign(settings("scores", gold_every=5, repeat_share=0), singles(12, gold=3))
     who = store.annotator_without_token("ann").id
-    answer_all(store, campaign, who, lambda one, _: Choice(str(0 if one.seed < 3 else one.seed % 6)))
+    answer_all(store, campaign, who, lambda shown, _: Choice(str(0 if shown.seed < 3 else shown.seed % 6)))
     labels = load_unpaired(export_unpaired(store, tmp_path / "labels.jsonl"))
     assert {label.seed: (label.score, label.preferred) for label in labels} == {s: (s % 6, s % 6 >= 4) for s in range(3, 15)}
     assert quality_report(store.judgements())["annotators"][0]["gold_accuracy"] == 1.0
@@ -114,7 +114,7 @@ def test_the_command_plans_and_exports(tmp_path, monkeypatch):
     refused = run("--single=scores", "--campaign=one")
     assert refused.exit_code == 2 and "--single: expected thumbs, with which campaign 'one' was planned" in refused.stderr
     with Store.open(db) as store:
-        answer_all(store, 1, store.annotator_without_token("ann").id, lambda one, _: Choice.UP if one.seed % 2 else Choice.DOWN)
+        answer_all(store, 1, store.annotator_without_token("ann").id, lambda shown, _: Choice.UP if shown.seed % 2 else Choice.DOWN)
     out = tmp_path / "labels.jsonl"
     assert run("export", str(out), "--kind=unpaired", "--drop-repeats").exit_code == 0
     assert len(load_unpaired(out)) == 6

@@ -134,13 +134,13 @@ def besieged(folder, memory, tls, many: bool, files: int | None = None) -> dict:
 def test_slow_connections(tmp_path, certificate, capsys, tls, many, files):
     shm = Path("/dev/shm")  # commits that wait for a busy disk are another matter, see test_load.py
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as memory:
-        found = besieged(tmp_path, Path(memory), certificate if tls else None, many, files)
+        figures = besieged(tmp_path, Path(memory), certificate if tls else None, many, files)
     with capsys.disabled():
-        print(json.dumps({"tls": tls, "many": many, "files": files, **found}))
-    assert found["connected"] >= COUNT and found["submissions"] > 100
-    assert found["p95"] < 100 and found["sent again"] == 0
-    assert max(found["newcomers"]) < 10 and found["recovery"] < 10
-    assert found["memory"] < 100 and found["lines"] < 100
+        print(json.dumps({"tls": tls, "many": many, "files": files, **figures}))
+    assert figures["connected"] >= COUNT and figures["submissions"] > 100
+    assert figures["p95"] < 100 and figures["sent again"] == 0
+    assert max(figures["newcomers"]) < 10 and figures["recovery"] < 10
+    assert figures["memory"] < 100 and figures["lines"] < 100
 
 
 # ---- docs/nginx.conf, as it is but for its two ports, in front of the application
@@ -185,20 +185,20 @@ def test_the_example_configuration(proxied):
         assert page.get(f"/api/shapes/{pair['left']}").status_code == 200
         assert page.post("/api/judgements", content=b"x" * 70_000).status_code == 413
         slow = [ssl_socket(port) for _ in range(150)]
-        for one in slow:
-            one.sendall(b"GET /login HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        for connection in slow:
+            connection.sendall(b"GET /login HTTP/1.1\r\nHost: x\r\nX-Slow: ")
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(150)]
         began = time.monotonic()
         assert serving.answer(page, pair["assignment"], "k").status_code == 201 and time.monotonic() - began < 2
-        for one in (slow[0], slow[-1], silent[0], silent[-1]):
-            one.settimeout(15 - (time.monotonic() - began))
+        for connection in (slow[0], slow[-1], silent[0], silent[-1]):
+            connection.settimeout(15 - (time.monotonic() - began))
             try:
-                assert one.recv(4096) == b""
+                assert connection.recv(4096) == b""
             except ConnectionResetError:
                 pass
         assert 8 < time.monotonic() - began < 15
-        for one in (*slow, *silent):
-            one.close()
+        for connection in (*slow, *silent):
+            connection.close()
     entries = [json.loads(line) for line in served.options.access_log.read_text().splitlines()]
     assert {entry["address"] for entry in entries if entry["event"] == "request"} == {"127.5.6.7"}
 

@@ -51,8 +51,8 @@ def test_a_campaign_comes_back_as_it_was_made(store, database_url):
     pairs = plan(3, gold=1, training=1)
     campaign = store.create_campaign(settings, pairs)
     with Store.open(database_url) as again:
-        found = again.campaign("c")
-        assert (found.id, found.settings, found.pairs) == (campaign, settings, 5) and again.campaigns() == [found]
+        stored = again.campaign("c")
+        assert (stored.id, stored.settings, stored.pairs) == (campaign, settings, 5) and again.campaigns() == [stored]
         assert [s.seed for _, s in again.shapes(campaign)] == list(range(10))
         assert again.shapes(campaign) == store.shapes(campaign) and again.campaign("other") is None
         asset, drawn = again.shapes(campaign)[3]
@@ -63,8 +63,8 @@ def test_a_shape_of_several_pairs_is_stored_once(store):
     nan = shape(2, psi=math.nan)
     pairs = [PlannedPair(first=shape(0), second=shape(1)), PlannedPair(first=shape(1), second=nan), PlannedPair(first=nan, second=shape(0))]
     campaign = store.create_campaign(CampaignSettings(name="triangle"), pairs)
-    found = [s for _, s in store.shapes(campaign)]
-    assert found[:2] == [shape(0), shape(1)] and len(found) == 3 and math.isnan(found[2].psi)
+    stored = [s for _, s in store.shapes(campaign)]
+    assert stored[:2] == [shape(0), shape(1)] and len(stored) == 3 and math.isnan(stored[2].psi)
 
 
 @pytest.mark.parametrize(
@@ -279,16 +279,13 @@ def test_sessions_end_and_survive_a_restart(store, database_url, clock):
             assert c.execute(text("SELECT count(*) FROM sessions")).scalar() == 1  # those that ended are cleared away
 
 
-def test_no_secret_is_in_the_database(tmp_path):
+def test_no_secret_is_in_the_database_and_sqlite_writes_through_to_the_disk(tmp_path):
     path = tmp_path / "l.db"
     with Store.open(f"sqlite:///{path}") as store:
         token = store.add_annotator("ann")
         login = store.open_session(store.annotators()[0].id, 1000)
+        with store.database.read() as c:
+            settings = {name: c.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
     content = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert b"ann" in content and token.encode() not in content and login.encode() not in content
-
-
-def test_sqlite_writes_through_to_the_disk(tmp_path):
-    with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store, store.database.read() as c:
-        found = {name: c.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
-    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+    assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}, "a commit is on the disk"

@@ -95,9 +95,9 @@ def test_what_is_written_is_its_owners_alone(tmp_path, ordinary_umask):
         log.close()
         kept_secret(folder / "server.key")
         write_atomic(folder / "design.json", b"{}", private=True)
-        found = {path.name: rights(path) for path in folder.iterdir()}
-    assert set(found) == {"labels.db", "labels.db-wal", "labels.db-shm", "access.jsonl", "server.key", "design.json"}
-    assert set(found.values()) == {0o600}
+        rights_of = {path.name: rights(path) for path in folder.iterdir()}
+    assert set(rights_of) == {"labels.db", "labels.db-wal", "labels.db-shm", "access.jsonl", "server.key", "design.json"}
+    assert set(rights_of.values()) == {0o600}
     assert (rights(folder), rights(folder.parent)) == (0o700, 0o755)
 
 

@@ -35,14 +35,14 @@ def seeds(shown, store, campaign):
 
 
 def test_order_and_sides_follow_from_seed_and_name(tmp_path):
-    found = {}
+    issued = {}
     for run, (seed, name) in enumerate([(1, "ann"), (1, "ann"), (2, "ann"), (1, "bob")]):
         with Store.open(f"sqlite:///{tmp_path / str(run)}.db") as store:
             campaign = campaign_of(store, plan(40), seed=seed)
-            found[run] = seeds(store.assignments(campaign, annotator(store, name), count=40), store, campaign)
-    assert found[0] == found[1]
-    assert [a != b for a, b in ((found[0], found[2]), (found[0], found[3]))] == [True, True]
-    for shown in found.values():
+            issued[run] = seeds(store.assignments(campaign, annotator(store, name), count=40), store, campaign)
+    assert issued[0] == issued[1]
+    assert [a != b for a, b in ((issued[0], issued[2]), (issued[0], issued[3]))] == [True, True]
+    for shown in issued.values():
         assert sorted(min(pair) for pair in shown) == list(range(0, 80, 2))
         assert 8 <= sum(left < right for left, right in shown) <= 32  # sides: 20 +- 12 is beyond 3.5 standard deviations
 
@@ -208,7 +208,7 @@ def test_practice_is_waited_for_unless_it_cannot_be_drawn(store):
     lost.add(assets[2])  # the second one
     assert shown() == [] and store.progress(campaign, ann, lost.__contains__).training_left == 1
     prepared |= set(assets)
-    assert [one.training for one in shown()] == [True, False, False, False, False]
+    assert [assigned.training for assigned in shown()] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("many", [100, pytest.param(1000, marks=pytest.mark.long)])
@@ -235,8 +235,8 @@ def test_totals_of_who_shares_the_pairs_never_grow_and_are_reached(store, clock)
         clock.now += 0.3
         for who in (who for who, step in pace.items() if turn % step == 0):
             totals[who].append(store.progress(campaign, who).total)
-            for one in store.assignments(campaign, who, 10):
-                store.submit(campaign, who, answer(one, one.token, Choice.SKIP if one.left < "c" else Choice.LEFT))
+            for assigned in store.assignments(campaign, who, 10):
+                store.submit(campaign, who, answer(assigned, assigned.token, Choice.SKIP if assigned.left < "c" else Choice.LEFT))
     for who, seen in totals.items():
         end = store.progress(campaign, who)
         assert seen == sorted(seen, reverse=True) and seen[0] > seen[-1] >= end.done == end.total

@@ -26,36 +26,36 @@ def two_people(design, first: str, second: str):
 
 def test_counts_rates_and_tests_by_hand():
     design = small_design(annotators=1, annotators_per_pair=1, trials=20)
-    found = analyse(design, answers(design, "bbbbbbbbbbbaaaaatts" + "b"))
-    result = found["result"]
+    analysis = analyse(design, answers(design, "bbbbbbbbbbbaaaaatts" + "b"))
+    result = analysis["result"]
     assert [result[k] for k in ("n", "b_wins", "a_wins", "ties", "skips")] == [19, 12, 5, 2, 1]
     assert result["win_rate"] == pytest.approx(13 / 19) and result["p_exact"] == binomial_test(12, 17)
     assert result["wilson"] == pytest.approx(list(wilson_interval(13, 19)))
-    assert found["sensitivity"]["ties excluded"]["win_rate"] == pytest.approx(12 / 17)
-    assert not found["interim"] and found["exclusions"] == [] and result["bootstrap"]["annotators"] is None
+    assert analysis["sensitivity"]["ties excluded"]["win_rate"] == pytest.approx(12 / 17)
+    assert not analysis["interim"] and analysis["exclusions"] == [] and result["bootstrap"]["annotators"] is None
 
 
 def test_ties_may_be_left_out_by_design():
     design = small_design(annotators=1, annotators_per_pair=1, trials=10, ties="excluded")
-    found = analyse(design, answers(design, "bbbbbattta"))
-    assert found["result"]["n"] == 7 and found["result"]["win_rate"] == pytest.approx(5 / 7)
-    assert found["sensitivity"]["ties half"]["win_rate"] == pytest.approx(6.5 / 10)
+    analysis = analyse(design, answers(design, "bbbbbattta"))
+    assert analysis["result"]["n"] == 7 and analysis["result"]["win_rate"] == pytest.approx(5 / 7)
+    assert analysis["sensitivity"]["ties half"]["win_rate"] == pytest.approx(6.5 / 10)
 
 
 def test_a_side_bias_alone_is_no_preference():
     design = small_design(annotators=1, annotators_per_pair=1)
     rows = [row(design, i + 1, "b" if left else "a", pair=i, b_left=left) for i, left in enumerate([True, False] * 20)]
-    found = analyse(design, rows)
-    assert found["result"]["win_rate"] == 0.5 and found["sides"]["left_share"] == 1
-    assert (found["sides"]["win_rate_b_left"], found["sides"]["win_rate_b_right"]) == (1, 0)
-    assert found["sensitivity"]["sides weighted equally"]["win_rate"] == 0.5
+    analysis = analyse(design, rows)
+    assert analysis["result"]["win_rate"] == 0.5 and analysis["sides"]["left_share"] == 1
+    assert (analysis["sides"]["win_rate_b_left"], analysis["sides"]["win_rate_b_right"]) == (1, 0)
+    assert analysis["sensitivity"]["sides weighted equally"]["win_rate"] == 0.5
 
 
 def test_unequal_sides_are_noticed_and_adjusted_for():
     design = small_design(annotators=1, annotators_per_pair=1)
-    found = analyse(design, [row(design, i + 1, "b", pair=i, b_left=True) for i in range(40)])
-    assert found["sides"]["p_random"] < 0.001 and any("random sides hardly give" in s for s in conclusions(found))
-    assert found["sensitivity"]["sides weighted equally"]["win_rate"] is None
+    analysis = analyse(design, [row(design, i + 1, "b", pair=i, b_left=True) for i in range(40)])
+    assert analysis["sides"]["p_random"] < 0.001 and any("random sides hardly give" in s for s in conclusions(analysis))
+    assert analysis["sensitivity"]["sides weighted equally"]["win_rate"] is None
 
 
 def test_no_report_before_the_stopping_rule_is_met_unless_marked():
@@ -63,8 +63,8 @@ def test_no_report_before_the_stopping_rule_is_met_unless_marked():
     rows = two_people(design, "b" * 15, "b" * 15)
     with pytest.raises(ValueError, match="expected 40 answered trials, got 30. Wait for them"):
         analyse(design, rows)
-    found = analyse(design, rows, interim=True)
-    assert found["interim"] and conclusions(found)[0].startswith("INTERIM: 30 of 40")
+    analysis = analyse(design, rows, interim=True)
+    assert analysis["interim"] and conclusions(analysis)[0].startswith("INTERIM: 30 of 40")
     over = small_design(until="2030-01-01T00:00:00+00:00")
     assert not analyse(over, two_people(over, "b" * 15, "b" * 15), now=datetime(2030, 1, 2, tzinfo=UTC))["interim"]
     with pytest.raises(ValueError, match="or until 2030"):
@@ -73,8 +73,8 @@ def test_no_report_before_the_stopping_rule_is_met_unless_marked():
 
 def test_answers_after_the_end_do_not_count():
     design = small_design(annotators=1, annotators_per_pair=1, trials=10)
-    found = analyse(design, answers(design, "b" * 10 + "a" * 5))
-    assert found["result"]["win_rate"] == 1 and found["late"] == 5 and found["exclusions"][-1]["trials"] == 5
+    analysis = analyse(design, answers(design, "b" * 10 + "a" * 5))
+    assert analysis["result"]["win_rate"] == 1 and analysis["late"] == 5 and analysis["exclusions"][-1]["trials"] == 5
     timed = small_design(annotators=1, annotators_per_pair=1, trials=10, until=datetime.fromtimestamp(1e9 + 4.5, UTC).isoformat())
     assert analyse(timed, answers(timed, "bbbbaaaaaa"))["result"]["win_rate"] == 1
 
@@ -83,8 +83,8 @@ def test_taken_back_answers_gold_and_training_are_no_trials():
     design = small_design(annotators=1, annotators_per_pair=1, trials=10)
     rows = answers(design, "b" * 10)
     rows += [replace(rows[0], id=50, undone=True), row(design, 51, "a", kind="gold", b_left=False), row(design, 52, "a", kind="training")]
-    found = analyse(design, rows)
-    assert found["answered"] == 10 and found["annotators"][0]["gold_n"] == 1
+    analysis = analyse(design, rows)
+    assert analysis["answered"] == 10 and analysis["annotators"][0]["gold_n"] == 1
 
 
 def gold(design, name: str, right: int, wrong: int):
@@ -98,16 +98,16 @@ def test_annotators_are_left_out_by_the_rules_with_the_reason():
         chosen = "b" if name == "careful" else "a"
         rows += [row(design, next(ids), chosen, annotator=name, b_left=i % 2 == 0, milliseconds=ms) for i in range(n)]
     rows += gold(design, "careful", 4, 0) + gold(design, "careless", 1, 3) + gold(design, "short", 2, 0)
-    found = analyse(design, rows)
-    reasons = {e["what"]: e["reason"] for e in found["exclusions"]}
+    analysis = analyse(design, rows)
+    reasons = {e["what"]: e["reason"] for e in analysis["exclusions"]}
     assert reasons == {
         "annotator careless": "gold checks: 1 of 4 right, below 75%", "annotator hasty": "too fast: 26 of 26 trials under 600 ms",
         "annotator short": "incomplete: 1 of 20 trials",
     }  # fmt: skip
-    assert found["result"]["win_rate"] == 1 and found["result"]["n"] == 27
-    assert found["sensitivity"]["without exclusions"]["n"] == 80
-    assert any("the result rests on the exclusions" in s for s in conclusions(found))
-    assert [(p["name"], p["excluded"] is None) for p in found["annotators"]] == [
+    assert analysis["result"]["win_rate"] == 1 and analysis["result"]["n"] == 27
+    assert analysis["sensitivity"]["without exclusions"]["n"] == 80
+    assert any("the result rests on the exclusions" in s for s in conclusions(analysis))
+    assert [(p["name"], p["excluded"] is None) for p in analysis["annotators"]] == [
         ("careful", True), ("careless", False), ("hasty", False), ("short", False),
     ]  # fmt: skip
 
@@ -116,15 +116,15 @@ def test_single_hasty_trials_are_left_out_and_quick_skips_are_not():
     design = small_design(annotators=1, annotators_per_pair=1, trials=20)
     rows = answers(design, "b" * 19 + "s")
     rows[0], rows[-1] = replace(rows[0], milliseconds=100), replace(rows[-1], milliseconds=100)
-    found = analyse(design, rows)
-    assert found["result"]["n"] == 18
-    assert found["exclusions"] == [{"what": "single trials of ann", "reason": "answered too fast", "trials": 1}]
+    analysis = analyse(design, rows)
+    assert analysis["result"]["n"] == 18
+    assert analysis["exclusions"] == [{"what": "single trials of ann", "reason": "answered too fast", "trials": 1}]
 
 
 def test_when_nobody_is_left_the_report_says_so():
     design = small_design(annotators=1, annotators_per_pair=1, trials=20)
-    found = analyse(design, answers(design, "b" * 20, milliseconds=50))
-    assert found["result"]["win_rate"] is None and "nothing can be said" in conclusions(found)[-1]
+    analysis = analyse(design, answers(design, "b" * 20, milliseconds=50))
+    assert analysis["result"]["win_rate"] is None and "nothing can be said" in conclusions(analysis)[-1]
 
 
 def test_foreign_answers_and_answers_older_than_the_design_are_refused():
@@ -151,19 +151,19 @@ def test_the_words_follow_the_figures():
 
 def test_opposed_annotators_widen_the_interval_and_the_words_say_so():
     design = small_design(trials=80)
-    found = analyse(design, two_people(design, "b" * 40, ("ab" * 20)))
-    lo, hi = found["result"]["interval"]
-    assert hi - lo > 2 * (found["result"]["wilson"][1] - found["result"]["wilson"][0]) and found["result"]["design_effect"] > 5
-    text = " ".join(conclusions(found))
+    analysis = analyse(design, two_people(design, "b" * 40, ("ab" * 20)))
+    lo, hi = analysis["result"]["interval"]
+    assert hi - lo > 2 * (analysis["result"]["wilson"][1] - analysis["result"]["wilson"][0]) and analysis["result"]["design_effect"] > 5
+    text = " ".join(conclusions(analysis))
     assert "design effect" in text and "With 2 annotators" in text and "first impression" in text
-    assert found["result"]["p_exact"] < 1e-4 < found["result"]["p_clustered"]
+    assert analysis["result"]["p_exact"] < 1e-4 < analysis["result"]["p_clustered"]
 
 
 def test_latents_are_listed_from_best_to_worst():
     design = small_design(trials=6)
-    found = analyse(design, two_people(design, "bba", "baa"))
+    analysis = analyse(design, two_people(design, "bba", "baa"))
     seeds = design.seeds()[0]
-    assert [(p["seed"], p["win_rate"], p["n"]) for p in found["pairs"]] == [(seeds[0], 1, 2), (seeds[1], 0.5, 2), (seeds[2], 0, 2)]
+    assert [(p["seed"], p["win_rate"], p["n"]) for p in analysis["pairs"]] == [(seeds[0], 1, 2), (seeds[1], 0.5, 2), (seeds[2], 0, 2)]
 
 
 def test_the_analysis_is_json_and_repeats_itself():
@@ -171,5 +171,5 @@ def test_the_analysis_is_json_and_repeats_itself():
     rng = np.random.default_rng(0)
     rows = two_people(design, *("".join(rng.choice(list("aabbbts"), 20)) for _ in range(2)))
     now = datetime(2030, 1, 1, tzinfo=UTC)
-    found = analyse(design, rows, now=now)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found == analyse(design, rows[::-1], now=now)
+    analysis = analyse(design, rows, now=now)
+    assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis == analyse(design, rows[::-1], now=now)

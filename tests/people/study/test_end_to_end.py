@@ -33,28 +33,29 @@ def run(store, design, people: list[Person]) -> dict:
 def test_the_known_preference_comes_back_despite_a_strong_side_bias(store):
     design = small_design(name="truth", trials=160, annotators=4)
     people = [Person(f"n{i}", preference=0.7, shift=0.25) for i in range(4)]
-    found = run(store, design, people)
-    lo, hi = found["result"]["interval"]
-    assert lo <= 0.7 <= hi and found["result"]["n"] == 160
-    assert found["sides"]["win_rate_b_left"] > 0.85 and found["sides"]["win_rate_b_right"] < 0.6  # the bias is strong
-    assert found["sides"]["p_random"] > 0.001 and abs(found["sides"]["left_share"] - 0.75) < 0.08
-    assert all(p["gold_n"] >= 4 and p["gold_right"] == p["gold_n"] for p in found["annotators"])
-    counts = [p["n"] for p in found["pairs"]]
+    analysis = run(store, design, people)
+    lo, hi = analysis["result"]["interval"]
+    assert lo <= 0.7 <= hi and analysis["result"]["n"] == 160
+    assert analysis["sides"]["win_rate_b_left"] > 0.85 and analysis["sides"]["win_rate_b_right"] < 0.6  # the bias is strong
+    assert analysis["sides"]["p_random"] > 0.001 and abs(analysis["sides"]["left_share"] - 0.75) < 0.08
+    assert all(p["gold_n"] >= 4 and p["gold_right"] == p["gold_n"] for p in analysis["annotators"])
+    counts = [p["n"] for p in analysis["pairs"]]
     assert len(counts) == design.latents and set(counts) == {2}
 
 
 def test_people_without_a_preference_but_with_a_side_find_no_difference(store):
-    found = run(store, small_design(name="none", trials=80), [Person("x", 0.5, shift=0.3), Person("y", 0.5, shift=-0.3)])
-    lo, hi = found["result"]["interval"]
-    assert lo < 0.5 < hi and {round(p["left_share"], 1) for p in found["annotators"]} == {0.8, 0.2}
+    analysis = run(store, small_design(name="none", trials=80), [Person("x", 0.5, shift=0.3), Person("y", 0.5, shift=-0.3)])
+    lo, hi = analysis["result"]["interval"]
+    assert lo < 0.5 < hi and {round(p["left_share"], 1) for p in analysis["annotators"]} == {0.8, 0.2}
 
 
 def test_a_careless_and_a_hasty_person_are_left_out(store):
     design = small_design(name="mixed", trials=120, annotators=4)
     people = [Person("good", 0.9), Person("fine", 0.9, ties=0.2), Person("blind", 0.5, gold=0.0), Person("quick", 0.1, milliseconds=90)]
-    found = run(store, design, people)
-    assert {e["what"] for e in found["exclusions"]} == {"annotator blind", "annotator quick"}
-    assert found["result"]["annotators"] == 2 and found["result"]["win_rate"] > found["sensitivity"]["without exclusions"]["win_rate"] + 0.1
+    result = run(store, design, people)
+    assert {e["what"] for e in result["exclusions"]} == {"annotator blind", "annotator quick"}
+    with_all = result["sensitivity"]["without exclusions"]["win_rate"]
+    assert result["result"]["annotators"] == 2 and result["result"]["win_rate"] > with_all + 0.1
 
 
 @pytest.fixture(scope="module")
@@ -102,30 +103,22 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(report, tmp_pat
     assert text.count("<img") == 2 * sum(len(pairs) for pairs in report["pictures"].values())
 
 
-def test_an_interim_report_is_marked_and_named_so(pictured, tmp_path):
+def test_interim_reports_are_named_so_and_one_on_nothing_that_counts_is_still_a_page(pictured, tmp_path):
     design, rows = pictured
-    found = reports.compute(design, rows[: len(rows) // 2], interim=True, pictures=0)
-    _, page = reports.write(found, tmp_path)
-    assert page.name == "interim-report.html" and "Interim look" in page.read_text() and found["pictures"] is None
-
-
-def test_a_report_on_nothing_that_counts_is_still_a_page(pictured, tmp_path):
-    design, rows = pictured
-    found = reports.compute(design, [replace(r, milliseconds=1) for r in rows], pictures=2)
-    _, page = reports.write(found, tmp_path)
+    analysis = reports.compute(design, rows[: len(rows) // 2], interim=True, pictures=0)
+    _, page = reports.write(analysis, tmp_path)
+    assert page.name == "interim-report.html" and "Interim look" in page.read_text() and analysis["pictures"] is None
+    analysis = reports.compute(design, [replace(r, milliseconds=1) for r in rows], pictures=2)
+    _, page = reports.write(analysis, tmp_path)
     assert "nothing can be said" in page.read_text()
     empty = reports.compute(design, [], interim=True, pictures=2)
     assert "nothing can be said" in reports.write(empty, tmp_path)[1].read_text()
 
 
-def test_pictures_of_other_weights_are_refused(pictured):
-    design, rows = pictured
+def test_both_generators_are_shaded_alike_and_other_weights_refused(pictured):
+    design, _ = pictured
     changed = replace(design, b=replace(design.b, generator="0" * 64))
     with pytest.raises(ValueError, match="Restore the file"):
         reports.draw(changed, changed.b, [1])
-
-
-def test_both_generators_are_shaded_alike(pictured):
-    design, _ = pictured
     same = reports.draw(design, design.a, [5]) == reports.draw(design, replace(design.a, label="other"), [5])
     assert same and reports.draw(design, design.a, [5])[5] != reports.draw(design, design.a, [6])[6]

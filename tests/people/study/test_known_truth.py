@@ -21,21 +21,16 @@ from eg3d_rlhf.people.study.power import SimulationOptions, allocation, centre, 
         {"annotators_per_pair": 1, "latents": 300},
         {"annotators": 1, "annotators_per_pair": 1, "annotator_sd": 0.0},
         {"preference": 0.5},
+        {"tie_share": 0.2, "left_bias": 0.6},  # ties that count half pull the truth towards one half
     ],
 )
 def test_the_interval_covers_the_truth_in_93_to_97_per_cent_of_1000_studies(kind):
     options = SimulationOptions(**{"preference": 0.7, "left_bias": 0.65, "tie_share": 0.0, "seed": 1, **kind})
-    found = coverage(options)
-    assert found["truth"] == options.preference and options.studies == 1000
-    assert 0.93 <= found["intervals"]["clustered"]["coverage"] <= 0.97, found["intervals"]
-    assert found["mean_win_rate"] == pytest.approx(options.preference, abs=0.01)
-
-
-def test_ties_that_count_half_pull_the_truth_towards_one_half():
-    options = SimulationOptions(tie_share=0.2, seed=2)
-    found = coverage(options)
-    assert options.truth == pytest.approx(0.7 * 0.8 + 0.1) and found["mean_win_rate"] == pytest.approx(options.truth, abs=0.01)
-    assert 0.93 <= found["intervals"]["clustered"]["coverage"] <= 0.97
+    result = coverage(options)
+    ties = options.tie_share if options.ties == "half" else 0.0
+    assert result["truth"] == options.truth == pytest.approx(options.preference * (1 - ties) + 0.5 * ties) and options.studies == 1000
+    assert 0.93 <= result["intervals"]["clustered"]["coverage"] <= 0.97, result["intervals"]
+    assert result["mean_win_rate"] == pytest.approx(options.truth, abs=0.01)
 
 
 def test_wilson_alone_covers_too_rarely_when_annotators_differ():
@@ -49,19 +44,16 @@ def test_random_sides_cancel_the_side_bias_and_fixed_sides_do_not():
     fair, unfair = (coverage(SimulationOptions(**biased, random_sides=random)) for random in (True, False))
     assert fair["mean_win_rate"] == pytest.approx(0.7, abs=0.005) and fair["left_share"] > 0.6
     assert unfair["mean_win_rate"] > 0.82 and unfair["intervals"]["clustered"]["coverage"] < 0.2
-
-
-def test_fixed_sides_make_a_difference_out_of_nothing():
     equals = {"preference": 0.5, "left_bias": 0.65, "tie_share": 0.0}
-    fair, unfair = (coverage(SimulationOptions(**equals, random_sides=random)) for random in (True, False))
+    fair, unfair = (coverage(SimulationOptions(**equals, random_sides=random)) for random in (True, False))  # a difference out of nothing
     assert 0.03 <= fair["intervals"]["clustered"]["rejects_half"] <= 0.07  # false alarms, as designed
     assert fair["intervals"]["wilson"]["rejects_half"] > 0.1 and unfair["intervals"]["clustered"]["rejects_half"] > 0.7
 
 
 def test_the_bootstraps_cover_as_documented():
-    found = coverage(SimulationOptions(studies=60, annotator_sd=0.0, latent_sd=0.0, tie_share=0.0), bootstrap_studies=60, resamples=300)
-    assert found["intervals"]["bootstrap_both"]["coverage"] > 0.96  # wider than needed without clusters
-    assert found["intervals"]["bootstrap_latents"]["coverage"] > 0.88
+    result = coverage(SimulationOptions(studies=60, annotator_sd=0.0, latent_sd=0.0, tie_share=0.0), bootstrap_studies=60, resamples=300)
+    assert result["intervals"]["bootstrap_both"]["coverage"] > 0.96  # wider than needed without clusters
+    assert result["intervals"]["bootstrap_latents"]["coverage"] > 0.88
 
 
 def test_the_centre_makes_the_win_rate_what_was_asked():
@@ -81,9 +73,9 @@ def test_every_latent_is_judged_by_different_annotators_evenly():
 def test_without_clusters_the_interval_is_wilsons_with_t():
     scores = np.array([1.0] * 14 + [0.0] * 6)
     alone = np.arange(20)
-    found = win_rate(scores, alone, alone)
-    assert (found.wilson[0][0], found.wilson[1][0]) == pytest.approx(tuple(wilson_interval(14, 20)))
-    assert found.design_effect[0] == pytest.approx(1) and found.degrees[0] == 19
+    result = win_rate(scores, alone, alone)
+    assert (result.wilson[0][0], result.wilson[1][0]) == pytest.approx(tuple(wilson_interval(14, 20)))
+    assert result.design_effect[0] == pytest.approx(1) and result.degrees[0] == 19
 
 
 def test_copying_every_trial_of_an_annotator_gives_no_new_knowledge():
@@ -103,14 +95,14 @@ def test_exchanging_the_generators_mirrors_everything():
 
 
 def test_the_p_value_and_the_interval_agree():
-    found = win_rate(*(lambda t: (t.scores, t.annotator, t.latent))(simulate(SimulationOptions(preference=0.57, studies=500))))
-    excluded = (found.clustered[0] > 0.5) | (found.clustered[1] < 0.5)
-    assert ((found.p_clustered < 0.05) == excluded).all() and 0.1 < excluded.mean() < 0.9
+    result = win_rate(*(lambda t: (t.scores, t.annotator, t.latent))(simulate(SimulationOptions(preference=0.57, studies=500))))
+    excluded = (result.clustered[0] > 0.5) | (result.clustered[1] < 0.5)
+    assert ((result.p_clustered < 0.05) == excluded).all() and 0.1 < excluded.mean() < 0.9
 
 
 def test_a_clean_sweep_has_an_interval_too():
-    found = win_rate(np.ones(30), np.arange(30) % 3, np.arange(30))
-    assert found.rate[0] == 1 and 0.3 < found.clustered[0][0] < 1 and found.clustered[1][0] == 1
+    result = win_rate(np.ones(30), np.arange(30) % 3, np.arange(30))
+    assert result.rate[0] == 1 and 0.3 < result.clustered[0][0] < 1 and result.clustered[1][0] == 1
     with pytest.raises(ValueError, match="got none"):
         win_rate(np.full(4, np.nan), np.arange(4), np.arange(4))
 

@@ -12,17 +12,14 @@ def test_power_is_the_chance_of_the_outcomes_that_the_test_rejects(n, rate, alph
     assert exact_power(n, rate, alpha) == pytest.approx(sum(binom.pmf(k, n, rate) for k in rejected), abs=1e-12)
 
 
-def test_five_trials_never_reject_at_five_per_cent():
-    assert exact_power(5, 0.99) == 0 and exact_power(6, 0.99) > 0.9
-
-
 @pytest.mark.parametrize("rate", [0.6, 0.7, 0.8, 0.3])
 def test_the_power_never_falls_back_below_what_was_asked(rate):
     n = decided_trials(rate, power=0.8)
     assert all(exact_power(k, rate) >= 0.8 for k in range(n, 3 * n)) and exact_power(n - 1, rate) < 0.8
 
 
-def test_the_textbook_figure_for_seventy_per_cent():
+def test_textbook_figures():
+    assert exact_power(5, 0.99) == 0 and exact_power(6, 0.99) > 0.9, "five trials never reject at five per cent"
     assert exact_power(49, 0.7) == pytest.approx(0.810, abs=1e-3)  # the first n of the saw with 80 % for good comes later
     assert decided_trials(0.7) == 54 and decided_trials(0.7) == decided_trials(0.3)
 
@@ -38,13 +35,12 @@ def test_ties_and_clusters_cost_trials():
     assert crossed.trials % 4 == 0 and crossed.per_annotator == -(-crossed.trials // 8)
 
 
-def test_one_annotator_speaks_for_herself():
+def test_one_annotator_speaks_for_herself_and_too_few_cannot_be_made_up_for_by_trials():
     assert sample_size(PowerOptions(true_rate=0.7, tie_share=0, annotator_icc=0.3)).trials == 54
-
-
-def test_too_few_annotators_cannot_be_made_up_for_by_trials():
     with pytest.raises(ValueError, match="annotators: expected more than 22 of them, got 4"):
         sample_size(PowerOptions(annotators=4, annotator_icc=0.1))
+    with pytest.raises(ValueError, match="larger difference"):
+        decided_trials(0.5005)
 
 
 @pytest.mark.parametrize(
@@ -59,16 +55,11 @@ def test_impossible_wishes_are_refused(wrong, words):
         PowerOptions(**wrong)
 
 
-def test_a_difference_too_small_to_show_is_refused():
-    with pytest.raises(ValueError, match="larger difference"):
-        decided_trials(0.5005)
-
-
 def test_simulated_studies_of_the_planned_size_have_the_planned_power():
     options = PowerOptions(true_rate=0.7, tie_share=0.1, annotators=30, annotator_icc=0.0, latent_icc=0.0)
     size = sample_size(options)
-    found = coverage(SimulationOptions(
+    result = coverage(SimulationOptions(
         studies=3000, annotators=30, latents=size.trials, annotators_per_pair=1, preference=0.7, annotator_sd=0, latent_sd=0, tie_share=0.1,
         left_bias=0.5, ties="excluded",
     ))  # fmt: skip
-    assert found["intervals"]["wilson"]["rejects_half"] == pytest.approx(size.attained, abs=0.04)
+    assert result["intervals"]["wilson"]["rejects_half"] == pytest.approx(size.attained, abs=0.04)

@@ -86,19 +86,14 @@ def test_a_study_from_design_to_report(pair, tmp_path, served):
     assert served == [("mine", ("127.0.0.1", 8000))]
     assert run(f"--outdir={folder}").exit_code == 0 and run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     refused(run("report", f"--outdir={folder}"), "expected 12 answered trials, got 0", "--interim")
+    early = run(f"--outdir={folder}", "report", "--interim", "--pictures=0")
+    assert early.exit_code == 0 and "INTERIM: 0 of 12" in early.stdout and (folder / "interim-report.html").is_file()
     answer_all(folder, Person("ann", 0.9), Person("bob", 0.9))
     refused(run(f"--outdir={folder}"), "stopping rule is met", f"report --outdir={folder}")
     done = run("report", f"--outdir={folder}", "--pictures=1", "--device=cpu")
     assert done.exit_code == 0 and "of 12 trials" in done.stdout, done.output
     report = json.loads((folder / "report.json").read_text())
     assert report["answered"] == 12 and not report["interim"] and (folder / "report.html").is_file()
-
-
-def test_an_interim_report_is_marked(pair, tmp_path, served):
-    folder = tmp_path / "early"
-    assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
-    done = run(f"--outdir={folder}", "report", "--interim", "--pictures=0")
-    assert done.exit_code == 0 and "INTERIM: 0 of 12" in done.stdout and (folder / "interim-report.html").is_file()
 
 
 def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
@@ -128,9 +123,6 @@ def test_flags_cannot_change_a_study(pair, tmp_path, served):
     refused(run(f"--outdir={folder}", "--gold-accuracy=0.1"), "--gold-accuracy: expected 0.75")
     refused(run(f"--outdir={folder}", pair[1].replace("--b", "--a")), "--a:", "Restore the file")
     refused(run(f"--outdir={folder}", "--name=other"), "--name: expected 'fixed'")
-
-
-def test_changed_weights_stop_a_study(pair, tmp_path, served):
     copied = tmp_path / "b.safetensors"
     copied.write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
     assert run(pair[0], f"--b={copied}", *SMALL, f"--outdir={tmp_path / 's'}").exit_code == 0
@@ -155,13 +147,10 @@ def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--gold-every=1",), ("--gold-every must",)), (("--until=soon",), ("--until must", "ISO 8601")),
-        (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--gold-every=1",), ("--gold-every must",)), (("--until=soon",), ("--until must", "ISO 8601")),
+    (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
+])  # fmt: skip
 def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, words):
     folder = tmp_path / "none"
     refused(run(*pair, *SMALL, f"--outdir={folder}", *flags), *words)
@@ -176,11 +165,13 @@ def test_a_dry_run_shows_the_design_and_writes_nothing(pair, tmp_path):
     assert "Warning: --n=12" in result.stderr  # nothing is enough with two annotators
     power = json.loads(run(*pair, "--n=30", f"--outdir={tmp_path / 'x'}", "-n").stdout)["design"]["power"]
     assert power["trials"] > 200 and power["options"]["true_rate"] == 0.6
-
-
-def test_without_n_the_power_calculation_decides(pair, tmp_path):
     shown = json.loads(run(*pair, f"--outdir={tmp_path / 'x'}", "--true-rate=0.7", "--tie-share=0", "-n").stdout)
-    assert shown["design"]["trials"] == 54 and shown["design"]["power"]["decided"] == 54
+    assert shown["design"]["trials"] == 54 and shown["design"]["power"]["decided"] == 54, "without --n the calculation decides"
+    folder = tmp_path / "00000-x.v1.5"  # a run folder's name is not cut at a dot
+    folder.mkdir()
+    (folder / "network-snapshot-000001.safetensors").write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
+    shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
+    assert shown["design"]["b"]["label"] == "00000-x.v1.5"
 
 
 def test_annotators_get_tokens_in_the_studys_own_database(pair, tmp_path, served):
@@ -192,14 +183,6 @@ def test_annotators_get_tokens_in_the_studys_own_database(pair, tmp_path, served
     assert run(f"--outdir={folder}", "--host=0.0.0.0").exit_code == 0 and len(served) == 2
     assert run(f"--outdir={folder}", "revoke", "ann").exit_code == 0
     refused(run(f"--outdir={folder}", "--host=0.0.0.0"), "--host=0.0.0.0", "study.py")
-
-
-def test_a_run_folders_name_is_not_cut_at_a_dot(pair, tmp_path):
-    folder = tmp_path / "00000-x.v1.5"
-    folder.mkdir()
-    (folder / "network-snapshot-000001.safetensors").write_bytes(Path(pair[1].removeprefix("--b=")).read_bytes())
-    shown = json.loads(run(pair[0], f"--b={folder}", *SMALL, f"--outdir={tmp_path / 'x'}", "-n").stdout)
-    assert shown["design"]["b"]["label"] == "00000-x.v1.5"
 
 
 def test_what_is_printed_counts_who_has_a_token(pair, tmp_path, monkeypatch):
@@ -216,8 +199,8 @@ def test_power_and_simulation_print_and_speak_json():
     assert "54 independent decided trials" in run("power", "--true-rate=0.7").stdout
     size = json.loads(run("power", "--true-rate=0.7", "--n=49", "--json").stdout)
     assert size["decided"] == 54 and size["power_of_n"]["power"] == pytest.approx(0.81, abs=1e-3)
-    found = json.loads(run("simulate", "--studies=50", "--latents=40", "--bootstrap-studies=5", "--json").stdout)
-    assert set(found["intervals"]) == {"clustered", "wilson", "bootstrap_annotators", "bootstrap_latents", "bootstrap_both"}
+    result = json.loads(run("simulate", "--studies=50", "--latents=40", "--bootstrap-studies=5", "--json").stdout)
+    assert set(result["intervals"]) == {"clustered", "wilson", "bootstrap_annotators", "bootstrap_latents", "bootstrap_both"}
     assert "clustered" in run("simulate", "--studies=50").stdout
 
 
