@@ -225,17 +225,6 @@ def _answer(request: dict) -> dict:
         return {_REFUSED: str(error) or type(error).__name__}
 
 
-def main() -> None:
-    """Answer requests, JSON lines from standard input, under limits."""
-    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_BYTES,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
-        print(json.dumps(_answer(json.loads(line))), flush=True)
-
-
 # ---- turntable videos
 
 MAX_FILM, MAX_SECONDS, MAX_SIDE = 256 << 20, 120, 4096
@@ -303,6 +292,17 @@ def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         raise ValueError(f"expected a video that is ready within {seconds:g} s, got one that takes longer") from None
     return done.returncode, done.stderr[-20_000:].decode("utf-8", "replace")
+
+
+def main() -> None:
+    """Answer requests, JSON lines from standard input, under limits."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin:
+        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, resource.RLIM_INFINITY))
+        print(json.dumps(_answer(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
