@@ -8,6 +8,7 @@ it back is a further record. Annotators meet shapes, pairs and assignments under
 
 import enum
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -94,6 +95,11 @@ class Shape:
     condition: str = ""  # name of the prompt or input picture it was made for; "" is none
 
     # the file of a shape is cached under eg3d_rlhf.people.label.shape_files.shape_key(shape)
+
+    @classmethod
+    def of_asset(cls, **fields) -> "Shape":
+        """One asset, of its `generator`, `source`, `seed`, `file` and `condition`."""
+        return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)

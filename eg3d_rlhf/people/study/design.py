@@ -252,10 +252,7 @@ def shape_of(design: StudyDesign, of: Contender, seed: int) -> Shape:
     if design.assets:
         row = design.assets[seed]
         asset = row["a" if of == design.a else "b"]
-        return Shape(
-            generator=of.generator, source=asset["file"], seed=seed, psi=math.nan, level=math.nan, resolution=0, triangles=0,
-            file=asset["hash"], condition=row["prompt"],
-        )  # fmt: skip
+        return Shape.of_asset(generator=of.generator, source=asset["file"], seed=seed, file=asset["hash"], condition=row["prompt"])
     return Shape(
         generator=of.generator, source=of.source, seed=seed, psi=design.psi, level=design.level, resolution=design.resolution,
         triangles=design.triangles,

@@ -15,7 +15,6 @@ Every file lies in the folder, or beside or below the list.
 
 import itertools
 import json
-import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -299,10 +298,8 @@ Pair = tuple[Asset, Asset]
 
 def shape_of(asset: Asset) -> Shape:
     """An asset as a campaign keeps it."""
-    return Shape(
-        generator=asset.generator, source=str(asset.path), seed=asset.seed, psi=math.nan, level=math.nan, resolution=0, triangles=0,
-        file=asset.hash, condition=asset.prompt,
-    )  # fmt: skip
+    fields = {"generator": asset.generator, "source": str(asset.path), "seed": asset.seed, "file": asset.hash, "condition": asset.prompt}
+    return Shape.of_asset(**fields)
 
 
 def plan_assets(options: PairingOptions, collection: Collection, tell: Callable[[str], None] = lambda text: None) -> Plan:
