@@ -9,6 +9,7 @@ import operator
 import types
 import typing
 from collections.abc import Mapping
+from typing import TypeVar
 
 RUN, DATA, NET = "Run", "Data", "Networks"  # titles under which --help lists flags
 GAN, OPT = "GAN losses and schedule", "Optimisation"
@@ -278,3 +279,28 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "disc_c_noise": net.disc_c_noise, "num_fp16_res": net.d_num_fp16_res, "conv_clamp": 256, **channels,
     }
     return G, D
+
+
+Settings = TypeVar("Settings")
+
+
+def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
+    """A dataclass from what `dataclasses.asdict` made of it, after a journey through JSON.
+
+    Raises: ValueError naming a field that is unknown or of the wrong sort.
+    """
+    who = who or kind.__name__
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{who}: expected settings of this version, got unknown ones: {', '.join(unknown)}. Start a new run.")
+    made = dict(values)
+    for name, value in values.items():
+        for option in (hints[name], *typing.get_args(hints[name])) if value is not None else ():
+            if dataclasses.is_dataclass(option):
+                if not isinstance(value, Mapping):
+                    raise ValueError(f"{who}.{name}: expected settings by name, got {value!r}. Start a new run.")
+                made[name] = from_dict(option, value, f"{who}.{name}")
+            elif typing.get_origin(option) is tuple:
+                made[name] = tuple(value)
+    return kind(**made)

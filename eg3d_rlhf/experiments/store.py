@@ -62,7 +62,8 @@ def json_hash(values: Mapping) -> str:
 class Store:
     """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints.
 
-    Args: tell: is told of everything made or found. hashed: False names folders by their kind alone, where a run has one of each.
+    Args: tell: is told of everything made or found. hashed: False where the root is a run's own folder: an artefact's is then named by its
+        kind alone, and guarded by the run's lock.
     """
 
     def __init__(self, root: Path, ranks: Ranks = SINGLE, tell: Callable[[str], None] = lambda line: None, hashed: bool = True):
@@ -93,7 +94,7 @@ class Store:
             if self.ranks.main:
                 folder.mkdir(parents=True, exist_ok=True)
             self.ranks.barrier()
-            with run_lock(folder, enabled=self.ranks.main):
+            with run_lock(folder, enabled=self.ranks.main and self._hashed):
                 if self.ranks.main:
                     write_atomic(folder / INPUTS, _text(inputs))
                 products, record = maker(folder)

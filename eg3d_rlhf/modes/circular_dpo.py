@@ -9,6 +9,7 @@ import click
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
     COUNT,
@@ -23,18 +24,40 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
 )
 from eg3d_rlhf.tuning.flow.circular import loop
+from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
+from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings, supervised
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
-from eg3d_rlhf.tuning.flow.circular.run import work
-from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, default_settings, from_dict
-from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, letters
 from eg3d_rlhf.tuning.flow.dpo import PRESETS, DpoConfig
 from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, Problem, ProblemSource, open_problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from training.config import from_dict
 
 LOSS, LOOP = "Preference loss", "The loop"
 WEIGHT = click.FloatRange(min=0)
 AS_STEP = "that of people's pairs where it is given, else the problem's own"
+
+# The default run, of the bundled toy; chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never with FinalOracle.
+
+_HUMAN = TrainConfig(
+    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
+    checkpoint_every=50,
+)  # fmt: skip
+TOY_RUN = CircularSettings(
+    human=_HUMAN,  # the last stage, on people's pairs
+    loop=replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4),  # those before, on the loop's
+    sft=supervised(_HUMAN),  # the ablation's fine-tuning
+    loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
+    choosing=Choosing(per_condition=4),
+)
+
+
+def default_settings(pipeline: str) -> CircularSettings:
+    """What a run does where it is not told otherwise: settings that suit the toy, or for other generators those of public code."""
+    if pipeline == TOY:
+        return TOY_RUN
+    return CircularSettings(loop_pairs=LoopPairsConfig(batch=4, chunk=16), choosing=Choosing(per_condition=1, batch=4))
+
 
 artefact_flags = together(
     option("--artefacts", group=RUN, metavar="DIR", type=FOLDER, default=None, show_default="artefacts in --outdir",

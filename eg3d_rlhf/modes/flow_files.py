@@ -1,10 +1,11 @@
-"""Command line for the files of any family of flow generators: conditions, assets to rank, pairs, tuned networks in its own layout.
+"""Files in and out of the layouts of flow generators: conditions, assets to rank, pairs, tuned networks in their own layout.
 
-TRELLIS has a tool of its own, which also encodes assets that others made.
+What a family does of it, and how, its `FlowFamily` says.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,32 +13,39 @@ import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, together
 from eg3d_rlhf.models.policies import META, tuned_model
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, NULL, read_array, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages, family_of
-from eg3d_rlhf.tuning.flow.pairs import write_pairs
-from eg3d_rlhf.tuning.flow.problem import hash_of
+from eg3d_rlhf.tuning.flow.problem import ProblemSource, hash_of
 from eg3d_rlhf.tuning.flow.ranking import (
     RANKING,
     SCHEMES,
+    Imported,
     draw,
     draw_each,
     judged_option,
-    pair_up,
-    read_candidates,
+    read_ranking,
     votes_of,
+    write_import,
     write_latents,
 )
-from eg3d_rlhf.tuning.flow.stage import CONVENTION
 from training.progress import tqdm
 
 FOLDER, ANY = click.Path(path_type=Path, file_okay=False), click.Path(path_type=Path)
 PICTURES = (".png", ".webp")
-_model = option("--pipeline", "root", required=True, metavar="DIR", type=FOLDER, help="Folder of the generator.")
+TRELLIS = "trellis"  # the family of `calibrate` and `dso`
+_model = together(
+    option("--pipeline", "root", required=True, metavar="DIR", type=FOLDER, help="Folder of the generator."),
+    option("--also", multiple=True, metavar="DIR", type=FOLDER, help="Further folders to look for TRELLIS's models in."),
+)
 _out = option("--out", required=True, metavar="DIR", type=FOLDER, help="Folder to write.")
 _device = option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
 _tuned = together(
     option("--run", metavar="DIR", type=FOLDER, default=None, help="A finished run of train.py, for all stages that it tuned."),
-    option("--weights", metavar="STAGE=PATH", multiple=True, help="Tuned weights of a stage: a folder or a file."),
+    option("--weights", metavar="STAGE=PATH", multiple=True, help="Tuned weights of a stage: a run, a folder or a file."),
+)
+_limited = together(
+    option("--limit", metavar="PAIRS", type=click.IntRange(1), default=None, help="Most pairs per condition, drawn with --seed."),
+    option("--seed", metavar="INT", type=int, default=0, help="Of the pairs that --limit keeps."),
 )
 
 
@@ -53,18 +61,26 @@ def main() -> None:
 
 @main.command("conditions", cls=GroupedCommand)
 @together(_model, _out)
-@option("--images", required=True, metavar="DIR", type=FOLDER, help="Pictures with transparent backgrounds, named as they are.")
+@option("--images", metavar="DIR", type=FOLDER, default=None, help="Pictures with transparent backgrounds, named as they are.")
+@option("--texts", metavar="FILE", type=ANY, default=None, help="Texts, one per line, for generators of texts.")
 @_device
-def conditions(root: Path, out: Path, images: Path, device: str) -> None:
-    """Embed pictures by the generator's own encoder, into conditions.safetensors."""
-    family = family_of(root)
-    embed = _hook(family, "embed", family.embed)
-    paths = {path.stem: path for path in sorted(images.glob("*")) if path.suffix.lower() in PICTURES}
-    if not paths:
-        raise FileNotFoundError(f"--images: expected pictures ({', '.join(PICTURES)}), got none in {images}. Name their folder.")
-    found = embed(root, paths, choose_device(device))
-    write_conditions(out / CONDITIONS, found)
-    click.echo(f"{len(found.names)} conditions in {out / CONDITIONS}")
+def conditions(root: Path, also: tuple[Path, ...], out: Path, images: Path | None, texts: Path | None, device: str) -> None:
+    """Embed pictures or texts by the generator's own encoder, into conditions.safetensors."""
+    family, _ = _opened(root, also)
+    if (images is None) == (texts is None):
+        raise ValueError("conditions: expected --images or --texts, got neither or both. Name what the generator is told.")
+    embed = _hook(family, "conditions", family.embed_texts if images is None else family.embed)
+    if texts is not None:
+        lines = [line.strip() for line in texts.read_text().splitlines() if line.strip()]
+        embedded = embed(root, lines, choose_device(device))
+    else:
+        assert images is not None
+        paths = {path.stem: path for path in sorted(images.glob("*")) if path.suffix.lower() in PICTURES}
+        if not paths:
+            raise FileNotFoundError(f"--images: expected pictures ({', '.join(PICTURES)}), got none in {images}. Name their folder.")
+        embedded = embed(root, paths, choose_device(device))
+    write_conditions(out / CONDITIONS, embedded)
+    click.echo(f"{len(embedded.names)} conditions in {out / CONDITIONS}")
 
 
 @main.command("draw", cls=GroupedCommand)
@@ -75,83 +91,134 @@ def conditions(root: Path, out: Path, images: Path, device: str) -> None:
 @option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", help="In which the flows are held.")
 @_device
 def draw_command(
-    root: Path, out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str, device: str
+    root: Path, also: tuple[Path, ...], out: Path, run: Path | None, weights: Sequence[str], tokens: Path | None, each: int, dtype: str,
+    device: str,
 ) -> None:
     """Assets to look at, their latents, and a list to write ranks into, for `ranking`."""
-    family = family_of(root)
+    family, more = _opened(root, also)
     show = _hook(family, "draw", family.show)
     tokens, tuned = tokens or out / CONDITIONS, tuned_weights(family, run, weights)
     if not tokens.exists():
         raise FileNotFoundError(f"--conditions: expected embeddings, got none at {tokens}. Write them by `conditions --out={out}`.")
     read = read_conditions(tokens, zero_null=family.zero_null)
-    pipeline = family.load(root, read, dtype=getattr(torch, dtype), device=choose_device(device))
+    pipeline = family.load(root, read, dtype=getattr(torch, dtype), device=choose_device(device), **more)
     for stage in pipeline.stages:
         if stage.name in tuned:
             stage.model = tuned_model(stage.model, tuned[stage.name])
     identity = {
-        "files": {name: file_hash(path) for name, path in family.files(root).items()}, "conditions": hash_of(tokens),
+        "files": {name: file_hash(path) for name, path in family.files(root, **more).items()}, "conditions": hash_of(tokens),
         "tuned": {stage: hash_of(path) for stage, path in tuned.items()}, "dtype": dtype,
     }
 
-    def one(stem: str, condition: str, seed: int) -> dict[str, str]:
+    def make(stem: str, condition: str, seed: int) -> dict[str, str]:
+        apart = family.write_latent is not None
+        files = {stage: f"{stem}-{stage}.safetensors" for stage in family.stages} if apart else {"latents": f"{stem}.safetensors"}
         there = [path for path in out.glob(f"{stem}.*") if path.suffix != ".safetensors"]  # written last
         if not there:
             latents, asset = draw(pipeline, condition, seed)
-            write_latents(out / f"{stem}.safetensors", latents)
+            if family.write_latent is None:
+                write_latents(out / files["latents"], latents)
+            else:
+                for stage, latent in latents.items():
+                    family.write_latent(out / files[stage], pipeline, stage, latent)
             there = [show(asset, out / stem)]
-        return {"latents": f"{stem}.safetensors", "look_at": there[0].name}
+        return {**files, "look_at": there[0].name}
 
     with tqdm(total=each * len(read.names), desc="assets", unit="asset", disable=None) as bar:
-        draw_each(out, read.names, range(each), identity, one, bar.update)
+        draw_each(out, read.names, range(each), identity, make, bar.update)
     if tokens != out / CONDITIONS:
         write_conditions(out / CONDITIONS, read)
     click.echo(f"{each * len(read.names)} assets; write ranks into {out / RANKING}, 1 for the best of a condition")
 
 
 @main.command("ranking", cls=GroupedCommand)
-@option("--list", "path", required=True, metavar="DIR", type=ANY, help="The folder that draw wrote, or its list, with ranks.")
+@option("--list", "path", required=True, metavar="DIR", type=ANY,
+        help="The folder that draw wrote, or its list, with ranks; of TRELLIS also a list of your own assets (docs/circular-dpo.md).")
 @together(_model, _out)
 @option("--scheme", type=click.Choice(SCHEMES), default="all", help="Which ranks of a condition are paired.")
 @judged_option
-@option("--limit", metavar="PAIRS", type=click.IntRange(1), default=None, help="Most pairs per condition, drawn with --seed.")
-@option("--seed", metavar="INT", type=int, default=0, help="Of the pairs that --limit keeps.")
-def ranking(path: Path, root: Path, out: Path, scheme: str, judged: Path | None, limit: int | None, seed: int) -> None:
+@option("--conditions", "tokens", metavar="FILE", type=ANY, default=None, show_default="beside the list", help="Embeddings.")
+@option("--share", metavar="X", type=float, default=ProblemSource.voxel_share, group="Assets that others made (TRELLIS)",
+        help="Of the mean opacity, above which a voxel of an asset is filled.")
+@option("--views", metavar="N", type=int, default=ProblemSource.views, group="Assets that others made (TRELLIS)",
+        help="Images per asset that the second stage's features come from.")
+@together(_limited, _device)
+def ranking(
+    path: Path, root: Path, also: tuple[Path, ...], out: Path, scheme: str, judged: Path | None, tokens: Path | None, share: float,
+    views: int, limit: int | None, seed: int, device: str,
+) -> None:
     """Pairs of every stage from a ranked list, and the embeddings of their conditions, for train.py."""
     path = path / RANKING if path.is_dir() else path
-    votes, family = votes_of(judged, scheme), family_of(root)
-    read = read_conditions(path.parent / CONDITIONS, zero_null=family.zero_null)
-    candidates = read_candidates(path, family.load(root, None, dtype=torch.float32, device="cpu"), ranked=judged is None)
-    pairs = pair_up(candidates, scheme, limit, seed, votes)
-    named = sorted({pair.condition for own in pairs.values() for pair in own})
-    read.of(named)  # raises for those that are missing
-    hashes = {stage: write_pairs(out / stage, own, {"convention": CONVENTION, "family": family.name}) for stage, own in pairs.items()}
-    kept = {name: read.tokens[name] for name in (*named, NULL) if name in read.tokens}
-    write_conditions(out / CONDITIONS, Conditions(tokens=kept, encoder=read.encoder, zero_null=read.zero_null))
-    counts = {stage: len(own) for stage, own in pairs.items()}
-    report = {"assets": len(candidates), "scheme": "judged" if votes else scheme, "pairs": counts, "hashes": hashes}
-    click.echo(json.dumps(report, indent=1))
+    votes, (family, more) = votes_of(judged, scheme), _opened(root, also)
+    if family.encoder is not None:
+        pipeline = family.encoder(root, device=choose_device(device), share=share, views=views, **more)
+    elif (share, views) != (ProblemSource.voxel_share, ProblemSource.views):
+        raise ValueError(f"--share, --views: belong to families that encode assets, and would have no effect on {family.name}. Leave out.")
+    else:
+        pipeline = family.load(root, None, dtype=torch.float32, device="cpu", **more)
+    with tqdm(desc="assets", unit="asset", disable=None) as bar:
+        imported = read_ranking(path, pipeline, scheme, limit, seed, bar.update, votes, family.candidate)
+    tokens = tokens or path.parent / CONDITIONS
+    if tokens.exists() or family.encoder is None:  # assets that others made may have none yet
+        read = read_conditions(tokens, zero_null=family.zero_null)
+        named = sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
+        read.of(named)  # raises for those that are missing
+        kept = {name: read.tokens[name] for name in (*named, NULL) if name in read.tokens}
+        imported = replace(imported, conditions=replace(read, tokens=kept))
+    _write(out, imported, family, pipeline)
+
+
+@main.command("dso", cls=GroupedCommand)
+@option("--samples", required=True, metavar="DIR", type=FOLDER, help="Folder of samples as the DSO project writes it.")
+@together(_model, _out)
+@option("--stands", metavar="DEGREES", type=float, default=20.0, help="Tilt below which an asset is preferred.")
+@_limited
+def dso(samples: Path, root: Path, also: tuple[Path, ...], out: Path, stands: float, limit: int | None, seed: int) -> None:
+    """Pairs of TRELLIS's first stage, and embeddings, from the samples of the DSO project."""
+    from eg3d_rlhf.tuning.flow.families.trellis.pair_import import read_dso
+
+    family, pipeline = _trellis(root, also)
+    _write(out, read_dso(samples, pipeline, stands, limit, seed), family, pipeline)
+
+
+@main.command("calibrate", cls=GroupedCommand)
+@option("--list", "folder", required=True, metavar="DIR", type=FOLDER, help="The folder that draw wrote.")
+@_model
+def calibrate(folder: Path, root: Path, also: tuple[Path, ...]) -> None:
+    """The share of opacity, for --share and --voxel-share, at which TRELLIS's drawn assets fill the voxels that they were made on."""
+    from eg3d_rlhf.tuning.flow.families.trellis.assets import calibrated, read_ply
+    from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT
+
+    path = folder / RANKING
+    if not path.is_file():
+        raise FileNotFoundError(f"--list: expected the folder that draw wrote, got no {RANKING} in {folder}. Check the path.")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    _, pipeline = _trellis(root, also)
+    assets = [read_ply(folder / row["look_at"]) for row in tqdm(rows, desc="assets", unit="asset", disable=None)]
+    voxels = [read_array(folder / row[LATENT], "coords") for row in rows]
+    click.echo(json.dumps(calibrated(assets, voxels, pipeline.resolution), indent=1))
 
 
 @main.command("export", cls=GroupedCommand)
 @together(_model, _out, _tuned)
-def export(root: Path, out: Path, run: Path | None, weights: Sequence[str]) -> None:
+def export(root: Path, also: tuple[Path, ...], out: Path, run: Path | None, weights: Sequence[str]) -> None:
     """A folder in the generator's own layout, with tuned networks merged."""
-    family = family_of(root)
+    family, more = _opened(root, also)
     write, tuned = _hook(family, "export", family.export), tuned_weights(family, run, weights)
     if not tuned:
         raise ValueError("export: expected --run or --weights, got neither. Name what is tuned.")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"export: expected a new folder, got {out} with files in it. Name another.")
-    click.echo(json.dumps(write(root, out, tuned), indent=1))
+    click.echo(json.dumps(write(root, out, tuned, **more), indent=1))
 
 
 def tuned_weights(family: FlowFamily, run: Path | None, weights: Sequence[str]) -> dict[str, Path]:
-    """Tuned weights by stage: a run's, and in their place those that are named.
+    """Tuned weights by stage: a run's, and in their place those that are named; a run that is named for a stage stands for that stage's.
 
     Raises: FileNotFoundError for a run without any; ValueError for what is no STAGE=PATH of the family.
     """
-    found = {} if run is None else {stage: run / stage for stage in family.stages if (run / stage / META).is_file()}
-    if run is not None and not found:
+    paths = {} if run is None else {stage: run / stage for stage in family.stages if (run / stage / META).is_file()}
+    if run is not None and not paths:
         stages = " or ".join(family.stages)
         raise FileNotFoundError(f"--run: expected a finished run of train.py, got no tuned {stages} in {run}. Finish it by --resume.")
     parted = [text.partition("=") for text in weights]
@@ -159,7 +226,33 @@ def tuned_weights(family: FlowFamily, run: Path | None, weights: Sequence[str]) 
     if odd:
         raise ValueError(f"--weights: expected STAGE=PATH, got {odd[0]!r}. Name the stage.")
     check_stages("--weights", family, [name for name, _, _ in parted])
-    return found | {name: Path(path) for name, _, path in parted}
+    for name, _, text in parted:
+        path = Path(text)
+        paths[name] = path / name if (path / name / META).is_file() else path
+    return paths
+
+
+def _opened(root: Path, also: Sequence[Path]) -> tuple[FlowFamily, dict]:
+    """The family of a folder, and the options of its `load`, `files` and `export`."""
+    family = family_of(root)
+    if also and "also" not in family.options:
+        raise ValueError(f"--also: belongs to other generators, and would have no effect on {family.name}. Leave it out.")
+    return family, {"also": also} if also else {}
+
+
+def _trellis(root: Path, also: Sequence[Path]):
+    """TRELLIS, and its pipeline to encode with."""
+    family, more = _opened(root, also)
+    if family.name != TRELLIS or family.encoder is None:
+        raise ValueError(f"--pipeline: expected a folder of TRELLIS here, got one of {family.name}. Name another.")
+    return family, family.encoder(root, device="cpu", share=ProblemSource.voxel_share, views=ProblemSource.views, **more)
+
+
+def _write(out: Path, imported: Imported, family: FlowFamily, pipeline) -> None:
+    report = dict(imported.report)
+    meta = family.pair_meta or (lambda pipeline, stage, report: {"family": family.name})
+    hashes = write_import(out, imported, lambda stage: meta(pipeline, stage, report))
+    click.echo(json.dumps({**report, "hashes": hashes}, indent=1))
 
 
 def _hook(family: FlowFamily, what: str, given: Callable | None) -> Callable:

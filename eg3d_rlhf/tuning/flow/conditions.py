@@ -85,8 +85,8 @@ class Conditions:
     def __post_init__(self):
         object.__setattr__(self, "names", tuple(name for name in self.tokens if name != NULL))
         forms = {str(form_of(t)) for t in self.tokens.values()}
-        one = next(iter(self.tokens.values()), None)
-        if not self.names or len(forms) != 1 or (isinstance(one, torch.Tensor) and one.ndim != 2) or not form_of(one):
+        first = next(iter(self.tokens.values()), None)
+        if not self.names or len(forms) != 1 or (isinstance(first, torch.Tensor) and first.ndim != 2) or not form_of(first):
             raise ValueError(f"conditions: expected embeddings [L, E], all alike, got shapes {', '.join(sorted(forms))}. Use one encoder.")
         bad = next((name for name, t in self.tokens.items() if not all(torch.isfinite(x).all() for x in tensors_of(t))), None)
         if bad is not None:
@@ -123,8 +123,8 @@ class Conditions:
 
     def null(self, n: int) -> Condition:
         """The empty condition, n times."""
-        one = each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
-        return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), one)
+        empty = each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
+        return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), empty)
 
 
 def form_of(condition: Condition | None) -> Any:
@@ -144,9 +144,9 @@ def write_conditions(path: Path, conditions: Conditions) -> None:
     names = list(conditions.tokens)
     tensors: dict[str, torch.Tensor] = {}
     for i, name in enumerate(names):
-        found = conditions.tokens[name]
-        own = {"": found} if isinstance(found, torch.Tensor) else {f"/{key}": tensor for key, tensor in found.items()}
-        tensors |= {f"tokens.{i}{key}": tensor for key, tensor in own.items()}
+        embedding = conditions.tokens[name]
+        named = {"": embedding} if isinstance(embedding, torch.Tensor) else {f"/{key}": tensor for key, tensor in embedding.items()}
+        tensors |= {f"tokens.{i}{key}": tensor for key, tensor in named.items()}
     meta = {"names": names, "encoder": conditions.encoder, "zero_null": conditions.zero_null}
     write_tensors(path, KIND, tensors, meta)
 
@@ -166,7 +166,7 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
         for key, tensor in tensors.items():
             number, _, part = key.removeprefix("tokens.").partition("/")
             parts.setdefault(number, {})[part] = tensor
-        tokens = {name: own.get("", own) for name, own in ((name, parts[str(i)]) for i, name in enumerate(meta["names"]))}
+        tokens = {name: part_of.get("", part_of) for name, part_of in ((name, parts[str(i)]) for i, name in enumerate(meta["names"]))}
         return Conditions(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
     files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
     if not files:
@@ -180,12 +180,12 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
 
 def read_embedding(path: Path) -> torch.Tensor:
     """One condition's tokens [L, E] as float32."""
-    found = read_array(path)
-    if found.ndim == 3 and len(found) == 1:
-        found = found[0]
-    if found.ndim != 2:
-        raise ValueError(f"{path}: expected tokens [L, E], got {list(found.shape)}. Save one condition per file.")
-    return found.float()
+    embedding = read_array(path)
+    if embedding.ndim == 3 and len(embedding) == 1:
+        embedding = embedding[0]
+    if embedding.ndim != 2:
+        raise ValueError(f"{path}: expected tokens [L, E], got {list(embedding.shape)}. Save one condition per file.")
+    return embedding.float()
 
 
 def read_array(path: Path, key: str | None = None) -> torch.Tensor:
@@ -196,21 +196,21 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"array: expected a file, got none at {path}. Check the path.")
     try:
-        found = _READERS[path.suffix](path)
+        content = _READERS[path.suffix](path)
     except KeyError:
         raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}. Convert it.") from None
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it.") from None
-    if isinstance(found, Mapping):
-        names = list(found)
+    if isinstance(content, Mapping):
+        names = list(content)
         chosen = key if key in names else names[0] if len(names) == 1 else None
         if chosen is None:
             raise ValueError(f"{path}: expected an array {key or ''} alone, got {_listed(names)}. Save it under that name.")
-        found = found[chosen]
-    if not isinstance(found, torch.Tensor):
-        raise ValueError(f"{path}: expected an array, got {type(found).__name__}. Save the tensor alone.")
-    return found
+        content = content[chosen]
+    if not isinstance(content, torch.Tensor):
+        raise ValueError(f"{path}: expected an array, got {type(content).__name__}. Save the tensor alone.")
+    return content
 
 
 def _npz(path: Path) -> dict[str, torch.Tensor]:

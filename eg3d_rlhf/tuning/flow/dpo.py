@@ -177,6 +177,7 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
         bins/pairs, bins/implicit_accuracy, bins/margin, bins/w_diff, bins/l_diff: *sums* over the pairs of each time bin, [TIME_BINS], so
         that batches and ranks add up; divide by bins/pairs.
     """
+    assert errors.ref_preferred is not None and errors.ref_rejected is not None
     delta = delta.detach()
     values = {
         "implicit_accuracy": 0.5 * (1 + delta.sign()), "margin": delta,

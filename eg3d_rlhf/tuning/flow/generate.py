@@ -157,14 +157,14 @@ def generate(
     if len(given) != len(seeds):
         raise ValueError(f"generate({first}): expected what the stage before leaves to {len(seeds)} assets, got {len(given)}.")
     *before, last = _stages(pipeline, models)[names.index(first) :]
-    found: list[Asset] = []
+    assets: list[Asset] = []
     for i in range(0, len(seeds), batch):
         part = slice(i, i + batch)
         places = _through(pipeline, before, conditions[part], seeds[part], given[part])
-        found += pipeline.decode(stage_latents(pipeline, last, conditions[part], seeds[part], places))
+        assets += pipeline.decode(stage_latents(pipeline, last, conditions[part], seeds[part], places))
         if on_batch:
             on_batch(len(seeds[part]))
-    return found
+    return assets
 
 
 def voxels_for(
@@ -174,7 +174,7 @@ def voxels_for(
     before = _stages(pipeline, models)[: [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)]
     parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
     given: list[Voxels] = [None] * len(seeds)
-    return [one for part in parts for one in _through(pipeline, before, conditions[part], seeds[part], given[part])]
+    return [left for part in parts for left in _through(pipeline, before, conditions[part], seeds[part], given[part])]
 
 
 def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:

@@ -65,6 +65,23 @@ class PreferencePair:
         if forms[0] != forms[1]:
             raise ValueError(f"{who}: expected two latents of one form, got {forms[0]} and {forms[1]}. Pair latents of one stage.")
 
+    @property
+    def scored(self) -> bool:
+        """Whether a reward has seen both assets."""
+        return self.reward_preferred is not None and self.reward_rejected is not None
+
+    @property
+    def rewards(self) -> tuple[float, float]:
+        """Of the preferred and the rejected asset, of a pair that is scored."""
+        assert self.reward_preferred is not None and self.reward_rejected is not None
+        return self.reward_preferred, self.reward_rejected
+
+    @property
+    def reward_gap(self) -> float:
+        """By how much the preferred asset is rewarded more."""
+        preferred, rejected = self.rewards
+        return preferred - rejected
+
 
 def _form(latent: Latent) -> str:
     """What two latents of one stage have in common."""
@@ -122,9 +139,10 @@ def write_pairs(folder: str | Path, pairs: Sequence[PreferencePair], meta: dict,
         "format": FORMAT, "stage": stages[0], "pairs": len(pairs), "shards": shards, "records": hashlib.sha256(records).hexdigest(),
         "meta": meta,
     }  # fmt: skip
-    content["hash"] = json_hash(content)
-    write_atomic(folder / "meta.json", (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
-    return content["hash"]
+    digest = json_hash(content)
+    text = json.dumps({**content, "hash": digest}, indent=1, sort_keys=True, allow_nan=False)
+    write_atomic(folder / "meta.json", (text + "\n").encode())
+    return digest
 
 
 def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tuple[list[PreferencePair], dict]:
@@ -209,4 +227,4 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
     for name, tensor in tensors.items():
         stem, _, part = name.partition(".")
         parts.setdefault(stem, {})[part or "x"] = tensor
-    return {stem: latent_of(own) for stem, own in parts.items()}
+    return {stem: latent_of(named) for stem, named in parts.items()}

@@ -69,7 +69,7 @@ class ProblemSource:
     """What a problem is read from."""
 
     pipeline: str = _what(TOY, "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
-    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow trellis imports.",
+    pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow files imports.",
                               metavar="DIR", shown="the toy's own")
     labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
                           choices=("own", "others"))
@@ -152,8 +152,8 @@ def read_stages(
         check(folder, stage, meta)
     (first, pairs), *others = read.items()
     expected = {(pair.id, pair.condition) for pair in pairs}
-    for stage, own in others:
-        odd = sorted({(pair.id, pair.condition) for pair in own} ^ expected)
+    for stage, pairs_there in others:
+        odd = sorted({(pair.id, pair.condition) for pair in pairs_there} ^ expected)
         if odd:
             raise ValueError(
                 f"pairs: expected the same pairs at stages {first!r} and {stage!r}, got {len(odd)} that one of them lacks, "
@@ -249,7 +249,7 @@ def conditions_problem(pipeline: Any, tokens: Conditions, *, identity: Mapping, 
 
 def pair_folders(given: Sequence[Path], stages: Sequence[str]) -> dict[str, Path]:
     """Pair folders by stage, from such folders themselves or what holds one for each stage. Raises: FileNotFoundError, ValueError."""
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in given:
         single = (path / "meta.json").is_file()
         parts = [path] if single else [path / stage for stage in stages if (path / stage).is_dir()]
@@ -258,13 +258,13 @@ def pair_folders(given: Sequence[Path], stages: Sequence[str]) -> dict[str, Path
             raise FileNotFoundError(f"pairs: expected a folder of pairs, or {names} in it, got none at {path}. Import pairs first.")
         for part in parts:
             stage = _stage_in(part / "meta.json") if single else part.name
-            if stage in found:
-                raise ValueError(f"pairs: expected one folder for each stage, got {found[stage]} and {part} for {stage!r}. Drop one.")
-            found[stage] = part
-    unknown = sorted(set(found) - set(stages))
+            if stage in folders:
+                raise ValueError(f"pairs: expected one folder for each stage, got {folders[stage]} and {part} for {stage!r}. Drop one.")
+            folders[stage] = part
+    unknown = sorted(set(folders) - set(stages))
     if unknown:
         raise ValueError(f"pairs: expected stages {' and '.join(stages)}, got {', '.join(unknown)}. They are of another pipeline.")
-    return found
+    return folders
 
 
 def _stage_in(path: Path) -> str:

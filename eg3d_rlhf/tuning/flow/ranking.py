@@ -12,10 +12,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import click
 import torch
@@ -23,9 +24,10 @@ import torch
 from eg3d_rlhf.core.cli import option
 from eg3d_rlhf.models.sparse import Latent, latent_of, parts_of, separate, to_cpu
 from eg3d_rlhf.preferences.labels import jsonl_records
+from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.generate import stage_latents
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.stage import Asset, Pipeline, Voxels, stage_of
+from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.tuning.flow.stage import CONVENTION, Asset, Pipeline, Voxels, stage_of
 from training.storage import read_tensors, write_atomic, write_tensors
 
 # Judgements of pairs of assets, as the labelling tool exports them: which of two files people preferred.
@@ -101,21 +103,21 @@ def pair_up(
         groups.setdefault(candidate.condition, []).append(candidate)
     named = dict.fromkeys(stage for c in candidates for stage in c.latents)
     stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
-    found: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
+    pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, group in groups.items():
         chosen = _ranked(group, scheme) if judged is None else _voted(group, judged)
         if limit is not None and len(chosen) > limit:
             chosen = sorted(Random(f"{seed} {condition}").sample(chosen, limit), key=chosen.index)
         for better, worse, why in chosen:
             for stage in stages:
-                found[stage].append(PreferencePair(
+                pairs[stage].append(PreferencePair(
                     id=f"{condition}/{better.name}>{worse.name}", condition=condition, stage=stage, preferred=better.latents[stage],
                     rejected=worse.latents[stage], provenance=why,
                 ))
-    if not any(found.values()):
+    if not any(pairs.values()):
         what, which = ("of unequal rank", "ranks") if judged is None else ("with a majority of votes", "judgements")
         raise ValueError(f"pairs: expected assets {what} under one condition, got none among {len(candidates)}. Check the {which}.")
-    return found
+    return pairs
 
 
 Chosen = list[tuple[Candidate, Candidate, dict]]  # the better one, the worse one, provenance
@@ -131,24 +133,24 @@ def _ranked(group: Sequence[Candidate], scheme: str) -> Chosen:
 
 
 def _voted(group: Sequence[Candidate], judged: Judged) -> Chosen:
-    found: Chosen = []
+    chosen: Chosen = []
     for a, b in combinations([c for c in group if c.file is not None], 2):
         assert a.file is not None and b.file is not None
         first, second = judged.votes(a.file, b.file)
         if first != second:
-            found.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
-    return found
+            chosen.append((a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]}))
+    return chosen
 
 
 def draw_each(
-    folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, one: Callable[[str, str, int], Mapping[str, str]],
+    folder: Path, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping, make: Callable[[str, str, int], Mapping[str, str]],
     on_asset: Callable[[], None] | None = None,
 ) -> Path:
     """Draw every condition with every seed; returns the list, whose ranks are left to fill in.
 
     Assets that an interrupted call left are kept.
     Args: identity: JSON, hashes of all files that they come from.
-        one: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are.
+        make: makes the files of an asset, from their stem, condition and seed, unless they are there; returns them by what they are.
     Raises: ValueError for a folder of assets of other files, or one that is finished, whose ranks would be lost.
     """
     path, text = folder / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n"
@@ -160,7 +162,7 @@ def draw_each(
     lines = []
     for c, condition in enumerate(conditions):
         for seed in seeds:
-            files = dict(one(f"{c:05d}-{seed}", condition, seed))
+            files = dict(make(f"{c:05d}-{seed}", condition, seed))
             look_at = files.pop("look_at")
             lines.append(json.dumps({"condition": condition, "rank": None, **files, "seed": seed, "look_at": look_at}))
             if on_asset:
@@ -175,13 +177,13 @@ def draw(pipeline: Pipeline, condition: str, seed: int) -> tuple[dict[str, Laten
     Raises: ValueError for a structure without a voxel.
     """
     given: Sequence[Voxels] = [None]
-    found: dict[str, Latent] = {}
+    latents: dict[str, Latent] = {}
     for number, stage in enumerate(pipeline.stages, 1):
         x_0 = stage_latents(pipeline, stage, [condition], [seed], given)
-        found[stage.name] = separate(x_0)[0]
+        latents[stage.name] = separate(x_0)[0]
         if number < len(pipeline.stages):
             given = pipeline.advance(stage.name, x_0)
-    return found, pipeline.decode(x_0)[0]
+    return latents, pipeline.decode(x_0)[0]
 
 
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
@@ -217,33 +219,68 @@ def file_of(record: Mapping, folder: Path) -> Path | None:
     return folder / name if isinstance(name, str) else None
 
 
-def read_candidates(
-    path: Path, pipeline: Pipeline, on_asset: Callable[[], None] | None = None, ranked: bool = True
-) -> list[Candidate]:
-    """The assets of a list, whose latents are files of `write_latents`; `ranked`: all lines must have a rank.
+Candidates = Callable[[dict, str, Path, Any, bool], Candidate]  # (line, name, the list's folder, pipeline, whether it must have a rank)
 
+
+def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
+    """A line whose latents are a file of `write_latents`. Raises: ValueError, OSError for what does not fit."""
+    try:
+        condition, file = record["condition"], record["latents"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected a condition, a rank and latents, got {error} wrong.") from error
+    if not (isinstance(condition, str) and condition and isinstance(file, str)):
+        raise ValueError(f"expected a condition and latents, got {record!r:.120}. Write them.")
+    rank, latents = rank_of(record, ranked), read_latents(folder / file)
+    for stage, latent in latents.items():
+        stage_of(pipeline, stage).check(file, latent)
+    return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What was read."""
+
+    pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
+    conditions: Conditions | None = None  # embeddings, where they came along
+    report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
+
+
+def read_ranking(
+    path: Path, pipeline: Any, scheme: str = "all", limit: int | None = None, seed: int = 0, on_asset: Callable[[], None] | None = None,
+    judged: Judged | None = None, candidate: Candidates = drawn_candidate,
+) -> Imported:
+    """Pairs of a ranked list, or of a list whose pairs are judged.
+
+    Args: scheme, limit, seed: see `pair_up`; on_asset: called after each; candidate: reads a line.
     Raises: FileNotFoundError or ValueError with the line that is at fault.
     """
     if not path.is_file():
         raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            condition, file = (record[key] for key in ("condition", "latents"))
-            if not (isinstance(condition, str) and condition):
-                raise ValueError(f"expected a condition, got {record!r:.120}. Write it.")
-            rank = rank_of(record, ranked)
-            latents = read_latents(path.parent / file)
-            for stage, latent in latents.items():
-                stage_of(pipeline, stage).check(file, latent)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path.name}, line {number}: expected a condition, a rank and latents, got {error} wrong.") from error
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path.name}, line {number}: {error}") from error
-        found.append(Candidate(name=f"{number:06d}", condition=condition, rank=rank, latents=latents, file=file_of(record, path.parent)))
-        if on_asset:
-            on_asset()
-    return found
+        if line.strip():
+            try:
+                candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, judged is None))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            if on_asset:
+                on_asset()
+    stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
+    partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
+    if partial:
+        raise ValueError(f"{path.name}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it.")
+    pairs = pair_up(candidates, scheme, limit, seed, judged)
+    counts = {stage: len(of_stage) for stage, of_stage in pairs.items()}
+    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else scheme, "pairs": counts})
+
+
+def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:
+    """Write pairs by stage, and embeddings where there are any, as train.py reads them; returns the hash of each stage's pairs.
+
+    Args: meta: of a stage, JSON that its pairs' description has besides the convention.
+    """
+    described = {stage: {"convention": CONVENTION, **meta(stage)} for stage in imported.pairs}
+    hashes = {stage: write_pairs(folder / stage, pairs, described[stage]) for stage, pairs in imported.pairs.items()}
+    if imported.conditions is not None:
+        write_conditions(folder / CONDITIONS, imported.conditions)
+    return hashes

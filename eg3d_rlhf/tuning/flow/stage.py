@@ -136,13 +136,13 @@ class SparseVoxels:
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         """See LatentKind. Features that come with the voxels are the batch's `given`."""
         volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
-        found: list[Latent] = []
-        for seed, one in zip(seeds, given, strict=True):
-            places, more = (one.coords, one.feats.cpu()) if isinstance(one, SparseSample) else (one, None)
+        samples: list[Latent] = []
+        for seed, left in zip(seeds, given, strict=True):
+            places, more = (left.coords, left.feats.cpu()) if isinstance(left, SparseSample) else (left, None)
             places = self._checked(who, places)
             x, y, z = places.cpu().long().unbind(1)
-            found.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more))
-        return collate(found)
+            samples.append(SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more))
+        return collate(samples)
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
         """See LatentKind."""
@@ -388,11 +388,11 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition, seed: int = 
     eps = stage.noise([seed + i for i in range(len(latents))], [x.coords if isinstance(x, SparseSample) else None for x in latents])
     eps, t = eps.to(device), torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
-    own = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
+    error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
     mapped = stage.path.errors(opposite(t, stage.velocity(x_t, 1 - t, cond))[1], x_0, eps).mean()
-    if mapped < 0.5 * own:
+    if mapped < 0.5 * error:
         here, there = ("data", "noise") if stage.data_at_one else ("noise", "data")
         raise ValueError(
-            f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model of error {own:.3g} "
+            f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model of error {error:.3g} "
             f"that has {mapped:.3g} when read with {there} at t = 1. Its stage wants data_at_one={not stage.data_at_one}."
         )

@@ -156,6 +156,7 @@ class Progress:
             self.best, self.kept_step, self.since_best = rate, self.step, 0
         else:
             self.since_best += 1
+        assert self.best is not None
         self.ended = self.since_best >= config.patience or rate < self.best - config.max_drop
         return best
 
@@ -347,12 +348,12 @@ class _Training:
         """Measure, and keep the parameters if it is the best so far."""
         rate = None
         if self.ranks.main and self.held_out is not None:
-            own = {name: p.detach().clone() for name, p in self.named.items()} if self.ema else {}
+            before = {name: p.detach().clone() for name, p in self.named.items()} if self.ema else {}
             self._load(self.ema)
             try:
                 rate = float(self.held_out(self.policy))
             finally:
-                self._load(own)
+                self._load(before)
         rate = self.ranks.broadcast(rate)
         if not 0 <= rate <= 1:
             raise ValueError(f"train_stage({self.stage.name}): expected a held-out win rate from 0 to 1, got {rate}. Correct the judge.")

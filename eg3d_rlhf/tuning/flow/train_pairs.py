@@ -83,13 +83,13 @@ class Order(Generic[Example]):
 
     def items(self, step: int) -> list[tuple[int, Example]]:
         """(which draw, example) of the whole batch; it may run over the end of a pass, or hold several where there are few examples."""
-        found = []
+        items = []
         for number in range(step * self.batch, (step + 1) * self.batch):
             epoch, place = divmod(number, len(self.examples))
             if epoch not in self._orders:
                 self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))}
-            found.append((epoch % self.draws if self.draws else epoch, self.examples[self._orders[epoch][place]]))
-        return found
+            items.append((epoch % self.draws if self.draws else epoch, self.examples[self._orders[epoch][place]]))
+        return items
 
 
 PAIRS = 64  # that the latest figures are taken over
@@ -133,8 +133,8 @@ def recent(lines: Sequence[Mapping], name: str) -> float | None:
 
 
 def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
-    accuracy, w_diff, l_diff = (recent(lines, name) for name in ("implicit_accuracy", "w_diff", "l_diff"))
-    if accuracy is None:
+    accuracy, margin, w_diff, l_diff = (recent(lines, name) for name in ("implicit_accuracy", "margin", "w_diff", "l_diff"))
+    if accuracy is None or margin is None or w_diff is None or l_diff is None:
         return {}
     signs, step = {}, lines[-1]["step"]
     if accuracy > SEPARATED:
@@ -148,7 +148,7 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
                 "at the start. The pairs are not what this generator makes (off-policy): sample pairs from it, or fine-tune on them first."
             )
     earlier = mean(line["margin"] for line in lines[: max(1, len(lines) // 2)])
-    if w_diff > 0.1 * l_diff and w_diff > 0 and recent(lines, "margin") > max(0.0, earlier) and all(x["w_diff"] > 0 for x in lines[-3:]):
+    if w_diff > 0.1 * l_diff and w_diff > 0 and margin > max(0.0, earlier) and all(x["w_diff"] > 0 for x in lines[-3:]):
         signs["preferred-worse"] = (
             f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the reference's; it runs from "
             f"the rejected ones instead of towards the preferred. {ANCHOR}"
@@ -242,17 +242,17 @@ class Updates(Descent):
             v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
         errors = stage.path.errors(with_feats(v, feats_of(v).float()), draw.x_0, draw.eps)
         sft = config.kind == "sft"
-        found = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
-        losses = pair_loss(found, config, draw.weight)
+        pair_errors = PairErrors(preferred=errors, rejected=torch.zeros_like(errors)) if sft else PairErrors.split(errors, ref)
+        losses = pair_loss(pair_errors, config, draw.weight)
         mass = losses.new_tensor(float(len(losses)))
         if config.aggregation == "drdpo":
             mass = torch.exp(-(losses.detach() / config.drdpo_beta).clamp(max=80)).sum()  # float32 is 0 above some 90
         loss = mass * aggregate(losses, config.aggregation, config.drdpo_beta)
         loss.backward()
         totals = torch.zeros(4 + len(BINNED) * TIME_BINS, device=self.device)
-        totals[:4] = torch.stack([mass, loss.detach(), found.preferred.detach().sum(), found.rejected.detach().sum()])
+        totals[:4] = torch.stack([mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()])
         if ref is not None:
-            stats = pair_stats(found, found.delta(config.loser_weight, config.clamp), draw.t)
+            stats = pair_stats(pair_errors, pair_errors.delta(config.loser_weight, config.clamp), draw.t)
             totals[4:] = torch.cat([stats[f"bins/{name}"] for name in BINNED])
         return totals
 

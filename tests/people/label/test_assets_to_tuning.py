@@ -34,7 +34,7 @@ def run(folder: Path, program: str, *flags: str) -> str:
 def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     root = tiny_trellis.write_trellis(tmp_path / "ROOT")
     write_conditions(tmp_path / "ASSETS" / CONDITIONS, tiny_trellis.tokens(NAMES))
-    run(tmp_path, "eg3d_rlhf", "flow", "trellis", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
+    run(tmp_path, "eg3d_rlhf", "flow", "files", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
     label = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6",
          "--training=0", "--gold=0",
@@ -58,7 +58,7 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     run(tmp_path, "tools/label.py", "export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", "--db=sqlite:///labels.db")
     judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert len(judged) == 6 and sum(line["tie"] for line in judged) == 1 and {line["condition"] for line in judged} == set(NAMES)
-    made = run(tmp_path, "eg3d_rlhf", "flow", "trellis", "ranking", "--list=ASSETS", "--judged=judged.jsonl",
+    made = run(tmp_path, "eg3d_rlhf", "flow", "files", "ranking", "--list=ASSETS", "--judged=judged.jsonl",
                f"--pipeline={root}", "--out=PAIRS")
     assert json.loads(made)["pairs"] == {"structure": 5, "latent": 5}
     drawn = {line["look_at"]: line for line in map(json.loads, (tmp_path / "ASSETS" / "ranking.jsonl").read_text().splitlines())}

@@ -10,10 +10,12 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import feats_of, with_feats
-from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run, weighed
+from eg3d_rlhf.modes.circular_dpo import TOY_RUN
+from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run_loop
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import weighed
 from eg3d_rlhf.tuning.flow.generate import scores, times, wins
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.toy.bundled import TOY_DEFAULTS, toy_problem
+from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 
 NOISES = 12  # assets per condition
@@ -73,8 +75,8 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
     neither labelled nor chose. And it is the preference that decides: by the bare margin, without anchors, the pairs as they are beat
     the same pairs turned over. (Anchored, even those would gain, since both sides stand on structures that people preferred.)
     """
-    loop = CircularLoop(problem=problem, settings=TOY_DEFAULTS, store=Store(tmp_path), say=lambda line: None)
-    lines, _ = run(loop)
+    loop = CircularLoop(problem=problem, settings=TOY_RUN, store=Store(tmp_path), say=lambda line: None)
+    lines, _ = run_loop(loop)
     conditions = [name for name in problem.held_out_conditions for _ in range(NOISES)]
     seeds = list(range(len(conditions)))
 
@@ -91,7 +93,7 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
     better = rate(judged(loop.models({"structure": lines["structure"]})), judged({}))
     assert better.lo > 0.5, better
     pairs = loop.pairs("structure", {"voxels": lines["voxels"]})
-    kept, _ = weighed(read_pairs(pairs.folder / "pairs", "structure")[0], TOY_DEFAULTS.weighing)
+    kept, _ = weighed(read_pairs(pairs.folder / "pairs", "structure")[0], TOY_RUN.weighing)
     turned = [replace(p, preferred=p.rejected, rejected=p.preferred) for p in kept]
     straight = rate(*(judged(_by_the_bare_margin(problem, side, tmp_path / name)) for name, side in (("a", kept), ("b", turned))))
     assert straight.lo > 0.5, straight
@@ -99,7 +101,7 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
 
 def _by_the_bare_margin(problem, pairs, out):
     """The first stage after a short training without anchors or early stop."""
-    stage, config = problem.pipeline.stages[0], TOY_DEFAULTS.loop
+    stage, config = problem.pipeline.stages[0], TOY_RUN.loop
     config = replace(config, dpo=replace(config.dpo, loser_weight=1.0, sft_weight=0.0), steps=60)
-    result = train_stage(problem.pipeline, stage.name, pairs, TOY_DEFAULTS.training(config, stage), out, say=lambda line: None)
+    result = train_stage(problem.pipeline, stage.name, pairs, TOY_RUN.training(config, stage), out, say=lambda line: None)
     return {stage.name: tuned_model(stage.model, result.weights, merge=True)}

@@ -172,10 +172,17 @@ def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
 
 def test_the_flags_are_frozen():
     assert {name: " ".join(sorted(o for p in c.params for o in p.opts)) for name, c in commands.main.commands.items()} == {
-        "conditions": "--device --images --out --pipeline", "export": "--out --pipeline --run --weights",
-        "draw": "--conditions --device --dtype --each --out --pipeline --run --weights",
-        "ranking": "--judged --limit --list --out --pipeline --scheme --seed",
+        "conditions": "--also --device --images --out --pipeline --texts", "export": "--also --out --pipeline --run --weights",
+        "draw": "--also --conditions --device --dtype --each --out --pipeline --run --weights",
+        "ranking": "--also --conditions --device --judged --limit --list --out --pipeline --scheme --seed --share --views",
+        "calibrate": "--also --list --pipeline", "dso": "--also --limit --out --pipeline --samples --seed --stands",
     }
+
+
+def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
+    for flags in (["export", "--also=x"], ["ranking", "--list=x", "--views=2"], ["dso", "--samples=x"]):
+        done = tool(*flags, f"--pipeline={root}", f"--out={tmp_path / 'out'}")
+        assert done.exit_code == 2 and "points" in done.stderr and "Traceback" not in done.output, done.output
 
 
 def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):

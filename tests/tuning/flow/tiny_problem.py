@@ -7,8 +7,8 @@ import torch
 
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
+from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings, anchored, supervised
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, anchored, supervised
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.problem import Choosing, Problem

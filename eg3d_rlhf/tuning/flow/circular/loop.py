@@ -3,7 +3,7 @@
     1. the last stage learns from people's pairs (DPO; Circular-DPO, equation 8);
     2. what it then samples and what its reference samples, decoded and encoded again, are pairs of the stage before (loop_pairs.py);
     3. that stage learns from them (equation 9), filtered by w1 and weighed by w2; and so on to the first stage.
-Every step is an artefact (artefacts.py): a run that was killed goes on where it was, and runs share what they have in common.
+Every step is an artefact (experiments/store.py): a run that was killed goes on where it was, and runs share what they have in common.
 A further round does the same again, with the networks of the round before as start and as reference, and with noises of its own.
 """
 
@@ -15,26 +15,76 @@ import torch
 
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import tuned_model, with_models
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import Weighing, make_in_chunks, stage_behind, turned, weigh, with_roles
-from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings
-from eg3d_rlhf.tuning.flow.circular.table import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS
+from eg3d_rlhf.tuning.flow.circular.loop_pairs import (
+    ANCHOR,
+    PAIRS,
+    WINNERS,
+    LoopPairsConfig,
+    NoPairsError,
+    Weighing,
+    make_in_chunks,
+    stage_behind,
+    used,
+    weighed,
+)
+from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, read_pairs
-from eg3d_rlhf.tuning.flow.problem import Judging, Problem, judged
-from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.problem import Choosing, Judging, Problem, judged
+from eg3d_rlhf.tuning.flow.stage import FlowStage, stage_of
 from eg3d_rlhf.tuning.flow.train import FREE
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, train_stage
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
+
+def anchored(config: TrainConfig) -> TrainConfig:
+    """The same training with the loop's anchors: its pairs part so soon that plain DPO runs away from both sides.
+
+    Half a weight on the rejected, half the preferred's own error, four times the beta; see docs of `--loop-*` for other anchors.
+    """
+    dpo = replace(config.dpo, loser_weight=0.5, sft_weight=0.5, beta=4 * config.dpo.beta)
+    return replace(config, dpo=dpo)
+
+
+def supervised(config: TrainConfig) -> TrainConfig:
+    """Plain flow matching on the preferred ones, trained otherwise alike."""
+    return replace(config, dpo=DpoConfig(kind="sft", noise=config.dpo.noise, condition_dropout=config.dpo.condition_dropout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularSettings:
+    """Everything that decides a run besides the problem."""
+
+    human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
+    loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
+    sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))  # of the ablation's supervised groups
+    loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)
+    weighing: Weighing = field(default_factory=Weighing)
+    choosing: Choosing | None = field(default_factory=Choosing)  # None: no win rate while training; the last update is kept
+    rounds: int = 1  # of the whole loop; each starts from the networks of the one before, which are then the reference
+    seed: int = 0  # of everything drawn; also the trainings'
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"CircularSettings.rounds: expected at least 1, got {self.rounds}. Raise it.")
+        if self.sft.dpo.kind != "sft":
+            raise ValueError(f"CircularSettings.sft: expected a loss of kind 'sft', got {self.sft.dpo.kind!r}. Use supervised().")
+        if not self.loop.dpo.needs_reference:
+            raise ValueError(f"CircularSettings.loop: expected a loss of two sides, got {self.loop.dpo.kind!r}. Use sigmoid, say.")
+
+    def training(self, config: TrainConfig, stage: FlowStage) -> TrainConfig:
+        """A step's training at a stage: this run's seed, and adapters on the stage's own layers unless others were asked for."""
+        lora = config.lora
+        if lora is not None and lora.targets == type(lora)().targets:
+            lora = replace(lora, targets=stage.lora_targets)
+        return replace(config, lora=lora, seed=self.seed)
+
+
 Lineage = Mapping[str, tuple[Artefact, ...]]  # per stage the trainings behind its network, oldest first; a missing stage is the base's
 
 
 NO_BETA = 1e-6  # the preference term of a loss with a gradient of nothing beside its anchor's
-
-
-class NoPairsError(ValueError):
-    """Nothing crosses the gap: no pair of the loop is left to learn from."""
 
 
 @dataclass(kw_only=True)
@@ -106,7 +156,7 @@ class CircularLoop:
     def from_loop(
         self, stage: str, pairs: Artefact, lineage: Lineage, weighing: Weighing | None = None, use: str = PAIRS
     ) -> Artefact:
-        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, one of table.USES."""
+        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, one of USES."""
         weighing, config = weighing or self.settings.weighing, self.settings.loop
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
         if use == ANCHOR:
@@ -169,12 +219,6 @@ class CircularLoop:
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
 
 
-def loop_of(run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False) -> CircularLoop:
-    """The steps of a run for a training seed."""
-    store = Store(Path(run.artefacts), ranks, tqdm.write)
-    return CircularLoop(problem=problem, settings=replace(run.circular, seed=seed), store=store, ranks=ranks, say=tqdm.write, bars=bars)
-
-
 def check(problem: Problem) -> None:
     """Raise ValueError for a problem that no loop can be run on."""
     stages = [stage.name for stage in problem.pipeline.stages]
@@ -185,7 +229,7 @@ def check(problem: Problem) -> None:
         raise ValueError("circular: expected a reward for the loop's assets, got none of this generator. Train its stages alone: --stage.")
 
 
-def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
+def run_loop(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None) -> tuple[Lineage, list[dict]]:
     """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of each step.
 
     A later round in which nothing crosses a gap ends the loop with the networks of the one before.
@@ -216,33 +260,6 @@ def run(loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None)
             loop.say(f"Warning: round {number} has nothing to learn from, so the networks of round {number - 1} are the result. {error}")
             return before, steps
     return lineage, steps
-
-
-def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
-    """The loop's pairs that are trained on, and a report of those that are not.
-
-    Raises: NoPairsError where none is left.
-    """
-    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.tau, weighing.use_w1, weighing.use_w2, weighing.w2_norm)
-    if not kept:
-        dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
-        raise NoPairsError(
-            f"loop: expected pairs to learn from, got none of {len(pairs)} ({dropped}). Train the stage behind further, or take more pairs "
-            "(--loop-pairs)."
-        )
-    return kept, report
-
-
-def used(pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Callable[[str], list[PreferencePair]]) -> list[PreferencePair]:
-    """What a control trains on in place of the loop's kept pairs; `use` is one of table.USES, seed that of the coin."""
-    if use == PEOPLES:
-        origins = {pair.provenance["human_pair"] for pair in pairs}
-        return [pair for pair in human_pairs(pairs[0].stage) if pair.id in origins]
-    if use == TURNED:
-        return [turned(pair) for pair in pairs]
-    if use == SHUFFLED:
-        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
-    return list(pairs)
 
 
 def weights_of(training: Artefact) -> Path:

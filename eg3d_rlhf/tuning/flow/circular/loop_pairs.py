@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.models.sparse import NamedSample, SparseSample, collate, to_cpu
+from eg3d_rlhf.models.sparse import SparseSample, collate, feats_of, to_cpu
 from eg3d_rlhf.tuning.flow.generate import Models, generate
 from eg3d_rlhf.tuning.flow.pairs import PreferencePair, check_unique, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.problem import Problem
@@ -40,6 +40,9 @@ from training.phases import derive_seed
 SAME = "same_structure"  # in a pair's provenance
 ROLES = OP, REWARD, EXTREMES = ("op", "reward", "extremes")
 W2_NORMS = ("dataset", "batch", "none")
+# What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all turned over; their preferred by
+# fine-tuning; and in their place the people's pairs that they were made from.
+PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = ("pairs", "anchor", "shuffled", "turned", "winners", "people")
 _loop = functools.partial(knob, group="The loop")
 
 
@@ -103,18 +106,19 @@ def make_loop_pairs(
         raise ValueError(f"loop pairs: expected a tuned network of stage {behind!r}, got {', '.join(models_op) or 'none'}. Tune it first.")
     un_op = {k: v for k, v in models_op.items() if k != behind} | {k: v for k, v in (models_unop or {}).items() if k == behind}
     pairs = problem.human_pairs(stage) if pairs is None else pairs
-    per_batch, found = max(1, config.batch // config.per_pair), []
+    per_batch, made = max(1, config.batch // config.per_pair), []
     for i in range(0, len(pairs), per_batch):
         part = pairs[i : i + per_batch]
-        found += _batch(problem, stage, behind, (models_op, un_op), part, config, seed)
+        made += _batch(problem, stage, behind, (models_op, un_op), part, config, seed)
         if on_pair:
             on_pair(len(part))
-    return found
+    return made
 
 
 @torch.no_grad()
 def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], pairs, config: LoopPairsConfig, seed: int) -> list:
     device = next(stage_of(problem.pipeline, stage).model.parameters()).device
+    assert problem.reward is not None
     given = problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
     rows = [(pair, places, k) for pair, places in zip(pairs, given, strict=True) for k in range(config.per_pair)]
     conditions = [pair.condition for pair, _, _ in rows]
@@ -127,7 +131,7 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
         latents.append([to_cpu(encoded[stage]) for encoded in problem.pipeline.encode(assets)])
     if not all(bool(values.isfinite().all()) for values in rewards):
         raise ValueError(f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}. Correct the reward.")
-    found = [
+    made = [
         PreferencePair(
             id=f"{pair.id}/{k}", condition=pair.condition, stage=stage, preferred=op, rejected=un_op, source="loop",
             reward_preferred=float(rewards[0][n]), reward_rejected=float(rewards[1][n]),
@@ -135,7 +139,7 @@ def _batch(problem: Problem, stage: str, behind: str, sides: Sequence[Models], p
         )
         for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
     ]
-    return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in found]
+    return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
@@ -148,12 +152,12 @@ def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePa
         for pair in pairs:
             groups[pair.provenance["human_pair"]].append(pair)
         return [_extremes(group) for group in groups.values()]
-    return [turned(pair) if roles == "reward" and pair.reward_rejected > pair.reward_preferred else pair for pair in pairs]
+    return [turned(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
 
 
 def _extremes(group: Sequence[PreferencePair]) -> PreferencePair:
     """One pair of several that were sampled on the same structure."""
-    best, worst = max(group, key=lambda pair: pair.reward_preferred), min(group, key=lambda pair: pair.reward_rejected)
+    best, worst = max(group, key=lambda pair: pair.rewards[0]), min(group, key=lambda pair: pair.rewards[1])
     kept = {name: value for name, value in best.provenance.items() if name != SAME}
     seeds = {"noise_seed": best.provenance["noise_seed"], "noise_seed_rejected": worst.provenance["noise_seed"], "of": len(group)}
     pair = replace(best, rejected=worst.rejected, reward_rejected=worst.reward_rejected, provenance={**kept, **seeds})
@@ -203,7 +207,7 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
     """What the pairs are like, before any of them is dropped."""
     if not pairs:
         return {"pairs": 0}
-    gaps = torch.tensor([pair.reward_preferred - pair.reward_rejected for pair in pairs], dtype=torch.float64)
+    gaps = torch.tensor([pair.reward_gap for pair in pairs], dtype=torch.float64)
     changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
     return {
         "pairs": len(pairs), "changed_structure": float(changed.double().mean()), "op_rewarded": float((gaps > 0).double().mean()),
@@ -252,17 +256,17 @@ def same_structure(pair: PreferencePair) -> bool:
     """Whether both latents are one, so that there is nothing to learn; what `provenance` says under "same_structure" goes first."""
     if pair.provenance.get(SAME) is not None:
         return bool(pair.provenance[SAME])
-    a, b = pair.preferred, pair.rejected
-    if isinstance(a, NamedSample):
-        a, b = a.feats, b.feats
-    elif isinstance(a, SparseSample):
+    a, b = pair.preferred, pair.rejected  # of one form
+    if isinstance(a, SparseSample) and isinstance(b, SparseSample):
         if len(a.coords) != len(b.coords):
             return False
         a_order, b_order = torch.argsort(a.places), torch.argsort(b.places)
         if not torch.equal(a.coords[a_order], b.coords[b_order]):
             return False
-        a, b = a.feats[a_order], b.feats[b_order]
-    return bool((a - b).abs().max() <= EQUAL * a.abs().max())
+        x, y = a.feats[a_order], b.feats[b_order]
+    else:
+        x, y = feats_of(a), feats_of(b)
+    return bool((x - y).abs().max() <= EQUAL * x.abs().max())
 
 
 def weigh(
@@ -278,22 +282,22 @@ def weigh(
         raise ValueError(f"weigh: expected a finite tau, got {tau}. 0 keeps what the reward prefers.")
     check_unique("weigh", pairs)
     differing = [p for p in pairs if not same_structure(p)]
-    scored = bool(pairs) and all(p.reward_preferred is not None and p.reward_rejected is not None for p in pairs)
-    if pairs and (use_w1 or use_w2) and not scored:
-        unscored = next(p for p in pairs if p.reward_preferred is None or p.reward_rejected is None)
+    unscored = next((p for p in pairs if not p.scored), None)
+    scored = bool(pairs) and unscored is None
+    if (use_w1 or use_w2) and unscored is not None:
         raise ValueError(f"weigh: expected both rewards on every pair, got none on {unscored.id}. Score the assets first.")
     values: dict[str, float] = {}
     groups: dict[str, list[PreferencePair]] = defaultdict(list)
     for pair in pairs if scored else ():
         groups[pair.condition].append(pair)
     for group in groups.values():
-        rewards = torch.tensor([p.reward_preferred for p in group] + [p.reward_rejected for p in group], dtype=torch.float64)
+        rewards = torch.tensor([p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64)
         first, second = torch.arange(len(rewards)).chunk(2)
         values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)
     kept = [p for p in differing if not use_w1 or values[p.id] > tau]
     weights: list[float | None] = [None] * len(kept)
     if use_w2 and kept:
-        gaps = torch.tensor([p.reward_preferred - p.reward_rejected for p in kept], dtype=torch.float64)
+        gaps = torch.tensor([p.reward_gap for p in kept], dtype=torch.float64)
         weights = w2(gaps, torch.ones(len(kept), dtype=torch.bool), w2_norm).tolist()
     note = {"w2_norm": w2_norm} if use_w2 else {}
     columns = [replace(p, w1=values.get(p.id), w2=w, provenance={**p.provenance, **note}) for p, w in zip(kept, weights, strict=True)]
@@ -303,10 +307,41 @@ def weigh(
         "tau": tau if use_w1 else None, "w2_norm": w2_norm if use_w2 else None,
         "w1": _summary([values[p.id] for p in differing] if scored else []),
         "w2": _summary([w for w in weights if w is not None]),
-        "reward_gap": _summary([p.reward_preferred - p.reward_rejected for p in kept] if scored else []),
+        "reward_gap": _summary([p.reward_gap for p in kept] if scored else []),
     }  # fmt: skip
     return columns, report
 
 
 def _summary(values: Sequence[float]) -> dict[str, float] | None:
     return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
+
+
+class NoPairsError(ValueError):
+    """Nothing crosses the gap: no pair of the loop is left to learn from."""
+
+
+def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
+    """The loop's pairs that are trained on, and a report of those that are not.
+
+    Raises: NoPairsError where none is left.
+    """
+    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.tau, weighing.use_w1, weighing.use_w2, weighing.w2_norm)
+    if not kept:
+        dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
+        raise NoPairsError(
+            f"loop: expected pairs to learn from, got none of {len(pairs)} ({dropped}). Train the stage behind further, or take more pairs "
+            "(--loop-pairs)."
+        )
+    return kept, report
+
+
+def used(pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Callable[[str], list[PreferencePair]]) -> list[PreferencePair]:
+    """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed that of the coin."""
+    if use == PEOPLES:
+        origins = {pair.provenance["human_pair"] for pair in pairs}
+        return [pair for pair in human_pairs(pairs[0].stage) if pair.id in origins]
+    if use == TURNED:
+        return [turned(pair) for pair in pairs]
+    if use == SHUFFLED:
+        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+    return list(pairs)

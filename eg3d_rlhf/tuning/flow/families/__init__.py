@@ -15,6 +15,7 @@ import torch
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.plugins import load_plugins
 from eg3d_rlhf.core.registry import Registry
+from eg3d_rlhf.models.sparse import Latent
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.problem import (
     Judge,
@@ -26,6 +27,7 @@ from eg3d_rlhf.tuning.flow.problem import (
     hash_of,
     pair_folders,
 )
+from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
 from eg3d_rlhf.tuning.flow.stage import Asset
 
 Load = Callable[..., Any]  # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
@@ -41,14 +43,19 @@ class FlowFamily:
     recognises: Callable[[Path], bool]  # whether a folder is one of its own, by names and headers alone
     stages: tuple[str, ...]  # names of its stages, in order
     load: Load  # strictly by name and shape; ValueError for what is missing, unexpected or misshapen
-    files: Callable[[Path], Mapping[str, Path]]  # all files that networks and settings come from, by name: their hashes identify a problem
+    files: Callable[..., Mapping[str, Path]]  # (root): all that networks and settings come from, by name: their hashes identify a problem
     judge: Judge | None = None  # a reward of people's pairs; None: stages are trained one by one, and nothing is judged
     zero_null: bool = True  # the empty condition is zeros
-    options: tuple[str, ...] = ()  # of ProblemSource, that it reads besides the common ones
+    options: tuple[str, ...] = ()  # of ProblemSource, that it reads besides the common ones; with "also", so do load, files and export
     open: Callable[[ProblemSource, str | torch.device], Problem] | None = None  # in place of `open_folder`
     embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None  # (root, pictures by name, device)
+    embed_texts: Callable[[Path, Sequence[str], torch.device], Conditions] | None = None  # (root, texts, device)
     show: Callable[[Asset, Path], Path] | None = None  # write an asset to look at, beside a path without ending; returns the file
-    export: Callable[[Path, Path, Mapping[str, Path]], dict] | None = None  # (root, new folder to write, tuned weights by stage)
+    export: Callable[..., dict] | None = None  # (root, new folder to write, tuned weights by stage)
+    write_latent: Callable[[Path, Any, str, Latent], None] | None = None  # (file, pipeline, stage, latent): each in its own format
+    encoder: Callable[..., Any] | None = None  # (root, *, device, share, views): a pipeline that encodes assets which others made
+    candidate: Candidates = drawn_candidate  # reads a line of a ranked list
+    pair_meta: Callable[[Any, str, Mapping], Mapping] | None = None  # (pipeline, stage, report): what imported pairs state besides
     notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
 
 

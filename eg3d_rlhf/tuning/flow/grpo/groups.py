@@ -104,10 +104,10 @@ class Task:
             assets = generate(self.pipeline, conditions, seeds, self.others, len(seeds), {behind[0]: places})
         else:
             assets = self.pipeline.decode(x_0)
-        found = self.reward(assets, conditions).detach().float().cpu()
-        if not bool(found.isfinite().all()):
-            raise ValueError(f"{type(self.reward).__name__}: expected finite rewards, got {found.tolist()}. Correct the reward.")
-        return found
+        rewards = self.reward(assets, conditions).detach().float().cpu()
+        if not bool(rewards.isfinite().all()):
+            raise ValueError(f"{type(self.reward).__name__}: expected finite rewards, got {rewards.tolist()}. Correct the reward.")
+        return rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +188,17 @@ class Explorer:
         members = [(condition, seed, k, places) for condition, seed, places in zip(conditions, seeds, given, strict=True) for k in range(K)]
         drawn, rewards = [], []
         for i in range(0, len(members), size):
-            names, own, number, places = map(list, zip(*members[i : i + size], strict=True))
+            names, group_seeds, number, places = map(list, zip(*members[i : i + size], strict=True))
             cond, no_cond = to_device(pipeline.conditions(names, stage.name), self.device), None
             if self.sampling.cfg_strength:
                 no_cond = to_device(pipeline.no_condition(len(names), stage.name), self.device)
 
-            def noise(move: int, own=own, number=number, places=places) -> Batch:
-                draws = [derive_seed("move", seed, k, move) for seed, k in zip(own, number, strict=True)]
+            def noise(move: int, group_seeds=group_seeds, number=number, places=places) -> Batch:
+                draws = [derive_seed("move", seed, k, move) for seed, k in zip(group_seeds, number, strict=True)]
                 return stage_noise(stage, draws, places).to(self.device)
 
             drawn.append(explore(self.steps, kept, noise, self.velocity, self._reference, cond, no_cond))
-            rewards.append(self.task.rewards(drawn[-1].x_0, names, own))
+            rewards.append(self.task.rewards(drawn[-1].x_0, names, group_seeds))
         return drawn, torch.cat(rewards).view(-1, K)
 
     def velocity(self, x: Batch, t: float, cond: Condition, no_cond: Condition | None) -> Batch:
@@ -247,8 +247,8 @@ class GroupUpdates(Descent):
         for _ in range(config.passes):
             self.optimizer.zero_grad(set_to_none=True)
             totals = torch.zeros(3, device=self.device)
-            for one, own in zip(drawn, advantage.split(config.batch_gpu or len(advantage)), strict=True):
-                totals += self._pass(one, own)
+            for samples, of_samples in zip(drawn, advantage.split(config.batch_gpu or len(advantage)), strict=True):
+                totals += self._pass(samples, of_samples)
             sum_over_ranks(self.ranks, self.parameters, [totals])
             mass, loss, norm, cut = self.descend(step, totals, "conditions " + ", ".join(conditions[:3]))
             for name, value in {"loss": loss, "grad_norm": norm, "clipped": cut / mass}.items():
@@ -258,21 +258,21 @@ class GroupUpdates(Descent):
     def _told(self, drawn: Sequence[Drawn], rewards: torch.Tensor) -> dict[str, float]:
         """Means over the samples of all ranks; alike: the share of groups whose rewards are all one."""
         alike = (rewards == rewards[:, :1]).all(1).float()
-        far = torch.cat([move.far for one in drawn for move in one.moves]).mean().cpu()
+        far = torch.cat([move.far for samples in drawn for move in samples.moves]).mean().cpu()
         told = torch.stack([rewards.mean(), rewards.std(1, correction=0).mean(), alike.mean(), far]).to(self.device)
         sum_over_ranks(self.ranks, [], [told])
         return dict(zip(("reward", "spread", "alike", "kl"), (told / self.ranks.world).tolist(), strict=True))
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         """See Descent."""
-        found = win_rate_signs(win_rates(lines), CALM)
+        signs = win_rate_signs(win_rates(lines), CALM)
         last = [line for line in lines if "alike" in line][-3:]
         if len(last) == 3 and min(line["alike"] for line in last) > ALIKE:
-            found["alike"] = (
+            signs["alike"] = (
                 f"step {last[-1]['step']}: within {last[-1]['alike']:.0%} of the groups all rewards are alike, and teach nothing. Raise "
                 "--group or --sde-noise, or take a finer reward."
             )
-        return found
+        return signs
 
     def _kept(self, step: int) -> list[int]:
         """Numbers of the sampler's steps that the update trains on."""

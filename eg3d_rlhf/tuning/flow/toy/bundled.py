@@ -6,7 +6,7 @@ Shape letters: L tokens of the longest sample, V voxels of all samples, C width,
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.cli import ASSETS, file_hash
-from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.tuning.flow.circular.settings import CircularSettings, supervised
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.problem import Choosing, Problem
+from eg3d_rlhf.tuning.flow.problem import Problem
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.toy.judges import ChooserOracle, FinalOracle, LearnedReward, human_pairs
 from eg3d_rlhf.tuning.flow.toy.pipeline import (
@@ -37,7 +33,6 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     ToyPipeline,
     draw_drafts,
 )
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from training.storage import read_tensors, write_tensors
 
 PATCH = 2  # places per axis of one token of the structure
@@ -286,15 +281,6 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
 
 
 PAIRS_PER_CONDITION = 20
-_HUMAN = TrainConfig(
-    dpo=DpoConfig(beta=20.0), lora=LoraConfig(rank=16, alpha=32), steps=100, batch=16, lr=1e-3, warmup=10, held_out_every=25, log_every=5,
-    checkpoint_every=50,
-)  # fmt: skip
-_LOOP = replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4)
-TOY_DEFAULTS = CircularSettings(  # chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never with FinalOracle
-    human=_HUMAN, loop=_LOOP, sft=supervised(_HUMAN), loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
-    choosing=Choosing(per_condition=4),
-)
 
 
 def toy_problem(

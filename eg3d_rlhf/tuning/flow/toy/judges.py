@@ -70,8 +70,8 @@ class _Oracle(ABC):
 
     def __call__(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32: the sum of both."""
-        found = self.parts(assets, conditions)
-        return found["geometry"] + found["colour"]
+        parts = self.parts(assets, conditions)
+        return parts["geometry"] + parts["colour"]
 
 
 class LabelOracle(_Oracle):
@@ -143,7 +143,7 @@ def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects:
     P(first is called better) = sigmoid((s_first - s_second) / TEMPERATURE), s LabelOracle's (Bradley and Terry 1952).
     """
     drafts = [toy.draw_drafts(conditions, generator, defects) for _ in range(2)]
-    assets = [toy.make_assets(one) for one in drafts]
+    assets = [toy.make_assets(draft) for draft in drafts]
     oracle = LabelOracle()
     gap = oracle(assets[0], conditions) - oracle(assets[1], conditions)
     first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
@@ -152,7 +152,7 @@ def judge_drafts(conditions: Sequence[str], generator: torch.Generator, defects:
         grids = take.view(-1, 1, 1, 1)
         a, b = drafts
         picked = toy.Drafts(torch.where(grids, a.structure, b.structure), torch.where(grids[..., None], a.features, b.features))
-        return picked, [x if one else y for one, x, y in zip(take.tolist(), *assets, strict=True)]
+        return picked, [x if first_taken else y for first_taken, x, y in zip(take.tolist(), *assets, strict=True)]
 
     (preferred, better), (rejected, worse) = chosen(first), chosen(~first)
     return Judged(tuple(conditions), preferred, rejected, (better, worse), (gap > 0) == first)
@@ -164,8 +164,8 @@ def human_pairs(
     """Pairs of a stage's latents; the same assets at every stage, whatever else is asked for."""
     pairs = []
     for condition in conditions:
-        own = zlib.crc32(f"{seed} {condition}".encode())
-        judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(own), defects)
+        draw_seed = zlib.crc32(f"{seed} {condition}".encode())
+        judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects)
         both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
         for i, (preferred, rejected) in enumerate(zip(*both, strict=True)):
             pairs.append(PreferencePair(
@@ -207,7 +207,7 @@ class LearnedReward(nn.Module):
     def forward(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32; see AssetReward."""
         device = self.mean.device
-        return self.score(volumes_of(assets).to(device), *(one.to(device) for one in toy.classes(conditions))).cpu()
+        return self.score(volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(conditions))).cpu()
 
 
 def _features(volumes: torch.Tensor) -> torch.Tensor:

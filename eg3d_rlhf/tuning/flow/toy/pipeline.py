@@ -94,8 +94,8 @@ def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
             known = f"one of {', '.join(COLOURS)} and one of {', '.join(SHAPES)}"
             raise ValueError(f"condition: expected {known}, as in 'red ball', got {name!r}. Name one of these.")
         pairs.append((shapes.index(shape), colours.index(colour)))
-    found = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-    return found[:, 0], found[:, 1]
+    numbers = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return numbers[:, 0], numbers[:, 1]
 
 
 def targets(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +228,7 @@ class ToyPipeline:
             raise ValueError(f"advance: expected a stage with another behind it, {STRUCTURE!r}, got {stage!r}. Decode the last one.")
         logits = x_0.detach().flatten(1)
         filled = (logits > 0) | (logits == logits.amax(1, keepdim=True))
-        return [one.view(R, R, R).nonzero().int() for one in filled]
+        return [grid.view(R, R, R).nonzero().int() for grid in filled]
 
     def decode(self, x_0: SparseBatch) -> list[ToyAsset]:
         """Carve, grow, paint."""
@@ -242,12 +242,12 @@ class ToyPipeline:
 
     def encode(self, assets: Sequence[ToyAsset]) -> list[dict[str, Latent]]:
         """A finished asset as each stage would have made it: all its voxels, none of them carved or growing."""
-        found = []
+        encoded = []
         for asset in assets:
             kept = torch.full((R, R, R, 1), KEPT)
             draft = Drafts(asset.occupancy[None], torch.cat([asset.colours, kept], dim=-1)[None])
-            found.append({stage: separate(draft.latents(stage))[0] for stage in (STRUCTURE, VOXELS)})
-        return found
+            encoded.append({stage: separate(draft.latents(stage))[0] for stage in (STRUCTURE, VOXELS)})
+        return encoded
 
 
 def make_assets(drafts: Drafts) -> list[ToyAsset]:

@@ -10,11 +10,10 @@ import torch
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import rate, write
+from eg3d_rlhf.tuning.flow.circular import ablation as table
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
-from eg3d_rlhf.tuning.flow.circular import table
+from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, Ablation, AblationPlan, letters, tabled
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop
-from eg3d_rlhf.tuning.flow.circular.run import Ablation, tabled
-from eg3d_rlhf.tuning.flow.circular.table import ARMS, GROUPS, AblationPlan, letters
 from eg3d_rlhf.tuning.flow.problem import Judging, judged, spread
 from eg3d_rlhf.tuning.flow.train_pairs import train_stage
 from tests.tuning.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem

@@ -11,14 +11,16 @@ from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.models.lora import adapted_layers
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import circular_dpo as commands
-from eg3d_rlhf.modes.circular_dpo import resolve, settings
-from eg3d_rlhf.tuning.flow.circular import run as circular_run
-from eg3d_rlhf.tuning.flow.circular.settings import CircularRun, CircularSettings, default_settings, from_dict
+from eg3d_rlhf.modes.circular_dpo import default_settings, resolve, settings
+from eg3d_rlhf.tuning.flow.circular import ablation as circular_run
+from eg3d_rlhf.tuning.flow.circular.ablation import CircularRun
+from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings
 from eg3d_rlhf.tuning.flow.pairs import write_pairs
 from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem, with_pairs
 from eg3d_rlhf.tuning.flow.toy import pipeline as toy
 from eg3d_rlhf.tuning.flow.toy.judges import human_pairs
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
+from training.config import from_dict
 
 
 def run(*flags: str):

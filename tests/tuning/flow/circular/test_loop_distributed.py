@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run
+from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run_loop
 from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from tests.training.test_distributed import finish, start
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from eg3d_rlhf.tuning.flow.circular import loop_pairs
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run
+from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, run_loop
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.distributed import process_group
 torch.set_num_threads(1)
@@ -29,7 +29,7 @@ with process_group(torch.device("cpu"), 2.0) as ranks:
     store = Store(Path(sys.argv[1]), ranks)
     loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=store, ranks=ranks, say=lambda line: None)
     for again in range(2):
-        run(loop)
+        run_loop(loop)
 print(made)
 """
 
@@ -39,7 +39,7 @@ def test_two_ranks_make_what_one_makes(tmp_path):
     printed = finish(start(CODE, str(tmp_path / "two")))
     assert [out for out, _ in printed] == ["[5, 2]\n", "[5]\n"]  # chunks of 5, 5 and 2 human pairs, once
     loop = CircularLoop(problem=tiny_problem(), settings=SETTINGS, store=Store(tmp_path / "one"), say=lambda line: None)
-    lines, _ = run(loop)
+    lines, _ = run_loop(loop)
     for stage, model in loop.models(lines).items():
         name = lines[stage][0].folder.name.rsplit("-", 1)[0]
         (folder,) = (tmp_path / "two").glob(f"{name}-*")

@@ -1,6 +1,7 @@
 """train.py --mode=grpo from the outside: its flags, what it refuses, and whole runs on a tiny problem."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.modes import grpo as commands
+from eg3d_rlhf.modes.grpo import TOY_RUN, default_run
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.grpo import arms
-from eg3d_rlhf.tuning.flow.grpo import run as grpo_run
-from eg3d_rlhf.tuning.flow.grpo.arms import ranked_pairs
+from eg3d_rlhf.tuning.flow.grpo import arms as grpo_run
+from eg3d_rlhf.tuning.flow.grpo import arms as report
+from eg3d_rlhf.tuning.flow.grpo.arms import BASE, GrpoRun, Worker, ranked_pairs
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
-from eg3d_rlhf.tuning.flow.grpo.settings import GrpoRun, default_run
+from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from tests.tuning.flow.circular.test_commands import assert_one_line
 from tests.tuning.flow.tiny_problem import full, tiny_problem
@@ -121,3 +124,21 @@ def test_a_plugins_reward_tunes_what_has_none_of_its_own(tiny, tmp_path, monkeyp
     tiny("--reward=full")
     found = json.loads((tmp_path / "00000-grpo-toy-voxels" / "grpo.json").read_text())
     assert found["judge"] == "reward" and found["problem"]["problem"] == "tiny"
+
+
+# What docs/circular-dpo.md says of GRPO on the toy, for one training seed.
+
+
+ARMS = ("grpo", "shuffled", "inverted")
+
+
+@pytest.mark.long
+def test_the_reward_rises_on_held_out_conditions_and_the_controls_do_not_raise_it(tmp_path):
+    torch.set_num_threads(1)
+    settings = replace(TOY_RUN, arms=ARMS, training_seeds=(3,))
+    worker = Worker(settings, tmp_path, toy_problem(), say=lambda line: None)
+    results = {task: worker(task) for task in (BASE, *(f"{arm}-3" for arm in ARMS))}
+    arms = report.table(results, ARMS, (3,), {"stage": "voxels"})["arms"]
+    assert arms["grpo"]["reward"]["up"] >= 0.9 and arms["grpo"]["judges"]["final"]["ci95"][0] > 0.5
+    assert 0 < arms["grpo"]["kl"][0] < 0.02
+    assert arms["shuffled"]["reward"]["up"] < 0.7 and arms["inverted"]["reward"]["up"] < 0.2

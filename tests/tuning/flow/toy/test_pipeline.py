@@ -1,12 +1,37 @@
 """The toy as a pipeline: what the threshold leaves, what decoding carves and grows, what encoding finds again."""
 
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.toy.bundled import StructureFlow, VoxelFlow, Width
-from eg3d_rlhf.tuning.flow.toy.pipeline import CARVED, GROWING, KEPT, R, ToyPipeline
-from tests.tuning.flow.toy.drawing import drawn
+from eg3d_rlhf.tuning.flow.toy.judges import LabelOracle
+from eg3d_rlhf.tuning.flow.toy.pipeline import (
+    CARVED,
+    CHOOSING,
+    COLOURS,
+    CONDITIONS,
+    GROWING,
+    HELD_OUT,
+    KEPT,
+    SHAPES,
+    TRAINED,
+    Defects,
+    R,
+    ToyPipeline,
+    canonical_colours,
+    canonical_shapes,
+    classes,
+    draw_drafts,
+    make_assets,
+    neighbours,
+    targets,
+)
+from tests.tuning.flow.toy.drawing import PERFECT, drawn
 
 SMALL = Width(width=16, blocks=1, heads=2)
 
@@ -90,3 +115,107 @@ def test_mistakes_are_refused(pipeline):
         pipeline.advance("voxels", torch.zeros(1, 1, R, R, R))
     with pytest.raises(ValueError, match="stage: expected one of structure, voxels, got 'mesh'"):
         pipeline.conditions(["red ball"], "mesh")
+
+
+# Shapes, colours and conditions of the toy.
+
+
+def test_every_shape_is_whole_and_mirrors_itself():
+    shapes = canonical_shapes()
+    assert shapes.shape == (16, 4, R, R, R)
+    assert torch.equal(shapes, shapes.flip(2))
+    assert all(ndimage.label(one.numpy())[1] == 1 for one in shapes.flatten(0, 1))
+
+
+def test_lifted_shapes_lose_nothing_and_all_differ():
+    shapes = canonical_shapes()
+    small, small_lifted, large, large_lifted = shapes.unbind(1)
+    assert torch.equal(small.roll(1, -1), small_lifted) and torch.equal(large.roll(1, -1), large_lifted)
+    counts = shapes.flatten(2).sum(-1)
+    assert 28 <= int(counts.min()) and int(counts.max()) <= 150
+    assert len({tuple(one.flatten().tolist()) for one in shapes.flatten(0, 1)}) == 64
+
+
+def test_conditions_are_divided_evenly():
+    assert sorted([*TRAINED, *CHOOSING, *HELD_OUT]) == sorted(CONDITIONS) and len(set(CONDITIONS)) == 192
+    assert [len(TRAINED), len(CHOOSING), len(HELD_OUT)] == [64, 32, 96]
+    for names, of_shape in ((TRAINED, 4), (CHOOSING, 2), (HELD_OUT, 6)):
+        colours, shapes = (Counter(words) for words in zip(*[name.split() for name in names], strict=True))
+        assert set(shapes.values()) == {of_shape} and len(colours) == len(COLOURS) and max(colours.values()) - min(colours.values()) <= 2
+
+
+def test_classes_and_targets_name_the_same():
+    shapes, colours = classes(["red ball", "grey cross"])
+    assert shapes.tolist() == [0, 7] and colours.tolist() == [0, 10]
+    wanted, painted = targets(["grey cross"])
+    assert torch.equal(wanted[0], canonical_shapes()[7])
+    torch.testing.assert_close(painted[0, 3, 4, R - 1], torch.tensor(COLOURS["grey"]))
+    assert (canonical_colours().diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["ball", "ball red", "teal ball", "red  ball", ""])
+def test_unknown_conditions_are_refused(name):
+    with pytest.raises(ValueError, match=f"expected one of red, .* and one of {', '.join(SHAPES)}, as in 'red ball', got '{name}'"):
+        classes([name])
+
+
+# Drafts: what goes wrong with them, how much, and what repairs it.
+
+
+NAMES = list(CONDITIONS)
+
+
+def geometry(defects: Defects) -> torch.Tensor:
+    assets, names = drawn(256, 3, defects)
+    return LabelOracle().parts(assets, names)["geometry"] / 4
+
+
+def test_drafts_without_defects_are_what_was_asked_for():
+    drafts = draw_drafts(NAMES, torch.Generator().manual_seed(0), PERFECT)
+    shapes, colours = targets(NAMES)
+    assert (drafts.structure[:, None] == shapes).flatten(2).all(2).any(1).all()
+    assert torch.equal(drafts.features[..., :3], colours)
+    assert all(torch.equal(asset.occupancy, one) for asset, one in zip(make_assets(drafts), drafts.structure, strict=True))
+
+
+def test_a_seed_repeats_and_another_does_not():
+    first, same, other = (draw_drafts(NAMES, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first.features, same.features) and not torch.equal(first.structure, other.structure)
+
+
+def test_strengths_differ_from_sample_to_sample():
+    """The variance of the number of floaters is far above what one share for all would give."""
+    only = Defects(floaters=0.1, holes=0, unrepaired=1, wrong=0)
+    names = ["red box"] * 500
+    drafts = draw_drafts(names, torch.Generator().manual_seed(0), only)
+    counts = (drafts.structure & ~targets(names)[0].any(1)).flatten(1).sum(1).double()
+    assert counts.var() > 2 * counts.mean()
+
+
+def test_sizes_repair_floaters_and_holes():
+    unrepaired = geometry(Defects(unrepaired=1, wrong=0)).mean()
+    assert geometry(Defects(unrepaired=0, wrong=0)).mean() > 0.97 > unrepaired
+    assert geometry(PERFECT).eq(1).all()
+    assert geometry(Defects(floaters=0, holes=0, wrong=0.2)).mean() < 0.99
+
+
+def test_latents_of_both_stages_lie_on_the_same_voxels():
+    drafts = draw_drafts(NAMES[:5], torch.Generator().manual_seed(0))
+    structure, voxels = drafts.latents("structure"), drafts.latents("voxels")
+    assert structure.shape == (5, 1, R, R, R) and set(structure.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal((structure[:, 0] > 0).nonzero().int(), voxels.coords)
+    sample, x, y, z = voxels.coords.long().unbind(1)
+    torch.testing.assert_close(voxels.feats, drafts.features[sample, x, y, z] * 2 - 1)
+
+
+def test_neighbours_by_hand():
+    grid = np.random.default_rng(0).integers(0, 2, (2, R, R, R)).astype(np.float64)
+    padded = np.pad(grid, ((0, 0), (1, 1), (1, 1), (1, 1)))
+    inner = slice(1, -1)
+    expected = sum(np.roll(padded, step, axis)[:, inner, inner, inner] for axis in (1, 2, 3) for step in (-1, 1))
+    np.testing.assert_array_equal(neighbours(torch.from_numpy(grid)).numpy(), expected)
+
+
+def test_impossible_strengths_are_refused():
+    with pytest.raises(ValueError, match=r"Defects.holes: expected 0 to 1, got 1.5. Set it."):
+        Defects(holes=1.5)

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.modes import trellis_files as commands
+from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.generate import generate
 from tests.tuning.flow.trellis.tiny_trellis import NAMES, tokens
@@ -43,7 +43,7 @@ def write_ranks(path):
 
 @pytest.mark.long
 def test_from_texts_to_a_folder_that_stock_trellis_loads(trellis_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "TextEncoder", Clip)
+    monkeypatch.setattr("eg3d_rlhf.tuning.flow.families.trellis.family.TextEncoder", Clip)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("\n".join(NAMES))
     places = {"ROOT": str(trellis_root)}

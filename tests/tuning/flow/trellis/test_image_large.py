@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eg3d_rlhf.modes import trellis_files as commands
+from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE
@@ -66,9 +66,9 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, stem):
     name = next(iter(state))
     lacking, misshapen = {n: x for n, x in state.items() if n != name}, {**state, name: state[name][None].contiguous()}
     renamed = {**lacking, "odd": state[name]}
-    for content, message in ((lacking, f"missing: {name}"), (renamed, "unexpected: odd"), (misshapen, "misshapen: ")):
+    for i, (content, message) in enumerate(((lacking, f"missing: {name}"), (renamed, "unexpected: odd"), (misshapen, "misshapen: "))):
         save_file(content, path)
-        done = tool("draw", f"--pipeline={root}", "--out=X", "--each=1")
+        done = tool("draw", f"--pipeline={root}", "--conditions=X", f"--out=X{i}", "--each=1")
         assert done.exit_code == 2 and message in done.output and path.name in done.output and "Traceback" not in done.output, done.output
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import train
-from eg3d_rlhf.modes.trellis_files import main
+from eg3d_rlhf.modes.flow_files import main
 from eg3d_rlhf.tuning.flow.families.trellis.files import FLOWS, LATENT, STRUCTURE, find_model, find_weights, read_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem
@@ -45,7 +45,7 @@ def test_the_loop_tunes_both_stages(run):
 
 
 def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
-    flags = [f"--{stage}={run / stage}" for stage in (STRUCTURE, LATENT)]
+    flags = [f"--weights={stage}={run / stage}" for stage in (STRUCTURE, LATENT)]
     done = CliRunner().invoke(main, ["export", f"--pipeline={trellis_root}", f"--out={tmp_path / 'out'}", *flags])
     assert done.exit_code == 0, done.output
     assert set(json.loads(done.stdout)["tuned"]) == {STRUCTURE, LATENT}

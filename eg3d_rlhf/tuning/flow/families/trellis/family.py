@@ -1,17 +1,39 @@
-"""TRELLIS among the families of flow generators; its files have a tool of their own, eg3d-rlhf flow trellis."""
+"""TRELLIS among the families of flow generators; its files have a tool of their own, eg3d-rlhf flow files."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import save
 
+from eg3d_rlhf.models.lora import merge_rounding, merged_state
+from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.tuning.flow.conditions import Conditions
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
-from eg3d_rlhf.tuning.flow.families.trellis.files import FLOWS, KINDS, NEEDED, find_model, find_weights, read_pipeline, with_ending
+from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, write_ply
+from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder, TextEncoder
+from eg3d_rlhf.tuning.flow.families.trellis.files import (
+    FLOWS,
+    KINDS,
+    NEEDED,
+    USUAL_STEMS,
+    PipelineFile,
+    base_state,
+    find_model,
+    find_weights,
+    load_model,
+    read_pipeline,
+    with_ending,
+)
+from eg3d_rlhf.tuning.flow.families.trellis.pair_import import candidate, normalization, write_latent
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import Encoding, TrellisPipeline, load_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.problem import RewardOfPairs, trellis_problem
 from eg3d_rlhf.tuning.flow.problem import Problem, ProblemSource
+from training.progress import tqdm
+from training.storage import write_atomic
 
 
 def recognises(root: Path) -> bool:
@@ -41,18 +63,100 @@ def load(root: Path, conditions: Conditions | None, **options: Any) -> TrellisPi
     return load_pipeline(root, conditions, whole=False, **options)
 
 
-def files(root: Path) -> dict[str, Path]:
+def encoder(root: Path, share: float, views: int, **options: Any) -> TrellisPipeline:
+    """To encode with: without the flows' weights, and with what is there of the others."""
+    return load_pipeline(root, None, encoding=Encoding(share=share, views=views), whole=False, sampled=False, **options)
+
+
+def files(root: Path, also: Sequence[Path] = ()) -> dict[str, Path]:
     """Of the flows, and of what else is there."""
     file = read_pipeline(root)
-    found = {"pipeline.json": root / "pipeline.json"}
+    paths = {"pipeline.json": root / "pipeline.json"}
     for name in (*FLOWS.values(), *NEEDED):
-        stem = find_model(file, name)
-        found |= {f"{name}.json": with_ending(stem, ".json"), name: find_weights(stem) or stem}
-    return found
+        stem = find_model(file, name, also)
+        paths |= {f"{name}.json": with_ending(stem, ".json"), name: find_weights(stem) or stem}
+    return paths
+
+
+def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
+    """Pictures by name, by DINOv2 on this machine."""
+    file = _of_kind(root, "image")
+    return ImageEncoder(file.encoder, device).conditions({name: Image.open(path) for name, path in pictures.items()})
+
+
+def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+    """By CLIP on this machine."""
+    return TextEncoder(_of_kind(root, "text").encoder, device).conditions(texts)
+
+
+def _of_kind(root: Path, kind: str) -> PipelineFile:
+    file = read_pipeline(root)
+    if file.kind != kind:
+        raise ValueError(f"conditions: expected --{file.kind}s for a pipeline of {file.kind}s, got --{kind}s. Correct the call.")
+    return file
+
+
+def show(asset: SplatAsset, path: Path) -> Path:
+    """Gaussians."""
+    write_ply(path.with_suffix(".ply"), asset)
+    return path.with_suffix(".ply")
+
+
+def export(root: Path, out: Path, tuned: Mapping[str, Path], also: Sequence[Path] = ()) -> dict:
+    """Write pipeline.json and all models that are on this machine to a new folder, with tuned flows in place of those of `root`.
+
+    Tuned weights are merged and rounded to the types of the file that they replace. Models that nothing changed are linked, or copied where
+    the file system cannot; those that are elsewhere ("owner/repo/path") and not found stay references. The encoders, which pipeline.json
+    does not name but the loop needs, come along where they are found.
+
+    Args: tuned: by stage, a folder or file of weights in any layout that policies.tuned_model reads.
+    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}, names of models;
+        rounding: share of the update that merging loses.
+    Raises: FileNotFoundError or ValueError for stages, files or a folder that do not fit.
+    """
+    file, out = read_pipeline(root), Path(out)
+    unknown = sorted(set(tuned) - set(FLOWS))
+    if unknown:
+        raise ValueError(f"export: expected weights of stages among {', '.join(FLOWS)}, got {', '.join(unknown)}. Name a stage.")
+    models, done, kept, elsewhere = dict(file.models), {}, [], []
+    sources: dict[str, Path] = {}  # by stem
+    stages = {FLOWS[stage]: stage for stage in tuned}
+    names = [*file.models, *(name for name in USUAL_STEMS if name not in file.models)]
+    for name in tqdm(names, desc="export", unit="model", leave=False, disable=None):
+        try:
+            stem = find_model(file, name, also)
+        except FileNotFoundError:
+            if name in stages or (name in file.models and (file.root / file.models[name]).parent.is_dir()):
+                raise
+            elsewhere.append(name)
+            continue
+        if sources.setdefault(stem.name, stem) != stem:
+            raise ValueError(f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename one.")
+        target = out / "ckpts" / stem.name
+        link(with_ending(stem, ".json"), with_ending(target, ".json"))
+        base = find_weights(stem)
+        assert base is not None  # or there were no such model
+        if name in stages:
+            weights, merged = tuned[stages[name]], with_ending(target, ".safetensors")  # in the base's types
+            types = {name: tensor.dtype for name, tensor in base_state(base).items()}
+            state = merged_state(tuned_model(load_model(stem, dtype=torch.float32), weights))
+            state = {name: tensor.detach().cpu().to(types[name]).contiguous().clone() for name, tensor in state.items()}
+            write_atomic(merged, save(state, metadata={"format": "pt"}))
+            done[stages[name]] = {"file": merged.name, "rounding": merge_rounding(tuned_model(load_model(stem), weights))}
+        else:
+            link(base, with_ending(target, base.suffix))
+            kept.append(name)
+        if name in models:
+            models[name] = f"ckpts/{stem.name}"
+    content = {**file.content, "args": {**file.content["args"], "models": models}}
+    write_atomic(out / "pipeline.json", (json.dumps(content, indent=4) + "\n").encode())
+    return {"tuned": done, "kept": kept, "elsewhere": elsewhere}
 
 
 register(FlowFamily(
     name="trellis", layout="pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline", recognises=recognises,
-    stages=tuple(FLOWS), load=load, files=files, judge=RewardOfPairs, open=open_problem,
+    stages=tuple(FLOWS), load=load, files=files, judge=RewardOfPairs, open=open_problem, embed=embed, embed_texts=embed_texts, show=show,
+    export=export, encoder=encoder, candidate=candidate, write_latent=write_latent,
+    pair_meta=lambda pipeline, stage, report: {"normalization": normalization(pipeline.file, stage), "report": report},
     options=("also", "flow_weights", "voxel_share", "views"),
 ))

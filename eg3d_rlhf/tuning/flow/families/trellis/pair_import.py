@@ -11,53 +11,36 @@ DSO's folder, anywhere below the root (first stage alone):
     NNN_cond.pt  NNN_sparse_sample_MMM.pt  model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go; of several
     columns, as of two simulations, the largest counts)
 
-`draw_to` makes assets to rank: per condition and seed a .ply, the latents of both stages, and a line for the ranked list. The latents are
-the sampler's own: pairs made of them are what the networks themselves would draw, and need no encoding.
+What `flow_files.py draw` writes has per condition and seed a .ply, the latents of both stages, and a line for the ranked list.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
-from eg3d_rlhf.models.sparse import Latent, SparseSample, collate, feats_of, separate, to_cpu
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, read_array, read_embedding, write_conditions
-from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, read_ply, write_ply
+from eg3d_rlhf.models.sparse import Latent, SparseSample, collate, feats_of, to_cpu
+from eg3d_rlhf.tuning.flow import ranking
+from eg3d_rlhf.tuning.flow.conditions import Conditions, read_array, read_embedding
+from eg3d_rlhf.tuning.flow.families.trellis.assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis.files import LATENT, STRUCTURE, PipelineFile
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import TrellisPipeline
-from eg3d_rlhf.tuning.flow.generate import stage_latents
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.ranking import Candidate, Judged, draw_each, file_of, pair_up, rank_of
-from eg3d_rlhf.tuning.flow.stage import CONVENTION, stage_of
+from eg3d_rlhf.tuning.flow.ranking import Candidate, Imported, file_of, pair_up, rank_of
+from eg3d_rlhf.tuning.flow.stage import stage_of
 from training.storage import write_atomic
 
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
 
 
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What was read."""
-
-    pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
-    conditions: Conditions | None = None  # embeddings, where they came along
-    report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
-
-
 def write_import(folder: Path, imported: Imported, file: PipelineFile) -> dict[str, str]:
     """Write pairs, and embeddings where there are any, as problem.py reads them; returns the hash of each stage's pairs."""
-    hashes = {}
-    for stage, pairs in imported.pairs.items():
-        meta = {"convention": CONVENTION, "normalization": normalization(file, stage), "report": dict(imported.report)}
-        hashes[stage] = write_pairs(Path(folder) / stage, pairs, meta)
-    if imported.conditions is not None:
-        write_conditions(Path(folder) / CONDITIONS, imported.conditions)
-    return hashes
+    return ranking.write_import(
+        Path(folder), imported, lambda stage: {"normalization": normalization(file, stage), "report": dict(imported.report)}
+    )
 
 
 def normalization(file: PipelineFile, stage: str) -> dict | None:
@@ -65,34 +48,13 @@ def normalization(file: PipelineFile, stage: str) -> dict | None:
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
-def read_ranking(
-    path: Path, pipeline: TrellisPipeline, scheme: str = "all", limit: int | None = None, seed: int = 0,
-    on_asset: Callable[[], None] | None = None, judged: Judged | None = None,
-) -> Imported:
-    """Pairs of a ranked list, or of a list whose pairs are judged; see the module. `on_asset` is called after each.
-
-    Raises: FileNotFoundError or ValueError with the line that is at fault.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"ranking: expected a list of ranked assets, got none at {path}. Check the path.")
-    candidates: list[Candidate] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            try:
-                candidates.append(_candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, judged is None))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{path.name}, line {number}: {error}") from error
-            if on_asset:
-                on_asset()
-    partial = {stage for stage in (STRUCTURE, LATENT) if 0 < sum(stage in c.latents for c in candidates) < len(candidates)}
-    if partial:
-        raise ValueError(f"{path.name}: expected latents of stage {partial.pop()!r} for all assets or none, got some. Complete it.")
-    pairs = pair_up(candidates, scheme, limit, seed, judged)
-    counts = {stage: len(found) for stage, found in pairs.items()}
-    return Imported(pairs=pairs, report={"assets": len(candidates), "scheme": "judged" if judged else scheme, "pairs": counts})
+def read_ranking(path: Path, pipeline: TrellisPipeline, *options: Any, **more: Any) -> Imported:
+    """Pairs of a ranked list, or of a list whose pairs are judged; see the module, and ranking.read_ranking for the options."""
+    return ranking.read_ranking(path, pipeline, *options, **more, candidate=candidate)
 
 
-def _candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, ranked: bool) -> Candidate:
+def candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, ranked: bool) -> Candidate:
+    """A line of a ranked list. Raises: ValueError, OSError for what does not fit."""
     condition = record.get("condition") if isinstance(record, dict) else None
     if not isinstance(condition, str) or not condition or not {STRUCTURE, LATENT, "asset"} & set(record):
         raise ValueError(f"expected a condition, a rank and structure, latent or asset, got {record!r:.120}. Write all of them.")
@@ -173,31 +135,10 @@ def _plain(number: object) -> str:
     return str(int(text)) if text.isdecimal() else text
 
 
-def draw(pipeline: TrellisPipeline, condition: str, seed: int) -> tuple[dict[str, Latent], SplatAsset]:
-    """The asset of a condition and a seed, as flow.generate draws it, with the latents that it came from, by stage, as the flows see them.
-
-    Raises: ValueError for a structure without a voxel.
-    """
-    structure = stage_latents(pipeline, pipeline.stages[0], [condition], [seed], [None])
-    latent = stage_latents(pipeline, pipeline.stages[1], [condition], [seed], pipeline.advance(STRUCTURE, structure))
-    return {STRUCTURE: structure[0], LATENT: separate(latent)[0]}, pipeline.decode(latent)[0]
-
-
-def draw_to(
-    folder: Path, pipeline: TrellisPipeline, conditions: Sequence[str], seeds: Sequence[int], identity: Mapping,
-    on_asset: Callable[[], None] | None = None,
-) -> Path:
-    """Draw every condition with every seed; returns the list, whose ranks are left to fill in. See ranking.draw_each."""
-
-    def one(stem: str, condition: str, seed: int) -> dict[str, str]:
-        files = {stage: f"{stem}-{stage}.safetensors" for stage in (STRUCTURE, LATENT)}
-        if not (folder / f"{stem}.ply").exists():  # written last
-            latents, asset = draw(pipeline, condition, seed)
-            latent = latents[LATENT]
-            write_atomic(folder / files[STRUCTURE], save({"mean": latents[STRUCTURE].cpu().contiguous()}))
-            tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
-            write_atomic(folder / files[LATENT], save({name: t.cpu().contiguous() for name, t in tensors.items()}))
-            write_ply(folder / f"{stem}.ply", asset)
-        return {**files, "look_at": f"{stem}.ply"}
-
-    return draw_each(folder, conditions, seeds, identity, one, on_asset)
+def write_latent(path: Path, pipeline: TrellisPipeline, stage: str, latent: Latent) -> None:
+    """A stage's latent of a drawn asset, as TRELLIS's data tools write it."""
+    if isinstance(latent, SparseSample):
+        tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}
+    else:
+        tensors = {"mean": latent}
+    write_atomic(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
