@@ -15,10 +15,12 @@ from eg3d_rlhf.modes.flow_flags import (
     COUNT,
     OWN,
     POSITIVE,
+    TOY,
     WHAT,
     WHOLE,
     check_tuning,
     own,
+    source_of,
     trellis_flags,
     tuned_as,
     tuning_flags,
@@ -28,7 +30,8 @@ from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, CircularRun, l
 from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings, supervised
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
 from eg3d_rlhf.tuning.flow.dpo import PRESETS, DpoConfig
-from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, Problem, ProblemSource, open_problem
+from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from training.config import from_dict
@@ -118,9 +121,8 @@ def resolve(flags: Flags) -> CircularRun:
     defaults = default_settings(flags["pipeline"] or TOY)
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
     seed, judging = flags["seed"], flags.of(Judging)
-    source = {**flags.of(ProblemSource), "also": flags["also"], "flow_weights": flags["flow_weights"]}
     run = CircularRun(
-        circular=settings(flags, defaults), source=ProblemSource(**source, seed=seed),
+        circular=settings(flags, defaults), source=source_of(ProblemSource, flags),
         stage=flags["stage"], groups=groups, training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
         judging=Judging(**{"batch": (defaults.choosing or Choosing()).batch, **judging}),
         summary=not flags["no_summary"], artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),

@@ -1,15 +1,20 @@
 """What the flow modes' command lines share: flags of the problem and of the tuning, and what refuses them."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import click
 
 from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.experiments.mode import Flags, flag
 from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.tuning.flow.families import check_source
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
 
+Source = TypeVar("Source", bound=ProblemSource)
 WHAT, TRAIN = "What is trained", "Training"
 OWN = "the problem's own"
+TOY = ProblemSource.pipeline  # the bundled generator, which a run is of where no folder is named
 COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
@@ -31,6 +36,13 @@ tuning_flags = together(
 )
 
 
+def source_of(kind: type[Source], flags: Flags) -> Source:
+    """What the problem is read from. Raises: ValueError for what has no effect on it, or lacks."""
+    source = kind(**flags.of(kind), also=flags["also"], flow_weights=flags["flow_weights"], seed=flags["seed"])
+    check_source(source)
+    return source
+
+
 def check_tuning(flags: Flags) -> None:
     """Refuse adapters' flags without adapters, and early stopping's without what stops. Raises: ValueError naming them."""
     flags.belong(("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), flags["tune"] != "full", "--tune=lora")
@@ -40,12 +52,12 @@ def check_tuning(flags: Flags) -> None:
 
 def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
     """The fields `lora`, and `bf16` where it is given, of a stage's training. Args: lora: the problem's own."""
-    found, adapters = {}, flags.of(LoraConfig)
+    changes, adapters = {}, flags.of(LoraConfig)
     if flags["amp"] is not None:
-        found["bf16"] = flags["amp"] == "bf16"
+        changes["bf16"] = flags["amp"] == "bf16"
     if flags["lora_targets"] is not None:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
     full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
     if full and adapters:
         raise ValueError(f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or leave it out.")
-    return {**found, "lora": None if full else replace(lora or LoraConfig(), **adapters)}
+    return {**changes, "lora": None if full else replace(lora or LoraConfig(), **adapters)}

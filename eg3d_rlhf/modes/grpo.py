@@ -8,12 +8,13 @@ from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_flags import COUNT, OWN, WHAT, WHOLE, check_tuning, own, trellis_flags, tuned_as, tuning_flags
+from eg3d_rlhf.modes.flow_flags import COUNT, OWN, TOY, WHAT, WHOLE, check_tuning, own, source_of, trellis_flags, tuned_as, tuning_flags
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS, GrpoRun, OnlineSource, bench_of, work
 from eg3d_rlhf.tuning.flow.grpo.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
-from eg3d_rlhf.tuning.flow.problem import TABLE, TOY, Choosing, Judging, Problem, open_problem
+from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
 from training.config import from_dict
 
@@ -71,15 +72,14 @@ def resolve(flags: Flags) -> GrpoRun:
     defaults, seed = default_run(flags["pipeline"] or TOY), flags["seed"]
     arms = tuple(name.strip() for name in flags["arms"].split(","))
     tuned = tuned_as(flags, defaults.grpo.lora)
-    source = {**flags.of(OnlineSource), "also": flags["also"], "flow_weights": flags["flow_weights"]}
     choosing = defaults.choosing
     if flags["choose_noises"] is not None:
         choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"]) if flags["choose_noises"] else None
     count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     return GrpoRun(
         grpo=replace(defaults.grpo, **flags.of(GrpoConfig), **tuned), dpo=replace(defaults.dpo, lora=tuned["lora"]),
-        source=OnlineSource(**source, seed=seed),
-        stage=flags["stage"], reward=flags["reward"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
+        source=source_of(OnlineSource, flags), stage=flags["stage"],
+        reward=flags["reward"], arms=arms, training_seeds=tuple(range(seed, seed + count)), choosing=choosing,
         judging=replace(defaults.judging, **flags.of(Judging)), summary=not flags["no_summary"],
     )
 

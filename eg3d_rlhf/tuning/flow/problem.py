@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,7 +60,6 @@ class Problem:
         return self.choosing_conditions or self.held_out_conditions
 
 
-TOY = "toy"
 _what = functools.partial(knob, group="What is trained")
 
 
@@ -68,7 +67,7 @@ _what = functools.partial(knob, group="What is trained")
 class ProblemSource:
     """What a problem is read from."""
 
-    pipeline: str = _what(TOY, "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
+    pipeline: str = _what("toy", "The bundled toy, or a folder of a generator's networks (docs/flow-families.md).", metavar="toy|DIR")
     pairs: str | None = _what(None, "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow files imports.",
                               metavar="DIR", shown="the toy's own")
     labelled: str = _what("others", "Toy: who made the assets that people judged: the generator's own, or others', with twice the defects.",
@@ -84,58 +83,10 @@ class ProblemSource:
     views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
 
     def __post_init__(self):
-        if self.pipeline == TOY:
-            others = [f for f in fields(self) if f.name not in ("pipeline", "pairs", "labelled", "seed")]
-            extra = [f"--{f.name.replace('_', '-')}" for f in others if getattr(self, f.name) != f.default]
-            if extra:
-                raise ValueError(f"{', '.join(extra)}: belongs to --pipeline=DIR, and would have no effect on the toy. Leave it out.")
-        elif self.labelled != type(self).labelled:
-            raise ValueError("--labelled: belongs to the toy, and would have no effect on --pipeline=DIR. Leave it out.")
-        elif self.pairs is None and self.needs_pairs:
-            raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
         odd = [text for text in self.flow_weights if not all(text.partition("="))]
         if odd:
             raise ValueError(f"--flow-weights: expected STAGE=FILE such as structure=denoiser.pt, got {odd[0]!r}. Name the stage.")
         check_knobs(self)
-
-
-def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """Read networks and pairs; pairs of a stage are made or read once.
-
-    Raises: ValueError or OSError for what is missing or does not fit.
-    """
-    if source.pipeline == TOY:
-        from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
-
-        problem = toy_problem(source.seed, device, labelled=source.labelled)
-        problem = problem if source.pairs is None else with_pairs(problem, Path(source.pairs))
-    else:
-        from eg3d_rlhf.tuning.flow.families import open_source
-
-        problem = open_source(source, device)
-    return replace(problem, human_pairs=functools.cache(problem.human_pairs))
-
-
-def with_pairs(problem: Problem, folder: Path) -> Problem:
-    """The same problem with people's pairs from a folder, which has one for each stage in it; their hashes are part of its identity.
-
-    Raises: FileNotFoundError for a folder without any, ValueError for stages whose pairs are not of the same assets, and for pairs of
-        held-out conditions, which the table would call unseen.
-    """
-    names = [stage.name for stage in problem.pipeline.stages if (folder / stage.name).is_dir()]
-    if not names:
-        expected = ", ".join(stage.name for stage in problem.pipeline.stages)
-        raise FileNotFoundError(f"--pairs: expected a folder for each stage ({expected}) in {folder}, got none. Check the path.")
-    human_pairs = read_stages({name: folder / name for name in names}, problem.pipeline)
-    unseen = {*problem.held_out_conditions, *problem.choosing_conditions}
-    seen = sorted({pair.condition for pair in human_pairs(names[0])} & unseen)
-    if seen:
-        raise ValueError(
-            f"--pairs: expected pairs of conditions that are not held out, got those of {len(seen)} that are, {seen[0]!r} first. Leave "
-            "them out, or take --pairs away to train on the toy's own."
-        )
-    hashes = {name: pairs_hash(folder / name) for name in names}
-    return replace(problem, human_pairs=human_pairs, identity={**problem.identity, "pairs": hashes})
 
 
 def read_stages(

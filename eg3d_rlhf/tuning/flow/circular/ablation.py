@@ -25,7 +25,8 @@ from eg3d_rlhf.experiments.table import INTERVAL, Table, detectable, markdown_ro
 from eg3d_rlhf.models.policies import link, save_policy
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop, CircularSettings, Lineage, run_loop, weights_of
 from eg3d_rlhf.tuning.flow.circular.loop_pairs import ANCHOR, PAIRS, PEOPLES, SHUFFLED, TURNED, WINNERS, NoPairsError
-from eg3d_rlhf.tuning.flow.problem import JUDGES, Judging, Problem, ProblemSource, open_problem
+from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.problem import JUDGES, Judging, Problem, ProblemSource
 from training.distributed import SINGLE, Ranks, leave
 from training.progress import tqdm
 

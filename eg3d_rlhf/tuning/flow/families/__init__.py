@@ -4,6 +4,7 @@ A family is one folder of this package with a `family.py`, or a plugin's file (d
 `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow files` then know its folders by what lies in them.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -46,6 +47,8 @@ class FlowFamily:
     files: Callable[..., Mapping[str, Path]]  # (root): all that networks and settings come from, by name: their hashes identify a problem
     judge: Judge | None = None  # a reward of people's pairs; None: stages are trained one by one, and nothing is judged
     zero_null: bool = True  # the empty condition is zeros
+    bundled: bool = False  # it comes with this package, and is called by its name in place of a folder's
+    common: tuple[str, ...] = COMMON  # fields of ProblemSource that it reads as every other family does
     options: tuple[str, ...] = ()  # of ProblemSource, that it reads besides the common ones; with "also", so do load, files and export
     open: Callable[[ProblemSource, str | torch.device], Problem] | None = None  # in place of `open_folder`
     embed: Callable[[Path, Mapping[str, Path], torch.device], Conditions] | None = None  # (root, pictures by name, device)
@@ -60,6 +63,7 @@ class FlowFamily:
 
 
 FAMILIES: Registry[FlowFamily] = Registry("flow family", {
+    "toy": "eg3d_rlhf.tuning.flow.toy.bundled",
     "trellis": "eg3d_rlhf.tuning.flow.families.trellis.family",
     "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.family",
     "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d.family",
@@ -78,12 +82,20 @@ def register(family: FlowFamily) -> FlowFamily:
     return FAMILIES.add(family.name, family)
 
 
+def bundled_family(name: str) -> FlowFamily | None:
+    """The family that comes with this package under a name, if there is one."""
+    family = FAMILIES[name] if name in FAMILIES else None
+    return family if family is not None and family.bundled else None
+
+
 def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
-    """The family of a folder; its notice is said once.
+    """The family of a folder, or the bundled one of that name; its notice is said once.
 
     Raises: FileNotFoundError for no folder, or one of no known family.
     """
-    root = Path(root)
+    root, bundled = Path(root), bundled_family(str(root))
+    if bundled is not None:
+        return bundled
     load_plugins()  # any of theirs may know the folder
     for family in FAMILIES.values():
         if root.is_dir() and family.recognises(root):
@@ -95,16 +107,38 @@ def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
     raise FileNotFoundError(f"pipeline: expected the folder of a known generator ({layouts}), got {root}. Name such a folder.")
 
 
-def open_source(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a folder of any family. Raises: ValueError for options that its family does not read."""
-    family = family_of(Path(source.pipeline))
-    read = (*COMMON, *family.options)
+def check_source(source: ProblemSource) -> None:
+    """Refuse what has no effect on a problem, or lacks, as far as its names tell. Raises: ValueError naming it."""
+    family = bundled_family(source.pipeline)
+    if family is not None:
+        _refuse(source, (*family.common, *family.options), f"belongs to --pipeline=DIR, and would have no effect on the {family.name}")
+        return
+    alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read = [f.name for f in fields(source) if f.name not in alone]
+    _refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
+    if source.pairs is None and source.needs_pairs:
+        raise ValueError("--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone brings its own.")
+
+
+def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
     extra = [f"--{f.name.replace('_', '-')}" for f in fields(source) if f.name not in read and getattr(source, f.name) != f.default]
     if extra:
-        raise ValueError(f"{', '.join(extra)}: belongs to other generators, and would have no effect on {family.name}. Leave it out.")
-    if source.pairs is None and not source.needs_pairs:
-        return open_conditions(family, source, device)
-    return family.open(source, device) if family.open else open_folder(family, source, device)
+        raise ValueError(f"{', '.join(extra)}: {why}. Leave it out.")
+
+
+def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
+    """The problem of a bundled generator or a folder of any family; pairs of a stage are made or read once.
+
+    Raises: ValueError or OSError for what is missing or does not fit, and for options that its family does not read.
+    """
+    check_source(source)
+    family = family_of(Path(source.pipeline))
+    _refuse(source, (*family.common, *family.options), f"belongs to other generators, and would have no effect on {family.name}")
+    if source.pairs is None and not source.needs_pairs and not family.bundled:
+        problem = open_conditions(family, source, device)
+    else:
+        problem = family.open(source, device) if family.open else open_folder(family, source, device)
+    return replace(problem, human_pairs=functools.cache(problem.human_pairs))
 
 
 def open_folder(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
@@ -114,10 +148,7 @@ def open_folder(family: FlowFamily, source: ProblemSource, device: str | torch.d
     tokens = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
     read = read_conditions(tokens, zero_null=family.zero_null)
     pipeline: Any = family.load(root, read, dtype=getattr(torch, source.dtype), device=device)
-    identity = {
-        "problem": family.name, "dtype": source.dtype, "conditions": hash_of(tokens),
-        "files": {name: file_hash(path) for name, path in family.files(root).items()},
-    }  # fmt: skip
+    identity = _identity(family, source, tokens)
     return folder_problem(pipeline, folders, read, identity=identity, seed=source.seed, held_out=source.held_out, judge=family.judge)
 
 
@@ -134,11 +165,13 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
     tokens = read_conditions(place, zero_null=family.zero_null)
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
-    identity = {
-        "problem": family.name, "dtype": source.dtype, "conditions": hash_of(place),
-        "files": {name: file_hash(path) for name, path in family.files(root).items()},
-    }  # fmt: skip
+    identity = _identity(family, source, place)
     return conditions_problem(pipeline, tokens, identity=identity, seed=source.seed, held_out=source.held_out)
+
+
+def _identity(family: FlowFamily, source: ProblemSource, conditions: Path) -> dict:
+    hashes = {name: file_hash(path) for name, path in family.files(Path(source.pipeline)).items()}
+    return {"problem": family.name, "dtype": source.dtype, "conditions": hash_of(conditions), "files": hashes}
 
 
 def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:

@@ -15,9 +15,11 @@ from eg3d_rlhf.modes.circular_dpo import default_settings, resolve, settings
 from eg3d_rlhf.tuning.flow.circular import ablation as circular_run
 from eg3d_rlhf.tuning.flow.circular.ablation import CircularRun
 from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings
+from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.pairs import write_pairs
-from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem, with_pairs
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.toy import pipeline as toy
+from eg3d_rlhf.tuning.flow.toy.bundled import with_pairs
 from eg3d_rlhf.tuning.flow.toy.judges import human_pairs
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.config import from_dict

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import train
 from eg3d_rlhf.modes.flow_files import main
+from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis.files import FLOWS, LATENT, STRUCTURE, find_model, find_weights, read_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import load_pipeline
-from eg3d_rlhf.tuning.flow.problem import ProblemSource, open_problem
+from eg3d_rlhf.tuning.flow.problem import ProblemSource
 from tests.tuning.flow.trellis.test_trellis_problem import write_people
 from tests.tuning.flow.trellis.tiny_trellis import tokens
 
