@@ -16,7 +16,7 @@ from torch import nn
 from eg3d_rlhf.models.dinov2 import Dino, DinoConfig
 from eg3d_rlhf.models.hunyuan3d.autoencoder import AutoencoderConfig, ShapeDecoder
 from eg3d_rlhf.models.hunyuan3d.denoiser import Denoiser, DenoiserConfig
-from eg3d_rlhf.tuning.flow.yaml_file import LARGEST, read_yaml
+from eg3d_rlhf.tuning.flow.families import LARGEST, read_yaml
 from training.storage import load_strict, write_atomic
 
 CONFIG = "config.yaml"

@@ -25,9 +25,9 @@ from eg3d_rlhf.models.sam3d.mixture import LatentConfig, MixtureConfig, MixtureF
 from eg3d_rlhf.models.sam3d.voxel_flow import VoxelFlow, VoxelFlowConfig
 from eg3d_rlhf.models.trellis.latent_autoencoder import GaussianDecoder, GaussianDecoderConfig
 from eg3d_rlhf.models.trellis.structure_vae import StructureDecoder, StructureVAEConfig
+from eg3d_rlhf.tuning.flow.families import LARGEST, read_yaml
 from eg3d_rlhf.tuning.flow.families.trellis.files import filled
 from eg3d_rlhf.tuning.flow.stage import Sampling
-from eg3d_rlhf.tuning.flow.yaml_file import LARGEST, read_yaml
 
 PIPELINE, PACKAGE = "pipeline.yaml", "sam3d_objects"
 STRUCTURE, LATENT = STAGES = ("structure", "latent")

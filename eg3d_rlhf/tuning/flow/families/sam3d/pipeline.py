@@ -15,11 +15,11 @@ from torch import nn
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.structure_vae import voxels_of
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.families import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.tuning.flow.families.sam3d import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis.files import return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import LARGE, check_finite
-from eg3d_rlhf.tuning.flow.opened import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.tuning.flow.stage import Dictionary, FlowPath, FlowStage, SparseVoxels, Voxels
 
 SHAPE = "shape"  # the tensor of the first stage's dictionary that structures are decoded from

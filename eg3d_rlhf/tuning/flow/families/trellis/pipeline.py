@@ -13,10 +13,10 @@ from torch import nn
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.models.trellis.structure_vae import grid_of, voxels_of
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.families import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.tuning.flow.families.trellis import files
 from eg3d_rlhf.tuning.flow.families.trellis.assets import SplatAsset, voxel_features, voxels_filled
 from eg3d_rlhf.tuning.flow.families.trellis.conditions import ImageEncoder
-from eg3d_rlhf.tuning.flow.opened import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels
 
 LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once

@@ -19,10 +19,10 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.structure_vae import voxels_of
 from eg3d_rlhf.models.trellis2.voxel_decoder import VoxelAsset, VoxelDecoder, assets_of
 from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.families import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.tuning.flow.families.trellis.files import find_model, return_freed_memory
 from eg3d_rlhf.tuning.flow.families.trellis.pipeline import LARGE, check_finite
 from eg3d_rlhf.tuning.flow.families.trellis2 import files
-from eg3d_rlhf.tuning.flow.opened import OpenedFolder, normalised, unnormalised
 from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
 
 SMALL, LARGER = "512", "1024"  # names of a condition's tensors: edges in pixels of the picture that they are of
