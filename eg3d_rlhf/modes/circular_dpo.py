@@ -8,7 +8,7 @@ import click
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_torchrun
-from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
@@ -19,7 +19,8 @@ from eg3d_rlhf.modes.flow_flags import (
     WHAT,
     WHOLE,
     check_tuning,
-    own,
+    kept,
+    problems_own,
     source_of,
     trellis_flags,
     tuned_as,
@@ -34,7 +35,6 @@ from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
-from training.config import from_dict
 
 LOSS, LOOP = "Preference loss", "The loop"
 WEIGHT = click.FloatRange(min=0)
@@ -83,17 +83,18 @@ train_flags = together(
 loop_flags = together(
     option("--rounds", group=LOOP, metavar="INT", type=COUNT, default=None, show_default="1",
            help="Of the whole loop, each from the networks of the last, which are then the reference."),
-    own("--loop-beta", LOOP, "FLOAT", POSITIVE, "Beta on the loop's pairs.", "in the problem's own ratio to --beta", rare=True),
-    own("--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True),
-    own("--loop-sft-weight", LOOP, "FLOAT", WEIGHT, "The preferred's own error on the loop's pairs.", rare=True),
-    own("--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True),
-    own("--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True),
+    problems_own("--loop-beta", LOOP, "FLOAT", POSITIVE, "Beta on the loop's pairs.", "in the problem's own ratio to --beta", rare=True),
+    problems_own("--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True),
+    problems_own("--loop-sft-weight", LOOP, "FLOAT", WEIGHT, "The preferred's own error on the loop's pairs.", rare=True),
+    problems_own("--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True),
+    problems_own("--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True),
     options_of(LoopPairsConfig, Weighing, everywhere=OWN),
 )
 table_flags = together(
-    own("--choose-noises", TABLE, "INT", WHOLE, "Assets per held-out condition behind a win rate in training; 0: none, no early stop."),
+    problems_own("--choose-noises", TABLE, "INT", WHOLE,
+                 "Assets per held-out condition behind a win rate in training; 0: none, no early stop."),
     options_of(Judging),
-    own("--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"),
+    problems_own("--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"),
 )
 
 
@@ -143,11 +144,11 @@ def settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
     human = replace(human, dpo=replace(PRESETS[flags["preset"]] if flags["preset"] is not None else human.dpo, **loss))
     sft = replace(sft, dpo=replace(sft.dpo, noise=human.dpo.noise, condition_dropout=human.dpo.condition_dropout))
     pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
-    own = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
-    beta = human.dpo.beta * own.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
-    anchors: dict[str, Any] = {"loser_weight": own.loser_weight, "sft_weight": own.sft_weight, "beta": beta}
+    defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
+    beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta  # in this order, so that the defaults' own is exact
+    anchors: dict[str, Any] = {"loser_weight": defaults_loop.loser_weight, "sft_weight": defaults_loop.sft_weight, "beta": beta}
     anchors |= flags.some({"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"})
-    loop = replace(loop, dpo=replace(human.dpo if human.dpo.needs_reference else own, **anchors),
+    loop = replace(loop, dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **anchors),
                    **flags.some({"loop_lr": "lr", "loop_steps": "steps"}))
     choosing = defaults.choosing
     if flags["choose_noises"] == 0:
@@ -186,11 +187,6 @@ def title(settings: CircularRun, problem: Problem) -> str:
     return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"
 
 
-def recorded(folder: Path, flags: Flags, ranks: object) -> CircularRun:
-    """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
-    return from_dict(CircularRun, recorded_by(folder, "circular-dpo")["run"], str(folder / OPTIONS))
-
-
 CIRCULAR_DPO = Mode(
     name="circular-dpo",
     settings=CircularRun,
@@ -199,8 +195,7 @@ CIRCULAR_DPO = Mode(
     title=title,
     flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
     resolve=resolve,
-    record=lambda settings, problem: {"mode": "circular-dpo", "run": asdict(settings), "problem": dict(problem.identity)},
-    recorded=recorded,
+    **kept(CircularRun, "circular-dpo"),
     shown=lambda settings: {**asdict(settings), **({} if settings.groups is None else {"tasks": settings.plan.tasks()})},
     jobs="--ablate",
     again="The same command, or --resume=RUN,",

@@ -1,15 +1,17 @@
 """What the flow modes' command lines share: flags of the problem and of the tuning, and what refuses them."""
 
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import click
 
 from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.experiments.mode import Flags, flag
+from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.tuning.flow.families import check_source
 from eg3d_rlhf.tuning.flow.problem import ProblemSource
+from training.config import from_dict
 
 Source = TypeVar("Source", bound=ProblemSource)
 WHAT, TRAIN = "What is trained", "Training"
@@ -19,7 +21,7 @@ COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-def own(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN, rare: bool = False):
+def problems_own(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN, rare: bool = False):
     """An option that leaves the problem's default alone where it is not given."""
     return option(name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help)
 
@@ -30,9 +32,9 @@ trellis_flags = together(
            help="Other weights of a TRELLIS flow, such as a training .pt."),
 )
 tuning_flags = together(
-    own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
-    own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
-    own("--amp", TRAIN, "off|bf16", click.Choice(["off", "bf16"]), "Passes in bfloat16 (autocast)."),
+    problems_own("--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."),
+    problems_own("--lora-targets", TRAIN, "LIST", str, "Last parts of layers' names, with commas.", "the stage's own", rare=True),
+    problems_own("--amp", TRAIN, "off|bf16", click.Choice(["off", "bf16"]), "Passes in bfloat16 (autocast)."),
 )
 
 
@@ -41,6 +43,14 @@ def source_of(kind: type[Source], flags: Flags) -> Source:
     source = kind(**flags.of(kind), also=flags["also"], flow_weights=flags["flow_weights"], seed=flags["seed"])
     check_source(source)
     return source
+
+
+def kept(kind: type, mode: str) -> dict[str, Any]:
+    """Of a Mode: how a run folder keeps its settings of a kind, beside what its problem came from."""
+    return {
+        "record": lambda settings, problem: {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity)},
+        "recorded": lambda folder, flags, ranks: from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS)),
+    }
 
 
 def check_tuning(flags: Flags) -> None:

@@ -1,14 +1,27 @@
 """`train.py --mode=grpo`: online tuning of a stage by a reward."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, refuse_torchrun
-from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_flags import COUNT, OWN, TOY, WHAT, WHOLE, check_tuning, own, source_of, trellis_flags, tuned_as, tuning_flags
+from eg3d_rlhf.modes.flow_flags import (
+    COUNT,
+    OWN,
+    TOY,
+    WHAT,
+    WHOLE,
+    check_tuning,
+    kept,
+    problems_own,
+    source_of,
+    trellis_flags,
+    tuned_as,
+    tuning_flags,
+)
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.grpo.arms import ARMS, GrpoRun, OnlineSource, bench_of, work
@@ -16,7 +29,6 @@ from eg3d_rlhf.tuning.flow.grpo.arms import OWN as OWN_REWARD
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
 from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem
 from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
-from training.config import from_dict
 
 # The default run, of the bundled toy; chosen with its chooser on CHOOSING, by a training seed that the table does not use.
 
@@ -48,8 +60,8 @@ what_flags = together(
 train_flags = together(tuning_flags, options_of(GrpoConfig, everywhere=OWN))
 table_flags = together(
     option("--arms", group=TABLE, metavar="LIST", default="grpo", help=f"What is trained and compared, with commas: {', '.join(ARMS)}."),
-    own("--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"),
-    own("--choose-noises", TABLE, "INT", WHOLE,
+    problems_own("--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"),
+    problems_own("--choose-noises", TABLE, "INT", WHOLE,
         "Assets per condition behind a win rate in training, which chooses the network that is kept; 0: the last is."),
     option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run."),
     options_of(Judging, everywhere=OWN),
@@ -98,11 +110,6 @@ def title(settings: GrpoRun, problem: Problem) -> str:
     return f"grpo-{Path(settings.source.pipeline).name}-{settings.stage or problem.pipeline.stages[-1].name}"
 
 
-def recorded(folder: Path, flags: Flags, ranks: object) -> GrpoRun:
-    """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
-    return from_dict(GrpoRun, recorded_by(folder, "grpo")["run"], str(folder / OPTIONS))
-
-
 GRPO = Mode(
     name="grpo",
     settings=GrpoRun,
@@ -111,8 +118,7 @@ GRPO = Mode(
     title=title,
     flags=together(what_flags, train_flags, table_flags),
     resolve=resolve,
-    record=lambda settings, problem: {"mode": "grpo", "run": asdict(settings), "problem": dict(problem.identity)},
-    recorded=recorded,
+    **kept(GrpoRun, "grpo"),
     jobs="several trainings",
     help="""Online tuning of one stage of a flow generator by a reward (GRPO), by default of the bundled toy: for where a reward is at
     hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
