@@ -24,7 +24,7 @@ JOBS: dict[str, tuple[str, str]] = {
     "reward mesh": ("eg3d_rlhf.modes.reward_training:mesh", "of meshes, on unpaired labels: RewardCS, reconstructed"),
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
-    "flow files": ("eg3d_rlhf.modes.flow_files:main", "of flow generators: conditions, draw, ranking, export, dso, calibrate"),
+    "flow files": ("eg3d_rlhf.modes.flow_files:main", "of any flow generator: conditions, draw, ranking, export"),
     "flow step": ("eg3d_rlhf.modes.flow_step:step", "what one update of TRELLIS's flows takes, in memory and time"),
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "what tuning changed, and whether it got better"),
     "report attribute": ("eg3d_rlhf.modes.reports:attribute", "which regions the reward's change came from"),

@@ -1,7 +1,6 @@
 """A flow family from outside the package is trained by its folder: tests/tuning/flow/point_family.py."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.tuning.flow.ranking import read_latents
 from eg3d_rlhf.tuning.flow.stage import CONVENTION
 from tests.tuning.flow import point_family
+from tests.tuning.flow.documented_commands import run_section, section_of
 from tests.tuning.flow.point_family import POINTS, conditions, write_folder
 
 REPO = Path(__file__).resolve().parents[3]
@@ -93,30 +93,16 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
         assert refused.exit_code == 2 and message in refused.output.replace("\n", " "), refused.output
 
 
-def documented() -> list[list[str]]:
-    page = (REPO / "docs" / "extending.md").read_text()
-    lines = page.partition("## A new flow family\n")[2].partition("\n## ")[0].splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith(("    export ", "    python "))]
-
-
 def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(FAMILIES._things, "points")
     shutil.rmtree("PAIRS")
     write_conditions(Path("ASSETS/conditions.safetensors"), conditions())
-    (plugin,), *lines = documented()
-    name, _, path = plugin.partition("=")
+    name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
-    for program, *flags in lines:
-        flags = [flag.replace("RUN", str(next(Path("runs").glob("00000-*")))) if flag == "--run=RUN" else flag for flag in flags]
-        known = (train.main, [*flags, *FEW]) if program == "train.py" else (commands.main, flags)
-        done = CliRunner().invoke(*known)
-        assert done.exit_code == 0, (flags, done.output, done.exception)
-        if flags[0] == "draw":
-            rows = [json.loads(line) for line in Path("ASSETS/ranking.jsonl").read_text().splitlines()]
-            ranked = "".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows)
-            Path("ASSETS/ranking.jsonl").write_text(ranked)
-    assert len(lines) == 4 and sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
+    called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
+    assert called == ["draw", "ranking", "train", "export"]
+    assert sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
 
 
 def test_the_loop_and_foreign_options_are_refused(root, tmp_path):

@@ -12,7 +12,6 @@ from PIL import Image
 
 import train
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.modes import flow_files as commands
 from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import family, files
@@ -178,6 +177,6 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root, tmp_path, monkeypat
             rows = [json.loads(line) for line in Path("ASSETS/ranking.jsonl").read_text().splitlines()]
             assert all((Path("ASSETS") / row["look_at"]).suffix in (".obj", ".txt") for row in rows)
 
-    called = run_section("Hunyuan3D-2.1", "ROOT", Path(), commands.main, FEW, look)
+    called = run_section("Hunyuan3D-2.1", "ROOT", Path(), FEW, look)
     assert called == ["conditions", "draw", "ranking", "train", "export"]
     assert generate(family.load(Path("TUNED"), read_conditions(Path("PAIRS"))), ["chair"], [0])[0].latent.isfinite().all()

@@ -79,7 +79,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root):
             found = json.loads(done.stdout[done.stdout.index("{") :])
             assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
 
-    called = run_section("TRELLIS-image-large", "ROOT", Path(), commands.main, FEW, look)
+    called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
     assert called == ["conditions", "draw", "calibrate", "ranking", "train", "export"]
     tokens = read_conditions(Path("PAIRS"))
     base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))
