@@ -8,10 +8,10 @@ import math
 
 import torch
 
-import train
 from eg3d_rlhf.generators import camera
-from eg3d_rlhf.modes import gan as experiment
-from eg3d_rlhf.tuning.gan.settings import Settings, resolve
+from eg3d_rlhf.modes.gan import GAN, resolve
+from eg3d_rlhf.tuning.gan.run import open_networks
+from eg3d_rlhf.tuning.gan.settings import Settings
 from training import networks
 from training.config import GanConfig, NetworkConfig, networks_for
 from training.gan_phases import Batch
@@ -26,8 +26,8 @@ _FADED = 10**7  # images after which the blur and the swapping of cameras have f
 
 def settings(*flags: str) -> Settings:
     """The resolved settings of `train.py` with these flags."""
-    with train.main.make_context("train.py", list(flags)) as context:
-        return resolve(train.check_eg3d_flags(dict(context.params)))
+    with GAN.command.make_context("train.py", list(flags)) as context:
+        return resolve(context.params)
 
 
 def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
@@ -42,7 +42,7 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
         nets = networks.build(G, D, {"name": "tiny", "resolution": 32})
     else:
         s = settings(*FULL_FLAGS)
-        gan, nets = s.gan, experiment.open_networks(s, 512)
+        gan, nets = s.gan, open_networks(s, 512)
     nets.to(device)
     torch.manual_seed(0)
     for module in (nets.G, nets.G_ema):

@@ -17,11 +17,11 @@ from eg3d_rlhf.evaluation.attribution.regions import head_landmarks, landmark_pa
 from eg3d_rlhf.evaluation.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import Generator, of
-from eg3d_rlhf.modes import gan as experiment
 from eg3d_rlhf.preferences.losses import PreferenceLoss
 from eg3d_rlhf.rewards.model import PAPER, PRESETS, RewardArch, RewardModel
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.gan import run as gan_run
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardConfig, RewardTerms, clip_bounds, density_l1, reward_phase
 from torch_utils.training_stats import Collector
 from training.gan import Gan
@@ -61,12 +61,12 @@ def phase(device: str, tiny: bool, name: str) -> Case:
 def rlhf_iteration(device: str, tiny: bool) -> Case:
     """`TrainingLoop.step` with Gmain, Greg, Dmain, Dreg and Grlhf all due: bundled networks and reward, the batch of `make demo`."""
     s = configurations.settings(*DEMO, *(["--batch=4"] if tiny else []))
-    n, dataset = s.loop.batch, experiment.open_dataset(s)
-    nets = experiment.open_networks(s, dataset.resolution).to(device)
+    n, dataset = s.loop.batch, gan_run.open_dataset(s)
+    nets = gan_run.open_networks(s, dataset.resolution).to(device)
     terms = RewardTerms(nets.G, nets.G_ema, load_reward(s.reward.reward_ckpt, device), s.reward.terms)
     phases = [*GanPhases(nets.G, nets.D, s.gan).phases(), reward_phase(terms, lazy_adam(nets.G, s.reward.rlr))]
     gan = Gan(nets, dataset, s.gan, s.loop)
-    loop = TrainingLoop(gan, phases, s.loop, Run(Path(tempfile.gettempdir()), {}))  # as `experiment.build` makes it; `step` writes nothing
+    loop = TrainingLoop(gan, phases, s.loop, Run(Path(tempfile.gettempdir()), {}))  # as tuning/gan/run.py makes it; `step` writes nothing
     modules = (gan.nets.G, gan.nets.D, gan.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
     images = torch.rand([n, 3, gan.dataset.resolution, gan.dataset.resolution], generator=torch.Generator().manual_seed(1)) * 2 - 1
     labels = torch.stack([torch.from_numpy(gan.dataset.get_label(i)) for i in range(n)])

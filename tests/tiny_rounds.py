@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.modes import gan_rounds as experiment_rounds
 from eg3d_rlhf.rewards import run as reward_run
 from eg3d_rlhf.tuning.gan import rounds, watch
 from tests import tiny_runs
@@ -14,8 +13,8 @@ from training import networks
 
 DATA = "synthetic:heads32@n=24"
 FLAGS = (
-    "--reward=sigma", "--rounds=2", "--round-pairs=14", "--round-members=2", "--round-preset=tiny", "--kimg=0.008", "--tick=0.004",
-    "--snap=0", "--rlr=0.02", "--no-summary",
+    "--reward=sigma", "--rounds=2", "--round-pairs=14", "--round-members=2", "--set=round_preset=tiny", "--kimg=0.008", "--tick=0.004",
+    "--snap=0", "--set=rlr=0.02", "--no-summary",
 )
 
 
@@ -45,5 +44,5 @@ def coarse(setattr=setattr) -> None:
     """Let annotator and rewards look at coarse grids, which is quick. Args: setattr: such as a monkeypatch's."""
     small = dataclasses.replace(reward_run.preset("tiny"), observe={"resolution": 24})
     setattr(reward_run, "preset", lambda *_: small)
-    setattr(experiment_rounds, "AnnotationOptions", functools.partial(experiment_rounds.AnnotationOptions, resolution=16))
+    setattr(rounds, "AnnotationOptions", functools.partial(rounds.AnnotationOptions, resolution=16))
     setattr(watch, "JUDGE_RESOLUTION", 16)

@@ -101,7 +101,7 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
     """Flags of train.py for the tiny networks saved at `init`."""
     return [
         f"--data={data}", f"--init={init}", f"--outdir={outdir}", "--batch=4", f"--nrr-initial={RENDERED}", "--device=cpu", "--glr=0.002",
-        "--dlr=0.002", "--ema-kimg=0.02", "--density-reg-every=2", "--gen-pose-cond=True", *more,
+        "--dlr=0.002", "--set=ema_kimg=0.02", "--density-reg-every=2", "--gen-pose-cond=True", *more,
     ]
 
 

@@ -1,6 +1,6 @@
 """Settings of GAN training, a dataclass for each part, and the networks' arguments that follow from them.
 
-A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in eg3d_rlhf/tuning/gan/settings.py.
+A setting is a `knob`: flag, range, help and default in one place. Presets, which fill them, stand in eg3d_rlhf/modes/gan.py.
 """
 
 import dataclasses
@@ -116,8 +116,8 @@ class LoopConfig:
     batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch")
     tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0)
     snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0)
-    checkpoint_ticks: int = knob(1, "Resumable state interval.", OPT, metavar="TICKS", low=1)
-    seed: int = knob(0, "Of everything random.", RUN, low=0)
+    checkpoint_ticks: int = knob(1, "Resumable state interval.", OPT, metavar="TICKS", low=1, rare=True)
+    seed: int = knob(0, "Of everything random.", RUN, low=0, flag=False)
 
     def __post_init__(self):
         check_knobs(self)
@@ -157,20 +157,20 @@ class GanConfig:
     density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
     reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
     field_kimg: float = knob(0.0, "Before the game, teach G the field of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0)
-    field_colour: float = knob(4.0, "Weight of colour against density in it.", GAN, low=0)
-    field_soft: float = knob(0.4, "Share of it in which surfaces are twice as soft.", GAN, low=0, high=1)
-    field_lr: float = knob(0.02, "G's first learning rate for the field.", OPT, above=0)
+    field_colour: float = knob(4.0, "Weight of colour against density in it.", GAN, low=0, rare=True)
+    field_soft: float = knob(0.4, "Share of it in which surfaces are twice as soft.", GAN, low=0, high=1, rare=True)
+    field_lr: float = knob(0.02, "G's first learning rate for the field.", OPT, above=0, rare=True)
     picture_kimg: float = knob(
         0.0, "After the field and before the game, teach G the pictures of the heads that latents name; 0: off.", GAN, metavar="KIMG", low=0
     )
     picture_hold: float = knob(
         0.0, "In it, weight of holding the density to the first network's; pictures then teach colour alone. 0: both are taught.", GAN,
-        low=0,
+        low=0, rare=True,
     )
-    picture_lr: float = knob(0.005, "G's first learning rate for pictures.", OPT, above=0)
+    picture_lr: float = knob(0.005, "G's first learning rate for pictures.", OPT, above=0, rare=True)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
-    ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1")
+    ema_kimg: float = knob(10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True)
     amp: str = knob(
         "off", "bf16: main phases in bfloat16 (autocast); weights, losses, R1, density and rendering stay in float32.", OPT,
         choices=("off", "bf16"),
@@ -200,13 +200,13 @@ class NetworkConfig:
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
     init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", shown="bundled for heads64, else scratch")
     start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"))
-    sphere_init: float = knob(0.0, "From scratch, start from a solid sphere; 0: off.", NET, metavar="RADIUS", low=0)
+    sphere_init: float = knob(0.0, "From scratch, start from a solid sphere; 0: off.", NET, metavar="RADIUS", low=0, rare=True)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
     cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)
     map_depth: int = knob(2, "Layers of G's mapping network.", NET, low=1)
     mbstd_group: int | None = knob(4, "Minibatch-std group size.", NET, low=1, shown="4; with --init: the network's")
     freezed: int = knob(0, "Freeze the first layers of D.", NET, metavar="LAYERS", low=0)
-    plane_layout: str = knob("eg3d", "Third plane.", NET, choices=("eg3d", "fixed"))
+    plane_layout: str = knob("eg3d", "Third plane.", NET, choices=("eg3d", "fixed"), rare=True)
     sr_module: str | None = knob(None, "Super-resolution module.", NET, metavar="CLASS", shown="by resolution")
     sr_noise_mode: str = knob("none", "Noise in super-resolution.", NET, choices=("random", "none"))
     sr_num_fp16_res: int = knob(4, "Half precision in super-resolution (CUDA).", NET, low=0)

@@ -9,7 +9,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, line_of, make
-from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
+from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
 RUNS = {"tuned": "10", "control": "0"}  # lambda_r
@@ -35,7 +35,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
         help="Folder to write; holds both runs and a folder for each report.")
 @option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
 @option("--kimg", group="Run", metavar="KIMG", type=click.FloatRange(min=0, min_open=True),
-        default=PRESETS["heads64", REWARDED]["kimg"], help="Length of both runs; the demo's unless given.")
+        default=DEMO_KIMG, help="Length of both runs; the demo's unless given.")
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
 @option("-n", "--dry-run", group="Run", is_flag=True, help="Print the commands as JSON and stop.")
 def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:

@@ -29,12 +29,12 @@ from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_p
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.run import BUNDLED_LABELS
-from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED
+from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
 PICTURE = "zoo.png"
-LENGTH = PRESETS["heads64", REWARDED]["kimg"]  # of the demo
+LENGTH = DEMO_KIMG  # of the demo
 TUNED = "tuned.json"  # what tuning did, beside the networks
 
 

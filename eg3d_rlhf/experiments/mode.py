@@ -217,12 +217,13 @@ def run_flags(mode: Mode):
     """A decorator: what every mode takes."""
     least = click.IntRange(min=0)
     flags = [
-        option("--mode", group=RUN, metavar="NAME", default=mode.name, expose_value=False, help="What train.py trains."),
+        option("--mode", group=RUN, metavar="NAME", default=mode.name, expose_value=False, help="What is trained."),
         option("--outdir", group=RUN, metavar="DIR", type=FOLDER, default=Path("runs"), help="Runs are numbered inside it."),
         option("--desc", group=RUN, metavar="TEXT", help="Added to the run folder's name."),
         option("--seed", group=RUN, metavar="INT", type=least, default=0, help="Of everything that is drawn."),
         option("--device", group=RUN, type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run."),
-        option("--resume", group=RUN, metavar="RUN", type=FOLDER, help="Go on with a run where it was, with its own flags."),
+        option("--resume", group=RUN, metavar="RUN", type=click.Path(path_type=Path),
+               help="Go on with a run where it was, with its own flags."),
         option("-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."),
         option("--timeout", group=RUN, metavar="MINUTES", type=click.FloatRange(min=0, min_open=True), default=30,
                help="With torchrun: longest wait for another process."),

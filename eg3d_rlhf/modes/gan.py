@@ -1,206 +1,343 @@
-"""From settings to a finished run: data, networks, phases, reward and loop are composed; nothing is computed here."""
+"""`python train.py`: the GAN, alone or tuned by a reward on its density field. Defaults, flags, settings, and what they compose.
 
-import copy
-import dataclasses
-import time
+`HEADS` is the run of `python train.py --reward=sigma --lambda-r=10`, every number of it; other rows say what differs from the knobs' own
+defaults (training/config.py, eg3d_rlhf/tuning/gan/settings.py). What a run consists of is built in eg3d_rlhf/tuning/gan/run.py.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+import click
 
-from eg3d_rlhf.core.cli import choose_device, naming
-from eg3d_rlhf.evaluation.summary import Evaluation, finish
-from eg3d_rlhf.experiments.run import STATS, Run, begun_by_this_launch, claim, next_free
-from eg3d_rlhf.generators import KEPT, find_network, load_networks, of
-from eg3d_rlhf.rewards.reward import check_reward, load_reward
-from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
-from eg3d_rlhf.tuning.gan.settings import Settings, input_files
-from eg3d_rlhf.tuning.gan.watch import Watch, make_watch
-from training import checkpoint, networks
-from training.augment import AugmentPipe
-from training.config import networks_for
-from training.dataset import ImageFolderDataset, default_workers
-from training.distributed import SINGLE, Ranks, leave
-from training.gan import Gan, check_fit
-from training.gan_phases import GanPhases
-from training.loop import TrainingLoop
-from training.phases import derive_seed, lazy_adam
-from training.starts import field_phase, fit_sphere, picture_phase
-from training.synthetic_heads import resolve_dataset
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import naming, option, options_of, together
+from eg3d_rlhf.experiments.mode import Flags, Mode
+from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.tuning.gan.settings import (
+    DEMO_KIMG,
+    REWARDED,
+    SCRATCH,
+    SYNTHETIC,
+    TUNING,
+    DataConfig,
+    RewardSettings,
+    RoundConfig,
+    RunConfig,
+    Settings,
+)
+from training.config import RUN, GanConfig, LoopConfig, NetworkConfig, knobs_of
 
-ADA_AUGMENT = dict.fromkeys(
-    ("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.tuning.gan.run import Objects
+    from training.distributed import Ranks
+
+EG3D = "Accepted for EG3D's sake"
+GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)  # in the order of --help
+
+HEADS = {  # `python train.py --reward=sigma --lambda-r=10`, but for --reward and the bundled rewards that come with it
+    # Length and pace, in thousands of images: 90 iterations.
+    "kimg": DEMO_KIMG, "batch": 8, "batch_gpu": None, "tick": 0.12, "snap": 0, "checkpoint_ticks": 1, "workers": None,
+    # Data and networks: the bundled generator goes on from its moving average. What fresh networks alone follow is in the file.
+    "data": "synthetic:heads64", "cond": True, "mirror": False, "start": "G_ema", "mbstd_group": 4, "freezed": 0, "cbase": 2048, "cmax": 64,
+    "map_depth": 2, "plane_layout": "fixed", "sr_module": None, "sr_noise_mode": "none", "sr_num_fp16_res": 4, "g_num_fp16_res": 0,
+    "d_num_fp16_res": 4, "c_scale": 1.0, "disc_c_noise": 0.0, "decoder_lr_mul": 1.0, "sphere_init": 0.0,
+    # The GAN's game: nothing fades any more, no augmentation, no camera in the mapping.
+    "gamma": 0.3, "aug": "noaug", "p": 0.2, "target": 0.6, "ada_kimg": 100.0, "style_mixing_prob": 0.0, "gen_pose_cond": False,
+    "gpc_reg_prob": 0.5, "gpc_reg_fade_kimg": 0.0, "blur_fade_kimg": 0.0, "nrr_initial": 64, "nrr_final": None, "nrr_fade_kimg": 1000.0,
+    "density_reg": 0.25, "density_reg_every": 4, "density_reg_p_dist": 0.004, "reg_type": "l1",
+    "field_kimg": 0.0, "field_colour": 4.0, "field_soft": 0.4, "field_lr": 0.02,
+    "picture_kimg": 0.0, "picture_hold": 0.0, "picture_lr": 0.005,
+    # Optimisers: Adam on G, on D, and on G once more for the reward.
+    "glr": 2e-5, "dlr": 1e-4, "rlr": 5e-4, "ema_kimg": 0.1, "ema_rampup": None, "amp": "off",
+    # The reward: its weight, what holds the density to the untuned generator's, and the trust region.
+    "lambda_r": 10.0, "lambda_sigma": 0.01, "lambda_front": 0.0, "lambda_nose": 0.0, "nose_floor": "window", "reward_clip": "-10,10",
+    "reward_shaping": "none", "anchor_resolution": 32, "reference": None, "early_stop": None, "early_stop_distance": None, "control": None,
+    # Rounds of labels, rewards and tuning: none.
+    "rounds": 0, "round_pairs": 400, "round_labels": SYNTHETIC, "round_doubtful": 0.5, "round_members": 5, "round_preset": None,
+    "round_aggregate": None, "round_start": "pretrained",
+}
+_START = {"ema_kimg": None, "rlr": None, "gen_pose_cond": False}  # None: follows another, or the flag is required
+_LOADED = {**_START, "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0, "kimg": 2500.0, "batch": 32}
+_PAPER = {**_LOADED, "kimg": 20.0, "batch": 16, "tick": 1.0, "snap": 5}
+PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from the knobs' own defaults
+    ("ffhq", SCRATCH): {**_START, "gamma": None, "batch": None},
+    ("afhq", SCRATCH): {**_START, "gamma": None, "batch": None},
+    ("shapenet", SCRATCH): {**_START, "gamma": None, "batch": None},
+    ("heads64", SCRATCH): {
+        **_START, "cbase": 2048, "cmax": 64, "plane_layout": "fixed", "anchor_resolution": 32, "nrr_initial": 64, "gamma": 0.2,
+        "gpc_reg_fade_kimg": 5.0, "blur_fade_kimg": 0.0, "kimg": 50.0, "batch": 4, "tick": 1.0, "snap": 4, "ema_kimg": 1.0,
+        "field_kimg": 48.0, "glr": 5e-4,
+    },
+    ("ffhq", TUNING): {**_LOADED, "gamma": 1.0},
+    ("afhq", TUNING): {**_LOADED, "gamma": 5.0, "aug": "ada"},
+    ("shapenet", TUNING): {**_LOADED, "gamma": 0.3},
+    ("heads64", TUNING): HEADS,
+    ("ffhq", REWARDED): {**_PAPER, "gamma": 20.0},
+    ("afhq", REWARDED): {**_PAPER, "gamma": 5.0, "aug": "ada"},
+    ("shapenet", REWARDED): {**_PAPER, "gamma": 0.3},
+    ("heads64", REWARDED): HEADS,
+}
+OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as published
+    "depth": {"lambda_r": 1.0, "lambda_sigma": 0.0, "lambda_nose": 1.0, "reward_shaping": "standardised"},
+}
+
+
+def task_of(init: str, reward: str) -> str:
+    """Which row applies."""
+    return SCRATCH if init == "scratch" else TUNING if reward == "none" else REWARDED
+
+
+def resolve(flags: Mapping) -> Settings:
+    """The settings that flags (None: not given), the preset's row and the file that --init names decide.
+
+    Raises: ValueError, one line per mistake, naming the flag.
+    """
+    given = {k: v for k, v in flags.items() if v is not None}
+    cfg, reward = given.setdefault("cfg", "heads64"), given.get("reward", "none")
+    if cfg != "heads64" and "data" not in given:
+        raise ValueError(f"--data: expected a dataset for --cfg={cfg}, got nothing. Name a zip or folder in EG3D's format.")
+    init = given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
+    task = task_of(init, reward)
+    if reward != "none":
+        from eg3d_rlhf.rewards.observations import OBSERVATIONS
+
+        with naming("--reward"):
+            OBSERVATIONS[reward]
+        if init == "scratch":
+            raise ValueError(f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use --init=bundled.")
+        if (cfg, reward) == ("heads64", "sigma") and given.get("rounds"):
+            given.setdefault("reward_watch", str(bundled.WATCH))
+        elif (cfg, reward) == ("heads64", "sigma") and given.setdefault("reward_ckpt", str(bundled.REWARD)) == str(bundled.REWARD):
+            given.setdefault("reward_watch", str(bundled.WATCH))
+    check_rounds(given, reward)
+    if given.get("early_stop") is not None and given.get("reward_watch") is None:
+        lacking = "--reward" if reward == "none" else "--reward-watch"
+        raise ValueError(f"--early-stop: expected {lacking}, whose scores choose the snapshot, got none. Add it, or leave this out.")
+    if Path(init).is_dir():  # its newest network now, which a resume will look for
+        from eg3d_rlhf.generators import find_network
+
+        with naming("--init"):
+            init = given["init"] = str(find_network(init))
+    found = {} if init == "scratch" else network_facts(None if init == "bundled" else init)
+    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **found, **given}
+    for name in ("gamma", "batch"):
+        if values[name] is None:
+            raise ValueError(f"--{name}: expected a value for --cfg={cfg}, got nothing. Published runs used --gamma=1 --batch=32.")
+    if values["ema_kimg"] is None:
+        values["ema_kimg"] = values["batch"] * 10 / 32
+    if cfg != "heads64":  # as EG3D scales its flag
+        values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * values["batch"] / 32
+    values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
+    control = given.get("control")
+    if control is not None and not Path(control).exists():
+        raise ValueError(f"--control: expected a run folder or its summary.json, got nothing at {control}. Check the path.")
+    return Settings.of(values)
+
+
+def check_rounds(given: Mapping, reward: str) -> None:
+    """Raise ValueError for flags that do not go together with --rounds, or without it."""
+    own, without = [f"--{name.replace('_', '-')}" for name in given if name.startswith("round_")], not given.get("rounds")
+    if without and own:
+        raise ValueError(f"{own[0]}: expected --rounds with it, got none. Add it, or leave {own[0]} out.")
+    if without:
+        return
+    if reward == "none":
+        raise ValueError("--rounds: expected --reward, the kind of reward that is trained in each round, got none. Add --reward=sigma.")
+    if "reward_ckpt" in given:
+        raise ValueError(f"--reward-ckpt={given['reward_ckpt']}: expected none with --rounds, which train their own. Leave it out.")
+    if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get("data", DataConfig.data).startswith("synthetic:"):
+        raise ValueError(
+            f"--round-labels: expected people for --data={given['data']}, got {SYNTHETIC}: the annotator of heads judges synthetic ones "
+            "alone. Add --round-labels=people."
+        )
+
+
+def network_facts(source: str | None) -> dict:
+    """Settings that a network file brings: rendered resolution, conditioning on the camera, minibatch-std group. None: the bundled one.
+
+    Raises: ValueError naming --init.
+    """
+    from eg3d_rlhf.generators import classes_of, find_network, pickles
+    from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
+    from training import storage
+    from training.networks import EG3D
+
+    with naming("--init"):
+        path = find_network(source)
+        if path.suffix.lower() == ".pkl":
+            snapshot = pickles.read(path)
+            plans = pickles.plan(snapshot)
+            G, D = plans["G_ema"].kwargs, plans["D"].kwargs if "D" in plans else None
+            rendered: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
+        else:
+            meta = storage.read_meta(path, "network")
+            classes_of(meta.get("architecture", EG3D))
+            G, D, rendered = meta["G_kwargs"], meta["D_kwargs"], meta.get("neural_rendering_resolution")
+    group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
+    conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
+    return {"gen_pose_cond": conditioned, "mbstd_group": group, **({} if rendered is None else {"nrr_initial": rendered})}
+
+
+FRESH = (  # what only fresh networks can follow
+    "cbase", "cmax", "plane_layout", "map_depth", "sr_module", "sr_num_fp16_res", "g_num_fp16_res", "d_num_fp16_res", "c_scale",
+    "disc_c_noise", "sr_noise_mode", "decoder_lr_mul", "sphere_init",
+)
+
+# The mode.
+
+_OWN = {knob.name or field.name: field.default for kind in GROUPS for field, _, knob in knobs_of(kind)}
+BY_PRESET = {name: "by preset" for row in PRESETS.values() for name, value in row.items() if value != _OWN.get(name, value)}
+_IGNORED = (  # EG3D's flags that have no effect here: name, type, why
+    ("--metrics", str, "Not computed while training: see tools/calc_metrics.py."),
+    ("--nobench", bool, "Ignored: convolution benchmarking is off."), ("--c-noise", float, "Ignored, as in EG3D; see --disc-c-noise."),
+    ("--resume-blur", bool, "Ignored: --resume continues every fade; with --init there is none by default."),
+    ("--sr-first-cutoff", int, "Ignored, as in EG3D."), ("--sr-first-stopband", float, "Ignored, as in EG3D."),
+)
+_OF_EG3D = ("gpus", *(name.removeprefix("--").replace("-", "_") for name, _, _ in _IGNORED))
+
+gan_flags = together(
+    option("--resume-previous", group=RUN, is_flag=True, help="With --resume: use the previous checkpoint where the newest is damaged."),
+    option("--no-summary", group=RUN, is_flag=True, help="Skip the before/after evaluation that ends a reward run."),
+    options_of(*GROUPS, **BY_PRESET),
+    option("--gpus", group=EG3D, metavar="INT", type=click.IntRange(min=1), help="Must agree with torchrun --nproc-per-node."),
+    *(option(name, group=EG3D, type=kind, help=why) for name, kind, why in _IGNORED),
 )
 
 
-def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
-    """The training images; a synthetic set is rendered first."""
-    with ranks.first_per_machine(), naming("--data"):
-        path = resolve_dataset(s.data.data)
-    with naming("--data"):
-        dataset = ImageFolderDataset(path, use_labels=True, xflip=s.data.mirror, random_seed=s.loop.seed, c_dim=25)
-        if dataset.num_channels != 3:
-            raise ValueError(f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them.")
-    return dataset
+def check_eg3d(flags: Mapping) -> None:
+    """Name EG3D's flags that have no effect here on stderr. Raises: ValueError for --gpus that is not so."""
+    gpus, world = flags.get("gpus"), int(os.environ.get("WORLD_SIZE", "1"))
+    if gpus is not None and gpus != world:
+        remedy = f"Start with torchrun --nproc-per-node={gpus} train.py."
+        raise ValueError(f"--gpus: expected {world}, the number of processes, got {gpus}. {remedy}")
+    given = [name for name in _OF_EG3D[1:] if flags.get(name) is not None and (name, flags[name]) != ("metrics", "none")]
+    if given:
+        print(f"Warning: {', '.join('--' + name.replace('_', '-') for name in given)} ignored; see train.py --help.", file=sys.stderr)
 
 
-def open_networks(s: Settings, resolution: int, warm_start: bool = True) -> networks.Networks:
-    """Fresh networks, or those that --init names, for images of `resolution` pixels; `warm_start` fits fresh ones to the sphere."""
-    if s.net.init == "scratch":
-        G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
-        torch.manual_seed(derive_seed(s.loop.seed, "init"))
-        nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
-        G: Any = nets.G
-        if s.net.sphere_init > 0 and warm_start:
-            fit_sphere(G, s.net.sphere_init, seed=derive_seed(s.loop.seed, "sphere"))
-            nets.G_ema.load_state_dict(G.state_dict())
-        G.neural_rendering_resolution = s.gan.nrr_initial
-        nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
-        return nets
-    with naming("--init"):
-        path = find_network(None if s.net.init == "bundled" else s.net.init)
-        nets = load_networks(path, freeze_layers=s.net.freezed)
-    G = nets.G
-    if G is None or nets.D is None or nets.D_kwargs is None:
-        raise ValueError(f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a snapshot of a run.")
-    if G.img_resolution != resolution:
-        raise ValueError(f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}. Resize them.")
-    if s.net.start == "G_ema":  # with a short moving average the raw G would soon replace the pretrained average
-        G.load_state_dict(nets.G_ema.state_dict())
-    networks.set_mbstd_group(nets, s.net.mbstd_group)  # D's groups are the run's
-    return nets
+def resolve_flags(flags: Flags) -> Settings:
+    """`resolve`, and warnings for what has no effect."""
+    check_eg3d(flags)
+    flags.belong(("resume_previous",), False, "--resume")
+    settings = resolve(flags)
+    ignored = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
+    if ignored and settings.net.init != "scratch":
+        print(f"Warning: {', '.join(ignored)} ignored: the networks of --init={settings.net.init} are as they are.", file=sys.stderr)
+    if settings.reward.keeping.early_stop is not None and settings.reward.terms.lambda_r == 0:
+        print("Warning: --early-stop ignored: with --lambda-r=0 the whole run is the control.", file=sys.stderr)
+    return settings
 
 
-@dataclasses.dataclass
-class Objects:
-    """Everything that a run consists of."""
+def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
+    """The settings of a run folder's newest state, or of the state that is named, but for what may change at a resume."""
+    from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
+    from eg3d_rlhf.experiments.run import recorded as options_of_run
+    from training import checkpoint
 
-    loop: TrainingLoop
-    nets: networks.Networks  # that it trains
-    evaluation: Evaluation | None  # before/after comparison of a reward run
-    early_stop: EarlyStop | None = None  # which of its snapshots is kept
-
-
-def build(s: Settings, files: Run, warm_start: bool = True) -> Objects:
-    """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others when the loop starts."""
-    ranks = files.ranks
-    wanted = s.reward.reward_ckpt
-    if s.reward.reward != "none" and wanted is None:
-        raise ValueError(
-            f"--reward-ckpt: expected a reward for --cfg={s.net.cfg} --reward={s.reward.reward}, got nothing: the bundled one knows heads "
-            "alone. Name one, such as tools/train_reward.py writes."
-        )
-    device = ranks.device if ranks.world > 1 else choose_device(s.run.device)
-    dataset = open_dataset(s, ranks)
-    nets = open_networks(s, dataset.resolution, warm_start and ranks.main).to(device)
-    check_fit(nets, s.gan, s.loop, ranks.world)
-    G, D = nets.G, nets.D
-    assert G is not None and D is not None
-    augment: Any = None
-    if s.gan.aug != "noaug":
-        augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
-        augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases, watch, evaluation, early = GanPhases(G, D, s.gan, augment).phases(), None, None, None
-    for flag, length, phase in (("--picture-kimg", s.gan.picture_kimg, picture_phase), ("--field-kimg", s.gan.field_kimg, field_phase)):
-        if length > 0:
-            if not s.data.data.startswith("synthetic:heads"):
-                raise ValueError(f"{flag}: expected --data=synthetic:heads..., whose heads are known, got {s.data.data}. Leave it out.")
-            phases.insert(0, phase(G, s.gan))
-    if s.reward.reward != "none" and wanted is not None:
-        with naming("--reward-ckpt"):
-            reward = load_reward(wanted, device)
-        with naming("--reward-watch"):
-            second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
-            if second is not None and second.is_member_of(reward):
-                raise ValueError("expected a reward that does not tune, got a member of --reward-ckpt. Train one on other labels.")
-        if reward.observation.kind != s.reward.reward:
-            kind = reward.observation.kind
-            raise ValueError(f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass --reward={kind}.")
-        for flag, one in (("--reward-ckpt", reward), ("--reward-watch", second)):
-            if one is not None and ranks.main:
-                check_reward(one, of(nets.G_ema), flag)
-        reference = nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
-        if ranks.main:
-            print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
-            known = {**s.to_dict(), "hashes": files.hashes()}
-            before = copy.deepcopy(reference).eval().requires_grad_(False)
-            evaluation = Evaluation(settings=known, before=of(before), reward=reward)
-            watch = evaluation.watch = make_watch(known, reward, before, second)
-        if s.reward.terms.lambda_r > 0:
-            terms = RewardTerms(G, reference, reward, s.reward.terms)
-            phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
-            if s.reward.keeping.early_stop is not None:
-                early = EarlyStop(nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution).to(device)
-        if evaluation is not None:
-            evaluation.early_stop = early
-    workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
-    gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
-    carries = {} if early is None else {"early_stop": early}
-    loop = TrainingLoop(
-        gan, phases, s.loop, files, options=s.to_dict(), on_tick=observers(watch, early), ranks=ranks, carries=carries
-    )
-    return Objects(loop, nets, evaluation, early)
+    check_eg3d(flags)
+    if source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot"):
+        remedy = f"Use --init={source} to start from its weights."
+        raise ValueError(f"--resume: expected a run folder or checkpoint, got the network {source}. {remedy}")
+    changes = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
+    changes |= {"device": flags["device"]} if "device" in flags.written else {}
+    if source.is_dir() and (options := options_of_run(source)).get("rounds"):
+        if "kimg" in changes:
+            raise ValueError(f"--kimg: expected none with --resume of rounds, got {changes['kimg']:g}. Start a new run.")
+        return Settings.of({**options, **changes})
+    if (source / OPTIONS).is_file() and not checkpoint.available(source):
+        recorded_by(source, "gan")  # another mode's run has checkpoints of its own
+    state = ranks.broadcast(checkpoint.read(newest(source, ranks), previous(flags, ranks))[1]["options"] if ranks.main else None)
+    return Settings.of({**state, **changes})
 
 
-def observers(watch: Watch | None, early: EarlyStop | None):
-    """What the loop calls at each tick: the watch, then the early stop, which reads what the watch has measured."""
-    if watch is None or early is None:
-        return watch
-    return lambda loop, stats: {**watch(loop, stats), **early.tick(loop, stats, watch.latest["second"])}
+def newest(source: Path, ranks: "Ranks") -> Path:
+    """What --resume goes on from: after a restart by torchrun the run's folder, as this launch has come further than the named state."""
+    from training import checkpoint
 
-
-def start_or_continue(s: Settings, outdir: Path, ranks: Ranks = SINGLE) -> Path:
-    """A new run in `outdir`; after a restart by torchrun, the run that this launch had begun. Returns the run folder."""
-    begun = begun_by_this_launch(outdir, ranks)
-    if begun and ranks.broadcast(bool(checkpoint.available(begun)) if ranks.main else None):
-        return resume(begun, previous=True, ranks=ranks)
-    return run(s, begun or next_free(outdir, s.name), ranks)
-
-
-def run(s: Settings, folder: Path, ranks: Ranks = SINGLE) -> Path:
-    """Train with the settings in `folder`, then summarise a reward run. Returns it, or the next free one where it was taken."""
-    started = time.time()
-    files = Run(folder, s.to_dict(), input_files(s), ranks=ranks)
-    objects = build(s, files)
-    folder = files.folder = claim(folder, ranks)  # only now, so that a mistake leaves no folder behind
-    with files:
-        files.begin()
-        if ranks.main:
-            where = f"{objects.loop.device}" + (f", {ranks.world} processes" if ranks.world > 1 else "")
-            print(f"Run folder {folder}. Training for {s.loop.kimg:g} thousand images on {where}.", flush=True)
-        _finish(objects, s, started)
-    return folder
-
-
-def resume(source: Path, previous: bool, kimg: float | None = None, ranks: Ranks = SINGLE, workers: int | None = None) -> Path:
-    """Continue a run from its checkpoint with its own settings, but for `kimg` and `workers` that are given. Returns the run folder."""
-    started = time.time()
     folder = source if source.is_dir() else source.parent
-    if ranks.restarts and checkpoint.available(folder):
-        source = folder  # this very launch has come further than the checkpoint that it was given
-    with Run(folder, {}, ranks=ranks) as files:
-        s = Settings.recorded(ranks.broadcast(checkpoint.read(source, previous)[1]["options"] if ranks.main else None))
-        s = s.changed(**{name: value for name, value in (("kimg", kimg), ("workers", workers)) if value is not None})
-        files.settings, files.inputs = s.to_dict(), {**input_files(s)}
-        files.resume(free=None)  # the settings come from the checkpoint
-        objects = build(s, files, warm_start=False)  # as do the weights
-        objects.loop.resume(source, previous)
-        if objects.evaluation is not None and objects.evaluation.watch is not None:
-            objects.evaluation.watch.restore(folder / STATS)
-            if objects.early_stop is not None:
-                objects.early_stop.restore(folder / STATS)
-        _finish(objects, s, started)
-    return folder
+    return folder if ranks.restarts and checkpoint.available(folder) else source
 
 
-def _finish(objects: Objects, s: Settings, started: float) -> None:
-    objects.loop.run()
-    if objects.loop.stopped is not None:
-        return
-    if objects.early_stop is not None and objects.loop.ranks.main:
-        networks.save(objects.loop.files.folder / KEPT, objects.early_stop.networks(objects.nets))
-    objects.loop.ranks.barrier()
-    leave()  # the others need not wait for the evaluation
-    if objects.evaluation is not None and not s.run.no_summary:
-        finish(objects.evaluation, objects.loop, started)
+def previous(flags: Mapping, ranks: "Ranks") -> bool:
+    """Whether the state before the newest will do where that is damaged: where the user says so, and after a restart by torchrun."""
+    return bool(flags.get("resume_previous") or ranks.restarts)
+
+
+def open_gan(s: Settings, run: "Run") -> "Objects | None":
+    """What the run consists of; of rounds, None. Raises: ValueError for what does not fit."""
+    from eg3d_rlhf.tuning.gan import rounds
+    from eg3d_rlhf.tuning.gan import run as gan
+
+    run.inputs = dict(gan.input_files(s))
+    if s.rounds.rounds:
+        return rounds.check(s, run.ranks)
+    if run.resumed is None:
+        return gan.build(s, run)
+    run.resume(free=None)  # before what has changed is loaded
+    return gan.go_on(s, run, newest(run.resumed, run.ranks), previous(run.flags, run.ranks))
+
+
+def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
+    """Train, then compare before and after where a reward tuned."""
+    from eg3d_rlhf.tuning.gan import rounds
+    from eg3d_rlhf.tuning.gan import run as gan
+
+    if objects is None:
+        return rounds.work(s, run, lambda own, folder: tune(own, folder, run.flags))
+    if run.ranks.main and run.resumed is None:
+        where = f"{objects.loop.device}" + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
+        print(f"Training for {s.loop.kimg:g} thousand images on {where}.", flush=True)
+    if gan.train(objects, run) and objects.before is not None and objects.reward is not None and not s.run.no_summary:
+        from eg3d_rlhf.evaluation.summary import Evaluation, finish
+        from eg3d_rlhf.generators import of
+
+        known = {**s.to_dict(), "hashes": run.hashes()}
+        finish(Evaluation(known, of(objects.before), objects.reward, objects.watch, objects.early_stop), objects.loop, run.began)
+    return None
+
+
+def tune(s: Settings, folder: Path, flags: Flags) -> None:
+    """A tuning inside a run of rounds: begin it, or go on where it was."""
+    from training import checkpoint
+
+    if checkpoint.available(folder):
+        flags = Flags({"resume_previous": flags.get("resume_previous", False), "workers": s.run.workers})
+        GAN.go_on(GAN.read(folder, flags), folder, flags)
+    else:
+        GAN.begin(s, folder)
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a folder has a state."""
+    from training import checkpoint
+
+    return bool(checkpoint.available(folder))
+
+
+GAN: Mode[Settings] = Mode(
+    name="gan",
+    settings=Settings,
+    open=open_gan,
+    work=work,
+    title=lambda s, objects: s.title,
+    flags=gan_flags,
+    resolve=resolve_flags,
+    record=lambda s, objects: s.to_dict(),
+    recorded=recorded,
+    shown=Settings.to_dict,
+    changes=None,
+    beside_resume=frozenset({"resume_previous", "kimg", "workers", *_OF_EG3D}),
+    resumable=resumable,
+    help=f"""Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma). Other things are trained with
+    --mode={', '.join(name for name in MODES if name != "gan")}; each has flags of its own: train.py --mode=NAME --help.
+
+    \b
+    Example:
+        python train.py --reward=sigma --lambda-r=10 --kimg=0.016 --no-summary
+    """,
+)
+MODES.add("gan", GAN)

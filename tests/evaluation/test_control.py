@@ -9,7 +9,8 @@ import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.summary import control_figures
-from eg3d_rlhf.tuning.gan.settings import Settings, input_files
+from eg3d_rlhf.tuning.gan.run import input_files
+from eg3d_rlhf.tuning.gan.settings import Settings
 
 
 def settings(*flags: str) -> dict:
@@ -24,7 +25,7 @@ def test_the_recorded_control_is_that_of_the_demo():
     found = control_figures(settings(), 1.5)
     recorded = json.loads(bundled.CONTROL.read_text())["tuned_delta_mean"]
     assert found == {"control_delta_mean": recorded, "control_source": bundled.CONTROL.name}
-    assert control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--rlr=0.1"), 1.5) == found
+    assert control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--set=rlr=0.1"), 1.5) == found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Presets: which row applies, what a network file decides, what a released checkpoint resolves to; records of earlier versions."""
+"""Presets: which row applies, what a network file decides, what a released checkpoint resolves to."""
 
 import copy
 import json
@@ -8,8 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.modes import gan as experiment
-from eg3d_rlhf.tuning.gan.settings import PRESETS, REWARDED, SCRATCH, TUNING, Settings, resolve
+from eg3d_rlhf.modes.gan import HEADS, PRESETS, resolve
+from eg3d_rlhf.tuning.gan.run import open_networks
+from eg3d_rlhf.tuning.gan.settings import REWARDED, SCRATCH, TUNING, Settings
 from tests import tiny_runs
 from tests.generators.pickles.writer import SnapshotWriter, stock_networks
 
@@ -90,34 +91,32 @@ def test_what_depends_on_the_task_and_is_no_flag(tiny_networks):
 def test_every_family_has_a_row_for_every_task():
     families = {"ffhq", "afhq", "shapenet", "heads64"}
     assert set(PRESETS) == {(family, task) for family in families for task in (SCRATCH, TUNING, REWARDED)}
-    names = Settings(task=SCRATCH).to_dict().keys() | {"ema_rampup", "ada_kimg"}
+    names = Settings(task=SCRATCH).to_dict().keys() | {"ema_rampup", "ada_kimg"}  # no knobs: the task alone decides them
     assert all(row.keys() <= names for row in PRESETS.values())
 
 
+def test_the_main_run_is_written_out():
+    """`HEADS` holds every number of `python train.py --reward=sigma --lambda-r=10`, and no other."""
+    settings = resolve({"reward": "sigma", "lambda_r": 10.0})
+    ruled = {"task", "cfg", "init", "reward", "reward_ckpt", "reward_watch", "seed", "desc", "device", "no_summary"}  # by flags and files
+    values = {**settings.to_dict(), "ema_rampup": settings.gan.ema_rampup, "ada_kimg": settings.gan.ada_kimg}
+    assert {name: value for name, value in values.items() if name not in ruled} == HEADS
+
+
 def test_minibatch_std_groups_of_a_loaded_network_are_the_runs(tiny_networks, tmp_path):
-    nets = experiment.open_networks(resolve({"init": str(tiny_networks), "mbstd_group": 2}), tiny_runs.RESOLUTION)
+    nets = open_networks(resolve({"init": str(tiny_networks), "mbstd_group": 2}), tiny_runs.RESOLUTION)
     assert nets.D.b4.mbstd.group_size == 2
     tiny_runs.networks.save(tmp_path / "saved.safetensors", nets)
     assert tiny_runs.networks.load(tmp_path / "saved.safetensors").D.b4.mbstd.group_size == 2
     assert resolve({"init": str(tmp_path / "saved.safetensors")}).net.mbstd_group == 2
-    own = experiment.open_networks(resolve({"init": str(tiny_networks)}), tiny_runs.RESOLUTION)
+    own = open_networks(resolve({"init": str(tiny_networks)}), tiny_runs.RESOLUTION)
     assert own.D.b4.mbstd.group_size == 4
 
 
 def test_records_are_read_as_they_were_written(tiny_networks):
     for settings in (resolve({}), resolve({"init": str(tiny_networks), "amp": "bf16"}), resolve({"reward": "sigma", "lambda_r": 3.0})):
         record = json.loads(json.dumps(settings.to_dict()))
-        assert Settings.recorded(record) == settings and Settings.recorded(record).to_dict() == record
-
-
-def test_records_of_earlier_versions(tiny_networks):
-    settings = resolve({"init": str(tiny_networks), "mbstd_group": 8})
-    old = {name: value for name, value in settings.to_dict().items() if name not in ("task", "amp")}
-    found = Settings.recorded(old)
-    assert found.gan.amp == "off" and found.task == "tuning" and found.gan.ema_rampup is None
-    assert found.net.mbstd_group is None, "was written, and not given to networks of --init"
-    fresh = Settings.recorded({k: v for k, v in resolve({"init": "scratch", "mbstd_group": 8}).to_dict().items() if k != "task"})
-    assert fresh.net.mbstd_group == 8 and fresh.task == "scratch" and fresh.gan.ema_rampup == 0.05
+        assert Settings.of(record) == settings and Settings.of(record).to_dict() == record
 
 
 def test_changed_settings_keep_the_others():

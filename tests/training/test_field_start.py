@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from scipy import stats
 
 import train
-from eg3d_rlhf.tuning.gan.settings import PRESETS, SCRATCH, Settings
+from eg3d_rlhf.modes.gan import PRESETS
+from eg3d_rlhf.tuning.gan.settings import SCRATCH, Settings
 from tests import tiny_runs
 from training import networks, starts
 from training.config import networks_for

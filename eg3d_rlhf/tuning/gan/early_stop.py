@@ -21,30 +21,11 @@ import torch
 from eg3d_rlhf.core.seeds import WATCH
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import KEPT, of, ws_of_seeds
-from eg3d_rlhf.tuning.gan.phase import REWARD, density_l1
+from eg3d_rlhf.tuning.gan.phase import density_l1
+from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
 from eg3d_rlhf.tuning.gan.watch import PSI
 from training import networks
-from training.config import check_knobs, knob
 from training.networks import RENDERED, Networks
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlyStopConfig:
-    """Whether a run keeps another snapshot than its last, and which."""
-
-    early_stop: float | None = knob(
-        None, "Keep the snapshot that the second reward and the distance choose; a further one must gain more than this.", REWARD,
-        metavar="STANDARD-ERRORS", low=0, shown="off: the last",
-    )
-    early_stop_distance: float | None = knob(
-        None, "With --early-stop: largest mean |σ - σ_ref| of a snapshot that is kept, raw density.", REWARD, metavar="DISTANCE", above=0,
-        shown="any",
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.early_stop is None and self.early_stop_distance is not None:
-            raise ValueError(f"--early-stop-distance={self.early_stop_distance:g}: expected --early-stop with it, got none. Add it.")
 
 
 def gain_in_errors(gain: np.ndarray) -> float:

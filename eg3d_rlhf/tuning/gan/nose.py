@@ -12,7 +12,6 @@ from eg3d_rlhf.generators import Generator
 
 PIXELS, FIRST, SIDE = 128, 53, 20  # of the published frontal map: its edge; rows and columns 53..72 are read
 PSI = 0.25  # truncation of the untuned samples
-KINDS = ("window", "violators")
 
 
 def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
@@ -29,7 +28,7 @@ def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool
 class NoseFloor(torch.nn.Module):
     """Least depth d* of untuned faces in the middle of the frontal map, and the loss below it.
 
-    Args: generator: the untuned one; ws: its samples at PSI, in batches [N, L, W]; kind: of KINDS, see `floor_loss`.
+    Args: generator: the untuned one; ws: its samples at PSI, in batches [N, L, W]; kind: of NOSE_FLOORS, see `floor_loss`.
     """
 
     floor: torch.Tensor

@@ -5,7 +5,6 @@ Letters: N batch, M reference samples, E embedding; observed [N, ...] is what th
 """
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -16,12 +15,12 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
 from eg3d_rlhf.rewards.evaluation import Network
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan import nose
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.gan.nose import PSI as NOSE_PSI
+from eg3d_rlhf.tuning.gan.nose import NoseFloor
+from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from training.gan_phases import Batch
 from training.phases import Loss, Phase
 
-REWARD = "Reward fine-tuning"  # title of its flags
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
 MOSTLY = 0.5  # share of untuned scores outside the trust region from which the user is warned
 
@@ -108,45 +107,9 @@ def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
     return low - 1.5 * (high - low), high + 1.5 * (high - low)
 
 
-def clip_bounds(spec: str, initial_shaped: torch.Tensor | None = None) -> tuple[float, float]:
-    """Bounds of the trust region.
-
-    Args:
-        spec: 'LOW,HIGH', 'none', or 'iqr': the quartiles of the untuned generator's shaped rewards, widened by 1.5 interquartile ranges.
-        initial_shaped: [M]; None: not known yet, so that 'iqr' is infinite.
-    Raises: ValueError for anything else.
-    """
-    if spec == "iqr" and initial_shaped is not None:
-        return widened_quartiles(initial_shaped)
-    if spec in ("none", "iqr"):
-        return -float("inf"), float("inf")
-    try:
-        low, high = (float(part) for part in spec.split(","))
-    except ValueError:
-        low, high = 0.0, 0.0
-    if not low < high:
-        raise ValueError(f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {spec!r}. Write e.g. --reward-clip=-10,10.")
-    return low, high
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """Settings of the reward phase."""
-
-    lambda_r: float = knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0)
-    lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
-    lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0)
-    lambda_nose: float = knob(0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", REWARD, low=0)
-    nose_floor: str = knob("window", "Its mean, over the window's pixels or the violators alone (published).", REWARD, choices=nose.KINDS)
-    reward_clip: str = knob("-10,10", "Trust region of the shaped reward.", REWARD, metavar="LOW,HIGH|iqr|none")
-    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=tuple(SHAPINGS))
-    anchor_resolution: int = knob(64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False)
-    truncation_psi: float = 1.0  # of the samples that are scored
-    anchor_psi: float = 0.7  # of the samples that are held to the reference
-
-    def __post_init__(self):
-        check_knobs(self)
-        clip_bounds(self.reward_clip)
+def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
+    """Bounds of the trust region; iqr: the quartiles of the untuned generator's shaped rewards [M], widened by 1.5 interquartile ranges."""
+    return widened_quartiles(initial_shaped) if spec == "iqr" else clip_range(spec)
 
 
 class RewardPhaseState(torch.nn.Module):
@@ -155,7 +118,7 @@ class RewardPhaseState(torch.nn.Module):
     bounds: torch.Tensor
 
     def __init__(
-        self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float], nose_floor: nose.NoseFloor | None = None
+        self, G_ref: torch.nn.Module, shaping: torch.nn.Module, bounds: tuple[float, float], nose_floor: NoseFloor | None = None
     ):
         super().__init__()
         self.G_ref = G_ref
@@ -183,8 +146,8 @@ class RewardTerms:
             shaping, bounds = self._calibrate()
             floor = None
             if config.lambda_nose > 0:
-                ws = ws_of_seeds(self.reference, CALIBRATION.all, nose.PSI, CUTOFF)
-                floor = nose.NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
+                ws = ws_of_seeds(self.reference, CALIBRATION.all, NOSE_PSI, CUTOFF)
+                floor = NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
         self.state = RewardPhaseState(G_ref, shaping, bounds, floor)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:

@@ -6,47 +6,48 @@ to it by the consistency term: gains of earlier rounds are in the labels, not in
 the reference stays the pretrained network). Labels of later rounds lose contrast, since better shapes differ less: the annotator keeps
 the noise of the first round, and the ledger says how many labels are wrong. Scales of the rounds' rewards differ: never compare raw ones.
 
-This file knows the order of the steps and the ledger; what a step does is handed in (eg3d_rlhf.modes.gan_rounds).
+    round-1/labels.jsonl    the round's own labels
+    round-1/pooled.jsonl    with those of all rounds before
+    round-1/reward/         the rewards' training, as tools/train_reward.py leaves it
+    round-1/tuning/         the generator's, as train.py leaves it
+    ledger.json             what was done, with hashes
 """
 
 import dataclasses
 import hashlib
 import json
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.experiments.process import StoppedError
+from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run
+from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
+from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, plan, reward_ensemble
+from eg3d_rlhf.preferences.dataset import split_by_seed
+from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
+from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
+from eg3d_rlhf.rewards.reward import check_reward, load_reward
+from eg3d_rlhf.rewards.run import Listener, RewardRun, run_reward_training
+from eg3d_rlhf.rewards.train import default_options, with_changes
+from eg3d_rlhf.tuning.gan import run as gan
+from eg3d_rlhf.tuning.gan.early_stop import consistency
+from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings
+from eg3d_rlhf.tuning.gan.watch import annotator_calibration
 from training import storage
-from training.config import check_knobs, knob
+from training.distributed import Ranks
+from training.gan import check_fit
+from training.phases import derive_seed
+from training.progress import tqdm
 
-ROUNDS = "Preference rounds"  # title of its flags
-LEDGER = "ledger.json"
-SYNTHETIC, PEOPLE = "synthetic", "people"
-PRETRAINED, LAST = "pretrained", "last"
+LEDGER, SUMMARY = "ledger.json", "summary.json"
 STEPS = ("labels", "reward", "tuned")  # of a round, in order
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundConfig:
-    """How many rounds there are, and what one consists of."""
-
-    rounds: int = knob(0, "Rounds of labels, rewards and tuning by --kimg each; 0: tune once, with --reward-ckpt.", ROUNDS, low=0)
-    round_pairs: int = knob(400, "Pairs to label in each round.", ROUNDS, metavar="PAIRS", low=1, high=10**5)
-    round_labels: str = knob(SYNTHETIC, "Who labels: the programmatic annotator, or people, for whom the run waits.", ROUNDS, choices=(
-        SYNTHETIC, PEOPLE))  # fmt: skip
-    round_doubtful: float = knob(
-        0.5, "Share of pairs over which the last round's rewards disagree; the others, and the first round's, are random.", ROUNDS,
-        metavar="0..1", low=0, high=1,
-    )
-    round_members: int = knob(5, "Rewards in an ensemble.", ROUNDS, low=1, high=100)
-    round_preset: str | None = knob(None, "Rewards' architecture, see tools/train_reward.py.", ROUNDS, metavar="NAME", shown="its default")
-    round_aggregate: str | None = knob(
-        None, "What the ensemble's scores become.", ROUNDS, metavar="NAME", shown="the mean of raw scores; see tools/train_reward.py"
-    )
-    round_start: str = knob(PRETRAINED, "Network that tuning starts from.", ROUNDS, choices=(PRETRAINED, LAST))
-
-    def __post_init__(self):
-        check_knobs(self)
+PSI = 1.0  # truncation of the shapes that are labelled
+Done = tuple[dict, list[Path]]
+Tune = Callable[[Settings, Path], Any]  # settings, folder of a round's tuning
 
 
 class Ledger:
@@ -111,11 +112,11 @@ class Work(Protocol):
     A step that was cut off is begun again, and then ends as it would have.
     """
 
-    def labels(self, number: int, ledger: Ledger) -> tuple[dict, list[Path]] | None: ...
+    def labels(self, number: int, ledger: Ledger) -> Done | None: ...
 
-    def reward(self, number: int, ledger: Ledger) -> tuple[dict, list[Path]] | None: ...
+    def reward(self, number: int, ledger: Ledger) -> Done | None: ...
 
-    def tuned(self, number: int, ledger: Ledger) -> tuple[dict, list[Path]] | None: ...
+    def tuned(self, number: int, ledger: Ledger) -> Done | None: ...
 
 
 def run_rounds(count: int, ledger: Ledger, work: Work) -> bool:
@@ -146,3 +147,197 @@ def table(ledger: Ledger) -> list[str]:
             f"{distance:<8s}  {watch}"
         )
     return lines
+
+
+# What a round's steps do.
+
+
+def check(s: Settings, ranks: Ranks) -> None:
+    """Raise ValueError for what would stop a round later: data, networks, rewards and seeds that do not fit."""
+    if ranks.world > 1:
+        raise ValueError(f"--rounds: expected one process, got {ranks.world}. Start without torchrun.")
+    config, kind = s.rounds, s.reward.reward
+    with naming("--round-pairs"):
+        for number in range(1, config.rounds + 1):
+            pairing(s, number, doubt=True)
+        split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
+    with naming("--round-preset"):
+        default_options(config.round_preset, kind)
+    with naming("--round-aggregate"):
+        RewardRun(out=Path(), members=config.round_members, aggregate=config.round_aggregate)
+    if config.round_labels == PEOPLE:
+        people()
+    nets = gan.open_networks(s, gan.open_dataset(s).resolution, warm_start=False)
+    check_fit(nets, s.gan, s.loop, 1)
+    if s.reward.reward_watch is not None:
+        with naming("--reward-watch"):
+            check_reward(load_reward(s.reward.reward_watch), load_generator(pretrained(s)).generator)
+
+
+def pretrained(s: Settings) -> Path:
+    """File of the network that everything starts from."""
+    return find_network(None if s.net.init == "bundled" else s.net.init)
+
+
+def people():
+    """What campaigns need. Raises: ValueError where the labelling application's packages are missing."""
+    try:
+        from eg3d_rlhf.people.label import launch
+    except ImportError as error:
+        raise ValueError(f"--round-labels=people: expected the labelling tool, got: {error}. pip install eg3d-rlhf[label].") from None
+    return launch
+
+
+def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()) -> PairingOptions:
+    """Which pairs a round draws; every round has seeds of its own. Args: doubt: whether rewards choose a share of them."""
+    config = s.rounds
+    known: dict[str, Any] = {} if config.round_labels == PEOPLE else {"gold": 0, "training": 0}
+    share: dict[str, Any] = {}
+    if doubt and config.round_doubtful > 0:
+        share = {"strategy": "active", "doubtful": config.round_doubtful, "rewards": rewards}
+    seed = derive_seed(s.loop.seed, "round", number) % MAX_SEED
+    of_round = partial(PairingOptions, pairs=config.round_pairs, psi=PSI, seed=seed, **known)
+    stride = of_round(strategy="active").seeds
+    return of_round(first_seed=PairingOptions.first_seed + (number - 1) * stride, **share)
+
+
+class Rounds:
+    """`Work` in the folder of a run. Args: tune: tunes in a folder, or goes on there."""
+
+    def __init__(self, s: Settings, folder: Path, tune: Tune):
+        self.s, self.folder, self.tune = s, folder, tune
+        self.device, self.first = choose_device(s.run.device), pretrained(s)
+
+    def of(self, number: int) -> Path:
+        """Folder of a round."""
+        return self.folder / f"round-{number}"
+
+    def networks(self, number: int, ledger: Ledger) -> list[Path]:
+        """The generators that rounds up to `number` have labelled, this round's last."""
+        return [self.first, *ledger.files("tuned")][:number]
+
+    # Labels.
+
+    def labels(self, number: int, ledger: Ledger) -> Done | None:
+        """Draw pairs from the current generator and have them labelled."""
+        rewards = self._doubters(number, ledger)
+        options = pairing(self.s, number, bool(rewards), rewards)
+        generator = load_generator(self.networks(number, ledger)[-1], self.device)
+        label = self._ask if self.s.rounds.round_labels == PEOPLE else self._annotate
+        found = label(number, ledger, generator, options)
+        return None if found is None else ({"by": self.s.rounds.round_labels, "generator": generator.hash, **found[0]}, found[1])
+
+    def _doubters(self, number: int, ledger: Ledger) -> tuple[str, ...]:
+        """File of the rewards whose disagreement chooses pairs; none in the first round, and where there is but one reward."""
+        files = ledger.files("reward")[: number - 1]
+        return (str(files[-1]),) if files and len(load_reward(files[-1]).members()) > 1 else ()
+
+    def _annotate(self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions) -> Done:
+        """Labels by the programmatic annotator, with the noise of the first round's."""
+        planned: Plan = plan(options, generator, ensemble=reward_ensemble(options, generator) if options.rewards else None)
+        pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
+        asked = AnnotationOptions(pairs=len(pairs), psi=options.psi, seed=options.seed)
+        known = ledger.rounds[0].get("labels", {}).get("temperature")
+        with tqdm(total=2 * len(pairs), unit="seed", desc=f"round {number}: judging") as bar:
+            found = annotate(
+                generator.generator, asked, lambda result: bar.update() and None, pairs=pairs, temperature=known,
+                calibration=annotator_calibration(),
+            )
+        path = write_labels(self.of(number) / "labels.jsonl", found.preferences(generator.hash))
+        figures = {
+            "count": len(pairs), "noise": sum(not label.clean for label in found.labels) / len(pairs), "temperature": found.temperature,
+            "utility": float(found.utilities.mean()), "chosen_by_doubt": len(planned.report.get("why", ())),
+            "disagreement": planned.report.get("disagreement_chosen"),
+        }  # fmt: skip
+        return figures, [path]
+
+    def _ask(self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions) -> Done | None:
+        """Labels by people: the first call makes a campaign and says how to answer it; a later one reads what they have answered."""
+        campaigns, name = people(), f"round-{number}"
+        url = f"sqlite:///{(self.folder / 'labels.db').resolve()}"
+        if campaigns.make_round(url, name, generator.path, options):
+            print(f"Round {number} waits for people. Label with: {campaigns.label_command(url, name)}")
+            print(f"Then go on with: python train.py --resume={self.folder}", flush=True)
+            return None
+        with naming("--resume"):
+            labels = campaigns.round_labels(url, name, generator, options.pairs)
+            split_by_seed([*(label for path in ledger.files("labels") for label in load_labels(path)), *labels])
+        path = write_labels(self.of(number) / "labels.jsonl", labels)
+        ties = sum(label.tie for label in labels)
+        doubted = round(options.pairs * options.doubtful) if options.rewards else 0
+        return {"count": len(labels), "ties": ties, "noise": None, "chosen_by_doubt": doubted}, [path]
+
+    # Rewards.
+
+    def reward(self, number: int, ledger: Ledger) -> Done | None:
+        """Train the rewards from scratch on the labels of all rounds so far."""
+        labels = [label for path in ledger.files("labels") for label in load_labels(path)]
+        pooled, out = write_labels(self.of(number) / "pooled.jsonl", labels), self.of(number) / "reward"
+        config, kind, (network, *others) = self.s.rounds, self.s.reward.reward, self.networks(number, ledger)
+        run = RewardRun(
+            out=out, network=network, more_networks=tuple(others), labels=LabelSource.of_file(pooled), observation=kind,
+            members=config.round_members, aggregate=config.round_aggregate, resume=(out / OPTIONS).is_file(), device=str(self.device),
+            train=with_changes(default_options(config.round_preset, kind), seed=self.s.loop.seed),
+        )
+        print(f"Round {number}: training {run.members} rewards on {len(labels)} labels.", flush=True)
+        try:
+            report = run_reward_training(run, Listener(bar=partial(_bar, number)))
+        except StoppedError as stopped:
+            print(f"{str(stopped).capitalize()}. Continue with --resume={self.folder}", flush=True)
+            return None
+        assert report is not None
+        test, clean = report["test"]["labels"], report["test"].get("clean")
+        figures = {
+            "pooled": len(labels), "labels": report["labels_sha256"], "splits": report["splits"], "members": run.members,
+            "test_accuracy": (clean or test)["accuracy"], "test_against": "noise-free order" if clean else "labels",
+        }  # fmt: skip
+        return figures, [out / "reward.safetensors", out / "reward.json", pooled]
+
+    # Tuning.
+
+    def tuned(self, number: int, ledger: Ledger) -> Done | None:
+        """Tune with the round's rewards, from the pretrained network or the last, held to the pretrained one in either case."""
+        folder, own = self.of(number) / "tuning", self.settings(number, ledger)
+        print(f"Round {number}: tuning.", flush=True)
+        self.tune(own, folder)
+        ticks = [json.loads(line) for line in (folder / STATS).read_text().splitlines()] if (folder / STATS).is_file() else []
+        if not ticks or ticks[-1]["nimg"] < round(own.loop.kimg * 1000):
+            print(f"Continue with --resume={self.folder}", flush=True)
+            return None
+        path = find_network(folder)
+        after, before = load_generator(path, self.device), load_generator(self.first, self.device)
+        tick = next((tick for tick in ticks if tick["nimg"] == after.nets.cur_nimg), ticks[-1])
+        watched = {name.removeprefix("Watch/"): value["mean"] for name, value in tick.items() if name.startswith("Watch/")}
+        watched.pop("distance", None)  # stated apart, whether an early stop took it or not
+        distance = consistency(after.G, before.G, own.reward.terms.anchor_resolution)
+        figures = {
+            "generator": after.hash, "images": after.nets.cur_nimg, "distance": float(distance.mean()), "watch": watched,
+            "start": self.s.rounds.round_start,
+        }  # fmt: skip
+        return figures, [path]
+
+    def settings(self, number: int, ledger: Ledger) -> Settings:
+        """Of a round's tuning: the run's own, with the round's rewards; the last round alone is summarised."""
+        s, more = self.s, {}
+        if s.rounds.round_start == LAST and number > 1:
+            more = {"init": str(ledger.files("tuned")[number - 2]), "reference": str(self.first)}
+        no_summary = s.run.no_summary or number < s.rounds.rounds
+        changed = s.changed(reward_ckpt=str(ledger.files("reward")[number - 1]), no_summary=no_summary, **more)
+        return dataclasses.replace(changed, rounds=RoundConfig())
+
+
+def _bar(number: int, total: int, what: str) -> Callable[[int], None]:
+    bar = tqdm(total=total, desc=f"round {number}: {what}", dynamic_ncols=True)
+    return lambda done: bar.update(done) and None
+
+
+def work(s: Settings, run: Run, tune: Tune) -> None:
+    """Do what is left of the rounds of a run."""
+    print(f"{s.rounds.rounds} rounds of {s.rounds.round_pairs} pairs.", flush=True)
+    ledger = Ledger(run.folder)
+    if run_rounds(s.rounds.rounds, ledger, Rounds(s, run.folder, tune)):
+        last = run.folder / f"round-{s.rounds.rounds}" / "tuning"
+        summary = json.loads((last / SUMMARY).read_text()) if (last / SUMMARY).is_file() else {}
+        run.write(SUMMARY, {**summary, "rounds": ledger.rounds, "seconds": time.time() - run.began})
+        print("\n" + "\n".join(table(ledger)))
+        print(f"\nWritten to {run.folder}: {LEDGER}, {SUMMARY}. The last round's run, for reports: {last}", flush=True)

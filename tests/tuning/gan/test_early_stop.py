@@ -82,7 +82,7 @@ def flags(tiny_reward, tmp_path_factory):
     first = load_reward(tiny_reward)
     torch.manual_seed(5)
     second = Reward(first.observation, RewardModel(first.network.arch)).save(tmp_path_factory.mktemp("second") / "second.safetensors")
-    lengths = ("--kimg=0.024", "--tick=0.008", "--snap=1", "--rlr=0.02")
+    lengths = ("--kimg=0.024", "--tick=0.008", "--snap=1", "--set=rlr=0.02")
     return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={second}", *lengths)
 
 
@@ -90,7 +90,8 @@ def flags(tiny_reward, tmp_path_factory):
 def stopped(tiny_data, tiny_networks, flags, tmp_path_factory):
     """A run of three ticks that may not go far from the reference."""
     folder = tmp_path_factory.mktemp("stopped")
-    return tiny_runs.whole_run(tiny_data, tiny_networks, folder, *flags, "--no-summary", "--early-stop=0", "--early-stop-distance=0.0001")
+    flags += ("--no-summary", "--early-stop=0", "--set=early_stop_distance=0.0001")
+    return tiny_runs.whole_run(tiny_data, tiny_networks, folder, *flags)
 
 
 def lines(folder):
@@ -113,7 +114,7 @@ def test_a_run_keeps_a_snapshot_and_trains_as_without(stopped, tiny_data, tiny_n
 
 
 def test_resumed_equals_straight(stopped, tiny_data, tiny_networks, flags, tmp_path):
-    more = ("--no-summary", "--early-stop=0", "--early-stop-distance=0.0001", "--kimg=0.016")
+    more = ("--no-summary", "--early-stop=0", "--set=early_stop_distance=0.0001", "--kimg=0.016")
     folder = tiny_runs.whole_run(tiny_data, tiny_networks, tmp_path, *flags, *more)
     (folder / KEPT).unlink()
     assert tiny_runs.run(f"--resume={folder}", "--kimg=0.024").exit_code == 0
@@ -135,7 +136,7 @@ def test_the_summary_judges_what_was_kept(tiny_data, tiny_networks, flags, tmp_p
     monkeypatch.setattr(summary, "reward_shift", shift)
     monkeypatch.setattr(summary, "geometry", lambda c: {"geometry": []})
     monkeypatch.setattr(summary, "write_pictures", lambda c, folder: [])
-    more = (*flags, "--early-stop=0", "--early-stop-distance=1e-4")
+    more = (*flags, "--early-stop=0", "--set=early_stop_distance=1e-4")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, *more))
     assert result.exit_code == 0, result.output
     folder = tiny_runs.only_run(tmp_path)
@@ -160,7 +161,7 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
     ("more", "text"),
     [
         (["--early-stop=1"], "--early-stop: expected --reward, whose scores choose the snapshot, got none"),
-        (["--early-stop-distance=1"], "--early-stop-distance=1: expected --early-stop with it, got none. Add it."),
+        (["--set=early_stop_distance=1"], "--early-stop-distance=1: expected --early-stop with it, got none. Add it."),
     ],
 )
 def test_bad_input_is_one_line(more, text, tmp_path):

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import latents, load_generator, of
-from eg3d_rlhf.modes import gan as experiment
+from eg3d_rlhf.modes import gan as gan_mode
+from eg3d_rlhf.modes.gan import GAN
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan import settings as gan_settings
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
+from eg3d_rlhf.tuning.gan.run import build
 from tests import tiny_runs
 from tests.tiny_runs import assert_same, state, train_flags
 from training import checkpoint, storage
@@ -34,7 +35,7 @@ def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
     def resolve(*flags: str) -> gan_settings.Settings:
         reward = [f"--reward-ckpt={tiny_reward}", f"--reward-watch={tiny_reward}", "--reward=sigma"] if "REWARD" in flags else []
         arguments = train_flags(tiny_data, tiny_networks, folder, *RUN, *reward, *[f for f in flags if f != "REWARD"])
-        return gan_settings.resolve(train.main.make_context("train", arguments).params)
+        return gan_mode.resolve(GAN.command.make_context("train", arguments).params)
 
     return resolve
 
@@ -47,9 +48,9 @@ def runs(settings, tmp_path_factory):
     found = {}
     for name, values in flags.items():
         s = settings(*values)
-        experiment_run = experiment.build(s, Run(folder / name, {}))
-        experiment_run.loop.run()
-        found[name] = (experiment_run, folder / name)
+        objects = build(s, Run(folder / name, {}))
+        objects.loop.run()
+        found[name] = (objects, folder / name)
     return found
 
 
@@ -83,7 +84,7 @@ def test_the_reference_never_changes(runs, tiny_networks):
 
 
 def test_the_reward_phase_moves_g_alone(settings, tmp_path):
-    loop = experiment.build(settings("REWARD"), Run(tmp_path, {})).loop
+    loop = build(settings("REWARD"), Run(tmp_path, {})).loop
     nets, phase = loop.subject.nets, loop.phases[-1]
     before_G, before_D, before_ema = state(nets.G), state(nets.D), state(nets.G_ema)
     loop.subject.begin(0)
@@ -253,7 +254,7 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
     tensors, _, _ = checkpoint.read(folder)
     names = {"phase_Grlhf.shaping.references", "phase_Grlhf.shaping.offset", "phase_Grlhf.bounds", "optim_Grlhf.0.exp_avg"}
     assert names <= set(tensors) and any(k.startswith("phase_Grlhf.G_ref.") for k in tensors)
-    experiment.resume(folder, previous=False)
+    GAN.go_on(GAN.read(folder), folder)
     assert (folder / "stats.jsonl").read_text() == (straight / "stats.jsonl").read_text()
     assert_same(*(storage.read_tensors(path / final.name)[0] for path in (straight, folder)))
 
@@ -263,7 +264,7 @@ def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp
     objects, straight = runs["ten"]
     s = gan_settings.Settings.of({**objects.loop.options, "init": str(tmp_path / "other.safetensors")})
     tiny_runs.networks.save(tmp_path / "other.safetensors", tiny_runs.build_networks(seed=9))
-    resumed = experiment.build(s, Run(tmp_path / "run", {})).loop
+    resumed = build(s, Run(tmp_path / "run", {})).loop
     before = state_hash(resumed.phases[-1].state.G_ref)
     shutil.copytree(straight, tmp_path / "run")
     resumed.resume(tmp_path / "run")

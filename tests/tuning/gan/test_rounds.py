@@ -13,11 +13,10 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes import gan as experiment
-from eg3d_rlhf.modes import gan_rounds as experiment_rounds
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.gan import rounds
+from eg3d_rlhf.tuning.gan import run as gan_run
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.rounds import Ledger, run_rounds, table
 from tests import tiny_rounds, tiny_runs
@@ -165,12 +164,12 @@ def cut(monkeypatch, where, name: str, after: bool, times: int = 1) -> None:
 
 
 CUTS = {  # where, function, after its work, at which call
-    "before labels are written": (experiment_rounds, "write_labels", False, 1), "before labels are noted": (Ledger, "note", False, 1),
+    "before labels are written": (rounds, "write_labels", False, 1), "before labels are noted": (Ledger, "note", False, 1),
     "in the rewards": ("eg3d_rlhf.rewards.train", "_epoch", True, 14), "rewards are stored": (Ledger, "note", False, 2),
-    "before tuning": (experiment, "run", False, 1), "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
+    "before tuning": (gan_run, "build", False, 1), "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
     "after tuning": (Ledger, "note", False, 3), "tuning is noted": (Ledger, "note", True, 3),
     "second round's labels": (Ledger, "note", False, 4),
-    "second round's rewards": ("eg3d_rlhf.rewards.run", "assess", True, 2), "all but the summary": (experiment_rounds, "table", False, 1),
+    "second round's rewards": ("eg3d_rlhf.rewards.run", "assess", True, 2), "all but the summary": (rounds, "table", False, 1),
 }  # fmt: skip
 
 
@@ -236,7 +235,7 @@ def test_killed_between_steps_it_goes_on(straight, shaped, tiny_reward, tmp_path
 
 @pytest.mark.long
 def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(straight, shaped, tiny_reward, tmp_path):
-    result = tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, tmp_path, "--round-start=last"))
+    result = tiny_runs.run(*tiny_rounds.flags(shaped, tiny_reward, tmp_path, "--set=round_start=last"))
     assert result.exit_code == 0, result.output
     folder = tiny_runs.only_run(tmp_path)
     first, second = ledger_of(folder)
@@ -262,8 +261,8 @@ MISTAKES = {
     "other data": (["--reward=sigma", "--rounds=1", "--data=x.zip"], "--round-labels: expected people for --data=x.zip, got synthetic"),
     "too few": (["--reward=sigma", "--rounds=1", "--round-pairs=2"], "--round-pairs: split_by_seed: expected labels in every split"),
     "held out": (["--reward=sigma", "--rounds=3", "--round-pairs=50000"], "--round-pairs: --first-seed=10000, 200000 seeds: expected"),
-    "preset": (["--reward=sigma", "--rounds=1", "--round-preset=huge"], "--round-preset: reward preset: expected one of"),
-    "aggregate": (["--reward=sigma", "--rounds=1", "--round-aggregate=median"], "--round-aggregate"),
+    "preset": (["--reward=sigma", "--rounds=1", "--set=round_preset=huge"], "--round-preset: reward preset: expected one of"),
+    "aggregate": (["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"], "--round-aggregate"),
     "watch": (["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"], "--reward-watch: load_reward"),
 }  # fmt: skip
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.gan.phase import SHAPINGS, ReferenceWins, RewardConfig, clip_bounds, density_l1, front_growth
+from eg3d_rlhf.tuning.gan import settings
+from eg3d_rlhf.tuning.gan.phase import SHAPINGS, ReferenceWins, clip_bounds, density_l1, front_growth
+from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 
 
 class LinearReward:
@@ -90,7 +92,7 @@ def test_reference_wins_has_a_gradient_in_the_slab():
 def test_unknown_shaping():
     with pytest.raises(ValueError, match="--reward-shaping: expected one of none, standardised, softplus, reference, got 'cubic'"):
         RewardConfig(reward_shaping="cubic")
-    assert tuple(SHAPINGS) == ("none", "standardised", "softplus", "reference")
+    assert tuple(SHAPINGS) == settings.SHAPINGS
 
 
 def test_clip_bounds():
@@ -107,7 +109,7 @@ def test_clip_bounds():
 @pytest.mark.parametrize("spec", ["5,1", "1,1", "1", "1,2,3", "a,b", "", "nan,1", "1,nan"])
 def test_clip_mistakes(spec):
     with pytest.raises(ValueError, match="--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none"):
-        clip_bounds(spec)
+        clip_range(spec)
 
 
 def test_density_l1_is_the_mean_absolute_difference():
