@@ -110,6 +110,10 @@ class AugmentPipe(torch.nn.Module):
     `Hz_geom` [12] (low-pass for geometry), `Hz_fbank` [4, 43] (frequency bands).
     """
 
+    p: torch.Tensor
+    Hz_geom: torch.Tensor
+    Hz_fbank: torch.Tensor
+
     def __init__(self, **options):
         super().__init__()
         self.options = AugmentOptions(**options)
@@ -255,7 +259,8 @@ def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int,
     far = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
     far = far + 2 * reach - g.new_tensor([cx, cx, cy, cy])
     limit = g.new_tensor([width - 1, width - 1, height - 1, height - 1])
-    return tuple(int(m) for m in far.clamp(min=0).minimum(limit).ceil().tolist())
+    left, right, top, bottom = (int(m) for m in far.clamp(min=0).minimum(limit).ceil().tolist())
+    return left, right, top, bottom
 
 
 def _recolour(images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Resumable state: everything that a run needs to continue exactly, in one atomic file, the last two kept."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
         if not source.exists():
             raise FileNotFoundError(f"--resume: expected a run folder or checkpoint file, got nothing at {source}. Check the path.")
         candidates = [source, *[p for p in available(source.parent)[::-1] if p.name < source.name]]
-    for path, older in itertools.pairwise([*candidates, None]):
+    for path, older in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             return *storage.read_tensors(path, "checkpoint"), path
         except ValueError as error:

@@ -53,7 +53,7 @@ def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
         if isinstance(hint, types.UnionType):
             hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
         if dataclasses.is_dataclass(hint):
-            found += knobs_of(hint)
+            found += knobs_of(typing.cast(type, hint))
         elif "knob" in field.metadata:
             found.append((field, hint, field.metadata["knob"]))
     return found
@@ -87,7 +87,7 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
     return given
 
 
-def check_knobs(settings: object) -> None:
+def check_knobs(settings: typing.Any) -> None:
     """Apply the ranges and choices of a settings object's own knobs; for its __post_init__.
 
     Raises: ValueError naming the field.
@@ -260,7 +260,7 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
     dim = 128 if small else 512
     channels = {"channel_base": net.cbase, "channel_max": net.cmax}
     sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if small else dict(channels)
-    G = {
+    G: dict[str, typing.Any] = {
         "z_dim": 64 if small else 512, "c_dim": 25, "w_dim": dim, "img_resolution": resolution, "img_channels": 3,
         "mapping_kwargs": {"num_layers": net.map_depth}, "rendering_kwargs": rendering, "conv_clamp": None,
         "num_fp16_res": net.g_num_fp16_res, "sr_num_fp16_res": net.sr_num_fp16_res,

@@ -45,7 +45,7 @@ class ImageFiles:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._archive = None
+        self._archive: zipfile.ZipFile | None = None
         self._folder = self.path.is_dir()  # and not when it is read: it may vanish meanwhile
         if self._folder:
             entries = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
@@ -102,14 +102,14 @@ class ImageFiles:
             with PIL.Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > _PIXEL_LIMIT:
                     raise ValueError(f"{image.width}x{image.height} is too large")
-                image = image.copy()
+                picture = image.copy()
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{where}: expected a whole image, got {len(data)} bytes that cannot be decoded ({error}). Replace or remove the file."
             ) from error
         if image.mode not in ("L", "RGB"):
-            raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {image.mode}. Convert it to RGB.")
-        return image
+            raise ValueError(f"{where}: expected an 8-bit RGB or greyscale image, got mode {picture.mode}. Convert it to RGB.")
+        return picture
 
     def read_image(self, entry: str) -> np.ndarray:
         """Pixels [C, H, W] uint8 of an entry, C = 1 or 3.
@@ -264,7 +264,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._raw_index = np.tile(keep, 2) if xflip else keep
         self._flipped = np.arange(len(self._raw_index)) >= len(keep)
         self.in_memory = n * int(np.prod(self._shape)) < CACHE_LIMIT  # whether images stay there once decoded
-        self._cache = self._known = None
+        self._cache: np.ndarray | None = None
+        self._known: np.ndarray | None = None
 
     def __getstate__(self):
         return {**self.__dict__, "_cache": None, "_known": None}
@@ -281,7 +282,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if self._cache is None and self.in_memory:
             self._cache = np.empty((len(self._files.images), *self._shape), np.uint8)  # pages are claimed as they are filled
             self._known = np.zeros(len(self._cache), bool)
-        if self._cache is not None and self._known[raw]:
+        if self._cache is not None and self._known is not None and self._known[raw]:
             return self._cache[raw]
         image = self._files.read_image(self._files.images[raw])
         if image.shape != self._shape:
@@ -290,7 +291,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 f"{where}: expected {list(self._shape)} (channels, height, width) as in {first!r}, got {list(image.shape)}. "
                 "All images must have one size and kind."
             )
-        if self._cache is not None:
+        if self._cache is not None and self._known is not None:
             self._cache[raw] = image
             self._known[raw] = True
         return image
@@ -384,16 +385,17 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         window = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
             random.shuffle(order)
-        order, back = order.tolist(), iter(())
+        shuffled: list[int] = order.tolist()
+        back = iter(list[int]())
         for position in itertools.count():
             i = position % n
             if position >= self.start_index and position % self.num_replicas == self.rank:
-                yield order[i]
+                yield shuffled[i]
             if window >= 2:
                 if position % _DRAWS == 0:  # many at once give the same numbers as one by one
                     back = iter(random.randint(window, size=_DRAWS).tolist())
                 j = (i - next(back)) % n
-                order[i], order[j] = order[j], order[i]
+                shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
 
 
 # Work done ahead by worker processes, its results in the order of the tasks

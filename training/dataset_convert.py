@@ -49,9 +49,15 @@ class ConvertOptions:
             raise ValueError(f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}. Raise it.")
         if self.transform is not None and self.resolution is None:
             raise ValueError(f"--transform={self.transform}: expected --resolution=WxH with it, got none. Add it.")
-        if self.transform == "center-crop-wide" and self.resolution[0] < self.resolution[1]:
-            got = "x".join(map(str, self.resolution))
+        if self.transform == "center-crop-wide" and self.size[0] < self.size[1]:
+            got = "x".join(map(str, self.size))
             raise ValueError(f"--resolution: expected W >= H for center-crop-wide, got {got}. Swap them.")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The resolution, which goes with every transform."""
+        assert self.resolution is not None
+        return self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int
     """(left, top, right, bottom) in pixels of the part that is kept: the largest centred one of the wanted aspect ratio."""
     if options.transform is None:
         return 0, 0, width, height
-    w, h = (1, 1) if options.transform == "center-crop" else options.resolution
+    w, h = (1, 1) if options.transform == "center-crop" else options.size
     scale = min(width / w, height / h)
     kept_w, kept_h = max(1, round(w * scale)), max(1, round(h * scale))
     left, top = (width - kept_w) // 2, (height - kept_h) // 2
@@ -101,7 +107,7 @@ def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, hei
     k[0, 2] -= left / (right - left)
     k[1, 2] -= top / (bottom - top)
     if options.transform == "center-crop-wide":
-        w, h = options.resolution
+        w, h = options.size
         k[1] *= h / w
         k[1, 2] += ((w - h) // 2) / w
     return np.concatenate([label[:POSE_NUMBERS], k.reshape(-1)])
@@ -146,7 +152,7 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
 
 def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
     """Labels of one source image's outputs; untouched numbers stay as stored."""
-    padded = options.transform == "center-crop-wide" and options.resolution[0] != options.resolution[1]
+    padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
     if isinstance(label, list) and len(label) == LABEL_NUMBERS and (padded or crop_box(options, *size) != (0, 0, *size)):
         label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
     if not options.mirror:
@@ -182,7 +188,9 @@ def convert_dataset(
     """
     files, dest = ImageFiles(Path(source)), Path(dest)
     labels, entries, target = read_labels(files, options), files.images[: options.max_images], options.resolution
-    rows, enlarged, cropped, first = [], 0, 0, None
+    rows: list[list] = []
+    first: tuple[int, int, int] | None = None
+    enlarged, cropped = 0, 0
     files.close()
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     killed = "dataset_tool: expected the workers to live, got one killed. Free memory or use --workers=1."
@@ -200,6 +208,7 @@ def convert_dataset(
             cropped += labels is not None and outputs[0] is not labels[i]
             on_image(1)
         write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
+    assert first is not None  # a set without images is refused when it is opened
     length = 0 if labels is None else len(labels[0]) if isinstance(labels[0], list) else 1
     return Converted(images=len(rows), shape=first, labels=length, enlarged=enlarged, cropped_labels=cropped)
 

@@ -59,17 +59,19 @@ class DiscriminatorBlock(torch.nn.Module):
         def layer(*args, **kwargs) -> Conv2dLayer:
             trainable = first_layer_idx + self.num_layers >= freeze_layers
             self.num_layers += 1
-            return Conv2dLayer(*args, trainable=trainable, conv_clamp=kwargs.pop("clamp", conv_clamp), **kwargs)
+            kwargs = {"conv_clamp": conv_clamp, "trainable": trainable, **kwargs}
+            return Conv2dLayer(*args, **kwargs)
 
         if in_channels == 0:
             self.fromrgb = layer(img_channels, tmp_channels, 1, activation="lrelu")
         self.conv0 = layer(tmp_channels, tmp_channels, 3, activation="lrelu")
         self.conv1 = layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
-        self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, clamp=None)
+        self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, conv_clamp=None)
 
     def forward(self, x: torch.Tensor | None, img: torch.Tensor | None, force_fp32: bool = False) -> torch.Tensor:
         """x [N, C, R, R] (None in the first block), img [N, I, R, R] (first block only) -> [N, O, R/2, R/2]."""
         source = x if x is not None else img
+        assert source is not None
         half = self.use_fp16 and not force_fp32 and source.device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
         fast = convolution_layout(source.device, self.resolution, self.conv1.weight.shape[0])
@@ -101,6 +103,7 @@ class DiscriminatorEpilogue(torch.nn.Module):
             x = self.mbstd(x)
         x = self.out(self.fc(self.conv(x).flatten(1)))
         if self.cmap_dim > 0:
+            assert cmap is not None
             x = (x * cmap).sum(dim=1, keepdim=True) * (1 / math.sqrt(self.cmap_dim))
         return x
 

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -71,7 +72,7 @@ class Gan:
 
     def __init__(
         self, nets: networks.Networks, dataset: ImageFolderDataset, config: GanConfig, loop: LoopConfig, *,
-        augment_pipe: torch.nn.Module | None = None, ranks: Ranks = SINGLE, workers: int = 0,
+        augment_pipe: Any = None, ranks: Ranks = SINGLE, workers: int = 0,
     ):
         assert nets.G is not None and nets.D is not None
         self.nets, self.dataset, self.config, self.loop = nets, dataset, config, loop
@@ -139,9 +140,10 @@ class Gan:
         def rows(turn: int) -> Batch:
             torch.manual_seed(seed)  # every round draws what follows the latents of the whole batch
             z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
-            real = (x[turn :: layout.here].contiguous() for x in self._fetched)  # of the rows that this rank has
+            assert self._fetched is not None
+            real, real_c = (x[turn :: layout.here].contiguous() for x in self._fetched)  # of the rows that this rank has
             gen_z, gen_c, other_c = (x[layout.rows(turn)].contiguous() for x in (z, c, swap_c))
-            return Batch(*real, gen_z, gen_c, cur_nimg, other_c, range(layout.batch)[layout.rows(turn)])
+            return Batch(real, real_c, gen_z, gen_c, cur_nimg, other_c, range(layout.batch)[layout.rows(turn)])
 
         return rows
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def r1_penalty(real_logits: torch.Tensor, *fed: torch.Tensor) -> torch.Tensor:
     Returns: [N]. Differentiable in the discriminator's parameters (second order).
     """
     gradients = torch.autograd.grad(outputs=[real_logits.sum()], inputs=list(fed), create_graph=True, only_inputs=True)
-    return sum(g.square().sum(dim=[1, 2, 3]) for g in gradients)
+    return sum(g.square().sum(dim=[1, 2, 3]) for g in gradients)  # type: ignore[return-value]
 
 
 def density_l1(sigma: torch.Tensor) -> torch.Tensor:
@@ -129,7 +130,7 @@ class GanPhases:
     are never modified in place; `reg_type` values that EG3D accepts without effect are errors.
     """
 
-    def __init__(self, G: torch.nn.Module, D: torch.nn.Module, config: GanConfig, augment_pipe: torch.nn.Module | None = None):
+    def __init__(self, G: Any, D: Any, config: GanConfig, augment_pipe: torch.nn.Module | None = None):
         self.G, self.D, self.config, self.augment_pipe = G, D, config, augment_pipe
 
     def ws(

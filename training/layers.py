@@ -65,6 +65,10 @@ class Conv2dLayer(torch.nn.Module):
     Order: convolution (with up- or downsampling by the [1,3,3,1] filter), bias, activation, gain, clamp.
     """
 
+    weight: torch.Tensor  # both are buffers where the layer is frozen
+    bias: torch.Tensor | None
+    resample_filter: torch.Tensor
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, activation: str = "linear", up: int = 1,
         down: int = 1, conv_clamp: float | None = None, trainable: bool = True,
@@ -110,6 +114,11 @@ def block_resolutions(resolution: int) -> list[int]:
     return [2**i for i in range(2, log2 + 1)]
 
 
+def _given(x: torch.Tensor | None) -> torch.Tensor:
+    assert x is not None, "a mapping network with z_dim > 0 or c_dim > 0 takes that input"
+    return x.to(torch.float32)
+
+
 class MappingNetwork(torch.nn.Module):
     """StyleGAN2 mapping network with label embedding.
 
@@ -117,6 +126,8 @@ class MappingNetwork(torch.nn.Module):
     makes a label-only mapping (the discriminator's), `num_ws = None` a single vector without the L axis and without `w_avg`.
     `last_activation` is the last layer's, where it is another one.
     """
+
+    w_avg: torch.Tensor
 
     def __init__(
         self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, embed_features: int | None = None,
@@ -153,9 +164,9 @@ class MappingNetwork(torch.nn.Module):
         """
         parts = []
         if self.z_dim > 0:
-            parts.append(normalize_2nd_moment(z.to(torch.float32)))
+            parts.append(normalize_2nd_moment(_given(z)))
         if self.c_dim > 0:
-            parts.append(normalize_2nd_moment(self.embed(c.to(torch.float32))))
+            parts.append(normalize_2nd_moment(self.embed(_given(c))))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)

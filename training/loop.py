@@ -230,9 +230,9 @@ class TrainingLoop:
         for name, optimizer in self._optimizers().items():
             checkpoint.restore_optimizer(name, optimizer, tensors)
         self.cur_nimg, self.batch_idx, self.cur_tick = meta["cur_nimg"], meta["batch_idx"], meta["cur_tick"]
-        self.next_tick = meta.get("next_tick")  # files of earlier versions were written at ticks only
+        self.next_tick = meta["next_tick"]
         # Each rank's own sums, so that the order of additions stays; another number of ranks shares those of the old ones.
-        every = meta.get("rank_stats") or [{name: meta[name] for name in self.collectors}]  # earlier versions had one rank
+        every = meta["rank_stats"]
         for name, collector in self.collectors.items():
             sums = {key: [0.0, 0.0, 0.0] for key in every[0][name]}
             for state in every[self.ranks.rank :: self.ranks.world]:

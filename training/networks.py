@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,9 +31,9 @@ def classes_of_eg3d(name: str) -> Classes:
 class Networks:
     """A generator, its moving average and its discriminator, with their constructor arguments."""
 
-    G: torch.nn.Module | None
-    D: torch.nn.Module | None
-    G_ema: torch.nn.Module
+    G: Any  # modules of any family, whose attributes are their own; G and D may be None
+    D: Any
+    G_ema: Any
     G_kwargs: dict
     D_kwargs: dict | None
     training_set: dict  # what the networks were trained on: name, resolution
@@ -59,7 +60,7 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
     """Write a network file (safetensors + JSON header)."""
     modules = {"G_ema": networks.G_ema} if only_ema else {"G": networks.G, "D": networks.D, "G_ema": networks.G_ema}
     tensors = {f"{name}.{k}": v for name, module in modules.items() if module is not None for k, v in module.state_dict().items()}
-    meta = {
+    meta: dict[str, Any] = {
         "architecture": networks.architecture, "G_kwargs": networks.G_kwargs, "D_kwargs": networks.D_kwargs,
         "training_set": networks.training_set, "cur_nimg": networks.cur_nimg,
     }
@@ -85,7 +86,7 @@ def load(
     make_G, make_D = classes(name)
     if freeze_layers is not None and any(k.startswith("D.") for k in tensors):
         meta["D_kwargs"]["block_kwargs"] = {**meta["D_kwargs"].get("block_kwargs", {}), "freeze_layers": freeze_layers}
-    modules: dict[str, torch.nn.Module | None] = {}
+    modules: dict[str, Any] = {}
     for part, make, kwargs in (("G_ema", make_G, meta["G_kwargs"]), ("G", make_G, meta["G_kwargs"]), ("D", make_D, meta["D_kwargs"])):
         own = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
         modules[part] = module = _make(make, kwargs, f"{path} ({part})") if own or part == "G_ema" else None
@@ -94,11 +95,11 @@ def load(
             module.train(part != "G_ema").requires_grad_(False)
             if part != "D" and RENDERED in meta:
                 module.neural_rendering_resolution = meta[RENDERED]
-    networks = Networks(**modules, **{k: meta[k] for k in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")}, architecture=name)
-    return networks.to(device)
+    facts: dict[str, Any] = {k: meta[k] for k in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")}
+    return Networks(**modules, **facts, architecture=name).to(device)
 
 
-def _make(cls: type[torch.nn.Module], kwargs: dict, who: str) -> torch.nn.Module:
+def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
     """A network from the arguments that a file states. Raises: ValueError for unknown or missing ones."""
     try:
         return cls(**kwargs)
@@ -112,6 +113,7 @@ def set_mbstd_group(networks: Networks, group: int | None) -> None:
     """Let D's minibatch-std layer, which has no weights, take groups of so many samples; None leaves it as it is."""
     if group is not None and networks.D.b4.mbstd is not None:
         networks.D.b4.mbstd.group_size = group
+        assert networks.D_kwargs is not None
         networks.D_kwargs["epilogue_kwargs"] = {**networks.D_kwargs.get("epilogue_kwargs", {}), "mbstd_group_size": group}
 
 

@@ -203,7 +203,8 @@ class GradientSum:
         """Take the gradients of the round that has run backward."""
         for i, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
-                self._sums[i] = parameter.grad if self._sums[i] is None else self._sums[i].add_(parameter.grad)
+                total = self._sums[i]
+                self._sums[i] = parameter.grad if total is None else total.add_(parameter.grad)
                 parameter.grad = None
 
     def finish(self) -> None:

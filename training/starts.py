@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,8 @@ def draw_points(shape: torch.Tensor, appearance: torch.Tensor, edge: float, near
     rest = (torch.rand(n, anywhere, 3, device=device) - 0.5) * (side + 2 * OUTER)
     close = torch.cat(chosen, dim=1)
     a = dict(zip(APPEARANCE_NAMES, appearance.unsqueeze(-1).unbind(1), strict=True))
-    colour = shade(field, *(x.contiguous() for x in close.unbind(-1)), g, a).clamp(0, 1)
+    x, y, z = (coordinate.contiguous() for coordinate in close.unbind(-1))
+    colour = shade(field, x, y, z, g, a).clamp(0, 1)
     beyond = field(*(x.contiguous() for x in rest.unbind(-1)))
     return FieldPoints(torch.cat([close, rest], dim=1), density_of(torch.cat([*sdfs, beyond], dim=1), edge), colour)
 
@@ -153,7 +155,7 @@ def cosine(first: float, progress: float) -> float:
     return first * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def field_phase(G: torch.nn.Module, config: GanConfig, options: FieldStart = FieldStart()) -> Phase:
+def field_phase(G: Any, config: GanConfig, options: FieldStart = FieldStart()) -> Phase:
     """Gfield, with an optimizer of its own, until the game begins."""
     optimizer = torch.optim.Adam(list(G.parameters()), lr=config.field_lr, betas=(0.9, 0.99))
 
@@ -192,13 +194,13 @@ def picture_error(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return error.abs().mean(dim=[1, 2, 3]) + steps
 
 
-def raw_density(G: torch.nn.Module, planes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+def raw_density(G: Any, planes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Raw density [N, P] of planes at points [N, P, 3]."""
     return G.renderer.run_model(planes, G.decoder, points, None, G.rendering_kwargs, sigma_only=True)["sigma"].squeeze(2)
 
 
 @torch.no_grad()
-def held_density(G: torch.nn.Module, z: torch.Tensor, where: HeldPoints) -> tuple[torch.Tensor, torch.Tensor]:
+def held_density(G: Any, z: torch.Tensor, where: HeldPoints) -> tuple[torch.Tensor, torch.Tensor]:
     """Points [N, P, 3] of the cube, most of them near the surface of latents z [N, Z], and the raw density [N, P] there."""
     side = G.rendering_kwargs["box_warp"]
     points = (torch.rand(len(z), where.candidates, 3, device=z.device) - 0.5) * side
@@ -208,7 +210,7 @@ def held_density(G: torch.nn.Module, z: torch.Tensor, where: HeldPoints) -> tupl
     return points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 3)), values.gather(1, chosen)
 
 
-def picture_phase(G: torch.nn.Module, config: GanConfig, where: HeldPoints = HeldPoints()) -> Phase:
+def picture_phase(G: Any, config: GanConfig, where: HeldPoints = HeldPoints()) -> Phase:
     """Gpicture, with an optimizer of its own, after the field start and before the game; it carries the first network where one is held."""
     optimizer = torch.optim.Adam(list(G.parameters()), lr=config.picture_lr, betas=(0.9, 0.99))
     begin, end = config.field_kimg * 1000, config.game_from
@@ -248,7 +250,7 @@ def sphere_target(points: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 def fit_sphere(
-    G: torch.nn.Module, radius: float, seed: int, steps: int = 300, batch: int = 4, points: int = 2048, lr: float = 2e-3,
+    G: Any, radius: float, seed: int, steps: int = 300, batch: int = 4, points: int = 2048, lr: float = 2e-3,
     progress: bool = True,
 ) -> float:
     """Fit the density of random latents to one sphere, by Adam on all of G's parameters.

@@ -74,7 +74,7 @@ def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{list(plain.shape)}{plain.dtype}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -85,7 +85,7 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
 
 
 def read_tensors(path: str | Path, kind: str | None = None, device: str | torch.device = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and description; files of earlier versions have no checksum to compare with.
+    """Tensors and description; a file without a checksum, as the bundled ones, is not compared.
 
     Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, a foreign file, one of another kind, or one that a
     later version wrote.

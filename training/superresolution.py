@@ -69,15 +69,7 @@ class SuperresolutionHybrid(torch.nn.Module):
 
 
 class SuperresolutionHybrid8X(SuperresolutionHybrid):
-    """128 -> 512.
-
-    Files that this project wrote before the filter was a buffer lack it. They load, and the filter stays out of the module's state, so that
-    its hash, under which labels refer to the generator, stays as well.
-    """
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *more) -> None:
-        self.register_buffer("resample_filter", self.resample_filter, persistent=f"{prefix}resample_filter" in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *more)
+    """128 -> 512."""
 
 
 class SuperresolutionHybrid8XDC(SuperresolutionHybrid):

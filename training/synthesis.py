@@ -4,6 +4,7 @@ Shapes: N batch, L num_ws, W w_dim, C/O in/out channels, R resolution, k kernel 
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,6 +16,9 @@ from training.layers import FullyConnectedLayer, MappingNetwork, block_resolutio
 
 class SynthesisLayer(torch.nn.Module):
     """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
+
+    noise_const: torch.Tensor
+    resample_filter: torch.Tensor
 
     def __init__(
         self, in_channels: int, out_channels: int, w_dim: int, resolution: int, up: int = 1, use_noise: bool = True,
@@ -77,6 +81,8 @@ class SynthesisBlock(torch.nn.Module):
     place, so a caller's tensor survives; the values are the same).
     """
 
+    resample_filter: torch.Tensor
+
     def __init__(
         self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int, is_last: bool = False,
         upsample: bool = True, conv_clamp: float | None = 256, use_fp16: bool = False, fp16_channels_last: bool = False,
@@ -89,7 +95,7 @@ class SynthesisBlock(torch.nn.Module):
         self.fused_modconv_default = fused_modconv_default
         self.num_conv, self.num_torgb = (1 if in_channels == 0 else 2), 1
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
-        layer = {"w_dim": w_dim, "conv_clamp": conv_clamp, "channels_last": self.channels_last}
+        layer: dict[str, Any] = {"w_dim": w_dim, "conv_clamp": conv_clamp, "channels_last": self.channels_last}
         if in_channels == 0:
             self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
@@ -100,7 +106,7 @@ class SynthesisBlock(torch.nn.Module):
 
     def forward(
         self, x: torch.Tensor | None, img: torch.Tensor | None, ws: torch.Tensor, force_fp32: bool = False,
-        fused_modconv: bool | None = None, noise_mode: str = "random", **_unused
+        fused_modconv: bool | str | None = None, noise_mode: str = "random", **_unused
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [N, C, R/2, R/2] or None, img [N, I, R/2, R/2] or None, ws [N, num_conv + num_torgb, W] -> (x, img) at R."""
         w_iter = iter(ws.unbind(dim=1))
@@ -112,15 +118,16 @@ class SynthesisBlock(torch.nn.Module):
             fused_modconv = self.fused_modconv_default
         if fused_modconv == "inference_only":
             fused_modconv = not self.training
-        kwargs = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
+        kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
         if self.in_channels == 0:
             x = self.const.to(dtype=dtype, memory_format=memory_format).unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
         else:
+            assert x is not None
             x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
         x = self.conv1(x, next(w_iter), **kwargs)
         if img is not None and self.upsample:
             img = upfirdn2d.upsample2d(img.to(memory_format=layout), self.resample_filter)
-        y = self.torgb(x, next(w_iter), fused_modconv=fused_modconv).to(dtype=torch.float32)
+        y = self.torgb(x, next(w_iter), fused_modconv=bool(fused_modconv)).to(dtype=torch.float32)
         y = y if ws.device.type == "cpu" else y.contiguous()
         if img is None:
             return x, y
@@ -154,7 +161,9 @@ class SynthesisNetwork(torch.nn.Module):
         """ws [N, num_ws, W] -> image or planes [N, img_channels, R, R]."""
         if list(ws.shape[1:]) != [self.num_ws, self.w_dim]:
             raise ValueError(f"SynthesisNetwork: expected ws of shape [N, {self.num_ws}, {self.w_dim}], got {list(ws.shape)}.")
-        ws, x, img, start = ws.to(torch.float32), None, None, 0
+        ws, start = ws.to(torch.float32), 0
+        x: Any = None
+        img: Any = None
         for res in self.block_resolutions:
             block = getattr(self, f"b{res}")
             x, img = block(x, img, ws.narrow(1, start, block.num_conv + block.num_torgb), **block_kwargs)

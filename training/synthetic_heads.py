@@ -106,8 +106,8 @@ def head_parameters(options: HeadsOptions, indices: range) -> tuple[np.ndarray, 
         shapes.append(shape)
         appearances.append(appearance)
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
-    angles = torch.from_numpy(np.array(angles))  # [n, 2] float64
-    poses = look_at(camera_position(angles[:, :1], angles[:, 1:], FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
+    yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
+    poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
     return np.stack(shapes), np.stack(appearances), pack_label(poses, intrinsics_matrix(FFHQ_FOCAL)).numpy()
 
 

@@ -1,6 +1,5 @@
-"""Super-resolution modules in files: EG3D's, ours, and those that this project wrote before `SuperresolutionHybrid8X` had its filter."""
+"""Super-resolution modules: their buffers are EG3D's, official files are read, and what the one without super-resolution does."""
 
-import copy
 from functools import cache
 
 import pytest
@@ -35,21 +34,6 @@ def test_an_official_pickle_with_the_8x_module_is_read():
     nets = with_8x()
     found = pickles.rebuild(pickles.parse(memoryview(SnapshotWriter().snapshot(nets, ("G_ema",))), "official.pkl"))
     assert FILTER in found.G_ema.state_dict() and networks.state_hash(found.G_ema) == networks.state_hash(nets.G_ema)
-
-
-def test_a_network_file_of_before_loads_and_keeps_its_hash(tmp_path):
-    nets, path = with_8x(), tmp_path / "old.safetensors"
-    tensors = {f"G_ema.{k}": v for k, v in nets.G_ema.state_dict().items() if k != FILTER}
-    meta = {"G_kwargs": nets.G_kwargs, "D_kwargs": None, "training_set": {}, "cur_nimg": 0, "neural_rendering_resolution": 64}
-    storage.write_tensors(path, "network", tensors, meta)
-    old = networks.load(path)
-    assert f"G_ema.{FILTER}" not in tensors and {f"G_ema.{k}" for k in old.G_ema.state_dict()} == tensors.keys()
-    assert torch.equal(old.G_ema.superresolution.resample_filter, nets.G_ema.superresolution.resample_filter)
-    networks.save(tmp_path / "again.safetensors", old, only_ema=True)
-    assert networks.state_hash(networks.load(tmp_path / "again.safetensors").G_ema) == networks.state_hash(old.G_ema)
-    other = copy.deepcopy(old.G_ema)
-    storage.load_strict(other, nets.G_ema.state_dict(), "a new state in an old module")
-    assert networks.state_hash(other) == networks.state_hash(nets.G_ema) and FILTER not in old.G_ema.state_dict()
 
 
 def test_names_that_do_not_fit_are_listed():

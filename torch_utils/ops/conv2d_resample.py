@@ -4,6 +4,7 @@ Shapes: N batch, I (or C) input and O output channels, G groups, H x W pixels, K
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,11 +155,12 @@ def modulated_conv2d(
         largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
-    resample = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight, "impl": impl}
+    resample: dict[str, Any] = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight, "impl": impl}
     fused = fused_modconv if impl == "ref" else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
     own = weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None  # w', [N, O, C, k, k]
     coefficients = None  # d, [N, O]
     if demodulate and impl == "ref":
+        assert own is not None
         coefficients = (own.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt()
     elif demodulate:  # the same without [N, O, C, k, k]: sum_{c,k} w'^2 = sum_c s^2 sum_k w^2
         energy = weight.square().sum(dim=[2, 3])  # [O, C]

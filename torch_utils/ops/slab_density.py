@@ -11,7 +11,7 @@ Letters: J hidden units, X, Y, Z = grid points per axis.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -45,9 +45,11 @@ def slab_density(
     Raises: ValueError for maps that do not fit, or an unknown `impl`.
     """
     x, y, z = shape = tuple(int(n) for n in shape)
-    kinds = {(x, len(w), y, 1): ("xy", 3), (x, len(w), 1, z): ("xz", 2), (1, len(w), y, z): ("yz", 0)}  # name, axis of length 1
-    found = [kinds.get(tuple(m.shape)) for m in maps]
-    if not maps or None in found or (len(set(found)) != len(found) and min(shape) > 1):
+    kinds: dict[tuple[int, ...], tuple[str, int]] = {  # name, axis of length 1
+        (x, len(w), y, 1): ("xy", 3), (x, len(w), 1, z): ("xz", 2), (1, len(w), y, z): ("yz", 0),
+    }
+    names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
+    if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
         raise ValueError(
             f"slab_density: expected maps [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] for X, Y, Z = {list(shape)} and J = {len(w)}, "
             f"each at most once, got {[list(m.shape) for m in maps]}. Build them with pair_maps."
@@ -58,13 +60,13 @@ def slab_density(
         return slab_density_ref(maps, w, b, shape)
     if chosen == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
-    flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(found, maps, strict=True)}
+    flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape))
 
 
 def slab_density_ref(maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The definition: every pre-activation at once, [X, J, Y, Z]."""
-    hidden = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
+    hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
 
 
@@ -107,7 +109,8 @@ class _Volume:
 
     def __init__(self, maps: Sequence[torch.Tensor], shape: tuple[int, int, int], chunk: int | None):
         self.shape = shape
-        reach = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps).max()  # largest |h| that any point could have
+        largest: Any = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps)  # [J]
+        reach = largest.max()  # largest |h| that any point could have
         self.product = maps[0].dtype == torch.float32 and bool(reach < _EXP_RANGE)
         self.factors = [m.detach().exp() if self.product else m.detach() for m in maps]
         self.on_cpu = maps[0].device.type == "cpu"
@@ -225,7 +228,8 @@ def _volume_gradients(
     results = volume.parts(work)
     for _, own in results:
         for total, partial in zip(shared, own, strict=True):
-            if total is not None and partial is not total:
+            if total is not None and partial is not None and partial is not total:
                 total += partial
     grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
-    return sum(own_w for own_w, _ in results) if need_w else None, grad_maps
+    grad_w: Any = sum(own_w for own_w, _ in results) if need_w else None
+    return grad_w, grad_maps

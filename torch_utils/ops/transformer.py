@@ -79,8 +79,8 @@ class _SelfAttention(torch.autograd.Function):
             to_q *= scale
             for i, (x, gain, (unit, length)) in enumerate(((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))):
                 if gain is not None:  # x / |x|: what points along x does not count
-                    if to_gains[i] is not None:
-                        to_gains[i][h] += (x * unit).sum(0)
+                    if (to_gain := to_gains[i]) is not None:
+                        to_gain[h] += (x * unit).sum(0)
                     x = x * gain[h]
                     x = (x - unit * (x * unit).sum(-1, keepdim=True)) / length
                 to_qkv[n, :, i, h] = x

@@ -10,7 +10,7 @@ Shapes: N batch, K planes, C plane channels, H x W plane size, P points, J hidde
 D colour features (0: only the density is computed).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -31,7 +31,7 @@ class MergedPlanes(NamedTuple):
 
     sums: torch.Tensor  # [N, K', H, W, C] channels last; planes of one pair of coordinates added up
     pairs: Pairs  # of the K' planes
-    count: int  # K, how many planes were added up in all
+    planes: int  # K, how many were added up in all
 
 
 class DecoderWeights(NamedTuple):
@@ -135,6 +135,7 @@ def triplane_decode(
     _check(planes, points, weights)
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
+        assert isinstance(plane_axes, torch.Tensor)
         pairs = projection_axes(plane_axes)
     aligned = merged is not None or pairs is not None
     fixed = not (points.requires_grad and torch.is_grad_enabled())
@@ -145,9 +146,11 @@ def triplane_decode(
             order = torch.tensor([(width, height, 3 - width - height) for width, height in plane_axes], device=points.device)
             plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[order]
         return triplane_decode_ref(planes, plane_axes, points, box_warp, weights)
-    merged = merged or merge_planes(planes, pairs)
+    if not merged:
+        assert pairs is not None  # as planes are aligned
+        merged = merge_planes(planes, pairs)
     scaled = (points * (2 / box_warp)).contiguous()
-    weights = weights._replace(w0=weights.w0 / merged.count)  # the mean over planes
+    weights = weights._replace(w0=weights.w0 / merged.planes)  # the mean over planes
     if chosen == "torch":
         return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
@@ -196,7 +199,7 @@ def _decode_torch(sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weigh
 def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
     """`_decode_torch`, all points at once."""
     twice = not points.requires_grad  # torch's own grid_sample has a gradient for points, this one a second one for planes
-    sampled = None
+    sampled: Any = None
     for k, pair in enumerate(pairs):
         plane, grid = sums[:, k].permute(0, 3, 1, 2), points[:, None, :, list(pair)]  # [N, C, H, W] with channels last, [N, 1, P, 2]
         part = grid_sample_gradfix.grid_sample(plane, grid) if twice else F.grid_sample(plane, grid, align_corners=False)

@@ -38,8 +38,8 @@ def setup_filter(
     Returns: float32 [K] (applied along both axes) or [KH, KW].
     Raises: ValueError for an empty filter, more than two axes, or separable=True with 2-D taps.
     """
-    taps = np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f)
-    taps = torch.as_tensor(taps, dtype=torch.float32, device="cpu")
+    given = np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f)
+    taps = torch.as_tensor(given, dtype=torch.float32, device="cpu")
     if taps.ndim > 2 or taps.numel() == 0:
         raise ValueError(f"setup_filter: expected a scalar, [K] or [KH, KW] taps, got shape {list(taps.shape)}. Pass e.g. [1, 3, 3, 1].")
     taps = taps.reshape(1) if taps.ndim == 0 else taps
@@ -247,4 +247,4 @@ def _parse_padding(padding: Scale) -> Pads:
         pads = [pads[0], pads[0], pads[1], pads[1]]
     if len(pads) != 4 or not all(isinstance(p, int) for p in pads):
         raise ValueError(f"upfirdn2d: expected padding as one, two or four whole numbers, got {padding}. Use e.g. (2, 1, 2, 1).")
-    return tuple(pads)
+    return pads[0], pads[1], pads[2], pads[3]

@@ -103,7 +103,7 @@ def volume_conv(
         return y, torch.ops.eg3d_rlhf.volume_conv(x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y)
     x = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
     y = F.conv3d(x, w, padding=1) if w.ndim == 5 else torch.cat([F.conv3d(a[None], k, padding=1) for a, k in zip(x, w, strict=True)])
-    if mix is not None:
+    if mix is not None and residual is not None:
         residual = residual * mix[None, :, 0, None, None, None] + mix[None, :, 1, None, None, None]
     y = y if residual is None else y + residual
     return _finished(F.relu(y) if relu else y, out)

@@ -5,6 +5,7 @@ amounts and [-1, 1] for directions. Shape letters: N heads, S shape parameters, 
 """
 
 import colorsys
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def _draw_appearance(rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([skin, hair, iris, lip, shirt, amounts, light, background])
 
 
-def draw_parameters(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_parameters(rng: Any) -> tuple[np.ndarray, np.ndarray]:
     """One head of the family.
 
     Shape parameters are normal with deviation 0.5 clipped to [-1, 1], except the two of the hair, which are uniform. Skin follows a

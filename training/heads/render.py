@@ -224,7 +224,8 @@ def _colour_rays(field: Field, origins, directions, t, g, a) -> torch.Tensor:
         valid = distance.isfinite()
         index = columns.unsqueeze(-1).expand(-1, -1, 3)
         points = origins.unsqueeze(1) + torch.where(valid, distance, 0.0) * directions.gather(1, index)
-        colours = shade(field, *(p.contiguous() for p in points.unbind(-1)), g, a).clamp(0, 1)
+        x, y, z = (p.contiguous() for p in points.unbind(-1))
+        colours = shade(field, x, y, z, g, a).clamp(0, 1)
         image.scatter_(1, index, colours * valid)
     return image
 

@@ -72,7 +72,8 @@ def head_geometry(shape: torch.Tensor) -> HeadGeometry:
     s = dict(zip(SHAPE_NAMES, shape.unsqueeze(-1).unbind(1), strict=True))  # each [N, 1], so that it broadcasts against points [N, P]
 
     def radii(x: float | torch.Tensor, y: float | torch.Tensor, z: float | torch.Tensor) -> Radii:
-        return tuple(1 / (torch.zeros_like(wide) + r) for r in (x, y, z))
+        rx, ry, rz = (1 / (torch.zeros_like(wide) + r) for r in (x, y, z))
+        return rx, ry, rz
 
     wide, tall, deep = (1 + k * s[name] for k, name in ((0.09, "head_width"), (0.08, "head_height"), (0.08, "head_depth")))
     thick = 0.020 + 0.012 * s["hair_volume"]
@@ -180,7 +181,8 @@ def head_parts(points: torch.Tensor, shape: torch.Tensor) -> HeadParts:
     """Signed distances of the parts; see `head_sdf` for the arguments."""
     if points.ndim != 3 or points.shape[-1] != 3 or len(points) != len(shape):
         raise ValueError(f"head_parts: expected points [N, P, 3] and shape [N, S], got {list(points.shape)} and {list(shape.shape)}.")
-    return parts_at(*points.unbind(-1), head_geometry(shape))
+    x, y, z = points.unbind(-1)
+    return parts_at(x, y, z, head_geometry(shape))
 
 
 def parts_at(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, g: HeadGeometry) -> HeadParts:

@@ -64,7 +64,8 @@ class MipRayMarcher2(torch.nn.Module):
         n, m = passes[0][0].shape[:2]
         densities, depths = (torch.cat([part[i] for part in passes], dim=2).reshape(n * m, -1) for i in (1, 2))  # [N*M, S of all]
         weights, depth_sum, total = ray_march(densities, depths)
-        rgb, start = 0, 0
+        rgb: torch.Tensor | int = 0
+        start = 0
         for colors, _, _ in passes:
             count = colors.shape[2]
             rgb = rgb + _WeightedSum.apply(weights[:, start : start + count], colors.reshape(n * m, count, -1))  # [N*M, C]
