@@ -369,7 +369,7 @@ def main(before, reward_ckpt, reward_watch, data, out, fresh, device, dry_run, *
 
     \b
     Example:
-        python tools/best_of_n.py --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/example/best-of-n
+        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/example/best-of-n
     """
     trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
     if dry_run:

@@ -437,7 +437,7 @@ def main(networks, reward, reference, out: Path, fresh: bool, device: str, dry_r
 
     \b
     Example:
-        python tools/score.py --n=16 --fit=8 --known=16 --resolution=32 --out=runs/example/scores
+        eg3d-rlhf score --n=16 --fit=8 --known=16 --resolution=32 --out=runs/example/scores
     """
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
     trial = trial_of(networks, reward, reference, device, options)

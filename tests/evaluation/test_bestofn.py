@@ -7,12 +7,12 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import best_of_n
+from eg3d_rlhf.evaluation.best_of_n import main
 from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests.rewards.test_join import moved
-from tools.best_of_n import main
 
 N = 1024
 

@@ -15,6 +15,7 @@ import train
 from eg3d_rlhf.core import bundled, plugins
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation.foreign_scores import main as score
 from eg3d_rlhf.experiments.media.rendering import camera
 from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
 from eg3d_rlhf.modes import labels, reports, samples
@@ -27,7 +28,6 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs
 from tests.people.label.plans import decode_mesh
-from tools import score
 from training import networks, storage
 from training.rendering.cameras import mirror_label
 
@@ -196,7 +196,7 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
 @pytest.mark.long
 def test_it_is_scored_beside_the_bundled_one_on_one_page(foreign, tmp_path):
     out, flags = tmp_path / "scores", ["--n=16", "--fit=8", "--known=16", "--resolution=32", "--device=cpu"]
-    done = run(score.main, f"--network={bundled.GENERATOR}", f"--network={foreign[0]}", f"--out={out}", *flags)
+    done = run(score, f"--network={bundled.GENERATOR}", f"--network={foreign[0]}", f"--out={out}", *flags)
     assert "Median reward: raw" in done.stdout and "All generators" in (out / "index.html").read_text()
     found = json.loads((out / "scores.json").read_text())["networks"]
     assert list(found) == ["generator", "mirrored"] and found["mirrored"]["alignment"]["scale"] == pytest.approx(SCALE, rel=0.01)
