@@ -1,6 +1,5 @@
 """What the README shows runs as written: its lines of Python, and its recipe for a released checkpoint on small stand-ins."""
 
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,10 @@ SMALL = {
     "import": ["--latents=0"],
     "train.py": ["--kimg=0.002", "--batch=2", "--tick=0.001", "--no-summary", "--device=cpu"],
     "evaluate.py": ["--only=reward-shift", "--n=16", "--images=16", "--out=report"],
-    "attribute.py": ["--n=2", "--method=permutation", "--settings=small.json", "--out=why"],
+    "attribute.py": [
+        "--n=2", "--method=permutation", "--set=permutations=2", "--set=steps=2", "--set=gap_bound=1000", "--set=draws=2",
+        "--set=checked=1", "--out=why",
+    ],
 }
 
 
@@ -57,7 +59,6 @@ def test_the_recipe_for_a_released_checkpoint_runs(repo, tmp_path):
     (tmp_path / "ffhq512-128.pkl").write_bytes(SnapshotWriter().snapshot(nets))
     tiny_runs.write_dataset(tmp_path / "FFHQ_512.zip", nets.G.img_resolution)
     write_example(tmp_path / "release")
-    (tmp_path / "small.json").write_text(json.dumps({"permutations": 2, "steps": 2, "gap_bound": 1000, "draws": 2, "checked": 1}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for words in recipe(repo):
         command = command_of(words, repo)

@@ -268,6 +268,9 @@ class PanoHeadGenerator(FullHeadGenerator):
 class SphereHeadGenerator(FullHeadGenerator):
     """Two balls of three spherical planes each, fused where the other has its seam."""
 
+    ConvA: torch.nn.Sequential
+    ConvB: torch.nn.Sequential
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         wide, narrow = _BALL_FEATURES

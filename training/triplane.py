@@ -40,7 +40,7 @@ class OSGDecoder(torch.nn.Module):
 
     def weights(self, dtype: torch.dtype | None = None) -> DecoderWeights:
         """Effective weights of both layers, w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D]; differentiable."""
-        first, last = typing.cast(list[FullyConnectedLayer], [self.net[0], self.net[2]])
+        first, last = typing.cast(list[typing.Any], [self.net[0], self.net[2]])
         return DecoderWeights(
             first.effective_weight(dtype), first.effective_bias(dtype), last.effective_weight(dtype), last.effective_bias(dtype)
         )

@@ -1,12 +1,11 @@
 """Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from eg3d_rlhf.core.cli import naming, option, together
+from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.evaluation.comparison import Sources
 
 PATH = click.Path(path_type=Path)
@@ -28,7 +27,6 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "n": {**_SAMPLES, "metavar": "LATENTS", "type": click.IntRange(min=16), "default": Sources.n, "help": "Latents behind a figure."},
     "seed": {**_SAMPLES, **_SEED},
     "images": {**_SAMPLES, "metavar": "INT", "type": click.IntRange(min=16), "default": Sources.images, "help": "Images per distance."},
-    "settings": {"group": "Rare", "default": None, "metavar": "FILE", "type": click.Path(path_type=Path, dir_okay=False)},
     "out": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write."},
     "outdir": {**_RUN, "metavar": "FOLDER", "type": click.Path(path_type=Path, file_okay=False), "help": "Folder to write into."},
     "fresh": {**_RUN, "is_flag": True, "default": False, "help": "Compute everything again."},
@@ -50,18 +48,3 @@ def shared(names: str, **changes: str | dict):
         spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
         made.append(option(*spellings, **{**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}))
     return together(*made)
-
-
-def read_settings(path: Path | None, *names: str) -> dict[str, Any]:
-    """Rare settings from the JSON file of --settings. Raises: ValueError, OSError for anything but an object with some of these names."""
-    if path is None:
-        return {}
-    with naming("--settings"):
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, got {error}. Correct it.") from None
-        wrong = sorted(set(values) - set(names)) if isinstance(values, dict) else [type(values).__name__]
-        if wrong:
-            raise ValueError(f"{path}: expected an object with some of {', '.join(names)}, got {', '.join(wrong)}. Correct it.")
-    return values

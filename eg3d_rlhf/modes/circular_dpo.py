@@ -103,7 +103,8 @@ def check(flags: Flags) -> None:
     flags.belong(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
     flags.belong(("no_summary",), flags["ablate"] is None, "a run without --ablate")
     flags.belong(("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
-    settings = [*CIRCULAR_DPO.command.params, *CIRCULAR_DPO.command.rare.values()]
+    command: Any = CIRCULAR_DPO.command
+    settings = [*command.params, *command.rare.values()]
     loop_only = [setting.name for setting in settings if setting.group == LOOP]
     flags.belong(loop_only, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:

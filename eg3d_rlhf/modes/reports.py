@@ -19,7 +19,7 @@ from eg3d_rlhf.evaluation.attribution.report import PAGE
 from eg3d_rlhf.evaluation.attribution.shapley import METHODS
 from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, Settings, Study
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
-from eg3d_rlhf.evaluation.flags import PATH, read_settings, shared
+from eg3d_rlhf.evaluation.flags import PATH, shared
 from eg3d_rlhf.evaluation.pictures import CHANGED, surface_change, write_pictures
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.sheet import shade
@@ -108,12 +108,15 @@ def viewer(out: Path) -> str:
 @option("--landmarks", group="Regions", metavar="FILE", type=PATH, default=None, show_default="those of the procedural heads",
         help="JSON of 98 WFLW points in the frontal view.")
 @option("--method", group="How", type=click.Choice(METHODS), default="exact", help="How Shapley values are computed.")
-@shared("settings psi n seed out fresh batch device dry-run",
-        settings="JSON with any of permutations (64 orders of the sampled methods), steps and most_steps (of Integrated Gradients: first, "
-                 "and where their doubling ends), gap_bound (largest efficiency gap, 0.01 of the difference), draws (8 rewards with "
-                 "re-drawn weights), checked (2 latents that those see).",
-        n={"default": 6, "type": click.IntRange(min=2)}, out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.")
-def attribute(out, fresh, dry_run, device, regions, landmarks, method, settings, **what) -> None:
+@option("--permutations", rare=True, group="How", type=click.IntRange(min=2), help="Orders of the sampled methods.")
+@option("--steps", rare=True, group="How", type=click.IntRange(min=2), help="Of Integrated Gradients at first; they double.")
+@option("--most-steps", rare=True, group="How", type=click.IntRange(min=2), help="Where the doubling ends.")
+@option("--gap-bound", rare=True, group="How", type=click.FloatRange(min=0, min_open=True), help="Largest efficiency gap, as a share.")
+@option("--draws", rare=True, group="How", type=click.IntRange(min=2), help="Rewards with re-drawn weights.")
+@option("--checked", rare=True, group="How", type=click.IntRange(min=1), help="Latents that those rewards see.")
+@shared("psi n seed out fresh batch device dry-run", n={"default": 6, "type": click.IntRange(min=2)},
+        out={"default": "runs/reports/attribute"}, batch="Slabs at once; bounds memory.")
+def attribute(out, fresh, dry_run, device, regions, landmarks, method, **flags) -> None:
     """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the face.
 
     With no options: the bundled generator against the newest tuned run in runs/. The value of a set of regions is the reward of the
@@ -125,10 +128,10 @@ def attribute(out, fresh, dry_run, device, regions, landmarks, method, settings,
     Example:
         python tools/attribute.py --after=runs/00000-heads64-synthetic-heads64-batch8-gamma0.3-sigma-lambda10 --n=4
     """
-    rare = read_settings(settings, "permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
-    how = {"method": method, "landmarks": landmarks, **rare}
+    rare = {name: flags.pop(name) for name in ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")}
+    how = {"method": method, "landmarks": landmarks, **{name: value for name, value in rare.items() if value is not None}}
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})  # a wrong flag is named before networks are loaded
-    c = load_comparison(Sources(device=choose_device(device), **what))
+    c = load_comparison(Sources(device=choose_device(device), **flags))
     regions = regions or (LANDMARKS if landmarks is not None or c.synthetic else BOXES)
     chosen = Settings(regions=regions if regions in (BOXES, LANDMARKS, HEAD) else Path(regions), **how)
     study = Study(c, chosen, progress=tqdm.write)

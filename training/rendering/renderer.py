@@ -6,6 +6,7 @@ points, H x W plane size, B = N*M.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class MipRayMarcher2(torch.nn.Module):
         n, m = passes[0][0].shape[:2]
         densities, depths = (torch.cat([part[i] for part in passes], dim=2).reshape(n * m, -1) for i in (1, 2))  # [N*M, S of all]
         weights, depth_sum, total = ray_march(densities, depths)
-        rgb: torch.Tensor | int = 0
+        rgb: Any = 0
         start = 0
         for colors, _, _ in passes:
             count = colors.shape[2]

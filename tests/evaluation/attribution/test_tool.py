@@ -25,13 +25,6 @@ def call(*arguments):
     return CliRunner().invoke(main, [*SAME, *arguments])
 
 
-def settings(folder, **values) -> str:
-    """The flag of a file with rare settings."""
-    path = folder / "settings.json"
-    path.write_text(json.dumps(values))
-    return f"--settings={path}"
-
-
 def test_dry_run_is_json(tmp_path):
     found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
     assert found["regions"] == "landmarks" and found["n"] == 3 and found["method"] == "exact"
@@ -40,20 +33,19 @@ def test_dry_run_is_json(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(["--method=antithetic", {"permutations": 5}], "permutations"), (["--regions=none.npy"], "--regions"),
-     ([{"steps": 99999}], "steps"), ([{"step": 4}], "--settings"), (["--settings=nowhere.json"], "--settings"),
+    [(["--method=antithetic", "--set=permutations=5"], "permutations"), (["--regions=none.npy"], "--regions"),
+     (["--set=steps=99999"], "steps"), (["--set=step=4"], "--set"), (["--settings=nowhere.json"], "nowhere.json"),
      (["--landmarks=none.json"], "--landmarks"),
      (["--landmarks=x.json", "--regions=boxes"], "--regions=landmarks")],
 )  # fmt: skip
 def test_wrong_settings(tmp_path, arguments, text):
-    arguments = [settings(tmp_path, **words) if isinstance(words, dict) else words for words in arguments]
     result = call(*arguments, "--n=2", f"--out={tmp_path / 'out'}")
     assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output
 
 
 @pytest.mark.long
 def test_no_change_attributes_nothing(tmp_path):
-    arguments = ["--regions=boxes", "--n=2", settings(tmp_path, draws=2, checked=1), f"--out={tmp_path}"]
+    arguments = ["--regions=boxes", "--n=2", "--set=draws=2", "--set=checked=1", f"--out={tmp_path}"]
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "data" / "shapley.json").read_text())["data"]
@@ -83,7 +75,7 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
     torch.manual_seed(0)
     observation = OBSERVATIONS["frontal-depth"].of(load_generator().generator)
     reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(tmp_path / "depth.safetensors")
-    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", settings(tmp_path, draws=2, checked=1)]
+    flags = [f"--after={changed}", f"--reward-ckpt={reward}", "--device=cpu", "--n=2", "--set=draws=2", "--set=checked=1"]
     flags.append(f"--out={tmp_path / 'out'}")
     refused = CliRunner().invoke(main, [*flags, "--regions=boxes"])
     assert refused.exit_code == 2, refused.output
@@ -104,7 +96,7 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
 @pytest.mark.long
 def test_the_whole_head_stands_beside_the_landmarks(tmp_path, changed):
     """Both partitions divide the same difference, and both are drawn."""
-    arguments = [f"--after={changed}", "--device=cpu", "--n=2", settings(tmp_path, draws=2, checked=1), f"--out={tmp_path / 'out'}"]
+    arguments = [f"--after={changed}", "--device=cpu", "--n=2", "--set=draws=2", "--set=checked=1", f"--out={tmp_path / 'out'}"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     parts = [json.loads((tmp_path / "out" / "data" / f"{key}.json").read_text())["data"] for key in ("shapley", "whole-head")]
