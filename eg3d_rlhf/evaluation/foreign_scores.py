@@ -153,13 +153,15 @@ class ScoreOptions:
 
     n: int = knob(100, "Latents that are scored.", "Samples", metavar="LATENTS", low=16, high=LATENTS.count)
     psi: float = knob(0.7, "Truncation.", "Samples", above=0, high=2)
-    cutoff: int = knob(14, "Layers that truncation reaches.", "Samples", low=0)
+    cutoff: int = knob(14, "Layers that truncation reaches.", "Samples", low=0, rare=True)
     seed: int = knob(0, "Other held-out latents per seed.", "Samples", low=0)
-    fit: int = knob(64, "Further latents behind alignment and calibration.", "Samples", metavar="LATENTS", low=8, high=ALIGNMENT.count)
+    fit: int = knob(
+        64, "Further latents behind alignment and calibration.", "Samples", metavar="LATENTS", low=8, high=ALIGNMENT.count, rare=True
+    )
     known: int = knob(256, "Further latents of the reference that show what the reward knows.", "Samples", metavar="LATENTS",
-                      low=16, high=ALIGNMENT.count)  # fmt: skip
+                      low=16, high=ALIGNMENT.count, rare=True)  # fmt: skip
     resolution: int = knob(64, "Edge of the cubes in which surfaces are looked for.", "Samples", metavar="VOXELS", low=24, high=256)
-    batch: int = knob(8, "Shapes at once; bounds memory.", "Run", low=1)
+    batch: int = knob(8, "Shapes at once; bounds memory.", "Run", low=1, rare=True)
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -437,7 +439,7 @@ def main(networks, reward, reference, out: Path, fresh: bool, device: str, dry_r
 
     \b
     Example:
-        eg3d-rlhf score --n=16 --fit=8 --known=16 --resolution=32 --out=runs/example/scores
+        eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --out=runs/example/scores
     """
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
     trial = trial_of(networks, reward, reference, device, options)

@@ -191,11 +191,11 @@ class CriticTraining:
     latents: int = knob(300, "Shapes of each network.", "Data", low=5)
     heads: int = knob(1200, "True heads that the features learn from; the critic takes as many of them as there are fakes.", "Data", low=5)
     reference: int = knob(400, "True heads behind the shape Fréchet distance, held out of the training.", "Data", low=40)
-    epochs: int = knob(12, "Passes over the maps.", "Training", low=1)
-    batch: int = knob(48, "Maps per step.", "Training", low=2)
-    learning_rate: float = knob(1.5e-3, "Of Adam, decayed to zero along a cosine.", "Training", above=0)
-    smoothing: float = knob(0.05, "Labels are so far from 0 and 1: keeps logits from running away.", "Training", low=0, below=0.5)
-    held_out: float = knob(0.2, "Last share of every source, for the figures.", "Training", above=0, below=1)
+    epochs: int = knob(12, "Passes over the maps.", "Training", low=1, rare=True)
+    batch: int = knob(48, "Maps per step.", "Training", low=2, rare=True)
+    learning_rate: float = knob(1.5e-3, "Of Adam, decayed to zero along a cosine.", "Training", above=0, rare=True)
+    smoothing: float = knob(0.05, "How far labels are from 0 and 1: bounds the logits.", "Training", low=0, below=0.5, rare=True)
+    held_out: float = knob(0.2, "Last share of every source, for the figures.", "Training", above=0, below=1, rare=True)
     seed: int = knob(0, "Of initialisation, order and mirroring.", "Training", low=0)
 
     def __post_init__(self) -> None:

@@ -83,13 +83,13 @@ def line(row: dict) -> str:
 @option("--pairs", metavar="INT,...", default="1", help="Pairs per update, in one pass; a list measures each.")
 @option("--steps", metavar="INT", type=click.IntRange(1), default=1, help="Updates; with several the median of all but the first counts.")
 @option("--voxels", metavar="INT", type=click.IntRange(1, 200_000), default=8000, help="Voxels of each latent of the second stage.")
-@option("--rank", metavar="INT", type=click.IntRange(1), default=16, help="Of the adapters.")
-@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the blocks' weights and activations.")
-@option("--sparse-conv", "backend", type=click.Choice(BACKENDS), default="auto", help="What computes sparse convolutions.")
+@option("--rank", rare=True, metavar="INT", type=click.IntRange(1), default=16, help="Of the adapters.")
+@option("--dtype", rare=True, type=click.Choice(list(DTYPES)), default="float32", help="Of the blocks' weights and activations.")
+@option("--sparse-conv", "backend", rare=True, type=click.Choice(BACKENDS), default="auto", help="What computes sparse convolutions.")
 @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where.")
-@option("--seed", metavar="INT", type=int, default=0, help="Of weights, adapters and pairs.")
-@option("--blocks", metavar="INT", type=click.IntRange(1), default=24, help="Fewer make a quick trial.", group="Smaller models")
-@option("--width", metavar="INT", type=click.IntRange(HEAD), default=1024, help="Likewise; a multiple of 64.", group="Smaller models")
+@option("--seed", rare=True, metavar="INT", type=int, default=0, help="Of weights, adapters and pairs.")
+@option("--blocks", rare=True, metavar="INT", type=click.IntRange(1), default=24, help="Fewer make a quick trial.", group="Smaller models")
+@option("--width", rare=True, metavar="INT", type=click.IntRange(HEAD), default=1024, help="Likewise, by 64.", group="Smaller models")
 @option("--json", "as_json", is_flag=True, help="Print JSON.", group="Output")
 def step(stages: str, pairs: str, as_json: bool, device: str, **settings) -> None:
     """What one DPO update of each of TRELLIS's flows takes, in memory and time, at the full size of its text-large models.
@@ -102,13 +102,14 @@ def step(stages: str, pairs: str, as_json: bool, device: str, **settings) -> Non
     Example:
         eg3d-rlhf flow step --stage=latent --voxels=4000 --json
     """
+    given = {name: value for name, value in settings.items() if value is not None}
     numbers = [int(n) if n.strip().isdigit() else 0 for n in pairs.split(",")]
     if 0 in numbers:
         raise ValueError(f"--pairs: expected positive numbers with commas between them, got {pairs!r}. Use 1,2,4,8, say.")
     measured: list[dict] = []
     for stage in STAGES if stages == "all" else (stages,):
         for number in numbers:
-            size = Size(stage=stage, pairs=number, device=choose_device(device).type, **settings)
+            size = Size(stage=stage, pairs=number, device=choose_device(device).type, **given)
             click.echo(f"== {stage}, {number} pairs: build, then {size.steps} update(s); minutes each at full size on a CPU", err=True)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
                 measured.append(apart.submit(measure, size).result())

@@ -194,7 +194,7 @@ def mesh(seeds: int | None, out: Path | None, resume: bool, dry_run: bool, **set
 
     \b
     Example:
-        eg3d-rlhf reward mesh --shapes=60 --patches=8 --faces=8 --width=16 --steps=20 --batch=8 --out=runs/example/mesh-reward
+        eg3d-rlhf reward mesh --shapes=60 --patches=8 --faces=8 --set=width=16 --steps=20 --batch=8 --out=runs/example/mesh-reward
     """
     options = MeshRewardTraining(**{name: value for name, value in settings.items() if value is not None})
     out = out or Path("runs") / f"mesh-reward-{options.data.stem if options.data else options.source}-s{options.seed}"

@@ -195,7 +195,7 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
 
 @pytest.mark.long
 def test_it_is_scored_beside_the_bundled_one_on_one_page(foreign, tmp_path):
-    out, flags = tmp_path / "scores", ["--n=16", "--fit=8", "--known=16", "--resolution=32", "--device=cpu"]
+    out, flags = tmp_path / "scores", ["--n=16", "--set=fit=8", "--set=known=16", "--resolution=32", "--device=cpu"]
     done = run(score, f"--network={bundled.GENERATOR}", f"--network={foreign[0]}", f"--out={out}", *flags)
     assert "Median reward: raw" in done.stdout and "All generators" in (out / "index.html").read_text()
     found = json.loads((out / "scores.json").read_text())["networks"]

@@ -99,7 +99,7 @@ def run(*flags):
 @pytest.mark.long
 def test_the_tool(tiny_networks, tmp_path):
     out = tmp_path / "critic.safetensors"
-    small = ("--latents=6", "--heads=8", "--reference=40", "--epochs=1", f"--out={out}")
+    small = ("--latents=6", "--heads=8", "--reference=40", "--set=epochs=1", f"--out={out}")
     result = run(f"--fakes={tiny_networks}", *small)
     assert result.exit_code == 0, result.output
     assert "accuracy on 2 held-out shapes" in result.stdout and "shape Fréchet distance" in result.stdout

@@ -159,17 +159,21 @@ class InversionConfig:
 
     w_steps: int = knob(128, "Steps on the latent.", STAGES, low=1)
     pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0)
-    w_lr: float = knob(0.1, "Largest learning rate of the latent.", STAGES, above=0)
-    pivot_lr: float = knob(3e-4, "Learning rate of the generator.", STAGES, above=0)
-    noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0)
-    fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES)
-    sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0)
+    w_lr: float = knob(0.1, "Largest learning rate of the latent.", STAGES, above=0, rare=True)
+    pivot_lr: float = knob(3e-4, "Learning rate of the generator.", STAGES, above=0, rare=True)
+    noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0, rare=True)
+    fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES, rare=True)
+    sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0, rare=True)
     seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0)
-    lambda_mse: float = knob(10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0)
-    lambda_w: float = knob(0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0)
-    lambda_sigma: float = knob(0.01, "Weight of the density's change from the pivot, where the reward's is above 0.", LOSS, low=0)
-    reward_every: int = knob(2, "Steps between two looks at the density; its terms count as often as they are left out.", LOSS, low=1)
-    reward_in_w: bool = knob(False, "Let the reward act in the second half of the first stage, too.", LOSS)
+    lambda_mse: float = knob(10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0, rare=True)
+    lambda_w: float = knob(0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0, rare=True)
+    lambda_sigma: float = knob(
+        0.01, "Weight of the density's change from the pivot, where the reward's is above 0.", LOSS, low=0, rare=True
+    )
+    reward_every: int = knob(
+        2, "Steps between two looks at the density; its terms count as often as they are left out.", LOSS, low=1, rare=True
+    )
+    reward_in_w: bool = knob(False, "Let the reward act in the second half of the first stage, too.", LOSS, rare=True)
 
     def __post_init__(self):
         check_knobs(self)

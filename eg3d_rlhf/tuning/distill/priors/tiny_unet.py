@@ -165,9 +165,9 @@ class PriorTraining:
     """How the network is trained."""
 
     steps: int = knob(1500, "Steps.", TRAINING, low=1)
-    assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1)
-    rate: float = knob(0.012, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0)
-    no_prompt: float = knob(0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1)
+    assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1, rare=True)
+    rate: float = knob(0.012, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0, rare=True)
+    no_prompt: float = knob(0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1, rare=True)
     seed: int = knob(0, "Of weights and data.", TRAINING, low=0)
 
     def __post_init__(self):

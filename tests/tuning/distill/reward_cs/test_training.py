@@ -154,7 +154,7 @@ def test_the_kernel_keeps_its_floor(meshes):
 
 
 def command(*flags):
-    return CliRunner().invoke(reward_training.mesh, [*(f"--{name}={value}" for name, value in TINY.items()), *map(str, flags)])
+    return CliRunner().invoke(reward_training.mesh, [*(f"--set={name}={value}" for name, value in TINY.items()), *map(str, flags)])
 
 
 def test_the_tool_writes_a_reward_resumes_and_refuses(tmp_path, monkeypatch):
@@ -188,9 +188,9 @@ def test_the_tool_writes_a_reward_resumes_and_refuses(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--table=2", "--shuffled"], "--table: expected neither"), (["--batch=7"], "--batch: expected an even number, got 7"),
-    (["--batch=400"], "--batch: expected at most as many"), (["--width=11"], "width that the heads divide"),
+    (["--batch=400"], "--batch: expected at most as many"), (["--set=width=11"], "width that the heads divide"),
     (["--resume"], "--resume: expected a run in --out"), (["--data=none.jsonl"], "--data: expected a .jsonl file, got nothing"),
-    (["--place=box"], "Add --no-turns"), (["--patchifier=maps", "--faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
+    (["--set=place=box"], "Add --no-turns"), (["--set=patchifier=maps", "--faces=9"], "of 4, 16, 64, ... faces, got 8 of 9"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, flags, words):
     found = command(f"--out={tmp_path / 'run'}", *flags)
@@ -217,7 +217,7 @@ def test_meshes_of_files(tmp_path):
     assert [label.preferred for label in found.labels] == [i % 2 == 0 for i in range(12)] and set(found.prompts) == {"a ball"}
     alone = patches_of([load_mesh(tmp_path / "4.obj")], options)
     torch.testing.assert_close(found.patches.features[4:5], alone.features)
-    done = command(f"--out={tmp_path / 'run'}", f"--data={path}", "--held-out=0.4", "--batch=4", "--steps=3")
+    done = command(f"--out={tmp_path / 'run'}", f"--data={path}", "--set=held_out=0.4", "--batch=4", "--steps=3")
     assert done.exit_code == 0 and "held-out AUC" in done.output, done.output
     for bad, words in (({"mesh": "none.ply", "score": 4}, "got nothing at"), ({"mesh": "0.ply", "score": 9}, "score from 0 to 5, got 9"),
                        ({"mesh": "0.ply"}, "got neither"), ({"mesh": "meshes.jsonl", "score": 1}, "that trimesh reads"),

@@ -43,7 +43,7 @@ def test_shells_are_thin_and_of_the_size_asked_for():
 
 @pytest.mark.long  # a fresh process imports everything
 def test_prints_json_of_a_stage_in_a_process_of_its_own():
-    arguments = ["--stage=latent", "--voxels=60", "--blocks=1", "--width=64", "--rank=2", "--json"]
+    arguments = ["--stage=latent", "--voxels=60", "--set=blocks=1", "--set=width=64", "--set=rank=2", "--json"]
     result = CliRunner().invoke(flow_step.step, arguments)
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout)["updates"]
@@ -54,7 +54,7 @@ def test_prints_json_of_a_stage_in_a_process_of_its_own():
     ("arguments", "text"),
     [
         (["--pairs=1,x"], "--pairs: expected positive numbers with commas between them, got '1,x'"),
-        (["--width=100"], "a multiple of 64, got 100"),
+        (["--set=width=100"], "a multiple of 64, got 100"),
     ],
 )
 def test_refuses_numbers_that_are_none(arguments, text):
