@@ -82,7 +82,7 @@ def line(row: dict) -> str:
 @option("--stage", "stages", type=click.Choice(["all", *STAGES]), default="all", help="Which flow.")
 @option("--pairs", metavar="INT,...", default="1", help="Pairs per update, in one pass; a list measures each.")
 @option("--steps", metavar="INT", type=click.IntRange(1), default=1, help="Updates; with several the median of all but the first counts.")
-@option("--voxels", metavar="INT", type=click.IntRange(1, 200_000), default=8000, help="Voxels of each latent of the second stage.")
+@option("--voxels", metavar="INT", type=click.IntRange(1, 64**3), default=8000, help="Voxels of each latent of the second stage.")
 @option("--rank", rare=True, metavar="INT", type=click.IntRange(1), default=16, help="Of the adapters.")
 @option("--dtype", rare=True, type=click.Choice(list(DTYPES)), default="float32", help="Of the blocks' weights and activations.")
 @option("--sparse-conv", "backend", rare=True, type=click.Choice(BACKENDS), default="auto", help="What computes sparse convolutions.")
