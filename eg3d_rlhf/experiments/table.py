@@ -1,4 +1,4 @@
-"""Tables of arms x judges x training seeds: win rates with intervals as JSON; and from the JSON alone Markdown, text and a figure.
+"""Tables of arms x judges x training seeds: win rates with intervals as JSON; and from the JSON alone Markdown and a figure.
 
 Scores of an arm by a judge are [K, C, S]: K training seeds, C conditions, S noises per condition, the same for all arms, so that arms are
 compared asset by asset.
@@ -94,18 +94,6 @@ def of_seeds(rated: Mapping) -> list[str]:
 def markdown_rows(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
     """Lines of a Markdown table."""
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def text_rows(head: Sequence, rows: Iterable[Sequence]) -> str:
-    """A table for a terminal, its columns aligned.
-
-    >>> print(text_rows(["arm", "wins"], [["grpo", 0.5]]))
-    arm   wins
-    grpo  0.5
-    """
-    lines = [[str(cell) for cell in cells] for cells in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping]]], note: str):
