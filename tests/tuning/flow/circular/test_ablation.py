@@ -10,7 +10,7 @@ import torch
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import rate, write
-from eg3d_rlhf.tuning.flow.circular import ablation as table
+from eg3d_rlhf.tuning.flow.circular import ablation
 from eg3d_rlhf.tuning.flow.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, Ablation, AblationPlan, letters, tabled
 from eg3d_rlhf.tuning.flow.circular.loop import CircularLoop
@@ -89,7 +89,7 @@ def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path
         assert own == config
     data = tabled(results, plan, {})
     assert list(data["groups"]) == ["a", "i", *ARMS] and {f"a_vs_{arm}" for arm in ARMS} <= set(data["pairwise"])
-    assert "| (people_first) |" in table.markdown(data) and len(table.plot(data).axes[1].get_yticklabels()) == 6
+    assert "| (people_first) |" in ablation.markdown(data) and len(ablation.plot(data).axes[1].get_yticklabels()) == 6
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_doing_it_again_finds_everything(whole):
 
 def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     results, plan, _, _ = whole
-    paths = write(tabled(results, plan, {}), tmp_path, "ablation", table.markdown, table.plot)
+    paths = write(tabled(results, plan, {}), tmp_path, "ablation", ablation.markdown, ablation.plot)
     assert [path.name for path in paths] == ["ablation.json", "ablation.md", "ablation.png"]
     data = json.loads(paths[0].read_text())
     assert set(data["groups"]) == set(GROUPS) and data["conditions"] == len(HELD_OUT) and data["noises"] == 3

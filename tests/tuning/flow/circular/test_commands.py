@@ -12,7 +12,7 @@ from eg3d_rlhf.models.lora import adapted_layers
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import circular_dpo as commands
 from eg3d_rlhf.modes.circular_dpo import default_settings, resolve, settings
-from eg3d_rlhf.tuning.flow.circular import ablation as circular_run
+from eg3d_rlhf.tuning.flow.circular import ablation
 from eg3d_rlhf.tuning.flow.circular.ablation import CircularRun
 from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings
 from eg3d_rlhf.tuning.flow.families import open_problem
@@ -142,7 +142,7 @@ def test_settings_survive_json():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    for module in (commands, circular_run):
+    for module in (commands, ablation):
         monkeypatch.setattr(module, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_settings", lambda pipeline: SETTINGS)
 

@@ -15,8 +15,6 @@ from eg3d_rlhf.modes import grpo as commands
 from eg3d_rlhf.modes.grpo import TOY_RUN, default_run
 from eg3d_rlhf.tuning.flow.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.grpo import arms
-from eg3d_rlhf.tuning.flow.grpo import arms as grpo_run
-from eg3d_rlhf.tuning.flow.grpo import arms as report
 from eg3d_rlhf.tuning.flow.grpo.arms import BASE, GrpoRun, Worker, ranked_pairs
 from eg3d_rlhf.tuning.flow.grpo.groups import GrpoConfig
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
@@ -71,7 +69,7 @@ def test_flags_reach_their_settings(tmp_path):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    for module in (commands, grpo_run):
+    for module in (commands, arms):
         monkeypatch.setattr(module, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_run", lambda pipeline: TINY)
 
@@ -107,7 +105,7 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
 
 def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
     problem = tiny_problem()
-    bench = grpo_run.bench_of(TINY, problem, 3)
+    bench = arms.bench_of(TINY, problem, 3)
     pairs = ranked_pairs(bench.task, bench.grpo, 3, batch=8)
     assert pairs and all(pair.reward_preferred > pair.reward_rejected for pair in pairs) and len(pairs) <= 4 * 2 * 2
     scored = full(problem.pipeline.decode(collate([pair.preferred for pair in pairs])), [pair.condition for pair in pairs])
@@ -117,7 +115,7 @@ def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
 
 def test_a_plugins_reward_tunes_what_has_none_of_its_own(tiny, tmp_path, monkeypatch):
     bare = tiny_problem(reward=None, chooser=None, final=None, parts=None)
-    for module in (commands, grpo_run):
+    for module in (commands, arms):
         monkeypatch.setattr(module, "open_problem", lambda source, device: bare)
     assert_one_line(run(f"--outdir={tmp_path}"), "--reward: expected the name of one, got none")
     monkeypatch.setitem(arms.REWARDS, "full", lambda problem: full)
@@ -138,7 +136,7 @@ def test_the_reward_rises_on_held_out_conditions_and_the_controls_do_not_raise_i
     settings = replace(TOY_RUN, arms=ARMS, training_seeds=(3,))
     worker = Worker(settings, tmp_path, toy_problem(), say=lambda line: None)
     results = {task: worker(task) for task in (BASE, *(f"{arm}-3" for arm in ARMS))}
-    arms = report.table(results, ARMS, (3,), {"stage": "voxels"})["arms"]
-    assert arms["grpo"]["reward"]["up"] >= 0.9 and arms["grpo"]["judges"]["final"]["ci95"][0] > 0.5
-    assert 0 < arms["grpo"]["kl"][0] < 0.02
-    assert arms["shuffled"]["reward"]["up"] < 0.7 and arms["inverted"]["reward"]["up"] < 0.2
+    rows = arms.table(results, ARMS, (3,), {"stage": "voxels"})["arms"]
+    assert rows["grpo"]["reward"]["up"] >= 0.9 and rows["grpo"]["judges"]["final"]["ci95"][0] > 0.5
+    assert 0 < rows["grpo"]["kl"][0] < 0.02
+    assert rows["shuffled"]["reward"]["up"] < 0.7 and rows["inverted"]["reward"]["up"] < 0.2
