@@ -11,11 +11,13 @@ import sys
 
 import click
 
+from eg3d_rlhf.modes import ModeCommand
+
 PROGRAM = "eg3d-rlhf"
 
 # Words after eg3d-rlhf: module and click command, and what the job does.
 JOBS: dict[str, tuple[str, str]] = {
-    "train": ("train:main", "a generator, with or without a reward; --mode: other ways"),
+    "train": ("eg3d_rlhf.modes.door:train", "a generator, with or without a reward; --mode: other ways"),
     "label": ("eg3d_rlhf.people.label.commands:main", "shapes or any 3D assets in the browser; export, ..."),
     "label synthetic": ("eg3d_rlhf.modes.labels:synthetic", "a generator's seeds, by the programmatic annotator"),
     "label elo": ("eg3d_rlhf.modes.labels:elo", "rate methods from pairwise judgements"),
@@ -104,5 +106,6 @@ class Door(click.Group):
             formatter.write_dl([(words, JOBS[job][1]) for words, job in zip(self.list_commands(ctx), self.jobs(), strict=True)])
 
 
+train = ModeCommand("train")  # as train.py, from any folder
 main = Door(help="Rewards on the density field of 3D-aware generators. Every job takes --help.",
             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140})
