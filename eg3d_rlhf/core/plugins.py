@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 VARIABLE = "EG3D_RLHF_PLUGINS"
-GROUP = "eg3d_rlhf.core.plugins"
+GROUP = "eg3d_rlhf.plugins"
 
 
 _loaded: set[str] = set()  # marked before they are imported: a plugin may ask a registry itself
