@@ -80,7 +80,7 @@ class GroupedCommand(click.Command):
         if file is not None:
             try:
                 values = json.loads(file.read_text())
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"--settings: expected JSON in {file}, got: {error}. Correct it.") from None
             if not isinstance(values, dict):
                 raise ValueError(f"--settings: expected settings by name in {file}, got {type(values).__name__}. Correct it.")

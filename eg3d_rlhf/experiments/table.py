@@ -102,13 +102,13 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping]]], note: str):
     Args: panels: a label of the axis, and rates by what stands beside them; note: what a reader of the figure must know.
     """
     drawn, axes = style.figure(columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * len(panels[0][1])))
-    rates = [rate for _, rows in panels for one in rows.values() for rate in (*one["ci95"], *(s["win_rate"] for s in one["seeds"]))]
+    rates = [rate for _, rows in panels for one in rows.values() for rate in (*one["ci95"], *(s["win_rate"] for s in one.get("seeds", ())))]
     for axis, (label, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
         for place, rated in enumerate(rows.values()):
             low, high = rated["win_rate"] - rated["ci95"][0], rated["ci95"][1] - rated["win_rate"]
             around = [[max(0, low)], [max(0, high)]]
             axis.errorbar(rated["win_rate"], place, xerr=around, fmt="o", markersize=4, color=style.colour("after"), capsize=2)
-            ticks = [seed["win_rate"] for seed in rated["seeds"]]
+            ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
             axis.plot(ticks, [place] * len(ticks), "|", color=style.colour("before"), markersize=7)
         axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
         axis.set_yticks(range(len(rows)), list(rows), fontsize=7)

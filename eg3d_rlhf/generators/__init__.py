@@ -100,7 +100,7 @@ FAMILIES: Registry[Family] = Registry("generator family", {
     "hyplanehead": "eg3d_rlhf.generators.hyplanehead",
     "panohead": "eg3d_rlhf.generators.panohead",
     "spherehead": "eg3d_rlhf.generators.spherehead",
-    "assets": "eg3d_rlhf.generators.assets.generator",
+    "assets": "eg3d_rlhf.generators.assets.asset",
 })  # fmt: skip
 KEPT = "network-kept.safetensors"  # in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)
 

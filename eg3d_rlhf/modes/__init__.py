@@ -11,7 +11,8 @@ MODES: Registry[Mode] = Registry("--mode", {
     "gan": "eg3d_rlhf.modes.gan",
     "circular-dpo": "eg3d_rlhf.modes.circular_dpo",
     "grpo": "eg3d_rlhf.modes.grpo",
-    "distill": "eg3d_rlhf.modes.distilled",
+    "distill": "eg3d_rlhf.modes.distill",
+    "mesh-reward": "eg3d_rlhf.modes.mesh_reward",
 })  # fmt: skip
 
 

@@ -208,20 +208,16 @@ def modes_of(texts: Sequence[str]) -> torch.Tensor:
 @torch.no_grad()
 def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float = FACE_PROBABILITY) -> Voxels:
     """Voxels [A] to begin with, of A prompts with a generator each: whole bodies; each side of a head near the face with probability p,
-    emblems half way between both.
-
-    Raises: ValueError for an unknown prompt, or another number of generators.
+    emblems half way between both. Raises: ValueError for an unknown prompt.
     """
-    if len(texts) != len(generators):
-        raise ValueError(f"problem.start: expected a generator for each of {len(texts)} prompts, got {len(generators)}. Give one each.")
     started = Voxels(len(texts), RESOLUTION)
     for i, (text, rng) in enumerate(zip(texts, generators, strict=True)):
         prompt, u, v = prompt_of(text), torch.rand(SIDES, generator=rng), torch.rand(SIDES, generator=rng)
         low, width = (torch.where(u < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
         share = torch.lerp(low, width, v) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
         made = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
-        for own, parameter in zip(started.parameters(), made.parameters(), strict=True):
-            own[i] = parameter[0] + _START_NOISE * torch.randn(parameter.shape[1:], generator=rng)
+        for into, parameter in zip(started.parameters(), made.parameters(), strict=True):
+            into[i] = parameter[0] + _START_NOISE * torch.randn(parameter.shape[1:], generator=rng)
     return started
 
 
@@ -284,12 +280,12 @@ def count(heights: torch.Tensor) -> torch.Tensor:
     floor = inner.flatten(2).quantile(_FLOOR_QUANTILE, dim=2)[:, :, None, None]
     raised = (inner > floor + _STEP).cpu().numpy()
     low, high = (share * inner[0, 0].numel() for share in _AREA)
-    found = np.zeros(heights.shape[:2], dtype=bool)
-    for index in np.ndindex(found.shape):
+    hits = np.zeros(heights.shape[:2], dtype=bool)
+    for index in np.ndindex(hits.shape):
         labels, _ = ndimage.label(raised[index])
         areas = np.bincount(labels.ravel())[1:]
-        found[index] = ((areas >= low) & (areas <= high)).any()
-    return torch.from_numpy(found.sum(axis=1))
+        hits[index] = ((areas >= low) & (areas <= high)).any()
+    return torch.from_numpy(hits.sum(axis=1))
 
 
 def noses(field: Field) -> torch.Tensor:

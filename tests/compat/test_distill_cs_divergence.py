@@ -19,9 +19,9 @@ def case(request):
 
 def test_values_and_gradients(case):
     x, y = (case[name].clone().requires_grad_(True) for name in "xy")
-    found = cs_divergence(x, y, float(case["sigma"]))
-    found.backward()
-    assert abs(float(found.detach() - case["divergence"])) <= 1e-10 * max(1.0, abs(float(case["divergence"])))
+    divergence = cs_divergence(x, y, float(case["sigma"]))
+    divergence.backward()
+    assert abs(float(divergence.detach() - case["divergence"])) <= 1e-10 * max(1.0, abs(float(case["divergence"])))
     assert float((x.grad - case["d_dx"]).abs().max()) <= 1e-9
     assert float((y.grad - case["d_dy"]).abs().max()) <= 1e-9
 
@@ -29,8 +29,8 @@ def test_values_and_gradients(case):
 def test_its_kernel_is_the_published_one(case):
     """A single pair of points has D = -2 log k(a, b)."""
     for i, j in ((0, 0), (len(case["x"]) - 1, len(case["y"]) - 1)):
-        found = cs_divergence(case["x"][i : i + 1], case["y"][j : j + 1], float(case["sigma"]))
-        assert math.exp(-float(found) / 2) == pytest.approx(float(case["kernel_xy"][i, j]), rel=1e-9, abs=1e-300)
+        divergence = cs_divergence(case["x"][i : i + 1], case["y"][j : j + 1], float(case["sigma"]))
+        assert math.exp(-float(divergence) / 2) == pytest.approx(float(case["kernel_xy"][i, j]), rel=1e-9, abs=1e-300)
 
 
 def test_median_distance_is_the_root_of_the_published_median_square(case):

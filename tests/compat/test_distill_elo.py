@@ -17,8 +17,8 @@ def rated(name: str, **options) -> tuple[np.ndarray, dict, bool]:
     starts = zip(reference.get("init", ()), reference["elo"], strict=False)
     held = {str(k): float(start) for k, (start, end) in enumerate(starts) if start == end} or None  # the others have moved
     judgements = [Judgement(str(i), str(j), RESULT[int(result)]) for i, j, result in reference["comparisons"]]
-    found = elo(judgements, held=held, resamples=0, **options)
-    return np.array([found.ratings[str(k)].elo for k in range(len(found.ratings))]), reference, found.regularised
+    rating = elo(judgements, held=held, resamples=0, **options)
+    return np.array([rating.ratings[str(k)].elo for k in range(len(rating.ratings))]), reference, rating.regularised
 
 
 @pytest.mark.parametrize("name", CASES)

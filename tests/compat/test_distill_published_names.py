@@ -39,8 +39,8 @@ def test_reward3d(kind):
     wanted = published(f"Reward3D_{kind}")
     assert wanted.pop("blip.text_encoder.embeddings.position_ids") == [1, 512]  # a buffer of old transformers
     assert shapes(build_on_meta(lambda: Reward3dNetwork(kind, BlipSizes()))) == wanted
-    found = Reward3dNetwork.of(on_meta(f"Reward3D_{kind}"), "test")  # sizes as the file tells
-    assert found.kind == kind and shapes(found) == wanted
+    network = Reward3dNetwork.of(on_meta(f"Reward3D_{kind}"), "test")  # sizes as the file tells
+    assert network.kind == kind and shapes(network) == wanted
 
 
 def test_image_reward_is_the_trunk_and_the_mlp():
@@ -52,8 +52,8 @@ def test_image_reward_is_the_trunk_and_the_mlp():
 def test_hpsv2():
     wanted = published("hpsv2_open_clip_vit_h14")
     assert shapes(build_on_meta(lambda: Clip(ClipSizes()))) == wanted
-    found = ClipSizes.of(on_meta("hpsv2_open_clip_vit_h14"), "test")
-    assert found == ClipSizes() and sum(t.numel() for t in build_on_meta(lambda: Clip(found)).parameters()) == 986_109_441
+    sizes = ClipSizes.of(on_meta("hpsv2_open_clip_vit_h14"), "test")
+    assert sizes == ClipSizes() and sum(t.numel() for t in build_on_meta(lambda: Clip(sizes)).parameters()) == 986_109_441
 
 
 def test_open_clips_text_half_is_that_of_stable_diffusion_2():
@@ -113,8 +113,8 @@ def test_mvdream_files(form):
         text = {n: t for n, t in on_meta("hpsv2_open_clip_vit_h14").items() if not n.startswith("visual.")}
         state |= {f"{OPEN_CLIP}{n}": t for n, t in text.items()}
     networks, states = mvdream_networks(state, "test")
-    for name, own in states.items():
-        load_strict(getattr(networks, name), own, name)  # every entry fits
+    for name, weights in states.items():
+        load_strict(getattr(networks, name), weights, name)  # every entry fits
     assert len(states["unet"]) == len(below(state, "model.diffusion_model."))
     plain = {n: s for n, s in shapes(networks.unet).items() if not n.startswith("class_embedding.")}
     assert plain == published({"sd15": "sd15_unet", "sd21_base": "sd21_unet"}[form])

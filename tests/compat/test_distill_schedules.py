@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from eg3d_rlhf.generators.assets.views import network_cameras, views_at
+from eg3d_rlhf.generators.assets.views import network_cameras, to_y_up, to_z_up, unit_distance, views_at
 from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
 from tests.compat.distill_reference import StandIn, close, members, needs, present, recipe, under, values
 
@@ -91,13 +91,27 @@ def test_our_front_is_the_networks_front(case):
     """nVIEWS_eELEVATION_aFIRST_sSPAN: MVDream's table counts azimuth from -y; the front, +x, is at its 90 degrees."""
     (theirs,) = present(values(NAME), f"camera/{case}/blender")
     views, elevation, first, span = map(int, re.fullmatch(r"n(\d+)_e(-?\d+)_a(-?\d+)_s(\d+)", case).groups())
-    azimuth = first + torch.arange(views, dtype=torch.float64) * span / views - 90
-    ours = views_at(azimuth, *(torch.full_like(azimuth, value) for value in (elevation, 2.7, 40.0))).cameras
-    before = ours.clone()
-    torch.testing.assert_close(network_cameras(ours), theirs, rtol=1e-5, atol=1e-5)
-    assert torch.equal(ours, before)
+    azimuth = first + torch.arange(views, dtype=torch.float64) * span / views
+    rest = [torch.full_like(azimuth, value) for value in (elevation, 1.0, 40.0)]
+    same, turned = (views_at(angle, *rest).cameras[:, :16] for angle in (azimuth, azimuth - 90))
+    same, world = same.reshape(-1, 4, 4), theirs.reshape(-1, 4, 4)
+    torch.testing.assert_close(to_z_up(same), world, rtol=0, atol=2e-6)
+    torch.testing.assert_close(to_y_up(world), same, rtol=0, atol=2e-6)
+    if f"camera/{case}/opengl" in values(NAME):  # their y-up matrix keeps OpenGL's camera axes
+        y_up = values(NAME)[f"camera/{case}/opengl"].reshape(-1, 4, 4)
+        torch.testing.assert_close(same * torch.tensor([1.0, -1.0, -1.0, 1.0]), y_up, rtol=0, atol=2e-6)
+    before = turned.clone()
+    torch.testing.assert_close(network_cameras(turned), theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(turned, before)
     front = views_at(*(torch.tensor([value], dtype=torch.float64) for value in (0.0, 0.0, 2.7, 40.0))).cameras
     torch.testing.assert_close(network_cameras(front).view(4, 4)[:3, 3], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5)
+
+
+def test_the_translation_gets_norm_one_and_the_argument_stays():
+    given, wanted = present(under(NAME, "normalize_camera"), "camera", "out")
+    kept = given.clone()
+    torch.testing.assert_close(unit_distance(given), wanted, rtol=2e-6, atol=1e-6)
+    assert torch.equal(given, kept)
 
 
 def specs(kind: str) -> dict:

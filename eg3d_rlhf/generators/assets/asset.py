@@ -1,6 +1,8 @@
 """Assets under optimisation: a `Field` whose numbers are parameters. Slabs, depth maps, clouds, meshes and rewards read it as any other.
+What is finished is a generator family.
 
-Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per edge.
+Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per edge; of the
+generator N samples, Z z_dim.
 """
 
 import abc
@@ -12,19 +14,25 @@ from typing import ClassVar, Self
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, Rendering, RenderOptions
+from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.generators import Family, Generator, latents, register
 from training import networks
 from training.rendering.cameras import RaySampler, ray_limits_box, unpack_label
 from training.rendering.renderer import MipRayMarcher2
 from training.storage import load_strict, read_tensors
 
-ARCHITECTURE = "assets"  # as network files name their family (eg3d_rlhf.generators.assets.generator)
+ARCHITECTURE = "assets"  # as network files name their family
 EMPTY = LEVEL - 1000.0  # raw density outside the bounds
 RESOLUTION = 64  # pixels per edge of a rendering that does not say
 _SAMPLES_AT_ONCE = 1 << 20  # samples of all assets that are decoded together
 _EDGE = 1e-4  # share of half a side by which a point may lie outside: rays end on the bounds
-KINDS: dict[str, type["Asset"]] = {}
+KINDS: Registry[type["Asset"]] = Registry("kind of asset", {
+    "voxels": "eg3d_rlhf.generators.assets.grids",
+    "planes": "eg3d_rlhf.generators.assets.grids",
+    "latents": "eg3d_rlhf.generators.assets.latents",
+})  # fmt: skip
 
 
 class Asset(torch.nn.Module, abc.ABC):
@@ -39,7 +47,7 @@ class Asset(torch.nn.Module, abc.ABC):
 
     def __init_subclass__(cls, **more) -> None:
         super().__init_subclass__(**more)
-        KINDS[cls.kind] = cls
+        KINDS.add(cls.kind, cls)
 
     @property
     @abc.abstractmethod
@@ -130,8 +138,6 @@ class AssetNetwork(torch.nn.Module):
 
     def __init__(self, field: str, assets: int, settings: dict):
         super().__init__()
-        if field not in KINDS:
-            raise ValueError(f"assets: expected a field of {', '.join(sorted(KINDS))}, got {field!r}. Use a file that this version wrote.")
         self.asset = KINDS[field](assets, **settings)
 
 
@@ -158,3 +164,50 @@ def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
     opacity = -torch.expm1(-free)
     entropy = (1 - opacity) * free - opacity * opacity.clamp_min(1e-12).log()
     return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}
+
+
+# Finished assets as a generator family: the file that a run writes for an arm; seeds 0, 1, 2, ... name its assets in order. Labelling, the
+# blind study, meshes, pictures and rewards then take it as any generator. It cannot be tuned: a shape per seed is all it has.
+
+
+class AssetGenerator:
+    """`FiniteGenerator` around A assets."""
+
+    architecture, conditioned = ARCHITECTURE, False
+    z_dim, w_dim, num_ws = 8, 1, 1
+    img_resolution = RESOLUTION
+    cameras = CameraFamily(radius=6.0)  # the whole cube, also from its corners, with the lens of portraits
+
+    def __init__(self, module: AssetNetwork):
+        self.module, self.count = module, len(module.asset)
+        self.bounds, self.level = module.asset.bounds, module.asset.level
+
+    def mapping(self, z: torch.Tensor, c: torch.Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> torch.Tensor:
+        """ws [N, 1, 1], the numbers of the assets whose seeds have the latents z [N, Z]. Camera and truncation change nothing.
+
+        Raises: ValueError for the latent of no asset.
+        """
+        del c, truncation_psi, truncation_cutoff
+        known = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
+        same = (z[:, None] == known).all(dim=2)  # [N, A]
+        if not bool(same.any(dim=1).all()):
+            raise ValueError(f"assets: expected latents of seeds 0 to {self.count - 1}, got others. This file has {self.count} shapes.")
+        return same.float().argmax(dim=1).view(-1, 1, 1).to(z)
+
+    def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Asset:
+        """The assets of numbers ws [N, 1, 1]. Raises: ValueError for what is between them: there is nothing."""
+        del noise_mode
+        numbers = ws.flatten().tolist()
+        if ws.shape[1:] != (1, 1) or not all(number in range(self.count) for number in numbers):
+            got = f"{list(ws.shape)} with {numbers[:4]}"
+            wanted = f"ws [N, 1, 1] of whole numbers below {self.count}"
+            raise ValueError(f"assets: expected {wanted}, got {got}. There is nothing between two assets.")
+        return self.module.asset.pick([int(number) for number in numbers])
+
+
+def wrap(module: AssetNetwork) -> Generator:
+    """What the registry calls."""
+    return AssetGenerator(module)
+
+
+register(Family(ARCHITECTURE, AssetNetwork, None, wrap))

@@ -26,8 +26,6 @@ class Voxels(Asset):
 
     def __init__(self, assets: int, resolution: int = 16, start: float = -1.1):
         super().__init__()
-        if resolution < 2:
-            raise ValueError(f"Voxels: expected a resolution of at least 2, got {resolution}. Use 16.")
         self.resolution = resolution
         cube = (resolution,) * 3
         self.shape = torch.nn.Parameter(torch.full((assets, *cube), start))  # [A, N, N, N], z, y, x
@@ -105,8 +103,6 @@ class TriPlanes(Asset):
 
     def __init__(self, assets: int, resolution: int = 32, channels: int = 8, hidden: int = 16, seed: int = 0):
         super().__init__()
-        if min(resolution, channels, hidden) < 1:
-            raise ValueError(f"TriPlanes: expected positive sizes, got {resolution}, {channels} and {hidden}. Use 32, 8 and 16.")
         self.resolution, self.channels, self.hidden, self.seed = resolution, channels, hidden, seed
         rng = torch.Generator().manual_seed(seed)
 

@@ -31,8 +31,8 @@ class Latents(Asset):
         """Args: generator: SHA-256 of the state that the latents are of; None: that of the bundled one. Raises: ValueError for another."""
         super().__init__()
         if generator not in (None, _bundled().hash):
-            own = _bundled().hash[:12]
-            raise ValueError(f"Latents: expected those of the bundled generator {own}, got {generator:.12}. Bring its file.")
+            bundled = _bundled().hash[:12]
+            raise ValueError(f"Latents: expected those of the bundled generator {bundled}, got {generator:.12}. Bring its file.")
         mean = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
         self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
 

@@ -43,15 +43,6 @@ class CameraDraws:
     distance: tuple[float, float] = (0.8, 1.0)  # in half_side / tan(fov / 2)
     half_side: float = 0.5  # of the cube that is looked at, world units
 
-    def __post_init__(self) -> None:
-        for name, (low, high), least, most in (
-            ("fov", self.fov, 0, 180), ("elevation", self.elevation, -90, 90), ("distance", self.distance, 0, math.inf),
-        ):
-            if not least < low <= high < most:
-                raise ValueError(f"CameraDraws: expected {least} < {name} < {most}, low <= high, got {(low, high)}. Correct it.")
-        if self.views < 1 or self.half_side <= 0:
-            raise ValueError(f"CameraDraws: expected a view and half_side > 0, got {self.views}, {self.half_side:g}. Correct it.")
-
     def draw(self, assets: int, rng: torch.Generator) -> Views:
         """Views of A assets, on the CPU: one field of view, elevation and distance for each, azimuths a V-th of the circle apart.
 
@@ -196,12 +187,8 @@ class FourViews:
         return evenly_around(assets, ORTHOGRAPHIC, DISTANCE)
 
     def render(self, asset: Asset, views: Views, background: torch.Tensor) -> Pictures:
-        """See `Renderer`. Inverse depth is over 0. Raises: ValueError for another field than voxels, or other views."""
-        if not isinstance(asset, Voxels) or len(views.cameras) != ORTHOGRAPHIC * len(asset):
-            raise ValueError(
-                f"FourViews: expected voxels and {ORTHOGRAPHIC} views of each, got {type(asset).__name__} and {len(views.cameras)} "
-                f"views of {len(asset)}. Use PerspectiveViews."
-            )
+        """See `Renderer`. Inverse depth is over 0."""
+        assert isinstance(asset, Voxels) and len(views.cameras) == ORTHOGRAPHIC * len(asset)
         channels, opacity = (part.flatten(0, 1) for part in four_views(asset.raw, torch.sigmoid(asset.paint), asset.pitch))
         below = F.pad(background.to(channels).expand(len(channels), 3), (0, 1))  # [B, 4]
         images = channels + (1 - opacity) * below[:, :, None, None]

@@ -51,8 +51,8 @@ def head(lattice: Lattice, kind: str, severity: float, draw: torch.Generator) ->
         points = torch.stack([points[:, 2], points[:, 1], -points[:, 0]], dim=1)
     level = ((points / radii).norm(dim=1) - 1) * radii.min()
     size, height = 0.085 + 0.03 * float(u[3]), 0.1 * float(u[4]) - 0.05
-    own = size * (max(0.0, 1 - 1.6 * severity) if kind == "no-nose" else 1)
-    noses = [(1, own)] + ([(-1, size * min(1.0, 1.6 * severity))] if kind == "second-nose" else [])
+    radius_in_front = size * (max(0.0, 1 - 1.6 * severity) if kind == "no-nose" else 1)
+    noses = [(1, radius_in_front)] + ([(-1, size * min(1.0, 1.6 * severity))] if kind == "second-nose" else [])
     for side, radius in noses:
         centre = torch.tensor([0.0, height, side * (float(radii[2]) + 0.4 * radius)])
         level = _joined(level, (points - centre).norm(dim=1) - radius)
@@ -161,26 +161,21 @@ def severity_of(index: int, u: float) -> float:
 
 
 def drawn(source: str, count: int, options: PatchOptions, resolution: int, seed: int = 0, on_shape: OnShape = None) -> MeshSet:
-    """`count` meshes of a source of SOURCES, on a lattice of `resolution` cells per edge. Shape i depends on seed and i alone.
-
-    Raises: ValueError for an unknown source.
-    """
-    if source not in SOURCES:
-        raise ValueError(f"--source: expected one of {', '.join(SOURCES)}, got {source!r}. Choose one.")
-    lattice, found, labels = cube(resolution), [], list[UnpairedPreference]()
+    """`count` meshes of a source of SOURCES, on a lattice of `resolution` cells per edge. Shape i depends on seed and i alone."""
+    lattice, patches, labels = cube(resolution), [], list[UnpairedPreference]()
     prompts, kinds = list[str](), list[str]()
     known = KINDS[source]
     for i in range(count):
         draw = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, i))
         kind, severity = known[i // 2 % len(known)], severity_of(i, float(torch.rand((), generator=draw)))
         level, prompt = SOURCES[source](lattice, kind, severity, draw)
-        found.append(patches_of([net_mesh(closed_level(level, lattice), lattice)], options))
+        patches.append(patches_of([net_mesh(closed_level(level, lattice), lattice)], options))
         labels.append(UnpairedPreference(seed=i, score=SCALE - FALL * severity))
         prompts.append(prompt)
         kinds.append(kind)
         if on_shape is not None:
             on_shape(1)
-    return MeshSet(patches=stacked(found), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds))
+    return MeshSet(patches=stacked(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds))
 
 
 def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet:
@@ -190,19 +185,19 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
     """
     if not path.is_file():
         raise FileNotFoundError(f"--data: expected a .jsonl file, got nothing at {path}. Check the path.")
-    found, labels, prompts = [], list[UnpairedPreference](), list[str]()
+    patches, labels, prompts = [], list[UnpairedPreference](), list[str]()
     for line, record in jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"):
         try:
             labels.append(_label(len(labels), record))
             prompts.append(str(record.get("prompt", "")))
-            found.append(patches_of([load_mesh(path.parent / str(record.get("mesh", "")))], options))
+            patches.append(patches_of([load_mesh(path.parent / str(record.get("mesh", "")))], options))
         except (ValueError, OSError) as error:
             raise ValueError(f"--data: {path.name}, line {line}: {error}") from error
         if on_shape is not None:
             on_shape(1)
-    if not found:
+    if not patches:
         raise ValueError(f"--data: {path.name}: expected at least one mesh, got an empty file. Label some meshes.")
-    return MeshSet(patches=stacked(found), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels))
+    return MeshSet(patches=stacked(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels))
 
 
 def _label(number: int, record: Mapping) -> UnpairedPreference:

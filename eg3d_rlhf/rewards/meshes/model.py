@@ -113,8 +113,8 @@ class MeshEncoder(nn.Module):
 
 def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Largest of the tokens [A, P, C] that are there, [A, C]; 0 where none is."""
-    found = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
-    return torch.where(mask.any(dim=1, keepdim=True), found, 0.0)
+    largest = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
+    return torch.where(mask.any(dim=1, keepdim=True), largest, 0.0)
 
 
 def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -157,10 +157,10 @@ class PromptTokens(nn.Module):
         rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
         rows = rows if forget is None else rows.masked_fill(forget.to(device), 0)
         words = [[zlib.crc32(word.encode()) % BUCKETS for word in _WORD.findall(prompt.lower())] for prompt in prompts]
-        longest = max((len(own) for own in words), default=0)
+        longest = max((len(row) for row in words), default=0)
         shape = len(prompts), longest
-        index = torch.tensor([own + [0] * (longest - len(own)) for own in words], dtype=torch.int64, device=device).view(shape)
-        there = torch.arange(longest + 1, device=device) <= torch.tensor([len(own) for own in words], device=device)[:, None]
+        index = torch.tensor([row + [0] * (longest - len(row)) for row in words], dtype=torch.int64, device=device).view(shape)
+        there = torch.arange(longest + 1, device=device) <= torch.tensor([len(row) for row in words], device=device)[:, None]
         return torch.cat([self.table(rows)[:, None], self.words(index)], dim=1), there
 
 
@@ -182,8 +182,7 @@ class RewardCS(nn.Module):
         provenance: Mapping | None = None,
     ):
         super().__init__()
-        if patches.faces != encoder.faces:
-            raise ValueError(f"RewardCS: expected an encoder of patches of {patches.faces} faces, got {encoder.faces}. Use the same.")
+        assert patches.faces == encoder.faces
         self.patches, self.resolution, self.provenance = patches, resolution, dict(provenance or {})
         width = encoder.width
         self.encoder, self.text = MeshEncoder(encoder), PromptTokens(prompts, width)
@@ -201,12 +200,8 @@ class RewardCS(nn.Module):
         self.scale.copy_(known.std(dim=0).clamp_min(_LEAST_SCALE))
 
     def embed(self, patches: Patches, prompts: list[str], forget: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings [A, C]. Differentiable in features and centres. Args: forget: see `PromptTokens`.
-
-        Raises: ValueError for another number of prompts than of meshes.
-        """
-        if len(prompts) != len(patches.features):
-            raise ValueError(f"RewardCS: expected a prompt for each of {len(patches.features)} meshes, got {len(prompts)}. Give one each.")
+        """Embeddings [A, C]. Differentiable in features and centres. Args: forget: see `PromptTokens`."""
+        assert len(prompts) == len(patches.features)
         features = (patches.features.to(self.mean) - self.mean) / self.scale
         standard = Patches(features, patches.centres.to(self.mean), patches.mask)
         tokens = self.encoder(standard)  # [A, P, C]
@@ -224,9 +219,7 @@ class RewardCS(nn.Module):
         return self(patches, prompts)[0]
 
     def save(self, path: Path) -> None:
-        """Write both files, each whole or not at all. Raises: ValueError for another suffix."""
-        if path.suffix != ".safetensors":
-            raise ValueError(f"RewardCS.save: expected a name ending in .safetensors, got {path.name}. Rename it.")
+        """Write both files, each whole or not at all."""
         meta = {"patches": asdict(self.patches), "encoder": asdict(self.encoder.options), "prompts": list(self.text.prompts),
                 "resolution": self.resolution, "provenance": self.provenance}
         write_tensors(path, KIND, self.state_dict(), meta)

@@ -48,8 +48,6 @@ class PatchOptions:
         for name, known in (("kind", tuple(PATCHIFIERS)), ("area", AREAS), ("place", PLACES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"PatchOptions: expected {name} of {', '.join(known)}, got {getattr(self, name)!r}. Choose one.")
-        if min(self.patches, self.faces) < 1:
-            raise ValueError(f"PatchOptions: expected positive numbers, got {self.patches} patches of {self.faces} faces. Correct them.")
 
     def plan(self, mesh: Mesh) -> Plan:
         """Which faces stand in which patch."""
@@ -102,8 +100,6 @@ class MeshReader:
     """
 
     def __init__(self, lattice: Lattice, options: PatchOptions, isovalue: float | str | None = None, every: int = 20):
-        if every < 1:
-            raise ValueError(f"MeshReader: expected at least 1 step between rebuilds, got {every}. Raise it.")
         self.lattice, self.options, self.isovalue, self.every = lattice, options, isovalue, every
         self.held: list[Held] = []
         self._batch: _Batch | None = None
@@ -129,13 +125,13 @@ class MeshReader:
         """Vertex normals of all assets; where a sign on the lattice has changed, a net and a plan."""
         made = []
         for i, iso in enumerate(isovalues(density, self.lattice, level, self.isovalue)):
-            own = closed_level(iso - density[i], self.lattice)
+            levels = closed_level(iso - density[i], self.lattice)
             past = self.held[i] if len(self.held) == len(density) else None
-            same = past is not None and torch.equal(past.inside, own < 0)
-            known = past.net if past is not None and same else net(own, self.lattice)
-            mesh = net_mesh(own, self.lattice, known)
+            same = past is not None and torch.equal(past.inside, levels < 0)
+            known = past.net if past is not None and same else net(levels, self.lattice)
+            mesh = net_mesh(levels, self.lattice, known)
             plan = past.plan if past is not None and same else self.options.plan(mesh)
-            made.append(Held(iso, own < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
+            made.append(Held(iso, levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
         return made
 
     @torch.no_grad()
@@ -170,12 +166,12 @@ class MeshReader:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs, as tensors by name."""
-        found: dict[str, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
         for i, (iso, inside, around, known, plan) in enumerate(self.held):
-            own = {"isovalue": torch.tensor(iso, dtype=torch.float64), "inside": inside, "around": around, **known._asdict()}
-            own |= plan._asdict()
-            found |= {f"{i}.{name}": value for name, value in own.items() if value is not None}
-        return found
+            held = {"isovalue": torch.tensor(iso, dtype=torch.float64), "inside": inside, "around": around, **known._asdict()}
+            held |= plan._asdict()
+            state |= {f"{i}.{name}": value for name, value in held.items() if value is not None}
+        return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state_dict` gave."""

@@ -31,10 +31,7 @@ def face_features(vertices: torch.Tensor, faces: torch.Tensor, area: str = "shar
     """Features [M, 10] and face centres [M, 3] of vertices [N, 3] and faces [M, 3].
 
     Vertex normals are the faces' around them, weighted by their angles there. Differentiable in vertices, almost everywhere.
-    Raises: ValueError for an unknown form of the area.
     """
-    if area not in AREAS:
-        raise ValueError(f"face_features: expected area of {', '.join(AREAS)}, got {area!r}. Choose one.")
     normal, size, angle = measured(vertices[faces])
     around = _joined(len(vertices), faces, normal, angle)
     return _numbers(normal, size / size.sum() if area == "share" else size, angle, around[faces]), vertices[faces].mean(dim=1)
@@ -93,9 +90,7 @@ class Owners(NamedTuple):
 
 def whereabouts(mesh: Mesh, owners: Owners, place: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each of A meshes that stand together in one: origin [A, 3] and unit [A, 1], so that places are (x - origin) / unit, and area
-    [A, 1], world units. Of one without faces: 0, 1 and 1. Differentiable in vertices. Raises: ValueError for another place."""
-    if place not in PLACES:
-        raise ValueError(f"placed: expected a place of {', '.join(PLACES)}, got {place!r}. Choose one.")
+    [A, 1], world units. Of one without faces: 0, 1 and 1. Differentiable in vertices."""
     vertices, faces = mesh
     first, second, third = (vertices.index_select(0, faces[:, i]) for i in range(3))
     size = _length(torch.linalg.cross(second - first, third - first)) / 2  # [M, 1]
@@ -218,7 +213,7 @@ def _halved(points: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarr
     rows, where = [tuple(row) for row in faces.tolist()], list(points)
     while len(rows) < count:
         length = {tuple(sorted((row[i], row[j]))): float(((where[row[i]] - where[row[j]]) ** 2).sum()) for row in rows for i, j in _EDGES}
-        edge = max(length, key=lambda one: (length[one], one))
+        edge = max(length, key=lambda ends: (length[ends], ends))
         middle = len(where)
         where.append((where[edge[0]] + where[edge[1]]) / 2)
         for place in [k for k, row in enumerate(rows) if set(edge) <= set(row)][: count - len(rows)]:
@@ -236,7 +231,7 @@ def subdivided(points: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
     edges, number = np.unique(ends, axis=0, return_inverse=True)
     middle = number.reshape(-1, 3) + len(points)  # of edges 01, 12, 20
     (a, b, c), (ab, bc, ca) = faces.T, middle.T
-    new = np.concatenate([np.stack(one, axis=1) for one in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
+    new = np.concatenate([np.stack(corners, axis=1) for corners in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
     return np.concatenate([points, points[edges].mean(axis=1)]), new
 
 
@@ -394,10 +389,10 @@ def _split(label: np.ndarray, areas: np.ndarray, centres: np.ndarray, wanted: in
         size = np.bincount(label, weights=areas, minlength=count)
         size[np.bincount(label, minlength=count) < 2] = -1
         members = np.flatnonzero(label == size.argmax())
-        own = centres[members]
-        first = own[np.linalg.norm(own - own.mean(0), axis=1).argmax()]
-        second = own[np.linalg.norm(own - first, axis=1).argmax()]
-        nearer = np.linalg.norm(own - second, axis=1) < np.linalg.norm(own - first, axis=1)
+        places = centres[members]
+        first = places[np.linalg.norm(places - places.mean(0), axis=1).argmax()]
+        second = places[np.linalg.norm(places - first, axis=1).argmax()]
+        nearer = np.linalg.norm(places - second, axis=1) < np.linalg.norm(places - first, axis=1)
         nearer[-1] |= not nearer.any()  # faces that all have one centre
         label[members[nearer]] = count
         count += 1

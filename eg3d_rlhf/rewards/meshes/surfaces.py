@@ -50,20 +50,14 @@ class Lattice:
         return replace(self, **parts)
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
-        """Values [..., V] at the vertices of a `cube` as [..., X, Y, Z]. Raises: ValueError for a lattice that is none."""
-        if self.axes is None:
-            raise ValueError("Lattice.grid: expected a lattice made by cube, got free tetrahedra. Use cube.")
+        """Values [..., V] at the vertices of a `cube` as [..., X, Y, Z]."""
+        assert self.axes is not None
         return values.unflatten(-1, tuple(len(axis) for axis in self.axes))
 
 
 @functools.lru_cache(maxsize=8)
 def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
-    """R^3 cells of a cube, by default the unit cube about the origin; vertices in the order of x, y, z, the last one fastest.
-
-    Raises: ValueError for fewer than one cell.
-    """
-    if resolution < 1:
-        raise ValueError(f"cube: expected at least 1 cell per edge, got {resolution}. Raise it.")
+    """R^3 cells of a cube, by default the unit cube about the origin; vertices in the order of x, y, z, the last one fastest."""
     bounds, side = bounds or Bounds(), resolution + 1
     axis = (torch.arange(side) / resolution - 0.5) * bounds.side
     x, y, z = (axis + c for c in bounds.centre)
@@ -97,16 +91,16 @@ def _cases() -> tuple[torch.Tensor, torch.Tensor]:
     for case in range(1, 15):
         inside = [bool(case >> i & 1) for i in range(4)]
         cut = [edge for edge in EDGES if inside[edge[0]] != inside[edge[1]]]
-        found = [tuple(cut)]
+        corners = [tuple(cut)]
         if len(cut) == 4:
             p, q = next(pair for pair in _DIAGONALS if set(pair) <= set(cut))
-            found = [(p, q, edge) for edge in cut if edge not in (p, q)]
-        outward = corner[[not one for one in inside]].mean(0) - corner[inside].mean(0)
-        for i, (a, b, c) in enumerate(found):
+            corners = [(p, q, edge) for edge in cut if edge not in (p, q)]
+        outward = corner[[not within for within in inside]].mean(0) - corner[inside].mean(0)
+        for i, (a, b, c) in enumerate(corners):
             normal = torch.linalg.cross(middle[b] - middle[a], middle[c] - middle[a])
             ordered = (a, b, c) if normal @ outward > 0 else (a, c, b)
             triangles[case, i] = torch.tensor([EDGES.index(edge) for edge in ordered])
-        count[case] = len(found)
+        count[case] = len(corners)
     return triangles, count
 
 
@@ -119,11 +113,9 @@ def marching_tetrahedra(level: torch.Tensor, lattice: Lattice, deformation: torc
     Args: level [V], negative inside; deformation [V, 3], any number: vertices move by tanh(deformation) cells.
     Returns: vertices in the order of the sorted edges that are cut; no vertex and no face where the sign is everywhere the same.
     Differentiable in: level, deformation, lattice.vertices. Not in: which edges are cut.
-    Raises: ValueError for another number of levels, or NaN.
+    Raises: ValueError for NaN.
     """
-    if level.shape != (len(lattice.vertices),):
-        expected = [len(lattice.vertices)]
-        raise ValueError(f"marching_tetrahedra: expected level {expected}, got {list(level.shape)}. Sample it at the vertices.")
+    assert level.shape == (len(lattice.vertices),)
     if not bool(level.detach().isfinite().all()):
         raise ValueError("marching_tetrahedra: expected finite levels, got NaN or infinity. Check the field's density.")
     edges, faces = cut(level.detach(), lattice)
@@ -190,23 +182,21 @@ def matching_isovalue(density: torch.Tensor, step: float, activation: Callable[[
     peaks = torch.cat([density.amax(dim=i).flatten() for i in range(3)]).sort(descending=True).values
     mean, n = float(opacity.mean()), len(peaks)
     k = min(max(round(mean * n), 1), n - 1)
-    found = float((peaks[k - 1] + peaks[k]) / 2)
-    covered = float((peaks > found).double().mean())
+    isovalue = float((peaks[k - 1] + peaks[k]) / 2)
+    covered = float((peaks > isovalue).double().mean())
     if not math.isfinite(mean) or abs(covered - mean) > OPACITY_TOLERANCE:
         raise ValueError(
             f"matching_isovalue: expected a density whose silhouettes cover the mean opacity {mean:.3f}, got {covered:.3f} at best. "
             "Set an isovalue."
         )
-    return found
+    return isovalue
 
 
 def isovalues(density: torch.Tensor, lattice: Lattice, level: float, isovalue: float | str | None) -> list[float]:
     """The raw density of the surface of each shape, density [N, V]: the one given; `level` for None; `matching_isovalue` for 'auto', on a
-    lattice made by `cube`. Raises: ValueError for another word."""
+    lattice made by `cube`."""
     if isovalue == "auto":
-        return [matching_isovalue(lattice.grid(one), lattice.step) for one in density]
-    if isinstance(isovalue, str):
-        raise ValueError(f"isovalue: expected a number, or 'auto', got {isovalue!r}. Correct it.")
+        return [matching_isovalue(lattice.grid(raw), lattice.step) for raw in density]
     return [level if isovalue is None else float(isovalue)] * len(density)
 
 
@@ -233,8 +223,8 @@ def extract(field: Field, lattice: Lattice, isovalue: float | str | None = None,
     Differentiable in: what made the field, through the vertices.
     """
     density = densities(field, lattice)
-    levels = [iso - one for one, iso in zip(density, isovalues(density, lattice, field.level, isovalue), strict=True)]
-    return [marching_tetrahedra(closed_level(one, lattice) if closed else one, lattice) for one in levels]
+    levels = [iso - level for level, iso in zip(density, isovalues(density, lattice, field.level, isovalue), strict=True)]
+    return [marching_tetrahedra(closed_level(level, lattice) if closed else level, lattice) for level in levels]
 
 
 # Fusion: the surface on a cube's lattice with one vertex per cell, the mean of where the surface crosses the cell's edges.
@@ -263,10 +253,9 @@ class Net(NamedTuple):
 
 @torch.no_grad()
 def net(level: torch.Tensor, lattice: Lattice) -> Net:
-    """Of a level [V], negative inside, whose border lies outside (`closed_level`). Raises: ValueError where it does not."""
+    """Of a level [V], negative inside, whose border lies outside (`closed_level`)."""
     inside = lattice.grid(level) < 0  # [R + 1, R + 1, R + 1]
-    if bool((lattice.grid(lattice.border) & inside).any()):
-        raise ValueError("net: expected a level that is outside on the lattice's border, got one inside. Pass it through closed_level.")
+    assert not bool((lattice.grid(lattice.border) & inside).any()), "pass it through closed_level"
     side, places = inside.shape[0], lattice.vertices
     jump, cell = (side * side, side, 1), ((side - 1) ** 2, side - 1, 1)  # from a vertex, or a cell, to the next one along x, y, z
     edges, around, axes = [], [], []
@@ -274,8 +263,8 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
         first, second = inside.narrow(axis, 0, side - 1), inside.narrow(axis, 1, side - 1)
         place = (first != second).nonzero()  # [n, 3] of the first end
         start, here = ((place * place.new_tensor(by)).sum(dim=1) for by in (jump, cell))
-        one, other = cell[(axis + 1) % 3], cell[(axis + 2) % 3]
-        quad = torch.stack([here - one - other, here - other, here, here - one], dim=1)  # counterclockwise from the second end
+        before, below = cell[(axis + 1) % 3], cell[(axis + 2) % 3]
+        quad = torch.stack([here - before - below, here - below, here, here - before], dim=1)  # counterclockwise from the second end
         around.append(torch.where(first[tuple(place.T)][:, None], quad, quad.flip(1)))
         edges.append(torch.stack([start, start + jump[axis]], dim=1))
         axes.append(torch.full_like(start, axis))

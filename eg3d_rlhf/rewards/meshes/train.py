@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.preferences.divergence import cs_divergence, median_distance
 from eg3d_rlhf.preferences.losses import LossWeights, PreferenceLoss, UnpairedOutput
@@ -41,41 +42,38 @@ class MeshRewardTraining:
     shapes: int = knob(840, "Drawn meshes; one in 20 lies between the thresholds.", DATA, low=20)
     data_seed: int = knob(0, "Of the drawn meshes and of which are held out, whatever --seed is.", DATA, low=0, rare=True)
     held_out: float = knob(0.25, "Share of the meshes for the figures.", DATA, above=0, below=1, rare=True)
-    resolution: int = knob(20, "Cells of the lattice per edge.", DATA, low=4, high=128)
+    resolution: int = knob(20, "Cells of the lattice per edge.", DATA, low=4, high=128, rare=True)
     patchifier: str = knob("regions", "How meshes become patches.", NET, choices=tuple(PATCHIFIERS), rare=True)
-    patches: int = knob(64, "Patches of a mesh.", NET, low=4)
-    faces: int = knob(64, "Faces of a patch.", NET, low=1)
+    patches: int = knob(64, "Patches of a mesh.", NET, low=4, rare=True)
+    faces: int = knob(64, "Faces of a patch.", NET, low=1, rare=True)
     area: str = knob("share", "Areas as shares of the mesh's, or as they are.", NET, choices=AREAS, rare=True)
-    place: str = knob(
-        "centre", "Where centres are measured from: the surface's, its box's least corner, the origin.", NET, choices=PLACES, rare=True
-    )
+    place: str = knob("centre", "Where centres are measured from: the surface's, its box's least corner, the origin.", NET,
+                      choices=PLACES, rare=True)
     width: int = knob(64, "Width of the encoder.", NET, low=4, rare=True)
     depth: int = knob(3, "Blocks of the encoder.", NET, low=0, rare=True)
     heads: int = knob(4, "Heads of attention.", NET, low=1, rare=True)
     divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz term.", TRAIN, low=0)
-    divergence_ramp: float = knob(
-        0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", TRAIN, low=0, high=1, rare=True
-    )
+    divergence_ramp: float = knob(0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", TRAIN,
+                                  low=0, high=1, rare=True)
     bandwidth: float = knob(0.7, "Least width of the kernel; the batch's median distance where that is larger.", TRAIN, above=0, rare=True)
-    regression: float = knob(
-        25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", TRAIN, above=0, rare=True
-    )
+    regression: float = knob(25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", TRAIN,
+                             above=0, rare=True)
     steps: int = knob(400, "Updates.", TRAIN, low=1)
     batch: int = knob(64, "Meshes of an update, half of each kind.", TRAIN, low=4)
     lr: float = knob(1e-3, "Of AdamW, after a warm-up, falling to 0 along a cosine.", TRAIN, above=0)
     weight_decay: float = knob(0.05, "Of AdamW.", TRAIN, low=0, rare=True)
     forget: float = knob(0.25, "Share of prompts that are taken as unknown.", TRAIN, low=0, high=1, rare=True)
-    turns: bool = knob(True, "Turn meshes by random quarters about the upward axis, and mirror them.", TRAIN, flag=False)
-    shuffled: bool = knob(False, "A control: deal the labels anew. AUC must then be near one half.", TRAIN, flag=False)
-    area_only: bool = knob(False, "A control: read areas alone. It must not see a second nose.", TRAIN, flag=False)
-    seed: int = knob(0, "Of initialisation and order.", TRAIN, low=0)
+    turns: bool = knob(True, "Turn meshes by random quarters about the upward axis, and mirror them.", TRAIN, rare=True)
+    shuffled: bool = knob(False, "A control: deal the labels anew. AUC must then be near one half.", TRAIN, rare=True)
+    area_only: bool = knob(False, "A control: read areas alone. It must not see a second nose.", TRAIN, rare=True)
+    seed: int = knob(0, "Of initialisation and order.", TRAIN, low=0, flag=False)
 
     def __post_init__(self) -> None:
         check_knobs(self)
         if self.batch % 2:
             raise ValueError(f"--batch: expected an even number, got {self.batch}. Half of each kind are drawn.")
         if self.turns and self.place == "box":
-            raise ValueError("--place: expected centre or world with --turns, got box, which meshes are not turned about. Add --no-turns.")
+            raise ValueError("place: expected centre or world with turns, got box, which no mesh is turned about. Add --set turns=false.")
         self.encoder, self.read  # noqa: B018  their own checks
 
     def to_dict(self) -> dict:
@@ -131,7 +129,7 @@ class MeshTraining:
             seen.append(self._step(next(batches)))
             self.done += 1
         self.reward.eval()
-        return {name: float(np.mean([one[name] for one in seen])) for name in (seen[0] if seen else ())}
+        return {name: float(np.mean([terms[name] for terms in seen])) for name in (seen[0] if seen else ())}
 
     def _step(self, labels: Sequence[UnpairedPreference]) -> dict[str, float]:
         o, warm = self.o, max(self.o.steps // 20, 1)
@@ -180,14 +178,14 @@ class MeshTraining:
         kind = np.array([label.preferred is True for label in labels])
         defects, values = np.array([self.meshes.kinds[label.seed] for label in labels]), scores.numpy()
         apart = points[torch.from_numpy(kind)], points[torch.from_numpy(~kind)], max(float(median_distance(points)), TINY)
-        found = {
+        figures = {
             "n": [int(kind.sum()), int((~kind).sum())], "auc": auc(values[kind], values[~kind]),
             "divergence": float(cs_divergence(*apart, "U")), "divergence_v": float(cs_divergence(*apart)),
             "divergence_fixed": float(cs_divergence(*apart[:2], self.o.bandwidth, "U")),
             "silhouette": silhouette(points.numpy(), kind),
         }  # fmt: skip
         known = sorted({str(name) for name in defects[~kind] if name})
-        return {**found, "auc_by_kind": {name: auc(values[kind], values[~kind & (defects == name)]) for name in known}}
+        return {**figures, "auc_by_kind": {name: auc(values[kind], values[~kind & (defects == name)]) for name in known}}
 
     def finished(self) -> RewardCS:
         """The reward with what it is worth."""
@@ -209,38 +207,26 @@ ARMS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def run_training(options: MeshRewardTraining, out: Path, resume: bool = False, on_shape: OnShape = None) -> dict | None:
-    """Train into the folder `out`: reward.safetensors with reward.json, report.json, stats.jsonl, states to go on from.
+def run_training(training: MeshTraining, run: Run) -> dict:
+    """What is left of a training in its run folder: reward.safetensors with reward.json, report.json, stats.jsonl, states to go on from.
 
-    Returns: the held-out figures; None where a signal stopped it, after which `resume` goes on.
-    Raises: ValueError where there is a finished or begun run and no `resume`, or one of other settings.
+    Returns: the held-out figures. Raises: StoppedError after a signal.
     """
-    if not resume and (out / "training_options.json").exists():
-        raise ValueError(f"--out: expected a new folder, got a run in {out}. Name another, or add --resume.")
-    if resume and not (out / "training_options.json").exists():
-        raise ValueError(f"--resume: expected a run in --out, got none in {out}. Leave --resume out.")
-    inputs = {} if options.data is None else {"data": options.data}
-    training = MeshTraining(options, options.meshes(on_shape))
-    out.mkdir(parents=True, exist_ok=True)
-    with Run(out, options.to_dict(), inputs) as run:
-        if resume:
-            run.resume()
-            if any(out.glob("checkpoint-*.safetensors")):
-                training.load(*run.read())
-            run.go_on(training.done, training.done // EVERY)
-        else:
-            run.begin()
-        with run.stoppable(), run.writing():
-            while training.done < options.steps and not run.stop_requested:
-                means = training.run(min((training.done // EVERY + 1) * EVERY, options.steps))
-                run.stats({"step": training.done, **means})
-                run.status({"step": training.done}, training.done, options.steps, "step", {k: f"{v:.4f}" for k, v in means.items()})
-                run.checkpoint(training.done, *training.state())
-            if training.done < options.steps:
-                return None
-            reward = training.finished()
-            reward.save(out / REWARD)
-            run.write(REPORT, reward.provenance)
+    options = training.o
+    if any(run.folder.glob("checkpoint-*.safetensors")):
+        training.load(*run.read())
+    run.go_on(training.done, training.done // EVERY)
+    with run.stoppable(), run.writing():
+        while training.done < options.steps and not run.stop_requested:
+            means = training.run(min((training.done // EVERY + 1) * EVERY, options.steps))
+            run.stats({"step": training.done, **means})
+            run.status({"step": training.done}, training.done, options.steps, "step", {k: f"{v:.4f}" for k, v in means.items()})
+            run.checkpoint(training.done, *training.state())
+        if training.done < options.steps:
+            raise StoppedError(f"{run.stop_requested} after step {training.done}.")
+        reward = training.finished()
+        reward.save(run.folder / REWARD)
+        run.write(REPORT, reward.provenance)
     return reward.provenance["held_out"]
 
 
@@ -253,28 +239,28 @@ def run_table(options: MeshRewardTraining, out: Path, seeds: int, on_shape: OnSh
     path, settings = out / TABLE, {k: v for k, v in options.to_dict().items() if k not in ("seed", "divergence", "shuffled", "area_only")}
     known = json.loads(path.read_text()) if path.is_file() else {"training": settings, "rows": {}}
     if known["training"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"--out: expected a table of the same settings, got another in {path}. Name another folder.")
+        raise ValueError(f"--resume: expected a table of the same settings, got another in {path}. Name another folder.")
     meshes, rows = options.meshes(on_shape), known["rows"]
     for seed in range(seeds):
         for arm, changes in ARMS.items():
             if f"{arm}/{seed}" not in rows:
                 training = MeshTraining(replace(options, seed=seed, **changes), meshes)
                 training.run(options.steps)
-                rows[f"{arm}/{seed}"] = found = training.report()
-                say(f"seed {seed}  {arm:9s}  AUC {found['auc']:.3f}  D {found['divergence']:.3f}")
+                rows[f"{arm}/{seed}"] = figures = training.report()
+                say(f"seed {seed}  {arm:9s}  AUC {figures['auc']:.3f}  D {figures['divergence']:.3f}")
                 write_atomic(path, (json.dumps({"training": settings, "rows": rows}, indent=1) + "\n").encode())
     return {"training": settings, "rows": rows, "summary": summary(rows)}
 
 
 def summary(rows: dict[str, dict]) -> dict[str, dict]:
     """Of each arm over its seeds: mean and range of AUC, mean D at its own width and at one that arms share, mean AUC of each defect."""
-    found = {}
+    table = {}
     for arm in ARMS:
-        own = [row for name, row in rows.items() if name.split("/")[0] == arm]
-        if own:
-            scores = [row["auc"] for row in own]
-            kinds = {kind: float(np.mean([row["auc_by_kind"][kind] for row in own])) for kind in own[0]["auc_by_kind"]}
-            found[arm] = {"n": len(own), "auc": float(np.mean(scores)), "auc_range": [min(scores), max(scores)],
-                          **{name: float(np.mean([row[name] for row in own])) for name in ("divergence", "divergence_fixed")},
+        of_arm = [row for name, row in rows.items() if name.split("/")[0] == arm]
+        if of_arm:
+            scores = [row["auc"] for row in of_arm]
+            kinds = {kind: float(np.mean([row["auc_by_kind"][kind] for row in of_arm])) for kind in of_arm[0]["auc_by_kind"]}
+            table[arm] = {"n": len(of_arm), "auc": float(np.mean(scores)), "auc_range": [min(scores), max(scores)],
+                          **{name: float(np.mean([row[name] for row in of_arm])) for name in ("divergence", "divergence_fixed")},
                           "auc_by_kind": kinds}  # fmt: skip
-    return found
+    return table

@@ -4,7 +4,6 @@
 fields: scores [A]. Neither is the judge (judges.py) nor the detector (`boxes.noses`). Letters: A assets, V views of each, B = A V.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -58,21 +57,6 @@ class OneFace:
         of_heads = 2 * faces.amax(dim=1) - faces.sum(dim=1)
         heads = torch.tensor([prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device)
         return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
-
-
-@dataclass(frozen=True)
-class Colour:
-    """Minus the RMS distance of the picture's mean colour to a target, both in 0..1."""
-
-    target: tuple[float, float, float]
-    modality: ClassVar[Modality] = "image"
-    views: ClassVar[int] = 1
-    differentiable: ClassVar[bool] = True
-
-    def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """See `RewardModel`."""
-        del prompts
-        return -(pixels[:, :3].mean(dim=(2, 3)) - pixels.new_tensor(self.target)).square().mean(dim=1).add(1e-12).sqrt()
 
 
 class Symmetry:
@@ -172,7 +156,7 @@ class Floaters:
         """See `GeometryReward`."""
         del prompts, step
         filled = occupancy(field)
-        apart = torch.stack([_apart(one.detach().cpu().numpy()) for one in filled]).to(filled)
+        apart = torch.stack([_apart(cells.detach().cpu().numpy()) for cells in filled]).to(filled)
         return -(filled * apart).sum(dim=(1, 2, 3)) / filled.sum(dim=(1, 2, 3)).clamp_min(1e-6)
 
 
@@ -184,16 +168,3 @@ def _apart(filled: np.ndarray) -> torch.Tensor:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return torch.from_numpy((labels > 0) & (labels != sizes.argmax()))
-
-
-def euler_characteristic(filled: torch.Tensor) -> torch.Tensor:
-    """Vertices - edges + faces - cells [A] of the union of closed cells [A, D, H, W] bool: parts - handles + cavities. For evaluation."""
-    padded = torch.nn.functional.pad(filled.bool(), (1,) * 6)
-    total = torch.zeros(len(filled), dtype=torch.long, device=filled.device)
-    for number in range(8):  # a cell's part of dimension 3 - k is shared by the cells on both sides along k axes
-        axes = [dim + 1 for dim in range(3) if number >> dim & 1]
-        there = padded
-        for axis in axes:
-            there = there.narrow(axis, 0, there.shape[axis] - 1) | there.narrow(axis, 1, there.shape[axis] - 1)
-        total += int(math.pow(-1, 3 - len(axes))) * there.flatten(1).sum(dim=1)
-    return total

@@ -65,16 +65,13 @@ def problem_questions(prompt: str) -> Sequence[str]:
 
 
 def analytic_answers(pictures: torch.Tensor, prompt: str, questions: Sequence[str]) -> str:
-    """Answers to `QUESTIONS`, a line each, from colours and counts of pixels. Raises: ValueError for other questions."""
+    """Answers to `QUESTIONS`, a line each, from colours and counts of pixels."""
     if prompt_of(prompt).kind == "janus":
         faces = int(faces_painted(pictures, prompt).sum())
         whole = bool((pictures.amax(dim=1) > 0.1).double().mean() > 0.6)
         known = dict(zip(QUESTIONS["janus"], (faces >= 1, faces <= 1, whole), strict=True))
     else:
         known = dict(zip(QUESTIONS["mode"], first_emblems(pictures, prompt).tolist(), strict=False))
-    other = [question for question in questions if question not in known]
-    if other:
-        raise ValueError(f"analytic_answers: expected the test problem's questions, got {other[0]!r}. Give a judge that knows it.")
     return "\n".join(f"{i}. {'Yes' if known[question] else 'No'}" for i, question in enumerate(questions, 1))
 
 
@@ -95,19 +92,6 @@ class YesNoJudge:
         return [verdict(*(self.score(side, prompt) for side in pair)) for prompt, pair in zip(prompts, pairs, strict=True)]
 
 
-@dataclass(frozen=True)
-class RewardJudge:
-    """The better one by a reward, an asset's mean over views; `margin` in the reward's units."""
-
-    reward: RewardModel
-    margin: float = 0.0
-
-    def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
-        """See `PairwiseJudge`."""
-        del shuffle_order
-        return [verdict(*gap_sides(self.reward, pair, prompt), self.margin) for prompt, pair in zip(prompts, pairs, strict=True)]
-
-
 def gap_sides(reward: RewardModel, pair: Pair, prompt: str) -> tuple[float, float]:
     """A reward's scores of both, the mean over views."""
     first, second = (float(reward.score(side, [prompt] * len(side)).double().mean()) for side in pair)
@@ -126,19 +110,15 @@ class WeightedJudge:
     weight: float = 0.5  # 0..1, the judge's share
     scale: float = 1.0  # reward units that count as much as a judgement, > 0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1 or not self.scale > 0:
-            raise ValueError(f"WeightedJudge: expected 0 <= weight <= 1 and scale > 0, got {self.weight:g}, {self.scale:g}. Correct them.")
-
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
         """See `PairwiseJudge`."""
-        found = []
+        verdicts = []
         said = self.judged_by.judge(prompts, pairs, shuffle_order)
         for answer, prompt, pair in zip(said, prompts, pairs, strict=True):
             first, second = gap_sides(self.reward, pair, prompt)
             vote = {0: 1.0, 1: -1.0}.get(answer, 0.0)
-            found.append(verdict(self.weight * vote + (1 - self.weight) * (first - second) / self.scale, 0.0))
-        return found
+            verdicts.append(verdict(self.weight * vote + (1 - self.weight) * (first - second) / self.scale, 0.0))
+        return verdicts
 
 
 @torch.no_grad()
@@ -180,11 +160,11 @@ class AssetJudge:
 @torch.no_grad()
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
     """Sides [A] whose floor has the first emblem's colours: a vote of the points on which the two emblems differ; 0 for heads."""
-    found = []
+    counts = []
     for i, text in enumerate(prompts):
         prompt = prompt_of(text)
         if prompt.kind != "mode":
-            found.append(0)
+            counts.append(0)
             continue
         sides = 0
         for side in range(SIDES):
@@ -192,8 +172,8 @@ def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
             seen = asset.colour(points)[i].cpu()
             nearer = (seen - colours[0]).norm(dim=1) < (seen - colours[1]).norm(dim=1)
             sides += int(nearer.double().mean() > 0.5)
-        found.append(sides)
-    return torch.tensor(found)
+        counts.append(sides)
+    return torch.tensor(counts)
 
 
 # A vision-language model as judge: any server that speaks the chat-completions protocol, local or hosted. The key comes from the
@@ -227,13 +207,13 @@ class VisionLanguageJudge:
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
         """See `PairwiseJudge`. Whether the two change places is drawn from their pixels: the same pair is asked in the same order."""
-        found = []
+        verdicts = []
         for prompt, (first, second) in zip(prompts, pairs, strict=True):
             pictures = [picture(first), picture(second)]
             swapped = shuffle_order and hashlib.sha256(b"".join(sorted(pictures))).digest()[0] % 2 == 1
             said = re.search(r"[12]", self._ask(_WHICH.format(prompt=prompt), pictures[::-1] if swapped else pictures) or "")
-            found.append(-1 if said is None else (int(said.group()) - 1) ^ int(swapped))
-        return found
+            verdicts.append(-1 if said is None else (int(said.group()) - 1) ^ int(swapped))
+        return verdicts
 
     def answers(self, pictures: torch.Tensor, prompt: str, questions: Sequence[str]) -> str:
         """Lines for `YesNoJudge`; empty without an answer."""

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, wilson_interval
+from eg3d_rlhf.experiments.table import markdown_rows, with_interval
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.preferences.elo import Judgement, elo
 
 BASE = "sds"
 SHAPE_JUDGES: dict[str, Callable[[Asset], torch.Tensor]] = {}  # by name: scores [A] of finished shapes, higher is better. Handed in from
-# above (eg3d_rlhf.modes.distilled), since nothing here may know them
+# above (eg3d_rlhf.modes.distill), since nothing here may know them
 INTERVAL = "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000 resamples"
 _WINNER = {0: "a", 1: "b", -1: "tie"}
 _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
@@ -37,17 +38,12 @@ def compare(
     Args:
         assets: N of every arm, in the order of the pairs (prompt, seed). measured: by arm, by name, figures [N] to report beside the win
             rates; NaN where one does not apply, and one that applies to none is left out.
-    Raises: ValueError without the arm that is the base, and for arms of another length.
     """
-    if BASE not in assets:
-        raise ValueError(f"compare: expected the arm {BASE} among {', '.join(assets)}, got none. Add it.")
-    for arm, own in assets.items():
-        if len(own) != len(pairs):
-            raise ValueError(f"compare: expected {len(pairs)} assets of {arm}, got {len(own)}. Finish the arm.")
+    assert BASE in assets and {len(made) for made in assets.values()} == {len(pairs)}
     prompts, names = [prompt for prompt, _ in pairs], [f"{prompt} #{seed}" for prompt, seed in pairs]
     answers = {(a, b): judge.compare(assets[a], assets[b], prompts) for a, b in combinations(assets, 2)}
     judgements = [
-        Judgement(a, b, _WINNER[answer], name) for (a, b), found in answers.items() for answer, name in zip(found, names, strict=True)
+        Judgement(a, b, _WINNER[answer], name) for (a, b), said in answers.items() for answer, name in zip(said, names, strict=True)
     ]
     rated, arms = elo(judgements), {}
     for arm in assets:
@@ -74,23 +70,17 @@ def _mean(values: torch.Tensor) -> dict:
 
 def markdown(table: Mapping) -> str:
     """The table for people."""
-    measures = list(table["arms"][BASE]["measures"])
-    head = ["arm", f"wins against {BASE}", *measures, "Elo"]
-    lines = [
-        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.", "",
-        "| " + " | ".join(head) + " |", "|" + " --- |" * len(head),
+    arms = table["arms"]
+    measures = list(arms[BASE]["measures"])
+    rows = [
+        [arm, "" if arm == BASE else with_interval(row), *(f"{row['measures'][name]['mean']:.3g}" for name in measures),
+         with_interval(row["elo"], ".0f", "mean")]
+        for arm, row in arms.items()
     ]  # fmt: skip
-    for arm, one in table["arms"].items():
-        wins = f"{one['win_rate']:.3f} [{one['ci95'][0]:.3f}, {one['ci95'][1]:.3f}]" if arm != BASE else ""
-        rating = f"{one['elo']['mean']:.0f} [{one['elo']['ci95'][0]:.0f}, {one['elo']['ci95'][1]:.0f}]"
-        cells = [arm, wins, *(f"{one['measures'][m]['mean']:.3g}" for m in measures), rating]
-        lines.append("| " + " | ".join(cells) + " |")
-    others = [arm for arm in table["arms"] if arm != BASE]
-    if measures and others:
-        names = "| " + " | ".join(["arm", *measures]) + " |"
-        lines += ["", f"Changes against {BASE}, paired:", "", names, "|" + " --- |" * (1 + len(measures))]
-    for arm in others if measures else []:
-        changes = [table["arms"][arm]["changes"][name] for name in measures]
-        cells = [f"{one['mean']:+.3g} [{one['ci95'][0]:+.3g}, {one['ci95'][1]:+.3g}]" for one in changes]
-        lines.append("| " + " | ".join([arm, *cells]) + " |")
+    lines = [f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.", "",
+             *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows)]  # fmt: skip
+    others = {arm: row["changes"] for arm, row in arms.items() if arm != BASE}
+    changed = [[arm, *(with_interval(changes[name], "+.3g", "mean") for name in measures)] for arm, changes in others.items()]
+    if measures and changed:
+        lines += ["", f"Changes against {BASE}, paired:", "", *markdown_rows(["arm", *measures], changed)]
     return "\n".join([*lines, "", f"Brackets: {table['interval']}.", ""])

@@ -1,19 +1,39 @@
 """Settings of `train.py --mode=distill`: one tree from flags to JSON, and presets as a table with a row for each kind of prior."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from eg3d_rlhf.core.interfaces import Guidance
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
 from training.config import built, check_knobs, knob, values_of
 
 ASSETS, REAL, METHOD, OPT = "What is made", "With a prior from files", "Method", "Optimisation"
-METHODS = ("sds", "dreamreward", "dreamdpo", "rewardsds", "psd", "best-of-n")
-BOXES = ("bundled", "bundled-unet")  # priors of the bundled problem: exact, learned
 TWISTS = ("inverted", "random")  # of a reward: its sign turned, or replaced by noise; of one that looks at shapes, its weights shuffled
 _TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
-_ARM = re.compile(rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How assets are made: what a method's module adds to METHODS, and its presets to `methods.PRESETS`."""
+
+    settings: type  # a dataclass of knobs
+    guidance: Callable[..., Guidance]  # (prior, settings, views=, streams=, and what the next two say)
+    noises: Callable[[Any], int]  # per step and picture, of its settings
+    rewarded: bool = True  # takes reward=
+    judged: bool = False  # takes judge=: a judge of pairs may rank in the reward's place
+
+
+METHODS: Registry[Method] = Registry("--method", {
+    "sds": "eg3d_rlhf.tuning.distill.guidance.sds",
+    "dreamdpo": "eg3d_rlhf.tuning.distill.guidance.dreamdpo",
+    "rewardsds": "eg3d_rlhf.tuning.distill.guidance.rewardsds",
+    "dreamreward": "eg3d_rlhf.tuning.distill.guidance.dreamreward",
+    "psd": "eg3d_rlhf.tuning.distill.guidance.psd",
+    "best-of-n": "eg3d_rlhf.tuning.distill.guidance.sds",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,13 +48,14 @@ class Arm:
     @classmethod
     def parse(cls, text: str) -> "Arm":
         """'dreamdpo', 'dreamdpo-random', 'sds+geometry', 'sds+geometry-inverted'. Raises: ValueError."""
-        found = _ARM.fullmatch(text.strip())
-        if found is None or (found[1] == "sds" and found[2]):
+        pattern = rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?"
+        parts = re.fullmatch(pattern, text.strip())
+        if parts is None or (parts[2] and not METHODS[parts[1]].rewarded):
             raise ValueError(
                 f"expected arms such as {', '.join(METHODS)}, with -{' or -'.join(TWISTS)} after a method that has a reward, and "
                 f"+geometry at the end, twisted likewise, got {text.strip()!r}. Correct it."
             )
-        return cls(found[1], found[2], bool(found[3]), found[4])
+        return cls(parts[1], parts[2], bool(parts[3]), parts[4])
 
     @property
     def name(self) -> str:
@@ -60,17 +81,18 @@ class LoopConfig:
     batch: int = knob(55, "Assets that are optimised together; processes share the batches.", OPT, low=1,
                       shown="55; 1 with a prior from files")
     lr: float = knob(0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0)
-    lr_end: float = knob(0.05, "Learning rates at the end, as a share of those at the start; linear in between.", OPT, low=0, high=1)
-    decoder_lr: float = knob(0.001, "Learning rate of decoders.", OPT, above=0)
+    lr_end: float = knob(0.05, "Learning rates at the end, as a share of those at the start; linear in between.", OPT, low=0,
+                         high=1, rare=True)
+    decoder_lr: float = knob(0.001, "Learning rate of decoders.", OPT, above=0, rare=True)
     t_min: str = knob("0.02", "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.", OPT, metavar="RAMP",
                       shown="by prior")
     t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", shown="by prior")
-    shared_time: bool = knob(True, "One time for all views of an asset; priors that see views together need it.", OPT)
-    grad_clamp: float | None = knob(None, "Clamp the gradient on the latents to +- this.", OPT, above=0, shown="off")
-    sparsity: str = knob("0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP")
-    opacity: str = knob("0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP")
+    shared_time: bool = knob(True, "One time for all views of an asset; priors that see views together need it.", OPT, rare=True)
+    grad_clamp: float | None = knob(None, "Clamp the gradient on the latents to +- this.", OPT, above=0, shown="off", rare=True)
+    sparsity: str = knob("0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP", rare=True)
+    opacity: str = knob("0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP", rare=True)
     tick: int = knob(20, "Steps between two lines of stats.jsonl.", OPT, low=1)
-    checkpoint_ticks: int = knob(3, "Lines between two states to go on from.", OPT, low=1)
+    checkpoint_ticks: int = knob(3, "Lines between two states to go on from.", OPT, low=1, rare=True)
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -111,8 +133,9 @@ class SceneConfig:
                       shown="1; 5 for the bundled comparison, 2 for that of heads")
     views: int = knob(4, "Views of each asset in a step.", REAL, low=1)
     resolution: int = knob(64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8)
-    planes: int = knob(64, "Texels per edge of an asset's planes.", REAL, low=4)
-    amp: str = knob("auto", "Half precision for the prior's network alone; auto: on a GPU.", REAL, choices=("auto", "off", "half"))
+    planes: int = knob(64, "Texels per edge of an asset's planes.", REAL, low=4, rare=True)
+    amp: str = knob("auto", "Half precision for the prior's network alone; auto: on a GPU.", REAL, choices=("auto", "off",
+                    "half"), rare=True)
 
     def __post_init__(self) -> None:
         check_knobs(self)

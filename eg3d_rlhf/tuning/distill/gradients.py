@@ -110,11 +110,11 @@ class NoiseWeighting:
     """Weights of noises: mean of the best, softmax, best minus worst, all alike, or winner minus loser. One noise always weighs 1."""
 
     strategy: str = knob("min-max", "Which noises count: the best, a softmax, best minus worst, all.", NOISES, choices=STRATEGIES)
-    best: int = knob(2, "Noises counted as the best.", NOISES, low=1)
-    worst: int = knob(2, "Noises counted as the worst.", NOISES, low=1)
-    best_weight: float = knob(0.9, "Weight of the best ones' mean, of min-max.", NOISES, low=0)
-    worst_weight: float = knob(0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0)
-    temperature: float = knob(1.0, "Of the softmax.", NOISES, above=0)
+    best: int = knob(2, "Noises counted as the best.", NOISES, low=1, rare=True)
+    worst: int = knob(2, "Noises counted as the worst.", NOISES, low=1, rare=True)
+    best_weight: float = knob(0.9, "Weight of the best ones' mean, of min-max.", NOISES, low=0, rare=True)
+    worst_weight: float = knob(0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0, rare=True)
+    temperature: float = knob(1.0, "Of the softmax.", NOISES, above=0, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -162,15 +162,11 @@ def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = No
 def distillation_loss(
     x: torch.Tensor, output: GuidanceOutput, *, images: torch.Tensor | None = None, clamp: float | None = None
 ) -> torch.Tensor:
-    """The loss of one step, []: `output.grad` on the latents x [B, C, H, W], and `output.image_grad` on the pictures where there is one.
-
-    Raises: ValueError where a gradient on pictures came and no pictures are given.
-    """
+    """The loss of one step, []: `output.grad` on the latents x [B, C, H, W], and `output.image_grad` on the pictures where there is one."""
     loss = target_loss(x, output.grad, clamp=clamp)
     if output.image_grad is None:
         return loss
-    if images is None:
-        raise ValueError("distillation_loss: expected images beside a gradient on images, got None. Give the rendered pictures with graph.")
+    assert images is not None, "a gradient on pictures needs the rendered ones, with their graph"
     return loss + target_loss(images, output.image_grad)
 
 
@@ -216,6 +212,11 @@ class History:
         row = numbers.detach().flatten()[None].nan_to_num().cpu()
         past = self.rows if self.rows.shape[1] == row.shape[1] else self.rows.new_zeros(0, row.shape[1])
         self.rows = torch.cat([past, row])[-self.window :]
+
+    def standardised(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores in deviations of the last steps', these among them."""
+        self.add(scores)
+        return (scores - self.mean()) / self.deviation()
 
     def deviation(self) -> float:
         """Standard deviation; 1 where there is none."""

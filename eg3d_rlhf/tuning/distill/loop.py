@@ -87,25 +87,25 @@ class Tick:
 
 def signs(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Signs of known failures in the newest line, by name, each with its remedy."""
-    last, found = lines[-1], {}
+    last, warnings = lines[-1], {}
     if last.get("one_sided") == 1:
-        found["gaps"] = "every gap lies below --tau: losers push nothing away. Lower --tau, or use --tau-mode=quantile."
+        warnings["gaps"] = "every gap lies below --tau: losers push nothing away. Lower --tau, or use --tau-mode=quantile."
     if last.get("gap_90") == 0:
-        found["flat"] = "all noises got the same reward: there is no preference to follow. Check the reward, or give it larger pictures."
+        warnings["flat"] = "all noises got the same reward: there is no preference to follow. Check the reward, or give it larger pictures."
     if last.get("first_wins") in (0, 1):
-        found["winner"] = f"the first noise won {last['first_wins']:.0%} of the pairs: a judge that looks at places. Shuffle its order."
+        warnings["winner"] = f"the first noise won {last['first_wins']:.0%} of the pairs: a judge that looks at places. Shuffle its order."
     if last.get("unanswered", 0) > 0.5:
-        found["unanswered"] = f"{last['unanswered']:.0%} of the pairs had no answer: those steps only pull. Check the judge."
+        warnings["unanswered"] = f"{last['unanswered']:.0%} of the pairs had no answer: those steps only pull. Check the judge."
     if last.get("image_low", 0) < -0.01 or last.get("image_high", 1) > 1.01:
         reach = f"{last['image_low']:.2f} to {last['image_high']:.2f}"
-        found["range"] = f"pictures reach {reach}, expected 0 to 1: priors and rewards misread them."
+        warnings["range"] = f"pictures reach {reach}, expected 0 to 1: priors and rewards misread them."
     if len(lines) >= 4 and "reward" in last:
         then = lines[-4]
         away = [then[n] - last[n] if n == "log_prob" else last[n] - then[n] for n in ("log_prob", "prior_error") if n in last]
         size = max((abs(then[n]) for n in ("log_prob", "prior_error") if n in last), default=1.0)
         if away and away[0] > _DIFFER * max(size, 1e-9) and last["reward"] > then["reward"]:
-            found["drift"] = "the reward rises while the prior knows the pictures less: the reward is being exploited. Lower its weight."
-    return found
+            warnings["drift"] = "the reward rises while the prior knows the pictures less: the reward is being exploited. Lower its weight."
+    return warnings
 
 
 def shown(record: Mapping[str, float], steps: int) -> dict[str, str]:
@@ -138,8 +138,7 @@ class Distillation:
     tick: Tick = field(init=False)
 
     def __post_init__(self) -> None:
-        if len(self.prompts) != len(self.asset):
-            raise ValueError(f"Distillation: expected {len(self.asset)} prompts, one for each asset, got {len(self.prompts)}. Give those.")
+        assert len(self.prompts) == len(self.asset)
         self.rates = {"grid": self.config.lr, "decoder": self.config.decoder_lr}
         groups = [{"params": parameters, "lr": self.rates[name], "name": name} for name, parameters in self.asset.groups().items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
@@ -215,11 +214,11 @@ class Distillation:
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
         """Inverse of `state`."""
         names = ("asset", *self._stateful())
-        own = {name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in names}
-        self.asset.load_state_dict(own["asset"])
+        of_part = {name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in names}
+        self.asset.load_state_dict(of_part["asset"])
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         for name, part in self._stateful().items():
-            part.load_state_dict(own[name])
+            part.load_state_dict(of_part[name])
         self.tick.load(meta["tick"])
 
     def _stateful(self) -> dict:

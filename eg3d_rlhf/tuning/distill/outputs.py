@@ -21,6 +21,7 @@ from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.media.video import write_mp4
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, data_uri, write_page
 from eg3d_rlhf.experiments.run import STATS, Run
+from eg3d_rlhf.experiments.table import plot_rates
 from eg3d_rlhf.generators.assets.asset import Asset, load_assets
 from eg3d_rlhf.generators.assets.views import FINISHED, evenly_around
 from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
@@ -62,8 +63,9 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
 def joined(assets: Sequence[Asset]) -> Asset:
     """Batches of assets as one."""
     first = assets[0]
-    whole = type(first)(sum(len(one) for one in assets), **first.settings)
-    whole.load_state_dict({name: torch.cat([one.state_dict()[name] for one in assets]) for name in first.state_dict()})
+    whole = type(first)(sum(map(len, assets)), **first.settings)
+    states = [batch.state_dict() for batch in assets]
+    whole.load_state_dict({name: torch.cat([state[name] for state in states]) for name in first.state_dict()})
     return whole.requires_grad_(False)
 
 
@@ -84,13 +86,13 @@ def pictures(arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder
     for arm, asset in tqdm(chosen.items(), desc="meshes", unit="arm", dynamic_ncols=True):
         for k in range(count):
             try:
-                mesh, found = export_mesh(asset.pick([k]), MeshOptions(resolution=MESH, component="all"))
+                mesh, report = export_mesh(asset.pick([k]), MeshOptions(resolution=MESH, component="all"))
             except ValueError as error:
                 print(f"Warning: no mesh of {arm}, asset {k}: {error}", flush=True)
                 continue
             for suffix in (".glb", ".ply"):
                 mesh.save(folder / "meshes" / arm / f"{k:03d}{suffix}")
-            found.write(folder / "meshes" / arm / f"{k:03d}.json", prompt=pairs[k][0], seed=pairs[k][1])
+            report.write(folder / "meshes" / arm / f"{k:03d}.json", prompt=pairs[k][0], seed=pairs[k][1])
 
 
 @torch.no_grad()
@@ -145,13 +147,13 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
         del where
         arms = (table or {})["arms"]
         rows = [
-            {"arm": arm, "win rate": one["win_rate"], "low": one["ci95"][0], "high": one["ci95"][1], "n": one["n"]}
-            | {name: value["mean"] for name, value in one["measures"].items()} | ({"Elo": one["elo"]["mean"]} if "elo" in one else {})
-            for arm, one in arms.items()
+            {"arm": arm, "win rate": row["win_rate"], "low": row["ci95"][0], "high": row["ci95"][1], "n": row["n"]}
+            | {name: value["mean"] for name, value in row["measures"].items()} | {"Elo": row["elo"]["mean"]}
+            for arm, row in arms.items()
         ]  # fmt: skip
         says = [f"Judge: {(table or {})['judge']}."]
-        says += [f"{arm} beats {BASE} in {one['win_rate']:.1%} of pairs [{one['ci95'][0]:.1%}, {one['ci95'][1]:.1%}]."
-                 for arm, one in arms.items() if arm != BASE]
+        says += [f"{arm} beats {BASE} in {row['win_rate']:.1%} of pairs [{row['ci95'][0]:.1%}, {row['ci95'][1]:.1%}]."
+                 for arm, row in arms.items() if arm != BASE]
         return Finding(facts=facts, data={"arms": arms}, rows=rows, says=says)
 
     def drawn(where: Path) -> Finding:
@@ -164,10 +166,10 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
         return Finding(facts=facts, data={"curves": curves(lines)}, rows=lines)
 
     identity = {"settings": settings.to_dict(), "lines": lines}
-    found = [Job(key="arms", title=f"Arms against {BASE}", compute=compared, plots={"wins": plot_wins},
-                 inputs={"table": table})] if table else []
-    found += [Job(key="pictures", title="Pictures", compute=drawn, inputs=identity)] if shown else []
-    return [*found, Job(key="steps", title="While training", compute=stepped, plots={"curves": plot_curves}, inputs=identity)]
+    made = [Job(key="arms", title=f"Arms against {BASE}", compute=compared, plots={"wins": plot_wins},
+                inputs={"table": table})] if table else []
+    made += [Job(key="pictures", title="Pictures", compute=drawn, inputs=identity)] if shown else []
+    return [*made, Job(key="steps", title="While training", compute=stepped, plots={"curves": plot_curves}, inputs=identity)]
 
 
 def curves(lines: list[dict]) -> dict:
@@ -185,16 +187,8 @@ def curves(lines: list[dict]) -> dict:
 
 def plot_wins(data: Mapping):
     """Win rates with their intervals."""
-    drawn, axis = style.figure(size=(5.6, 2.6))
-    arms = [(arm, one) for arm, one in data["arms"].items() if arm != BASE]
-    for place, (_, one) in enumerate(arms):
-        low, high = one["win_rate"] - one["ci95"][0], one["ci95"][1] - one["win_rate"]
-        axis.errorbar(one["win_rate"], place, xerr=[[max(0, low)], [max(0, high)]], fmt="o", color=style.colour("after"), capsize=3)
-    axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
-    axis.set_yticks(range(len(arms)), [arm for arm, _ in arms], fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xlabel=f"win rate against {BASE}, 95 %", xlim=(0, 1))
-    return drawn
+    rates = {arm: row for arm, row in data["arms"].items() if arm != BASE}
+    return plot_rates([(f"win rate against {BASE}, 95 %", rates)], "")
 
 
 def plot_curves(data: Mapping):

@@ -22,7 +22,6 @@ from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.loop import Distillation, shown, signs
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training import checkpoint
-from training.distributed import Ranks
 from training.progress import tqdm
 
 PARTS, RESULT, ASSETS = "parts", "result.json", "assets.safetensors"
@@ -117,22 +116,22 @@ def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[s
     return lambda name: distil(settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True))
 
 
-def distil_all(settings: DistillSettings, scene: Scene, folder: Path, device: str, workers: int, ranks: Ranks) -> None:
+def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
     """Do all parts; with torchrun, this process's share of them. Raises: see `distil`."""
     names = [part.name for part in parts_of(settings)]
-    own = names[ranks.rank :: ranks.world]
-    workers = 1 if ranks.world > 1 else max(1, min(workers, len(own)))
-    if workers == 1:
-        if ranks.world > 1:
+    mine = names[run.ranks.rank :: run.ranks.world]
+    jobs = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(mine)))
+    if jobs == 1:
+        if run.ranks.world > 1:
             torch.set_num_threads(1)
-        for name in own:
-            distil(settings, scene, Part.of(name), folder / PARTS / name, partial(print, flush=True))
+        for name in mine:
+            distil(settings, scene, Part.of(name), run.folder / PARTS / name, partial(print, flush=True))
     else:
-        print(f"{len(own)} parts on {workers} processes; what they print is in {folder / 'logs'}.", flush=True)
-        with _Watch(settings, folder, own):
+        print(f"{len(mine)} parts on {jobs} processes; what they print is in {run.folder / 'logs'}.", flush=True)
+        with _Watch(settings, run.folder, mine):
             expected = (ValueError, OSError, StoppedError)
-            run_tasks(dict.fromkeys(own, ()), handler, (settings, folder, device), workers, folder / "logs", expected=expected)
-    ranks.barrier()
+            run_tasks(dict.fromkeys(mine, ()), handler, (settings, run.folder, run.device), jobs, run.folder / "logs", expected=expected)
+    run.ranks.barrier()
 
 
 class _Watch:

@@ -9,13 +9,14 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel, check_views
 from eg3d_rlhf.core.memory import Costs
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.grids import TriPlanes
 from eg3d_rlhf.generators.assets.views import CameraDraws, PerspectiveViews, Renderer
 from eg3d_rlhf.rewards.pictures.analytic import Inverted, Random
 from eg3d_rlhf.rewards.pictures.from_files import load_reward, reward_costs
 from eg3d_rlhf.tuning.distill.compare import FinalJudge
-from eg3d_rlhf.tuning.distill.config import BOXES, Arm, DistillSettings
+from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry, load_geometry, twisted
 from eg3d_rlhf.tuning.distill.loop import Distillation
 from eg3d_rlhf.tuning.distill.methods import guidance_of, of_arm
@@ -46,7 +47,7 @@ class Scene:
 
     def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
         """A batch of assets under one arm. Starts, views, times and noises are the same for all arms; of several starts the first is."""
-        own, starts, _ = of_arm(settings, arm.name)
+        method, starts, _ = of_arm(settings, arm.name)
         begun = [(prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]]
         prompts = [prompt for prompt, _, _ in begun]
         names = [(prompt, seed, *((start,) if start else ())) for prompt, seed, start in begun]
@@ -56,7 +57,7 @@ class Scene:
         judge = None if arm.twist else self.pair_judge  # the controls have their own reward alone
         return Distillation(
             asset=asset, prompts=prompts, prior=self.prior, renderer=self.renderer, config=settings.loop, streams=streams,
-            guidance=guidance_of(arm.method, own, self.prior, self._reward(arm), judge, self.views, streams),
+            guidance=guidance_of(arm.method, method, self.prior, self._reward(arm), judge, self.views, streams),
             background=self.background, geometry=self._geometry(settings, arm) if arm.geometry else None, log_prob=self.log_prob,
         )  # fmt: skip
 
@@ -73,25 +74,32 @@ class Scene:
         return cast(RewardModel, made)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SceneKind:
+    """A kind of problem that needs no files: what its module adds to SCENES, by the name that --prior has."""
+
+    open: Callable[[DistillSettings, torch.device], Scene]
+    check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
+    """(prompts, assets of each or None, whether arms are compared) -> both, its own where none are given. Raises: ValueError."""
+
+
+SCENES: Registry[SceneKind] = Registry("--prior", {
+    "bundled": "eg3d_rlhf.tuning.distill.scene_boxes",
+    "bundled-unet": "eg3d_rlhf.tuning.distill.scene_boxes",
+    "heads": "eg3d_rlhf.tuning.distill.scene_heads",
+})  # fmt: skip
+
+
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
     """The scene of a run. Raises: ValueError, OSError: one line with flag and remedy."""
-    if settings.scene.prior in BOXES:
-        from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
-
-        return bundled_scene(settings, device)
-    if settings.scene.prior == "heads":
-        from eg3d_rlhf.tuning.distill.scene_heads import heads_scene
-
-        return heads_scene(settings, device)
-    from eg3d_rlhf.tuning.distill.scene import real_scene
-
-    return real_scene(settings, device)
+    prior = settings.scene.prior
+    return SCENES[prior].open(settings, device) if prior in SCENES else scene_of_files(settings, device)
 
 
-# Scenes of real priors: Stable Diffusion or MVDream from local files, tri-planes seen in perspective, rewards from local files.
+# Priors from files: Stable Diffusion or MVDream, tri-planes seen in perspective, rewards from local files.
 
 
-def real_scene(settings: DistillSettings, device: torch.device) -> Scene:
+def scene_of_files(settings: DistillSettings, device: torch.device) -> Scene:
     """The scene of a prior from local files; says first what it will take of memory. Raises: ValueError, OSError."""
     scene = settings.scene
     if scene.judge is not None:
@@ -105,7 +113,7 @@ def real_scene(settings: DistillSettings, device: torch.device) -> Scene:
     return Scene(
         prior=prior, renderer=PerspectiveViews(scene.resolution, CameraDraws(views=scene.views)), views=scene.views,
         start=_start(scene.planes), reward=reward,
-        geometry=load_geometry(scene.geometry_reward, device), measures=lambda asset, prompts: {}, device=device,
+        geometry=load_geometry(scene.geometry_reward, scene.prior, device), measures=lambda asset, prompts: {}, device=device,
         inputs={name: path for name, path in files.items() if path.is_file()},
     )  # fmt: skip
 

@@ -18,10 +18,10 @@ from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.rewards.pictures import analytic
 from eg3d_rlhf.rewards.pictures.judges import AssetJudge, YesNoJudge, emblem_sides, plausibility
 from eg3d_rlhf.tuning.distill.config import DistillSettings
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, load_geometry
+from eg3d_rlhf.tuning.distill.guidance.geometry import GEOMETRY_REWARDS, NamedGeometry, load_geometry
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
-from eg3d_rlhf.tuning.distill.scene import Scene
+from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
 
 REWARD = "one-face"
 REWARDS: dict[str, Callable] = {
@@ -29,7 +29,7 @@ REWARDS: dict[str, Callable] = {
 }  # fmt: skip
 _NARROW, _BROAD = 0.1, 1.0  # deviations about a mode, in latents of -1..1
 _NEVER = -60.0  # logit of a component that a condition does not have
-GEOMETRIES: dict[str, Callable[[], GeometryReward]] = {"one-nose": analytic.OneNose, "floaters": analytic.Floaters}
+PRIORS = ("bundled", "bundled-unet")  # exact, learned
 
 
 def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tuple[tuple[str, ...], int]:
@@ -72,12 +72,13 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
     """The scene of the bundled problem. Raises: ValueError."""
     if device.type != "cpu":
         raise ValueError(f"--device: expected cpu with the bundled prior, got {device}. Its problem is too small for a GPU.")
-    exact, name, shape = mixture(), settings.scene.reward, settings.scene.geometry_reward
+    exact, name = mixture(), settings.scene.reward
     learned = settings.scene.prior == "bundled-unet"
     return Scene(
         prior=load_view_prior() if learned else exact, renderer=FourViews(), views=problem.SIDES, start=problem.start,
         reward=None if name is None else reward_of(name),
-        pair_judge=judge_of(settings.scene.judge), geometry=GEOMETRIES.get(shape) or load_geometry(shape, device), measures=measures,
+        pair_judge=judge_of(settings.scene.judge),
+        geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device), measures=measures,
         final=AssetJudge(),
         judge="noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then nearness to the prior's "
               "modes. It trained nothing",
@@ -90,10 +91,16 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Figures [A] of finished assets: noses of heads, preferred sides of boxes, RMS difference of pictures to the prior's nearest modes."""
     heads = torch.tensor([problem.prompt_of(text).kind == "janus" for text in prompts])
-    found = noses(asset).cpu()
-    shares = {name: hit.double() for name, hit in (("no nose", found == 0), ("one nose", found == 1), ("more", found > 1))}
+    counts = noses(asset).cpu()
+    shares = {name: hit.double() for name, hit in (("no nose", counts == 0), ("one nose", counts == 1), ("more", counts > 1))}
     return {
         **{name: torch.where(heads, share, torch.nan) for name, share in shares.items()},
         "preferred sides": torch.where(heads, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
         "rms": -plausibility(asset)(prompts).double(),
     }
+
+
+for _prior in PRIORS:
+    SCENES.add(_prior, SceneKind(open=bundled_scene, check=check))
+GEOMETRY_REWARDS.add("one-nose", NamedGeometry(analytic.OneNose, PRIORS))
+GEOMETRY_REWARDS.add("floaters", NamedGeometry(analytic.Floaters, PRIORS))

@@ -27,9 +27,9 @@ from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.compare import SHAPE_JUDGES
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import load_geometry
-from eg3d_rlhf.tuning.distill.methods import TABLE
+from eg3d_rlhf.tuning.distill.methods import METHODS
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.scene import Scene
+from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
 from eg3d_rlhf.tuning.gan.watch import annotator_calibration
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
 
@@ -51,11 +51,11 @@ def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tup
 
 def head_numbers(prompts: Sequence[str]) -> list[int]:
     """Numbers of the heads that prompts name. Raises: ValueError."""
-    found = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
-    for prompt, match in zip(prompts, found, strict=True):
+    matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
+    for prompt, match in zip(prompts, matches, strict=True):
         if match is None:
             raise ValueError(f"--prompt: expected 'head N' with a number up to 9999 and --prior=heads, got {prompt!r}. Name one.")
-    return [int(match[1]) for match in found if match is not None]
+    return [int(match[1]) for match in matches if match is not None]
 
 
 @dataclass(frozen=True)
@@ -163,17 +163,21 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
     """The scene of the procedural heads. Raises: ValueError."""
     if device.type != "cpu":
         raise ValueError(f"--device: expected cpu with --prior=heads, got {device}. Its prior is too small for a GPU.")
-    rewarded = [arm.method for arm in map(Arm.parse, settings.arms) if TABLE[arm.method].rewarded]
+    rewarded = [arm.method for arm in map(Arm.parse, settings.arms) if METHODS[arm.method].rewarded]
     if rewarded:
         raise ValueError(f"--method={rewarded[0]}: expected sds with --prior=heads, which has no reward of pictures. Use sds+geometry.")
-    prior, shape = mixture(settings.prompts), settings.scene.geometry_reward
+    prior = mixture(settings.prompts)
     judges = {name: functools.cache(judge) for name, judge in SHAPE_JUDGES.items()}
     critic = judges.get("critic")
     return Scene(
         prior=prior, renderer=PerspectiveViews(PIXELS, FrontCameras(), SAMPLES), views=VIEWS, start=start, reward=None,
-        geometry=load_geometry(shape, device), measures=functools.partial(measures, judges=judges),
+        geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
+        measures=functools.partial(measures, judges=judges),
         final=None if critic is None else ShapeJudge(critic),
         judge="the shape critic, which reads normal maps and learned from neither reward nor annotator",
         background=torch.ones(3), log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
         inputs={"generator": bundled.GENERATOR},
     )  # fmt: skip
+
+
+SCENES.add("heads", SceneKind(open=heads_scene, check=check))

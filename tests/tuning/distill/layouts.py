@@ -155,9 +155,9 @@ def write_mvdream(folder: Path, form: str) -> Path:
     unet, vae, text = (net.state_dict() for net in latent_networks(form, cameras=True))
     state = {**ldm_unet(unet), **ldm_vae(vae)}
     if form == "2.1":  # the encoder's last layer is in the file and not used
-        own = open_clip_text(text, 2)
-        last = {n.replace("resblocks.1.", "resblocks.2."): torch.full_like(t, torch.nan) for n, t in own.items() if "resblocks.1." in n}
-        state |= {f"cond_stage_model.model.{n}": t for n, t in {**own, **last, "text_projection": torch.zeros(64, 64)}.items()}
+        encoder = open_clip_text(text, 2)
+        last = {n.replace("resblocks.1.", "resblocks.2."): torch.full_like(t, torch.nan) for n, t in encoder.items() if "resblocks.1." in n}
+        state |= {f"cond_stage_model.model.{n}": t for n, t in {**encoder, **last, "text_projection": torch.zeros(64, 64)}.items()}
     else:
         state |= {f"cond_stage_model.transformer.{n}": t for n, t in text.items()}
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]

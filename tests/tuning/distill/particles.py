@@ -21,6 +21,13 @@ ROWS = torch.tensor([1.0, 1.0, -1.0, -1.0]).view(1, 1, 4, 1).expand(1, 1, 4, 4) 
 STD, BROAD = 0.2, 0.6
 
 
+def some(assets: int = 4, views: int = 1, step: int = 3):
+    """Arguments of a guidance: pictures, times, prompts, no cameras, the step."""
+    draws = torch.Generator().manual_seed(0)
+    t = torch.randint(100, 900, (assets,), generator=draws).repeat_interleave(views)
+    return torch.randn(assets * views, 1, 4, 4, generator=draws), t, [PROMPT] * (assets * views), None, step
+
+
 def prior(modes: int = 2, std: float = STD, broad: float = BROAD) -> GmmPrior:
     """One or two narrow modes for the prompt; the null condition has them broad. Embeddings are logits of narrow and broad components."""
     means = torch.cat([ROWS, ROWS.transpose(2, 3)][:modes]).contiguous()

@@ -83,9 +83,9 @@ def optimise(
     for step in range(steps):
         x = prior.encode(renderer.render(asset, views, BLACK).images)
         t = TimeWindow().draw(step, len(asset), problem.SIDES, streams.generator("time", step))
-        found = method(x.detach(), t, texts, views.cameras[:, :16], step)
+        output = method(x.detach(), t, texts, views.cameras[:, :16], step)
         optimiser.zero_grad()
-        target_loss(x, found.grad).backward()
+        target_loss(x, output.grad).backward()
         if shape is not None:
             shape.add(asset, parameters, prompts, step)
         optimiser.step()

@@ -58,11 +58,11 @@ def test_perp_neg(made):
     null, wanted = made.embed([""] * 4), []
     for b, view in enumerate(VIEWS):
         shares, negatives, weights = mixture(*view)
-        one = slice(b, b + 1)
+        row = slice(b, b + 1)
         text = sum(share * made.embed(["cup"], [side]) for side, share in shares.items())
-        others = [null[one] if n is None else made.embed(["cup"], [n]) for n in negatives]
-        seen = [made.predict_noise(x_t[one], t[one], c) for c in (text, null[one], *others)]
-        wanted.append(gradients.perp_neg(seen[0], seen[1], torch.stack(seen[2:]), torch.tensor([weights]), 7.5) - noise[one])
+        others = [null[row] if n is None else made.embed(["cup"], [n]) for n in negatives]
+        seen = [made.predict_noise(x_t[row], t[row], c) for c in (text, null[row], *others)]
+        wanted.append(gradients.perp_neg(seen[0], seen[1], torch.stack(seen[2:]), torch.tensor([weights]), 7.5) - noise[row])
     torch.testing.assert_close(grad, schedule.weight(t, "sds", grad) * torch.cat(wanted), rtol=1e-4, atol=1e-5)
 
 

@@ -2,16 +2,14 @@
 
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
 
-from eg3d_rlhf.core.interfaces import Guidance
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, RankingSettings
+from eg3d_rlhf.tuning.distill.guidance.denoiser import RankingSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Prefers, Towards, gain, optimise, plain, prior
+from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Prefers, Towards, gain, optimise, plain, prior, some
 
 STREAMS = Streams(seed=1)
 RAW = RankingSettings(standardise=False)
@@ -56,12 +54,6 @@ def test_t5_one_guidance_scale_for_both_diverges():
     end = optimise(guidance, made, steps=800, lr=0.05)
     print("T5", end)
     assert end.log_p < plain().log_p - 100
-
-
-def some(assets: int = 4, views: int = 1):
-    draws = torch.Generator().manual_seed(0)
-    t = torch.randint(100, 900, (assets,), generator=draws).repeat_interleave(views)
-    return torch.randn(assets * views, 1, 4, 4, generator=draws), t, [PROMPT] * (assets * views), None, 3
 
 
 def test_an_infinite_tau_pulls_alone():
@@ -122,32 +114,6 @@ def test_a_judge_replaces_adds_to_or_promotes():
     torch.testing.assert_close(silent.grad, never.grad)  # the first noise, pulled alone
 
 
-def test_a_resumed_guidance_goes_on_alike():
-    made, args = prior(), some(assets=16)
-    settings = {"tau": 0.5, "tau_mode": "quantile"}
-    straight, resumed = dpo(made, Towards(made), **settings), dpo(made, Towards(made), **settings)
-    for step in range(3):
-        straight(*args[:4], step)
-    resumed.load_state_dict({key: value.clone() for key, value in straight.state_dict().items()})
-    assert torch.equal(straight(*args[:4], 3).grad, resumed(*args[:4], 3).grad)
-    assert isinstance(straight, Guidance)
-
-
-@pytest.mark.parametrize(
-    ("build", "text"),
-    [
-        (lambda made: dpo(made), "--reward: expected a reward, or a judge"),
-        (lambda made: dpo(made, judge=Prefers(None), ranking=RankingSettings(judge_mode="or")), "--reward: expected a reward"),
-        (lambda made: dpo(made, Towards(made), tau=-1.0), "--tau: expected 0 to inf"),
-        (lambda made: dpo(made, Towards(made), tau=2.0, tau_mode="quantile"), "--tau: expected 0 to 1"),
-        (lambda made: dpo(made, Towards(made), prior=DenoiserSettings(form="recon")), "--form: expected sds with dreamdpo"),
-    ],
-)
-def test_settings_that_do_not_fit(build, text):
-    with pytest.raises(ValueError, match=text):
-        build(prior())
-
-
 def test_a_reward_or_judge_that_answers_nonsense():
     made, args = prior(), some()
 
@@ -161,10 +127,3 @@ def test_a_reward_or_judge_that_answers_nonsense():
     judge.judge = lambda prompts, pairs: [2] * len(pairs)
     with pytest.raises(ValueError, match="--judge: expected 4 answers of 0, 1 or -1"):
         dpo(made, judge=judge)(*args)
-
-
-def test_no_warning_by_default():
-    made = prior()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dpo(made, Towards(made))

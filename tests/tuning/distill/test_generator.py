@@ -49,8 +49,9 @@ def said(command, *flags) -> str:
 def test_a_seed_names_an_asset(run):
     loaded = load_generator(run / "assets-sds.safetensors")
     generator, points = loaded.generator, torch.rand(50, 3) - 0.5
-    own = generator.field(ws_of_seeds(generator, [7, 0], PSI))
-    assert torch.equal(own.density(points), generator.module.asset.pick([7, 0]).density(points)) and not torch.equal(*own.density(points))
+    field = generator.field(ws_of_seeds(generator, [7, 0], PSI))
+    assert torch.equal(field.density(points), generator.module.asset.pick([7, 0]).density(points))
+    assert not torch.equal(*field.density(points))
     assert loaded.nets.training_set["pairs"] == [list(pair) for pair in PAIRS]
     assert loaded.hash != load_generator(run / "assets-dreamdpo.safetensors").hash
     with pytest.raises(ValueError, match="expected seeds 0 to 11 with this network, one for each of its 12 shapes, got 12"):
@@ -137,7 +138,7 @@ def test_the_documented_commands(tmp_path, monkeypatch):
     for words in documented():
         name, *flags = words[words[0] == "python" :]
         flags = [flag.replace("RUN/", f"{tmp_path}/") for flag in flags]
-        flags += {"--compare=dreamdpo": ["-n"], "--compare=sds+geometry": ["--steps=2", "--show=0", "--workers=1"]}.get(flags[1], [])
+        flags += {"--compare=dreamdpo": ["-n"], "--compare=sds+geometry": ["--steps=2", "--show=0", "--jobs=1"]}.get(flags[1], [])
         result = CliRunner().invoke(tools[name.removeprefix("tools/")], flags)
         if flags[0] == "export":
             assert "labels.jsonl: 0 lines" in result.output  # nobody has answered

@@ -17,7 +17,7 @@ from eg3d_rlhf.tuning.distill.guidance.geometry import (
     ObservedGeometry,
     ProgressiveGeometry,
 )  # fmt: skip
-from tests.tuning.distill.test_field import balls, random_voxels
+from tests.generators.assets.test_grids import balls, random_voxels
 
 
 def linear(field, prompts, step):
@@ -75,12 +75,12 @@ def test_between_looks_the_gradient_stays():
 
 def test_a_resumed_run_goes_on_alike():
     def run(geometry, steps):
-        found = []
+        gradients = []
         for step in steps:
             asset, _ = with_gradients(step)
             geometry.add(asset, list(asset.parameters()), ["", ""], step)
-            found.append(asset.shape.grad)
-        return found
+            gradients.append(asset.shape.grad)
+        return gradients
 
     straight = run(ProgressiveGeometry(curved, GeometrySettings(), 20), range(4, 10))
     first, second = (ProgressiveGeometry(curved, GeometrySettings(), 20) for _ in range(2))

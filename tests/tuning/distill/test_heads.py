@@ -55,8 +55,8 @@ def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_p
 def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
     prior, pictures = heads.mixture(PROMPTS), heads.modes((3, 4))  # [H, K, 3, R, R]
     x = prior.encode(pictures[0])
-    own, other = (prior.log_prob(x, prior.embed([prompt] * len(x))) for prompt in PROMPTS)
-    assert bool((own > other + 100).all())
+    named, other = (prior.log_prob(x, prior.embed([prompt] * len(x))) for prompt in PROMPTS)
+    assert bool((named > other + 100).all())
     t, noise = torch.full((len(x),), 100), torch.zeros_like(x)
     cameras = heads.all_cameras().cameras[:, :16]
     mixed = NoiseSchedule(prior.alphas_cumprod).mix(x, noise, t)
@@ -75,7 +75,7 @@ def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
         for step in range(chosen.loop.steps):
             work.step(step)
         after[name] = work.asset.ws.detach()
-    assert all(torch.equal(one, before["sds"]) for one in before.values())
+    assert all(torch.equal(ws, before["sds"]) for ws in before.values())
     assert bool(((after["sds"] - before["sds"]).flatten(1).norm(dim=1) > 0).all())
     assert not torch.equal(after["sds+geometry"], after["sds"])
     assert not torch.equal(after["sds+geometry"], after["sds+geometry-inverted"])
@@ -84,8 +84,8 @@ def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
 def test_the_distance_to_the_named_head_is_that_of_its_surface():
     spec, shape = SlabSpec.of(Bounds(), 48), true_shapes(2)
     sigma = ramped(head_distances(shape, spec))
-    own, other = distance_to_heads(sigma, spec, shape), distance_to_heads(sigma, spec, shape.flip(0))
-    assert (own < 0.002).all() and (other > 2 * own).all()
+    named, other = distance_to_heads(sigma, spec, shape), distance_to_heads(sigma, spec, shape.flip(0))
+    assert (named < 0.002).all() and (other > 2 * named).all()
     assert distance_to_heads(torch.full_like(sigma[:1], -50.0), spec, shape[:1])[0] == 1.0
 
 
@@ -94,7 +94,7 @@ def test_controls_of_a_geometry_reward():
     field = Latents.of_seeds([3])
     dealt = twisted(learned, "random", seed=0)
     with torch.no_grad():
-        kept, turned, other = (one(field, ["head 3"], 0) for one in (learned, twisted(learned, "inverted", 0), dealt))
+        kept, turned, other = (reward(field, ["head 3"], 0) for reward in (learned, twisted(learned, "inverted", 0), dealt))
     assert torch.equal(turned, -kept) and not torch.allclose(other, kept)
     for old, new in zip(learned.reward.parameters(), dealt.reward.parameters(), strict=True):
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
@@ -103,16 +103,17 @@ def test_controls_of_a_geometry_reward():
 
 
 def test_flags_of_the_heads():
-    found = json.loads(run("-n").stdout)
-    assert found["arms"] == ["sds", "sds+geometry", "sds+geometry-inverted", "sds+geometry-random"]
-    assert len(found["prompts"]) * found["scene"]["assets"] == heads.HEADS * heads.SEEDS and found["scene"]["geometry_reward"] == "sigma"
+    settings = json.loads(run("-n").stdout)
+    assert settings["arms"] == ["sds", "sds+geometry", "sds+geometry-inverted", "sds+geometry-random"]
+    scene = settings["scene"]
+    assert len(settings["prompts"]) * scene["assets"] == heads.HEADS * heads.SEEDS and scene["geometry_reward"] == "sigma"
     assert json.loads(run("-n", "--prompt=head 7").stdout)["arms"] == ["sds"]
     assert "--method=dreamdpo: expected sds with --prior=heads" in run("--method=dreamdpo").stderr
 
 
 @pytest.mark.long
 def test_reward_and_judges_follow_its_sign(tmp_path):
-    result = run("--show=0", "--workers=1", f"--outdir={tmp_path}")
+    result = run("--show=0", "--jobs=1", f"--outdir={tmp_path}")
     assert result.exit_code == 0, result.output
     arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
     kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))

@@ -20,6 +20,7 @@ from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
 from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams, TimeWindow
 from tests.tuning.distill.particles import optimise
+from tests.tuning.distill.problem_runs import exact_prior
 
 pytestmark = pytest.mark.long
 
@@ -52,7 +53,7 @@ class End(NamedTuple):
 def measure(x: torch.Tensor, made) -> End:
     """The figures of pictures [B, 4, 16, 16]."""
     del made
-    exact = problem.prior()
+    exact = exact_prior()
     both, cond = 2 * problem.modes_of(VIEWS) - 1, exact.embed(VIEWS)
     square = (x[:, None] - both).square().flatten(2).mean(2)  # [B, 2]
     log_p = exact.log_prob(x, cond) - exact.log_prob(both[:, 0], cond)

@@ -103,7 +103,7 @@ def test_a_stopped_part_goes_on_to_the_same_bytes(tmp_path):
 @pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     flags = ["--mode=distill", "--method=dreamdpo", "--prompt=a white head with a red nose", "--steps=60", "--tick=2"]
-    flags += ["--checkpoint-ticks=1", "--show=0"]
+    flags += ["--set", "checkpoint_ticks=1", "--show=0"]
     command = [sys.executable, str(REPO / "train.py")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
     assert subprocess.run([*command, *flags, "--outdir=straight"], **quiet).returncode == 0

@@ -6,12 +6,11 @@ import itertools
 import pytest
 import torch
 
-from eg3d_rlhf.core.interfaces import Guidance
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, RankingSettings
+from eg3d_rlhf.tuning.distill.guidance.denoiser import RankingSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
 from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
-from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Outcome, Prefers, Towards, gain, optimise, plain, prior
+from tests.tuning.distill.particles import BRIEF, Along, Outcome, Prefers, Towards, gain, optimise, plain, prior, some
 
 STREAMS = Streams(seed=1)
 ETAS = (0.5, 1.0, 2.0, 5.0)
@@ -91,12 +90,6 @@ def test_p6_a_tenfold_weight_spoils_the_pixel_gradient_and_not_psd():
     assert max(drops["psd"]) <= 5 < min(max(drops["pixel"]), max(drops["balanced pixel"]))
 
 
-def some(assets: int = 6, views: int = 1):
-    draws = torch.Generator().manual_seed(0)
-    t = torch.randint(100, 900, (assets,), generator=draws).repeat_interleave(views)
-    return torch.randn(assets * views, 1, 4, 4, generator=draws), t, [PROMPT] * (assets * views), None, 4
-
-
 @pytest.mark.parametrize("update", ["reward", "preference"])
 def test_the_null_embedding_follows_its_schedule_and_ball(update):
     made, args = prior(), some(4, 2)
@@ -120,7 +113,7 @@ def test_each_asset_has_its_own_null_embedding():
 
 @pytest.mark.parametrize("gap_weight", ["none", "sigmoid", "dpo", "linear"])
 def test_what_the_gap_says(gap_weight):
-    made, args = prior(), some()
+    made, args = prior(), some(6)
     off, on = (psd(made, Towards(made), eta=eta, gap_weight=gap_weight, gap_beta=2.0)(*args) for eta in (0.0, 3.0))
     full = psd(made, Towards(made), eta=1.0, gap_weight="none")(*args)
     gap = on.terms["gap"]
@@ -129,30 +122,7 @@ def test_what_the_gap_says(gap_weight):
 
 
 def test_no_answer_is_distillation_alone():
-    made, args = prior(), some()
+    made, args = prior(), some(6)
     silent = psd(made, judge=Prefers(None, silent=True))(*args)
     torch.testing.assert_close(silent.grad, psd(made, Towards(made), eta=0.0)(*args).grad)
     assert silent.one_sided.all()
-
-
-def test_a_resumed_guidance_goes_on_alike():
-    made, args = prior(), some()
-    straight, resumed = (psd(made, Towards(made), update="auto", negative_rate=0.1) for _ in range(2))
-    assert isinstance(straight, Guidance) and straight.update == "reward"
-    for step in range(6):
-        straight(*args[:4], step)
-    resumed.load_state_dict({key: value.clone() for key, value in straight.state_dict().items()})
-    for step in range(6, 10):
-        a, b = straight(*args[:4], step), resumed(*args[:4], step)
-        assert torch.equal(a.grad, b.grad)
-
-
-def test_settings_that_do_not_fit():
-    made = prior()
-    with pytest.raises(ValueError, match="--rank-predictor: expected cond as --predictor, got cfg"):
-        PsdSettings(rank_predictor="cfg")
-    with pytest.raises(ValueError, match="--form: expected sds with psd"):
-        PsdSettings(prior=DenoiserSettings(form="recon"))
-    with pytest.raises(ValueError, match="--negative-update: expected a differentiable reward"):
-        psd(made, judge=Prefers(Towards(made)), update="reward")
-    assert psd(made, judge=Prefers(Towards(made)), update="auto").update == "preference"

@@ -121,20 +121,20 @@ def test_mvdream_is_what_was_written(made, form):
 def test_options_change_what_they_say(made):
     path, images, x, t = made["sd", "1.5"], drawn(2, 3, 16, 16).sigmoid(), drawn(2, 4, 8, 8), torch.tensor([100, 700])
     plain = load_prior(path, PriorOptions(checkpointing=False))
-    found = []
+    results = []
     for prior in (plain, load_prior(path)):
         leaf = images.clone().requires_grad_()
         latents = prior.encode(leaf)
-        found.append((latents.detach(), *torch.autograd.grad(latents.sin().sum(), leaf)))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)  # checkpointing changes memory alone
+        results.append((latents.detach(), *torch.autograd.grad(latents.sin().sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)  # checkpointing changes memory alone
     half = load_prior(path, PriorOptions(half=True))
     assert half.prior.unet.dtype == torch.float16 and half.prior.vae.dtype == torch.float32
     with torch.no_grad():
         cond = plain.embed(["a", "b"])
         full, low = (prior.predict_noise(x, t, cond) for prior in (plain, half))
     assert low.dtype == torch.float32 and 0 < (full - low).abs().max() < 0.02 * full.abs().max()
-    one, two = (load_prior(path, PriorOptions(posterior=torch.Generator().manual_seed(3))) for _ in range(2))
-    assert torch.equal(one.encode(images), two.encode(images)) and not torch.allclose(one.encode(images), plain.encode(images))
+    first, again = (load_prior(path, PriorOptions(posterior=torch.Generator().manual_seed(3))) for _ in range(2))
+    assert torch.equal(first.encode(images), again.encode(images)) and not torch.allclose(first.encode(images), plain.encode(images))
 
 
 def test_conditions_can_be_learned(made):

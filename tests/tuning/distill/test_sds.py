@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.core.interfaces import Guidance
 from eg3d_rlhf.tuning.distill.gradients import distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
@@ -16,8 +15,8 @@ STREAMS = Streams(seed=0)
 
 
 def sds(made, **more) -> Sds:
-    own = {key: more.pop(key) for key in ("samples", "image_loss") if key in more}
-    return Sds(made, SdsSettings(prior=DenoiserSettings(**more), **own), views=1, streams=STREAMS)
+    chosen = {key: more.pop(key) for key in ("samples", "image_loss") if key in more}
+    return Sds(made, SdsSettings(prior=DenoiserSettings(**more), **chosen), views=1, streams=STREAMS)
 
 
 def some(n: int = 6, seed: int = 0):
@@ -86,8 +85,6 @@ def test_the_loss_on_pictures():
     assert not distillation_loss(x, plain, images=images).requires_grad
     with pytest.raises(ValueError, match="expected the rendered pictures"):
         sds(made, image_loss=1.0)(x, t, prompts, None, 0)
-    with pytest.raises(ValueError, match="expected images"):
-        distillation_loss(x, output)
 
 
 def test_the_target_rule():
@@ -118,10 +115,6 @@ def test_times():
         TimeWindow(low=Ramp(0.5), high=Ramp((0, 0.98, 0.02, 10))).at(10)
 
 
-def test_guidances_satisfy_the_protocol():
-    assert isinstance(sds(prior()), Guidance)
-
-
 class Broken:
     """A prior that answers NaN."""
 
@@ -135,19 +128,6 @@ class Broken:
         return torch.full_like(x_t, math.nan)
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"x": torch.zeros(6, 3, 4, 4)}, r"expected \[assets x 1, 1, 4, 4\]"), ({"t": torch.zeros(3)}, "a prompt and a time for each"),
-        ({"prompts": [PROMPT]}, "a prompt and a time for each"), ({"prompts": ["no such"] * 6}, "expected one of"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, text):
-    x, t, prompts = some()
-    with pytest.raises(ValueError, match=text):
-        sds(prior())(**{"x": x, "t": t, "prompts": prompts, "cameras": None, "step": 0, **change})
-
-
 def test_hostile_priors_and_settings():
     made, (x, t, prompts) = prior(), some()
     with pytest.raises(ValueError, match="--prior: expected finite predictions"):
@@ -158,12 +138,6 @@ def test_hostile_priors_and_settings():
         Sds(four, SdsSettings(), views=6, streams=STREAMS)
     with pytest.raises(ValueError, match="--view-prompts: expected cameras"):
         sds(made, view_prompts=True)(x, t, prompts, None, 0)
-    with pytest.raises(ValueError, match="--perp-neg: expected --view-prompts"):
-        DenoiserSettings(perp_neg=True)
-    with pytest.raises(ValueError, match="--form: expected one of"):
-        DenoiserSettings(form="vsd")
-    with pytest.raises(ValueError, match="--image-loss: expected the form sds"):
-        SdsSettings(image_loss=1.0, prior=DenoiserSettings(form="recon"))
     with pytest.raises(ValueError, match="Ramp: expected a number"):
         Ramp((0, 1.0, 2.0, 3, 4.0))
     with pytest.raises(ValueError, match="from 0 to below 1"):

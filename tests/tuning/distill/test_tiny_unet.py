@@ -75,11 +75,11 @@ def test_training_learns_and_files_keep_it(tmp_path):
     fresh = train(PriorTraining(steps=1, assets=6, seed=1))
     prior = train(PriorTraining(steps=25, assets=6, seed=1), lambda step, loss: steps.append(step))
     _, x_t, noise, t = noised(500)
-    before, after = (float((one.predict_noise(x_t, t, one.embed(TEXTS)) - noise).square().mean()) for one in (fresh, prior))
+    before, after = (float((made.predict_noise(x_t, t, made.embed(TEXTS)) - noise).square().mean()) for made in (fresh, prior))
     assert steps == list(range(25)) and after < 0.7 * before
     prior.save(tmp_path / "p.safetensors", {})
     back = load_view_prior(tmp_path / "p.safetensors")
-    first, second = (one.predict_noise(x_t, t, one.embed(TEXTS)) for one in (prior, back))
+    first, second = (made.predict_noise(x_t, t, made.embed(TEXTS)) for made in (prior, back))
     assert torch.allclose(first, second, atol=2e-2)  # stored in half precision
     x, prompt = draw(3, torch.Generator().manual_seed(0))
     again, _ = draw(3, torch.Generator().manual_seed(0))
@@ -108,9 +108,9 @@ def test_the_bundled_file_is_small():
 @pytest.mark.parametrize("t", [100, 300, 500])
 def test_the_bundled_prior_removes_noise(bundled, t):
     x, x_t, noise, times = noised(t)
-    found = NoiseSchedule().x0(x_t, bundled.predict_noise(x_t, times, bundled.embed(TEXTS)), times)
+    clean = NoiseSchedule().x0(x_t, bundled.predict_noise(x_t, times, bundled.embed(TEXTS)), times)
     before = NoiseSchedule().x0(x_t, torch.zeros_like(noise), times)
-    assert float((found - x).square().mean()) < 0.25 * float((before - x).square().mean())
+    assert float((clean - x).square().mean()) < 0.25 * float((before - x).square().mean())
 
 
 def test_the_bundled_prior_heeds_the_prompt(bundled):

@@ -86,13 +86,13 @@ class DenoiserSettings:
 
     guidance_scale: float = knob(7.5, "Of the prompt; 1: the prompt alone.", PRIOR, low=0)
     negative_prompt: str = knob("", "What the pictures should not be.", PRIOR, metavar="TEXT")
-    form: str = knob("sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", PRIOR, choices=FORMS)
-    weighting: str = knob("sds", "Weight of times, of the form sds.", PRIOR, choices=WEIGHTINGS)
-    rescale: float = knob(0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", PRIOR, low=0, high=1)
+    form: str = knob("sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", PRIOR, choices=FORMS, rare=True)
+    weighting: str = knob("sds", "Weight of times, of the form sds.", PRIOR, choices=WEIGHTINGS, rare=True)
+    rescale: float = knob(0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", PRIOR, low=0, high=1, rare=True)
     view_prompts: bool = knob(False, "Say the side that the camera looks from in the prompt.", PRIOR)
-    front: float = knob(45.0, "Largest azimuth of a front view.", PRIOR, metavar="DEGREES", low=0, high=180)
-    back: float = knob(45.0, "Largest angle from the back of a back view.", PRIOR, metavar="DEGREES", low=0, high=180)
-    overhead: float = knob(60.0, "Elevation above which a view is overhead.", PRIOR, metavar="DEGREES", low=0, high=90)
+    front: float = knob(45.0, "Largest azimuth of a front view.", PRIOR, metavar="DEGREES", low=0, high=180, rare=True)
+    back: float = knob(45.0, "Largest angle from the back of a back view.", PRIOR, metavar="DEGREES", low=0, high=180, rare=True)
+    overhead: float = knob(60.0, "Elevation above which a view is overhead.", PRIOR, metavar="DEGREES", low=0, high=90, rare=True)
     perp_neg: bool = knob(False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR)
 
     def __post_init__(self):
@@ -148,14 +148,9 @@ class Denoiser:
         self.schedule = NoiseSchedule(prior.alphas_cumprod)
 
     def check(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> None:
-        """Raises: ValueError where pictures, times and prompts do not belong together."""
-        if x.ndim != 4 or tuple(x.shape[1:]) != tuple(self.prior.latent_shape) or len(x) % self.views:
-            shape = ", ".join(str(size) for size in self.prior.latent_shape)
-            got = f"{list(x.shape)} for {self.views} views"
-            raise ValueError(f"Denoiser(x): expected [assets x {self.views}, {shape}], got {got}. Render all views of each asset.")
-        if len(prompts) != len(x) or t.shape != (len(x),):
-            got = f"{len(prompts)} prompts and times {list(t.shape)} for {len(x)}"
-            raise ValueError(f"Denoiser: expected a prompt and a time for each picture, got {got}. Repeat them for the views.")
+        """Pictures, times and prompts belong together: all views of each asset, one of each per picture."""
+        assert x.shape[1:] == tuple(self.prior.latent_shape) and len(x) % self.views == 0, (x.shape, self.prior.latent_shape, self.views)
+        assert len(prompts) == len(t) == len(x), (len(prompts), t.shape, x.shape)
 
     def check_reward(self, reward: RewardModel) -> None:
         """Raises: ValueError for a reward that scores another number of views together."""
@@ -235,8 +230,8 @@ class Denoiser:
             weight = sched.weight(t, s.weighting, x)  # type: ignore[arg-type]
             return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
         if s.form == "recon":
-            found = zip(self.x0(x_t, predicted, t), self.x0(x_t, prediction.text, t), strict=True)
-            targets = (gradients.reconstruction_target(x0, x0_text, s.rescale, self.views) for x0, x0_text in found)
+            estimates = zip(self.x0(x_t, predicted, t), self.x0(x_t, prediction.text, t), strict=True)
+            targets = (gradients.reconstruction_target(x0, x0_text, s.rescale, self.views) for x0, x0_text in estimates)
             return torch.stack([gradients.reconstruction(x, target) for target in targets])
         bar = sched.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
@@ -278,13 +273,14 @@ RANKING = "Ranking two noises"
 class RankingSettings:
     """What makes one noise the winner."""
 
-    pair_level: str = knob("asset", "Rank assets, or each view alone as DreamDPO's code does.", RANKING, choices=("asset", "view"))
-    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING)
+    pair_level: str = knob("asset", "Rank assets, or each view alone as DreamDPO's code does.", RANKING, choices=("asset",
+                           "view"), rare=True)
+    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING, rare=True)
     judge_mode: str = knob("replace", "A judge's answer replaces the reward's, is added, or is OR-ed as in DreamDPO's code.", RANKING,
-                           choices=("replace", "sum", "or"))
-    judge_weight: float = knob(1.0, "Of an answer, of the mode sum.", RANKING, low=0)
-    judge_from: int = knob(0, "First step at which the judge is asked.", RANKING, metavar="STEP", low=0)
-    judge_share: float = knob(1.0, "Probability with which it is asked at a step.", RANKING, low=0, high=1)
+                           choices=("replace", "sum", "or"), rare=True)
+    judge_weight: float = knob(1.0, "Of an answer, of the mode sum.", RANKING, low=0, rare=True)
+    judge_from: int = knob(0, "First step at which the judge is asked.", RANKING, metavar="STEP", low=0, rare=True)
+    judge_share: float = knob(1.0, "Probability with which it is asked at a step.", RANKING, low=0, high=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -330,10 +326,7 @@ class Ranking:
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         scores = self.denoiser.score(self.reward, images, prompts)  # type: ignore[arg-type]
         scores = self.denoiser.per_asset(scores) if self.settings.pair_level == "asset" else scores
-        if not self.settings.standardise:
-            return scores
-        self.history.add(scores)
-        return (scores - self.history.mean()) / self.history.deviation()
+        return self.history.standardised(scores) if self.settings.standardise else scores
 
     def _by_score(self, images: torch.Tensor, views: int) -> Ranks:
         """Nobody was asked."""

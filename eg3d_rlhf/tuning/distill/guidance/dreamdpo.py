@@ -7,6 +7,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import History, NoiseWeighting
 from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, Ranking, RankingSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
@@ -24,7 +25,7 @@ class DreamDpoSettings:
     tau: float = 0.001  # gap from which the loser is pushed away: in scores, or a share of the gaps with tau_mode quantile; may be infinite
     tau_mode: str = knob("gap", "tau is a gap of scores, or a quantile of the last 200 steps' gaps.", DREAMDPO, choices=("gap", "quantile"))
     lose_guidance_scale: float | None = knob(1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="1; none: the winner's")
-    subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO)
+    subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -89,3 +90,6 @@ class DreamDpo:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.ranking.history.rows, self.gaps.rows = state["scores"].clone(), state["gaps"].clone()
+
+
+METHODS.add("dreamdpo", Method(settings=DreamDpoSettings, guidance=DreamDpo, noises=lambda s: 2, judged=True))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
+from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
 from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, told
 from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
@@ -25,13 +26,15 @@ class DreamRewardSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     weight: Ramp = Ramp(0.3)  # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
     balance: str = knob("grad-norm", "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
-                        "printed losses as in DreamReward's code, or nothing.", DREAMREWARD, choices=("grad-norm", "digits", "none"))
-    ceiling: float | None = knob(None, "Reward above which nothing is gained.", DREAMREWARD, shown="none")
+                        "printed losses as in DreamReward's code, or nothing.", DREAMREWARD, choices=("grad-norm", "digits",
+                        "none"), rare=True)
+    ceiling: float | None = knob(None, "Reward above which nothing is gained.", DREAMREWARD, shown="none", rare=True)
     through: str = knob("latents", "Where the reward's gradient goes: to the latents, or to the rendered pictures.", DREAMREWARD,
-                        choices=("latents", "images"))
-    x0_until: int = knob(999, "Largest time at which the estimate is scored; above, the render.", DREAMREWARD, low=-1, high=999)
-    reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0)
-    reward_only_from: int | None = knob(None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never")
+                        choices=("latents", "images"), rare=True)
+    x0_until: int = knob(999, "Largest time at which the estimate is scored; above, the render.", DREAMREWARD, low=-1, high=999, rare=True)
+    reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0, rare=True)
+    reward_only_from: int | None = knob(None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0,
+                                        shown="never", rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -108,8 +111,8 @@ class DreamReward:
     def _pull(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """The gradient on latents of one on pictures: that of the decoder at the render."""
         with torch.enable_grad():
-            own = x.detach().requires_grad_()
-            return torch.autograd.grad(self.denoiser.prior.decode(own), own, pixels)[0]
+            latents = x.detach().requires_grad_()
+            return torch.autograd.grad(self.denoiser.prior.decode(latents), latents, pixels)[0]
 
     def _scale(self, grad: torch.Tensor, added: torch.Tensor, loss: float, alone: bool) -> torch.Tensor:
         """Factor of each asset's reward gradient, [A]; the loss of pictures is a mean over B, that of assets over A: hence V."""
@@ -131,3 +134,6 @@ class DreamReward:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.balance.load_state_dict(state)
+
+
+METHODS.add("dreamreward", Method(settings=DreamRewardSettings, guidance=DreamReward, noises=lambda s: 1))

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -21,6 +21,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import MeshReward
+from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.rewards.meshes.model import KIND, load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.surfaces import cube
@@ -114,9 +115,10 @@ class GeometrySettings:
     """How strongly, and from when on, a geometry reward pulls."""
 
     geometry_weight: float = knob(0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0)
-    geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0)
-    geometry_start: float = knob(0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1)
-    geometry_every: int = knob(10, "Steps between two looks at the shapes; the gradient stays the same in between.", GEOMETRY, low=1)
+    geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0, rare=True)
+    geometry_start: float = knob(0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True)
+    geometry_every: int = knob(10, "Steps between two looks at the shapes; the gradient stays the same in between.", GEOMETRY,
+                               low=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -147,8 +149,8 @@ class ProgressiveGeometry:
             return {}
         if self.scores is None or step % self.every == 0:
             scores = self.reward(field, prompts, step)
-            found = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
-            self.scores, self.slopes = scores.detach(), {i: g.nan_to_num() for i, g in enumerate(found) if g is not None}
+            gradients = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
+            self.scores, self.slopes = scores.detach(), {i: g.nan_to_num() for i, g in enumerate(gradients) if g is not None}
         device, scores = parameters[0].device, self.scores
         slopes = {i: slope.to(device) for i, slope in self.slopes.items()}
         distilled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -185,22 +187,36 @@ def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 # Geometry rewards from files: a mesh reward (RewardCS), or a reward on density, depth or points as tools/train_reward.py makes it.
 
 
-def file_of(name: str) -> Path | None:
-    """The file that --geometry-reward names; None for none."""
-    return {"none": None, "sigma": bundled.REWARD}.get(name, Path(name))
+class NamedGeometry(NamedTuple):
+    """A reward that --geometry-reward names, and the priors that it goes with; () for all."""
+
+    make: Callable[[], GeometryReward]  # a fresh one, since some have a state
+    priors: tuple[str, ...] = ()
 
 
-def load_geometry(name: str, device: torch.device) -> Callable[[], GeometryReward] | None:
-    """A maker of the reward that --geometry-reward names: none, sigma (the bundled reward of densities), or a file.
+GEOMETRY_REWARDS: Registry[NamedGeometry] = Registry("--geometry-reward", {
+    "one-nose": "eg3d_rlhf.tuning.distill.scene_boxes",
+    "floaters": "eg3d_rlhf.tuning.distill.scene_boxes",
+})  # fmt: skip
+
+
+def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
+    """A maker of the reward that --geometry-reward names: none, sigma (the bundled reward of densities), a known name, or a file.
 
     Raises: FileNotFoundError, ValueError: one line that names the flag.
     """
-    path = file_of(name)
-    if path is None:
+    if name == "none":
         return None
+    if name in GEOMETRY_REWARDS:
+        known = GEOMETRY_REWARDS[name]
+        if known.priors and prior not in known.priors:
+            raise ValueError(f"--geometry-reward: {name} belongs to --prior={' or '.join(known.priors)}, got {prior}. Name another one.")
+        return known.make
+    path = bundled.REWARD if name == "sigma" else Path(name)
     with naming("--geometry-reward"):
         if not path.is_file():
-            raise FileNotFoundError(f"expected none, sigma or the file of a reward, got nothing at {path}. Check the path.")
+            known_names = ", ".join(["none", "sigma", *GEOMETRY_REWARDS])
+            raise FileNotFoundError(f"expected {known_names} or the file of a reward, got nothing at {path}. Check the path.")
         if _is_mesh_reward(path):
             mesh = load_mesh_reward(path, device)
             return lambda: MeshGeometry(MeshReader(cube(mesh.resolution), mesh.patches), mesh)

@@ -11,6 +11,7 @@ import torch
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.guidance.denoiser import (
     Conditions,
     Denoiser,
@@ -35,18 +36,21 @@ class PsdSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     eta: float = knob(1.0, "Weight of the push.", PSD, low=0)
-    predictor: str = knob("cond", "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.", PSD, choices=PREDICTORS)
-    rank_predictor: str | None = knob(None, "Whose estimate is ranked, if another one.", PSD, choices=PREDICTORS, shown="--predictor")
-    allow_mixed_predictor: bool = knob(False, "Allow another one: the push may have the wrong sign.", PSD)
-    gap_weight: str = knob("sigmoid", "What the gap says: 1, sigmoid(b gap), 1 - sigmoid(b gap), or b gap.", PSD, choices=GAP_WEIGHTS)
-    gap_beta: float = knob(1.0, "b, per unit of the scores.", PSD, above=0)
+    predictor: str = knob("cond", "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.", PSD,
+                          choices=PREDICTORS, rare=True)
+    rank_predictor: str | None = knob(None, "Whose estimate is ranked, if another one.", PSD, choices=PREDICTORS,
+                                      shown="--predictor", rare=True)
+    allow_mixed_predictor: bool = knob(False, "Allow another one: the push may have the wrong sign.", PSD, rare=True)
+    gap_weight: str = knob("sigmoid", "What the gap says: 1, sigmoid(b gap), 1 - sigmoid(b gap), or b gap.", PSD,
+                           choices=GAP_WEIGHTS, rare=True)
+    gap_beta: float = knob(1.0, "b, per unit of the scores.", PSD, above=0, rare=True)
     negative_update: str = knob("auto", "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
                                 "allows, or not.", PSD, choices=NEGATIVES)
-    negative_rate: float = knob(1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0)
-    negative_ball: float = knob(0.5, "Largest distance from where it began, in its norm.", PSD, above=0)
-    negative_beta: float = knob(1000.0, "Of the preference loss, per unit of squared error.", PSD, above=0)
-    negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0)
-    negative_every: int = knob(4, "Steps between its changes.", PSD, low=1)
+    negative_rate: float = knob(1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True)
+    negative_ball: float = knob(0.5, "Largest distance from where it began, in its norm.", PSD, above=0, rare=True)
+    negative_beta: float = knob(1000.0, "Of the preference loss, per unit of squared error.", PSD, above=0, rare=True)
+    negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0, rare=True)
+    negative_every: int = knob(4, "Steps between its changes.", PSD, low=1, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -170,3 +174,6 @@ class Psd:
         """Go on from `state_dict`."""
         self.ranking.history.rows = state["scores"].clone()
         self.moved = state["moved"].clone() if "moved" in state else None
+
+
+METHODS.add("psd", Method(settings=PsdSettings, guidance=Psd, noises=lambda s: 2, judged=True))

@@ -6,6 +6,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import NOISES, History, NoiseWeighting
 from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Denoiser, DenoiserSettings, told
 from eg3d_rlhf.tuning.distill.schedule import Streams, ddim_times
@@ -19,11 +20,14 @@ class RewardSdsSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
     noises: int = knob(8, "Per step and asset.", NOISES, low=1)
-    until: int | None = knob(None, "Step from which it is plain distillation with one noise.", NOISES, metavar="STEP", low=0, shown="never")
-    explore_steps: int = knob(1, "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.", NOISES, low=1)
-    explore_scale: float | None = knob(None, "Guidance scale of those steps.", NOISES, low=0, shown="--guidance-scale")
-    explore_end: str = knob("x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", NOISES, choices=("x0", "t0"))
-    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES)
+    until: int | None = knob(None, "Step from which it is plain distillation with one noise.", NOISES, metavar="STEP", low=0,
+                             shown="never", rare=True)
+    explore_steps: int = knob(1, "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.", NOISES, high=1000,
+                              low=1, rare=True)
+    explore_scale: float | None = knob(None, "Guidance scale of those steps.", NOISES, low=0, shown="--guidance-scale", rare=True)
+    explore_end: str = knob("x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", NOISES,
+                            choices=("x0", "t0"), rare=True)
+    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -67,8 +71,8 @@ class RewardSds:
         d, k = self.denoiser, len(x_t)
 
         def predict(flat: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-            found = d.predict(flat.unflatten(0, (k, -1)), now[: len(t)], conditions, cameras)
-            return found.guided(scale).flatten(0, 1)
+            prediction = d.predict(flat.unflatten(0, (k, -1)), now[: len(t)], conditions, cameras)
+            return prediction.guided(scale).flatten(0, 1)
 
         even = [time for time in ddim_times(self.settings.explore_steps, "floor") if time < int(t.max())]
         ends_at_x0 = self.settings.explore_end == "x0"
@@ -81,10 +85,7 @@ class RewardSds:
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         scores = self.denoiser.per_asset(self.denoiser.score(self.reward, images, prompts))
-        if not self.settings.standardise:
-            return scores
-        self.history.add(scores)
-        return (scores - self.history.mean()) / self.history.deviation()
+        return self.history.standardised(scores) if self.settings.standardise else scores
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Scores of the last steps."""
@@ -93,3 +94,6 @@ class RewardSds:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict`."""
         self.history.load_state_dict(state)
+
+
+METHODS.add("rewardsds", Method(settings=RewardSdsSettings, guidance=RewardSds, noises=lambda s: s.noises))

@@ -11,6 +11,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
+from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.guidance.denoiser import Denoiser, DenoiserSettings, told
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import check_knobs, knob
@@ -24,7 +25,7 @@ class SdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     samples: int = knob(1, "Noises per step, averaged.", SDS, low=1)
-    image_loss: float = knob(0.0, "Weight of HiFA's loss on pictures, of the form sds.", SDS, low=0)
+    image_loss: float = knob(0.0, "Weight of HiFA's loss on pictures, of the form sds.", SDS, low=0, rare=True)
 
     def __post_init__(self):
         check_knobs(self)
@@ -92,3 +93,7 @@ class BestOfN(Sds):
         assets = len(scores) // self.starts
         chosen = scores.unflatten(0, (self.starts, assets)).argmax(0).cpu()  # [A]
         return (chosen * assets + torch.arange(assets)).tolist()
+
+
+METHODS.add("sds", Method(settings=SdsSettings, guidance=Sds, noises=lambda s: s.samples, rewarded=False))
+METHODS.add("best-of-n", Method(settings=BestOfNSettings, guidance=BestOfN, noises=lambda s: s.samples))

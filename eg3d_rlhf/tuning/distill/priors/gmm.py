@@ -25,18 +25,10 @@ class GmmPrior:
     ):
         """Args: means [M, C, H, W]; stds [M] > 0; prompts: text -> embedding [E], "" the null one, "text, side" for a view of one;
         to_logits [M, E]: the identity by default.
-
-        Raises: ValueError for sizes that do not fit, or no null embedding.
         """
         self.to_logits = torch.eye(len(means)).to(means) if to_logits is None else to_logits
-        sizes = {len(e) for e in prompts.values()}
-        if means.ndim != 4 or stds.shape != means.shape[:1] or self.to_logits.shape != (len(means), *sizes) or not (stds > 0).all():
-            raise ValueError(
-                f"GmmPrior: expected means [M, C, H, W], stds [M] > 0, to_logits [M, E] and embeddings [E], got {list(means.shape)}, "
-                f"{list(stds.shape)}, {list(self.to_logits.shape)} and lengths {sorted(sizes)}. Give matching ones."
-            )
-        if "" not in prompts:
-            raise ValueError("GmmPrior: expected an embedding of the empty prompt, got none. Add the null condition.")
+        sizes = {len(embedding) for embedding in prompts.values()}
+        assert stds.shape == means.shape[:1] and self.to_logits.shape == (len(means), *sizes) and "" in prompts
         self.means, self.stds, self.prompts, self.scale = means, stds, prompts, scale
         self.alphas_cumprod = NoiseSchedule(alphas_cumprod).alphas_cumprod
         self.latent_shape = (means.shape[1], means.shape[2], means.shape[3])
@@ -54,14 +46,14 @@ class GmmPrior:
 
         Raises: ValueError naming a prompt that is not known.
         """
-        found = []
+        embedded = []
         for prompt, direction in zip(prompts, directions or [""] * len(prompts), strict=True):
             key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
             if key not in self.prompts:
                 known = ", ".join(repr(p) for p in self.prompts)
                 raise ValueError(f"GmmPrior.embed: expected one of {known}, got {prompt!r}. Choose one of them.")
-            found.append(self.prompts[key])
-        return torch.stack(found)[:, None]
+            embedded.append(self.prompts[key])
+        return torch.stack(embedded)[:, None]
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None

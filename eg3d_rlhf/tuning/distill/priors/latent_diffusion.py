@@ -119,14 +119,14 @@ class LatentPrior:
         return (0.5 * images + 0.5).clamp(0, 1)
 
     def _posterior(self, images: torch.Tensor) -> torch.Tensor:
-        found = self.vae.encode(2 * images - 1).latent_dist
-        return torch.cat([found.mean, found.std], 1)
+        posterior = self.vae.encode(2 * images - 1).latent_dist
+        return torch.cat([posterior.mean, posterior.std], 1)
 
     def _each(self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """run(batch), with checkpointing one picture at a time: the graph of one alone is held."""
         if not self.options.checkpointing:
             return run(batch)
-        return torch.cat([checkpoint(run, one, use_reentrant=False) if one.requires_grad else run(one) for one in batch.split(1)])
+        return torch.cat([checkpoint(run, x, use_reentrant=False) if x.requires_grad else run(x) for x in batch.split(1)])
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
         """Conditions [B, T, D]; a direction ("front", "side", ...) is said after a prompt that is not empty."""
@@ -288,26 +288,26 @@ def mvdream_networks(state: Mapping[str, torch.Tensor], who: str) -> tuple[Laten
 
 def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(configuration, state dict) of the text encoder: open_clip's without its last layer, or OpenAI's as it is."""
-    own, other = below(state, TRANSFORMERS), below(state, OPEN_CLIP)
-    if not own and not other:
+    state_of_text, other = below(state, TRANSFORMERS), below(state, OPEN_CLIP)
+    if not state_of_text and not other:
         raise ValueError(f"{who}: expected its text encoder (cond_stage_model.*), got none. Use the published file.")
     if other:
         layers, act = count(other, "transformer.resblocks.") - 1, "gelu"
         if layers < 1:
             raise ValueError(f"{who}: expected a text encoder of at least 2 layers, got {layers + 1}. Use the published file.")
         try:
-            own = to_transformers_text(other, layers)
+            state_of_text = to_transformers_text(other, layers)
         except KeyError as error:
             raise ValueError(f"{who}: expected the text encoder's {error}, got no such entry. Use the published file.") from None
     else:
-        layers, act = count(own, "text_model.encoder.layers."), "quick_gelu"
-    vocabulary, width = shape_of(own, "text_model.embeddings.token_embedding.weight", who, 2)
+        layers, act = count(state_of_text, "text_model.encoder.layers."), "quick_gelu"
+    vocabulary, width = shape_of(state_of_text, "text_model.embeddings.token_embedding.weight", who, 2)
     config = {
         "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers, "hidden_act": act, "projection_dim": width,
         "num_attention_heads": max(width // 64, 1), "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
-        "intermediate_size": shape_of(own, "text_model.encoder.layers.0.mlp.fc1.weight", who, 2)[0],
+        "intermediate_size": shape_of(state_of_text, "text_model.encoder.layers.0.mlp.fc1.weight", who, 2)[0],
     }
-    return config, own
+    return config, state_of_text
 
 
 def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
@@ -319,8 +319,8 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     require_extra(FLAG, "diffusers", "transformers")
     state = read_state(path, FLAG)
     networks, states = mvdream_networks(state, who)
-    for name, own in states.items():
-        load_strict(getattr(networks, name), own, who)
+    for name, weights in states.items():
+        load_strict(getattr(networks, name), weights, who)
     (steps,) = shape_of(state, "alphas_cumprod", who, 1)
     if steps != 1000:
         raise ValueError(f"{who}: expected alphas_cumprod of 1000 steps, got {steps}. Use the published file.")

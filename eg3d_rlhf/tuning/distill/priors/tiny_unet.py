@@ -101,9 +101,9 @@ class TinyUNet(nn.Module):
         told = F.silu(joint)
         fine = self.fine(self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, told)  # half the time on a CPU
         coarse = self.views(self.coarse(self.down(fine), told))
-        found = F.silu(joint + self.seen(coarse.mean(dim=(2, 3))))
-        fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), found)
-        drawn = self.leave(fine) + self.sketch(found).unflatten(1, (16, 8, 8))
+        seen_together = F.silu(joint + self.seen(coarse.mean(dim=(2, 3))))
+        fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), seen_together)
+        drawn = self.leave(fine) + self.sketch(seen_together).unflatten(1, (16, 8, 8))
         m, bar = F.pixel_shuffle(drawn, 2), self.schedule.alpha(t, x_t)
         return m + bar.sqrt() * _PIXEL_NOISE**2 / (bar * _PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
 
@@ -221,8 +221,8 @@ def train(settings: PriorTraining, on_step: Callable[[int, float], None] = lambd
         withheld, t, noise = draw_noise(prompt, settings, rng)
         told = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
         x, noise, t = x.flatten(0, 1), noise.flatten(0, 1), t.repeat_interleave(SIDES)
-        found = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
-        loss = ((found - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
+        clean = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
+        loss = ((clean - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

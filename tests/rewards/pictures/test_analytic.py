@@ -7,7 +7,6 @@ from eg3d_rlhf.core.interfaces import RewardModel
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.pictures.analytic import (
-    Colour,
     Floaters,
     Inverted,
     MeanPixel,
@@ -17,11 +16,10 @@ from eg3d_rlhf.rewards.pictures.analytic import (
     Random,
     Symmetry,
     Volume,
-    euler_characteristic,
     nearer_first,
     occupancy,
 )  # fmt: skip
-from tests.tuning.distill.test_problem import BOX, FACES, HEAD, pictures
+from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
 
 TEXTS, VIEWS = [HEAD.text] * 5, [HEAD.text] * 20
 
@@ -32,7 +30,7 @@ def seen():
 
 
 def test_all_are_reward_models(seen):
-    for reward in (ModeDistance(), OneFace(), Colour((1.0, 0.0, 0.0)), Symmetry(), MeanPixel(), Random(), Inverted(OneFace())):
+    for reward in (ModeDistance(), OneFace(), Symmetry(), MeanPixel(), Random(), Inverted(OneFace())):
         scores = reward.score(seen, VIEWS)
         assert isinstance(reward, RewardModel) and scores.shape == (20,) and scores.isfinite().all()
 
@@ -58,7 +56,6 @@ def test_they_read_rgb_alone_too_and_refuse_other_sizes(seen):
 def test_small_rewards_in_closed_form():
     red = torch.zeros(2, 3, 4, 4)
     red[0, 0] = 1
-    assert Colour((1.0, 0.0, 0.0)).score(red, []).tolist() == pytest.approx([0, -(1 / 3) ** 0.5], abs=1e-5)
     assert MeanPixel().score(red, []).tolist() == pytest.approx([1 / 3, 0])
     lopsided = torch.zeros(1, 3, 2, 2)
     lopsided[..., 0] = 1
@@ -93,15 +90,6 @@ def test_volume_and_floaters():
     assert torch.allclose(Floaters()(cube, [], 0), torch.zeros(2), atol=1e-6)
     cube.shape[1, 14, 14, 13:15] = 20.0
     assert Floaters()(cube, [], 0).tolist() == pytest.approx([0, -2 / (8**3 + 2)], abs=1e-5)
-
-
-def test_euler_characteristic_of_known_solids():
-    solid = torch.zeros(4, 9, 9, 9, dtype=torch.bool)
-    solid[:, 2:7, 2:7, 2:7] = True
-    solid[1, :, 4, 4] = False  # a handle
-    solid[2, 4, 4, 4] = False  # a cavity
-    solid[3, 0, 0, 0] = True  # a second part
-    assert euler_characteristic(solid).tolist() == [1, 0, 2, 2]
 
 
 @pytest.mark.parametrize("reward", [OneNose(), Volume(0.3), Floaters()], ids=["noses", "volume", "floaters"])

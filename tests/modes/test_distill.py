@@ -6,22 +6,11 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.modes.distill import distill
-from eg3d_rlhf.modes.distill_flags import arms_of, read_prompts
+from eg3d_rlhf.modes.distill import DISTILL, SETTINGS, arms_of, read_prompts
+from training.config import knobs_of
 
-FLAGS = """
---allow-mixed-predictor --amp --assets --back --balance --batch --best --best-weight --ceiling --checkpoint-ticks --compare --decoder-lr
---desc --device --dry-run --eta --explore-end --explore-scale --explore-steps --form --front --gap-beta --gap-weight --geometry-every
---geometry-reward --geometry-start --geometry-weight --geometry-weight-from --grad-clamp --guidance-scale --image-loss --judge
---judge-from --judge-mode --judge-share --judge-weight --lose-guidance-scale --lr --lr-end --method --mode --negative-ball
---negative-beta --negative-every --negative-from --negative-prompt --negative-rate --negative-update --noises --opacity --outdir
---overhead --pair-level --perp-neg --planes --predictor --preset --prior --prompt --rank-predictor --rescale --resolution --resume
---reward --reward-from --reward-only-from --reward-weight --samples --seed --shared-time --show --sparsity --standardise --starts --steps
---strategy --subtract-noise --t-max --t-min --tau --tau-mode --temperature --through --tick --timeout --until --view-prompts --views
---weighting --workers --worst --worst-weight --x0-until -n
-""".split()
 PROMPT = "a white head with a red nose"
-SHORT = ("--steps=4", "--tick=2", "--checkpoint-ticks=1", "--workers=1", "--show=1")
+SHORT = ("--steps=4", "--tick=2", "--set", "checkpoint_ticks=1", "--jobs=1", "--show=1")
 
 
 def run(*flags):
@@ -43,8 +32,8 @@ def test_a_comparison_writes_table_page_and_assets(compared):
     folder, said = compared
     table = json.loads((folder / "compare.json").read_text())
     assert set(table["arms"]) == {"sds", "dreamdpo", "dreamdpo-inverted", "dreamdpo-random"}
-    for one in table["arms"].values():
-        assert one["n"] == 2 and one["ci95"][0] <= one["win_rate"] <= one["ci95"][1]
+    for arm in table["arms"].values():
+        assert arm["n"] == 2 and arm["ci95"][0] <= arm["win_rate"] <= arm["ci95"][1]
     assert table["arms"]["sds"]["win_rate"] == 0.5 and "| dreamdpo |" in said
     judgements = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert len(judgements) == 6 * 2 and {j["winner"] for j in judgements} <= {"a", "b", "tie"}
@@ -79,8 +68,14 @@ def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared
     assert run(f"--resume={folder}").exit_code == 0 and (folder / "stats.jsonl").read_bytes() == before
 
 
-def test_the_flags_are_frozen():
-    assert sorted(name for p in distill.params for name in p.opts + p.secondary_opts) == FLAGS
+def test_every_setting_is_a_flag_or_can_be_set(tmp_path):
+    names, flags = {field.name for kind in SETTINGS for field, *_ in knobs_of(kind)}, {param.name for param in DISTILL.command.params}
+    assert names <= flags | DISTILL.command.rare.keys() and len(flags) <= 46
+    (tmp_path / "mine.json").write_text('{"sparsity": "0,0.1,0.2,50", "checkpoint_ticks": 5, "steps": 70, "tau": 0.25}')
+    options = [f"--settings={tmp_path / 'mine.json'}", "--set", "checkpoint-ticks=7", "--steps=80", "--method=dreamdpo"]
+    settings = json.loads(run("-n", *options).stdout)
+    assert settings["loop"]["sparsity"] == "0,0.1,0.2,50" and settings["guidance"]["tau"] == 0.25
+    assert settings["loop"]["checkpoint_ticks"] == 7 and settings["loop"]["steps"] == 80
 
 
 def test_dry_run_resolves_and_writes_nothing(tmp_path):
@@ -96,6 +91,10 @@ def test_dry_run_resolves_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(("flags", "says"), [
     (["--method=sds", "--reward=one-face"], "--reward: belongs to a method with a reward"),
     (["--method=dreamdpo", "--samples=2"], "--samples: belongs to --method=sds"),
+    (["--set", "nothing=1"], "--settings: expected a setting"), (["--set", "sparsity"], "--set: expected NAME=VALUE"),
+    (["--set", "checkpoint_ticks=0"], "checkpoint_ticks: "), (["--settings=nowhere.json"], "--settings"),
+    (["--method=psd", "--set", "image_loss=1"], "--image-loss: belongs to --method=sds"),
+    (["--prior=heads", "--compare=sds+geometry", "--geometry-reward=one-nose"], "--geometry-reward: one-nose belongs to --prior=bundled"),
     (["--views=4"], "--views: belongs to a --prior from files"),
     (["--geometry-weight=1"], "--geometry-weight: belongs to a --geometry-reward"),
     (["--compare=sds,foo"], "--compare: expected arms such as"),
@@ -128,7 +127,7 @@ def test_resume_takes_no_other_flags_and_no_other_run(compared, tmp_path):
 
 def test_arms_of_a_comparison():
     def arms(**given):
-        return arms_of({"prompts": (), "method": None, "preset": None, "prior": None, "compare": None, "geometry_reward": None, **given})
+        return arms_of(given)
 
     assert arms()[0] == "sds" and arms(method="sds") == ("sds",) and arms(prompts=("x",)) == ("dreamdpo",)
     assert arms(compare="rewardsds") == ("sds", "rewardsds", "rewardsds-inverted", "rewardsds-random")

@@ -6,10 +6,10 @@ import torch
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions, patches_of
-from eg3d_rlhf.rewards.meshes.patchifiers import base, grown, maps, nearest_on, neighbours, regions
+from eg3d_rlhf.rewards.meshes.patchifiers import PLACES, base, face_features, grown, maps, nearest_on, neighbours, placed, regions
 from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, cut, densities, marching_tetrahedra, net_mesh
-from tests.tuning.distill.meshing.test_tetrahedra import Cloud, ball
-from tests.tuning.distill.test_field import random_voxels
+from tests.generators.assets.test_grids import random_voxels
+from tests.rewards.meshes.test_surfaces import Cloud, ball
 
 
 def level_of(grid, floater=True):
@@ -36,11 +36,11 @@ def test_regions_are_connected_and_all_there(mesh, patches):
     assert sorted(set(label.tolist())) == list(range(patches))
     pairs = neighbours(faces)
     for region in range(patches):
-        own = (label == region).nonzero()[0]
-        reached, inside = {own[0]}, [p for p in pairs.tolist() if label[p[0]] == region == label[p[1]]]
+        members = (label == region).nonzero()[0]
+        reached, inside = {members[0]}, [p for p in pairs.tolist() if label[p[0]] == region == label[p[1]]]
         while more := {b for p in inside for a, b in (p, p[::-1]) if a in reached} - reached:
             reached |= more
-        assert len(reached) == len(own) or patches == 4  # so few that parts of the mesh had to share
+        assert len(reached) == len(members) or patches == 4  # so few that parts of the mesh had to share
 
 
 def test_a_closed_mesh_has_three_neighbours_a_face(mesh):
@@ -118,13 +118,13 @@ def test_nearest_places_are_nearest():
     triangles = torch.randn(5, 3, 3, generator=draw, dtype=torch.float64)
     points = 2 * torch.randn(40, 3, generator=draw, dtype=torch.float64)
     face, weight = nearest_on(points.numpy(), triangles.numpy())
-    found = ((triangles.numpy()[face] * weight[..., None]).sum(1) - points.numpy()) ** 2
+    squares = ((triangles.numpy()[face] * weight[..., None]).sum(1) - points.numpy()) ** 2
     grid = torch.cartesian_prod(torch.linspace(0, 1, 101), torch.linspace(0, 1, 101)).double()
     grid = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], dim=1)
     dense = torch.einsum("gc,tci->tgi", grid[grid[:, 2] >= -1e-9], triangles).flatten(0, 1)
     least = torch.cdist(points, dense).amin(dim=1)
-    assert bool((torch.from_numpy(found).sum(1).sqrt() <= least + 1e-9).all())
-    assert bool((torch.from_numpy(found).sum(1).sqrt() >= least - 0.05).all())
+    assert bool((torch.from_numpy(squares).sum(1).sqrt() <= least + 1e-9).all())
+    assert bool((torch.from_numpy(squares).sum(1).sqrt() >= least - 0.05).all())
 
 
 @pytest.mark.parametrize("options", [PatchOptions(patches=16, faces=16), PatchOptions(kind="maps", patches=64, faces=16)])
@@ -172,13 +172,13 @@ def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(option
         field.shape.copy_(-10 * torch.stack([level_of(grid, floater=False), ball(0.3)(grid.vertices)]).view(2, 9, 9, 9).transpose(1, 3))
     field.double()
     read = MeshReader(grid, options)
-    found = read(field, 0)
+    patches = read(field, 0)
     levels = closed_level((field.level - densities(field, grid)).detach(), grid)
     whole = patches_of([net_mesh(level, grid) for level in levels], options)
-    for a, b in zip(found, whole, strict=True):
+    for a, b in zip(patches, whole, strict=True):
         torch.testing.assert_close(a, b.to(a), rtol=1e-4, atol=1e-5)
     draw = torch.Generator().manual_seed(1)
-    weight = torch.randn(found.features.shape, generator=draw, dtype=torch.float64)
+    weight = torch.randn(patches.features.shape, generator=draw, dtype=torch.float64)
 
     def value():
         return (read(field, 1).features * weight)[..., 1:4].sum()
@@ -244,9 +244,59 @@ def test_a_surface_that_leaves_its_edges_waits_without_gradient():
 def test_bad_options_are_named():
     for made, words in (
         (lambda: PatchOptions(kind="islands"), "kind of regions, maps, got 'islands'"),
-        (lambda: PatchOptions(faces=0), "got 64 patches of 0"),
         (lambda: maps(Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)), 256, 60), "got 256 of 60"),
-        (lambda: MeshReader(cube(2), PatchOptions(), every=0), "at least 1 step"),
     ):
         with pytest.raises(ValueError, match=words):
             made()
+
+
+# Faces as numbers: scale, order, flat sheets, gradients.
+
+
+@pytest.fixture(scope="module")
+def egg():
+    grid = cube(6)
+    return marching_tetrahedra((grid.vertices * torch.tensor([1.0, 1.3, 0.8])).norm(dim=1) - 0.31, grid)
+
+
+def test_shares_of_area_do_not_see_scale_and_raw_areas_do(egg):
+    plain, scaled = (face_features(k * egg.vertices, egg.faces)[0] for k in (1.0, 3.0))
+    torch.testing.assert_close(plain, scaled, rtol=1e-3, atol=2e-5)
+    assert float(plain[:, 0].sum()) == pytest.approx(1.0, abs=1e-5)
+    raw = [face_features(k * egg.vertices, egg.faces, "raw")[0][:, 0].sum() for k in (1.0, 3.0)]
+    assert float(raw[1] / raw[0]) == pytest.approx(9.0, rel=1e-4)
+
+
+def test_angles_and_normals(egg):
+    features, centres = face_features(egg.vertices.double(), egg.faces)
+    torch.testing.assert_close(features[:, 4:7].sum(1), torch.full((len(features),), torch.pi, dtype=torch.float64), rtol=0, atol=2e-3)
+    torch.testing.assert_close(features[:, 1:4].norm(dim=1), torch.ones(len(features), dtype=torch.float64))
+    assert bool((features[:, 4:7].diff(dim=1) >= 0).all()) and bool((features[:, 7:].diff(dim=1) >= 0).all())
+    assert bool(((features[:, 1:4] * centres).sum(1) > 0).all())
+
+
+def test_a_flat_sheet_and_a_face_without_area_have_finite_gradients():
+    vertices = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [2, 0, 0]], requires_grad=True)
+    features, _ = face_features(vertices, torch.tensor([[0, 1, 2], [1, 3, 2], [0, 1, 4]]))
+    features.square().sum().backward()
+    assert bool(features.isfinite().all()) and bool(vertices.grad.isfinite().all())
+    torch.testing.assert_close(features[:2, 1:4], torch.tensor([[0.0, 0, 1]] * 2))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_of_features_are_those_of_differences(place):
+    vertices = torch.tensor([[0.0, 0, 0], [1.1, 0, 0.2], [0.1, 1.3, 0], [0.3, 0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+    faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
+    assert torch.autograd.gradcheck(lambda v: face_features(placed(Mesh(v, faces), place), faces)[0], (vertices,))
+
+
+def test_places(egg):
+    moved = Mesh(egg.vertices * 2 + 5, egg.faces)
+    boxed = placed(moved, "box")
+    assert float(boxed.min()) == 0 and float(boxed.max()) == 1
+    torch.testing.assert_close(placed(moved), placed(egg), rtol=1e-4, atol=1e-5)
+    _, centres = face_features(placed(moved), egg.faces)
+    area = face_features(moved.vertices, egg.faces)[0][:, :1]
+    assert float((area * centres).sum(0).abs().max()) < 1e-4
+    assert float((area[:, 0] * centres.norm(dim=1)).sum()) == pytest.approx(1, abs=1e-3)
+    assert torch.equal(placed(egg, "world"), egg.vertices)

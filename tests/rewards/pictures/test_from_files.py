@@ -37,8 +37,8 @@ def made(tmp_path_factory):
     """A file or folder of each layout, written once."""
     pytest.importorskip("transformers", reason="transformers is not installed: pip install 'eg3d-rlhf[sd]'")
     root = tmp_path_factory.mktemp("rewards")
-    found = {kind: layouts.write_blip_reward(root / kind, kind) for kind in KINDS}
-    return found | {"HPSv2": layouts.write_hpsv2(root / "hps"), "CLIP": layouts.write_clip(root / "clip")}
+    paths = {kind: layouts.write_blip_reward(root / kind, kind) for kind in KINDS}
+    return paths | {"HPSv2": layouts.write_hpsv2(root / "hps"), "CLIP": layouts.write_clip(root / "clip")}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -51,8 +51,8 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
         first, again = reward.score(images, prompts), reward.score(images, prompts)
         assert first.shape == (8,) and torch.equal(first, again)  # no dropout
         assert not torch.allclose(first, reward.score(images, [p + " z" for p in prompts]))
-        one = reward.score(images[4:], prompts[4:])
-    torch.testing.assert_close(one, first[4:], rtol=1e-4, atol=1e-5)  # assets do not see one another
+        second = reward.score(images[4:], prompts[4:])
+    torch.testing.assert_close(second, first[4:], rtol=1e-4, atol=1e-5)  # assets do not see one another
     leaf = images.clone().requires_grad_()
     score = reward.score(leaf, prompts).sum()
     score.backward()
@@ -83,8 +83,8 @@ def test_blip_equals_the_library_that_publishes_it(made):
         vocab_size=words, hidden_size=192, encoder_hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3,
         max_position_embeddings=128, hidden_act="gelu", layer_norm_eps=1e-12,
     ), add_pooling_layer=False).eval()
-    own = {n.removeprefix("text_encoder."): t for n, t in network.state_dict().items() if n.startswith("text_encoder.")}
-    told = text.load_state_dict(own, strict=False)
+    encoder = {n.removeprefix("text_encoder."): t for n, t in network.state_dict().items() if n.startswith("text_encoder.")}
+    told = text.load_state_dict(encoder, strict=False)
     assert told.unexpected_keys == [] and all("position_ids" in n for n in told.missing_keys)
     tokens, mask = letters(["abc", "a longer one"])
     with torch.no_grad():

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.field import RenderOptions
-from eg3d_rlhf.generators.assets.grids import TriPlanes
-from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, four_views, nearness
-from tests.tuning.distill.test_field import balls, random_voxels
+from eg3d_rlhf.generators.assets.views import (
+    DISTANCE,
+    CameraDraws,
+    FourViews,
+    evenly_around,
+    four_views,
+    nearness,
+    network_cameras,
+)
+from tests.generators.assets.test_grids import balls, random_voxels
 
 BLACK = torch.zeros(3)
 
@@ -84,9 +91,38 @@ def test_backgrounds_and_finer_voxels():
     assert torch.equal(light.images[:, 3], dark.images[:, 3])
 
 
-def test_it_wants_voxels_and_four_views():
-    renderer = FourViews()
-    with pytest.raises(ValueError, match="expected voxels and 4 views"):
-        renderer.render(TriPlanes(1, 4), renderer.draw(1, torch.Generator()), BLACK)
-    with pytest.raises(ValueError, match="got Voxels and 4 views of 2"):
-        renderer.render(balls(2, 4), renderer.draw(1, torch.Generator()), BLACK)
+# Cameras: seeded draws of the public defaults, and the four fixed sides. MVDream's own numbers: tests/compat/test_distill_schedules.py.
+
+
+def test_draws_are_the_public_ones():
+    draws = CameraDraws()
+    views = draws.draw(4000, torch.Generator().manual_seed(5))
+    azimuth, elevation, distance, fov = (v.double().unflatten(0, (4000, 4)) for v in views[1:])
+    assert torch.allclose(azimuth.diff(dim=1), torch.tensor(90.0).double(), atol=1e-3)
+    assert azimuth.min() >= -180 and azimuth.max() < 180 and float(azimuth[:, 0].mean()) == pytest.approx(-135, abs=2)
+    for value in (elevation, distance, fov):
+        assert torch.equal(value, value[:, :1].expand(-1, 4))  # one for all views of an asset
+    assert 15 <= fov.min() and fov.max() <= 60 and float(fov.mean()) == pytest.approx(37.5, abs=0.7)
+    relative = distance * torch.tan(torch.deg2rad(fov) / 2) / 0.5
+    assert 0.8 - 1e-5 <= relative.min() and relative.max() <= 1 + 1e-5
+    on_sphere = math.degrees(math.asin(0.25))  # half of the draws have their median there, half at 15 degrees
+    below = float((elevation < on_sphere).double().mean())
+    assert 0 <= elevation.min() and elevation.max() <= 30.001 and below == pytest.approx(0.5 * (0.5 + on_sphere / 30), abs=0.02)
+
+
+def test_cameras_look_at_the_middle_and_a_seed_repeats():
+    views = CameraDraws(views=3).draw(2, torch.Generator().manual_seed(1))
+    again, other = (CameraDraws(views=3).draw(2, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert torch.equal(views.cameras, again.cameras) and not torch.equal(views.cameras, other.cameras)
+    pose, kept = views.cameras[:, :16].reshape(-1, 4, 4), views.cameras.clone()
+    read = network_cameras(views.cameras).reshape(-1, 4, 4)
+    assert torch.allclose(read[:, :3, 3].norm(dim=1), torch.ones(6)) and torch.equal(views.cameras, kept)
+    assert torch.allclose(pose[:, :3, 3] + views.distance[:, None] * pose[:, :3, 2], torch.zeros(6, 3), atol=1e-5)
+    assert torch.allclose(pose[:, 1, 3], views.distance * torch.deg2rad(views.elevation).sin(), atol=1e-5)
+    assert torch.allclose(views.cameras[:, 16], 0.5 / torch.tan(torch.deg2rad(views.fov) / 2), atol=1e-5)
+
+
+def test_the_four_sides():
+    places = evenly_around(2).cameras[:, [3, 7, 11]]
+    expected = torch.tensor([[0, 0, 1.5], [1.5, 0, 0], [0, 0, -1.5], [-1.5, 0, 0]]).repeat(2, 1)
+    assert torch.allclose(places, expected, atol=1e-6)

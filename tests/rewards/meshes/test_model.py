@@ -30,45 +30,43 @@ def patches(meshes=3, count=6, seed=0):
 
 def test_it_is_a_mesh_reward_and_order_and_padding_do_not_matter(reward):
     assert isinstance(reward, MeshReward)
-    one, prompts = patches(), ["a red head", "a box", "a box"]
-    known = reward.score(one, prompts)
+    given, prompts = patches(), ["a red head", "a box", "a box"]
+    known = reward.score(given, prompts)
     assert known.shape == (3,)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    torch.testing.assert_close(reward.score(Patches(*(part[:, order] for part in one)), prompts), known)
-    noise = torch.where(one.mask[..., None, None], one.features, 7.0)
-    torch.testing.assert_close(reward.score(one._replace(features=noise), prompts), known)
-    alone = reward.score(Patches(*(part[2:, :4] for part in one)), prompts[2:])
+    torch.testing.assert_close(reward.score(Patches(*(part[:, order] for part in given)), prompts), known)
+    noise = torch.where(given.mask[..., None, None], given.features, 7.0)
+    torch.testing.assert_close(reward.score(given._replace(features=noise), prompts), known)
+    alone = reward.score(Patches(*(part[2:, :4] for part in given)), prompts[2:])
     torch.testing.assert_close(alone, known[2:])
 
 
 def test_prompts_count(reward):
-    one = patches(1)
-    scores = [float(reward.score(one, [text]).detach()) for text in (*PROMPTS, "a blue head", "", "A box")]
+    mesh = patches(1)
+    scores = [float(reward.score(mesh, [text]).detach()) for text in (*PROMPTS, "a blue head", "", "A box")]
     assert len(set(scores)) == 5  # "A box" has the words of a known prompt, and not its row
     tokens, mask = reward.text(["a box", ""])
     assert tokens.shape == (2, 3, 16) and mask.tolist() == [[True] * 3, [True, False, False]]
     forgotten = reward.text(["a box", ""], torch.tensor([True, False]))[0]
     assert torch.equal(forgotten[0, 0], tokens[1, 0]) and torch.equal(forgotten[0, 1:], tokens[0, 1:])
     assert torch.equal(PromptTokens((), 4)([""])[1], torch.ones(1, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match="each of 1 meshes, got 2"):
-        reward.score(one, ["a", "b"])
     with pytest.raises(ValueError, match=r"expected \[A, P, 4, 10\], got \[1, 6, 3, 10\]"):
-        reward.score(one._replace(features=one.features[:, :, :3]), ["a"])
+        reward.score(mesh._replace(features=mesh.features[:, :, :3]), ["a"])
 
 
 def test_gradients_reach_features_and_centres_of_patches_that_are_there(reward):
-    one = patches()
-    features, centres = one.features.clone().requires_grad_(True), one.centres.clone().requires_grad_(True)
-    reward.score(Patches(features, centres, one.mask), ["a"] * 3).sum().backward()
+    given = patches()
+    features, centres = given.features.clone().requires_grad_(True), given.centres.clone().requires_grad_(True)
+    reward.score(Patches(features, centres, given.mask), ["a"] * 3).sum().backward()
     for grad in (features.grad, centres.grad):
         assert float(grad[:2].abs().sum()) > 0 and float(grad[2, 4:].abs().sum()) == 0 and bool(grad.isfinite().all())
 
 
 def test_an_empty_mesh_has_a_finite_score(reward):
     nothing = Patches(torch.zeros(2, 6, 4, 10, requires_grad=True), torch.zeros(2, 6, 4, 3), torch.zeros(2, 6, dtype=torch.bool))
-    found = reward.score(nothing, ["a", "b"])
-    found.sum().backward()
-    assert bool(found.isfinite().all()) and bool(nothing.features.grad.isfinite().all())
+    scores = reward.score(nothing, ["a", "b"])
+    scores.sum().backward()
+    assert bool(scores.isfinite().all()) and bool(nothing.features.grad.isfinite().all())
 
 
 def test_files_keep_everything(reward, tmp_path):
@@ -83,14 +81,10 @@ def test_files_keep_everything(reward, tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"reward\.safetensors: expected a mesh-reward file"):
         load_mesh_reward(path)
-    with pytest.raises(ValueError, match="ending in .safetensors"):
-        reward.save(tmp_path / "reward.pt")
 
 
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match="width that the heads divide"):
         EncoderOptions(width=10, heads=4)
-    with pytest.raises(ValueError, match="patches of 64 faces, got 16"):
-        RewardCS(PatchOptions(), EncoderOptions(faces=16))
     with pytest.raises(ValueError, match="MeshMAE's trunk of .*Missing key"):
         load_meshmae(MeshEncoder(EncoderOptions(width=8, heads=2, depth=1)), {"cls_token": torch.zeros(1)})
