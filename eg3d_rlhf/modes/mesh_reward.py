@@ -68,6 +68,7 @@ def open_training(run_settings: MeshRewardRun, run: Run) -> MeshTraining | None:
 
 
 def bar(options: MeshRewardTraining) -> tqdm:
+    """Over the meshes that are drawn or read."""
     return tqdm(total=None if options.data else options.shapes, desc="meshes", unit="mesh")
 
 
