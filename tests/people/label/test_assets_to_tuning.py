@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[3]
 NAMES = tiny_trellis.NAMES[:2]
 
 
-def run(folder: Path, program: str, *flags: str) -> str:
-    """A command of the repository in `folder`; returns what it printed."""
+def run(folder: Path, *words: str) -> str:
+    """A job of the door, or train.py, in `folder`; returns what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / program), *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "eg3d_rlhf", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, (program, flags, done.stdout, done.stderr)
+    assert done.returncode == 0, (words, done.stdout, done.stderr)
     return done.stdout
 
 
@@ -34,7 +34,7 @@ def run(folder: Path, program: str, *flags: str) -> str:
 def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     root = tiny_trellis.write_trellis(tmp_path / "ROOT")
     write_conditions(tmp_path / "ASSETS" / CONDITIONS, tiny_trellis.tokens(NAMES))
-    run(tmp_path, "eg3d_rlhf", "flow", "files", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
+    run(tmp_path, "flow", "files", "draw", f"--pipeline={root}", "--out=ASSETS", "--each=3", "--device=cpu")
     label = subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "label.py"), "--assets=ASSETS", "--up=z", "--campaign=chairs", "--pairs=6",
          "--training=0", "--gold=0",
@@ -55,10 +55,10 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
     finally:
         label.terminate()
         label.wait(20)
-    run(tmp_path, "tools/label.py", "export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", "--db=sqlite:///labels.db")
+    run(tmp_path, "label", "export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", "--db=sqlite:///labels.db")
     judged = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert len(judged) == 6 and sum(line["tie"] for line in judged) == 1 and {line["condition"] for line in judged} == set(NAMES)
-    made = run(tmp_path, "eg3d_rlhf", "flow", "files", "ranking", "--list=ASSETS", "--judged=judged.jsonl",
+    made = run(tmp_path, "flow", "files", "ranking", "--list=ASSETS", "--judged=judged.jsonl",
                f"--pipeline={root}", "--out=PAIRS")
     assert json.loads(made)["pairs"] == {"structure": 5, "latent": 5}
     drawn = {line["look_at"]: line for line in map(json.loads, (tmp_path / "ASSETS" / "ranking.jsonl").read_text().splitlines())}
@@ -67,7 +67,7 @@ def test_from_drawn_assets_to_a_tuned_first_stage(browser, tmp_path):
                            for side in ("preferred", "rejected"))  # fmt: skip
     assert sum(pair.preferred.equal(preferred) and pair.rejected.equal(rejected) for pair in pairs) == 1
     flags = "--mode=circular-dpo --stage=structure --pairs=PAIRS --steps=2 --batch=2 --lr=0.02 --warmup=0 --choose-noises=0 --no-summary"
-    run(tmp_path, "train.py", f"--pipeline={root}", *flags.split(), "--device=cpu")
+    run(tmp_path, "train", f"--pipeline={root}", *flags.split(), "--device=cpu")
     (tuned,) = (tmp_path / "runs").glob("00000-*/structure")
     weights = {name: x for path in tuned.glob("*.safetensors") for name, x in load_file(path).items()}
     assert any("lora_B" in name and bool(x.any()) for name, x in weights.items())  # adapters begin as zeros

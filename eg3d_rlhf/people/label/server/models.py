@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Path, Request
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.exc import DBAPIError, TimeoutError
 from starlette.exceptions import HTTPException
 
-from eg3d_rlhf.people.label.entities import Choice, Progress
+from eg3d_rlhf.people.label.entities import Choice, OwnAnswer, Progress, Question
 
 LOGGER = logging.getLogger("eg3d_rlhf.people.label.server")
 REMEDIES = {
@@ -80,13 +81,6 @@ class Error(BaseModel):
 
     error: str
     remedy: str
-
-
-class Question(BaseModel):
-    """What is asked besides which is better; the page knows the text where it is null."""
-
-    name: str
-    text: str | None
 
 
 class Session(BaseModel):
@@ -175,26 +169,17 @@ class Undone(BaseModel):
     progress: Progress
 
 
-class OwnAnswer(BaseModel):
-    """An answer as its annotator sees it again."""
+@dataclass(frozen=True, kw_only=True)
+class ListedAnswer(OwnAnswer):
+    """An answer as its annotator sees it again, with what was asked for."""
 
-    sequence: int
-    assignment: str
-    left: str
-    right: str
-    choice: str
-    reason: str | None
-    votes: dict[str, str]
-    comment: str | None
-    answered: float
-    changeable: bool
     prompt: Prompt | None
 
 
 class OwnAnswers(BaseModel):
     """A page of them, newest first; `more` lie before the last one's sequence."""
 
-    answers: list[OwnAnswer]
+    answers: list[ListedAnswer]
     more: bool
 
 
