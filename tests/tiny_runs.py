@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.core import plugins
+from eg3d_rlhf.core import registry
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import FAMILIES
 from training import networks
@@ -108,7 +108,7 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
 def forget_plugin(name: str) -> None:
     """Undo the import of a plugin that brought the generator family `name` in a file of that name."""
     del FAMILIES._things[name], sys.modules[name]
-    plugins._loaded.clear()
+    registry._loaded.clear()
 
 
 def run(*flags):

@@ -3,8 +3,7 @@
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, user_errors
-from eg3d_rlhf.core.plugins import load_plugins
-from eg3d_rlhf.core.registry import Registry
+from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.experiments.mode import Mode
 
 MODES: Registry[Mode] = Registry("--mode", {

@@ -8,7 +8,7 @@ from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_flags import (
+from eg3d_rlhf.modes.circular_dpo import (
     COUNT,
     OWN,
     TOY,

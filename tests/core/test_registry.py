@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eg3d_rlhf.core import plugins
+from eg3d_rlhf.core import registry
 
 REPO = Path(__file__).parents[2]
 MODULE = "from {table} import THINGS\n\nTHINGS.add({name!r}, {value})\n"
@@ -23,16 +23,16 @@ def things(tmp_path, monkeypatch):
     for name, module, value in (("one", "first", 1), ("two", "second", 2)):
         (tmp_path / package / f"{module}.py").write_text(MODULE.format(table=package, name=name, value=value))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(plugins, "_loaded", set(plugins._loaded))
+    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
     return __import__(package).THINGS, package
 
 
 def test_a_module_is_imported_when_its_name_is_asked_for(things):
-    registry, package = things
-    assert list(registry) == ["one", "two"] and len(registry) == 2 and "two" in registry and "three" not in registry
+    table, package = things
+    assert list(table) == ["one", "two"] and len(table) == 2 and "two" in table and "three" not in table
     assert not {f"{package}.first", f"{package}.second"} & sys.modules.keys()
-    assert registry["two"] == 2 and f"{package}.first" not in sys.modules
-    assert dict(registry) == {"one": 1, "two": 2}
+    assert table["two"] == 2 and f"{package}.first" not in sys.modules
+    assert dict(table) == {"one": 1, "two": 2}
 
 
 @pytest.mark.parametrize("name", ["three", None, 3])
@@ -42,18 +42,18 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(name, things):
 
 
 def test_a_plugin_adds_a_name_and_may_ask_while_it_is_loaded(things, tmp_path, monkeypatch):
-    registry, package = things
+    table, package = things
     asking = "try:\n    THINGS['later']\nexcept ValueError:\n    pass\n"  # loads plugins again, which must not run this file again
     plugin = tmp_path / f"plugin_of_{package}.py"
     plugin.write_text(MODULE.format(table=package, name="three", value=3) + asking)
-    monkeypatch.setenv(plugins.VARIABLE, str(plugin))
-    assert registry["three"] == 3 and list(registry) == ["one", "two", "three"]
+    monkeypatch.setenv(registry.VARIABLE, str(plugin))
+    assert table["three"] == 3 and list(table) == ["one", "two", "three"]
 
 
 def test_a_plugin_that_cannot_be_imported_is_named_each_time(things, monkeypatch):
-    monkeypatch.setenv(plugins.VARIABLE, "no_such_plugin")
+    monkeypatch.setenv(registry.VARIABLE, "no_such_plugin")
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"{plugins.VARIABLE}: .*no_such_plugin"):
+        with pytest.raises(ValueError, match=f"{registry.VARIABLE}: .*no_such_plugin"):
             things[0]["three"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.core import plugins
+from eg3d_rlhf.core import registry
 from eg3d_rlhf.modes import MODES
 
 REPO = Path(__file__).parents[2]
@@ -23,10 +23,10 @@ def count(tmp_path, monkeypatch):
     text = (REPO / "docs" / "extending.md").read_text().partition("## A new mode\n")[2].partition("## Three walks")[0]
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
     (tmp_path / "count_mode.py").write_text(code)
-    monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "count_mode.py"))
+    monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "count_mode.py"))
     monkeypatch.setitem(MODES._things, "count", None)  # so that it is forgotten in the end
     del MODES._things["count"]
-    monkeypatch.setattr(plugins, "_loaded", set())
+    monkeypatch.setattr(registry, "_loaded", set())
     yield lambda *flags: CliRunner().invoke(train.main, ["--mode=count", *map(str, flags)])
     sys.modules.pop("count_mode", None)
 

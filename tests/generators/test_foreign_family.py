@@ -12,7 +12,7 @@ import trimesh
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.core import bundled, plugins
+from eg3d_rlhf.core import bundled, registry
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.foreign_scores import main as score
@@ -43,8 +43,8 @@ def foreign(tmp_path_factory):
     """(file of the foreign family around the bundled network, the network inside as a generator); the plugin is named, not imported."""
     inner = load_generator()
     patch = pytest.MonkeyPatch()
-    patch.setenv(plugins.VARIABLE, str(PLUGIN))
-    plugins.load_plugins()
+    patch.setenv(registry.VARIABLE, str(PLUGIN))
+    registry.load_plugins()
     G = inner.generator.module
     kwargs = {"scale": SCALE, "centre": CENTRE}
     kwargs["inner"] = {**inner.nets.G_kwargs, "neural_rendering_resolution": G.neural_rendering_resolution}

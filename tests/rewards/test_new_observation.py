@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from eg3d_rlhf.core.plugins import VARIABLE
+from eg3d_rlhf.core.registry import VARIABLE
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.modes.labels import synthetic

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.plugins import VARIABLE
+from eg3d_rlhf.core.registry import VARIABLE
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.reports import attribute as main
 from eg3d_rlhf.rewards.ensembles import build_network

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from eg3d_rlhf.core import plugins
+from eg3d_rlhf.core import registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.inversion import command as invert
 from eg3d_rlhf.evaluation.inversion import report
@@ -237,8 +237,8 @@ def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
 def foreign(loaded, tmp_path, monkeypatch):
     """File of a family from a plugin, around the tiny network."""
     plugin = Path(__file__).parents[2] / "generators" / "mirrored.py"
-    monkeypatch.setenv(plugins.VARIABLE, str(plugin))
-    plugins.load_plugins()
+    monkeypatch.setenv(registry.VARIABLE, str(plugin))
+    registry.load_plugins()
     kwargs = {"scale": 1.25, "centre": (0.05, -0.03, 0.02), "inner": loaded.nets.G_kwargs}
     network = sys.modules["mirrored"].MirroredNetwork(**kwargs).eval()
     network.inner.load_state_dict(loaded.G.state_dict())

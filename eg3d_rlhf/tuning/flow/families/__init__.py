@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.core.plugins import load_plugins
-from eg3d_rlhf.core.registry import Registry
+from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.models.sparse import Latent
 from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.problem import (
